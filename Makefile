@@ -1,0 +1,43 @@
+# The two commands of the README are `make demo` and `make test`; each sets up all it needs.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+
+.PHONY: demo test check bench lint unit clean help
+
+help:
+	@sed -n 's/^#: //p' Makefile
+
+#: make demo    run a service of its own, show some jobs and their limits, clean up
+demo: $(STAMP)
+	@$(BIN)/worker demo
+
+#: make test    everything: lint, types, import rules, all tests
+test: lint
+	$(BIN)/python -m pytest
+
+#: make check   in under a minute: lint, types, import rules, unit tests
+check: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit -q
+
+#: make bench   time the start of jobs beside bwrap and crun
+bench: $(STAMP)
+	@contrib/set-up.sh --bench
+	$(BIN)/python bench/start_latency.py
+
+#: make clean   remove what the others made
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(STAMP): pyproject.toml contrib/set-up.sh
+	@contrib/set-up.sh $(VENV)
+	@touch $(STAMP)

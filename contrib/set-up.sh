@@ -1,0 +1,58 @@
+#!/bin/sh
+# Set up what `make` needs: Debian packages that are missing (as root), and a virtual environment.
+#
+#   contrib/set-up.sh VENV      Python, ps and the package with its extras, in VENV
+#   contrib/set-up.sh --bench   the programs that the benchmark is measured beside
+#
+# It does nothing that is done already, and says what is missing where it may not install it.
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "set-up: $*" >&2; }
+
+# need COMMAND PACKAGE...: install the packages unless the command works
+need() {
+    check=$1
+    shift
+    sh -c "$check" >/dev/null 2>&1 && return
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        say "missing: $*; install it with this system's package manager, then run this again"
+        exit 1
+    fi
+    say "installing $*"
+    if ! DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null 2>&1; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+    fi
+}
+
+if [ "${1:-}" = --bench ]; then
+    need 'command -v bwrap' bubblewrap
+    need 'command -v crun' crun
+    exit 0
+fi
+venv=${1:?usage: contrib/set-up.sh VENV | --bench}
+
+python=
+for candidate in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    need '/usr/bin/python3 -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"' \
+        python3 python3-venv
+    python=/usr/bin/python3
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        say "Python 3.11 or newer is needed; this system's python3 is older"
+        exit 1
+    }
+fi
+need 'command -v ps' procps
+# Jobs run the host's own programs; the tests and the demonstration run this one.
+need 'test -x /usr/bin/python3' python3-minimal
+
+[ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$venv"
+say "installing the package into $venv"
+"$venv/bin/pip" install -q --disable-pip-version-check -e '.[dev]'

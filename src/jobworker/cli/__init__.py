@@ -1,0 +1,1 @@
+"""The command lines `worker-cli` and `worker`."""

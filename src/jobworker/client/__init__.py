@@ -1,0 +1,1 @@
+"""The client side of the wire: dialling a server and the public asynchronous API."""

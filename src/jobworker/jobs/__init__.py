@@ -1,0 +1,1 @@
+"""Running jobs: supervision, output spool and history; knows nothing of the wire."""

@@ -1,0 +1,1 @@
+"""The service: listener, connections and the operations that they may call."""
