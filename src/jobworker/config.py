@@ -1,0 +1,225 @@
+"""The service's settings: one TOML file, every key with its default, all faults told at once.
+
+`load` answers a `Settings` or raises a ConfigError that names the file and, for each fault, the
+key and what would be right. Nothing is guessed: an unknown key is a fault, and so is a string
+where a number belongs. Paths that are relative are taken from the file's own directory.
+`etc/worker.toml` documents each key; a test holds that it names every one, at its default.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from attrs import evolve, field, frozen
+
+from jobworker.convert import faults_of
+from jobworker.errors import ConfigError
+from jobworker.model.bounds import within
+from jobworker.model.job import (
+    MAX_CPU_PERCENT,
+    MAX_IO_BPS,
+    MAX_PROCESSES,
+    MIN_IO_BPS,
+    Limits,
+)
+from jobworker.model.units import parse_duration
+
+DEFAULT_PORT = 50051
+MEBIBYTE = 1 << 20
+
+FIRST_UID = 1_879_048_192
+"""Where the ranges for jobs begin: systemd's allotment of ids leaves what follows it free up to
+2,147,352,575 (its document UIDS-GIDS), which is room for 4,096 ranges of 65,536."""
+LAST_UID = 2_147_352_575
+
+Controller = Literal["cpu", "memory", "io", "pids"]
+CONTROLLERS: tuple[Controller, ...] = ("cpu", "memory", "io", "pids")
+
+DEFAULT_ETC = tuple(
+    (
+        "passwd group hosts host.conf gai.conf resolv.conf nsswitch.conf services protocols "
+        "networks ld.so.cache ld.so.conf ld.so.conf.d ssl/certs ssl/openssl.cnf "
+        "ca-certificates.conf pki/tls/certs pki/ca-trust/extracted alternatives localtime "
+        "timezone locale.alias locale.conf os-release debian_version login.defs shells profile "
+        "profile.d bash.bashrc inputrc terminfo mime.types magic magic.mime python3 python3.11 "
+        "python3.12 python3.13 perl fonts skel"
+    ).split()
+)
+
+
+def _duration(_: object, __: object, value: str) -> None:
+    parse_duration(value)
+
+
+def _absolute(_: object, __: object, value: str) -> None:
+    if not value.startswith("/") or "/../" in f"{value}/" or "\0" in value:
+        raise ValueError(f"must be an absolute path without '..', not {value!r}")
+
+
+def _absolute_all(_: object, __: object, value: tuple[str, ...]) -> None:
+    for path in value:
+        _absolute(None, None, path)
+        if path == "/":
+            raise ValueError("must not be '/': jobs see an allow-list, never all of the host")
+
+
+def _below_etc(_: object, __: object, value: tuple[str, ...]) -> None:
+    for name in value:
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"must hold names below /etc, such as 'hosts', not {name!r}")
+
+
+def _host(_: object, __: object, value: str) -> None:
+    if not value or any(character.isspace() or character == "\0" for character in value):
+        raise ValueError("must be an address to listen at, such as 0.0.0.0, :: or 127.0.0.1")
+
+
+@frozen(kw_only=True)
+class ServerSettings:
+    """Where to listen."""
+
+    address: str = field(default="0.0.0.0", validator=_host)  # noqa: S104 - clients need a certificate
+    port: int = field(default=DEFAULT_PORT, validator=within(0, 65_535))
+    """0 takes a free port, which is logged."""
+
+
+@frozen(kw_only=True)
+class WorkerSettings:
+    """What jobs get, and where the service keeps what it must remember."""
+
+    state_dir: str = field(default="/var/lib/jobworker", validator=_absolute)
+    user: str = "auto"
+    default_cpu_limit: int = field(default=100, validator=within(1, MAX_CPU_PERCENT, or_zero=True))
+    default_memory_limit: int = field(default=512, validator=within(4, 1 << 30, or_zero=True))
+    default_io_limit: int = field(default=0, validator=within(MIN_IO_BPS, MAX_IO_BPS, or_zero=True))
+    default_process_limit: int = field(
+        default=1024, validator=within(1, MAX_PROCESSES, or_zero=True)
+    )
+    max_concurrent_jobs: int = field(default=100, validator=within(1, 4000))
+    max_waiting_jobs: int = field(default=1000, validator=within(0, 1_000_000))
+    max_output: int = field(default=1024, validator=within(1, 1 << 30, or_zero=True))
+    job_timeout: str = field(default="1h", validator=_duration)
+    stop_grace: str = field(default="5s", validator=_duration)
+
+    @property
+    def default_limits(self) -> Limits:
+        """The limits of a job that asks for none."""
+        return Limits(
+            cpu_percent=self.default_cpu_limit,
+            memory_bytes=self.default_memory_limit * MEBIBYTE,
+            io_bps=self.default_io_limit,
+            processes=self.default_process_limit,
+        )
+
+
+@frozen(kw_only=True)
+class SecuritySettings:
+    """Certificates and TLS."""
+
+    ca_cert: str = "/etc/jobworker/certs/ca-cert.pem"
+    server_cert: str = "/etc/jobworker/certs/server-cert.pem"
+    server_key: str = "/etc/jobworker/certs/server-key.pem"
+    min_tls_version: Literal["1.2", "1.3"] = "1.3"
+
+
+@frozen(kw_only=True)
+class CgroupSettings:
+    """How limits are enforced."""
+
+    enable_controllers: tuple[Controller, ...] = CONTROLLERS
+    parent: str = ""
+
+
+@frozen(kw_only=True)
+class SandboxSettings:
+    """What a job sees, and who it is outside."""
+
+    programs: tuple[str, ...] = field(default=("/usr",), validator=_absolute_all)
+    etc: tuple[str, ...] = field(default=DEFAULT_ETC, validator=_below_etc)
+    first_uid: int = field(default=FIRST_UID, validator=within(100_000, 4_200_000_000))
+    spares: int = field(default=2, validator=within(0, 64))
+    tmpfs_limit: int = field(default=256, validator=within(1, 1 << 30))
+
+
+@frozen(kw_only=True)
+class LoggingSettings:
+    """What is logged, and how."""
+
+    level: Literal["DEBUG", "INFO", "WARN", "ERROR"] = "INFO"
+    format: Literal["text", "json"] = "text"
+
+
+@frozen(kw_only=True)
+class Settings:
+    """Everything."""
+
+    server: ServerSettings = ServerSettings()
+    worker: WorkerSettings = WorkerSettings()
+    security: SecuritySettings = SecuritySettings()
+    cgroup: CgroupSettings = CgroupSettings()
+    sandbox: SandboxSettings = SandboxSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+
+def load(path: Path) -> Settings:
+    """Read the settings in `path`; raises ConfigError with every fault of the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}",
+            remedy="name an existing file with --config, or see etc/worker.toml for an example",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: it is not TOML: {error}",
+            remedy="correct that line; etc/worker.toml is an example",
+        ) from None
+    settings, faults = faults_of(Settings, data)
+    if settings is not None:
+        faults = _faults_between(settings)
+    if settings is None or faults:
+        raise ConfigError(
+            f"cannot use the configuration {path}: {'; '.join(faults)}",
+            remedy="correct these keys; etc/worker.toml explains each one",
+            data={"faults": list(faults)},
+        )
+    base = path.resolve().parent
+    security = settings.security
+    return evolve(
+        settings,
+        security=evolve(
+            security,
+            ca_cert=str(base / security.ca_cert),
+            server_cert=str(base / security.server_cert),
+            server_key=str(base / security.server_key),
+        ),
+    )
+
+
+def _faults_between(settings: Settings) -> tuple[str, ...]:
+    """What is wrong though each key on its own is right."""
+    faults = []
+    worker, sandbox = settings.worker, settings.sandbox
+    enabled = settings.cgroup.enable_controllers
+    for key, controller, value in (
+        ("default_cpu_limit", "cpu", worker.default_cpu_limit),
+        ("default_memory_limit", "memory", worker.default_memory_limit),
+        ("default_io_limit", "io", worker.default_io_limit),
+        ("default_process_limit", "pids", worker.default_process_limit),
+    ):
+        if value and controller not in enabled:
+            faults.append(
+                f"worker.{key}: needs {controller!r} in cgroup.enable_controllers, or be 0"
+            )
+    last = sandbox.first_uid + (worker.max_concurrent_jobs + sandbox.spares) * 65_536 - 1
+    if last > (1 << 32) - 3:
+        faults.append("sandbox.first_uid: leaves no room for a range of ids for each job")
+    for key, path in (
+        ("worker.state_dir", worker.state_dir),
+        ("security.server_key", settings.security.server_key),
+    ):
+        if any(f"{path}/".startswith(f"{shown}/") for shown in sandbox.programs):
+            faults.append(f"{key}: lies in sandbox.programs, where every job could read it")
+    return tuple(faults)

@@ -1,0 +1,263 @@
+"""JSON and plain values to attrs classes and back, exactly or not at all.
+
+cattrs as it comes turns "5" into 5, "false" into True and "abc" into ('a', 'b', 'c'). For the
+arguments of a job that is a security hole, so one hardened converter serves the whole project:
+
+- exact types: an int is an int (True is not), a float may be written as an int, a string is a
+  string of Unicode scalar values (no lone surrogates), a list never comes from a string;
+- unknown keys are refused, and every fault is reported with the path of its value;
+- JSON (RFC 8259) without duplicate keys, without NaN and Infinity, and not nested beyond
+  what the parser's own stack allows.
+
+The module knows no class of the project: whoever has bounds to check states them as attrs
+validators, which raise ValueError or TypeError.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, TypeVar, get_args, get_origin
+
+import attrs
+import cattrs
+from cattrs.errors import AttributeValidationNote, ForbiddenExtraKeysError
+
+from jobworker.errors import InvalidParams, MalformedJSON
+
+T = TypeVar("T")
+
+MAX_REPORTED_FAULTS = 20
+
+
+def _exact_int(value: object, _: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"must be an integer, not {_kind(value)}")
+    return value
+
+
+def _exact_float(value: object, _: object) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"must be a number, not {_kind(value)}")
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+def _exact_bool(value: object, _: object) -> bool:
+    if type(value) is not bool:
+        raise TypeError(f"must be true or false, not {_kind(value)}")
+    return value
+
+
+def _exact_str(value: object, _: object) -> str:
+    if type(value) is not str:
+        raise TypeError(f"must be a string, not {_kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("must be Unicode text: it holds a lone surrogate") from None
+    return value
+
+
+def _enum(value: object, cls: type[Enum]) -> Enum:
+    try:
+        return cls(_exact_str(value, str))
+    except ValueError:
+        known = ", ".join(str(member.value) for member in cls)
+        raise ValueError(f"must be one of {known}") from None
+
+
+def _datetime(value: object, _: object) -> datetime:
+    moment = datetime.fromisoformat(_exact_str(value, str))
+    if moment.tzinfo is None:
+        raise ValueError("must carry a time zone, such as 2026-01-31T12:00:00Z")
+    return moment
+
+
+def _literal(value: object, cls: Any) -> object:
+    for allowed in get_args(cls):
+        if type(value) is type(allowed) and value == allowed:
+            return value
+    raise ValueError("must be one of " + ", ".join(str(allowed) for allowed in get_args(cls)))
+
+
+def _is_literal(cls: Any) -> bool:
+    return str(get_origin(cls)) == "typing.Literal"
+
+
+def _is_tuple(cls: Any) -> bool:
+    return get_origin(cls) is tuple
+
+
+def _is_mapping(cls: Any) -> bool:
+    return get_origin(cls) in (dict, Mapping)
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    converter.register_structure_hook(int, _exact_int)
+    converter.register_structure_hook(float, _exact_float)
+    converter.register_structure_hook(bool, _exact_bool)
+    converter.register_structure_hook(str, _exact_str)
+    converter.register_structure_hook(datetime, _datetime)
+    converter.register_structure_hook_func(
+        lambda cls: isinstance(cls, type) and issubclass(cls, Enum), _enum
+    )
+    converter.register_structure_hook_func(_is_literal, _literal)
+
+    @converter.register_structure_hook_factory(_is_tuple)
+    def homogeneous_tuple(cls: Any, inner: cattrs.Converter) -> Any:
+        plain = inner.get_structure_hook(list[get_args(cls)[0]])  # type: ignore[misc]
+
+        def hook(value: object, _: Any) -> Any:
+            if type(value) is not list:
+                raise TypeError(f"must be a list, not {_kind(value)}")
+            return tuple(plain(value, list))
+
+        return hook
+
+    @converter.register_structure_hook_factory(_is_mapping)
+    def mapping(cls: Any, inner: cattrs.Converter) -> Any:
+        plain = inner.gen_structure_mapping(cls)
+
+        def hook(value: object, cls: Any) -> Any:
+            if type(value) is not dict:
+                raise TypeError(f"must be an object, not {_kind(value)}")
+            return plain(value, cls)
+
+        return hook
+
+    @converter.register_structure_hook_factory(attrs.has)
+    def attrs_class(cls: type[T], inner: cattrs.Converter) -> Any:
+        plain = cattrs.gen.make_dict_structure_fn(
+            cls, inner, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True
+        )
+
+        def hook(value: object, cls: type[T]) -> T:
+            if type(value) is not dict:
+                raise TypeError(f"must be an object, not {_kind(value)}")
+            with attrs.validators.disabled():
+                made = plain(value, cls)
+            return _validated(made, cls)
+
+        return hook
+
+    converter.register_unstructure_hook(
+        datetime, lambda moment: moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    )
+    return converter
+
+
+def _validated(made: T, cls: type[T]) -> T:
+    """Run the validators of `made`, all of them: attrs itself stops at the first fault."""
+    faults: list[Exception] = []
+    for attribute in attrs.fields(cls):  # type: ignore[arg-type]
+        if attribute.validator is None:
+            continue
+        try:
+            attribute.validator(made, attribute, getattr(made, attribute.name))
+        except (ValueError, TypeError) as fault:
+            fault.add_note(AttributeValidationNote("", attribute.name, attribute.type))
+            faults.append(fault)
+    if faults:
+        raise cattrs.ClassValidationError("", faults, cls)
+    return made
+
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def _kind(value: object) -> str:
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def _describe(fault: BaseException, _: type | None) -> str:
+    if isinstance(fault, KeyError):
+        return "is missing"
+    if isinstance(fault, ForbiddenExtraKeysError):
+        return "unknown key " + ", ".join(sorted(repr(key) for key in fault.extra_fields))
+    return str(fault)
+
+
+_converter = _make_converter()
+
+
+def faults_of(cls: type[T], value: object) -> tuple[T | None, tuple[str, ...]]:
+    """Make a `cls` of plain `value`: the object and no faults, or None and the faults.
+
+    Each fault is "path: what is wrong", at most `MAX_REPORTED_FAULTS` of them; the path is in
+    dots and brackets below the value, such as `limits.cpu_percent`.
+    """
+    try:
+        return _converter.structure(value, cls), ()
+    except (cattrs.BaseValidationError, TypeError, ValueError, KeyError) as error:
+        faults = []
+        for line in cattrs.transform_error(error, path="", format_exception=_describe):
+            what, _, path = line.rpartition(" @ ")
+            path = path.lstrip(".")
+            faults.append(f"{path}: {what}" if path else what)
+        return None, tuple(faults[:MAX_REPORTED_FAULTS])
+
+
+def structure(cls: type[T], value: object) -> T:
+    """Make a `cls` of plain `value`; raises InvalidParams with the path of every fault."""
+    made, faults = faults_of(cls, value)
+    if faults or made is None:
+        raise InvalidParams("; ".join(faults), data={"faults": list(faults)})
+    return made
+
+
+def unstructure(value: object) -> Any:
+    """Make dicts, lists, strings, numbers, bools and None of attrs instances."""
+    return _converter.unstructure(value)
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return number
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+)
+
+
+def loads(text: str) -> object:
+    """Parse one JSON text; raises MalformedJSON that says where it is none."""
+    try:
+        return _decoder.decode(text)
+    except RecursionError:
+        raise MalformedJSON("cannot read the message: it is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedJSON(f"cannot read the message as JSON: {error}") from None
+
+
+def dumps(value: object) -> str:
+    """Write plain `value` as one line of JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,237 @@
+"""The tree of errors: one class for each situation that a caller can be in.
+
+Every class carries the code that stands on the wire (JSON-RPC 2.0, section 5.1: -32768 to
+-32000 are the protocol's, ours start at 1000), the exit code of `worker-cli`, and a stable
+name for programs. A message says what could not be done and why; `remedy` says what to do.
+
+Standard library only: the launcher raises these too.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class JobworkerError(Exception):
+    """Something that a caller can act upon.
+
+    `message` is one line, "cannot X: reason". `remedy` is what to do about it, "" where
+    nothing can be said. `data` goes to the client beside the message: JSON values only, and
+    nothing that the client may not see.
+    """
+
+    code: ClassVar[int] = -32603
+    exit_code: ClassVar[int] = 70
+    name: ClassVar[str] = "internal"
+
+    def __init__(
+        self, message: str, *, remedy: str = "", data: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.data: dict[str, object] = dict(data or {})
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+class InternalError(JobworkerError):
+    """A fault of ours: the client gets an incident id, the log has the rest."""
+
+
+# --- the wire -------------------------------------------------------------------------------
+
+
+class ProtocolError(JobworkerError):
+    """A message that is not JSON-RPC 2.0, or not at this moment."""
+
+    code = -32600
+    exit_code = 76
+    name = "invalid_request"
+
+
+class MalformedJSON(ProtocolError):
+    """A message that is not JSON as this protocol takes it (RFC 8259, no duplicate keys)."""
+
+    code = -32700
+    name = "parse_error"
+
+
+class UnknownMethod(ProtocolError):
+    """A method that the catalogue does not hold."""
+
+    code = -32601
+    name = "method_not_found"
+
+
+class InvalidParams(JobworkerError):
+    """A value that is missing, of the wrong type or out of bounds; the message names its path."""
+
+    code = -32602
+    exit_code = 65
+    name = "invalid_params"
+
+
+class TooLarge(JobworkerError):
+    """A request beyond a bound on size, such as 1 MiB of arguments and environment."""
+
+    code = 1001
+    exit_code = 79
+    name = "too_large"
+
+
+class PermissionDenied(JobworkerError):
+    """The caller's role does not hold the operation."""
+
+    code = 1002
+    exit_code = 77
+    name = "permission_denied"
+
+
+class NotFound(JobworkerError):
+    """No such job, or none that the caller may see."""
+
+    code = 1003
+    exit_code = 66
+    name = "not_found"
+
+
+class Busy(JobworkerError):
+    """A queue or a limit is full; the same request may pass later."""
+
+    code = 1004
+    exit_code = 75
+    name = "busy"
+
+
+class ShuttingDown(Busy):
+    """The service is on its way out and takes no new work."""
+
+    code = 1005
+    name = "shutting_down"
+
+
+# --- starting a job -------------------------------------------------------------------------
+
+
+class SandboxError(JobworkerError):
+    """A step of a job's start failed; nothing of the job is left. `data["step"]` names it."""
+
+    code = 1010
+    exit_code = 71
+    name = "sandbox"
+
+
+class CommandNotFound(SandboxError):
+    """The job's executable does not exist inside its root (exit code 127, as a shell has it)."""
+
+    code = 1011
+    exit_code = 127
+    name = "command_not_found"
+
+
+class CommandNotExecutable(SandboxError):
+    """The executable is there but cannot be executed: mode, format or a missing interpreter."""
+
+    code = 1012
+    exit_code = 126
+    name = "command_not_executable"
+
+
+class LauncherGone(JobworkerError):
+    """The launcher process has ended: no job can be started or stopped until a restart."""
+
+    code = 1013
+    exit_code = 71
+    name = "launcher_gone"
+
+
+# --- reaching a server ----------------------------------------------------------------------
+
+
+class ConnectionFailed(JobworkerError):
+    """Nothing answers at the address, or the connection broke."""
+
+    code = 1020
+    exit_code = 69
+    name = "connection_failed"
+
+
+class HostUnknown(ConnectionFailed):
+    """The server's name does not resolve."""
+
+    code = 1021
+    exit_code = 68
+    name = "host_unknown"
+
+
+class CertificateRefused(JobworkerError):
+    """The server refused this client's certificate, or asked for one in vain."""
+
+    code = 1022
+    exit_code = 67
+    name = "certificate_refused"
+
+
+class ServerUntrusted(JobworkerError):
+    """The server's certificate is not from our CA, has ended, or bears another name."""
+
+    code = 1023
+    exit_code = 74
+    name = "server_untrusted"
+
+
+class CredentialsUnusable(JobworkerError):
+    """A certificate, key or CA file is missing, unreadable, malformed or does not fit."""
+
+    code = 1024
+    exit_code = 72
+    name = "credentials_unusable"
+
+
+# --- setting up -----------------------------------------------------------------------------
+
+
+class ConfigError(JobworkerError):
+    """The configuration cannot be read or holds bad values; all of them are named at once."""
+
+    code = 1030
+    exit_code = 78
+    name = "configuration"
+
+
+class AddressUnavailable(JobworkerError):
+    """The service cannot listen at its address: in use, not ours, or reserved."""
+
+    code = 1031
+    exit_code = 73
+    name = "address_unavailable"
+
+
+class HostUnsupported(JobworkerError):
+    """This host lacks something that the configuration asks for, such as a controller."""
+
+    code = 1032
+    exit_code = 80
+    name = "host_unsupported"
+
+
+def error_classes() -> dict[int, type[JobworkerError]]:
+    """Every class by its wire code."""
+    found: dict[int, type[JobworkerError]] = {}
+    waiting: list[type[JobworkerError]] = [InternalError]
+    waiting.extend(JobworkerError.__subclasses__())
+    while waiting:
+        cls = waiting.pop()
+        found.setdefault(cls.code, cls)
+        waiting.extend(cls.__subclasses__())
+    return found
+
+
+def error_from_wire(code: int, message: str, data: Mapping[str, object]) -> JobworkerError:
+    """The error that a reply's error object stands for; unknown codes become `InternalError`."""
+    cls = error_classes().get(code, InternalError)
+    rest = dict(data)
+    remedy = rest.pop("remedy", "")
+    rest.pop("name", None)
+    return cls(message, remedy=remedy if isinstance(remedy, str) else "", data=rest)

@@ -1,0 +1,211 @@
+"""What a job is: the request for one, its limits, and the record of how it went.
+
+Frozen data with bounds; no clock and no I/O. The same classes stand in the wire's messages,
+in the history and in the client's API, so that a bound is stated once.
+"""
+
+import re
+import signal
+from collections.abc import Mapping
+from datetime import datetime
+from enum import Enum
+from typing import Literal, NewType
+
+import attrs
+from attrs import field, frozen
+
+from jobworker.errors import InvalidParams, TooLarge
+from jobworker.model.bounds import within
+from jobworker.model.lifecycle import TERMINAL, Reason, State
+
+JobId = NewType("JobId", int)
+
+MAX_ARGUMENT_BYTES = 131_071
+"""One argument or variable: the kernel's MAX_ARG_STRLEN less the closing NUL (execve(2))."""
+MAX_ARGUMENTS_BYTES = 1 << 20
+"""Arguments and environment together; the kernel's own bound is 2 MiB with an 8 MiB stack."""
+MAX_ARGUMENTS = 16_384
+MIN_MEMORY_BYTES = 4 << 20
+MAX_MEMORY_BYTES = 1 << 50
+MAX_CPU_PERCENT = 100 * 8192
+MIN_IO_BPS = 4096
+MAX_IO_BPS = 1 << 50
+MAX_PROCESSES = 4_194_304
+"""PID_MAX_LIMIT of 64-bit kernels (proc(5), /proc/sys/kernel/pid_max)."""
+MAX_TIMEOUT_SECONDS = 10 * 365 * 86400.0
+MAX_NAME_LENGTH = 128
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Stream(Enum):
+    """One of a job's two outputs."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+
+
+@frozen(kw_only=True)
+class Limits:
+    """A job's resource limits: None stands for the server's default, 0 for no limit."""
+
+    cpu_percent: int | None = field(
+        default=None, validator=within(1, MAX_CPU_PERCENT, or_zero=True)
+    )
+    """Percent of one core; 200 is two cores."""
+    memory_bytes: int | None = field(
+        default=None, validator=within(MIN_MEMORY_BYTES, MAX_MEMORY_BYTES, or_zero=True)
+    )
+    """Hard, swap included; going over ends the job with reason `oom`."""
+    io_bps: int | None = field(default=None, validator=within(MIN_IO_BPS, MAX_IO_BPS, or_zero=True))
+    """Bytes per second, reads and writes each, on every block device."""
+    processes: int | None = field(default=None, validator=within(1, MAX_PROCESSES, or_zero=True))
+    """Processes and threads alive at a time."""
+
+    def or_defaults(self, defaults: "Limits") -> "Limits":
+        """These limits, with those of `defaults` where they are None."""
+        return Limits(
+            **{
+                name: mine if mine is not None else attrs.asdict(defaults)[name]
+                for name, mine in attrs.asdict(self).items()
+            }
+        )
+
+
+def _text(what: str, value: str) -> None:
+    if "\0" in value:
+        raise ValueError(f"{what} holds a NUL character, which no program can be given")
+    size = len(value.encode("utf-8", "surrogatepass"))
+    if size > MAX_ARGUMENT_BYTES:
+        raise ValueError(f"{what} has {size} bytes; the kernel takes {MAX_ARGUMENT_BYTES}")
+
+
+def _check_command(_: object, __: object, value: tuple[str, ...]) -> None:
+    if not value or not value[0]:
+        raise ValueError("is empty: name the program to run")
+    if len(value) > MAX_ARGUMENTS:
+        raise ValueError(f"has {len(value)} arguments; at most {MAX_ARGUMENTS} are taken")
+    for number, argument in enumerate(value):
+        _text(f"argument {number}", argument)
+
+
+def _check_environment(_: object, __: object, value: Mapping[str, str]) -> None:
+    for name, content in value.items():
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is not a name for a variable (letters, digits and _)")
+        _text(f"the variable {name}", f"{name}={content}")
+
+
+def _check_workdir(_: object, __: object, value: str) -> None:
+    _text("the path", value)
+    if value and not value.startswith("/"):
+        raise ValueError(f"must be an absolute path inside the job's root, not {value!r}")
+
+
+def _check_name(_: object, __: object, value: str) -> None:
+    if len(value) > MAX_NAME_LENGTH or not value.isprintable():
+        raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")
+
+
+@frozen(kw_only=True)
+class JobSpec:
+    """A request for a job, as the client makes it."""
+
+    command: tuple[str, ...] = field(validator=_check_command)
+    """The program, a path or a name looked up in the job's PATH, and its arguments."""
+    environment: Mapping[str, str] = field(factory=dict, validator=_check_environment)
+    """Variables besides the sandbox's own (PATH, HOME, USER, LANG, TERM…), which these replace."""
+    workdir: str = field(default="", validator=_check_workdir)
+    """Absolute, inside the job's root; "" is the job's workspace."""
+    name: str = field(default="", validator=_check_name)
+    limits: Limits = Limits()
+    timeout_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
+    """Longest run time; None stands for the server's default, 0 for no limit."""
+    network: Literal["host"] = "host"
+
+    def check_size(self) -> None:
+        """Raise TooLarge if arguments and environment are beyond `MAX_ARGUMENTS_BYTES`."""
+        total = sum(len(argument.encode()) + 1 for argument in self.command)
+        total += sum(len(k.encode()) + len(v.encode()) + 2 for k, v in self.environment.items())
+        if total > MAX_ARGUMENTS_BYTES:
+            raise TooLarge(
+                f"cannot run the command: arguments and environment have {total} bytes, "
+                f"at most {MAX_ARGUMENTS_BYTES} are taken",
+                remedy="put the data into a file or read it from a program",
+            )
+
+
+@frozen(kw_only=True)
+class Usage:
+    """What a job has used since its start."""
+
+    cpu_ns: int = 0
+    throttled_ns: int = 0
+    """Time that the job waited for its CPU limit."""
+    memory_bytes: int = 0
+    memory_peak_bytes: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    processes: int = 0
+    oom_kills: int = 0
+
+
+@frozen(kw_only=True)
+class JobRecord:
+    """One job: what was asked for, where it stands and how it ended."""
+
+    id: JobId
+    spec: JobSpec
+    owner: str
+    """Common name of the certificate that asked for the job."""
+    state: State = State.PENDING
+    created_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    reason: Reason | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    detail: str = ""
+    """What more is to be said of the end, such as the failed step of a start."""
+    usage: Usage | None = None
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    discarded_bytes: int = 0
+    """Output that was not kept: beyond the cap on a job's output, or refused by the disk."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job has come to its end."""
+        return self.state in TERMINAL
+
+
+def shell_exit_code(record: JobRecord) -> int:
+    """The code by which a shell would tell how an ended job went.
+
+    0 for COMPLETED; the job's own code; 124 on time-out (timeout(1)); 137 on OOM;
+    128 + N on signal N, also where a stop caused it; 127 or 126 where the program could not
+    be executed; 125 where the job ended without ever having run.
+    """
+    if record.reason is Reason.TIMEOUT:
+        return 124
+    if record.reason is Reason.OOM:
+        return 128 + signal.SIGKILL
+    if record.exit_code is not None:
+        return record.exit_code
+    if record.signal is not None:
+        return 128 + record.signal
+    return 125
+
+
+def parse_signal(name: str) -> signal.Signals:
+    """The signal that "TERM", "SIGTERM" or "15" names; raises InvalidParams."""
+    try:
+        if name.isascii() and name.isdigit():
+            return signal.Signals(int(name))
+        upper = name.upper()
+        return signal.Signals[upper if upper.startswith("SIG") else f"SIG{upper}"]
+    except (KeyError, ValueError):
+        raise InvalidParams(
+            f"cannot send the signal {name!r}: no such signal",
+            remedy="name one as kill(1) does, such as TERM, INT or 15",
+        ) from None

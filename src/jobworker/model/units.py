@@ -1,0 +1,56 @@
+"""Durations and sizes as people write them, strictly, and back."""
+
+import re
+
+_DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+
+MAX_DURATION_SECONDS = 10 * 365 * 86400.0
+"""Ten years: what is longer is a mistake, and would overflow timers."""
+
+
+def parse_duration(text: str) -> float:
+    """Seconds that `text` stands for: "90", "1.5", "500ms", "10s", "1h30m", "2d".
+
+    Raises ValueError for anything else, and for more than ten years.
+    """
+    words = text.strip()
+    if re.fullmatch(r"\d+(?:\.\d+)?", words):
+        seconds = float(words)
+    else:
+        parts = _DURATION_PART.findall(words)
+        if not parts or "".join(number + unit for number, unit in parts) != words:
+            raise ValueError(f"{text!r} is not a duration such as 90s, 10m or 1h30m")
+        seconds = sum(float(number) * _DURATION[unit] for number, unit in parts)
+    if seconds > MAX_DURATION_SECONDS:
+        raise ValueError(f"{text!r} is longer than ten years")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """`seconds` in at most two units, such as "350ms", "12.3s", "4m10s", "2h5m", "3d1h"."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    for (large, large_seconds), (small, small_seconds) in (
+        (("m", 60), ("s", 1)),
+        (("h", 3600), ("m", 60)),
+        (("d", 86400), ("h", 3600)),
+    ):
+        if whole < large_seconds * (60 if large == "m" else 24) or large == "d":
+            rest = whole % large_seconds // small_seconds
+            return f"{whole // large_seconds}{large}" + (f"{rest}{small}" if rest else "")
+    raise AssertionError("the table ends with days")
+
+
+def format_size(count: float) -> str:
+    """`count` bytes in binary units with one decimal: "512 B", "1.5 KiB", "64.0 MiB"."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if count < 1024 or unit == "TiB":
+            return f"{count:.1f} {unit}"
+    raise AssertionError("the list ends with TiB")
