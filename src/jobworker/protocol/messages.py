@@ -1,0 +1,161 @@
+"""What travels in the messages: the parameters and results of each method.
+
+Frozen attrs classes; `convert` makes them of JSON and back, so these classes are the schema.
+Whatever is a job's own stands in `model`. Names on the wire are the names here.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import Enum
+
+from attrs import field, frozen
+
+from jobworker.model.bounds import within
+from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Stream
+from jobworker.model.lifecycle import State
+
+MAX_LIST = 1000
+MAX_OFFSET = 1 << 62
+MAX_CREDIT_BYTES = 1 << 30
+
+
+class Encoding(Enum):
+    """How output bytes travel."""
+
+    BASE64 = "base64"
+    """In `job.output` notifications, as base64 (RFC 4648) in `data`."""
+    BINARY = "binary"
+    """In binary messages: the notification without `data` as one line of JSON, then the bytes."""
+
+
+@frozen(kw_only=True)
+class Delivery:
+    """How a subscription's output is to be sent."""
+
+    encoding: Encoding = Encoding.BASE64
+    credit_bytes: int | None = field(default=None, validator=within(0, MAX_CREDIT_BYTES))
+    """Bytes that may be sent before the first `job.credit`; null sends as fast as is read."""
+
+
+@frozen(kw_only=True)
+class RunParams:
+    """Run a command as a job."""
+
+    job: JobSpec
+    follow: Delivery | None = None
+    """Subscribe to the output from its first byte, as `job.log` would."""
+
+
+@frozen(kw_only=True)
+class RunResult:
+    """The job as admitted, and the subscription that `follow` asked for."""
+
+    job: JobRecord
+    subscription: int | None = None
+
+
+@frozen(kw_only=True)
+class JobParams:
+    """Name one job."""
+
+    id: JobId = field(validator=within(1, MAX_OFFSET))
+
+
+@frozen(kw_only=True)
+class StopParams:
+    """Stop a job: a signal, a grace period, SIGKILL for all that is left."""
+
+    id: JobId = field(validator=within(1, MAX_OFFSET))
+    signal: str = "TERM"
+    grace_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
+
+
+@frozen(kw_only=True)
+class ListParams:
+    """List jobs, newest first."""
+
+    states: tuple[State, ...] = ()
+    """Only jobs in these; empty stands for all."""
+    limit: int = field(default=100, validator=within(1, MAX_LIST))
+    before: JobId | None = field(default=None, validator=within(1, MAX_OFFSET))
+    """Only jobs with smaller ids: the smallest id of the page before."""
+
+
+@frozen(kw_only=True)
+class ListResult:
+    """A page of jobs."""
+
+    jobs: tuple[JobRecord, ...]
+
+
+@frozen(kw_only=True)
+class LogParams:
+    """Subscribe to a job's output."""
+
+    id: JobId = field(validator=within(1, MAX_OFFSET))
+    follow: bool = True
+    """Go on until the job's last byte; else end with what there is now."""
+    offset: int = field(default=0, validator=within(0, MAX_OFFSET))
+    """Start at this byte of both streams together."""
+    streams: tuple[Stream, ...] = (Stream.STDOUT, Stream.STDERR)
+    delivery: Delivery = Delivery()
+
+
+@frozen(kw_only=True)
+class LogResult:
+    """The number that the subscription's notifications bear."""
+
+    subscription: int
+
+
+@frozen(kw_only=True)
+class CreditParams:
+    """Allow a subscription to send more (a notification)."""
+
+    subscription: int
+    bytes: int = field(validator=within(1, MAX_CREDIT_BYTES))
+
+
+@frozen(kw_only=True)
+class SubscriptionParams:
+    """Name one subscription of this connection."""
+
+    subscription: int
+
+
+@frozen(kw_only=True)
+class Nothing:
+    """No parameters, or nothing to tell."""
+
+
+@frozen(kw_only=True)
+class Welcome:
+    """Who the server takes the caller for, and what it is itself."""
+
+    version: str
+    name: str
+    role: str
+
+
+@frozen(kw_only=True)
+class OutputHeader:
+    """A piece of output, without its bytes: `job.output`."""
+
+    subscription: int
+    stream: Stream
+    offset: int
+    """Position of its first byte in both streams together."""
+    time: datetime
+    """When its first byte was read from the job."""
+
+
+@frozen(kw_only=True)
+class OutputEnd:
+    """The end of a subscription: `job.output_end`."""
+
+    subscription: int
+    offset: int
+    """Where a later subscription would go on."""
+    job: JobRecord
+    error: Mapping[str, str] | None = None
+    """`name` and `message` where the output could not be sent to its end."""

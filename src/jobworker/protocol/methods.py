@@ -1,0 +1,43 @@
+"""The catalogue: every method of the protocol, in one table.
+
+A row says what a method is called, what it takes and answers, and which permission it needs.
+The server's operations, the client and the documents all follow this table; a test holds that
+each row has its operation and each operation its row.
+"""
+
+from attrs import frozen
+
+from jobworker.model.access import Permission
+from jobworker.model.job import JobRecord
+from jobworker.protocol import messages as m
+
+SUBPROTOCOL = "jobworker.v1"
+
+OUTPUT = "job.output"
+OUTPUT_END = "job.output_end"
+
+
+@frozen
+class Method:
+    """One row."""
+
+    name: str
+    params: type
+    result: type
+    permission: Permission
+    summary: str
+
+
+_ROWS = (
+    Method("service.hello", m.Nothing, m.Welcome, Permission.VIEW, "Tell who is who"),
+    Method("job.run", m.RunParams, m.RunResult, Permission.RUN, "Run a command as a job"),
+    Method("job.status", m.JobParams, JobRecord, Permission.VIEW, "Tell about one job"),
+    Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
+    Method("job.wait", m.JobParams, JobRecord, Permission.VIEW, "Answer at the job's end"),
+    Method("job.stop", m.StopParams, JobRecord, Permission.STOP, "Stop a job, answer at its end"),
+    Method("job.log", m.LogParams, m.LogResult, Permission.VIEW, "Subscribe to a job's output"),
+    Method("job.credit", m.CreditParams, m.Nothing, Permission.VIEW, "Allow more output"),
+    Method("job.unfollow", m.SubscriptionParams, m.Nothing, Permission.VIEW, "End a subscription"),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}

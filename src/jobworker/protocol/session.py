@@ -1,0 +1,249 @@
+"""JSON-RPC 2.0 as this service speaks it, sans-IO: messages in, events and messages out.
+
+One message is one JSON-RPC object, in a WebSocket text message; output may travel in binary
+messages instead (`Encoding.BINARY`). Of what the standard leaves open:
+
+- parameters are objects, never lists; an absent `params` is an empty object;
+- an id is a string of up to 128 characters or an integer, and not one that is in flight;
+- a batch is refused, since replies here come in the order in which they are ready;
+- unknown members of a request are refused, as unknown parameters are.
+
+The two sides share nothing but these rules. No clock and no socket: what a call means, and when
+it is answered, is the caller's business.
+"""
+
+import base64
+from collections.abc import Mapping
+from typing import TypeVar
+
+from attrs import define, field, frozen
+
+from jobworker.convert import dumps, loads, structure, unstructure
+from jobworker.errors import (
+    Busy,
+    InternalError,
+    InvalidParams,
+    JobworkerError,
+    ProtocolError,
+    UnknownMethod,
+    error_from_wire,
+)
+from jobworker.protocol.messages import OutputEnd, OutputHeader
+from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END, Method
+
+T = TypeVar("T")
+
+MAX_IN_FLIGHT = 256
+MAX_ID_LENGTH = 128
+MAX_HEADER_BYTES = 4096
+
+CallId = str | int
+
+
+@frozen
+class Call:
+    """A request (or a notification, where `id` is None) that is sound so far."""
+
+    id: CallId | None
+    method: Method
+    params: object
+    """An instance of `method.params`."""
+
+
+@frozen
+class Refusal:
+    """A message to send back at once: what came in was no sound request."""
+
+    message: str
+    error: JobworkerError
+
+
+@define(eq=False)
+class ServerSession:
+    """The server's side of one connection."""
+
+    _in_flight: set[CallId] = field(factory=set)
+
+    def receive(self, message: str | bytes) -> Call | Refusal:
+        """What a message asks for, or the error to send back at once."""
+        id_: CallId | None = None
+        try:
+            request = _object(message)
+            if "id" in request:
+                id_ = _checked_id(request["id"])
+            method, params = _checked_request(request)
+            if id_ is not None:
+                self._admit(id_)
+        except JobworkerError as error:
+            return Refusal(self._error(id_, error), error)
+        return Call(id_, method, params)
+
+    def _admit(self, id_: CallId) -> None:
+        if id_ in self._in_flight:
+            raise ProtocolError(f"cannot take the request: its id {id_!r} is in flight")
+        if len(self._in_flight) >= MAX_IN_FLIGHT:
+            raise Busy(
+                f"cannot take the request: {MAX_IN_FLIGHT} are in flight on this connection",
+                remedy="wait for replies, or open another connection",
+            )
+        self._in_flight.add(id_)
+
+    def result(self, id_: CallId, value: object) -> str:
+        """The reply to a call that succeeded."""
+        self._in_flight.discard(id_)
+        return dumps({"jsonrpc": "2.0", "id": id_, "result": unstructure(value)})
+
+    def error(self, id_: CallId, error: JobworkerError) -> str:
+        """The reply to a call that failed."""
+        self._in_flight.discard(id_)
+        return self._error(id_, error)
+
+    def _error(self, id_: CallId | None, error: JobworkerError) -> str:
+        data: dict[str, object] = {"name": error.name, **error.data}
+        if error.remedy:
+            data["remedy"] = error.remedy
+        body = {"code": error.code, "message": error.message, "data": data}
+        return dumps({"jsonrpc": "2.0", "id": id_, "error": body})
+
+
+def encode_output(header: OutputHeader, data: bytes, *, binary: bool) -> str | bytes:
+    """The message for a piece of output."""
+    params = unstructure(header)
+    if binary:
+        return dumps({"method": OUTPUT, "params": params}).encode() + b"\n" + data
+    params["data"] = base64.b64encode(data).decode("ascii")
+    return dumps({"jsonrpc": "2.0", "method": OUTPUT, "params": params})
+
+
+def encode_output_end(end: OutputEnd) -> str:
+    """The message for the end of a subscription."""
+    return dumps({"jsonrpc": "2.0", "method": OUTPUT_END, "params": unstructure(end)})
+
+
+@frozen
+class Reply:
+    """The result of a call, still plain values, or the error that it ended with."""
+
+    id: CallId
+    result: object
+    error: JobworkerError | None
+
+
+@frozen
+class Output:
+    """A piece of a subscription's output."""
+
+    header: OutputHeader
+    data: bytes
+
+
+@define(eq=False)
+class ClientSession:
+    """The client's side of one connection."""
+
+    _next: int = 1
+    _methods: dict[CallId, Method] = field(factory=dict)
+
+    def call(self, name: str, params: object) -> tuple[int, str]:
+        """A new request: its id and its message."""
+        id_, self._next = self._next, self._next + 1
+        self._methods[id_] = METHODS[name]
+        body = {"jsonrpc": "2.0", "id": id_, "method": name, "params": unstructure(params)}
+        return id_, dumps(body)
+
+    def notify(self, name: str, params: object) -> str:
+        """A notification's message."""
+        return dumps({"jsonrpc": "2.0", "method": name, "params": unstructure(params)})
+
+    def receive(self, message: str | bytes) -> Reply | Output | OutputEnd | None:
+        """What the server says; None for notifications that this client does not know.
+
+        Raises ProtocolError where the server does not keep to the protocol.
+        """
+        if isinstance(message, bytes):
+            head, newline, data = message.partition(b"\n")
+            if not newline or len(head) > MAX_HEADER_BYTES:
+                raise ProtocolError("cannot read a binary message: it has no header line")
+            body = _object(head.decode("utf-8", "replace"))
+            return Output(_taken(OutputHeader, body.get("params")), data)
+        body = _object(message)
+        if "method" not in body:
+            return self._reply(body)
+        params = body.get("params")
+        if body["method"] == OUTPUT and isinstance(params, dict):
+            text = params.pop("data", None)
+            if not isinstance(text, str):
+                raise ProtocolError("cannot read a piece of output: it has no data")
+            return Output(_taken(OutputHeader, params), base64.b64decode(text, validate=True))
+        if body["method"] == OUTPUT_END:
+            return _taken(OutputEnd, params)
+        return None
+
+    def _reply(self, body: Mapping[str, object]) -> Reply:
+        id_ = body.get("id")
+        problem = body.get("error")
+        if isinstance(problem, dict):
+            error = _taken_error(problem)
+            if id_ is None:
+                raise error  # about the connection as a whole
+        else:
+            error = None
+        method = self._methods.pop(id_, None) if isinstance(id_, str | int) else None
+        if method is None or not isinstance(id_, str | int):
+            raise ProtocolError("cannot read a reply: it answers no call")
+        result = None if error is not None else _taken(method.result, body.get("result"))
+        return Reply(id_, result, error)
+
+
+def _object(message: str | bytes) -> dict[str, object]:
+    if isinstance(message, bytes):
+        raise ProtocolError("cannot take a binary message: requests are text")
+    body = loads(message)
+    if isinstance(body, list):
+        raise ProtocolError("cannot take a batch: send each request as a message of its own")
+    if not isinstance(body, dict):
+        raise ProtocolError("cannot take the message: it is no JSON-RPC object")
+    return body
+
+
+def _checked_id(value: object) -> CallId:
+    if type(value) is int and abs(value) < 1 << 63:
+        return value
+    if type(value) is str and len(value) <= MAX_ID_LENGTH and value.isprintable():
+        return value
+    raise ProtocolError("cannot take the request: its id is no short string and no integer")
+
+
+def _checked_request(request: Mapping[str, object]) -> tuple[Method, object]:
+    if request.get("jsonrpc") != "2.0":
+        raise ProtocolError('cannot take the request: "jsonrpc" is not "2.0"')
+    extra = request.keys() - {"jsonrpc", "id", "method", "params"}
+    if extra:
+        raise ProtocolError(f"cannot take the request: unknown member {min(extra)!r}")
+    name = request.get("method")
+    if not isinstance(name, str):
+        raise ProtocolError('cannot take the request: "method" is no string')
+    method = METHODS.get(name)
+    if method is None:
+        raise UnknownMethod(
+            f"cannot call {name[:64]!r}: no such method",
+            remedy="the methods are " + ", ".join(sorted(METHODS)),
+        )
+    try:
+        return method, structure(method.params, request.get("params", {}))
+    except InvalidParams as error:
+        raise InvalidParams(f"cannot call {name}: {error.message}", data=error.data) from None
+
+
+def _taken(cls: type[T], value: object) -> T:
+    try:
+        return structure(cls, value)
+    except InvalidParams as error:
+        raise ProtocolError(f"cannot read the server's message: {error.message}") from None
+
+
+def _taken_error(problem: Mapping[str, object]) -> JobworkerError:
+    code, message, data = problem.get("code"), problem.get("message"), problem.get("data", {})
+    if type(code) is not int or not isinstance(message, str) or not isinstance(data, dict):
+        return InternalError("cannot read the server's error")
+    return error_from_wire(code, message, data)
