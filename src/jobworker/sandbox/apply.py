@@ -1,0 +1,246 @@
+"""Make a step hold: the one function for each kind of step, run in the job's own process.
+
+Everything here runs between clone3 and exec in a process that must not return: plain system
+calls, nothing buffered, nothing imported. The first failure raises `StepFailed` with the
+step's name and the kernel's reason; the caller reports it and the process ends, and with it
+its namespaces and mounts.
+
+Standard library only.
+"""
+
+import fcntl
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from jobworker.sandbox import steps as s
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.cgroups import Scope
+
+STATUS_DESCRIPTOR, USER_NAMESPACE_DESCRIPTOR = 3, 4
+"""Where the child keeps its socket to the launcher and its user namespace; close-on-exec."""
+
+_PRIVATE = sc.MS_NOSUID | sc.MS_NODEV
+_LAST_CAPABILITY = 63
+
+
+class StepFailed(Exception):
+    """A step that the kernel refused: its name, the errno (0 where there is none), the detail."""
+
+    def __init__(self, step: str, code: int, detail: str) -> None:
+        super().__init__(step, code, detail)
+        self.step, self.code, self.detail = step, code, detail
+
+
+class Means(NamedTuple):
+    """What steps need besides their own words: descriptors, and the scope."""
+
+    scope: Scope
+    stdout: int
+    stderr: int
+    status: int
+    """The child's end of its socket to the launcher."""
+    user_namespace: int
+    """The namespace that maps root to the job's range of ids."""
+
+
+def apply(steps: Iterable[s.Step], means: Means) -> None:
+    """Apply `steps` in order; returns only if none of them is `Execute`."""
+    for step in steps:
+        try:
+            _APPLY[type(step)](step, means)
+        except OSError as error:
+            detail = str(error.filename or "") or _subject(step)
+            raise StepFailed(s.name_of(step), error.errno or 0, detail) from error
+
+
+def _subject(step: s.Step) -> str:
+    return next((value for value in step if isinstance(value, str)), "")
+
+
+def _attach_scope(_: s.AttachScope, means: Means) -> None:
+    means.scope.attach_self()
+
+
+def _keep_own_descriptors(step: s.KeepOwnDescriptors, means: Means) -> None:
+    # All of them are moved out of the way first: any may stand where another has to go.
+    null = os.open(step.stdin, os.O_RDONLY | os.O_CLOEXEC)
+    own = (null, means.stdout, means.stderr, means.status, means.user_namespace)
+    away = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 16) for descriptor in own]
+    for number, descriptor in enumerate(away):
+        os.dup2(descriptor, number, inheritable=number <= 2)
+    sc.close_range(len(own))
+
+
+def _unshare_cgroup_namespace(_: s.UnshareCgroupNamespace, __: Means) -> None:
+    sc.unshare(sc.CLONE_NEWCGROUP)
+
+
+def _new_session(_: s.NewSession, __: Means) -> None:
+    os.setsid()
+
+
+def _new_keyring(_: s.NewKeyring, __: Means) -> None:
+    sc.join_new_session_keyring()
+
+
+def _mount_tmpfs(step: s.MountTmpfs, _: Means) -> None:
+    options = f"mode={step.mode:o},size={step.size_bytes},uid={step.owner},gid={step.owner}"
+    sc.mount("tmpfs", step.path, "tmpfs", _PRIVATE, options)
+
+
+def _make_scratch(step: s.MakeScratch, _: Means) -> None:
+    os.mkdir(step.directory, 0o711)
+    for name in step.names:
+        path = f"{step.directory}/{name}"
+        os.mkdir(path, 0o700)
+        os.chown(path, step.owner, step.owner)
+        os.chmod(path, 0o1777 if "tmp" in name else 0o755)
+
+
+def _bind_scratch(step: s.BindScratch, _: Means) -> None:
+    sc.mount(step.source, step.path, None, sc.MS_BIND)
+
+
+def _mount_devpts(step: s.MountDevpts, _: Means) -> None:
+    options = f"newinstance,ptmxmode=0666,mode=620,gid={step.tty_group}"
+    sc.mount("devpts", step.path, "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, options)
+
+
+def _mount_proc(step: s.MountProc, _: Means) -> None:
+    sc.mount("proc", step.path, "proc", _PRIVATE | sc.MS_NOEXEC)
+
+
+def _mask_path(step: s.MaskPath, _: Means) -> None:
+    if os.path.isdir(step.path):
+        options = "mode=555,size=4k,nr_inodes=2"
+        sc.mount("tmpfs", step.path, "tmpfs", _PRIVATE | sc.MS_NOEXEC | sc.MS_RDONLY, options)
+    elif os.path.lexists(step.path):
+        root = step.path[: step.path.index("/proc/")]
+        sc.mount(f"{root}/dev/null", step.path, None, sc.MS_BIND)
+
+
+def _read_only_path(step: s.ReadOnlyPath, _: Means) -> None:
+    if not os.path.lexists(step.path):
+        return
+    sc.mount(step.path, step.path, None, sc.MS_BIND | sc.MS_REC)
+    flags = sc.MS_REMOUNT | sc.MS_BIND | sc.MS_RDONLY | _PRIVATE | sc.MS_NOEXEC
+    sc.mount(None, step.path, None, flags)
+
+
+def _pivot_root(step: s.PivotRoot, _: Means) -> None:
+    # pivot_root(2), "pivot_root(".", ".")": the new root needs to be a mount point, which the
+    # jobs' tree is, and the old one is detached from under it without a directory for it.
+    os.chdir(step.path)
+    sc.pivot_root(".", ".")
+    sc.umount(".")
+    os.chdir("/")
+
+
+def _set_hostname(step: s.SetHostname, _: Means) -> None:
+    socket.sethostname(step.name)
+
+
+def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
+    number = getattr(resource, step.resource)
+    # Never above what the launcher itself was given: raising a hard limit would undo the
+    # administrator's own bound (LimitNOFILE= of the unit, say).
+    ceiling = resource.getrlimit(number)[1]
+    hard = step.hard if ceiling == resource.RLIM_INFINITY else min(step.hard, ceiling)
+    resource.setrlimit(number, (min(step.soft, hard), hard))
+
+
+def _enter_user_namespace(_: s.EnterUserNamespace, __: Means) -> None:
+    sc.setns(USER_NAMESPACE_DESCRIPTOR, sc.CLONE_NEWUSER)
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def _drop_capabilities(step: s.DropCapabilities, _: Means) -> None:
+    sc.prctl(sc.PR_CAP_AMBIENT, sc.PR_CAP_AMBIENT_CLEAR_ALL)
+    for number in range(_LAST_CAPABILITY + 1):
+        if number in step.keep:
+            continue
+        try:
+            sc.prctl(sc.PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno != 22:  # EINVAL: beyond the last capability that this kernel has
+                raise
+            break
+    sc.capset(step.keep)
+
+
+def _forbid_new_privileges(_: s.ForbidNewPrivileges, __: Means) -> None:
+    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _die_with_launcher(_: s.DieWithLauncher, __: Means) -> None:
+    sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _reset_signals(_: s.ResetSignals, __: Means) -> None:
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _close_descriptors(_: s.CloseDescriptors, __: Means) -> None:
+    # Before the working directory is entered, or it could be one of them (CVE-2024-21626).
+    sc.close_range(STATUS_DESCRIPTOR + 1)
+
+
+def _change_directory(step: s.ChangeDirectory, _: Means) -> None:
+    os.chdir(step.path)
+
+
+def _execute(step: s.Execute, _: Means) -> None:
+    environment = dict(step.environment)
+    name = step.arguments[0]
+    if "/" in name:
+        candidates = [name]
+    else:
+        directories = environment.get("PATH", "").split(":")
+        candidates = [f"{directory or '.'}/{name}" for directory in directories]
+    refused: OSError | None = None
+    for path in candidates:
+        try:
+            os.execve(path, step.arguments, environment)  # noqa: S606
+        except (FileNotFoundError, NotADirectoryError) as error:
+            # A script whose interpreter is missing is also "not found": tell the two apart.
+            if os.path.isfile(path):
+                raise OSError(error.errno, error.strerror, f"{path} (its interpreter)") from None
+        except PermissionError as error:
+            refused = refused or OSError(error.errno, error.strerror, path)
+    raise refused or FileNotFoundError(2, "No such file or directory", name)
+
+
+_APPLY: dict[type, Callable[..., None]] = {
+    s.AttachScope: _attach_scope,
+    s.KeepOwnDescriptors: _keep_own_descriptors,
+    s.UnshareCgroupNamespace: _unshare_cgroup_namespace,
+    s.NewSession: _new_session,
+    s.NewKeyring: _new_keyring,
+    s.MountTmpfs: _mount_tmpfs,
+    s.MakeScratch: _make_scratch,
+    s.BindScratch: _bind_scratch,
+    s.MountDevpts: _mount_devpts,
+    s.MountProc: _mount_proc,
+    s.MaskPath: _mask_path,
+    s.ReadOnlyPath: _read_only_path,
+    s.PivotRoot: _pivot_root,
+    s.SetHostname: _set_hostname,
+    s.SetResourceLimit: _set_resource_limit,
+    s.EnterUserNamespace: _enter_user_namespace,
+    s.DropCapabilities: _drop_capabilities,
+    s.ForbidNewPrivileges: _forbid_new_privileges,
+    s.DieWithLauncher: _die_with_launcher,
+    s.ResetSignals: _reset_signals,
+    s.CloseDescriptors: _close_descriptors,
+    s.ChangeDirectory: _change_directory,
+    s.Execute: _execute,
+}

@@ -1,0 +1,291 @@
+"""The cgroup v1 backend, with or without a cgroup2 mount beside it (hybrid).
+
+Each controller has a hierarchy of its own (or shares one: "cpu,cpuacct"). Our directory stands
+below this process's own group in each of them, so that the limits of whoever started us hold.
+On a hybrid host the cgroup2 mount tracks the processes: cgroup.kill, CLONE_INTO_CGROUP, and the
+CPU time, which every cgroup2 group counts without any controller.
+
+Meaning of the limits, kernel doc Documentation/admin-guide/cgroup-v1:
+- cpu: a quota for each period of 100 ms (Documentation/scheduler/sched-bwc.rst).
+- memory: limit_in_bytes, then memsw.limit_in_bytes, which must never be the lower one. A kernel
+  that does not count swap has no memsw files: fine on a host without swap, refused on one with.
+- io: blkio.throttle counts and delays bios in the context that submits them. Buffered writes are
+  submitted by kernel threads and so are neither delayed nor counted here: `missing_features`.
+- OOM: the kernel kills one process, not the group, so the launcher ends the rest. `oom_fd` is
+  signalled when the kernel begins to look for a victim, in this group or in one above it: the
+  count in memory.oom_control follows a moment later, or never, if it is another group's.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from jobworker.sandbox import block_devices
+from jobworker.sandbox import cgroup_files as files
+from jobworker.sandbox import cgroup_mounts as mounts
+from jobworker.sandbox.cgroup_scope import Kind, Limits, Scope, Tree, Usage
+
+PERIOD_US = 100_000  # the kernel's default, and what cgroup v2 uses
+_NEEDED = {
+    "cpu": ("cpu.cfs_quota_us", "CONFIG_CFS_BANDWIDTH"),
+    "memory": ("memory.limit_in_bytes", "CONFIG_MEMCG_V1"),
+    "io": ("blkio.throttle.read_bps_device", "CONFIG_BLK_DEV_THROTTLING"),
+    "pids": ("pids.max", "CONFIG_CGROUP_PIDS"),
+}
+_UNLIMITED = 2**62  # bytes; the kernel shows its largest number of pages
+_THROTTLES = ("blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device")
+_IO_COUNTERS = "blkio.throttle.io_service_bytes_recursive"
+
+
+class ScopeV1(Scope):
+    """A scope in v1 hierarchies."""
+
+    def __init__(self, tree: "TreeV1", name: str) -> None:
+        self._v1 = tree
+        self._tops = tree.by_controller
+        super().__init__(tree, name)
+        if "memory" in self._tops:
+            try:
+                self.oom_fd = _watch_oom(self._tops["memory"], name)
+            except OSError:
+                for descriptor in self._descriptors():
+                    os.close(descriptor)
+                raise
+
+    def _write_limits(self, limits: Limits) -> None:
+        if "cpu" in self._tops:
+            _limit_cpu(self._tops["cpu"], self.name, limits.cpu_percent)
+        if "memory" in self._tops:
+            _limit_memory(self._tops["memory"], self.name, limits.memory_bytes)
+        if "io" in self._tops:
+            devices = self._v1.devices()
+            _limit_io(self._tops["io"], self.name, limits.io_bps, devices)
+        if "pids" in self._tops:
+            value = str(limits.pids or "max")
+            files.set_limit(self._tops["pids"], f"{self.name}/pids.max", value, value.__eq__)
+
+    def _lift_io_limit(self) -> None:
+        _limit_io(self._tops["io"], self.name, 0, ())
+
+    def _counters(self) -> Usage:
+        usage = Usage(cpu_ns=self._cpu_ns())
+        if "cpu" in self._tops:
+            stat = files.table(files.read(self._tops["cpu"], f"{self.name}/cpu.stat"))
+            usage = usage._replace(throttled_ns=stat.get("throttled_time", 0))
+        if "memory" in self._tops:
+            usage = usage._replace(
+                memory_bytes=self._number("memory", "memory.usage_in_bytes"),
+                memory_peak_bytes=self._number("memory", "memory.max_usage_in_bytes"),
+                oom_kills=self._oom_count(),
+            )
+        if "io" in self._tops:
+            text = files.read(self._tops["io"], f"{self.name}/{_IO_COUNTERS}")
+            read, written = sum_io(text, self._v1.stacked)
+            usage = usage._replace(read_bytes=read, write_bytes=written)
+        if "pids" in self._tops:
+            usage = usage._replace(pids=self._number("pids", "pids.current"))
+        return usage
+
+    def _cpu_ns(self) -> int:
+        if "cpuacct" in self._tops:
+            return self._number("cpuacct", "cpuacct.usage")
+        if self._tree.unified is not None:
+            stat = files.table(files.read(self._tree.unified, f"{self.name}/cpu.stat"))
+            return stat.get("usage_usec", 0) * 1000
+        return 0
+
+    def _oom_count(self) -> int:
+        if "memory" not in self._tops:
+            return 0
+        text = files.read(self._tops["memory"], f"{self.name}/memory.oom_control")
+        return files.table(text).get("oom_kill", 0)
+
+    def _restart_peak(self) -> None:
+        if "memory" in self._tops:
+            files.write(self._tops["memory"], f"{self.name}/memory.max_usage_in_bytes", "0")
+
+    def _number(self, controller: str, file: str) -> int:
+        return int(files.read(self._tops[controller], f"{self.name}/{file}"))
+
+
+class TreeV1(Tree):
+    """Our directories in the v1 hierarchies, and in the cgroup2 mount of a hybrid host."""
+
+    def __init__(self, name: str, by_controller: dict[str, int], unified: int | None) -> None:
+        super().__init__(name, by_controller, unified)
+        self.kind: Kind = "v1" if unified is None else "hybrid"
+        self.stacked: frozenset[str] = frozenset()
+        self._blocks = block_devices.open_directory() if "io" in by_controller else None
+
+    def devices(self) -> tuple[block_devices.Device, ...]:
+        """The block devices that exist now; `stacked` is brought up to date with them."""
+        found = () if self._blocks is None else block_devices.scan(self._blocks)
+        self.stacked = frozenset(device.number for device in found if device.stacked)
+        return found
+
+    def missing_features(self) -> tuple[str, ...]:
+        notes = []
+        if "io" in self.by_controller:
+            notes.append("buffered writes are neither throttled nor counted on cgroup v1")
+        if "memory" in self.by_controller:
+            notes.append("TCP buffers are not charged to the job on cgroup v1")
+        if not self.kills_groups:
+            notes.append(
+                "without cgroup.kill (Linux 5.14, cgroup2 mounted) processes are killed one by one"
+            )
+        if "cpu" in self.by_controller and "cpuacct" not in self.by_controller and not self.unified:
+            notes.append("CPU time is not measured: neither cpuacct nor cgroup2 is mounted")
+        return tuple(notes)
+
+    def close(self) -> None:
+        super().close()
+        if self._blocks is not None:
+            os.close(self._blocks)
+            self._blocks = None
+
+    def _new_scope(self, name: str) -> ScopeV1:
+        return ScopeV1(self, name)
+
+
+def open_v1(
+    found: mounts.Hierarchies, controllers: Sequence[str], name: str, parent: str, has_swap: bool
+) -> TreeV1:
+    """Make our directories below our own group, or below `parent`, in each hierarchy.
+
+    Raises `HostUnsupported` with the controller, the reason and the remedy.
+    """
+    tops: dict[str, int] = {}  # path of a directory to its descriptor
+    by_controller: dict[str, int] = {}
+    try:
+        for controller in controllers:
+            v1_name = mounts.V1_NAMES[controller]
+            mount = found.legacy(v1_name)
+            if mount is None:
+                raise mounts.missing(controller, found, ())
+            base = mounts.base_path(found, mount, v1_name, parent)
+            by_controller[controller] = _own_directory(tops, base, name, controller)
+            _check(by_controller[controller], controller, has_swap)
+        unified = _open_unified(found, tops, name, parent)
+        accounting = found.legacy("cpuacct")
+        # Where it shares cpu's mount it costs nothing; else only where cgroup2 cannot count.
+        shared = accounting is not None and "cpu" in accounting.controllers
+        if "cpu" in controllers and accounting is not None and (shared or unified is None):
+            base = mounts.base_path(found, accounting, "cpuacct", parent)
+            by_controller["cpuacct"] = _own_directory(tops, base, name, "cpu")
+        return _tree(name, by_controller, unified)
+    except BaseException:
+        for path, top in tops.items():
+            mounts.discard(path, top)
+        raise
+
+
+def _tree(name: str, by_controller: dict[str, int], unified: int | None) -> TreeV1:
+    try:
+        tree = TreeV1(name, by_controller, unified)
+    except OSError as error:
+        reason = f"cannot list the block devices: {error}"
+        raise mounts.unsupported("io", reason, "mount sysfs on /sys") from error
+    tree.devices()
+    return tree
+
+
+def _open_unified(
+    found: mounts.Hierarchies, tops: dict[str, int], name: str, parent: str
+) -> int | None:
+    mount = found.unified()
+    if mount is None:
+        return None
+    return _own_directory(tops, mounts.base_path(found, mount, "", parent), name, "")
+
+
+def _own_directory(tops: dict[str, int], base: str, name: str, controller: str) -> int:
+    """Our directory below `base`, made when it is not there; one descriptor for each path."""
+    path = f"{base}/{name}"
+    if path not in tops:
+        tops[path] = mounts.make_directory(path, controller)
+    return tops[path]
+
+
+def _check(top: int, controller: str, has_swap: bool) -> None:
+    file, option = _NEEDED[controller]
+    if not files.exists(top, file):
+        reason = f"the kernel does not offer {file}"
+        raise mounts.unsupported(controller, reason, f"use a kernel with {option}")
+    if controller == "memory" and has_swap and not files.exists(top, "memory.memsw.limit_in_bytes"):
+        reason = "the host has swap, which this kernel does not count"
+        remedy = "add swapaccount=1 to the kernel command line or switch swap off"
+        raise mounts.unsupported(controller, reason, remedy)
+
+
+def _watch_oom(top: int, name: str) -> int:
+    """An eventfd that the kernel signals at an OOM (cgroup-v1/memory.rst, sections 9 and 10)."""
+    event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(f"{name}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC, dir_fd=top)
+        try:
+            files.write(top, f"{name}/cgroup.event_control", f"{event} {control}")
+        finally:
+            os.close(control)
+    except OSError:
+        os.close(event)
+        raise
+    return event
+
+
+def _limit_cpu(top: int, name: str, cpu_percent: int) -> None:
+    quota = str(cpu_percent * PERIOD_US // 100) if cpu_percent else "-1"
+    period = str(PERIOD_US)
+    files.set_limit(top, f"{name}/cpu.cfs_period_us", period, period.__eq__)
+    files.set_limit(top, f"{name}/cpu.cfs_quota_us", quota, quota.__eq__)
+
+
+def _limit_memory(top: int, name: str, memory_bytes: int) -> None:
+    page = os.sysconf("SC_PAGESIZE")
+    value = str(memory_bytes or -1)
+    plain, swap = f"{name}/memory.limit_in_bytes", f"{name}/memory.memsw.limit_in_bytes"
+
+    def kept_in_pages(text: str) -> bool:
+        return int(text) == memory_bytes // page * page if memory_bytes else int(text) >= _UNLIMITED
+
+    counts_swap = files.exists(top, swap)
+    if counts_swap:
+        # Out of the way first: it must never be below the plain limit.
+        files.set_limit(top, swap, "-1", lambda kept: int(kept) >= _UNLIMITED)
+    try:
+        files.write(top, plain, value)
+    except OSError as error:
+        charged = files.read(top, f"{name}/memory.usage_in_bytes").strip()
+        reason = f"{error.strerror}, {charged} bytes are charged to the scope already"
+        raise files.refused(plain, value, reason, "raise the job's memory limit") from error
+    if not kept_in_pages(kept := files.read(top, plain)):
+        raise files.refused(plain, value, f"the kernel kept {kept.strip()!r}")
+    if counts_swap:
+        files.set_limit(top, swap, value, kept_in_pages)
+
+
+def _limit_io(top: int, name: str, io_bps: int, devices: Sequence[block_devices.Device]) -> None:
+    for throttle in _THROTTLES:
+        path = f"{name}/{throttle}"
+        if io_bps and not devices:
+            raise files.refused(path, str(io_bps), "the host has no block device", "lift io_bps")
+        for number in files.table(files.read(top, path)):
+            files.set_limit(top, path, f"{number} 0", partial(_has_line, number, ""))
+        for device in devices if io_bps else ():
+            value = f"{device.number} {io_bps}"
+            files.set_limit(top, path, value, partial(_has_line, device.number, str(io_bps)))
+
+
+def _has_line(number: str, bps: str, text: str) -> bool:
+    """Whether a throttle file holds this for a device; "" for no limit."""
+    lines = dict(line.split() for line in text.splitlines())
+    return lines.get(number, "") == bps
+
+
+def sum_io(text: str, stacked: frozenset[str]) -> tuple[int, int]:
+    """Bytes read and written from "MAJOR:MINOR Read|Write|… BYTES" lines, `stacked` left out."""
+    sums = {"Read": 0, "Write": 0}
+    for line in text.splitlines():
+        row = line.split()
+        if len(row) == 3 and row[1] in sums and row[0] not in stacked:
+            sums[row[1]] += int(row[2])
+    return sums["Read"], sums["Write"]

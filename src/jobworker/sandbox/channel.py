@@ -1,0 +1,135 @@
+"""Messages with descriptors over a SOCK_SEQPACKET socket, between service, launcher and child.
+
+One packet is one message: JSON in UTF-8, with up to `MAX_DESCRIPTORS` descriptors beside it.
+A body that does not fit a packet travels in a sealed memfd, the first descriptor of its packet,
+so that no message is ever sent in halves and a sender never waits for its receiver to read
+one. The receiver trusts nothing: only a memfd sealed against writing and shrinking is read (any
+other descriptor could block the reader or change under it), and only up to `MAX_BODY_BYTES`.
+
+Both sides use the two pure halves, `encode` and `decode`, with a send and a receive of their
+own: the launcher's never block, the service's are Trio's, the child's are plain.
+"""
+
+import array
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Sequence
+
+from jobworker.errors import ProtocolError
+
+MAX_DESCRIPTORS = 16
+MAX_INLINE_BYTES = 32 << 10
+MAX_BODY_BYTES = 4 << 20
+PACKET_BYTES = MAX_INLINE_BYTES + 1
+ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+
+_INLINE, _ATTACHED = b"i", b"a"
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+Ancillary = list[tuple[int, int, bytes]]
+Message = dict[str, object]
+
+
+def encode(message: Message, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, list[int]]:
+    """The packet and ancillary data of `message`, and the descriptors to close once it is sent."""
+    body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(body) > MAX_BODY_BYTES:
+        raise ProtocolError(f"cannot send a message of {len(body)} bytes: the bound is 4 MiB")
+    packet, passed, mine = _INLINE + body, list(descriptors), []
+    if len(body) > MAX_INLINE_BYTES:
+        memory = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        mine.append(memory)
+        passed.insert(0, memory)
+        written = 0
+        while written < len(body):
+            written += os.write(memory, body[written:])
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+        packet = _ATTACHED
+    ancillary: Ancillary = []
+    if passed:
+        rights = array.array("i", passed).tobytes()
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights))
+    return packet, ancillary, mine
+
+
+def decode(
+    packet: bytes, ancillary: Sequence[tuple[int, int, bytes]], flags: int
+) -> tuple[Message, list[int]]:
+    """The message in a received packet and its descriptors, which the caller now owns.
+
+    Raises ProtocolError for anything that `encode` would not have made; then every
+    descriptor that came along is closed.
+    """
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    owned = list(descriptors)
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("cannot take the message: it is cut short")
+        body = packet[1:]
+        if packet[:1] == _ATTACHED and owned:
+            memory = owned.pop(0)
+            try:
+                body = _read_sealed(memory)
+            finally:
+                os.close(memory)
+        elif packet[:1] != _INLINE:
+            raise ProtocolError("cannot take the message: its first byte tells no kind")
+        message = json.loads(body)
+        if not isinstance(message, dict):
+            raise ProtocolError("cannot take the message: it is no object")
+    except BaseException as error:
+        for descriptor in owned:
+            os.close(descriptor)
+        if isinstance(error, (ValueError, RecursionError)):
+            raise ProtocolError("cannot take the message: it is not JSON") from None
+        raise
+    return message, owned
+
+
+def _read_sealed(memory: int) -> bytes:
+    try:
+        seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    size = os.fstat(memory).st_size
+    if seals & _SEALS != _SEALS or size > MAX_BODY_BYTES:
+        raise ProtocolError(
+            "cannot take the message: its body is no sealed memory of at most 4 MiB"
+        )
+    body = b""
+    while len(body) < size:
+        body += os.pread(memory, size - len(body), len(body))
+    return body
+
+
+def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
+    """Send one message; raises BlockingIOError where a non-blocking socket is full."""
+    packet, ancillary, mine = encode(message, descriptors)
+    try:
+        sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+    finally:
+        for descriptor in mine:
+            os.close(descriptor)
+
+
+def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
+    """Receive one message and its descriptors; None at the end of the stream."""
+    packet, ancillary, flags, _ = sock.recvmsg(
+        PACKET_BYTES, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+    )
+    if not packet and not ancillary:
+        return None
+    return decode(packet, ancillary, flags)
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors, each one even where another one fails."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

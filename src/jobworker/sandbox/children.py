@@ -1,0 +1,219 @@
+"""The launcher's children: one for each spare and each job, made, watched and cleared away.
+
+A child owns a slot: a range of ids, a scope, a place on disk and two pipes. The nursery makes
+children from free slots and takes everything back when one has ended: process, scope, files,
+descriptors. What is half-made when a step fails goes too.
+
+Standard library only.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jobworker.sandbox import scratch
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.apply import Means
+from jobworker.sandbox.cgroups import Scope, Tree
+from jobworker.sandbox.channel import Message, close_all
+from jobworker.sandbox.child import become_job
+from jobworker.sandbox.plan import SCRATCH, Slot, prepare
+from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
+
+PIPE_BYTES = 1 << 20
+"""Room for output while nobody reads, such as between two turns of the service."""
+
+_NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
+
+
+class Policy(NamedTuple):
+    """What the launcher was told by whoever started it, once and for all."""
+
+    instance: str
+    """Name of the directory of control groups that belongs to this service."""
+    stage: str
+    scratch: str
+    controllers: tuple[str, ...]
+    cgroup_parent: str
+    programs: tuple[str, ...]
+    etc: tuple[str, ...]
+    first_uid: int
+    max_jobs: int
+    spares: int
+    tmpfs_bytes: int
+
+
+class Exit(NamedTuple):
+    """How a child's first process ended: one of the two is None."""
+
+    code: int | None
+    signal: int | None
+
+
+class Child:
+    """A process on its way to becoming a job, or a job."""
+
+    def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
+        self.slot, self.index, self.scope = slot, index, scope
+        self.pid = self.pidfd = self.stdout = self.stderr = -1
+        self.sock: socket.socket | None = None
+        """Open until the program is executed, or the process has ended."""
+        self.job: int | None = None
+        """The job that it was ordered to become; None for a spare."""
+        self.request: int | None = None
+        """The request to answer once the program runs or the start has failed."""
+        self.failure: Message | None = None
+        self.exit: Exit | None = None
+
+
+class Nursery:
+    """Makes and clears children; holds the slots, and a user namespace for each one used."""
+
+    def __init__(self, tree: Tree, policy: Policy, root: str, scratch_root: str) -> None:
+        self._tree, self._policy = tree, policy
+        self._root, self._scratch_root = root, scratch_root
+        self._free = list(range(policy.max_jobs + policy.spares))[::-1]
+        self._user_namespaces: dict[int, int] = {}
+        self._made = 0
+        self.sweepers: dict[int, int] = {}
+        """Processes that remove files of ended jobs: pid by pidfd."""
+
+    def has_room(self) -> bool:
+        """Whether another child can be made."""
+        return bool(self._free)
+
+    def make(self) -> Child:
+        """Clone a child that prepares itself; raises OSError, and then nothing is left of it."""
+        if not self._free:
+            raise OSError(errno.EAGAIN, "every range of ids is in use")
+        self._made += 1
+        index = self._free.pop()
+        name = f"job-{self._made}"
+        first_uid = self._policy.first_uid + index * IDS_PER_JOB
+        slot = Slot(name, first_uid, f"{self._scratch_root}/{name}")
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._free.append, index)
+            child = Child(slot, index, self._tree.create(name))
+            undo.callback(child.scope.remove)
+            self._clone(child, undo)
+            undo.pop_all()
+        return child
+
+    def _clone(self, child: Child, undo: contextlib.ExitStack) -> None:
+        user_namespace = self._user_namespace(child)
+        ours: list[int] = []
+        theirs: list[int] = []
+        undo.callback(close_all, ours)
+        try:
+            for _ in range(2):
+                read, write = os.pipe2(os.O_CLOEXEC)
+                ours.append(read)
+                theirs.append(write)
+                os.set_blocking(read, False)
+                with contextlib.suppress(PermissionError):  # beyond pipe-max-size: smaller, then
+                    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with far:
+                undo.callback(near.close)
+                near.setblocking(False)
+                steps = prepare(self._root, child.slot, self._policy.tmpfs_bytes)
+                stdout, stderr = theirs
+                means = Means(child.scope, stdout, stderr, far.fileno(), user_namespace)
+                child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
+                if child.pid == 0:
+                    become_job(steps, means)
+        finally:
+            close_all(theirs)
+        child.sock = near
+        child.stdout, child.stderr = ours
+
+    def _user_namespace(self, child: Child) -> int:
+        if child.index not in self._user_namespaces:
+            made = make_user_namespace(child.slot.first_uid)
+            self._user_namespaces[child.index] = made
+        return self._user_namespaces[child.index]
+
+    def clear(self, child: Child) -> None:
+        """Take back all that a reaped child had. Raises OSError if its scope is still busy."""
+        child.scope.remove()
+        if child.sock is not None:
+            child.sock.close()
+            child.sock = None
+        close_all([child.stdout, child.stderr, child.pidfd])
+        if not scratch.remove_if_empty(child.slot.scratch, tuple(SCRATCH)):
+            self._start_sweeper(child.slot.scratch)
+        self._free.append(child.index)
+
+    def sweep_scratch(self) -> None:
+        """Have everything removed that an earlier launcher left on disk."""
+        for name in os.listdir(self._scratch_root):
+            self._start_sweeper(f"{self._scratch_root}/{name}")
+
+    def _start_sweeper(self, path: str) -> None:
+        pid, pidfd = sc.clone3(0)
+        if pid == 0:
+            try:
+                scratch.remove_tree(path)
+            finally:
+                os._exit(0)
+        self.sweepers[pidfd] = pid
+
+    def reap_sweeper(self, pidfd: int) -> None:
+        """Collect an ended sweeper."""
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        del self.sweepers[pidfd]
+
+    def close(self) -> None:
+        """Close the user namespaces; call when no child is left."""
+        close_all(list(self._user_namespaces.values()))
+
+
+def reap(child: Child) -> Exit:
+    """Collect the status of a child whose pidfd is readable: waitid(2)."""
+    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+    assert info is not None
+    if info.si_code == os.CLD_EXITED:
+        return Exit(info.si_status, None)
+    return Exit(None, info.si_status)
+
+
+def policy_from(message: Message) -> Policy:
+    """The policy in the first message; its sender started the launcher and is trusted."""
+
+    def texts(key: str) -> tuple[str, ...]:
+        value = message[key]
+        assert isinstance(value, list)
+        return tuple(str(item) for item in value)
+
+    def number(key: str) -> int:
+        value = message[key]
+        assert isinstance(value, int)
+        return value
+
+    return Policy(
+        instance=str(message["instance"]),
+        stage=str(message["stage"]),
+        scratch=str(message["scratch"]),
+        controllers=texts("controllers"),
+        cgroup_parent=str(message["cgroup_parent"]),
+        programs=texts("programs"),
+        etc=texts("etc"),
+        first_uid=number("first_uid"),
+        max_jobs=number("max_jobs"),
+        spares=number("spares"),
+        tmpfs_bytes=number("tmpfs_bytes"),
+    )
+
+
+def policy_message(policy: Policy) -> Message:
+    """What `policy_from` reads."""
+    message: Message = dict(policy._asdict())
+    for key, value in message.items():
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            message[key] = list(value)
+    return message

@@ -1,0 +1,131 @@
+"""From what a job asks for and what the launcher allows to an ordered tuple of steps.
+
+Pure: no clock, no I/O, no privilege; the same input gives the same steps. There are two
+halves. `prepare` holds what every job needs alike, so that a spare child can have it done
+before anybody asks. `finish` holds what only the request tells, and ends with `Execute`.
+
+The order is what makes the whole safe, and holds for both halves together:
+
+1. the scope first, so that nothing of the job ever runs outside its limits;
+2. the root is assembled with the launcher's rights and pivoted into;
+3. the user namespace last but a few: from then on the process has no right over the host, and
+   its mounts, which an outer namespace owns, cannot be changed from inside;
+4. capabilities after the user namespace, whose entry hands out a full set;
+5. descriptors last, since entering the user namespace needs one.
+
+Standard library only: the launcher itself builds the plan, from its own policy. The service
+asks for a job, never for steps.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jobworker.sandbox import steps as s
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+WORKSPACE = "/workspace"
+
+ENVIRONMENT = {
+    "PATH": PATH,
+    "HOME": "/root",
+    "USER": "root",
+    "LOGNAME": "root",
+    "SHELL": "/bin/sh",
+    "LANG": "C.UTF-8",
+}
+"""What every job finds; nothing of the service's or the launcher's own environment."""
+
+SCRATCH = {"tmp": "/tmp", "vartmp": "/var/tmp", "home": "/root", "workspace": WORKSPACE}  # noqa: S108
+"""Directories on disk, private to the job and gone with it, by their place in the root."""
+
+MASKED = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/config.gz",
+    "/proc/interrupts",
+    "/proc/kallsyms",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/key-users",
+    "/proc/kmsg",
+    "/proc/kpagecount",
+    "/proc/kpageflags",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/sysrq-trigger",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/vmallocinfo",
+)
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
+
+KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
+"""capabilities(7), over the job's own user namespace only: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,
+KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, SYS_CHROOT, AUDIT_WRITE, SETFCAP. It is the set
+that containers commonly get, less NET_RAW and MKNOD."""
+
+RESOURCE_LIMITS = (
+    s.SetResourceLimit("RLIMIT_CORE", 0, 0),
+    s.SetResourceLimit("RLIMIT_NOFILE", 1024, 524_288),
+    s.SetResourceLimit("RLIMIT_MEMLOCK", 8 << 20, 8 << 20),
+)
+
+
+class Slot(NamedTuple):
+    """What one live job alone has: its range of ids and its place on disk."""
+
+    name: str
+    first_uid: int
+    scratch: str
+
+
+class Order(NamedTuple):
+    """What the request tells about the job to start."""
+
+    hostname: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    workdir: str
+
+
+def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
+    """The steps before the request: scope, namespaces and the root at `root`, pivoted into.
+
+    `tmpfs_bytes` bounds each of the memory file systems, which the job's memory limit also
+    counts.
+    """
+    owner = slot.first_uid
+    return (
+        s.AttachScope(),
+        s.KeepOwnDescriptors(f"{root}/dev/null"),
+        s.UnshareCgroupNamespace(),
+        s.NewSession(),
+        s.NewKeyring(),
+        s.MakeScratch(slot.scratch, tuple(SCRATCH), owner),
+        *(s.BindScratch(f"{slot.scratch}/{name}", root + at) for name, at in SCRATCH.items()),
+        s.MountTmpfs(f"{root}/run", 0o755, tmpfs_bytes, owner),
+        s.MountTmpfs(f"{root}/dev/shm", 0o1777, tmpfs_bytes, owner),  # noqa: S108
+        s.MountDevpts(f"{root}/dev/pts", owner + 5),
+        s.MountProc(f"{root}/proc"),
+        *(s.MaskPath(root + path) for path in MASKED),
+        *(s.ReadOnlyPath(root + path) for path in READ_ONLY),
+        s.PivotRoot(root),
+    )
+
+
+def finish(order: Order) -> tuple[s.Step, ...]:
+    """The steps after the request, ending with `Execute`."""
+    environment = {**ENVIRONMENT, **order.environment}
+    return (
+        s.SetHostname(order.hostname),
+        *RESOURCE_LIMITS,
+        s.EnterUserNamespace(),
+        s.DropCapabilities(KEPT_CAPABILITIES),
+        s.ForbidNewPrivileges(),
+        s.DieWithLauncher(),
+        s.ResetSignals(),
+        s.CloseDescriptors(),
+        s.ChangeDirectory(order.workdir or WORKSPACE),
+        s.Execute(order.arguments, tuple(environment.items())),
+    )

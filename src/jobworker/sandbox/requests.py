@@ -1,0 +1,126 @@
+"""What the service may ask of the launcher, checked as if the service were hostile.
+
+A closed set: `spawn`, `signal`, `kill`, `remove`, `usage`. Every field is checked for type and
+bound here, so that the launcher acts only on values that it would itself have chosen. There is
+no request for a process without a sandbox.
+
+Pure, standard library only. Each parser raises ProtocolError, which names the field.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jobworker.errors import ProtocolError
+from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.plan import Order
+
+MAX_ARGUMENTS = 16_384
+MAX_TEXT_BYTES = 131_071
+MAX_ORDER_BYTES = 1 << 20
+MAX_NUMBER = 1 << 52
+MAX_SIGNAL = 64
+
+
+class Spawn(NamedTuple):
+    """Start a job."""
+
+    job: int
+    order: Order
+    limits: Limits
+
+
+class Signal(NamedTuple):
+    """Send a signal to a job's first process."""
+
+    job: int
+    number: int
+
+
+class Kill(NamedTuple):
+    """End every process of a job."""
+
+    job: int
+
+
+class Remove(NamedTuple):
+    """Forget a job, with its scope and its files; one that has not ended is killed."""
+
+    job: int
+
+
+class UsageOf(NamedTuple):
+    """Read what a job has used."""
+
+    job: int
+
+
+Request = Spawn | Signal | Kill | Remove | UsageOf
+
+
+def parse(message: Mapping[str, object]) -> tuple[int, Request]:
+    """The number of the request, for the reply, and the request itself."""
+    number = _integer(message, "id", 0)
+    operation = message.get("op")
+    job = _integer(message, "job", 1)
+    if operation == "spawn":
+        return number, Spawn(job, _order(message), _limits(message))
+    if operation == "signal":
+        return number, Signal(job, _integer(message, "signal", 1, MAX_SIGNAL))
+    if operation == "kill":
+        return number, Kill(job)
+    if operation == "remove":
+        return number, Remove(job)
+    if operation == "usage":
+        return number, UsageOf(job)
+    raise ProtocolError("cannot take the request: op is none of the launcher's operations")
+
+
+def _integer(message: Mapping[str, object], key: str, low: int, high: int = MAX_NUMBER) -> int:
+    value = message.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"cannot take the request: {key} is no integer from {low} to {high}")
+    return value
+
+
+def _text(value: object, key: str) -> str:
+    if type(value) is not str or "\0" in value:
+        raise ProtocolError(f"cannot take the request: {key} is no text without NUL")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        size = MAX_TEXT_BYTES + 1
+    if size > MAX_TEXT_BYTES:
+        raise ProtocolError(f"cannot take the request: {key} is too long or no Unicode")
+    return value
+
+
+def _order(message: Mapping[str, object]) -> Order:
+    arguments = message.get("arguments")
+    environment = message.get("environment")
+    if type(arguments) is not list or not 1 <= len(arguments) <= MAX_ARGUMENTS:
+        raise ProtocolError("cannot take the request: arguments is no list of 1 to 16384 texts")
+    if type(environment) is not dict:
+        raise ProtocolError("cannot take the request: environment is no object")
+    texts = tuple(_text(argument, "an argument") for argument in arguments)
+    variables = {_text(k, "a variable"): _text(v, "a value") for k, v in environment.items()}
+    if not texts[0] or any(not name or "=" in name for name in variables):
+        raise ProtocolError("cannot take the request: a program or variable without a name")
+    size = sum(len(text.encode()) + 1 for text in (*texts, *variables, *variables.values()))
+    if size > MAX_ORDER_BYTES:
+        raise ProtocolError("cannot take the request: arguments and environment exceed 1 MiB")
+    hostname = _text(message.get("hostname"), "hostname")
+    if not 1 <= len(hostname.encode()) <= 63:
+        raise ProtocolError("cannot take the request: hostname is not of 1 to 63 bytes")
+    workdir = _text(message.get("workdir"), "workdir")
+    if workdir and not workdir.startswith("/"):
+        raise ProtocolError("cannot take the request: workdir is not absolute")
+    return Order(hostname, texts, variables, workdir)
+
+
+def _limits(message: Mapping[str, object]) -> Limits:
+    return Limits(
+        cpu_percent=_integer(message, "cpu_percent", 0),
+        memory_bytes=_integer(message, "memory_bytes", 0),
+        io_bps=_integer(message, "io_bps", 0),
+        pids=_integer(message, "pids", 0),
+    )

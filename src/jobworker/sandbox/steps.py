@@ -1,0 +1,172 @@
+"""The steps by which a process becomes a job: frozen data, no effect.
+
+A step says what is to hold, `sandbox.apply` makes it so, `sandbox.plan` puts steps in order.
+`name_of` is the word by which a failed step is reported and by which the documents speak of it.
+Standard library only: the launcher carries them.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class AttachScope(NamedTuple):
+    """Enter the job's control groups, so that all that follows is inside its limits."""
+
+
+class KeepOwnDescriptors(NamedTuple):
+    """Put the job's standard streams in their places and close all that belongs to others."""
+
+    stdin: str
+
+
+class UnshareCgroupNamespace(NamedTuple):
+    """Make the job's own control group the root that it sees: cgroup_namespaces(7)."""
+
+
+class NewSession(NamedTuple):
+    """Leave the launcher's session and any controlling terminal: setsid(2)."""
+
+
+class NewKeyring(NamedTuple):
+    """Leave the launcher's session keyring: session-keyring(7)."""
+
+
+class MountTmpfs(NamedTuple):
+    """Mount an empty tmpfs that belongs to the job's root user: tmpfs(5)."""
+
+    path: str
+    mode: int
+    size_bytes: int
+    owner: int
+
+
+class MakeScratch(NamedTuple):
+    """Make the job's directories on disk, empty and its own."""
+
+    directory: str
+    names: tuple[str, ...]
+    owner: int
+
+
+class BindScratch(NamedTuple):
+    """Put one of the job's directories on disk in its place in the root."""
+
+    source: str
+    path: str
+
+
+class MountDevpts(NamedTuple):
+    """Mount terminals of the job's own: a new devpts instance."""
+
+    path: str
+    tty_group: int
+
+
+class MountProc(NamedTuple):
+    """Mount a fresh /proc that shows the job's process namespace alone: proc(5)."""
+
+    path: str
+
+
+class MaskPath(NamedTuple):
+    """Hide a file behind /dev/null or a directory behind an empty one, where it exists."""
+
+    path: str
+
+
+class ReadOnlyPath(NamedTuple):
+    """Make what stands at a path read-only, where it exists."""
+
+    path: str
+
+
+class PivotRoot(NamedTuple):
+    """Make the assembled tree the root and let go of the old one: pivot_root(2)."""
+
+    path: str
+
+
+class SetHostname(NamedTuple):
+    """Name the host that the job sees: uts_namespaces(7)."""
+
+    name: str
+
+
+class SetResourceLimit(NamedTuple):
+    """Set a resource limit, soft and hard: setrlimit(2)."""
+
+    resource: str
+    soft: int
+    hard: int
+
+
+class EnterUserNamespace(NamedTuple):
+    """Enter the user namespace that maps root inside to an unprivileged id outside."""
+
+
+class DropCapabilities(NamedTuple):
+    """Keep these capabilities over the job's own user namespace, drop all others for good."""
+
+    keep: frozenset[int]
+
+
+class ForbidNewPrivileges(NamedTuple):
+    """No setuid program and no file capability gives anything any more: no_new_privs."""
+
+
+class DieWithLauncher(NamedTuple):
+    """Have the kernel kill the job should the launcher be killed: PR_SET_PDEATHSIG."""
+
+
+class ResetSignals(NamedTuple):
+    """Give every signal its default disposition and unblock all: signal(7)."""
+
+
+class CloseDescriptors(NamedTuple):
+    """Close every descriptor above standard error, but the one that execve(2) closes."""
+
+
+class ChangeDirectory(NamedTuple):
+    """Go to the job's working directory, inside its root."""
+
+    path: str
+
+
+class Execute(NamedTuple):
+    """Become the job's program: execve(2)."""
+
+    arguments: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+
+
+Step = (
+    AttachScope
+    | KeepOwnDescriptors
+    | UnshareCgroupNamespace
+    | NewSession
+    | NewKeyring
+    | MountTmpfs
+    | MakeScratch
+    | BindScratch
+    | MountDevpts
+    | MountProc
+    | MaskPath
+    | ReadOnlyPath
+    | PivotRoot
+    | SetHostname
+    | SetResourceLimit
+    | EnterUserNamespace
+    | DropCapabilities
+    | ForbidNewPrivileges
+    | DieWithLauncher
+    | ResetSignals
+    | CloseDescriptors
+    | ChangeDirectory
+    | Execute
+)
+
+
+def name_of(step: Step | type[Step]) -> str:
+    """The step's name in words: `EnterUserNamespace` is "enter-user-namespace"."""
+    kind = step if isinstance(step, type) else type(step)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()

@@ -1,0 +1,185 @@
+"""The Linux system calls that Python does not offer: one thin function for each.
+
+The only module that touches ctypes. Every function raises OSError with the kernel's errno;
+what a call is used for stands where it is used. Numbers are those of x86-64 and arm64, the
+two machines served; another one is refused at import, as is a kernel ABI we never ran on.
+"""
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.mount.argtypes = [
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+]
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+
+_NUMBERS = {
+    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250},
+    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219},
+}
+_machine = os.uname().machine
+if _machine not in _NUMBERS:
+    raise ImportError(f"jobworker runs jobs on x86-64 and arm64 kernels, not on {_machine}")
+_PIVOT_ROOT = _NUMBERS[_machine]["pivot_root"]
+_CAPSET = _NUMBERS[_machine]["capset"]
+_KEYCTL = _NUMBERS[_machine]["keyctl"]
+_OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 435, 436, 442
+
+# mount(2)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+# clone(2), namespaces(7)
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x8000000, 0x10000000, 0x20000000
+_CLONE_PIDFD, _CLONE_INTO_CGROUP = 0x1000, 1 << 33
+# mount_setattr(2)
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
+# prctl(2)
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 24, 38, 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+_OPEN_TREE_CLONE = 1
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else os.fsencode(text)
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """mount(2); `data` is the file system's own options."""
+    _check(_libc.mount(_bytes(source), _bytes(target), _bytes(kind), flags, _bytes(data) or None))
+
+
+def umount(target: str, flags: int = MNT_DETACH) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(_bytes(target), flags))
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2)."""
+    _check(_libc.syscall(ctypes.c_long(_PIVOT_ROOT), _bytes(new), _bytes(old)))
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _check(_libc.unshare(flags))
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """setns(2)."""
+    _check(_libc.setns(descriptor, kind))
+
+
+def prctl(option: int, argument: int = 0, second: int = 0) -> None:
+    """prctl(2) with up to two arguments; the rest is zero, as most options demand."""
+    _check(_libc.prctl(option, argument, second, 0, 0))
+
+
+class _CloneArguments(ctypes.Structure):
+    """struct clone_args of clone3(2)."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "flags",
+            "pidfd",
+            "child_tid",
+            "parent_tid",
+            "exit_signal",
+            "stack",
+            "stack_size",
+            "tls",
+            "set_tid",
+            "set_tid_size",
+            "cgroup",
+        )
+    ]
+
+
+_SIGCHLD = 17
+
+
+def clone3(flags: int, cgroup_descriptor: int | None = None) -> tuple[int, int]:
+    """clone3(2) used as fork(2): (pid, pidfd) in the parent, (0, -1) in the child.
+
+    `cgroup_descriptor` is a cgroup v2 directory that the child is born in. The C library's and
+    Python's after-fork steps do not run: only a process of one thread may call this, and the
+    child may do little more than system calls and exec.
+    """
+    pidfd = ctypes.c_int(-1)
+    arguments = _CloneArguments(
+        flags=flags | _CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=_SIGCHLD
+    )
+    if cgroup_descriptor is not None:
+        arguments.flags |= _CLONE_INTO_CGROUP
+        arguments.cgroup = cgroup_descriptor
+    size = ctypes.c_size_t(ctypes.sizeof(arguments))
+    pid = _check(_libc.syscall(ctypes.c_long(_CLONE3), ctypes.byref(arguments), size))
+    return pid, pidfd.value
+
+
+class _MountAttributes(ctypes.Structure):
+    """struct mount_attr of mount_setattr(2)."""
+
+    _fields_ = [(n, ctypes.c_uint64) for n in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+
+
+def open_tree_clone(path: str) -> int:
+    """A detached copy of the mounts at and below `path`: open_tree(2); the caller closes it."""
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE)
+    return _check(
+        _libc.syscall(ctypes.c_long(_OPEN_TREE), ctypes.c_int(_AT_FDCWD), _bytes(path), flags)
+    )
+
+
+def mount_setattr(tree: int, attributes: int) -> None:
+    """Set `attributes` on the mount `tree` and all below it: mount_setattr(2)."""
+    wanted = _MountAttributes(attr_set=attributes)
+    flags = ctypes.c_uint(_AT_EMPTY_PATH | _AT_RECURSIVE)
+    size = ctypes.c_size_t(ctypes.sizeof(wanted))
+    number = ctypes.c_long(_MOUNT_SETATTR)
+    _check(_libc.syscall(number, ctypes.c_int(tree), b"", flags, ctypes.byref(wanted), size))
+
+
+def move_mount(tree: int, target: str) -> None:
+    """Attach the detached mount `tree` at `target`: move_mount(2)."""
+    from_empty_path = ctypes.c_uint(0x4)
+    number, here = ctypes.c_long(_MOVE_MOUNT), ctypes.c_int(_AT_FDCWD)
+    _check(_libc.syscall(number, ctypes.c_int(tree), b"", here, _bytes(target), from_empty_path))
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
+    """close_range(2): close all descriptors from `first` to `last`."""
+    number = ctypes.c_long(_CLOSE_RANGE)
+    _check(_libc.syscall(number, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0)))
+
+
+def join_new_session_keyring() -> None:
+    """Leave the inherited session keyring for an anonymous new one: keyctl(2)."""
+    join_session_keyring = ctypes.c_int(1)
+    _check(_libc.syscall(ctypes.c_long(_KEYCTL), join_session_keyring, None))
+
+
+def capset(capabilities: frozenset[int]) -> None:
+    """Set effective, permitted and inheritable sets of this thread: capset(2), version 3."""
+    low = sum(1 << number for number in capabilities if number < 32)
+    high = sum(1 << (number - 32) for number in capabilities if number >= 32)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    data = (ctypes.c_uint32 * 6)(low, low, low, high, high, high)
+    number = ctypes.c_long(_CAPSET)
+    _check(_libc.syscall(number, ctypes.byref(header), ctypes.byref(data)))
