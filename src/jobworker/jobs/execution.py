@@ -1,0 +1,280 @@
+"""One job from its admission to its end: the nursery that owns the child, its scope and output.
+
+    spawn ─► RUNNING ─► ┌ pump       pipes to spool, until the last writer is gone
+                        ├ deadline   the time-out asks for a stop
+                        ├ stopper    signal, grace period, kill
+                        └ exit wait  the launcher's word, at which the others end
+            ─► drain ─► seal ─► remove the scope ─► record
+
+Requests never run in here: they ask (`request_stop`) and wait for events. So a client that
+goes away, or a request that is cancelled, changes nothing about a job. Each step of the end runs
+even if one before it failed, and its fault is logged; the record tells what came of the job.
+"""
+
+import logging
+import math
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+
+import trio
+from attrs import define, evolve, field, frozen
+
+from jobworker.errors import JobworkerError, LauncherGone
+from jobworker.jobs.history import History
+from jobworker.jobs.output_directory import OutputError
+from jobworker.jobs.pump import Pump
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import JobRecord, Limits, Stream, Usage
+from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
+from jobworker.sandbox import cgroups
+from jobworker.sandbox.launch import Exit, Link, Started
+from jobworker.sandbox.plan import Order
+
+log = logging.getLogger("jobworker.jobs")
+
+DRAIN_SECONDS = 2.0
+"""How long after a job's end someone outside of it may hold its pipes open."""
+MAX_PENDING_SIGNALS = 64
+
+Clock = Callable[[], datetime]
+
+
+@frozen(kw_only=True)
+class Rules:
+    """What the configuration says about every job."""
+
+    defaults: Limits
+    timeout_seconds: float
+    stop_grace_seconds: float
+    max_output_bytes: int
+
+
+@define(eq=False, kw_only=True)
+class Execution:
+    """A live job. `record` is always its latest state; `ended` is set when it is final."""
+
+    record: JobRecord
+    spool: Spool
+    _link: Link
+    _history: History
+    _rules: Rules
+    _clock: Clock
+    admitted_at_once: bool
+    """Whether there was room for it when it came; else it waits its turn."""
+    decided: trio.Event = field(factory=trio.Event, init=False)
+    """Set once it is known whether the program runs."""
+    ended: trio.Event = field(factory=trio.Event, init=False)
+    start_error: JobworkerError | None = field(default=None, init=False)
+    _stopping: bool = field(default=False, init=False)
+    _timed_out: bool = field(default=False, init=False)
+    _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
+    _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
+    _asked: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._signals, self._asked = trio.open_memory_channel(MAX_PENDING_SIGNALS)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody asked for the job's end."""
+        return self._stopping
+
+    def request_stop(self, number: signal.Signals, grace_seconds: float | None) -> None:
+        """Ask for the end: send `number`, and kill after the grace period (None: the default).
+
+        May be called again; the earliest deadline counts, and each signal is delivered.
+        """
+        self._stopping = True
+        self._ask_to_end(number, grace_seconds)
+
+    def _ask_to_end(self, number: signal.Signals, grace_seconds: float | None) -> None:
+        grace = self._rules.stop_grace_seconds if grace_seconds is None else grace_seconds
+        self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
+        # It may have been told often enough, or have ended.
+        with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            self._signals.send_nowait(number)
+
+    async def usage(self) -> Usage | None:
+        """What the job uses now, or has used; None where it never ran."""
+        if self.record.state is State.RUNNING and not self.ended.is_set():
+            try:
+                return await self._link.usage(self.record.id)
+            except JobworkerError:
+                return self.record.usage  # it ended meanwhile
+        return self.record.usage
+
+    async def run(self) -> None:
+        """Run the job to its end. Raises nothing that belongs to this one job."""
+        self.record = self._advanced(Event.ADMIT)
+        try:
+            started, exits = await self._link.spawn(self.record.id, self._order(), self._limits())
+        except JobworkerError as error:
+            await self._end_unstarted(error)
+            return
+        self.record = self._advanced(Event.START, started_at=self._clock())
+        self.decided.set()
+        ending: Exit | None = None
+        async with self._output(started), trio.open_nursery() as nursery:
+            nursery.start_soon(self.store)
+            nursery.start_soon(self._deadline)
+            nursery.start_soon(self._stopper)
+            with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
+                ending = await exits.receive()
+            nursery.cancel_scope.cancel()
+        await self._finish(ending)
+
+    def _order(self) -> Order:
+        spec = self.record.spec
+        environment = {"JOBWORKER_JOB_ID": str(self.record.id), **spec.environment}
+        return Order(f"job-{self.record.id}", spec.command, environment, spec.workdir)
+
+    def _limits(self) -> cgroups.Limits:
+        limits = self.record.spec.limits
+        return cgroups.Limits(
+            cpu_percent=limits.cpu_percent or 0,
+            memory_bytes=limits.memory_bytes or 0,
+            io_bps=limits.io_bps or 0,
+            pids=limits.processes or 0,
+        )
+
+    @asynccontextmanager
+    async def _output(self, started: Started) -> AsyncIterator[None]:
+        """Move output while the job runs, and what is left of it within bounds thereafter."""
+        pipes = {Stream.STDOUT: started.stdout, Stream.STDERR: started.stderr}
+        cap = self._rules.max_output_bytes or None
+        with Pump(self.spool, pipes, max_bytes=cap) as pump:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pump, pump)
+                yield
+                nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+            try:
+                await pump.drain()
+            except OutputError as error:
+                self._note(str(error))
+
+    async def _pump(self, pump: Pump) -> None:
+        try:
+            await pump.run()
+        except OutputError as error:
+            self._note(str(error))
+            log.error("job %d: %s; its further output is discarded", self.record.id, error)
+            pump.discard()
+            await pump.run()
+
+    def _note(self, detail: str) -> None:
+        if detail not in self.record.detail:
+            joined = f"{self.record.detail}; {detail}" if self.record.detail else detail
+            self.record = evolve(self.record, detail=joined)
+
+    async def store(self) -> None:
+        """Record the job as it is now; a fault is logged, since the job goes on."""
+        try:
+            await self._history.put(self.record)
+        except JobworkerError as error:
+            log.error("%s", error)
+
+    async def _deadline(self) -> None:
+        seconds = self.record.spec.timeout_seconds
+        await trio.sleep(seconds or math.inf)
+        self._timed_out = not self._stopping
+        self._ask_to_end(signal.SIGTERM, None)
+
+    async def _stopper(self) -> None:
+        """Deliver signals as they are asked for, and kill at the end of the grace period."""
+        with self._grace:
+            async for number in self._asked:
+                try:
+                    delivered = await self._link.signal(self.record.id, number)
+                except JobworkerError:
+                    return  # it has ended
+                if not delivered:
+                    break  # it would not even notice: waiting for it is in vain
+        try:
+            await self._link.kill(self.record.id)
+        except JobworkerError as error:
+            log.debug("job %d: %s", self.record.id, error)
+
+    # --- the end ----------------------------------------------------------------------------
+
+    async def _end_unstarted(self, error: JobworkerError) -> None:
+        self.start_error = error
+        if isinstance(error, LauncherGone):
+            self.record = self._advanced(Event.FAIL, reason=Reason.LOST, detail=str(error))
+        else:
+            changes = {"exit_code": error.exit_code} if error.exit_code in (126, 127) else {}
+            self.record = self._advanced(
+                Event.FAIL, reason=Reason.START, detail=str(error), **changes
+            )
+        await self._close()
+
+    async def _finish(self, ending: Exit | None) -> None:
+        event, reason = self._verdict(ending)
+        if ending is None:
+            self._note("the launcher ended while the job was alive")
+        else:
+            self.record = evolve(
+                self.record, exit_code=ending.code, signal=ending.signal, usage=ending.usage
+            )
+            try:
+                await self._link.remove(self.record.id)
+            except JobworkerError as error:
+                log.error("job %d: %s", self.record.id, error)
+        self.record = self._advanced(event, reason=reason)
+        await self._close()
+
+    def _verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:  # noqa: PLR0911
+        if ending is None:
+            return Event.FAIL, Reason.LOST
+        if self._timed_out:
+            return Event.FAIL, Reason.TIMEOUT
+        if self._stopping:
+            return Event.STOP, None
+        if ending.usage.oom_kills:
+            return Event.FAIL, Reason.OOM
+        if ending.signal is not None:
+            return Event.FAIL, Reason.SIGNAL
+        if ending.code:
+            return Event.FAIL, Reason.EXIT
+        return Event.SUCCEED, None
+
+    async def end_pending(self) -> None:
+        """End a job that was stopped before its turn came."""
+        self.record = self._advanced(Event.STOP)
+        await self._close()
+
+    async def fail_internally(self, incident: str) -> None:
+        """End a job that a fault of ours cut short."""
+        if not self.record.ended:
+            self._note(f"an internal fault ended the job (incident {incident})")
+            self.record = self._advanced(Event.FAIL, reason=Reason.LOST)
+        await self._close()
+
+    async def _close(self) -> None:
+        """Seal the output, record the end, tell everyone: in this order, each one in any case."""
+        with trio.CancelScope(shield=True):  # waits for the disk alone
+            try:
+                await self.spool.seal()
+            except OutputError as error:
+                self._note(str(error))
+            sizes = self.spool.statistics()
+            self.record = evolve(
+                self.record,
+                ended_at=self.record.ended_at or self._clock(),
+                stdout_bytes=sizes.stdout_bytes,
+                stderr_bytes=sizes.stderr_bytes,
+                discarded_bytes=sizes.discarded_bytes,
+            )
+            await self.store()
+        self.spool.close()
+        self._signals.close()
+        self._asked.close()
+        self.decided.set()
+        self.ended.set()
+
+    def _advanced(self, event: Event, **changes: object) -> JobRecord:
+        state = advance(self.record.state, event)
+        if state in TERMINAL:
+            changes.setdefault("ended_at", self._clock())
+        return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""A follower: one reader's place in a spool, and the token that wakes it.
+
+It holds no output: what it has not read stays in the files, however far behind it is. The theory
+of waking is in `spool`, whose `follow` makes followers.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self
+
+import trio
+from attrs import define, evolve
+
+from jobworker.jobs.output_index import CHUNK_BYTES, Chunk, Place, View
+
+if TYPE_CHECKING:
+    from jobworker.jobs.spool import Spool
+
+
+@define(eq=False)
+class Follower:
+    """A reader of a log that grows: an offset, and a token that says when to look again.
+
+    One task's: a second one that calls `receive` meanwhile gets trio.BusyResourceError.
+    """
+
+    _spool: "Spool"
+    _view: View
+    _start: int
+    _poke: trio.MemorySendChannel[None]
+    _poked: trio.MemoryReceiveChannel[None]
+    _place: Place | None = None
+    _busy: bool = False
+    _closed: bool = False
+
+    @property
+    def offset(self) -> int:
+        """The merged offset up to which everything was received or passed over."""
+        return self._start if self._place is None else self._place.offset
+
+    async def receive(self, max_bytes: int = CHUNK_BYTES, *, wait: bool = True) -> Chunk | None:
+        """Wait for the next bytes, at most `max_bytes` (at least 1); None is the sealed log's end.
+
+        Without `wait` None is also the end of what there is now.
+        Cancellation loses nothing: the next call gives what this one would have given. Raises
+        trio.ClosedResourceError once closed, OutputError where the disk fails.
+        """
+        if self._busy:
+            raise trio.BusyResourceError("another task receives from this follower")
+        view = evolve(self._view, max_bytes=max_bytes)
+        self._busy = True
+        try:
+            await trio.lowlevel.checkpoint()
+            return await self._next(view, wait)
+        finally:
+            self._busy = False
+
+    async def _next(self, view: View, wait: bool) -> Chunk | None:
+        while not self._closed:
+            if self.offset < self._spool.size:
+                place = self._place or await self._spool.find(self._start)
+                chunk, after = await self._spool.read(place, view)
+                if self._closed:
+                    break
+                self._place = after
+                if chunk is not None:
+                    return chunk
+                await trio.lowlevel.checkpoint()  # a long way through the other stream
+            elif self._spool.sealed or not wait:
+                return None
+            else:
+                # No checkpoint between the look and this: see the module's theory.
+                self._spool.await_poke(self)
+                try:
+                    await self._poked.receive()
+                finally:
+                    self._spool.cancel_poke(self)
+        raise trio.ClosedResourceError("this follower was closed")
+
+    def poke(self) -> None:
+        """Say that there is more to see: for `Spool.wake`."""
+        with suppress(trio.WouldBlock):  # a token that nobody took yet says the same
+            self._poke.send_nowait(None)
+
+    def close(self) -> None:
+        """Be forgotten by the spool; a second call does nothing. A waiting `receive` raises."""
+        if not self._closed:
+            self._closed = True
+            self._poked.close()
+            self._poke.close()
+            self._spool.forget(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = await self.receive()
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk

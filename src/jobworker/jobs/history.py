@@ -1,0 +1,206 @@
+"""The history: every job's record in SQLite, durable before anyone is told of it.
+
+One connection, and all that touches it runs in one thread at a time, so that SQLite's locking
+never matters. Writes that arrive while one is under way share the next transaction (a commit
+waits for the disk, and a hundred jobs that end together should not wait a hundred times).
+
+What must hold: an id is handed out once, also across crashes. The next id is kept by SQLite's
+AUTOINCREMENT bookkeeping, and a record is committed before its id leaves the service. A record
+that an earlier service left unfinished is closed as FAILED with reason `lost` at `open`.
+
+SQLite comes from apsw: the one in Python's standard library may be old enough to have the
+WAL-reset fault (fixed in 3.51.3).
+"""
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import apsw
+import trio
+from attrs import Factory, define, evolve
+
+from jobworker.convert import dumps, loads, structure, unstructure
+from jobworker.errors import ConfigError, InternalError
+from jobworker.model.job import JobId, JobRecord
+from jobworker.model.lifecycle import LIVE, Event, Reason, State, advance
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    state TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    record TEXT NOT NULL -- the JobRecord as JSON
+);
+CREATE INDEX jobs_by_state ON jobs (state, id);
+PRAGMA user_version = 1;
+"""
+
+
+@define(eq=False)
+class _Write:
+    """A record on its way to the disk."""
+
+    record: JobRecord
+    done: trio.Event = Factory(trio.Event)
+    fault: Exception | None = None
+
+
+@define(eq=False)
+class History:
+    """All jobs ever, by id."""
+
+    _connection: apsw.Connection
+    _next_id: int
+    lost: tuple[JobId, ...] = ()
+    """Jobs that an earlier service left unfinished, closed when the history was opened."""
+    _thread: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
+    _waiting: list[_Write] = Factory(list)
+    _writing: bool = False
+
+    @classmethod
+    def open(cls, path: Path, now: datetime) -> "History":
+        """Open or create the history at `path`; close what an earlier service left running.
+
+        Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
+        """
+        try:
+            connection = apsw.Connection(str(path))
+            connection.pragma("journal_mode", "wal")
+            connection.pragma("synchronous", "full")
+            version = connection.pragma("user_version")
+            if version == 0:
+                connection.execute(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT")
+            elif version != SCHEMA_VERSION:
+                raise ConfigError(
+                    f"cannot use the history {path}: its schema has version {version}, "
+                    f"this service knows version {SCHEMA_VERSION}",
+                    remedy="run the version of jobworker that wrote it, or a newer one",
+                )
+            last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
+            history = cls(connection, int(last or 0) + 1)
+            lost = history._select(states=LIVE, limit=-1, before=None)
+            history._commit([_close_as_lost(record, now) for record in lost])
+            history.lost = tuple(record.id for record in lost)
+        except (apsw.Error, OSError) as error:
+            raise ConfigError(
+                f"cannot open the history {path}: {error}",
+                remedy="check worker.state_dir in the configuration, its owner and free space",
+            ) from error
+        return history
+
+    def close(self) -> None:
+        """Close the file; nothing may be under way."""
+        self._connection.close()
+
+    def take_id(self) -> JobId:
+        """The next id, never given before."""
+        taken, self._next_id = self._next_id, self._next_id + 1
+        return JobId(taken)
+
+    @property
+    def next_id(self) -> int:
+        """The id that the next job will get."""
+        return self._next_id
+
+    async def put(self, record: JobRecord) -> None:
+        """Store `record`, new or changed; returns once it is on the disk.
+
+        Not cancelled half-way: a record that was handed over is written. Raises InternalError
+        where the disk refuses; the record is not stored then.
+        """
+        write = _Write(record)
+        self._waiting.append(write)
+        with trio.CancelScope(shield=True):
+            if not self._writing:
+                await self._write_all()
+            await write.done.wait()
+        if write.fault is not None:
+            raise InternalError(
+                f"cannot record job {record.id} in the history: {write.fault}",
+                remedy="check the disk that holds worker.state_dir",
+            ) from write.fault
+
+    async def _write_all(self) -> None:
+        """Write what waits, in as few transactions as the disk's pace allows."""
+        self._writing = True
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                fault: Exception | None = None
+                try:
+                    await self._in_thread(partial(self._commit, [w.record for w in batch]))
+                except apsw.Error as error:
+                    fault = error
+                for write in batch:
+                    write.fault = fault
+                    write.done.set()
+        finally:
+            self._writing = False
+
+    async def get(self, job: JobId) -> JobRecord | None:
+        """The record of one job, or None."""
+        found = await self._in_thread(
+            partial(self._query, "SELECT record FROM jobs WHERE id = ?", (job,))
+        )
+        return found[0] if found else None
+
+    async def latest(
+        self, *, states: Collection[State] = frozenset(State), limit: int, before: int | None = None
+    ) -> list[JobRecord]:
+        """At most `limit` records in `states` with ids below `before`, newest first."""
+        select = partial(self._select, states=states, limit=limit, before=before)
+        return await self._in_thread(select)
+
+    async def _in_thread(self, work: "partial[T]") -> T:
+        return await trio.to_thread.run_sync(work, limiter=self._thread)
+
+    # --- in the thread ----------------------------------------------------------------------
+
+    def _commit(self, records: Sequence[JobRecord]) -> None:
+        with self._connection:
+            self._connection.executemany(
+                "INSERT INTO jobs (id, state, owner, created_at, record) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET state = excluded.state, record = excluded.record",
+                [
+                    (r.id, r.state.value, r.owner, r.created_at.isoformat(), _to_text(r))
+                    for r in records
+                ],
+            )
+
+    def _select(
+        self, *, states: Collection[State], limit: int, before: int | None
+    ) -> list[JobRecord]:
+        marks = ", ".join("?" * len(states))
+        query = (
+            f"SELECT record FROM jobs WHERE state IN ({marks}) AND id < ? "  # noqa: S608
+            "ORDER BY id DESC LIMIT ?"
+        )
+        bound = before if before is not None else 1 << 62
+        return self._query(query, (*(state.value for state in states), bound, limit))
+
+    def _query(self, query: str, values: tuple[int | str, ...]) -> list[JobRecord]:
+        return [
+            structure(JobRecord, loads(str(text)))
+            for (text,) in self._connection.execute(query, values)
+        ]
+
+
+def _to_text(record: JobRecord) -> str:
+    return dumps(unstructure(record))
+
+
+def _close_as_lost(record: JobRecord, now: datetime) -> JobRecord:
+    return evolve(
+        record,
+        state=advance(record.state, Event.FAIL),
+        reason=Reason.LOST,
+        detail="the service ended while the job was alive",
+        ended_at=now,
+    )

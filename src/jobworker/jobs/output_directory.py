@@ -1,0 +1,101 @@
+"""The directory of a job's output: its three files, made and opened safely.
+
+`stdout`, `stderr` and `index` stand in a directory of their own, are reached by its descriptor
+only, and never through a link (O_NOFOLLOW): who can rename the directory cannot make the service
+write elsewhere. They are made anew or not at all (O_EXCL), mode 0600. The lock of the one writer
+is flock(2) on the index, which ends with the process.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from jobworker.errors import Busy, InternalError, NotFound
+
+NAMES = ("stdout", "stderr", "index")
+
+
+class OutputError(InternalError):
+    """The disk refuses a job's output: full, failing, or changed by another hand.
+
+    `__cause__` is the OSError where there is one.
+    """
+
+    code: ClassVar[int] = 1040
+    exit_code: ClassVar[int] = 81
+    name: ClassVar[str] = "output_failed"
+
+
+@contextmanager
+def disk_errors(verb: str) -> Iterator[None]:
+    """Turn the errors of the disk into OutputError; "nothing there now" passes."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OutputError(
+            f"cannot {verb} the job's output: {error.strerror}",
+            remedy="make room where output is kept" if full else "",
+        ) from error
+
+
+def create_files(directory: Path) -> list[int]:
+    """Make the files, to read and write, in the order of NAMES, locked for this process.
+
+    `directory` is made too where it is missing (mode 0700). Raises OutputError where a file
+    exists, as a link too, or cannot be made; none of this call's making is left then.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    fds: list[int] = []
+    with disk_errors("create"), ExitStack() as undo:
+        try:
+            os.mkdir(directory, 0o700)
+            undo.callback(os.rmdir, directory)
+        except FileExistsError:
+            pass
+        dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        undo.callback(os.close, dir_fd)
+        for name in NAMES:
+            fds.append(os.open(name, flags, 0o600, dir_fd=dir_fd))
+            undo.callback(os.unlink, name, dir_fd=dir_fd)
+            undo.callback(os.close, fds[-1])
+        fcntl.flock(fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        undo.pop_all()
+        os.close(dir_fd)
+    return fds
+
+
+def open_files(directory: Path, *, writable: bool) -> list[int]:
+    """Open the files in the order of NAMES; locked for this process where they are `writable`.
+
+    Raises NotFound where one is missing, Busy where another has the lock, OutputError otherwise.
+    """
+    mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW
+    fds: list[int] = []
+    with disk_errors("open"), ExitStack() as undo:
+        try:
+            dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            undo.callback(os.close, dir_fd)
+            for name in NAMES:
+                fds.append(os.open(name, mode, dir_fd=dir_fd))
+                undo.callback(os.close, fds[-1])
+        except FileNotFoundError:
+            raise NotFound("cannot open the job's output: none is kept") from None
+        if writable:
+            _lock(fds[-1])
+        undo.pop_all()
+        os.close(dir_fd)
+    return fds
+
+
+def _lock(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy("cannot open the job's output: it is being written") from None

@@ -1,0 +1,287 @@
+"""A job's output on disk: the files `stdout`, `stderr` and `index` of one directory.
+
+Bytes go from the job's pipe to the end of a data file by splice(2), then a record goes to the
+end of the index (see `output_index`). What holds:
+
+- Data comes first, its record second. So the index never speaks of bytes that are not there,
+  and a process that dies at any moment leaves at most one range of bytes without a record.
+- `OutputFiles.open` makes good what a crash left. A torn record is cut. Records that claim more
+  than the data files hold are cut. Bytes without a record get one: stdout's, then stderr's,
+  stamped with their file's last change. So every byte on disk is in the log; only how the two
+  streams interleave within that last range may be lost.
+- What the disk refuses stays in the pipe. Where it refuses only the record, the bytes wait in
+  their file, unseen, and the next write tries the record again.
+
+Nothing calls fsync: after a power cut the log is as long as what the file system has kept.
+
+One process writes, and a lock keeps others out; within it the caller makes one call at a time
+among those that write. Any number of threads may read. Every call may wait for the disk, and
+for nothing else: the caller brings a thread.
+"""
+
+import errno
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from attrs import define, evolve, field
+
+from jobworker.jobs.output_directory import OutputError, create_files, disk_errors, open_files
+from jobworker.jobs.output_index import (
+    BLOCK_RECORDS,
+    EMPTY,
+    RECORD,
+    Chunk,
+    Place,
+    Record,
+    View,
+    plan_read,
+)
+from jobworker.model.job import Stream
+
+
+@define(eq=False)
+class OutputFiles:
+    """The three files of one job, open. `records` and `last` describe what can be read."""
+
+    _data: dict[Stream, int]
+    _index: int
+    _clock: Callable[[], int]
+    # Both in one, because readers in other threads must see them change together.
+    _log: tuple[int, Record] = (0, EMPTY)
+    _written: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
+    discarded_bytes: int = 0
+    sealed: bool = False
+    _cache_can_be_asked: bool = True
+
+    @classmethod
+    def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
+        """Make the files (mode 0600) in `directory`, made too where it is missing (mode 0700).
+
+        Raises OutputError where one of them exists, as a link too, or cannot be made; none of
+        this call's making is left then. `clock` gives nanoseconds since the epoch.
+        """
+        *data, index = create_files(directory)
+        return cls(dict(zip(Stream, data, strict=True)), index, clock)
+
+    @classmethod
+    def open(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
+        """Open the files that stand in `directory`: sealed ones to read, others to go on with.
+
+        Raises NotFound where they are missing, Busy where another writer has them, OutputError
+        where the disk fails.
+        """
+        with ExitStack() as undo:
+            files = cls._open(directory, False, clock)
+            undo.callback(files.close)
+            if not files.sealed:
+                files.close()
+                files = cls._open(directory, True, clock)
+                undo.callback(files.close)
+                if not files.sealed:
+                    files._recover()
+            undo.pop_all()
+        return files
+
+    @classmethod
+    def _open(cls, directory: Path, writable: bool, clock: Callable[[], int]) -> Self:
+        *data, index = open_files(directory, writable=writable)
+        files = cls(dict(zip(Stream, data, strict=True)), index, clock)
+        with ExitStack() as undo, disk_errors("open"):
+            undo.callback(files.close)
+            files._load()
+            undo.pop_all()
+        return files
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing. Never while another call runs."""
+        fds = [*self._data.values(), self._index] if self._data else []
+        self._data = {}
+        for fd in fds:
+            os.close(fd)
+
+    @property
+    def last(self) -> Record:
+        """The state of the log: what readers can see of it."""
+        return self._log[1]
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes in the data files: more than `last.size` where the disk refused a record."""
+        return sum(self._written.values())
+
+    @property
+    def records(self) -> int:
+        """How many records the index holds."""
+        return self._log[0]
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def append_from_pipe(self, stream: Stream, pipe_fd: int, limit: int) -> int:
+        """Move at most `limit` bytes (at least 1) that stand in a pipe to the end of the log.
+
+        Returns how many; 0 when the pipe is empty and nobody can write to it any more. Raises
+        BlockingIOError when it is merely empty, OutputError when the disk refuses. A pipe's bytes
+        are gone from it only as far as they are in the file (splice(2)).
+        """
+        with disk_errors("write"):
+            self._record_written()
+            # At an explicit offset: splice refuses files opened for appending (EINVAL).
+            count = os.splice(
+                pipe_fd,
+                self._data[stream],
+                limit,
+                offset_dst=self._written[stream],
+                flags=os.SPLICE_F_NONBLOCK,
+            )
+            self._written[stream] += count
+            self._record_written()
+        return count
+
+    def count_discarded(self, count: int) -> None:
+        """Note that `count` bytes were thrown away; the first time, in the index too.
+
+        A full disk is one of the reasons to throw away, so its refusal is no error here.
+        """
+        first = not self.discarded_bytes
+        self.discarded_bytes += count
+        if first:
+            self._try_to_record_discarded()
+
+    def seal(self) -> None:
+        """End the log. Where the disk refuses the last record, a later `open` will recover."""
+        if self.sealed:
+            return
+        try:
+            if self._try_to_record_discarded():
+                with disk_errors("seal"):
+                    self._write(evolve(self.last, time_ns=self._clock()))
+        except OutputError:
+            pass
+        self.sealed = True
+
+    def _try_to_record_discarded(self) -> bool:
+        try:
+            with disk_errors("write"):
+                self._record_written()
+                if self.discarded_bytes != self.last.discarded_bytes:
+                    self._write(
+                        evolve(
+                            self.last,
+                            time_ns=self._clock(),
+                            discarded_bytes=self.discarded_bytes,
+                        )
+                    )
+        except OutputError:
+            return False
+        return True
+
+    def _record_written(self, time_ns: int | None = None) -> None:
+        """Give the bytes that have no record one a stream: what is written becomes readable."""
+        for stream, length in self._written.items():
+            if length > self.last.length_of(stream):
+                now_ns = self._clock() if time_ns is None else time_ns
+                self._write(self.last.with_length(stream, length, now_ns))
+
+    def _write(self, record: Record) -> None:
+        # At an explicit offset: after a short write the next try overwrites the torn record.
+        packed = record.pack()
+        done = 0
+        while done < RECORD.size:
+            offset = self.records * RECORD.size + done
+            done += os.pwrite(self._index, packed[done:], offset)
+        self._log = (self.records + 1, record)
+
+    # --- opening ----------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Find the last record that its predecessor and the data files bear out."""
+        sizes = {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
+        number = os.fstat(self._index).st_size // RECORD.size
+        record = self._read_record(number - 1)
+        while number:
+            before = self._read_record(number - 2)
+            fits = all(record.length_of(stream) <= sizes[stream] for stream in Stream)
+            if fits and record.follows(before):
+                self.sealed = record.seals(before)
+                break
+            number, record = number - 1, before
+        self._log = (number, record)
+        self._written = {stream: record.length_of(stream) for stream in Stream}
+        self.discarded_bytes = record.discarded_bytes
+
+    def _read_record(self, number: int, nowait: bool = False) -> Record:
+        if number < 0:
+            return EMPTY
+        offset = number * RECORD.size  # never across two pages, so never read in part
+        return Record(*RECORD.unpack(self._read(self._index, RECORD.size, offset, nowait)))
+
+    def _recover(self) -> None:
+        with disk_errors("recover"):
+            os.ftruncate(self._index, self.records * RECORD.size)
+            for stream, fd in self._data.items():
+                status = os.fstat(fd)
+                self._written[stream] = status.st_size
+                self._record_written(status.st_mtime_ns)
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def find(self, offset: int, *, nowait: bool) -> Place:
+        """The place at merged `offset`, 0 to `last.size`. Errors as for `read`."""
+        with disk_errors("read"):
+            number = bisect_right(
+                range(self.records), offset, key=lambda n: self._read_record(n, nowait).size
+            )
+            before = self._read_record(number - 1, nowait)
+        return Place(number, before.stdout_bytes, before.stderr_bytes, offset - before.size)
+
+    def read(self, place: Place, view: View, *, nowait: bool) -> tuple[Chunk | None, Place]:
+        """Read the next bytes that `view` shows, and say where the reader stands then.
+
+        At most `view.max_bytes`, from at most BLOCK_RECORDS records. No chunk means that those
+        records had nothing to show: go on from the new place unless it is the end of the log.
+        With `nowait` nothing but the page cache is read (preadv(2), RWF_NOWAIT), and
+        BlockingIOError says that a thread is needed.
+        """
+        count = min(BLOCK_RECORDS, self.records - place.number)
+        if not count:
+            return None, place
+        with disk_errors("read"):
+            block = self._read(self._index, count * RECORD.size, place.number * RECORD.size, nowait)
+            whole = len(block) // RECORD.size * RECORD.size
+            try:
+                span, after = plan_read(memoryview(block)[:whole], place, view)
+            except ValueError as error:
+                raise OutputError(f"cannot read the job's output: bad index: {error}") from None
+            if span is None:
+                return None, after
+            data = self._read(self._data[span.stream], span.size, span.file_offset, nowait)
+        if len(data) < span.size:  # the page cache holds no more of it
+            after = span.start.plus(len(data))
+        chunk = Chunk(stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data)
+        return chunk, after
+
+    def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes:
+        """All `size` bytes, or with `nowait` at least one of them."""
+        if not nowait:
+            data = os.pread(fd, size, offset)
+            if len(data) < size:
+                raise OutputError("cannot read the job's output: a file is shorter than its index")
+            return data
+        if not self._cache_can_be_asked:
+            raise BlockingIOError
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # tmpfs, among others
+                self._cache_can_be_asked = False
+                raise BlockingIOError from None
+            raise
+        if not count:
+            raise BlockingIOError  # past the end of the file: let the thread find the words
+        return bytes(memoryview(buffer)[:count])

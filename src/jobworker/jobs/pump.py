@@ -1,0 +1,143 @@
+"""The pump: moves a job's output from its pipes into the spool until the last writer is gone.
+
+A task per pipe waits until the pipe is readable, and a thread then moves what is there
+(splice(2)); the event loop never waits for the disk. While the disk is slow the pipe fills and
+the job waits, as with any pipe.
+
+What the spool may not or cannot take is discarded, for the job to go on: everything beyond
+`max_bytes`, and after `discard()` all. The spool's statistics say how much.
+
+A pump can be cancelled and run again: what no thread has begun to move is still in the pipe. So
+the end of a job is bounded like this, where a descendant may hold a pipe open for ever:
+
+    with trio.move_on_after(GRACE):
+        await pump.run()
+    await pump.drain()
+"""
+
+import fcntl
+import os
+import struct
+import termios
+from collections.abc import Mapping
+from functools import partial
+from typing import Self
+
+import trio
+from attrs import define, field
+
+from jobworker.jobs.output_directory import OutputError
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import Stream
+
+TURN_BYTES = 1 << 20  # the capacity that a job's pipe is given: all that can stand in it
+DISCARD_BYTES = 1 << 16
+
+
+def _owned(pipes: Mapping[Stream, int]) -> dict[Stream, int]:
+    return dict(pipes)
+
+
+@define(eq=False)
+class Pump:
+    """Moves one job's output; owns the read ends of the pipes and closes them.
+
+    `pipes` are non-blocking. `max_bytes` bounds the log, both streams together; None is no bound.
+    """
+
+    _spool: Spool
+    _pipes: dict[Stream, int] = field(converter=_owned)
+    _max_bytes: int | None = field(kw_only=True, default=None)
+    _discarding: bool = field(init=False, default=False)
+
+    async def run(self) -> None:
+        """Move output until every pipe is at its end.
+
+        Raises OutputError as soon as the disk refuses; nothing is lost then, the pipes stay, and
+        the caller decides: run again later, discard the rest (`discard`, then run again), or end
+        the job.
+        """
+        failures: list[OutputError] = []
+
+        async def move(stream: Stream) -> None:
+            try:
+                await self._move_all(stream)
+            except OutputError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for stream in self._pipes:
+                nursery.start_soon(move, stream)
+        if failures:
+            raise failures[0]
+
+    async def _move_all(self, stream: Stream) -> None:
+        while stream in self._pipes:
+            await trio.lowlevel.wait_readable(self._pipes[stream])
+            try:
+                moved = await self._spool.write(partial(self._move, stream, TURN_BYTES))
+            except BlockingIOError:  # readable for another's sake, or no longer
+                continue
+            if not moved:
+                os.close(self._pipes.pop(stream))
+
+    async def drain(self) -> None:
+        """Move what stands in the pipes now, without waiting for the job. Not during `run`.
+
+        Shielded from cancellation: what it waits for is the disk, and 1 MiB a pipe at most.
+        Raises OutputError as `run` does.
+        """
+        with trio.CancelScope(shield=True):
+            for stream in self._pipes:
+                await self._spool.write(partial(self._drain, stream))
+
+    def discard(self) -> None:
+        """From now on discard everything: for a job that shall go on though the disk is full."""
+        self._discarding = True
+
+    def close(self) -> None:
+        """Close the pipes, at which the job's next write fails (EPIPE). Not during `run`."""
+        while self._pipes:
+            os.close(self._pipes.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # --- in a thread ------------------------------------------------------------------------
+
+    def _move(self, stream: Stream, limit: int) -> int:
+        """Append or discard what stands in a pipe; 0 at its end, BlockingIOError where empty."""
+        if self._discarding:
+            return self._discard(stream, limit)
+        if self._max_bytes is not None:
+            room = self._max_bytes - self._spool.written_bytes
+            if room <= 0:
+                return self._discard(stream, limit)
+            limit = min(limit, room)
+        return self._spool.append_from_pipe(stream, self._pipes[stream], limit)
+
+    def _discard(self, stream: Stream, limit: int) -> int:
+        # read(2), not a splice to /dev/null: that takes a descriptor, and may fail for want of one.
+        discarded = len(os.read(self._pipes[stream], min(limit, DISCARD_BYTES)))
+        try:
+            while 0 < discarded < limit:
+                count = len(os.read(self._pipes[stream], min(limit - discarded, DISCARD_BYTES)))
+                if not count:
+                    break
+                discarded += count
+        except BlockingIOError:
+            pass
+        if discarded:
+            self._spool.count_discarded(discarded)
+        return discarded
+
+    def _drain(self, stream: Stream) -> None:
+        # The bytes that stand there now and no more: a job that writes on has no end.
+        answer = fcntl.ioctl(self._pipes[stream], termios.FIONREAD, struct.pack("i", 0))
+        (left,) = struct.unpack("i", answer)
+        while left and (moved := self._move(stream, left)):
+            left -= moved

@@ -1,0 +1,237 @@
+"""The spool: a job's output, and those who follow it.
+
+The files are the truth (`output_files`). A follower is a place in them and a one-slot memory
+channel, which serves as a wake token: it is poked only while its follower is idle, that is, has
+read all there is and waits. So a slow follower lags alone, at the cost of an integer or two; a
+late one starts at 0; and a burst of a thousand lines wakes each idle follower once. Nothing is
+queued for anybody, nothing polls.
+
+Why no wake-up is lost: a writer makes bytes readable first (in its thread) and then calls
+`wake` (in Trio's thread); a follower looks for bytes and goes idle without a checkpoint between.
+Either it saw the bytes, or `wake` sees it idle.
+
+Followers read from the page cache on the event loop, and go to a thread only for what is not
+cached. Followers that stand at one place get one and the same Chunk, so that a caller can encode
+it once (by identity).
+
+The files are closed when the last user is gone: the owner, each follower, each call in a thread.
+All but `create`, `open` and what `write` is given to run belong to Trio's thread.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self, TypeVar
+
+import trio
+from attrs import define, field, frozen
+
+from jobworker.errors import InvalidParams
+from jobworker.jobs.follower import Follower
+from jobworker.jobs.output_files import OutputFiles
+from jobworker.jobs.output_index import BOTH, Chunk, Place, View
+from jobworker.model.job import Stream
+
+T = TypeVar("T")
+
+READER_THREADS = 4  # a spool: those who read what is not cached do not crowd out the others
+
+
+@frozen(kw_only=True)
+class SpoolStatistics:
+    """A spool at one moment."""
+
+    stdout_bytes: int
+    stderr_bytes: int
+    discarded_bytes: int
+    records: int
+    sealed: bool
+    followers: int
+    idle_followers: int
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some output was thrown away."""
+        return self.discarded_bytes > 0
+
+
+@define(eq=False)
+class Spool:
+    """One job's output: one writer, any number of followers."""
+
+    _files: OutputFiles
+    sealed: bool = False
+    _idle: set[Follower] = field(factory=set)
+    _followers: int = 0
+    _users: int = 1
+    _closed: bool = False
+    _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
+    _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
+    _latest: tuple[Place, View, Chunk, Place] | None = None
+
+    @classmethod
+    def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
+        """Start an empty spool in `directory`, made too where it is missing. Call it in a thread.
+
+        Raises OutputError where a spool stands there already or the disk refuses.
+        """
+        return cls(OutputFiles.create(directory, clock=clock))
+
+    @classmethod
+    def open(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
+        """Open the spool in `directory`. Call it in a thread.
+
+        A sealed one can be read, by any number of openers at a time. Another was left by a
+        process that died: it is recovered (what that keeps: `output_files`), and can be written
+        on and sealed. Raises NotFound, Busy (another writer is alive), OutputError.
+        """
+        files = OutputFiles.open(directory, clock=clock)
+        return cls(files, sealed=files.sealed)
+
+    @property
+    def size(self) -> int:
+        """Bytes of both streams that can be read: the merged offset of the end."""
+        return self._files.last.size
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that the files hold, those included whose record the disk refused so far."""
+        return self._files.written_bytes
+
+    def statistics(self) -> SpoolStatistics:
+        """The spool at this moment."""
+        last = self._files.last
+        return SpoolStatistics(
+            stdout_bytes=last.stdout_bytes,
+            stderr_bytes=last.stderr_bytes,
+            discarded_bytes=self._files.discarded_bytes,
+            records=self._files.records,
+            sealed=self.sealed,
+            followers=self._followers,
+            idle_followers=len(self._idle),
+        )
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def append_from_pipe(self, stream: Stream, pipe_fd: int, limit: int) -> int:
+        """See `OutputFiles.append_from_pipe`. Call it by `write`, which wakes the followers."""
+        return self._files.append_from_pipe(stream, pipe_fd, limit)
+
+    def count_discarded(self, count: int) -> None:
+        """See `OutputFiles.count_discarded`. Call it by `write`."""
+        self._files.count_discarded(count)
+
+    async def write(self, work: Callable[[], T]) -> T:
+        """Run `work`, which writes to this spool, in a thread; then wake those who wait for it.
+
+        One at a time, in order of arrival. Cancellation counts only until the thread starts:
+        then the work runs to its end, and data and index stay of one mind.
+        """
+        if self.sealed:
+            raise trio.ClosedResourceError("cannot write to a sealed spool")
+        with self._in_use():
+            try:
+                return await trio.to_thread.run_sync(work, limiter=self._writer)
+            finally:
+                self.wake()
+
+    async def seal(self) -> None:
+        """End the log, and every follower with its last byte; a second call does nothing.
+
+        Shielded from cancellation: it waits for a write of some bytes and for nothing else.
+        """
+        with trio.CancelScope(shield=True):
+            if not self.sealed:
+                await self.write(self._files.seal)
+        self.sealed = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Poke the idle followers: there is more to read, or nothing will come any more."""
+        idle, self._idle = self._idle, set()
+        for follower in idle:
+            follower.poke()
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def follow(
+        self, offset: int = 0, *, streams: Collection[Stream] = BOTH, coalesce: bool = True
+    ) -> Follower:
+        """Follow the log from merged `offset` on; close the follower in the end (`with`).
+
+        Only the bytes of `streams` are shown; offsets count all. Without `coalesce` no chunk
+        spans two records, so that each write that the job was seen to make has its time stamp.
+        Raises InvalidParams where the log is shorter than `offset`.
+        """
+        if not 0 <= offset <= self.size:
+            raise InvalidParams(
+                f"cannot follow from byte {offset}: the output has {self.size} bytes",
+                remedy="follow from an offset that was received, or from 0",
+            )
+        if self._closed:
+            raise trio.ClosedResourceError("cannot follow a closed spool")
+        self._followers += 1
+        self._users += 1
+        view = View(streams=frozenset(streams), coalesce=coalesce)
+        return Follower(self, view, offset, *trio.open_memory_channel[None](1))
+
+    async def find(self, offset: int) -> Place:
+        """The place of a merged offset."""
+        return await self._ask(lambda nowait: self._files.find(offset, nowait=nowait))
+
+    async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
+        """See `OutputFiles.read`. The same question in a row has the same Chunk for an answer."""
+        if self._latest is not None and self._latest[:2] == (place, view):
+            return self._latest[2:]
+        chunk, after = await self._ask(lambda nowait: self._files.read(place, view, nowait=nowait))
+        if chunk is not None and not self._closed:
+            self._latest = (place, view, chunk, after)
+        return chunk, after
+
+    async def _ask(self, question: Callable[[bool], T]) -> T:
+        """Read from the page cache at once, or else from the disk in a thread."""
+        try:
+            return question(True)
+        except BlockingIOError:
+            with self._in_use():
+                return await trio.to_thread.run_sync(question, False, limiter=self._readers)
+
+    # --- users ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give up the owner's share; a second call does nothing.
+
+        Followers go on. Seal first, or they wait for what will never come.
+        """
+        if not self._closed:
+            self._closed = True
+            self._latest = None
+            self._release()
+
+    def forget(self, follower: Follower) -> None:
+        """Give up a follower's share: for `Follower.close`."""
+        self._idle.discard(follower)
+        self._followers -= 1
+        self._release()
+
+    def await_poke(self, follower: Follower) -> None:
+        """Count a follower as idle: the next `wake` pokes it, once."""
+        self._idle.add(follower)
+
+    def cancel_poke(self, follower: Follower) -> None:
+        """Undo `await_poke`."""
+        self._idle.discard(follower)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._files.close()

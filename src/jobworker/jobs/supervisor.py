@@ -1,0 +1,270 @@
+"""The supervisor: admits jobs, runs each in an execution of its own, and finds them again.
+
+At most `max_running` jobs run; more wait in order, up to `max_waiting`, after which a request is
+refused at once. Live jobs stand in memory, ended ones only in the history and the spool
+directory, so memory does not grow with the number of jobs ever run.
+
+`serve` owns the nursery of all executions. One execution's unexpected fault ends that job, with
+an incident id in the log, and nothing else.
+"""
+
+import logging
+import secrets
+import shutil
+import signal
+from collections import deque
+from collections.abc import Collection
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import trio
+from attrs import define, evolve, field
+
+from jobworker.errors import Busy, JobworkerError, NotFound, ShuttingDown
+from jobworker.jobs.execution import Clock, Execution, Rules
+from jobworker.jobs.follower import Follower
+from jobworker.jobs.history import History
+from jobworker.jobs.output_index import BOTH
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
+from jobworker.model.lifecycle import State
+from jobworker.sandbox.launch import Link
+
+log = logging.getLogger("jobworker.jobs")
+
+
+@define(eq=False, kw_only=True)
+class Supervisor:
+    """All jobs of this service."""
+
+    _link: Link
+    _history: History
+    _spools: Path
+    _rules: Rules
+    _clock: Clock
+    max_running: int
+    max_waiting: int
+    _live: dict[JobId, Execution] = field(factory=dict, init=False)
+    _pending: deque[Execution] = field(factory=deque, init=False)
+    _arrival: trio.Event = field(factory=trio.Event, init=False)
+    _places_taken: int = field(default=0, init=False)
+    _closing: bool = field(default=False, init=False)
+
+    async def serve(self) -> None:
+        """Run what is submitted, in order; never returns."""
+        free = trio.Semaphore(self.max_running, max_value=self.max_running)
+
+        async def run(execution: Execution) -> None:
+            try:
+                await self._run(execution)
+            finally:
+                free.release()
+
+        async with trio.open_nursery() as nursery:
+            while True:
+                await free.acquire()
+                while not self._pending:
+                    self._arrival = trio.Event()
+                    await self._arrival.wait()
+                nursery.start_soon(run, self._pending.popleft())
+
+    async def _run(self, execution: Execution) -> None:
+        """Run one job; the boundary for faults of its own."""
+        try:
+            await execution.run()
+        except Exception:
+            incident = secrets.token_hex(4)
+            log.exception("incident %s: job %d", incident, execution.record.id)
+            with suppress(JobworkerError):
+                await self._link.remove(execution.record.id)
+            await execution.fail_internally(incident)
+        finally:
+            self._forget(execution)
+
+    def _forget(self, execution: Execution) -> None:
+        del self._live[execution.record.id]
+        self._places_taken -= 1
+        log.info(
+            "job %d: %s%s",
+            execution.record.id,
+            execution.record.state.value,
+            f" ({execution.record.reason.value})" if execution.record.reason else "",
+        )
+
+    async def submit(self, spec: JobSpec, owner: str) -> Execution:
+        """Admit a job. Returns once it is recorded and either runs, has failed to, or waits.
+
+        Raises Busy if too many wait already, ShuttingDown at the end of the service, and
+        TooLarge. Once admitted the job goes on, whatever becomes of the caller.
+        """
+        spec.check_size()
+        if self._closing:
+            raise ShuttingDown("cannot run the command: the service is shutting down")
+        if self._places_taken >= self.max_running + self.max_waiting:
+            raise Busy(
+                f"cannot run the command: {self.max_running} jobs run and "
+                f"{self.max_waiting} wait already",
+                remedy="try again later, or raise worker.max_concurrent_jobs",
+            )
+        with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
+            execution = await self._admit(spec, owner)
+        if execution.admitted_at_once:
+            await execution.decided.wait()
+        return execution
+
+    async def _admit(self, spec: JobSpec, owner: str) -> Execution:
+        at_once = self._places_taken < self.max_running
+        self._places_taken += 1
+        job = self._history.take_id()
+        try:
+            spool = await trio.to_thread.run_sync(partial(Spool.create, self._spools / str(job)))
+        except BaseException:
+            self._places_taken -= 1
+            raise
+        timeout = spec.timeout_seconds
+        full = evolve(
+            spec,
+            limits=spec.limits.or_defaults(self._rules.defaults),
+            timeout_seconds=self._rules.timeout_seconds if timeout is None else timeout,
+        )
+        execution = Execution(
+            record=JobRecord(id=job, spec=full, owner=owner, created_at=self._clock()),
+            spool=spool,
+            link=self._link,
+            history=self._history,
+            rules=self._rules,
+            clock=self._clock,
+            admitted_at_once=at_once,
+        )
+        self._live[job] = execution
+        self._pending.append(execution)
+        self._arrival.set()
+        try:
+            await self._history.put(execution.record)  # while the job starts: both take a while
+        except JobworkerError:
+            execution.request_stop(signal.SIGKILL, 0)
+            raise
+        return execution
+
+    def live(self, job: JobId) -> Execution | None:
+        """The execution of a job that has not ended."""
+        return self._live.get(job)
+
+    async def record(self, job: JobId) -> JobRecord:
+        """A job's record as it is now. Raises NotFound."""
+        execution = self._live.get(job)
+        if execution is not None:
+            return _with_sizes(execution)
+        record = await self._history.get(job)
+        if record is None:
+            raise NotFound(
+                f"cannot find job {job}: no such job", remedy="see the ids in `worker-cli list`"
+            )
+        return record
+
+    async def latest(
+        self, *, states: Collection[State], limit: int, before: int | None
+    ) -> list[JobRecord]:
+        """At most `limit` records in `states` with ids below `before`, newest first."""
+        live = [
+            _with_sizes(execution)
+            for job, execution in self._live.items()
+            if execution.record.state in states and (before is None or job < before)
+        ]
+        stored = await self._history.latest(states=states, limit=limit, before=before)
+        known = {record.id for record in live} | set(self._live)
+        merged = live + [record for record in stored if record.id not in known]
+        return sorted(merged, key=lambda record: record.id, reverse=True)[:limit]
+
+    async def stop(
+        self, job: JobId, number: signal.Signals, grace_seconds: float | None
+    ) -> JobRecord:
+        """Stop a job and wait for its end; one that has ended is left as it is.
+
+        Raises NotFound.
+        """
+        execution = self._live.get(job)
+        if execution is not None:
+            await self._ask_to_end(execution, number, grace_seconds)
+            await execution.ended.wait()
+            return execution.record
+        return await self.record(job)
+
+    async def _ask_to_end(
+        self, execution: Execution, number: signal.Signals, grace_seconds: float | None
+    ) -> None:
+        if execution in self._pending:
+            self._pending.remove(execution)
+            with trio.CancelScope(shield=True):  # waits for the disk alone
+                await execution.end_pending()
+            self._forget(execution)
+        else:
+            execution.request_stop(number, grace_seconds)
+
+    async def wait(self, job: JobId) -> JobRecord:
+        """Wait for a job's end. Raises NotFound."""
+        execution = self._live.get(job)
+        if execution is not None:
+            await execution.ended.wait()
+            return execution.record
+        return await self.record(job)
+
+    async def follow(
+        self, job: JobId, offset: int = 0, streams: Collection[Stream] = BOTH
+    ) -> Follower:
+        """A follower of a job's output, live or ended; the caller closes it.
+
+        Raises NotFound, and InvalidParams where the output is shorter than `offset`.
+        """
+        execution = self._live.get(job)
+        if execution is not None and not execution.ended.is_set():
+            return execution.spool.follow(offset, streams=streams)
+        await self.record(job)
+        spool = await trio.to_thread.run_sync(Spool.open, self._spools / str(job))
+        try:
+            return spool.follow(offset, streams=streams)
+        finally:
+            spool.close()  # the follower keeps its share
+
+    async def shut_down(self, grace_seconds: float) -> None:
+        """Take nothing more, stop every job and wait for the ends."""
+        self._closing = True
+        for execution in list(self._live.values()):
+            await self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
+        for execution in list(self._live.values()):
+            await execution.ended.wait()
+
+
+def _with_sizes(execution: Execution) -> JobRecord:
+    sizes = execution.spool.statistics()
+    return evolve(
+        execution.record,
+        stdout_bytes=sizes.stdout_bytes,
+        stderr_bytes=sizes.stderr_bytes,
+        discarded_bytes=sizes.discarded_bytes,
+    )
+
+
+async def recover_output(spools: Path, history: History) -> None:
+    """Put the spool directory in order after an earlier service: seal what it left open.
+
+    Directories of jobs that were never recorded (the service died between the two) go.
+    """
+
+    def remove_unrecorded() -> None:
+        for entry in spools.iterdir():
+            if entry.name.isdigit() and int(entry.name) >= history.next_id:
+                shutil.rmtree(entry)
+
+    await trio.to_thread.run_sync(remove_unrecorded)
+    for job in history.lost:
+        try:
+            spool = await trio.to_thread.run_sync(Spool.open, spools / str(job))
+        except JobworkerError as error:
+            log.warning("job %d: its output is lost: %s", job, error)
+            continue
+        try:
+            await spool.seal()
+        finally:
+            spool.close()
