@@ -1,0 +1,329 @@
+"""One client's connection, from the TLS handshake to its end; here alone stands trio-websocket.
+
+    handshake ─► who is it? ─► HTTP head ─► WebSocket ─► ┌ reader: a task for each call
+                                                         └ subscriptions: a task for each
+
+trio-websocket has faults that a hostile client can reach (an uncaught exception in one
+connection ends the whole server; a request that is no upgrade holds its task). So nothing of it
+runs before the head has been read and checked here, under a deadline, and `serve_connection` is
+one of the two places that catch everything: a fault ends its own connection and no other.
+
+A refusal is always sent: a TLS alert by hand, since trio.SSLStream drops it when the handshake
+fails; after the handshake an HTTP reply that says why.
+"""
+
+import logging
+import secrets
+import socket
+import ssl
+from contextlib import suppress
+
+import h11
+import trio
+import trio_websocket
+from attrs import define, field
+
+from jobworker.convert import dumps
+from jobworker.errors import InternalError, JobworkerError, PermissionDenied
+from jobworker.model.access import require_role
+from jobworker.pki.identity import Identity, identity
+from jobworker.pki.refusals import explain_server_side
+from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.protocol.session import MAX_IN_FLIGHT, Call, Refusal, ServerSession
+from jobworker.server import operations
+from jobworker.server.subscriptions import MAX_SUBSCRIPTIONS, Subscriptions
+
+log = logging.getLogger("jobworker.server")
+
+HANDSHAKE_SECONDS = 10.0
+SEND_SECONDS = 30.0
+"""A client that takes nothing for this long is let go."""
+CLOSE_SECONDS = 2.0
+MAX_HEAD_BYTES = 16_384
+MAX_MESSAGE_BYTES = 4 << 20
+"""Room for a request of 1 MiB of arguments, however they are escaped in JSON."""
+RECEIVE_BYTES = 65_536
+MAX_TASKS = MAX_IN_FLIGHT + MAX_SUBSCRIPTIONS
+
+
+class PrefixStream(trio.abc.Stream):
+    """A stream that first gives back what was already read from it."""
+
+    def __init__(self, inner: trio.abc.Stream, prefix: bytes) -> None:
+        self._inner, self._prefix = inner, prefix
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See trio.abc.ReceiveStream."""
+        if not self._prefix:
+            return bytes(await self._inner.receive_some(max_bytes))
+        await trio.lowlevel.checkpoint()
+        size = len(self._prefix) if max_bytes is None else max_bytes
+        given, self._prefix = self._prefix[:size], self._prefix[size:]
+        return given
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See trio.abc.SendStream."""
+        await self._inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See trio.abc.SendStream."""
+        await self._inner.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        """See trio.abc.AsyncResource."""
+        await self._inner.aclose()
+
+
+class _Refused(Exception):
+    """The request is answered with an HTTP status and no WebSocket."""
+
+    def __init__(self, status: int, error: JobworkerError) -> None:
+        super().__init__(status, error)
+        self.status, self.error = status, error
+
+
+async def serve_connection(
+    tcp: trio.SocketStream, tls: ssl.SSLContext, context: operations.Context
+) -> None:
+    """Serve one client to its end; raises nothing but cancellation."""
+    stream = trio.SSLStream(tcp, tls, server_side=True, https_compatible=True)
+    peer = _peer_name(tcp)
+    try:
+        _keep_alive(tcp)
+        with trio.fail_after(HANDSHAKE_SECONDS):
+            if not await _shake_hands(stream, tcp, peer):
+                return
+            raw, head = await _read_head(stream)
+            try:
+                who = _admit(stream, head)
+            except _Refused as refused:
+                log.info("%s: refused: %s", peer, refused.error)
+                await _reply_http(stream, head.connection, refused)
+                return
+        await _serve_websocket(PrefixStream(stream, raw), who, peer, context)
+    except* (
+        trio.TooSlowError,
+        trio.BrokenResourceError,
+        trio.ClosedResourceError,
+        trio_websocket.ConnectionClosed,
+        h11.ProtocolError,
+    ) as group:
+        log.debug("%s: ended: %r", peer, group.exceptions)
+    except* Exception:
+        log.exception("incident %s: connection of %s", secrets.token_hex(4), peer)
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+def _peer_name(tcp: trio.SocketStream) -> str:
+    with suppress(OSError):
+        host, port = tcp.socket.getpeername()[:2]
+        return f"{host}:{port}"
+    return "a client that is gone"
+
+
+def _keep_alive(tcp: trio.SocketStream) -> None:
+    """Have the kernel find out that a client's machine is gone: tcp(7)."""
+    with suppress(OSError):
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+async def _shake_hands(
+    stream: "trio.SSLStream[trio.SocketStream]", tcp: trio.SocketStream, peer: str
+) -> bool:
+    """The TLS handshake; a refused client is told why, and False returned."""
+    try:
+        await stream.do_handshake()
+    except trio.BrokenResourceError as broken:
+        cause = broken.__cause__
+        if not isinstance(cause, ssl.SSLError):
+            return False
+        log.info("%s: TLS refused: %s", peer, explain_server_side(cause))
+        # The alert stands in the outgoing BIO, which SSLStream flushes only on success. Then the
+        # client's own words are read to their end: closing on unread data would send a reset,
+        # which overtakes the alert.
+        alert = stream._outgoing.read()
+        with suppress(trio.BrokenResourceError), trio.move_on_after(CLOSE_SECONDS):
+            await tcp.send_all(alert)
+            await tcp.send_eof()
+            while await tcp.receive_some(RECEIVE_BYTES):
+                pass
+        return False
+    return True
+
+
+@define(eq=False)
+class _Head:
+    """A request head as h11 has read it."""
+
+    request: h11.Request
+    connection: h11.Connection
+
+    def value(self, name: bytes) -> bytes:
+        """A header's value, b"" where it is absent; repeated ones are joined."""
+        return b", ".join(value for key, value in self.request.headers if key == name)
+
+
+async def _read_head(stream: "trio.SSLStream[trio.SocketStream]") -> tuple[bytes, _Head]:
+    """Read an HTTP request's head: its bytes, and what they say."""
+    raw = b""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    while True:
+        event = connection.next_event()
+        if isinstance(event, h11.Request):
+            return raw, _Head(event, connection)
+        if event is not h11.NEED_DATA:
+            raise trio.BrokenResourceError("the client closed before it asked for anything")
+        data = bytes(await stream.receive_some(RECEIVE_BYTES))
+        raw += data
+        connection.receive_data(data)
+
+
+def _admit(stream: "trio.SSLStream[trio.SocketStream]", head: _Head) -> Identity:
+    """Who is connecting, with a request that may be upgraded; raises _Refused."""
+    try:
+        who = identity(stream.getpeercert())
+        require_role(who.role)
+    except PermissionDenied as error:
+        raise _Refused(403, error) from None
+    origin, host = head.value(b"origin"), head.value(b"host")
+    if origin and origin != b"https://" + host:
+        raise _Refused(403, PermissionDenied("cannot serve a page of another origin"))
+    if head.value(b"upgrade").lower() != b"websocket" or head.request.method != b"GET":
+        raise _Refused(
+            426,
+            JobworkerError(
+                "cannot serve the request: this port speaks WebSocket",
+                remedy=f"use worker-cli, or a WebSocket client with subprotocol {SUBPROTOCOL}",
+            ),
+        )
+    proposed = head.value(b"sec-websocket-protocol")
+    if SUBPROTOCOL.encode() not in [name.strip() for name in proposed.split(b",")]:
+        raise _Refused(
+            400,
+            JobworkerError(
+                f"cannot serve the request: it does not propose the subprotocol {SUBPROTOCOL}"
+            ),
+        )
+    return who
+
+
+async def _reply_http(
+    stream: "trio.SSLStream[trio.SocketStream]", connection: h11.Connection, refused: _Refused
+) -> None:
+    error = refused.error
+    told = {"code": error.code, "message": error.message, "remedy": error.remedy}
+    body = dumps({"error": told}).encode()
+    headers = [
+        ("content-type", "application/json"),
+        ("content-length", str(len(body))),
+        ("connection", "close"),
+    ]
+    if refused.status == 426:
+        headers.append(("upgrade", "websocket"))
+    response = h11.Response(status_code=refused.status, headers=headers)
+    data = [connection.send(event) for event in (response, h11.Data(data=body), h11.EndOfMessage())]
+    await stream.send_all(b"".join(piece for piece in data if piece))
+    with trio.move_on_after(CLOSE_SECONDS):
+        await stream.aclose()
+
+
+async def _serve_websocket(
+    stream: trio.abc.Stream, who: Identity, peer: str, context: operations.Context
+) -> None:
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(HANDSHAKE_SECONDS):
+            request = await trio_websocket.wrap_server_stream(
+                nursery,
+                stream,
+                message_queue_size=4,
+                max_message_size=MAX_MESSAGE_BYTES,
+                receive_buffer_size=RECEIVE_BYTES,
+            )
+            socket_ = await request.accept(subprotocol=SUBPROTOCOL)
+        log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
+        try:
+            await _Connection(socket_, who, context).serve()
+        finally:
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                await socket_.aclose()
+            log.info("%s: disconnected", peer)
+            nursery.cancel_scope.cancel()
+
+
+@define(eq=False)
+class _Connection:
+    """A client that has been let in."""
+
+    _socket: trio_websocket.WebSocketConnection
+    _who: Identity
+    _context: operations.Context
+    _session: ServerSession = field(factory=ServerSession)
+    _subscriptions: Subscriptions = field(init=False)
+    _scope: trio.CancelScope = field(factory=trio.CancelScope)
+    _tasks: int = 0
+    _task_ended: trio.Event = field(factory=trio.Event)
+
+    def __attrs_post_init__(self) -> None:
+        self._subscriptions = Subscriptions(self._context.supervisor, self._send)
+
+    async def serve(self) -> None:
+        """Answer calls until the client goes."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    while True:
+                        message = await self._socket.get_message()
+                        received = self._session.receive(message)
+                        if isinstance(received, Refusal):
+                            await self._send(received.message)
+                            continue
+                        while self._tasks >= MAX_TASKS:  # notifications that never end, say
+                            self._task_ended = trio.Event()
+                            await self._task_ended.wait()
+                        self._tasks += 1
+                        nursery.start_soon(self._answer_counted, received)
+        finally:
+            self._subscriptions.close()
+
+    async def _answer_counted(self, call: Call) -> None:
+        try:
+            await self._answer(call)
+        finally:
+            self._tasks -= 1
+            self._task_ended.set()
+
+    async def _answer(self, call: Call) -> None:
+        caller = operations.Caller(identity=self._who, subscriptions=self._subscriptions)
+        try:
+            result = await operations.call(self._context, caller, call.method, call.params)
+        except JobworkerError as error:
+            if call.id is not None:
+                await self._send(self._session.error(call.id, error))
+            return
+        except Exception:
+            incident = secrets.token_hex(4)
+            log.exception("incident %s: %s", incident, call.method.name)
+            if call.id is not None:
+                fault = InternalError(
+                    f"cannot serve {call.method.name}: an internal fault (incident {incident})",
+                    remedy="give the incident's number to who runs the service",
+                )
+                await self._send(self._session.error(call.id, fault))
+            return
+        if call.id is not None:
+            await self._send(self._session.result(call.id, result))
+        subscription = getattr(result, "subscription", None)
+        if isinstance(subscription, int):
+            await self._subscriptions.run(subscription)
+
+    async def _send(self, message: str | bytes) -> None:
+        """Send one message; a client that takes nothing is let go."""
+        with trio.move_on_after(SEND_SECONDS) as patience:
+            await self._socket.send_message(message)
+        if patience.cancelled_caught:
+            log.info("%s: let go: it takes nothing", self._who.common_name)
+            self._scope.cancel()

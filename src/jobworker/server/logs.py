@@ -1,0 +1,47 @@
+"""Log records on standard error, as text for people or JSON for programs, one line each.
+
+What clients and jobs chose (names, commands) may stand in a message; so control characters are
+escaped, and no one can forge a second record or move a terminal's cursor.
+"""
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+from jobworker.convert import dumps
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_ESCAPES |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, form: Literal["text", "json"]) -> None:
+        super().__init__()
+        self._form = form
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        moment = moment.replace("+00:00", "Z")
+        message = record.getMessage()
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._form == "json":
+            fields = {
+                "time": moment,
+                "level": record.levelname,
+                "logger": record.name,
+                "message": message,
+            }
+            return dumps({**fields, "trace": trace} if trace else fields)
+        line = f"{moment} {record.levelname} {message}".translate(_ESCAPES)
+        return f"{line}\n{trace}" if trace else line
+
+
+def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
+    """Send the records of `jobworker` to standard error; `level` as the configuration has it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(form))
+    root = logging.getLogger("jobworker")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel("WARNING" if level == "WARN" else level)

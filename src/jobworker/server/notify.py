@@ -1,0 +1,32 @@
+"""Telling whoever started the service how it stands: the protocol of sd_notify(3).
+
+systemd listens, and so do `worker demo` and the tests, which need to know the port.
+"""
+
+import os
+import socket
+
+ADDRESS_FIELD = "X_JOBWORKER_ADDRESS"
+"""A field of our own (names that begin with X_ are free): HOST:PORT of the listener."""
+
+
+class Notifier:
+    """A datagram socket to NOTIFY_SOCKET; without that variable it says nothing."""
+
+    def __init__(self) -> None:
+        path = os.environ.pop("NOTIFY_SOCKET", "")
+        self._socket: socket.socket | None = None
+        if path:
+            # Connected at once: later the path may be out of the service's reach.
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.connect("\0" + path[1:] if path.startswith("@") else path)
+
+    def tell(self, **fields: str) -> None:
+        """Send fields such as READY="1"; a listener that is gone is no fault of ours."""
+        if self._socket is not None:
+            message = "\n".join(f"{name}={value}" for name, value in fields.items())
+            try:
+                self._socket.send(message.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError:
+                self._socket.close()
+                self._socket = None

@@ -1,0 +1,147 @@
+"""What each method does: permission first, then the supervisor.
+
+Functions take the caller and the method's parameters and answer its result, or raise a
+JobworkerError for the caller. They hold no state and do no I/O of their own. The table at the
+end has a function for every row of the protocol's catalogue.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import trio
+from attrs import evolve, frozen
+
+import jobworker
+from jobworker.errors import InvalidParams
+from jobworker.jobs.supervisor import Supervisor
+from jobworker.model.access import authorize
+from jobworker.model.job import JobRecord, Limits, parse_signal
+from jobworker.model.lifecycle import State
+from jobworker.pki.identity import Identity
+from jobworker.protocol import messages as m
+from jobworker.protocol.methods import Method
+from jobworker.sandbox.host import HostFacts
+from jobworker.server.subscriptions import Subscriptions
+
+
+@frozen(kw_only=True)
+class Caller:
+    """Who calls, by its certificate, and the subscriptions of its connection."""
+
+    identity: Identity
+    subscriptions: Subscriptions
+
+
+@frozen(kw_only=True)
+class Context:
+    """What operations work upon."""
+
+    supervisor: Supervisor
+    host: HostFacts
+
+
+async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
+    """Run a method for a caller. Raises PermissionDenied, and what the method raises."""
+    authorize(caller.identity.role, method.permission, method.name)
+    return await OPERATIONS[method.name](context, caller, params)
+
+
+async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
+    await trio.lowlevel.checkpoint()
+    who = caller.identity
+    return m.Welcome(version=jobworker.__version__, name=who.common_name, role=who.role)
+
+
+async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
+    _check_against_host(params.job.limits, context.host)
+    execution = await context.supervisor.submit(params.job, caller.identity.common_name)
+    if execution.start_error is not None:
+        error = execution.start_error
+        raise type(error)(
+            error.message, remedy=error.remedy, data={**error.data, "job": execution.record.id}
+        )
+    subscription = None
+    if params.follow is not None:
+        follower = await context.supervisor.follow(execution.record.id)
+        opened = caller.subscriptions.open(execution.record.id, follower, params.follow, None)
+        subscription = opened.number
+    return m.RunResult(job=execution.record, subscription=subscription)
+
+
+def _check_against_host(limits: Limits, host: HostFacts) -> None:
+    cpu, memory = limits.cpu_percent or 0, limits.memory_bytes or 0
+    if cpu > 100 * host.cpus:
+        raise InvalidParams(
+            f"cannot run the command: limits.cpu_percent: {cpu} is more than "
+            f"{100 * host.cpus}, all of this host's {host.cpus} cores",
+            remedy="ask for less, or for 0 (no limit)",
+        )
+    if memory > host.memory_bytes:
+        raise InvalidParams(
+            f"cannot run the command: limits.memory_bytes: {memory} is more than "
+            f"{host.memory_bytes}, all of this host's memory",
+            remedy="ask for less, or for 0 (no limit)",
+        )
+
+
+async def _status(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
+    record = await context.supervisor.record(params.id)
+    execution = context.supervisor.live(params.id)
+    return record if execution is None else evolve(record, usage=await execution.usage())
+
+
+async def _list(context: Context, _: Caller, params: m.ListParams) -> m.ListResult:
+    states = frozenset(params.states or State)
+    found = await context.supervisor.latest(states=states, limit=params.limit, before=params.before)
+    return m.ListResult(jobs=tuple(found))
+
+
+async def _wait(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
+    return await context.supervisor.wait(params.id)
+
+
+async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:
+    number = parse_signal(params.signal)
+    return await context.supervisor.stop(params.id, number, params.grace_seconds)
+
+
+async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:
+    if not params.streams:
+        raise InvalidParams("cannot subscribe: streams: is empty; name stdout, stderr or both")
+    until = None
+    if not params.follow:
+        record = await context.supervisor.record(params.id)
+        until = record.stdout_bytes + record.stderr_bytes
+    follower = await context.supervisor.follow(params.id, params.offset, params.streams)
+    opened = caller.subscriptions.open(params.id, follower, params.delivery, until)
+    return m.LogResult(subscription=opened.number)
+
+
+async def _credit(_: Context, caller: Caller, params: m.CreditParams) -> m.Nothing:
+    await trio.lowlevel.checkpoint()
+    caller.subscriptions.find(params.subscription).grant(params.bytes)
+    return m.Nothing()
+
+
+async def _unfollow(_: Context, caller: Caller, params: m.SubscriptionParams) -> m.Nothing:
+    await trio.lowlevel.checkpoint()
+    caller.subscriptions.cancel(params.subscription)
+    return m.Nothing()
+
+
+_Operation = Callable[[Context, Caller, object], Awaitable[object]]
+
+OPERATIONS: dict[str, _Operation] = {
+    name: cast(_Operation, function)
+    for name, function in {
+        "service.hello": _hello,
+        "job.run": _run,
+        "job.status": _status,
+        "job.list": _list,
+        "job.wait": _wait,
+        "job.stop": _stop,
+        "job.log": _log,
+        "job.credit": _credit,
+        "job.unfollow": _unfollow,
+    }.items()
+}

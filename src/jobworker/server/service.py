@@ -1,0 +1,136 @@
+"""The service: everything that runs, in one tree of nurseries.
+
+    service ⊃ launcher link
+            ⊃ supervisor ⊃ executions
+            ⊃ listener   ⊃ connections
+
+Its end, on SIGTERM or SIGINT: stop accepting, stop every job (followers see their ends), give
+connections a moment, and go. If the launcher is gone, no job can be run or stopped any more, so
+the service ends too, with an error, and whoever supervises it starts both anew.
+"""
+
+import logging
+import signal
+from datetime import UTC, datetime
+
+import trio
+from attrs import define, field
+
+from jobworker.config import MEBIBYTE, Settings
+from jobworker.errors import LauncherGone
+from jobworker.jobs.execution import Rules
+from jobworker.jobs.history import History
+from jobworker.jobs.supervisor import Supervisor, recover_output
+from jobworker.model.units import parse_duration
+from jobworker.sandbox.host import read_host_facts
+from jobworker.sandbox.launch import Link, open_link
+from jobworker.server.connection import serve_connection
+from jobworker.server.notify import ADDRESS_FIELD
+from jobworker.server.operations import Context
+from jobworker.server.setup import Prepared
+
+log = logging.getLogger("jobworker.server")
+
+FAREWELL_SECONDS = 1.0
+"""What connections get to take their last messages."""
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _rules(settings: Settings) -> Rules:
+    worker = settings.worker
+    return Rules(
+        defaults=worker.default_limits,
+        timeout_seconds=parse_duration(worker.job_timeout),
+        stop_grace_seconds=parse_duration(worker.stop_grace),
+        max_output_bytes=worker.max_output * MEBIBYTE,
+    )
+
+
+async def serve(prepared: Prepared) -> None:
+    """Serve until a signal; raises LauncherGone if the launcher ends before."""
+    settings = prepared.settings
+    history = History.open(prepared.directory / "history.db", _now())
+    try:
+        spools = prepared.directory / "spool"
+        async with open_link(prepared.launcher) as link:
+            await recover_output(spools, history)
+            supervisor = Supervisor(
+                link=link,
+                history=history,
+                spools=spools,
+                rules=_rules(settings),
+                clock=_now,
+                max_running=settings.worker.max_concurrent_jobs,
+                max_waiting=settings.worker.max_waiting_jobs,
+            )
+            await _serve_until_signal(prepared, supervisor, link)
+    finally:
+        history.close()
+
+
+async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: Link) -> None:
+    listener = _Listener(prepared, Context(supervisor=supervisor, host=read_host_facts()))
+    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    with trio.open_signal_receiver(*ends) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(supervisor.serve)
+            nursery.start_soon(_watch, link)
+            nursery.start_soon(listener.serve)
+            _announce(prepared)
+            log.info("ending: %s", signal.Signals(await anext(signals)).name)
+            prepared.notifier.tell(STOPPING="1")
+            listener.stop_accepting()
+            await supervisor.shut_down(parse_duration(prepared.settings.worker.stop_grace))
+            with trio.move_on_after(FAREWELL_SECONDS):
+                await listener.idle.wait()
+            nursery.cancel_scope.cancel()
+    log.info("ended")
+
+
+def _announce(prepared: Prepared) -> None:
+    host, port = prepared.listeners[0].getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    log.info("limits by cgroup %s", prepared.launcher.cgroup_kind)
+    for gap in prepared.launcher.gaps:
+        log.warning("this host: %s", gap)
+    log.info("listening on %s", address)
+    prepared.notifier.tell(READY="1", STATUS=f"listening on {address}", **{ADDRESS_FIELD: address})
+
+
+async def _watch(link: Link) -> None:
+    await link.gone.wait()
+    raise LauncherGone(
+        "cannot go on: the launcher has ended", remedy="see its last words above, and start again"
+    )
+
+
+@define(eq=False)
+class _Listener:
+    """Accepts connections, and serves them until they end."""
+
+    _prepared: Prepared
+    _context: Context
+    _accepting: trio.CancelScope = field(factory=trio.CancelScope)
+    idle: trio.Event = field(factory=trio.Event)
+    """Set once nothing is accepted any more and the last connection has ended."""
+
+    async def serve(self) -> None:
+        """Accept and serve."""
+        listeners = [
+            trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+            for listener in self._prepared.listeners
+        ]
+        async with trio.open_nursery() as connections:
+            with self._accepting:
+                await trio.serve_listeners(self._serve_one, listeners, handler_nursery=connections)
+        self.idle.set()
+
+    async def _serve_one(self, stream: trio.SocketStream) -> None:
+        await serve_connection(stream, self._prepared.tls, self._context)
+
+    def stop_accepting(self) -> None:
+        """Close the listeners."""
+        self._accepting.cancel()
