@@ -1,0 +1,160 @@
+"""Certificate, key and CA files: read, loaded, and checked before they are used.
+
+Each fault names the file, what is wrong with it and the remedy. A server's own certificate is
+checked by the rules that its clients will apply, with X509Store of pyOpenSSL, which says what
+fails; cryptography and OpenSSL are imported for that alone: they would double a client's start.
+"""
+
+import os
+import re
+import ssl
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobworker import errors
+from jobworker.pki.refusals import EXPIRED, FOREIGN, NOT_YET_VALID, words
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+
+SERVER_REMEDY = "make a set with 'worker certs init --dir DIR' and name it in the configuration"
+PEM_BYTES_MAX = 1024 * 1024  # far above any chain; a wrong path may name a disk image
+
+
+class _Encrypted(Exception):
+    """OpenSSL asked for a passphrase."""
+
+
+def read_pem(path: Path, what: str, label: str, remedy: str) -> bytes:
+    """Read a PEM file of at most `PEM_BYTES_MAX`; `label` is what its BEGIN line must hold.
+
+    Raises `CredentialsUnusable`.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _unusable(path, what, "it is not a regular file", remedy)
+        with path.open("rb") as file:
+            content = file.read(PEM_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise _unusable(path, what, "there is no such file", remedy) from None
+    except PermissionError:
+        allow = f"let this user (and nobody else) read {path}"
+        raise _unusable(path, what, "this user may not read it", allow) from None
+    except OSError as exc:
+        raise _unusable(path, what, os.strerror(exc.errno or 0), remedy) from None
+    if len(content) > PEM_BYTES_MAX:
+        raise _unusable(path, what, f"it is larger than {PEM_BYTES_MAX} bytes", remedy)
+    if not re.search(rb"-----BEGIN (?:[A-Z0-9]+ )*" + label.encode() + b"-----", content):
+        raise _unusable(path, what, f"it holds no PEM block '{label}'", remedy)
+    return content
+
+
+def load(
+    context: ssl.SSLContext, side: str, remedy: str, *, ca: Path, certificate: Path, key: Path
+) -> None:
+    read_pem(ca, "CA certificate", "CERTIFICATE", remedy)
+    try:
+        context.load_verify_locations(cafile=ca)
+    except ssl.SSLError as exc:
+        raise _unusable(ca, "CA certificate", f"it is damaged ({exc.reason})", remedy) from None
+    read_pem(certificate, f"{side} certificate", "CERTIFICATE", remedy)
+    read_pem(key, f"{side} key", "PRIVATE KEY", remedy)
+
+    def passphrase() -> str:
+        raise _Encrypted  # without this, OpenSSL would ask at the terminal
+
+    try:
+        context.load_cert_chain(certificate, key, password=passphrase)
+    except _Encrypted:
+        decrypt = f"decrypt it: openssl pkey -in {key} -out NEW"
+        raise _unusable(key, f"{side} key", "it is encrypted", decrypt) from None
+    except ssl.SSLError as exc:
+        raise _pair_fault(exc, side, remedy, certificate=certificate, key=key) from None
+
+
+def _pair_fault(
+    error: ssl.SSLError, side: str, remedy: str, *, certificate: Path, key: Path
+) -> errors.CredentialsUnusable:
+    """Find out which of the two files OpenSSL did not take."""
+    # A key of another type lands in another slot of the context, where no certificate is.
+    if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+        return _unusable(key, f"{side} key", f"it does not belong to {certificate}", remedy)
+    if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
+        weak = f"OpenSSL holds it for too weak ({words(error.reason)})"
+        return _unusable(certificate, f"{side} certificate", weak, remedy)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate)
+    except ssl.SSLError as exc:
+        damaged = f"it is damaged ({exc.reason})"
+        return _unusable(certificate, f"{side} certificate", damaged, remedy)
+    return _unusable(key, f"{side} key", f"it is damaged ({error.reason})", remedy)
+
+
+def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.CredentialsUnusable:
+    return errors.CredentialsUnusable(f"cannot use the {what} {path}: {why}", remedy=remedy)
+
+
+def check_server_certificate(ca: Path, certificate: Path) -> None:
+    from cryptography import x509
+    from OpenSSL import crypto
+
+    store = crypto.X509Store()
+    store.set_flags(crypto.X509StoreFlags.X509_STRICT)
+    what = "server certificate"
+    try:
+        anchors = x509.load_pem_x509_certificates(ca.read_bytes())
+        for anchor in anchors:
+            store.add_cert(crypto.X509.from_cryptography(anchor))
+        leaf, *others = x509.load_pem_x509_certificates(certificate.read_bytes())
+        unusable = _server_use_fault(leaf)
+    except ValueError as exc:
+        both = f"it or {ca} is damaged ({exc})"
+        raise _unusable(certificate, what, both, SERVER_REMEDY) from None
+    between = [crypto.X509.from_cryptography(other) for other in others]
+    own = crypto.X509.from_cryptography(leaf)
+    try:
+        crypto.X509StoreContext(store, own, between).verify_certificate()
+    except crypto.X509StoreContextError as exc:
+        culprit = exc.certificate.to_cryptography()
+        owner = ca if culprit in anchors else certificate
+        code, _, text = exc.errors
+        raise _chain_fault(int(code), str(text), culprit, owner, ca) from None
+    if unusable:
+        raise _unusable(certificate, what, unusable, SERVER_REMEDY)
+
+
+def _server_use_fault(leaf: "x509.Certificate") -> str | None:
+    from cryptography import x509
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    present = {type(extension.value): extension.value for extension in leaf.extensions}
+    extended = present.get(x509.ExtendedKeyUsage)
+    if isinstance(extended, x509.ExtendedKeyUsage) and (
+        ExtendedKeyUsageOID.SERVER_AUTH not in extended
+    ):
+        return "it is not made for servers (no serverAuth in its extended key usage)"
+    usage = present.get(x509.KeyUsage)
+    if isinstance(usage, x509.KeyUsage) and not usage.digital_signature:
+        return "its key may not sign (no digitalSignature in its key usage)"
+    if x509.SubjectAlternativeName not in present:
+        return "it bears no host name (no subject alternative name), so no client can check it"
+    return None
+
+
+def _chain_fault(
+    code: int, text: str, culprit: "x509.Certificate", owner: Path, ca: Path
+) -> errors.CredentialsUnusable:
+    """Turn an X509_V_ERR_* code about `culprit`, a certificate of the file `owner`, into words."""
+    what = "CA certificate" if owner == ca else "server certificate"
+    if code in FOREIGN:
+        why = f"it is not from the CA in {ca} ({text})"
+    elif code == EXPIRED:
+        why = f"it expired at {culprit.not_valid_after_utc.isoformat()}"
+    elif code == NOT_YET_VALID:
+        why = f"it is not valid before {culprit.not_valid_before_utc.isoformat()}; check the clock"
+    else:
+        why = text
+    subject = culprit.subject.rfc4514_string()
+    return _unusable(owner, what, f"{why} [{subject}]", SERVER_REMEDY)

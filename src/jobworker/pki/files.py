@@ -1,0 +1,108 @@
+"""New files, whole and durable, all of a set or none.
+
+A private key exists on disk only under mode 0600, from its first instant. A file appears under
+its name by link(2), which never replaces anything: two calls at once cannot mix their sets, and
+the loser removes what it made.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from jobworker import errors
+
+KEY_MODE, CERTIFICATE_MODE, DIRECTORY_MODE = 0o600, 0o644, 0o700
+
+
+def write_new(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
+    """Write files (name: content, mode) that must not exist, durably, all or none.
+
+    The directory is made with mode 0700 if it is missing, and keeps its mode otherwise. Raises
+    `CredentialsUnusable`.
+    """
+    with _directory(directory) as at:
+        made: list[str] = []  # everything to remove if this fails
+        try:
+            staged: dict[str, str] = {}
+            for name, (content, mode) in files.items():
+                staged[name] = f".{name}.{secrets.token_hex(8)}"
+                with _writing(directory / name):
+                    made.append(staged[name])
+                    _stage(staged[name], content, mode, at)
+            for name, temporary in staged.items():
+                with _writing(directory / name):
+                    os.link(temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
+                    made.append(name)
+                    os.unlink(temporary, dir_fd=at)
+            with _writing(directory):
+                os.fsync(at)
+        except BaseException:
+            for name in made:
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=at)
+            raise
+
+
+def _stage(temporary: str, content: bytes, mode: int, at: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(temporary, flags, KEY_MODE, dir_fd=at), "wb") as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask; only a certificate's opens up
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    """Open a directory, made if it is missing, and removed again if the block then fails."""
+    fresh = False
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=DIRECTORY_MODE)
+            fresh = True
+            _sync_entry(path)
+        at = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise _unwritable(path, exc) from None
+    try:
+        yield at
+    except BaseException:
+        if fresh:
+            with suppress(OSError):  # another call may have put its files there meanwhile
+                path.rmdir()
+        raise
+    finally:
+        os.close(at)
+
+
+def _sync_entry(path: Path) -> None:
+    """Make a new directory's own name durable: that stands in its parent, fsync(2)."""
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Map what the kernel says while `path` is made."""
+    try:
+        yield
+    except FileExistsError:
+        raise errors.CredentialsUnusable(
+            f"cannot write {path}: it is there already",
+            remedy="name another directory, or move the old files away first",
+        ) from None
+    except OSError as exc:
+        raise _unwritable(path, exc) from None
+
+
+def _unwritable(path: Path, error: OSError) -> errors.CredentialsUnusable:
+    return errors.CredentialsUnusable(
+        f"cannot write {path}: {os.strerror(error.errno or 0)}",
+        remedy="name a directory that this user may write to",
+    )

@@ -1,0 +1,141 @@
+"""Why a handshake failed, in words for people, on either side.
+
+In TLS 1.3 a client's handshake is over before the server has seen its certificate: a refusal
+arrives as an alert on the first read after it, so `client_refusal` belongs around both.
+
+No sockets here, and no event loop: those who own the stream hand in what it raised.
+"""
+
+import re
+import ssl
+from typing import TYPE_CHECKING
+
+from jobworker import errors
+
+if TYPE_CHECKING:
+    pass
+
+
+# X509_V_ERR_* of openssl/x509_vfy.h, openssl-verification-options(1)
+EXPIRED, NOT_YET_VALID, _REVOKED, _WRONG_PURPOSE = 10, 9, 23, 26
+
+
+_WRONG_NAME = frozenset({62, 64})
+
+
+FOREIGN = frozenset({7, 18, 19, 20, 21})  # a bad signature, self-signed, or no issuer at hand
+
+
+# RFC 8446, section 6.2. OpenSSL answers a certificate that is not valid yet with
+# bad_certificate, and with TLS 1.2 one that is missing with handshake_failure.
+_ALERTS = {
+    "CERTIFICATE_REQUIRED": "it asks for a client certificate and got none",
+    "UNKNOWN_CA": "this client's certificate is not from the server's CA",
+    "BAD_CERTIFICATE": "this client's certificate is not valid yet, or is damaged",
+    "CERTIFICATE_EXPIRED": "this client's certificate has expired",
+    "CERTIFICATE_REVOKED": "this client's certificate has been revoked",
+    "UNSUPPORTED_CERTIFICATE": "this client's certificate is not made for clients",
+    "CERTIFICATE_UNKNOWN": "this client's certificate did not pass its checks",
+    "DECRYPT_ERROR": "this client's certificate bears a wrong signature",
+    "ACCESS_DENIED": "this client's certificate gives no access",
+    "HANDSHAKE_FAILURE": "client and server found no common terms, or it got no certificate",
+}
+
+
+_NOT_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
+
+
+_SERVER_SIDE = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the client sent no certificate",
+    "HTTP_REQUEST": "the client spoke plain HTTP",
+    "UNSUPPORTED_PROTOCOL": "the client offers no TLS version that is allowed here",
+    "NO_SHARED_CIPHER": "the client offers no cipher that is allowed here",
+    "UNEXPECTED_EOF_WHILE_READING": "the client went away",
+} | dict.fromkeys(_NOT_TLS, "the client did not speak TLS")
+
+
+def client_refusal(error: ssl.SSLError) -> errors.JobworkerError:
+    """Turn what a client's handshake, or its first read, raised into what its user can act on.
+
+    `ServerUntrusted`: we refused the server. `CertificateRefused`: it refused us, by an alert.
+    `ConnectionFailed`: TLS did not come about.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _untrusted(error)
+    alert = _alert(error)
+    if alert in _ALERTS:
+        remedy = "look at --cert and --key, or ask the administrator for a new certificate"
+        if alert in ("CERTIFICATE_EXPIRED", "BAD_CERTIFICATE"):
+            remedy += "; the clocks of both machines must be right"
+        return errors.CertificateRefused(
+            f"cannot connect: the server refused this client: {_ALERTS[alert]}", remedy=remedy
+        )
+    reason = _reason(error)
+    remedy = "check that --server names a jobworker service, and its log"
+    if alert == "PROTOCOL_VERSION" or reason == "UNSUPPORTED_PROTOCOL":
+        why = "the server does not offer TLS 1.3"
+    elif alert:
+        why = f"the server broke off (TLS alert: {words(alert)})"
+    elif reason in _NOT_TLS:
+        why = "the server does not speak TLS at this address"
+    elif isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        why = "the server closed the connection during the TLS handshake"
+    else:
+        why = f"TLS failed ({words(reason) or error})"
+    return errors.ConnectionFailed(f"cannot connect: {why}", remedy=remedy)
+
+
+def explain_server_side(error: ssl.SSLError) -> str:
+    """Say in one clause, for the log, why a server's handshake with a client failed."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the client's certificate was refused: {error.verify_message}"
+    if alert := _alert(error):
+        return f"the client refused this server (TLS alert: {words(alert)})"
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return "the client went away"
+    reason = _reason(error)
+    return _SERVER_SIDE.get(reason, f"the TLS handshake failed: {words(reason) or error}")
+
+
+def _untrusted(error: ssl.SSLCertVerificationError) -> errors.ServerUntrusted:
+    code = error.verify_code
+    renew = "ask the administrator to renew it; check this machine's clock as well"
+    if code in _WRONG_NAME:
+        # OpenSSL names what was dialled: "certificate is not valid for 'x'"
+        why = f"its certificate bears another name ({error.verify_message.rstrip('.')})"
+        remedy = "dial a name that the certificate bears, or add one: worker certs init --host NAME"
+    elif code in FOREIGN:
+        why = f"its certificate is not from the CA in --ca ({error.verify_message})"
+        remedy = "copy ca-cert.pem from the server; if it should fit, someone is in between"
+    elif code == EXPIRED:
+        why, remedy = "its certificate, or the CA's, has expired", renew
+    elif code == NOT_YET_VALID:
+        why, remedy = "its certificate, or the CA's, is not valid yet", renew
+    elif code == _REVOKED:
+        why, remedy = "its certificate has been revoked", "ask the administrator for a new one"
+    elif code == _WRONG_PURPOSE:
+        why = "its certificate is not made for servers"
+        remedy = "configure server-cert.pem and server-key.pem there"
+    else:
+        why, remedy = f"its certificate fails ({error.verify_message})", renew
+    return errors.ServerUntrusted(f"cannot trust the server: {why}", remedy=remedy)
+
+
+def _alert(error: ssl.SSLError) -> str:
+    """The alert's name as RFC 8446 has it, in capitals; "" if the peer sent none.
+
+    OpenSSL prefixes it by the version that brought the alert in, whatever was spoken. A reason
+    newer than Python's table is found in the text instead.
+    """
+    text = (_reason(error) or str(error)).upper().replace(" ", "_")
+    found = re.search(r"ALERT_([A-Z_]+?)(?=_?\(|$)", text)
+    return found[1] if found else ""
+
+
+def _reason(error: ssl.SSLError) -> str:
+    # Only an error from OpenSSL's own queue has the attribute; it is None beyond Python's table.
+    return getattr(error, "reason", None) or ""
+
+
+def words(reason: str) -> str:
+    return reason.lower().replace("_", " ")
