@@ -40,7 +40,10 @@ def _exact_int(value: object, _: object) -> int:
 def _exact_float(value: object, _: object) -> float:
     if type(value) not in (int, float):
         raise TypeError(f"must be a number, not {_kind(value)}")
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError("must be a finite number")
     return number
@@ -74,7 +77,10 @@ def _datetime(value: object, _: object) -> datetime:
     moment = datetime.fromisoformat(_exact_str(value, str))
     if moment.tzinfo is None:
         raise ValueError("must carry a time zone, such as 2026-01-31T12:00:00Z")
-    return moment
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
 
 
 def _literal(value: object, cls: Any) -> object:
@@ -121,7 +127,8 @@ def _make_converter() -> cattrs.Converter:
 
     @converter.register_structure_hook_factory(_is_mapping)
     def mapping(cls: Any, inner: cattrs.Converter) -> Any:
-        plain = inner.gen_structure_mapping(cls)
+        # Not inner.gen_structure_mapping: that registers its result, past the check below.
+        plain = cattrs.gen.make_mapping_structure_fn(cls, inner, dict, detailed_validation=True)
 
         def hook(value: object, cls: Any) -> Any:
             if type(value) is not dict:
@@ -139,9 +146,18 @@ def _make_converter() -> cattrs.Converter:
         def hook(value: object, cls: type[T]) -> T:
             if type(value) is not dict:
                 raise TypeError(f"must be an object, not {_kind(value)}")
-            with attrs.validators.disabled():
-                made = plain(value, cls)
-            return _validated(made, cls)
+            faults: list[Exception] = []
+            made: T | None = None
+            try:
+                with attrs.validators.disabled():
+                    made = plain(value, cls)
+            except cattrs.ClassValidationError as group:
+                faults.extend(group.exceptions)
+            values = {a.name: getattr(made, a.name) for a in attrs.fields(cls)} if made else value  # type: ignore[arg-type]
+            faults.extend(_out_of_bounds(inner, cls, values, structured=made is not None))
+            if made is None or faults:
+                raise cattrs.ClassValidationError("", faults, cls)
+            return made
 
         return hook
 
@@ -151,20 +167,29 @@ def _make_converter() -> cattrs.Converter:
     return converter
 
 
-def _validated(made: T, cls: type[T]) -> T:
-    """Run the validators of `made`, all of them: attrs itself stops at the first fault."""
+def _out_of_bounds(
+    converter: cattrs.Converter, cls: Any, values: Mapping[str, object], *, structured: bool
+) -> list[Exception]:
+    """Run the validators of a class on what is given, all of them: attrs stops at the first fault.
+
+    Values of the wrong type, told of already, are passed over.
+    """
     faults: list[Exception] = []
-    for attribute in attrs.fields(cls):  # type: ignore[arg-type]
-        if attribute.validator is None:
+    for attribute in attrs.fields(cls):
+        if attribute.validator is None or attribute.name not in values:
+            continue
+        value = values[attribute.name]
+        try:
+            if not structured:
+                value = converter.structure(value, attribute.type)
+        except (cattrs.BaseValidationError, TypeError, ValueError, KeyError):
             continue
         try:
-            attribute.validator(made, attribute, getattr(made, attribute.name))
+            attribute.validator(None, attribute, value)
         except (ValueError, TypeError) as fault:
             fault.add_note(AttributeValidationNote("", attribute.name, attribute.type))
             faults.append(fault)
-    if faults:
-        raise cattrs.ClassValidationError("", faults, cls)
-    return made
+    return faults
 
 
 _KINDS: dict[type, str] = {

@@ -39,6 +39,17 @@ class InternalError(JobworkerError):
     """A fault of ours: the client gets an incident id, the log has the rest."""
 
 
+class OutputError(InternalError):
+    """The disk refuses a job's output: full, failing, or changed by another hand.
+
+    `__cause__` is the OSError where there is one.
+    """
+
+    code = 1040
+    exit_code = 81
+    name = "output_failed"
+
+
 # --- the wire -------------------------------------------------------------------------------
 
 

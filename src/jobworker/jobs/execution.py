@@ -21,9 +21,8 @@ from datetime import datetime
 import trio
 from attrs import define, evolve, field, frozen
 
-from jobworker.errors import JobworkerError, LauncherGone
+from jobworker.errors import JobworkerError, LauncherGone, OutputError
 from jobworker.jobs.history import History
-from jobworker.jobs.output_directory import OutputError
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobRecord, Limits, Stream, Usage

@@ -136,7 +136,7 @@ class History:
                 fault: Exception | None = None
                 try:
                     await self._in_thread(partial(self._commit, [w.record for w in batch]))
-                except apsw.Error as error:
+                except (apsw.Error, ValueError) as error:  # ValueError: text that is no Unicode
                     fault = error
                 for write in batch:
                     write.fault = fault

@@ -12,22 +12,10 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import ClassVar
 
-from jobworker.errors import Busy, InternalError, NotFound
+from jobworker.errors import Busy, NotFound, OutputError
 
 NAMES = ("stdout", "stderr", "index")
-
-
-class OutputError(InternalError):
-    """The disk refuses a job's output: full, failing, or changed by another hand.
-
-    `__cause__` is the OSError where there is one.
-    """
-
-    code: ClassVar[int] = 1040
-    exit_code: ClassVar[int] = 81
-    name: ClassVar[str] = "output_failed"
 
 
 @contextmanager

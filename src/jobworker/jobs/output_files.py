@@ -30,7 +30,8 @@ from typing import Self
 
 from attrs import define, evolve, field
 
-from jobworker.jobs.output_directory import OutputError, create_files, disk_errors, open_files
+from jobworker.errors import OutputError
+from jobworker.jobs.output_directory import create_files, disk_errors, open_files
 from jobworker.jobs.output_index import (
     BLOCK_RECORDS,
     EMPTY,

@@ -26,7 +26,7 @@ from typing import Self
 import trio
 from attrs import define, field
 
-from jobworker.jobs.output_directory import OutputError
+from jobworker.errors import OutputError
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
 

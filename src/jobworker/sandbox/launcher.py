@@ -341,15 +341,17 @@ class Launcher:
 
 
 def _deliver(child: Child, number: int) -> bool:
-    """Send a signal to a job's first process; False if it would not notice.
+    """Send a signal to a job's first process; False if that would have no effect of any kind.
 
     PID 1 of a namespace is spared every signal that it has no handler for
-    (pid_namespaces(7)), so the mask of caught signals tells: proc(5), SigCgt.
+    (pid_namespaces(7)), where another process would end by the signal's default action. One
+    that ignores the signal on purpose has said something, and gets its grace period. The masks
+    in proc(5) tell: SigCgt and SigIgn.
     """
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         with open(f"/proc/{child.pid}/status") as status:
-            caught = next(line.split()[1] for line in status if line.startswith("SigCgt:"))
-        if not int(caught, 16) >> (number - 1) & 1:
+            masks = [line.split()[1] for line in status if line.startswith(("SigCgt:", "SigIgn:"))]
+        if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
             return False
     signal.pidfd_send_signal(child.pidfd, number)
     return True

@@ -47,10 +47,15 @@ MAX_TASKS = MAX_IN_FLIGHT + MAX_SUBSCRIPTIONS
 
 
 class PrefixStream(trio.abc.Stream):
-    """A stream that first gives back what was already read from it."""
+    """A stream that first gives back what was already read from it, and tells when it is closed.
+
+    trio-websocket closes it without a word to its caller where a client breaks the protocol, and
+    then leaves who waits for a message waiting for ever.
+    """
 
     def __init__(self, inner: trio.abc.Stream, prefix: bytes) -> None:
         self._inner, self._prefix = inner, prefix
+        self.closed = trio.Event()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See trio.abc.ReceiveStream."""
@@ -71,6 +76,7 @@ class PrefixStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """See trio.abc.AsyncResource."""
+        self.closed.set()
         await self._inner.aclose()
 
 
@@ -208,6 +214,9 @@ def _admit(stream: "trio.SSLStream[trio.SocketStream]", head: _Head) -> Identity
                 f"cannot serve the request: it does not propose the subprotocol {SUBPROTOCOL}"
             ),
         )
+    if head.connection.trailing_data[0]:
+        early = "cannot serve the request: more was sent before it was answered"
+        raise _Refused(400, JobworkerError(early))
     return who
 
 
@@ -232,9 +241,15 @@ async def _reply_http(
 
 
 async def _serve_websocket(
-    stream: trio.abc.Stream, who: Identity, peer: str, context: operations.Context
+    stream: PrefixStream, who: Identity, peer: str, context: operations.Context
 ) -> None:
+    async def leave_when_closed() -> None:
+        await stream.closed.wait()
+        await trio.sleep(CLOSE_SECONDS)  # what came before may still be answered
+        nursery.cancel_scope.cancel()
+
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(leave_when_closed)
         with trio.fail_after(HANDSHAKE_SECONDS):
             request = await trio_websocket.wrap_server_stream(
                 nursery,

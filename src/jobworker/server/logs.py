@@ -1,11 +1,14 @@
 """Log records on standard error, as text for people or JSON for programs, one line each.
 
-What clients and jobs chose (names, commands) may stand in a message; so control characters are
-escaped, and no one can forge a second record or move a terminal's cursor.
+What clients and jobs chose (names, commands) may stand in a message, and in the exception of a
+traceback; so control characters are escaped, and no one can forge a second record or move a
+terminal's cursor. A traceback follows its line of text indented, so that none of its lines
+begins as a record does.
 """
 
 import logging
 import sys
+import textwrap
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -13,6 +16,8 @@ from jobworker.convert import dumps
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _ESCAPES |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
+_TRACE_ESCAPES = {code: text for code, text in _ESCAPES.items() if code != ord("\n")}
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in _ESCAPES}
 
 
 class _Formatter(logging.Formatter):
@@ -32,8 +37,10 @@ class _Formatter(logging.Formatter):
                 "logger": record.name,
                 "message": message,
             }
-            return dumps({**fields, "trace": trace} if trace else fields)
+            # JSON itself asks only for the escapes below U+0020 (RFC 8259, section 7).
+            return dumps({**fields, "trace": trace} if trace else fields).translate(_JSON_ESCAPES)
         line = f"{moment} {record.levelname} {message}".translate(_ESCAPES)
+        trace = textwrap.indent(trace.translate(_TRACE_ESCAPES), "    ")
         return f"{line}\n{trace}" if trace else line
 
 

@@ -82,6 +82,11 @@ def prepare(settings: Settings) -> Prepared:
         undo.callback(launcher.sock.close)
         notifier = Notifier()
         _give_up_root(uid, gid)
+        if not os.access(state / "service", os.R_OK | os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"cannot use worker.state_dir {state}: the service, as user {uid}, cannot reach it",
+                remedy="let others pass through the directories above it (chmod o+x)",
+            )
         undo.pop_all()
     return Prepared(
         settings=settings,

@@ -2,7 +2,7 @@
 
 A subscription sends at the pace at which its client takes: never more than the credit that the
 client has granted, where it asked for credits; and one piece at a time in any case, so that what
-waits for a slow client waits in the spool's files and not in memory.
+waits for a slow client waits in the spool's files and at most one chunk in memory.
 """
 
 from collections.abc import Awaitable, Callable
@@ -133,22 +133,25 @@ class Subscriptions:
         follower, until = subscription.follower, subscription.until
         try:
             while until is None or follower.offset < until:
-                room = await subscription.room()
-                chunk = await follower.receive(room, wait=until is None)
+                chunk = await follower.receive(wait=until is None)
                 if chunk is None:
                     break
-                subscription.spend(len(chunk.data))
-                await self._send(_encode(subscription, chunk))
+                await self._send_within_credit(subscription, chunk)
         except JobworkerError as error:
             return {"name": error.name, "message": str(error)}
         return None
 
-
-def _encode(subscription: Subscription, chunk: Chunk) -> str | bytes:
-    header = OutputHeader(
-        subscription=subscription.number,
-        stream=chunk.stream,
-        offset=chunk.offset,
-        time=datetime.fromtimestamp(chunk.time_ns / 1e9, UTC),
-    )
-    return encode_output(header, chunk.data, binary=subscription.binary)
+    async def _send_within_credit(self, subscription: Subscription, chunk: Chunk) -> None:
+        sent = 0
+        while sent < len(chunk.data):
+            room = await subscription.room()
+            piece = chunk.data[sent : sent + room]
+            subscription.spend(len(piece))
+            header = OutputHeader(
+                subscription=subscription.number,
+                stream=chunk.stream,
+                offset=chunk.offset + sent,
+                time=datetime.fromtimestamp(chunk.time_ns / 1e9, UTC),
+            )
+            await self._send(encode_output(header, piece, binary=subscription.binary))
+            sent += len(piece)

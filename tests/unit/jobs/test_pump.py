@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.jobs.output_directory import OutputError
+from jobworker.errors import OutputError
 from jobworker.jobs.output_index import Chunk
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool

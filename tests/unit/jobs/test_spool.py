@@ -13,9 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.errors import Busy, InvalidParams, NotFound
+from jobworker.errors import Busy, InvalidParams, NotFound, OutputError
 from jobworker.jobs.follower import Follower
-from jobworker.jobs.output_directory import OutputError
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import RECORD, Chunk, Place, View
 from jobworker.jobs.spool import Spool

@@ -27,6 +27,8 @@ from jobworker.model.job import Stream
 
 T = TypeVar("T")
 
+SIZES = st.lists(st.integers(1, 40), max_size=8)
+
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
     """Run one step under Trio: Hypothesis calls rules from outside."""
@@ -106,16 +108,19 @@ class SpoolMachine(RuleBasedStateMachine):
         at=st.just(0) | st.integers(0, 1000),
         streams=st.sampled_from([BOTH, BOTH, *({stream} for stream in Stream)]),
         coalesce=st.booleans(),
+        sizes=SIZES,
     )
-    def follow(self, at: int, streams: set[Stream], coalesce: bool) -> None:
+    def follow(self, at: int, streams: set[Stream], coalesce: bool, sizes: list[int]) -> None:
         follower = self.spool.follow(at % (len(self.log) + 1), streams=streams, coalesce=coalesce)
         self.live[follower] = (streams, coalesce)
+        for max_bytes in sizes:
+            self.receive_one(follower, max_bytes)
 
     @precondition(lambda self: self.live)
-    @rule(which=st.integers(0, 100), max_bytes=st.integers(1, 40), times=st.integers(1, 5))
-    def receive(self, which: int, max_bytes: int, times: int) -> None:
+    @rule(which=st.integers(0, 100), sizes=SIZES)
+    def receive(self, which: int, sizes: list[int]) -> None:
         follower = list(self.live)[which % len(self.live)]
-        for _ in range(times):
+        for max_bytes in sizes:
             self.receive_one(follower, max_bytes)
 
     def receive_one(self, follower: Follower, max_bytes: int) -> None:

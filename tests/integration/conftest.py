@@ -1,0 +1,109 @@
+"""A real service for the tests: one for the whole run, in a process of its own."""
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.server.setup import instance_name
+
+from .wire import Wire, open_wire
+
+
+@pytest.fixture(autouse=True)
+def _needs_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+
+
+@pytest.fixture(scope="session")
+def open_directory() -> Iterator[Callable[[], Path]]:
+    """Makes directories on disk that an unprivileged service may pass through."""
+    made: list[str] = []
+
+    def make() -> Path:
+        made.append(tempfile.mkdtemp(prefix="jobworker-test-", dir="/var/tmp"))
+        os.chmod(made[-1], 0o755)
+        return Path(made[-1])
+
+    yield make
+    for path in made:
+        shutil.rmtree(path)
+
+
+async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for something outside of Trio's sight, such as a file that a job makes."""
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.005)
+
+
+def left_behind(directory: Path) -> list[str]:
+    """Control groups and processes of a service that has ended."""
+    name = instance_name(directory / "state")
+    left = [str(path) for path in Path("/sys/fs/cgroup").rglob(name)]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(directory).encode() in (process / "cmdline").read_bytes():
+                left.append(f"process {process.name}")
+        except OSError:
+            continue
+    scratch = directory / "state" / "scratch"
+    left.extend(str(path) for path in scratch.iterdir())
+    return left
+
+
+@pytest.fixture(scope="session")
+def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A running service; at the end nothing of it may be left."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+    directory = open_directory()
+    ready, stop = threading.Event(), trio.Event()
+    running: list[tuple[Embedded, trio.lowlevel.TrioToken]] = []
+    faults: list[BaseException] = []
+
+    async def hold() -> None:
+        async with open_embedded(directory, {"worker": {"max_concurrent_jobs": 60}}) as made:
+            running.append((made, trio.lowlevel.current_trio_token()))
+            ready.set()
+            await stop.wait()
+
+    def serve() -> None:
+        try:
+            trio.run(hold)
+        except BaseException as fault:  # noqa: BLE001 - told in the test's own thread
+            faults.append(fault)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    ready.wait()
+    if faults:
+        raise faults[0]
+    yield running[0][0]
+    trio.from_thread.run_sync(stop.set, trio_token=running[0][1])
+    thread.join()
+    assert not faults
+    assert left_behind(directory) == []
+
+
+@pytest.fixture
+async def admin(service: Embedded) -> AsyncIterator[Wire]:
+    """A connection with the admin's certificate."""
+    async with open_wire(service) as wire:
+        yield wire
+
+
+@pytest.fixture
+async def viewer(service: Embedded) -> AsyncIterator[Wire]:
+    """A connection with the viewer's certificate."""
+    async with open_wire(service, "viewer") as wire:
+        yield wire

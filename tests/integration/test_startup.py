@@ -1,0 +1,168 @@
+"""`worker serve` and `worker certs` with what is wrong: one line, an exit code, nothing left."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jobworker.cli.embedded import Embedded, program, write_configuration
+from jobworker.pki.authority import init_authority
+
+from .conftest import left_behind
+
+
+@pytest.fixture
+def site(open_directory: Callable[[], Path]) -> Iterator[Path]:
+    """A directory with certificates; nothing may run from it afterwards."""
+    directory = open_directory()
+    init_authority(directory / "certs", [], now=datetime.now(UTC))
+    yield directory
+    (directory / "state" / "scratch").mkdir(parents=True, exist_ok=True)
+    assert left_behind(directory) == []
+
+
+def serve(config: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*program("worker"), "serve", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def fails_with(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:
+    """One line on standard error that holds the words, and the exit code."""
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("worker: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_port_in_use(site: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = write_configuration(site, {"server": {"port": port}})
+        fails_with(serve(config), 73, f"127.0.0.1:{port}", "Address already in use", "server.port")
+
+
+def test_address_of_another_host(site: Path) -> None:
+    config = write_configuration(site, {"server": {"address": "192.0.2.1"}})
+    fails_with(serve(config), 73, "192.0.2.1", "server.address")
+
+
+def test_missing_configuration(site: Path) -> None:
+    fails_with(serve(site / "none.toml"), 78, "none.toml", "No such file")
+
+
+def test_every_bad_key_is_named_at_once(site: Path) -> None:
+    config = write_configuration(
+        site,
+        {
+            "server": {"port": 70_000},
+            "worker": {"default_cpu_limit": "much", "job_timeout": "soon", "colour": 1},
+            "cgroup": {"enable_controllers": ["cpu", "magic"]},
+        },
+    )
+    fails_with(
+        serve(config),
+        78,
+        *("worker.toml", "server.port", "worker.default_cpu_limit", "worker.job_timeout"),
+        *("'colour'", "cgroup.enable_controllers"),
+    )
+
+
+def test_broken_toml(site: Path) -> None:
+    config = site / "worker.toml"
+    config.write_text("[server\n")
+    fails_with(serve(config), 78, "not TOML", "line 1")
+
+
+@pytest.mark.parametrize("name", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
+def test_missing_certificate_file(site: Path, name: str) -> None:
+    (site / "certs" / name).unlink()
+    config = write_configuration(site, {})
+    fails_with(serve(config), 72, name, "worker certs init")
+
+
+def test_key_of_another_certificate(site: Path) -> None:
+    shutil.copy(site / "certs" / "admin-client-key.pem", site / "certs" / "server-key.pem")
+    config = write_configuration(site, {})
+    fails_with(serve(config), 72, "server-key.pem", "does not belong")
+
+
+def test_state_directory_that_others_may_write(site: Path) -> None:
+    (site / "state").mkdir()
+    (site / "state").chmod(0o777)
+    config = write_configuration(site, {})
+    fails_with(serve(config), 78, "worker.state_dir", "chmod")
+
+
+def test_state_directory_behind_a_closed_one(site: Path) -> None:
+    (site / "closed").mkdir(mode=0o700)
+    config = write_configuration(site, {"worker": {"state_dir": str(site / "closed" / "state")}})
+    fails_with(serve(config), 78, "cannot reach it", "chmod o+x")
+
+
+def test_state_directory_that_jobs_could_read(site: Path) -> None:
+    config = write_configuration(site, {"sandbox": {"programs": ["/usr", str(site)]}})
+    fails_with(serve(config), 78, "worker.state_dir", "security.server_key", "every job could read")
+
+
+def test_second_service_with_the_same_state(service: Embedded) -> None:
+    done = serve(service.directory / "worker.toml")
+    fails_with(done, 78, "another service is running with it")
+
+
+def test_unknown_user(site: Path) -> None:
+    config = write_configuration(site, {"worker": {"user": "nosuchuser"}})
+    fails_with(serve(config), 78, "nosuchuser", "useradd")
+
+
+def test_root_is_no_user_for_the_service(site: Path) -> None:
+    config = write_configuration(site, {"worker": {"user": "root"}})
+    fails_with(serve(config), 78, "must not be root")
+
+
+def test_certs_init_writes_the_set_and_never_overwrites(open_directory: Callable[[], Path]) -> None:
+    directory = open_directory() / "certs"
+    command = [*program("worker"), "certs", "init", f"--dir={directory}", "--host", "a.example"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "a.example" in done.stdout
+    names = {path.name for path in directory.iterdir()}
+    pairs = ("ca", "server", "admin-client", "viewer-client")
+    assert names == {f"{stem}-{kind}.pem" for stem in pairs for kind in ("cert", "key")}
+    for path in directory.glob("*-key.pem"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    fails_with(again, 72, "there already")
+
+
+def test_certs_init_refuses_a_bad_host(open_directory: Callable[[], Path]) -> None:
+    directory = open_directory() / "certs"
+    command = [*program("worker"), "certs", "init", f"--dir={directory}", "--host", "a b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    fails_with(done, 65, "a b")
+    assert not directory.exists()
+
+
+def test_service_user_has_no_way_to_the_keys(service: Embedded) -> None:
+    """The service gave root up, and holds the key in memory only."""
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    uids = status.split("Uid:")[1].splitlines()[0].split()
+    assert set(uids) != {"0"}
+    assert len(set(uids)) == 1
+    key = service.directory / "certs" / "server-key.pem"
+    assert key.stat().st_uid == 0
+    assert key.stat().st_mode & 0o077 == 0
+    capabilities = status.split("CapEff:")[1].split()[0]
+    assert int(capabilities, 16) == 0
+    held = [os.readlink(link) for link in Path(f"/proc/{service.process.pid}/fd").iterdir()]
+    assert not [path for path in held if "certs" in path]
