@@ -1,1 +1,1 @@
-"""The client side of the wire: dialling a server and the public asynchronous API."""
+"""The client's side: an address dialled, a connection kept, calls made and output followed."""

@@ -1,0 +1,82 @@
+"""`worker`: the service and its administration."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import asyncclick as click
+
+import jobworker
+from jobworker.cli.failures import run_program
+
+DEFAULT_CONFIG = Path("/etc/jobworker/worker.toml")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(jobworker.__version__, prog_name="worker")
+def worker() -> None:
+    """Run other people's commands on this host, without giving them the host."""
+
+
+@worker.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=lambda: next((path for path in (DEFAULT_CONFIG,) if path.exists()), None),
+    help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
+)
+async def serve(config: Path | None) -> None:
+    """Serve clients until SIGTERM or SIGINT."""
+    from jobworker.config import Settings, load
+    from jobworker.server.logs import set_up_logging
+    from jobworker.server.service import serve as serve_until_signal
+    from jobworker.server.setup import prepare
+
+    settings = Settings() if config is None else load(config)
+    set_up_logging(settings.logging.level, settings.logging.format)
+    await serve_until_signal(prepare(settings))
+
+
+@worker.group()
+def certs() -> None:
+    """Make and manage certificates."""
+
+
+@certs.command("init")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Where to write; made if it is missing.",
+)
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME|IP",
+    help="A name or address by which clients reach the server; may be repeated. "
+    "localhost, 127.0.0.1 and ::1 are always included.",
+)
+def init(directory: Path, hosts: tuple[str, ...]) -> None:
+    """Make a CA, a server certificate, and client certificates for an admin and a viewer."""
+    from jobworker.pki.authority import init_authority
+
+    made = init_authority(directory, hosts, now=datetime.now(UTC))
+    click.echo(f"Certificates for {', '.join(made.hosts)}")
+    for path in made.files:
+        click.echo(f"  {path}")
+    click.echo(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
+
+
+@worker.command()
+@click.option("--serve", "stay", is_flag=True, help="Stay up and print how to connect.")
+async def demo(stay: bool) -> int:
+    """Show what it does: a service of its own, some jobs, their limits; then clean up."""
+    from jobworker.cli.demo import run_demo
+
+    return await run_demo(stay=stay)
+
+
+def main() -> None:
+    """Run `worker` with the process's arguments."""
+    run_program("worker", worker)

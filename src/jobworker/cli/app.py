@@ -1,0 +1,105 @@
+"""`worker-cli`: the client's command line, from global options to exit code.
+
+Every failure is one line on standard error (one JSON object, with --json) and its own exit code:
+2 for misuse, and what `errors` says for the rest.
+"""
+
+import errno
+import os
+import sys
+
+import asyncclick as click
+
+import jobworker
+from jobworker.cli import jobs
+from jobworker.cli.console import BROKEN_PIPE, PROGRAM, discard_output, note, tell
+from jobworker.cli.failures import one_line, run_program
+from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
+from jobworker.cli.parameters import json_option, pass_invocation
+from jobworker.convert import dumps
+from jobworker.errors import JobworkerError
+
+
+class _Program(click.Group):
+    """The group of commands, and what it tells where one fails."""
+
+    async def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: object,
+    ) -> click.Context:
+        """See click.Command; misuse of global options is told in one line."""
+        try:
+            return await super().make_context(info_name, args, parent, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise  # shows the help, which is many lines
+        except click.UsageError as misuse:
+            raise _told(misuse) from None
+
+    async def invoke(self, ctx: click.Context) -> object:
+        """See click.Command; what fails is told in one line and becomes an exit code."""
+        try:
+            return await super().invoke(ctx)
+        except click.UsageError as misuse:
+            raise _told(misuse) from None
+        except JobworkerError as error:
+            tell(error, json=ctx.ensure_object(Invocation).json)
+            raise click.exceptions.Exit(error.exit_code) from None
+        except OSError as error:  # all others have been mapped: it is from printing
+            discard_output()
+            if error.errno == errno.EPIPE:
+                raise click.exceptions.Exit(BROKEN_PIPE) from None
+            failed = JobworkerError(f"cannot print: {os.strerror(error.errno or 0)}")
+            tell(failed, json=ctx.ensure_object(Invocation).json)
+            raise click.exceptions.Exit(failed.exit_code) from None
+
+
+def _told(misuse: click.UsageError) -> click.exceptions.Exit:
+    invocation = misuse.ctx.find_object(Invocation) if misuse.ctx else None
+    message = misuse.format_message().rstrip(".")
+    remedy = f"see {misuse.ctx.command_path if misuse.ctx else PROGRAM} --help"
+    if invocation is not None and invocation.json:
+        told = {"name": "usage", "message": message, "remedy": remedy, "exit_code": 2}
+        note(dumps({"error": told}))
+    else:
+        note(f"{PROGRAM}: {one_line(message)}; {remedy}")
+    return click.exceptions.Exit(misuse.exit_code)
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--server", metavar="HOST:PORT", help="The server [default: 127.0.0.1:50051].")
+@click.option(
+    "--cert", metavar="FILE", help="Our certificate [default: ~/.worker/client-cert.pem]."
+)
+@click.option("--key", metavar="FILE", help="Its key [default: ~/.worker/client-key.pem].")
+@click.option("--ca", metavar="FILE", help="The server's CA [default: ~/.worker/ca-cert.pem].")
+@json_option()
+@click.version_option(jobworker.__version__, prog_name=PROGRAM)
+@pass_invocation
+def worker_cli(
+    invocation: Invocation,
+    server: str | None,
+    cert: str | None,
+    key: str | None,
+    ca: str | None,
+) -> None:
+    """Run commands on a worker, and see how they do.
+
+    Options may also stand in WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and WORKER_CA_PATH,
+    and in ~/.worker/config as lines such as export WORKER_SERVER="host:50051".
+    """
+    given = {SERVER: server, CERTIFICATE: cert, KEY: key, CA: ca}
+    invocation.options.update({name: value for name, value in given.items() if value is not None})
+
+
+for _command in (jobs.run, jobs.status, jobs.stop, jobs.list_jobs, jobs.log, jobs.wait):
+    worker_cli.add_command(_command)
+
+
+def main() -> None:
+    """Run `worker-cli` with the process's arguments."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    run_program(PROGRAM, worker_cli)

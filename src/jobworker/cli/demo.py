@@ -1,0 +1,210 @@
+"""`worker demo`: a service of its own, some jobs, their limits measured; then nothing is left.
+
+Every command shown is run as shown, by the real `worker-cli`. A promise that does not hold on
+this host is told as such, and the program exits with 1.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import trio
+from attrs import define, field
+
+from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.convert import loads
+from jobworker.errors import HostUnsupported
+from jobworker.server.setup import instance_name
+
+LIMITS = ("--max-cpu=50", "--max-memory=64", "--max-iobps=1000000")
+
+_SPIN = (
+    "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass\n"
+    "print(f'{time.process_time() / 3 * 100:.0f}')"
+)
+_DISK = "dd if=/dev/zero of=file bs=64k count=48 oflag=direct 2>&1 | tail -n 1"
+_DISK_BYTES = 48 * 65_536
+_GREED = "print('taking 200 MB', flush=True); taken = b'x' * 200_000_000; print('got it')"
+_COUNTER = "for i in 1 2 3 4 5; do echo tick $i; sleep 0.3; done"
+
+
+def _say(text: str = "") -> None:
+    print(text, flush=True)  # noqa: T201 - this is what the program is for
+
+
+@define(eq=False)
+class _Demo:
+    """The scenes, and what did not hold."""
+
+    service: Embedded
+    broken: list[str] = field(factory=list)
+
+    async def cli(
+        self, *arguments: str, role: str = "admin"
+    ) -> "subprocess.CompletedProcess[bytes]":
+        """Run worker-cli and keep what it prints."""
+        return await trio.run_process(
+            [*program("worker-cli"), *arguments],
+            env={**os.environ, **self.service.environment(role)},
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+
+    async def show(
+        self, *arguments: str, role: str = "admin"
+    ) -> "subprocess.CompletedProcess[bytes]":
+        """Run worker-cli, and show the command and what it prints."""
+        _say(f"$ worker-cli {' '.join(shlex.quote(argument) for argument in arguments)}")
+        done = await self.cli(*arguments, role=role)
+        _say((done.stdout + done.stderr).decode(errors="replace").rstrip("\n"))
+        return done
+
+    def check(self, promise: str, held: bool) -> None:
+        """Show whether a promise held."""
+        _say(f"  {'ok  ' if held else 'FAIL'}  {promise}")
+        if not held:
+            self.broken.append(promise)
+
+    async def processes(self) -> None:
+        """The host's processes and the job's own, side by side."""
+        _say("\n--- Isolation: the host's processes, and what a job sees of them\n")
+        host = (await trio.run_process(["ps", "aux"], capture_stdout=True)).stdout.decode()
+        lines = host.splitlines()
+        _say("$ ps aux   # on the host")
+        for line in lines[:4]:
+            _say(line[:100])
+        _say(f"… {len(lines) - 1} processes in all\n")
+        done = await self.show("run", "--follow", "ps", "aux")
+        seen = done.stdout.decode().splitlines()[1:]
+        self.check(
+            "the job sees one process, itself, as PID 1",
+            [line.split()[1] for line in seen] == ["1"],
+        )
+
+    async def limits(self) -> None:
+        """Each limit, measured."""
+        _say(f"\n--- Limits: {' '.join(LIMITS)}\n")
+        # Into the page cache, or the first job would read Python itself at the I/O limit.
+        await trio.run_process(["/usr/bin/python3", "-c", "import time"])
+        spun = await self.cli("run", "-f", *LIMITS, "python3", "-c", _SPIN)
+        percent = float(spun.stdout or b"0")
+        self.check(f"CPU: 3 s of a busy loop got {percent:.0f} % of a core", 45 <= percent <= 55)
+        began = time.monotonic()
+        await self.cli("run", "-f", *LIMITS, "sh", "-c", _DISK)
+        rate = _DISK_BYTES / (time.monotonic() - began)
+        self.check(f"I/O: {_DISK_BYTES} bytes written at {rate:,.0f} bytes/s", rate <= 1_050_000)
+        job = await self.cli("--json", "run", *LIMITS, "python3", "-c", _GREED)
+        number = str(_field(job.stdout, "id"))
+        waited = await self.cli("--json", "wait", number)
+        reason, usage = _field(waited.stdout, "reason"), _field(waited.stdout, "usage")
+        assert isinstance(usage, dict)
+        peak = usage["memory_peak_bytes"] / (1 << 20)
+        self.check(
+            f"memory: a job that takes 200 MB ended with reason {reason!r} at {peak:.0f} MiB",
+            reason == "oom" and peak <= 64,
+        )
+
+    async def follow(self) -> None:
+        """A counter, as it counts."""
+        _say("\n--- Output: live, as it is written\n")
+        _say(f"$ worker-cli run --follow sh -c {shlex.quote(_COUNTER)}")
+        command = [*program("worker-cli"), "run", "--follow", "sh", "-c", _COUNTER]
+        moments = []
+        process = await trio.lowlevel.open_process(
+            command,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **self.service.environment()},
+        )
+        assert process.stdout is not None
+        async with process.stdout:
+            async for piece in process.stdout:
+                for line in piece.decode().splitlines():
+                    moments.append(time.monotonic())
+                    _say(f"{line:10} (after {moments[-1] - moments[0]:.1f} s)")
+        await process.wait()
+        spread = moments[-1] - moments[0] if moments else 0
+        self.check("five lines came one by one", len(moments) == 5 and spread > 0.8)
+
+    async def roles(self) -> None:
+        """A viewer may look and not touch."""
+        _say("\n--- Access: the same commands with the viewer's certificate\n")
+        listed = await self.show("list", role="viewer")
+        refused = await self.show("run", "id", role="viewer")
+        self.check("a viewer may list", listed.returncode == 0)
+        self.check("a viewer may not run", refused.returncode == 77)
+
+
+def _field(output: bytes, name: str) -> object:
+    body = loads(output.decode())
+    if isinstance(body, list):
+        body = body[0]
+    assert isinstance(body, dict)
+    return body[name]
+
+
+def _left_behind(service: Embedded) -> list[str]:
+    """What a service that has ended has left on this host, its directory aside."""
+    left = []
+    mine = str(service.directory)
+    if mine in Path("/proc/self/mountinfo").read_text():
+        left.append("a mount")
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mine.encode() in (process / "cmdline").read_bytes():
+                left.append(f"process {process.name}")
+        except OSError:
+            continue
+    name = instance_name(service.directory / "state")
+    left.extend(str(found) for found in Path("/sys/fs/cgroup").rglob(name))
+    return left
+
+
+async def run_demo(*, stay: bool) -> int:
+    """Run the demonstration (or, with `stay`, just the service until Ctrl-C): an exit code."""
+    if os.geteuid() != 0:
+        raise HostUnsupported(
+            "cannot run the demonstration: jobs need namespaces and control groups, "
+            "which root alone may make",
+            remedy="run it as root: sudo make demo",
+        )
+    directory = Path(tempfile.mkdtemp(prefix="jobworker-demo-", dir="/var/tmp"))
+    try:
+        async with open_embedded(directory) as service:
+            if stay:
+                await _stay(service)
+                return 0
+            broken = await _scenes(service)
+        left = _left_behind(service)
+    finally:
+        shutil.rmtree(directory)
+    _say("\n--- Clean-up\n")
+    _say(f"  {'FAIL' if left else 'ok  '}  left behind: {', '.join(left) or 'nothing'}")
+    if broken or left:
+        _say("\nNot all of it held on this host; see the lines marked FAIL.")
+        return 1
+    _say("\nAll of it held. `worker demo --serve` keeps such a service running for you to try.")
+    return 0
+
+
+async def _scenes(service: Embedded) -> list[str]:
+    _say(f"A service listens on {service.address}, with certificates of its own.")
+    demo = _Demo(service)
+    await demo.processes()
+    await demo.limits()
+    await demo.follow()
+    await demo.roles()
+    return demo.broken
+
+
+async def _stay(service: Embedded) -> None:
+    for name, value in service.environment().items():
+        _say(f"export {name}={shlex.quote(value)}")
+    _say("\n# Paste these lines into another terminal, then try: worker-cli run ps aux")
+    _say(f"# worker-cli stands in {Path(sys.executable).parent}. Ctrl-C ends the service.")
+    await service.process.wait()

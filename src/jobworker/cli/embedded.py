@@ -1,0 +1,153 @@
+"""A service of one's own for a while: certificates, configuration, process, port, clean end.
+
+`worker demo` and the tests run their services like this: the real `worker serve`, in a process
+of its own, on a free loopback port.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+from attrs import frozen
+
+from jobworker.convert import dumps
+from jobworker.errors import HostUnsupported
+from jobworker.pki.authority import init_authority
+from jobworker.server.notify import ADDRESS_FIELD
+
+START_SECONDS = 30
+END_SECONDS = 30
+
+
+@frozen(kw_only=True)
+class Embedded:
+    """A running service."""
+
+    address: str
+    """HOST:PORT."""
+    directory: Path
+    """Holds certs/, state/, worker.toml and log."""
+    process: trio.Process
+
+    def environment(self, role: str = "admin") -> dict[str, str]:
+        """The variables by which `worker-cli` reaches it with the certificate of `role`."""
+        certs = self.directory / "certs"
+        return {
+            "WORKER_SERVER": self.address,
+            "WORKER_CERT_PATH": str(certs / f"{role}-client-cert.pem"),
+            "WORKER_KEY_PATH": str(certs / f"{role}-client-key.pem"),
+            "WORKER_CA_PATH": str(certs / "ca-cert.pem"),
+        }
+
+    def log_text(self) -> str:
+        """What the service and its launcher have logged so far."""
+        return (self.directory / "log").read_text(encoding="utf-8", errors="replace")
+
+
+def program(name: str) -> list[str]:
+    """The command for `worker` or `worker-cli` with this very Python and package."""
+    module = {"worker": "admin", "worker-cli": "app"}[name]
+    return [sys.executable, "-c", f"from jobworker.cli.{module} import main; main()"]
+
+
+def write_configuration(directory: Path, extra: Mapping[str, Mapping[str, object]]) -> Path:
+    """Write worker.toml for a service whose files are all in `directory`."""
+    certs = directory / "certs"
+    sections: dict[str, dict[str, object]] = {
+        "server": {"address": "127.0.0.1", "port": 0},
+        "worker": {"state_dir": str(directory / "state")},
+        "security": {
+            "ca_cert": str(certs / "ca-cert.pem"),
+            "server_cert": str(certs / "server-cert.pem"),
+            "server_key": str(certs / "server-key.pem"),
+        },
+    }
+    for section, keys in extra.items():
+        sections.setdefault(section, {}).update(keys)
+    lines = []
+    for section, keys in sections.items():
+        lines.append(f"[{section}]")
+        lines.extend(f"{key} = {_toml(value)}" for key, value in keys.items())
+    path = directory / "worker.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _toml(value: object) -> str:
+    # For strings, integers and lists of them JSON and TOML are one (TOML 1.0, basic strings).
+    return dumps(list(value) if isinstance(value, tuple) else value)
+
+
+@asynccontextmanager
+async def open_embedded(
+    directory: Path, extra: Mapping[str, Mapping[str, object]] | None = None
+) -> AsyncIterator[Embedded]:
+    """Run a service in `directory`; at exit it is asked to end and waited for.
+
+    `extra` are settings by section and key. Raises HostUnsupported with the service's own last
+    words where it does not start.
+    """
+    directory.chmod(0o755)
+    if not (directory / "certs").exists():
+        init_authority(directory / "certs", [], now=datetime.now(UTC))
+    config = write_configuration(directory, extra or {})
+    path = str(directory / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as plain:
+        plain.bind(path)
+        with (directory / "log").open("ab") as log:
+            process = await trio.lowlevel.open_process(
+                [*program("worker"), "serve", "--config", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NOTIFY_SOCKET": path},
+            )
+        try:
+            plain.setblocking(False)
+            address = await _await_ready(trio.socket.from_stdlib_socket(plain.dup()), process)
+            if address is None:
+                said = (directory / "log").read_text(errors="replace").strip()
+                raise HostUnsupported(f"cannot start the service: {said[-2000:]}")
+            yield Embedded(address=address, directory=directory, process=process)
+        finally:
+            await _end(process)
+            os.unlink(path)
+
+
+async def _await_ready(notes: trio.socket.SocketType, process: trio.Process) -> str | None:
+    """The address that the service announces; None if it ends or stays silent."""
+    found: str | None = None
+
+    async def listen(scope: trio.CancelScope) -> None:
+        nonlocal found
+        while found is None:
+            fields = (await notes.recv(4096)).decode().splitlines()
+            named = dict(line.split("=", 1) for line in fields if "=" in line)
+            if named.get("READY") == "1":
+                found = named[ADDRESS_FIELD]
+        scope.cancel()
+
+    with notes, trio.move_on_after(START_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen, nursery.cancel_scope)
+            await process.wait()
+            nursery.cancel_scope.cancel()
+    return found
+
+
+async def _end(process: trio.Process) -> None:
+    with trio.move_on_after(END_SECONDS, shield=True):
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+    if process.returncode is None:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()

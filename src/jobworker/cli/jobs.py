@@ -1,0 +1,262 @@
+"""The commands about jobs: run, status, stop, list, log, wait.
+
+Each opens one connection, makes its calls and prints. What can be known without the server (a
+malformed option, an argument that is no text) is refused before it is dialled.
+"""
+
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING
+
+import asyncclick as click
+import trio
+
+from jobworker.cli import render
+from jobworker.cli.console import say, tell
+from jobworker.cli.follow import follow_job, stream_output
+from jobworker.cli.options import Invocation
+from jobworker.cli.parameters import Duration, JobNumber, Variable, json_option, pass_invocation
+from jobworker.cli.request import MEBIBYTE, in_options, make_spec
+from jobworker.convert import dumps, unstructure
+from jobworker.errors import InvalidParams, JobworkerError
+from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
+from jobworker.model.lifecycle import State
+from jobworker.protocol.messages import MAX_LIST
+
+if TYPE_CHECKING:
+    from jobworker.client.client import Client
+
+CALLS_AT_A_TIME = 64
+"""Well below what a server takes in flight from one connection."""
+
+
+def open_connection(invocation: Invocation) -> "AbstractAsyncContextManager[Client]":
+    """Connect to the server that options, environment and file name."""
+    from jobworker.client.client import open_client
+
+    target = invocation.target()
+    return open_client(target.address, ca=target.ca, certificate=target.certificate, key=target.key)
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--max-cpu", type=int, metavar="PERCENT", help="CPU limit; 200 is two cores.")
+@click.option("--max-memory", type=int, metavar="MB", help="Memory limit, swap included.")
+@click.option("--max-iobps", type=int, metavar="BYTES", help="Disk limit in bytes per second.")
+@click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
+@click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
+@click.option(
+    "--env",
+    "-e",
+    multiple=True,
+    type=Variable(),
+    metavar="NAME=VALUE",
+    help="Set a variable; may be repeated.",
+)
+@click.option("--workdir", "-w", default="", metavar="PATH", help="Directory to start in.")
+@click.option("--name", default="", help="A name to tell the job by.")
+@click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
+@json_option()
+@click.argument(
+    "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARG]..."
+)
+@pass_invocation
+async def run(  # noqa: PLR0913 - each option is an argument
+    invocation: Invocation,
+    *,
+    command: tuple[str, ...],
+    max_cpu: int | None,
+    max_memory: int | None,
+    max_iobps: int | None,
+    max_pids: int | None,
+    timeout: float | None,  # noqa: ASYNC109 - the job's, not this function's
+    env: Sequence[tuple[str, str]],
+    workdir: str,
+    name: str,
+    follow: bool,
+    quiet: bool,
+) -> int:
+    """Run COMMAND as a job. All that comes after COMMAND is its own, dashes included.
+
+    With --follow Ctrl-C detaches: the job goes on. A limit of 0 asks for none.
+    """
+    spec = make_spec(
+        command,
+        limits={
+            "cpu_percent": max_cpu,
+            "memory_bytes": None if max_memory is None else max_memory * MEBIBYTE,
+            "io_bps": max_iobps,
+            "processes": max_pids,
+        },
+        timeout_seconds=timeout,
+        environment=dict(env),
+        workdir=workdir,
+        name=name,
+    )
+    try:
+        async with open_connection(invocation) as client:
+            if follow:
+                return await follow_job(client, spec, json=invocation.json, quiet=quiet)
+            return await _run_only(client, spec, json=invocation.json, quiet=quiet)
+    except InvalidParams as error:
+        raise InvalidParams(
+            in_options(error.message), remedy=error.remedy, data=error.data
+        ) from None
+
+
+async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool) -> int:
+    job = await client.run(spec)
+    if json:
+        say(render.as_json(job))
+    else:
+        say(str(job.id) if quiet else render.started(job))
+    return 0
+
+
+@click.command()
+@json_option()
+@click.argument("job", type=JobNumber())
+@pass_invocation
+async def status(invocation: Invocation, job: int) -> None:
+    """Tell how JOB is: state, limits, usage, times."""
+    async with open_connection(invocation) as client:
+        record = await client.status(job)
+    say(render.as_json(record) if invocation.json else render.status(record, _now()))
+
+
+@click.command()
+@click.option("--signal", default="TERM", show_default=True, help="What to ask it with.")
+@click.option("--grace", type=Duration(), help="How long to wait before SIGKILL.")
+@json_option()
+@click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
+@pass_invocation
+async def stop(
+    invocation: Invocation, jobs: tuple[int, ...], signal: str, grace: float | None
+) -> int:
+    """Stop each JOB and wait for its end: a signal, a grace period, then SIGKILL for all of it."""
+    async with open_connection(invocation) as client:
+        _, failed = await _each(
+            jobs,
+            lambda job: client.stop(job, signal=signal, grace_seconds=grace),
+            json=invocation.json,
+        )
+    return failed
+
+
+@click.command()
+@json_option()
+@click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
+@pass_invocation
+async def wait(invocation: Invocation, jobs: tuple[int, ...]) -> int:
+    """Wait for the end of each JOB; exit with the code of the last one."""
+    async with open_connection(invocation) as client:
+        last, failed = await _each(jobs, client.wait, json=invocation.json)
+    return failed if failed or last is None else shell_exit_code(last)
+
+
+async def _each(
+    jobs: Sequence[int], call: Callable[[int], Awaitable[JobRecord]], *, json: bool
+) -> tuple[JobRecord | None, int]:
+    """Call for all jobs at once, print in their order: the last record, the first error's code."""
+    outcomes: dict[int, JobRecord | JobworkerError] = {}
+    ended = {job: trio.Event() for job in jobs}
+    limiter = trio.CapacityLimiter(CALLS_AT_A_TIME)
+
+    async def call_one(job: int) -> None:
+        async with limiter:
+            try:
+                outcomes[job] = await call(job)
+            except JobworkerError as error:
+                outcomes[job] = error
+        ended[job].set()
+
+    last, code = None, 0
+    async with trio.open_nursery() as nursery:
+        for job in ended:
+            nursery.start_soon(call_one, job)
+        for job in jobs:
+            await ended[job].wait()
+            outcome = outcomes[job]
+            if isinstance(outcome, JobworkerError):
+                tell(outcome, json=json)
+                code = code or outcome.exit_code
+            else:
+                last = outcome
+                say(render.as_json(outcome) if json else render.outcome(outcome))
+    return last, code
+
+
+@click.command("list")
+@click.option(
+    "--status",
+    "states",
+    multiple=True,
+    metavar="STATE",
+    type=click.Choice([state.value for state in State], case_sensitive=False),
+    help="Only jobs in this state; may be repeated.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="At most so many, the newest.",
+)
+@json_option()
+@pass_invocation
+async def list_jobs(invocation: Invocation, states: tuple[str, ...], limit: int) -> None:
+    """List jobs, newest first."""
+    chosen = [State(state) for state in states]
+    found: list[JobRecord] = []
+    async with open_connection(invocation) as client:
+        while len(found) < limit:
+            asked = min(limit - len(found), MAX_LIST)
+            before = found[-1].id if found else None
+            page = await client.list(states=chosen, limit=asked, before=before)
+            found.extend(page)
+            if len(page) < asked:
+                break
+    if invocation.json:
+        say(dumps(unstructure(found)))
+        return
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    say(
+        render.table(
+            found,
+            _now(),
+            width=get_terminal_size().columns if terminal else None,
+            colour=terminal and _wants_colour(),
+        )
+    )
+
+
+@click.command()
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job's end.")
+@click.option("--stdout", "chosen", flag_value=Stream.STDOUT.value, help="Only standard output.")
+@click.option("--stderr", "chosen", flag_value=Stream.STDERR.value, help="Only standard error.")
+@click.option("--raw", is_flag=True, help="Exact bytes on a terminal too: it will act on them.")
+@json_option()
+@click.argument("job", type=JobNumber())
+@pass_invocation
+async def log(
+    invocation: Invocation, job: int, follow: bool, chosen: str | None, raw: bool
+) -> None:
+    """Print the output of JOB from its first byte, its standard error on standard error."""
+    streams = tuple(Stream) if chosen is None else (Stream(chosen),)
+    async with open_connection(invocation) as client:
+        with await client.log(job, follow=follow, streams=streams) as output:
+            await stream_output(output, json=invocation.json, visible=not raw)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _wants_colour() -> bool:
+    import os
+
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,120 @@
+"""Which server, and who we are to it: option, environment, file, default, in this order.
+
+The file is `~/.worker/config`, lines as a shell would source them: `export NAME="value"`, with or
+without `export`, `#` comments, quotes as in sh(1), nothing else. A leading `~` of a path is the
+home directory, quoted or not. Names that are not ours are passed over, so that a shell may
+source the same file. The file is read only where option and environment leave something open.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import define, field, frozen
+
+from jobworker.client.address import Address, parse_address
+from jobworker.errors import ConfigError
+
+DIRECTORY = "~/.worker"
+
+SERVER, CERTIFICATE, KEY, CA = (
+    "WORKER_SERVER",
+    "WORKER_CERT_PATH",
+    "WORKER_KEY_PATH",
+    "WORKER_CA_PATH",
+)
+DEFAULTS = {
+    SERVER: "127.0.0.1",
+    CERTIFICATE: f"{DIRECTORY}/client-cert.pem",
+    KEY: f"{DIRECTORY}/client-key.pem",
+    CA: f"{DIRECTORY}/ca-cert.pem",
+}
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@frozen(kw_only=True)
+class Target:
+    """A server, and the files by which client and server know one another."""
+
+    address: Address
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+@define(eq=False)
+class Invocation:
+    """What the global options of one call of the program say."""
+
+    options: dict[str, str] = field(factory=dict)
+    """Values by variable name, those alone that were given."""
+    json: bool = False
+
+    def target(self) -> Target:
+        """The server to dial. Raises ConfigError that names where a bad value stands."""
+        return resolve(self.options, os.environ, Path(os.path.expanduser(f"{DIRECTORY}/config")))
+
+
+def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Path) -> Target:
+    """Find each setting in the first place that has it; empty variables count as unset."""
+    places = [("its option", options), ("the environment", environment)]
+    if any(not options.get(name) and not environment.get(name) for name in DEFAULTS):
+        places.append((str(file), read_settings(file)))
+    places.append(("the defaults", DEFAULTS))
+
+    def find(name: str) -> tuple[str, str]:
+        return next((place, held[name]) for place, held in places if held.get(name))
+
+    def path(name: str) -> Path:
+        return Path(os.path.expanduser(find(name)[1]))
+
+    place, server = find(SERVER)
+    try:
+        address = parse_address(server)
+    except ValueError as fault:
+        raise ConfigError(
+            f"cannot tell which server to dial: {fault} (from {place})",
+            remedy="give --server or WORKER_SERVER as HOST, HOST:PORT or [IPv6]:PORT",
+        ) from None
+    return Target(address=address, certificate=path(CERTIFICATE), key=path(KEY), ca=path(CA))
+
+
+def read_settings(file: Path) -> dict[str, str]:
+    """The variables that `file` sets, {} where there is none; raises ConfigError with the line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot read {file}: {why}", remedy="let this user read it") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {file}: it is not UTF-8 text") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        found.update(_settings_of(line, f"{file}, line {number}"))
+    return found
+
+
+def _settings_of(line: str, where: str) -> dict[str, str]:
+    def malformed(why: str) -> ConfigError:
+        return ConfigError(
+            f"cannot read {where}: {why}", remedy='write lines such as export NAME="value"'
+        )
+
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as fault:
+        raise malformed(str(fault).lower()) from None
+    if words[:1] == ["export"]:
+        words = words[1:] or [""]
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            raise malformed(f"{word!r} is not NAME=value")
+        found[name] = value
+    return found

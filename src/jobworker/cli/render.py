@@ -1,0 +1,242 @@
+"""Jobs as text for people and as JSON for programs: pure, records in and strings out.
+
+Whatever a job or another user chose (commands, names, details) may hold control characters that
+would act on a terminal, or bidirectional marks that would make a line read as another. All such
+text goes through `visible`. A job's output is another matter, and `console`'s.
+"""
+
+import shlex
+import signal
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from jobworker.cli.failures import one_line as visible
+from jobworker.convert import dumps, unstructure
+from jobworker.errors import JobworkerError
+from jobworker.model.job import JobRecord, Usage
+from jobworker.model.lifecycle import Reason, State
+from jobworker.model.units import format_duration, format_size
+
+MEBIBYTE = 1 << 20
+
+_COLOURS = {
+    State.PENDING: "33",
+    State.INITIALIZING: "33",
+    State.RUNNING: "32",
+    State.COMPLETED: "2",
+    State.FAILED: "31",
+    State.STOPPED: "2",
+}
+
+
+def as_json(record: JobRecord) -> str:
+    """One line of JSON: the record as it stands on the wire."""
+    return dumps(unstructure(record))
+
+
+def error_as_json(error: JobworkerError) -> str:
+    """One line of JSON: what stands on the wire of an error, and the program's exit code."""
+    told = {"code": error.code, "name": error.name, "message": error.message}
+    return dumps(
+        {
+            "error": {
+                **told,
+                "remedy": error.remedy,
+                "exit_code": error.exit_code,
+                "data": error.data,
+            }
+        }
+    )
+
+
+def timestamp(moment: datetime | None) -> str:
+    """UTC, to the second, as RFC 3339 has it; "-" for what has not happened."""
+    if moment is None:
+        return "-"
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def command_line(record: JobRecord) -> str:
+    """The command as a shell would take it, on one line."""
+    return visible(shlex.join(record.spec.command))
+
+
+def state_words(record: JobRecord) -> str:
+    """Such as "RUNNING", or "FAILED (oom)"."""
+    if record.reason is None:
+        return record.state.value
+    if record.reason is Reason.EXIT and record.exit_code is not None:
+        return f"{record.state.value} (exit {record.exit_code})"
+    return f"{record.state.value} ({record.reason.value})"
+
+
+def started(record: JobRecord) -> str:
+    """What `run` prints of a job that has begun."""
+    return "\n".join(
+        [
+            "Job started:",
+            f"ID: {record.id}",
+            f"Command: {command_line(record)}",
+            f"Status: {record.state.value}",
+            f"StartTime: {timestamp(record.started_at)}",
+            f"Network: {record.spec.network}",
+        ]
+    )
+
+
+def outcome(record: JobRecord) -> str:
+    """One line about a job, as `wait` and `stop` print it."""
+    return f"job {record.id}: {state_words(record)}"
+
+
+def ending(record: JobRecord) -> list[str]:
+    """Lines about an end that the job's output and exit code do not tell."""
+    lines = []
+    why = _why_ended(record)
+    if why:
+        lines.append(f"job {record.id} {why}")
+    if record.discarded_bytes:
+        lost = format_size(record.discarded_bytes)
+        lines.append(f"job {record.id}: {lost} of its output went over the limit and were not kept")
+    return [visible(line) for line in lines]
+
+
+def _why_ended(record: JobRecord) -> str:
+    detail = f": {record.detail}" if record.detail else ""
+    limit = _megabytes(record.spec.limits.memory_bytes)
+    longest = format_duration(record.spec.timeout_seconds or 0)
+    words = {
+        Reason.OOM: f"was ended: it went over its memory limit of {limit}",
+        Reason.TIMEOUT: f"was ended: it ran longer than its time limit of {longest}",
+        Reason.SIGNAL: f"was ended by {_signal(record.signal)}{detail}",
+        Reason.START: f"could not be started{detail}",
+        Reason.LOST: f"was lost{detail or ': the service ended while it ran'}",
+    }
+    if record.state is State.STOPPED:
+        return "was stopped"
+    return "" if record.reason is None else words.get(record.reason, "")
+
+
+def _signal(number: int | None) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number or 0).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def _megabytes(count: int | None) -> str:
+    """A limit on memory in the unit in which it is asked for."""
+    if count is None or count % MEBIBYTE:
+        return format_size(count or 0)
+    return f"{count // MEBIBYTE} MB"
+
+
+def _limit(value: int | None, words: str) -> str:
+    if value is None:
+        return "the server's limit"
+    return f"limit {words}" if value else "no limit"
+
+
+def status(record: JobRecord, now: datetime) -> str:
+    """All about a job, a line for each thing; `now` is for the age of one that runs."""
+    spec, limits = record.spec, record.spec.limits
+    usage = record.usage or Usage()
+    lines = [("ID", str(record.id)), ("Name", spec.name), ("Command", command_line(record))]
+    lines += [("Owner", record.owner), ("Status", state_words(record)), ("Detail", record.detail)]
+    if record.exit_code is not None:
+        lines.append(("Exit code", str(record.exit_code)))
+    if record.signal is not None:
+        lines.append(("Signal", _signal(record.signal).removeprefix("signal ")))
+    lines += [
+        ("Created", timestamp(record.created_at)),
+        ("Started", timestamp(record.started_at)),
+        ("Ended", timestamp(record.ended_at)),
+        ("Duration", _duration(record, now)),
+        ("Timeout", _timeout(spec.timeout_seconds)),
+        ("CPU", f"{_cpu(usage)}, {_limit(limits.cpu_percent, f'{limits.cpu_percent}%')}"),
+        ("Memory", ", ".join([*_memory(record, usage), _memory_limit(record)])),
+        ("IO", f"{_io(usage)}, {_limit(limits.io_bps, f'{limits.io_bps} B/s')}"),
+        ("Processes", _processes(record, usage)),
+        ("Output", _output(record)),
+        ("Workdir", spec.workdir),
+        ("Network", spec.network),
+    ]
+    return "\n".join(f"{label}: {visible(text)}" for label, text in lines if text)
+
+
+def _duration(record: JobRecord, now: datetime) -> str:
+    if record.started_at is None:
+        return "-"
+    end = record.ended_at or now
+    return format_duration(max(0.0, (end - record.started_at).total_seconds()))
+
+
+def _timeout(seconds: float | None) -> str:
+    if seconds is None:
+        return "the server's limit"
+    return format_duration(seconds) if seconds else "no limit"
+
+
+def _cpu(usage: Usage) -> str:
+    words = f"{usage.cpu_ns / 1e9:.1f}s used"
+    if usage.throttled_ns >= 50_000_000:  # what would not round to nothing
+        words += f", {usage.throttled_ns / 1e9:.1f}s held back"
+    return words
+
+
+def _memory(record: JobRecord, usage: Usage) -> list[str]:
+    peak = f"{format_size(usage.memory_peak_bytes)} peak"
+    return [peak] if record.ended else [f"{format_size(usage.memory_bytes)} now", peak]
+
+
+def _memory_limit(record: JobRecord) -> str:
+    count = record.spec.limits.memory_bytes
+    return _limit(count, _megabytes(count))
+
+
+def _io(usage: Usage) -> str:
+    return f"{format_size(usage.read_bytes)} read, {format_size(usage.write_bytes)} written"
+
+
+def _processes(record: JobRecord, usage: Usage) -> str:
+    limit = _limit(record.spec.limits.processes, str(record.spec.limits.processes))
+    return limit if record.ended else f"{usage.processes} now, {limit}"
+
+
+def _output(record: JobRecord) -> str:
+    words = f"{format_size(record.stdout_bytes)} stdout, {format_size(record.stderr_bytes)} stderr"
+    if record.discarded_bytes:
+        words += f", {format_size(record.discarded_bytes)} not kept"
+    return words
+
+
+def table(
+    records: Sequence[JobRecord], now: datetime, *, width: int | None = None, colour: bool = False
+) -> str:
+    """Jobs as an aligned table; lines are cut at `width` columns where it is given."""
+    rows = [("ID", "STATUS", "CREATED", "DURATION", "COMMAND")]
+    for record in records:
+        label = f"{visible(record.spec.name)}: " if record.spec.name else ""
+        rows.append(
+            (
+                str(record.id),
+                state_words(record),
+                timestamp(record.created_at),
+                _duration(record, now),
+                label + command_line(record),
+            )
+        )
+    sizes = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(size) for cell, size in zip(row, sizes, strict=False)]
+        line = "  ".join([*cells, row[4]])
+        if width is not None and len(line) > width:
+            line = line[: max(width - 1, 0)] + "…"
+        if colour and number:
+            # From the start of the column to its end, by position: a cut line keeps its reset.
+            begin, end = sizes[0] + 2, sizes[0] + 2 + sizes[1]
+            code = _COLOURS[records[number - 1].state]
+            line = f"{line[:begin]}\x1b[{code}m{line[begin:end]}\x1b[0m{line[end:]}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Where a server listens, as people write it: HOST, HOST:PORT, [IPv6] or [IPv6]:PORT.
+
+An IPv6 address with a port stands in brackets (RFC 3986, section 3.2.2); alone it may stand
+bare, since nothing else has two colons.
+"""
+
+from attrs import frozen
+
+DEFAULT_PORT = 50051
+
+
+@frozen
+class Address:
+    """A host, by name or by IP address (without brackets), and a TCP port."""
+
+    host: str
+    port: int = DEFAULT_PORT
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def server_name(self) -> str:
+        """The name that the server's certificate must bear: no zone of a link-local address."""
+        return self.host.partition("%")[0]
+
+
+def parse_address(text: str) -> Address:
+    """The address that `text` stands for; the port is 50051 where it names none.
+
+    Raises ValueError that says what is wrong.
+    """
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or ":" not in host or (rest and not rest.startswith(":")):
+            raise ValueError(f"{text!r} is not an address such as [::1]:{DEFAULT_PORT}")
+        port = rest[1:] if rest else str(DEFAULT_PORT)
+    elif text.count(":") > 1:
+        host, port = text, str(DEFAULT_PORT)
+    else:
+        host, colon, port = text.partition(":")
+        port = port if colon else str(DEFAULT_PORT)
+    if not host or host.startswith((".", "-")) or not host.isprintable() or set(host) & set(" /@"):
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
+        raise ValueError(f"{text!r} names the port {port!r}; it must be from 1 to 65535")
+    return Address(host, int(port))

@@ -1,0 +1,139 @@
+"""A job's output as it arrives: a queue that the connection's reader fills and one task empties.
+
+Flow control is by credits. The server may be `WINDOW_BYTES` ahead of the consumer, and what the
+consumer has taken is granted anew, a quarter of the window at a time. So the reader never waits
+for a consumer: a slow one delays neither replies nor another one, and costs one window.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+from types import TracebackType
+from typing import Self
+
+import trio
+from attrs import define, field, frozen
+
+from jobworker.errors import InternalError, JobworkerError, error_classes
+from jobworker.model.job import JobRecord, Stream
+from jobworker.protocol.messages import Delivery, Encoding, OutputEnd
+from jobworker.protocol.session import Output
+
+WINDOW_BYTES = 1 << 20
+_GRANT_BYTES = WINDOW_BYTES // 4
+
+DELIVERY = Delivery(encoding=Encoding.BINARY, credit_bytes=WINDOW_BYTES)
+
+
+@frozen(kw_only=True)
+class Chunk:
+    """A piece of a job's output, never empty."""
+
+    stream: Stream
+    offset: int
+    """Position of its first byte in both streams together."""
+    time: datetime
+    """When its first byte was read from the job."""
+    data: bytes
+
+
+@define(eq=False)
+class Inbox:
+    """What has arrived for one subscription: the reader's end."""
+
+    _send: trio.MemorySendChannel[Output | OutputEnd | JobworkerError]
+    receiver: trio.MemoryReceiveChannel[Output | OutputEnd | JobworkerError]
+
+    @classmethod
+    def make(cls) -> "Inbox":
+        """An empty one; credits bound it."""
+        return cls(*trio.open_memory_channel[Output | OutputEnd | JobworkerError](float("inf")))
+
+    def put(self, item: Output | OutputEnd | JobworkerError) -> None:
+        """Add what has come, unless nobody is to take it any more."""
+        try:
+            self._send.send_nowait(item)
+        except trio.BrokenResourceError:
+            return
+
+
+@define(eq=False, kw_only=True)
+class Following:
+    """The output of a job, chunk by chunk; iterate over it once, in one task.
+
+        with await client.log(7) as output:
+            async for chunk in output:
+                sys.stdout.buffer.write(chunk.data)
+        print(output.record.state)
+
+    After the last chunk `record` tells how the job went. Leaving the `with` block, or `close`,
+    ends the subscription and never the job. Iterating raises ConnectionFailed where the
+    connection breaks (go on with `client.log(job, offset=output.offset)`), and what the server
+    met where it could not send the output to its end.
+    """
+
+    job: JobRecord | None = None
+    """The job as it was admitted, where `run` gave this."""
+    record: JobRecord | None = field(default=None, init=False)
+    """The job at the end of its output; None before."""
+    offset: int = 0
+    """Position after the last chunk, in both streams together: where to go on."""
+    _inbox: Inbox
+    _grant: Callable[[int], None]
+    _forget: Callable[[bool], None]
+    _taken_bytes: int = field(default=0, init=False)
+    _closed: bool = field(default=False, init=False)
+
+    def close(self) -> None:
+        """End the subscription; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._inbox.receiver.close()
+            self._forget(self.record is not None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self.record is not None:
+            raise StopAsyncIteration
+        if self._taken_bytes >= _GRANT_BYTES:
+            self._grant(self._taken_bytes)
+            self._taken_bytes = 0
+        item = await self._inbox.receiver.receive()
+        if isinstance(item, JobworkerError):
+            self._inbox.put(item)  # so that another try does not wait for ever
+            raise anew(item)
+        if isinstance(item, OutputEnd):
+            return self._finish(item)
+        self._taken_bytes += len(item.data)
+        header = item.header
+        self.offset = header.offset + len(item.data)
+        return Chunk(stream=header.stream, offset=header.offset, time=header.time, data=item.data)
+
+    def _finish(self, end: OutputEnd) -> Chunk:
+        self.record = end.job
+        self.offset = end.offset
+        if end.error is None:
+            raise StopAsyncIteration
+        raise _error_named(end.error.get("name", ""), end.error.get("message", ""))
+
+
+def _error_named(name: str, message: str) -> JobworkerError:
+    classes = {cls.name: cls for cls in error_classes().values()}
+    return classes.get(name, InternalError)(message)
+
+
+def anew(error: JobworkerError) -> JobworkerError:
+    """A copy to raise: one that several tasks raise would carry the traces of all."""
+    return type(error)(error.message, remedy=error.remedy, data=error.data)
