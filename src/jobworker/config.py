@@ -6,6 +6,7 @@ where a number belongs. Paths that are relative are taken from the file's own di
 `etc/worker.toml` documents each key; a test holds that it names every one, at its default.
 """
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,16 @@ def _absolute_all(_: object, __: object, value: tuple[str, ...]) -> None:
             raise ValueError("must not be '/': jobs see an allow-list, never all of the host")
 
 
+def _file(_: object, __: object, value: str) -> None:
+    if not value or "\0" in value:
+        raise ValueError(f"must be the path of a file, not {value!r}")
+
+
+def _group(_: object, __: object, value: str) -> None:
+    if ".." in value.split("/") or "\0" in value:
+        raise ValueError(f"must be a path below the cgroup mount without '..', not {value!r}")
+
+
 def _below_etc(_: object, __: object, value: tuple[str, ...]) -> None:
     for name in value:
         if not name or name.startswith("/") or ".." in name.split("/"):
@@ -116,9 +127,9 @@ class WorkerSettings:
 class SecuritySettings:
     """Certificates and TLS."""
 
-    ca_cert: str = "/etc/jobworker/certs/ca-cert.pem"
-    server_cert: str = "/etc/jobworker/certs/server-cert.pem"
-    server_key: str = "/etc/jobworker/certs/server-key.pem"
+    ca_cert: str = field(default="/etc/jobworker/certs/ca-cert.pem", validator=_file)
+    server_cert: str = field(default="/etc/jobworker/certs/server-cert.pem", validator=_file)
+    server_key: str = field(default="/etc/jobworker/certs/server-key.pem", validator=_file)
     min_tls_version: Literal["1.2", "1.3"] = "1.3"
 
 
@@ -127,7 +138,7 @@ class CgroupSettings:
     """How limits are enforced."""
 
     enable_controllers: tuple[Controller, ...] = CONTROLLERS
-    parent: str = ""
+    parent: str = field(default="", validator=_group)
 
 
 @frozen(kw_only=True)
@@ -178,6 +189,7 @@ def load(path: Path) -> Settings:
         ) from None
     settings, faults = faults_of(Settings, data)
     if settings is not None:
+        settings = _with_absolute_paths(settings, path.resolve().parent)
         faults = _faults_between(settings)
     if settings is None or faults:
         raise ConfigError(
@@ -185,7 +197,10 @@ def load(path: Path) -> Settings:
             remedy="correct these keys; etc/worker.toml explains each one",
             data={"faults": list(faults)},
         )
-    base = path.resolve().parent
+    return settings
+
+
+def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
     security = settings.security
     return evolve(
         settings,
@@ -220,6 +235,11 @@ def _faults_between(settings: Settings) -> tuple[str, ...]:
         ("worker.state_dir", worker.state_dir),
         ("security.server_key", settings.security.server_key),
     ):
-        if any(f"{path}/".startswith(f"{shown}/") for shown in sandbox.programs):
+        if any(_lies_in(path, shown) for shown in sandbox.programs):
             faults.append(f"{key}: lies in sandbox.programs, where every job could read it")
     return tuple(faults)
+
+
+def _lies_in(path: str, directory: str) -> bool:
+    # Links are followed, since jobs are shown what stands at a link's end.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))

@@ -218,7 +218,7 @@ async def list_jobs(invocation: Invocation, states: tuple[str, ...], limit: int)
             before = found[-1].id if found else None
             page = await client.list(states=chosen, limit=asked, before=before)
             found.extend(page)
-            if len(page) < asked:
+            if not page:  # a shorter one is no end: the server bounds a page's size too
                 break
     if invocation.json:
         say(dumps(unstructure(found)))

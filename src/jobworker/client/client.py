@@ -138,7 +138,7 @@ class Client:
         """List at most `limit` (at most 1000) jobs, newest first.
 
         Only those in `states`, where any are given, and with ids below `before`: the smallest id
-        of the page before.
+        of the page before. Fewer may come where their commands are long; none is the end.
 
             for job in await client.list(states=[State.RUNNING]):
                 print(job.id, job.spec.command)

@@ -29,6 +29,9 @@ from jobworker.model.lifecycle import LIVE, Event, Reason, State, advance
 
 T = TypeVar("T")
 
+MAX_PAGE_BYTES = 2 << 20
+"""Where a page of records ends early: a command line may have a megabyte."""
+
 SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -154,7 +157,10 @@ class History:
     async def latest(
         self, *, states: Collection[State] = frozenset(State), limit: int, before: int | None = None
     ) -> list[JobRecord]:
-        """At most `limit` records in `states` with ids below `before`, newest first."""
+        """At most `limit` records in `states` with ids below `before`, newest first.
+
+        Fewer, but at least one of those that there are, where they exceed `MAX_PAGE_BYTES`.
+        """
         select = partial(self._select, states=states, limit=limit, before=before)
         return await self._in_thread(select)
 
@@ -182,14 +188,20 @@ class History:
             f"SELECT record FROM jobs WHERE state IN ({marks}) AND id < ? "  # noqa: S608
             "ORDER BY id DESC LIMIT ?"
         )
-        bound = before if before is not None else 1 << 62
-        return self._query(query, (*(state.value for state in states), bound, limit))
+        last = before if before is not None else 1 << 62
+        values = (*(state.value for state in states), last, limit)
+        return self._query(query, values, -1 if limit < 0 else MAX_PAGE_BYTES)
 
-    def _query(self, query: str, values: tuple[int | str, ...]) -> list[JobRecord]:
-        return [
-            structure(JobRecord, loads(str(text)))
-            for (text,) in self._connection.execute(query, values)
-        ]
+    def _query(
+        self, query: str, values: tuple[int | str, ...], max_bytes: int = -1
+    ) -> list[JobRecord]:
+        found, size = [], 0
+        for (text,) in self._connection.execute(query, values):
+            found.append(structure(JobRecord, loads(str(text))))
+            size += len(str(text))
+            if 0 <= max_bytes < size:
+                break
+        return found
 
 
 def _to_text(record: JobRecord) -> str:

@@ -166,13 +166,18 @@ class Supervisor:
     async def latest(
         self, *, states: Collection[State], limit: int, before: int | None
     ) -> list[JobRecord]:
-        """At most `limit` records in `states` with ids below `before`, newest first."""
+        """At most `limit` records in `states` with ids below `before`, newest first.
+
+        A page may end early (`History.latest`); an empty one is the end.
+        """
         live = [
             _with_sizes(execution)
             for job, execution in self._live.items()
             if execution.record.state in states and (before is None or job < before)
         ]
         stored = await self._history.latest(states=states, limit=limit, before=before)
+        if stored:  # a page that ended early must not pass over any: see below its last
+            live = [record for record in live if record.id >= stored[-1].id]
         known = {record.id for record in live} | set(self._live)
         merged = live + [record for record in stored if record.id not in known]
         return sorted(merged, key=lambda record: record.id, reverse=True)[:limit]

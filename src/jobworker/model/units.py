@@ -3,7 +3,7 @@
 import re
 
 _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 
 MAX_DURATION_SECONDS = 10 * 365 * 86400.0
 """Ten years: what is longer is a mistake, and would overflow timers."""
@@ -15,7 +15,7 @@ def parse_duration(text: str) -> float:
     Raises ValueError for anything else, and for more than ten years.
     """
     words = text.strip()
-    if re.fullmatch(r"\d+(?:\.\d+)?", words):
+    if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", words):
         seconds = float(words)
     else:
         parts = _DURATION_PART.findall(words)

@@ -5,12 +5,9 @@ certificate: extended key usage keeps a client's from posing as a server and a s
 logging in, and a client's only OU is its role. Server certificates bear no OU. All of it must
 pass OpenSSL's X509_V_FLAG_X509_STRICT (RFC 5280), because both ends switch that on.
 
-A private key exists on disk only under mode 0600, from its first instant. A file appears under
-its name whole and durable, by link(2), which never replaces anything: two calls at once cannot
-mix their sets, and the loser removes what it made.
-
-Times come in as arguments. Importing this costs cryptography (some 30 ms), so the command line
-does it only for `worker certs`.
+How the files reach the disk, closed and all or none, is told in `files`. Times come in as
+arguments. Importing this costs cryptography (some 30 ms), so the command line does it only for
+`worker certs`.
 """
 
 import ipaddress
@@ -35,21 +32,15 @@ from jobworker.pki.identity import name_fault
 
 ORGANIZATION = "jobworker"
 
-
 ALWAYS_HOSTS = ("localhost", "127.0.0.1", "::1")
-
 
 CLIENT_ROLES = ("admin", "viewer")
 
-
 CLOCK_SKEW = timedelta(minutes=5)  # a peer whose clock is behind takes a new certificate too
-
 
 DAYS_MAX = 36_500
 
-
 _LOAD_REMEDY = "name the directory that 'worker certs init' made"
-
 
 _LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)  # RFC 1123, section 2.1
 

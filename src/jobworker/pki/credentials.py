@@ -54,6 +54,10 @@ def read_pem(path: Path, what: str, label: str, remedy: str) -> bytes:
 def load(
     context: ssl.SSLContext, side: str, remedy: str, *, ca: Path, certificate: Path, key: Path
 ) -> None:
+    """Put the three files into `context`, whose `side` ("server", "client") the faults name.
+
+    Nobody is asked for a passphrase. Raises `CredentialsUnusable`.
+    """
     read_pem(ca, "CA certificate", "CERTIFICATE", remedy)
     try:
         context.load_verify_locations(cafile=ca)
@@ -97,6 +101,11 @@ def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.Credential
 
 
 def check_server_certificate(ca: Path, certificate: Path) -> None:
+    """Check a server's chain, times and purpose as its clients will (RFC 5280, strictly).
+
+    `certificate` may hold intermediate certificates after the server's own; its host names are
+    not compared with anything, but there must be some. Raises `CredentialsUnusable`.
+    """
     from cryptography import x509
     from OpenSSL import crypto
 

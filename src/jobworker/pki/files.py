@@ -2,7 +2,8 @@
 
 A private key exists on disk only under mode 0600, from its first instant. A file appears under
 its name by link(2), which never replaces anything: two calls at once cannot mix their sets, and
-the loser removes what it made.
+the loser removes what it made. Content and modes come in as arguments: what the files mean is
+not known here.
 """
 
 import os

@@ -1,20 +1,17 @@
 """Who the peer of a connection is, by its certificate.
 
 Exactly one CN, the name, and exactly one OU, the role: none, two, empty ones or white space
-around them are refused, never mended. Whether the role exists is the caller's to know.
+around them are refused, never mended. Whether the role exists is the caller's to know, and that
+the certificate was verified is the TLS context's to see to.
 """
 
 import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from jobworker import errors
-
-if TYPE_CHECKING:
-    pass
 
 
 @frozen(kw_only=True)

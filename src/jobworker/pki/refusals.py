@@ -3,28 +3,22 @@
 In TLS 1.3 a client's handshake is over before the server has seen its certificate: a refusal
 arrives as an alert on the first read after it, so `client_refusal` belongs around both.
 
-No sockets here, and no event loop: those who own the stream hand in what it raised.
+What must hold: each error becomes one line that names the cause and, for the client, a remedy.
+No sockets here, no event loop and no cryptography or OpenSSL bindings: those who own the stream
+hand in what it raised, and a client imports this at every start.
 """
 
 import re
 import ssl
-from typing import TYPE_CHECKING
 
 from jobworker import errors
-
-if TYPE_CHECKING:
-    pass
-
 
 # X509_V_ERR_* of openssl/x509_vfy.h, openssl-verification-options(1)
 EXPIRED, NOT_YET_VALID, _REVOKED, _WRONG_PURPOSE = 10, 9, 23, 26
 
-
 _WRONG_NAME = frozenset({62, 64})
 
-
 FOREIGN = frozenset({7, 18, 19, 20, 21})  # a bad signature, self-signed, or no issuer at hand
-
 
 # RFC 8446, section 6.2. OpenSSL answers a certificate that is not valid yet with
 # bad_certificate, and with TLS 1.2 one that is missing with handshake_failure.
@@ -41,9 +35,7 @@ _ALERTS = {
     "HANDSHAKE_FAILURE": "client and server found no common terms, or it got no certificate",
 }
 
-
 _NOT_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
-
 
 _SERVER_SIDE = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the client sent no certificate",
@@ -138,4 +130,5 @@ def _reason(error: ssl.SSLError) -> str:
 
 
 def words(reason: str) -> str:
+    """Put an alert or a reason of OpenSSL, NAMED_LIKE_THIS, into words."""
     return reason.lower().replace("_", " ")

@@ -83,7 +83,7 @@ class ListParams:
 
 @frozen(kw_only=True)
 class ListResult:
-    """A page of jobs."""
+    """A page of jobs: fewer than `limit` where they are large; an empty one is the end."""
 
     jobs: tuple[JobRecord, ...]
 

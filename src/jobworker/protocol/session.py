@@ -174,7 +174,7 @@ class ClientSession:
             text = params.pop("data", None)
             if not isinstance(text, str):
                 raise ProtocolError("cannot read a piece of output: it has no data")
-            return Output(_taken(OutputHeader, params), base64.b64decode(text, validate=True))
+            return Output(_taken(OutputHeader, params), _taken_bytes(text))
         if body["method"] == OUTPUT_END:
             return _taken(OutputEnd, params)
         return None
@@ -188,9 +188,9 @@ class ClientSession:
                 raise error  # about the connection as a whole
         else:
             error = None
-        method = self._methods.pop(id_, None) if isinstance(id_, str | int) else None
-        if method is None or not isinstance(id_, str | int):
+        if type(id_) is not int or id_ not in self._methods:  # True is equal to 1, and no id
             raise ProtocolError("cannot read a reply: it answers no call")
+        method = self._methods.pop(id_)
         result = None if error is not None else _taken(method.result, body.get("result"))
         return Reply(id_, result, error)
 
@@ -240,6 +240,13 @@ def _taken(cls: type[T], value: object) -> T:
         return structure(cls, value)
     except InvalidParams as error:
         raise ProtocolError(f"cannot read the server's message: {error.message}") from None
+
+
+def _taken_bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ProtocolError(f"cannot read a piece of output: {error}") from None
 
 
 def _taken_error(problem: Mapping[str, object]) -> JobworkerError:

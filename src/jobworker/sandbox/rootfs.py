@@ -93,7 +93,7 @@ def snapshot_etc(names: Iterable[str], base: str = "/etc") -> list[_Entry]:
     """
     allowed = [os.path.normpath(os.path.join(base, name)) for name in names]
     entries: list[_Entry] = []
-    waiting = [path for path in allowed if path.startswith(base + "/")]
+    waiting = [path for path in allowed if path.startswith(base + "/") and _is_reachable(path)]
     while waiting and len(entries) < _MAX_ETC_ENTRIES:
         path = waiting.pop()
         entry, below = _read_entry(path, allowed)
@@ -114,9 +114,11 @@ def _read_entry(path: str, allowed: Sequence[str]) -> tuple[_Entry | None, list[
             status = os.lstat(end)
         else:
             path_to_read = path
-        if not status.st_mode & stat.S_IROTH:
+        if not status.st_mode & stat.S_IROTH or not (path_to_read == path or _is_reachable(end)):
             return None, []
         if stat.S_ISDIR(status.st_mode) and path_to_read == path:
+            if not status.st_mode & stat.S_IXOTH:
+                return None, []
             below = [f"{path}/{name}" for name in sorted(os.listdir(path))]
             return _Entry(path, 0o755, None, None), below
         if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_ETC_FILE_BYTES:
@@ -126,6 +128,18 @@ def _read_entry(path: str, allowed: Sequence[str]) -> tuple[_Entry | None, list[
     except OSError:
         pass  # gone or unreadable since: what cannot be read is not shown
     return None, []
+
+
+def _is_reachable(path: str) -> bool:
+    """Whether every user of the host may pass through the directories above `path`."""
+    while path != "/":
+        path = os.path.dirname(path)
+        try:
+            if not os.stat(path).st_mode & stat.S_IXOTH:
+                return False
+        except OSError:
+            return False
+    return True
 
 
 def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ Standard library only.
 import contextlib
 import os
 from collections.abc import Sequence
+from itertools import count
 
 
 def remove_if_empty(path: str, names: Sequence[str]) -> bool:
@@ -37,26 +38,40 @@ def remove_tree(path: str) -> None:
     except FileNotFoundError:
         return
     try:
-        waiting = [""]
-        moved = 0
-        while waiting:
-            name = waiting.pop()
-            for entry, is_directory in _entries(top, name):
-                if not is_directory:
-                    os.unlink(f"{name}/{entry}" if name else entry, dir_fd=top)
-                    continue
-                if not name:
-                    waiting.append(entry)
-                    continue
-                moved += 1
-                aside = f".removing-{os.getpid()}-{moved}"
-                os.rename(f"{name}/{entry}", aside, src_dir_fd=top, dst_dir_fd=top)
-                waiting.append(aside)
-            if name:
-                os.rmdir(name, dir_fd=top)
+        refusal = _empty(top)
     finally:
         os.close(top)
+    if refusal is not None:
+        raise refusal
     os.rmdir(path)
+
+
+def _empty(top: int) -> OSError | None:
+    """Remove all that the directory `top` holds; the first refusal, after all else has gone."""
+    refusal: OSError | None = None
+    taken = {entry for entry, _ in _entries(top, "")}  # an earlier removal may have been cut short
+    asides = (name for n in count(1) if (name := f".removing-{n}") not in taken)
+    waiting = [""]
+    while waiting:
+        name = waiting.pop()
+        try:
+            for entry, is_directory in _entries(top, name):
+                try:
+                    if not is_directory:
+                        os.unlink(f"{name}/{entry}" if name else entry, dir_fd=top)
+                    elif not name:
+                        waiting.append(entry)
+                    else:
+                        aside = next(asides)
+                        os.rename(f"{name}/{entry}", aside, src_dir_fd=top, dst_dir_fd=top)
+                        waiting.append(aside)
+                except OSError as error:
+                    refusal = refusal or error
+            if name:
+                os.rmdir(name, dir_fd=top)
+        except OSError as error:
+            refusal = refusal or error
+    return refusal
 
 
 def _entries(top: int, name: str) -> list[tuple[str, bool]]:

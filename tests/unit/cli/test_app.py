@@ -1,0 +1,133 @@
+"""The command line as a process: one line for every failure, and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobworker.cli.embedded import program
+
+
+def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[bytes]":
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WORKER_")
+    }
+    return subprocess.run(
+        [*program("worker-cli"), *arguments],
+        env={**environment, "HOME": str(home)},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bogus"], "No such option '--bogus'; see worker-cli --help"),
+        (["nosuch"], "No such command 'nosuch'; see worker-cli --help"),
+        (["run"], "Missing argument"),
+        (["run", "--max-cpu=abc", "ls"], "'abc' is not a valid integer"),
+        (["run", "--timeout", "12 parsecs", "ls"], "'12 parsecs' is not a duration"),
+        (["run", "--env", "A", "ls"], "'A' is not NAME=VALUE"),
+        (["status", "0"], "'0' is no job's id"),
+        (["status", "1_0"], "'1_0' is no job's id"),
+        (["wait"], "Missing argument"),
+        (["list", "--status", "DONE"], "'DONE' is not one of"),
+        (["list", "--limit", "0"], "0 is not in the range"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    done = call(*arguments, home=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("worker-cli: ")
+    assert words in lines[0]
+
+
+def test_error_is_one_line_with_a_remedy_and_its_exit_code(tmp_path: Path) -> None:
+    done = call("list", home=tmp_path)
+    assert done.returncode == 72
+    assert done.stderr.startswith(b"worker-cli: cannot use the CA certificate ")
+    assert b"; copy ca-cert.pem" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--json", "list"], ["list", "--json"]])
+def test_error_is_one_json_object_where_json_is_asked_for(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    done = call(*arguments, home=tmp_path)
+    assert done.returncode == 72
+    assert done.stdout == b""
+    assert json.loads(done.stderr)["error"]["name"] == "credentials_unusable"
+
+
+def test_misuse_is_json_too(tmp_path: Path) -> None:
+    done = call("--json", "status", "x", home=tmp_path)
+    assert done.returncode == 2
+    assert json.loads(done.stderr)["error"]["exit_code"] == 2
+
+
+def test_control_characters_in_an_error_are_made_visible(tmp_path: Path) -> None:
+    done = call("--ca", "/a\x1b[2J\nb", "list", home=tmp_path)
+    assert done.stderr.count(b"\n") == 1
+    assert b"/a\\x1b[2J\\x0ab" in done.stderr
+
+
+def test_argument_that_is_no_text_is_named_by_number(tmp_path: Path) -> None:
+    done = call("run", "ls", b"a\xff", home=tmp_path)
+    assert done.returncode == 65
+    assert b"argument 1 is not UTF-8 text" in done.stderr
+
+
+def test_dashes_after_the_command_are_the_jobs(tmp_path: Path) -> None:
+    for arguments in (["run", "ls", "--help"], ["run", "--", "ls", "--help", "--bogus"]):
+        # Not the help of `run`, and no misuse: it gets as far as its credentials.
+        assert call(*arguments, home=tmp_path).returncode == 72
+
+
+def test_values_stand_after_a_blank_or_an_equal_sign(tmp_path: Path) -> None:
+    for arguments in (["--server", "h:0", "list"], ["--server=h:0", "list"]):
+        done = call(*arguments, home=tmp_path)
+        assert done.returncode == 78
+        assert b"port '0'" in done.stderr
+
+
+def test_version_and_help_are_told(tmp_path: Path) -> None:
+    assert b"0." in call("--version", home=tmp_path).stdout
+    assert b"--max-memory" in call("run", "--help", home=tmp_path).stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*program("worker-cli"), "--help"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode != 0
+
+
+def test_client_needs_no_bindings_of_openssl() -> None:
+    code = (
+        "import sys, jobworker.cli.app, jobworker.client.client; "
+        "print([n for n in ('cryptography', 'OpenSSL', 'sqlite3', 'asyncio') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
+
+
+def test_package_loads_the_client_when_asked_for() -> None:
+    code = (
+        "import sys, jobworker; before = 'trio' in sys.modules; "
+        "print(before, jobworker.Client.__name__, 'trio' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"False Client True\n"

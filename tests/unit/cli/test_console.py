@@ -1,0 +1,103 @@
+"""The program's own streams."""
+
+import os
+import pty
+import signal
+import termios
+from pathlib import Path
+
+import pytest
+import trio
+
+from jobworker.cli.console import Sink, TerminalFilter, cancelled_by_interrupt
+
+
+@pytest.mark.parametrize(
+    ("pieces", "seen"),
+    [
+        ([b"a\tb\r\n"], b"a\tb\r\n"),
+        ([b"\x1b[31mred\x07\x00\x7f"], b"\\x1b[31mred\\x07\\x00\\x7f"),
+        ([b"\xc2\x9b31m"], b"\\x9b31m"),
+        ([b"\xc2", b"\x9b"], b"\\x9b"),
+        ([b"\xe2\x82", b"\xac"], b"\xe2\x82\xac"),
+        ([b"\x9b\xff"], b"\\x9b\\xff"),
+    ],
+)
+def test_what_a_terminal_would_act_on_becomes_visible(pieces: list[bytes], seen: bytes) -> None:
+    kept = TerminalFilter()
+    assert b"".join(kept.feed(piece) for piece in pieces) == seen
+
+
+async def test_bytes_are_exact_where_there_is_no_terminal(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000
+    with (tmp_path / "out").open("w") as stream:
+        await Sink(stream, visible=True).write(data)
+    assert (tmp_path / "out").read_bytes() == data
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(True, b"\\x1b[0m"), (False, b"\x1b[0m")])
+async def test_terminal_is_protected_unless_raw_is_asked_for(visible: bool, seen: bytes) -> None:
+    master, slave = pty.openpty()
+    try:
+        modes = termios.tcgetattr(slave)
+        modes[1] &= ~termios.OPOST
+        termios.tcsetattr(slave, termios.TCSANOW, modes)
+        with os.fdopen(slave, "w", closefd=False) as stream:
+            await Sink(stream, visible=visible).write(b"\x1b[0m")
+        assert os.read(master, 100) == seen
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+async def test_non_blocking_reader_gets_everything() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    data = b"x" * 1_000_000
+    got = b""
+
+    def read_all() -> None:
+        nonlocal got
+        while len(got) < len(data):
+            got += os.read(reading, 65536)
+
+    with os.fdopen(writing, "w") as stream, os.fdopen(reading, "rb"):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, read_all)
+            await Sink(stream, visible=False).write(data)
+    assert got == data
+
+
+async def test_closed_stream_takes_everything() -> None:
+    await Sink(None, visible=True).write(b"x")
+
+
+async def test_reader_that_takes_nothing_does_not_hold_up_an_interrupt() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", closefd=False) as stream:
+        with trio.fail_after(5), cancelled_by_interrupt() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Sink(stream, visible=False).write, bytes(1 << 20))
+                await trio.lowlevel.checkpoint()
+                os.kill(os.getpid(), signal.SIGINT)
+        assert scope.cancelled_caught
+    os.close(reading)  # the thread's write ends with EPIPE
+    os.close(writing)
+
+
+async def test_interrupts_are_the_callers_again_afterwards() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with cancelled_by_interrupt():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+async def test_ignored_interrupts_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cancelled_by_interrupt() as scope:
+            os.kill(os.getpid(), signal.SIGINT)
+            await trio.lowlevel.checkpoint()
+        assert not scope.cancelled_caught
+    finally:
+        signal.signal(signal.SIGINT, before)

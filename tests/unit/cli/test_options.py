@@ -1,0 +1,93 @@
+"""Which server and which files: the order of places, and the file's form."""
+
+from pathlib import Path
+
+import pytest
+
+from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, read_settings, resolve
+from jobworker.client.address import Address
+from jobworker.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "config"
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+
+
+def test_defaults_stand_where_nothing_is_said(file: Path) -> None:
+    target = resolve({}, {}, file)
+    assert target.address == Address("127.0.0.1", 50051)
+    assert target.certificate == Path("/home/ann/.worker/client-cert.pem")
+    assert target.key == Path("/home/ann/.worker/client-key.pem")
+    assert target.ca == Path("/home/ann/.worker/ca-cert.pem")
+
+
+def test_option_beats_environment_beats_file_beats_default(file: Path) -> None:
+    file.write_text(
+        "export WORKER_SERVER=file\nexport WORKER_CERT_PATH=/file\nexport WORKER_KEY_PATH=/file\n"
+    )
+    target = resolve(
+        {SERVER: "[::1]:5"}, {SERVER: "environment", CERTIFICATE: "/environment"}, file
+    )
+    assert target.address == Address("::1", 5)
+    assert target.certificate == Path("/environment")
+    assert target.key == Path("/file")
+    assert target.ca == Path("/home/ann/.worker/ca-cert.pem")
+
+
+def test_empty_variables_count_as_unset(file: Path) -> None:
+    assert resolve({}, {SERVER: ""}, file).address.host == "127.0.0.1"
+
+
+def test_file_is_not_read_where_nothing_is_open(file: Path) -> None:
+    file.write_text("(\n")
+    given = {SERVER: "a", CERTIFICATE: "b", KEY: "c", CA: "d"}
+    assert resolve(given, {}, file).address.host == "a"
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ('export WORKER_CA_PATH="~/ca file.pem"  # mine', "/home/ann/ca file.pem"),
+        ("export WORKER_CA_PATH='~/x#y.pem'", "/home/ann/x#y.pem"),
+        ("  WORKER_CA_PATH=/a=b.pem", "/a=b.pem"),
+        ("export OTHER=1 WORKER_CA_PATH=/c.pem", "/c.pem"),
+    ],
+)
+def test_lines_are_read_as_a_shell_would(file: Path, line: str, value: str) -> None:
+    file.write_text(f"# settings\n\n{line}\n")
+    assert resolve({}, {}, file).ca == Path(value)
+
+
+@pytest.mark.parametrize(
+    "line", ["worker", 'export A="b', "export", "export 1A=b", "A = b", "set -e", "=x"]
+)
+def test_malformed_line_is_named_with_its_number(file: Path, line: str) -> None:
+    file.write_text(f"export A=b\n\n{line}\n")
+    with pytest.raises(ConfigError, match=r"config, line 3: ") as caught:
+        read_settings(file)
+    assert "export NAME=" in caught.value.remedy
+
+
+def test_file_that_is_no_text_is_refused(file: Path) -> None:
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_settings(file)
+
+
+def test_file_that_cannot_be_read_is_refused(file: Path) -> None:
+    file.mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_settings(file)
+
+
+def test_bad_address_is_refused_with_its_place(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"port '0'.*\(from the environment\)"):
+        resolve({}, {SERVER: "a:0"}, file)
+    with pytest.raises(ConfigError, match="from its option"):
+        resolve({SERVER: "a:b"}, {}, file)

@@ -1,0 +1,296 @@
+"""The client against a server's session in memory: who gets which reply, and when."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import cast
+
+import pytest
+import trio
+from attrs import define, evolve, field
+from trio.testing import wait_all_tasks_blocked
+
+from jobworker.client.client import Client
+from jobworker.client.dial import Connection
+from jobworker.client.following import WINDOW_BYTES
+from jobworker.errors import ConnectionFailed, NotFound, ProtocolError, TooLarge
+from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
+from jobworker.model.lifecycle import State
+from jobworker.protocol import messages as m
+from jobworker.protocol.session import (
+    Call,
+    ServerSession,
+    encode_output,
+    encode_output_end,
+)
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+SPEC = JobSpec(command=("true",))
+RECORD = JobRecord(id=JobId(7), spec=SPEC, owner="ann", state=State.RUNNING, created_at=NOW)
+
+
+@define(eq=False)
+class Peer:
+    """The server's end: what the client has sent, and what it is to receive."""
+
+    sent: trio.MemoryReceiveChannel[str]
+    to_client: trio.MemorySendChannel[str | bytes]
+    session: ServerSession = field(factory=ServerSession)
+
+    async def call(self) -> Call:
+        """The client's next call."""
+        received = self.session.receive(await self.sent.receive())
+        assert isinstance(received, Call)
+        return received
+
+    def reply(self, call: Call, value: object) -> None:
+        assert call.id is not None
+        self.to_client.send_nowait(self.session.result(call.id, value))
+
+    def output(self, subscription: int, offset: int, data: bytes) -> None:
+        header = m.OutputHeader(
+            subscription=subscription, stream=Stream.STDOUT, offset=offset, time=NOW
+        )
+        self.to_client.send_nowait(encode_output(header, data, binary=True))
+
+    def end(self, subscription: int, offset: int, **error: str) -> None:
+        end = m.OutputEnd(
+            subscription=subscription,
+            offset=offset,
+            job=evolve(RECORD, state=State.COMPLETED),
+            error=error or None,
+        )
+        self.to_client.send_nowait(encode_output_end(end))
+
+    def hang_up(self) -> None:
+        self.to_client.close()
+
+
+@define(eq=False)
+class Wire:
+    """A connection in memory."""
+
+    out: trio.MemorySendChannel[str]
+    incoming: trio.MemoryReceiveChannel[str | bytes]
+
+    async def send(self, message: str) -> None:
+        await self.out.send(message)
+
+    async def receive(self) -> str | bytes:
+        try:
+            return await self.incoming.receive()
+        except trio.EndOfChannel:
+            raise ConnectionFailed("cannot go on: the connection broke") from None
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[tuple[Client, Peer]]:
+    out, sent = trio.open_memory_channel[str](1000)
+    to_client, incoming = trio.open_memory_channel[str | bytes](1000)
+    client = Client(cast(Connection, Wire(out, incoming)))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client._serve_writer)
+        nursery.start_soon(client._serve_reader)
+        yield client, Peer(sent, to_client)
+        nursery.cancel_scope.cancel()
+
+
+async def test_replies_reach_their_calls_in_any_order() -> None:
+    found: dict[int, JobRecord] = {}
+
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+
+        async def ask(job: int) -> None:
+            found[job] = await client.status(job)
+
+        for job in (1, 2, 3):
+            nursery.start_soon(ask, job)
+        calls = [await peer.call() for _ in range(3)]
+        for call in reversed(calls):
+            assert isinstance(call.params, m.JobParams)
+            peer.reply(call, evolve(RECORD, id=call.params.id))
+    assert {job: record.id for job, record in found.items()} == {1: 1, 2: 2, 3: 3}
+
+
+async def test_an_error_reply_is_raised_as_its_class() -> None:
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+
+        async def refuse() -> None:
+            call = await peer.call()
+            assert call.id is not None
+            error = NotFound("cannot find job 9", remedy="look", data={"job": 9})
+            peer.to_client.send_nowait(peer.session.error(call.id, error))
+
+        nursery.start_soon(refuse)
+        with pytest.raises(NotFound, match="cannot find job 9; look") as caught:
+            await client.status(9)
+        assert caught.value.data == {"job": 9}
+
+
+async def test_cancelling_a_call_abandons_only_its_wait() -> None:
+    async with connected() as (client, peer):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.wait, 7)
+                abandoned = await peer.call()
+                scope.cancel()
+        peer.reply(abandoned, RECORD)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.status, 8)
+            later = await peer.call()
+            assert later.method.name == "job.status"
+            peer.reply(later, RECORD)
+
+
+async def test_a_subscription_that_nobody_took_is_ended() -> None:
+    async with connected() as (client, peer):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.log, 7)
+                abandoned = await peer.call()
+                scope.cancel()
+        peer.reply(abandoned, m.LogResult(subscription=1))
+        peer.output(1, 0, b"late")
+        call = await peer.call()
+        assert call.method.name == "job.unfollow"
+        assert call.params == m.SubscriptionParams(subscription=1)
+
+
+async def test_output_before_the_reply_is_kept() -> None:
+    async with connected() as (client, peer):
+
+        async def serve() -> None:
+            call = await peer.call()
+            peer.output(1, 0, b"first ")
+            peer.output(1, 6, b"second")
+            peer.reply(call, m.RunResult(job=RECORD, subscription=1))
+            peer.end(1, 12)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            with await client.run(SPEC, follow=True) as output:
+                assert output.job == RECORD
+                data = [chunk.data async for chunk in output]
+        assert data == [b"first ", b"second"]
+        assert output.offset == 12
+        assert output.record is not None
+        assert output.record.state is State.COMPLETED
+        await wait_all_tasks_blocked()
+        with pytest.raises(trio.WouldBlock):  # an ended subscription needs no unfollow
+            peer.sent.receive_nowait()
+
+
+async def test_slow_consumer_delays_no_reply_and_is_granted_what_it_takes() -> None:
+    async with connected() as (client, peer):
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                call = await peer.call()
+                assert isinstance(call.params, m.LogParams)
+                assert call.params.delivery.encoding is m.Encoding.BINARY
+                assert call.params.delivery.credit_bytes == WINDOW_BYTES
+                peer.reply(call, m.LogResult(subscription=3))
+
+            nursery.start_soon(serve)
+            output = await client.log(7)
+        piece = WINDOW_BYTES // 8
+        for number in range(8):
+            peer.output(3, number * piece, bytes(piece))
+        async with trio.open_nursery() as nursery:  # nothing is taken yet, and a call passes
+            nursery.start_soon(client.status, 7)
+            peer.reply(await peer.call(), RECORD)
+        for _ in range(8):
+            await anext(output)
+        await wait_all_tasks_blocked()
+        granted = 0
+        while peer.sent.statistics().current_buffer_used:
+            call = await peer.call()
+            assert isinstance(call.params, m.CreditParams)
+            granted += call.params.bytes
+        # What was handed out last is not taken yet.
+        assert WINDOW_BYTES // 2 <= granted < WINDOW_BYTES
+        output.close()
+        assert (await peer.call()).method.name == "job.unfollow"
+
+
+async def test_output_of_a_closed_subscription_is_dropped() -> None:
+    async with connected() as (client, peer):
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                peer.reply(await peer.call(), m.LogResult(subscription=1))
+
+            nursery.start_soon(serve)
+            (await client.log(7)).close()
+        assert (await peer.call()).method.name == "job.unfollow"
+        peer.output(1, 0, b"late")
+        peer.end(1, 4)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.status, 7)
+            peer.reply(await peer.call(), RECORD)
+        assert client._inboxes == {}
+
+
+async def test_output_that_the_server_could_not_send_raises_after_what_came() -> None:
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            peer.reply(await peer.call(), m.LogResult(subscription=1))
+            peer.output(1, 0, b"abc")
+            peer.end(1, 3, name="not_found", message="cannot read the output: it is gone")
+
+        nursery.start_soon(serve)
+        output = await client.log(7)
+        assert (await anext(output)).data == b"abc"
+        with pytest.raises(NotFound, match="it is gone"):
+            await anext(output)
+        with pytest.raises(StopAsyncIteration):
+            await anext(output)
+
+
+async def test_lost_connection_wakes_everyone() -> None:
+    failures: list[str] = []
+
+    async with connected() as (client, peer):
+
+        async def fail(name: str) -> None:
+            if name == "wait":
+                with pytest.raises(ConnectionFailed):
+                    await client.wait(7)
+            else:
+                output = await client.log(7)
+                with pytest.raises(ConnectionFailed):
+                    await anext(output)
+            failures.append(name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail, "log")
+            peer.reply(await peer.call(), m.LogResult(subscription=1))
+            nursery.start_soon(fail, "wait")
+            await peer.call()
+            peer.hang_up()
+        assert sorted(failures) == ["log", "wait"]
+        with pytest.raises(ConnectionFailed):
+            await client.status(7)
+
+
+async def test_a_server_that_breaks_the_protocol_is_left() -> None:
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            await peer.call()
+            peer.to_client.send_nowait('{"jsonrpc":"2.0","id":99,"result":{}}')
+
+        nursery.start_soon(serve)
+        with pytest.raises(ProtocolError, match="answers no call"):
+            await client.status(7)
+
+
+async def test_too_large_a_request_is_not_sent() -> None:
+    async with connected() as (client, peer):
+        spec = JobSpec(command=("x", *["a" * 100_000] * 11))
+        with pytest.raises(TooLarge):
+            await client.run(spec)
+        await wait_all_tasks_blocked()
+        with pytest.raises(trio.WouldBlock):
+            peer.sent.receive_nowait()
