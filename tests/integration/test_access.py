@@ -43,6 +43,23 @@ async def test_viewer_may_look(viewer: Wire, admin: Wire) -> None:
     assert (hello["name"], hello["role"]) == ("viewer-client", "viewer")
 
 
+async def test_values_of_variables_are_not_for_viewers(viewer: Wire, admin: Wire) -> None:
+    job = {"command": ["true"], "environment": {"TOKEN": "hunter2"}}
+    number = (await admin.call("job.run", job=job))["job"]["id"]  # type: ignore[index]
+    mine = await admin.call("job.wait", id=number)
+    assert "hunter2" in json.dumps(mine)
+    result = await viewer.call("job.log", id=number)
+    seen = [
+        await viewer.call("job.wait", id=number),
+        await viewer.call("job.status", id=number),
+        await viewer.call("job.list", limit=1),
+        (await viewer.output(result["subscription"]))[2],
+    ]
+    for each in seen:
+        assert "TOKEN" in json.dumps(each)
+        assert "hunter2" not in json.dumps(each)
+
+
 def handshake(service: Embedded, context: ssl.SSLContext) -> None:
     """Connect and read: raises what TLS says, within seconds."""
     host, port = service.address.rsplit(":", 1)

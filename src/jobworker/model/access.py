@@ -23,6 +23,11 @@ ROLES: dict[str, frozenset[Permission]] = {
 }
 
 
+def may(role: str, permission: Permission) -> bool:
+    """Whether `role` holds `permission`."""
+    return permission in ROLES.get(role, frozenset())
+
+
 def require_role(role: str) -> None:
     """Raise PermissionDenied unless `role` is a known one."""
     if role not in ROLES:
@@ -34,7 +39,7 @@ def require_role(role: str) -> None:
 
 def authorize(role: str, permission: Permission, operation: str) -> None:
     """Raise PermissionDenied unless `role` holds `permission`; `operation` is for the message."""
-    if permission not in ROLES.get(role, frozenset()):
+    if not may(role, permission):
         holders = [name for name, held in sorted(ROLES.items()) if permission in held]
         raise PermissionDenied(
             f"cannot call {operation}: the role {role!r} may not {permission.value}",

@@ -34,6 +34,7 @@ MAX_PROCESSES = 4_194_304
 """PID_MAX_LIMIT of 64-bit kernels (proc(5), /proc/sys/kernel/pid_max)."""
 MAX_TIMEOUT_SECONDS = 10 * 365 * 86400.0
 MAX_NAME_LENGTH = 128
+MASK = "***"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -172,6 +173,11 @@ class JobRecord:
     stderr_bytes: int = 0
     discarded_bytes: int = 0
     """Output that was not kept: beyond the cap on a job's output, or refused by the disk."""
+
+    def masked(self) -> "JobRecord":
+        """The record for those who may look and not run: values of variables may be secrets."""
+        hidden = dict.fromkeys(self.spec.environment, MASK)
+        return attrs.evolve(self, spec=attrs.evolve(self.spec, environment=hidden))
 
     @property
     def ended(self) -> bool:

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from jobworker.sandbox import channel
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
@@ -93,7 +94,7 @@ def _mount_tmpfs(step: s.MountTmpfs, _: Means) -> None:
 
 
 def _make_scratch(step: s.MakeScratch, _: Means) -> None:
-    os.mkdir(step.directory, 0o711)
+    os.mkdir(step.directory, 0o700)
     for name in step.names:
         path = f"{step.directory}/{name}"
         os.mkdir(path, 0o700)
@@ -180,6 +181,9 @@ def _forbid_new_privileges(_: s.ForbidNewPrivileges, __: Means) -> None:
 
 def _die_with_launcher(_: s.DieWithLauncher, __: Means) -> None:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Had it been killed a moment before, no signal would come: see whether its end is still there.
+    with socket.socket(fileno=os.dup(STATUS_DESCRIPTOR)) as status:
+        channel.send(status, {})
 
 
 def _reset_signals(_: s.ResetSignals, __: Means) -> None:

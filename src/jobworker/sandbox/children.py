@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import socket
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from jobworker.sandbox.child import become_job
 from jobworker.sandbox.plan import SCRATCH, Slot, prepare
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
 
+MAX_SWEEPERS = 4
 PIPE_BYTES = 1 << 20
 """Room for output while nobody reads, such as between two turns of the service."""
 
@@ -81,6 +83,7 @@ class Nursery:
         self._made = 0
         self.sweepers: dict[int, int] = {}
         """Processes that remove files of ended jobs: pid by pidfd."""
+        self._to_sweep: deque[str] = deque()
 
     def has_room(self) -> bool:
         """Whether another child can be made."""
@@ -138,35 +141,49 @@ class Nursery:
         return self._user_namespaces[child.index]
 
     def clear(self, child: Child) -> None:
-        """Take back all that a reaped child had. Raises OSError if its scope is still busy."""
+        """Take back all that a reaped child had. Raises OSError if its scope is still busy.
+
+        Nothing has been taken back then, and it may be called again.
+        """
         child.scope.remove()
         if child.sock is not None:
             child.sock.close()
             child.sock = None
         close_all([child.stdout, child.stderr, child.pidfd])
         if not scratch.remove_if_empty(child.slot.scratch, tuple(SCRATCH)):
-            self._start_sweeper(child.slot.scratch)
+            self._sweep(child.slot.scratch)
         self._free.append(child.index)
 
     def sweep_scratch(self) -> None:
         """Have everything removed that an earlier launcher left on disk."""
         for name in os.listdir(self._scratch_root):
-            self._start_sweeper(f"{self._scratch_root}/{name}")
+            self._sweep(f"{self._scratch_root}/{name}")
 
-    def _start_sweeper(self, path: str) -> None:
-        pid, pidfd = sc.clone3(0)
-        if pid == 0:
+    def _sweep(self, path: str) -> None:
+        self._to_sweep.append(path)
+        self._start_sweepers()
+
+    def _start_sweepers(self) -> None:
+        while self._to_sweep and len(self.sweepers) < MAX_SWEEPERS:
             try:
-                scratch.remove_tree(path)
-            finally:
-                os._exit(0)
-        self.sweepers[pidfd] = pid
+                pid, pidfd = sc.clone3(0)
+            except OSError:
+                return  # no process to be had: the next one that ends makes room, or the next start
+            if pid == 0:
+                try:
+                    sc.close_range(3)  # what belongs to others must not be kept open
+                    scratch.remove_tree(self._to_sweep[0])
+                finally:
+                    os._exit(0)
+            self._to_sweep.popleft()
+            self.sweepers[pidfd] = pid
 
     def reap_sweeper(self, pidfd: int) -> None:
         """Collect an ended sweeper."""
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         os.close(pidfd)
         del self.sweepers[pidfd]
+        self._start_sweepers()
 
     def close(self) -> None:
         """Close the user namespaces; call when no child is left."""

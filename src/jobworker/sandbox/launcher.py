@@ -20,6 +20,7 @@ import contextlib
 import errno
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -30,12 +31,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
-from jobworker.errors import JobworkerError, ProtocolError
+from jobworker.errors import HostUnsupported, JobworkerError, ProtocolError
 from jobworker.sandbox import channel, requests, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
 from jobworker.sandbox.child import order_message
-from jobworker.sandbox.children import Child, Nursery, policy_from, reap
+from jobworker.sandbox.children import Child, Nursery, Policy, policy_from, reap
 
 REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
@@ -44,6 +45,11 @@ FAREWELL_SECONDS = 10.0
 MAX_UNSENT = 100_000
 OOM_SECONDS = 0.1
 OOM_LOOK_SECONDS = 0.002
+CLEAR_AGAIN_SECONDS = 0.02
+DESCRIPTORS_PER_CHILD = 8
+"""Process, two pipes, socket, scope (two), user namespace; and room for replies on their way."""
+
+_DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 
 _Source = Callable[[], None]
 
@@ -61,6 +67,8 @@ class Launcher:
         self._unsent: deque[tuple[channel.Message, list[int]]] = deque()
         self._refill_at: float | None = time.monotonic()
         self._leave_by: float | None = None
+        self._uncleared: set[Child] = set()
+        """Ended children whose scope could not be removed yet; tried again."""
         self._suspects: dict[Child, float] = {}
         """Children whose scope told of an OOM, and until when to look for the kill."""
 
@@ -74,6 +82,8 @@ class Launcher:
                 source = self._sources.get(descriptor)
                 if source is not None:
                     source()
+            for child in list(self._uncleared):
+                self._clear(child)
             if self._suspects:
                 self._look_at_suspects()
             if self._refill_at is not None and time.monotonic() >= self._refill_at:
@@ -89,6 +99,8 @@ class Launcher:
         moments = [at for at in (self._refill_at, self._leave_by) if at is not None]
         if self._suspects:
             moments.append(time.monotonic() + OOM_LOOK_SECONDS)
+        if self._uncleared:
+            moments.append(time.monotonic() + CLEAR_AGAIN_SECONDS)
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _watch(self, descriptor: int, source: _Source, events: int = select.EPOLLIN) -> None:
@@ -103,7 +115,8 @@ class Launcher:
 
     def _on_link(self) -> None:
         try:
-            self._flush()
+            with contextlib.suppress(BlockingIOError):
+                self._flush()
             received = channel.receive(self._link)
             if received is None:
                 self._leave("")
@@ -145,21 +158,28 @@ class Launcher:
         if request.job in self._jobs:
             self._refuse(number, "job", errno.EEXIST, "the job's id is in use")
             return
-        child = self._spares.popleft() if self._spares else self._make()
-        self._jobs[request.job] = child
-        child.job, child.request = request.job, number
         if self._refill_at is None:
             self._refill_at = time.monotonic() + REFILL_SECONDS
+        while self._spares:
+            spare = self._spares.popleft()
+            try:
+                self._order(spare, number, request)
+                return
+            except OSError as error:  # it has died while it waited
+                print(f"launcher: a spare is lost: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        self._order(self._make(), number, request)
+
+    def _order(self, child: Child, number: int, request: requests.Spawn) -> None:
+        """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
             child.scope.arm(request.limits)
             assert child.sock is not None
             channel.send(child.sock, order_message(request.order))
         except (OSError, JobworkerError):
-            # The child is of no use any more; it is reaped and cleared like any other.
-            child.request = None
-            self._forget_job(child)
             self._kill(child)
             raise
+        self._jobs[request.job] = child
+        child.job, child.request = request.job, number
 
     def _reply(
         self, number: int, ok: Mapping[str, object], descriptors: Sequence[int] = ()
@@ -172,28 +192,37 @@ class Launcher:
     def _send(self, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
         if self._leave_by is not None:
             return
-        # Duplicates, since a child may be cleared away before the service reads.
-        self._unsent.append((message, [os.dup(descriptor) for descriptor in descriptors]))
+        try:
+            if not self._unsent:
+                channel.send(self._link, message, descriptors)
+                return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._leave(str(error))
+            return
+        try:
+            # Duplicates, since a child may be cleared away before the service reads.
+            kept = [os.dup(descriptor) for descriptor in descriptors]
+        except OSError as error:
+            self._leave(str(error))
+            return
+        self._unsent.append((message, kept))
         if len(self._unsent) > MAX_UNSENT:
             self._leave("the service does not read")
             return
-        self._flush()
+        self._poll.modify(self._link.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def _flush(self) -> None:
-        try:
-            while self._unsent:
-                message, descriptors = self._unsent[0]
-                channel.send(self._link, message, descriptors)
-                self._unsent.popleft()
-                channel.close_all(descriptors)
-            wanted = select.EPOLLIN
-        except BlockingIOError:
-            wanted = select.EPOLLIN | select.EPOLLOUT
-        except OSError as error:
-            if self._leave_by is None:
-                self._leave(str(error))
+        """Send what waits; raises BlockingIOError where the service has still not read enough."""
+        if not self._unsent:
             return
-        self._poll.modify(self._link.fileno(), wanted)
+        while self._unsent:
+            message, descriptors = self._unsent[0]
+            channel.send(self._link, message, descriptors)
+            self._unsent.popleft()
+            channel.close_all(descriptors)
+        self._poll.modify(self._link.fileno(), select.EPOLLIN)
 
     def _leave(self, reason: str) -> None:
         """End every job and then the loop: the service is gone or has lost its mind."""
@@ -264,7 +293,7 @@ class Launcher:
         if child in self._spares:
             self._spares.remove(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
-            number, failure = child.request, child.failure or {}
+            number, failure = child.request, child.failure or _DIED
             self._clear(child)
             self._send({"id": number, "error": failure})
         elif child.job is None or self._leave_by is not None:
@@ -306,7 +335,8 @@ class Launcher:
         if child.exit is None:
             # The first process takes its namespace along; the scope catches what is still on
             # its way there.
-            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
             with contextlib.suppress(OSError):
                 child.scope.kill()
 
@@ -322,8 +352,14 @@ class Launcher:
             self._unwatch(child.scope.oom_fd)
         self._suspects.pop(child, None)
         self._forget_job(child)
+        try:
+            self._nursery.clear(child)
+        except OSError:
+            # The kernel is still busy with the last of its processes.
+            self._uncleared.add(child)
+            return
+        self._uncleared.discard(child)
         self._children.discard(child)
-        self._nursery.clear(child)
         self._watch_sweepers()
 
     def _forget_job(self, child: Child) -> None:
@@ -338,6 +374,7 @@ class Launcher:
     def _on_sweeper(self, pidfd: int) -> None:
         self._unwatch(pidfd)
         self._nursery.reap_sweeper(pidfd)
+        self._watch_sweepers()
 
 
 def _deliver(child: Child, number: int) -> bool:
@@ -366,6 +403,19 @@ def _warm_up(tree: Tree) -> None:
         scope.remove()
 
 
+def _raise_descriptor_limit(policy: Policy) -> None:
+    """Have room for the descriptors of all children: getrlimit(2)."""
+    needed = 64 + DESCRIPTORS_PER_CHILD * (policy.max_jobs + policy.spares)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise HostUnsupported(
+            f"cannot run {policy.max_jobs} jobs at a time: that takes {needed} descriptors, "
+            f"and {hard} may be open",
+            remedy="raise the limit (LimitNOFILE=, ulimit -n) or lower worker.max_concurrent_jobs",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+
+
 def main(descriptor: int) -> NoReturn:
     """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy."""
     os.set_inheritable(descriptor, False)
@@ -375,6 +425,7 @@ def main(descriptor: int) -> NoReturn:
         sys.exit(1)
     try:
         policy = policy_from(received[0])
+        _raise_descriptor_limit(policy)
         tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
         tree.sweep()
         rootfs.enter(policy.stage, policy.scratch, policy.programs, policy.etc)

@@ -50,7 +50,7 @@ def _empty(top: int) -> OSError | None:
     """Remove all that the directory `top` holds; the first refusal, after all else has gone."""
     refusal: OSError | None = None
     taken = {entry for entry, _ in _entries(top, "")}  # an earlier removal may have been cut short
-    asides = (name for n in count(1) if (name := f".removing-{n}") not in taken)
+    asides = (f".removing-{number}" for number in count(1))
     waiting = [""]
     while waiting:
         name = waiting.pop()
@@ -62,7 +62,7 @@ def _empty(top: int) -> OSError | None:
                     elif not name:
                         waiting.append(entry)
                     else:
-                        aside = next(asides)
+                        aside = next(path for path in asides if path not in taken)
                         os.rename(f"{name}/{entry}", aside, src_dir_fd=top, dst_dir_fd=top)
                         waiting.append(aside)
                 except OSError as error:

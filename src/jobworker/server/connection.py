@@ -17,6 +17,7 @@ import secrets
 import socket
 import ssl
 from contextlib import suppress
+from functools import partial
 
 import h11
 import trio
@@ -283,7 +284,8 @@ class _Connection:
     _task_ended: trio.Event = field(factory=trio.Event)
 
     def __attrs_post_init__(self) -> None:
-        self._subscriptions = Subscriptions(self._context.supervisor, self._send)
+        show = partial(operations.shown_to, self._who)
+        self._subscriptions = Subscriptions(self._context.supervisor, self._send, show)
 
     async def serve(self) -> None:
         """Answer calls until the client goes."""

@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 import jobworker
 from jobworker.errors import InvalidParams
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.model.access import authorize
+from jobworker.model.access import Permission, authorize, may
 from jobworker.model.job import JobRecord, Limits, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.pki.identity import Identity
@@ -30,6 +30,15 @@ class Caller:
 
     identity: Identity
     subscriptions: Subscriptions
+
+    def show(self, record: JobRecord) -> JobRecord:
+        """A record as this caller may see it."""
+        return shown_to(self.identity, record)
+
+
+def shown_to(who: Identity, record: JobRecord) -> JobRecord:
+    """A record as `who` may see it: values of variables are for those who may run jobs."""
+    return record if may(who.role, Permission.RUN) else record.masked()
 
 
 @frozen(kw_only=True)
@@ -84,20 +93,22 @@ def _check_against_host(limits: Limits, host: HostFacts) -> None:
         )
 
 
-async def _status(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
+async def _status(context: Context, caller: Caller, params: m.JobParams) -> JobRecord:
     record = await context.supervisor.record(params.id)
     execution = context.supervisor.live(params.id)
-    return record if execution is None else evolve(record, usage=await execution.usage())
+    if execution is not None:
+        record = evolve(record, usage=await execution.usage())
+    return caller.show(record)
 
 
-async def _list(context: Context, _: Caller, params: m.ListParams) -> m.ListResult:
+async def _list(context: Context, caller: Caller, params: m.ListParams) -> m.ListResult:
     states = frozenset(params.states or State)
     found = await context.supervisor.latest(states=states, limit=params.limit, before=params.before)
-    return m.ListResult(jobs=tuple(found))
+    return m.ListResult(jobs=tuple(map(caller.show, found)))
 
 
-async def _wait(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
-    return await context.supervisor.wait(params.id)
+async def _wait(context: Context, caller: Caller, params: m.JobParams) -> JobRecord:
+    return caller.show(await context.supervisor.wait(params.id))
 
 
 async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:

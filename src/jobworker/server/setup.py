@@ -188,7 +188,7 @@ def _make_state(state: Path, uid: int, gid: int) -> int:
                 remedy="stop that service, or give this one a state_dir of its own",
             ) from None
         try:
-            for name, mode in (("stage", 0o700), ("scratch", 0o711)):
+            for name, mode in (("stage", 0o700), ("scratch", 0o700)):
                 (state / name).mkdir(mode=mode, exist_ok=True)
             for own in (state / "service", state / "service" / "spool"):
                 own.mkdir(mode=0o700, exist_ok=True)

@@ -22,6 +22,8 @@ from jobworker.protocol.session import encode_output, encode_output_end
 MAX_SUBSCRIPTIONS = 256
 
 Send = Callable[[str | bytes], Awaitable[None]]
+Show = Callable[[JobRecord], JobRecord]
+"""A record as the client may see it."""
 
 
 @define(eq=False, kw_only=True)
@@ -63,6 +65,7 @@ class Subscriptions:
 
     _supervisor: Supervisor
     _send: Send
+    _show: Show
     _open: dict[int, Subscription] = field(factory=dict)
     _last: int = 0
 
@@ -111,7 +114,7 @@ class Subscriptions:
                 end = OutputEnd(
                     subscription=number,
                     offset=subscription.follower.offset,
-                    job=await self._final_record(subscription),
+                    job=self._show(await self._final_record(subscription)),
                     error=problem,
                 )
                 await self._send(encode_output_end(end))
