@@ -4,13 +4,8 @@
 Trio: requests may overlap, replies are told apart by number, exits arrive as events for whoever
 expects them. When the launcher goes, every waiting request and every job hears of it at once
 (`LauncherGone`); nothing hangs.
-
-The kernel's reasons become messages for people here, since the launcher knows only names of
-steps and errnos.
 """
 
-import errno
-import os
 import signal
 import socket
 import subprocess
@@ -24,14 +19,9 @@ from attrs import Factory, define, frozen
 
 import jobworker
 from jobworker.errors import (
-    CommandNotExecutable,
-    CommandNotFound,
     HostUnsupported,
     JobworkerError,
     LauncherGone,
-    NotFound,
-    SandboxError,
-    TooLarge,
     error_classes,
 )
 from jobworker.model.job import JobId, Usage
@@ -39,18 +29,13 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Policy, policy_message
 from jobworker.sandbox.plan import Order
+from jobworker.sandbox.start_failures import explain
 
 START_SECONDS = 30
 _BOOTSTRAP = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))"
 )
-
-_REMEDIES = {
-    "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
-    "limits": "see `worker serve`'s log and this host's control groups",
-    "change-directory": "choose a directory that exists inside the job, such as /workspace",
-}
 
 
 @frozen(kw_only=True)
@@ -216,7 +201,7 @@ class Link:
             raise _launcher_gone()
         problem = waiting.message.get("error")
         if isinstance(problem, dict):
-            raise _explain(problem)
+            raise explain(problem)
         ok = waiting.message["ok"]
         assert isinstance(ok, dict)
         return ok, waiting.descriptors
@@ -311,41 +296,4 @@ def _usage(message: Mapping[str, object]) -> Usage:
 def _launcher_gone() -> LauncherGone:
     return LauncherGone(
         "cannot serve the request: the launcher has ended", remedy="restart the service"
-    )
-
-
-def _explain(problem: Mapping[str, object]) -> JobworkerError:
-    """The error that a refused request stands for, in words for whoever asked."""
-    step, code, detail = problem.get("step"), problem.get("errno"), problem.get("detail")
-    assert isinstance(step, str)
-    assert isinstance(code, int)
-    reason = os.strerror(code) if code else str(detail)
-    data: dict[str, object] = {"step": step, "errno": code, "detail": str(detail)}
-    if step == "execute":
-        return _explain_execute(code, str(detail), reason, data)
-    if step == "job":
-        return NotFound(f"cannot reach the job: {detail}", data=data)
-    subject = f" ({detail})" if detail and code else ""
-    return SandboxError(
-        f"cannot start the job: the step {step} failed: {reason}{subject}",
-        remedy=_REMEDIES.get(step, ""),
-        data=data,
-    )
-
-
-def _explain_execute(
-    code: int, detail: str, reason: str, data: Mapping[str, object]
-) -> JobworkerError:
-    if code in (errno.ENOENT, errno.ENOTDIR):
-        return CommandNotFound(
-            f"cannot run {detail}: no such program inside the job's root",
-            remedy="check the spelling; programs are those of the host's /usr, by name or path",
-            data=data,
-        )
-    if code == errno.E2BIG:
-        return TooLarge(f"cannot run {detail}: {reason}", data=data)
-    return CommandNotExecutable(
-        f"cannot run {detail}: {reason}",
-        remedy="name an executable file, or run it through its interpreter",
-        data=data,
     )

@@ -1,0 +1,61 @@
+"""Why a start failed, in words for whoever asked.
+
+The launcher and its children know names of steps and the kernel's errnos; people need to hear
+what could not be done, why, and what to do.
+"""
+
+import errno
+import os
+from collections.abc import Mapping
+
+from jobworker.errors import (
+    CommandNotExecutable,
+    CommandNotFound,
+    JobworkerError,
+    NotFound,
+    SandboxError,
+    TooLarge,
+)
+
+_REMEDIES = {
+    "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
+    "limits": "see `worker serve`'s log and this host's control groups",
+    "change-directory": "choose a directory that exists inside the job, such as /workspace",
+}
+
+
+def explain(problem: Mapping[str, object]) -> JobworkerError:
+    """The error for a refusal of the launcher: `{"step", "errno", "detail"}`."""
+    step, code, detail = problem.get("step"), problem.get("errno"), problem.get("detail")
+    assert isinstance(step, str)
+    assert isinstance(code, int)
+    reason = os.strerror(code) if code else str(detail)
+    data: dict[str, object] = {"step": step, "errno": code, "detail": str(detail)}
+    if step == "execute":
+        return _explain_execute(code, str(detail), reason, data)
+    if step == "job":
+        return NotFound(f"cannot reach the job: {detail}", data=data)
+    subject = f" ({detail})" if detail and code else ""
+    return SandboxError(
+        f"cannot start the job: the step {step} failed: {reason}{subject}",
+        remedy=_REMEDIES.get(step, ""),
+        data=data,
+    )
+
+
+def _explain_execute(
+    code: int, detail: str, reason: str, data: Mapping[str, object]
+) -> JobworkerError:
+    if code in (errno.ENOENT, errno.ENOTDIR):
+        return CommandNotFound(
+            f"cannot run {detail}: no such program inside the job's root",
+            remedy="check the spelling; programs are those of the host's /usr, by name or path",
+            data=data,
+        )
+    if code == errno.E2BIG:
+        return TooLarge(f"cannot run {detail}: {reason}", data=data)
+    return CommandNotExecutable(
+        f"cannot run {detail}: {reason}",
+        remedy="name an executable file, or run it through its interpreter",
+        data=data,
+    )
