@@ -191,9 +191,9 @@ async def measure(runs: int, directory: Path) -> None:
                 sample = await connection.run_job()
                 if number >= 5:
                     samples["jobworker"].append(sample)
-            crun.close()
             print_latencies(samples, runs)
-            await print_throughput(service, connection, peers["bwrap"])
+            await print_throughput(service, connection, {n: peers[n] for n in ("bwrap", "crun")})
+            crun.close()
 
 
 def print_latencies(samples: dict[str, list[tuple[float, float]]], runs: int) -> None:
@@ -210,15 +210,22 @@ def print_latencies(samples: dict[str, list[tuple[float, float]]], runs: int) ->
             f"{name:14}{statistics.median(firsts) * 1e3:10.2f}{firsts[p99] * 1e3:8.2f}"
             f"{statistics.median(wholes) * 1e3:11.2f}{wholes[p99] * 1e3:8.2f}{ratio:19.2f}"
         )
+    beyond = 1e3 * statistics.median(
+        row[0] - peer[1] for row, peer in zip(samples["jobworker"], samples["bwrap"], strict=True)
+    )
+    print(f"jobworker's first byte over the wire is {beyond:+.1f} ms from bwrap's whole run (p50)")
 
 
-async def print_throughput(service: Embedded, connection: Connection, bwrap: Timer) -> None:
+async def print_throughput(
+    service: Embedded, connection: Connection, peers: dict[str, Timer]
+) -> None:
     """Jobs per second, from request to the notice of the end."""
     print("\njobs per second, request to end, 200 each")
-    began = time.perf_counter()
-    for _ in range(200):
-        bwrap()
-    print(f"  bwrap, one after another      {200 / (time.perf_counter() - began):8.0f}")
+    for name, timer in peers.items():
+        began = time.perf_counter()
+        for _ in range(200):
+            timer()
+        print(f"  {name + ', one after another':30}{200 / (time.perf_counter() - began):8.0f}")
     began = time.perf_counter()
     for _ in range(200):
         await connection.run_job()

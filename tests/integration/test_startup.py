@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.pki.authority import init_authority
 
 from .conftest import left_behind
@@ -151,6 +151,14 @@ def test_certs_init_refuses_a_bad_host(open_directory: Callable[[], Path]) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     fails_with(done, 65, "a b")
     assert not directory.exists()
+
+
+async def test_key_that_others_may_read_is_warned_of(site: Path) -> None:
+    (site / "certs" / "server-key.pem").chmod(0o644)
+    async with open_embedded(site) as exposed:
+        (warning,) = [line for line in exposed.log_text().splitlines() if "server-key.pem" in line]
+    assert " WARNING " in warning
+    assert "chmod" in warning
 
 
 def test_service_user_has_no_way_to_the_keys(service: Embedded) -> None:

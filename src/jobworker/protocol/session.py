@@ -165,6 +165,8 @@ class ClientSession:
             if not newline or len(head) > MAX_HEADER_BYTES:
                 raise ProtocolError("cannot read a binary message: it has no header line")
             body = _object(head.decode("utf-8", "replace"))
+            if body.get("method") != OUTPUT:
+                return None
             return Output(_taken(OutputHeader, body.get("params")), data)
         body = _object(message)
         if "method" not in body:

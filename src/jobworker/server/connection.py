@@ -24,14 +24,21 @@ import trio
 import trio_websocket
 from attrs import define, field
 
-from jobworker.convert import dumps
-from jobworker.errors import InternalError, JobworkerError, PermissionDenied
-from jobworker.model.access import require_role
-from jobworker.pki.identity import Identity, identity
+from jobworker.errors import InternalError, JobworkerError
+from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import MAX_IN_FLIGHT, Call, Refusal, ServerSession
 from jobworker.server import operations
+from jobworker.server.http_head import (
+    CLOSE_SECONDS,
+    PrefixStream,
+    Refused,
+    TLSStream,
+    admit,
+    read_head,
+    reply,
+)
 from jobworker.server.subscriptions import MAX_SUBSCRIPTIONS, Subscriptions
 
 log = logging.getLogger("jobworker.server")
@@ -39,54 +46,10 @@ log = logging.getLogger("jobworker.server")
 HANDSHAKE_SECONDS = 10.0
 SEND_SECONDS = 30.0
 """A client that takes nothing for this long is let go."""
-CLOSE_SECONDS = 2.0
-MAX_HEAD_BYTES = 16_384
 MAX_MESSAGE_BYTES = 4 << 20
 """Room for a request of 1 MiB of arguments, however they are escaped in JSON."""
 RECEIVE_BYTES = 65_536
 MAX_TASKS = MAX_IN_FLIGHT + MAX_SUBSCRIPTIONS
-
-
-class PrefixStream(trio.abc.Stream):
-    """A stream that first gives back what was already read from it, and tells when it is closed.
-
-    trio-websocket closes it without a word to its caller where a client breaks the protocol, and
-    then leaves who waits for a message waiting for ever.
-    """
-
-    def __init__(self, inner: trio.abc.Stream, prefix: bytes) -> None:
-        self._inner, self._prefix = inner, prefix
-        self.closed = trio.Event()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """See trio.abc.ReceiveStream."""
-        if not self._prefix:
-            return bytes(await self._inner.receive_some(max_bytes))
-        await trio.lowlevel.checkpoint()
-        size = len(self._prefix) if max_bytes is None else max_bytes
-        given, self._prefix = self._prefix[:size], self._prefix[size:]
-        return given
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See trio.abc.SendStream."""
-        await self._inner.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """See trio.abc.SendStream."""
-        await self._inner.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        """See trio.abc.AsyncResource."""
-        self.closed.set()
-        await self._inner.aclose()
-
-
-class _Refused(Exception):
-    """The request is answered with an HTTP status and no WebSocket."""
-
-    def __init__(self, status: int, error: JobworkerError) -> None:
-        super().__init__(status, error)
-        self.status, self.error = status, error
 
 
 async def serve_connection(
@@ -100,12 +63,12 @@ async def serve_connection(
         with trio.fail_after(HANDSHAKE_SECONDS):
             if not await _shake_hands(stream, tcp, peer):
                 return
-            raw, head = await _read_head(stream)
+            raw, head = await read_head(stream)
             try:
-                who = _admit(stream, head)
-            except _Refused as refused:
+                who = admit(stream, head)
+            except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
-                await _reply_http(stream, head.connection, refused)
+                await reply(stream, head.connection, refused)
                 return
         await _serve_websocket(PrefixStream(stream, raw), who, peer, context)
     except* (
@@ -138,9 +101,7 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
-async def _shake_hands(
-    stream: "trio.SSLStream[trio.SocketStream]", tcp: trio.SocketStream, peer: str
-) -> bool:
+async def _shake_hands(stream: TLSStream, tcp: trio.SocketStream, peer: str) -> bool:
     """The TLS handshake; a refused client is told why, and False returned."""
     try:
         await stream.do_handshake()
@@ -160,85 +121,6 @@ async def _shake_hands(
                 pass
         return False
     return True
-
-
-@define(eq=False)
-class _Head:
-    """A request head as h11 has read it."""
-
-    request: h11.Request
-    connection: h11.Connection
-
-    def value(self, name: bytes) -> bytes:
-        """A header's value, b"" where it is absent; repeated ones are joined."""
-        return b", ".join(value for key, value in self.request.headers if key == name)
-
-
-async def _read_head(stream: "trio.SSLStream[trio.SocketStream]") -> tuple[bytes, _Head]:
-    """Read an HTTP request's head: its bytes, and what they say."""
-    raw = b""
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-    while True:
-        event = connection.next_event()
-        if isinstance(event, h11.Request):
-            return raw, _Head(event, connection)
-        if event is not h11.NEED_DATA:
-            raise trio.BrokenResourceError("the client closed before it asked for anything")
-        data = bytes(await stream.receive_some(RECEIVE_BYTES))
-        raw += data
-        connection.receive_data(data)
-
-
-def _admit(stream: "trio.SSLStream[trio.SocketStream]", head: _Head) -> Identity:
-    """Who is connecting, with a request that may be upgraded; raises _Refused."""
-    try:
-        who = identity(stream.getpeercert())
-        require_role(who.role)
-    except PermissionDenied as error:
-        raise _Refused(403, error) from None
-    origin, host = head.value(b"origin"), head.value(b"host")
-    if origin and origin != b"https://" + host:
-        raise _Refused(403, PermissionDenied("cannot serve a page of another origin"))
-    if head.value(b"upgrade").lower() != b"websocket" or head.request.method != b"GET":
-        raise _Refused(
-            426,
-            JobworkerError(
-                "cannot serve the request: this port speaks WebSocket",
-                remedy=f"use worker-cli, or a WebSocket client with subprotocol {SUBPROTOCOL}",
-            ),
-        )
-    proposed = head.value(b"sec-websocket-protocol")
-    if SUBPROTOCOL.encode() not in [name.strip() for name in proposed.split(b",")]:
-        raise _Refused(
-            400,
-            JobworkerError(
-                f"cannot serve the request: it does not propose the subprotocol {SUBPROTOCOL}"
-            ),
-        )
-    if head.connection.trailing_data[0]:
-        early = "cannot serve the request: more was sent before it was answered"
-        raise _Refused(400, JobworkerError(early))
-    return who
-
-
-async def _reply_http(
-    stream: "trio.SSLStream[trio.SocketStream]", connection: h11.Connection, refused: _Refused
-) -> None:
-    error = refused.error
-    told = {"code": error.code, "message": error.message, "remedy": error.remedy}
-    body = dumps({"error": told}).encode()
-    headers = [
-        ("content-type", "application/json"),
-        ("content-length", str(len(body))),
-        ("connection", "close"),
-    ]
-    if refused.status == 426:
-        headers.append(("upgrade", "websocket"))
-    response = h11.Response(status_code=refused.status, headers=headers)
-    data = [connection.send(event) for event in (response, h11.Data(data=body), h11.EndOfMessage())]
-    await stream.send_all(b"".join(piece for piece in data if piece))
-    with trio.move_on_after(CLOSE_SECONDS):
-        await stream.aclose()
 
 
 async def _serve_websocket(

@@ -94,8 +94,8 @@ def _announce(prepared: Prepared) -> None:
     host, port = prepared.listeners[0].getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     log.info("limits by cgroup %s", prepared.launcher.cgroup_kind)
-    for gap in prepared.launcher.gaps:
-        log.warning("this host: %s", gap)
+    for warning in prepared.warnings:
+        log.warning("%s", warning)
     log.info("listening on %s", address)
     prepared.notifier.tell(READY="1", STATUS=f"listening on {address}", **{ADDRESS_FIELD: address})
 

@@ -27,7 +27,7 @@ from attrs import frozen
 
 from jobworker.config import MEBIBYTE, Settings
 from jobworker.errors import AddressUnavailable, ConfigError, HostUnsupported, JobworkerError
-from jobworker.pki.tls import server_context
+from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.children import Policy
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
@@ -54,6 +54,8 @@ class Prepared:
     """The service's own part of the state directory."""
     notifier: Notifier
     lock: int
+    warnings: tuple[str, ...]
+    """What is worth a word in the log: an exposed key, what this host cannot enforce."""
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -70,6 +72,7 @@ def prepare(settings: Settings) -> Prepared:
         key=Path(security.server_key),
         min_version=security.min_tls_version,
     )
+    exposed = key_mode_warning(Path(security.server_key))
     uid, gid = _service_ids(settings)
     with ExitStack() as undo:
         state = Path(settings.worker.state_dir)
@@ -96,6 +99,9 @@ def prepare(settings: Settings) -> Prepared:
         directory=state / "service",
         notifier=notifier,
         lock=lock,
+        warnings=tuple(
+            warning for warning in (exposed, *(f"this host: {g}" for g in launcher.gaps)) if warning
+        ),
     )
 
 

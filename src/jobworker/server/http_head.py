@@ -1,0 +1,141 @@
+"""The HTTP request that opens a WebSocket, read and judged before any WebSocket code runs.
+
+A request is read under the caller's deadline and within `MAX_HEAD_BYTES` (h11); what it asks for
+and who asks is judged; a refusal is an HTTP reply that says why, as JSON. What was read is given
+back to whoever goes on, by `PrefixStream`.
+"""
+
+import h11
+import trio
+from attrs import define
+
+from jobworker.convert import dumps
+from jobworker.errors import JobworkerError, PermissionDenied
+from jobworker.model.access import require_role
+from jobworker.pki.identity import Identity, identity
+from jobworker.protocol.methods import SUBPROTOCOL
+
+MAX_HEAD_BYTES = 16_384
+READ_BYTES = 65_536
+CLOSE_SECONDS = 2.0
+
+TLSStream = trio.SSLStream[trio.SocketStream]
+
+
+class PrefixStream(trio.abc.Stream):
+    """A stream that first gives back what was already read from it, and tells when it is closed.
+
+    trio-websocket closes it without a word to its caller where a client breaks the protocol, and
+    then leaves who waits for a message waiting for ever.
+    """
+
+    def __init__(self, inner: trio.abc.Stream, prefix: bytes) -> None:
+        self._inner, self._prefix = inner, prefix
+        self.closed = trio.Event()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See trio.abc.ReceiveStream."""
+        if not self._prefix:
+            return bytes(await self._inner.receive_some(max_bytes))
+        await trio.lowlevel.checkpoint()
+        size = len(self._prefix) if max_bytes is None else max_bytes
+        given, self._prefix = self._prefix[:size], self._prefix[size:]
+        return given
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See trio.abc.SendStream."""
+        await self._inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See trio.abc.SendStream."""
+        await self._inner.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        """See trio.abc.AsyncResource."""
+        self.closed.set()
+        await self._inner.aclose()
+
+
+class Refused(Exception):
+    """The request is answered with an HTTP status and no WebSocket."""
+
+    def __init__(self, status: int, error: JobworkerError) -> None:
+        super().__init__(status, error)
+        self.status, self.error = status, error
+
+
+@define(eq=False)
+class Head:
+    """A request head as h11 has read it."""
+
+    request: h11.Request
+    connection: h11.Connection
+
+    def value(self, name: bytes) -> bytes:
+        """A header's value, b"" where it is absent; repeated ones are joined."""
+        return b", ".join(value for key, value in self.request.headers if key == name)
+
+
+async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
+    """Read an HTTP request's head: its bytes, and what they say."""
+    raw = b""
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    while True:
+        event = connection.next_event()
+        if isinstance(event, h11.Request):
+            return raw, Head(event, connection)
+        if event is not h11.NEED_DATA:
+            raise trio.BrokenResourceError("the client closed before it asked for anything")
+        data = bytes(await stream.receive_some(READ_BYTES))
+        raw += data
+        connection.receive_data(data)
+
+
+def admit(stream: TLSStream, head: Head) -> Identity:
+    """Who is connecting, with a request that may be upgraded; raises Refused."""
+    try:
+        who = identity(stream.getpeercert())
+        require_role(who.role)
+    except PermissionDenied as error:
+        raise Refused(403, error) from None
+    origin, host = head.value(b"origin"), head.value(b"host")
+    if origin and origin != b"https://" + host:
+        raise Refused(403, PermissionDenied("cannot serve a page of another origin"))
+    if head.value(b"upgrade").lower() != b"websocket" or head.request.method != b"GET":
+        raise Refused(
+            426,
+            JobworkerError(
+                "cannot serve the request: this port speaks WebSocket",
+                remedy=f"use worker-cli, or a WebSocket client with subprotocol {SUBPROTOCOL}",
+            ),
+        )
+    proposed = head.value(b"sec-websocket-protocol")
+    if SUBPROTOCOL.encode() not in [name.strip() for name in proposed.split(b",")]:
+        raise Refused(
+            400,
+            JobworkerError(
+                f"cannot serve the request: it does not propose the subprotocol {SUBPROTOCOL}"
+            ),
+        )
+    if head.connection.trailing_data[0]:
+        early = "cannot serve the request: more was sent before it was answered"
+        raise Refused(400, JobworkerError(early))
+    return who
+
+
+async def reply(stream: TLSStream, connection: h11.Connection, refused: Refused) -> None:
+    error = refused.error
+    told = {"code": error.code, "message": error.message, "remedy": error.remedy}
+    body = dumps({"error": told}).encode()
+    headers = [
+        ("content-type", "application/json"),
+        ("content-length", str(len(body))),
+        ("connection", "close"),
+    ]
+    if refused.status == 426:
+        headers.append(("upgrade", "websocket"))
+    response = h11.Response(status_code=refused.status, headers=headers)
+    data = [connection.send(event) for event in (response, h11.Data(data=body), h11.EndOfMessage())]
+    await stream.send_all(b"".join(piece for piece in data if piece))
+    with trio.move_on_after(CLOSE_SECONDS):
+        await stream.aclose()
