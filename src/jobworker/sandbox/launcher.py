@@ -56,27 +56,40 @@ def main(descriptor: int) -> NoReturn:
     received = channel.receive(link)
     if received is None:
         sys.exit(1)
-    try:
-        policy = policy_from(received[0])
-        _raise_descriptor_limit(policy)
-        tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
-        tree.sweep()
-        rootfs.enter(policy.stage, policy.scratch, policy.programs, policy.etc)
-        nursery = Nursery(tree, policy, rootfs.ROOT, rootfs.SCRATCH)
-        nursery.sweep_scratch()
-        _warm_up(tree)
-        sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-    except JobworkerError as error:
-        problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        channel.send(link, {"error": problem})
-        sys.exit(1)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    channel.send(link, {"ready": tree.kind, "gaps": list(tree.missing_features())})
-    link.setblocking(False)
-    Launcher(link, nursery, policy.spares).run()
-    nursery.close()
-    with contextlib.suppress(OSError):
-        tree.close()
+    with contextlib.ExitStack() as undo:
+        try:
+            policy = policy_from(received[0])
+            tree, nursery = _prepare(policy, undo)
+        except JobworkerError as error:
+            problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
+            channel.send(link, {"error": problem})
+            sys.exit(1)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        channel.send(link, {"ready": tree.kind, "gaps": list(tree.missing_features())})
+        link.setblocking(False)
+        Launcher(link, nursery, policy.spares).run()
+        nursery.close()
     sys.exit(0)
+
+
+def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
+    """Do all that comes before the first request; what it made of control groups is undone."""
+    _raise_descriptor_limit(policy)
+    tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
+    undo.callback(_close, tree)
+    tree.sweep()
+    rootfs.enter(policy.stage, policy.scratch, policy.programs, policy.etc)
+    nursery = Nursery(tree, policy, rootfs.ROOT, rootfs.SCRATCH)
+    nursery.sweep_scratch()
+    _warm_up(tree)
+    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+    return tree, nursery
+
+
+def _close(tree: Tree) -> None:
+    with contextlib.suppress(
+        OSError
+    ):  # something is left that would not die: the next start sweeps
+        tree.close()

@@ -40,6 +40,12 @@ OOM_LOOK_SECONDS = 0.002
 CLEAR_AGAIN_SECONDS = 0.02
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 
+_TOO_LITTLE_MEMORY: channel.Message = {
+    "step": "limits",
+    "errno": errno.ENOMEM,
+    "detail": "the memory limit leaves no room for a start",
+}
+
 _Source = Callable[[], None]
 
 
@@ -245,8 +251,8 @@ class Launcher:
         except BlockingIOError:
             if child.exit is None:
                 return
-        except (ProtocolError, OSError) as error:
-            child.failure = {"step": "status", "errno": 0, "detail": str(error)}
+        except (ProtocolError, OSError):  # a reset: it died with its order unread
+            child.failure = child.failure or _DIED
         self._unwatch(child.sock.fileno())
         child.sock.close()
         child.sock = None
@@ -264,6 +270,8 @@ class Launcher:
             self._spares.remove(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
             number, failure = child.request, child.failure or _DIED
+            if child.scope.oom_kills():
+                failure = _TOO_LITTLE_MEMORY
             self._clear(child)
             self._send({"id": number, "error": failure})
         elif child.job is None or self._leave_by is not None:

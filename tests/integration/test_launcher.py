@@ -1,0 +1,296 @@
+"""The launcher on its own: what a broken or hostile service can and cannot do with it."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobworker.config import DEFAULT_ETC, FIRST_UID
+from jobworker.errors import HostUnsupported
+from jobworker.sandbox import channel
+from jobworker.sandbox.children import Policy
+from jobworker.sandbox.launch import LauncherProcess, start_launcher
+from jobworker.sandbox.user_namespaces import IDS_PER_JOB
+
+Message = dict[str, object]
+
+
+class Service:
+    """The other end of the launcher's socket, with no manners of its own."""
+
+    def __init__(self, launcher: LauncherProcess, policy: Policy) -> None:
+        self.process, self.sock, self.policy = launcher.process, launcher.sock, policy
+        self.sock.setblocking(True)
+        self.sock.settimeout(20)
+        self._calls = 0
+
+    def ask(self, op: str, job: object, /, **fields: object) -> tuple[Message, list[int]]:
+        """Send a request and take the reply to it, events aside."""
+        self._calls += 1
+        channel.send(self.sock, {"id": self._calls, "op": op, "job": job, **fields})
+        while True:
+            received = channel.receive(self.sock)
+            assert received is not None, "the launcher has left"
+            if received[0].get("id") == self._calls:
+                for descriptor in received[1]:
+                    os.set_blocking(descriptor, True)
+                return received
+            channel.close_all(received[1])
+
+    def spawn(self, job: int, *command: str, **changes: object) -> tuple[Message, list[int]]:
+        """Ask for a job."""
+        fields: Message = {
+            "arguments": list(command),
+            "environment": {},
+            "hostname": f"job-{job}",
+            "workdir": "",
+            "cpu_percent": 0,
+            "memory_bytes": 0,
+            "io_bps": 0,
+            "pids": 0,
+        }
+        return self.ask("spawn", job, **{**fields, **changes})
+
+    def exit_of(self, job: int) -> Message:
+        """Wait for the event of a job's end."""
+        while True:
+            received = channel.receive(self.sock)
+            assert received is not None
+            if received[0].get("event") == "exit" and received[0]["job"] == job:
+                return received[0]
+
+    def leaves(self) -> int:
+        """Wait for the launcher's end, and see that nothing of it is left: its exit code."""
+        code = self.process.wait(timeout=20)
+        assert [str(found) for found in Path("/sys/fs/cgroup").rglob(self.policy.instance)] == []
+        assert os.listdir(self.policy.scratch) == []
+        return code
+
+
+@pytest.fixture
+def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
+    def make(programs: tuple[str, ...] = ("/usr",)) -> Policy:
+        directory = open_directory()
+        (directory / "stage").mkdir()
+        (directory / "scratch").mkdir()
+        return Policy(
+            instance=f"jobworker-test-{directory.name[-8:]}",
+            stage=str(directory / "stage"),
+            scratch=str(directory / "scratch"),
+            controllers=("cpu", "memory", "io", "pids"),
+            cgroup_parent="",
+            programs=programs,
+            etc=DEFAULT_ETC,
+            first_uid=FIRST_UID + 2_000 * IDS_PER_JOB,
+            max_jobs=4,
+            spares=1,
+            tmpfs_bytes=16 << 20,
+        )
+
+    return make
+
+
+@pytest.fixture
+def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:
+    policy = make_policy()
+    made = Service(start_launcher(policy), policy)
+    yield made
+    made.sock.close()
+    assert made.leaves() == 0
+
+
+def test_job_runs_and_is_cleared_away(service: Service) -> None:
+    reply, descriptors = service.spawn(1, "sh", "-c", "echo out; echo err >&2; exit 3")
+    assert "ok" in reply
+    stdout, stderr = descriptors
+    event = service.exit_of(1)
+    assert (event["code"], event["signal"]) == (3, None)
+    assert os.read(stdout, 100) == b"out\n"
+    assert os.read(stderr, 100) == b"err\n"
+    assert os.read(stdout, 100) == b""
+    channel.close_all(descriptors)
+    assert service.ask("remove", 1)[0]["ok"] == {}
+    assert "error" in service.ask("usage", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"workdir": "/nosuch"}, "change-directory"),
+        ({"arguments": ["nosuch"]}, "execute"),
+        ({"memory_bytes": 1}, "limits"),
+        ({"pids": 1 << 50}, "limits"),
+    ],
+)
+def test_failed_start_names_its_step_and_leaves_room(
+    service: Service, changes: Message, step: str
+) -> None:
+    for job in range(1, 12):  # more than there are slots: each one is given back
+        reply, _ = service.spawn(job, "true", **changes)
+        error = reply["error"]
+        assert isinstance(error, dict)
+        assert error["step"] == step, error
+    assert "ok" in service.spawn(100, "true")[0]
+
+
+def test_more_jobs_than_allowed_are_refused(service: Service) -> None:
+    started = [service.spawn(job, "sleep", "60") for job in range(1, 9)]
+    running = [reply for reply, _ in started if "ok" in reply]
+    assert 4 <= len(running) <= 5, "the bound, and the spare's place"
+    refused = [reply["error"] for reply, _ in started if "error" in reply]
+    assert all("every range of ids is in use" in str(error) for error in refused)
+    for _, descriptors in started:
+        channel.close_all(descriptors)
+
+
+def test_id_in_use_is_refused(service: Service) -> None:
+    channel.close_all(service.spawn(1, "sleep", "60")[1])
+    assert "in use" in str(service.spawn(1, "true")[0]["error"])
+
+
+def test_unknown_job_is_refused(service: Service) -> None:
+    for operation in ("kill", "remove", "usage"):
+        assert "no such job" in str(service.ask(operation, 77)[0]["error"])
+    assert "no such job" in str(service.ask("signal", 77, signal=15)[0]["error"])
+
+
+def test_removing_a_live_job_kills_it(service: Service) -> None:
+    reply, descriptors = service.spawn(1, "sleep", "600")
+    pid = reply["ok"]["pid"]  # type: ignore[index]
+    service.ask("remove", 1)
+    while os.read(descriptors[0], 100):
+        pass
+    channel.close_all(descriptors)
+    assert "ok" in service.spawn(1, "true")[0], "the id is free again"
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "sleep" not in status.read_text()
+
+
+BAD = [
+    b"",
+    b"x",
+    b"i",
+    b"i[]",
+    b"i{",
+    b"a",
+    b'i{"id":1}',
+    b'i{"id":1,"op":"mount","job":1}',
+    b'i{"id":-1,"op":"kill","job":1}',
+    b'i{"id":1,"op":"kill","job":true}',
+    b'i{"id":1,"op":"signal","job":1,"signal":65}',
+    b'i{"id":1,"op":"signal","job":1,"signal":0}',
+    b'i{"id":1,"op":"spawn","job":1,"arguments":"ls"}',
+    b'i{"id":1,"op":"spawn","job":1,"arguments":["a\\u0000b"]}',
+    b"i" + b"[" * 30_000,
+    b"\xff" * 100,
+]
+
+
+@pytest.mark.parametrize("packet", BAD)
+def test_request_that_does_not_parse_ends_the_connection_and_all_jobs(
+    service: Service, packet: bytes
+) -> None:
+    _, (stdout, stderr) = service.spawn(1, "sleep", "600")
+    service.sock.send(packet)
+    assert service.process.wait(timeout=20) == 0
+    assert os.read(stdout, 1) == b"", "the job has ended"
+    channel.close_all([stdout, stderr])
+
+
+def attached(service: Service, descriptor: int) -> None:
+    """Send a message whose body is said to be in `descriptor`."""
+    socket.send_fds(service.sock, [b"a"], [descriptor])
+
+
+def test_body_in_a_pipe_is_not_read(service: Service) -> None:
+    read, write = os.pipe()  # reading it would block for ever
+    attached(service, read)
+    assert service.process.wait(timeout=20) == 0
+    channel.close_all([read, write])
+
+
+def test_body_in_memory_that_may_still_change_is_not_read(service: Service) -> None:
+    unsealed = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.write(unsealed, b'{"id":1,"op":"kill","job":1}')
+    attached(service, unsealed)
+    assert service.process.wait(timeout=20) == 0
+    os.close(unsealed)
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(service: Service) -> None:
+    held = Path(f"/proc/{service.process.pid}/fd")
+    service.spawn(1, "true")
+    service.exit_of(1)
+    service.ask("remove", 1)
+    before = len(list(held.iterdir()))
+    for _ in range(50):
+        channel.send(service.sock, {"id": 5, "op": "usage", "job": 9}, [0, 1, 2])
+        channel.receive(service.sock)
+    assert len(list(held.iterdir())) <= before + 6, "a spare more or less, and no 150"
+
+
+def test_service_that_does_not_read_is_waited_for_without_blocking(service: Service) -> None:
+    for number in range(1, 3000):
+        channel.send(service.sock, {"id": number, "op": "usage", "job": 9})
+    for number in range(1, 3000):
+        received = channel.receive(service.sock)
+        assert received is not None
+        assert received[0]["id"] == number
+
+
+def test_killed_service_takes_everything_along(service: Service) -> None:
+    _, descriptors = service.spawn(1, "sh", "-c", "trap '' TERM; setsid sleep 600 & sleep 600")
+    service.sock.shutdown(socket.SHUT_RDWR)
+    assert service.leaves() == 0
+    assert os.read(descriptors[0], 1) == b""
+    channel.close_all(descriptors)
+
+
+def test_job_that_resets_its_death_signal_is_swept_at_the_next_start(
+    make_policy: Callable[..., Policy],
+) -> None:
+    policy = make_policy()
+    first = Service(start_launcher(policy), policy)
+    stubborn = (
+        "import ctypes, time\nctypes.CDLL(None).prctl(1, 0)\nprint('up', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    reply, (stdout, stderr) = first.spawn(1, "python3", "-c", stubborn)
+    pid = reply["ok"]["pid"]  # type: ignore[index]
+    assert os.read(stdout, 10) == b"up\n"
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait()
+    first.sock.close()
+    assert Path(f"/proc/{pid}").exists(), "the control: no signal reached it"
+    second = Service(start_launcher(policy), policy)
+    assert os.read(stdout, 1) == b"", "it is gone"
+    channel.close_all([stdout, stderr])
+    second.sock.close()
+    assert second.leaves() == 0
+
+
+def test_programs_that_do_not_exist_are_named(make_policy: Callable[..., Policy]) -> None:
+    if not Path("/bin").is_symlink():
+        pytest.skip("needs a merged /usr: /bin would be shown in any case")
+    policy = make_policy(programs=("/nosuch",))
+    with pytest.raises(HostUnsupported, match="/nosuch"):
+        start_launcher(policy)
+    assert list(Path("/sys/fs/cgroup").rglob(policy.instance)) == []
+
+
+def test_launcher_is_small_and_of_one_thread(service: Service) -> None:
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    assert "Threads:\t1\n" in status
+    maps = Path(f"/proc/{service.process.pid}/maps").read_text()
+    for foreign in ("libssl", "libsqlite3", "cryptography", "apsw"):
+        assert foreign not in maps
+    mounts = Path(f"/proc/{service.process.pid}/mountinfo").read_text().splitlines()
+    assert len(mounts) < 12, "few mounts are copied for each job"
+
+
+def test_environment_of_the_service_does_not_reach_the_launcher(service: Service) -> None:
+    assert os.environ
+    assert Path(f"/proc/{service.process.pid}/environ").read_bytes() == b""
