@@ -73,7 +73,9 @@ def test_remedy_that_is_no_text_is_left_out() -> None:
 
 
 def test_error_reads_as_its_message_and_what_to_do() -> None:
-    assert str(errors.NotFound("cannot find job 7: no such job")) == "cannot find job 7: no such job"
+    assert (
+        str(errors.NotFound("cannot find job 7: no such job")) == "cannot find job 7: no such job"
+    )
     assert str(errors.Busy("cannot: full", remedy="wait")) == "cannot: full; wait"
 
 

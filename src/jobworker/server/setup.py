@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import os
 import pwd
+import resource
 import socket
 import ssl
 from collections.abc import Iterator
@@ -240,7 +241,9 @@ def _listen(address: str, port: int) -> tuple[socket.socket, ...]:
 
 
 def _give_up_root(uid: int, gid: int) -> None:
-    """Become the unprivileged user, for good."""
+    """Become the unprivileged user, for good; with room for the descriptors of many clients."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     os.setgroups([])
