@@ -44,6 +44,12 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
             await trio.sleep(0.005)
 
 
+def child_of(pid: int) -> int:
+    """The one child of a process: the launcher's guard below the service, the launcher below it."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
 def left_behind(directory: Path) -> list[str]:
     """Control groups and processes of a service that has ended."""
     name = instance_name(directory / "state")

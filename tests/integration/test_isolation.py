@@ -1,5 +1,6 @@
 """What a job sees and may do: real jobs, over a real socket, each with the host beside it."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -153,6 +154,45 @@ async def test_files_of_a_job_are_gone_with_it(admin: Wire, service: Embedded) -
     await admin.call("job.stop", id=job)
     await until(lambda: not list(scratch.rglob("file")))
     assert Path("/etc/passwd").exists()
+
+
+async def test_jobs_do_not_use_up_what_the_hosts_root_may_have(admin: Wire) -> None:
+    take = (
+        "import ctypes, time\nlibc = ctypes.CDLL(None)\ncount = 0\n"
+        "while libc.inotify_init1(0) >= 0: count += 1\n"
+        "print(count, flush=True)\ntime.sleep(60)\n"
+    )
+    result = await admin.call("job.run", job={"command": ["python3", "-c", take]}, follow={})
+    job = result["job"]
+    assert isinstance(job, dict)
+    await admin.notes(result["subscription"]).receive()
+    libc = ctypes.CDLL(None, use_errno=True)
+    mine = libc.inotify_init1(0)
+    assert mine >= 0, os.strerror(ctypes.get_errno())
+    os.close(mine)
+    await admin.call("job.stop", id=job["id"])
+
+
+async def test_keys_are_not_left_for_later_jobs(admin: Wire) -> None:
+    script = (
+        "import ctypes\nlibc = ctypes.CDLL(None)\n"
+        "found = [libc.syscall(250, 10, ring, b'user', b'canary', 0) for ring in (-4, -5)]\n"
+        "print('clean' if max(found) < 0 else 'found', end=' ')\n"
+        "for ring in (-4, -5): libc.syscall(248, b'user', b'canary', b'secret', 6, ring)\n"
+        "print(libc.syscall(250, 10, -4, b'user', b'canary', 0) > 0)\n"
+    )
+    if os.uname().machine != "x86_64":
+        pytest.skip("the numbers of keyctl(2) and add_key(2) here are those of x86-64")
+    for _ in range(5):
+        out, err, _ = await admin.run("python3", "-c", script)
+        assert out == "clean True\n", err
+
+
+async def test_launchers_own_program_cannot_be_run(admin: Wire) -> None:
+    for path in ("/proc/self/exe", "/proc/1/exe", "/proc/self/cwd/../usr/bin/true"):
+        with pytest.raises(Refused) as refused:
+            await admin.start(path)
+        assert refused.value.code == 1012
 
 
 async def test_job_cannot_signal_the_host(admin: Wire) -> None:

@@ -12,7 +12,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.server.setup import instance_name
 
-from .conftest import left_behind, until
+from .conftest import child_of, left_behind, until
 from .wire import Json, Refused, Wire, open_wire
 
 
@@ -233,15 +233,15 @@ async def test_killed_service_leaves_nothing_and_tells_what_was_lost(
         assert (await wire.output(result["subscription"]))[0] == b"before\n"
 
 
+@pytest.mark.parametrize("inner", [True, False])
 async def test_killed_launcher_ends_the_service_with_a_reason(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], inner: bool
 ) -> None:
     directory = open_directory()
     async with open_embedded(directory) as service, open_wire(service) as wire:
         await wire.start("sleep", "7654322")
-        children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
-        (launcher,) = children.read_text().split()
-        os.kill(int(launcher), signal.SIGKILL)
+        launcher = child_of(service.process.pid)
+        os.kill(child_of(launcher) if inner else launcher, signal.SIGKILL)
         with trio.fail_after(20):
             await service.process.wait()
         assert service.process.returncode == 71
@@ -257,8 +257,7 @@ async def test_a_thousand_short_jobs_leave_nothing(open_directory: Callable[[], 
     directory = open_directory()
     async with open_embedded(directory) as service:
         service_pid = service.process.pid
-        children = Path(f"/proc/{service_pid}/task/{service_pid}/children")
-        (launcher_pid,) = children.read_text().split()
+        launcher_pid = child_of(child_of(service_pid))
 
         def standing() -> dict[str, int]:
             return {
@@ -295,13 +294,13 @@ async def test_a_thousand_short_jobs_leave_nothing(open_directory: Callable[[], 
                 for _ in range(4):
                     nursery.start_soon(many, count)
 
-        await four_at_a_time(25)  # user namespaces are kept, one for each range of ids used
+        await four_at_a_time(25)
         before = await settled()
         memory = resident_kib(service_pid)
-        launcher_memory = resident_kib(int(launcher_pid))
+        launcher_memory = resident_kib(launcher_pid)
         await four_at_a_time(225)
         assert await settled() == before
-        assert resident_kib(int(launcher_pid)) - launcher_memory < 512
+        assert resident_kib(launcher_pid) - launcher_memory < 512
         assert resident_kib(service_pid) - memory < 8192
     assert left_behind(directory) == []
 

@@ -24,8 +24,9 @@ from jobworker.server.setup import instance_name
 LIMITS = ("--max-cpu=50", "--max-memory=64", "--max-iobps=1000000")
 
 _SPIN = (
-    "import time; end = time.monotonic() + 3\nwhile time.monotonic() < end: pass\n"
-    "print(f'{time.process_time() / 3 * 100:.0f}')"
+    "import time; before, end = time.process_time(), time.monotonic() + 3\n"
+    "while time.monotonic() < end: pass\n"
+    "print(f'{(time.process_time() - before) / 3 * 100:.0f}')"
 )
 _DISK = "dd if=/dev/zero of=file bs=64k count=48 oflag=direct 2>&1 | tail -n 1"
 _DISK_BYTES = 48 * 65_536

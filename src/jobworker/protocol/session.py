@@ -33,7 +33,7 @@ from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END, Method
 
 T = TypeVar("T")
 
-MAX_IN_FLIGHT = 256
+MAX_IN_FLIGHT = 128
 MAX_ID_LENGTH = 128
 MAX_HEADER_BYTES = 4096
 

@@ -154,6 +154,11 @@ def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
     resource.setrlimit(number, (min(step.soft, hard), hard))
 
 
+def _set_oom_score(step: s.SetOomScore, _: Means) -> None:
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(str(step.value))
+
+
 def _enter_user_namespace(_: s.EnterUserNamespace, __: Means) -> None:
     sc.setns(USER_NAMESPACE_DESCRIPTOR, sc.CLONE_NEWUSER)
     os.setgroups([])
@@ -213,6 +218,8 @@ def _execute(step: s.Execute, _: Means) -> None:
     refused: OSError | None = None
     for path in candidates:
         try:
+            # /proc/self/exe is the launcher's own program still, which is not in the job's root.
+            sc.check_no_magic_link(path)
             os.execve(path, step.arguments, environment)  # noqa: S606
         except (FileNotFoundError, NotADirectoryError) as error:
             # A script whose interpreter is missing is also "not found": tell the two apart.
@@ -239,6 +246,7 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.PivotRoot: _pivot_root,
     s.SetHostname: _set_hostname,
     s.SetResourceLimit: _set_resource_limit,
+    s.SetOomScore: _set_oom_score,
     s.EnterUserNamespace: _enter_user_namespace,
     s.DropCapabilities: _drop_capabilities,
     s.ForbidNewPrivileges: _forbid_new_privileges,

@@ -260,6 +260,9 @@ class Tree(ABC):
 
     def _sweep_one(self, name: str, deadline: float) -> None:
         while True:
+            if self.unified is not None and self.kills_groups:
+                with contextlib.suppress(OSError):
+                    files.write(self.unified, f"{name}/cgroup.kill", "1")
             for top in self.tops:
                 files.kill_members(top, name)
             try:

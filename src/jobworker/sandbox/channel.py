@@ -55,53 +55,57 @@ def encode(message: Message, descriptors: Sequence[int]) -> tuple[bytes, Ancilla
     return packet, ancillary, mine
 
 
+class BadMessage(ProtocolError):
+    """A packet that `encode` would not have made.
+
+    Its `descriptors` stay open: closing what a hostile sender has attached may block (SO_LINGER).
+    Who must not block leaves that to the end of its process.
+    """
+
+    def __init__(self, why: str, descriptors: list[int]) -> None:
+        super().__init__(f"cannot take the message: {why}")
+        self.descriptors = descriptors
+
+
 def decode(
     packet: bytes, ancillary: Sequence[tuple[int, int, bytes]], flags: int
 ) -> tuple[Message, list[int]]:
     """The message in a received packet and its descriptors, which the caller now owns.
 
-    Raises ProtocolError for anything that `encode` would not have made; then every
-    descriptor that came along is closed.
+    Raises BadMessage.
     """
     descriptors = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     owned = list(descriptors)
-    try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ProtocolError("cannot take the message: it is cut short")
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise BadMessage("it is cut short", owned)
+    if packet[:1] == _ATTACHED and owned:
+        body = _read_sealed(owned)
+        os.close(owned.pop(0))
+    elif packet[:1] == _INLINE:
         body = packet[1:]
-        if packet[:1] == _ATTACHED and owned:
-            memory = owned.pop(0)
-            try:
-                body = _read_sealed(memory)
-            finally:
-                os.close(memory)
-        elif packet[:1] != _INLINE:
-            raise ProtocolError("cannot take the message: its first byte tells no kind")
+    else:
+        raise BadMessage("its first byte tells no kind", owned)
+    try:
         message = json.loads(body)
-        if not isinstance(message, dict):
-            raise ProtocolError("cannot take the message: it is no object")
-    except BaseException as error:
-        for descriptor in owned:
-            os.close(descriptor)
-        if isinstance(error, (ValueError, RecursionError)):
-            raise ProtocolError("cannot take the message: it is not JSON") from None
-        raise
+    except (ValueError, RecursionError):
+        raise BadMessage("it is not JSON", owned) from None
+    if not isinstance(message, dict):
+        raise BadMessage("it is no object", owned)
     return message, owned
 
 
-def _read_sealed(memory: int) -> bytes:
+def _read_sealed(owned: list[int]) -> bytes:
+    memory = owned[0]
     try:
         seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
     except OSError:
         seals = 0
-    size = os.fstat(memory).st_size
-    if seals & _SEALS != _SEALS or size > MAX_BODY_BYTES:
-        raise ProtocolError(
-            "cannot take the message: its body is no sealed memory of at most 4 MiB"
-        )
+    # Nothing else is asked of it before: on a file system of the sender's own that may block too.
+    if seals & _SEALS != _SEALS or (size := os.fstat(memory).st_size) > MAX_BODY_BYTES:
+        raise BadMessage("its body is no sealed memory of at most 4 MiB", owned)
     body = b""
     while len(body) < size:
         body += os.pread(memory, size - len(body), len(body))

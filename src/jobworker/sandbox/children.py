@@ -14,8 +14,9 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+from jobworker.errors import SandboxError
 from jobworker.sandbox import scratch
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
@@ -73,13 +74,14 @@ class Child:
 
 
 class Nursery:
-    """Makes and clears children; holds the slots, and a user namespace for each one used."""
+    """Makes and clears children; holds the slots."""
 
     def __init__(self, tree: Tree, policy: Policy, root: str, scratch_root: str) -> None:
         self._tree, self._policy = tree, policy
         self._root, self._scratch_root = root, scratch_root
         self._free = list(range(policy.max_jobs + policy.spares))[::-1]
-        self._user_namespaces: dict[int, int] = {}
+        self._start = os.urandom(3).hex()
+        """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
         self.sweepers: dict[int, int] = {}
         """Processes that remove files of ended jobs: pid by pidfd."""
@@ -90,12 +92,15 @@ class Nursery:
         return bool(self._free)
 
     def make(self) -> Child:
-        """Clone a child that prepares itself; raises OSError, and then nothing is left of it."""
+        """Clone a child that prepares itself.
+
+        Raises OSError or SandboxError, and then nothing is left of it.
+        """
         if not self._free:
             raise OSError(errno.EAGAIN, "every range of ids is in use")
         self._made += 1
         index = self._free.pop()
-        name = f"job-{self._made}"
+        name = f"job-{self._start}-{self._made}"
         first_uid = self._policy.first_uid + index * IDS_PER_JOB
         slot = Slot(name, first_uid, f"{self._scratch_root}/{name}")
         with contextlib.ExitStack() as undo:
@@ -107,11 +112,12 @@ class Nursery:
         return child
 
     def _clone(self, child: Child, undo: contextlib.ExitStack) -> None:
-        user_namespace = self._user_namespace(child)
         ours: list[int] = []
         theirs: list[int] = []
         undo.callback(close_all, ours)
         try:
+            user_namespace = _user_namespace(child.slot.first_uid)
+            theirs.append(user_namespace)
             for _ in range(2):
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.append(read)
@@ -124,7 +130,7 @@ class Nursery:
                 undo.callback(near.close)
                 near.setblocking(False)
                 steps = prepare(self._root, child.slot, self._policy.tmpfs_bytes)
-                stdout, stderr = theirs
+                _, stdout, stderr = theirs
                 means = Means(child.scope, stdout, stderr, far.fileno(), user_namespace)
                 child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
                 if child.pid == 0:
@@ -133,12 +139,6 @@ class Nursery:
             close_all(theirs)
         child.sock = near
         child.stdout, child.stderr = ours
-
-    def _user_namespace(self, child: Child) -> int:
-        if child.index not in self._user_namespaces:
-            made = make_user_namespace(child.slot.first_uid)
-            self._user_namespaces[child.index] = made
-        return self._user_namespaces[child.index]
 
     def clear(self, child: Child) -> None:
         """Take back all that a reaped child had. Raises OSError if its scope is still busy.
@@ -170,11 +170,7 @@ class Nursery:
             except OSError:
                 return  # no process to be had: the next one that ends makes room, or the next start
             if pid == 0:
-                try:
-                    sc.close_range(3)  # what belongs to others must not be kept open
-                    scratch.remove_tree(self._to_sweep[0])
-                finally:
-                    os._exit(0)
+                _remove_and_exit(self._to_sweep[0])
             self._to_sweep.popleft()
             self.sweepers[pidfd] = pid
 
@@ -185,9 +181,30 @@ class Nursery:
         del self.sweepers[pidfd]
         self._start_sweepers()
 
-    def close(self) -> None:
-        """Close the user namespaces; call when no child is left."""
-        close_all(list(self._user_namespaces.values()))
+
+def _user_namespace(first_id: int) -> int:
+    """See `make_user_namespace`; raises SandboxError by the name of the step that needs it."""
+    try:
+        return make_user_namespace(first_id)
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.ENOSPC:  # user_namespaces(7)'s word for a limit that is reached
+            reason = "the host's limit on them is reached"
+        raise SandboxError(
+            f"cannot make a user namespace: {reason}", data={"step": "enter-user-namespace"}
+        ) from error
+
+
+def _remove_and_exit(path: str) -> NoReturn:
+    """In a sweeper: remove a job's files; the next start of the launcher tries again."""
+    try:
+        sc.close_range(3)  # what belongs to others must not be kept open
+        scratch.remove_tree(path)
+    except OSError as error:
+        told = f"launcher: cannot remove {path}: {error}\n"
+        os.write(2, told.encode("utf-8", "replace"))
+    finally:
+        os._exit(0)
 
 
 def reap(child: Child) -> Exit:

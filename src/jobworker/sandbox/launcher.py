@@ -12,6 +12,8 @@ import contextlib
 import gc
 import os
 import resource
+import select
+import signal
 import socket
 import sys
 from typing import NoReturn
@@ -52,6 +54,7 @@ def _raise_descriptor_limit(policy: Policy) -> None:
 def main(descriptor: int) -> NoReturn:
     """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy."""
     os.set_inheritable(descriptor, False)
+    _become_first_process(descriptor)
     link = socket.socket(fileno=descriptor)
     received = channel.receive(link)
     if received is None:
@@ -70,8 +73,31 @@ def main(descriptor: int) -> NoReturn:
         channel.send(link, {"ready": tree.kind, "gaps": list(tree.missing_features())})
         link.setblocking(False)
         Launcher(link, nursery, policy.spares).run()
-        nursery.close()
     sys.exit(0)
+
+
+def _become_first_process(link: int) -> None:
+    """Go on as PID 1 of a new process namespace; the process that was started waits for it.
+
+    When PID 1 dies, the kernel kills all that are below it (pid_namespaces(7)): jobs can never
+    outlive the launcher, whatever they do about PR_SET_PDEATHSIG. The launcher in turn dies with
+    the process that waits, and is the last that the kernel picks when memory runs out.
+    """
+    alive, keep = os.pipe2(os.O_CLOEXEC)
+    sc.unshare(sc.CLONE_NEWPID)
+    pid = os.fork()
+    if pid:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.close(alive)
+        os.close(link)  # its end is how the service learns of the launcher's
+        _, status = os.waitpid(pid, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    os.close(keep)
+    sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if select.select([alive], [], [], 0)[0]:
+        os._exit(1)  # it died before the kernel was told
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("-900")
 
 
 def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
@@ -79,7 +105,13 @@ def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]
     _raise_descriptor_limit(policy)
     tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
     undo.callback(_close, tree)
-    tree.sweep()
+    try:
+        tree.sweep()
+    except OSError as error:
+        raise HostUnsupported(
+            f"cannot clear away what an earlier service left in control groups: {error}",
+            remedy=f"see what still runs in the groups called {policy.instance}",
+        ) from error
     rootfs.enter(policy.stage, policy.scratch, policy.programs, policy.etc)
     nursery = Nursery(tree, policy, rootfs.ROOT, rootfs.SCRATCH)
     nursery.sweep_scratch()

@@ -16,6 +16,7 @@ Standard library only.
 
 import contextlib
 import errno
+import os
 import select
 import signal
 import socket
@@ -27,6 +28,7 @@ from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError
 from jobworker.sandbox import channel, requests
+from jobworker.sandbox.cgroups import Usage
 from jobworker.sandbox.child import order_message
 from jobworker.sandbox.children import Child, Nursery, reap
 from jobworker.sandbox.outbox import Outbox
@@ -118,7 +120,8 @@ class Launcher:
                 self._leave("")
                 return
             message, descriptors = received
-            channel.close_all(descriptors)  # no request carries any
+            if descriptors:  # left open, see `channel.decode`
+                raise ProtocolError("cannot take the request: it carries descriptors")
             number, request = requests.parse(message)
         except BlockingIOError:
             return
@@ -169,7 +172,8 @@ class Launcher:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
             child.scope.arm(request.limits)
-            assert child.sock is not None
+            if child.sock is None:
+                raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
             channel.send(child.sock, order_message(request.order))
         except (OSError, JobworkerError):
             self._kill(child)
@@ -256,6 +260,8 @@ class Launcher:
         self._unwatch(child.sock.fileno())
         child.sock.close()
         child.sock = None
+        if child in self._spares:
+            self._spares.remove(child)
         if child.failure is None and child.job is not None and child.request is not None:
             started = {"pid": child.pid}
             self._reply(child.request, started, (child.stdout, child.stderr))
@@ -266,11 +272,9 @@ class Launcher:
         child.exit = reap(child)
         if child.sock is not None:  # its last words come before its end
             self._on_child(child)
-        if child in self._spares:
-            self._spares.remove(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
             number, failure = child.request, child.failure or _DIED
-            if child.scope.oom_kills():
+            if _usage(child).oom_kills:
                 failure = _TOO_LITTLE_MEMORY
             self._clear(child)
             self._send({"id": number, "error": failure})
@@ -279,7 +283,7 @@ class Launcher:
                 print(f"launcher: a spare failed: {child.failure}", file=sys.stderr, flush=True)  # noqa: T201
             self._clear(child)
         else:
-            usage = child.scope.usage()._asdict()
+            usage = _usage(child)._asdict()
             code, number_of_signal = child.exit
             self._send(
                 {
@@ -303,7 +307,7 @@ class Launcher:
     def _look_at_suspects(self) -> None:
         now = time.monotonic()
         for child, until in list(self._suspects.items()):
-            killed = child.exit is None and child.scope.oom_kills() > 0
+            killed = child.exit is None and _usage(child).oom_kills > 0
             if killed:
                 self._kill(child)
             if killed or child.exit is not None or now > until:
@@ -355,6 +359,15 @@ class Launcher:
         self._unwatch(pidfd)
         self._nursery.reap_sweeper(pidfd)
         self._watch_sweepers()
+
+
+def _usage(child: Child) -> Usage:
+    """What an ended child has used; nothing where the kernel does not tell."""
+    try:
+        return child.scope.usage()
+    except OSError as error:
+        print(f"launcher: cannot read {child.slot.name}'s usage: {error}", file=sys.stderr)  # noqa: T201
+        return Usage()
 
 
 def _deliver(child: Child, number: int) -> bool:

@@ -120,6 +120,7 @@ def finish(order: Order) -> tuple[s.Step, ...]:
     return (
         s.SetHostname(order.hostname),
         *RESOURCE_LIMITS,
+        s.SetOomScore(0),
         s.EnterUserNamespace(),
         s.DropCapabilities(KEPT_CAPABILITIES),
         s.ForbidNewPrivileges(),

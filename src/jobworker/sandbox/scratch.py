@@ -10,75 +10,104 @@ Standard library only.
 """
 
 import contextlib
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 
 def remove_if_empty(path: str, names: Sequence[str]) -> bool:
-    """Remove the directory `path` and those in it called `names`; False if files are left."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    os.rmdir(f"{path}/{name}")
-            os.rmdir(path)
-        except OSError:
-            return False
+    """Remove the directory `path` and those in it called `names`; False if files are left.
+
+    What is gone already, or was never made, is fine.
+    """
+    try:
+        for gone in (*(f"{path}/{name}" for name in names), path):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(gone)
+    except OSError:
+        return False
     return True
 
 
 def remove_tree(path: str) -> None:
     """Remove the directory `path` with all that it holds; one that is gone already is fine.
 
-    Raises OSError where the kernel refuses, after everything else has been removed.
+    Takes a bounded amount of memory, whatever stands there. Raises OSError where the kernel
+    refuses, after everything else has been removed.
     """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        top = os.open(path, flags)
     except FileNotFoundError:
         return
     try:
-        refusal = _empty(top)
+        asides = (f".removing-{number}" for number in count(1))
+        progress = True
+        while progress:
+            refusals: list[OSError] = []
+            progress = _pass_over(top, "", asides, refusals)
     finally:
         os.close(top)
-    if refusal is not None:
-        raise refusal
+    if refusals:
+        raise refusals[0]
     os.rmdir(path)
 
 
-def _empty(top: int) -> OSError | None:
-    """Remove all that the directory `top` holds; the first refusal, after all else has gone."""
-    refusal: OSError | None = None
-    taken = {entry for entry, _ in _entries(top, "")}  # an earlier removal may have been cut short
-    asides = (f".removing-{number}" for number in count(1))
-    waiting = [""]
-    while waiting:
-        name = waiting.pop()
-        try:
-            for entry, is_directory in _entries(top, name):
-                try:
-                    if not is_directory:
-                        os.unlink(f"{name}/{entry}" if name else entry, dir_fd=top)
-                    elif not name:
-                        waiting.append(entry)
-                    else:
-                        aside = next(path for path in asides if path not in taken)
-                        os.rename(f"{name}/{entry}", aside, src_dir_fd=top, dst_dir_fd=top)
-                        waiting.append(aside)
-                except OSError as error:
-                    refusal = refusal or error
-            if name:
-                os.rmdir(name, dir_fd=top)
-        except OSError as error:
-            refusal = refusal or error
-    return refusal
+def _pass_over(top: int, name: str, asides: Iterator[str], refusals: list[OSError]) -> bool:
+    """Go over the directory `name` in `top` once; whether anything could be removed or moved.
 
+    The first refusal on the way is added to `refusals`.
 
-def _entries(top: int, name: str) -> list[tuple[str, bool]]:
+    Reading goes on while entries vanish, which may pass over some: hence another pass.
+    """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     directory = os.open(name or ".", flags, dir_fd=top)
+    progress = False
     try:
-        with os.scandir(directory) as found:
-            return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in found]
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                try:
+                    progress |= _take_away(top, directory, name, entry, asides, refusals)
+                except OSError as error:
+                    if not refusals:
+                        refusals.append(error)
     finally:
         os.close(directory)
+    return progress
+
+
+def _take_away(
+    top: int,
+    directory: int,
+    name: str,
+    entry: "os.DirEntry[str]",
+    asides: Iterator[str],
+    refusals: list[OSError],
+) -> bool:
+    """Remove an entry or get nearer to it; False where nothing could be done, or OSError."""
+    if not entry.is_dir(follow_symlinks=False):
+        os.unlink(entry.name, dir_fd=directory)
+    elif name:
+        _move_up(top, directory, entry.name, asides)
+    else:
+        progress = _pass_over(top, entry.name, asides, refusals)
+        try:
+            os.rmdir(entry.name, dir_fd=top)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            return progress
+    return True
+
+
+def _move_up(top: int, directory: int, name: str, asides: Iterator[str]) -> None:
+    while True:
+        try:
+            os.rename(name, next(asides), src_dir_fd=directory, dst_dir_fd=top)
+        except OSError as error:
+            # An earlier removal, cut short, may have left that name: take the next one.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        else:
+            return

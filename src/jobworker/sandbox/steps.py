@@ -100,6 +100,12 @@ class SetResourceLimit(NamedTuple):
     hard: int
 
 
+class SetOomScore(NamedTuple):
+    """How soon the kernel picks the job when the host has no memory left: proc(5)."""
+
+    value: int
+
+
 class EnterUserNamespace(NamedTuple):
     """Enter the user namespace that maps root inside to an unprivileged id outside."""
 
@@ -155,6 +161,7 @@ Step = (
     | PivotRoot
     | SetHostname
     | SetResourceLimit
+    | SetOomScore
     | EnterUserNamespace
     | DropCapabilities
     | ForbidNewPrivileges

@@ -29,7 +29,8 @@ if _machine not in _NUMBERS:
 _PIVOT_ROOT = _NUMBERS[_machine]["pivot_root"]
 _CAPSET = _NUMBERS[_machine]["capset"]
 _KEYCTL = _NUMBERS[_machine]["keyctl"]
-_OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 435, 436, 442
+_OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
+_OPENAT2, _MOUNT_SETATTR = 437, 442
 
 # mount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -42,8 +43,11 @@ _CLONE_PIDFD, _CLONE_INTO_CGROUP = 0x1000, 1 << 33
 # mount_setattr(2)
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 # prctl(2)
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 24, 38, 47
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 8, 24
+PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+# capabilities(7)
+CAP_SYS_ADMIN = 21
 
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE = 1
@@ -161,6 +165,23 @@ def move_mount(tree: int, target: str) -> None:
     from_empty_path = ctypes.c_uint(0x4)
     number, here = ctypes.c_long(_MOVE_MOUNT), ctypes.c_int(_AT_FDCWD)
     _check(_libc.syscall(number, ctypes.c_int(tree), b"", here, _bytes(target), from_empty_path))
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how of openat2(2)."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
+
+
+_RESOLVE_NO_MAGICLINKS = 2
+
+
+def check_no_magic_link(path: str) -> None:
+    """Raise OSError (ELOOP) if a link of /proc, such as /proc/self/exe, stands on the way."""
+    how = _OpenHow(flags=os.O_PATH | os.O_CLOEXEC, resolve=_RESOLVE_NO_MAGICLINKS)
+    number, here = ctypes.c_long(_OPENAT2), ctypes.c_int(_AT_FDCWD)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    os.close(_check(_libc.syscall(number, here, _bytes(path), ctypes.byref(how), size)))
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:

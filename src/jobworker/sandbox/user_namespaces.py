@@ -1,14 +1,17 @@
-"""User namespaces made ahead, one for each range of ids, to be entered by setns(2).
+"""User namespaces made ahead, one for each job, to be entered by setns(2).
 
-Writing the maps of a namespace takes a helper process and costs about a millisecond; entering
-one that stands ready costs a tenth of that. A namespace lives as long as its descriptor. It
-maps 65,536 ids from 0 to an unprivileged range, so root inside is nobody outside.
+Writing the maps of a namespace takes a helper process and costs about a millisecond, which a spare
+has behind it; entering one that stands ready costs a tenth of that. A namespace lives as long as
+its descriptor and its processes. It maps 65,536 ids from 0 to an unprivileged range, so root
+inside is nobody outside. None is used twice: keys that a job leaves are kept by namespace.
 
 Standard library only.
 """
 
+import errno
 import os
 import signal
+from typing import NoReturn
 
 from jobworker.sandbox import syscalls as sc
 
@@ -18,16 +21,22 @@ IDS_PER_JOB = 65_536
 def make_user_namespace(first_id: int) -> int:
     """A descriptor of a new user namespace that maps 0… to `first_id`…; the caller closes it.
 
-    Raises OSError: EPERM where a security module or user.max_user_namespaces forbids it.
+    Its creator is the user `first_id`: what is counted for each user (inotify instances,
+    namespaces, see user_namespaces(7) and proc(5), /proc/sys/user) is counted for that one then,
+    and a job cannot use up what the host's root may have.
+
+    Raises OSError: EPERM or ENOSPC where a security module or user.max_user_namespaces forbids it.
     """
-    pid, pidfd = sc.clone3(sc.CLONE_NEWUSER)
+    ready, tell = os.pipe2(os.O_CLOEXEC)
+    pid, pidfd = sc.clone3(0)
     if pid == 0:
-        try:
-            while True:
-                signal.pause()
-        finally:
-            os._exit(127)
+        _hold_namespace(first_id, tell)
     try:
+        os.close(tell)
+        said = os.read(ready, 8)
+        if len(said) != 1 or said[0]:
+            code = said[0] if said else errno.ESRCH
+            raise OSError(code, os.strerror(code))
         for kind in ("uid_map", "gid_map"):
             descriptor = os.open(f"/proc/{pid}/{kind}", os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -36,6 +45,26 @@ def make_user_namespace(first_id: int) -> int:
                 os.close(descriptor)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
+        os.close(ready)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         os.close(pidfd)
+
+
+def _hold_namespace(first_id: int, tell: int) -> NoReturn:
+    """In the helper: make the namespace as its user, tell 0 or the errno, and wait for the end."""
+    try:
+        # The right to make it is kept across the change of user: some hosts deny it to others.
+        sc.prctl(sc.PR_SET_KEEPCAPS, 1)
+        os.setgroups([])
+        os.setresgid(first_id, first_id, first_id)
+        os.setresuid(first_id, first_id, first_id)
+        sc.capset(frozenset({sc.CAP_SYS_ADMIN}))
+        sc.unshare(sc.CLONE_NEWUSER)
+        os.write(tell, b"\0")
+        while True:
+            signal.pause()
+    except OSError as error:
+        os.write(tell, bytes([(error.errno or errno.EPERM) & 0xFF]))
+    finally:
+        os._exit(127)

@@ -39,7 +39,7 @@ from jobworker.server.http_head import (
     read_head,
     reply,
 )
-from jobworker.server.subscriptions import MAX_SUBSCRIPTIONS, Subscriptions
+from jobworker.server.subscriptions import Subscriptions
 
 log = logging.getLogger("jobworker.server")
 
@@ -49,7 +49,6 @@ SEND_SECONDS = 30.0
 MAX_MESSAGE_BYTES = 4 << 20
 """Room for a request of 1 MiB of arguments, however they are escaped in JSON."""
 RECEIVE_BYTES = 65_536
-MAX_TASKS = MAX_IN_FLIGHT + MAX_SUBSCRIPTIONS
 
 
 async def serve_connection(
@@ -162,8 +161,8 @@ class _Connection:
     _session: ServerSession = field(factory=ServerSession)
     _subscriptions: Subscriptions = field(init=False)
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
-    _tasks: int = 0
-    _task_ended: trio.Event = field(factory=trio.Event)
+    _answering: int = 0
+    _answered: trio.Event = field(factory=trio.Event)
 
     def __attrs_post_init__(self) -> None:
         show = partial(operations.shown_to, self._who)
@@ -180,29 +179,32 @@ class _Connection:
                         if isinstance(received, Refusal):
                             await self._send(received.message)
                             continue
-                        while self._tasks >= MAX_TASKS:  # notifications that never end, say
-                            self._task_ended = trio.Event()
-                            await self._task_ended.wait()
-                        self._tasks += 1
-                        nursery.start_soon(self._answer_counted, received)
+                        while self._answering >= MAX_IN_FLIGHT:  # notifications, say
+                            self._answered = trio.Event()
+                            await self._answered.wait()
+                        self._answering += 1
+                        nursery.start_soon(self._serve_call, received)
         finally:
             self._subscriptions.close()
 
-    async def _answer_counted(self, call: Call) -> None:
+    async def _serve_call(self, call: Call) -> None:
         try:
-            await self._answer(call)
+            subscription = await self._answer(call)
         finally:
-            self._tasks -= 1
-            self._task_ended.set()
+            self._answering -= 1
+            self._answered.set()
+        if subscription is not None:
+            await self._subscriptions.run(subscription)
 
-    async def _answer(self, call: Call) -> None:
+    async def _answer(self, call: Call) -> int | None:
+        """Call and reply: the number of the subscription that was opened, if any."""
         caller = operations.Caller(identity=self._who, subscriptions=self._subscriptions)
         try:
             result = await operations.call(self._context, caller, call.method, call.params)
         except JobworkerError as error:
             if call.id is not None:
                 await self._send(self._session.error(call.id, error))
-            return
+            return None
         except Exception:
             incident = secrets.token_hex(4)
             log.exception("incident %s: %s", incident, call.method.name)
@@ -212,12 +214,11 @@ class _Connection:
                     remedy="give the incident's number to who runs the service",
                 )
                 await self._send(self._session.error(call.id, fault))
-            return
+            return None
         if call.id is not None:
             await self._send(self._session.result(call.id, result))
         subscription = getattr(result, "subscription", None)
-        if isinstance(subscription, int):
-            await self._subscriptions.run(subscription)
+        return subscription if isinstance(subscription, int) else None
 
     async def _send(self, message: str | bytes) -> None:
         """Send one message; a client that takes nothing is let go."""

@@ -3,22 +3,24 @@
 import pytest
 
 from jobworker.errors import PermissionDenied
-from jobworker.model.access import ROLES, Permission, authorize, require_role
+from jobworker.model.access import ROLES, Permission, authorize, may, require_role
 
 NO_ROLES = ["", "Admin", "ADMIN", "admin ", " admin", "admin\0", "viewers", "root", "admin,viewer"]
 
 
 def test_admin_may_do_everything_and_viewer_only_look() -> None:
-    assert ROLES == {
+    assert {
         "admin": {Permission.RUN, Permission.STOP, Permission.VIEW},
         "viewer": {Permission.VIEW},
-    }
+    } == ROLES
 
 
 @pytest.mark.parametrize("permission", Permission)
 @pytest.mark.parametrize("role", [*ROLES, *NO_ROLES])
 def test_role_is_held_to_the_table(role: str, permission: Permission) -> None:
-    if role == "admin" or (role, permission) == ("viewer", Permission.VIEW):
+    allowed = role == "admin" or (role, permission) == ("viewer", Permission.VIEW)
+    assert may(role, permission) == allowed
+    if allowed:
         authorize(role, permission, "job.x")
         return
     with pytest.raises(PermissionDenied, match=r"cannot call job\.x") as caught:

@@ -1,5 +1,6 @@
 """What a job is: bounds on a request, and how its end is told."""
 
+import contextlib
 import signal
 from collections.abc import Callable
 
@@ -9,10 +10,10 @@ from hypothesis import given
 
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model import job
-from jobworker.model.job import JobSpec, Limits, parse_signal, shell_exit_code
+from jobworker.model.job import JobRecord, JobSpec, Limits, parse_signal, shell_exit_code
 from jobworker.model.lifecycle import TERMINAL, Reason, State
 
-from ..strategies import any_text, examples, limits, record, specs
+from ..strategies import any_text, examples, limits, record, records, specs
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,26 @@ def test_signal_is_named_as_kill_names_it(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "0", "65", "-15", "+15", " TERM", "TERM ", "TERMX", "SIGSIGTERM", "15.0", "¹⁵", "٩", "_"]
-    + ["SIG", "DFL", "IGN", "_DFL", "9" * 5000],
+    [
+        "",
+        "0",
+        "65",
+        "-15",
+        "+15",
+        " TERM",
+        "TERM ",
+        "TERMX",
+        "SIGSIGTERM",
+        "15.0",
+        "¹⁵",
+        "٩",
+        "_",
+        "SIG",
+        "DFL",
+        "IGN",
+        "_DFL",
+        "9" * 5000,
+    ],
 )
 def test_what_names_no_signal_is_refused(name: str) -> None:
     with pytest.raises(InvalidParams, match="no such signal"):
@@ -66,10 +85,8 @@ def test_what_names_no_signal_is_refused(name: str) -> None:
 @examples(max_examples=200)
 @given(any_text)
 def test_any_name_is_a_signal_or_refused(name: str) -> None:
-    try:
+    with contextlib.suppress(InvalidParams):
         assert isinstance(parse_signal(name), signal.Signals)
-    except InvalidParams:
-        pass
 
 
 BAD: dict[str, Callable[[], JobSpec]] = {
@@ -152,6 +169,16 @@ def test_size_counts_a_byte_for_each_end_and_equals_sign() -> None:
     JobSpec(command=(*words, last), environment=name).check_size()
     with pytest.raises(TooLarge):
         JobSpec(command=(*words, last + "x"), environment=name).check_size()
+
+
+@examples(max_examples=50)
+@given(records)
+def test_masked_record_hides_values_of_variables_and_nothing_else(stored: JobRecord) -> None:
+    masked = stored.masked()
+    assert masked.spec.environment == dict.fromkeys(stored.spec.environment, job.MASK)
+    assert attrs.evolve(masked, spec=stored.spec) == stored
+    unmasked = attrs.evolve(masked.spec, environment=stored.spec.environment)
+    assert unmasked == stored.spec
 
 
 @examples(max_examples=50)

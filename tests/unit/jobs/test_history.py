@@ -1,0 +1,363 @@
+"""The history: what it was told is on the disk, and an id is handed out once."""
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jobworker
+from jobworker.errors import ConfigError, InternalError
+from jobworker.jobs import history as module
+from jobworker.jobs.history import History
+from jobworker.model.job import JobRecord, JobSpec
+from jobworker.model.lifecycle import LIVE, TERMINAL, Reason, State
+
+from ..strategies import examples, record, records
+
+NOW = datetime(2026, 2, 1, 9, 30, tzinfo=UTC)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[History]:
+    history = History.open(path, NOW)
+    try:
+        yield history
+    finally:
+        history.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "history.db"
+
+
+@pytest.fixture
+def commits() -> Iterator[list[None]]:
+    """One entry for each transaction that any connection commits."""
+    seen: list[None] = []
+
+    def count() -> bool:
+        seen.append(None)
+        return False
+
+    def hook(connection: apsw.Connection) -> None:
+        connection.set_commit_hook(count)
+
+    apsw.connection_hooks.append(hook)
+    yield seen
+    apsw.connection_hooks.remove(hook)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A disk that refuses: no file grows beyond `size` (EFBIG, setrlimit(2))."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def ids_of(found: list[JobRecord]) -> list[int]:
+    return [each.id for each in found]
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+async def test_record_is_found_as_it_was_put(path: Path) -> None:
+    with opened(path) as history:
+        stored = record(history.take_id(), detail="é\n\0", spec=JobSpec(command=("a", "")))
+        await history.put(stored)
+        assert await history.get(stored.id) == stored
+        assert await history.get(stored.id + 1) is None  # type: ignore[arg-type]
+
+
+@examples(max_examples=10)
+@given(st.lists(records.filter(lambda each: each.ended), max_size=10, unique_by=lambda r: r.id))
+def test_any_records_are_found_again_after_reopening(
+    tmp_path_factory: pytest.TempPathFactory, stored: list[JobRecord]
+) -> None:
+    path = tmp_path_factory.mktemp("history") / "history.db"
+
+    async def put_all() -> None:
+        with opened(path) as history:
+            async with trio.open_nursery() as nursery:
+                for each in stored:
+                    nursery.start_soon(history.put, each)
+
+    async def get_all() -> list[JobRecord | None]:
+        with opened(path) as history:
+            return [await history.get(each.id) for each in stored]
+
+    trio.run(put_all)
+    assert trio.run(get_all) == stored
+
+
+async def test_changed_record_replaces_the_one_before(path: Path) -> None:
+    with opened(path) as history:
+        id_ = history.take_id()
+        await history.put(record(id_, State.RUNNING))
+        await history.put(record(id_, State.COMPLETED, exit_code=0))
+        found = await history.get(id_)
+        assert found is not None
+        assert (found.state, found.exit_code) == (State.COMPLETED, 0)
+        assert ids_of(await history.latest(limit=10)) == [id_]
+        assert await history.latest(states={State.RUNNING}, limit=10) == []
+
+
+async def test_latest_are_the_newest_first_and_paged_by_id(path: Path) -> None:
+    with opened(path) as history:
+        for state in (State.COMPLETED, State.FAILED, State.STOPPED, State.FAILED, State.RUNNING):
+            await history.put(record(history.take_id(), state))
+        assert ids_of(await history.latest(limit=10)) == [5, 4, 3, 2, 1]
+        assert ids_of(await history.latest(limit=2)) == [5, 4]
+        assert ids_of(await history.latest(limit=2, before=4)) == [3, 2]
+        assert ids_of(await history.latest(limit=2, before=1)) == []
+        failed = {State.FAILED}
+        assert ids_of(await history.latest(states=failed, limit=10)) == [4, 2]
+        assert ids_of(await history.latest(states=failed, limit=10, before=4)) == [2]
+        assert ids_of(await history.latest(states=set(), limit=10)) == []
+
+
+async def test_page_ends_early_where_records_are_large(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PAGE_BYTES", 10_000)
+    with opened(path) as history:
+        for _ in range(10):
+            await history.put(record(history.take_id(), detail="x" * 4000))
+        assert ids_of(await history.latest(limit=10)) == [10, 9, 8]
+        await history.put(record(history.take_id(), detail="x" * 20_000))
+        assert ids_of(await history.latest(limit=10)) == [11]
+
+
+# --- ids ------------------------------------------------------------------------------------
+
+
+def test_ids_begin_at_one_and_increase(path: Path) -> None:
+    with opened(path) as history:
+        assert history.next_id == 1
+        assert [history.take_id() for _ in range(3)] == [1, 2, 3]
+        assert history.next_id == 4
+
+
+async def test_ids_are_never_used_again_across_reopening(path: Path) -> None:
+    used: list[int] = []
+    for _ in range(3):
+        with opened(path) as history:
+            for _ in range(2):
+                id_ = history.take_id()
+                await history.put(record(id_))
+                used.append(id_)
+    assert used == [1, 2, 3, 4, 5, 6]
+
+
+async def test_ids_of_deleted_records_are_not_used_again(path: Path) -> None:
+    with opened(path) as history:
+        for _ in range(5):
+            await history.put(record(history.take_id()))
+    connection = apsw.Connection(str(path))
+    connection.execute("DELETE FROM jobs WHERE id > 2")
+    connection.close()
+    with opened(path) as history:
+        assert history.take_id() == 6
+
+
+_CRASH = """
+import os, signal, sys
+from datetime import UTC, datetime
+from pathlib import Path
+import trio
+from jobworker.jobs.history import History
+from jobworker.model.job import JobRecord, JobSpec
+from jobworker.model.lifecycle import State
+
+async def main():
+    now = datetime(2026, 1, 31, tzinfo=UTC)
+    history = History.open(Path(sys.argv[1]), now)
+    spec = JobSpec(command=("true",))
+    for state in (State.COMPLETED, State.RUNNING):
+        id_ = history.take_id()
+        await history.put(JobRecord(id=id_, spec=spec, owner="a", state=state, created_at=now))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+trio.run(main)
+"""
+
+
+async def test_what_was_put_survives_a_kill_at_once(path: Path) -> None:
+    source = str(Path(jobworker.__file__).resolve().parent.parent)
+    command = [sys.executable, "-c", _CRASH, str(path)]
+    done = await trio.run_process(
+        command, check=False, env={**os.environ, "PYTHONPATH": source}, capture_stderr=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with opened(path) as history:
+        assert history.lost == (2,)
+        assert history.take_id() == 3
+        found = await history.latest(limit=10)
+        assert [each.state for each in found] == [State.FAILED, State.COMPLETED]
+
+
+# --- what an earlier service left -----------------------------------------------------------
+
+
+async def test_unfinished_records_are_closed_as_lost_and_no_others(path: Path) -> None:
+    before = {}
+    with opened(path) as history:
+        assert history.lost == ()
+        for state in State:
+            stored = record(history.take_id(), state)
+            await history.put(stored)
+            before[stored.id] = stored
+    with opened(path) as history:
+        unfinished = {id_ for id_, stored in before.items() if stored.state in LIVE}
+        assert set(history.lost) == unfinished
+        for id_, stored in before.items():
+            found = await history.get(id_)
+            assert found is not None
+            if stored.state in TERMINAL:
+                assert found == stored
+                continue
+            assert (found.state, found.reason, found.ended_at) == (State.FAILED, Reason.LOST, NOW)
+            assert found.detail
+            assert (found.spec, found.owner) == (stored.spec, stored.owner)
+    with opened(path) as history:  # it is on the disk: nothing is lost twice
+        assert history.lost == ()
+        assert len(await history.latest(states={State.FAILED}, limit=10)) == len(unfinished) + 1
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+async def test_put_returns_once_others_can_read_it(path: Path) -> None:
+    with opened(path) as history:
+        await history.put(record(history.take_id()))
+        other = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        assert other.execute("SELECT count(*) FROM jobs").get == 1
+        other.close()
+
+
+async def test_writes_of_the_same_moment_share_a_commit(path: Path, commits: list[None]) -> None:
+    with opened(path) as history:
+        commits.clear()
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(history.put, record(history.take_id()))
+        # The first goes at once; all that came while it was under way go together.
+        assert len(commits) == 2
+        assert len(await history.latest(limit=1000)) == 100
+
+
+async def test_writes_one_after_another_each_have_their_commit(
+    path: Path, commits: list[None]
+) -> None:
+    with opened(path) as history:
+        commits.clear()
+        for _ in range(5):
+            await history.put(record(history.take_id()))
+        assert len(commits) == 5
+
+
+async def test_cancelled_put_is_written_all_the_same(path: Path) -> None:
+    with opened(path) as history:
+        first, second = record(history.take_id()), record(history.take_id())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(history.put, first)
+            nursery.start_soon(history.put, second)
+            nursery.cancel_scope.cancel()
+        assert ids_of(await history.latest(limit=10)) == [2, 1]
+
+
+async def _put_refused(history: History, stored: JobRecord, told: list[InternalError]) -> None:
+    try:
+        await history.put(stored)
+    except InternalError as error:
+        told.append(error)
+
+
+async def _put_three(history: History, make: Callable[[int], JobRecord]) -> list[InternalError]:
+    told: list[InternalError] = []
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(_put_refused, history, make(history.take_id()), told)
+    return told
+
+
+async def test_disk_that_refuses_is_told_to_each_writer_and_the_next_may_succeed(
+    path: Path,
+) -> None:
+    with opened(path) as history:
+        await history.put(record(history.take_id()))
+        with file_size_limit(1):
+            told = await _put_three(history, lambda id_: record(id_, detail="x" * 100_000))
+        assert len(told) == 3
+        assert "cannot record job" in told[0].message
+        assert "worker.state_dir" in told[0].remedy
+        assert ids_of(await history.latest(limit=10)) == [1]
+        await history.put(record(history.take_id()))
+        assert ids_of(await history.latest(limit=10)) == [5, 1]
+
+
+async def test_record_that_cannot_be_written_leaves_no_writer_waiting(path: Path) -> None:
+    with opened(path) as history:
+        assert len(await _put_three(history, lambda id_: record(id_, owner="\ud800"))) == 3
+        await history.put(record(history.take_id()))
+        assert ids_of(await history.latest(limit=10)) == [4]
+
+
+# --- files that cannot be used --------------------------------------------------------------
+
+
+def refused(path: Path) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        History.open(path, NOW)
+    assert str(path) in caught.value.message
+    return caught.value
+
+
+def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
+    with opened(path):
+        pass
+    connection = apsw.Connection(str(path))
+    connection.pragma("user_version", 2)
+    error = refused(path)
+    assert "version 2" in error.message
+    assert "version 1" in error.message
+    assert connection.pragma("user_version") == 2
+    connection.close()
+
+
+def test_path_that_is_a_directory_is_refused(tmp_path: Path) -> None:
+    assert "worker.state_dir" in refused(tmp_path).remedy
+
+
+def test_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+    content = b"not a database at all\n" * 100
+    path.write_bytes(content)
+    assert "not a database" in refused(path).message
+    assert path.read_bytes() == content
+
+
+def test_missing_directory_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "absent" / "history.db")
+
+
+def test_history_is_kept_as_a_crash_needs_it(path: Path) -> None:
+    with opened(path):
+        connection = apsw.Connection(str(path))
+        assert connection.pragma("journal_mode") == "wal"
+        connection.close()

@@ -1,0 +1,70 @@
+"""Parameters and results of every method, for properties."""
+
+from hypothesis import strategies as st
+
+from jobworker.model.job import Stream
+from jobworker.model.lifecycle import State
+from jobworker.protocol import messages as m
+
+from ..strategies import counts, ids, records, seconds, specs, texts, times
+
+_numbers = st.integers(min_value=-(1 << 62), max_value=1 << 62)
+_credit = st.integers(min_value=1, max_value=m.MAX_CREDIT_BYTES)
+_nothing = st.just(m.Nothing())
+_deliveries = st.builds(
+    m.Delivery,
+    encoding=st.sampled_from(m.Encoding),
+    credit_bytes=st.none() | st.integers(min_value=0, max_value=m.MAX_CREDIT_BYTES),
+)
+_job = st.builds(m.JobParams, id=ids)
+
+PARAMS: dict[str, st.SearchStrategy[object]] = {
+    "service.hello": _nothing,
+    "job.run": st.builds(m.RunParams, job=specs, follow=st.none() | _deliveries),
+    "job.status": _job,
+    "job.list": st.builds(
+        m.ListParams,
+        states=st.lists(st.sampled_from(State), max_size=3).map(tuple),
+        limit=st.integers(1, m.MAX_LIST),
+        before=st.none() | ids,
+    ),
+    "job.wait": _job,
+    "job.stop": st.builds(m.StopParams, id=ids, signal=texts, grace_seconds=st.none() | seconds),
+    "job.log": st.builds(
+        m.LogParams,
+        id=ids,
+        follow=st.booleans(),
+        offset=counts,
+        streams=st.lists(st.sampled_from(Stream), max_size=2).map(tuple),
+        delivery=_deliveries,
+    ),
+    "job.credit": st.builds(m.CreditParams, subscription=_numbers, bytes=_credit),
+    "job.unfollow": st.builds(m.SubscriptionParams, subscription=_numbers),
+}
+
+RESULTS: dict[str, st.SearchStrategy[object]] = {
+    "service.hello": st.builds(m.Welcome, version=texts, name=texts, role=texts),
+    "job.run": st.builds(m.RunResult, job=records, subscription=st.none() | _numbers),
+    "job.status": records,
+    "job.list": st.builds(m.ListResult, jobs=st.lists(records, max_size=2).map(tuple)),
+    "job.wait": records,
+    "job.stop": records,
+    "job.log": st.builds(m.LogResult, subscription=_numbers),
+    "job.credit": _nothing,
+    "job.unfollow": _nothing,
+}
+
+headers = st.builds(
+    m.OutputHeader,
+    subscription=_numbers,
+    stream=st.sampled_from(Stream),
+    offset=counts,
+    time=times,
+)
+ends = st.builds(
+    m.OutputEnd,
+    subscription=_numbers,
+    offset=counts,
+    job=records,
+    error=st.none() | st.fixed_dictionaries({"name": texts, "message": texts}),
+)

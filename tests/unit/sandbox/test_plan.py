@@ -1,0 +1,148 @@
+"""The plan: the order that makes a job safe holds for whatever is asked for."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.sandbox import plan
+from jobworker.sandbox import steps as s
+from jobworker.sandbox.plan import Order, Slot, finish, prepare
+
+from ..strategies import examples, texts, variables
+
+ROOT = "/jobs-root"
+MOUNTS = (
+    *(s.MountTmpfs, s.BindScratch, s.MountDevpts, s.MountProc, s.MaskPath, s.ReadOnlyPath),
+    s.KeepOwnDescriptors,  # it opens the root's /dev/null
+)
+
+slots = st.builds(Slot, name=texts, first_uid=st.integers(100_000, 1 << 31), scratch=texts)
+orders = st.builds(
+    Order,
+    hostname=texts,
+    arguments=st.lists(texts, min_size=1, max_size=4).map(tuple),
+    environment=variables,
+    workdir=st.just("") | texts.map(lambda text: f"/{text}"),
+)
+
+
+def whole(slot: Slot, order: Order) -> list[s.Step]:
+    return [*prepare(ROOT, slot, 1 << 20), *finish(order)]
+
+
+def place(steps: list[s.Step], kind: type) -> int:
+    """Where the one step of a kind stands."""
+    (index,) = [index for index, step in enumerate(steps) if type(step) is kind]
+    return index
+
+
+@examples(max_examples=100)
+@given(slots, orders)
+def test_scope_is_entered_first_and_the_program_executed_last(slot: Slot, order: Order) -> None:
+    steps = whole(slot, order)
+    assert place(steps, s.AttachScope) == 0
+    assert place(steps, s.Execute) == len(steps) - 1
+
+
+@examples(max_examples=100)
+@given(slots, orders)
+def test_root_is_left_once_it_is_complete(slot: Slot, order: Order) -> None:
+    steps = whole(slot, order)
+    pivot = place(steps, s.PivotRoot)
+    mounts = [index for index, step in enumerate(steps) if isinstance(step, MOUNTS)]
+    assert max(mounts) < pivot
+    assert place(steps, s.UnshareCgroupNamespace) < place(steps, s.MountProc)
+    # Nothing behind the pivot speaks of the tree as the launcher sees it.
+    for step in steps[pivot + 1 : -1]:
+        assert not any(isinstance(word, str) and word.startswith(ROOT) for word in step) or (
+            type(step) in (s.ChangeDirectory, s.SetHostname)  # the client's own words
+        )
+
+
+@examples(max_examples=100)
+@given(slots, orders)
+def test_rights_are_given_up_before_the_program_runs(slot: Slot, order: Order) -> None:
+    steps = whole(slot, order)
+    in_order = [
+        *(s.PivotRoot, s.SetHostname, s.EnterUserNamespace, s.DropCapabilities),
+        *(s.ForbidNewPrivileges, s.Execute),
+    ]
+    places = [place(steps, kind) for kind in in_order]
+    assert places == sorted(places)
+    # Raising a limit needs rights over the host, which go with the user namespace.
+    limits = [index for index, step in enumerate(steps) if isinstance(step, s.SetResourceLimit)]
+    assert max(limits) < place(steps, s.EnterUserNamespace)
+    # setuid(2) clears the parent-death signal: prctl(2), PR_SET_PDEATHSIG.
+    assert place(steps, s.DieWithLauncher) > place(steps, s.EnterUserNamespace)
+
+
+@examples(max_examples=100)
+@given(slots, orders)
+def test_descriptors_are_closed_before_the_directory_is_entered(slot: Slot, order: Order) -> None:
+    steps = whole(slot, order)
+    closed, directory = place(steps, s.CloseDescriptors), place(steps, s.ChangeDirectory)
+    # Else the directory could be one of them, through /proc/self/fd (CVE-2024-21626).
+    assert place(steps, s.EnterUserNamespace) < closed < directory < place(steps, s.Execute)
+
+
+@examples(max_examples=100)
+@given(orders)
+def test_environment_is_the_sandbox_and_the_order_and_nothing_else(order: Order) -> None:
+    environment = dict(finish(order)[-1].environment)  # type: ignore[union-attr]
+    assert environment == {**plan.ENVIRONMENT, **order.environment}
+
+
+def test_nothing_of_our_own_environment_reaches_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY", "secret-canary")
+    monkeypatch.setenv("PATH", "/secret-canary")
+    monkeypatch.setenv("LD_PRELOAD", "secret-canary.so")
+    order = Order("job-1", ("env",), {}, "")
+    steps = whole(Slot("job-1", 100_000, "/scratch/job-1"), order)
+    assert "canary" not in repr(steps)
+    assert set(dict(steps[-1].environment)) == set(plan.ENVIRONMENT)  # type: ignore[union-attr]
+
+
+@examples(max_examples=50)
+@given(slots, orders)
+def test_same_input_gives_the_same_steps(slot: Slot, order: Order) -> None:
+    assert whole(slot, order) == whole(slot, order)
+
+
+def test_program_gets_its_arguments_and_directory_as_asked() -> None:
+    steps = finish(Order("job-1", ("sh", "-c", ""), {}, "/tmp"))
+    assert steps[-1].arguments == ("sh", "-c", "")  # type: ignore[union-attr]
+    assert s.ChangeDirectory("/tmp") in steps
+    assert s.ChangeDirectory(plan.WORKSPACE) in finish(Order("job-1", ("sh",), {}, ""))
+
+
+def test_everything_writable_belongs_to_the_job_and_is_bounded() -> None:
+    steps = prepare(ROOT, Slot("job-1", 100_000, "/scratch/job-1"), 12_345)
+    for step in steps:
+        if isinstance(step, s.MountTmpfs):
+            assert (step.owner, step.size_bytes) == (100_000, 12_345)
+        if isinstance(step, s.BindScratch):
+            assert step.source.startswith("/scratch/job-1/")
+        if isinstance(step, s.MakeScratch):
+            assert (step.directory, step.owner) == ("/scratch/job-1", 100_000)
+    binds = {step.path for step in steps if isinstance(step, s.BindScratch)}
+    assert binds == {f"{ROOT}/tmp", f"{ROOT}/var/tmp", f"{ROOT}/root", f"{ROOT}/workspace"}
+
+
+def test_what_tells_of_the_host_or_changes_it_is_covered() -> None:
+    steps = prepare(ROOT, Slot("job-1", 100_000, "/scratch/job-1"), 1 << 20)
+    for path in ("kcore", "keys", "kmsg", "kallsyms", "sysrq-trigger", "timer_list", "acpi"):
+        assert s.MaskPath(f"{ROOT}/proc/{path}") in steps
+    for path in ("sys", "bus", "fs", "irq"):
+        assert s.ReadOnlyPath(f"{ROOT}/proc/{path}") in steps
+    proc = list(steps).index(s.MountProc(f"{ROOT}/proc"))
+    for index, step in enumerate(steps):
+        assert not isinstance(step, s.MaskPath | s.ReadOnlyPath) or index > proc
+
+
+def test_capabilities_that_reach_beyond_the_job_are_not_kept() -> None:
+    # capabilities(7): SYS_MODULE 16, SYS_RAWIO 17, SYS_PTRACE 19, SYS_ADMIN 21, SYS_BOOT 22,
+    # SYS_TIME 25, MKNOD 27, NET_ADMIN 12, NET_RAW 13, SYSLOG 34, BPF 39, PERFMON 38, DAC_READ 2
+    reaching = {2, 12, 13, 16, 17, 19, 21, 22, 25, 27, 34, 38, 39}
+    (drop,) = [step for step in finish(Order("j", ("a",), {}, "")) if "keep" in dir(step)]
+    assert drop == s.DropCapabilities(plan.KEPT_CAPABILITIES)
+    assert not plan.KEPT_CAPABILITIES & reaching

@@ -1,0 +1,201 @@
+"""Requests to the launcher: a hostile service gets nothing past the parser."""
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jobworker.errors import ProtocolError
+from jobworker.sandbox import requests as r
+from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.plan import Order
+
+from ..strategies import any_text, examples, plain_values
+
+SPAWN: dict[str, object] = {
+    "id": 7,
+    "op": "spawn",
+    "job": 3,
+    "arguments": ["sh", "-c", ""],
+    "environment": {"A": "b", "EMPTY": ""},
+    "hostname": "job-3",
+    "workdir": "",
+    "cpu_percent": 100,
+    "memory_bytes": 1 << 20,
+    "io_bps": 0,
+    "pids": 5,
+}
+
+
+def refused(message: Mapping[str, object]) -> str:
+    with pytest.raises(ProtocolError) as caught:
+        r.parse(message)
+    return caught.value.message
+
+
+def spawn(**fields: object) -> r.Spawn:
+    number, request = r.parse({**SPAWN, **fields})
+    assert number == 7
+    assert isinstance(request, r.Spawn)
+    return request
+
+
+def test_spawn_is_taken_as_it_stands() -> None:
+    environment = {"A": "b", "EMPTY": ""}
+    order = Order("job-3", ("sh", "-c", ""), environment, "")
+    assert spawn() == r.Spawn(3, order, Limits(100, 1 << 20, 0, 5))
+    assert spawn(workdir="/tmp").order.workdir == "/tmp"
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        ("signal", r.Signal(3, 15)),
+        ("kill", r.Kill(3)),
+        ("remove", r.Remove(3)),
+        ("usage", r.UsageOf(3)),
+    ],
+)
+def test_other_operations_name_a_job(operation: str, expected: r.Request) -> None:
+    assert r.parse({"id": 0, "op": operation, "job": 3, "signal": 15}) == (0, expected)
+
+
+@pytest.mark.parametrize("operation", [None, "", "SPAWN", "exec", "spawn ", 1, ["spawn"], {}])
+def test_operation_outside_the_closed_set_is_refused(operation: object) -> None:
+    assert "op is none" in refused({**SPAWN, "op": operation})
+
+
+@pytest.mark.parametrize("key", sorted(SPAWN))
+def test_every_field_is_needed(key: str) -> None:
+    message = {name: value for name, value in SPAWN.items() if name != key}
+    refused(message)
+
+
+NUMBERS = ("id", "job", "cpu_percent", "memory_bytes", "io_bps", "pids")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [True, False, -1, 1.0, "1", None, [1], r.MAX_NUMBER + 1, 1 << 80])
+def test_number_is_an_integer_within_its_bounds(key: str, value: object) -> None:
+    assert f"{key} is no integer" in refused({**SPAWN, key: value})
+
+
+def test_bounds_of_numbers_are_taken() -> None:
+    r.parse({**SPAWN, **dict.fromkeys(NUMBERS, r.MAX_NUMBER)})
+    r.parse({**SPAWN, **dict.fromkeys(NUMBERS, 0), "job": 1})
+    assert "job is no integer from 1" in refused({**SPAWN, "job": 0})
+
+
+@pytest.mark.parametrize("number", [0, 65, -9, True, "TERM", None])
+def test_number_that_is_no_signal_is_refused(number: object) -> None:
+    assert "signal is no integer" in refused({"id": 1, "op": "signal", "job": 1, "signal": number})
+
+
+NO_TEXTS: list[object] = ["a\0b", "\0", "\ud800", "a\udfff", None, 1, True, ["a"], {}]
+
+
+@pytest.mark.parametrize("text", [*NO_TEXTS, "x" * (r.MAX_TEXT_BYTES + 1), "é" * 65_536])
+@pytest.mark.parametrize("place", ["argument", "value", "variable", "workdir", "hostname"])
+def test_text_is_unicode_without_nul_and_within_its_bound(place: str, text: object) -> None:
+    if place == "variable":
+        if not isinstance(text, str):
+            return  # JSON has no other keys
+        refused({**SPAWN, "environment": {text: "x"}})
+        return
+    fields: dict[str, dict[str, object]] = {
+        "argument": {"arguments": ["sh", text]},
+        "value": {"environment": {"A": text}},
+        "workdir": {"workdir": f"/{text}" if isinstance(text, str) else text},
+        "hostname": {"hostname": text},
+    }
+    refused({**SPAWN, **fields[place]})
+
+
+def test_text_at_its_bound_is_taken() -> None:
+    longest = "x" * r.MAX_TEXT_BYTES
+    assert spawn(arguments=["sh", longest]).order.arguments[1] == longest
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"arguments": []},
+        {"arguments": [""]},
+        {"arguments": "sh"},
+        {"arguments": {"0": "sh"}},
+        {"arguments": ["x"] * (r.MAX_ARGUMENTS + 1)},
+        {"environment": {"": "x"}},
+        {"environment": {"A=B": "x"}},
+        {"environment": [["A", "b"]]},
+        {"environment": None},
+        {"hostname": ""},
+        {"hostname": "x" * 64},
+        {"hostname": "é" * 32},
+        {"workdir": "tmp"},
+        {"workdir": " /tmp"},
+    ],
+    ids=lambda fields: str(fields)[:40],
+)
+def test_order_out_of_bounds_is_refused(fields: dict[str, object]) -> None:
+    refused({**SPAWN, **fields})
+
+
+def test_arguments_and_environment_are_bounded_together() -> None:
+    piece = "x" * 100_000
+    half = {f"V{number}": piece for number in range(5)}
+    spawn(arguments=[piece] * 5, environment=half)
+    assert "exceed 1 MiB" in refused({**SPAWN, "arguments": [piece] * 6, "environment": half})
+    many = {f"{number:0100000}": "" for number in range(11)}
+    assert "exceed 1 MiB" in refused({**SPAWN, "environment": many})
+
+
+def is_sound_text(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value and value.encode().decode() == value
+
+
+near_spawns: st.SearchStrategy[dict[str, object]] = st.dictionaries(
+    st.sampled_from(sorted(SPAWN)), plain_values, max_size=2
+).map(lambda changed: {**SPAWN, **changed})
+near_texts: st.SearchStrategy[dict[str, object]] = st.builds(
+    lambda arguments, environment, hostname, workdir: {
+        **SPAWN,
+        "arguments": arguments,
+        "environment": environment,
+        "hostname": hostname,
+        "workdir": workdir,
+    },
+    st.lists(any_text, min_size=1, max_size=3),
+    st.dictionaries(any_text, any_text, max_size=2),
+    any_text,
+    any_text.map(lambda text: f"/{text}"),
+)
+anything: st.SearchStrategy[dict[str, object]] = st.dictionaries(
+    st.sampled_from([*SPAWN, "signal"]) | any_text, plain_values
+)
+
+
+@examples(max_examples=500)
+@given(near_spawns | near_texts | anything)
+@example({**SPAWN, "op": "kill", "job": True})
+def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, object]) -> None:
+    try:
+        number, request = r.parse(message)
+    except ProtocolError as error:
+        str(error).encode()
+        return
+    numbers = [number, request.job]
+    if isinstance(request, r.Signal):
+        numbers.append(request.number)
+        assert 1 <= request.number <= 64
+    if isinstance(request, r.Spawn):
+        numbers.extend(request.limits)
+        order = request.order
+        words = (*order.arguments, *order.environment, *order.environment.values())
+        assert all(is_sound_text(word) for word in (*words, order.hostname, order.workdir))
+        assert sum(len(word.encode()) + 1 for word in words) <= r.MAX_ORDER_BYTES
+        assert order.arguments[0]
+        assert order.workdir == "" or order.workdir[0] == "/"
+        assert 1 <= len(order.hostname.encode()) <= 63
+    assert all(type(value) is int and 0 <= value <= r.MAX_NUMBER for value in numbers)
+    assert request.job >= 1
