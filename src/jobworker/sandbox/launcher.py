@@ -83,11 +83,14 @@ def _become_first_process(link: int) -> None:
     outlive the launcher, whatever they do about PR_SET_PDEATHSIG. The launcher in turn dies with
     the process that waits, and is the last that the kernel picks when memory runs out.
     """
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("-900")  # a job takes it back: `SetOomScore`
     alive, keep = os.pipe2(os.O_CLOEXEC)
     sc.unshare(sc.CLONE_NEWPID)
     pid = os.fork()
     if pid:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the service leads the way out
         os.close(alive)
         os.close(link)  # its end is how the service learns of the launcher's
         _, status = os.waitpid(pid, 0)
@@ -96,8 +99,7 @@ def _become_first_process(link: int) -> None:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([alive], [], [], 0)[0]:
         os._exit(1)  # it died before the kernel was told
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("-900")
+    os.close(alive)
 
 
 def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
@@ -121,7 +123,6 @@ def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]
 
 
 def _close(tree: Tree) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # something is left that would not die: the next start sweeps
+    # Where something is left that would not die, the next start sweeps.
+    with contextlib.suppress(OSError):
         tree.close()
