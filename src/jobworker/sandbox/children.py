@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -20,7 +21,7 @@ from jobworker.errors import SandboxError
 from jobworker.sandbox import scratch
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
-from jobworker.sandbox.cgroups import Scope, Tree
+from jobworker.sandbox.cgroups import Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
 from jobworker.sandbox.plan import SCRATCH, Slot, prepare
@@ -71,6 +72,14 @@ class Child:
         """The request to answer once the program runs or the start has failed."""
         self.failure: Message | None = None
         self.exit: Exit | None = None
+
+    def usage(self) -> Usage:
+        """What it has used; nothing where the kernel does not tell."""
+        try:
+            return self.scope.usage()
+        except OSError as error:
+            print(f"launcher: cannot read {self.slot.name}'s usage: {error}", file=sys.stderr)  # noqa: T201
+            return Usage()
 
 
 class Nursery:

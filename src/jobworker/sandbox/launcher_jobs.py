@@ -1,0 +1,249 @@
+"""The launcher's jobs and spares, each from its clone until nothing of it is left.
+
+Spares are kept ready; `spawn` turns one into a job, or makes a child where none is left. Each
+child is watched: its last words, its end, its memory. What must be told goes to `tell`: the
+reply to a spawn once the program runs or nothing of the failed start is left, and the event of
+a job's end.
+
+What must hold: nothing here waits for a child or for a file system that a job can slow down. A
+child is cleared away only after it was reaped; a scope that the kernel is still busy with is tried
+again.
+
+Standard library only.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from jobworker.errors import JobworkerError, ProtocolError
+from jobworker.sandbox import channel, requests
+from jobworker.sandbox.child import order_message
+from jobworker.sandbox.children import Child, Nursery, reap
+from jobworker.sandbox.oom_watch import OomWatch
+from jobworker.sandbox.turns import Turns
+
+REFILL_SECONDS = 0.02
+"""A spare is made this long after one was taken: at once would slow the start that took it."""
+CLEAR_AGAIN_SECONDS = 0.005
+_DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
+_TOO_LITTLE_MEMORY: channel.Message = {
+    "step": "limits",
+    "errno": errno.ENOMEM,
+    "detail": "the memory limit leaves no room for a start",
+}
+
+Tell = Callable[[channel.Message, Sequence[int]], None]
+
+
+class Jobs:
+    """All children of the launcher."""
+
+    def __init__(self, turns: Turns, nursery: Nursery, spares: int, tell: Tell) -> None:
+        self._turns, self._nursery, self._tell = turns, nursery, tell
+        self._wanted_spares = spares
+        self._children: set[Child] = set()
+        self._spares: deque[Child] = deque()
+        self._jobs: dict[int, Child] = {}
+        self._uncleared: set[Child] = set()
+        """Ended children whose scope could not be removed yet; tried again."""
+        self._oom_watch = OomWatch(turns, self.kill)
+        turns.call_in(0, self._refill)
+        self._watch_sweepers()
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no child is left, and nothing that removes files of one."""
+        return not self._children and not self._nursery.sweepers
+
+    def find(self, job: int) -> Child | None:
+        """The child that is a job."""
+        return self._jobs.get(job)
+
+    def end_all(self) -> None:
+        """End every child, for good."""
+        self._wanted_spares = 0
+        self._turns.cancel(self._refill)
+        for child in list(self._children):
+            self.remove(child)
+
+    # --- from spare to job ------------------------------------------------------------------
+
+    def spawn(self, number: int, request: requests.Spawn) -> None:
+        """Start a job; the reply to request `number` follows.
+
+        Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
+        """
+        if not self._turns.is_set(self._refill):
+            self._turns.call_in(REFILL_SECONDS, self._refill)
+        while self._spares:
+            spare = self._spares.popleft()
+            try:
+                self._order(spare, number, request)
+                return
+            except OSError as error:  # it has died while it waited
+                say(f"a spare is lost: {error}")
+        self._order(self._make(), number, request)
+
+    def _order(self, child: Child, number: int, request: requests.Spawn) -> None:
+        """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
+        try:
+            child.scope.arm(request.limits)
+            if child.sock is None:
+                raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+            channel.send(child.sock, order_message(request.order))
+        except (OSError, JobworkerError):
+            self.kill(child)
+            raise
+        self._jobs[request.job] = child
+        child.job, child.request = request.job, number
+
+    def _make(self) -> Child:
+        child = self._nursery.make()
+        assert child.sock is not None
+        self._children.add(child)
+        self._turns.watch(child.sock.fileno(), partial(self._on_word, child))
+        self._turns.watch(child.pidfd, partial(self._on_exit, child))
+        self._oom_watch.watch(child)
+        return child
+
+    def _refill(self) -> None:
+        """Make one spare; more follow in later turns, so that requests are served between."""
+        if len(self._spares) >= self._wanted_spares or not self._nursery.has_room():
+            return
+        try:
+            self._spares.append(self._make())
+            self._turns.call_in(0, self._refill)
+        except (OSError, JobworkerError) as error:
+            # The next request tries again and has the reason told to who asked.
+            say(f"cannot keep a spare: {error}")
+
+    # --- what children say and how they end -------------------------------------------------
+
+    def _on_word(self, child: Child) -> None:
+        """A child has spoken, or has executed its program, or is gone."""
+        assert child.sock is not None
+        try:
+            while (received := channel.receive(child.sock)) is not None:
+                message, descriptors = received
+                channel.close_all(descriptors)
+                failure = message.get("failed")
+                if isinstance(failure, dict):
+                    child.failure = failure
+        except BlockingIOError:
+            if child.exit is None:
+                return
+        except (ProtocolError, OSError):  # a reset: it died with its order unread
+            child.failure = child.failure or _DIED
+        self._turns.unwatch(child.sock.fileno())
+        child.sock.close()
+        child.sock = None
+        if child in self._spares:
+            self._spares.remove(child)
+        if child.failure is None and child.job is not None and child.request is not None:
+            started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
+            child.request = None
+            self._tell(started, (child.stdout, child.stderr))
+
+    def _on_exit(self, child: Child) -> None:
+        self._turns.unwatch(child.pidfd)
+        child.exit = reap(child)
+        if child.sock is not None:  # its last words come before its end
+            self._on_word(child)
+        if child.request is not None:  # the start failed: tell once nothing of it is left
+            number, failure = child.request, child.failure or _DIED
+            if child.usage().oom_kills:
+                failure = _TOO_LITTLE_MEMORY
+            self._clear(child)
+            self._tell({"id": number, "error": failure}, ())
+        elif child.job is None:
+            if child.failure is not None:
+                say(f"a spare failed: {child.failure}")
+            self._clear(child)
+        else:
+            code, number_of_signal = child.exit
+            event: channel.Message = {"event": "exit", "job": child.job, "code": code}
+            usage = child.usage()._asdict()
+            self._tell({**event, "signal": number_of_signal, "usage": usage}, ())
+
+    # --- the end ----------------------------------------------------------------------------
+
+    def kill(self, child: Child) -> None:
+        """SIGKILL everything of a child that has not ended."""
+        if child.exit is None:
+            # The first process takes its namespace along; the scope catches what is still on
+            # its way there.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                child.scope.kill()
+
+    def remove(self, child: Child) -> None:
+        """Forget a job; one that has not ended is killed."""
+        if child.exit is None:  # it is cleared away when it has ended
+            self._forget_job(child)
+            self.kill(child)
+        else:
+            self._clear(child)
+
+    def _clear(self, child: Child) -> None:
+        if child not in self._children:
+            return
+        self._oom_watch.forget(child)
+        self._forget_job(child)
+        try:
+            self._nursery.clear(child)
+        except OSError:
+            # The kernel is still busy with the last of its processes.
+            self._uncleared.add(child)
+            self._turns.call_in(CLEAR_AGAIN_SECONDS, self._clear_again)
+            return
+        self._uncleared.discard(child)
+        self._children.discard(child)
+        self._watch_sweepers()
+
+    def _clear_again(self) -> None:
+        for child in list(self._uncleared):
+            self._clear(child)
+
+    def _forget_job(self, child: Child) -> None:
+        if child.job is not None:
+            self._jobs.pop(child.job, None)
+            child.job = None
+
+    def _watch_sweepers(self) -> None:
+        for pidfd in self._nursery.sweepers:
+            if not self._turns.watches(pidfd):
+                self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
+
+    def _on_sweeper(self, pidfd: int) -> None:
+        self._turns.unwatch(pidfd)
+        self._nursery.reap_sweeper(pidfd)
+        self._watch_sweepers()
+
+
+def deliver(child: Child, number: int) -> bool:
+    """Send a signal to a job's first process; False if that would have no effect of any kind.
+
+    PID 1 of a namespace is spared every signal that it has no handler for
+    (pid_namespaces(7)), where another process would end by the signal's default action. One
+    that ignores the signal on purpose has said something, and gets its grace period. The masks
+    in proc(5) tell: SigCgt and SigIgn.
+    """
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        with open(f"/proc/{child.pid}/status") as status:
+            masks = [line.split()[1] for line in status if line.startswith(("SigCgt:", "SigIgn:"))]
+        if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
+            return False
+    signal.pidfd_send_signal(child.pidfd, number)
+    return True
+
+
+def say(text: str) -> None:
+    """A line for the log."""
+    print(f"launcher: {text}", file=sys.stderr, flush=True)  # noqa: T201
