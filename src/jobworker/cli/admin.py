@@ -11,6 +11,10 @@ from jobworker.cli.failures import run_program
 DEFAULT_CONFIG = Path("/etc/jobworker/worker.toml")
 
 
+def _default_config() -> Path | None:
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(jobworker.__version__, prog_name="worker")
 def worker() -> None:
@@ -21,7 +25,7 @@ def worker() -> None:
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=lambda: next((path for path in (DEFAULT_CONFIG,) if path.exists()), None),
+    default=_default_config,
     help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
 )
 async def serve(config: Path | None) -> None:
@@ -34,6 +38,21 @@ async def serve(config: Path | None) -> None:
     settings = Settings() if config is None else load(config)
     set_up_logging(settings.logging.level, settings.logging.format)
     await serve_until_signal(prepare(settings))
+
+
+@worker.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=_default_config,
+    help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
+)
+@click.option("--json", is_flag=True, help="One JSON object, for programs.")
+async def check(config: Path | None, json: bool) -> int:
+    """Try all that this host must offer, for real; exit with 1 if something needed is missing."""
+    from jobworker.cli.check import run_check
+
+    return await run_check(config, json=json)
 
 
 @worker.group()

@@ -18,7 +18,7 @@ from jobworker.sandbox import syscalls as sc
 IDS_PER_JOB = 65_536
 
 
-def make_user_namespace(first_id: int) -> int:
+def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
     """A descriptor of a new user namespace that maps 0… to `first_id`…; the caller closes it.
 
     Its creator is the user `first_id`: what is counted for each user (inotify instances,
@@ -40,7 +40,7 @@ def make_user_namespace(first_id: int) -> int:
         for kind in ("uid_map", "gid_map"):
             descriptor = os.open(f"/proc/{pid}/{kind}", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                os.write(descriptor, f"0 {first_id} {IDS_PER_JOB}\n".encode())
+                os.write(descriptor, f"0 {first_id} {ids}\n".encode())
             finally:
                 os.close(descriptor)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

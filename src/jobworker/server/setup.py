@@ -74,15 +74,15 @@ def prepare(settings: Settings) -> Prepared:
         min_version=security.min_tls_version,
     )
     exposed = key_mode_warning(Path(security.server_key))
-    uid, gid = _service_ids(settings)
+    uid, gid = service_ids(settings)
     with ExitStack() as undo:
         state = Path(settings.worker.state_dir)
         lock = _make_state(state, uid, gid)
         undo.callback(os.close, lock)
-        listeners = _listen(settings.server.address, settings.server.port)
+        listeners = listen(settings.server.address, settings.server.port)
         for listener in listeners:
             undo.callback(listener.close)
-        launcher = start_launcher(_policy(settings, state))
+        launcher = start_launcher(policy_for(settings, state))
         undo.callback(launcher.sock.close)
         notifier = Notifier()
         _give_up_root(uid, gid)
@@ -112,7 +112,8 @@ def instance_name(state: Path) -> str:
     return f"jobworker-{digest[:8]}"
 
 
-def _policy(settings: Settings, state: Path) -> Policy:
+def policy_for(settings: Settings, state: Path) -> Policy:
+    """What the launcher of the service that has this state directory is told."""
     sandbox, worker = settings.sandbox, settings.worker
     return Policy(
         instance=instance_name(state),
@@ -129,7 +130,7 @@ def _policy(settings: Settings, state: Path) -> Policy:
     )
 
 
-def _service_ids(settings: Settings) -> tuple[int, int]:
+def service_ids(settings: Settings) -> tuple[int, int]:
     """The user and group that the service becomes. Raises ConfigError."""
     wanted = settings.worker.user
     if wanted == "auto":
@@ -206,7 +207,7 @@ def _make_state(state: Path, uid: int, gid: int) -> int:
     return lock
 
 
-def _listen(address: str, port: int) -> tuple[socket.socket, ...]:
+def listen(address: str, port: int) -> tuple[socket.socket, ...]:
     """Listening sockets for every address that `address` stands for."""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

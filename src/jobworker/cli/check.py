@@ -1,0 +1,86 @@
+"""`worker check`: try everything that jobs and service need, and say what is there.
+
+    probes of the kernel (sandbox.host_check)  →  the service's files  →  one whole job
+
+The last is the proof: a launcher of its own starts a real job with the configured limits, by the
+code that `worker serve` runs. Whatever was made for it is gone at the end.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import asyncclick as click
+
+from jobworker.cli import check_service
+from jobworker.cli.check_job import spare_range, whole_job
+from jobworker.cli.failures import one_line
+from jobworker.config import Settings, load
+from jobworker.convert import dumps
+from jobworker.errors import JobworkerError
+from jobworker.sandbox.host_check import findings as host_findings
+from jobworker.sandbox.probes import Wanted
+from jobworker.sandbox.probing import Finding
+
+_GROUPS = ("processes", "namespaces", "confinement", "mounts", "limits", "service", "a whole job")
+
+
+async def run_check(config: Path | None, *, json: bool) -> int:
+    """Try everything and print it: 0 if all that is needed is there, else 1."""
+    settings, about = _settings(config)
+    found = [about]
+    wanted = Wanted(
+        controllers=settings.cgroup.enable_controllers,
+        parent=settings.cgroup.parent,
+        programs=settings.sandbox.programs,
+        first_uid=spare_range(settings),
+    )
+    found.extend(await host_findings(wanted))
+    found.extend(check_service.findings(settings))
+    found.append(await whole_job(settings))
+    found.sort(key=lambda finding: _GROUPS.index(finding.group))
+    lacking = [finding for finding in found if finding.needed and not finding.supported]
+    if json:
+        rows = [finding._asdict() for finding in found]
+        click.echo(dumps({"ok": not lacking, "mode": _mode(), "findings": rows}))
+    else:
+        click.echo(table(found, _mode()))
+    return 1 if lacking else 0
+
+
+def _settings(config: Path | None) -> tuple[Settings, Finding]:
+    """The settings to check with: the defaults where the file is at fault, which is found."""
+    if config is None:
+        return Settings(), Finding("service", "configuration", True, True, "the defaults", "")
+    try:
+        return load(config), Finding("service", "configuration", True, True, str(config), "")
+    except JobworkerError as error:
+        fault = Finding("service", "configuration", False, True, error.message, error.remedy)
+        return Settings(), fault
+
+
+def _mode() -> str:
+    if os.geteuid() == 0:
+        return "root: each job gets a range of user ids of its own"
+    return f"ordinary user (uid {os.geteuid()})"
+
+
+def table(found: Sequence[Finding], mode: str) -> str:
+    """The findings as text, group by group; remedies below what is missing."""
+    width = max(len(finding.name) for finding in found)
+    lines = [f"Mode: {mode}"]
+    group = ""
+    for finding in found:
+        if finding.group != group:
+            group = finding.group
+            lines.append(f"\n{group}")
+        word = "ok" if finding.supported else "MISSING" if finding.needed else "optional"
+        detail = one_line(finding.detail)
+        lines.append(f"  {word:8}  {finding.name:{width}}  {detail}")
+        if finding.remedy:
+            lines.append(f"  {'':8}  {'':{width}}  → {one_line(finding.remedy)}")
+    lacking = sum(finding.needed and not finding.supported for finding in found)
+    absent = sum(not finding.needed and not finding.supported for finding in found)
+    verdict = f"{lacking} needed things are missing" if lacking else "All that is needed is there"
+    lines.append(f"\n{verdict}; {absent} optional ones are not.")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""What `worker check` finds about the service: its configuration, files, port and Python.
+
+Each answers a finding, by the same functions that `worker serve` uses at its start; nothing is
+made or changed.
+"""
+
+import fcntl
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+from jobworker.config import Settings
+from jobworker.errors import ConfigError, JobworkerError
+from jobworker.pki.tls import key_mode_warning, server_context
+from jobworker.sandbox.probing import Finding
+from jobworker.server.setup import listen, service_ids
+
+GROUP = "service"
+WARN_DAYS = 30
+_RENEW = "renew it before: clients refuse a certificate that has ended"
+
+
+def findings(settings: Settings) -> Iterator[Finding]:
+    """Everything about the service that `settings` describe."""
+    yield _try("python", _python)
+    yield _try("history (apsw)", _history)
+    yield _try("user", lambda: _user(settings))
+    running = _is_running(settings)
+    yield _try("state directory", lambda: _state(settings, running=running))
+    yield _try("port", lambda: _port(settings, running=running))
+    yield _try("certificates and key", lambda: _certificates(settings))
+    security = settings.security
+    for name, path in (("server", security.server_cert), ("CA", security.ca_cert)):
+        term = partial(_term, Path(path))
+        yield _try(f"term of the {name} certificate", term, needed=False)
+    yield _try("mode of the key", lambda: _key_mode(settings), needed=False)
+
+
+def _try(name: str, work: Callable[[], str], *, needed: bool = True) -> Finding:
+    try:
+        return Finding(GROUP, name, True, needed, work(), "")
+    except JobworkerError as error:
+        return Finding(GROUP, name, False, needed, error.message, error.remedy)
+    except OSError as error:
+        reason = f"{error.strerror} ({error.filename})" if error.filename else str(error)
+        return Finding(GROUP, name, False, needed, reason, "")
+
+
+def _python() -> str:
+    return f"{platform.python_implementation()} {platform.python_version()}"
+
+
+def _history() -> str:
+    try:
+        import apsw
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot keep a history: {error}", remedy="pip install 'jobworker[server]'"
+        ) from None
+    return f"SQLite {apsw.sqlite_lib_version()}"
+
+
+def _user(settings: Settings) -> str:
+    uid, gid = service_ids(settings)
+    return f"uid {uid}, gid {gid}, without privileges"
+
+
+def _is_running(settings: Settings) -> bool:
+    """Whether a service holds the lock of this state directory."""
+    try:
+        lock = os.open(Path(settings.worker.state_dir) / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _state(settings: Settings, *, running: bool) -> str:
+    state = Path(settings.worker.state_dir)
+    there = nearest_directory(state)
+    status = there.stat()
+    if there == state and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise ConfigError(
+            f"cannot use worker.state_dir {state}: others may write to it",
+            remedy=f"chown {os.geteuid()} {state}; chmod 755 {state}",
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"cannot use worker.state_dir {state}: this user may not write to {there}",
+            remedy="set worker.state_dir to a directory of this user's",
+        )
+    free = shutil.disk_usage(there).free >> 20
+    made = "in use by a service that runs" if running else "" if there == state else "to be made"
+    return ", ".join(filter(None, (str(state), made, f"{free} MiB free")))
+
+
+def nearest_directory(path: Path) -> Path:
+    """The directory `path`, or the first one above it that exists."""
+    return next((each for each in (path, *path.parents) if each.is_dir()), Path("/"))
+
+
+def _port(settings: Settings, *, running: bool) -> str:
+    server = settings.server
+    if running and server.port:
+        return f"{server.address}:{server.port}, left to the service that runs"
+    for listener in listen(server.address, server.port):
+        listener.close()
+    return f"{server.address}:{server.port}, free"
+
+
+def _certificates(settings: Settings) -> str:
+    security = settings.security
+    server_context(
+        ca=Path(security.ca_cert),
+        certificate=Path(security.server_cert),
+        key=Path(security.server_key),
+        min_version=security.min_tls_version,
+    )
+    return f"{security.server_cert}, TLS {security.min_tls_version} and newer"
+
+
+def _term(path: Path) -> str:
+    from cryptography import x509
+
+    try:
+        end = x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc
+    except ValueError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    left = end - datetime.now(UTC)
+    if left < timedelta(days=WARN_DAYS):
+        raise ConfigError(f"{path} ends at {end:%Y-%m-%d %H:%M} UTC", remedy=_RENEW)
+    return f"until {end:%Y-%m-%d}, {left.days} days"
+
+
+def _key_mode(settings: Settings) -> str:
+    key = Path(settings.security.server_key)
+    mode = key.stat().st_mode & 0o777
+    if warning := key_mode_warning(key):
+        raise ConfigError(warning)
+    return f"{mode:04o}"

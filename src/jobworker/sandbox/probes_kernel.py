@@ -1,0 +1,249 @@
+"""Probes of processes, namespaces and confinement: what a job's process is made of.
+
+Each does the thing and looks at what it changed: that the kernel took a call is not enough.
+
+Standard library only.
+"""
+
+import array
+import contextlib
+import errno
+import os
+import platform
+import resource
+import socket
+import struct
+from collections.abc import Iterable
+from functools import partial
+
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.host_restrictions import user_namespace_remedy
+from jobworker.sandbox.probing import Missing, Probe, apart, reason_of
+from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
+
+_CLONE_NEWNET = 0x40000000
+_GETPPID = {"x86_64": 110, "aarch64": 173}
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
+_LANDLOCK_VERSION, _LANDLOCK_SCOPES_ABI, _SCOPE_SOCKETS, _SCOPE_SIGNALS = 1, 6, 1, 2
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+
+
+def probes(first_uid: int, ids: int = IDS_PER_JOB) -> Iterable[Probe]:
+    """All of this module; `first_uid` begins a range of `ids` that no job uses."""
+    yield Probe("processes", "clone3 and pidfd", _clone3, "use Linux 5.4 or newer")
+    yield Probe("processes", "close_range", _close_range, "use Linux 5.9 or newer")
+    yield Probe("processes", "openat2", _openat2, "use Linux 5.6 or newer")
+    yield Probe(
+        "processes", "sealed memory", _sealed_memory, "use a kernel with CONFIG_MEMFD_CREATE"
+    )
+    yield Probe("processes", "splice", _splice, "use a kernel without a filter on splice(2)")
+    for kind, flag, option in (
+        ("mnt", sc.CLONE_NEWNS, "CONFIG_NAMESPACES"),
+        ("uts", sc.CLONE_NEWUTS, "CONFIG_UTS_NS"),
+        ("ipc", sc.CLONE_NEWIPC, "CONFIG_IPC_NS"),
+        ("cgroup", sc.CLONE_NEWCGROUP, "CONFIG_CGROUPS"),
+        ("net", _CLONE_NEWNET, "CONFIG_NET_NS"),
+    ):
+        remedy = f"use a kernel with {option}; in a container, let it make namespaces"
+        name = {"mnt": "mount"}.get(kind, kind)
+        needed = kind != "net"
+        yield Probe("namespaces", f"{name} namespace", partial(_own, kind, flag), remedy, needed)
+    yield Probe("namespaces", "pid namespace", _pid_namespace, "use a kernel with CONFIG_PID_NS")
+    yield Probe("namespaces", "user namespace", partial(_user_namespace, first_uid, ids), "")
+    yield Probe("confinement", "no_new_privs", _no_new_privs, "use Linux 3.5 or newer")
+    yield Probe("confinement", "capabilities", _capabilities, "do not take CAP_SETPCAP from us")
+    yield Probe(
+        "confinement", "system-call filter", _filter, "use a kernel with CONFIG_SECCOMP_FILTER"
+    )
+    yield Probe("confinement", "session keyring", _keyring, "use a kernel with CONFIG_KEYS")
+    yield Probe("confinement", "resource limits", _resource_limits, "raise ulimit -H")
+    landlock = "use Linux 6.12 or newer with landlock in the lsm= list of its command line"
+    yield Probe("confinement", "landlock scopes", _landlock, landlock, needed=False)
+
+
+def _clone3() -> str:
+    pid, pidfd = sc.clone3(0)
+    if pid == 0:
+        os._exit(7)
+    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    if ended is None or ended.si_status != 7:
+        raise Missing("a pidfd does not tell how its process ended")
+    return "clone3, waitid by pidfd"
+
+
+def _close_range() -> str:
+    # Above all that is open here, so that this process can still tell.
+    number = os.dup2(0, 200) if _is_open(0) else os.dup2(os.pipe()[0], 200)
+    sc.close_range(number, number)
+    if _is_open(number):
+        raise Missing("it closes nothing")
+    return "close_range"
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _openat2() -> str:
+    try:
+        sc.check_no_magic_link("/proc/self/exe")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "openat2"
+    raise Missing("it follows magic links that it was told to refuse")
+
+
+def _sealed_memory() -> str:
+    os.close(os.memfd_create("probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    return "memfd_create"
+
+
+def _splice() -> str:
+    read, write = os.pipe()
+    os.write(write, b"probe")
+    memory = os.memfd_create("probe", os.MFD_CLOEXEC)
+    if os.splice(read, memory, 5) != 5 or os.pread(memory, 9, 0) != b"probe":
+        raise Missing("it moves less than it was asked to")
+    return "splice"
+
+
+def _own(kind: str, flag: int) -> str:
+    before = os.readlink(f"/proc/self/ns/{kind}")
+    sc.unshare(flag)
+    if os.readlink(f"/proc/self/ns/{kind}") == before:
+        raise Missing("the kernel took the call and changed nothing")
+    return "unshare"
+
+
+def _pid_namespace() -> str:
+    first = apart(lambda: str(os.getpid()), sc.CLONE_NEWPID)
+    if first != "1":
+        raise Missing(f"the first process in it has the number {first}")
+    return "clone3"
+
+
+def _user_namespace(first_uid: int, ids: int) -> str:
+    try:
+        told = apart(partial(_enter, make_user_namespace(first_uid, ids)))
+    except Missing as missing:
+        raise Missing(missing.reason, user_namespace_remedy()) from None
+    except OSError as error:
+        raise Missing(reason_of(error), user_namespace_remedy()) from error
+    if told.split() != ["0", str(first_uid), str(ids)]:
+        raise Missing(f"its map reads {told!r}")
+    return f"setns, {ids} ids from {first_uid}" if ids > 1 else f"setns, 1 id, {first_uid}"
+
+
+def _enter(descriptor: int) -> str:
+    sc.setns(descriptor, sc.CLONE_NEWUSER)
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    # Some hosts let a process in and take every capability from it: use one.
+    sc.unshare(sc.CLONE_NEWUTS)
+    socket.sethostname("probe")
+    with open("/proc/self/uid_map", encoding="ascii") as mapped:
+        return " ".join(mapped.read().split())
+
+
+def _status(key: str) -> str:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        return next(line.split()[1] for line in status if line.startswith(f"{key}:"))
+
+
+def _no_new_privs() -> str:
+    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+    if _status("NoNewPrivs") != "1":
+        raise Missing("the kernel took the call and changed nothing")
+    return "prctl"
+
+
+def _capabilities() -> str:
+    for number in range(64):
+        try:
+            sc.prctl(sc.PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break
+    sc.capset(frozenset())
+    if int(_status("CapBnd"), 16) or int(_status("CapEff"), 16):
+        raise Missing("some stay, whatever is dropped")
+    return "capset, bounding set"
+
+
+def install_filter(forbidden: int, code: int) -> None:
+    """Load a filter that answers the call `forbidden` with `code`: seccomp(2)."""
+    arch = _AUDIT_ARCH[platform.machine()]
+    program = b"".join(
+        struct.pack("=HBBI", *instruction)
+        for instruction in (
+            (0x20, 0, 0, 4),  # load the architecture
+            (0x15, 1, 0, arch),
+            (0x06, 0, 0, 0x7FFF0000),  # another one: allow
+            (0x20, 0, 0, 0),  # load the number
+            (0x15, 0, 1, forbidden),
+            (0x06, 0, 0, 0x00050000 | code),
+            (0x06, 0, 0, 0x7FFF0000),
+        )
+    )
+    held = array.array("B", program)
+    address, size = held.buffer_info()
+    header = array.array("B", struct.pack("@HP", size // 8, address))
+    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+    sc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header.buffer_info()[0])
+
+
+def _filter() -> str:
+    number = _GETPPID[platform.machine()]
+    install_filter(number, errno.EDOM)
+    try:
+        sc.attempt(number)
+    except OSError as error:
+        if error.errno == errno.EDOM:
+            return "seccomp, BPF program"
+    raise Missing("a filter was loaded and is not obeyed")
+
+
+def _keyring() -> str:
+    sc.join_new_session_keyring()
+    return "keyctl"
+
+
+def _resource_limits() -> str:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < 1024:
+        raise Missing(f"no more than {hard} descriptors may be open")
+    return f"setrlimit, {hard} descriptors"
+
+
+def _landlock() -> str:
+    try:
+        abi = sc.attempt(_LANDLOCK_CREATE, 0, 0, _LANDLOCK_VERSION)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            raise Missing("landlock is switched off at boot") from error
+        raise
+    if abi < _LANDLOCK_SCOPES_ABI:
+        raise Missing(f"ABI {abi} has no scopes: jobs can reach the host's abstract sockets")
+    with socket.socket(socket.AF_UNIX) as outside, socket.socket(socket.AF_UNIX) as inside:
+        outside.bind("")  # an abstract name of the kernel's choice
+        outside.listen()
+        sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+        attributes = struct.pack("QQQ", 0, 0, _SCOPE_SOCKETS | _SCOPE_SIGNALS)
+        rules = sc.attempt(_LANDLOCK_CREATE, attributes, len(attributes), 0)
+        parent = os.getppid()
+        sc.attempt(_LANDLOCK_RESTRICT, rules, 0)
+        with contextlib.suppress(PermissionError):
+            inside.connect(outside.getsockname())
+            raise Missing("an abstract socket of the outside can be reached")
+        with contextlib.suppress(PermissionError):
+            os.kill(parent, 0)
+            raise Missing("a process of the outside can be signalled")
+    return f"ABI {abi}: abstract sockets, signals"

@@ -1,0 +1,290 @@
+"""`worker check`: finds what is there, and names what is taken away, each for real.
+
+The probes run in a process to which something was done before: a filter that refuses a system
+call, a user namespace that may have no others, a mount namespace without control groups.
+"""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import jobworker
+from jobworker.cli.embedded import program, write_configuration
+from jobworker.pki.authority import init_authority
+from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
+from jobworker.sandbox.probing import Finding
+
+SOURCE = str(Path(jobworker.__file__).parent.parent)
+WANTED = Wanted(("cpu", "memory", "io", "pids"), "", ("/usr",), 2_100_000_000)
+PREAMBLE = f"""
+import os, sys, resource; sys.path.insert(0, {SOURCE!r})
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.probes import main
+from jobworker.sandbox.probes_kernel import install_filter
+from jobworker.sandbox.user_namespaces import make_user_namespace
+def own_mounts():
+    sc.unshare(sc.CLONE_NEWNS)
+    sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
+def enter_a_user_namespace():
+    sc.setns(make_user_namespace(0, 4_294_967_295), sc.CLONE_NEWUSER)
+"""
+MOUNTED = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+NUMBERS = {
+    "memfd_create": (319, 279),
+    "splice": (275, 76),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "pivot_root": (155, 41),
+    "keyctl": (250, 219),
+    "mknodat": (259, 33),
+    "mount": (165, 40),
+    "capset": (126, 91),
+    "clone3": (435, 435),
+    "close_range": (436, 436),
+    "openat2": (437, 437),
+    "open_tree": (428, 428),
+    "mount_setattr": (442, 442),
+    "landlock_create_ruleset": (444, 444),
+}
+
+
+def found(prepare: str = "", wanted: Wanted = WANTED) -> dict[str, Finding]:
+    """What the probes find after `prepare` was done to their process."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-c", f"{PREAMBLE}\n{prepare}\nmain()"],
+        input=wanted_text(wanted),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stderr == ""
+    return {each.name: each for each in map(finding_from, done.stdout.splitlines())}
+
+
+def refuse(call: str, code: int) -> str:
+    number = NUMBERS[call][platform.machine() != "x86_64"]
+    return f"install_filter({number}, {code})"
+
+
+def missing(findings: dict[str, Finding]) -> set[str]:
+    return {name for name, finding in findings.items() if not finding.supported}
+
+
+def test_this_host_has_all_that_is_needed_and_nothing_is_left() -> None:
+    mounts, children = Path("/proc/self/mountinfo").read_text(), _processes()
+    findings = found()
+    assert not [each for each in findings.values() if each.needed and not each.supported]
+    assert len(findings) > 30
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert _processes() <= children
+    assert not list(Path("/sys/fs/cgroup").rglob("jobworker-check-*"))
+
+
+def _processes() -> set[str]:
+    mine = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"jobworker.sandbox.probes" in (process / "cmdline").read_bytes():
+                mine.add(process.name)
+        except OSError:
+            continue
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "names", "reason"),
+    [
+        ("clone3", 38, {"clone3 and pidfd", "pid namespace"}, "does not have the system call"),
+        ("close_range", 38, {"close_range"}, "does not have the system call"),
+        ("openat2", 38, {"openat2"}, "does not have the system call"),
+        ("memfd_create", 38, {"sealed memory"}, "does not have the system call"),
+        ("splice", 1, {"splice"}, "Operation not permitted"),
+        ("unshare", 1, {f"{n} namespace" for n in ("mount", "uts", "ipc", "net")}, "EPERM"),
+        ("unshare", 1, {"user namespace"}, "Operation not permitted"),
+        ("setns", 1, {"user namespace"}, "Operation not permitted"),
+        ("capset", 1, {"capabilities"}, "Operation not permitted"),
+        ("keyctl", 38, {"session keyring"}, "does not have the system call"),
+        ("landlock_create_ruleset", 38, {"landlock scopes"}, "does not have the system call"),
+        ("landlock_create_ruleset", 95, {"landlock scopes"}, "switched off at boot"),
+        ("open_tree", 38, {"open_tree, mount_setattr"}, "does not have the system call"),
+        ("mount_setattr", 38, {"mapped owners (ID-mapped mount)"}, "does not have the system call"),
+        ("pivot_root", 1, {"pivot_root"}, "Operation not permitted"),
+        ("mount", 1, {"tmpfs with a bound", "overlay", "fresh proc"}, "Operation not permitted"),
+    ],
+)
+def test_refused_system_call_is_named(call: str, code: int, names: set[str], reason: str) -> None:
+    findings = found(refuse(call, code), WANTED._replace(controllers=()))
+    for name in names:
+        assert not findings[name].supported, findings[name]
+        assert reason in findings[name].detail
+        assert findings[name].remedy
+
+
+def test_host_without_device_nodes_borrows_them() -> None:
+    findings = found(refuse("mknodat", 1))
+    assert findings["device nodes"].detail == "bind mounts of the host's"
+
+
+def test_host_that_allows_no_user_namespace_and_the_sysctl_to_change() -> None:
+    findings = found(
+        "enter_a_user_namespace()\nopen('/proc/sys/user/max_user_namespaces', 'w').write('0')"
+    )
+    refused = findings["user namespace"]
+    assert not refused.supported
+    assert "ENOSPC" in refused.detail
+    assert "sysctl -w user.max_user_namespaces" in refused.remedy
+
+
+def test_masked_proc_of_a_container_forbids_a_fresh_one() -> None:
+    findings = found(
+        "own_mounts()\nsc.mount('tmpfs', '/proc/sys', 'tmpfs', 0)\n"
+        "enter_a_user_namespace()\nsc.unshare(sc.CLONE_NEWNS | sc.CLONE_NEWPID)\n"
+        "pid = os.fork()\n"
+        "if pid: sys.exit(os.waitpid(pid, 0)[1])"
+    )
+    assert not findings["fresh proc"].supported
+    assert "Operation not permitted" in findings["fresh proc"].detail
+    assert "container" in findings["fresh proc"].remedy
+
+
+def test_host_without_control_groups() -> None:
+    gone = [point for point in MOUNTED if point.startswith("/sys/fs/cgroup")]
+    findings = found(f"own_mounts()\nfor point in {gone[::-1]!r}: sc.umount(point)")
+    for controller in WANTED.controllers:
+        assert not findings[f"{controller} limit"].supported
+        assert f"cannot use the {controller} controller" in findings[f"{controller} limit"].detail
+        assert "mount one" in findings[f"{controller} limit"].remedy
+
+
+def test_one_missing_controller_is_the_only_one_told() -> None:
+    point = "/sys/fs/cgroup/pids"
+    if point not in MOUNTED:
+        pytest.skip("needs cgroup v1 with a pids hierarchy of its own")
+    findings = found(f"own_mounts()\nsc.umount({point!r})")
+    assert {"pids limit", "all of them together"} < missing(findings)
+    assert "its hierarchy is not mounted" in findings["pids limit"].detail
+    assert f"mount -t cgroup -o pids cgroup {point}" in findings["pids limit"].remedy
+    assert findings["cpu limit"].supported
+    without = WANTED._replace(controllers=("cpu", "memory", "io"))
+    optional = found(f"own_mounts()\nsc.umount({point!r})", without)
+    assert not [each for each in optional.values() if each.needed and not each.supported]
+
+
+def test_read_only_control_groups() -> None:
+    points = [point for point in MOUNTED if point.startswith("/sys/fs/cgroup")]
+    findings = found(
+        f"own_mounts()\nfor point in {points!r}:\n"
+        "    sc.mount(None, point, None, sc.MS_REMOUNT | sc.MS_BIND | sc.MS_RDONLY)"
+    )
+    assert not findings["memory limit"].supported
+    assert "Read-only file system" in findings["memory limit"].detail
+    assert "read-write" in findings["memory limit"].remedy
+
+
+def test_programs_on_a_file_system_without_mapped_owners() -> None:
+    findings = found(wanted=WANTED._replace(programs=("/sys",)))
+    assert {"mapped owners (ID-mapped mount)", "overlay on mapped owners"} <= missing(findings)
+    assert "the file system of /sys" in findings["mapped owners (ID-mapped mount)"].detail
+
+
+def test_too_few_descriptors() -> None:
+    findings = found("resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))")
+    assert "no more than 300 descriptors" in findings["resource limits"].detail
+
+
+@pytest.fixture
+def site(open_directory: Callable[[], Path]) -> Path:
+    """A directory with certificates that hold for some years."""
+    directory = open_directory()
+    init_authority(directory / "certs", [], now=datetime.now(UTC))
+    return directory
+
+
+def check(config: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*program("worker"), "check", "--config", str(config), *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def service_findings(config: Path) -> tuple[int, dict[str, Finding]]:
+    done = check(config, "--json")
+    told = json.loads(done.stdout)
+    assert told["ok"] == (done.returncode == 0)
+    return done.returncode, {row["name"]: Finding(**row) for row in told["findings"]}
+
+
+def test_command_says_all_is_there_and_leaves_nothing(site: Path) -> None:
+    config = write_configuration(site, {})
+    done = check(config)
+    assert done.returncode == 0, done.stdout
+    assert "All that is needed is there" in done.stdout
+    assert "Mode: root" in done.stdout
+    assert sorted(path.name for path in site.iterdir()) == ["certs", "worker.toml"]
+    assert not list(Path("/sys/fs/cgroup").rglob("jobworker-*check*"))
+
+
+def test_command_starts_a_whole_job(site: Path) -> None:
+    code, findings = service_findings(write_configuration(site, {}))
+    assert code == 0
+    assert findings["start, limits, output, end"].supported
+    assert findings["start, limits, output, end"].detail.endswith(" ms")
+
+
+def test_whole_job_fails_where_there_are_no_programs(site: Path) -> None:
+    code, findings = service_findings(
+        write_configuration(site, {"sandbox": {"programs": ["/nonexistent"]}})
+    )
+    assert code == 1
+    assert not findings["start, limits, output, end"].supported
+
+
+def test_bad_configuration_is_a_finding(site: Path) -> None:
+    code, findings = service_findings(write_configuration(site, {"server": {"port": "x"}}))
+    assert code == 1
+    assert "server.port" in findings["configuration"].detail
+
+
+@pytest.mark.parametrize("days", [3, -3])
+def test_certificates_that_end_soon_or_have_ended(
+    open_directory: Callable[[], Path], days: int
+) -> None:
+    site = open_directory()
+    made = init_authority(site / "certs", [], now=datetime.now(UTC))
+    life = made.not_after - datetime.now(UTC)
+    for path in made.files:
+        Path(path).unlink()
+    init_authority(site / "certs", [], now=datetime.now(UTC) - life + timedelta(days=days))
+    code, findings = service_findings(write_configuration(site, {}))
+    term = findings["term of the server certificate"]
+    assert not term.supported
+    assert "renew" in term.remedy
+    assert code == (0 if days > 0 else 1)
+    assert findings["certificates and key"].supported == (days > 0)
+
+
+def test_exposed_key_busy_port_and_open_state_directory(site: Path) -> None:
+    (site / "certs" / "server-key.pem").chmod(0o644)
+    (site / "state").mkdir()
+    (site / "state").chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = write_configuration(site, {"server": {"port": port}})
+        code, findings = service_findings(config)
+    assert code == 1
+    assert "Address already in use" in findings["port"].detail
+    assert "chmod 600" in findings["mode of the key"].detail
+    assert "others may write" in findings["state directory"].detail
+    assert f"chown {os.geteuid()}" in findings["state directory"].remedy
