@@ -356,6 +356,12 @@ def zero_lifts_every_limit(tree: Tree, _: Path) -> str:
         armed = texts(scope)
         assert len(fresh) >= 4
         assert all(one != other for one, other in zip(fresh, armed, strict=True)), armed
+        scope.arm_ahead(Limits(20, 32 * MIB, MIB // 2, 5))
+        guessed = texts(scope)
+        assert all(one != other for one, other in zip(guessed, armed, strict=True)), guessed
+        scope.arm(Limits(20, 32 * MIB, MIB // 2, 5))
+        assert texts(scope) == guessed
+        scope.arm_ahead(Limits(50, 64 * MIB, MIB, 10))
         scope.arm(Limits())
         assert texts(scope) == fresh
     return f"{len(fresh)} files"

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.server.setup import instance_name
 
 from .wire import Wire, open_wire
@@ -53,7 +54,7 @@ def child_of(pid: int) -> int:
 def left_behind(directory: Path) -> list[str]:
     """Control groups and processes of a service that has ended."""
     name = instance_name(directory / "state")
-    left = [str(path) for path in Path("/sys/fs/cgroup").rglob(name)]
+    left = groups_called(name)
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if str(directory).encode() in (process / "cmdline").read_bytes():

@@ -14,6 +14,7 @@ import pytest
 from jobworker.config import DEFAULT_ETC, FIRST_UID
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
+from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.sandbox.children import Policy
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
@@ -70,7 +71,7 @@ class Service:
     def leaves(self) -> int:
         """Wait for the launcher's end, and see that nothing of it is left: its exit code."""
         code = self.process.wait(timeout=20)
-        assert [str(found) for found in Path("/sys/fs/cgroup").rglob(self.policy.instance)] == []
+        assert groups_called(self.policy.instance) == []
         assert os.listdir(self.policy.scratch) == []
         return code
 
@@ -295,7 +296,7 @@ def test_programs_that_do_not_exist_are_named(make_policy: Callable[..., Policy]
     policy = make_policy(programs=("/nosuch",))
     with pytest.raises(HostUnsupported, match="/nosuch"):
         start_launcher(policy)
-    assert list(Path("/sys/fs/cgroup").rglob(policy.instance)) == []
+    assert groups_called(policy.instance) == []
 
 
 def test_launcher_is_small_and_of_one_thread(service: Service) -> None:

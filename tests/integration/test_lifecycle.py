@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.server.setup import instance_name
 
 from .conftest import child_of, left_behind, until
@@ -266,9 +267,7 @@ async def test_a_thousand_short_jobs_leave_nothing(open_directory: Callable[[], 
                 "children": len(
                     Path(f"/proc/{launcher_pid}/task/{launcher_pid}/children").read_text().split()
                 ),
-                "groups": sum(
-                    len(list(found.iterdir())) for found in Path("/sys/fs/cgroup").rglob(own)
-                ),
+                "groups": sum(len(os.listdir(found)) for found in groups_called(own)),
                 "mounts": len(Path(f"/proc/{launcher_pid}/mountinfo").read_text().splitlines()),
                 "scratch": len(os.listdir(directory / "state" / "scratch")),
             }

@@ -39,6 +39,16 @@ async def test_memory_file_systems_count_as_memory(admin: Wire) -> None:
     assert (job["reason"], out) == ("oom", "")
 
 
+async def test_limits_of_one_job_are_not_those_of_the_next(admin: Wire) -> None:
+    # Spares are put under the limits of the job before: more, fewer and none must all be right.
+    script = "python3 -c 'x=b\"x\"*90_000_000; print(len(x))'"
+    for megabytes, state in ((64, "FAILED"), (300, "COMPLETED"), (64, "FAILED"), (0, "COMPLETED")):
+        limits = {"memory_bytes": megabytes * MIB}
+        for _ in range(4):  # spares made before and after this size became the usual one
+            _, _, job = await admin.run("sh", "-c", script, limits=limits)
+            assert job["state"] == state, (megabytes, job)
+
+
 async def test_spinners_share_half_a_core(admin: Wire) -> None:
     spin = (
         "import os, time\nos.fork()\nend = time.monotonic() + 3\n"

@@ -19,6 +19,7 @@ from attrs import define, field
 from jobworker.cli.embedded import Embedded, open_embedded, program
 from jobworker.convert import loads
 from jobworker.errors import HostUnsupported
+from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.server.setup import instance_name
 
 LIMITS = ("--max-cpu=50", "--max-memory=64", "--max-iobps=1000000")
@@ -162,7 +163,7 @@ def _left_behind(service: Embedded) -> list[str]:
         except OSError:
             continue
     name = instance_name(service.directory / "state")
-    left.extend(str(found) for found in Path("/sys/fs/cgroup").rglob(name))
+    left.extend(groups_called(name))
     return left
 
 

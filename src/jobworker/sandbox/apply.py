@@ -141,10 +141,6 @@ def _pivot_root(step: s.PivotRoot, _: Means) -> None:
     os.chdir("/")
 
 
-def _set_hostname(step: s.SetHostname, _: Means) -> None:
-    socket.sethostname(step.name)
-
-
 def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
     number = getattr(resource, step.resource)
     # Never above what the launcher itself was given: raising a hard limit would undo the
@@ -244,7 +240,6 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.MaskPath: _mask_path,
     s.ReadOnlyPath: _read_only_path,
     s.PivotRoot: _pivot_root,
-    s.SetHostname: _set_hostname,
     s.SetResourceLimit: _set_resource_limit,
     s.SetOomScore: _set_oom_score,
     s.EnterUserNamespace: _enter_user_namespace,

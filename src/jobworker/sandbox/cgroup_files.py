@@ -96,6 +96,11 @@ def groups_below(top: int, name: str) -> list[str]:
     return [*below, name]
 
 
+def groups_called(name: str, below: str = "/sys/fs/cgroup") -> list[str]:
+    """The paths of all groups of this name, in any hierarchy; other groups may come and go."""
+    return [f"{path}/{name}" for path, names, _ in os.walk(below) if name in names]
+
+
 def subgroups(descriptor: int) -> list[str]:
     """The names of the groups directly below an open group."""
     with os.scandir(descriptor) as entries:

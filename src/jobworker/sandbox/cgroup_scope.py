@@ -7,7 +7,8 @@ directory of the same name in each of them. The life of a scope:
              -> kill() -> (reap) -> remove()
 
 Counters of the kernel run from the scope's creation. A spare waits in its scope before a job
-takes it, so arm() notes a baseline and usage() is the difference.
+takes it, so arm() notes a baseline and usage() is the difference. Where the limits to come can be
+guessed, arm_ahead() sets them while nobody waits, and arm() has nothing left to do.
 
 What must hold: no limit is left out silently (arm() refuses what it cannot set); after remove()
 no directory is left in any hierarchy.
@@ -64,6 +65,7 @@ class Scope(ABC):
         self.clone_fd: int | None = None
         self._tree = tree
         self._baseline = Usage()
+        self._ahead: Limits | None = None
         self._removed = False
         if tree.unified is not None:
             self.clone_fd = os.open(name, files.DIRECTORY, dir_fd=tree.unified)
@@ -79,12 +81,24 @@ class Scope(ABC):
             if not (cloned and top == self._tree.unified):
                 files.write(top, f"{self.name}/cgroup.procs", "0")
 
+    def arm_ahead(self, limits: Limits) -> None:
+        """Do what arm() would for these limits, for a child that has nothing to do until then.
+
+        Where it fails, arm() finds the same fault and tells of it.
+        """
+        with contextlib.suppress(errors.SandboxError):
+            self.arm(limits)
+            self._ahead = limits
+
     def arm(self, limits: Limits) -> None:
-        """Set all limits and start counting from here; to be called once, before the job.
+        """Set all limits and start counting from here; to be called before the job.
 
         Raises `SandboxError` with the file, the value and the kernel's reason; the scope is
         then to be removed, since some limits may be set and others not.
         """
+        ahead, self._ahead = self._ahead, None
+        if limits == ahead:
+            return
         for controller, value in zip(("cpu", "memory", "io", "pids"), limits, strict=True):
             if value and controller not in self._tree.by_controller:
                 raise errors.SandboxError(

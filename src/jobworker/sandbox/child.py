@@ -29,10 +29,9 @@ def become_job(prepare: Sequence[Step], means: Means) -> NoReturn:
     try:
         apply(prepare, means)
         status = STATUS_DESCRIPTOR
-        sock = socket.socket(fileno=os.dup(status))
+        sock = socket.socket(fileno=status)
         channel.send(sock, READY)
         received = channel.receive(sock)
-        sock.detach()  # its descriptor is closed with the others
         if received is not None:
             apply(finish(order_from(received[0])), means)
     except StepFailed as failure:

@@ -23,8 +23,9 @@ from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError
 from jobworker.sandbox import channel, requests
+from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.child import order_message
-from jobworker.sandbox.children import Child, Nursery, reap
+from jobworker.sandbox.children import Child, Nursery, name_host, reap
 from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.turns import Turns
 
@@ -52,6 +53,8 @@ class Jobs:
         self._jobs: dict[int, Child] = {}
         self._uncleared: set[Child] = set()
         """Ended children whose scope could not be removed yet; tried again."""
+        self._usual_limits = Limits()
+        """Those of the latest job: spares are put under them, and most jobs ask for the same."""
         self._oom_watch = OomWatch(turns, self.kill)
         turns.call_in(0, self._refill)
         self._watch_sweepers()
@@ -94,6 +97,8 @@ class Jobs:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
             child.scope.arm(request.limits)
+            self._usual_limits = request.limits
+            name_host(child, request.order.hostname)
             if child.sock is None:
                 raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
             channel.send(child.sock, order_message(request.order))
@@ -135,6 +140,8 @@ class Jobs:
                 failure = message.get("failed")
                 if isinstance(failure, dict):
                     child.failure = failure
+                elif child in self._spares and "ready" in message:
+                    child.scope.arm_ahead(self._usual_limits)
         except BlockingIOError:
             if child.exit is None:
                 return

@@ -2,7 +2,8 @@
 
 Pure: no clock, no I/O, no privilege; the same input gives the same steps. There are two
 halves. `prepare` holds what every job needs alike, so that a spare child can have it done
-before anybody asks. `finish` holds what only the request tells, and ends with `Execute`.
+before anybody asks: all of the isolation. `finish` holds what only the request tells, and ends
+with `Execute`.
 
 The order is what makes the whole safe, and holds for both halves together:
 
@@ -84,13 +85,14 @@ class Order(NamedTuple):
     """What the request tells about the job to start."""
 
     hostname: str
+    """Set by the launcher, from outside: the job may not, and its child is a job's already."""
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     workdir: str
 
 
 def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
-    """The steps before the request: scope, namespaces and the root at `root`, pivoted into.
+    """The steps before the request: the root at `root`, pivoted into, and all rights given up.
 
     `tmpfs_bytes` bounds each of the memory file systems, which the job's memory limit also
     counts.
@@ -111,14 +113,6 @@ def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
         *(s.MaskPath(root + path) for path in MASKED),
         *(s.ReadOnlyPath(root + path) for path in READ_ONLY),
         s.PivotRoot(root),
-    )
-
-
-def finish(order: Order) -> tuple[s.Step, ...]:
-    """The steps after the request, ending with `Execute`."""
-    environment = {**ENVIRONMENT, **order.environment}
-    return (
-        s.SetHostname(order.hostname),
         *RESOURCE_LIMITS,
         s.SetOomScore(0),
         s.EnterUserNamespace(),
@@ -127,6 +121,13 @@ def finish(order: Order) -> tuple[s.Step, ...]:
         s.DieWithLauncher(),
         s.ResetSignals(),
         s.CloseDescriptors(),
+    )
+
+
+def finish(order: Order) -> tuple[s.Step, ...]:
+    """The steps after the request, ending with `Execute`."""
+    environment = {**ENVIRONMENT, **order.environment}
+    return (
         s.ChangeDirectory(order.workdir or WORKSPACE),
         s.Execute(order.arguments, tuple(environment.items())),
     )

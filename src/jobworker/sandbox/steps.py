@@ -86,12 +86,6 @@ class PivotRoot(NamedTuple):
     path: str
 
 
-class SetHostname(NamedTuple):
-    """Name the host that the job sees: uts_namespaces(7)."""
-
-    name: str
-
-
 class SetResourceLimit(NamedTuple):
     """Set a resource limit, soft and hard: setrlimit(2)."""
 
@@ -159,7 +153,6 @@ Step = (
     | MaskPath
     | ReadOnlyPath
     | PivotRoot
-    | SetHostname
     | SetResourceLimit
     | SetOomScore
     | EnterUserNamespace

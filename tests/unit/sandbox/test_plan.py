@@ -55,7 +55,7 @@ def test_root_is_left_once_it_is_complete(slot: Slot, order: Order) -> None:
     # Nothing behind the pivot speaks of the tree as the launcher sees it.
     for step in steps[pivot + 1 : -1]:
         assert not any(isinstance(word, str) and word.startswith(ROOT) for word in step) or (
-            type(step) in (s.ChangeDirectory, s.SetHostname)  # the client's own words
+            type(step) is s.ChangeDirectory  # the client's own word
         )
 
 
@@ -64,7 +64,7 @@ def test_root_is_left_once_it_is_complete(slot: Slot, order: Order) -> None:
 def test_rights_are_given_up_before_the_program_runs(slot: Slot, order: Order) -> None:
     steps = whole(slot, order)
     in_order = [
-        *(s.PivotRoot, s.SetHostname, s.EnterUserNamespace, s.DropCapabilities),
+        *(s.PivotRoot, s.EnterUserNamespace, s.DropCapabilities),
         *(s.ForbidNewPrivileges, s.Execute),
     ]
     places = [place(steps, kind) for kind in in_order]
@@ -74,6 +74,11 @@ def test_rights_are_given_up_before_the_program_runs(slot: Slot, order: Order) -
     assert max(limits) < place(steps, s.EnterUserNamespace)
     # setuid(2) clears the parent-death signal: prctl(2), PR_SET_PDEATHSIG.
     assert place(steps, s.DieWithLauncher) > place(steps, s.EnterUserNamespace)
+
+
+def test_spare_waits_with_all_its_rights_given_up() -> None:
+    finishing = [type(step) for step in finish(Order("j", ("a",), {}, ""))]
+    assert finishing == [s.ChangeDirectory, s.Execute]
 
 
 @examples(max_examples=100)
@@ -143,6 +148,7 @@ def test_capabilities_that_reach_beyond_the_job_are_not_kept() -> None:
     # capabilities(7): SYS_MODULE 16, SYS_RAWIO 17, SYS_PTRACE 19, SYS_ADMIN 21, SYS_BOOT 22,
     # SYS_TIME 25, MKNOD 27, NET_ADMIN 12, NET_RAW 13, SYSLOG 34, BPF 39, PERFMON 38, DAC_READ 2
     reaching = {2, 12, 13, 16, 17, 19, 21, 22, 25, 27, 34, 38, 39}
-    (drop,) = [step for step in finish(Order("j", ("a",), {}, "")) if "keep" in dir(step)]
+    steps = prepare(ROOT, Slot("job-1", 100_000, "/scratch/job-1"), 1 << 20)
+    (drop,) = [step for step in steps if "keep" in dir(step)]
     assert drop == s.DropCapabilities(plan.KEPT_CAPABILITIES)
     assert not plan.KEPT_CAPABILITIES & reaching
