@@ -50,6 +50,9 @@ if [ -z "$python" ]; then
     }
 fi
 need 'command -v ps' procps
+# A test compiles a program of two system calls.
+need 'command -v gcc' gcc
+need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
 # Jobs run the host's own programs; the tests and the demonstration run this one.
 need 'test -x /usr/bin/python3' python3-minimal
 

@@ -69,6 +69,11 @@ def _file(_: object, __: object, value: str) -> None:
         raise ValueError(f"must be the path of a file, not {value!r}")
 
 
+def _path_or_empty(_: object, __: object, value: str) -> None:
+    if "\0" in value:
+        raise ValueError("must be the path of a file, or empty")
+
+
 def _group(_: object, __: object, value: str) -> None:
     if ".." in value.split("/") or "\0" in value:
         raise ValueError(f"must be a path below the cgroup mount without '..', not {value!r}")
@@ -150,6 +155,7 @@ class SandboxSettings:
     first_uid: int = field(default=FIRST_UID, validator=within(100_000, 4_200_000_000))
     spares: int = field(default=2, validator=within(0, 64))
     tmpfs_limit: int = field(default=256, validator=within(1, 1 << 30))
+    seccomp_profile: str = field(default="", validator=_path_or_empty)
 
 
 @frozen(kw_only=True)
@@ -201,7 +207,7 @@ def load(path: Path) -> Settings:
 
 
 def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
-    security = settings.security
+    security, sandbox = settings.security, settings.sandbox
     return evolve(
         settings,
         security=evolve(
@@ -209,6 +215,10 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
             ca_cert=str(base / security.ca_cert),
             server_cert=str(base / security.server_cert),
             server_key=str(base / security.server_key),
+        ),
+        sandbox=evolve(
+            sandbox,
+            seccomp_profile=sandbox.seccomp_profile and str(base / sandbox.seccomp_profile),
         ),
     )
 

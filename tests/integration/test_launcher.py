@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +19,35 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.sandbox.children import Policy
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
+from jobworker.sandbox.seccomp import NEEDED_TO_START
+from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 
 from .conftest import child_of
+
+HELLO = """
+static long call(long number, long a, long b, long c) {
+#if defined(__x86_64__)
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c)
+                     : "rcx", "r11", "memory");
+    return result;
+#else
+    register long x8 __asm__("x8") = number, x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b, x2 __asm__("x2") = c;
+    __asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2) : "memory");
+    return x0;
+#endif
+}
+void _start(void) {
+#if defined(__x86_64__)
+    call(1, 1, (long)"hello\\n", 6); call(231, 0, 0, 0);
+#else
+    call(64, 1, (long)"hello\\n", 6); call(94, 0, 0, 0);
+#endif
+}
+"""
+"""A program that makes two calls, write(2) and exit_group(2)."""
 
 Message = dict[str, object]
 
@@ -94,6 +122,7 @@ def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
             max_jobs=4,
             spares=1,
             tmpfs_bytes=16 << 20,
+            filters=load_filters(""),
         )
 
     return make
@@ -297,6 +326,58 @@ def test_programs_that_do_not_exist_are_named(make_policy: Callable[..., Policy]
     with pytest.raises(HostUnsupported, match="/nosuch"):
         start_launcher(policy)
     assert groups_called(policy.instance) == []
+
+
+@pytest.fixture
+def shown_directory() -> Iterator[Path]:
+    """A directory where jobs have none of their own above it, so that it can be shown to them."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-test-", dir="/srv") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+def test_profile_of_what_a_start_takes_is_enough_to_start_and_to_tell_why_not(
+    make_policy: Callable[..., Policy], shown_directory: Path
+) -> None:
+    programs = shown_directory
+    source = programs / "hello.c"
+    source.write_text(HELLO)
+    build = ["gcc", "-static", "-nostdlib", "-o", str(programs / "hello"), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    calls = ", ".join(f'"{call}"' for call in sorted(NEEDED_TO_START))
+    profile = f'newest_call = 469\n[[allow]]\nwhat = "a start"\ncalls = [{calls}]\n'
+    (programs / "profile.toml").write_text(profile)
+    policy = make_policy(programs=(str(programs),))
+    policy = policy._replace(filters=load_filters(str(programs / "profile.toml")))
+    service = Service(start_launcher(policy), policy)
+    try:
+        environment = {f"V{number}": "x" * 100_000 for number in range(5)}  # travels in a memfd
+        reply, descriptors = service.spawn(1, str(programs / "hello"), environment=environment)
+        assert "ok" in reply, reply
+        stdout, stderr = descriptors
+        assert service.exit_of(1)["code"] == 0
+        assert os.read(stdout, 100) == b"hello\n"
+        channel.close_all([stdout, stderr])
+        for command, changes, step in (
+            ("/nosuch", {}, "execute"),
+            ("nosuch", {}, "execute"),
+            (str(source), {}, "execute"),
+            (str(programs / "hello"), {"workdir": "/nosuch"}, "change-directory"),
+        ):
+            reply, _ = service.spawn(2, command, **changes)
+            assert reply["error"]["step"] == step, reply  # type: ignore[index]
+    finally:
+        service.sock.close()
+        assert service.leaves() == 0
+
+
+@pytest.mark.parametrize("program", [b"", bytes(8)])
+def test_no_job_runs_without_a_filter(make_policy: Callable[..., Policy], program: bytes) -> None:
+    policy = make_policy()
+    policy = policy._replace(filters=policy.filters._replace(listed=program))
+    with pytest.raises(HostUnsupported, match="filter"):
+        start_launcher(policy)
+    assert list(Path("/sys/fs/cgroup").rglob(policy.instance)) == []
 
 
 def test_launcher_is_small_and_of_one_thread(service: Service) -> None:

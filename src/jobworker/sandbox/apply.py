@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import channel
+from jobworker.sandbox import bpf, channel
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
@@ -46,6 +46,9 @@ class Means(NamedTuple):
     """The child's end of its socket to the launcher."""
     user_namespace: int
     """The namespace that maps root to the job's range of ids."""
+    filters: bpf.Filters
+    landlock: int | None
+    """The ruleset of `sandbox.landlock`; None where the kernel cannot scope."""
 
 
 def apply(steps: Iterable[s.Step], means: Means) -> None:
@@ -64,6 +67,11 @@ def _subject(step: s.Step) -> str:
 
 def _attach_scope(_: s.AttachScope, means: Means) -> None:
     means.scope.attach_self()
+
+
+def _scope_sockets_and_signals(_: s.ScopeSocketsAndSignals, means: Means) -> None:
+    if means.landlock is not None:
+        sc.landlock_restrict_self(means.landlock)
 
 
 def _keep_own_descriptors(step: s.KeepOwnDescriptors, means: Means) -> None:
@@ -203,6 +211,10 @@ def _change_directory(step: s.ChangeDirectory, _: Means) -> None:
     os.chdir(step.path)
 
 
+def _filter_system_calls(_: s.FilterSystemCalls, means: Means) -> None:
+    bpf.install(means.filters)
+
+
 def _execute(step: s.Execute, _: Means) -> None:
     environment = dict(step.environment)
     name = step.arguments[0]
@@ -228,6 +240,7 @@ def _execute(step: s.Execute, _: Means) -> None:
 
 _APPLY: dict[type, Callable[..., None]] = {
     s.AttachScope: _attach_scope,
+    s.ScopeSocketsAndSignals: _scope_sockets_and_signals,
     s.KeepOwnDescriptors: _keep_own_descriptors,
     s.UnshareCgroupNamespace: _unshare_cgroup_namespace,
     s.NewSession: _new_session,
@@ -249,5 +262,6 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.ResetSignals: _reset_signals,
     s.CloseDescriptors: _close_descriptors,
     s.ChangeDirectory: _change_directory,
+    s.FilterSystemCalls: _filter_system_calls,
     s.Execute: _execute,
 }

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import scratch
+from jobworker.sandbox import bpf, landlock, scratch
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Scope, Tree, Usage
@@ -49,6 +49,7 @@ class Policy(NamedTuple):
     max_jobs: int
     spares: int
     tmpfs_bytes: int
+    filters: bpf.Filters
 
 
 class Exit(NamedTuple):
@@ -92,9 +93,15 @@ class Nursery:
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
+        self._landlock = landlock.open_scope()
         self.sweepers: dict[int, int] = {}
         """Processes that remove files of ended jobs: pid by pidfd."""
         self._to_sweep: deque[str] = deque()
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """What this host cannot do for its jobs, in words."""
+        return () if self._landlock is not None else (landlock.GAP,)
 
     def has_room(self) -> bool:
         """Whether another child can be made."""
@@ -140,7 +147,15 @@ class Nursery:
                 near.setblocking(False)
                 steps = prepare(self._root, child.slot, self._policy.tmpfs_bytes)
                 _, stdout, stderr = theirs
-                means = Means(child.scope, stdout, stderr, far.fileno(), user_namespace)
+                means = Means(
+                    child.scope,
+                    stdout,
+                    stderr,
+                    far.fileno(),
+                    user_namespace,
+                    self._policy.filters,
+                    self._landlock,
+                )
                 child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
                 if child.pid == 0:
                     become_job(steps, means)
@@ -254,6 +269,8 @@ def policy_from(message: Message) -> Policy:
         assert isinstance(value, int)
         return value
 
+    filters = message["filters"]
+    assert isinstance(filters, dict)
     return Policy(
         instance=str(message["instance"]),
         stage=str(message["stage"]),
@@ -266,6 +283,7 @@ def policy_from(message: Message) -> Policy:
         max_jobs=number("max_jobs"),
         spares=number("spares"),
         tmpfs_bytes=number("tmpfs_bytes"),
+        filters=bpf.filters_from(filters),
     )
 
 
@@ -275,4 +293,5 @@ def policy_message(policy: Policy) -> Message:
     for key, value in message.items():
         if isinstance(value, Sequence) and not isinstance(value, str):
             message[key] = list(value)
+    message["filters"] = bpf.filters_message(policy.filters)
     return message

@@ -19,7 +19,7 @@ import sys
 from typing import NoReturn
 
 from jobworker.errors import HostUnsupported, JobworkerError
-from jobworker.sandbox import channel, rootfs
+from jobworker.sandbox import bpf, channel, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
 from jobworker.sandbox.children import Nursery, Policy, policy_from
@@ -70,7 +70,7 @@ def main(descriptor: int) -> NoReturn:
         gc.collect()
         gc.freeze()
         gc.disable()
-        channel.send(link, {"ready": tree.kind, "gaps": list(tree.missing_features())})
+        channel.send(link, {"ready": tree.kind, "gaps": [*tree.missing_features(), *nursery.gaps]})
         link.setblocking(False)
         Launcher(link, nursery, policy.spares).run()
     sys.exit(0)
@@ -105,6 +105,7 @@ def _become_first_process(link: int) -> None:
 def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
     """Do all that comes before the first request; what it made of control groups is undone."""
     _raise_descriptor_limit(policy)
+    bpf.try_out(policy.filters)
     tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
     undo.callback(_close, tree)
     try:

@@ -12,7 +12,9 @@ The order is what makes the whole safe, and holds for both halves together:
 3. the user namespace last but a few: from then on the process has no right over the host, and
    its mounts, which an outer namespace owns, cannot be changed from inside;
 4. capabilities after the user namespace, whose entry hands out a full set;
-5. descriptors last, since entering the user namespace needs one.
+5. descriptors after that, since entering the user namespace needs one;
+6. the system-call filter last of what is prepared: setting up a job takes calls that no job may
+   make, and what is left to do, waiting, chdir(2) and execve(2), every job may.
 
 Standard library only: the launcher itself builds the plan, from its own policy. The service
 asks for a job, never for steps.
@@ -100,6 +102,7 @@ def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
     owner = slot.first_uid
     return (
         s.AttachScope(),
+        s.ScopeSocketsAndSignals(),
         s.KeepOwnDescriptors(f"{root}/dev/null"),
         s.UnshareCgroupNamespace(),
         s.NewSession(),
@@ -121,6 +124,7 @@ def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
         s.DieWithLauncher(),
         s.ResetSignals(),
         s.CloseDescriptors(),
+        s.FilterSystemCalls(),
     )
 
 

@@ -13,6 +13,10 @@ class AttachScope(NamedTuple):
     """Enter the job's control groups, so that all that follows is inside its limits."""
 
 
+class ScopeSocketsAndSignals(NamedTuple):
+    """Enter a Landlock domain of the job's own, where the kernel can scope: landlock(7)."""
+
+
 class KeepOwnDescriptors(NamedTuple):
     """Put the job's standard streams in their places and close all that belongs to others."""
 
@@ -132,6 +136,10 @@ class ChangeDirectory(NamedTuple):
     path: str
 
 
+class FilterSystemCalls(NamedTuple):
+    """Load the system-call filter, under which the wait for an order runs already: seccomp(2)."""
+
+
 class Execute(NamedTuple):
     """Become the job's program: execve(2)."""
 
@@ -141,6 +149,7 @@ class Execute(NamedTuple):
 
 Step = (
     AttachScope
+    | ScopeSocketsAndSignals
     | KeepOwnDescriptors
     | UnshareCgroupNamespace
     | NewSession
@@ -162,6 +171,7 @@ Step = (
     | ResetSignals
     | CloseDescriptors
     | ChangeDirectory
+    | FilterSystemCalls
     | Execute
 )
 

@@ -1,8 +1,9 @@
 """The Linux system calls that Python does not offer: one thin function for each.
 
-The only module that touches ctypes. Every function raises OSError with the kernel's errno;
-what a call is used for stands where it is used. Numbers are those of x86-64 and arm64, the
-two machines served; another one is refused at import, as is a kernel ABI we never ran on.
+The only module of the launcher that touches ctypes. Every function raises OSError with the
+kernel's errno; what a call is used for stands where it is used. Numbers are those of x86-64 and
+arm64, the two machines served; another one is refused at import, as is a kernel ABI we never ran
+on.
 """
 
 import ctypes
@@ -20,8 +21,8 @@ _libc.mount.argtypes = [
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250},
-    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219},
+    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250, "seccomp": 317},
+    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219, "seccomp": 277},
 }
 _machine = os.uname().machine
 if _machine not in _NUMBERS:
@@ -29,8 +30,10 @@ if _machine not in _NUMBERS:
 _PIVOT_ROOT = _NUMBERS[_machine]["pivot_root"]
 _CAPSET = _NUMBERS[_machine]["capset"]
 _KEYCTL = _NUMBERS[_machine]["keyctl"]
+_SECCOMP = _NUMBERS[_machine]["seccomp"]
 _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
 _OPENAT2, _MOUNT_SETATTR = 437, 442
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 
 # mount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -210,3 +213,47 @@ def attempt(number: int, *arguments: int | bytes) -> int:
     """A call by its number, for what is only probed; integers, and bytes as pointers to them."""
     words = [ctypes.c_long(a) if isinstance(a, int) else ctypes.c_char_p(a) for a in arguments]
     return _check(_libc.syscall(ctypes.c_long(number), *words))
+
+
+class _FilterProgram(ctypes.Structure):
+    """struct sock_fprog of <linux/filter.h>."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def seccomp(program: bytes, *, log: bool) -> None:
+    """Add a filter to this thread, SECCOMP_SET_MODE_FILTER: seccomp(2).
+
+    `program` is an array of struct sock_filter; with `log` what it denies is told to the audit.
+    """
+    set_mode_filter, flag_log = ctypes.c_uint(1), 2
+    packed = _FilterProgram(len(program) // 8, program)
+    flags, number = ctypes.c_uint(flag_log if log else 0), ctypes.c_long(_SECCOMP)
+    _check(_libc.syscall(number, set_mode_filter, flags, ctypes.byref(packed)))
+
+
+class _LandlockRuleset(ctypes.Structure):
+    """struct landlock_ruleset_attr of <linux/landlock.h>, ABI 6."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in ("access_fs", "access_net", "scoped")]
+
+
+def landlock_abi() -> int:
+    """The version of Landlock that the kernel has: landlock_create_ruleset(2)."""
+    version = ctypes.c_uint(1)
+    number = ctypes.c_long(_LANDLOCK_CREATE_RULESET)
+    return _check(_libc.syscall(number, None, ctypes.c_size_t(0), version))
+
+
+def landlock_create_scope() -> int:
+    """A ruleset that scopes abstract UNIX sockets and signals; the caller closes it."""
+    attributes = _LandlockRuleset(scoped=3)
+    size, number = ctypes.c_size_t(ctypes.sizeof(attributes)), _LANDLOCK_CREATE_RULESET
+    none = ctypes.c_uint(0)
+    return _check(_libc.syscall(ctypes.c_long(number), ctypes.byref(attributes), size, none))
+
+
+def landlock_restrict_self(ruleset: int) -> None:
+    """Enter a new domain of `ruleset`, for good: landlock_restrict_self(2)."""
+    number, none = ctypes.c_long(_LANDLOCK_RESTRICT_SELF), ctypes.c_uint(0)
+    _check(_libc.syscall(number, ctypes.c_int(ruleset), none))

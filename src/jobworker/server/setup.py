@@ -32,6 +32,7 @@ from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.children import Policy
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
+from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.notify import Notifier
 
@@ -127,6 +128,7 @@ def policy_for(settings: Settings, state: Path) -> Policy:
         max_jobs=worker.max_concurrent_jobs,
         spares=min(sandbox.spares, worker.max_concurrent_jobs),
         tmpfs_bytes=sandbox.tmpfs_limit * MEBIBYTE,
+        filters=load_filters(sandbox.seccomp_profile),
     )
 
 

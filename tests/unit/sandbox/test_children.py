@@ -3,11 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobworker.sandbox.bpf import Filters
 from jobworker.sandbox.channel import Message, decode, encode
 from jobworker.sandbox.children import Policy, policy_from, policy_message
 
 from ..strategies import examples, texts
 
+programs = st.integers(1, 8).flatmap(lambda size: st.binary(min_size=8 * size, max_size=8 * size))
 words = st.lists(texts, max_size=4).map(tuple)
 policies = st.builds(
     Policy,
@@ -22,6 +24,7 @@ policies = st.builds(
     max_jobs=st.integers(1, 4000),
     spares=st.integers(0, 64),
     tmpfs_bytes=st.integers(1, 1 << 50),
+    filters=st.builds(Filters, listed=programs, quiet=programs, log=st.booleans()),
 )
 
 
@@ -39,5 +42,6 @@ def test_policy_arrives_as_it_was_sent(policy: Policy) -> None:
 
 
 def test_policy_tells_every_field() -> None:
-    policy = Policy("i", "/s", "/c", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1)
+    filters = Filters(bytes(8), bytes(8), True)
+    policy = Policy("i", "/s", "/c", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1, filters)
     assert set(policy_message(policy)) == set(Policy._fields)

@@ -65,7 +65,7 @@ def test_rights_are_given_up_before_the_program_runs(slot: Slot, order: Order) -
     steps = whole(slot, order)
     in_order = [
         *(s.PivotRoot, s.EnterUserNamespace, s.DropCapabilities),
-        *(s.ForbidNewPrivileges, s.Execute),
+        *(s.ForbidNewPrivileges, s.CloseDescriptors, s.FilterSystemCalls, s.Execute),
     ]
     places = [place(steps, kind) for kind in in_order]
     assert places == sorted(places)

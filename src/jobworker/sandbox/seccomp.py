@@ -1,0 +1,158 @@
+"""The profile of system calls: a readable file, checked, as data.
+
+A profile is an allow-list. `[[allow]]` rules say what may be called, `[[refuse]]` rules take
+something back or answer it by another error than EPERM; `etc/seccomp.toml` explains every key and
+is the profile that is used unless the configuration names another one. `sandbox.seccomp_filter`
+makes BPF programs of it.
+
+What must hold of a profile beyond its types: no call is both allowed and refused without
+conditions, and what the launcher's own process still has to call once the filter is in place, to
+execute the program or to tell why it could not, is allowed.
+
+Pure; the file's text comes from the caller.
+"""
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar
+
+from attrs import field, frozen
+
+from jobworker.convert import faults_of
+from jobworker.errors import ConfigError
+from jobworker.model.bounds import within
+
+T = TypeVar("T")
+
+WORD = 0xFFFFFFFF
+FIRST_COMMON_NUMBER = 424
+"""From pidfd_send_signal on a new call has the same number on every machine."""
+
+NEEDED_TO_START = frozenset(
+    (
+        "brk chdir close execve exit_group fcntl fstat futex getsockname getsockopt lseek madvise "
+        "mmap mprotect mremap munmap newfstatat openat openat2 pread64 recvmsg rt_sigreturn "
+        "seccomp sendmsg write"
+    ).split()
+)
+"""What a child calls between the filter and its program: to take its order, to execute the program
+or to tell why it could not."""
+
+
+def _not_empty(_: object, __: object, value: T) -> None:
+    if not value:
+        raise ValueError("must not be empty")
+
+
+def _words(_: object, __: object, value: tuple[int, ...]) -> None:
+    if not value or any(not 0 <= number <= WORD for number in value):
+        raise ValueError("must be a list of numbers from 0 to 0xffffffff")
+
+
+def _numbers(_: object, __: object, value: dict[str, int]) -> None:
+    if any(not FIRST_COMMON_NUMBER <= number < 1 << 16 for number in value.values()):
+        raise ValueError("must hold numbers from 424 on: those below differ between machines")
+
+
+@frozen(kw_only=True)
+class Condition:
+    """The lower half of an argument, as far as `mask` goes, is one of some numbers."""
+
+    argument: int = field(validator=within(0, 5))
+    mask: int = field(default=WORD, validator=within(1, WORD))
+    one_of: tuple[int, ...] = field(validator=_words)
+
+
+@frozen(kw_only=True)
+class Allow:
+    """Calls that may be made, where every condition holds."""
+
+    what: str = field(validator=_not_empty)
+    why: str = ""
+    calls: tuple[str, ...] = field(validator=_not_empty)
+    when: tuple[Condition, ...] = ()
+
+
+@frozen(kw_only=True)
+class Refuse:
+    """Calls that are denied, where every condition holds, whatever is allowed elsewhere."""
+
+    what: str = field(validator=_not_empty)
+    why: str = ""
+    calls: tuple[str, ...] = field(validator=_not_empty)
+    when: tuple[Condition, ...] = ()
+    error: Literal["EPERM", "ENOSYS"] = "EPERM"
+    quiet: bool = False
+
+
+@frozen(kw_only=True)
+class Profile:
+    """A whole profile."""
+
+    log: bool = True
+    newest_call: int = field(validator=within(FIRST_COMMON_NUMBER, (1 << 16) - 1))
+    numbers: dict[str, int] = field(factory=dict, validator=_numbers)
+    allow: tuple[Allow, ...] = field(validator=_not_empty)
+    refuse: tuple[Refuse, ...] = ()
+
+
+def parse(text: str, name: str) -> Profile:
+    """The profile in `text`, which stands in the file `name`.
+
+    Raises ConfigError that names the file and every fault, each by its rule.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise unusable(name, [f"it is not TOML: {error}"]) from None
+    profile, faults = faults_of(Profile, data)
+    if profile is None:
+        raise unusable(name, [_with_rule(data, fault) for fault in faults])
+    faults = tuple(_faults_between(profile))
+    if faults:
+        raise unusable(name, faults)
+    return profile
+
+
+def unusable(name: str, faults: Sequence[str]) -> ConfigError:
+    """The error for the profile in the file `name` that has `faults`."""
+    return ConfigError(
+        f"cannot use the system-call profile {name}: {'; '.join(faults)}",
+        remedy="correct it (etc/seccomp.toml explains every key), or unset sandbox.seccomp_profile",
+        data={"faults": list(faults)},
+    )
+
+
+def _with_rule(data: object, fault: str) -> str:
+    """The fault with the name of the rule beside its number: `allow[3] "signals".calls: …`."""
+    kind, bracket, rest = fault.partition("[")
+    number, _, _ = rest.partition("]")
+    if not bracket or not number.isdigit() or not isinstance(data, dict):
+        return fault
+    try:
+        what = data[kind][int(number)]["what"]
+    except (KeyError, IndexError, TypeError):
+        return fault
+    return fault.replace("]", f'] "{what}"', 1)
+
+
+def _faults_between(profile: Profile) -> Iterator[str]:
+    """What is wrong though each rule on its own is right."""
+    whole = {call: rule.what for rule in profile.allow if not rule.when for call in rule.calls}
+    seen: dict[str, str] = {}
+    for rule in profile.refuse:
+        for call in rule.calls:
+            if not rule.when and call in whole:
+                yield (
+                    f'the rule "{rule.what}" refuses {call}, which the rule "{whole[call]}" '
+                    "allows: remove it from one of them"
+                )
+            if call in seen and not rule.when:
+                yield f'{call} is refused twice, by the rules "{seen[call]}" and "{rule.what}"'
+            seen[call] = rule.what
+            if rule.when and rule.quiet:
+                yield f'the rule "{rule.what}" cannot be quiet: only one without conditions can'
+    allowed = {call for rule in profile.allow for call in rule.calls}
+    missing = sorted(NEEDED_TO_START - allowed)
+    if missing:
+        yield f"no rule allows {', '.join(missing)}, without which no job can be started"
