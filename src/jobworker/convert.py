@@ -6,8 +6,8 @@ arguments of a job that is a security hole, so one hardened converter serves the
 - exact types: an int is an int (True is not), a float may be written as an int, a string is a
   string of Unicode scalar values (no lone surrogates), a list never comes from a string;
 - unknown keys are refused, and every fault is reported with the path of its value;
-- JSON (RFC 8259) without duplicate keys, without NaN and Infinity, and not nested beyond
-  what the parser's own stack allows.
+- JSON (RFC 8259) without duplicate keys, without NaN and Infinity, of bounded depth and number
+  of values.
 
 The module knows no class of the project: whoever has bounds to check states them as attrs
 validators, which raise ValueError or TypeError.
@@ -15,6 +15,7 @@ validators, which raise ValueError or TypeError.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import Enum
@@ -29,6 +30,10 @@ from jobworker.errors import InvalidParams, MalformedJSON
 T = TypeVar("T")
 
 MAX_REPORTED_FAULTS = 20
+MAX_DEPTH = 32
+"""Levels of lists and objects in one message: the deepest that the protocol knows has six."""
+MAX_VALUES = 100_000
+"""Values in one message: several times what a job may have of arguments and variables."""
 
 
 def _exact_int(value: object, _: object) -> int:
@@ -109,6 +114,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(bool, _exact_bool)
     converter.register_structure_hook(str, _exact_str)
     converter.register_structure_hook(datetime, _datetime)
+    converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)
     converter.register_structure_hook_func(
         lambda cls: isinstance(cls, type) and issubclass(cls, Enum), _enum
     )
@@ -218,28 +224,43 @@ def _describe(fault: BaseException, _: type | None) -> str:
 _converter = _make_converter()
 
 
+def _made_or_faults(cls: type[T], value: object) -> tuple[T | None, list[tuple[str, str]]]:
+    """The object, or None and at most `MAX_REPORTED_FAULTS` faults: path, and what is wrong."""
+    try:
+        return _converter.structure(value, cls), []
+    except (cattrs.BaseValidationError, TypeError, ValueError, KeyError) as error:
+        faults = []
+        for line in cattrs.transform_error(error, path="", format_exception=_describe):
+            what, _, path = line.rpartition(" @ ")
+            faults.append((path.lstrip("."), what))
+        return None, faults[:MAX_REPORTED_FAULTS]
+
+
+def _told(path: str, what: str) -> str:
+    return f"{path}: {what}" if path else what
+
+
 def faults_of(cls: type[T], value: object) -> tuple[T | None, tuple[str, ...]]:
     """Make a `cls` of plain `value`: the object and no faults, or None and the faults.
 
     Each fault is "path: what is wrong", at most `MAX_REPORTED_FAULTS` of them; the path is in
     dots and brackets below the value, such as `limits.cpu_percent`.
     """
-    try:
-        return _converter.structure(value, cls), ()
-    except (cattrs.BaseValidationError, TypeError, ValueError, KeyError) as error:
-        faults = []
-        for line in cattrs.transform_error(error, path="", format_exception=_describe):
-            what, _, path = line.rpartition(" @ ")
-            path = path.lstrip(".")
-            faults.append(f"{path}: {what}" if path else what)
-        return None, tuple(faults[:MAX_REPORTED_FAULTS])
+    made, faults = _made_or_faults(cls, value)
+    return made, tuple(_told(*fault) for fault in faults)
 
 
 def structure(cls: type[T], value: object) -> T:
-    """Make a `cls` of plain `value`; raises InvalidParams with the path of every fault."""
-    made, faults = faults_of(cls, value)
+    """Make a `cls` of plain `value`; raises InvalidParams with the path of every fault.
+
+    Its `data["faults"]` are objects of `path` ("" for the value as a whole) and `problem`.
+    """
+    made, faults = _made_or_faults(cls, value)
     if faults or made is None:
-        raise InvalidParams("; ".join(faults), data={"faults": list(faults)})
+        raise InvalidParams(
+            "; ".join(_told(*fault) for fault in faults),
+            data={"faults": [{"path": path, "problem": what} for path, what in faults]},
+        )
     return made
 
 
@@ -272,10 +293,39 @@ _decoder = json.JSONDecoder(
     object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
 )
 
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_BRACKET = re.compile(r"[\[{\]}]")
 
-def loads(text: str) -> object:
-    """Parse one JSON text; raises MalformedJSON that says where it is none."""
+
+def _check_shape(text: str) -> None:
+    """Raise ValueError for what is nested deeper, or holds more values, than is taken.
+
+    Before parsing, since making millions of objects of a few megabytes stalls everyone else.
+    Strings are taken out first, by one pass that cannot backtrack; one that does not end (the
+    parser will say so) reaches to the end of the text. A text with few brackets and commas, as
+    nearly all have, is not looked at further.
+    """
+    brackets = text.count("[") + text.count("{")
+    if brackets <= MAX_DEPTH and brackets + text.count(",") <= MAX_VALUES:
+        return
+    bare = _STRING.sub("", text)
+    if bare.count("[") + bare.count("{") + bare.count(",") > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    depth = 0
+    for bracket in _BRACKET.finditer(bare):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def loads(text: str, *, bounded: bool = False) -> object:
+    """Parse one JSON text; raises MalformedJSON that says where it is none.
+
+    `bounded` takes at most `MAX_DEPTH` levels and `MAX_VALUES` values: for what strangers send.
+    """
     try:
+        if bounded:
+            _check_shape(text)
         return _decoder.decode(text)
     except RecursionError:
         raise MalformedJSON("cannot read the message: it is nested too deeply") from None

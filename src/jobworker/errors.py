@@ -91,6 +91,13 @@ class TooLarge(JobworkerError):
     name = "too_large"
 
 
+class MessageTooLarge(TooLarge):
+    """A message beyond the bound on its size; the connection is closed with code 1009."""
+
+    code = 1014
+    name = "message_too_large"
+
+
 class PermissionDenied(JobworkerError):
     """The caller's role does not hold the operation."""
 
@@ -115,11 +122,68 @@ class Busy(JobworkerError):
     name = "busy"
 
 
+class TooManyConnections(Busy):
+    """The service, or this certificate, has as many connections as the limits allow."""
+
+    code = 1006
+    name = "too_many_connections"
+
+
+class TooManyRequests(Busy):
+    """This connection has as many requests in flight as the limits allow."""
+
+    code = 1007
+    name = "too_many_requests"
+
+
+class TooManyFollows(Busy):
+    """This connection follows as many outputs as the limits allow."""
+
+    code = 1008
+    name = "too_many_follows"
+
+
+class TooManyFailures(Busy):
+    """Too many handshakes from this address have failed within the last minute."""
+
+    code = 1009
+    name = "too_many_failures"
+
+
 class ShuttingDown(Busy):
     """The service is on its way out and takes no new work."""
 
     code = 1005
     name = "shutting_down"
+
+
+class TooSlow(JobworkerError):
+    """The client did not say, take or answer in time what it had to; its connection is closed."""
+
+    code = 1015
+    exit_code = 69
+    name = "too_slow"
+
+
+class HandshakeTooSlow(TooSlow):
+    """TLS handshake and HTTP request took longer than the limits allow."""
+
+    code = 1016
+    name = "handshake_too_slow"
+
+
+class PingUnanswered(TooSlow):
+    """The client did not answer a ping within the limits."""
+
+    code = 1017
+    name = "ping_unanswered"
+
+
+class SendStalled(TooSlow):
+    """The client took none of what was sent to it for longer than the limits allow."""
+
+    code = 1018
+    name = "send_stalled"
 
 
 # --- starting a job -------------------------------------------------------------------------

@@ -68,6 +68,12 @@ class Wire:
         assert isinstance(result, dict)
         return result
 
+    async def notify(self, method: str, /, **params: object) -> None:
+        """Send a notification."""
+        await self.socket.send_message(
+            json.dumps({"jsonrpc": "2.0", "method": method, "params": params})
+        )
+
     def notes(self, subscription: object) -> trio.MemoryReceiveChannel[Json]:
         """The notifications of a subscription, those that have come already included."""
         send, receive = trio.open_memory_channel[Json](1_000_000)

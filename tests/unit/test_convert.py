@@ -144,7 +144,11 @@ def test_faults_are_capped_in_number() -> None:
 def test_structure_raises_every_fault_in_words_and_as_data() -> None:
     with pytest.raises(InvalidParams) as caught:
         structure(Sample, {"number": "x", "flag": 1})
-    assert caught.value.data["faults"] == caught.value.message.split("; ")
+    told = caught.value.data["faults"]
+    assert isinstance(told, list)
+    assert [f"{fault['path']}: {fault['problem']}" for fault in told] == (
+        caught.value.message.split("; ")
+    )
     assert len(caught.value.message.split("; ")) == 2
 
 
@@ -251,3 +255,38 @@ def test_json_comes_back_as_it_was_in_one_line(value: object) -> None:
         return
     assert "\n" not in text
     assert loads(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 33 + "]" * 33, "nested deeper than 32 levels"),
+        ('{"a":' * 33 + "1" + "}" * 33, "nested deeper than 32 levels"),
+        ("[" * 4_000_000, "more than 100000 values"),
+        ("[" + "1," * 100_000 + "1]", "more than 100000 values"),
+        ("[" + "[]," * 60_000 + "[]]", "more than 100000 values"),
+        ('"' + '\\"' * 100_000 + "[" * 100, "Unterminated string"),
+        ("[" * 40 + '"' + '\\"' * 100_000, "nested deeper"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_shape_that_strangers_may_not_send_is_refused_before_it_is_parsed(
+    text: str, told: str
+) -> None:
+    with pytest.raises(MalformedJSON, match=told):
+        loads(text, bounded=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[{" * 1000 + "," * 200_000 + '"\\',
+        ["x" * 100, "[" * 100, '"[' * 50],
+        list(range(99_000)),
+        {"a": [[]] * 40_000},
+        [[[[[[[[["\\"]]]]]]]]],
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_stands_in_strings_counts_for_nothing(value: object) -> None:
+    assert loads(dumps(value), bounded=True) == value

@@ -30,7 +30,7 @@ from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import State
 from jobworker.pki.tls import client_context
 from jobworker.protocol import messages as m
-from jobworker.protocol.session import ClientSession, Output, Reply
+from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 
 CONNECT_SECONDS = 10.0
 
@@ -59,7 +59,7 @@ class Client:
 
     _connection: Connection
     _session: ClientSession = field(factory=ClientSession, init=False)
-    _pending: dict[str | int, _Pending] = field(factory=dict, init=False)
+    _pending: dict[CallId, _Pending] = field(factory=dict, init=False)
     _inboxes: dict[int, Inbox] = field(factory=dict, init=False)
     _highest_subscription: int = field(default=0, init=False)
     _lost: JobworkerError | None = field(default=None, init=False)

@@ -1,9 +1,39 @@
-"""Validators for numbers: what is out of bounds is told with the bounds."""
+"""Validators for values: what is out of bounds is told with the bounds, and can be documented.
 
-from collections.abc import Callable
-from typing import TypeVar
+Each has a `schema`: the bounds in the words of JSON Schema (2020-12), from which the protocol's
+documents are made, so that a bound is stated once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+from attrs import field, frozen
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+
+@frozen
+class Documented(Generic[T_contra]):
+    """A validator and what it demands."""
+
+    _check: Callable[[object, object, T_contra], None]
+    schema: Mapping[str, object] = field(hash=False)
+
+    def __call__(self, instance: object, attribute: object, value: T_contra) -> None:
+        """See attrs' validators."""
+        self._check(instance, attribute, value)
+
+
+def states(
+    **schema: object,
+) -> Callable[[Callable[[object, object, T], None]], Callable[[object, object, T], None]]:
+    """Document a validator by the keywords of JSON Schema that say the same, as far as they can."""
+
+    def document(check: Callable[[object, object, T], None]) -> Callable[[object, object, T], None]:
+        return Documented(check, schema)
+
+    return document
 
 
 def within(
@@ -11,10 +41,13 @@ def within(
 ) -> Callable[[object, object, T], None]:
     """A validator for None and numbers from `low` to `high` (and 0, where that is "no limit")."""
     words = f"0 (no limit) or from {low} to {high}" if or_zero else f"from {low} to {high}"
+    bounds: dict[str, object] = {"minimum": low, "maximum": high}
+    schema = {"anyOf": [{"const": 0}, bounds]} if or_zero and low > 0 else bounds
 
     def check(_: object, __: object, value: T) -> None:
         if not isinstance(value, int | float) or low <= value <= high or (or_zero and value == 0):
             return
         raise ValueError(f"must be {words}, not {value}")
 
-    return check
+    # mypy cannot see that the class is as general as the function in it.
+    return Documented(check, schema)  # type: ignore[return-value]

@@ -15,7 +15,7 @@ import attrs
 from attrs import field, frozen
 
 from jobworker.errors import InvalidParams, TooLarge
-from jobworker.model.bounds import within
+from jobworker.model.bounds import states, within
 from jobworker.model.lifecycle import TERMINAL, Reason, State
 
 JobId = NewType("JobId", int)
@@ -81,6 +81,7 @@ def _text(what: str, value: str) -> None:
         raise ValueError(f"{what} has {size} bytes; the kernel takes {MAX_ARGUMENT_BYTES}")
 
 
+@states(minItems=1, maxItems=MAX_ARGUMENTS, items={"maxLength": MAX_ARGUMENT_BYTES})
 def _check_command(_: object, __: object, value: tuple[str, ...]) -> None:
     if not value or not value[0]:
         raise ValueError("is empty: name the program to run")
@@ -90,6 +91,7 @@ def _check_command(_: object, __: object, value: tuple[str, ...]) -> None:
         _text(f"argument {number}", argument)
 
 
+@states(propertyNames={"pattern": f"^{_VARIABLE.pattern}$"})
 def _check_environment(_: object, __: object, value: Mapping[str, str]) -> None:
     for name, content in value.items():
         if not _VARIABLE.fullmatch(name):
@@ -97,12 +99,14 @@ def _check_environment(_: object, __: object, value: Mapping[str, str]) -> None:
         _text(f"the variable {name}", f"{name}={content}")
 
 
+@states(pattern="^(/|$)", maxLength=MAX_ARGUMENT_BYTES)
 def _check_workdir(_: object, __: object, value: str) -> None:
     _text("the path", value)
     if value and not value.startswith("/"):
         raise ValueError(f"must be an absolute path inside the job's root, not {value!r}")
 
 
+@states(maxLength=MAX_NAME_LENGTH)
 def _check_name(_: object, __: object, value: str) -> None:
     if len(value) > MAX_NAME_LENGTH or not value.isprintable():
         raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")

@@ -24,6 +24,8 @@ class Encoding(Enum):
 
     BASE64 = "base64"
     """In `job.output` notifications, as base64 (RFC 4648) in `data`."""
+    TEXT = "text"
+    """In `job.output` notifications, as text in `text`: UTF-8, with U+FFFD for what is none."""
     BINARY = "binary"
     """In binary messages: the notification without `data` as one line of JSON, then the bytes."""
 
@@ -126,6 +128,16 @@ class SubscriptionParams:
 @frozen(kw_only=True)
 class Nothing:
     """No parameters, or nothing to tell."""
+
+
+@frozen(kw_only=True)
+class Discovery:
+    """An OpenRPC document: methods, notifications, errors, and the schemas of all of them."""
+
+    openrpc: str
+    info: Mapping[str, object]
+    methods: tuple[Mapping[str, object], ...]
+    components: Mapping[str, object]
 
 
 @frozen(kw_only=True)

@@ -38,6 +38,25 @@ _ROWS = (
     Method("job.log", m.LogParams, m.LogResult, Permission.VIEW, "Subscribe to a job's output"),
     Method("job.credit", m.CreditParams, m.Nothing, Permission.VIEW, "Allow more output"),
     Method("job.unfollow", m.SubscriptionParams, m.Nothing, Permission.VIEW, "End a subscription"),
+    Method("rpc.discover", m.Nothing, m.Discovery, Permission.VIEW, "Describe this protocol"),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+@frozen
+class Notification:
+    """What the server sends unasked, by the subscription that it belongs to."""
+
+    name: str
+    params: type
+    summary: str
+
+
+NOTIFICATIONS: dict[str, Notification] = {
+    row.name: row
+    for row in (
+        Notification(OUTPUT, m.OutputHeader, "A piece of output, and its bytes or text"),
+        Notification(OUTPUT_END, m.OutputEnd, "The end of a subscription"),
+    )
+}

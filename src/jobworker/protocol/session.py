@@ -4,8 +4,13 @@ One message is one JSON-RPC object, in a WebSocket text message; output may trav
 messages instead (`Encoding.BINARY`). Of what the standard leaves open:
 
 - parameters are objects, never lists; an absent `params` is an empty object;
-- an id is a string of up to 128 characters or an integer, and not one that is in flight;
-- a batch is refused, since replies here come in the order in which they are ready;
+- an id is a printable string of up to 128 characters, a number within 64 bits or null, and not
+  one that is in flight; the standard advises against fractions and null, and we take them, since
+  it allows them;
+- a notification is never answered: a method that does not exist, or parameters that are wrong,
+  are passed over; what is no sound request at all is answered with id null, as the standard has it;
+- a batch is refused as one invalid request: replies here come in the order in which they are
+  ready, so there is nothing to gain from one;
 - unknown members of a request are refused, as unknown parameters are.
 
 The two sides share nothing but these rules. No clock and no socket: what a call means, and when
@@ -20,11 +25,11 @@ from attrs import define, field, frozen
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import (
-    Busy,
     InternalError,
     InvalidParams,
     JobworkerError,
     ProtocolError,
+    TooManyRequests,
     UnknownMethod,
     error_from_wire,
 )
@@ -37,24 +42,27 @@ MAX_IN_FLIGHT = 128
 MAX_ID_LENGTH = 128
 MAX_HEADER_BYTES = 4096
 
-CallId = str | int
+CallId = str | int | float | None
 
 
 @frozen
 class Call:
-    """A request (or a notification, where `id` is None) that is sound so far."""
+    """A request, or a notification, that is sound so far."""
 
-    id: CallId | None
+    id: CallId
     method: Method
     params: object
     """An instance of `method.params`."""
+    answered: bool = True
+    """False for a notification: it gets no reply, whatever comes of it."""
 
 
 @frozen
 class Refusal:
-    """A message to send back at once: what came in was no sound request."""
+    """What came in was no sound request: the message to send back at once, if any."""
 
-    message: str
+    message: str | None
+    """None where the fault is a notification's."""
     error: JobworkerError
 
 
@@ -62,28 +70,32 @@ class Refusal:
 class ServerSession:
     """The server's side of one connection."""
 
-    _in_flight: set[CallId] = field(factory=set)
+    _max_in_flight: int = MAX_IN_FLIGHT
+    _in_flight: set[CallId] = field(factory=set, init=False)
 
     def receive(self, message: str | bytes) -> Call | Refusal:
         """What a message asks for, or the error to send back at once."""
-        id_: CallId | None = None
+        id_: CallId = None
+        answered = True
         try:
-            request = _object(message)
+            request = _object(message, bounded=True)
             if "id" in request:
                 id_ = _checked_id(request["id"])
-            method, params = _checked_request(request)
-            if id_ is not None:
+            name = _checked_envelope(request)
+            answered = "id" in request
+            method, params = _checked_call(name, request.get("params", {}))
+            if answered:
                 self._admit(id_)
         except JobworkerError as error:
-            return Refusal(self._error(id_, error), error)
-        return Call(id_, method, params)
+            return Refusal(self._error(id_, error) if answered else None, error)
+        return Call(id_, method, params, answered)
 
     def _admit(self, id_: CallId) -> None:
         if id_ in self._in_flight:
             raise ProtocolError(f"cannot take the request: its id {id_!r} is in flight")
-        if len(self._in_flight) >= MAX_IN_FLIGHT:
-            raise Busy(
-                f"cannot take the request: {MAX_IN_FLIGHT} are in flight on this connection",
+        if len(self._in_flight) >= self._max_in_flight:
+            raise TooManyRequests(
+                f"cannot take the request: {self._max_in_flight} are in flight on this connection",
                 remedy="wait for replies, or open another connection",
             )
         self._in_flight.add(id_)
@@ -98,7 +110,7 @@ class ServerSession:
         self._in_flight.discard(id_)
         return self._error(id_, error)
 
-    def _error(self, id_: CallId | None, error: JobworkerError) -> str:
+    def _error(self, id_: CallId, error: JobworkerError) -> str:
         data: dict[str, object] = {"name": error.name, **error.data}
         if error.remedy:
             data["remedy"] = error.remedy
@@ -197,10 +209,10 @@ class ClientSession:
         return Reply(id_, result, error)
 
 
-def _object(message: str | bytes) -> dict[str, object]:
+def _object(message: str | bytes, *, bounded: bool = False) -> dict[str, object]:
     if isinstance(message, bytes):
         raise ProtocolError("cannot take a binary message: requests are text")
-    body = loads(message)
+    body = loads(message, bounded=bounded)
     if isinstance(body, list):
         raise ProtocolError("cannot take a batch: send each request as a message of its own")
     if not isinstance(body, dict):
@@ -209,22 +221,34 @@ def _object(message: str | bytes) -> dict[str, object]:
 
 
 def _checked_id(value: object) -> CallId:
-    if type(value) is int and abs(value) < 1 << 63:
+    if value is None:
+        return None
+    if isinstance(value, int | float) and type(value) is not bool and abs(value) < 1 << 63:
         return value
     if type(value) is str and len(value) <= MAX_ID_LENGTH and value.isprintable():
         return value
-    raise ProtocolError("cannot take the request: its id is no short string and no integer")
+    raise ProtocolError(
+        "cannot take the request: its id is no printable string of up to "
+        f"{MAX_ID_LENGTH} characters, no number within 64 bits and not null"
+    )
 
 
-def _checked_request(request: Mapping[str, object]) -> tuple[Method, object]:
+def _checked_envelope(request: Mapping[str, object]) -> str:
+    """The name of the method that a sound request or notification calls."""
     if request.get("jsonrpc") != "2.0":
         raise ProtocolError('cannot take the request: "jsonrpc" is not "2.0"')
-    extra = request.keys() - {"jsonrpc", "id", "method", "params"}
-    if extra:
-        raise ProtocolError(f"cannot take the request: unknown member {min(extra)!r}")
     name = request.get("method")
     if not isinstance(name, str):
         raise ProtocolError('cannot take the request: "method" is no string')
+    extra = request.keys() - {"jsonrpc", "id", "method", "params"}
+    if extra:
+        raise ProtocolError(f"cannot take the request: unknown member {min(extra)!r}")
+    if not isinstance(request.get("params", {}), dict | list):
+        raise ProtocolError('cannot take the request: "params" is no object')
+    return name
+
+
+def _checked_call(name: str, params: object) -> tuple[Method, object]:
     method = METHODS.get(name)
     if method is None:
         raise UnknownMethod(
@@ -232,7 +256,7 @@ def _checked_request(request: Mapping[str, object]) -> tuple[Method, object]:
             remedy="the methods are " + ", ".join(sorted(METHODS)),
         )
     try:
-        return method, structure(method.params, request.get("params", {}))
+        return method, structure(method.params, params)
     except InvalidParams as error:
         raise InvalidParams(f"cannot call {name}: {error.message}", data=error.data) from None
 

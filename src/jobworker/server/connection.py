@@ -177,7 +177,8 @@ class _Connection:
                         message = await self._socket.get_message()
                         received = self._session.receive(message)
                         if isinstance(received, Refusal):
-                            await self._send(received.message)
+                            if received.message is not None:
+                                await self._send(received.message)
                             continue
                         while self._answering >= MAX_IN_FLIGHT:  # notifications, say
                             self._answered = trio.Event()
@@ -202,20 +203,20 @@ class _Connection:
         try:
             result = await operations.call(self._context, caller, call.method, call.params)
         except JobworkerError as error:
-            if call.id is not None:
+            if call.answered:
                 await self._send(self._session.error(call.id, error))
             return None
         except Exception:
             incident = secrets.token_hex(4)
             log.exception("incident %s: %s", incident, call.method.name)
-            if call.id is not None:
+            if call.answered:
                 fault = InternalError(
                     f"cannot serve {call.method.name}: an internal fault (incident {incident})",
                     remedy="give the incident's number to who runs the service",
                 )
                 await self._send(self._session.error(call.id, fault))
             return None
-        if call.id is not None:
+        if call.answered:
             await self._send(self._session.result(call.id, result))
         subscription = getattr(result, "subscription", None)
         return subscription if isinstance(subscription, int) else None

@@ -19,6 +19,7 @@ from jobworker.model.job import JobRecord, Limits, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
+from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.sandbox.host import HostFacts
 from jobworker.server.subscriptions import Subscriptions
@@ -140,6 +141,15 @@ async def _unfollow(_: Context, caller: Caller, params: m.SubscriptionParams) ->
     return m.Nothing()
 
 
+# Made while the sources can be read: later the service may be a user that cannot.
+_DISCOVERY = describe(jobworker.__version__)
+
+
+async def _discover(_: Context, __: Caller, ___: m.Nothing) -> m.Discovery:
+    await trio.lowlevel.checkpoint()
+    return _DISCOVERY
+
+
 _Operation = Callable[[Context, Caller, object], Awaitable[object]]
 
 OPERATIONS: dict[str, _Operation] = {
@@ -154,5 +164,6 @@ OPERATIONS: dict[str, _Operation] = {
         "job.log": _log,
         "job.credit": _credit,
         "job.unfollow": _unfollow,
+        "rpc.discover": _discover,
     }.items()
 }

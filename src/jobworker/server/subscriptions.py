@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 import trio
 from attrs import define, field
 
-from jobworker.errors import Busy, InvalidParams, JobworkerError
+from jobworker.errors import InvalidParams, JobworkerError, TooManyFollows
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_index import CHUNK_BYTES, Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end
+from jobworker.protocol.text_output import TextOutput
 
 MAX_SUBSCRIPTIONS = 256
 
@@ -33,12 +34,13 @@ class Subscription:
     number: int
     job: JobId
     follower: Follower
-    binary: bool
+    encoding: Encoding
     until: int | None
     """Where to end, for who wants only what there is; None goes on to the job's last byte."""
     _credit: int | None
     _granted: trio.Event = field(factory=trio.Event)
     scope: trio.CancelScope = field(factory=trio.CancelScope)
+    text: TextOutput = field(factory=TextOutput)
 
     def grant(self, count: int) -> None:
         """Allow `count` bytes more."""
@@ -72,10 +74,10 @@ class Subscriptions:
     def open(
         self, job: JobId, follower: Follower, delivery: Delivery, until: int | None
     ) -> Subscription:
-        """Take charge of a follower; nothing is sent before `run`. Raises Busy."""
+        """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
         if len(self._open) >= MAX_SUBSCRIPTIONS:
             follower.close()
-            raise Busy(
+            raise TooManyFollows(
                 f"cannot subscribe: this connection has {MAX_SUBSCRIPTIONS} subscriptions",
                 remedy="end some of them, or open another connection",
             )
@@ -84,7 +86,7 @@ class Subscriptions:
             number=self._last,
             job=job,
             follower=follower,
-            binary=delivery.encoding is Encoding.BINARY,
+            encoding=delivery.encoding,
             until=until,
             credit=delivery.credit_bytes,
         )
@@ -140,6 +142,8 @@ class Subscriptions:
                 if chunk is None:
                     break
                 await self._send_within_credit(subscription, chunk)
+            for message in subscription.text.flush(follower.offset):
+                await self._send(message)
         except JobworkerError as error:
             return {"name": error.name, "message": str(error)}
         return None
@@ -156,5 +160,11 @@ class Subscriptions:
                 offset=chunk.offset + sent,
                 time=datetime.fromtimestamp(chunk.time_ns / 1e9, UTC),
             )
-            await self._send(encode_output(header, piece, binary=subscription.binary))
+            await self._send(_encoded(subscription, header, piece))
             sent += len(piece)
+
+
+def _encoded(subscription: Subscription, header: OutputHeader, data: bytes) -> str | bytes:
+    if subscription.encoding is Encoding.TEXT:
+        return subscription.text.encode(header, data)
+    return encode_output(header, data, binary=subscription.encoding is Encoding.BINARY)

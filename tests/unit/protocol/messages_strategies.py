@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from jobworker.model.job import Stream
 from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
+from jobworker.protocol.discovery import describe
 
 from ..strategies import counts, ids, records, seconds, specs, texts, times
 
@@ -40,6 +41,7 @@ PARAMS: dict[str, st.SearchStrategy[object]] = {
     ),
     "job.credit": st.builds(m.CreditParams, subscription=_numbers, bytes=_credit),
     "job.unfollow": st.builds(m.SubscriptionParams, subscription=_numbers),
+    "rpc.discover": _nothing,
 }
 
 RESULTS: dict[str, st.SearchStrategy[object]] = {
@@ -52,6 +54,7 @@ RESULTS: dict[str, st.SearchStrategy[object]] = {
     "job.log": st.builds(m.LogResult, subscription=_numbers),
     "job.credit": _nothing,
     "job.unfollow": _nothing,
+    "rpc.discover": st.just(describe("1.0")),
 }
 
 headers = st.builds(
