@@ -8,11 +8,13 @@ where a number belongs. Paths that are relative are taken from the file's own di
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from attrs import evolve, field, frozen
 
+from jobworker.config_roles import RoleSettings, check_names
 from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
 from jobworker.model.bounds import within
@@ -176,6 +178,7 @@ class Settings:
     cgroup: CgroupSettings = CgroupSettings()
     sandbox: SandboxSettings = SandboxSettings()
     logging: LoggingSettings = LoggingSettings()
+    roles: Mapping[str, RoleSettings] = field(factory=dict, validator=check_names)
 
 
 def load(path: Path) -> Settings:

@@ -4,7 +4,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,19 +67,16 @@ def left_behind(directory: Path) -> list[str]:
     return left
 
 
-@pytest.fixture(scope="session")
-def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
-    """A running service; at the end nothing of it may be left."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: namespaces and control groups")
-    directory = open_directory()
+@contextmanager
+def running(directory: Path, extra: Mapping[str, Mapping[str, object]]) -> Iterator[Embedded]:
+    """A service in `directory` while the block lasts; at the end nothing of it may be left."""
     ready, stop = threading.Event(), trio.Event()
-    running: list[tuple[Embedded, trio.lowlevel.TrioToken]] = []
+    held: list[tuple[Embedded, trio.lowlevel.TrioToken]] = []
     faults: list[BaseException] = []
 
     async def hold() -> None:
-        async with open_embedded(directory, {"worker": {"max_concurrent_jobs": 60}}) as made:
-            running.append((made, trio.lowlevel.current_trio_token()))
+        async with open_embedded(directory, extra) as made:
+            held.append((made, trio.lowlevel.current_trio_token()))
             ready.set()
             await stop.wait()
 
@@ -95,11 +93,20 @@ def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
     ready.wait()
     if faults:
         raise faults[0]
-    yield running[0][0]
-    trio.from_thread.run_sync(stop.set, trio_token=running[0][1])
+    yield held[0][0]
+    trio.from_thread.run_sync(stop.set, trio_token=held[0][1])
     thread.join()
     assert not faults
     assert left_behind(directory) == []
+
+
+@pytest.fixture(scope="session")
+def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A running service, one for the whole run."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+    with running(open_directory(), {"worker": {"max_concurrent_jobs": 60}}) as made:
+        yield made
 
 
 @pytest.fixture

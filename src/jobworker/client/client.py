@@ -143,8 +143,7 @@ class Client:
             for job in await client.list(states=[State.RUNNING]):
                 print(job.id, job.spec.command)
         """
-        end = None if before is None else JobId(before)
-        params = m.ListParams(states=tuple(states), limit=limit, before=end)
+        params = m.ListParams(states=tuple(states), limit=limit, before=before)
         return (await self._call("job.list", params, m.ListResult)).jobs
 
     async def log(

@@ -13,6 +13,7 @@ WAL-reset fault (fixed in 3.51.3).
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from attrs import Factory, define, evolve
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
+from jobworker.jobs.schema import migrate
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import LIVE, Event, Reason, State, advance
 
@@ -31,19 +33,6 @@ T = TypeVar("T")
 
 MAX_PAGE_BYTES = 2 << 20
 """Where a page of records ends early: a command line may have a megabyte."""
-
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    state TEXT NOT NULL,
-    owner TEXT NOT NULL,
-    created_at TEXT NOT NULL,
-    record TEXT NOT NULL -- the JobRecord as JSON
-);
-CREATE INDEX jobs_by_state ON jobs (state, id);
-PRAGMA user_version = 1;
-"""
 
 
 @define(eq=False)
@@ -73,29 +62,24 @@ class History:
 
         Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
         """
-        try:
-            connection = apsw.Connection(str(path))
-            connection.pragma("journal_mode", "wal")
-            connection.pragma("synchronous", "full")
-            version = connection.pragma("user_version")
-            if version == 0:
-                connection.execute(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT")
-            elif version != SCHEMA_VERSION:
+        with ExitStack() as undo:
+            try:
+                connection = apsw.Connection(str(path))
+                undo.callback(connection.close)
+                connection.pragma("journal_mode", "wal")
+                connection.pragma("synchronous", "full")
+                migrate(connection, path)
+                last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
+                history = cls(connection, int(last or 0) + 1)
+                lost = history._select(states=LIVE, owner=None, limit=-1, before=None)
+                history._commit([_close_as_lost(record, now) for record in lost])
+                history.lost = tuple(record.id for record in lost)
+            except (apsw.Error, OSError) as error:
                 raise ConfigError(
-                    f"cannot use the history {path}: its schema has version {version}, "
-                    f"this service knows version {SCHEMA_VERSION}",
-                    remedy="run the version of jobworker that wrote it, or a newer one",
-                )
-            last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
-            history = cls(connection, int(last or 0) + 1)
-            lost = history._select(states=LIVE, limit=-1, before=None)
-            history._commit([_close_as_lost(record, now) for record in lost])
-            history.lost = tuple(record.id for record in lost)
-        except (apsw.Error, OSError) as error:
-            raise ConfigError(
-                f"cannot open the history {path}: {error}",
-                remedy="check worker.state_dir in the configuration, its owner and free space",
-            ) from error
+                    f"cannot open the history {path}: {error}",
+                    remedy="check worker.state_dir in the configuration, its owner and free space",
+                ) from error
+            undo.pop_all()
         return history
 
     def close(self) -> None:
@@ -155,13 +139,19 @@ class History:
         return found[0] if found else None
 
     async def latest(
-        self, *, states: Collection[State] = frozenset(State), limit: int, before: int | None = None
+        self,
+        *,
+        states: Collection[State] = frozenset(State),
+        owner: str | None = None,
+        limit: int,
+        before: int | None = None,
     ) -> list[JobRecord]:
         """At most `limit` records in `states` with ids below `before`, newest first.
 
-        Fewer, but at least one of those that there are, where they exceed `MAX_PAGE_BYTES`.
+        Those of `owner` alone, where one is given. Fewer, but at least one of those that there are,
+        where they exceed `MAX_PAGE_BYTES`.
         """
-        select = partial(self._select, states=states, limit=limit, before=before)
+        select = partial(self._select, states=states, owner=owner, limit=limit, before=before)
         return await self._in_thread(select)
 
     async def _in_thread(self, work: "partial[T]") -> T:
@@ -181,15 +171,16 @@ class History:
             )
 
     def _select(
-        self, *, states: Collection[State], limit: int, before: int | None
+        self, *, states: Collection[State], owner: str | None, limit: int, before: int | None
     ) -> list[JobRecord]:
         marks = ", ".join("?" * len(states))
         query = (
             f"SELECT record FROM jobs WHERE state IN ({marks}) AND id < ? "  # noqa: S608
-            "ORDER BY id DESC LIMIT ?"
+            f"{'' if owner is None else 'AND owner = ? '}ORDER BY id DESC LIMIT ?"
         )
         last = before if before is not None else 1 << 62
-        values = (*(state.value for state in states), last, limit)
+        owners = () if owner is None else (owner,)
+        values = (*(state.value for state in states), last, *owners, limit)
         return self._query(query, values, -1 if limit < 0 else MAX_PAGE_BYTES)
 
     def _query(

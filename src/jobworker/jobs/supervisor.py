@@ -21,12 +21,13 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from jobworker.errors import Busy, JobworkerError, NotFound, ShuttingDown
+from jobworker.errors import Busy, JobworkerError, ShuttingDown
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.spool import Spool
+from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.launch import Link
@@ -158,24 +159,30 @@ class Supervisor:
             return _with_sizes(execution)
         record = await self._history.get(job)
         if record is None:
-            raise NotFound(
-                f"cannot find job {job}: no such job", remedy="see the ids in `worker-cli list`"
-            )
+            raise no_such_job(job)
         return record
 
     async def latest(
-        self, *, states: Collection[State], limit: int, before: int | None
+        self,
+        *,
+        states: Collection[State],
+        owner: str | None = None,
+        limit: int,
+        before: int | None,
     ) -> list[JobRecord]:
         """At most `limit` records in `states` with ids below `before`, newest first.
 
-        A page may end early (`History.latest`); an empty one is the end.
+        Those of `owner` alone, where one is given. A page may end early (`History.latest`); an
+        empty one is the end.
         """
         live = [
             _with_sizes(execution)
             for job, execution in self._live.items()
-            if execution.record.state in states and (before is None or job < before)
+            if execution.record.state in states
+            and owner in (None, execution.record.owner)
+            and (before is None or job < before)
         ]
-        stored = await self._history.latest(states=states, limit=limit, before=before)
+        stored = await self._history.latest(states=states, owner=owner, limit=limit, before=before)
         if stored:  # a page that ended early must not pass over any: see below its last
             live = [record for record in live if record.id >= stored[-1].id]
         known = {record.id for record in live} | set(self._live)

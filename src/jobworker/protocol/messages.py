@@ -79,8 +79,8 @@ class ListParams:
     states: tuple[State, ...] = ()
     """Only jobs in these; empty stands for all."""
     limit: int = field(default=100, validator=within(1, MAX_LIST))
-    before: JobId | None = field(default=None, validator=within(1, MAX_OFFSET))
-    """Only jobs with smaller ids: the smallest id of the page before."""
+    before: int | None = field(default=None, validator=within(1, MAX_OFFSET))
+    """Only jobs with smaller ids: the smallest id of the page before. No JobId: it names no job."""
 
 
 @frozen(kw_only=True)

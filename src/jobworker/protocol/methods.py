@@ -35,7 +35,7 @@ _ROWS = (
     Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
     Method("job.wait", m.JobParams, JobRecord, Permission.VIEW, "Answer at the job's end"),
     Method("job.stop", m.StopParams, JobRecord, Permission.STOP, "Stop a job, answer at its end"),
-    Method("job.log", m.LogParams, m.LogResult, Permission.VIEW, "Subscribe to a job's output"),
+    Method("job.log", m.LogParams, m.LogResult, Permission.LOG, "Subscribe to a job's output"),
     Method("job.credit", m.CreditParams, m.Nothing, Permission.VIEW, "Allow more output"),
     Method("job.unfollow", m.SubscriptionParams, m.Nothing, Permission.VIEW, "End a subscription"),
     Method("rpc.discover", m.Nothing, m.Discovery, Permission.VIEW, "Describe this protocol"),

@@ -30,6 +30,7 @@ from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import MAX_IN_FLIGHT, Call, Refusal, ServerSession
 from jobworker.server import operations
+from jobworker.server.gate import Caller
 from jobworker.server.http_head import (
     CLOSE_SECONDS,
     PrefixStream,
@@ -64,7 +65,7 @@ async def serve_connection(
                 return
             raw, head = await read_head(stream)
             try:
-                who = admit(stream, head)
+                who = admit(stream, head, context.gate.roles)
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
                 await reply(stream, head.connection, refused)
@@ -165,7 +166,7 @@ class _Connection:
     _answered: trio.Event = field(factory=trio.Event)
 
     def __attrs_post_init__(self) -> None:
-        show = partial(operations.shown_to, self._who)
+        show = partial(self._context.gate.shown, self._who)
         self._subscriptions = Subscriptions(self._context.supervisor, self._send, show)
 
     async def serve(self) -> None:
@@ -199,7 +200,9 @@ class _Connection:
 
     async def _answer(self, call: Call) -> int | None:
         """Call and reply: the number of the subscription that was opened, if any."""
-        caller = operations.Caller(identity=self._who, subscriptions=self._subscriptions)
+        caller = Caller(
+            identity=self._who, subscriptions=self._subscriptions, gate=self._context.gate
+        )
         try:
             result = await operations.call(self._context, caller, call.method, call.params)
         except JobworkerError as error:

@@ -11,7 +11,7 @@ from attrs import define
 
 from jobworker.convert import dumps
 from jobworker.errors import JobworkerError, PermissionDenied
-from jobworker.model.access import require_role
+from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
 
@@ -91,11 +91,11 @@ async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
         connection.receive_data(data)
 
 
-def admit(stream: TLSStream, head: Head) -> Identity:
+def admit(stream: TLSStream, head: Head, roles: Roles) -> Identity:
     """Who is connecting, with a request that may be upgraded; raises Refused."""
     try:
         who = identity(stream.getpeercert())
-        require_role(who.role)
+        roles.find(who.role)
     except PermissionDenied as error:
         raise Refused(403, error) from None
     origin, host = head.value(b"origin"), head.value(b"host")

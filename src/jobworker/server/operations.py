@@ -1,8 +1,9 @@
-"""What each method does: permission first, then the supervisor.
+"""What each method does, once the gate has let the call pass: the supervisor, mostly.
 
 Functions take the caller and the method's parameters and answer its result, or raise a
-JobworkerError for the caller. They hold no state and do no I/O of their own. The table at the
-end has a function for every row of the protocol's catalogue.
+JobworkerError for the caller. They hold no state and do no I/O of their own. A job that the
+parameters name is one that the caller may touch (`gate`); who answers with others asks
+`Caller.only_owner`. The table at the end has a function for every row of the protocol's catalogue.
 """
 
 from collections.abc import Awaitable, Callable
@@ -14,32 +15,14 @@ from attrs import evolve, frozen
 import jobworker
 from jobworker.errors import InvalidParams
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.model.access import Permission, authorize, may
+from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, Limits, parse_signal
 from jobworker.model.lifecycle import State
-from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.sandbox.host import HostFacts
-from jobworker.server.subscriptions import Subscriptions
-
-
-@frozen(kw_only=True)
-class Caller:
-    """Who calls, by its certificate, and the subscriptions of its connection."""
-
-    identity: Identity
-    subscriptions: Subscriptions
-
-    def show(self, record: JobRecord) -> JobRecord:
-        """A record as this caller may see it."""
-        return shown_to(self.identity, record)
-
-
-def shown_to(who: Identity, record: JobRecord) -> JobRecord:
-    """A record as `who` may see it: values of variables are for those who may run jobs."""
-    return record if may(who.role, Permission.RUN) else record.masked()
+from jobworker.server.gate import Caller, Gate
 
 
 @frozen(kw_only=True)
@@ -48,11 +31,12 @@ class Context:
 
     supervisor: Supervisor
     host: HostFacts
+    gate: Gate
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
-    """Run a method for a caller. Raises PermissionDenied, and what the method raises."""
-    authorize(caller.identity.role, method.permission, method.name)
+    """Run a method for a caller. Raises what the gate and the method raise."""
+    await context.gate.admit(caller.identity, method, params, context.supervisor.record)
     return await OPERATIONS[method.name](context, caller, params)
 
 
@@ -63,6 +47,10 @@ async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
 
 
 async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
+    if params.follow is not None:
+        caller.require(Permission.LOG, "job.run with follow")
+    if params.job.timeout_seconds == 0:
+        caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     _check_against_host(params.job.limits, context.host)
     execution = await context.supervisor.submit(params.job, caller.identity.common_name)
     if execution.start_error is not None:
@@ -104,7 +92,9 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> JobR
 
 async def _list(context: Context, caller: Caller, params: m.ListParams) -> m.ListResult:
     states = frozenset(params.states or State)
-    found = await context.supervisor.latest(states=states, limit=params.limit, before=params.before)
+    found = await context.supervisor.latest(
+        states=states, owner=caller.only_owner, limit=params.limit, before=params.before
+    )
     return m.ListResult(jobs=tuple(map(caller.show, found)))
 
 

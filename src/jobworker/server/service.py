@@ -17,6 +17,7 @@ import trio
 from attrs import define, field
 
 from jobworker.config import MEBIBYTE, Settings
+from jobworker.config_roles import role_table
 from jobworker.errors import LauncherGone
 from jobworker.jobs.execution import Rules
 from jobworker.jobs.history import History
@@ -25,6 +26,7 @@ from jobworker.model.units import parse_duration
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.launch import Link, open_link
 from jobworker.server.connection import serve_connection
+from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD
 from jobworker.server.operations import Context
 from jobworker.server.setup import Prepared
@@ -72,7 +74,9 @@ async def serve(prepared: Prepared) -> None:
 
 
 async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: Link) -> None:
-    listener = _Listener(prepared, Context(supervisor=supervisor, host=read_host_facts()))
+    gate = Gate(role_table(prepared.settings.roles))
+    context = Context(supervisor=supervisor, host=read_host_facts(), gate=gate)
+    listener = _Listener(prepared, context)
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with trio.open_signal_receiver(*ends) as signals:
         async with trio.open_nursery() as nursery:

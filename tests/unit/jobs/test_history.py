@@ -5,7 +5,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jobworker
+from jobworker.convert import dumps, unstructure
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs import history as module
 from jobworker.jobs.history import History
+from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL, Reason, State
 
@@ -181,6 +183,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 import trio
 from jobworker.jobs.history import History
+from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 
@@ -329,15 +332,57 @@ def refused(path: Path) -> ConfigError:
     return caught.value
 
 
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+async def test_older_file_keeps_its_jobs_and_becomes_one_of_today(path: Path, version: int) -> None:
+    old = apsw.Connection(str(path))
+    for script in MIGRATIONS[:version]:
+        old.execute(script)
+    old.pragma("user_version", version)
+    kept = record(7, owner="bob")
+    old.execute(
+        "INSERT INTO jobs VALUES (7, ?, 'bob', '2026-01-31', ?)",
+        (kept.state.value, dumps(unstructure(kept))),
+    )
+    old.close()
+    with opened(path) as history:
+        assert await history.get(kept.id) == kept
+        assert history.next_id == 8
+    with closing(apsw.Connection(str(path))) as today:
+        assert today.pragma("user_version") == len(MIGRATIONS)
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "UPDATE audit SET outcome = 'ok'",
+        "DELETE FROM audit",
+        "INSERT OR REPLACE INTO audit SELECT id, at, 'x', '', '', '', '', NULL, '', '' FROM audit",
+        "REPLACE INTO audit VALUES (1, '', '', '', '', '', '', NULL, '', '')",
+    ],
+)
+def test_audit_table_takes_new_rows_and_nothing_else(path: Path, attempt: str) -> None:
+    with opened(path):
+        pass
+    with closing(apsw.Connection(str(path))) as connection:
+        row = "INSERT INTO audit VALUES (NULL, '2026', 'eve', '', '', '', 'x', NULL, 'denied', '')"
+        connection.execute(row)
+        with pytest.raises(apsw.ConstraintError, match="append-only"):
+            connection.execute(attempt)
+        assert connection.execute("SELECT name, outcome FROM audit").fetchall() == [
+            ("eve", "denied")
+        ]
+
+
 def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
     with opened(path):
         pass
     connection = apsw.Connection(str(path))
-    connection.pragma("user_version", 2)
+    newer = len(MIGRATIONS) + 1
+    connection.pragma("user_version", newer)
     error = refused(path)
-    assert "version 2" in error.message
-    assert "version 1" in error.message
-    assert connection.pragma("user_version") == 2
+    assert f"version {newer}," in error.message
+    assert f"version {len(MIGRATIONS)};" in str(error)
+    assert connection.pragma("user_version") == newer
     connection.close()
 
 

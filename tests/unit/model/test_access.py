@@ -3,39 +3,77 @@
 import pytest
 
 from jobworker.errors import PermissionDenied
-from jobworker.model.access import ROLES, Permission, authorize, may, require_role
+from jobworker.model.access import (
+    BUILT_IN,
+    Permission,
+    Quota,
+    Role,
+    Roles,
+    Scope,
+    role_name_fault,
+)
 
-NO_ROLES = ["", "Admin", "ADMIN", "admin ", " admin", "admin\0", "viewers", "root", "admin,viewer"]
+NO_ROLES = [
+    *("", "Admin", "ADMIN", "admin ", " admin", "admin\0", "viewers", "root", "admin,viewer"),
+    *("аdmin", "admin\u200b", "ａdmin", "admin\u00ad", "OU=admin"),  # noqa: RUF001
+]
+TENANT = Role(
+    name="tenant",
+    permissions=frozenset({Permission.VIEW, Permission.RUN}),
+    quota=Quota(jobs=2),
+)
 
 
-def test_admin_may_do_everything_and_viewer_only_look() -> None:
-    assert {
-        "admin": {Permission.RUN, Permission.STOP, Permission.VIEW},
-        "viewer": {Permission.VIEW},
-    } == ROLES
+def test_admin_may_do_everything_and_viewer_only_look_and_both_reach_every_job() -> None:
+    admin, viewer = BUILT_IN
+    assert admin.permissions == frozenset(Permission)
+    assert viewer.permissions == {Permission.VIEW, Permission.LOG}
+    assert admin.scope is viewer.scope is Scope.ALL
+    assert admin.quota == viewer.quota == Quota()
 
 
 @pytest.mark.parametrize("permission", Permission)
-@pytest.mark.parametrize("role", [*ROLES, *NO_ROLES])
-def test_role_is_held_to_the_table(role: str, permission: Permission) -> None:
-    allowed = role == "admin" or (role, permission) == ("viewer", Permission.VIEW)
-    assert may(role, permission) == allowed
-    if allowed:
-        authorize(role, permission, "job.x")
+@pytest.mark.parametrize("name", ["admin", "viewer", "tenant"])
+def test_role_is_held_to_the_table(name: str, permission: Permission) -> None:
+    roles = Roles.with_own(TENANT)
+    held = {
+        "admin": frozenset(Permission),
+        "viewer": {Permission.VIEW, Permission.LOG},
+        "tenant": TENANT.permissions,
+    }[name]
+    if permission in held:
+        assert roles.authorize(name, permission, "job.x").name == name
         return
     with pytest.raises(PermissionDenied, match=r"cannot call job\.x") as caught:
-        authorize(role, permission, "job.x")
+        roles.authorize(name, permission, "job.x")
     assert "admin" in caught.value.remedy
 
 
-@pytest.mark.parametrize("role", NO_ROLES)
-def test_name_that_is_no_role_is_refused_with_those_that_are(role: str) -> None:
+@pytest.mark.parametrize("name", NO_ROLES)
+def test_name_that_is_no_role_is_refused_with_those_that_are(name: str) -> None:
+    roles = Roles.with_own(TENANT)
     with pytest.raises(PermissionDenied) as caught:
-        require_role(role)
-    assert repr(role) in caught.value.message
-    assert caught.value.remedy.endswith("admin, viewer")
+        roles.find(name)
+    assert repr(name) in caught.value.message
+    assert caught.value.remedy.endswith("admin, tenant, viewer")
+    with pytest.raises(PermissionDenied):
+        roles.authorize(name, Permission.VIEW, "job.x")
 
 
-def test_known_roles_are_let_through() -> None:
-    for role in ROLES:
-        require_role(role)
+def test_roles_of_the_configuration_reach_their_own_jobs_unless_they_say_otherwise() -> None:
+    assert TENANT.scope is Scope.OWN
+
+
+@pytest.mark.parametrize("role", BUILT_IN)
+def test_built_in_roles_cannot_be_redefined(role: Role) -> None:
+    assert role_name_fault(role.name)
+    weaker = Role(name=role.name, permissions=frozenset(Permission), scope=Scope.ALL)
+    assert Roles.with_own(weaker).find(role.name) == role
+
+
+@pytest.mark.parametrize("name", [*NO_ROLES, "1a", "a b", "x" * 65])
+def test_names_that_could_be_taken_for_others_are_no_roles(name: str) -> None:
+    if name in ("viewers", "root"):
+        assert role_name_fault(name) is None
+    else:
+        assert role_name_fault(name)

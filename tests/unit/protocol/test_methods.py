@@ -27,6 +27,7 @@ def test_what_changes_a_job_needs_more_than_looking() -> None:
     needed = {name: row.permission for name, row in METHODS.items()}
     assert needed.pop("job.run") is Permission.RUN
     assert needed.pop("job.stop") is Permission.STOP
+    assert needed.pop("job.log") is Permission.LOG
     assert set(needed.values()) == {Permission.VIEW}
 
 

@@ -1,0 +1,101 @@
+"""The gate: every call of every client passes here, before any operation sees it.
+
+Two questions, in this order. May the caller's role do this at all (PermissionDenied)? And does
+each job that the parameters name exist for the caller (NotFound)? The second is asked of the
+parameters' types: wherever a value of the type `JobId` stands in them, at whatever depth, it is a
+reference to a job and is looked up. So an operation that is added to the catalogue is behind the
+gate without a line of its own, and what it is given by name may be touched. What answers with jobs
+that were not named (a list, say) asks `Caller.only_owner`.
+
+The table of roles may change while connections are open (a reload); each call is judged by the
+table of its own moment.
+"""
+
+import types
+import typing
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+import attrs
+from attrs import AttrsInstance, define, frozen
+
+from jobworker.model.access import Permission, Role, Roles, Scope, no_such_job
+from jobworker.model.job import JobId, JobRecord
+from jobworker.pki.identity import Identity
+from jobworker.protocol.methods import Method
+from jobworker.server.subscriptions import Subscriptions
+
+FindJob = Callable[[JobId], Awaitable[JobRecord]]
+"""Find a job by id, whoever owns it; raises NotFound."""
+
+
+@define(eq=False)
+class Gate:
+    """Who may do what, at this moment."""
+
+    roles: Roles
+
+    def shown(self, who: Identity, record: JobRecord) -> JobRecord:
+        """A record as `who` may see it: values of variables are for those who may run jobs."""
+        return record if self.roles.find(who.role).may(Permission.RUN) else record.masked()
+
+    async def admit(self, who: Identity, method: Method, params: object, find: FindJob) -> None:
+        """Let a call pass, or raise PermissionDenied or NotFound."""
+        role = self.roles.authorize(who.role, method.permission, method.name)
+        if role.scope is Scope.ALL:  # the operation itself finds out what does not exist
+            return
+        for job in jobs_named(params):
+            record = await find(job)
+            if record.owner != who.common_name:
+                raise no_such_job(job)
+
+
+@frozen(kw_only=True)
+class Caller:
+    """Who calls, by its certificate, and the subscriptions of its connection."""
+
+    identity: Identity
+    subscriptions: Subscriptions
+    gate: Gate
+
+    @property
+    def role(self) -> Role:
+        """The caller's role, as the table has it now. Raises PermissionDenied where it is gone."""
+        return self.gate.roles.find(self.identity.role)
+
+    @property
+    def only_owner(self) -> str | None:
+        """The one owner whose jobs the caller may know of; None stands for every owner."""
+        return None if self.role.scope is Scope.ALL else self.identity.common_name
+
+    def require(self, permission: Permission, what: str) -> None:
+        """Raise PermissionDenied unless the caller holds what a part of a call asks for."""
+        self.gate.roles.authorize(self.identity.role, permission, what)
+
+    def show(self, record: JobRecord) -> JobRecord:
+        """A record as this caller may see it."""
+        return self.gate.shown(self.identity, record)
+
+
+def jobs_named(params: object) -> Iterator[JobId]:
+    """Every job that parameters refer to: each value that stands in a place of the type `JobId`."""
+    for place in attrs.fields(typing.cast("type[AttrsInstance]", type(params))):
+        yield from _named(place.type, getattr(params, place.name))
+
+
+def _named(kind: object, value: object) -> Iterator[JobId]:
+    assert not isinstance(kind, str), "a postponed annotation would hide what stands there"
+    inner, origin = typing.get_args(kind), typing.get_origin(kind)
+    if kind is JobId and isinstance(value, int):
+        yield JobId(value)
+    elif attrs.has(type(value)):
+        yield from jobs_named(value)
+    elif origin in (typing.Union, types.UnionType):
+        for alternative in inner:
+            yield from _named(alternative, value)
+    elif origin is tuple and isinstance(value, tuple):
+        for content in value:
+            yield from _named(inner[0], content)
+    elif isinstance(value, Mapping) and len(inner) == 2:
+        for pair in value.items():
+            for part, content in zip(inner, pair, strict=True):
+                yield from _named(part, content)

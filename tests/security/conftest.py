@@ -1,0 +1,45 @@
+"""A service with tenants, for the attacks of this directory."""
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jobworker.cli.embedded import Embedded
+from jobworker.pki.authority import Authority, init_authority
+from jobworker.pki.files import write_new
+
+from ..integration.conftest import open_directory, running
+
+__all__ = ["open_directory"]
+
+ROLES = {
+    "roles.tenant": {"operations": ["view", "log", "run", "stop"], "scope": "own"},
+    "roles.watcher": {"operations": ["view", "log"], "scope": "own"},
+    "roles.blind-runner": {"operations": ["run"], "scope": "own"},
+    "roles.operator": {"operations": ["view", "stop"], "scope": "all"},
+}
+PEOPLE = {
+    "alice": "tenant",
+    "bob": "tenant",
+    "carol": "watcher",
+    "rita": "blind-runner",
+    "olga": "operator",
+}
+
+
+@pytest.fixture(scope="session")
+def tenants(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A running service; `environment(NAME)` is that of each of PEOPLE, of admin and of viewer."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+    directory = open_directory()
+    certs, now = directory / "certs", datetime.now(UTC)
+    init_authority(certs, [], now=now)
+    authority = Authority.load(certs)
+    for name, role in PEOPLE.items():
+        write_new(certs, authority.issue_client(name, role, now=now).files(f"{name}-client"))
+    with running(directory, {"worker": {"max_concurrent_jobs": 20}, **ROLES}) as made:
+        yield made

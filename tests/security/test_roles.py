@@ -1,0 +1,182 @@
+"""A viewer tries every operation; a tenant tries every operation on another's job.
+
+Both go through the catalogue row by row, so that an operation which is added to it is tried too.
+The control: the job's owner and the admin get an answer where the attacker gets none.
+"""
+
+import json
+import typing
+from collections.abc import AsyncIterator
+
+import attrs
+import pytest
+
+from jobworker.cli.embedded import Embedded
+from jobworker.errors import NotFound, PermissionDenied
+from jobworker.model.access import BUILT_IN, Permission
+from jobworker.model.job import JobId, JobSpec
+from jobworker.protocol.methods import METHODS, Method
+
+from ..integration.wire import Refused, Wire, open_wire
+
+NAMES_NO_JOB = {"service.hello", "job.run", "job.list", "job.credit", "job.unfollow"}
+"""Methods that take no job's id. Before one is added here it must be told below (or in a test of
+its own) how it keeps from its caller what is another tenant's."""
+NEVER = 999_999_999
+
+
+def sample(cls: type, job: int) -> dict[str, object]:
+    """The least parameters that `cls` takes, with `job` in every place of a job's id."""
+    made = {}
+    for place in attrs.fields(cls):
+        kind = place.type
+        if _takes_job(kind):
+            made[place.name] = _with_job(kind, job)
+        elif place.default is attrs.NOTHING:
+            made[place.name] = _plain(kind)
+    return made
+
+
+def _takes_job(kind: object) -> bool:
+    if isinstance(kind, type) and attrs.has(kind):
+        return any(_takes_job(place.type) for place in attrs.fields(kind))
+    return kind is JobId or any(_takes_job(inner) for inner in typing.get_args(kind))
+
+
+def _with_job(kind: object, job: int) -> object:
+    if kind is JobId:
+        return job
+    if isinstance(kind, type) and attrs.has(kind):
+        return sample(kind, job)
+    (inner,) = [each for each in typing.get_args(kind) if _takes_job(each)]
+    return [_with_job(inner, job)] if typing.get_origin(kind) is tuple else _with_job(inner, job)
+
+
+def _plain(kind: object) -> object:
+    if kind is JobSpec:
+        return {"command": ["true"]}
+    if isinstance(kind, type) and attrs.has(kind):
+        return sample(kind, NEVER)
+    return {int: 1, str: "x", float: 1.0, bool: False}.get(kind, [])  # type: ignore[call-overload]
+
+
+TOUCHES_A_JOB = [row for row in METHODS.values() if _takes_job(row.params)]
+
+
+def test_every_method_names_a_job_or_is_known_to_name_none() -> None:
+    rest = set(METHODS) - {row.name for row in TOUCHES_A_JOB} - {"rpc.discover"}
+    assert rest == NAMES_NO_JOB
+
+
+@pytest.fixture
+async def alice(tenants: Embedded) -> AsyncIterator[Wire]:
+    async with open_wire(tenants, "alice") as wire:
+        yield wire
+
+
+@pytest.fixture
+async def bob(tenants: Embedded) -> AsyncIterator[Wire]:
+    async with open_wire(tenants, "bob") as wire:
+        yield wire
+
+
+async def refusal(wire: Wire, method: str, params: dict[str, object]) -> Refused:
+    with pytest.raises(Refused) as refused:
+        await wire.call(method, **params)
+    return refused.value
+
+
+@pytest.mark.parametrize("row", TOUCHES_A_JOB, ids=lambda row: row.name)
+async def test_tenant_finds_no_job_of_another(
+    tenants: Embedded, alice: Wire, bob: Wire, row: Method
+) -> None:
+    running = await alice.start("sleep", "600")
+    _, _, ended = await alice.run("echo", "mine")
+    for job in (running, int(str(ended["id"]))):
+        mine = await refusal(bob, row.name, sample(row.params, job))
+        never = await refusal(bob, row.name, sample(row.params, NEVER))
+        if row.permission in (Permission.VIEW, Permission.LOG, Permission.RUN, Permission.STOP):
+            assert mine.code == never.code == NotFound.code
+        # What does not exist and what is another's are one and the same.
+        assert mine.message.replace(str(job), "#") == never.message.replace(str(NEVER), "#")
+        assert json.dumps(mine.data) == json.dumps(never.data)
+    assert (await alice.call("job.status", id=running))["state"] == "RUNNING"
+    assert (await alice.call("job.stop", id=running))["state"] == "STOPPED"
+
+
+async def test_tenant_sees_no_job_of_another_in_lists(
+    tenants: Embedded, alice: Wire, bob: Wire
+) -> None:
+    hers, his = await alice.start("sleep", "600"), await bob.start("true")
+    await bob.call("job.wait", id=his)
+    async with open_wire(tenants, "olga") as olga, open_wire(tenants) as admin:
+        for wire, owners in (
+            (alice, {"alice"}),
+            (bob, {"bob"}),
+            (olga, {"alice", "bob"}),
+            (admin, {"alice", "bob"}),
+        ):
+            jobs = (await wire.call("job.list"))["jobs"]
+            assert isinstance(jobs, list)
+            assert {job["owner"] for job in jobs} >= owners
+            if len(owners) == 1:
+                assert {job["owner"] for job in jobs} == owners
+        page = await bob.call("job.list", before=hers + 1)
+        assert hers not in [job["id"] for job in page["jobs"]]  # type: ignore[attr-defined]
+        assert (await olga.call("job.stop", id=hers))["state"] == "STOPPED"
+
+
+async def test_subscription_belongs_to_its_connection(
+    tenants: Embedded, alice: Wire, bob: Wire
+) -> None:
+    job = await alice.start("sh", "-c", "echo said; sleep 600")
+    number = (await alice.call("job.log", id=job))["subscription"]
+    await refusal(bob, "job.credit", {"subscription": number, "bytes": 1})
+    await bob.call("job.unfollow", subscription=number)
+    await alice.call("job.credit", subscription=number, bytes=1)
+    await alice.call("job.stop", id=job)
+    assert (await alice.output(number))[0] == b"said\n"
+
+
+async def test_two_certificates_of_one_name_are_one_tenant(tenants: Embedded, alice: Wire) -> None:
+    """The name decides and not the serial; another role of the same name is still that name."""
+    job = await alice.start("sleep", "600")
+    async with open_wire(tenants, "alice") as again:
+        assert (await again.call("job.stop", id=job))["owner"] == "alice"
+
+
+@pytest.mark.parametrize("who", ["viewer", "carol", "rita", "olga"])
+async def test_role_is_held_to_its_operations(tenants: Embedded, who: str) -> None:
+    """Every row of the catalogue, by who may do little."""
+    held = {
+        "viewer": BUILT_IN[1].permissions,
+        "carol": {Permission.VIEW, Permission.LOG},
+        "rita": {Permission.RUN},
+        "olga": {Permission.VIEW, Permission.STOP},
+    }[who]
+    async with open_wire(tenants, who) as wire:
+        for row in METHODS.values():
+            try:
+                await wire.call(row.name, **sample(row.params, NEVER))
+                denied = False
+            except Refused as refused:
+                denied = refused.code == PermissionDenied.code
+            assert denied == (row.permission not in held), row.name
+
+
+async def test_running_with_its_output_needs_both(tenants: Embedded) -> None:
+    async with open_wire(tenants, "rita") as rita:
+        job = {"command": ["echo", "secret"]}
+        denied = await refusal(rita, "job.run", {"job": job, "follow": {}})
+        assert denied.code == PermissionDenied.code
+        assert "log" in denied.message
+        assert (await rita.call("job.run", job=job))["subscription"] is None
+
+
+async def test_no_time_limit_is_for_who_may_ask_for_it(tenants: Embedded, alice: Wire) -> None:
+    job = {"command": ["true"], "timeout_seconds": 0}
+    denied = await refusal(alice, "job.run", {"job": job})
+    assert denied.code == PermissionDenied.code
+    assert "unbounded" in denied.message
+    async with open_wire(tenants) as admin:
+        await admin.call("job.run", job=job)
