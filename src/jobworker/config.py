@@ -54,6 +54,11 @@ def _duration(_: object, __: object, value: str) -> None:
     parse_duration(value)
 
 
+def _positive_duration(_: object, __: object, value: str) -> None:
+    if not parse_duration(value):
+        raise ValueError("must be longer than 0")
+
+
 def _absolute(_: object, __: object, value: str) -> None:
     if not value.startswith("/") or "/../" in f"{value}/" or "\0" in value:
         raise ValueError(f"must be an absolute path without '..', not {value!r}")
@@ -99,6 +104,7 @@ class ServerSettings:
     address: str = field(default="0.0.0.0", validator=_host)  # noqa: S104 - clients need a certificate
     port: int = field(default=DEFAULT_PORT, validator=within(0, 65_535))
     """0 takes a free port, which is logged."""
+    stall_timeout: str = field(default="1m", validator=_positive_duration)
 
 
 @frozen(kw_only=True)

@@ -50,6 +50,14 @@ class OutputError(InternalError):
     name = "output_failed"
 
 
+class FollowerStalled(JobworkerError):
+    """A follower took nothing for too long and was let go; it may go on from its offset."""
+
+    code = 1041
+    exit_code = 82
+    name = "follower_stalled"
+
+
 # --- the wire -------------------------------------------------------------------------------
 
 

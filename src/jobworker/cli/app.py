@@ -11,7 +11,7 @@ import sys
 import asyncclick as click
 
 import jobworker
-from jobworker.cli import jobs
+from jobworker.cli import jobs, output
 from jobworker.cli.console import BROKEN_PIPE, PROGRAM, discard_output, note, tell
 from jobworker.cli.failures import one_line, run_program
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
@@ -94,7 +94,7 @@ def worker_cli(
     invocation.options.update({name: value for name, value in given.items() if value is not None})
 
 
-for _command in (jobs.run, jobs.status, jobs.stop, jobs.list_jobs, jobs.log, jobs.wait):
+for _command in (jobs.run, jobs.status, jobs.stop, jobs.list_jobs, output.log, jobs.wait):
     worker_cli.add_command(_command)
 
 

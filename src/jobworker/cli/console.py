@@ -5,9 +5,7 @@ thread: a reader that is slow (a pager, say) must stop neither the connection no
 terminal, bytes that it would act upon are made visible where that is asked for.
 """
 
-import codecs
 import os
-import re
 import select
 import signal
 import sys
@@ -20,6 +18,7 @@ import trio
 
 from jobworker.cli.failures import one_line
 from jobworker.cli.render import error_as_json
+from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
 
 PROGRAM = "worker-cli"
@@ -60,8 +59,14 @@ class Sink:
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`; what cancellation interrupts is written in part."""
+        await self._write(data if self._filter is None else self._filter.feed(data))
+
+    async def finish(self) -> None:
+        """Write what was held back until it was known what follows."""
         if self._filter is not None:
-            data = self._filter.feed(data)
+            await self._write(self._filter.feed(b"", final=True))
+
+    async def _write(self, data: bytes) -> None:
         if self._descriptor is not None and data:
             await trio.to_thread.run_sync(
                 _write_all, self._descriptor, data, abandon_on_cancel=True
@@ -75,24 +80,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
             rest = rest[os.write(descriptor, rest) :]
         except BlockingIOError:  # someone who shares the terminal made it non-blocking
             select.select([], [descriptor], [])
-
-
-class TerminalFilter:
-    """Makes visible what a terminal would act upon, but for line ends and tabs.
-
-    Control characters of ISO 6429 (C0, DEL and C1) become `\\x1b` and the like, and so do bytes
-    that are no UTF-8. A character may be split over several pieces.
-    """
-
-    _ACTS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-
-    def feed(self, data: bytes) -> bytes:
-        """The visible form of the next piece."""
-        text = self._decoder.decode(data)
-        return self._ACTS.sub(lambda found: f"\\x{ord(found[0]):02x}", text).encode()
 
 
 @contextmanager

@@ -1,64 +1,150 @@
-"""A job's output on this program's own streams, as it comes."""
+"""A job's output on this program's own streams, as it comes, whatever becomes of a connection."""
 
 import base64
 import sys
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
+
+from attrs import define, frozen
 
 from jobworker.cli import render
 from jobworker.cli.console import Sink, cancelled_by_interrupt, note
-from jobworker.cli.failures import INTERRUPTED
+from jobworker.cli.failures import INTERRUPTED, one_line
+from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
-from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
+from jobworker.errors import JobworkerError
+from jobworker.model.job import JobId, JobRecord, JobSpec, Stream, shell_exit_code
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from jobworker.client.client import Client
     from jobworker.client.following import Chunk, Following
 
+    Connect = Callable[[], AbstractAsyncContextManager[Client]]
 
-async def follow_job(client: "Client", spec: JobSpec, *, json: bool, quiet: bool) -> int:
+
+@frozen(kw_only=True)
+class Look:
+    """How output is to be shown."""
+
+    json: bool = False
+    """Lines of JSON on standard output."""
+    visible: bool = False
+    """Keep a terminal from acting on it."""
+    timestamps: bool = False
+    """Begin each line with the time at which its first byte was seen."""
+    quiet: bool = False
+    """No word of our own about it."""
+    ending: bool = False
+    """Say how the job ended."""
+
+
+async def follow_job(connect: "Connect", spec: JobSpec, look: Look) -> int:
     """Run a job and print its output to its end: the exit code that tells how it went.
 
     Ctrl-C detaches: the job goes on.
     """
-    job: JobRecord | None = None
     record: JobRecord | None = None
-    with cancelled_by_interrupt(), await client.run(spec, follow=True) as output:
-        job = output.job
-        record = await stream_output(output, json=json, visible=False)
+    followed: list[JobRecord] = []
+
+    async def begin(client: "Client") -> "Following":
+        output = await client.run(spec, follow=True)
+        assert output.job is not None
+        followed.append(output.job)
+        return output
+
+    async def resume(client: "Client", job: JobId, offset: int) -> "Following":
+        return await client.log(job, offset=offset)
+
+    with cancelled_by_interrupt():
+        record = await print_output(connect, begin, resume, look)
     if record is not None:
-        if not (json or quiet):
-            for line in render.ending(record):
-                note(line)
         return shell_exit_code(record)
-    if job is not None and not quiet:
-        note(
-            f"detached from job {job.id}; it goes on: "
-            f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
-        )
+    for job in followed:
+        if not look.quiet:
+            note(
+                f"detached from job {job.id}; it goes on: "
+                f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
+            )
     return INTERRUPTED
 
 
-async def stream_output(output: "Following", *, json: bool, visible: bool) -> JobRecord | None:
-    """Print chunks as they come: each stream on its own, or all as lines of JSON.
+async def print_output(
+    connect: "Connect",
+    begin: "Callable[[Client], Awaitable[Following]]",
+    resume: "Callable[[Client, JobId, int], Awaitable[Following]]",
+    look: Look,
+    *,
+    job: JobId | None = None,
+) -> JobRecord:
+    """Print a job's output to its end, over as many connections as it takes: its last record."""
+    from jobworker.client.resuming import ResumingFollow
 
-    `visible` keeps a terminal from acting on them. Answers the job's record at the end.
-    """
-    stdout = Sink(sys.stdout, visible=visible)
-    if json:
-        if output.job is not None:
-            await stdout.write(_line("started", {"job": unstructure(output.job)}))
-        async for chunk in output:
-            await stdout.write(_line("output", _described(chunk)))
-        await stdout.write(_line("end", {"job": unstructure(output.record)}))
-        return output.record
-    sinks = {Stream.STDOUT: stdout, Stream.STDERR: Sink(sys.stderr, visible=visible)}
-    async for chunk in output:
-        await sinks[chunk.stream].write(chunk.data)
-    return output.record
+    printer = Printer.make(look)
+
+    def tell_lost(lost: JobworkerError, offset: int) -> None:
+        if not look.quiet:
+            note(f"worker-cli: {one_line(lost.message)}; going on from byte {offset}")
+
+    follow = ResumingFollow(
+        connect=connect,
+        begin=begin,
+        resume=resume,
+        take=printer.take,
+        tell_started=printer.start,
+        tell_lost=tell_lost,
+        job=job,
+    )
+    record = await follow.run()
+    await printer.end(record)
+    return record
 
 
-def _line(event: str, body: dict[str, object]) -> bytes:
-    return dumps({"event": event, **body}).encode() + b"\n"
+@define(eq=False)
+class Printer:
+    """Prints chunks: each stream on its own, or all as lines of JSON."""
+
+    _look: Look
+    _sinks: dict[Stream, Sink]
+    _stampers: dict[Stream, LineStamper]
+
+    @classmethod
+    def make(cls, look: Look) -> "Printer":
+        """One for this program's own streams."""
+        stdout = Sink(sys.stdout, visible=look.visible)
+        stderr = Sink(sys.stderr, visible=look.visible)
+        stampers = {stream: LineStamper() for stream in Stream} if look.timestamps else {}
+        return cls(look, {Stream.STDOUT: stdout, Stream.STDERR: stderr}, stampers)
+
+    async def start(self, output: "Following") -> None:
+        """Tell of the job, where it has only just begun."""
+        if self._look.json and output.job is not None:
+            await self._event("started", {"job": unstructure(output.job)})
+
+    async def take(self, chunk: "Chunk") -> None:
+        """Print a chunk."""
+        if self._look.json:
+            await self._event("output", _described(chunk))
+            return
+        data = chunk.data
+        if self._look.timestamps:
+            data = self._stampers[chunk.stream].feed(data, chunk.time)
+        await self._sinks[chunk.stream].write(data)
+
+    async def end(self, record: JobRecord) -> None:
+        """Say what output and exit code do not tell: what was not kept, and why the job ended."""
+        for sink in self._sinks.values():
+            await sink.finish()
+        if self._look.json:
+            await self._event("end", {"job": unstructure(record)})
+        elif not self._look.quiet:
+            for line in (render.ending if self._look.ending else render.losses)(record):
+                note(line)
+
+    async def _event(self, event: str, body: dict[str, object]) -> None:
+        line = dumps({"event": event, **body}).encode() + b"\n"
+        await self._sinks[Stream.STDOUT].write(line)
 
 
 def _described(chunk: "Chunk") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The commands about jobs: run, status, stop, list, log, wait.
+"""The commands about jobs: run, status, stop, list, wait.
 
 Each opens one connection, makes its calls and prints. What can be known without the server (a
 malformed option, an argument that is no text) is refused before it is dialled.
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
+from functools import partial
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,13 @@ import trio
 
 from jobworker.cli import render
 from jobworker.cli.console import say, tell
-from jobworker.cli.follow import follow_job, stream_output
+from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import Duration, JobNumber, Variable, json_option, pass_invocation
 from jobworker.cli.request import MEBIBYTE, in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
+from jobworker.model.job import JobRecord, JobSpec, shell_exit_code
 from jobworker.model.lifecycle import State
 from jobworker.protocol.messages import MAX_LIST
 
@@ -97,9 +98,10 @@ async def run(  # noqa: PLR0913 - each option is an argument
         name=name,
     )
     try:
+        if follow:
+            look = Look(json=invocation.json, quiet=quiet, ending=True)
+            return await follow_job(partial(open_connection, invocation), spec, look)
         async with open_connection(invocation) as client:
-            if follow:
-                return await follow_job(client, spec, json=invocation.json, quiet=quiet)
             return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:
         raise InvalidParams(
@@ -232,24 +234,6 @@ async def list_jobs(invocation: Invocation, states: tuple[str, ...], limit: int)
             colour=terminal and _wants_colour(),
         )
     )
-
-
-@click.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job's end.")
-@click.option("--stdout", "chosen", flag_value=Stream.STDOUT.value, help="Only standard output.")
-@click.option("--stderr", "chosen", flag_value=Stream.STDERR.value, help="Only standard error.")
-@click.option("--raw", is_flag=True, help="Exact bytes on a terminal too: it will act on them.")
-@json_option()
-@click.argument("job", type=JobNumber())
-@pass_invocation
-async def log(
-    invocation: Invocation, job: int, follow: bool, chosen: str | None, raw: bool
-) -> None:
-    """Print the output of JOB from its first byte, its standard error on standard error."""
-    streams = tuple(Stream) if chosen is None else (Stream(chosen),)
-    async with open_connection(invocation) as client:
-        with await client.log(job, follow=follow, streams=streams) as output:
-            await stream_output(output, json=invocation.json, visible=not raw)
 
 
 def _now() -> datetime:

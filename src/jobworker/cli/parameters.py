@@ -1,6 +1,8 @@
 """Kinds of values on the command line; what is no such value is a usage error."""
 
 import re
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import asyncclick as click
@@ -41,6 +43,28 @@ class Duration(click.ParamType[float]):
             return value if isinstance(value, float) else parse_duration(str(value))
         except ValueError as fault:
             self.fail(str(fault), param, ctx)
+
+
+class Moment(click.ParamType["datetime | timedelta"]):
+    """A time (ISO 8601, local where it names no zone), or how long ago: 90s, 10m, 1h30m."""
+
+    name = "time"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime | timedelta:
+        """See click.ParamType."""
+        if isinstance(value, datetime | timedelta):
+            return value
+        text = str(value)
+        with suppress(ValueError):
+            return timedelta(seconds=parse_duration(text))
+        try:
+            return datetime.fromisoformat(text).astimezone(UTC)
+        except (ValueError, OverflowError):
+            self.fail(
+                f"{text!r} is neither a duration (10m) nor a time (2026-01-31T12:00:00)", param, ctx
+            )
 
 
 class Variable(click.ParamType[tuple[str, str]]):

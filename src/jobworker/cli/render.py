@@ -91,14 +91,16 @@ def outcome(record: JobRecord) -> str:
 
 def ending(record: JobRecord) -> list[str]:
     """Lines about an end that the job's output and exit code do not tell."""
-    lines = []
     why = _why_ended(record)
-    if why:
-        lines.append(f"job {record.id} {why}")
-    if record.discarded_bytes:
-        lost = format_size(record.discarded_bytes)
-        lines.append(f"job {record.id}: {lost} of its output went over the limit and were not kept")
-    return [visible(line) for line in lines]
+    return [visible(f"job {record.id} {why}"), *losses(record)] if why else losses(record)
+
+
+def losses(record: JobRecord) -> list[str]:
+    """Lines about output that the log does not hold."""
+    if not record.discarded_bytes:
+        return []
+    lost = format_size(record.discarded_bytes)
+    return [f"job {record.id}: {lost} of its output went over the limit and were not kept"]
 
 
 def _why_ended(record: JobRecord) -> str:

@@ -15,6 +15,7 @@ Once the connection is lost, every waiting call and every later one raises the s
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime, timedelta
 from os import PathLike
 from pathlib import Path
 from typing import Literal, TypeVar, overload
@@ -45,8 +46,9 @@ class _Pending:
     reply: Reply | JobworkerError | None = None
 
     def answer(self, reply: Reply | JobworkerError) -> None:
-        self.reply = reply
-        self.answered.set()
+        if self.reply is None:  # a connection may be lost before the caller has seen its reply
+            self.reply = reply
+            self.answered.set()
 
 
 @define(eq=False)
@@ -152,21 +154,35 @@ class Client:
         *,
         follow: bool = True,
         offset: int = 0,
+        tail_lines: int | None = None,
+        since: datetime | timedelta | None = None,
         streams: Iterable[Stream] = (Stream.STDOUT, Stream.STDERR),
+        coalesce: bool = True,
     ) -> Following:
         """Read a job's output from byte `offset` of both streams together.
 
-        With `follow` it goes on to the job's last byte, else it ends with what there is now.
+        With `tail_lines` or `since` (a moment, or so long ago by the server's clock) it begins
+        later: at the latest of all. With `follow` it goes on to the job's last byte, else it ends
+        with what there is now. Without `coalesce` no chunk joins what was written at two times.
 
-            with await client.log(7, streams=[Stream.STDERR]) as output:
+            with await client.log(7, streams=[Stream.STDERR], tail_lines=10) as output:
                 async for chunk in output:
                     print(chunk.time, chunk.data)
         """
+        ago = since.total_seconds() if isinstance(since, timedelta) else None
         params = m.LogParams(
-            id=JobId(job), follow=follow, offset=offset, streams=tuple(streams), delivery=DELIVERY
+            id=JobId(job),
+            follow=follow,
+            offset=offset,
+            tail_lines=tail_lines,
+            since=since if isinstance(since, datetime) else None,
+            since_seconds=ago,
+            streams=tuple(streams),
+            coalesce=coalesce,
+            delivery=DELIVERY,
         )
         result = await self._call("job.log", params, m.LogResult)
-        return self._following(result.subscription, offset=offset)
+        return self._following(result.subscription, offset=result.offset)
 
     # --- calls and subscriptions ------------------------------------------------------------
 

@@ -56,26 +56,53 @@ class Follower:
             self._busy = False
 
     async def _next(self, view: View, wait: bool) -> Chunk | None:
-        while not self._closed:
-            if self.offset < self._spool.size:
-                place = self._place or await self._spool.find(self._start)
-                chunk, after = await self._spool.read(place, view)
-                if self._closed:
-                    break
-                self._place = after
-                if chunk is not None:
-                    return chunk
-                await trio.lowlevel.checkpoint()  # a long way through the other stream
-            elif self._spool.sealed or not wait:
-                return None
-            else:
-                # No checkpoint between the look and this: see the module's theory.
-                self._spool.await_poke(self)
-                try:
-                    await self._poked.receive()
-                finally:
-                    self._spool.cancel_poke(self)
-        raise trio.ClosedResourceError("this follower was closed")
+        while self.behind or (wait and await self._wait_for_more()):
+            place = self._place or await self._spool.find(self._start)
+            chunk, after = await self._spool.read(place, view)
+            self._check_open()
+            self._place = after
+            if chunk is not None:
+                return chunk
+            await trio.lowlevel.checkpoint()  # a long way through the other stream
+        self._check_open()
+        return None
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is more in the log now, in whichever stream."""
+        return self.offset < self._spool.size
+
+    async def wait_for_more(self) -> bool:
+        """Wait until there is more in the log, in whichever stream; False is the sealed log's end.
+
+        Reads nothing, and raises as `receive` does.
+        """
+        if self._busy:
+            raise trio.BusyResourceError("another task receives from this follower")
+        self._busy = True
+        try:
+            await trio.lowlevel.checkpoint()
+            return await self._wait_for_more()
+        finally:
+            self._busy = False
+
+    async def _wait_for_more(self) -> bool:
+        self._check_open()
+        while not self.behind:
+            if self._spool.sealed:
+                return False
+            # No checkpoint between the look and this: see the module's theory.
+            self._spool.await_poke(self)
+            try:
+                await self._poked.receive()
+            finally:
+                self._spool.cancel_poke(self)
+            self._check_open()
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this follower was closed")
 
     def poke(self) -> None:
         """Say that there is more to see: for `Spool.wake`."""

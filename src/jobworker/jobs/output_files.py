@@ -215,6 +215,16 @@ class OutputFiles:
         self._written = {stream: record.length_of(stream) for stream in Stream}
         self.discarded_bytes = record.discarded_bytes
 
+    def record(self, number: int) -> Record:
+        """The state of the log after record `number`; before the first one (-1) it is empty."""
+        with disk_errors("read"):
+            return self._read_record(number)
+
+    def read_stream(self, stream: Stream, offset: int, size: int) -> bytes:
+        """`size` bytes of one stream from `offset` of its file on, all of them recorded."""
+        with disk_errors("read"):
+            return self._read(self._data[stream], size, offset, nowait=False)
+
     def _read_record(self, number: int, nowait: bool = False) -> Record:
         if number < 0:
             return EMPTY

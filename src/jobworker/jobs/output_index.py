@@ -17,7 +17,7 @@ No I/O here: `output_files` reads and writes what this module describes.
 
 import struct
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from jobworker.model.job import Stream
 
@@ -39,6 +39,8 @@ class Chunk:
     time_ns: int
     """When the record of the first byte was made, in nanoseconds since the epoch."""
     data: bytes
+    shared: dict[object, object] = field(factory=dict, eq=False, repr=False)
+    """What readers made of it, for others who stand at the same place; gone with the chunk."""
 
     @property
     def end(self) -> int:

@@ -21,6 +21,7 @@ All but `create`, `open` and what `write` is given to run belong to Trio's threa
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -31,6 +32,7 @@ from jobworker.errors import InvalidParams
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, Chunk, Place, View
+from jobworker.jobs.output_search import Start, find_start
 from jobworker.model.job import Stream
 
 T = TypeVar("T")
@@ -175,6 +177,14 @@ class Spool:
         self._users += 1
         view = View(streams=frozenset(streams), coalesce=coalesce)
         return Follower(self, view, offset, *trio.open_memory_channel[None](1))
+
+    async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> int:
+        """The merged offset at which `start` has a follower begin. Raises OutputError."""
+        if start.tail_lines is None and start.since_ns is None:
+            return start.offset
+        search = partial(find_start, self._files, start, streams, trio.from_thread.check_cancelled)
+        with self._in_use():
+            return await trio.to_thread.run_sync(search, limiter=self._readers)
 
     async def find(self, offset: int) -> Place:
         """The place of a merged offset."""

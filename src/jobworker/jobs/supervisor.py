@@ -15,6 +15,7 @@ import signal
 from collections import deque
 from collections.abc import Collection
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.output_index import BOTH
+from jobworker.jobs.output_search import Start
 from jobworker.jobs.spool import Spool
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
@@ -148,6 +150,10 @@ class Supervisor:
             raise
         return execution
 
+    def now(self) -> datetime:
+        """The time by this service's clock."""
+        return self._clock()
+
     def live(self, job: JobId) -> Execution | None:
         """The execution of a job that has not ended."""
         return self._live.get(job)
@@ -223,19 +229,24 @@ class Supervisor:
         return await self.record(job)
 
     async def follow(
-        self, job: JobId, offset: int = 0, streams: Collection[Stream] = BOTH
+        self,
+        job: JobId,
+        start: Start = Start(),  # noqa: B008 - frozen
+        *,
+        streams: Collection[Stream] = BOTH,
+        coalesce: bool = True,
     ) -> Follower:
         """A follower of a job's output, live or ended; the caller closes it.
 
-        Raises NotFound, and InvalidParams where the output is shorter than `offset`.
+        Raises NotFound, and InvalidParams where the output is shorter than `start.offset`.
         """
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
-            return execution.spool.follow(offset, streams=streams)
+            return await _follow(execution.spool, start, streams, coalesce)
         await self.record(job)
         spool = await trio.to_thread.run_sync(Spool.open, self._spools / str(job))
         try:
-            return spool.follow(offset, streams=streams)
+            return await _follow(spool, start, streams, coalesce)
         finally:
             spool.close()  # the follower keeps its share
 
@@ -246,6 +257,14 @@ class Supervisor:
             await self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
         for execution in list(self._live.values()):
             await execution.ended.wait()
+
+
+async def _follow(
+    spool: Spool, start: Start, streams: Collection[Stream], coalesce: bool
+) -> Follower:
+    with spool.follow(streams=streams, coalesce=coalesce):  # keeps it open while it is searched
+        offset = await spool.find_start(start, streams)
+        return spool.follow(offset, streams=streams, coalesce=coalesce)
 
 
 def _with_sizes(execution: Execution) -> JobRecord:

@@ -1,6 +1,7 @@
 """Durations and sizes as people write them, strictly, and back."""
 
 import re
+from datetime import UTC, datetime, timedelta
 
 _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
@@ -25,6 +26,19 @@ def parse_duration(text: str) -> float:
     if seconds > MAX_DURATION_SECONDS:
         raise ValueError(f"{text!r} is longer than ten years")
     return seconds
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def nanoseconds(moment: datetime) -> int:
+    """Nanoseconds since the epoch, exactly: a float would lose some."""
+    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def from_nanoseconds(time_ns: int) -> datetime:
+    """The moment so many nanoseconds after the epoch, to the microsecond below."""
+    return _EPOCH + timedelta(microseconds=time_ns // 1000)
 
 
 def format_duration(seconds: float) -> str:

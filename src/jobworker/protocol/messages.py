@@ -17,6 +17,7 @@ from jobworker.model.lifecycle import State
 MAX_LIST = 1000
 MAX_OFFSET = 1 << 62
 MAX_CREDIT_BYTES = 1 << 30
+MAX_TAIL_LINES = 1 << 31
 
 
 class Encoding(Enum):
@@ -98,16 +99,26 @@ class LogParams:
     follow: bool = True
     """Go on until the job's last byte; else end with what there is now."""
     offset: int = field(default=0, validator=within(0, MAX_OFFSET))
-    """Start at this byte of both streams together."""
+    """Start at this byte of both streams together; with what follows, at the latest of all."""
+    tail_lines: int | None = field(default=None, validator=within(0, MAX_TAIL_LINES))
+    """Start with the last so many lines of `streams`; 0 is what comes from now on."""
+    since: datetime | None = None
+    """Start with what was written at this time."""
+    since_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
+    """The same, so long ago by the server's clock."""
     streams: tuple[Stream, ...] = (Stream.STDOUT, Stream.STDERR)
+    coalesce: bool = True
+    """Join what was written at different times into one piece; else each has its own time."""
     delivery: Delivery = Delivery()
 
 
 @frozen(kw_only=True)
 class LogResult:
-    """The number that the subscription's notifications bear."""
+    """The number that the subscription's notifications bear, and where it begins."""
 
     subscription: int
+    offset: int
+    """Position in both streams together: where to go on if nothing comes before a break."""
 
 
 @frozen(kw_only=True)

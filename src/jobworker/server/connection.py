@@ -45,8 +45,6 @@ from jobworker.server.subscriptions import Subscriptions
 log = logging.getLogger("jobworker.server")
 
 HANDSHAKE_SECONDS = 10.0
-SEND_SECONDS = 30.0
-"""A client that takes nothing for this long is let go."""
 MAX_MESSAGE_BYTES = 4 << 20
 """Room for a request of 1 MiB of arguments, however they are escaped in JSON."""
 RECEIVE_BYTES = 65_536
@@ -167,7 +165,9 @@ class _Connection:
 
     def __attrs_post_init__(self) -> None:
         show = partial(self._context.gate.shown, self._who)
-        self._subscriptions = Subscriptions(self._context.supervisor, self._send, show)
+        self._subscriptions = Subscriptions(
+            self._context.supervisor, self._send, show, self._context.stall_seconds
+        )
 
     async def serve(self) -> None:
         """Answer calls until the client goes."""
@@ -226,7 +226,7 @@ class _Connection:
 
     async def _send(self, message: str | bytes) -> None:
         """Send one message; a client that takes nothing is let go."""
-        with trio.move_on_after(SEND_SECONDS) as patience:
+        with trio.move_on_after(self._context.stall_seconds) as patience:
             await self._socket.send_message(message)
         if patience.cancelled_caught:
             log.info("%s: let go: it takes nothing", self._who.common_name)

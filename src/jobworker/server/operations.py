@@ -7,6 +7,7 @@ parameters name is one that the caller may touch (`gate`); who answers with othe
 """
 
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import cast
 
 import trio
@@ -14,10 +15,12 @@ from attrs import evolve, frozen
 
 import jobworker
 from jobworker.errors import InvalidParams
+from jobworker.jobs.output_search import Start
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, Limits, parse_signal
 from jobworker.model.lifecycle import State
+from jobworker.model.units import nanoseconds
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
@@ -32,6 +35,8 @@ class Context:
     supervisor: Supervisor
     host: HostFacts
     gate: Gate
+    stall_seconds: float
+    """How long a client may take nothing of what waits for it."""
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
@@ -110,13 +115,26 @@ async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:
 async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:
     if not params.streams:
         raise InvalidParams("cannot subscribe: streams: is empty; name stdout, stderr or both")
+    supervisor = context.supervisor
     until = None
     if not params.follow:
-        record = await context.supervisor.record(params.id)
+        record = await supervisor.record(params.id)
         until = record.stdout_bytes + record.stderr_bytes
-    follower = await context.supervisor.follow(params.id, params.offset, params.streams)
+    since = params.since
+    if params.since_seconds is not None:
+        ago = supervisor.now() - timedelta(seconds=params.since_seconds)
+        since = ago if since is None else max(since, ago)
+    start = Start(
+        offset=params.offset,
+        tail_lines=params.tail_lines,
+        since_ns=None if since is None else nanoseconds(since),
+    )
+    follower = await supervisor.follow(
+        params.id, start, streams=params.streams, coalesce=params.coalesce
+    )
+    offset = follower.offset
     opened = caller.subscriptions.open(params.id, follower, params.delivery, until)
-    return m.LogResult(subscription=opened.number)
+    return m.LogResult(subscription=opened.number, offset=offset)
 
 
 async def _credit(_: Context, caller: Caller, params: m.CreditParams) -> m.Nothing:

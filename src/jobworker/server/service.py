@@ -74,8 +74,12 @@ async def serve(prepared: Prepared) -> None:
 
 
 async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: Link) -> None:
-    gate = Gate(role_table(prepared.settings.roles))
-    context = Context(supervisor=supervisor, host=read_host_facts(), gate=gate)
+    context = Context(
+        supervisor=supervisor,
+        host=read_host_facts(),
+        gate=Gate(role_table(prepared.settings.roles)),
+        stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
+    )
     listener = _Listener(prepared, context)
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     with trio.open_signal_receiver(*ends) as signals:

@@ -1,21 +1,26 @@
 """Output on its way to one connection: each subscription is a follower and the right to send.
 
 A subscription sends at the pace at which its client takes: never more than the credit that the
-client has granted, where it asked for credits; and one piece at a time in any case, so that what
-waits for a slow client waits in the spool's files and at most one chunk in memory.
+client has granted, where it asked for credits, and one piece at a time in any case. It reads only
+what it may send. So what waits for a slow client waits in the spool's files, and a stalled one
+costs a place in them. Where output waits and no credit comes for `stall_seconds`, the subscription
+ends with the error `follower_stalled`; the client may come back and go on at its offset.
+
+Followers at one place get one and the same Chunk, and the message made of it is kept with it: what
+a thousand clients follow is encoded once.
 """
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 
 import trio
 from attrs import define, field
 
-from jobworker.errors import InvalidParams, JobworkerError, TooManyFollows
+from jobworker.errors import FollowerStalled, InvalidParams, JobworkerError, TooManyFollows
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_index import CHUNK_BYTES, Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord
+from jobworker.model.units import format_duration, from_nanoseconds
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end
 from jobworker.protocol.text_output import TextOutput
@@ -48,17 +53,43 @@ class Subscription:
             self._credit += count
             self._granted.set()
 
-    async def room(self) -> int:
-        """Wait until something may be sent: how many bytes."""
-        while self._credit is not None and self._credit <= 0:
-            self._granted = trio.Event()
-            await self._granted.wait()
-        return CHUNK_BYTES if self._credit is None else min(self._credit, CHUNK_BYTES)
+    async def room(self, stall_seconds: float) -> int:
+        """Wait until something may be sent: how many bytes. Raises FollowerStalled."""
+        if self._credit is None:
+            return CHUNK_BYTES
+        with trio.move_on_after(stall_seconds):
+            while self._credit <= 0:
+                self._granted = trio.Event()
+                await self._granted.wait()
+        if self._credit <= 0:
+            raise FollowerStalled(
+                f"cannot go on sending: nothing was taken for {format_duration(stall_seconds)}",
+                remedy="follow again from the offset",
+            )
+        return min(self._credit, CHUNK_BYTES)
 
-    def spend(self, count: int) -> None:
-        """Count bytes that are being sent."""
+    def message(self, chunk: Chunk) -> str | bytes:
+        """The message for a chunk, which takes up its share of the credit."""
         if self._credit is not None:
-            self._credit -= count
+            self._credit -= len(chunk.data)
+        if self.encoding is Encoding.TEXT:  # what it is depends on what came before
+            return self.text.encode(self._header(chunk), chunk.data)
+        key = (self.number, self.encoding)
+        found = chunk.shared.get(key)
+        if found is None:
+            binary = self.encoding is Encoding.BINARY
+            found = encode_output(self._header(chunk), chunk.data, binary=binary)
+            chunk.shared[key] = found
+        assert isinstance(found, str | bytes)
+        return found
+
+    def _header(self, chunk: Chunk) -> OutputHeader:
+        return OutputHeader(
+            subscription=self.number,
+            stream=chunk.stream,
+            offset=chunk.offset,
+            time=from_nanoseconds(chunk.time_ns),
+        )
 
 
 @define(eq=False)
@@ -68,6 +99,7 @@ class Subscriptions:
     _supervisor: Supervisor
     _send: Send
     _show: Show
+    _stall_seconds: float
     _open: dict[int, Subscription] = field(factory=dict)
     _last: int = 0
 
@@ -116,7 +148,7 @@ class Subscriptions:
                 end = OutputEnd(
                     subscription=number,
                     offset=subscription.follower.offset,
-                    job=self._show(await self._final_record(subscription)),
+                    job=self._show(await self._final_record(subscription, problem)),
                     error=problem,
                 )
                 await self._send(encode_output_end(end))
@@ -129,42 +161,29 @@ class Subscriptions:
         for subscription in self._open.values():
             subscription.follower.close()
 
-    async def _final_record(self, subscription: Subscription) -> JobRecord:
-        if subscription.until is None:
+    async def _final_record(
+        self, subscription: Subscription, problem: dict[str, str] | None
+    ) -> JobRecord:
+        if subscription.until is None and problem is None:
             return await self._supervisor.wait(subscription.job)
         return await self._supervisor.record(subscription.job)
 
     async def _deliver(self, subscription: Subscription) -> dict[str, str] | None:
-        follower, until = subscription.follower, subscription.until
         try:
-            while until is None or follower.offset < until:
-                chunk = await follower.receive(wait=until is None)
-                if chunk is None:
-                    break
-                await self._send_within_credit(subscription, chunk)
-            for message in subscription.text.flush(follower.offset):
+            while await self._more(subscription):
+                room = await subscription.room(self._stall_seconds)
+                chunk = await subscription.follower.receive(room, wait=False)
+                if chunk is not None:
+                    await self._send(subscription.message(chunk))
+            for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)
         except JobworkerError as error:
             return {"name": error.name, "message": str(error)}
         return None
 
-    async def _send_within_credit(self, subscription: Subscription, chunk: Chunk) -> None:
-        sent = 0
-        while sent < len(chunk.data):
-            room = await subscription.room()
-            piece = chunk.data[sent : sent + room]
-            subscription.spend(len(piece))
-            header = OutputHeader(
-                subscription=subscription.number,
-                stream=chunk.stream,
-                offset=chunk.offset + sent,
-                time=datetime.fromtimestamp(chunk.time_ns / 1e9, UTC),
-            )
-            await self._send(_encoded(subscription, header, piece))
-            sent += len(piece)
-
-
-def _encoded(subscription: Subscription, header: OutputHeader, data: bytes) -> str | bytes:
-    if subscription.encoding is Encoding.TEXT:
-        return subscription.text.encode(header, data)
-    return encode_output(header, data, binary=subscription.encoding is Encoding.BINARY)
+    async def _more(self, subscription: Subscription) -> bool:
+        """Wait until there is something to read; False where nothing is to be sent any more."""
+        follower, until = subscription.follower, subscription.until
+        if until is None:
+            return await follower.wait_for_more()
+        return follower.offset < until and follower.behind

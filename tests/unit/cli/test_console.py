@@ -9,23 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.console import Sink, TerminalFilter, cancelled_by_interrupt
-
-
-@pytest.mark.parametrize(
-    ("pieces", "seen"),
-    [
-        ([b"a\tb\r\n"], b"a\tb\r\n"),
-        ([b"\x1b[31mred\x07\x00\x7f"], b"\\x1b[31mred\\x07\\x00\\x7f"),
-        ([b"\xc2\x9b31m"], b"\\x9b31m"),
-        ([b"\xc2", b"\x9b"], b"\\x9b"),
-        ([b"\xe2\x82", b"\xac"], b"\xe2\x82\xac"),
-        ([b"\x9b\xff"], b"\\x9b\\xff"),
-    ],
-)
-def test_what_a_terminal_would_act_on_becomes_visible(pieces: list[bytes], seen: bytes) -> None:
-    kept = TerminalFilter()
-    assert b"".join(kept.feed(piece) for piece in pieces) == seen
+from jobworker.cli.console import Sink, cancelled_by_interrupt
 
 
 async def test_bytes_are_exact_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ async def test_a_subscription_that_nobody_took_is_ended() -> None:
                 nursery.start_soon(client.log, 7)
                 abandoned = await peer.call()
                 scope.cancel()
-        peer.reply(abandoned, m.LogResult(subscription=1))
+        peer.reply(abandoned, m.LogResult(subscription=1, offset=0))
         peer.output(1, 0, b"late")
         call = await peer.call()
         assert call.method.name == "job.unfollow"
@@ -189,7 +189,7 @@ async def test_slow_consumer_delays_no_reply_and_is_granted_what_it_takes() -> N
                 assert isinstance(call.params, m.LogParams)
                 assert call.params.delivery.encoding is m.Encoding.BINARY
                 assert call.params.delivery.credit_bytes == WINDOW_BYTES
-                peer.reply(call, m.LogResult(subscription=3))
+                peer.reply(call, m.LogResult(subscription=3, offset=0))
 
             nursery.start_soon(serve)
             output = await client.log(7)
@@ -218,7 +218,7 @@ async def test_output_of_a_closed_subscription_is_dropped() -> None:
         async with trio.open_nursery() as nursery:
 
             async def serve() -> None:
-                peer.reply(await peer.call(), m.LogResult(subscription=1))
+                peer.reply(await peer.call(), m.LogResult(subscription=1, offset=0))
 
             nursery.start_soon(serve)
             (await client.log(7)).close()
@@ -235,7 +235,7 @@ async def test_output_that_the_server_could_not_send_raises_after_what_came() ->
     async with connected() as (client, peer), trio.open_nursery() as nursery:
 
         async def serve() -> None:
-            peer.reply(await peer.call(), m.LogResult(subscription=1))
+            peer.reply(await peer.call(), m.LogResult(subscription=1, offset=0))
             peer.output(1, 0, b"abc")
             peer.end(1, 3, name="not_found", message="cannot read the output: it is gone")
 
@@ -265,7 +265,7 @@ async def test_lost_connection_wakes_everyone() -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fail, "log")
-            peer.reply(await peer.call(), m.LogResult(subscription=1))
+            peer.reply(await peer.call(), m.LogResult(subscription=1, offset=0))
             nursery.start_soon(fail, "wait")
             await peer.call()
             peer.hang_up()

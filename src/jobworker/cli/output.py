@@ -1,0 +1,73 @@
+"""The commands about jobs' output: log."""
+
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+import asyncclick as click
+
+from jobworker.cli.follow import Look, print_output
+from jobworker.cli.jobs import open_connection
+from jobworker.cli.options import Invocation
+from jobworker.cli.parameters import JobNumber, Moment, json_option, pass_invocation
+from jobworker.model.job import JobId, Stream
+from jobworker.protocol.messages import MAX_TAIL_LINES
+
+if TYPE_CHECKING:
+    from jobworker.client.client import Client
+    from jobworker.client.following import Following
+
+
+@click.command()
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job's end.")
+@click.option(
+    "--tail",
+    "-n",
+    type=click.IntRange(0, MAX_TAIL_LINES),
+    metavar="N",
+    help="Begin with the last N lines; 0 is what comes from now on.",
+)
+@click.option(
+    "--since",
+    type=Moment(),
+    metavar="TIME|DURATION",
+    help="Begin with what was written at a time, or so long ago: 10m, 2026-01-31T12:00:00.",
+)
+@click.option("--timestamps", "-t", is_flag=True, help="Begin each line with its time.")
+@click.option("--stdout", "chosen", flag_value=Stream.STDOUT.value, help="Only standard output.")
+@click.option("--stderr", "chosen", flag_value=Stream.STDERR.value, help="Only standard error.")
+@click.option("--raw", is_flag=True, help="Exact bytes on a terminal too: it will act on them.")
+@json_option()
+@click.argument("job", type=JobNumber())
+@pass_invocation
+async def log(
+    invocation: Invocation,
+    *,
+    job: int,
+    follow: bool,
+    tail: int | None,
+    since: datetime | timedelta | None,
+    timestamps: bool,
+    chosen: str | None,
+    raw: bool,
+) -> None:
+    """Print the output of JOB, its standard error on standard error.
+
+    On a terminal, control characters are shown and not acted upon. Where the connection breaks, it
+    is made anew and the output goes on where it stopped.
+    """
+    streams = tuple(Stream) if chosen is None else (Stream(chosen),)
+    coalesce = not timestamps
+
+    async def begin(client: "Client") -> "Following":
+        return await client.log(
+            job, follow=follow, tail_lines=tail, since=since, streams=streams, coalesce=coalesce
+        )
+
+    async def resume(client: "Client", job: JobId, offset: int) -> "Following":
+        return await client.log(
+            job, follow=follow, offset=offset, streams=streams, coalesce=coalesce
+        )
+
+    look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
+    await print_output(partial(open_connection, invocation), begin, resume, look, job=JobId(job))

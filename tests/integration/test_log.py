@@ -1,0 +1,212 @@
+"""`worker-cli log` and what stands behind it: where it begins, what it shows, how it goes on."""
+
+import os
+import pty
+import re
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import define, field
+
+from jobworker.cli.embedded import Embedded, open_embedded, program
+
+from .wire import Wire, open_wire
+
+
+async def log_of(admin: Wire, job: object, **params: object) -> tuple[bytes, bytes]:
+    result = await admin.call("job.log", id=job, **params)
+    out, err, _ = await admin.output(result["subscription"])
+    return out, err
+
+
+async def test_tail_begins_with_the_last_lines(admin: Wire) -> None:
+    _, _, job = await admin.run("sh", "-c", "seq 1 5; printf 'six\\nseven'")
+    assert await log_of(admin, job["id"], tail_lines=2) == (b"six\nseven", b"")
+    assert await log_of(admin, job["id"], tail_lines=0) == (b"", b"")
+    assert await log_of(admin, job["id"], tail_lines=1, streams=["stderr"]) == (b"", b"")
+    assert await log_of(admin, job["id"], tail_lines=99, offset=4) == (
+        b"3\n4\n5\nsix\nseven",
+        b"",
+    )
+
+
+async def test_since_begins_with_what_was_written_then(admin: Wire) -> None:
+    result = await admin.call(
+        "job.run", job={"command": ["sh", "-c", "echo one; read x < /dev/zero; sleep 600"]}
+    )
+    job = result["job"]["id"]  # type: ignore[index]
+    with trio.fail_after(10):
+        while not (await log_of(admin, job, follow=False))[0]:
+            pass
+    between = datetime.now(UTC)
+    await admin.call("job.stop", id=job)
+    assert await log_of(admin, job, since=between.isoformat()) == (b"", b"")
+    assert await log_of(admin, job, since="2020-01-01T00:00:00Z") == (b"one\n", b"")
+    assert await log_of(admin, job, since_seconds=3600) == (b"one\n", b"")
+
+
+async def test_result_tells_where_it_begins(admin: Wire) -> None:
+    _, _, job = await admin.run("sh", "-c", "seq 1 5")
+    result = await admin.call("job.log", id=job["id"], tail_lines=0)
+    assert result["offset"] == 10
+
+
+async def test_stalled_follower_is_let_go_and_can_come_back(
+    open_directory: Callable[[], Path],
+) -> None:
+    impatient = open_embedded(open_directory(), {"server": {"stall_timeout": "100ms"}})
+    async with impatient as service, open_wire(service) as admin:
+        _, _, job = await admin.run("sh", "-c", "head -c 300000 /dev/zero")
+        result = await admin.call("job.log", id=job["id"], delivery={"credit_bytes": 1000})
+        notes = admin.notes(result["subscription"])
+        first, end = await notes.receive(), await notes.receive()
+        assert end["method"] == "job.output_end"
+        params = end["params"]
+        assert isinstance(params, dict)
+        assert params["error"]["name"] == "follower_stalled"
+        assert params["offset"] == 1000
+        assert first["method"] == "job.output"
+        out, _ = await log_of(admin, job["id"], offset=params["offset"])
+        assert len(out) == 299_000
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+def call(
+    service: Embedded, *arguments: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, **service.environment(), **variables}
+    return subprocess.run(
+        [*program("worker-cli"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_log_shows_what_is_asked_for(service: Embedded, admin: Wire) -> None:
+    _, _, record = await admin.run("sh", "-c", "seq 1 3; echo err >&2")
+    job = str(record["id"])
+
+    def log(*options: str) -> tuple[str, str, int]:
+        done = call(service, "log", *options, job)
+        return done.stdout, done.stderr, done.returncode
+
+    ask = trio.to_thread.run_sync
+    assert await ask(log) == ("1\n2\n3\n", "err\n", 0)
+    assert await ask(log, "--stdout", "--tail=1") == ("3\n", "", 0)
+    assert await ask(log, "-n", "1", "--stderr", "-f") == ("", "err\n", 0)
+    assert await ask(log, "--since=1h", "--stderr") == ("", "err\n", 0)
+    assert await ask(log, "--since=2999-01-01") == ("", "", 0)
+    stamped, _, _ = await ask(log, "--timestamps", "--stdout")
+    assert re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z [123]\n){3}", stamped)
+    _, said, code = await ask(log, "--since=yesterday")
+    assert code == 2
+    assert "neither a duration" in said
+
+
+@pytest.mark.parametrize(("raw", "seen"), [(False, b"a\\x1b[2Jb\\x0dc"), (True, b"a\x1b[2Jb\rc")])
+async def test_log_protects_a_terminal(
+    service: Embedded, admin: Wire, raw: bool, seen: bytes
+) -> None:
+    _, _, record = await admin.run("printf", "a\\033[2Jb\\rc")
+    master, slave = pty.openpty()
+    options = ["--raw"] if raw else []
+    try:
+        await trio.run_process(
+            [*program("worker-cli"), "log", *options, str(record["id"])],
+            env={**os.environ, **service.environment()},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        assert os.read(master, 1000) == seen
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+@define(eq=False)
+class Proxy:
+    """Hands connections on to the service until they are cut."""
+
+    service: Embedded
+    port: int = 0
+    connections: int = 0
+    open: set[trio.CancelScope] = field(factory=set)
+
+    async def serve(self, task_status: trio.TaskStatus[None]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        task_status.started()
+        await trio.serve_listeners(self.serve_one, listeners)
+
+    async def serve_one(self, client: trio.SocketStream) -> None:
+        self.connections += 1
+        host, port = self.service.address.rsplit(":", 1)
+        server = await trio.open_tcp_stream(host, int(port))
+        async with client, server, trio.open_nursery() as nursery:
+            self.open.add(nursery.cancel_scope)
+            nursery.start_soon(self.copy, client, server, nursery)
+            nursery.start_soon(self.copy, server, client, nursery)
+        self.open.discard(nursery.cancel_scope)
+
+    async def copy(
+        self, source: trio.SocketStream, to: trio.SocketStream, nursery: trio.Nursery
+    ) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await source.receive_some(65536):
+                await to.send_all(data)
+        nursery.cancel_scope.cancel()
+
+    def cut(self) -> None:
+        for scope in self.open:
+            scope.cancel()
+
+
+@pytest.mark.parametrize("command", ["log", "run"])
+async def test_follow_goes_on_after_each_break(
+    service: Embedded, admin: Wire, command: str
+) -> None:
+    script = (
+        "for i in $(seq 1 400); do echo line $i; [ $((i % 20)) = 0 ] && sleep 0.02; done; exit 3"
+    )
+    expected = "".join(f"line {i}\n" for i in range(1, 401)).encode()
+    arguments = ["run", "-f", "sh", "-c", script]
+    if command == "log":
+        arguments = ["log", "-f", str(await admin.start("sh", "-c", script))]
+    proxy = Proxy(service)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(proxy.serve)
+        process = await trio.lowlevel.open_process(
+            [*program("worker-cli"), *arguments],
+            env={
+                **os.environ,
+                **service.environment(),
+                "WORKER_SERVER": f"127.0.0.1:{proxy.port}",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        got, cuts = b"", 0
+        async for data in process.stdout:
+            got += data
+            if len(got) > 800 * (cuts + 1):
+                proxy.cut()
+                cuts += 1
+        said = b"".join([data async for data in process.stderr])
+        assert await process.wait() == (3 if command == "run" else 0), said
+        nursery.cancel_scope.cancel()
+    assert got == expected
+    assert proxy.connections > 1
+    assert b"going on from byte" in said
