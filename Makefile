@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: demo test check bench lint unit clean help
+.PHONY: demo test check bench docs lint unit clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -33,6 +33,10 @@ unit: $(STAMP)
 bench: $(STAMP)
 	@contrib/set-up.sh --bench
 	$(BIN)/python bench/start_latency.py
+
+#: make docs    write the generated parts of docs/protocol.md
+docs: $(STAMP)
+	$(BIN)/python contrib/protocol_page.py
 
 #: make clean   remove what the others made
 clean:

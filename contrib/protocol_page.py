@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Write the generated parts of docs/protocol.md; with --check, say whether the page is up to date.
+
+Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what the code knows: methods,
+notifications, types, errors. The rest of the page is written by hand. `make docs` runs this, and a
+test fails where page and code differ.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobworker.errors import error_classes
+from jobworker.model.job import JobRecord
+from jobworker.protocol.discovery import describe
+from jobworker.protocol.methods import METHODS
+from jobworker.protocol.schema import REFERENCE, first_line
+
+PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"
+
+Json = Any
+
+DOCUMENT = describe("")
+TYPES: dict[str, Json] = DOCUMENT.components["schemas"]  # type: ignore[assignment]
+
+SAMPLES: dict[str, Json] = {
+    "id": 7,
+    "subscription": 1,
+    "bytes": 262_144,
+    "command": ["ps", "aux"],
+    "owner": "admin-client",
+    "state": "RUNNING",
+    "created_at": "2026-01-31T12:00:00Z",
+    "started_at": "2026-01-31T12:00:00.004Z",
+    "time": "2026-01-31T12:00:00.012Z",
+    "version": "0.1.0",
+    "Welcome.name": "admin-client",
+    "role": "admin",
+    "openrpc": "1.3.2",
+    "info": {"title": "jobworker"},
+    "methods": [],
+    "components": {"schemas": {}},
+}
+"""Values for examples, by the name of the member."""
+
+
+def kind(schema: Json) -> str:
+    """A type in a few words."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix(REFERENCE)
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema and "type" not in schema:
+        return " or ".join(kind(each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    name = str(schema.get("format", schema.get("type", "any")))
+    if name == "array":
+        name = f"list of {kind(schema['items'])}"
+    elif name == "object":
+        name = f"object of {kind(schema.get('additionalProperties', {}))}"
+    return name + bounds(schema)
+
+
+def bounds(schema: Json) -> str:
+    """What is allowed of a type, in a few words; "" where all of it is."""
+    told = []
+    if {"const": 0} in schema.get("anyOf", []):
+        inner = schema["anyOf"][1]
+        told.append(f"0, or {inner['minimum']:,} to {inner['maximum']:,}")
+    if "maximum" in schema:
+        told.append(f"{schema['minimum']:,} to {schema['maximum']:,}")
+    if "maxLength" in schema:
+        told.append(f"up to {schema['maxLength']:,} characters")
+    if "maxItems" in schema:
+        told.append(f"{schema.get('minItems', 0):,} to {schema['maxItems']:,}")
+    if "pattern" in schema:
+        told.append(f"`{schema['pattern'].replace('|', chr(92) + '|')}`")
+    return f" ({', '.join(told)})" if told else ""
+
+
+def table(properties: dict[str, Json], required: list[str]) -> list[str]:
+    """The members of an object."""
+    if not properties:
+        return ["None."]
+    lines = ["| member | type | default | |", "|---|---|---|---|"]
+    for name, schema in properties.items():
+        default = "" if name in required else f"`{json.dumps(schema.get('default'))}`"
+        words = schema.get("description", "").replace("|", "\\|")
+        lines.append(f"| `{name}` | {kind(schema)} | {default} | {words} |")
+    return lines
+
+
+def sample(cls: str, name: str, schema: Json, *, whole: bool) -> Json:
+    """A value for a member of a class; `whole` has members that may be left out as well."""
+    for key in (f"{cls}.{name}", name):
+        if key in SAMPLES:
+            return SAMPLES[key]
+    if "$ref" in schema:
+        return sample_of(schema["$ref"].removeprefix(REFERENCE), whole=whole)
+    if "default" in schema:
+        return schema["default"]
+    if "anyOf" in schema:
+        return sample(cls, name, schema["anyOf"][0], whole=whole)
+    if schema.get("type") == "array":
+        return [sample("", "", schema["items"], whole=whole)]
+    plain: dict[str, Json] = {"integer": 0, "number": 0.5, "boolean": True, "object": {}}
+    return plain.get(schema.get("type", ""), "text")
+
+
+def sample_of(cls: str, *, whole: bool) -> Json:
+    """An example of an object, or of an enumeration; a record stands whole only on its own."""
+    schema = TYPES[cls]
+    if "enum" in schema:
+        return schema["enum"][0]
+    return {
+        name: sample(cls, name, member, whole=whole and name not in ("job", "jobs"))
+        for name, member in schema["properties"].items()
+        if whole or name in schema["required"]
+    }
+
+
+def exchange(name: str, params: Json, result: Json) -> list[str]:
+    """A request and its reply."""
+    request = {"jsonrpc": "2.0", "id": 1, "method": name, "params": params}
+    reply = {"jsonrpc": "2.0", "id": 1, "result": result}
+    return ["```", f"→ {json.dumps(request)}", f"← {json.dumps(reply)}", "```"]
+
+
+def methods() -> list[str]:
+    """Every method."""
+    lines = []
+    for row, told in zip(METHODS.values(), DOCUMENT.methods, strict=True):
+        params = TYPES[row.params.__name__]
+        lines += [
+            f"### `{row.name}`",
+            "",
+            f"{row.summary}. Permission: `{told['x-permission']}`.",
+            "",
+        ]
+        lines += [*table(params["properties"], params["required"]), ""]
+        lines += [f"Result: [{row.result.__name__}](#{row.result.__name__.lower()}).", ""]
+        whole = row.result is not JobRecord or row.name == "job.status"
+        lines += exchange(
+            row.name,
+            sample_of(row.params.__name__, whole=False),
+            sample_of(row.result.__name__, whole=whole),
+        )
+        lines.append("")
+    return lines
+
+
+def types() -> list[str]:
+    """Every class that travels, but for the parameters, which stand with their methods."""
+    params = {row.params.__name__ for row in METHODS.values()}
+    lines = []
+    for name in sorted(TYPES.keys() - (params - {"Nothing"})):
+        schema = TYPES[name]
+        lines += [f"### {name}", "", schema.get("description", ""), ""]
+        if "enum" in schema:
+            lines += ["One of " + ", ".join(f"`{json.dumps(v)}`" for v in schema["enum"]) + ".", ""]
+        else:
+            lines += [*table(schema["properties"], schema["required"]), ""]
+    return lines
+
+
+def errors() -> list[str]:
+    """Every error."""
+    lines = ["| code | name | exit code of `worker-cli` | |", "|---|---|---|---|"]
+    by_code = sorted(error_classes().items(), key=lambda pair: (pair[0] > 0, abs(pair[0])))
+    for code, cls in by_code:
+        lines.append(f"| {code} | `{cls.name}` | {cls.exit_code} | {first_line(cls)} |")
+    return lines
+
+
+SECTIONS = {"methods": methods, "types": types, "errors": errors}
+
+
+def rendered(page: str) -> str:
+    """The page with its generated parts made anew."""
+    for name, make in SECTIONS.items():
+        body = "\n".join(make()).rstrip("\n")
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        marks = re.search(pattern, page, re.DOTALL)
+        if marks is None:
+            raise SystemExit(f"protocol_page: {PAGE.name} has no section named {name}")
+        page = f"{page[: marks.start()]}{marks[1]}\n{body}\n\n{marks[2]}{page[marks.end() :]}"
+    return page
+
+
+def main() -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if it differs")
+    check = parser.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    made = rendered(page)
+    if check and made != page:
+        sys.exit("protocol_page: docs/protocol.md differs from the code; run `make docs`")
+    if not check:
+        PAGE.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
