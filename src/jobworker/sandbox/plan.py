@@ -51,6 +51,7 @@ MASKED = (
     "/proc/keys",
     "/proc/key-users",
     "/proc/kmsg",
+    "/proc/kpagecgroup",
     "/proc/kpagecount",
     "/proc/kpageflags",
     "/proc/latency_stats",
@@ -61,7 +62,7 @@ MASKED = (
     "/proc/timer_stats",
     "/proc/vmallocinfo",
 )
-READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/pressure", "/proc/sys")
 
 KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
 """capabilities(7), over the job's own user namespace only: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,
@@ -72,6 +73,9 @@ RESOURCE_LIMITS = (
     s.SetResourceLimit("RLIMIT_CORE", 0, 0),
     s.SetResourceLimit("RLIMIT_NOFILE", 1024, 524_288),
     s.SetResourceLimit("RLIMIT_MEMLOCK", 8 << 20, 8 << 20),
+    s.SetResourceLimit("RLIMIT_MSGQUEUE", 819_200, 819_200),
+    s.SetResourceLimit("RLIMIT_NICE", 0, 0),
+    s.SetResourceLimit("RLIMIT_RTPRIO", 0, 0),
 )
 
 

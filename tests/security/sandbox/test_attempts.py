@@ -1,0 +1,94 @@
+"""Each attempt reaches its aim outside; inside it fails, by the filter and, but for some, without.
+
+The names of the attempts say what is attacked. What came of one is an errno's name: "done" and
+"value" are success.
+"""
+
+import pytest
+
+from . import attempts_calls, attempts_files
+from .attempt import ATTEMPTS
+from .conftest import Outcomes
+
+assert attempts_calls, attempts_files  # they fill the table of attempts
+
+REFUSED = {"EPERM", "EACCES", "ENOENT", "ESRCH", "ENXIO", "EROFS", "masked"}
+DENIED = {"EPERM", "ENOSYS"}
+
+BY_THE_FILTER_ALONE = {
+    # A user namespace is for everyone to make; inside one of its own a job would have rights.
+    *("unshare_user_namespace", "unshare_user_namespace_beside_harmless_flags"),
+    *("clone_user_namespace", "clone_user_namespace_with_high_bits", "clone3_user_namespace"),
+    # A terminal of the job's own obeys the job.
+    *("type_into_a_terminal", "type_into_a_terminal_with_high_bits", "paste_into_a_terminal"),
+    *("paste_into_a_terminal_with_high_bits", "set_a_line_discipline"),
+    *("open_socket_vsock", "open_socket_vsock_with_high_bits", "open_socket_alg"),
+    *("open_socket_netlink_audit", "open_socket_netlink_netfilter", "open_socket_netlink_uevent"),
+    # Calls with arguments that mean nothing: the kernel's word about those comes first.
+    *(f"call_{name}" for name in attempts_calls.RAW),
+    "call_the_next_number_to_come",
+}
+
+NEEDS = {
+    **dict.fromkeys(
+        ("raise_core_limit", "raise_file_limit", "raise_locked_memory_limit"), "CAP_SYS_RESOURCE"
+    ),
+    "evade_the_oom_killer": "CAP_SYS_RESOURCE",
+    "open_sysrq_trigger": "CONFIG_MAGIC_SYSRQ",
+    "read_kcore": "CONFIG_PROC_KCORE",
+    "open_socket_alg": "CONFIG_CRYPTO_USER_API",
+    "open_socket_vsock": "CONFIG_VSOCKETS",
+    "open_socket_vsock_with_high_bits": "CONFIG_VSOCKETS",
+    "open_socket_xdp": "CONFIG_XDP_SOCKETS",
+    "open_socket_packet": "CONFIG_PACKET",
+    "open_socket_packet_datagram": "CONFIG_PACKET",
+    "read_kernel_configuration": "CONFIG_IKCONFIG_PROC",
+    "call_the_next_number_to_come": "a call newer than the profile",
+    "mount_control_groups_of_version_1": "CONFIG_CGROUPS_V1",
+    **{f"call_{name}": f"the call {name}" for name in attempts_calls.RAW},
+}
+"""What the host has to have for the control; what it lacks cannot be attacked there."""
+
+LACKING = {"ENOSYS", "ENOENT", "EAFNOSUPPORT", "EPERM", "EACCES", "ENODEV", "EPROTONOSUPPORT"}
+
+
+def test_the_program_made_every_attempt(outcomes: Outcomes) -> None:
+    for made in (outcomes.outside, outcomes.inside, outcomes.unfiltered):
+        assert set(made) == set(ATTEMPTS)
+        assert not [name for name, outcome in made.items() if outcome.startswith("broken")], made
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempt_fails_inside(outcomes: Outcomes, name: str) -> None:
+    """Whatever the host: first of all, it fails."""
+    allowed = DENIED if name.startswith("call_") else REFUSED | DENIED
+    assert outcomes.inside[name] in allowed
+    if name not in BY_THE_FILTER_ALONE:
+        assert outcomes.unfiltered[name] in REFUSED, "without the filter another layer holds"
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempt_reaches_its_aim_outside(outcomes: Outcomes, name: str) -> None:
+    """The control: without the sandbox the kernel does it, or looks at what it was given."""
+    outcome = outcomes.outside[name]
+    if name in NEEDS and outcome in LACKING and not _is_argument_error(name, outcome):
+        pytest.skip(f"the control needs {NEEDS[name]} on this host")
+    if name.startswith(("call_", "write_its_memory", "paste_into")):
+        assert outcome not in DENIED, outcome
+    else:
+        assert outcome == "done" or outcome.startswith("value: ["), outcome
+
+
+def _is_argument_error(name: str, outcome: str) -> bool:
+    """Whether the kernel has looked at what a call was given."""
+    return name.startswith("call_") and outcome not in DENIED
+
+
+@pytest.mark.parametrize("name", sorted(BY_THE_FILTER_ALONE))
+def test_what_the_filter_alone_refuses_is_refused_by_it(outcomes: Outcomes, name: str) -> None:
+    """Where nothing else would have refused it, the difference is the filter's."""
+    assert outcomes.inside[name] in DENIED
+    without = outcomes.unfiltered[name]
+    if without in ("ENOSYS", "EAFNOSUPPORT"):
+        pytest.skip(f"this kernel lacks {NEEDS[name]}")
+    assert without != outcomes.inside[name] or without == "EPERM", "EPERM: by another layer too"
