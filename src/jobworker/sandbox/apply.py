@@ -159,13 +159,15 @@ def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
 
 
 def _set_oom_score(step: s.SetOomScore, _: Means) -> None:
-    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write(str(step.value))
+    with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+        if int(file.read()) < step.value:  # an ordinary user may raise it and not lower it
+            file.write(str(step.value))
 
 
-def _enter_user_namespace(_: s.EnterUserNamespace, __: Means) -> None:
+def _enter_user_namespace(step: s.EnterUserNamespace, _: Means) -> None:
     sc.setns(USER_NAMESPACE_DESCRIPTOR, sc.CLONE_NEWUSER)
-    os.setgroups([])
+    if step.leave_groups:
+        os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
 

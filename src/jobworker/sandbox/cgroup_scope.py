@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 from jobworker import errors
 from jobworker.sandbox import cgroup_files as files
 
-Kind = Literal["v1", "hybrid", "v2"]
+Kind = Literal["v1", "hybrid", "v2", "none"]
 SWEEP_SECONDS = 5.0
 SWEEP_PAUSE_SECONDS = 0.005
 

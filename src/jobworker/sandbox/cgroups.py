@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from jobworker import errors
 from jobworker.sandbox import cgroup_mounts as mounts
+from jobworker.sandbox.cgroup_none import NoTree
 from jobworker.sandbox.cgroup_scope import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup_v1 import open_v1
 from jobworker.sandbox.cgroup_v2 import open_v2
@@ -34,12 +35,21 @@ def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
     "jobworker-1a2b3c4d"; one that exists is taken over, see `Tree.sweep`. `parent`: the group that
     it shall stand in, as a path from the top of the mount; "" for automatic.
     Raises `HostUnsupported` with the missing controller (`data["controller"]`), the reason and the
-    remedy; nothing is left behind then.
+    remedy; nothing is left behind then. Who asks for no controller at all gets a tree in any case.
     """
     if unknown := set(controllers) - set(mounts.CONTROLLERS):
         raise ValueError(f"no such controllers: {sorted(unknown)}")
     if not name or "/" in name or name.startswith(".") or ".." in parent.split("/"):
         raise ValueError(f"not a name for a control group: {name!r}, {parent!r}")
+    try:
+        return _open_tree(controllers, name, parent)
+    except errors.HostUnsupported as error:
+        if controllers:
+            raise
+        return NoTree(name, error.message)
+
+
+def _open_tree(controllers: Sequence[str], name: str, parent: str) -> Tree:
     found = mounts.parse(
         _proc("self/mountinfo"), _proc("self/cgroup"), _proc("cgroups", missing_is_empty=True)
     )

@@ -25,7 +25,7 @@ from jobworker.sandbox.cgroups import Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
 from jobworker.sandbox.plan import SCRATCH, Slot, prepare
-from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
+from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 MAX_SWEEPERS = 4
 PIPE_BYTES = 1 << 20
@@ -86,8 +86,8 @@ class Child:
 class Nursery:
     """Makes and clears children; holds the slots."""
 
-    def __init__(self, tree: Tree, policy: Policy, root: str, scratch_root: str) -> None:
-        self._tree, self._policy = tree, policy
+    def __init__(self, tree: Tree, policy: Policy, ids: Ids, root: str, scratch_root: str) -> None:
+        self._tree, self._policy, self._ids = tree, policy, ids
         self._root, self._scratch_root = root, scratch_root
         self._free = list(range(policy.max_jobs + policy.spares))[::-1]
         self._start = os.urandom(3).hex()
@@ -117,8 +117,8 @@ class Nursery:
         self._made += 1
         index = self._free.pop()
         name = f"job-{self._start}-{self._made}"
-        first_uid = self._policy.first_uid + index * IDS_PER_JOB
-        slot = Slot(name, first_uid, f"{self._scratch_root}/{name}")
+        scratch_path = f"{self._scratch_root}/{name}"
+        slot = Slot(name, self._ids.first_of(index), scratch_path, self._ids.each)
         with contextlib.ExitStack() as undo:
             undo.callback(self._free.append, index)
             child = Child(slot, index, self._tree.create(name))
@@ -132,7 +132,7 @@ class Nursery:
         theirs: list[int] = []
         undo.callback(close_all, ours)
         try:
-            user_namespace = _user_namespace(child.slot.first_uid)
+            user_namespace = _user_namespace(child.slot)
             theirs.append(user_namespace)
             for _ in range(2):
                 read, write = os.pipe2(os.O_CLOEXEC)
@@ -206,10 +206,10 @@ class Nursery:
         self._start_sweepers()
 
 
-def _user_namespace(first_id: int) -> int:
+def _user_namespace(slot: Slot) -> int:
     """See `make_user_namespace`; raises SandboxError by the name of the step that needs it."""
     try:
-        return make_user_namespace(first_id)
+        return make_user_namespace(slot.first_uid, slot.ids)
     except OSError as error:
         reason = error.strerror
         if error.errno == errno.ENOSPC:  # user_namespaces(7)'s word for a limit that is reached

@@ -24,6 +24,8 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
 from jobworker.sandbox.children import Nursery, Policy, policy_from
 from jobworker.sandbox.launcher_loop import Launcher
+from jobworker.sandbox.own_namespace import become_root, split
+from jobworker.sandbox.user_namespaces import Ids
 
 DESCRIPTORS_PER_CHILD = 8
 """Process, two pipes, socket, scope (two), user namespace; and room for replies on their way."""
@@ -54,6 +56,9 @@ def _raise_descriptor_limit(policy: Policy) -> None:
 def main(descriptor: int) -> NoReturn:
     """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy."""
     os.set_inheritable(descriptor, False)
+    ids_beside = None
+    if os.geteuid() != 0:
+        ids_beside = become_root()
     _become_first_process(descriptor)
     link = socket.socket(fileno=descriptor)
     received = channel.receive(link)
@@ -62,7 +67,10 @@ def main(descriptor: int) -> NoReturn:
     with contextlib.ExitStack() as undo:
         try:
             policy = policy_from(received[0])
-            tree, nursery = _prepare(policy, undo)
+            ids = Ids(policy.first_uid)
+            if ids_beside is not None:
+                ids = split(ids_beside, policy.max_jobs + policy.spares)
+            tree, nursery = _prepare(policy, ids, undo)
         except JobworkerError as error:
             problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
             channel.send(link, {"error": problem})
@@ -70,7 +78,8 @@ def main(descriptor: int) -> NoReturn:
         gc.collect()
         gc.freeze()
         gc.disable()
-        channel.send(link, {"ready": tree.kind, "gaps": [*tree.missing_features(), *nursery.gaps]})
+        gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
+        channel.send(link, {"ready": tree.kind, "gaps": gaps})
         link.setblocking(False)
         Launcher(link, nursery, policy.spares).run()
     sys.exit(0)
@@ -102,7 +111,7 @@ def _become_first_process(link: int) -> None:
     os.close(alive)
 
 
-def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
+def _prepare(policy: Policy, ids: Ids, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
     """Do all that comes before the first request; what it made of control groups is undone."""
     _raise_descriptor_limit(policy)
     bpf.try_out(policy.filters)
@@ -116,7 +125,7 @@ def _prepare(policy: Policy, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]
             remedy=f"see what still runs in the groups called {policy.instance}",
         ) from error
     rootfs.enter(policy.stage, policy.scratch, policy.programs, policy.etc)
-    nursery = Nursery(tree, policy, rootfs.ROOT, rootfs.SCRATCH)
+    nursery = Nursery(tree, policy, ids, rootfs.ROOT, rootfs.SCRATCH)
     nursery.sweep_scratch()
     _warm_up(tree)
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)

@@ -79,12 +79,17 @@ RESOURCE_LIMITS = (
 )
 
 
+_TTY_GROUP = 5
+
+
 class Slot(NamedTuple):
     """What one live job alone has: its range of ids and its place on disk."""
 
     name: str
     first_uid: int
     scratch: str
+    ids: int = 65_536
+    """How many ids from `first_uid` on are its own."""
 
 
 class Order(NamedTuple):
@@ -115,14 +120,14 @@ def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
         *(s.BindScratch(f"{slot.scratch}/{name}", root + at) for name, at in SCRATCH.items()),
         s.MountTmpfs(f"{root}/run", 0o755, tmpfs_bytes, owner),
         s.MountTmpfs(f"{root}/dev/shm", 0o1777, tmpfs_bytes, owner),  # noqa: S108
-        s.MountDevpts(f"{root}/dev/pts", owner + 5),
+        s.MountDevpts(f"{root}/dev/pts", owner + min(_TTY_GROUP, slot.ids - 1)),
         s.MountProc(f"{root}/proc"),
         *(s.MaskPath(root + path) for path in MASKED),
         *(s.ReadOnlyPath(root + path) for path in READ_ONLY),
         s.PivotRoot(root),
         *RESOURCE_LIMITS,
         s.SetOomScore(0),
-        s.EnterUserNamespace(),
+        s.EnterUserNamespace(leave_groups=slot.ids > 1),
         s.DropCapabilities(KEPT_CAPABILITIES),
         s.ForbidNewPrivileges(),
         s.DieWithLauncher(),

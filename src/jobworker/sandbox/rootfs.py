@@ -154,6 +154,7 @@ def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str])
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
         clones = {path: _clone(path, _READ_ONLY) for path in trees}
+        devices = {name: sc.open_tree_clone(f"/dev/{name}") for name in _DEVICES}
         disk = _clone(scratch, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
         sc.mount("tmpfs", stage, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=700,size=1m")
         os.umask(0o22)
@@ -161,7 +162,7 @@ def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str])
             os.mkdir(stage + path, 0o755)
         sc.mount("proc", f"{stage}/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
         _attach(disk, stage + SCRATCH)
-        _assemble(stage + ROOT, clones, links, entries)
+        _assemble(stage + ROOT, clones, devices, links, entries)
         os.chdir(stage)
         sc.pivot_root(".", ".")
         sc.umount(".")
@@ -185,7 +186,11 @@ def _attach(tree: int, target: str) -> None:
 
 
 def _assemble(
-    root: str, clones: dict[str, int], links: dict[str, str], entries: Sequence[_Entry]
+    root: str,
+    clones: dict[str, int],
+    devices: dict[str, int],
+    links: dict[str, str],
+    entries: Sequence[_Entry],
 ) -> None:
     sc.mount("tmpfs", root, "tmpfs", sc.MS_NOSUID, "mode=755,size=64m")
     for name in _EMPTY:
@@ -198,12 +203,23 @@ def _assemble(
         _attach(tree, root + path)
     for entry in entries:
         _write_entry(root + entry.path, entry)
-    for name, (major, minor) in _DEVICES.items():
-        os.mknod(f"{root}/dev/{name}", stat.S_IFCHR | 0o600, os.makedev(major, minor))
-        os.chmod(f"{root}/dev/{name}", 0o666)  # noqa: S103 - devices that are for all
+    for name, tree in devices.items():
+        _make_device(f"{root}/dev/{name}", *_DEVICES[name], tree)
     for name, target in _DEVICE_LINKS.items():
         os.symlink(target, f"{root}/dev/{name}")
     sc.mount(None, root, None, sc.MS_REMOUNT | sc.MS_RDONLY | sc.MS_NOSUID)
+
+
+def _make_device(path: str, major: int, minor: int, borrowed: int) -> None:
+    """Make a device node; where nobody may (in a user namespace) the host's own is borrowed."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(major, minor))
+        os.chmod(path, 0o666)  # noqa: S103 - devices that are for all
+    except PermissionError:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        _attach(borrowed, path)
+    else:
+        os.close(borrowed)
 
 
 def _write_entry(path: str, entry: _Entry) -> None:

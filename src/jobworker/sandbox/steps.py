@@ -99,13 +99,16 @@ class SetResourceLimit(NamedTuple):
 
 
 class SetOomScore(NamedTuple):
-    """How soon the kernel picks the job when the host has no memory left: proc(5)."""
+    """How soon, at least, the kernel picks the job when the host has no memory left: proc(5)."""
 
     value: int
 
 
 class EnterUserNamespace(NamedTuple):
     """Enter the user namespace that maps root inside to an unprivileged id outside."""
+
+    leave_groups: bool
+    """Not where the launcher's user has a single id: the kernel lets nobody leave groups there."""
 
 
 class DropCapabilities(NamedTuple):

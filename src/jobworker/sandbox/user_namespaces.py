@@ -11,11 +11,27 @@ Standard library only.
 import errno
 import os
 import signal
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from jobworker.sandbox import syscalls as sc
 
 IDS_PER_JOB = 65_536
+
+
+class Ids(NamedTuple):
+    """The ids that jobs get outside, as the launcher's own user namespace numbers them."""
+
+    first: int
+    each: int = IDS_PER_JOB
+    """How many a job gets."""
+    step: int = IDS_PER_JOB
+    """From one job's first id to the next one's; 0 where all jobs have the same."""
+    gaps: tuple[str, ...] = ()
+    """What this costs in isolation, in words."""
+
+    def first_of(self, index: int) -> int:
+        """The first id of the job in this place."""
+        return self.first + index * self.step
 
 
 def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
@@ -30,7 +46,7 @@ def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
     ready, tell = os.pipe2(os.O_CLOEXEC)
     pid, pidfd = sc.clone3(0)
     if pid == 0:
-        _hold_namespace(first_id, tell)
+        _hold_namespace(first_id, tell, leave_groups=ids > 1)
     try:
         os.close(tell)
         said = os.read(ready, 8)
@@ -51,15 +67,19 @@ def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
         os.close(pidfd)
 
 
-def _hold_namespace(first_id: int, tell: int) -> NoReturn:
+def _hold_namespace(first_id: int, tell: int, *, leave_groups: bool) -> NoReturn:
     """In the helper: make the namespace as its user, tell 0 or the errno, and wait for the end."""
     try:
         # The right to make it is kept across the change of user: some hosts deny it to others.
         sc.prctl(sc.PR_SET_KEEPCAPS, 1)
-        os.setgroups([])
+        if leave_groups:  # who has a single id may not, see sandbox.own_namespace
+            os.setgroups([])
         os.setresgid(first_id, first_id, first_id)
         os.setresuid(first_id, first_id, first_id)
         sc.capset(frozenset({sc.CAP_SYS_ADMIN}))
+        # Its files in /proc went to the root of the whole host with the change of user; the
+        # launcher, which has to write the maps there, may be another root.
+        sc.prctl(sc.PR_SET_DUMPABLE, 1)
         sc.unshare(sc.CLONE_NEWUSER)
         os.write(tell, b"\0")
         while True:

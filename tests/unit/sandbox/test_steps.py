@@ -43,7 +43,7 @@ def test_names_of_steps_are_words_with_hyphens_and_all_different() -> None:
 @pytest.mark.parametrize(
     ("step", "name"),
     [
-        (s.EnterUserNamespace(), "enter-user-namespace"),
+        (s.EnterUserNamespace(leave_groups=True), "enter-user-namespace"),
         (s.EnterUserNamespace, "enter-user-namespace"),
         (s.Execute(("a",), ()), "execute"),
         (s.ChangeDirectory("/x"), "change-directory"),

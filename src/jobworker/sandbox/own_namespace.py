@@ -1,0 +1,161 @@
+"""Where we are not root: become root of a user namespace of our own, and do there what root does.
+
+An ordinary user may make a user namespace (user_namespaces(7)) and has every capability in it:
+enough to mount, to pivot and to make further namespaces, one for each job. From here on the
+launcher goes one way, whoever started it. What differs is a matter of ids:
+
+    root            each job gets its own range out of all ids of the host
+    a range         /etc/subuid and /etc/subgid give this user ids (subuid(5)): each job gets a
+                    part of them; newuidmap(1) writes the maps, with the right that it has
+    a single id     neither file nor program: every job is this very user outside. Jobs are apart
+                    by their namespaces alone, and keep the user's supplementary groups.
+
+Raises HostUnsupported where the host forbids it, with the switch to change.
+
+Standard library only.
+"""
+
+import os
+import pwd
+from typing import NamedTuple, NoReturn
+
+from jobworker.errors import HostUnsupported
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.host_restrictions import user_namespace_remedy
+from jobworker.sandbox.user_namespaces import IDS_PER_JOB, Ids
+
+MIN_IDS_PER_JOB = 64
+"""Fewer are no use: Debian's system users go up to 42, its dynamic ones begin at 100."""
+_TOOLS = {"newuidmap": "/etc/subuid", "newgidmap": "/etc/subgid"}
+
+
+class Range(NamedTuple):
+    """Ids of the host."""
+
+    first: int
+    length: int
+
+
+SINGLE_ID = Ids(
+    first=0,
+    each=1,
+    step=0,
+    gaps=(
+        "all jobs run as this user outside: they are apart by their namespaces alone, and keep its "
+        "supplementary groups (install uidmap and give the user a range in /etc/subuid and "
+        "/etc/subgid)",
+    ),
+)
+
+
+def split(count: int, jobs: int) -> Ids:
+    """Part `count` ids, which stand from 1 on, between `jobs`; a single id if they are too few."""
+    each = min(count // jobs, IDS_PER_JOB)
+    return Ids(1, each, each) if each >= MIN_IDS_PER_JOB else SINGLE_ID
+
+
+def granted(text: str, user: str, uid: int) -> Range | None:
+    """The largest range that a subuid(5) file gives to a user, by name or number."""
+    found = []
+    for line in text.splitlines():
+        fields = line.split(":")
+        if len(fields) == 3 and fields[0] in (user, str(uid)) and "".join(fields[1:]).isdecimal():
+            found.append(Range(int(fields[1]), int(fields[2])))
+    return max(found, key=lambda each: each.length, default=None)
+
+
+def become_root() -> int:
+    """Go on as root of a new user namespace; call with one thread, not as root.
+
+    Answers how many ids stand there from 1 on, for `split`. Raises HostUnsupported.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    ranges = _ranges(uid)
+    waiting, made = os.pipe2(os.O_CLOEXEC)
+    # The helper stays in the namespace where those ids mean something.
+    helper = os.fork() if ranges else None
+    if helper == 0:
+        _write_ranges(waiting, made, uid, gid, ranges)
+    try:
+        sc.unshare(sc.CLONE_NEWUSER)
+        if helper is None:
+            _write_single(uid, gid)
+        else:
+            os.write(made, b"!")
+    except OSError as error:
+        raise _forbidden(error) from error
+    finally:
+        os.close(waiting)
+        os.close(made)
+        if helper is not None:
+            _, status = os.waitpid(helper, 0)
+    if helper is not None and status:
+        raise HostUnsupported(
+            "cannot map this user's ranges of ids: newuidmap or newgidmap refused",
+            remedy="correct /etc/subuid and /etc/subgid, or take this user out of them",
+        )
+    try:
+        # Some hosts let anyone in and take all capabilities away: here it shows. And the launcher
+        # has to have a right over the host name that it comes back to, see `children.name_host`.
+        sc.unshare(sc.CLONE_NEWUTS)
+    except OSError as error:
+        raise _forbidden(error) from error
+    return min((each.length for each in ranges), default=0)
+
+
+def _forbidden(error: OSError) -> HostUnsupported:
+    return HostUnsupported(
+        f"cannot make a user namespace: {error.strerror}",
+        remedy=f"{user_namespace_remedy(root=False)}, or start the service as root",
+    )
+
+
+def _ranges(uid: int) -> tuple[Range, ...]:
+    """This user's ranges of uids and of gids; empty where they cannot be had."""
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = ""
+    found = []
+    for tool, file in _TOOLS.items():
+        try:
+            with open(file, encoding="utf-8") as text:
+                given = granted(text.read(), name, uid)
+        except OSError:
+            return ()
+        if given is None or not os.access(f"/usr/bin/{tool}", os.X_OK):
+            return ()
+        found.append(given)
+    return tuple(found)
+
+
+def _write_single(uid: int, gid: int) -> None:
+    for name, text in (
+        ("setgroups", "deny"),  # or the kernel takes no map of groups from an ordinary user
+        ("uid_map", f"0 {uid} 1"),
+        ("gid_map", f"0 {gid} 1"),
+    ):
+        descriptor = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+
+def _write_ranges(
+    waiting: int, made: int, uid: int, gid: int, ranges: tuple[Range, ...]
+) -> NoReturn:
+    """In the helper: wait for the namespace, then have its maps written."""
+    code = 1
+    try:
+        os.close(made)
+        if os.read(waiting, 1):
+            target = str(os.getppid())
+            for tool, own, given in zip(_TOOLS, (uid, gid), ranges, strict=True):
+                maps = map(str, (0, own, 1, 1, given.first, given.length))
+                arguments = [tool, target, *maps]
+                if os.spawnve(os.P_WAIT, f"/usr/bin/{tool}", arguments, {}):  # noqa: S606
+                    os._exit(code)
+            code = 0
+    finally:
+        os._exit(code)
