@@ -251,6 +251,14 @@ def test_whole_job_fails_where_there_are_no_programs(site: Path) -> None:
     assert not findings["start, limits, output, end"].supported
 
 
+def test_profile_that_does_not_parse_is_a_finding(site: Path) -> None:
+    (site / "bad.toml").write_text("allow = 3")
+    profile = {"sandbox": {"seccomp_profile": str(site / "bad.toml")}}
+    code, findings = service_findings(write_configuration(site, profile))
+    assert code == 1
+    assert "bad.toml" in findings["system-call profile"].detail
+
+
 def test_bad_configuration_is_a_finding(site: Path) -> None:
     code, findings = service_findings(write_configuration(site, {"server": {"port": "x"}}))
     assert code == 1

@@ -16,7 +16,9 @@ from pathlib import Path
 from jobworker.config import Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.pki.tls import key_mode_warning, server_context
+from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.server.setup import listen, service_ids
 
 GROUP = "service"
@@ -28,6 +30,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     """Everything about the service that `settings` describe."""
     yield _try("python", _python)
     yield _try("history (apsw)", _history)
+    yield _try("system-call profile", lambda: _profile(settings))
     yield _try("user", lambda: _user(settings))
     running = _is_running(settings)
     yield _try("state directory", lambda: _state(settings, running=running))
@@ -62,6 +65,12 @@ def _history() -> str:
             f"cannot keep a history: {error}", remedy="pip install 'jobworker[server]'"
         ) from None
     return f"SQLite {apsw.sqlite_lib_version()}"
+
+
+def _profile(settings: Settings) -> str:
+    path = settings.sandbox.seccomp_profile
+    listed = len(load_filters(path).listed) // INSTRUCTION_BYTES
+    return f"{path or 'the one of the package'}, {listed} instructions"
 
 
 def _user(settings: Settings) -> str:

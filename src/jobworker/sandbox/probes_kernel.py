@@ -5,7 +5,6 @@ Each does the thing and looks at what it changed: that the kernel took a call is
 Standard library only.
 """
 
-import array
 import contextlib
 import errno
 import os
@@ -24,9 +23,7 @@ from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
 _CLONE_NEWNET = 0x40000000
 _GETPPID = {"x86_64": 110, "aarch64": 173}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
-_LANDLOCK_VERSION, _LANDLOCK_SCOPES_ABI, _SCOPE_SOCKETS, _SCOPE_SIGNALS = 1, 6, 1, 2
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_LANDLOCK_SCOPES_ABI = 6
 
 
 def probes(first_uid: int, ids: int = IDS_PER_JOB) -> Iterable[Probe]:
@@ -192,11 +189,8 @@ def install_filter(forbidden: int, code: int) -> None:
             (0x06, 0, 0, 0x7FFF0000),
         )
     )
-    held = array.array("B", program)
-    address, size = held.buffer_info()
-    header = array.array("B", struct.pack("@HP", size // 8, address))
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-    sc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header.buffer_info()[0])
+    sc.seccomp(program, log=False)
 
 
 def _filter() -> str:
@@ -225,7 +219,7 @@ def _resource_limits() -> str:
 
 def _landlock() -> str:
     try:
-        abi = sc.attempt(_LANDLOCK_CREATE, 0, 0, _LANDLOCK_VERSION)
+        abi = sc.landlock_abi()
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             raise Missing("landlock is switched off at boot") from error
@@ -236,10 +230,8 @@ def _landlock() -> str:
         outside.bind("")  # an abstract name of the kernel's choice
         outside.listen()
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-        attributes = struct.pack("QQQ", 0, 0, _SCOPE_SOCKETS | _SCOPE_SIGNALS)
-        rules = sc.attempt(_LANDLOCK_CREATE, attributes, len(attributes), 0)
         parent = os.getppid()
-        sc.attempt(_LANDLOCK_RESTRICT, rules, 0)
+        sc.landlock_restrict_self(sc.landlock_create_scope())
         with contextlib.suppress(PermissionError):
             inside.connect(outside.getsockname())
             raise Missing("an abstract socket of the outside can be reached")
