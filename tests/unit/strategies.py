@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jobworker.model.job import (
     MAX_CPU_PERCENT,
+    MAX_ID,
     MAX_IO_BPS,
     MAX_MEMORY_BYTES,
     MAX_PROCESSES,
@@ -36,6 +37,11 @@ counts = st.integers(min_value=0, max_value=1 << 62)
 ids = st.integers(min_value=1, max_value=1 << 62).map(JobId)
 times = st.datetimes(timezones=st.just(UTC))
 variables = st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True), texts)
+labels = st.dictionaries(
+    st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,20}[A-Za-z0-9])?", fullmatch=True),
+    names,
+    max_size=4,
+)
 seconds = st.floats(min_value=0, max_value=MAX_TIMEOUT_SECONDS)
 
 
@@ -59,6 +65,11 @@ specs = st.builds(
     name=names,
     limits=limits,
     timeout_seconds=st.none() | seconds,
+    secret_environment=variables,
+    network=st.sampled_from(["host", "none", "private"]),
+    uid=st.integers(0, MAX_ID),
+    gid=st.none() | st.integers(0, MAX_ID),
+    labels=labels,
 )
 
 records = st.builds(

@@ -5,7 +5,7 @@ malformed option, an argument that is no text) is refused before it is dialled.
 """
 
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import partial
@@ -18,8 +18,9 @@ import trio
 from jobworker.cli import render
 from jobworker.cli.console import say, tell
 from jobworker.cli.follow import Look, follow_job
+from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import Duration, JobNumber, Variable, json_option, pass_invocation
+from jobworker.cli.parameters import Duration, JobNumber, Label, json_option, pass_invocation
 from jobworker.cli.request import MEBIBYTE, in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
@@ -48,14 +49,6 @@ def open_connection(invocation: Invocation) -> "AbstractAsyncContextManager[Clie
 @click.option("--max-iobps", type=int, metavar="BYTES", help="Disk limit in bytes per second.")
 @click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
-@click.option(
-    "--env",
-    "-e",
-    multiple=True,
-    type=Variable(),
-    metavar="NAME=VALUE",
-    help="Set a variable; may be repeated.",
-)
 @click.option("--workdir", "-w", default="", metavar="PATH", help="Directory to start in.")
 @click.option("--name", default="", help="A name to tell the job by.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
@@ -65,6 +58,7 @@ def open_connection(invocation: Invocation) -> "AbstractAsyncContextManager[Clie
     "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARG]..."
 )
 @pass_invocation
+@job_options
 async def run(  # noqa: PLR0913 - each option is an argument
     invocation: Invocation,
     *,
@@ -74,7 +68,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
     max_iobps: int | None,
     max_pids: int | None,
     timeout: float | None,  # noqa: ASYNC109 - the job's, not this function's
-    env: Sequence[tuple[str, str]],
+    fields: Mapping[str, object],
     workdir: str,
     name: str,
     follow: bool,
@@ -93,7 +87,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
             "processes": max_pids,
         },
         timeout_seconds=timeout,
-        environment=dict(env),
+        **fields,
         workdir=workdir,
         name=name,
     )
@@ -201,6 +195,15 @@ async def _each(
     help="Only jobs in this state; may be repeated.",
 )
 @click.option(
+    "--label",
+    "-l",
+    "labels",
+    multiple=True,
+    type=Label(),
+    metavar="NAME=VALUE",
+    help="Only jobs with this label; may be repeated.",
+)
+@click.option(
     "--limit",
     type=click.IntRange(min=1),
     default=100,
@@ -210,7 +213,12 @@ async def _each(
 )
 @json_option()
 @pass_invocation
-async def list_jobs(invocation: Invocation, states: tuple[str, ...], limit: int) -> None:
+async def list_jobs(
+    invocation: Invocation,
+    states: tuple[str, ...],
+    labels: Sequence[tuple[str, str]],
+    limit: int,
+) -> None:
     """List jobs, newest first."""
     chosen = [State(state) for state in states]
     found: list[JobRecord] = []
@@ -218,7 +226,7 @@ async def list_jobs(invocation: Invocation, states: tuple[str, ...], limit: int)
         while len(found) < limit:
             asked = min(limit - len(found), MAX_LIST)
             before = found[-1].id if found else None
-            page = await client.list(states=chosen, limit=asked, before=before)
+            page = await client.list(states=chosen, labels=dict(labels), limit=asked, before=before)
             found.extend(page)
             if not page:  # a shorter one is no end: the server bounds a page's size too
                 break

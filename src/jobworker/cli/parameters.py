@@ -1,13 +1,17 @@
 """Kinds of values on the command line; what is no such value is a usage error."""
 
+import os
 import re
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncclick as click
 
 from jobworker.cli.options import Invocation
+from jobworker.model.job import MAX_ID
+from jobworker.model.labels import check_labels
 from jobworker.model.units import parse_duration
 from jobworker.protocol.messages import MAX_OFFSET
 
@@ -68,9 +72,15 @@ class Moment(click.ParamType["datetime | timedelta"]):
 
 
 class Variable(click.ParamType[tuple[str, str]]):
-    """NAME=VALUE; the value may hold anything, further equal signs too."""
+    """NAME=VALUE; the value may hold anything, further equal signs too.
+
+    `from_environment`: NAME alone stands for the variable of that name here.
+    """
 
     name = "variable"
+
+    def __init__(self, *, from_environment: bool = False) -> None:
+        self._from_environment = from_environment
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -79,9 +89,81 @@ class Variable(click.ParamType[tuple[str, str]]):
         if isinstance(value, tuple):
             return str(value[0]), str(value[1])
         name, equals, content = str(value).partition("=")
-        if not equals:
-            self.fail(f"{str(value)!r} is not NAME=VALUE", param, ctx)
+        if equals:
+            return name, content
+        if not self._from_environment:
+            self.fail(f"{name!r} is not NAME=VALUE", param, ctx)
+        if name not in os.environ:
+            self.fail(f"the variable {name!r} is not set here; give it as NAME=VALUE", param, ctx)
+        return name, os.environ[name]
+
+
+class VariableFile(click.ParamType[tuple[tuple[str, str], ...]]):
+    """A file of NAME=VALUE lines, without any quoting; empty lines and those with # are passed.
+
+    NAME alone takes the variable of that name from the environment here, where it is set.
+    """
+
+    name = "file"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, str], ...]:
+        """See click.ParamType."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            lines = Path(str(value)).expanduser().read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            self.fail(f"cannot read {str(value)!r}: {reason}", param, ctx)
+        found = []
+        for number, line in enumerate(lines, 1):
+            name, equals, content = line.removesuffix("\r").lstrip().partition("=")
+            if not name.strip() and equals:
+                self.fail(f"line {number} of {str(value)!r} has no name", param, ctx)
+            if not name.strip() or name.startswith("#"):
+                continue
+            if equals:
+                found.append((name, content))
+            elif (here := os.environ.get(name.strip())) is not None:
+                found.append((name.strip(), here))
+        return tuple(found)
+
+
+class Label(click.ParamType[tuple[str, str]]):
+    """NAME=VALUE, or NAME for an empty value."""
+
+    name = "label"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """See click.ParamType."""
+        name, _, content = value if isinstance(value, tuple) else str(value).partition("=")
+        try:
+            check_labels(None, None, {name: content})
+        except ValueError as fault:
+            self.fail(str(fault), param, ctx)
         return name, content
+
+
+class User(click.ParamType[tuple[int, int | None]]):
+    """UID or UID:GID, numbers inside the job."""
+
+    name = "user"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int | None]:
+        """See click.ParamType."""
+        found = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", str(value))
+        if found is None:
+            self.fail(f"{str(value)!r} is not UID or UID:GID, in numbers", param, ctx)
+        numbers = [int(number) for number in found.groups() if number is not None]
+        if max(numbers) > MAX_ID:
+            self.fail(f"{max(numbers)} is beyond {MAX_ID}, the last id inside a job", param, ctx)
+        return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
 pass_invocation = click.make_pass_decorator(Invocation, ensure=True)

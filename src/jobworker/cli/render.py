@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from jobworker.cli.failures import one_line as visible
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.model.job import JobRecord, Usage
+from jobworker.model.job import JobRecord, JobSpec, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_size
 
@@ -161,6 +161,9 @@ def status(record: JobRecord, now: datetime) -> str:
         ("Processes", _processes(record, usage)),
         ("Output", _output(record)),
         ("Workdir", spec.workdir),
+        ("User", "" if spec.gid is None and not spec.uid else _user(spec)),
+        ("Labels", ", ".join(f"{name}={value}" for name, value in spec.labels.items())),
+        ("Secrets", ", ".join(spec.secret_environment)),
         ("Network", spec.network),
     ]
     return "\n".join(f"{label}: {visible(text)}" for label, text in lines if text)
@@ -171,6 +174,10 @@ def _duration(record: JobRecord, now: datetime) -> str:
         return "-"
     end = record.ended_at or now
     return format_duration(max(0.0, (end - record.started_at).total_seconds()))
+
+
+def _user(spec: JobSpec) -> str:
+    return str(spec.uid) if spec.gid is None else f"{spec.uid}:{spec.gid}"
 
 
 def _timeout(seconds: float | None) -> str:

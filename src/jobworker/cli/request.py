@@ -18,6 +18,11 @@ _OPTIONS = {
     "limits.processes": "--max-pids",
     "timeout_seconds": "--timeout",
     "environment": "--env",
+    "secret_environment": "--secret-env",
+    "network": "--network",
+    "uid": "--user",
+    "gid": "--user",
+    "labels": "--label",
     "workdir": "--workdir",
     "name": "--name",
 }
@@ -31,24 +36,19 @@ def make_spec(
     command: tuple[str, ...],
     *,
     limits: dict[str, int | None],
-    timeout_seconds: float | None = None,
-    environment: dict[str, str] | None = None,
-    workdir: str = "",
-    name: str = "",
+    **fields: object,
 ) -> JobSpec:
     """The request, checked. Raises InvalidParams and TooLarge.
 
-    `limits` are those of `Limits` by name, None where an option was not given.
+    `limits` are those of `Limits` by name, `fields` those of `JobSpec`; None where an option was
+    not given.
     """
     spec, faults = faults_of(
         JobSpec,
         {
             "command": list(command),
-            "environment": environment or {},
-            "workdir": workdir,
-            "name": name,
             "limits": {key: value for key, value in limits.items() if value is not None},
-            **({} if timeout_seconds is None else {"timeout_seconds": timeout_seconds}),
+            **{key: value for key, value in fields.items() if value is not None},
         },
     )
     if faults or spec is None:
@@ -65,7 +65,7 @@ def in_options(message: str) -> str:
     message = _COMMAND.sub(
         lambda found: "the command " if found[1] is None else f"argument {found[1]} ", message
     )
-    message = re.sub(r"--env\['([^']*)'\]: ", r"--env \1 ", message)
+    message = re.sub(r"(--env|--secret-env|--label)\['([^']*)'\]: ", r"\1 \2 ", message)
     return message.replace(_SURROGATE, "is not UTF-8 text")
 
 

@@ -13,7 +13,7 @@ is one that was closed here.
 Once the connection is lost, every waiting call and every later one raises the same error.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from os import PathLike
@@ -135,17 +135,23 @@ class Client:
         return await self._call("job.stop", params, JobRecord)
 
     async def list(
-        self, *, states: Iterable[State] = (), limit: int = 100, before: int | None = None
+        self,
+        *,
+        states: Iterable[State] = (),
+        labels: Mapping[str, str] | None = None,
+        limit: int = 100,
+        before: int | None = None,
     ) -> tuple[JobRecord, ...]:
         """List at most `limit` (at most 1000) jobs, newest first.
 
-        Only those in `states`, where any are given, and with ids below `before`: the smallest id
-        of the page before. Fewer may come where their commands are long; none is the end.
+        Only those in `states`, where any are given, with all of `labels`, and with ids below
+        `before`: the smallest id of the page before. Fewer may come where their commands are long;
+        none is the end.
 
             for job in await client.list(states=[State.RUNNING]):
                 print(job.id, job.spec.command)
         """
-        params = m.ListParams(states=tuple(states), limit=limit, before=before)
+        params = m.ListParams(states=tuple(states), labels=labels or {}, limit=limit, before=before)
         return (await self._call("job.list", params, m.ListResult)).jobs
 
     async def log(

@@ -14,7 +14,7 @@ even if one before it failed, and its fault is logged; the record tells what cam
 import logging
 import math
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 
@@ -62,6 +62,8 @@ class Execution:
     _clock: Clock
     admitted_at_once: bool
     """Whether there was room for it when it came; else it waits its turn."""
+    _secret_environment: Mapping[str, str] = field(factory=dict, repr=False)
+    """The values that the record masks: here and in the job alone, never on the disk."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
@@ -126,8 +128,19 @@ class Execution:
 
     def _order(self) -> Order:
         spec = self.record.spec
-        environment = {"JOBWORKER_JOB_ID": str(self.record.id), **spec.environment}
-        return Order(f"job-{self.record.id}", spec.command, environment, spec.workdir)
+        return Order(
+            hostname=f"job-{self.record.id}",
+            arguments=spec.command,
+            environment={
+                "JOBWORKER_JOB_ID": str(self.record.id),
+                **spec.environment,
+                **self._secret_environment,
+            },
+            workdir=spec.workdir,
+            network=spec.network,
+            uid=spec.uid,
+            gid=spec.uid if spec.gid is None else spec.gid,
+        )
 
     def _limits(self) -> cgroups.Limits:
         limits = self.record.spec.limits

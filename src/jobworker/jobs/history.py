@@ -12,7 +12,7 @@ SQLite comes from apsw: the one in Python's standard library may be old enough t
 WAL-reset fault (fixed in 3.51.3).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -71,7 +71,7 @@ class History:
                 migrate(connection, path)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 history = cls(connection, int(last or 0) + 1)
-                lost = history._select(states=LIVE, owner=None, limit=-1, before=None)
+                lost = history._select(states=LIVE, owner=None, labels={}, limit=-1, before=None)
                 history._commit([_close_as_lost(record, now) for record in lost])
                 history.lost = tuple(record.id for record in lost)
             except (apsw.Error, OSError) as error:
@@ -143,15 +143,25 @@ class History:
         *,
         states: Collection[State] = frozenset(State),
         owner: str | None = None,
+        labels: Mapping[str, str] | None = None,
         limit: int,
         before: int | None = None,
     ) -> list[JobRecord]:
-        """At most `limit` records in `states` with ids below `before`, newest first.
+        """At most `limit` records in `states`, with all `labels` and ids below `before`.
+
+        Newest first.
 
         Those of `owner` alone, where one is given. Fewer, but at least one of those that there are,
         where they exceed `MAX_PAGE_BYTES`.
         """
-        select = partial(self._select, states=states, owner=owner, limit=limit, before=before)
+        select = partial(
+            self._select,
+            states=states,
+            owner=owner,
+            labels=labels or {},
+            limit=limit,
+            before=before,
+        )
         return await self._in_thread(select)
 
     async def _in_thread(self, work: "partial[T]") -> T:
@@ -171,16 +181,27 @@ class History:
             )
 
     def _select(
-        self, *, states: Collection[State], owner: str | None, limit: int, before: int | None
+        self,
+        *,
+        states: Collection[State],
+        owner: str | None,
+        labels: Mapping[str, str],
+        limit: int,
+        before: int | None,
     ) -> list[JobRecord]:
         marks = ", ".join("?" * len(states))
         query = (
             f"SELECT record FROM jobs WHERE state IN ({marks}) AND id < ? "  # noqa: S608
-            f"{'' if owner is None else 'AND owner = ? '}ORDER BY id DESC LIMIT ?"
+            + ("" if owner is None else "AND owner = ? ")
+            + "AND json_extract(record, ?) = ? " * len(labels)
+            + "ORDER BY id DESC LIMIT ?"
         )
         last = before if before is not None else 1 << 62
         owners = () if owner is None else (owner,)
-        values = (*(state.value for state in states), last, *owners, limit)
+        # A label's name holds nothing that would have to be quoted in a path (model.labels).
+        paths = [(f'$.spec.labels."{name}"', value) for name, value in labels.items()]
+        wanted = tuple(word for pair in paths for word in pair)
+        values = (*(state.value for state in states), last, *owners, *wanted, limit)
         return self._query(query, values, -1 if limit < 0 else MAX_PAGE_BYTES)
 
     def _query(

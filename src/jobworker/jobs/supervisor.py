@@ -13,7 +13,7 @@ import secrets
 import shutil
 import signal
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -132,7 +132,10 @@ class Supervisor:
             timeout_seconds=self._rules.timeout_seconds if timeout is None else timeout,
         )
         execution = Execution(
-            record=JobRecord(id=job, spec=full, owner=owner, created_at=self._clock()),
+            record=JobRecord(
+                id=job, spec=full.without_secrets(), owner=owner, created_at=self._clock()
+            ),
+            secret_environment=spec.secret_environment,
             spool=spool,
             link=self._link,
             history=self._history,
@@ -173,10 +176,13 @@ class Supervisor:
         *,
         states: Collection[State],
         owner: str | None = None,
+        labels: Mapping[str, str] | None = None,
         limit: int,
         before: int | None,
     ) -> list[JobRecord]:
-        """At most `limit` records in `states` with ids below `before`, newest first.
+        """At most `limit` records in `states`, with all `labels` and ids below `before`.
+
+        Newest first.
 
         Those of `owner` alone, where one is given. A page may end early (`History.latest`); an
         empty one is the end.
@@ -186,9 +192,12 @@ class Supervisor:
             for job, execution in self._live.items()
             if execution.record.state in states
             and owner in (None, execution.record.owner)
+            and (labels or {}).items() <= execution.record.spec.labels.items()
             and (before is None or job < before)
         ]
-        stored = await self._history.latest(states=states, owner=owner, limit=limit, before=before)
+        stored = await self._history.latest(
+            states=states, owner=owner, labels=labels, limit=limit, before=before
+        )
         if stored:  # a page that ended early must not pass over any: see below its last
             live = [record for record in live if record.id >= stored[-1].id]
         known = {record.id for record in live} | set(self._live)

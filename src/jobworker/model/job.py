@@ -16,6 +16,7 @@ from attrs import field, frozen
 
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model.bounds import states, within
+from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
 
 JobId = NewType("JobId", int)
@@ -34,7 +35,11 @@ MAX_PROCESSES = 4_194_304
 """PID_MAX_LIMIT of 64-bit kernels (proc(5), /proc/sys/kernel/pid_max)."""
 MAX_TIMEOUT_SECONDS = 10 * 365 * 86400.0
 MAX_NAME_LENGTH = 128
+MAX_ID = 65_535
+"""The last of the user and group ids that a job has of its own."""
 MASK = "***"
+
+Network = Literal["host", "none", "private"]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -120,24 +125,40 @@ class JobSpec:
     """The program, a path or a name looked up in the job's PATH, and its arguments."""
     environment: Mapping[str, str] = field(factory=dict, validator=_check_environment)
     """Variables besides the sandbox's own (PATH, HOME, USER, LANG, TERM…), which these replace."""
+    secret_environment: Mapping[str, str] = field(
+        factory=dict, validator=_check_environment, repr=False
+    )
+    """Variables that the job alone gets to see; in records their values are masked for everyone."""
     workdir: str = field(default="", validator=_check_workdir)
     """Absolute, inside the job's root; "" is the job's workspace."""
     name: str = field(default="", validator=_check_name)
     limits: Limits = Limits()
     timeout_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
     """Longest run time; None stands for the server's default, 0 for no limit."""
-    network: Literal["host"] = "host"
+    network: Network = "host"
+    """`host`: the host's own, which the job may use and not configure; `none`: loopback alone."""
+    uid: int = field(default=0, validator=within(0, MAX_ID))
+    """The user that the program runs as, inside the job."""
+    gid: int | None = field(default=None, validator=within(0, MAX_ID))
+    """Its group; None is the one with the number of the user."""
+    labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
+    """What to find the job by, see `model.labels`."""
 
     def check_size(self) -> None:
         """Raise TooLarge if arguments and environment are beyond `MAX_ARGUMENTS_BYTES`."""
         total = sum(len(argument.encode()) + 1 for argument in self.command)
-        total += sum(len(k.encode()) + len(v.encode()) + 2 for k, v in self.environment.items())
+        variables = {**self.environment, **self.secret_environment}
+        total += sum(len(k.encode()) + len(v.encode()) + 2 for k, v in variables.items())
         if total > MAX_ARGUMENTS_BYTES:
             raise TooLarge(
                 f"cannot run the command: arguments and environment have {total} bytes, "
                 f"at most {MAX_ARGUMENTS_BYTES} are taken",
                 remedy="put the data into a file or read it from a program",
             )
+
+    def without_secrets(self) -> "JobSpec":
+        """The request as it may be shown and stored: values of secret variables are masked."""
+        return attrs.evolve(self, secret_environment=dict.fromkeys(self.secret_environment, MASK))
 
 
 @frozen(kw_only=True)

@@ -12,6 +12,7 @@ from attrs import field, frozen
 
 from jobworker.model.bounds import within
 from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Stream
+from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
 
 MAX_LIST = 1000
@@ -79,6 +80,8 @@ class ListParams:
 
     states: tuple[State, ...] = ()
     """Only jobs in these; empty stands for all."""
+    labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
+    """Only jobs that have all of these."""
     limit: int = field(default=100, validator=within(1, MAX_LIST))
     before: int | None = field(default=None, validator=within(1, MAX_OFFSET))
     """Only jobs with smaller ids: the smallest id of the page before. No JobId: it names no job."""

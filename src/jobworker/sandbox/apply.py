@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import bpf, channel
+from jobworker.sandbox import bpf, channel, network
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
@@ -149,6 +149,14 @@ def _pivot_root(step: s.PivotRoot, _: Means) -> None:
     os.chdir("/")
 
 
+def _unshare_network(_: s.UnshareNetwork, __: Means) -> None:
+    network.unshare_network()
+
+
+def _write_names(step: s.WriteNames, _: Means) -> None:
+    network.write_names(step.files)
+
+
 def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
     number = getattr(resource, step.resource)
     # Never above what the launcher itself was given: raising a hard limit would undo the
@@ -184,6 +192,15 @@ def _drop_capabilities(step: s.DropCapabilities, _: Means) -> None:
                 raise
             break
     sc.capset(step.keep)
+
+
+def _set_user(step: s.SetUser, _: Means) -> None:
+    for path in step.directories:
+        os.chown(path, step.uid, step.gid)
+    os.setresgid(step.gid, step.gid, step.gid)
+    os.setresuid(step.uid, step.uid, step.uid)
+    if step.uid:
+        sc.capset(frozenset())  # the inheritable ones would stay
 
 
 def _forbid_new_privileges(_: s.ForbidNewPrivileges, __: Means) -> None:
@@ -255,10 +272,13 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.MaskPath: _mask_path,
     s.ReadOnlyPath: _read_only_path,
     s.PivotRoot: _pivot_root,
+    s.UnshareNetwork: _unshare_network,
+    s.WriteNames: _write_names,
     s.SetResourceLimit: _set_resource_limit,
     s.SetOomScore: _set_oom_score,
     s.EnterUserNamespace: _enter_user_namespace,
     s.DropCapabilities: _drop_capabilities,
+    s.SetUser: _set_user,
     s.ForbidNewPrivileges: _forbid_new_privileges,
     s.DieWithLauncher: _die_with_launcher,
     s.ResetSignals: _reset_signals,

@@ -49,21 +49,28 @@ def order_message(order: Order) -> channel.Message:
         "arguments": list(order.arguments),
         "environment": dict(order.environment),
         "workdir": order.workdir,
+        "network": order.network,
+        "uid": order.uid,
+        "gid": order.gid,
     }
 
 
 def order_from(message: channel.Message) -> Order:
     """The order that `order_message` made."""
     hostname, workdir = message["hostname"], message["workdir"]
+    network, uid, gid = message["network"], message["uid"], message["gid"]
     arguments, environment = message["arguments"], message["environment"]
     if not (
         isinstance(hostname, str)
         and isinstance(workdir, str)
         and isinstance(arguments, list)
         and isinstance(environment, dict)
+        and isinstance(network, str)
+        and isinstance(uid, int)
+        and isinstance(gid, int)
     ):
         raise ProtocolError("cannot take the order: its fields are of the wrong types")
-    return Order(hostname, tuple(arguments), environment, workdir)
+    return Order(hostname, tuple(arguments), environment, workdir, network, uid, gid)
 
 
 def _tell(descriptor: int, step: str, code: int, detail: str) -> None:

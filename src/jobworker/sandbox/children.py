@@ -24,7 +24,7 @@ from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
-from jobworker.sandbox.plan import SCRATCH, Slot, prepare
+from jobworker.sandbox.plan import SCRATCH, Order, Slot, prepare
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 MAX_SWEEPERS = 4
@@ -107,8 +107,8 @@ class Nursery:
         """Whether another child can be made."""
         return bool(self._free)
 
-    def make(self) -> Child:
-        """Clone a child that prepares itself.
+    def make(self, order: Order | None = None) -> Child:
+        """Clone a child that prepares itself, for `order` or as a spare.
 
         Raises OSError or SandboxError, and then nothing is left of it.
         """
@@ -123,11 +123,11 @@ class Nursery:
             undo.callback(self._free.append, index)
             child = Child(slot, index, self._tree.create(name))
             undo.callback(child.scope.remove)
-            self._clone(child, undo)
+            self._clone(child, order, undo)
             undo.pop_all()
         return child
 
-    def _clone(self, child: Child, undo: contextlib.ExitStack) -> None:
+    def _clone(self, child: Child, order: Order | None, undo: contextlib.ExitStack) -> None:
         ours: list[int] = []
         theirs: list[int] = []
         undo.callback(close_all, ours)
@@ -145,7 +145,7 @@ class Nursery:
             with far:
                 undo.callback(near.close)
                 near.setblocking(False)
-                steps = prepare(self._root, child.slot, self._policy.tmpfs_bytes)
+                steps = prepare(self._root, child.slot, self._policy.tmpfs_bytes, order)
                 _, stdout, stderr = theirs
                 means = Means(
                     child.scope,

@@ -153,6 +153,9 @@ class Link:
                 environment=dict(order.environment),
                 hostname=order.hostname,
                 workdir=order.workdir,
+                network=order.network,
+                uid=order.uid,
+                gid=order.gid,
                 **limits._asdict(),
             )
         except BaseException:

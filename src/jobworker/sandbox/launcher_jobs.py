@@ -27,6 +27,7 @@ from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.child import order_message
 from jobworker.sandbox.children import Child, Nursery, name_host, reap
 from jobworker.sandbox.oom_watch import OomWatch
+from jobworker.sandbox.plan import Order
 from jobworker.sandbox.turns import Turns
 
 REFILL_SECONDS = 0.02
@@ -84,6 +85,9 @@ class Jobs:
         """
         if not self._turns.is_set(self._refill):
             self._turns.call_in(REFILL_SECONDS, self._refill)
+        if request.order.network != "host":  # spares are in the host's
+            self._order(self._make(request.order), number, request)
+            return
         while self._spares:
             spare = self._spares.popleft()
             try:
@@ -108,8 +112,8 @@ class Jobs:
         self._jobs[request.job] = child
         child.job, child.request = request.job, number
 
-    def _make(self) -> Child:
-        child = self._nursery.make()
+    def _make(self, order: Order | None = None) -> Child:
+        child = self._nursery.make(order)
         assert child.sock is not None
         self._children.add(child)
         self._turns.watch(child.sock.fileno(), partial(self._on_word, child))

@@ -100,19 +100,27 @@ class Order(NamedTuple):
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     workdir: str
+    network: str = "host"
+    """One of its own stands in the way of a spare: its child is made for it, see `prepare`."""
+    uid: int = 0
+    gid: int = 0
 
 
-def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
+def prepare(
+    root: str, slot: Slot, tmpfs_bytes: int, order: Order | None = None
+) -> tuple[s.Step, ...]:
     """The steps before the request: the root at `root`, pivoted into, and all rights given up.
 
     `tmpfs_bytes` bounds each of the memory file systems, which the job's memory limit also
-    counts.
+    counts. `order` is given where the child is made for it and not kept as a spare.
     """
+    own_network = order if order is not None and order.network != "host" else None
     owner = slot.first_uid
     return (
         s.AttachScope(),
         s.ScopeSocketsAndSignals(),
         s.KeepOwnDescriptors(f"{root}/dev/null"),
+        *((s.UnshareNetwork(),) if own_network else ()),
         s.UnshareCgroupNamespace(),
         s.NewSession(),
         s.NewKeyring(),
@@ -125,6 +133,7 @@ def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
         *(s.MaskPath(root + path) for path in MASKED),
         *(s.ReadOnlyPath(root + path) for path in READ_ONLY),
         s.PivotRoot(root),
+        *((s.WriteNames(_names(own_network.hostname)),) if own_network else ()),
         *RESOURCE_LIMITS,
         s.SetOomScore(0),
         s.EnterUserNamespace(leave_groups=slot.ids > 1),
@@ -139,8 +148,31 @@ def prepare(root: str, slot: Slot, tmpfs_bytes: int) -> tuple[s.Step, ...]:
 
 def finish(order: Order) -> tuple[s.Step, ...]:
     """The steps after the request, ending with `Execute`."""
-    environment = {**ENVIRONMENT, **order.environment}
     return (
+        *_user(order),
         s.ChangeDirectory(order.workdir or WORKSPACE),
-        s.Execute(order.arguments, tuple(environment.items())),
+        s.Execute(order.arguments, tuple(_environment(order).items())),
     )
+
+
+def _names(hostname: str) -> tuple[tuple[str, str], ...]:
+    """What a network of the job's own needs in place of the host's files."""
+    hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.0.1 {hostname}\n"
+    return (("/etc/hosts", hosts), ("/etc/resolv.conf", ""))
+
+
+def _user(order: Order) -> tuple[s.Step, ...]:
+    if not (order.uid or order.gid):
+        return ()
+    directories = (WORKSPACE, SCRATCH["home"]) if order.uid else ()
+    # setresuid(2) clears the parent-death signal.
+    return (s.SetUser(order.uid, order.gid, directories), s.DieWithLauncher())
+
+
+def _environment(order: Order) -> Mapping[str, str]:
+    """Root's variables name root; another user's home is the workspace."""
+    found = dict(ENVIRONMENT)
+    if order.uid:
+        found["HOME"] = WORKSPACE
+        del found["USER"], found["LOGNAME"]
+    return {**found, **order.environment}

@@ -19,6 +19,8 @@ MAX_TEXT_BYTES = 131_071
 MAX_ORDER_BYTES = 1 << 20
 MAX_NUMBER = 1 << 52
 MAX_SIGNAL = 64
+MAX_ID = 65_535
+NETWORKS = ("host", "none", "private")
 
 
 class Spawn(NamedTuple):
@@ -114,7 +116,11 @@ def _order(message: Mapping[str, object]) -> Order:
     workdir = _text(message.get("workdir"), "workdir")
     if workdir and not workdir.startswith("/"):
         raise ProtocolError("cannot take the request: workdir is not absolute")
-    return Order(hostname, texts, variables, workdir)
+    network = _text(message.get("network"), "network")
+    if network not in NETWORKS:
+        raise ProtocolError(f"cannot take the request: network is none of {', '.join(NETWORKS)}")
+    uid, gid = _integer(message, "uid", 0, MAX_ID), _integer(message, "gid", 0, MAX_ID)
+    return Order(hostname, texts, variables, workdir, network, uid, gid)
 
 
 def _limits(message: Mapping[str, object]) -> Limits:

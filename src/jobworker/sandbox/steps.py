@@ -90,6 +90,16 @@ class PivotRoot(NamedTuple):
     path: str
 
 
+class UnshareNetwork(NamedTuple):
+    """Leave the host's network for one with nothing but a loopback: network_namespaces(7)."""
+
+
+class WriteNames(NamedTuple):
+    """Put files of the job's own, by path, in the place of the host's, where those exist."""
+
+    files: tuple[tuple[str, str], ...]
+
+
 class SetResourceLimit(NamedTuple):
     """Set a resource limit, soft and hard: setrlimit(2)."""
 
@@ -115,6 +125,14 @@ class DropCapabilities(NamedTuple):
     """Keep these capabilities over the job's own user namespace, drop all others for good."""
 
     keep: frozenset[int]
+
+
+class SetUser(NamedTuple):
+    """Become an ordinary user of the job's own, who then owns these of its directories."""
+
+    uid: int
+    gid: int
+    directories: tuple[str, ...]
 
 
 class ForbidNewPrivileges(NamedTuple):
@@ -165,10 +183,13 @@ Step = (
     | MaskPath
     | ReadOnlyPath
     | PivotRoot
+    | UnshareNetwork
+    | WriteNames
     | SetResourceLimit
     | SetOomScore
     | EnterUserNamespace
     | DropCapabilities
+    | SetUser
     | ForbidNewPrivileges
     | DieWithLauncher
     | ResetSignals

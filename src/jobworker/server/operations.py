@@ -98,7 +98,11 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> JobR
 async def _list(context: Context, caller: Caller, params: m.ListParams) -> m.ListResult:
     states = frozenset(params.states or State)
     found = await context.supervisor.latest(
-        states=states, owner=caller.only_owner, limit=params.limit, before=params.before
+        states=states,
+        owner=caller.only_owner,
+        labels=params.labels,
+        limit=params.limit,
+        before=params.before,
     )
     return m.ListResult(jobs=tuple(map(caller.show, found)))
 

@@ -47,7 +47,7 @@ def test_every_message_comes_back_as_it_was(data: st.DataObject) -> None:
         (m.CreditParams, {"subscription": 1, "bytes": 0}, "bytes: must be from 1"),
         (m.CreditParams, {"subscription": 1, "bytes": (1 << 30) + 1}, "bytes: must be from 1"),
         (m.RunParams, {"job": {"command": []}}, "job.command: is empty"),
-        (m.RunParams, {"job": {"command": ["a"], "network": "none"}}, "job.network: must be"),
+        (m.RunParams, {"job": {"command": ["a"], "network": "bridge"}}, "job.network: must be"),
         (m.Nothing, {"x": 1}, "unknown key 'x'"),
         (m.Nothing, None, "must be an object, not null"),
     ],

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jobworker.sandbox import plan
 from jobworker.sandbox import steps as s
 from jobworker.sandbox.plan import Order, Slot, finish, prepare
+from jobworker.sandbox.requests import NETWORKS
 
 from ..strategies import examples, texts, variables
 
@@ -16,6 +17,8 @@ MOUNTS = (
     s.KeepOwnDescriptors,  # it opens the root's /dev/null
 )
 
+CHANGES_OF_USER = (s.EnterUserNamespace, s.SetUser)
+
 slots = st.builds(Slot, name=texts, first_uid=st.integers(100_000, 1 << 31), scratch=texts)
 orders = st.builds(
     Order,
@@ -23,11 +26,14 @@ orders = st.builds(
     arguments=st.lists(texts, min_size=1, max_size=4).map(tuple),
     environment=variables,
     workdir=st.just("") | texts.map(lambda text: f"/{text}"),
+    network=st.sampled_from(NETWORKS),
+    uid=st.integers(0, 65_535),
+    gid=st.integers(0, 65_535),
 )
 
 
 def whole(slot: Slot, order: Order) -> list[s.Step]:
-    return [*prepare(ROOT, slot, 1 << 20), *finish(order)]
+    return [*prepare(ROOT, slot, 1 << 20, order), *finish(order)]
 
 
 def place(steps: list[s.Step], kind: type) -> int:
@@ -55,7 +61,7 @@ def test_root_is_left_once_it_is_complete(slot: Slot, order: Order) -> None:
     # Nothing behind the pivot speaks of the tree as the launcher sees it.
     for step in steps[pivot + 1 : -1]:
         assert not any(isinstance(word, str) and word.startswith(ROOT) for word in step) or (
-            type(step) is s.ChangeDirectory  # the client's own word
+            type(step) in (s.ChangeDirectory, s.WriteNames)  # the client's own words
         )
 
 
@@ -73,7 +79,8 @@ def test_rights_are_given_up_before_the_program_runs(slot: Slot, order: Order) -
     limits = [index for index, step in enumerate(steps) if isinstance(step, s.SetResourceLimit)]
     assert max(limits) < place(steps, s.EnterUserNamespace)
     # setuid(2) clears the parent-death signal: prctl(2), PR_SET_PDEATHSIG.
-    assert place(steps, s.DieWithLauncher) > place(steps, s.EnterUserNamespace)
+    last_change = max(i for i, step in enumerate(steps) if isinstance(step, CHANGES_OF_USER))
+    assert any(isinstance(step, s.DieWithLauncher) for step in steps[last_change:])
 
 
 def test_spare_waits_with_all_its_rights_given_up() -> None:
@@ -94,7 +101,30 @@ def test_descriptors_are_closed_before_the_directory_is_entered(slot: Slot, orde
 @given(orders)
 def test_environment_is_the_sandbox_and_the_order_and_nothing_else(order: Order) -> None:
     environment = dict(finish(order)[-1].environment)  # type: ignore[union-attr]
-    assert environment == {**plan.ENVIRONMENT, **order.environment}
+    own = dict(plan.ENVIRONMENT)
+    if order.uid:
+        del own["USER"], own["LOGNAME"]
+        own["HOME"] = plan.WORKSPACE
+    assert environment == {**own, **order.environment}
+
+
+@examples(max_examples=100)
+@given(slots, orders)
+def test_network_and_user_are_changed_where_the_right_to_is_still_there(
+    slot: Slot, order: Order
+) -> None:
+    steps = whole(slot, order)
+    user_namespace = place(steps, s.EnterUserNamespace)
+    assert not any(isinstance(step, s.UnshareNetwork) for step in prepare(ROOT, slot, 1)), "spares"
+    if order.network != "host":
+        # A network namespace belongs to the user namespace that makes it: never to the job's.
+        assert place(steps, s.UnshareNetwork) < place(steps, s.PivotRoot) < user_namespace
+        assert place(steps, s.PivotRoot) < place(steps, s.WriteNames) < user_namespace
+    else:
+        assert not [step for step in steps if isinstance(step, s.UnshareNetwork | s.WriteNames)]
+    if order.uid or order.gid:
+        # What is kept of the capabilities is over the job's own namespace.
+        assert place(steps, s.DropCapabilities) < place(steps, s.SetUser)
 
 
 def test_nothing_of_our_own_environment_reaches_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ SPAWN: dict[str, object] = {
     "environment": {"A": "b", "EMPTY": ""},
     "hostname": "job-3",
     "workdir": "",
+    "network": "host",
+    "uid": 0,
+    "gid": 0,
     "cpu_percent": 100,
     "memory_bytes": 1 << 20,
     "io_bps": 0,
@@ -85,6 +88,17 @@ def test_bounds_of_numbers_are_taken() -> None:
     r.parse({**SPAWN, **dict.fromkeys(NUMBERS, r.MAX_NUMBER)})
     r.parse({**SPAWN, **dict.fromkeys(NUMBERS, 0), "job": 1})
     assert "job is no integer from 1" in refused({**SPAWN, "job": 0})
+
+
+@pytest.mark.parametrize("key", ["uid", "gid"])
+@pytest.mark.parametrize("value", [-1, 65_536, True, None, "0"])
+def test_id_beyond_the_jobs_range_is_refused(key: str, value: object) -> None:
+    assert f"{key} is no integer from 0 to 65535" in refused({**SPAWN, key: value})
+
+
+@pytest.mark.parametrize("network", ["", "HOST", "bridge", "none ", None, ["none"]])
+def test_network_outside_the_closed_set_is_refused(network: object) -> None:
+    assert "network is n" in refused({**SPAWN, "network": network})
 
 
 @pytest.mark.parametrize("number", [0, 65, -9, True, "TERM", None])
@@ -197,5 +211,8 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
         assert order.arguments[0]
         assert order.workdir == "" or order.workdir[0] == "/"
         assert 1 <= len(order.hostname.encode()) <= 63
+        assert order.network in r.NETWORKS
+        assert 0 <= order.uid <= 65_535
+        assert 0 <= order.gid <= 65_535
     assert all(type(value) is int and 0 <= value <= r.MAX_NUMBER for value in numbers)
     assert request.job >= 1

@@ -27,9 +27,10 @@ def test_every_kind_of_step_stands_in_the_union() -> None:
 
 
 def test_every_kind_of_step_is_in_the_plan() -> None:
+    order = Order("h", ("a",), {}, "", network="none", uid=1, gid=1)
     steps = [
-        *prepare("/root", Slot("job-1", 100_000, "/scratch"), 1),
-        *finish(Order("h", ("a",), {}, "")),
+        *prepare("/root", Slot("job-1", 100_000, "/scratch"), 1, order),
+        *finish(order),
     ]
     assert {type(step) for step in steps} == set(KINDS)
 

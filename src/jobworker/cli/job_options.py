@@ -1,0 +1,94 @@
+"""The options of `run` that say what a job sees and who it is, gathered into fields of `JobSpec`.
+
+`--env`, `--env-file` and `--secret-env` give variables; where a name is given twice, the command
+line counts more than a file, and what stands later more than what stands before. Values of secret
+variables go to the server and the job and nowhere else: no message here tells one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import TypeVar
+
+import asyncclick as click
+
+from jobworker.cli.parameters import Label, User, Variable, VariableFile
+
+F = TypeVar("F", bound=Callable[..., object])
+
+_OPTIONS: tuple[Callable[[F], F], ...] = (
+    click.option(
+        "--network",
+        type=click.Choice(["host", "none", "private"]),
+        default="host",
+        show_default=True,
+        help="The host's network; nothing but a loopback; or outbound connections only.",
+    ),
+    click.option(
+        "--user", "-u", type=User(), metavar="UID[:GID]", help="Who it is inside; 0 is root there."
+    ),
+    click.option(
+        "--env",
+        "-e",
+        multiple=True,
+        type=Variable(),
+        metavar="NAME=VALUE",
+        help="Set a variable; may be repeated.",
+    ),
+    click.option(
+        "--env-file",
+        multiple=True,
+        type=VariableFile(),
+        metavar="FILE",
+        help="Set variables of a file of NAME=VALUE lines; may be repeated.",
+    ),
+    click.option(
+        "--secret-env",
+        multiple=True,
+        type=Variable(from_environment=True),
+        metavar="NAME[=VALUE]",
+        help="Set a variable that no record shows; without VALUE, to what it is here.",
+    ),
+    click.option(
+        "--label",
+        "-l",
+        multiple=True,
+        type=Label(),
+        metavar="NAME=VALUE",
+        help="A label to find the job by; may be repeated.",
+    ),
+)
+_NAMES = ("network", "user", "env", "env_file", "secret_env", "label")
+
+
+def job_options(command: Callable[..., object]) -> Callable[..., object]:
+    """Give `command` these options, and call it with `fields`: those of `JobSpec` by name."""
+
+    @wraps(command)
+    def gathered(*args: object, **values: object) -> object:
+        chosen = {name: values.pop(name) for name in _NAMES}
+        return command(*args, fields=_fields(**chosen), **values)  # type: ignore[arg-type]
+
+    for option in reversed(_OPTIONS):
+        gathered = option(gathered)
+    return gathered
+
+
+def _fields(
+    *,
+    network: str,
+    user: tuple[int, int | None] | None,
+    env: Sequence[tuple[str, str]],
+    env_file: Sequence[Sequence[tuple[str, str]]],
+    secret_env: Sequence[tuple[str, str]],
+    label: Sequence[tuple[str, str]],
+) -> Mapping[str, object]:
+    uid, gid = user or (0, None)
+    variables = [variable for file in env_file for variable in file]
+    return {
+        "network": network,
+        "uid": uid,
+        "gid": gid,
+        "environment": {**dict(variables), **dict(env)},
+        "secret_environment": dict(secret_env),
+        "labels": dict(label),
+    }

@@ -1,0 +1,73 @@
+"""Values on the command line: what they come to, and what is a usage error."""
+
+from pathlib import Path
+
+import asyncclick as click
+import pytest
+
+from jobworker.cli.parameters import Label, User, Variable, VariableFile
+
+
+def refusal(kind: click.ParamType[object], value: str) -> str:
+    with pytest.raises(click.BadParameter) as caught:
+        kind.convert(value, None, None)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "user"), [("0", (0, None)), ("1000", (1000, None)), ("1:65535", (1, 65_535))]
+)
+def test_user_is_numbers(text: str, user: tuple[int, int | None]) -> None:
+    assert User().convert(text, None, None) == user
+
+
+@pytest.mark.parametrize("text", ["", "root", "-1", "1:", ":1", "1:2:3", " 1", "1.0", "٣"])
+def test_user_of_another_form_is_refused(text: str) -> None:
+    assert "is not UID or UID:GID" in refusal(User(), text)
+    assert "beyond 65535" in refusal(User(), "65536")
+    assert "beyond 65535" in refusal(User(), "1:999999999")
+
+
+def test_label_is_a_name_and_a_value() -> None:
+    assert Label().convert("team=a=b", None, None) == ("team", "a=b")
+    assert Label().convert("team", None, None) == ("team", "")
+    assert "is not a name for a label" in refusal(Label(), "=x")
+
+
+def test_secret_comes_from_here_where_no_value_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "hunter2")
+    kind = Variable(from_environment=True)
+    assert kind.convert("TOKEN", None, None) == ("TOKEN", "hunter2")
+    assert kind.convert("TOKEN=other", None, None) == ("TOKEN", "other")
+    assert kind.convert("TOKEN=", None, None) == ("TOKEN", "")
+    monkeypatch.delenv("TOKEN")
+    assert "'TOKEN' is not set here" in refusal(kind, "TOKEN")
+    assert "is not NAME=VALUE" in refusal(Variable(), "TOKEN")
+
+
+def test_file_of_variables_is_read_line_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FROM_HERE", "yes")
+    monkeypatch.delenv("NOT_HERE", raising=False)
+    file = tmp_path / "env"
+    file.write_bytes(
+        b'# a comment\n\n  A=1\nB="quoted" # kept\r\nC=a=b\nEMPTY=\nFROM_HERE\nNOT_HERE\nA=2\n'
+    )
+    assert VariableFile().convert(str(file), None, None) == (
+        ("A", "1"),
+        ("B", '"quoted" # kept'),
+        ("C", "a=b"),
+        ("EMPTY", ""),
+        ("FROM_HERE", "yes"),
+        ("A", "2"),
+    )
+
+
+def test_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in refusal(VariableFile(), str(tmp_path / "missing"))
+    assert "Is a directory" in refusal(VariableFile(), str(tmp_path))
+    (tmp_path / "binary").write_bytes(b"A=\xff")
+    assert "not UTF-8" in refusal(VariableFile(), str(tmp_path / "binary"))
+    (tmp_path / "nameless").write_text("A=1\n=x\n")
+    assert "line 2 of" in refusal(VariableFile(), str(tmp_path / "nameless"))
