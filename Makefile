@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: demo test check bench docs lint unit clean help
+.PHONY: demo test check bench docs lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -38,9 +38,21 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python contrib/protocol_page.py
 
+#: make fuzz    every fuzz target for FUZZ_SECONDS (60) each, guided by coverage
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install -q -e '.[fuzz]'
+	@for file in fuzz/fuzz_*.py; do \
+		name=$${file#fuzz/fuzz_}; name=$${name%.py}; \
+		mkdir -p .fuzz/$$name; \
+		echo "$$name, $(FUZZ_SECONDS) s"; \
+		$(BIN)/python $$file -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1 \
+			-artifact_prefix=.fuzz/$$name- .fuzz/$$name fuzz/seeds/$$name || exit 1; \
+	done
+
 #: make clean   remove what the others made
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz
 
 $(STAMP): pyproject.toml contrib/set-up.sh
 	@contrib/set-up.sh $(VENV)
