@@ -2,6 +2,7 @@
 # TYPE_CHECKING, since import-linter would take these for imports of the whole package.
 from jobworker.client.client import Client as Client
 from jobworker.client.client import open_client as open_client
+from jobworker.client.job import Job as Job
 from jobworker.model.job import JobSpec as JobSpec
 from jobworker.model.job import Limits as Limits
 

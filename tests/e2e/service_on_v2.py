@@ -95,7 +95,7 @@ async def connected(service: Embedded, role: str = "admin") -> AsyncIterator[Cli
 async def run(client: Client, spec: JobSpec) -> tuple[str, JobRecord]:
     """Run a job to its end: its output, and its record."""
     data = b""
-    with await client.run(spec, follow=True) as output:
+    with (await client.run(spec, follow=True)).output() as output:
         async for chunk in output:
             data += chunk.data
     assert output.record is not None
@@ -322,7 +322,7 @@ async def limits_outlive_a_reload_of_systemd(service: Embedded, client: Client) 
     await trio.run_process(["systemctl", "daemon-reload"])
     await trio.run_process(["systemd-run", "--wait", "--quiet", "--collect", "true"])
     assert armed() == before
-    await client.stop(job.id)
+    await job.stop()
     return f"in {groups(service.directory)[0].parent}"
 
 
@@ -345,7 +345,7 @@ async def stop_ends_daemons_that_ignore_sigterm(_: Embedded, client: Client) -> 
     words = f"sleep\0{marker}"
     await until(lambda: len(processes(words)) == 6, "six daemons")
     began = time.monotonic()
-    ended = await client.stop(job.id, grace_seconds=1)
+    ended = await job.stop(grace_seconds=1)
     took = time.monotonic() - began
     assert (ended.state.value, ended.signal) == ("STOPPED", signal.SIGKILL), ended
     assert processes(words) == []
@@ -367,7 +367,7 @@ async def stop_does_not_wait_for_throttled_io(_: Embedded, client: Client) -> st
 
     await until(delayed, "a dd that waits for its disk")
     began = time.monotonic()
-    await client.stop(job.id, grace_seconds=0.5)
+    await job.stop(grace_seconds=0.5)
     took = time.monotonic() - began
     assert took < 15, took
     return f"{took:.2f} s"
@@ -412,9 +412,9 @@ async def _crash(victims: Callable[[Embedded], list[int]], expected: str) -> str
             await until(lambda: len(processes(str(directory))) == 0, "the launcher's end")
             first = left_behind(directory)
         async with open_embedded(directory) as service, connected(service) as client:
-            lost = await client.status(job.id)
+            lost = await client.job(job.id).status()
             assert (lost.state.value, lost.reason and lost.reason.value) == ("FAILED", expected)
-            with await client.log(job.id) as output:
+            with client.job(job.id).output() as output:
                 kept = b"".join([chunk.data async for chunk in output])
             assert kept == b"kept\n", kept
             text, _ = await run(client, shell("echo again"))

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypedDict
 
 import pytest
 import trio
@@ -34,6 +34,12 @@ Handler = Callable[[trio.SocketStream], Awaitable[None]]
 TLSHandler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
 
 
+class Files(TypedDict):
+    ca: Path
+    certificate: Path
+    key: Path
+
+
 @frozen
 class Site:
     """The files of an authority, its server and its clients."""
@@ -43,7 +49,7 @@ class Site:
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.pem"
 
-    def files(self) -> dict[str, Path]:
+    def files(self) -> Files:
         return {
             "ca": self.path("ca-cert"),
             "certificate": self.path("admin-client-cert"),
@@ -309,10 +315,10 @@ async def test_server_that_goes_away_is_told_with_its_reason(site: Site) -> None
     handler = over_tls(site.server(), lambda stream: upgraded(stream, leave))
     async with (
         listening(handler) as address,
-        jobworker.open_client(address, **site.files()) as client,
+        jobworker.open_client(address, patience_seconds=0, **site.files()) as client,
     ):
         with pytest.raises(ConnectionFailed, match=r"closed it \(1001 shutting down\)"):
-            await client.status(7)
+            await client.job(7).status()
 
 
 async def test_connection_that_breaks_wakes_the_caller(site: Site) -> None:
@@ -325,10 +331,10 @@ async def test_connection_that_breaks_wakes_the_caller(site: Site) -> None:
 
     async with (
         listening(over_tls(site.server(), serve)) as address,
-        jobworker.open_client(address, **site.files()) as client,
+        jobworker.open_client(address, patience_seconds=0, **site.files()) as client,
     ):
         with pytest.raises(ConnectionFailed, match="broke"), trio.fail_after(5):
-            await client.status(7)
+            await client.job(7).status()
 
 
 async def test_what_the_caller_raises_passes_as_it_is(site: Site) -> None:

@@ -2,7 +2,7 @@
 
 import base64
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from attrs import define, frozen
@@ -13,15 +13,15 @@ from jobworker.cli.failures import INTERRUPTED, one_line
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.model.job import JobId, JobRecord, JobSpec, Stream, shell_exit_code
+from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
     from jobworker.client.client import Client
-    from jobworker.client.following import Chunk, Following
+    from jobworker.client.following import Chunk
+    from jobworker.client.job import Job, JobOutput
 
-    Connect = Callable[[], AbstractAsyncContextManager[Client]]
+    OpenOutput = Callable[..., JobOutput]
+    """`Job.output`, with what part of it is wanted."""
 
 
 @frozen(kw_only=True)
@@ -40,65 +40,44 @@ class Look:
     """Say how the job ended."""
 
 
-async def follow_job(connect: "Connect", spec: JobSpec, look: Look) -> int:
+async def follow_job(client: "Client", spec: JobSpec, look: Look) -> int:
     """Run a job and print its output to its end: the exit code that tells how it went.
 
     Ctrl-C detaches: the job goes on.
     """
+    job: Job | None = None
     record: JobRecord | None = None
-    followed: list[JobRecord] = []
-
-    async def begin(client: "Client") -> "Following":
-        output = await client.run(spec, follow=True)
-        assert output.job is not None
-        followed.append(output.job)
-        return output
-
-    async def resume(client: "Client", job: JobId, offset: int) -> "Following":
-        return await client.log(job, offset=offset)
-
     with cancelled_by_interrupt():
-        record = await print_output(connect, begin, resume, look)
+        job = await client.run(spec, follow=True)
+        record = await print_output(job.output, look, started=job.record)
     if record is not None:
         return shell_exit_code(record)
-    for job in followed:
-        if not look.quiet:
-            note(
-                f"detached from job {job.id}; it goes on: "
-                f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
-            )
+    if job is not None and not look.quiet:
+        note(
+            f"detached from job {job.id}; it goes on: "
+            f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
+        )
     return INTERRUPTED
 
 
 async def print_output(
-    connect: "Connect",
-    begin: "Callable[[Client], Awaitable[Following]]",
-    resume: "Callable[[Client, JobId, int], Awaitable[Following]]",
-    look: Look,
-    *,
-    job: JobId | None = None,
+    open_output: "OpenOutput", look: Look, *, started: JobRecord | None = None
 ) -> JobRecord:
     """Print a job's output to its end, over as many connections as it takes: its last record."""
-    from jobworker.client.resuming import ResumingFollow
-
     printer = Printer.make(look)
+    if started is not None:
+        await printer.start(started)
 
-    def tell_lost(lost: JobworkerError, offset: int) -> None:
+    def tell_break(lost: JobworkerError, offset: int) -> None:
         if not look.quiet:
             note(f"worker-cli: {one_line(lost.message)}; going on from byte {offset}")
 
-    follow = ResumingFollow(
-        connect=connect,
-        begin=begin,
-        resume=resume,
-        take=printer.take,
-        tell_started=printer.start,
-        tell_lost=tell_lost,
-        job=job,
-    )
-    record = await follow.run()
-    await printer.end(record)
-    return record
+    with open_output(on_break=tell_break) as output:
+        async for chunk in output:
+            await printer.take(chunk)
+    assert output.record is not None
+    await printer.end(output.record)
+    return output.record
 
 
 @define(eq=False)
@@ -117,10 +96,10 @@ class Printer:
         stampers = {stream: LineStamper() for stream in Stream} if look.timestamps else {}
         return cls(look, {Stream.STDOUT: stdout, Stream.STDERR: stderr}, stampers)
 
-    async def start(self, output: "Following") -> None:
-        """Tell of the job, where it has only just begun."""
-        if self._look.json and output.job is not None:
-            await self._event("started", {"job": unstructure(output.job)})
+    async def start(self, job: JobRecord) -> None:
+        """Tell of a job that has only just begun."""
+        if self._look.json:
+            await self._event("started", {"job": unstructure(job)})
 
     async def take(self, chunk: "Chunk") -> None:
         """Print a chunk."""

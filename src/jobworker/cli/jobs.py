@@ -8,7 +8,6 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
-from functools import partial
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,8 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import say, tell
+from jobworker.cli.console import PROGRAM, note, say, tell
+from jobworker.cli.failures import one_line
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
@@ -35,12 +35,31 @@ CALLS_AT_A_TIME = 64
 """Well below what a server takes in flight from one connection."""
 
 
-def open_connection(invocation: Invocation) -> "AbstractAsyncContextManager[Client]":
-    """Connect to the server that options, environment and file name."""
-    from jobworker.client.client import open_client
+def open_connection(
+    invocation: Invocation,
+    *,
+    patient: bool = False,
+    on_lost: Callable[[JobworkerError], None] | None = None,
+) -> "AbstractAsyncContextManager[Client]":
+    """Connect to the server that options, environment and file name.
+
+    `patient` makes a connection that is lost anew, for who waits for something.
+    """
+    from jobworker.client.client import PATIENCE_SECONDS, open_client
 
     target = invocation.target()
-    return open_client(target.address, ca=target.ca, certificate=target.certificate, key=target.key)
+    return open_client(
+        target.address,
+        ca=target.ca,
+        certificate=target.certificate,
+        key=target.key,
+        patience_seconds=PATIENCE_SECONDS if patient else 0,
+        on_lost=on_lost,
+    )
+
+
+def _tell_lost(lost: JobworkerError) -> None:
+    note(f"{PROGRAM}: {one_line(lost.message)}; trying again")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -92,10 +111,10 @@ async def run(  # noqa: PLR0913 - each option is an argument
         name=name,
     )
     try:
-        if follow:
-            look = Look(json=invocation.json, quiet=quiet, ending=True)
-            return await follow_job(partial(open_connection, invocation), spec, look)
-        async with open_connection(invocation) as client:
+        async with open_connection(invocation, patient=follow) as client:
+            if follow:
+                look = Look(json=invocation.json, quiet=quiet, ending=True)
+                return await follow_job(client, spec, look)
             return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:
         raise InvalidParams(
@@ -104,7 +123,8 @@ async def run(  # noqa: PLR0913 - each option is an argument
 
 
 async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool) -> int:
-    job = await client.run(spec)
+    job = (await client.run(spec)).record
+    assert job is not None
     if json:
         say(render.as_json(job))
     else:
@@ -119,7 +139,7 @@ async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool)
 async def status(invocation: Invocation, job: int) -> None:
     """Tell how JOB is: state, limits, usage, times."""
     async with open_connection(invocation) as client:
-        record = await client.status(job)
+        record = await client.job(job).status()
     say(render.as_json(record) if invocation.json else render.status(record, _now()))
 
 
@@ -136,7 +156,7 @@ async def stop(
     async with open_connection(invocation) as client:
         _, failed = await _each(
             jobs,
-            lambda job: client.stop(job, signal=signal, grace_seconds=grace),
+            lambda job: client.job(job).stop(signal=signal, grace_seconds=grace),
             json=invocation.json,
         )
     return failed
@@ -148,8 +168,8 @@ async def stop(
 @pass_invocation
 async def wait(invocation: Invocation, jobs: tuple[int, ...]) -> int:
     """Wait for the end of each JOB; exit with the code of the last one."""
-    async with open_connection(invocation) as client:
-        last, failed = await _each(jobs, client.wait, json=invocation.json)
+    async with open_connection(invocation, patient=True, on_lost=_tell_lost) as client:
+        last, failed = await _each(jobs, lambda job: client.job(job).wait(), json=invocation.json)
     return failed if failed or last is None else shell_exit_code(last)
 
 

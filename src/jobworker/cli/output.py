@@ -2,7 +2,6 @@
 
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING
 
 import asyncclick as click
 
@@ -10,12 +9,8 @@ from jobworker.cli.follow import Look, print_output
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import JobNumber, Moment, json_option, pass_invocation
-from jobworker.model.job import JobId, Stream
+from jobworker.model.job import Stream
 from jobworker.protocol.messages import MAX_TAIL_LINES
-
-if TYPE_CHECKING:
-    from jobworker.client.client import Client
-    from jobworker.client.following import Following
 
 
 @click.command()
@@ -57,17 +52,14 @@ async def log(
     is made anew and the output goes on where it stopped.
     """
     streams = tuple(Stream) if chosen is None else (Stream(chosen),)
-    coalesce = not timestamps
-
-    async def begin(client: "Client") -> "Following":
-        return await client.log(
-            job, follow=follow, tail_lines=tail, since=since, streams=streams, coalesce=coalesce
-        )
-
-    async def resume(client: "Client", job: JobId, offset: int) -> "Following":
-        return await client.log(
-            job, follow=follow, offset=offset, streams=streams, coalesce=coalesce
-        )
-
     look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
-    await print_output(partial(open_connection, invocation), begin, resume, look, job=JobId(job))
+    async with open_connection(invocation, patient=True) as client:
+        output = partial(
+            client.job(job).output,
+            follow=follow,
+            tail_lines=tail,
+            since=since,
+            streams=streams,
+            coalesce=not timestamps,
+        )
+        await print_output(output, look)

@@ -1,138 +1,131 @@
-"""The public client: typed calls over one connection, any number of them at a time.
+"""The public client: typed calls to one server, over as many connections as it takes.
 
-Three tasks serve a connection. The dialled connection's own reads frames. The reader gives
-each reply to the call that waits for it, by id, and each piece of output to its subscription. The
-writer alone sends: a call that is cancelled while it waits has its request sent whole or not at
-all, so cancelling a call abandons only the wait. What the server then answers is dropped, and a
-subscription that nobody took is ended.
+One task keeps a connection (`serve`): it dials, serves the connection to its end, and dials anew
+when someone next needs one, with growing pauses, until patience ends. The first connection
+must succeed: what is wrong with an address or a certificate is told at once.
 
-Output may overtake the task that asked for it. The reader therefore opens a subscription's inbox
-itself, when it first hears of its number; numbers grow, so one below the highest that has no inbox
-is one that was closed here.
-
-Once the connection is lost, every waiting call and every later one raises the same error.
+What a call does when its connection breaks depends on what it asks for. Asking, waiting and
+stopping may be done twice, and are. Running a command may not: whoever called learns that the
+connection broke and that the job may have been started.
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+import random
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime, timedelta
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import TypeVar
 
 import trio
 from attrs import define, field
 
 from jobworker.client.address import Address, parse_address
-from jobworker.client.dial import Connection, serve_connection
-from jobworker.client.following import DELIVERY, Following, Inbox, anew
-from jobworker.errors import ConnectionFailed, InvalidParams, JobworkerError, ProtocolError
-from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
+from jobworker.client.dial import serve_connection
+from jobworker.client.following import DELIVERY, Following, anew
+from jobworker.client.job import Job
+from jobworker.client.link import Link
+from jobworker.errors import Busy, ConnectionFailed, InvalidParams, JobworkerError
+from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.pki.tls import client_context
 from jobworker.protocol import messages as m
-from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 
 CONNECT_SECONDS = 10.0
+PATIENCE_SECONDS = 120.0
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
 
 T = TypeVar("T")
 
-
-@define(eq=False)
-class _Pending:
-    """A call that waits for its reply."""
-
-    answered: trio.Event = field(factory=trio.Event)
-    reply: Reply | JobworkerError | None = None
-
-    def answer(self, reply: Reply | JobworkerError) -> None:
-        if self.reply is None:  # a connection may be lost before the caller has seen its reply
-            self.reply = reply
-            self.answered.set()
+Dial = Callable[..., Awaitable[None]]
+"""Serves one connection to its end, and reports it as started: `dial.serve_connection`."""
 
 
-@define(eq=False)
+@define(eq=False, kw_only=True)
 class Client:
-    """A connection to a server; `open_client` makes one.
+    """A client of one server; `open_client` makes one.
 
-    Every method raises ConnectionFailed where the connection breaks, PermissionDenied where the
-    certificate's role does not allow the call, and NotFound for a job that does not exist.
+    Every method raises ConnectionFailed where the connection is lost and patience ends,
+    PermissionDenied where the certificate's role does not allow the call, and NotFound for a job
+    that does not exist. Cancelling a call abandons its wait and stops no job.
     """
 
-    _connection: Connection
-    _session: ClientSession = field(factory=ClientSession, init=False)
-    _pending: dict[CallId, _Pending] = field(factory=dict, init=False)
-    _inboxes: dict[int, Inbox] = field(factory=dict, init=False)
-    _highest_subscription: int = field(default=0, init=False)
-    _lost: JobworkerError | None = field(default=None, init=False)
-    _outgoing: trio.MemorySendChannel[str] = field(init=False)
-    _to_send: trio.MemoryReceiveChannel[str] = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        # Unbounded: each call in it has a task that waits for its reply.
-        self._outgoing, self._to_send = trio.open_memory_channel[str](float("inf"))
-
-    # --- the calls --------------------------------------------------------------------------
+    _address: Address
+    _dial: Dial = field(repr=False)
+    _patience_seconds: float = PATIENCE_SECONDS
+    _on_lost: Callable[[JobworkerError], None] | None = field(default=None, repr=False)
+    _link: Link | None = field(default=None, init=False, repr=False)
+    _over: JobworkerError | None = field(default=None, init=False)
+    """Why there will be no connection any more."""
+    _wanted: trio.Event = field(factory=trio.Event, init=False, repr=False)
+    _changed: trio.Event = field(factory=trio.Event, init=False, repr=False)
 
     async def hello(self) -> m.Welcome:
         """Ask who the server is, and whom it takes this client for.
 
-        welcome = await client.hello()
-        print(welcome.name, welcome.role)
+        >>> welcome = await client.hello()
+        >>> welcome.name, welcome.role
+        ('admin-client', 'admin')
         """
-        return await self._call("service.hello", m.Nothing(), m.Welcome)
+        return await self.call("service.hello", m.Nothing(), m.Welcome)
 
-    @overload
-    async def run(self, job: JobSpec, *, follow: Literal[False] = False) -> JobRecord: ...
+    async def run(self, spec: JobSpec | Sequence[str], *, follow: bool = False) -> Job:
+        """Run a command, alone or with all that a JobSpec says of it: the job as admitted.
 
-    @overload
-    async def run(self, job: JobSpec, *, follow: Literal[True]) -> Following: ...
+        With `follow` the output comes along, which saves `Job.output` a round trip; a window of it
+        is kept until someone takes it.
 
-    async def run(self, job: JobSpec, *, follow: bool = False) -> JobRecord | Following:
-        """Run a command: the job as admitted, or, with `follow`, its output from the first byte.
+        Raises InvalidParams, TooLarge, Busy, SandboxError where the job cannot be started, and
+        ConnectionFailed where it may have been.
 
-        Raises InvalidParams, TooLarge, Busy, and SandboxError where it cannot be started.
+        >>> job = await client.run(["echo", "hello"])
+        >>> async for chunk in job.output():
+        ...     print(chunk.stream.value, chunk.data)
+        stdout b'hello\\n'
+        >>> (await job.wait()).state
+        <State.COMPLETED: 'COMPLETED'>
 
-            spec = JobSpec(command=("make", "-j2"), limits=Limits(memory_bytes=64 << 20))
-            job = await client.run(spec)
-            print(job.id, job.state)
+        >>> limits = Limits(cpu_percent=50, memory_bytes=64 << 20)
+        >>> job = await client.run(JobSpec(command=("nproc",), limits=limits, timeout_seconds=60))
+        >>> job.record.owner
+        'admin-client'
 
-            with await client.run(spec, follow=True) as output:
-                async for chunk in output:
-                    print(chunk.stream, chunk.data)
+        >>> await client.run(["no-such-program"])
+        Traceback (most recent call last):
+        jobworker.errors.CommandNotFound: cannot run no-such-program: ...
         """
-        job.check_size()
-        delivery = DELIVERY if follow else None
-        result = await self._call("job.run", m.RunParams(job=job, follow=delivery), m.RunResult)
-        if not follow:
-            return result.job
-        return self._following(result.subscription, job=result.job)
+        made = spec if isinstance(spec, JobSpec) else _spec(spec)
+        made.check_size()
+        params = m.RunParams(job=made, follow=DELIVERY if follow else None)
+        try:
+            link, result = await self._call("job.run", params, m.RunResult, again=False)
+        except ConnectionFailed as lost:
+            remedy = "the job may have been started: see the list before running it again"
+            raise ConnectionFailed(lost.message, remedy=remedy, data=lost.data) from None
+        first = link.following(result.subscription, 0) if follow else None
+        return Job(self, result.job.id, result.job, first)
 
-    async def status(self, job: int) -> JobRecord:
-        """Tell how a job is, with what it uses at this moment.
+    def job(self, number: int) -> Job:
+        """The job of that number; the server is not asked yet.
 
-        print((await client.status(7)).state)
+        >>> job = client.job((await client.run(["true"])).id)
+        >>> (await job.wait()).exit_code
+        0
+
+        >>> await client.job(999_999_999).status()
+        Traceback (most recent call last):
+        jobworker.errors.NotFound: cannot find job 999999999: ...
         """
-        return await self._call("job.status", m.JobParams(id=JobId(job)), JobRecord)
-
-    async def wait(self, job: int) -> JobRecord:
-        """Wait for a job's end: its final record.
-
-        print((await client.wait(7)).exit_code)
-        """
-        return await self._call("job.wait", m.JobParams(id=JobId(job)), JobRecord)
-
-    async def stop(
-        self, job: int, *, signal: str = "TERM", grace_seconds: float | None = None
-    ) -> JobRecord:
-        """Stop a job and wait for its end: a signal, a grace period, SIGKILL for all that is left.
-
-        One that has ended already is left as it is. None stands for the server's grace period.
-
-            await client.stop(7, signal="INT", grace_seconds=2)
-        """
-        params = m.StopParams(id=JobId(job), signal=signal, grace_seconds=grace_seconds)
-        return await self._call("job.stop", params, JobRecord)
+        return Job(self, JobId(number))
 
     async def list(
         self,
@@ -148,157 +141,119 @@ class Client:
         `before`: the smallest id of the page before. Fewer may come where their commands are long;
         none is the end.
 
-            for job in await client.list(states=[State.RUNNING]):
-                print(job.id, job.spec.command)
+        >>> job = await client.run(["sleep", "60"])
+        >>> [record.spec.command for record in await client.list(states=[State.RUNNING], limit=1)]
+        [('sleep', '60')]
         """
         params = m.ListParams(states=tuple(states), labels=labels or {}, limit=limit, before=before)
-        return (await self._call("job.list", params, m.ListResult)).jobs
+        return (await self.call("job.list", params, m.ListResult)).jobs
 
-    async def log(
-        self,
-        job: int,
-        *,
-        follow: bool = True,
-        offset: int = 0,
-        tail_lines: int | None = None,
-        since: datetime | timedelta | None = None,
-        streams: Iterable[Stream] = (Stream.STDOUT, Stream.STDERR),
-        coalesce: bool = True,
-    ) -> Following:
-        """Read a job's output from byte `offset` of both streams together.
+    async def call(self, name: str, params: object, result: type[T]) -> T:
+        """Call a method of the protocol by name, as often as it takes to get an answer."""
+        return (await self._call(name, params, result))[1]
 
-        With `tail_lines` or `since` (a moment, or so long ago by the server's clock) it begins
-        later: at the latest of all. With `follow` it goes on to the job's last byte, else it ends
-        with what there is now. Without `coalesce` no chunk joins what was written at two times.
+    async def open_following(self, params: m.LogParams) -> Following:
+        """Open a subscription; it lasts no longer than the connection that it is opened on."""
+        link, result = await self._call("job.log", params, m.LogResult)
+        return link.following(result.subscription, result.offset)
 
-            with await client.log(7, streams=[Stream.STDERR], tail_lines=10) as output:
-                async for chunk in output:
-                    print(chunk.time, chunk.data)
-        """
-        ago = since.total_seconds() if isinstance(since, timedelta) else None
-        params = m.LogParams(
-            id=JobId(job),
-            follow=follow,
-            offset=offset,
-            tail_lines=tail_lines,
-            since=since if isinstance(since, datetime) else None,
-            since_seconds=ago,
-            streams=tuple(streams),
-            coalesce=coalesce,
-            delivery=DELIVERY,
+    async def _call(
+        self, name: str, params: object, result: type[T], *, again: bool = True
+    ) -> tuple[Link, T]:
+        while True:
+            link = await self._linked()
+            try:
+                return link, await link.call(name, params, result)
+            except ConnectionFailed:
+                if not again:
+                    raise
+
+    async def _linked(self) -> Link:
+        """Wait for a connection. Raises why there is none any more."""
+        while True:
+            if self._over is not None:
+                raise anew(self._over)
+            if self._link is not None and self._link.failure is None:
+                return self._link
+            self._wanted.set()
+            await self._changed.wait()
+
+    # --- the task that keeps a connection ---------------------------------------------------
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep a connection; started once the first stands. Raises why that one cannot be made."""
+        lost = await self._serve_link(task_status.started)
+        while self._patience_seconds > 0:
+            await self._wanted.wait()
+            if self._on_lost is not None:
+                self._on_lost(lost)
+            try:
+                lost = await self._serve_next_link()
+            except JobworkerError as refused:
+                lost = refused
+                break
+        self._over = lost
+        self._tell_change()
+
+    async def _serve_next_link(self) -> JobworkerError:
+        """Dial until a connection stands, serve it: why it was lost. Raises when patience ends."""
+        patience_ends = trio.current_time() + self._patience_seconds
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            # Not all clients at once, where a restart broke many.
+            await trio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            try:
+                return await self._serve_link(lambda: None)
+            except (ConnectionFailed, Busy):
+                if trio.current_time() >= patience_ends:
+                    raise
+
+    async def _serve_link(self, tell_started: Callable[[], None]) -> JobworkerError:
+        """Dial, and serve the connection to its end: why it was lost. Raises why there is none."""
+        refusal: JobworkerError | None = None
+        failure: JobworkerError | None = None
+        async with trio.open_nursery() as nursery:
+            try:
+                with _connecting(self._address):
+                    connection = await nursery.start(self._dial)
+            except JobworkerError as error:  # carried around the nursery, which would wrap it
+                refusal = error
+            else:
+                self._link = link = Link(connection)
+                nursery.start_soon(link.serve_writer)
+                nursery.start_soon(link.serve_reader)
+                self._wanted = trio.Event()
+                self._tell_change()
+                tell_started()
+                await link.lost.wait()
+                failure = link.failure
+            nursery.cancel_scope.cancel()
+        if refusal is not None:
+            raise refusal
+        assert failure is not None
+        return failure
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def aclose(self) -> None:
+        """Say goodbye, for at most a second."""
+        if self._link is not None:
+            await self._link.connection.aclose()
+
+
+def _spec(command: Sequence[str]) -> JobSpec:
+    if isinstance(command, str):
+        raise InvalidParams(
+            f"cannot run {command!r}: the command is one string",
+            remedy='give program and arguments apart: ["ls", "-l"], or ["sh", "-c", "ls | wc"]',
         )
-        result = await self._call("job.log", params, m.LogResult)
-        return self._following(result.subscription, offset=result.offset)
-
-    # --- calls and subscriptions ------------------------------------------------------------
-
-    async def _call(self, name: str, params: object, result: type[T]) -> T:
-        if self._lost is not None:
-            raise anew(self._lost)
-        id_, message = self._session.call(name, params)
-        pending = self._pending[id_] = _Pending()
-        self._outgoing.send_nowait(message)
-        try:
-            await pending.answered.wait()
-        except trio.Cancelled:
-            if isinstance(pending.reply, Reply):  # answered and cancelled at once
-                self._abandon(pending.reply)
-            raise
-        finally:
-            self._pending.pop(id_, None)
-        reply = pending.reply
-        if isinstance(reply, JobworkerError):
-            raise anew(reply)
-        assert reply is not None
-        if reply.error is not None:
-            raise reply.error
-        assert isinstance(reply.result, result)
-        return reply.result
-
-    def _following(
-        self, subscription: int | None, *, job: JobRecord | None = None, offset: int = 0
-    ) -> Following:
-        inbox = None if subscription is None else self._inboxes.get(subscription)
-        if subscription is None or inbox is None:
-            raise ProtocolError("cannot follow the job: the server opened no subscription")
-        return Following(
-            job=job,
-            offset=offset,
-            inbox=inbox,
-            grant=lambda count: self._grant(subscription, count),
-            forget=lambda ended: self._forget(subscription, ended=ended),
-        )
-
-    def _grant(self, subscription: int, count: int) -> None:
-        self._notify("job.credit", m.CreditParams(subscription=subscription, bytes=count))
-
-    def _forget(self, subscription: int, *, ended: bool = False) -> None:
-        self._inboxes.pop(subscription, None)
-        if not ended:
-            self._notify("job.unfollow", m.SubscriptionParams(subscription=subscription))
-
-    def _notify(self, name: str, params: object) -> None:
-        if self._lost is None:
-            self._outgoing.send_nowait(self._session.notify(name, params))
-
-    # --- the connection's tasks -------------------------------------------------------------
-
-    async def _serve_writer(self) -> None:
-        """Send what calls have put out, until the connection is lost."""
-        try:
-            async for message in self._to_send:
-                await self._connection.send(message)
-        except ConnectionFailed as lost:
-            self._lose(lost)
-
-    async def _serve_reader(self) -> None:
-        """Give what comes to those who wait for it, until the connection is lost."""
-        try:
-            while True:
-                self._take(self._session.receive(await self._connection.receive()))
-        except JobworkerError as lost:
-            self._lose(lost)
-
-    def _take(self, received: Reply | Output | m.OutputEnd | None) -> None:
-        match received:
-            case Reply():
-                pending = self._pending.get(received.id)
-                subscription = getattr(received.result, "subscription", None)
-                if subscription is not None:
-                    self._inbox(subscription)
-                if pending is None:
-                    self._abandon(received)
-                else:
-                    pending.answer(received)
-            case Output():
-                self._deliver(received.header.subscription, received)
-            case m.OutputEnd():
-                self._deliver(received.subscription, received)
-
-    def _deliver(self, subscription: int, item: Output | m.OutputEnd) -> None:
-        inbox = self._inbox(subscription)
-        if inbox is not None:
-            inbox.put(item)
-
-    def _inbox(self, subscription: int) -> Inbox | None:
-        if subscription > self._highest_subscription:
-            self._highest_subscription = subscription
-            self._inboxes[subscription] = Inbox.make()
-        return self._inboxes.get(subscription)
-
-    def _abandon(self, reply: Reply) -> None:
-        """End a subscription whose caller has gone."""
-        subscription = getattr(reply.result, "subscription", None)
-        if subscription is not None:
-            self._forget(subscription)
-
-    def _lose(self, error: JobworkerError) -> None:
-        if self._lost is None:
-            self._lost = error
-            for pending in self._pending.values():
-                pending.answer(error)
-            for inbox in self._inboxes.values():
-                inbox.put(error)
+    try:
+        return JobSpec(command=tuple(command))
+    except (TypeError, ValueError) as fault:
+        raise InvalidParams(f"cannot run the command: it {fault}") from None
 
 
 @contextmanager
@@ -327,36 +282,51 @@ async def open_client(
     ca: str | PathLike[str],
     certificate: str | PathLike[str],
     key: str | PathLike[str],
+    patience_seconds: float = PATIENCE_SECONDS,
+    on_lost: Callable[[JobworkerError], None] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to a server and be its client; the connection ends with the block, jobs go on.
 
     `address` is HOST, HOST:PORT or [IPv6]:PORT; the server's certificate must be from the CA in
     the PEM file `ca` and bear that host. `certificate` and `key` are the client's own PEM files.
 
+    A connection that is lost is made anew when it is next needed: for `patience_seconds` (0 is
+    never), after which ConnectionFailed is raised. `on_lost` hears of it.
+
     Raises InvalidParams for the address, CredentialsUnusable, HostUnknown, ConnectionFailed
     (after 10 s at the latest), ServerUntrusted, CertificateRefused and PermissionDenied.
 
-        async with open_client("localhost", ca=ca, certificate=cert, key=key) as client:
-            job = await client.run(JobSpec(command=("echo", "hello")))
+    >>> async with open_client(server, ca=ca, certificate=certificate, key=key) as mine:
+    ...     job = await mine.run(["echo", "hello"])
+    ...     record = await job.wait()
+    >>> record.exit_code
+    0
+
+    >>> async with open_client("localhost:1", ca=ca, certificate=certificate, key=key) as mine:
+    ...     pass
+    Traceback (most recent call last):
+    jobworker.errors.ConnectionFailed: cannot connect to localhost:1: Connection refused; ...
     """
     where = _parsed(address) if isinstance(address, str) else address
     tls = client_context(ca=Path(ca), certificate=Path(certificate), key=Path(key))
+    client = Client(
+        address=where,
+        dial=partial(serve_connection, where, tls),
+        patience_seconds=patience_seconds,
+        on_lost=on_lost,
+    )
     raised: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             # What ends the block is carried around the nursery, which would wrap it in a group.
             try:
-                with _connecting(where):
-                    connection = await nursery.start(serve_connection, where, tls)
-                client = Client(connection)
-                nursery.start_soon(client._serve_writer)
-                nursery.start_soon(client._serve_reader)
+                await nursery.start(client.serve)
                 try:
                     yield client
                 except Exception:
-                    await connection.aclose()
+                    await client.aclose()
                     raise
-                await connection.aclose()
+                await client.aclose()
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
                 raised = error
             nursery.cancel_scope.cancel()

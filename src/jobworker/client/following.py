@@ -7,8 +7,6 @@ for a consumer: a slow one delays neither replies nor another one, and costs one
 
 from collections.abc import Callable
 from datetime import datetime
-from types import TracebackType
-from typing import Self
 
 import trio
 from attrs import define, field, frozen
@@ -58,21 +56,8 @@ class Inbox:
 
 @define(eq=False, kw_only=True)
 class Following:
-    """The output of a job, chunk by chunk; iterate over it once, in one task.
+    """One subscription's output, chunk by chunk, over the one connection that it was opened on."""
 
-        with await client.log(7) as output:
-            async for chunk in output:
-                sys.stdout.buffer.write(chunk.data)
-        print(output.record.state)
-
-    After the last chunk `record` tells how the job went. Leaving the `with` block, or `close`,
-    ends the subscription and never the job. Iterating raises ConnectionFailed where the
-    connection breaks (go on with `client.log(job, offset=output.offset)`), and what the server
-    met where it could not send the output to its end.
-    """
-
-    job: JobRecord | None = None
-    """The job as it was admitted, where `run` gave this."""
     record: JobRecord | None = field(default=None, init=False)
     """The job at the end of its output; None before."""
     offset: int = 0
@@ -80,8 +65,15 @@ class Following:
     _inbox: Inbox
     _grant: Callable[[int], None]
     _forget: Callable[[bool], None]
+    _drop: Callable[[], None]
     _taken_bytes: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
+
+    def __del__(self) -> None:
+        # Whoever left its loop half way and kept nothing. Collection may run anywhere, so this
+        # only leaves a mark for the connection's reader.
+        if not self._closed and self.record is None:
+            self._drop()
 
     def close(self) -> None:
         """End the subscription; a second call does nothing."""
@@ -89,20 +81,6 @@ class Following:
             self._closed = True
             self._inbox.receiver.close()
             self._forget(self.record is not None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> Chunk:
         if self.record is not None:

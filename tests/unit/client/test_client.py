@@ -1,19 +1,26 @@
 """The client against a server's session in memory: who gets which reply, and when."""
 
-from collections.abc import AsyncIterator
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import cast
 
 import pytest
 import trio
 from attrs import define, evolve, field
 from trio.testing import wait_all_tasks_blocked
 
+from jobworker.client.address import Address
 from jobworker.client.client import Client
-from jobworker.client.dial import Connection
-from jobworker.client.following import WINDOW_BYTES
-from jobworker.errors import ConnectionFailed, NotFound, ProtocolError, TooLarge
+from jobworker.client.following import DELIVERY, WINDOW_BYTES, Following
+from jobworker.errors import (
+    ConnectionFailed,
+    InvalidParams,
+    JobworkerError,
+    NotFound,
+    ProtocolError,
+    TooLarge,
+)
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
@@ -83,16 +90,54 @@ class Wire:
             raise ConnectionFailed("cannot go on: the connection broke") from None
 
 
+@define(eq=False)
+class Servers:
+    """Dials connections in memory, each to the next of `plays`; nobody is there after the last."""
+
+    plays: list[Callable[[Peer], Awaitable[None]]]
+
+    async def dial(self, *, task_status: trio.TaskStatus[object]) -> None:
+        if not self.plays:
+            raise ConnectionFailed("cannot connect: nobody there")
+        out, sent = trio.open_memory_channel[str](1000)
+        to_client, incoming = trio.open_memory_channel[str | bytes](1000)
+        task_status.started(Wire(out, incoming))
+        await self.plays.pop(0)(Peer(sent, to_client))
+
+
+@asynccontextmanager
+async def served(servers: Servers, patience_seconds: float = 0) -> AsyncIterator[Client]:
+    """A client of servers in memory."""
+    client = Client(address=Address("host"), dial=servers.dial, patience_seconds=patience_seconds)
+    raised: JobworkerError | None = None
+    async with trio.open_nursery() as nursery:
+        try:  # out of the nursery, which would wrap it
+            await nursery.start(client.serve)
+            yield client
+        except JobworkerError as error:
+            raised = error
+        nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised
+
+
+async def opened(client: Client) -> Following:
+    """A subscription on the client's connection of the moment."""
+    return await client.open_following(m.LogParams(id=JobId(7), delivery=DELIVERY))
+
+
 @asynccontextmanager
 async def connected() -> AsyncIterator[tuple[Client, Peer]]:
-    out, sent = trio.open_memory_channel[str](1000)
-    to_client, incoming = trio.open_memory_channel[str | bytes](1000)
-    client = Client(cast(Connection, Wire(out, incoming)))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client._serve_writer)
-        nursery.start_soon(client._serve_reader)
-        yield client, Peer(sent, to_client)
-        nursery.cancel_scope.cancel()
+    """A client that is never patient, and the other end of its only connection."""
+    peers: list[Peer] = []
+
+    async def play(peer: Peer) -> None:
+        peers.append(peer)
+        await trio.lowlevel.checkpoint()
+
+    async with served(Servers([play])) as client:
+        await wait_all_tasks_blocked()
+        yield client, peers[0]
 
 
 async def test_replies_reach_their_calls_in_any_order() -> None:
@@ -101,7 +146,7 @@ async def test_replies_reach_their_calls_in_any_order() -> None:
     async with connected() as (client, peer), trio.open_nursery() as nursery:
 
         async def ask(job: int) -> None:
-            found[job] = await client.status(job)
+            found[job] = await client.job(job).status()
 
         for job in (1, 2, 3):
             nursery.start_soon(ask, job)
@@ -123,7 +168,7 @@ async def test_an_error_reply_is_raised_as_its_class() -> None:
 
         nursery.start_soon(refuse)
         with pytest.raises(NotFound, match="cannot find job 9; look") as caught:
-            await client.status(9)
+            await client.job(9).status()
         assert caught.value.data == {"job": 9}
 
 
@@ -131,12 +176,12 @@ async def test_cancelling_a_call_abandons_only_its_wait() -> None:
     async with connected() as (client, peer):
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(client.wait, 7)
+                nursery.start_soon(client.job(7).wait)
                 abandoned = await peer.call()
                 scope.cancel()
         peer.reply(abandoned, RECORD)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.status, 8)
+            nursery.start_soon(client.job(8).status)
             later = await peer.call()
             assert later.method.name == "job.status"
             peer.reply(later, RECORD)
@@ -146,7 +191,7 @@ async def test_a_subscription_that_nobody_took_is_ended() -> None:
     async with connected() as (client, peer):
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(client.log, 7)
+                nursery.start_soon(anext, client.job(7).output())
                 abandoned = await peer.call()
                 scope.cancel()
         peer.reply(abandoned, m.LogResult(subscription=1, offset=0))
@@ -168,8 +213,9 @@ async def test_output_before_the_reply_is_kept() -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
-            with await client.run(SPEC, follow=True) as output:
-                assert output.job == RECORD
+            job = await client.run(SPEC, follow=True)
+            assert job.record == RECORD
+            with job.output() as output:
                 data = [chunk.data async for chunk in output]
         assert data == [b"first ", b"second"]
         assert output.offset == 12
@@ -192,12 +238,12 @@ async def test_slow_consumer_delays_no_reply_and_is_granted_what_it_takes() -> N
                 peer.reply(call, m.LogResult(subscription=3, offset=0))
 
             nursery.start_soon(serve)
-            output = await client.log(7)
+            output = await opened(client)
         piece = WINDOW_BYTES // 8
         for number in range(8):
             peer.output(3, number * piece, bytes(piece))
         async with trio.open_nursery() as nursery:  # nothing is taken yet, and a call passes
-            nursery.start_soon(client.status, 7)
+            nursery.start_soon(client.job(7).status)
             peer.reply(await peer.call(), RECORD)
         for _ in range(8):
             await anext(output)
@@ -221,14 +267,15 @@ async def test_output_of_a_closed_subscription_is_dropped() -> None:
                 peer.reply(await peer.call(), m.LogResult(subscription=1, offset=0))
 
             nursery.start_soon(serve)
-            (await client.log(7)).close()
+            (await opened(client)).close()
         assert (await peer.call()).method.name == "job.unfollow"
         peer.output(1, 0, b"late")
         peer.end(1, 4)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.status, 7)
+            nursery.start_soon(client.job(7).status)
             peer.reply(await peer.call(), RECORD)
-        assert client._inboxes == {}
+        assert client._link is not None
+        assert client._link._inboxes == {}
 
 
 async def test_output_that_the_server_could_not_send_raises_after_what_came() -> None:
@@ -240,7 +287,7 @@ async def test_output_that_the_server_could_not_send_raises_after_what_came() ->
             peer.end(1, 3, name="not_found", message="cannot read the output: it is gone")
 
         nursery.start_soon(serve)
-        output = await client.log(7)
+        output = await opened(client)
         assert (await anext(output)).data == b"abc"
         with pytest.raises(NotFound, match="it is gone"):
             await anext(output)
@@ -256,9 +303,9 @@ async def test_lost_connection_wakes_everyone() -> None:
         async def fail(name: str) -> None:
             if name == "wait":
                 with pytest.raises(ConnectionFailed):
-                    await client.wait(7)
+                    await client.job(7).wait()
             else:
-                output = await client.log(7)
+                output = await opened(client)
                 with pytest.raises(ConnectionFailed):
                     await anext(output)
             failures.append(name)
@@ -271,7 +318,7 @@ async def test_lost_connection_wakes_everyone() -> None:
             peer.hang_up()
         assert sorted(failures) == ["log", "wait"]
         with pytest.raises(ConnectionFailed):
-            await client.status(7)
+            await client.job(7).status()
 
 
 async def test_a_server_that_breaks_the_protocol_is_left() -> None:
@@ -283,7 +330,7 @@ async def test_a_server_that_breaks_the_protocol_is_left() -> None:
 
         nursery.start_soon(serve)
         with pytest.raises(ProtocolError, match="answers no call"):
-            await client.status(7)
+            await client.job(7).status()
 
 
 async def test_too_large_a_request_is_not_sent() -> None:
@@ -294,3 +341,28 @@ async def test_too_large_a_request_is_not_sent() -> None:
         await wait_all_tasks_blocked()
         with pytest.raises(trio.WouldBlock):
             peer.sent.receive_nowait()
+
+
+@pytest.mark.parametrize("command", ["ls -l", [], ["a\0b"], ["x" * 200_000]])
+async def test_command_that_can_be_none_is_not_sent(command: str | list[str]) -> None:
+    async with connected() as (client, peer):
+        with pytest.raises(InvalidParams, match="cannot run"):
+            await client.run(command)
+        with pytest.raises(trio.WouldBlock):
+            peer.sent.receive_nowait()
+
+
+async def test_output_that_was_left_half_way_is_ended_with_the_next_message() -> None:
+    async with connected() as (client, peer):
+
+        async def serve() -> None:
+            peer.reply(await peer.call(), m.LogResult(subscription=1, offset=0))
+            peer.output(1, 0, b"first")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            async for _ in client.job(7).output():
+                break
+        gc.collect()
+        peer.output(1, 5, b"second")
+        assert (await peer.call()).params == m.SubscriptionParams(subscription=1)

@@ -1,0 +1,189 @@
+"""A job as its client sees it: a number, what can be asked about it, and its output.
+
+Neither holds the job itself: dropping them, leaving a loop or being cancelled never stops it.
+"""
+
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from attrs import define, evolve, field
+
+from jobworker.client.following import DELIVERY, Chunk, Following
+from jobworker.errors import ConnectionFailed, FollowerStalled, JobworkerError
+from jobworker.model.job import JobId, JobRecord, Stream
+from jobworker.protocol import messages as m
+
+if TYPE_CHECKING:
+    from jobworker.client.client import Client
+
+
+@define(eq=False)
+class Job:
+    """One job of a server; `Client.run` and `Client.job` make it.
+
+    Every method raises NotFound for a job that does not exist (or is another tenant's),
+    PermissionDenied where the certificate's role does not allow it, and ConnectionFailed where
+    the connection is lost and the client's patience ends.
+    """
+
+    _client: "Client" = field(repr=False)
+    id: JobId
+    record: JobRecord | None = None
+    """The job as it was when the server last told of it; None where it was never asked."""
+    _first: Following | None = field(default=None, repr=False)
+    """The subscription that came with the job, until someone takes it."""
+
+    async def status(self) -> JobRecord:
+        """Ask how the job is, with what it uses at this moment.
+
+        >>> (await job.status()).state
+        <State.RUNNING: 'RUNNING'>
+        """
+        return await self._told("job.status", m.JobParams(id=self.id))
+
+    async def wait(self) -> JobRecord:
+        """Wait for the job's end: its final record.
+
+        >>> job = await client.run(["sh", "-c", "exit 3"])
+        >>> record = await job.wait()
+        >>> record.state, record.reason, record.exit_code
+        (<State.FAILED: 'FAILED'>, <Reason.EXIT: 'exit'>, 3)
+        """
+        return await self._told("job.wait", m.JobParams(id=self.id))
+
+    async def stop(self, *, signal: str = "TERM", grace_seconds: float | None = None) -> JobRecord:
+        """Stop the job and wait for its end: a signal, a grace period, SIGKILL for what is left.
+
+        One that has ended already is left as it is. None stands for the server's grace period.
+
+        >>> (await job.stop(signal="INT", grace_seconds=2)).state
+        <State.STOPPED: 'STOPPED'>
+        """
+        params = m.StopParams(id=self.id, signal=signal, grace_seconds=grace_seconds)
+        return await self._told("job.stop", params)
+
+    def output(
+        self,
+        *,
+        follow: bool = True,
+        offset: int = 0,
+        tail_lines: int | None = None,
+        since: datetime | timedelta | None = None,
+        streams: Iterable[Stream] = (Stream.STDOUT, Stream.STDERR),
+        coalesce: bool = True,
+        on_break: Callable[[JobworkerError, int], None] | None = None,
+    ) -> "JobOutput":
+        """The job's output, from byte `offset` of both streams together.
+
+        With `tail_lines` or `since` (a moment, or so long ago by the server's clock) it begins
+        later: at the latest of all. With `follow` it goes on to the job's last byte, else it ends
+        with what there is now. Without `coalesce` no chunk joins what was written at two times.
+        `on_break` hears of each lost connection, and of the offset at which it goes on.
+
+        >>> job = await client.run(["sh", "-c", "echo hello; echo oops >&2"])
+        >>> async for chunk in job.output(streams=[Stream.STDOUT]):
+        ...     print(chunk.data)
+        b'hello\\n'
+        """
+        ago = since.total_seconds() if isinstance(since, timedelta) else None
+        params = m.LogParams(
+            id=self.id,
+            follow=follow,
+            offset=offset,
+            tail_lines=tail_lines,
+            since=since if isinstance(since, datetime) else None,
+            since_seconds=ago,
+            streams=tuple(streams),
+            coalesce=coalesce,
+            delivery=DELIVERY,
+        )
+        first = None
+        if params == m.LogParams(id=self.id, delivery=DELIVERY):
+            first, self._first = self._first, None
+        return JobOutput(self._client, params, on_break, first)
+
+    async def _told(self, method: str, params: object) -> JobRecord:
+        self.record = await self._client.call(method, params, JobRecord)
+        return self.record
+
+
+@define(eq=False)
+class JobOutput:
+    """The output of a job, chunk by chunk; iterate over it once, in one task.
+
+    A connection that breaks is made anew and the output goes on at the next byte, without gap or
+    repeat, as long as the client's patience lasts. After the last chunk `record` tells how the job
+    went. Leaving the `with` block, or `close`, ends the subscription at once; whoever leaves the
+    loop without one leaves that to Python's collection of garbage.
+
+    Iterating raises what the server met where it could not send the output to its end.
+
+    >>> job = await client.run(["seq", "3"])
+    >>> with job.output() as output:
+    ...     data = b"".join([chunk.data async for chunk in output])
+    >>> data, output.offset, output.record.state
+    (b'1\\n2\\n3\\n', 6, <State.COMPLETED: 'COMPLETED'>)
+    """
+
+    _client: "Client"
+    _params: m.LogParams
+    _on_break: Callable[[JobworkerError, int], None] | None
+    _following: Following | None
+    record: JobRecord | None = field(default=None, init=False)
+    """The job at the end of its output; None before."""
+
+    @property
+    def offset(self) -> int:
+        """Position after the last chunk, in both streams together: where to go on."""
+        return self._params.offset
+
+    def close(self) -> None:
+        """End the subscription; a second call does nothing."""
+        if self._following is not None:
+            self._following.close()
+            self._following = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while self.record is None:
+            if self._following is None:
+                self._following = await self._client.open_following(self._params)
+                self._go_on_at(self._following.offset)
+            try:
+                chunk = await anext(self._following)
+            except StopAsyncIteration:
+                self._go_on_at(self._following.offset)
+                self.record = self._following.record
+                self.close()
+            except FollowerStalled:  # it was the consumer that paused: go on
+                self.close()
+            except ConnectionFailed as lost:
+                self.close()
+                if self._on_break is not None:
+                    self._on_break(lost, self.offset)
+            else:
+                self._go_on_at(self._following.offset)
+                return chunk
+        raise StopAsyncIteration
+
+    def _go_on_at(self, offset: int) -> None:
+        """Have a later subscription begin there, whatever the first began with."""
+        if offset != self._params.offset or self._params.tail_lines is not None:
+            self._params = evolve(
+                self._params, offset=offset, tail_lines=None, since=None, since_seconds=None
+            )

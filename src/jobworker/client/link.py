@@ -1,0 +1,175 @@
+"""One connection's calls and subscriptions: what is asked meets what is answered.
+
+Three tasks serve a connection. The dialled connection's own reads frames. The reader gives
+each reply to the call that waits for it, by id, and each piece of output to its subscription. The
+writer alone sends: a call that is cancelled while it waits has its request sent whole or not at
+all, so cancelling a call abandons only the wait. What the server then answers is dropped, and a
+subscription that nobody took is ended.
+
+Output may overtake the task that asked for it. The reader therefore opens a subscription's inbox
+itself, when it first hears of its number; numbers grow, so one below the highest that has no inbox
+is one that was closed here.
+
+Once the connection is lost, every waiting call and every later one raises the same error.
+"""
+
+from collections import deque
+from typing import TypeVar
+
+import trio
+from attrs import define, field
+
+from jobworker.client.dial import Connection
+from jobworker.client.following import Following, Inbox, anew
+from jobworker.errors import ConnectionFailed, JobworkerError, ProtocolError
+from jobworker.protocol import messages as m
+from jobworker.protocol.session import CallId, ClientSession, Output, Reply
+
+T = TypeVar("T")
+
+
+@define(eq=False)
+class _Pending:
+    """A call that waits for its reply."""
+
+    answered: trio.Event = field(factory=trio.Event)
+    reply: Reply | JobworkerError | None = None
+
+    def answer(self, reply: Reply | JobworkerError) -> None:
+        if self.reply is None:  # a connection may be lost before the caller has seen its reply
+            self.reply = reply
+            self.answered.set()
+
+
+@define(eq=False)
+class Link:
+    """Calls over one connection, any number at a time."""
+
+    connection: Connection
+    lost: trio.Event = field(factory=trio.Event, init=False)
+    failure: JobworkerError | None = field(default=None, init=False)
+    """Why the connection was lost; None while it is open."""
+    _session: ClientSession = field(factory=ClientSession, init=False)
+    _pending: dict[CallId, _Pending] = field(factory=dict, init=False)
+    _inboxes: dict[int, Inbox] = field(factory=dict, init=False)
+    _highest_subscription: int = field(default=0, init=False)
+    _dropped: deque[int] = field(factory=deque, init=False)
+    """Subscriptions whose Following went without a word; filled by whoever collects garbage."""
+    _outgoing: trio.MemorySendChannel[str] = field(init=False)
+    _to_send: trio.MemoryReceiveChannel[str] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # Unbounded: each call in it has a task that waits for its reply.
+        self._outgoing, self._to_send = trio.open_memory_channel[str](float("inf"))
+
+    async def call(self, name: str, params: object, result: type[T]) -> T:
+        """Call a method and wait for its result. Raises what the server says."""
+        if self.failure is not None:
+            raise anew(self.failure)
+        id_, message = self._session.call(name, params)
+        pending = self._pending[id_] = _Pending()
+        self._outgoing.send_nowait(message)
+        try:
+            await pending.answered.wait()
+        except trio.Cancelled:
+            if isinstance(pending.reply, Reply):  # answered and cancelled at once
+                self._abandon(pending.reply)
+            raise
+        finally:
+            self._pending.pop(id_, None)
+        reply = pending.reply
+        if isinstance(reply, JobworkerError):
+            raise anew(reply)
+        assert reply is not None
+        if reply.error is not None:
+            raise reply.error
+        assert isinstance(reply.result, result)
+        return reply.result
+
+    def following(self, subscription: int | None, offset: int) -> Following:
+        """The output of a subscription that a call has just opened."""
+        inbox = None if subscription is None else self._inboxes.get(subscription)
+        if subscription is None or inbox is None:
+            raise ProtocolError("cannot follow the job: the server opened no subscription")
+        return Following(
+            offset=offset,
+            inbox=inbox,
+            grant=lambda count: self._grant(subscription, count),
+            forget=lambda ended: self._forget(subscription, ended=ended),
+            drop=lambda: self._dropped.append(subscription),
+        )
+
+    def _grant(self, subscription: int, count: int) -> None:
+        self._notify("job.credit", m.CreditParams(subscription=subscription, bytes=count))
+
+    def _forget(self, subscription: int, *, ended: bool = False) -> None:
+        self._inboxes.pop(subscription, None)
+        if not ended:
+            self._notify("job.unfollow", m.SubscriptionParams(subscription=subscription))
+
+    def _notify(self, name: str, params: object) -> None:
+        if self.failure is None:
+            self._outgoing.send_nowait(self._session.notify(name, params))
+
+    # --- the connection's tasks -------------------------------------------------------------
+
+    async def serve_writer(self) -> None:
+        """Send what calls have put out, until the connection is lost."""
+        try:
+            async for message in self._to_send:
+                await self.connection.send(message)
+        except ConnectionFailed as lost:
+            self.lose(lost)
+
+    async def serve_reader(self) -> None:
+        """Give what comes to those who wait for it, until the connection is lost."""
+        try:
+            while True:
+                self._take(self._session.receive(await self.connection.receive()))
+                while self._dropped:
+                    self._forget(self._dropped.popleft())
+        except JobworkerError as lost:
+            self.lose(lost)
+
+    def _take(self, received: Reply | Output | m.OutputEnd | None) -> None:
+        match received:
+            case Reply():
+                pending = self._pending.get(received.id)
+                subscription = getattr(received.result, "subscription", None)
+                if subscription is not None:
+                    self._inbox(subscription)
+                if pending is None:
+                    self._abandon(received)
+                else:
+                    pending.answer(received)
+            case Output():
+                self._deliver(received.header.subscription, received)
+            case m.OutputEnd():
+                self._deliver(received.subscription, received)
+
+    def _deliver(self, subscription: int, item: Output | m.OutputEnd) -> None:
+        inbox = self._inbox(subscription)
+        if inbox is not None:
+            inbox.put(item)
+
+    def _inbox(self, subscription: int) -> Inbox | None:
+        if subscription > self._highest_subscription:
+            self._highest_subscription = subscription
+            self._inboxes[subscription] = Inbox.make()
+        return self._inboxes.get(subscription)
+
+    def _abandon(self, reply: Reply) -> None:
+        """End a subscription whose caller has gone."""
+        subscription = getattr(reply.result, "subscription", None)
+        if subscription is not None:
+            self._forget(subscription)
+
+    def lose(self, error: JobworkerError) -> None:
+        """Be lost, for this reason; a second one changes nothing."""
+        if self.failure is None:
+            self.failure = error
+            for pending in self._pending.values():
+                pending.answer(error)
+            for inbox in self._inboxes.values():
+                inbox.put(error)
+            self.lost.set()

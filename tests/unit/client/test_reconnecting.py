@@ -1,0 +1,185 @@
+"""One client over several connections, each to a session in memory."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from attrs import define, evolve, field
+
+from jobworker.client.client import PATIENCE_SECONDS
+from jobworker.errors import (
+    CertificateRefused,
+    ConnectionFailed,
+    JobworkerError,
+    NotFound,
+    OutputError,
+)
+from jobworker.model.job import JobId, JobRecord
+from jobworker.model.lifecycle import State
+from jobworker.protocol import messages as m
+
+from .test_client import RECORD, SPEC, Peer, Servers, served
+
+Part = Callable[[Peer], None]
+"""What a server does with one subscription."""
+
+
+def nothing(_: Peer) -> None:
+    """Open the subscription, and break."""
+
+
+@define(eq=False)
+class Logs:
+    """What servers were asked for, and their plays: each has parts, then the connection breaks."""
+
+    asked: list[m.LogParams] = field(factory=list)
+
+    def play(self, *parts: Part) -> Callable[[Peer], Awaitable[None]]:
+        async def serve(peer: Peer) -> None:
+            for number, part in enumerate(parts, 1):
+                call = await peer.call()
+                while not isinstance(call.params, m.LogParams):  # an unfollow, say
+                    call = await peer.call()
+                self.asked.append(call.params)
+                result = m.LogResult(subscription=number, offset=call.params.offset or 5)
+                peer.reply(call, result)
+                part(peer)
+            peer.hang_up()
+
+        return serve
+
+
+async def follow(logs: Logs, *plays: list[Part]) -> tuple[list[bytes], list[int], JobRecord]:
+    """Follow a job over these servers: the chunks, where it went on, and the final record."""
+    seen, told = list[bytes](), list[int]()
+    servers = Servers([logs.play(*parts) for parts in plays])
+
+    def lost(_: JobworkerError, offset: int) -> None:
+        told.append(offset)
+
+    async with served(servers, PATIENCE_SECONDS) as client:
+        output = client.job(7).output(tail_lines=2, on_break=lost)
+        async for chunk in output:
+            seen.append(chunk.data)
+        assert output.record is not None
+        return seen, told, output.record
+
+
+async def test_broken_connection_goes_on_where_it_stopped(autojump_clock: object) -> None:
+    def finish(peer: Peer) -> None:
+        peer.output(1, 8, b"de")
+        peer.end(1, 10)
+
+    logs = Logs()
+    seen, told, record = await follow(
+        logs, [lambda peer: peer.output(1, 5, b"abc")], [nothing], [finish]
+    )
+    assert (b"".join(seen), record.state) == (b"abcde", State.COMPLETED)
+    assert [(asked.offset, asked.tail_lines) for asked in logs.asked] == [
+        (0, 2),
+        (8, None),
+        (8, None),
+    ]
+    assert told == [8, 8]
+
+
+async def test_break_before_the_first_byte_does_not_move_the_start(autojump_clock: object) -> None:
+    logs = Logs()
+    seen, _, _ = await follow(logs, [nothing], [lambda peer: peer.end(1, 5)])
+    assert not seen
+    assert logs.asked[1].offset == 5  # where the first tail began, not a later tail
+    assert logs.asked[1].tail_lines is None
+
+
+async def test_stalled_follower_comes_back_on_the_same_connection(autojump_clock: object) -> None:
+    def stall(peer: Peer) -> None:
+        peer.output(1, 5, b"abc")
+        peer.end(1, 8, name="follower_stalled", message="cannot go on sending")
+
+    logs = Logs()
+    seen, told, _ = await follow(logs, [stall, lambda peer: peer.end(2, 8)])
+    assert (seen, told) == ([b"abc"], [])
+    assert logs.asked[1].offset == 8
+
+
+async def test_what_the_server_says_of_the_output_is_raised() -> None:
+    def fail(peer: Peer) -> None:
+        peer.end(1, 5, name="output_failed", message="cannot read the job's output: I/O error")
+
+    with pytest.raises(OutputError, match="I/O error"):
+        await follow(Logs(), [fail])
+
+
+async def test_first_connection_must_succeed() -> None:
+    with pytest.raises(ConnectionFailed, match="nobody there"):
+        await follow(Logs())
+
+
+async def test_patience_ends(autojump_clock: object) -> None:
+    begun = trio.current_time()
+    with pytest.raises(ConnectionFailed, match="nobody there"):
+        await follow(Logs(), [lambda peer: peer.output(1, 5, b"abc")])
+    assert PATIENCE_SECONDS <= trio.current_time() - begun <= PATIENCE_SECONDS + 10
+
+
+async def hang_up_after(peer: Peer, calls: int) -> None:
+    for _ in range(calls):
+        await peer.call()
+    peer.hang_up()
+
+
+async def answer(peer: Peer) -> None:
+    peer.reply(await peer.call(), RECORD)
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("method", ["wait", "status", "stop"])
+async def test_what_may_be_asked_twice_is(autojump_clock: object, method: str) -> None:
+    servers = Servers([lambda peer: hang_up_after(peer, 1), answer])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        assert await getattr(client.job(7), method)() == RECORD
+
+
+async def test_running_is_not_asked_twice(autojump_clock: object) -> None:
+    async def run(peer: Peer) -> None:
+        peer.reply(await peer.call(), m.RunResult(job=evolve(RECORD, id=JobId(8))))
+        await trio.sleep_forever()
+
+    servers = Servers([lambda peer: hang_up_after(peer, 1), run])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        with pytest.raises(ConnectionFailed, match="may have been started"):
+            await client.run(SPEC)
+        assert (await client.run(SPEC)).id == 8
+
+
+async def test_refusal_of_a_later_connection_ends_the_client(autojump_clock: object) -> None:
+    servers = Servers([lambda peer: hang_up_after(peer, 1)])
+
+    async def refuse(*, task_status: object) -> None:
+        raise CertificateRefused("cannot connect: revoked")
+
+    async with served(servers, PATIENCE_SECONDS) as client:
+        client._dial = refuse
+        for _ in range(2):
+            with pytest.raises(CertificateRefused, match="revoked"):
+                await client.job(7).wait()
+
+
+async def test_connection_is_not_made_anew_before_it_is_needed(autojump_clock: object) -> None:
+    servers = Servers([lambda peer: hang_up_after(peer, 0), answer])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        await trio.sleep(1000)
+        assert len(servers.plays) == 1
+        await client.job(7).status()
+
+
+async def test_error_of_the_server_is_no_reason_to_ask_again(autojump_clock: object) -> None:
+    async def refuse(peer: Peer) -> None:
+        call = await peer.call()
+        peer.to_client.send_nowait(peer.session.error(call.id, NotFound("cannot find job 7")))
+        await trio.sleep_forever()
+
+    servers = Servers([refuse])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        with pytest.raises(NotFound):
+            await client.job(7).status()
