@@ -24,6 +24,7 @@ from jobworker.model.job import (
     MAX_PROCESSES,
     MIN_IO_BPS,
     Limits,
+    OutputPolicy,
 )
 from jobworker.model.units import parse_duration
 
@@ -122,6 +123,12 @@ class WorkerSettings:
     max_concurrent_jobs: int = field(default=100, validator=within(1, 4000))
     max_waiting_jobs: int = field(default=1000, validator=within(0, 1_000_000))
     max_output: int = field(default=1024, validator=within(1, 1 << 30, or_zero=True))
+    at_max_output: OutputPolicy = "discard-output"
+    on_disk_full: OutputPolicy = "discard-output"
+    keep_free: int = field(default=64, validator=within(1, 1 << 30, or_zero=True))
+    max_total_output: int = field(default=0, validator=within(1, 1 << 30, or_zero=True))
+    keep_output_age: str = field(default="0", validator=_duration)
+    keep_output_jobs: int = field(default=10_000, validator=within(1, 1 << 30, or_zero=True))
     job_timeout: str = field(default="1h", validator=_duration)
     stop_grace: str = field(default="5s", validator=_duration)
 
@@ -133,6 +140,7 @@ class WorkerSettings:
             memory_bytes=self.default_memory_limit * MEBIBYTE,
             io_bps=self.default_io_limit,
             processes=self.default_process_limit,
+            output_bytes=self.max_output * MEBIBYTE,
         )
 
 

@@ -20,6 +20,7 @@ from jobworker.model.job import (
     JobRecord,
     JobSpec,
     Limits,
+    OutputCut,
     Usage,
 )
 from jobworker.model.lifecycle import Reason, State
@@ -55,6 +56,7 @@ limits = st.builds(
     memory_bytes=_optional_limit(MIN_MEMORY_BYTES, MAX_MEMORY_BYTES),
     io_bps=_optional_limit(MIN_IO_BPS, MAX_IO_BPS),
     processes=_optional_limit(1, MAX_PROCESSES),
+    output_bytes=_optional_limit(1, 1 << 60),
 )
 
 specs = st.builds(
@@ -70,6 +72,7 @@ specs = st.builds(
     uid=st.integers(0, MAX_ID),
     gid=st.none() | st.integers(0, MAX_ID),
     labels=labels,
+    at_max_output=st.none() | st.sampled_from(["discard-output", "stop"]),
 )
 
 records = st.builds(
@@ -89,6 +92,8 @@ records = st.builds(
     stdout_bytes=counts,
     stderr_bytes=counts,
     discarded_bytes=counts,
+    output_cut=st.none() | st.sampled_from(OutputCut),
+    output_removed_at=st.none() | times,
 )
 
 plain_values: st.SearchStrategy[object] = st.recursive(

@@ -164,7 +164,10 @@ def test_all_faults_are_told_at_once_with_their_keys(tmp_path: Path) -> None:
         ("[roles.admin]\noperations = []", "roles: 'admin' is built in"),
         ("[roles.x]", "roles['x'].operations: is missing"),
         ('[roles.x]\noperations = "view"', "roles['x'].operations: must be a list"),
-        ('[roles.x]\noperations = ["fly"]', "must be one of run, stop, view, log, unbounded"),
+        (
+            '[roles.x]\noperations = ["fly"]',
+            "must be one of run, stop, remove, view, log, unbounded",
+        ),
         ('[roles.x]\noperations = []\nscope = "mine"', "must be one of all, own"),
         ("[roles.x]\noperations = []\nmax_jobs = -1", "max_jobs: must be from 0"),
     ],

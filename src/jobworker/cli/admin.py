@@ -7,6 +7,7 @@ import asyncclick as click
 
 import jobworker
 from jobworker.cli.failures import run_program
+from jobworker.cli.parameters import prune_options
 
 DEFAULT_CONFIG = Path("/etc/jobworker/worker.toml")
 
@@ -85,6 +86,26 @@ def init(directory: Path, hosts: tuple[str, ...]) -> None:
     for path in made.files:
         click.echo(f"  {path}")
     click.echo(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
+
+
+@worker.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=_default_config,
+    help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
+)
+@prune_options
+def prune(
+    config: Path | None, older_than: float | None, keep: int | None, max_size: int | None
+) -> None:
+    """Remove ended jobs' output on this host, whether or not the service runs.
+
+    Without options, as the configuration says. What has not ended or is being followed stays.
+    """
+    from jobworker.cli.prune import prune_here
+
+    click.echo(prune_here(config, older_than=older_than, keep=keep, max_size=max_size))
 
 
 @worker.command()

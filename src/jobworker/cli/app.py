@@ -94,7 +94,16 @@ def worker_cli(
     invocation.options.update({name: value for name, value in given.items() if value is not None})
 
 
-for _command in (jobs.run, jobs.status, jobs.stop, jobs.list_jobs, output.log, jobs.wait):
+for _command in (
+    jobs.run,
+    jobs.status,
+    jobs.stop,
+    jobs.list_jobs,
+    output.log,
+    output.rm,
+    output.prune,
+    jobs.wait,
+):
     worker_cli.add_command(_command)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import asyncclick as click
 import trio
@@ -20,11 +20,11 @@ from jobworker.cli.failures import one_line
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import Duration, JobNumber, Label, json_option, pass_invocation
+from jobworker.cli.parameters import Duration, JobNumber, Label, Size, json_option, pass_invocation
 from jobworker.cli.request import MEBIBYTE, in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.job import JobRecord, JobSpec, shell_exit_code
+from jobworker.model.job import JobRecord, JobSpec, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
 from jobworker.protocol.messages import MAX_LIST
 
@@ -67,6 +67,14 @@ def _tell_lost(lost: JobworkerError) -> None:
 @click.option("--max-memory", type=int, metavar="MB", help="Memory limit, swap included.")
 @click.option("--max-iobps", type=int, metavar="BYTES", help="Disk limit in bytes per second.")
 @click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
+@click.option(
+    "--max-output", type=Size(), metavar="SIZE", help="Limit on kept output: 500K, 64M, 2G."
+)
+@click.option(
+    "--at-max-output",
+    type=click.Choice(get_args(OutputPolicy)),
+    help="At that limit: go on without, or stop the job.",
+)
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
 @click.option("--workdir", "-w", default="", metavar="PATH", help="Directory to start in.")
 @click.option("--name", default="", help="A name to tell the job by.")
@@ -86,6 +94,8 @@ async def run(  # noqa: PLR0913 - each option is an argument
     max_memory: int | None,
     max_iobps: int | None,
     max_pids: int | None,
+    max_output: int | None,
+    at_max_output: str | None,
     timeout: float | None,  # noqa: ASYNC109 - the job's, not this function's
     fields: Mapping[str, object],
     workdir: str,
@@ -104,8 +114,10 @@ async def run(  # noqa: PLR0913 - each option is an argument
             "memory_bytes": None if max_memory is None else max_memory * MEBIBYTE,
             "io_bps": max_iobps,
             "processes": max_pids,
+            "output_bytes": max_output,
         },
         timeout_seconds=timeout,
+        at_max_output=at_max_output,
         **fields,
         workdir=workdir,
         name=name,

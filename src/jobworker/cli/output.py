@@ -1,16 +1,26 @@
-"""The commands about jobs' output: log."""
+"""The commands about jobs' output: log, rm, prune."""
 
 from datetime import datetime, timedelta
 from functools import partial
 
 import asyncclick as click
 
+from jobworker.cli.console import say, tell
 from jobworker.cli.follow import Look, print_output
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import JobNumber, Moment, json_option, pass_invocation
+from jobworker.cli.parameters import (
+    JobNumber,
+    Moment,
+    json_option,
+    pass_invocation,
+    prune_options,
+)
+from jobworker.convert import dumps, unstructure
+from jobworker.errors import JobworkerError
 from jobworker.model.job import Stream
-from jobworker.protocol.messages import MAX_TAIL_LINES
+from jobworker.model.units import format_size
+from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
 
 
 @click.command()
@@ -63,3 +73,43 @@ async def log(
             coalesce=not timestamps,
         )
         await print_output(output, look)
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Kill it first where it has not ended.")
+@json_option()
+@click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
+@pass_invocation
+async def rm(invocation: Invocation, jobs: tuple[int, ...], force: bool) -> int:
+    """Remove each JOB that has ended: its output, and all that is known of it."""
+    code = 0
+    async with open_connection(invocation) as client:
+        for job in dict.fromkeys(jobs):
+            try:
+                removed = await client.job(job).remove(force=force)
+            except JobworkerError as error:
+                tell(error, json=invocation.json)
+                code = code or error.exit_code
+            else:
+                say(dumps(unstructure(removed)) if invocation.json else str(job))
+    return code
+
+
+@click.command()
+@prune_options
+@json_option()
+@pass_invocation
+async def prune(
+    invocation: Invocation, older_than: float | None, keep: int | None, max_size: int | None
+) -> None:
+    """Remove ended jobs' output, the oldest first; the jobs themselves stay listed.
+
+    Without options, as the server is configured. What is being followed stays.
+    """
+    asked = PruneParams(older_than_seconds=older_than, keep_jobs=keep, keep_bytes=max_size)
+    async with open_connection(invocation) as client:
+        removed = await client.prune(asked)
+    if invocation.json:
+        say(dumps(unstructure(removed)))
+    else:
+        say(f"removed the output of {len(removed.jobs)} jobs, {format_size(removed.bytes)}")

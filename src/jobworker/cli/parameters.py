@@ -12,7 +12,7 @@ import asyncclick as click
 from jobworker.cli.options import Invocation
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
-from jobworker.model.units import parse_duration
+from jobworker.model.units import parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
 
 if TYPE_CHECKING:
@@ -69,6 +69,21 @@ class Moment(click.ParamType["datetime | timedelta"]):
             self.fail(
                 f"{text!r} is neither a duration (10m) nor a time (2026-01-31T12:00:00)", param, ctx
             )
+
+
+class Size(click.ParamType[int]):
+    """Bytes, or a number with a binary unit: 4096, 500K, 64M, 2G."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """See click.ParamType."""
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except ValueError as fault:
+            self.fail(str(fault), param, ctx)
 
 
 class Variable(click.ParamType[tuple[str, str]]):
@@ -172,6 +187,19 @@ pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
 def _ask_for_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.ensure_object(Invocation).json = True
+
+
+def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
+    """What `prune` shall not keep."""
+    for option in (
+        click.option(
+            "--max-size", type=Size(), metavar="SIZE", help="As much as is over a size: 500M, 10G."
+        ),
+        click.option("--keep", type=click.IntRange(0), metavar="N", help="All but the last N."),
+        click.option("--older-than", type=Duration(), help="What ended longer ago: 12h, 30d."),
+    ):
+        command = option(command)
+    return command
 
 
 def json_option() -> "Callable[[click.decorators.FC], click.decorators.FC]":

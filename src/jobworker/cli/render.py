@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from jobworker.cli.failures import one_line as visible
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.model.job import JobRecord, JobSpec, Usage
+from jobworker.model.job import JobRecord, JobSpec, OutputCut, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_size
 
@@ -97,10 +97,20 @@ def ending(record: JobRecord) -> list[str]:
 
 def losses(record: JobRecord) -> list[str]:
     """Lines about output that the log does not hold."""
-    if not record.discarded_bytes:
+    if not (record.discarded_bytes or record.output_cut):
         return []
     lost = format_size(record.discarded_bytes)
-    return [f"job {record.id}: {lost} of its output went over the limit and were not kept"]
+    return [f"job {record.id}: {lost} of its output were not kept: {_why_cut(record)}"]
+
+
+def _why_cut(record: JobRecord) -> str:
+    limit = record.spec.limits.output_bytes
+    words = {
+        OutputCut.LIMIT: "it reached its limit" + (f" of {format_size(limit)}" if limit else ""),
+        OutputCut.TOTAL: "all jobs' output together reached the server's limit",
+        OutputCut.DISK: "the server's disk is full, or refused to write",
+    }
+    return words[record.output_cut or OutputCut.LIMIT]
 
 
 def _why_ended(record: JobRecord) -> str:
@@ -110,6 +120,7 @@ def _why_ended(record: JobRecord) -> str:
     words = {
         Reason.OOM: f"was ended: it went over its memory limit of {limit}",
         Reason.TIMEOUT: f"was ended: it ran longer than its time limit of {longest}",
+        Reason.OUTPUT: f"was stopped: {_why_cut(record)}",
         Reason.SIGNAL: f"was ended by {_signal(record.signal)}{detail}",
         Reason.START: f"could not be started{detail}",
         Reason.LOST: f"was lost{detail or ': the service ended while it ran'}",
@@ -216,7 +227,12 @@ def _output(record: JobRecord) -> str:
     words = f"{format_size(record.stdout_bytes)} stdout, {format_size(record.stderr_bytes)} stderr"
     if record.discarded_bytes:
         words += f", {format_size(record.discarded_bytes)} not kept"
-    return words
+    if record.output_cut:
+        words += f" ({_why_cut(record)})"
+    if record.output_removed_at:
+        words += f", removed {timestamp(record.output_removed_at)}"
+    limit = record.spec.limits.output_bytes
+    return f"{words}, {_limit(limit, format_size(limit or 0))}"
 
 
 def table(

@@ -16,6 +16,8 @@ _OPTIONS = {
     "limits.memory_bytes": "--max-memory",
     "limits.io_bps": "--max-iobps",
     "limits.processes": "--max-pids",
+    "limits.output_bytes": "--max-output",
+    "at_max_output": "--at-max-output",
     "timeout_seconds": "--timeout",
     "environment": "--env",
     "secret_environment": "--secret-env",

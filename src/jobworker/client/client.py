@@ -148,6 +148,10 @@ class Client:
         params = m.ListParams(states=tuple(states), labels=labels or {}, limit=limit, before=before)
         return (await self.call("job.list", params, m.ListResult)).jobs
 
+    async def prune(self, params: m.PruneParams) -> m.Removed:
+        """Remove ended jobs' output, the oldest first; their records stay."""
+        return await self.call("job.prune", params, m.Removed)
+
     async def call(self, name: str, params: object, result: type[T]) -> T:
         """Call a method of the protocol by name, as often as it takes to get an answer."""
         return (await self._call(name, params, result))[1]

@@ -64,6 +64,20 @@ class Job:
         params = m.StopParams(id=self.id, signal=signal, grace_seconds=grace_seconds)
         return await self._told("job.stop", params)
 
+    async def remove(self, *, force: bool = False) -> m.Removed:
+        """Remove an ended job: its output, and all that is known of it.
+
+        With `force` one that is alive is killed first. Raises Busy where it is alive, or where its
+        output is being followed.
+
+        >>> job = await client.run(["echo", "gone"])
+        >>> record = await job.wait()
+        >>> (await job.remove()).jobs == (job.id,)
+        True
+        """
+        params = m.RemoveParams(id=self.id, force=force)
+        return await self._client.call("job.remove", params, m.Removed)
+
     def output(
         self,
         *,
@@ -183,7 +197,6 @@ class JobOutput:
 
     def _go_on_at(self, offset: int) -> None:
         """Have a later subscription begin there, whatever the first began with."""
-        if offset != self._params.offset or self._params.tail_lines is not None:
-            self._params = evolve(
-                self._params, offset=offset, tail_lines=None, since=None, since_seconds=None
-            )
+        self._params = evolve(
+            self._params, offset=offset, tail_lines=None, since=None, since_seconds=None
+        )

@@ -14,8 +14,8 @@ even if one before it failed, and its fault is logged; the record tells what cam
 import logging
 import math
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime
 
 import trio
@@ -23,9 +23,9 @@ from attrs import define, evolve, field, frozen
 
 from jobworker.errors import JobworkerError, LauncherGone, OutputError
 from jobworker.jobs.history import History
-from jobworker.jobs.pump import Pump
+from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobRecord, Limits, Stream, Usage
+from jobworker.model.job import JobRecord, Limits, OutputCut, OutputPolicy, Stream, Usage
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.sandbox import cgroups
 from jobworker.sandbox.launch import Exit, Link, Started
@@ -33,8 +33,6 @@ from jobworker.sandbox.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 
-DRAIN_SECONDS = 2.0
-"""How long after a job's end someone outside of it may hold its pipes open."""
 MAX_PENDING_SIGNALS = 64
 
 Clock = Callable[[], datetime]
@@ -47,7 +45,8 @@ class Rules:
     defaults: Limits
     timeout_seconds: float
     stop_grace_seconds: float
-    max_output_bytes: int
+    at_max_output: OutputPolicy
+    on_disk_full: OutputPolicy
 
 
 @define(eq=False, kw_only=True)
@@ -60,6 +59,7 @@ class Execution:
     _history: History
     _rules: Rules
     _clock: Clock
+    _room: OutputRoom
     admitted_at_once: bool
     """Whether there was room for it when it came; else it waits its turn."""
     _secret_environment: Mapping[str, str] = field(factory=dict, repr=False)
@@ -67,9 +67,13 @@ class Execution:
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
+    forgotten: trio.Event = field(factory=trio.Event, init=False)
+    """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
     _stopping: bool = field(default=False, init=False)
     _timed_out: bool = field(default=False, init=False)
+    _stopped_for_output: bool = field(default=False, init=False)
+    _exited: bool = field(default=False, init=False)
     _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
     _asked: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
@@ -123,6 +127,7 @@ class Execution:
             nursery.start_soon(self._stopper)
             with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                 ending = await exits.receive()
+            self._exited = True
             nursery.cancel_scope.cancel()
         await self._finish(ending)
 
@@ -151,29 +156,26 @@ class Execution:
             pids=limits.processes or 0,
         )
 
-    @asynccontextmanager
-    async def _output(self, started: Started) -> AsyncIterator[None]:
-        """Move output while the job runs, and what is left of it within bounds thereafter."""
-        pipes = {Stream.STDOUT: started.stdout, Stream.STDERR: started.stderr}
-        cap = self._rules.max_output_bytes or None
-        with Pump(self.spool, pipes, max_bytes=cap) as pump:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, pump)
-                yield
-                nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
-            try:
-                await pump.drain()
-            except OutputError as error:
-                self._note(str(error))
+    def _output(self, started: Started) -> AbstractAsyncContextManager[None]:
+        mover = OutputMover(
+            spool=self.spool,
+            max_bytes=self.record.spec.limits.output_bytes or None,
+            room=self._room,
+            tell_cut=self._output_cut,
+        )
+        return mover.moving({Stream.STDOUT: started.stdout, Stream.STDERR: started.stderr})
 
-    async def _pump(self, pump: Pump) -> None:
-        try:
-            await pump.run()
-        except OutputError as error:
-            self._note(str(error))
-            log.error("job %d: %s; its further output is discarded", self.record.id, error)
-            pump.discard()
-            await pump.run()
+    def _output_cut(self, cut: OutputCut, why: str) -> None:
+        """Record that the log ends here, and do what the policy says."""
+        policy = self._rules.on_disk_full
+        if cut is OutputCut.LIMIT:
+            policy = self.record.spec.at_max_output or self._rules.at_max_output
+        self.record = evolve(self.record, output_cut=cut)
+        self._note(why)
+        log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
+        if policy == "stop" and not (self._stopping or self._exited):
+            self._stopped_for_output = True
+            self._ask_to_end(signal.SIGTERM, None)
 
     def _note(self, detail: str) -> None:
         if detail not in self.record.detail:
@@ -243,6 +245,8 @@ class Execution:
             return Event.FAIL, Reason.TIMEOUT
         if self._stopping:
             return Event.STOP, None
+        if self._stopped_for_output:
+            return Event.FAIL, Reason.OUTPUT
         if ending.usage.oom_kills:
             return Event.FAIL, Reason.OOM
         if ending.signal is not None:

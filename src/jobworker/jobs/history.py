@@ -131,6 +131,23 @@ class History:
         finally:
             self._writing = False
 
+    async def remove(self, job: JobId) -> None:
+        """Forget a job for good; its id is not given again. One that is not there is fine.
+
+        Raises InternalError where the disk refuses.
+        """
+        try:
+            await self._in_thread(partial(self._delete, job))
+        except apsw.Error as error:
+            raise InternalError(
+                f"cannot remove job {job} from the history: {error}",
+                remedy="check the disk that holds worker.state_dir",
+            ) from error
+
+    async def jobs_of(self, owner: str) -> frozenset[JobId]:
+        """The ids of all jobs of one owner."""
+        return await self._in_thread(partial(self._select_ids, owner))
+
     async def get(self, job: JobId) -> JobRecord | None:
         """The record of one job, or None."""
         found = await self._in_thread(
@@ -179,6 +196,14 @@ class History:
                     for r in records
                 ],
             )
+
+    def _delete(self, job: JobId) -> None:
+        with self._connection:
+            self._connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
+
+    def _select_ids(self, owner: str) -> frozenset[JobId]:
+        rows = self._connection.execute("SELECT id FROM jobs WHERE owner = ?", (owner,))
+        return frozenset(JobId(int(str(row[0]))) for row in rows)
 
     def _select(
         self,

@@ -3,17 +3,19 @@
 `stdout`, `stderr` and `index` stand in a directory of their own, are reached by its descriptor
 only, and never through a link (O_NOFOLLOW): who can rename the directory cannot make the service
 write elsewhere. They are made anew or not at all (O_EXCL), mode 0600. The lock of the one writer
-is flock(2) on the index, which ends with the process.
+is flock(2) on the index, which ends with the process; readers of sealed files share one, so that
+what is read is not removed.
 """
 
 import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from jobworker.errors import Busy, NotFound, OutputError
+from jobworker.model.job import OutputCut
 
 NAMES = ("stdout", "stderr", "index")
 
@@ -30,6 +32,7 @@ def disk_errors(verb: str) -> Iterator[None]:
         raise OutputError(
             f"cannot {verb} the job's output: {error.strerror}",
             remedy="make room where output is kept" if full else "",
+            data={"cut": OutputCut.DISK.value},
         ) from error
 
 
@@ -80,6 +83,37 @@ def open_files(directory: Path, *, writable: bool) -> list[int]:
         undo.pop_all()
         os.close(dir_fd)
     return fds
+
+
+def lock_to_read(index: int) -> None:
+    """Keep others from removing sealed files while they are read; ends with the descriptor.
+
+    Where one is just removing them nothing is lost: what is open can be read to its end.
+    """
+    with suppress(BlockingIOError):
+        fcntl.flock(index, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def remove_files(directory: Path, index: int, *, force: bool) -> None:
+    """Remove the files and their directory. Raises Busy where somebody reads them (not if forced).
+
+    The index, which readers need first, goes first: none finds half of a log.
+    """
+    with disk_errors("remove"):
+        try:
+            fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not force:
+                raise Busy("cannot remove the job's output: it is being read") from None
+        dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            for name in reversed(NAMES):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=dir_fd)
+        finally:
+            os.close(dir_fd)
+        with suppress(FileNotFoundError):
+            os.rmdir(directory)
 
 
 def _lock(fd: int) -> None:

@@ -23,15 +23,21 @@ import errno
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
 from attrs import define, evolve, field
 
-from jobworker.errors import OutputError
-from jobworker.jobs.output_directory import create_files, disk_errors, open_files
+from jobworker.errors import Busy, OutputError
+from jobworker.jobs.output_directory import (
+    create_files,
+    disk_errors,
+    lock_to_read,
+    open_files,
+    remove_files,
+)
 from jobworker.jobs.output_index import (
     BLOCK_RECORDS,
     EMPTY,
@@ -85,6 +91,8 @@ class OutputFiles:
                 undo.callback(files.close)
                 if not files.sealed:
                     files._recover()
+            else:
+                lock_to_read(files._index)
             undo.pop_all()
         return files
 
@@ -296,3 +304,42 @@ class OutputFiles:
         if not count:
             raise BlockingIOError  # past the end of the file: let the thread find the words
         return bytes(memoryview(buffer)[:count])
+
+
+def seal_output(directory: Path) -> None:
+    """End the log in `directory` if it has not ended; raises as `OutputFiles.open` does."""
+    files = OutputFiles.open(directory)
+    try:
+        files.seal()
+    finally:
+        files.close()
+
+
+def describe_output(directory: Path) -> tuple[int, int]:
+    """When the sealed log in `directory` ended (ns since the epoch), and the bytes of its files.
+
+    Raises NotFound, Busy where it is not sealed, OutputError.
+    """
+    with _sealed_files(directory) as files:
+        return files.last.time_ns, files.written_bytes + files.records * RECORD.size
+
+
+def remove_output(directory: Path, *, force: bool = False) -> int:
+    """Remove the sealed log in `directory`: the bytes that its files had.
+
+    Raises NotFound, Busy where it is not sealed or somebody reads it (if not forced), OutputError.
+    """
+    with _sealed_files(directory) as files:
+        remove_files(directory, files._index, force=force)
+        return files.written_bytes + files.records * RECORD.size
+
+
+@contextmanager
+def _sealed_files(directory: Path) -> Iterator[OutputFiles]:
+    files = OutputFiles._open(directory, False, time.time_ns)
+    try:
+        if not files.sealed:
+            raise Busy("cannot remove the job's output: it has not ended")
+        yield files
+    finally:
+        files.close()

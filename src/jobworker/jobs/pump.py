@@ -5,7 +5,9 @@ A task per pipe waits until the pipe is readable, and a thread then moves what i
 the job waits, as with any pipe.
 
 What the spool may not or cannot take is discarded, for the job to go on: everything beyond
-`max_bytes`, and after `discard()` all. The spool's statistics say how much.
+`max_bytes` (`capped` tells), and after `discard()` all. The spool's statistics say how much. Where
+the disk refuses, or the budget that all jobs share has no more room, `run` raises, and the caller
+decides.
 
 A pump can be cancelled and run again: what no thread has begun to move is still in the pipe. So
 the end of a job is bounded like this, where a descendant may hold a pipe open for ever:
@@ -27,11 +29,15 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import OutputError
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
 
 TURN_BYTES = 1 << 20  # the capacity that a job's pipe is given: all that can stand in it
 DISCARD_BYTES = 1 << 16
+MIN_INDEX_BYTES = 1 << 20
+"""What the index may have in any case, before a small `max_bytes` counts for it too."""
 
 
 def _owned(pipes: Mapping[Stream, int]) -> dict[Stream, int]:
@@ -42,13 +48,18 @@ def _owned(pipes: Mapping[Stream, int]) -> dict[Stream, int]:
 class Pump:
     """Moves one job's output; owns the read ends of the pipes and closes them.
 
-    `pipes` are non-blocking. `max_bytes` bounds the log, both streams together; None is no bound.
+    `pipes` are non-blocking. `max_bytes` bounds the log, both streams together, and also the index,
+    which has 32 bytes for each write that was seen; None is no bound.
     """
 
     _spool: Spool
     _pipes: dict[Stream, int] = field(converter=_owned)
     _max_bytes: int | None = field(kw_only=True, default=None)
+    _budget: OutputBudget | None = field(kw_only=True, default=None)
+    capped: trio.Event = field(init=False, factory=trio.Event)
+    """Set once something was discarded because of `max_bytes`."""
     _discarding: bool = field(init=False, default=False)
+    _over: bool = field(init=False, default=False)
 
     async def run(self) -> None:
         """Move output until every pipe is at its end.
@@ -79,6 +90,7 @@ class Pump:
                 moved = await self._spool.write(partial(self._move, stream, TURN_BYTES))
             except BlockingIOError:  # readable for another's sake, or no longer
                 continue
+            self._tell_if_capped()
             if not moved:
                 os.close(self._pipes.pop(stream))
 
@@ -91,6 +103,11 @@ class Pump:
         with trio.CancelScope(shield=True):
             for stream in self._pipes:
                 await self._spool.write(partial(self._drain, stream))
+                self._tell_if_capped()
+
+    def _tell_if_capped(self) -> None:
+        if self._over:
+            self.capped.set()
 
     def discard(self) -> None:
         """From now on discard everything: for a job that shall go on though the disk is full."""
@@ -115,10 +132,27 @@ class Pump:
             return self._discard(stream, limit)
         if self._max_bytes is not None:
             room = self._max_bytes - self._spool.written_bytes
-            if room <= 0:
-                return self._discard(stream, limit)
+            if room <= 0 or self._spool.index_bytes > max(self._max_bytes, MIN_INDEX_BYTES):
+                discarded = self._discard(stream, limit)
+                self._over = self._over or discarded > 0
+                return discarded
             limit = min(limit, room)
-        return self._spool.append_from_pipe(stream, self._pipes[stream], limit)
+        if self._budget is None:
+            return self._spool.append_from_pipe(stream, self._pipes[stream], limit)
+        return self._append_within(self._budget, stream, limit)
+
+    def _append_within(self, budget: OutputBudget, stream: Stream, limit: int) -> int:
+        # What stands in the pipe and its record, so that nothing is refused for want of more.
+        waiting = min(limit, self._waiting_bytes(stream))
+        room = budget.take(waiting) if waiting else 1  # an end needs no room
+        moved = 0
+        try:
+            moved = self._spool.append_from_pipe(stream, self._pipes[stream], room)
+        finally:
+            budget.give_back(waiting and room - moved)
+        if moved:
+            budget.count(RECORD.size)
+        return moved
 
     def _discard(self, stream: Stream, limit: int) -> int:
         # read(2), not a splice to /dev/null: that takes a descriptor, and may fail for want of one.
@@ -137,7 +171,10 @@ class Pump:
 
     def _drain(self, stream: Stream) -> None:
         # The bytes that stand there now and no more: a job that writes on has no end.
-        answer = fcntl.ioctl(self._pipes[stream], termios.FIONREAD, struct.pack("i", 0))
-        (left,) = struct.unpack("i", answer)
+        left = self._waiting_bytes(stream)
         while left and (moved := self._move(stream, left)):
             left -= moved
+
+    def _waiting_bytes(self, stream: Stream) -> int:
+        answer = fcntl.ioctl(self._pipes[stream], termios.FIONREAD, struct.pack("i", 0))
+        return int(struct.unpack("i", answer)[0])

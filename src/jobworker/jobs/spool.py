@@ -31,7 +31,7 @@ from attrs import define, field, frozen
 from jobworker.errors import InvalidParams
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, Chunk, Place, View
+from jobworker.jobs.output_index import BOTH, RECORD, Chunk, Place, View
 from jobworker.jobs.output_search import Start, find_start
 from jobworker.model.job import Stream
 
@@ -100,6 +100,11 @@ class Spool:
     def written_bytes(self) -> int:
         """Bytes that the files hold, those included whose record the disk refused so far."""
         return self._files.written_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that the index has."""
+        return self._files.records * RECORD.size
 
     def statistics(self) -> SpoolStatistics:
         """The spool at this moment."""

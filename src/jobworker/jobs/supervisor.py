@@ -10,10 +10,9 @@ an incident id in the log, and nothing else.
 
 import logging
 import secrets
-import shutil
 import signal
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -23,11 +22,13 @@ import trio
 from attrs import define, evolve, field
 
 from jobworker.errors import Busy, JobworkerError, ShuttingDown
+from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
+from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
@@ -43,6 +44,7 @@ class Supervisor:
 
     _link: Link
     _history: History
+    _archive: Archive
     _spools: Path
     _rules: Rules
     _clock: Clock
@@ -65,6 +67,7 @@ class Supervisor:
                 free.release()
 
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._archive.serve)
             while True:
                 await free.acquire()
                 while not self._pending:
@@ -83,10 +86,12 @@ class Supervisor:
                 await self._link.remove(execution.record.id)
             await execution.fail_internally(incident)
         finally:
+            await self._archive.add(execution.record.id)
             self._forget(execution)
 
     def _forget(self, execution: Execution) -> None:
         del self._live[execution.record.id]
+        execution.forgotten.set()
         self._places_taken -= 1
         log.info(
             "job %d: %s%s",
@@ -140,6 +145,7 @@ class Supervisor:
             link=self._link,
             history=self._history,
             rules=self._rules,
+            room=self._archive.room,
             clock=self._clock,
             admitted_at_once=at_once,
         )
@@ -225,6 +231,7 @@ class Supervisor:
             self._pending.remove(execution)
             with trio.CancelScope(shield=True):  # waits for the disk alone
                 await execution.end_pending()
+                await self._archive.add(execution.record.id)
             self._forget(execution)
         else:
             execution.request_stop(number, grace_seconds)
@@ -252,12 +259,38 @@ class Supervisor:
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
             return await _follow(execution.spool, start, streams, coalesce)
-        await self.record(job)
-        spool = await trio.to_thread.run_sync(Spool.open, self._spools / str(job))
+        spool = await self._archive.open(await self.record(job))
         try:
             return await _follow(spool, start, streams, coalesce)
         finally:
             spool.close()  # the follower keeps its share
+
+    async def remove(self, job: JobId, *, force: bool) -> int:
+        """Remove an ended job, output and record: bytes freed. `force` kills a live one first.
+
+        Raises NotFound, and Busy where it is alive or its output is being followed.
+        """
+        if job in self._live:
+            if not force:
+                raise Busy(
+                    f"cannot remove job {job}: it has not ended",
+                    remedy="stop it first, or remove it with --force",
+                )
+            await self.stop(job, signal.SIGKILL, 0)
+            while job in self._live:  # ended, and about to be forgotten
+                await self._live[job].forgotten.wait()
+        await self.record(job)
+        return await self._archive.remove(job, force=force)
+
+    async def prune(self, policy: Policy | None, owner: str | None) -> Sequence[Kept]:
+        """Apply a policy (the configured one, if none is given) to ended jobs' output: what went.
+
+        To that of `owner` alone, where one is given.
+        """
+        if owner is None:
+            return await self._archive.prune(policy)
+        own = await self._history.jobs_of(owner)
+        return await self._archive.prune(policy, only=own.__contains__)
 
     async def shut_down(self, grace_seconds: float) -> None:
         """Take nothing more, stop every job and wait for the ends."""
@@ -284,27 +317,3 @@ def _with_sizes(execution: Execution) -> JobRecord:
         stderr_bytes=sizes.stderr_bytes,
         discarded_bytes=sizes.discarded_bytes,
     )
-
-
-async def recover_output(spools: Path, history: History) -> None:
-    """Put the spool directory in order after an earlier service: seal what it left open.
-
-    Directories of jobs that were never recorded (the service died between the two) go.
-    """
-
-    def remove_unrecorded() -> None:
-        for entry in spools.iterdir():
-            if entry.name.isdigit() and int(entry.name) >= history.next_id:
-                shutil.rmtree(entry)
-
-    await trio.to_thread.run_sync(remove_unrecorded)
-    for job in history.lost:
-        try:
-            spool = await trio.to_thread.run_sync(Spool.open, spools / str(job))
-        except JobworkerError as error:
-            log.warning("job %d: its output is lost: %s", job, error)
-            continue
-        try:
-            await spool.seal()
-        finally:
-            spool.close()

@@ -28,6 +28,8 @@ class Permission(Enum):
     RUN = "run"
     """Start jobs, and see the values of their variables."""
     STOP = "stop"
+    REMOVE = "remove"
+    """Remove ended jobs and their output."""
     VIEW = "view"
     """See jobs and how they do; not what they print."""
     LOG = "log"

@@ -31,6 +31,7 @@ MAX_MEMORY_BYTES = 1 << 50
 MAX_CPU_PERCENT = 100 * 8192
 MIN_IO_BPS = 4096
 MAX_IO_BPS = 1 << 50
+MAX_OUTPUT_BYTES = 1 << 60
 MAX_PROCESSES = 4_194_304
 """PID_MAX_LIMIT of 64-bit kernels (proc(5), /proc/sys/kernel/pid_max)."""
 MAX_TIMEOUT_SECONDS = 10 * 365 * 86400.0
@@ -51,6 +52,21 @@ class Stream(Enum):
     STDERR = "stderr"
 
 
+OutputPolicy = Literal["discard-output", "stop"]
+"""What becomes of a job whose output cannot be kept: it goes on without, or is stopped."""
+
+
+class OutputCut(Enum):
+    """Why a job's log does not hold all of its output."""
+
+    LIMIT = "limit"
+    """It reached the job's own limit."""
+    TOTAL = "total"
+    """All jobs' output together reached the server's limit."""
+    DISK = "disk"
+    """The disk was full, or refused to write."""
+
+
 @frozen(kw_only=True)
 class Limits:
     """A job's resource limits: None stands for the server's default, 0 for no limit."""
@@ -67,6 +83,10 @@ class Limits:
     """Bytes per second, reads and writes each, on every block device."""
     processes: int | None = field(default=None, validator=within(1, MAX_PROCESSES, or_zero=True))
     """Processes and threads alive at a time."""
+    output_bytes: int | None = field(
+        default=None, validator=within(1, MAX_OUTPUT_BYTES, or_zero=True)
+    )
+    """Output that is kept, both streams together; what is done at the limit: `at_max_output`."""
 
     def or_defaults(self, defaults: "Limits") -> "Limits":
         """These limits, with those of `defaults` where they are None."""
@@ -143,6 +163,8 @@ class JobSpec:
     """Its group; None is the one with the number of the user."""
     labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
     """What to find the job by, see `model.labels`."""
+    at_max_output: OutputPolicy | None = None
+    """What to do at `limits.output_bytes`; None stands for the server's default."""
 
     def check_size(self) -> None:
         """Raise TooLarge if arguments and environment are beyond `MAX_ARGUMENTS_BYTES`."""
@@ -198,6 +220,10 @@ class JobRecord:
     stderr_bytes: int = 0
     discarded_bytes: int = 0
     """Output that was not kept: beyond the cap on a job's output, or refused by the disk."""
+    output_cut: OutputCut | None = None
+    """Why output was not kept, if any was not."""
+    output_removed_at: datetime | None = None
+    """When its output was removed, by retention or on request."""
 
     def masked(self) -> "JobRecord":
         """The record for those who may look and not run: values of variables may be secrets."""

@@ -40,6 +40,7 @@ class Reason(Enum):
     SIGNAL = "signal"  # a signal ended it that we did not send
     OOM = "oom"  # it went over its memory limit
     TIMEOUT = "timeout"  # it ran longer than allowed
+    OUTPUT = "output"  # its output could not be kept, and the policy is to stop it then
     START = "start"  # a step of its start failed
     LOST = "lost"  # the service or its launcher died under it
 

@@ -95,6 +95,39 @@ class ListResult:
 
 
 @frozen(kw_only=True)
+class RemoveParams:
+    """Remove an ended job: its output, and all that is known of it."""
+
+    id: JobId = field(validator=within(1, MAX_OFFSET))
+    force: bool = False
+    """Kill it first where it has not ended, and remove it though its output is being followed."""
+
+
+@frozen(kw_only=True)
+class PruneParams:
+    """Remove ended jobs' output, the oldest first; with nothing given, as the server is configured.
+
+    The jobs' records stay. Output that is being followed stays too.
+    """
+
+    older_than_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
+    """What ended before."""
+    keep_jobs: int | None = field(default=None, validator=within(0, MAX_OFFSET))
+    """All but that of the last so many."""
+    keep_bytes: int | None = field(default=None, validator=within(0, MAX_OFFSET))
+    """The oldest, until all output together has no more."""
+
+
+@frozen(kw_only=True)
+class Removed:
+    """What was removed."""
+
+    jobs: tuple[JobId, ...]
+    bytes: int
+    """That their output had on the disk."""
+
+
+@frozen(kw_only=True)
 class LogParams:
     """Subscribe to a job's output."""
 

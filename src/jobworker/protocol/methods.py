@@ -38,6 +38,8 @@ _ROWS = (
     Method("job.log", m.LogParams, m.LogResult, Permission.LOG, "Subscribe to a job's output"),
     Method("job.credit", m.CreditParams, m.Nothing, Permission.VIEW, "Allow more output"),
     Method("job.unfollow", m.SubscriptionParams, m.Nothing, Permission.VIEW, "End a subscription"),
+    Method("job.remove", m.RemoveParams, m.Removed, Permission.REMOVE, "Remove an ended job"),
+    Method("job.prune", m.PruneParams, m.Removed, Permission.REMOVE, "Remove ended jobs' output"),
     Method("rpc.discover", m.Nothing, m.Discovery, Permission.VIEW, "Describe this protocol"),
 )
 

@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 import jobworker
 from jobworker.errors import InvalidParams
 from jobworker.jobs.output_search import Start
+from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, Limits, parse_signal
@@ -66,7 +67,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
     subscription = None
     if params.follow is not None:
         follower = await context.supervisor.follow(execution.record.id)
-        opened = caller.subscriptions.open(execution.record.id, follower, params.follow, None)
+        opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
         subscription = opened.number
     return m.RunResult(job=execution.record, subscription=subscription)
 
@@ -120,10 +121,8 @@ async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogRe
     if not params.streams:
         raise InvalidParams("cannot subscribe: streams: is empty; name stdout, stderr or both")
     supervisor = context.supervisor
-    until = None
-    if not params.follow:
-        record = await supervisor.record(params.id)
-        until = record.stdout_bytes + record.stderr_bytes
+    record = await supervisor.record(params.id)
+    until = None if params.follow else record.stdout_bytes + record.stderr_bytes
     since = params.since
     if params.since_seconds is not None:
         ago = supervisor.now() - timedelta(seconds=params.since_seconds)
@@ -137,8 +136,25 @@ async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogRe
         params.id, start, streams=params.streams, coalesce=params.coalesce
     )
     offset = follower.offset
-    opened = caller.subscriptions.open(params.id, follower, params.delivery, until)
+    opened = caller.subscriptions.open(record, follower, params.delivery, until)
     return m.LogResult(subscription=opened.number, offset=offset)
+
+
+async def _remove(context: Context, _: Caller, params: m.RemoveParams) -> m.Removed:
+    freed = await context.supervisor.remove(params.id, force=params.force)
+    return m.Removed(jobs=(params.id,), bytes=freed)
+
+
+async def _prune(context: Context, caller: Caller, params: m.PruneParams) -> m.Removed:
+    policy = None
+    if params != m.PruneParams():
+        policy = Policy(
+            max_age_seconds=params.older_than_seconds,
+            max_jobs=params.keep_jobs,
+            max_bytes=params.keep_bytes,
+        )
+    gone = await context.supervisor.prune(policy, caller.only_owner)
+    return m.Removed(jobs=tuple(kept.job for kept in gone), bytes=sum(kept.size for kept in gone))
 
 
 async def _credit(_: Context, caller: Caller, params: m.CreditParams) -> m.Nothing:
@@ -174,6 +190,8 @@ OPERATIONS: dict[str, _Operation] = {
         "job.wait": _wait,
         "job.stop": _stop,
         "job.log": _log,
+        "job.remove": _remove,
+        "job.prune": _prune,
         "job.credit": _credit,
         "job.unfollow": _unfollow,
         "rpc.discover": _discover,

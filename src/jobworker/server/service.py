@@ -12,6 +12,7 @@ the service ends too, with an error, and whoever supervises it starts both anew.
 import logging
 import signal
 from datetime import UTC, datetime
+from pathlib import Path
 
 import trio
 from attrs import define, field
@@ -19,9 +20,13 @@ from attrs import define, field
 from jobworker.config import MEBIBYTE, Settings
 from jobworker.config_roles import role_table
 from jobworker.errors import LauncherGone
+from jobworker.jobs.archive import Archive
+from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Rules
 from jobworker.jobs.history import History
-from jobworker.jobs.supervisor import Supervisor, recover_output
+from jobworker.jobs.recovery import recover_output
+from jobworker.jobs.retention import Policy
+from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.units import parse_duration
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.launch import Link, open_link
@@ -47,7 +52,31 @@ def _rules(settings: Settings) -> Rules:
         defaults=worker.default_limits,
         timeout_seconds=parse_duration(worker.job_timeout),
         stop_grace_seconds=parse_duration(worker.stop_grace),
-        max_output_bytes=worker.max_output * MEBIBYTE,
+        at_max_output=worker.at_max_output,
+        on_disk_full=worker.on_disk_full,
+    )
+
+
+def retention_policy(settings: Settings) -> Policy:
+    """What the configuration says about ended jobs' output."""
+    worker = settings.worker
+    return Policy(
+        max_age_seconds=parse_duration(worker.keep_output_age) or None,
+        max_jobs=worker.keep_output_jobs or None,
+        max_bytes=worker.max_total_output * MEBIBYTE or None,
+    )
+
+
+def _archive(settings: Settings, spools: Path, history: History) -> Archive:
+    worker = settings.worker
+    return Archive(
+        spools=spools,
+        history=history,
+        policy=retention_policy(settings),
+        budget=OutputBudget(
+            spools, worker.max_total_output * MEBIBYTE, worker.keep_free * MEBIBYTE
+        ),
+        clock=_now,
     )
 
 
@@ -59,9 +88,12 @@ async def serve(prepared: Prepared) -> None:
         spools = prepared.directory / "spool"
         async with open_link(prepared.launcher) as link:
             await recover_output(spools, history)
+            archive = _archive(settings, spools, history)
+            await archive.load()
             supervisor = Supervisor(
                 link=link,
                 history=history,
+                archive=archive,
                 spools=spools,
                 rules=_rules(settings),
                 clock=_now,

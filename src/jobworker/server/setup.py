@@ -177,6 +177,11 @@ def _state_errors(state: Path) -> Iterator[None]:
         ) from error
 
 
+def spool_directory(settings: Settings) -> Path:
+    """Where output is kept."""
+    return Path(settings.worker.state_dir) / "service" / "spool"
+
+
 def _make_state(state: Path, uid: int, gid: int) -> int:
     """Make what is missing of the state directory and lock it: the lock's descriptor."""
     with _state_errors(state):

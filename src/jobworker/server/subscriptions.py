@@ -19,7 +19,7 @@ from jobworker.errors import FollowerStalled, InvalidParams, JobworkerError, Too
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_index import CHUNK_BYTES, Chunk
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.model.job import JobId, JobRecord
+from jobworker.model.job import JobRecord
 from jobworker.model.units import format_duration, from_nanoseconds
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end
@@ -37,7 +37,8 @@ class Subscription:
     """One follower of one job's output."""
 
     number: int
-    job: JobId
+    record: JobRecord
+    """The job as it was at the beginning: all there is to tell if it is removed meanwhile."""
     follower: Follower
     encoding: Encoding
     until: int | None
@@ -104,7 +105,7 @@ class Subscriptions:
     _last: int = 0
 
     def open(
-        self, job: JobId, follower: Follower, delivery: Delivery, until: int | None
+        self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
     ) -> Subscription:
         """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
         if len(self._open) >= MAX_SUBSCRIPTIONS:
@@ -116,7 +117,7 @@ class Subscriptions:
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
-            job=job,
+            record=record,
             follower=follower,
             encoding=delivery.encoding,
             until=until,
@@ -164,9 +165,13 @@ class Subscriptions:
     async def _final_record(
         self, subscription: Subscription, problem: dict[str, str] | None
     ) -> JobRecord:
-        if subscription.until is None and problem is None:
-            return await self._supervisor.wait(subscription.job)
-        return await self._supervisor.record(subscription.job)
+        job = subscription.record.id
+        try:
+            if subscription.until is None and problem is None:
+                return await self._supervisor.wait(job)
+            return await self._supervisor.record(job)
+        except JobworkerError:
+            return subscription.record
 
     async def _deliver(self, subscription: Subscription) -> dict[str, str] | None:
         try:

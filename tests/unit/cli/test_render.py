@@ -8,7 +8,7 @@ from attrs import evolve
 
 from jobworker.cli import render
 from jobworker.errors import NotFound
-from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Usage
+from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Usage
 from jobworker.model.lifecycle import Reason, State
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 987654, tzinfo=UTC)
@@ -82,7 +82,14 @@ def test_status_tells_how_a_job_ended() -> None:
         (evolve(RUNNING, state=State.COMPLETED), []),
         (
             evolve(RUNNING, state=State.COMPLETED, discarded_bytes=2048),
-            ["job 7: 2.0 KiB of its output went over the limit and were not kept"],
+            ["job 7: 2.0 KiB of its output were not kept: it reached its limit"],
+        ),
+        (
+            evolve(RUNNING, discarded_bytes=2048, output_cut=OutputCut.DISK),
+            [
+                "job 7: 2.0 KiB of its output were not kept: "
+                "the server's disk is full, or refused to write"
+            ],
         ),
         (evolve(RUNNING, state=State.STOPPED, signal=15), ["job 7 was stopped"]),
     ],

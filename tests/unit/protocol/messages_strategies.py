@@ -36,13 +36,26 @@ PARAMS: dict[str, st.SearchStrategy[object]] = {
         id=ids,
         follow=st.booleans(),
         offset=counts,
+        tail_lines=st.none() | st.integers(0, m.MAX_TAIL_LINES),
+        since=st.none() | times,
+        since_seconds=st.none() | seconds,
         streams=st.lists(st.sampled_from(Stream), max_size=2).map(tuple),
+        coalesce=st.booleans(),
         delivery=_deliveries,
+    ),
+    "job.remove": st.builds(m.RemoveParams, id=ids, force=st.booleans()),
+    "job.prune": st.builds(
+        m.PruneParams,
+        older_than_seconds=st.none() | seconds,
+        keep_jobs=st.none() | counts,
+        keep_bytes=st.none() | counts,
     ),
     "job.credit": st.builds(m.CreditParams, subscription=_numbers, bytes=_credit),
     "job.unfollow": st.builds(m.SubscriptionParams, subscription=_numbers),
     "rpc.discover": _nothing,
 }
+
+_removed = st.builds(m.Removed, jobs=st.lists(ids, max_size=3).map(tuple), bytes=counts)
 
 RESULTS: dict[str, st.SearchStrategy[object]] = {
     "service.hello": st.builds(m.Welcome, version=texts, name=texts, role=texts),
@@ -51,7 +64,9 @@ RESULTS: dict[str, st.SearchStrategy[object]] = {
     "job.list": st.builds(m.ListResult, jobs=st.lists(records, max_size=2).map(tuple)),
     "job.wait": records,
     "job.stop": records,
-    "job.log": st.builds(m.LogResult, subscription=_numbers),
+    "job.log": st.builds(m.LogResult, subscription=_numbers, offset=counts),
+    "job.remove": _removed,
+    "job.prune": _removed,
     "job.credit": _nothing,
     "job.unfollow": _nothing,
     "rpc.discover": st.just(describe("1.0")),

@@ -28,6 +28,8 @@ def test_what_changes_a_job_needs_more_than_looking() -> None:
     assert needed.pop("job.run") is Permission.RUN
     assert needed.pop("job.stop") is Permission.STOP
     assert needed.pop("job.log") is Permission.LOG
+    assert needed.pop("job.remove") is Permission.REMOVE
+    assert needed.pop("job.prune") is Permission.REMOVE
     assert set(needed.values()) == {Permission.VIEW}
 
 

@@ -1,0 +1,36 @@
+"""`worker prune`: retention on this host, in a process of its own, whether the service runs or not.
+
+Locks on the files say what is in use (see `retention`); a service that runs finds out by itself
+what was removed, and notes it in the jobs' records.
+"""
+
+from pathlib import Path
+
+from jobworker.config import Settings, load
+from jobworker.errors import ConfigError
+from jobworker.jobs.retention import KeptOutput, Policy
+from jobworker.model.units import format_size
+from jobworker.server.service import retention_policy
+from jobworker.server.setup import spool_directory
+
+
+def prune_here(
+    config: Path | None, *, older_than: float | None, keep: int | None, max_size: int | None
+) -> str:
+    """Prune as the options ask (else the configuration); what to say of it. Raises ConfigError."""
+    settings = Settings() if config is None else load(config)
+    policy = retention_policy(settings)
+    if (older_than, keep, max_size) != (None, None, None):
+        policy = Policy(max_age_seconds=older_than, max_jobs=keep, max_bytes=max_size)
+    spools = spool_directory(settings)
+    kept = KeptOutput(spools)
+    try:
+        kept.load()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot prune {spools}: {error.strerror}",
+            remedy="run it as root, with the service's own configuration",
+        ) from None
+    gone = kept.prune(policy)
+    size = format_size(sum(each.size for each in gone))
+    return f"removed the output of {len(gone)} jobs, {size}"

@@ -1,0 +1,141 @@
+"""The archive: ended jobs' output, kept by policy, removed by policy or on request.
+
+The policy is applied at start, when a job ends, from time to time (age), and where live jobs want
+room that the limit on all output does not leave. What was removed is noted in the job's record,
+which stays; only `remove` takes a job away altogether.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+from attrs import define, evolve, field
+
+from jobworker.errors import JobworkerError, NotFound
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.history import History
+from jobworker.jobs.output_mover import OutputRoom
+from jobworker.jobs.retention import Kept, KeptOutput, Policy
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import JobId, JobRecord
+
+T = TypeVar("T")
+
+log = logging.getLogger("jobworker.jobs")
+
+SWEEP_SECONDS = 300.0
+PAUSE_SECONDS = 1.0
+HEADROOM = 0.9
+"""Where room is short, so much of the limit is kept: not each write shall have to look for room."""
+
+
+@define(eq=False, kw_only=True)
+class Archive:
+    """All ended jobs of one spool directory."""
+
+    _spools: Path
+    _history: History
+    _policy: Policy
+    _budget: OutputBudget
+    _clock: Callable[[], datetime]
+    _kept: KeptOutput = field(init=False)
+    _due: trio.Event = field(factory=trio.Event, init=False)
+    _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._kept = KeptOutput(self._spools, seals=True)
+
+    @property
+    def room(self) -> OutputRoom:
+        """What live jobs write within."""
+        return OutputRoom(budget=self._budget, make_room=self.make_room)
+
+    async def load(self) -> None:
+        """Take up what stands in the directory, and apply the policy to it."""
+        await self._in_thread(self._kept.load)
+        self._budget.count(sum(kept.size for kept in self._kept.all.values()))
+        await self.prune()
+
+    async def serve(self) -> None:
+        """Apply the policy whenever that may change something; never returns."""
+        while True:
+            with trio.move_on_after(SWEEP_SECONDS):
+                await self._due.wait()
+            self._due = trio.Event()
+            await self.prune()
+            await trio.sleep(PAUSE_SECONDS)  # many jobs may end at once
+
+    async def add(self, job: JobId) -> None:
+        """Take up a job that has just ended."""
+        with trio.CancelScope(shield=True):  # waits for the disk alone
+            await self._in_thread(partial(self._kept.add, job))
+        self._due.set()
+
+    async def open(self, record: JobRecord) -> Spool:
+        """Open an ended job's output to read it. Raises NotFound where it was removed."""
+        try:
+            spool = await trio.to_thread.run_sync(Spool.open, self._spools / str(record.id))
+        except NotFound:
+            when = record.output_removed_at
+            since = f" since {when:%Y-%m-%d %H:%M} UTC" if when else ""
+            raise NotFound(
+                f"cannot read the output of job {record.id}: it is not kept any more{since}",
+                remedy="worker.keep_output_age, keep_output_jobs and max_total_output "
+                "say what is kept",
+            ) from None
+        await spool.seal()  # a full disk may have refused that at the job's end
+        return spool
+
+    async def make_room(self) -> bool:
+        """Remove some of what is kept, for live jobs to go on: whether there was anything."""
+        goal = max(1, int(self._budget.max_bytes * HEADROOM))
+        return bool(await self.prune(evolve(self._policy, max_bytes=goal)))
+
+    async def prune(
+        self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
+    ) -> Sequence[Kept]:
+        """Remove what a policy (the configured one, if none is given) does not keep: what went.
+
+        Of the jobs that `only` names, where it is given. What is being followed stays.
+        """
+        work = partial(self._prune, policy or self._policy, only)
+        with trio.CancelScope(shield=True):  # what was removed must be noted
+            gone = await self._in_thread(work)
+            for kept in gone:
+                await self._note_removal(kept.job)
+        if gone:
+            log.info("removed the output of %d jobs", len(gone))
+        return gone
+
+    def _prune(self, policy: Policy, only: Callable[[JobId], bool] | None) -> list[Kept]:
+        live = self._budget.used_bytes - sum(kept.size for kept in self._kept.all.values())
+        gone = self._kept.drop_missing()
+        gone += self._kept.prune(policy, only=only, live_bytes=max(0, live))
+        self._budget.give_back(sum(kept.size for kept in gone))
+        return gone
+
+    async def _note_removal(self, job: JobId) -> None:
+        try:
+            record = await self._history.get(job)
+            if record is not None:
+                await self._history.put(evolve(record, output_removed_at=self._clock()))
+        except JobworkerError as error:
+            log.error("job %d: its output was removed: %s", job, error)
+
+    async def remove(self, job: JobId, *, force: bool) -> int:
+        """Remove an ended job, output and record: the bytes that its output had.
+
+        Raises Busy where its output is being followed (with `force` followers go on to its end).
+        """
+        with trio.CancelScope(shield=True):  # its output and its record go together
+            freed = await self._in_thread(partial(self._kept.remove, job, force=force))
+            self._budget.give_back(freed)
+            await self._history.remove(job)
+        return freed
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, limiter=self._thread)

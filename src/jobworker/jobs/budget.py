@@ -1,0 +1,74 @@
+"""What all jobs' output may take of the disk, shared among those who write.
+
+Two bounds, both looked at before each write: the bytes of all output together, and the room that
+must stay free on its file system for everything else (the history, the start of other jobs). Room
+is taken before a write and what was not used is given back, so writers in several threads never
+go over together what each of them may. What retention removes is given back as well.
+"""
+
+import os
+import threading
+from pathlib import Path
+
+from attrs import define, field
+
+from jobworker.errors import OutputError
+from jobworker.model.job import OutputCut
+from jobworker.model.units import format_size
+
+
+@define(eq=False)
+class OutputBudget:
+    """Bytes taken, and the bounds; 0 is no bound."""
+
+    _directory: Path
+    max_bytes: int = 0
+    keep_free_bytes: int = 0
+    used_bytes: int = field(default=0, init=False)
+    _lock: threading.Lock = field(factory=threading.Lock, init=False)
+
+    def take(self, wanted: int) -> int:
+        """Take room for up to `wanted` bytes (at least 1): how many, never none.
+
+        Raises OutputError where there is no room; `data["cut"]` says for what reason. It asks the
+        file system: call it in a thread.
+        """
+        room = wanted
+        if self.keep_free_bytes:
+            room = min(room, self._free_bytes())
+        with self._lock:
+            if self.max_bytes and self.max_bytes - self.used_bytes < room:
+                room = self.max_bytes - self.used_bytes
+                if room <= 0:
+                    raise OutputError(
+                        "cannot keep more output: all jobs together have "
+                        f"{format_size(self.max_bytes)}, the limit",
+                        remedy="prune old output, or raise worker.max_total_output",
+                        data={"cut": OutputCut.TOTAL.value},
+                    )
+            if room <= 0:
+                raise OutputError(
+                    "cannot keep more output: less than "
+                    f"{format_size(self.keep_free_bytes)} are free where output is kept",
+                    remedy="make room there, or lower worker.keep_free",
+                    data={"cut": OutputCut.DISK.value},
+                )
+            self.used_bytes += room
+        return room
+
+    def give_back(self, count: int) -> None:
+        """Give back what was taken and not written, or has been removed."""
+        with self._lock:
+            self.used_bytes = max(0, self.used_bytes - count)
+
+    def count(self, count: int) -> None:
+        """Count what stands on the disk already."""
+        with self._lock:
+            self.used_bytes += count
+
+    def _free_bytes(self) -> int:
+        try:
+            status = os.statvfs(self._directory)
+        except OSError as error:
+            raise OutputError(f"cannot keep output: {error.strerror}") from error
+        return status.f_bavail * status.f_frsize - self.keep_free_bytes

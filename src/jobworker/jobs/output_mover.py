@@ -1,0 +1,97 @@
+"""One job's output while it runs: moved to the spool, and told of where it cannot be kept.
+
+Three things end what is kept of a job: its own limit, the limit on all output together, and the
+disk. Before the second does, retention is asked to make room. The rest is discarded and counted;
+whether the job shall go on is for who hears of it (`tell_cut`, once).
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import trio
+from attrs import define, field, frozen
+
+from jobworker.errors import OutputError
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.pump import Pump
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import OutputCut, Stream
+from jobworker.model.units import format_size
+
+DRAIN_SECONDS = 2.0
+"""How long after a job's end someone outside of it may hold its pipes open."""
+
+
+@frozen(kw_only=True)
+class OutputRoom:
+    """What all jobs share: the budget, and a way to win some of it back."""
+
+    budget: OutputBudget
+    make_room: Callable[[], Awaitable[bool]]
+    """Remove what retention does not keep, now: whether there was any."""
+
+
+@define(eq=False, kw_only=True)
+class OutputMover:
+    """Moves a job's output; `max_bytes` bounds what is kept, None does not."""
+
+    _spool: Spool
+    _max_bytes: int | None
+    _room: OutputRoom
+    _tell_cut: Callable[[OutputCut, str], None]
+    _told: bool = field(default=False, init=False)
+
+    @asynccontextmanager
+    async def moving(self, pipes: Mapping[Stream, int]) -> AsyncIterator[None]:
+        """Move output during the block, and what is left of it within bounds thereafter."""
+        with Pump(self._spool, pipes, max_bytes=self._max_bytes, budget=self._room.budget) as pump:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._move_all, pump)
+                yield
+                nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+            try:
+                await pump.drain()
+            except OutputError as error:
+                self._cut_by(error)
+                pump.discard()
+                await pump.drain()
+            if pump.capped.is_set():
+                self._cut_at_limit()
+
+    async def _move_all(self, pump: Pump) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_limit, pump)
+            while not await self._move(pump):
+                pass
+            nursery.cancel_scope.cancel()
+
+    async def _move(self, pump: Pump) -> bool:
+        """Move output to its end (True), or until something is in the way that we could settle."""
+        try:
+            await pump.run()
+        except OutputError as error:
+            if not (_cut_of(error) is OutputCut.TOTAL and await self._room.make_room()):
+                self._cut_by(error)
+                pump.discard()
+            return False
+        return True
+
+    async def _watch_limit(self, pump: Pump) -> None:
+        await pump.capped.wait()
+        self._cut_at_limit()
+
+    def _cut_at_limit(self) -> None:
+        limit = format_size(self._max_bytes or 0)
+        self._cut(OutputCut.LIMIT, f"its output reached the limit of {limit}")
+
+    def _cut_by(self, error: OutputError) -> None:
+        self._cut(_cut_of(error), str(error))
+
+    def _cut(self, cut: OutputCut, why: str) -> None:
+        if not self._told:
+            self._told = True
+            self._tell_cut(cut, why)
+
+
+def _cut_of(error: OutputError) -> OutputCut:
+    return OutputCut(error.data.get("cut", OutputCut.DISK.value))

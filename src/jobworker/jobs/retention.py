@@ -1,0 +1,124 @@
+"""Retention: which ended jobs' output is kept, and the removal of the rest.
+
+`choose` is the policy, pure: the oldest ends go first, until age, number and size are within their
+bounds. `Kept` is what it chooses among: a line for each ended job whose output is on the disk,
+read from the directories at start and kept up to date from then on.
+
+The disk has the last word about what may go. Output that is not sealed is a job's that has not
+ended; output that somebody reads is locked (flock(2), shared), also against `worker prune` in a
+process of its own. Both are left for a later time.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from attrs import define, field, frozen
+
+from jobworker.errors import JobworkerError, NotFound
+from jobworker.jobs.output_files import describe_output, remove_output, seal_output
+from jobworker.model.job import JobId
+
+
+@frozen
+class Kept:
+    """An ended job's output on the disk."""
+
+    job: JobId
+    ended_ns: int
+    size: int
+    """Bytes of its three files."""
+
+
+@frozen(kw_only=True)
+class Policy:
+    """What is kept; None is no bound."""
+
+    max_age_seconds: float | None = None
+    max_jobs: int | None = None
+    max_bytes: int | None = None
+    """Of all output, that of live jobs included."""
+
+
+def choose(kept: Iterable[Kept], policy: Policy, *, now_ns: int, live_bytes: int = 0) -> list[Kept]:
+    """Those that must go for the policy to be kept, the oldest end first."""
+    rest = sorted(kept, key=lambda each: (each.ended_ns, each.job))
+    total, number, gone = live_bytes + sum(each.size for each in rest), len(rest), []
+    for each in rest:
+        age_ns = now_ns - each.ended_ns
+        too_old = policy.max_age_seconds is not None and age_ns > policy.max_age_seconds * 1e9
+        too_many = policy.max_jobs is not None and number > policy.max_jobs
+        too_large = policy.max_bytes is not None and total > policy.max_bytes
+        if not (too_old or too_many or too_large):
+            break
+        gone.append(each)
+        total, number = total - each.size, number - 1
+    return gone
+
+
+@define(eq=False)
+class KeptOutput:
+    """All of one spool directory. Its calls wait for the disk: bring a thread, one at a time."""
+
+    _spools: Path
+    _seals: bool = False
+    """Whether whoever writes is in this process: what nobody has locked has ended then."""
+    _clock_ns: Callable[[], int] = time.time_ns
+    _kept: dict[JobId, Kept] = field(factory=dict, init=False)
+
+    @property
+    def all(self) -> Mapping[JobId, Kept]:
+        """What is kept, by job."""
+        return self._kept
+
+    def load(self) -> None:
+        """Read what stands in the directory; what is no ended job's output is passed over."""
+        for entry in self._spools.iterdir():
+            if entry.name.isascii() and entry.name.isdigit():
+                self.add(JobId(int(entry.name)))
+
+    def add(self, job: JobId) -> None:
+        """Take up a job that has ended, where it left output."""
+        directory = self._spools / str(job)
+        try:
+            if self._seals:  # what a full disk refused at the job's end
+                seal_output(directory)
+            ended_ns, size = describe_output(directory)
+        except JobworkerError:
+            return  # live, gone, or unreadable: nothing that may be removed
+        self._kept[job] = Kept(job, ended_ns, size)
+
+    def remove(self, job: JobId, *, force: bool = False) -> int:
+        """Remove a job's output: the bytes that it had, 0 where there was none.
+
+        Raises Busy where it is written, or read (not with `force`: readers go on to its end), and
+        OutputError.
+        """
+        try:
+            freed = remove_output(self._spools / str(job), force=force)
+        except NotFound:  # gone by another hand
+            freed = self._kept[job].size if job in self._kept else 0
+        self._kept.pop(job, None)
+        return freed
+
+    def drop_missing(self) -> list[Kept]:
+        """Drop what another hand has removed: what that was."""
+        names = {entry.name for entry in self._spools.iterdir()}
+        gone = [kept for kept in self._kept.values() if str(kept.job) not in names]
+        for kept in gone:
+            del self._kept[kept.job]
+        return gone
+
+    def prune(
+        self, policy: Policy, *, only: Callable[[JobId], bool] | None = None, live_bytes: int = 0
+    ) -> list[Kept]:
+        """Remove what `policy` does not keep of the jobs that `only` names: what went."""
+        among = [each for each in self._kept.values() if only is None or only(each.job)]
+        gone = []
+        for each in choose(among, policy, now_ns=self._clock_ns(), live_bytes=live_bytes):
+            try:
+                self.remove(each.job)
+            except JobworkerError:
+                continue  # followed, or the disk refuses: another time
+            gone.append(each)
+        return gone

@@ -1,0 +1,168 @@
+"""Retention: what is chosen to go, and what may not go whatever is chosen."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobworker.errors import Busy, OutputError
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output_files import OutputFiles
+from jobworker.jobs.retention import Kept, KeptOutput, Policy, choose
+from jobworker.model.job import JobId, OutputCut, Stream
+
+from .test_spool import append
+
+SECOND = 1_000_000_000
+KEPT = [Kept(JobId(n), n * SECOND, 100) for n in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "live_bytes", "gone"),
+    [
+        (Policy(), 0, []),
+        (Policy(max_age_seconds=7), 0, [1, 2]),
+        (Policy(max_jobs=3), 0, [1, 2]),
+        (Policy(max_jobs=0), 0, [1, 2, 3, 4, 5]),
+        (Policy(max_bytes=300), 0, [1, 2]),
+        (Policy(max_bytes=300), 150, [1, 2, 3, 4]),
+        (Policy(max_bytes=300), 1000, [1, 2, 3, 4, 5]),
+        (Policy(max_age_seconds=9, max_jobs=4, max_bytes=500), 0, [1]),
+    ],
+)
+def test_oldest_goes_first_until_all_bounds_hold(
+    policy: Policy, live_bytes: int, gone: list[int]
+) -> None:
+    chosen = choose(reversed(KEPT), policy, now_ns=10 * SECOND, live_bytes=live_bytes)
+    assert [kept.job for kept in chosen] == gone
+
+
+optional = st.none() | st.integers(0, 40)
+
+
+@given(
+    kept=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 20)).map(lambda pair: pair), max_size=8
+    ),
+    age=optional,
+    jobs=optional,
+    size=optional,
+)
+def test_what_is_left_keeps_the_policy_and_no_more_goes(
+    kept: list[tuple[int, int]], age: int | None, jobs: int | None, size: int | None
+) -> None:
+    among = [Kept(JobId(n), end * SECOND, size) for n, (end, size) in enumerate(kept, 1)]
+    policy = Policy(max_age_seconds=age, max_jobs=jobs, max_bytes=size)
+
+    def holds(rest: list[Kept]) -> bool:
+        return (
+            (age is None or all(30 - k.ended_ns // SECOND <= age for k in rest))
+            and (jobs is None or len(rest) <= jobs)
+            and (size is None or sum(k.size for k in rest) <= size)
+        )
+
+    gone = choose(among, policy, now_ns=30 * SECOND)
+    rest = [k for k in among if k not in gone]
+    assert not rest or not gone or max(k.ended_ns for k in gone) <= min(k.ended_ns for k in rest)
+    assert holds(rest) or not rest
+    if gone:
+        assert not holds([*rest, gone[-1]])
+
+
+def write_log(directory: Path, data: bytes, *, seal: bool = True) -> OutputFiles:
+    files = OutputFiles.create(directory)
+    append(files, Stream.STDOUT, data)
+    if seal:
+        files.seal()
+    return files
+
+
+def test_output_goes_with_its_directory_and_its_size_is_told(tmp_path: Path) -> None:
+    write_log(tmp_path / "1", b"x" * 100).close()
+    kept = KeptOutput(tmp_path)
+    kept.load()
+    size = sum(file.stat().st_size for file in (tmp_path / "1").iterdir())
+    assert [(k.job, k.size) for k in kept.all.values()] == [(1, size)]
+    assert kept.remove(JobId(1)) == size
+    assert list(tmp_path.iterdir()) == []
+    assert kept.remove(JobId(1)) == 0
+
+
+def test_log_that_has_not_ended_stays(tmp_path: Path) -> None:
+    files = write_log(tmp_path / "1", b"x", seal=False)
+    kept = KeptOutput(tmp_path)
+    kept.load()
+    assert not kept.all
+    with pytest.raises(Busy, match="not ended"):
+        kept.remove(JobId(1), force=True)
+    files.close()
+    kept.load()  # as `worker prune` does it: a job may live without its service
+    assert not kept.all
+    with pytest.raises(Busy, match="not ended"):
+        kept.remove(JobId(1))
+
+
+def test_log_that_a_full_disk_did_not_let_end_is_ended_by_the_service(tmp_path: Path) -> None:
+    files = write_log(tmp_path / "1", b"x", seal=False)
+    kept = KeptOutput(tmp_path, seals=True)
+    kept.add(JobId(1))
+    assert not kept.all  # its writer lives
+    files.close()
+    kept.add(JobId(1))
+    assert list(kept.all) == [1]
+
+
+def test_log_that_is_read_stays_unless_forced(tmp_path: Path) -> None:
+    write_log(tmp_path / "1", b"read on").close()
+    reader = OutputFiles.open(tmp_path / "1")
+    kept = KeptOutput(tmp_path)
+    kept.load()
+    assert kept.prune(Policy(max_jobs=0)) == []
+    with pytest.raises(Busy, match="being read"):
+        kept.remove(JobId(1))
+    kept.remove(JobId(1), force=True)
+    assert reader.read_stream(Stream.STDOUT, 0, 7) == b"read on"
+    reader.close()
+
+
+def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
+    write_log(tmp_path / "elsewhere", b"x").close()
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "1").symlink_to(tmp_path / "elsewhere")
+    kept = KeptOutput(tmp_path / "spool")
+    kept.load()
+    assert not kept.all
+    with pytest.raises(OutputError):
+        kept.remove(JobId(1))
+    assert len(os.listdir(tmp_path / "elsewhere")) == 3
+
+
+def test_what_another_hand_removed_is_dropped(tmp_path: Path) -> None:
+    write_log(tmp_path / "1", b"x").close()
+    kept, other = KeptOutput(tmp_path), KeptOutput(tmp_path)
+    kept.load()
+    other.load()
+    other.prune(Policy(max_jobs=0))
+    assert [gone.job for gone in kept.drop_missing()] == [1]
+    assert not kept.all
+
+
+def test_budget_gives_what_is_left_and_then_refuses(tmp_path: Path) -> None:
+    budget = OutputBudget(tmp_path, max_bytes=100)
+    assert budget.take(60) == 60
+    assert budget.take(60) == 40
+    with pytest.raises(OutputError, match="all jobs together") as raised:
+        budget.take(1)
+    assert raised.value.data["cut"] == OutputCut.TOTAL.value
+    budget.give_back(10)
+    assert budget.take(60) == 10
+
+
+def test_budget_leaves_room_on_the_disk(tmp_path: Path) -> None:
+    budget = OutputBudget(tmp_path, keep_free_bytes=1 << 60)
+    with pytest.raises(OutputError, match="are free") as raised:
+        budget.take(1)
+    assert raised.value.data["cut"] == OutputCut.DISK.value
+    assert budget.used_bytes == 0
