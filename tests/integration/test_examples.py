@@ -19,6 +19,7 @@ from jobworker.client import client as client_module
 from jobworker.client import job as job_module
 from jobworker.model.job import JobSpec, Limits, Stream
 from jobworker.model.lifecycle import State
+from jobworker.protocol.messages import PruneParams
 
 FLAGS = doctest.ELLIPSIS
 
@@ -65,7 +66,7 @@ async def test_example_does_what_it_shows(service: Embedded, test: doctest.DocTe
         "ca": files["WORKER_CA_PATH"],
         "certificate": files["WORKER_CERT_PATH"],
         "key": files["WORKER_KEY_PATH"],
-        **{cls.__name__: cls for cls in (JobSpec, Limits, State, Stream)},
+        **{cls.__name__: cls for cls in (JobSpec, Limits, PruneParams, State, Stream)},
         "open_client": jobworker.open_client,
         "__name__": test.name,
     }

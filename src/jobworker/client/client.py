@@ -149,7 +149,11 @@ class Client:
         return (await self.call("job.list", params, m.ListResult)).jobs
 
     async def prune(self, params: m.PruneParams) -> m.Removed:
-        """Remove ended jobs' output, the oldest first; their records stay."""
+        """Remove ended jobs' output, the oldest first; their records stay.
+
+        >>> (await client.prune(PruneParams(older_than_seconds=86400))).jobs
+        ()
+        """
         return await self.call("job.prune", params, m.Removed)
 
     async def call(self, name: str, params: object, result: type[T]) -> T:
