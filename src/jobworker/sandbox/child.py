@@ -18,7 +18,7 @@ from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox.apply import STATUS_DESCRIPTOR, Means, StepFailed, apply
 from jobworker.sandbox.plan import Order, finish
-from jobworker.sandbox.steps import Step
+from jobworker.sandbox.steps import KeepOwnDescriptors, Step
 
 READY: channel.Message = {"ready": True}
 
@@ -27,8 +27,10 @@ def become_job(prepare: Sequence[Step], means: Means) -> NoReturn:
     """Run in the cloned process: apply `prepare`, take the order, finish. Never returns."""
     status = means.status
     try:
-        apply(prepare, means)
-        status = STATUS_DESCRIPTOR
+        for step in prepare:
+            apply((step,), means)
+            if isinstance(step, KeepOwnDescriptors):
+                status = STATUS_DESCRIPTOR
         sock = socket.socket(fileno=status)
         channel.send(sock, READY)
         received = channel.receive(sock)

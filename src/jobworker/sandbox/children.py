@@ -71,6 +71,8 @@ class Child:
         """The job that it was ordered to become; None for a spare."""
         self.request: int | None = None
         """The request to answer once the program runs or the start has failed."""
+        self.ready = False
+        """It has said that it awaits its order: only then is the end of its socket a start."""
         self.failure: Message | None = None
         self.exit: Exit | None = None
 

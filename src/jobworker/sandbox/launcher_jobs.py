@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ class Jobs:
         if not self._turns.is_set(self._refill):
             self._turns.call_in(REFILL_SECONDS, self._refill)
         if request.order.network != "host":  # spares are in the host's
-            self._order(self._make(request.order), number, request)
+            self._order_new(self._make(request.order), number, request)
             return
         while self._spares:
             spare = self._spares.popleft()
@@ -95,7 +96,18 @@ class Jobs:
                 return
             except OSError as error:  # it has died while it waited
                 say(f"a spare is lost: {error}")
-        self._order(self._make(), number, request)
+        self._order_new(self._make(), number, request)
+
+    def _order_new(self, child: Child, number: int, request: requests.Spawn) -> None:
+        """Have a child that was made for this become the job.
+
+        It may have failed already: then its own words, which come with its end, say why.
+        """
+        try:
+            self._order(child, number, request)
+        except (ProcessLookupError, BrokenPipeError, ConnectionResetError):
+            self._jobs[request.job] = child
+            child.job, child.request = request.job, number
 
     def _order(self, child: Child, number: int, request: requests.Spawn) -> None:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
@@ -138,18 +150,22 @@ class Jobs:
         """A child has spoken, or has executed its program, or is gone."""
         assert child.sock is not None
         try:
-            while (received := channel.receive(child.sock)) is not None:
+            while (received := _hear(child.sock)) is not None:
                 message, descriptors = received
                 channel.close_all(descriptors)
                 failure = message.get("failed")
                 if isinstance(failure, dict):
                     child.failure = failure
-                elif child in self._spares and "ready" in message:
-                    child.scope.arm_ahead(self._usual_limits)
+                elif "ready" in message:
+                    child.ready = True
+                    if child in self._spares:
+                        child.scope.arm_ahead(self._usual_limits)
         except BlockingIOError:
             if child.exit is None:
                 return
-        except (ProtocolError, OSError):  # a reset: it died with its order unread
+        except (ProtocolError, OSError):
+            child.failure = child.failure or _DIED
+        if not child.ready:
             child.failure = child.failure or _DIED
         self._turns.unwatch(child.sock.fileno())
         child.sock.close()
@@ -236,6 +252,14 @@ class Jobs:
         self._turns.unwatch(pidfd)
         self._nursery.reap_sweeper(pidfd)
         self._watch_sweepers()
+
+
+def _hear(sock: socket.socket) -> tuple[channel.Message, list[int]] | None:
+    """What a child says; also what it said before it died with its order unread."""
+    try:
+        return channel.receive(sock)
+    except ConnectionResetError:  # which the kernel tells once, and before what waits to be read
+        return channel.receive(sock)
 
 
 def deliver(child: Child, number: int) -> bool:
