@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: demo test check bench docs lint unit fuzz clean help
+.PHONY: demo test check bench docs soak mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -33,6 +33,14 @@ unit: $(STAMP)
 bench: $(STAMP)
 	@contrib/set-up.sh --bench
 	$(BIN)/python bench/start_latency.py
+
+#: make soak    long runs of what the tests do shortly; half an hour
+soak: $(STAMP)
+	JOBWORKER_SOAK=1 $(BIN)/python -m pytest tests/security -q --timeout=3600
+
+#: make mutants take one defence away at a time and see a test go red; ten minutes
+mutants: $(STAMP)
+	$(BIN)/python -m tests.security.mutants
 
 #: make docs    write the generated parts of docs/protocol.md
 docs: $(STAMP)

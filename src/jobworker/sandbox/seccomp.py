@@ -30,9 +30,9 @@ FIRST_COMMON_NUMBER = 424
 
 NEEDED_TO_START = frozenset(
     (
-        "brk chdir close execve exit_group fcntl fstat futex getsockname getsockopt lseek madvise "
-        "mmap mprotect mremap munmap newfstatat openat openat2 pread64 recvmsg rt_sigreturn "
-        "seccomp sendmsg write"
+        "brk capset chdir chown close execve exit_group fcntl fstat futex getsockname getsockopt "
+        "lseek madvise mmap mprotect mremap munmap newfstatat openat openat2 prctl pread64 "
+        "recvmsg rt_sigreturn seccomp sendmsg setresgid setresuid write"
     ).split()
 )
 """What a child calls between the filter and its program: to take its order, to execute the program

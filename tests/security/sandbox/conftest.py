@@ -5,10 +5,12 @@ the system-call filter, by namespaces, capabilities and mounts alone: one mistak
 not to be enough.
 """
 
+import ctypes
 import json
 import os
 import socket
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,8 +41,6 @@ MODULES = ("attempts_files", "attempts_calls")
 
 def known_calls() -> dict[str, int]:
     """Every system call that the profile speaks of and this machine has, with its number."""
-    import tomllib
-
     profile = tomllib.loads(PROFILE.read_text())
     found: dict[str, int] = dict(profile["numbers"])
     for rule in (*profile["allow"], *profile["refuse"]):
@@ -48,6 +48,20 @@ def known_calls() -> dict[str, int]:
             if call not in found and (number := number_of(call, os.uname().machine)) is not None:
                 found[call] = number
     return found
+
+
+def _join_a_session_keyring() -> None:
+    """Have a session keyring with a key in it, as a log-in or systemd would give the service one.
+
+    At import: threads have the keyring of the one that made them, and services are started by
+    threads that live on.
+    """
+    libc, numbers = ctypes.CDLL(None), known_calls()
+    libc.syscall(numbers["keyctl"], 1, None)
+    libc.syscall(numbers["add_key"], b"user", b"host-canary", b"secret", 6, -3)
+
+
+_join_a_session_keyring()
 
 
 @pytest.fixture(scope="session")

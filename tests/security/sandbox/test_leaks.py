@@ -175,7 +175,9 @@ if libc.semget(key, 1, 0o666) >= 0: found.append("sem")
 if libc.msgget(key, 0o666) >= 0: found.append("msg")
 if libc.mq_open(b"/left-canary", 0) >= 0: found.append("mq")
 for ring in (-3, -4, -5):
-    if libc.syscall(%d, 10, ring, b"user", b"left-canary", 0) >= 0: found.append(f"key {ring}")
+    for name in ("left-canary", "host-canary"):
+        if libc.syscall(%d, 10, ring, b"user", name.encode(), 0) >= 0:
+            found.append(f"{name} {ring}")
 print(found)
 """
 CLEAN = """
@@ -214,8 +216,12 @@ async def test_keys_are_not_left_for_the_next_job_even_without_the_filter(bare: 
             out, err, _ = await wire.run("python3", "-c", look + leave + look)
             first, _, last = out.splitlines()
             assert first == "[]", err
-            assert "key -3" in last, "the control: within one job the key is found"
-            assert "key -4" in last
+            assert "left-canary -3" in last, "the control: within one job the key is found"
+            assert "left-canary -4" in last
+    done = subprocess.run(  # noqa: ASYNC221
+        ["/usr/bin/python3", "-c", look], capture_output=True, text=True, check=True
+    )
+    assert "host-canary -3" in done.stdout, "the control: outside the session's key is found"
 
 
 def test_ipc_is_left_outside() -> None:

@@ -1,0 +1,241 @@
+"""Take one defence away at a time, run the attacks, and see that one of them is no longer refused.
+
+    make mutants                       all of them; prints the table of docs/threat-model.md
+    python -m tests.security.mutants WORD…   those whose name contains a word
+
+A mutant is a copy of the source tree in which one text is replaced by another: a step of the plan,
+a rule of the filter, a mask, a capability. The service that the tests start is then the one of the
+copy (PYTHONPATH). Nothing of this can be switched on in the product. A mutant that no test notices
+"survives": either a test is missing, or the defence is one of several and the table says so.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN, APPLY = "src/jobworker/sandbox/plan.py", "src/jobworker/sandbox/apply.py"
+CHILDREN, FILTER = "src/jobworker/sandbox/children.py", "etc/seccomp.toml"
+BPF = "src/jobworker/sandbox/bpf.py"
+SECONDS = 240
+
+
+class Mutant(NamedTuple):
+    """What is taken away, where, and how."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+def step(name: str, text: str, new: str = "") -> Mutant:
+    """A step of the plan that is left out, or is another one."""
+    return Mutant(f"step {name}", PLAN, text, new)
+
+
+STEPS = (
+    step("attach-scope", "        s.AttachScope(),\n"),
+    step("scope-sockets-and-signals", "        s.ScopeSocketsAndSignals(),\n"),
+    step("unshare-cgroup-namespace", "        s.UnshareCgroupNamespace(),\n"),
+    step("new-session", "        s.NewSession(),\n"),
+    step("new-keyring", "        s.NewKeyring(),\n"),
+    step("enter-user-namespace", "        s.EnterUserNamespace(leave_groups=slot.ids > 1),\n"),
+    step("drop-capabilities", "        s.DropCapabilities(KEPT_CAPABILITIES),\n"),
+    step("forbid-new-privileges", "        s.ForbidNewPrivileges(),\n"),
+    step("set-oom-score", "        s.SetOomScore(0),\n"),
+    step("die-with-launcher", "        s.DieWithLauncher(),\n"),
+    step("reset-signals", "        s.ResetSignals(),\n"),
+    step("filter-system-calls", "        s.FilterSystemCalls(),\n"),
+    step("mask-path (all)", "        *(s.MaskPath(root + path) for path in MASKED),\n"),
+    step("read-only-path (all)", "        *(s.ReadOnlyPath(root + path) for path in READ_ONLY),\n"),
+    step("resource limits (all)", "        *RESOURCE_LIMITS,\n"),
+)
+APPLIED = (
+    Mutant(
+        "close-descriptors closes nothing",
+        APPLY,
+        "    sc.close_range(STATUS_DESCRIPTOR + 1)\n",
+        "    os.set_inheritable(USER_NAMESPACE_DESCRIPTOR, True)\n",
+    ),
+    Mutant(
+        "keep-own-descriptors keeps others",
+        APPLY,
+        "    sc.close_range(len(own))\n",
+        "    os.dup2(0, 9, inheritable=True)\n",
+    ),
+    Mutant("pivot-root keeps the old root", APPLY, '    sc.umount(".")\n', ""),
+    Mutant("mounts allow setuid", APPLY, "_PRIVATE = sc.MS_NOSUID | sc.MS_NODEV", "_PRIVATE = 0"),
+    Mutant("no check for magic links", APPLY, "            sc.check_no_magic_link(path)\n", ""),
+)
+NAMESPACES = (
+    Mutant("no IPC namespace", CHILDREN, " | sc.CLONE_NEWIPC", ""),
+    Mutant("no UTS namespace", CHILDREN, " | sc.CLONE_NEWUTS", ""),
+    Mutant("no PID namespace", CHILDREN, "sc.CLONE_NEWPID | ", ""),
+)
+LIMITS = tuple(
+    Mutant(f"no limit {name}", PLAN, f'    s.SetResourceLimit("RLIMIT_{name}"', "    *() and (")
+    for name in ("CORE", "NOFILE", "MEMLOCK")
+)
+
+
+def list_of_plan(name: str) -> list[str]:
+    """The paths in one of the plan's lists."""
+    text = (ROOT / PLAN).read_text()
+    body = re.search(rf"^{name} = \((.*?)\)$", text, re.M | re.S)
+    assert body is not None
+    return re.findall(r'"(/proc/[\w.-]+)"', body[1])
+
+
+def masks() -> Iterator[Mutant]:
+    """Each mask, of those that this kernel has something under, and each read-only path."""
+    for path in list_of_plan("MASKED"):
+        if os.path.exists(path):
+            yield Mutant(f"mask {path}", PLAN, f'    "{path}",\n', "")
+    for path in list_of_plan("READ_ONLY"):
+        if os.path.exists(path):
+            yield Mutant(f"read-only {path}", PLAN, f'"{path}"', '"/proc/nosuch"')
+
+
+def capabilities() -> Iterator[Mutant]:
+    """Each capability that containers are known to be escaped by, given back."""
+    for name, number in (
+        *(("DAC_READ_SEARCH", 2), ("NET_ADMIN", 12), ("NET_RAW", 13), ("SYS_MODULE", 16)),
+        *(("SYS_PTRACE", 19), ("SYS_ADMIN", 21), ("MKNOD", 27), ("SYS_RESOURCE", 24)),
+    ):
+        yield Mutant(
+            f"capability {name} kept",
+            PLAN,
+            "KEPT_CAPABILITIES = frozenset({",
+            f"KEPT_CAPABILITIES = frozenset({{{number}, ",
+        )
+
+
+def rules() -> Iterator[Mutant]:
+    """Each refusal of the filter turned into a permission, each condition taken out."""
+    text = (ROOT / FILTER).read_text()
+    for rule in re.findall(r"^\[\[refuse\]\]\n.*?(?=^\[\[|^# ---)", text, re.M | re.S):
+        what = re.search(r'^what = "(.*)"$', rule, re.M)
+        assert what is not None
+        if "\nwhen = " in rule:
+            yield Mutant(f"filter: no refusal of: {what[1]}", FILTER, rule, "")
+            continue
+        allowed = rule.replace("[[refuse]]", "[[allow]]")
+        allowed = re.sub(r"^(error|quiet) = .*\n", "", allowed, flags=re.M)
+        yield Mutant(f"filter: permission of: {what[1]}", FILTER, rule, allowed)
+    for rule in re.findall(r"^\[\[allow\]\]\n.*?(?=^\[\[|^# ---)", text, re.M | re.S):
+        what = re.search(r'^what = "(.*)"$', rule, re.M)
+        assert what is not None
+        if "\nwhen = " in rule:
+            free = re.sub(r"^when = .*\n", "", rule, flags=re.M)
+            yield Mutant(f"filter: no condition on: {what[1]}", FILTER, rule, free)
+
+
+FILTER_WHOLE = (
+    Mutant(
+        "filter: unknown calls are not ENOSYS", FILTER, "newest_call = 469", "newest_call = 9999"
+    ),
+    Mutant("filter: denials are not logged", FILTER, "log = true", "log = false"),
+    Mutant(
+        "filter: without the quiet program", BPF, "    sc.seccomp(filters.quiet, log=False)\n", ""
+    ),
+    Mutant(
+        "filter: other ABIs are let through",
+        "src/jobworker/sandbox/seccomp_filter.py",
+        "    foreign = error(errno.ENOSYS)\n",
+        "    foreign = ALLOW\n",
+    ),
+)
+
+
+def mutants() -> list[Mutant]:
+    """All of them."""
+    return [
+        *STEPS,
+        *APPLIED,
+        *NAMESPACES,
+        *LIMITS,
+        *masks(),
+        *capabilities(),
+        *rules(),
+        *FILTER_WHOLE,
+    ]
+
+
+class Result(NamedTuple):
+    """What the tests made of a mutant: which one went red first, "" if none did."""
+
+    mutant: Mutant
+    noticed: str
+
+
+def attack(mutant: Mutant) -> Result:
+    """Run the attacks on a copy in which the mutant's text is replaced."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-mutant-", dir="/var/tmp") as directory:
+        os.chmod(directory, 0o755)
+        copy = Path(directory)
+        for name in ("src", "etc", "tests", "pyproject.toml"):
+            here, there = ROOT / name, copy / name
+            if here.is_dir():
+                shutil.copytree(here, there, symlinks=True)
+            else:
+                shutil.copy(here, there)
+        changed = copy / mutant.file
+        text = changed.read_text()
+        assert mutant.old in text, f"{mutant.name}: {mutant.old!r} is not in {mutant.file}"
+        changed.write_text(text.replace(mutant.old, mutant.new, 1))
+        return Result(mutant, first_red(copy))
+
+
+def first_red(copy: Path) -> str:
+    """The test that goes red first in a copy of the source tree."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    tests = [f"tests/security/sandbox/test_{name}.py" for name in TESTS]
+    try:
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy / "src")},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "(no end)"
+    red = re.search(r"^(?:FAILED|ERROR) \S*?(\w+)\.py::(\S+)", done.stdout, re.M)
+    if red is not None:
+        return f"{red[1]}: {red[2]}"
+    return "" if done.returncode == 0 else f"(exit code {done.returncode})"
+
+
+TESTS = ("attempts", "privilege", "leaks", "masks", "endings")
+
+
+def main() -> int:
+    """Try those that are named, or all; print the table, and 1 if one survives unexplained."""
+    words = sys.argv[1:]
+    chosen = [m for m in mutants() if not words or any(word in m.name for word in words)]
+    began = time.monotonic()
+    print("| taken away | first test that goes red |\n|---|---|", flush=True)
+    results = []
+    for mutant in chosen:
+        result = attack(mutant)
+        results.append(result)
+        noticed = f"`{result.noticed}`" if result.noticed else "**none**"
+        print(f"| {mutant.name} | {noticed} |", flush=True)
+    killed = sum(bool(result.noticed) for result in results)
+    minutes = (time.monotonic() - began) / 60
+    print(f"\n{killed} of {len(results)} were noticed, in {minutes:.0f} minutes.")
+    return 0 if killed == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
