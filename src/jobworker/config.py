@@ -8,7 +8,8 @@ where a number belongs. Paths that are relative are taken from the file's own di
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from jobworker.model.job import (
     OutputPolicy,
 )
 from jobworker.model.units import parse_duration
+from jobworker.places import default_certificate, default_state_directory
 
 DEFAULT_PORT = 50051
 MEBIBYTE = 1 << 20
@@ -82,6 +84,10 @@ def _path_or_empty(_: object, __: object, value: str) -> None:
         raise ValueError("must be the path of a file, or empty")
 
 
+def _certificate(name: str) -> Callable[[], str]:
+    return partial(default_certificate, name)
+
+
 def _group(_: object, __: object, value: str) -> None:
     if ".." in value.split("/") or "\0" in value:
         raise ValueError(f"must be a path below the cgroup mount without '..', not {value!r}")
@@ -112,7 +118,7 @@ class ServerSettings:
 class WorkerSettings:
     """What jobs get, and where the service keeps what it must remember."""
 
-    state_dir: str = field(default="/var/lib/jobworker", validator=_absolute)
+    state_dir: str = field(factory=default_state_directory, validator=_absolute)
     user: str = "auto"
     default_cpu_limit: int = field(default=100, validator=within(1, MAX_CPU_PERCENT, or_zero=True))
     default_memory_limit: int = field(default=512, validator=within(4, 1 << 30, or_zero=True))
@@ -148,9 +154,9 @@ class WorkerSettings:
 class SecuritySettings:
     """Certificates and TLS."""
 
-    ca_cert: str = field(default="/etc/jobworker/certs/ca-cert.pem", validator=_file)
-    server_cert: str = field(default="/etc/jobworker/certs/server-cert.pem", validator=_file)
-    server_key: str = field(default="/etc/jobworker/certs/server-key.pem", validator=_file)
+    ca_cert: str = field(factory=_certificate("ca-cert.pem"), validator=_file)
+    server_cert: str = field(factory=_certificate("server-cert.pem"), validator=_file)
+    server_key: str = field(factory=_certificate("server-key.pem"), validator=_file)
     min_tls_version: Literal["1.2", "1.3"] = "1.3"
 
 

@@ -8,12 +8,12 @@ import asyncclick as click
 import jobworker
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
-
-DEFAULT_CONFIG = Path("/etc/jobworker/worker.toml")
+from jobworker.places import default_configuration
 
 
 def _default_config() -> Path | None:
-    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    own = default_configuration()
+    return own if own.exists() else None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,7 +27,7 @@ def worker() -> None:
     "--config",
     type=click.Path(path_type=Path),
     default=_default_config,
-    help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
+    help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 async def serve(config: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
@@ -46,7 +46,7 @@ async def serve(config: Path | None) -> None:
     "--config",
     type=click.Path(path_type=Path),
     default=_default_config,
-    help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
+    help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 @click.option("--json", is_flag=True, help="One JSON object, for programs.")
 async def check(config: Path | None, json: bool) -> int:
@@ -93,7 +93,7 @@ def init(directory: Path, hosts: tuple[str, ...]) -> None:
     "--config",
     type=click.Path(path_type=Path),
     default=_default_config,
-    help=f"Configuration file [default: {DEFAULT_CONFIG} where it exists].",
+    help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 @prune_options
 def prune(

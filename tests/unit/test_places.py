@@ -1,0 +1,39 @@
+"""Defaults of places: the host's for root, else by the XDG Base Directory Specification."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobworker import places
+
+
+def test_root_has_the_hosts_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert places.default_state_directory() == "/var/lib/jobworker"
+    assert places.default_configuration() == Path("/etc/jobworker/worker.toml")
+    assert places.default_certificate("ca-cert.pem") == "/etc/jobworker/certs/ca-cert.pem"
+
+
+@pytest.mark.parametrize(
+    ("state_home", "state"),
+    [
+        ("/data/state", "/data/state/jobworker"),
+        ("relative", "/home/alice/.local/state/jobworker"),
+        ("", "/home/alice/.local/state/jobworker"),
+    ],
+)
+def test_a_user_has_its_own(monkeypatch: pytest.MonkeyPatch, state_home: str, state: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("XDG_STATE_HOME", state_home)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/data/config")
+    assert places.default_state_directory() == state
+    assert places.default_certificate("a.pem") == "/data/config/jobworker/certs/a.pem"
+
+
+def test_a_user_without_a_home_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 3_000_000_000)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert places.default_state_directory().startswith("/nonexistent/")
