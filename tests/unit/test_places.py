@@ -33,7 +33,8 @@ def test_a_user_has_its_own(monkeypatch: pytest.MonkeyPatch, state_home: str, st
 
 
 def test_a_user_without_a_home_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 3_000_000_000)
+    for call in ("getuid", "geteuid"):
+        monkeypatch.setattr(os, call, lambda: 3_000_000_000)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     assert places.default_state_directory().startswith("/nonexistent/")
