@@ -53,6 +53,8 @@ need 'command -v ps' procps
 # A test compiles a program of two system calls.
 need 'command -v gcc' gcc
 need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
+# Disks of jobs are formatted by this one; it lies outside of an ordinary user's PATH.
+need 'PATH=$PATH:/usr/sbin:/sbin; command -v mke2fs' e2fsprogs
 # Jobs run the host's own programs; the tests and the demonstration run this one.
 need 'test -x /usr/bin/python3' python3-minimal
 

@@ -41,14 +41,18 @@ LAST_UID = 2_147_352_575
 Controller = Literal["cpu", "memory", "io", "pids"]
 CONTROLLERS: tuple[Controller, ...] = ("cpu", "memory", "io", "pids")
 
+DEFAULT_PROGRAMS = ("/usr", "/var/lib/dpkg", "/var/lib/apt")
 DEFAULT_ETC = tuple(
     (
         "passwd group hosts host.conf gai.conf resolv.conf nsswitch.conf services protocols "
         "networks ld.so.cache ld.so.conf ld.so.conf.d ssl/certs ssl/openssl.cnf "
-        "ca-certificates.conf pki/tls/certs pki/ca-trust/extracted alternatives localtime "
-        "timezone locale.alias locale.conf os-release debian_version login.defs shells profile "
-        "profile.d bash.bashrc inputrc terminfo mime.types magic magic.mime python3 python3.11 "
-        "python3.12 python3.13 perl fonts skel"
+        "ca-certificates ca-certificates.conf pki/tls/certs pki/ca-trust/extracted alternatives "
+        "localtime timezone locale.alias locale.conf os-release debian_version login.defs shells "
+        "profile profile.d bash.bashrc inputrc terminfo mime.types magic magic.mime python3 "
+        "python3.11 python3.12 python3.13 perl fonts skel apt/sources.list apt/sources.list.d "
+        "apt/apt.conf apt/apt.conf.d apt/preferences apt/preferences.d apt/trusted.gpg "
+        "apt/trusted.gpg.d apt/keyrings dpkg debconf.conf adduser.conf deluser.conf "
+        "default/useradd pam.conf pam.d pip.conf xdg/pip gitconfig"
     ).split()
 )
 
@@ -172,12 +176,13 @@ class CgroupSettings:
 class SandboxSettings:
     """What a job sees, and who it is outside."""
 
-    programs: tuple[str, ...] = field(default=("/usr",), validator=_absolute_all)
+    programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_absolute_all)
     etc: tuple[str, ...] = field(default=DEFAULT_ETC, validator=_below_etc)
     first_uid: int = field(default=FIRST_UID, validator=within(100_000, 4_200_000_000))
     spares: int = field(default=2, validator=within(0, 64))
     tmpfs_limit: int = field(default=256, validator=within(1, 1 << 30))
     seccomp_profile: str = field(default="", validator=_path_or_empty)
+    disk_limit: int = field(default=1024, validator=within(16, 1 << 24))
 
 
 @frozen(kw_only=True)

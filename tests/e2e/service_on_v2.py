@@ -143,12 +143,22 @@ def processes(words: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def disks_in(directory: Path) -> list[str]:
+    """The loop devices that are attached to files in a directory, deleted ones included."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # just detached
+            if backing.read_text().startswith(f"{directory}/"):
+                found.append(backing.parts[3])
+    return found
+
+
 def left_behind(directory: Path) -> list[str]:
     """What a service that has ended has left: groups, processes, mounts, the jobs' files."""
     left = [str(group) for group in groups(directory)]
     left += [f"process {pid}" for pid in processes(str(directory))]
     left += ["a mount"] * (str(directory) in Path("/proc/self/mountinfo").read_text())
-    left += [str(path) for path in (directory / "state" / "scratch").iterdir()]
+    left += disks_in(directory)
     return left
 
 
@@ -389,8 +399,8 @@ async def ended_jobs_leave_no_groups(service: Embedded, _: Client) -> str:
         return len(list(top.glob("job-*")))
 
     await until(lambda: scopes() <= 2, "only spares")
-    scratch = service.directory / "state" / "scratch"
-    await until(lambda: len(list(scratch.iterdir())) == scopes(), "scratch of spares only")
+    # One disk each, and that of the skeleton which all share.
+    await until(lambda: len(disks_in(service.directory)) == scopes() + 1, "disks of spares only")
     return f"{scopes()} spares"
 
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,18 @@ def child_of(pid: int) -> int:
     return int(child)
 
 
+def disks_in(directory: Path) -> list[str]:
+    """The loop devices that are attached to files in a directory, deleted ones included."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # just detached
+            if backing.read_text().startswith(f"{directory}/"):
+                found.append(backing.parts[3])
+    return found
+
+
 def left_behind(directory: Path) -> list[str]:
-    """Control groups and processes of a service that has ended."""
+    """Control groups, disks and processes of a service that has ended."""
     name = instance_name(directory / "state")
     left = groups_called(name)
     for process in Path("/proc").glob("[0-9]*"):
@@ -64,6 +74,7 @@ def left_behind(directory: Path) -> list[str]:
             continue
     scratch = directory / "state" / "scratch"
     left.extend(str(path) for path in scratch.iterdir())
+    left.extend(disks_in(directory))
     return left
 
 

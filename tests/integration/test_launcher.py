@@ -23,7 +23,7 @@ from jobworker.sandbox.seccomp import NEEDED_TO_START
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 
-from .conftest import child_of
+from .conftest import child_of, disks_in
 
 HELLO = """
 static long call(long number, long a, long b, long c) {
@@ -50,6 +50,11 @@ void _start(void) {
 """A program that makes two calls, write(2) and exit_group(2)."""
 
 Message = dict[str, object]
+FEW_PROGRAMS = (
+    *("/usr/bin", "/usr/sbin", "/usr/lib64", f"/usr/lib/{os.uname().machine}-linux-gnu"),
+    *map(str, Path("/usr/lib").glob("python3*")),
+)
+"""Enough for these tests, and quicker to go through than all of /usr."""
 
 
 class Service:
@@ -104,12 +109,13 @@ class Service:
         code = self.process.wait(timeout=20)
         assert groups_called(self.policy.instance) == []
         assert os.listdir(self.policy.scratch) == []
+        assert disks_in(Path(self.policy.scratch)) == []
         return code
 
 
 @pytest.fixture
 def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
-    def make(programs: tuple[str, ...] = ("/usr",)) -> Policy:
+    def make(programs: tuple[str, ...] = FEW_PROGRAMS) -> Policy:
         directory = open_directory()
         (directory / "stage").mkdir()
         (directory / "scratch").mkdir()
@@ -126,6 +132,7 @@ def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
             spares=1,
             tmpfs_bytes=16 << 20,
             filters=load_filters(""),
+            disk_bytes=64 << 20,
         )
 
     return make

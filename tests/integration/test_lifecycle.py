@@ -13,7 +13,7 @@ from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.server.setup import instance_name
 
-from .conftest import child_of, left_behind, until
+from .conftest import child_of, disks_in, left_behind, until
 from .wire import Json, Refused, Wire, open_wire
 
 
@@ -269,7 +269,7 @@ async def test_a_thousand_short_jobs_leave_nothing(open_directory: Callable[[], 
                 ),
                 "groups": sum(len(os.listdir(found)) for found in groups_called(own)),
                 "mounts": len(Path(f"/proc/{launcher_pid}/mountinfo").read_text().splitlines()),
-                "scratch": len(os.listdir(directory / "state" / "scratch")),
+                "disks": len(disks_in(directory)),
             }
 
         own = instance_name(directory / "state")

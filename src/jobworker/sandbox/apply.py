@@ -16,10 +16,11 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import bpf, channel, network
+from jobworker.sandbox import bpf, channel, network, root_mounts
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
+from jobworker.sandbox.disk_images import Workshop
 
 STATUS_DESCRIPTOR, USER_NAMESPACE_DESCRIPTOR = 3, 4
 """Where the child keeps its socket to the launcher and its user namespace; close-on-exec."""
@@ -49,6 +50,8 @@ class Means(NamedTuple):
     filters: bpf.Filters
     landlock: int | None
     """The ruleset of `sandbox.landlock`; None where the kernel cannot scope."""
+    workshop: Workshop | None
+    """Where its disk is made; None where it has none of its own."""
 
 
 def apply(steps: Iterable[s.Step], means: Means) -> None:
@@ -101,13 +104,32 @@ def _mount_tmpfs(step: s.MountTmpfs, _: Means) -> None:
     sc.mount("tmpfs", step.path, "tmpfs", _PRIVATE, options)
 
 
+def _map_ids(step: s.MapIds, _: Means) -> None:
+    root_mounts.map_ids(step, USER_NAMESPACE_DESCRIPTOR)
+
+
+def _mount_disk(step: s.MountDisk, means: Means) -> None:
+    assert means.workshop is not None, "only a root of layers has a disk"
+    directory = root_mounts.mount_disk(step, means.workshop)
+    # The launcher keeps the disk mounted until it has told the kernel to forget what is on it.
+    with socket.socket(fileno=os.dup(STATUS_DESCRIPTOR)) as status:
+        channel.send(status, {"disk": True}, [directory])
+    os.close(directory)
+
+
+def _mount_overlay(step: s.MountOverlay, _: Means) -> None:
+    root_mounts.mount_overlay(step)
+
+
+def _mount_devices(step: s.MountDevices, _: Means) -> None:
+    root_mounts.mount_devices(step)
+    null = os.open(f"{step.path}/null", os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, 0)  # what the job reads from is its own, too
+    os.close(null)
+
+
 def _make_scratch(step: s.MakeScratch, _: Means) -> None:
-    os.mkdir(step.directory, 0o700)
-    for name in step.names:
-        path = f"{step.directory}/{name}"
-        os.mkdir(path, 0o700)
-        os.chown(path, step.owner, step.owner)
-        os.chmod(path, 0o1777 if "tmp" in name else 0o755)
+    root_mounts.make_scratch(step)
 
 
 def _bind_scratch(step: s.BindScratch, _: Means) -> None:
@@ -267,6 +289,10 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.MountTmpfs: _mount_tmpfs,
     s.MakeScratch: _make_scratch,
     s.BindScratch: _bind_scratch,
+    s.MapIds: _map_ids,
+    s.MountDisk: _mount_disk,
+    s.MountOverlay: _mount_overlay,
+    s.MountDevices: _mount_devices,
     s.MountDevpts: _mount_devpts,
     s.MountProc: _mount_proc,
     s.MaskPath: _mask_path,

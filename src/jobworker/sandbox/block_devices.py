@@ -1,12 +1,13 @@
 """The host's whole block devices, as an I/O limit needs them.
 
 A limit is set for each device by its number, whole disks only (a partition gives ENODEV). The
-descriptor of /sys/block is kept, so that a disk that was plugged in, or a loop device that was
-set up, after the start is limited too for the jobs that follow.
+descriptor of /sys/block is kept, so that a disk that was plugged in after the start is limited too
+for the jobs that follow.
 
-Memory disks (ram0…) are no storage, and a device without a size (an empty loop device or card
-reader) takes no I/O: both are left out. A device that stands on others (device mapper, md, loop)
-is limited like any, but its bytes are counted a second time below it: `stacked`.
+Memory disks (ram0…) are no storage, a device without a size (an empty card reader) takes no I/O,
+and what a loop device does the kernel does to the disk below in the name of whoever asked for it:
+all three are left out. A device that stands on others (device mapper, md) is limited like any, but
+its bytes are counted a second time below it, as are those of loop devices: `is_counted_below`.
 
 Source: Documentation/ABI/stable/sysfs-block.
 """
@@ -15,6 +16,9 @@ import os
 from typing import NamedTuple
 
 from jobworker.sandbox.cgroup_files import DIRECTORY, GONE, read
+
+_LOOP = "7:"
+"""The major number of loop devices: Documentation/admin-guide/devices.txt."""
 
 
 class Device(NamedTuple):
@@ -33,7 +37,7 @@ def scan(directory: int) -> tuple[Device, ...]:
     """The devices that exist now."""
     devices = []
     for name in sorted(os.listdir(directory)):
-        if name.startswith("ram"):
+        if name.startswith(("ram", "loop")):
             continue
         try:
             if int(read(directory, f"{name}/size")) > 0:
@@ -46,9 +50,12 @@ def scan(directory: int) -> tuple[Device, ...]:
     return tuple(devices)
 
 
+def is_counted_below(number: str, stacked: frozenset[str]) -> bool:
+    """Whether a device's bytes are counted for another one too; `stacked` are those of `scan`."""
+    return number in stacked or number.startswith(_LOOP)
+
+
 def _is_stacked(directory: int, name: str) -> bool:
-    if name.startswith("loop"):
-        return True
     try:
         descriptor = os.open(f"{name}/slaves", DIRECTORY, dir_fd=directory)
     except FileNotFoundError:

@@ -282,10 +282,10 @@ def _has_line(number: str, bps: str, text: str) -> bool:
 
 
 def sum_io(text: str, stacked: frozenset[str]) -> tuple[int, int]:
-    """Bytes read and written from "MAJOR:MINOR Read|Write|… BYTES" lines, `stacked` left out."""
+    """Bytes read and written from "MAJOR:MINOR Read|Write|… BYTES" lines, each counted once."""
     sums = {"Read": 0, "Write": 0}
     for line in text.splitlines():
         row = line.split()
-        if len(row) == 3 and row[1] in sums and row[0] not in stacked:
+        if len(row) == 3 and row[1] in sums and not block_devices.is_counted_below(row[0], stacked):
             sums[row[1]] += int(row[2])
     return sums["Read"], sums["Write"]

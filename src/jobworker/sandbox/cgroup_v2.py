@@ -249,8 +249,12 @@ def _has_device(number: str, bps: str, text: str) -> bool:
 
 
 def sum_io(text: str, stacked: frozenset[str]) -> tuple[int, int]:
-    """Bytes read and written over all devices of io.stat, `stacked` left out."""
-    rows = [row for number, row in keyed(text).items() if number not in stacked]
+    """Bytes read and written over the devices of io.stat, each counted once."""
+    rows = [
+        row
+        for number, row in keyed(text).items()
+        if not block_devices.is_counted_below(number, stacked)
+    ]
     return sum(int(row.get("rbytes", 0)) for row in rows), sum(
         int(row.get("wbytes", 0)) for row in rows
     )

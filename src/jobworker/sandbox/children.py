@@ -13,21 +13,21 @@ import fcntl
 import os
 import socket
 import sys
-from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import bpf, landlock, scratch
+from jobworker.sandbox import bpf, landlock
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
-from jobworker.sandbox.plan import SCRATCH, Order, Slot, prepare
+from jobworker.sandbox.plan import SCRATCH, Order, Sizes, Slot, prepare
+from jobworker.sandbox.stage import ROOT, Stage
+from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
-MAX_SWEEPERS = 4
 PIPE_BYTES = 1 << 20
 """Room for output while nobody reads, such as between two turns of the service."""
 
@@ -50,6 +50,7 @@ class Policy(NamedTuple):
     spares: int
     tmpfs_bytes: int
     filters: bpf.Filters
+    disk_bytes: int
 
 
 class Exit(NamedTuple):
@@ -65,6 +66,8 @@ class Child:
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope
         self.pid = self.pidfd = self.stdout = self.stderr = -1
+        self.disk: int | None = None
+        """The root of its disk, which stays mounted while this is open."""
         self.sock: socket.socket | None = None
         """Open until the program is executed, or the process has ended."""
         self.job: int | None = None
@@ -88,22 +91,20 @@ class Child:
 class Nursery:
     """Makes and clears children; holds the slots."""
 
-    def __init__(self, tree: Tree, policy: Policy, ids: Ids, root: str, scratch_root: str) -> None:
-        self._tree, self._policy, self._ids = tree, policy, ids
-        self._root, self._scratch_root = root, scratch_root
+    def __init__(self, tree: Tree, policy: Policy, ids: Ids, stage: Stage) -> None:
+        self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
+        self.sweepers = Sweepers()
         self._free = list(range(policy.max_jobs + policy.spares))[::-1]
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
         self._landlock = landlock.open_scope()
-        self.sweepers: dict[int, int] = {}
-        """Processes that remove files of ended jobs: pid by pidfd."""
-        self._to_sweep: deque[str] = deque()
 
     @property
     def gaps(self) -> tuple[str, ...]:
         """What this host cannot do for its jobs, in words."""
-        return () if self._landlock is not None else (landlock.GAP,)
+        own = () if self._landlock is not None else (landlock.GAP,)
+        return (*own, *self._stage.gaps)
 
     def has_room(self) -> bool:
         """Whether another child can be made."""
@@ -119,8 +120,7 @@ class Nursery:
         self._made += 1
         index = self._free.pop()
         name = f"job-{self._start}-{self._made}"
-        scratch_path = f"{self._scratch_root}/{name}"
-        slot = Slot(name, self._ids.first_of(index), scratch_path, self._ids.each)
+        slot = Slot(name, self._ids.first_of(index), self._ids.each)
         with contextlib.ExitStack() as undo:
             undo.callback(self._free.append, index)
             child = Child(slot, index, self._tree.create(name))
@@ -147,7 +147,8 @@ class Nursery:
             with far:
                 undo.callback(near.close)
                 near.setblocking(False)
-                steps = prepare(self._root, child.slot, self._policy.tmpfs_bytes, order)
+                sizes = Sizes(self._policy.disk_bytes, self._policy.tmpfs_bytes)
+                steps = prepare(ROOT, self._stage.view, child.slot, sizes, order)
                 _, stdout, stderr = theirs
                 means = Means(
                     child.scope,
@@ -157,6 +158,7 @@ class Nursery:
                     user_namespace,
                     self._policy.filters,
                     self._landlock,
+                    self._stage.workshop,
                 )
                 child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
                 if child.pid == 0:
@@ -176,36 +178,17 @@ class Nursery:
             child.sock.close()
             child.sock = None
         close_all([child.stdout, child.stderr, child.pidfd])
-        if not scratch.remove_if_empty(child.slot.scratch, tuple(SCRATCH)):
-            self._sweep(child.slot.scratch)
+        if child.disk is not None:
+            self.sweepers.discard_disk(child.disk)
+            child.disk = None
+        if self._stage.view.scratch:
+            self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}", tuple(SCRATCH))
         self._free.append(child.index)
 
     def sweep_scratch(self) -> None:
         """Have everything removed that an earlier launcher left on disk."""
-        for name in os.listdir(self._scratch_root):
-            self._sweep(f"{self._scratch_root}/{name}")
-
-    def _sweep(self, path: str) -> None:
-        self._to_sweep.append(path)
-        self._start_sweepers()
-
-    def _start_sweepers(self) -> None:
-        while self._to_sweep and len(self.sweepers) < MAX_SWEEPERS:
-            try:
-                pid, pidfd = sc.clone3(0)
-            except OSError:
-                return  # no process to be had: the next one that ends makes room, or the next start
-            if pid == 0:
-                _remove_and_exit(self._to_sweep[0])
-            self._to_sweep.popleft()
-            self.sweepers[pidfd] = pid
-
-    def reap_sweeper(self, pidfd: int) -> None:
-        """Collect an ended sweeper."""
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
-        del self.sweepers[pidfd]
-        self._start_sweepers()
+        for path in self._stage.left_over():
+            self.sweepers.remove(path, ())
 
 
 def _user_namespace(slot: Slot) -> int:
@@ -219,18 +202,6 @@ def _user_namespace(slot: Slot) -> int:
         raise SandboxError(
             f"cannot make a user namespace: {reason}", data={"step": "enter-user-namespace"}
         ) from error
-
-
-def _remove_and_exit(path: str) -> NoReturn:
-    """In a sweeper: remove a job's files; the next start of the launcher tries again."""
-    try:
-        sc.close_range(3)  # what belongs to others must not be kept open
-        scratch.remove_tree(path)
-    except OSError as error:
-        told = f"launcher: cannot remove {path}: {error}\n"
-        os.write(2, told.encode("utf-8", "replace"))
-    finally:
-        os._exit(0)
 
 
 def name_host(child: Child, name: str) -> None:
@@ -286,6 +257,7 @@ def policy_from(message: Message) -> Policy:
         spares=number("spares"),
         tmpfs_bytes=number("tmpfs_bytes"),
         filters=bpf.filters_from(filters),
+        disk_bytes=number("disk_bytes"),
     )
 
 

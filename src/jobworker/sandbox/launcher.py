@@ -19,7 +19,7 @@ import sys
 from typing import NoReturn
 
 from jobworker.errors import HostUnsupported, JobworkerError
-from jobworker.sandbox import bpf, channel, rootfs
+from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
 from jobworker.sandbox.children import Nursery, Policy, policy_from
@@ -70,7 +70,7 @@ def main(descriptor: int) -> NoReturn:
             ids = Ids(policy.first_uid)
             if ids_beside is not None:
                 ids = split(ids_beside, policy.max_jobs + policy.spares)
-            tree, nursery = _prepare(policy, ids, undo)
+            tree, nursery = _prepare(policy, ids, undo, has_rights=ids_beside is None)
         except JobworkerError as error:
             problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
             channel.send(link, {"error": problem})
@@ -111,7 +111,9 @@ def _become_first_process(link: int) -> None:
     os.close(alive)
 
 
-def _prepare(policy: Policy, ids: Ids, undo: contextlib.ExitStack) -> tuple[Tree, Nursery]:
+def _prepare(
+    policy: Policy, ids: Ids, undo: contextlib.ExitStack, *, has_rights: bool
+) -> tuple[Tree, Nursery]:
     """Do all that comes before the first request; what it made of control groups is undone."""
     _raise_descriptor_limit(policy)
     bpf.try_out(policy.filters)
@@ -124,8 +126,9 @@ def _prepare(policy: Policy, ids: Ids, undo: contextlib.ExitStack) -> tuple[Tree
             f"cannot clear away what an earlier service left in control groups: {error}",
             remedy=f"see what still runs in the groups called {policy.instance}",
         ) from error
-    rootfs.enter(policy.stage, policy.scratch, policy.programs, policy.etc)
-    nursery = Nursery(tree, policy, ids, rootfs.ROOT, rootfs.SCRATCH)
+    shown = (policy.stage, policy.scratch, policy.programs, policy.etc)
+    stage = rootfs.enter(*shown, policy.disk_bytes) if has_rights else plain_root.enter(*shown)
+    nursery = Nursery(tree, policy, ids, stage)
     nursery.sweep_scratch()
     _warm_up(tree)
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)

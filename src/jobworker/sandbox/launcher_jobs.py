@@ -64,7 +64,7 @@ class Jobs:
     @property
     def nothing_left(self) -> bool:
         """Whether no child is left, and nothing that removes files of one."""
-        return not self._children and not self._nursery.sweepers
+        return not self._children and not self._nursery.sweepers.running
 
     def find(self, job: int) -> Child | None:
         """The child that is a job."""
@@ -152,6 +152,8 @@ class Jobs:
         try:
             while (received := _hear(child.sock)) is not None:
                 message, descriptors = received
+                if "disk" in message and child.disk is None and descriptors:
+                    child.disk = descriptors.pop()
                 channel.close_all(descriptors)
                 failure = message.get("failed")
                 if isinstance(failure, dict):
@@ -244,13 +246,13 @@ class Jobs:
             child.job = None
 
     def _watch_sweepers(self) -> None:
-        for pidfd in self._nursery.sweepers:
+        for pidfd in self._nursery.sweepers.running:
             if not self._turns.watches(pidfd):
                 self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)
-        self._nursery.reap_sweeper(pidfd)
+        self._nursery.sweepers.reap(pidfd)
         self._watch_sweepers()
 
 

@@ -27,6 +27,8 @@ from jobworker.sandbox import steps as s
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WORKSPACE = "/workspace"
+DISK = "/disk"
+"""Where a job's own disk is mounted in the launcher's namespace: out of the job's sight."""
 
 ENVIRONMENT = {
     "PATH": PATH,
@@ -39,7 +41,20 @@ ENVIRONMENT = {
 """What every job finds; nothing of the service's or the launcher's own environment."""
 
 SCRATCH = {"tmp": "/tmp", "vartmp": "/var/tmp", "home": "/root", "workspace": WORKSPACE}  # noqa: S108
-"""Directories on disk, private to the job and gone with it, by their place in the root."""
+"""What is writable of a read-only root: directories on disk, by their place."""
+
+DEVICES = (
+    *(("null", 1, 3), ("zero", 1, 5), ("full", 1, 7)),
+    *(("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)),
+)
+"""Character devices that every job has: name, major and minor number, see null(4) and others."""
+DEVICE_LINKS = (
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+)
 
 MASKED = (
     "/proc/acpi",
@@ -82,12 +97,44 @@ RESOURCE_LIMITS = (
 _TTY_GROUP = 5
 
 
+class Layer(NamedTuple):
+    """One overlay of a job's root."""
+
+    at: str
+    """Its place in the root, "" for the root itself; in the order of mounting."""
+    lower: tuple[str, ...]
+    """The read-only directories that it shows, the uppermost first."""
+
+
+class View(NamedTuple):
+    """What jobs' roots are made of, as it stands in the launcher's mount namespace.
+
+    Without layers it is a whole root, read-only and the same for all.
+    """
+
+    null: str
+    """A /dev/null."""
+    mapped: tuple[str, ...] = ()
+    """Mounts whose ids are to be those of the job's range."""
+    layers: tuple[Layer, ...] = ()
+    scratch: str = ""
+    """Where the directories of a read-only root are made."""
+
+
+class Sizes(NamedTuple):
+    """Bounds on what a job may store, in bytes."""
+
+    disk: int
+    """All that it writes below its root, if that has layers."""
+    tmpfs: int
+    """Each of the memory file systems, which the job's memory limit also counts."""
+
+
 class Slot(NamedTuple):
-    """What one live job alone has: its range of ids and its place on disk."""
+    """What one live job alone has: its range of ids."""
 
     name: str
     first_uid: int
-    scratch: str
     ids: int = 65_536
     """How many ids from `first_uid` on are its own."""
 
@@ -107,27 +154,25 @@ class Order(NamedTuple):
 
 
 def prepare(
-    root: str, slot: Slot, tmpfs_bytes: int, order: Order | None = None
+    root: str, view: View, slot: Slot, sizes: Sizes, order: Order | None = None
 ) -> tuple[s.Step, ...]:
     """The steps before the request: the root at `root`, pivoted into, and all rights given up.
 
-    `tmpfs_bytes` bounds each of the memory file systems, which the job's memory limit also
-    counts. `order` is given where the child is made for it and not kept as a spare.
+    `order` is given where the child is made for it and not kept as a spare.
     """
     own_network = order if order is not None and order.network != "host" else None
     owner = slot.first_uid
     return (
         s.AttachScope(),
         s.ScopeSocketsAndSignals(),
-        s.KeepOwnDescriptors(f"{root}/dev/null"),
+        s.KeepOwnDescriptors(view.null),
         *((s.UnshareNetwork(),) if own_network else ()),
         s.UnshareCgroupNamespace(),
         s.NewSession(),
         s.NewKeyring(),
-        s.MakeScratch(slot.scratch, tuple(SCRATCH), owner),
-        *(s.BindScratch(f"{slot.scratch}/{name}", root + at) for name, at in SCRATCH.items()),
-        s.MountTmpfs(f"{root}/run", 0o755, tmpfs_bytes, owner),
-        s.MountTmpfs(f"{root}/dev/shm", 0o1777, tmpfs_bytes, owner),  # noqa: S108
+        *(_layers(root, view, sizes.disk, owner) if view.layers else _scratch(root, view, slot)),
+        s.MountTmpfs(f"{root}/run", 0o755, sizes.tmpfs, owner),
+        s.MountTmpfs(f"{root}/dev/shm", 0o1777, sizes.tmpfs, owner),  # noqa: S108
         s.MountDevpts(f"{root}/dev/pts", owner + min(_TTY_GROUP, slot.ids - 1)),
         s.MountProc(f"{root}/proc"),
         *(s.MaskPath(root + path) for path in MASKED),
@@ -143,6 +188,28 @@ def prepare(
         s.ResetSignals(),
         s.CloseDescriptors(),
         s.FilterSystemCalls(),
+    )
+
+
+def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step, ...]:
+    """A root of the job's own to change."""
+    return (
+        *(s.MapIds(mount) for mount in view.mapped),
+        s.MountDisk(DISK, disk_bytes),
+        *(
+            s.MountOverlay(root + layer.at, layer.lower, f"{DISK}/{number}", owner)
+            for number, layer in enumerate(view.layers)
+        ),
+        s.MountDevices(f"{root}/dev", owner, DEVICES, DEVICE_LINKS, ("pts", "shm")),
+    )
+
+
+def _scratch(root: str, view: View, slot: Slot) -> tuple[s.Step, ...]:
+    """A read-only root with some directories to write to."""
+    own = f"{view.scratch}/{slot.name}"
+    return (
+        s.MakeScratch(own, tuple(SCRATCH), slot.first_uid),
+        *(s.BindScratch(f"{own}/{name}", root + at) for name, at in SCRATCH.items()),
     )
 
 

@@ -45,7 +45,7 @@ class MountTmpfs(NamedTuple):
 
 
 class MakeScratch(NamedTuple):
-    """Make the job's directories on disk, empty and its own."""
+    """Make the job's directories on disk, empty and its own, where its root is read-only."""
 
     directory: str
     names: tuple[str, ...]
@@ -57,6 +57,39 @@ class BindScratch(NamedTuple):
 
     source: str
     path: str
+
+
+class MapIds(NamedTuple):
+    """Show the mount at a path with the ids of the job's range: mount_setattr(2)."""
+
+    path: str
+
+
+class MountDisk(NamedTuple):
+    """Mount a new disk of the job's own, which goes with it: loop(4), ext4(5)."""
+
+    path: str
+    size_bytes: int
+
+
+class MountOverlay(NamedTuple):
+    """Show read-only directories with what the job changes laid over them: overlayfs.rst."""
+
+    path: str
+    lower: tuple[str, ...]
+    disk: str
+    """A directory, not there yet, for what the job changes."""
+    owner: int
+
+
+class MountDevices(NamedTuple):
+    """Mount a /dev of the job's own with the devices that everybody may use: null(4)."""
+
+    path: str
+    owner: int
+    devices: tuple[tuple[str, int, int], ...]
+    links: tuple[tuple[str, str], ...]
+    directories: tuple[str, ...]
 
 
 class MountDevpts(NamedTuple):
@@ -178,6 +211,10 @@ Step = (
     | MountTmpfs
     | MakeScratch
     | BindScratch
+    | MapIds
+    | MountDisk
+    | MountOverlay
+    | MountDevices
     | MountDevpts
     | MountProc
     | MaskPath

@@ -37,7 +37,7 @@ _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 
 # mount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MS_REMOUNT, MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE = 32, 1024, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 # clone(2), namespaces(7)
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
@@ -46,6 +46,7 @@ CLONE_NEWNET = 0x40000000
 _CLONE_PIDFD, _CLONE_INTO_CGROUP = 0x1000, 1 << 33
 # mount_setattr(2)
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
+_MOUNT_ATTR_IDMAP = 0x100000
 # prctl(2)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
@@ -147,9 +148,12 @@ class _MountAttributes(ctypes.Structure):
     _fields_ = [(n, ctypes.c_uint64) for n in ("attr_set", "attr_clr", "propagation", "userns_fd")]
 
 
-def open_tree_clone(path: str) -> int:
-    """A detached copy of the mounts at and below `path`: open_tree(2); the caller closes it."""
-    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE)
+def open_tree_clone(path: str, *, recursive: bool = True) -> int:
+    """A detached copy of the mount at `path`: open_tree(2); the caller closes it.
+
+    `recursive` copies the mounts below it too.
+    """
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0))
     return _check(
         _libc.syscall(ctypes.c_long(_OPEN_TREE), ctypes.c_int(_AT_FDCWD), _bytes(path), flags)
     )
@@ -157,9 +161,21 @@ def open_tree_clone(path: str) -> int:
 
 def mount_setattr(tree: int, attributes: int) -> None:
     """Set `attributes` on the mount `tree` and all below it: mount_setattr(2)."""
-    wanted = _MountAttributes(attr_set=attributes)
-    flags = ctypes.c_uint(_AT_EMPTY_PATH | _AT_RECURSIVE)
-    size = ctypes.c_size_t(ctypes.sizeof(wanted))
+    _set_mount_attributes(tree, _MountAttributes(attr_set=attributes), _AT_RECURSIVE)
+
+
+def map_mount(tree: int, user_namespace: int) -> None:
+    """Show the detached mount `tree` with the ids of a user namespace: mount_setattr(2).
+
+    Raises OSError: EINVAL where the file system cannot do it, or it is mapped already.
+    """
+    _set_mount_attributes(
+        tree, _MountAttributes(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=user_namespace), 0
+    )
+
+
+def _set_mount_attributes(tree: int, wanted: _MountAttributes, depth: int) -> None:
+    flags, size = ctypes.c_uint(_AT_EMPTY_PATH | depth), ctypes.c_size_t(ctypes.sizeof(wanted))
     number = ctypes.c_long(_MOUNT_SETATTR)
     _check(_libc.syscall(number, ctypes.c_int(tree), b"", flags, ctypes.byref(wanted), size))
 

@@ -129,6 +129,7 @@ def policy_for(settings: Settings, state: Path) -> Policy:
         spares=min(sandbox.spares, worker.max_concurrent_jobs),
         tmpfs_bytes=sandbox.tmpfs_limit * MEBIBYTE,
         filters=load_filters(sandbox.seccomp_profile),
+        disk_bytes=sandbox.disk_limit * MEBIBYTE,
     )
 
 

@@ -12,7 +12,8 @@ from .conftest import Outcomes
 
 assert attempts_calls, attempts_files  # they fill the table of attempts
 
-REFUSED = {"EPERM", "EACCES", "ENOENT", "ESRCH", "ENXIO", "EROFS", "masked"}
+REFUSED = {"EPERM", "EACCES", "ENOENT", "ESRCH", "ENXIO", "EROFS", "masked", "ENOTSUP"}
+"""The last one by the overlay, which has no handles of files to give."""
 DENIED = {"EPERM", "ENOSYS"}
 
 BY_THE_FILTER_ALONE = {

@@ -25,6 +25,7 @@ policies = st.builds(
     spares=st.integers(0, 64),
     tmpfs_bytes=st.integers(1, 1 << 50),
     filters=st.builds(Filters, listed=programs, quiet=programs, log=st.booleans()),
+    disk_bytes=st.integers(1, 1 << 50),
 )
 
 
@@ -43,5 +44,7 @@ def test_policy_arrives_as_it_was_sent(policy: Policy) -> None:
 
 def test_policy_tells_every_field() -> None:
     filters = Filters(bytes(8), bytes(8), True)
-    policy = Policy("i", "/s", "/c", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1, filters)
+    policy = Policy(
+        "i", "/", "/", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1, filters, 1
+    )
     assert set(policy_message(policy)) == set(Policy._fields)

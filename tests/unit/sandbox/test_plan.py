@@ -6,20 +6,28 @@ from hypothesis import strategies as st
 
 from jobworker.sandbox import plan
 from jobworker.sandbox import steps as s
-from jobworker.sandbox.plan import Order, Slot, finish, prepare
+from jobworker.sandbox.plan import Layer, Order, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.requests import NETWORKS
 
 from ..strategies import examples, texts, variables
 
 ROOT = "/jobs-root"
 MOUNTS = (
-    *(s.MountTmpfs, s.BindScratch, s.MountDevpts, s.MountProc, s.MaskPath, s.ReadOnlyPath),
-    s.KeepOwnDescriptors,  # it opens the root's /dev/null
+    *(s.MountTmpfs, s.MountDisk, s.MountOverlay, s.MountDevices, s.MountDevpts, s.MountProc),
+    *(s.MapIds, s.BindScratch, s.MaskPath, s.ReadOnlyPath),
+    s.KeepOwnDescriptors,  # it opens a /dev/null of the launcher's
 )
+VIEW = View(
+    "/dev/null",
+    ("/base", "/layers/0"),
+    (Layer("", ("/base/root",)), Layer("/usr", ("/base/mask", "/layers/0"))),
+)
+READ_ONLY_VIEW = View(f"{ROOT}/dev/null", scratch="/scratch")
+SIZES = Sizes(disk=54_321, tmpfs=12_345)
 
 CHANGES_OF_USER = (s.EnterUserNamespace, s.SetUser)
 
-slots = st.builds(Slot, name=texts, first_uid=st.integers(100_000, 1 << 31), scratch=texts)
+slots = st.builds(Slot, name=texts, first_uid=st.integers(100_000, 1 << 31))
 orders = st.builds(
     Order,
     hostname=texts,
@@ -33,7 +41,7 @@ orders = st.builds(
 
 
 def whole(slot: Slot, order: Order) -> list[s.Step]:
-    return [*prepare(ROOT, slot, 1 << 20, order), *finish(order)]
+    return [*prepare(ROOT, VIEW, slot, SIZES, order), *finish(order)]
 
 
 def place(steps: list[s.Step], kind: type) -> int:
@@ -115,7 +123,9 @@ def test_network_and_user_are_changed_where_the_right_to_is_still_there(
 ) -> None:
     steps = whole(slot, order)
     user_namespace = place(steps, s.EnterUserNamespace)
-    assert not any(isinstance(step, s.UnshareNetwork) for step in prepare(ROOT, slot, 1)), "spares"
+    assert not any(
+        isinstance(step, s.UnshareNetwork) for step in prepare(ROOT, VIEW, slot, SIZES)
+    ), "spares"
     if order.network != "host":
         # A network namespace belongs to the user namespace that makes it: never to the job's.
         assert place(steps, s.UnshareNetwork) < place(steps, s.PivotRoot) < user_namespace
@@ -132,7 +142,7 @@ def test_nothing_of_our_own_environment_reaches_the_job(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "/secret-canary")
     monkeypatch.setenv("LD_PRELOAD", "secret-canary.so")
     order = Order("job-1", ("env",), {}, "")
-    steps = whole(Slot("job-1", 100_000, "/scratch/job-1"), order)
+    steps = whole(Slot("job-1", 100_000), order)
     assert "canary" not in repr(steps)
     assert set(dict(steps[-1].environment)) == set(plan.ENVIRONMENT)  # type: ignore[union-attr]
 
@@ -151,10 +161,34 @@ def test_program_gets_its_arguments_and_directory_as_asked() -> None:
 
 
 def test_everything_writable_belongs_to_the_job_and_is_bounded() -> None:
-    steps = prepare(ROOT, Slot("job-1", 100_000, "/scratch/job-1"), 12_345)
+    steps = prepare(ROOT, VIEW, Slot("job-1", 100_000), SIZES)
     for step in steps:
         if isinstance(step, s.MountTmpfs):
             assert (step.owner, step.size_bytes) == (100_000, 12_345)
+        if isinstance(step, s.MountDisk):
+            assert (step.path, step.size_bytes) == (plan.DISK, 54_321)
+        if isinstance(step, s.MountOverlay):
+            assert step.owner == 100_000
+            assert step.disk.startswith(f"{plan.DISK}/")
+    disks = [step.disk for step in steps if isinstance(step, s.MountOverlay)]
+    assert len(set(disks)) == len(disks) == 2
+
+
+def test_layers_have_the_ids_of_the_job_before_they_are_shown() -> None:
+    steps = list(prepare(ROOT, VIEW, Slot("job-1", 100_000), SIZES))
+    overlays = [index for index, step in enumerate(steps) if isinstance(step, s.MountOverlay)]
+    mapped = [step.path for step in steps[: min(overlays)] if isinstance(step, s.MapIds)]
+    for step in steps:
+        if isinstance(step, s.MountOverlay):
+            for lower in step.lower:
+                assert any(f"{lower}/".startswith(f"{path}/") for path in mapped)
+    assert [steps[index].path for index in overlays] == [ROOT, f"{ROOT}/usr"]  # type: ignore[union-attr]
+
+
+def test_read_only_root_has_directories_of_the_jobs_own() -> None:
+    steps = prepare(ROOT, READ_ONLY_VIEW, Slot("job-1", 100_000), SIZES)
+    for step in steps:
+        assert not isinstance(step, s.MountOverlay | s.MountDisk | s.MapIds)
         if isinstance(step, s.BindScratch):
             assert step.source.startswith("/scratch/job-1/")
         if isinstance(step, s.MakeScratch):
@@ -164,7 +198,7 @@ def test_everything_writable_belongs_to_the_job_and_is_bounded() -> None:
 
 
 def test_what_tells_of_the_host_or_changes_it_is_covered() -> None:
-    steps = prepare(ROOT, Slot("job-1", 100_000, "/scratch/job-1"), 1 << 20)
+    steps = prepare(ROOT, VIEW, Slot("job-1", 100_000), SIZES)
     for path in ("kcore", "keys", "kmsg", "kallsyms", "sysrq-trigger", "timer_list", "acpi"):
         assert s.MaskPath(f"{ROOT}/proc/{path}") in steps
     for path in ("sys", "bus", "fs", "irq"):
@@ -178,7 +212,7 @@ def test_capabilities_that_reach_beyond_the_job_are_not_kept() -> None:
     # capabilities(7): SYS_MODULE 16, SYS_RAWIO 17, SYS_PTRACE 19, SYS_ADMIN 21, SYS_BOOT 22,
     # SYS_TIME 25, MKNOD 27, NET_ADMIN 12, NET_RAW 13, SYSLOG 34, BPF 39, PERFMON 38, DAC_READ 2
     reaching = {2, 12, 13, 16, 17, 19, 21, 22, 25, 27, 34, 38, 39}
-    steps = prepare(ROOT, Slot("job-1", 100_000, "/scratch/job-1"), 1 << 20)
+    steps = prepare(ROOT, VIEW, Slot("job-1", 100_000), SIZES)
     (drop,) = [step for step in steps if "keep" in dir(step)]
     assert drop == s.DropCapabilities(plan.KEPT_CAPABILITIES)
     assert not plan.KEPT_CAPABILITIES & reaching

@@ -7,8 +7,10 @@ import pytest
 
 from jobworker.sandbox import steps as s
 from jobworker.sandbox.apply import _APPLY, StepFailed, _subject
-from jobworker.sandbox.plan import Order, Slot, finish, prepare
+from jobworker.sandbox.plan import Layer, Order, Sizes, Slot, View, finish, prepare
 
+VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),))
+READ_ONLY = View("/root/dev/null", scratch="/scratch")
 KINDS: tuple[type, ...] = get_args(s.Step)
 
 
@@ -29,7 +31,8 @@ def test_every_kind_of_step_stands_in_the_union() -> None:
 def test_every_kind_of_step_is_in_the_plan() -> None:
     order = Order("h", ("a",), {}, "", network="none", uid=1, gid=1)
     steps = [
-        *prepare("/root", Slot("job-1", 100_000, "/scratch"), 1, order),
+        *prepare("/root", VIEW, Slot("job-1", 100_000), Sizes(1, 1), order),
+        *prepare("/root", READ_ONLY, Slot("job-1", 100_000), Sizes(1, 1)),
         *finish(order),
     ]
     assert {type(step) for step in steps} == set(KINDS)

@@ -1,4 +1,4 @@
-"""The jobs' root: of the host's /etc, only what is allowed and what everyone may read."""
+"""The snapshot of /etc: only what is allowed, and of that only what everyone may read."""
 
 import os
 import shutil
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.errors import HostUnsupported
-from jobworker.sandbox import rootfs
-from jobworker.sandbox.rootfs import program_trees, snapshot_etc
+from jobworker.sandbox import etc_snapshot
+from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def put(path: Path, content: str = "x", mode: int = 0o644) -> Path:
     return path
 
 
-def shown(host: Path, *names: str) -> dict[str, rootfs._Entry]:
+def shown(host: Path, *names: str) -> dict[str, Entry]:
     """The entries of the snapshot by their path below etc."""
     base = str(host / "etc")
     entries = snapshot_etc(names, base)
@@ -133,22 +132,25 @@ def test_special_and_very_large_files_are_passed_over(host: Path) -> None:
     os.mkfifo(host / "etc/fifo")  # to read it would block for ever
     (host / "etc/fifo").chmod(0o644)
     large = put(host / "etc/large")
-    os.truncate(large, rootfs._MAX_ETC_FILE_BYTES + 1)
+    os.truncate(large, etc_snapshot._MAX_FILE_BYTES + 1)
     put(host / "etc/link-target")
     (host / "etc/device").symlink_to("/dev/zero")
     assert shown(host, "fifo", "large", "device") == {}
 
 
 @pytest.mark.parametrize(
-    ("mode", "kept"), [(0o644, 0o444), (0o755, 0o555), (0o4755, 0o555), (0o2755, 0o555)]
+    ("mode", "kept"),
+    [(0o444, 0o644), (0o644, 0o644), (0o755, 0o755), (0o4755, 0o755), (0o2777, 0o755)],
 )
-def test_copies_are_read_only_and_set_no_ids(host: Path, mode: int, kept: int) -> None:
+def test_copies_are_for_their_owner_to_change_and_set_no_ids(
+    host: Path, mode: int, kept: int
+) -> None:
     put(host / "etc/profile", mode=mode)
     assert shown(host, "profile")["profile"].mode == kept
 
 
 def test_number_of_entries_is_bounded(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rootfs, "_MAX_ETC_ENTRIES", 3)
+    monkeypatch.setattr(etc_snapshot, "_MAX_ENTRIES", 3)
     for number in range(10):
         put(host / f"etc/many/{number}")
     assert len(shown(host, "many")) == 3
@@ -164,39 +166,3 @@ def test_secrets_of_this_host_are_never_in_the_default_snapshot() -> None:
     for entry in entries:
         if entry.content is not None:
             assert os.stat(entry.path).st_mode & stat.S_IROTH
-
-
-# --- programs -------------------------------------------------------------------------------
-
-
-def test_program_directories_that_exist_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "programs").mkdir()
-    (tmp_path / "file").write_text("x")
-    wanted = [f"{tmp_path}/{name}" for name in ("programs", "absent", "file")]
-    trees, _ = program_trees(wanted)
-    assert trees[0] == f"{tmp_path}/programs"
-    assert not {wanted[1], wanted[2]} & set(trees)
-
-
-def test_top_level_links_of_a_merged_host_stay_links_and_directories_come_along() -> None:
-    trees, links = program_trees(["/usr"])
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            assert links[name] == os.readlink(path)
-            assert str(path) not in trees
-        else:
-            assert name not in links
-            assert (str(path) in trees) == path.is_dir()
-    assert trees[0] == "/usr"
-    assert len(set(trees)) == len(trees)
-
-
-@pytest.mark.skipif(
-    any(Path("/", name).is_dir() and not Path("/", name).is_symlink() for name in rootfs._MERGED),
-    reason="needs a host with a merged /usr",
-)
-def test_no_program_directory_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HostUnsupported, match=r"none of .*/absent is a directory") as caught:
-        program_trees([f"{tmp_path}/absent"])
-    assert "sandbox.programs" in caught.value.remedy

@@ -1,0 +1,210 @@
+"""Disks in files: an ext4 file system of a fixed size, attached through a loop device.
+
+What a job writes is bounded by the size of its file system, bytes and inodes alike, on any host
+with loop devices and ext4: no quota has to be switched on, and what fills up is the job's own.
+The image is a sparse file without a name: it takes what is written to it, and the kernel frees
+it, device and all, once the last mount of it is gone, whoever was killed before.
+
+An image is made in a millisecond: of an empty file system all but some blocks are zeros, so those
+few (`Blank`) are kept from one that mke2fs(8) formatted, and written to each new file. There is no
+journal, since nothing of it outlives a crash of the host.
+
+The loop device does direct I/O. Nothing is cached twice, and the kernel charges what the device
+does to the control group of whoever caused it, so that I/O limits on the disk below hold.
+
+Standard library only. Sources: loop(4), ext4(5), mke2fs(8), Documentation/filesystems/ext4.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from typing import NamedTuple, NoReturn
+
+from jobworker.sandbox import syscalls as sc
+
+BLOCK = 4096
+MIN_BYTES = 16 << 20
+_MKE2FS = "mke2fs"
+_FEATURES = (
+    "none,64bit,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,"
+    "large_file,metadata_csum,sparse_super"
+)
+_BYTES_PER_INODE = 8192
+_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
+
+_LOOP_CONFIGURE, _LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C0A, 0x4C05, 0x4C82
+_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 1, 4, 16
+# struct loop_info64: device, inode, rdevice, offset, sizelimit, number, encrypt_type,
+# encrypt_key_size, flags, file name, crypt name, encrypt key, init
+_LOOP_INFO = struct.Struct("=5Q4I64s64s32s2Q")
+_EXT4_IOC_SHUTDOWN = 0x8004587D
+_WITHOUT_FLUSHING = struct.pack("=I", 2)
+_ATTEMPTS = 64
+_OPTIONS = "noinit_itable,nobarrier,noauto_da_alloc,errors=continue"
+
+
+class Blank(NamedTuple):
+    """An empty file system: its size, and its blocks that are not zero, by their offset."""
+
+    size: int
+    blocks: tuple[tuple[int, bytes], ...]
+
+
+class Workshop(NamedTuple):
+    """Where images are made, and by what."""
+
+    directory: str
+    blanks: Mapping[int, Blank]
+    """Those that stand ready, by size; others are formatted when they are asked for."""
+    root: str
+    """Where mke2fs runs: "" is the root of this process."""
+    programs: tuple[tuple[str, str], ...]
+    """Directories to be shown there, by their place."""
+
+
+def rounded(size: int) -> int:
+    """The size of a file system of about `size` bytes: whole blocks, at least `MIN_BYTES`."""
+    return max(size, MIN_BYTES) // BLOCK * BLOCK
+
+
+def make_blank(workshop: Workshop, size: int) -> Blank:
+    """Format an empty file system and keep its blocks. Raises OSError."""
+    image = create(workshop, size)
+    try:
+        blocks: list[tuple[int, bytes]] = []
+        offset = 0
+        while True:
+            try:
+                start = os.lseek(image, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # there is no more data
+                    raise
+                return Blank(size, tuple(blocks))
+            offset = os.lseek(image, start, os.SEEK_HOLE)
+            for at in range(start // BLOCK * BLOCK, offset, BLOCK):
+                block = os.pread(image, BLOCK, at)
+                if any(block):
+                    blocks.append((at, block))
+    finally:
+        os.close(image)
+
+
+def create(workshop: Workshop, size: int) -> int:
+    """A new image without a name, of `size` bytes, formatted: its descriptor.
+
+    Raises OSError: ENOSPC where the disk below could not hold it.
+    """
+    image = os.open(workshop.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        disk = os.fstatvfs(image)
+        if disk.f_bavail * disk.f_frsize < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the service's state directory")
+        os.ftruncate(image, size)
+        blank = workshop.blanks.get(size)
+        if blank is None:
+            _format(image, size, workshop)
+        else:
+            for offset, block in blank.blocks:
+                os.pwrite(image, block, offset)
+    except BaseException:
+        os.close(image)
+        raise
+    return image
+
+
+def _format(image: int, size: int, workshop: Workshop) -> None:
+    pid, pidfd = sc.clone3(0)
+    if pid == 0:
+        _become_mke2fs(image, size, workshop)
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    finally:
+        os.close(pidfd)
+    if info is None or (info.si_code, info.si_status) != (os.CLD_EXITED, 0):
+        if info is not None and info.si_status == 127:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), "mke2fs (e2fsprogs)")
+        raise OSError(errno.EIO, "it failed", "mke2fs")
+
+
+def _become_mke2fs(image: int, size: int, workshop: Workshop) -> NoReturn:
+    try:
+        if workshop.root:
+            sc.unshare(sc.CLONE_NEWNS)
+            for source, at in (*workshop.programs, ("/proc", "/proc")):
+                sc.mount(source, workshop.root + at, None, sc.MS_BIND)
+            os.chroot(workshop.root)
+        os.chdir("/")
+        program = shutil.which(_MKE2FS, path=_PATH)
+        for stream in (1, 2):  # which may be a job's by now
+            os.dup2(0, stream)
+        os.set_inheritable(image, True)
+        options = ["-q", "-F", "-t", "ext4", "-O", _FEATURES, "-b", str(BLOCK), "-I", "256"]
+        options += ["-i", str(_BYTES_PER_INODE), "-m", "0"]
+        options += ["-E", "lazy_itable_init=1,nodiscard"]
+        name = f"/proc/self/fd/{image}"
+        if program is not None:
+            arguments = [_MKE2FS, *options, name, f"{size >> 10}k"]
+            os.execve(program, arguments, {"PATH": _PATH})  # noqa: S606
+    finally:
+        os._exit(127)
+
+
+def attach(image: int, *, read_only: bool = False) -> tuple[int, str]:
+    """Put a free loop device before an image: its descriptor and its path below /dev.
+
+    The device goes when the last descriptor and mount of it does. Raises OSError; ENOTSUP where
+    the file system that holds the image does no direct I/O.
+    """
+    flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (_LO_FLAGS_READ_ONLY if read_only else 0)
+    info = _LOOP_INFO.pack(*[0] * 8, flags, b"", b"", b"", 0, 0)
+    request = struct.pack("=2I", image, BLOCK) + info + bytes(64)
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for _ in range(_ATTEMPTS):
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            path = f"/dev/loop{number}"
+            device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, request)
+                _check_direct(device)
+            except OSError as error:
+                os.close(device)
+                if error.errno != errno.EBUSY:  # somebody else was quicker
+                    raise
+            else:
+                return device, path
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "/dev/loop-control")
+    finally:
+        os.close(control)
+
+
+def _check_direct(device: int) -> None:
+    told = bytearray(_LOOP_INFO.size)
+    fcntl.ioctl(device, _LOOP_GET_STATUS64, told)
+    if not _LOOP_INFO.unpack(told)[8] & _LO_FLAGS_DIRECT_IO:
+        reason = "no direct I/O there"
+        raise OSError(errno.EOPNOTSUPP, reason, "the service's state directory")
+
+
+def mount_image(image: int, target: str) -> None:
+    """Mount an image at `target`, by a loop device of its own; it goes with the mount."""
+    device, path = attach(image)
+    try:
+        sc.mount(path, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOATIME, _OPTIONS)
+    finally:
+        os.close(device)
+
+
+def discard(directory: int) -> None:
+    """Let go of a file system that nothing is to be kept of, by a descriptor of its root.
+
+    Unmounting would write out first what is still in memory; shutting it down makes that
+    unnecessary. May take long. Raises OSError.
+    """
+    try:
+        fcntl.ioctl(directory, _EXT4_IOC_SHUTDOWN, _WITHOUT_FLUSHING)
+    finally:
+        os.close(directory)
