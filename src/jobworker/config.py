@@ -92,6 +92,13 @@ def _certificate(name: str) -> Callable[[], str]:
     return partial(default_certificate, name)
 
 
+def _socket(_: object, __: object, value: str) -> None:
+    if value:
+        _absolute(None, None, value)
+        if len(os.fsencode(value)) > 107:
+            raise ValueError("is longer than 107 bytes, which no socket's path may be (unix(7))")
+
+
 def _group(_: object, __: object, value: str) -> None:
     if ".." in value.split("/") or "\0" in value:
         raise ValueError(f"must be a path below the cgroup mount without '..', not {value!r}")
@@ -141,6 +148,7 @@ class WorkerSettings:
     keep_output_jobs: int = field(default=10_000, validator=within(1, 1 << 30, or_zero=True))
     job_timeout: str = field(default="1h", validator=_duration)
     stop_grace: str = field(default="5s", validator=_duration)
+    jobs_on_exit: Literal["auto", "leave", "stop"] = "auto"
 
     @property
     def default_limits(self) -> Limits:
@@ -186,6 +194,13 @@ class SandboxSettings:
 
 
 @frozen(kw_only=True)
+class LauncherSettings:
+    """The process that starts jobs."""
+
+    socket: str = field(default="", validator=_socket)
+
+
+@frozen(kw_only=True)
 class LoggingSettings:
     """What is logged, and how."""
 
@@ -202,6 +217,7 @@ class Settings:
     security: SecuritySettings = SecuritySettings()
     cgroup: CgroupSettings = CgroupSettings()
     sandbox: SandboxSettings = SandboxSettings()
+    launcher: LauncherSettings = LauncherSettings()
     logging: LoggingSettings = LoggingSettings()
     roles: Mapping[str, RoleSettings] = field(factory=dict, validator=check_names)
 
@@ -232,6 +248,17 @@ def load(path: Path) -> Settings:
             data={"faults": list(faults)},
         )
     return settings
+
+
+def with_launcher_socket(settings: Settings, path: Path) -> Settings:
+    """The settings with another launcher.socket; raises ConfigError."""
+    try:
+        launcher = LauncherSettings(socket=os.path.abspath(path))
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot use the launcher's socket {path}: it {error}", remedy="give another path"
+        ) from None
+    return evolve(settings, launcher=launcher)
 
 
 def _with_absolute_paths(settings: Settings, base: Path) -> Settings:

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import asyncclick as click
 
@@ -9,6 +10,9 @@ import jobworker
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
 from jobworker.places import default_configuration
+
+if TYPE_CHECKING:
+    from jobworker.config import Settings
 
 
 def _default_config() -> Path | None:
@@ -29,16 +33,53 @@ def worker() -> None:
     default=_default_config,
     help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
-async def serve(config: Path | None) -> None:
+@click.option(
+    "--launcher-socket",
+    type=click.Path(path_type=Path),
+    help="Where a launcher listens that outlives the service [default: launcher.socket].",
+)
+async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
-    from jobworker.config import Settings, load
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare
 
-    settings = Settings() if config is None else load(config)
+    settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
     await serve_until_signal(prepare(settings))
+
+
+@worker.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=_default_config,
+    help=f"Configuration file [default: {default_configuration()} where it exists].",
+)
+@click.option(
+    "--socket",
+    "launcher_socket",
+    type=click.Path(path_type=Path),
+    help="Where to listen [default: launcher.socket of the configuration].",
+)
+async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
+    """Start jobs for services that come and go, and keep the jobs meanwhile, until SIGTERM.
+
+    A service uses it where its configuration names the socket (launcher.socket). Both read the same
+    configuration.
+    """
+    from jobworker.server.launcher_start import become_launcher
+
+    become_launcher(_settings(config, launcher_socket))
+
+
+def _settings(config: Path | None, launcher_socket: Path | None) -> "Settings":
+    from jobworker.config import Settings, load, with_launcher_socket
+
+    settings = Settings() if config is None else load(config)
+    if launcher_socket is not None:
+        settings = with_launcher_socket(settings, launcher_socket)
+    return settings
 
 
 @worker.command()

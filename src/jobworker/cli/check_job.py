@@ -18,7 +18,8 @@ from jobworker.config import Settings
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.model.job import JobId
 from jobworker.sandbox.cgroups import Limits
-from jobworker.sandbox.launch import Link, open_link, start_launcher
+from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.link import Link, open_link
 from jobworker.sandbox.plan import Order
 from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB

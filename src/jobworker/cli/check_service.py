@@ -19,7 +19,7 @@ from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.seccomp_filter import load_filters
-from jobworker.server.setup import listen, service_ids
+from jobworker.server.setup import bind, listen, service_ids
 
 GROUP = "service"
 WARN_DAYS = 30
@@ -121,8 +121,12 @@ def _port(settings: Settings, *, running: bool) -> str:
     server = settings.server
     if running and server.port:
         return f"{server.address}:{server.port}, left to the service that runs"
-    for listener in listen(server.address, server.port):
-        listener.close()
+    listeners = bind(server.address, server.port)
+    try:
+        listen(listeners)
+    finally:
+        for listener in listeners:
+            listener.close()
     return f"{server.address}:{server.port}, free"
 
 

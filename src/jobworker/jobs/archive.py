@@ -18,6 +18,7 @@ from attrs import define, evolve, field
 from jobworker.errors import JobworkerError, NotFound
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.history import History
+from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
@@ -59,6 +60,11 @@ class Archive:
         await self._in_thread(self._kept.load)
         self._budget.count(sum(kept.size for kept in self._kept.all.values()))
         await self.prune()
+
+    def count_live(self, spool: Spool) -> None:
+        """Count what a job that goes on has written under an earlier service."""
+        records = spool.statistics().records
+        self._budget.count(spool.written_bytes + records * RECORD.size)
 
     async def serve(self) -> None:
         """Apply the policy whenever that may change something; never returns."""

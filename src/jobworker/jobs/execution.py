@@ -4,7 +4,7 @@
                         ├ deadline   the time-out asks for a stop
                         ├ stopper    signal, grace period, kill
                         └ exit wait  the launcher's word, at which the others end
-            ─► drain ─► seal ─► remove the scope ─► record
+            ─► drain ─► seal ─► record ─► remove the scope
 
 Requests never run in here: they ask (`request_stop`) and wait for events. So a client that
 goes away, or a request that is cancelled, changes nothing about a job. Each step of the end runs
@@ -16,7 +16,7 @@ import math
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import trio
 from attrs import define, evolve, field, frozen
@@ -28,12 +28,14 @@ from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobRecord, Limits, OutputCut, OutputPolicy, Stream, Usage
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.sandbox import cgroups
-from jobworker.sandbox.launch import Exit, Link, Started
+from jobworker.sandbox.launch import Exit
+from jobworker.sandbox.link import Exits, Link, Started
 from jobworker.sandbox.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 
 MAX_PENDING_SIGNALS = 64
+RECORD_AGAIN_SECONDS = 1.0
 
 Clock = Callable[[], datetime]
 
@@ -67,6 +69,8 @@ class Execution:
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
+    over: trio.Event = field(factory=trio.Event, init=False)
+    """Set once this task has nothing more to do with the job: it has ended, or was left."""
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
@@ -74,6 +78,9 @@ class Execution:
     _timed_out: bool = field(default=False, init=False)
     _stopped_for_output: bool = field(default=False, init=False)
     _exited: bool = field(default=False, init=False)
+    _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
+    _company: trio.CancelScope = field(factory=trio.CancelScope, init=False)
+    _stop_asked: trio.Event = field(factory=trio.Event, init=False)
     _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
     _asked: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
@@ -91,8 +98,24 @@ class Execution:
 
         May be called again; the earliest deadline counts, and each signal is delivered.
         """
+        if self.ended.is_set():
+            return
         self._stopping = True
+        if self.record.stop_requested_at is None:
+            self.record = evolve(self.record, stop_requested_at=self._clock())
+        self._stop_asked.set()
         self._ask_to_end(number, grace_seconds)
+
+    def inherit(self, started: Started, exits: Exits) -> None:
+        """Go on with a job that an earlier service has started: before `run`."""
+        self._inherited = (started, exits)
+        if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
+            self.request_stop(signal.SIGTERM, None)
+
+    def leave(self) -> None:
+        """Let go of a job that runs; one that is being stopped is seen to its end."""
+        if not (self._stopping or self._timed_out or self._stopped_for_output):
+            self._company.cancel()
 
     def _ask_to_end(self, number: signal.Signals, grace_seconds: float | None) -> None:
         grace = self._rules.stop_grace_seconds if grace_seconds is None else grace_seconds
@@ -112,24 +135,42 @@ class Execution:
 
     async def run(self) -> None:
         """Run the job to its end. Raises nothing that belongs to this one job."""
-        self.record = self._advanced(Event.ADMIT)
-        try:
-            started, exits = await self._link.spawn(self.record.id, self._order(), self._limits())
-        except JobworkerError as error:
-            await self._end_unstarted(error)
+        begun = await self._begin()
+        if begun is None:
             return
-        self.record = self._advanced(Event.START, started_at=self._clock())
+        started, exits = begun
         self.decided.set()
         ending: Exit | None = None
-        async with self._output(started), trio.open_nursery() as nursery:
-            nursery.start_soon(self.store)
-            nursery.start_soon(self._deadline)
-            nursery.start_soon(self._stopper)
-            with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
-                ending = await exits.receive()
-            self._exited = True
-            nursery.cancel_scope.cancel()
-        await self._finish(ending)
+        with self._company:
+            async with self._output(started), trio.open_nursery() as nursery:
+                nursery.start_soon(self.store)
+                nursery.start_soon(self._deadline, started.age_seconds)
+                nursery.start_soon(self._stopper)
+                nursery.start_soon(self._record_stop)
+                with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
+                    ending = await exits.receive()
+                self._exited = True
+                nursery.cancel_scope.cancel()
+        if ending is None and self._company.cancelled_caught:
+            self.spool.close()
+            self.over.set()
+        else:
+            await self._finish(ending)
+
+    async def _begin(self) -> tuple[Started, Exits] | None:
+        """Have the job started, unless it was before; None where it could not be."""
+        if self._inherited is not None:
+            return self._inherited
+        if self.record.state is State.PENDING:
+            self.record = self._advanced(Event.ADMIT)
+            await self.store()
+        try:
+            begun = await self._link.spawn(self.record.id, self._order(), self._limits())
+        except JobworkerError as error:
+            await self._end_unstarted(error)
+            return None
+        self.record = self._advanced(Event.START, started_at=self._clock())
+        return begun
 
     def _order(self) -> Order:
         spec = self.record.spec
@@ -182,18 +223,25 @@ class Execution:
             joined = f"{self.record.detail}; {detail}" if self.record.detail else detail
             self.record = evolve(self.record, detail=joined)
 
-    async def store(self) -> None:
+    async def store(self) -> bool:
         """Record the job as it is now; a fault is logged, since the job goes on."""
         try:
             await self._history.put(self.record)
         except JobworkerError as error:
             log.error("%s", error)
+            return False
+        return True
 
-    async def _deadline(self) -> None:
-        seconds = self.record.spec.timeout_seconds
-        await trio.sleep(seconds or math.inf)
+    async def _deadline(self, age_seconds: float) -> None:
+        seconds = self.record.spec.timeout_seconds or math.inf
+        await trio.sleep(max(0.0, seconds - age_seconds))
         self._timed_out = not self._stopping
         self._ask_to_end(signal.SIGTERM, None)
+
+    async def _record_stop(self) -> None:
+        """Record that the end was asked for: were this service killed now, the next would go on."""
+        await self._stop_asked.wait()
+        await self.store()
 
     async def _stopper(self) -> None:
         """Deliver signals as they are asked for, and kill at the end of the grace period."""
@@ -231,11 +279,8 @@ class Execution:
             self.record = evolve(
                 self.record, exit_code=ending.code, signal=ending.signal, usage=ending.usage
             )
-            try:
-                await self._link.remove(self.record.id)
-            except JobworkerError as error:
-                log.error("job %d: %s", self.record.id, error)
-        self.record = self._advanced(event, reason=reason)
+        ended_at = self._clock() - timedelta(seconds=ending.seconds_ago if ending else 0)
+        self.record = self._advanced(event, reason=reason, ended_at=ended_at)
         await self._close()
 
     def _verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:  # noqa: PLR0911
@@ -268,7 +313,12 @@ class Execution:
         await self._close()
 
     async def _close(self) -> None:
-        """Seal the output, record the end, tell everyone: in this order, each one in any case."""
+        """Seal the output, record the end, remove what is left, tell everyone: each in any case.
+
+        In this order: were the service killed in between, the launcher would still have what
+        is not recorded. For the same reason a job whose end the disk refuses keeps its place and
+        its remains until the disk takes it; who waits is told at once.
+        """
         with trio.CancelScope(shield=True):  # waits for the disk alone
             try:
                 await self.spool.seal()
@@ -282,12 +332,29 @@ class Execution:
                 stderr_bytes=sizes.stderr_bytes,
                 discarded_bytes=sizes.discarded_bytes,
             )
-            await self.store()
+            recorded = await self.store()
+            if recorded:
+                await self._remove()
         self.spool.close()
         self._signals.close()
         self._asked.close()
         self.decided.set()
         self.ended.set()
+        self.over.set()
+        while not recorded:
+            await trio.sleep(RECORD_AGAIN_SECONDS)
+            with suppress(JobworkerError):
+                await self._history.put(self.record)
+                recorded = True
+                await self._remove()
+
+    async def _remove(self) -> None:
+        """Have the launcher forget a job that it has started."""
+        if self.record.started_at is not None:
+            try:
+                await self._link.remove(self.record.id)
+            except JobworkerError as error:
+                log.debug("job %d: %s", self.record.id, error)
 
     def _advanced(self, event: Event, **changes: object) -> JobRecord:
         state = advance(self.record.state, event)

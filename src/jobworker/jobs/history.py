@@ -5,8 +5,8 @@ never matters. Writes that arrive while one is under way share the next transact
 waits for the disk, and a hundred jobs that end together should not wait a hundred times).
 
 What must hold: an id is handed out once, also across crashes. The next id is kept by SQLite's
-AUTOINCREMENT bookkeeping, and a record is committed before its id leaves the service. A record
-that an earlier service left unfinished is closed as FAILED with reason `lost` at `open`.
+AUTOINCREMENT bookkeeping, and a record is committed before its id leaves the service. What
+becomes of records that an earlier service left unfinished, `jobs.takeover` says.
 
 SQLite comes from apsw: the one in Python's standard library may be old enough to have the
 WAL-reset fault (fixed in 3.51.3).
@@ -14,20 +14,19 @@ WAL-reset fault (fixed in 3.51.3).
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import apsw
 import trio
-from attrs import Factory, define, evolve
+from attrs import Factory, define
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.schema import migrate
 from jobworker.model.job import JobId, JobRecord
-from jobworker.model.lifecycle import LIVE, Event, Reason, State, advance
+from jobworker.model.lifecycle import LIVE, State
 
 T = TypeVar("T")
 
@@ -50,15 +49,15 @@ class History:
 
     _connection: apsw.Connection
     _next_id: int
-    lost: tuple[JobId, ...] = ()
-    """Jobs that an earlier service left unfinished, closed when the history was opened."""
+    unfinished: tuple[JobRecord, ...] = ()
+    """Jobs that an earlier service left waiting or alive, as they were when this was opened."""
     _thread: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
     _waiting: list[_Write] = Factory(list)
     _writing: bool = False
 
     @classmethod
-    def open(cls, path: Path, now: datetime) -> "History":
-        """Open or create the history at `path`; close what an earlier service left running.
+    def open(cls, path: Path) -> "History":
+        """Open or create the history at `path`.
 
         Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
         """
@@ -71,9 +70,9 @@ class History:
                 migrate(connection, path)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 history = cls(connection, int(last or 0) + 1)
-                lost = history._select(states=LIVE, owner=None, labels={}, limit=-1, before=None)
-                history._commit([_close_as_lost(record, now) for record in lost])
-                history.lost = tuple(record.id for record in lost)
+                history.unfinished = tuple(
+                    history._select(states=LIVE, owner=None, labels={}, limit=-1, before=None)
+                )
             except (apsw.Error, OSError) as error:
                 raise ConfigError(
                     f"cannot open the history {path}: {error}",
@@ -91,10 +90,14 @@ class History:
         taken, self._next_id = self._next_id, self._next_id + 1
         return JobId(taken)
 
+    def pass_over(self, job: JobId) -> None:
+        """Never give `job` or a lower id: somebody may have seen it."""
+        self._next_id = max(self._next_id, job + 1)
+
     @property
-    def next_id(self) -> int:
+    def next_id(self) -> JobId:
         """The id that the next job will get."""
-        return self._next_id
+        return JobId(self._next_id)
 
     async def put(self, record: JobRecord) -> None:
         """Store `record`, new or changed; returns once it is on the disk.
@@ -243,13 +246,3 @@ class History:
 
 def _to_text(record: JobRecord) -> str:
     return dumps(unstructure(record))
-
-
-def _close_as_lost(record: JobRecord, now: datetime) -> JobRecord:
-    return evolve(
-        record,
-        state=advance(record.state, Event.FAIL),
-        reason=Reason.LOST,
-        detail="the service ended while the job was alive",
-        ended_at=now,
-    )

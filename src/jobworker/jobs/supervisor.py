@@ -30,10 +30,11 @@ from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.spool import Spool
+from jobworker.jobs.takeover import Inheritance
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
-from jobworker.model.lifecycle import State
-from jobworker.sandbox.launch import Link
+from jobworker.model.lifecycle import Event, State, advance
+from jobworker.sandbox.link import Link
 
 log = logging.getLogger("jobworker.jobs")
 
@@ -52,28 +53,45 @@ class Supervisor:
     max_waiting: int
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
     _pending: deque[Execution] = field(factory=deque, init=False)
-    _arrival: trio.Event = field(factory=trio.Event, init=False)
+    _change: trio.Event = field(factory=trio.Event, init=False)
+    """Set when a job has come to wait, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
     _closing: bool = field(default=False, init=False)
 
+    def take_over(self, inheritance: Inheritance) -> None:
+        """Go on with the jobs of an earlier service: before `serve`."""
+        for running in inheritance.running:
+            execution = self._make_execution(running.record, running.spool, at_once=True)
+            execution.inherit(running.started, running.exits)
+            self._archive.count_live(running.spool)
+            self._live[running.record.id] = execution
+            self._places_taken += 1
+        for waiting in inheritance.waiting:
+            self._queue(self._make_execution(waiting.record, waiting.spool, at_once=False))
+            self._places_taken += 1
+
     async def serve(self) -> None:
         """Run what is submitted, in order; never returns."""
-        free = trio.Semaphore(self.max_running, max_value=self.max_running)
+        running = 0
 
         async def run(execution: Execution) -> None:
+            nonlocal running
             try:
                 await self._run(execution)
             finally:
-                free.release()
+                running -= 1
+                self._change.set()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._archive.serve)
+            inherited = [e for e in self._live.values() if e not in self._pending]
             while True:
-                await free.acquire()
-                while not self._pending:
-                    self._arrival = trio.Event()
-                    await self._arrival.wait()
-                nursery.start_soon(run, self._pending.popleft())
+                while inherited or (self._pending and running < self.max_running):
+                    running += 1
+                    next_one = inherited.pop() if inherited else self._pending.popleft()
+                    nursery.start_soon(run, next_one)
+                self._change = trio.Event()
+                await self._change.wait()
 
     async def _run(self, execution: Execution) -> None:
         """Run one job; the boundary for faults of its own."""
@@ -86,7 +104,8 @@ class Supervisor:
                 await self._link.remove(execution.record.id)
             await execution.fail_internally(incident)
         finally:
-            await self._archive.add(execution.record.id)
+            if execution.ended.is_set():
+                await self._archive.add(execution.record.id)
             self._forget(execution)
 
     def _forget(self, execution: Execution) -> None:
@@ -136,11 +155,32 @@ class Supervisor:
             limits=spec.limits.or_defaults(self._rules.defaults),
             timeout_seconds=self._rules.timeout_seconds if timeout is None else timeout,
         )
-        execution = Execution(
-            record=JobRecord(
-                id=job, spec=full.without_secrets(), owner=owner, created_at=self._clock()
-            ),
-            secret_environment=spec.secret_environment,
+        record = JobRecord(
+            id=job, spec=full.without_secrets(), owner=owner, created_at=self._clock()
+        )
+        if at_once:  # PENDING is what stands in the history of a job that has never run
+            record = evolve(record, state=advance(record.state, Event.ADMIT))
+        secret = spec.secret_environment
+        execution = self._make_execution(record, spool, at_once=at_once, secret_environment=secret)
+        self._queue(execution)
+        try:
+            await self._history.put(execution.record)  # while the job starts: both take a while
+        except JobworkerError:
+            execution.request_stop(signal.SIGKILL, 0)
+            raise
+        return execution
+
+    def _make_execution(
+        self,
+        record: JobRecord,
+        spool: Spool,
+        *,
+        at_once: bool,
+        secret_environment: Mapping[str, str] | None = None,
+    ) -> Execution:
+        return Execution(
+            record=record,
+            secret_environment=secret_environment or {},
             spool=spool,
             link=self._link,
             history=self._history,
@@ -149,15 +189,11 @@ class Supervisor:
             clock=self._clock,
             admitted_at_once=at_once,
         )
-        self._live[job] = execution
+
+    def _queue(self, execution: Execution) -> None:
+        self._live[execution.record.id] = execution
         self._pending.append(execution)
-        self._arrival.set()
-        try:
-            await self._history.put(execution.record)  # while the job starts: both take a while
-        except JobworkerError:
-            execution.request_stop(signal.SIGKILL, 0)
-            raise
-        return execution
+        self._change.set()
 
     def now(self) -> datetime:
         """The time by this service's clock."""
@@ -259,7 +295,10 @@ class Supervisor:
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
             return await _follow(execution.spool, start, streams, coalesce)
-        spool = await self._archive.open(await self.record(job))
+        record = await self.record(job)
+        if not record.ended:
+            raise ShuttingDown(f"cannot follow job {job}: it is left to the next service")
+        spool = await self._archive.open(record)
         try:
             return await _follow(spool, start, streams, coalesce)
         finally:
@@ -298,7 +337,23 @@ class Supervisor:
         for execution in list(self._live.values()):
             await self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
         for execution in list(self._live.values()):
-            await execution.ended.wait()
+            await execution.over.wait()
+
+    async def leave(self) -> None:
+        """Take nothing more, and let go of every job for the next service to take over.
+
+        A start under way, and a job that is being stopped, are waited for.
+        """
+        self._closing = True
+        while self._pending:
+            waiting = self._pending.popleft()
+            waiting.spool.close()
+            self._forget(waiting)
+        for execution in list(self._live.values()):
+            await execution.decided.wait()
+            execution.leave()
+        for execution in list(self._live.values()):
+            await execution.over.wait()
 
 
 async def _follow(

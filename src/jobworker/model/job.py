@@ -209,6 +209,8 @@ class JobRecord:
     state: State = State.PENDING
     created_at: datetime
     started_at: datetime | None = None
+    stop_requested_at: datetime | None = None
+    """When somebody first asked for its end."""
     ended_at: datetime | None = None
     reason: Reason | None = None
     exit_code: int | None = None

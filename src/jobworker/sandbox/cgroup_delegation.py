@@ -101,6 +101,29 @@ class Base:
             ) from error
 
 
+def step_into_leaf(found: mounts.Hierarchies) -> None:
+    """Leave the delegated group that holds this process alone, for a leaf of it.
+
+    What systemd does itself with DelegateSubgroup= (from version 254 on). To be called before this
+    process forks: all of it then is in the leaf, and our directory can stand beside that. Nothing
+    happens where the group is not delegated or holds others.
+    """
+    mount = found.unified()
+    if mount is None:
+        return
+    own = found.own_path(mount)
+    if own == mount.point or not _is_delegated(own) or _members(own) != {os.getpid()}:
+        return
+    with contextlib.suppress(OSError):
+        home = os.open(own, files.DIRECTORY)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(LEAF, 0o755, dir_fd=home)
+            files.write(home, f"{LEAF}/cgroup.procs", "0")
+        finally:
+            os.close(home)
+
+
 def enable(path: str, controllers: Sequence[str]) -> None:
     """Enable controllers for a group's children.
 

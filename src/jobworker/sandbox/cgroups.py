@@ -19,13 +19,14 @@ is changed in a group that is not ours, but for enabling controllers above our d
 from collections.abc import Sequence
 
 from jobworker import errors
+from jobworker.sandbox import cgroup_delegation as delegation
 from jobworker.sandbox import cgroup_mounts as mounts
 from jobworker.sandbox.cgroup_none import NoTree
 from jobworker.sandbox.cgroup_scope import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup_v1 import open_v1
 from jobworker.sandbox.cgroup_v2 import open_v2
 
-__all__ = ["Limits", "Scope", "Tree", "Usage", "open_tree"]
+__all__ = ["Limits", "Scope", "Tree", "Usage", "open_tree", "step_into_leaf"]
 
 
 def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
@@ -50,9 +51,7 @@ def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
 
 
 def _open_tree(controllers: Sequence[str], name: str, parent: str) -> Tree:
-    found = mounts.parse(
-        _proc("self/mountinfo"), _proc("self/cgroup"), _proc("cgroups", missing_is_empty=True)
-    )
+    found = _hierarchies()
     offered = _offered(found)
     has_swap = len(_proc("swaps", missing_is_empty=True).splitlines()) > 1
     if found.unified() is not None and set(controllers) <= set(offered):
@@ -61,6 +60,17 @@ def _open_tree(controllers: Sequence[str], name: str, parent: str) -> Tree:
     if absent is not None:
         raise mounts.missing(absent, found, offered)
     return open_v1(found, controllers, name, parent, has_swap)
+
+
+def step_into_leaf() -> None:
+    """See `cgroup_delegation.step_into_leaf`."""
+    delegation.step_into_leaf(_hierarchies())
+
+
+def _hierarchies() -> mounts.Hierarchies:
+    return mounts.parse(
+        _proc("self/mountinfo"), _proc("self/cgroup"), _proc("cgroups", missing_is_empty=True)
+    )
 
 
 def _offered(found: mounts.Hierarchies) -> list[str]:

@@ -76,6 +76,8 @@ class Child:
         """The request to answer once the program runs or the start has failed."""
         self.ready = False
         """It has said that it awaits its order: only then is the end of its socket a start."""
+        self.started_at = self.ended_at = 0.0
+        """When its program was executed and when it was reaped, by the monotonic clock."""
         self.failure: Message | None = None
         self.exit: Exit | None = None
 

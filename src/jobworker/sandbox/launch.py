@@ -1,35 +1,25 @@
-"""The service's side of the launcher: start it, ask it, hear of its jobs' ends.
+"""Before Trio runs: start a launcher of the service's own, or find the one that runs already.
 
-`start_launcher` runs before Trio and before privileges are dropped. `Link` then belongs to
-Trio: requests may overlap, replies are told apart by number, exits arrive as events for whoever
-expects them. When the launcher goes, every waiting request and every job hears of it at once
-(`LauncherGone`); nothing hangs.
+`start_launcher` is for a launcher that ends with the service, `connect_launcher` for one that
+outlives services: it tells of the jobs that an earlier service has left, and hands over their
+pipes. Both wait, with a bound, until the launcher is ready. `sandbox.link` goes on from there.
 """
 
-import signal
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
-import trio
-from attrs import Factory, define, frozen
+from attrs import evolve, frozen
 
 import jobworker
-from jobworker.errors import (
-    HostUnsupported,
-    JobworkerError,
-    LauncherGone,
-    error_classes,
-)
-from jobworker.model.job import JobId, Usage
+from jobworker.errors import HostUnsupported, LauncherGone, error_classes
+from jobworker.model.job import Usage
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Policy, policy_message
-from jobworker.sandbox.plan import Order
-from jobworker.sandbox.start_failures import explain
 
 START_SECONDS = 30
 _BOOTSTRAP = (
@@ -45,40 +35,67 @@ class Exit:
     code: int | None
     signal: int | None
     usage: Usage
+    seconds_ago: float = 0.0
+    """How long before this was told."""
 
 
 @frozen(kw_only=True)
-class Started:
-    """A running job: its process, and the read ends of its pipes, which the receiver owns."""
+class Listed:
+    """A job that the launcher has kept, and the read ends of its pipes."""
 
+    job: int
     pid: int
+    age_seconds: float
+    """How long ago its program was started."""
+    exit: Exit | None
+    """None while it lives."""
     stdout: int
     stderr: int
 
 
 @frozen(kw_only=True)
-class LauncherProcess:
-    """A launcher that is ready: its process, our end of the socket, and what it found."""
+class OpenedLauncher:
+    """A launcher that is ready: our end of its socket, and what it has told of itself."""
 
-    process: subprocess.Popen[bytes]
     sock: socket.socket
     cgroup_kind: str
     gaps: tuple[str, ...]
     """What this host cannot enforce, in words."""
+    policy: Mapping[str, object]
+    """What it was told at its start, as `policy_message` writes it."""
+    jobs: tuple[Listed, ...] = ()
+
+    def close(self) -> None:
+        """Close our end of the socket and the jobs' pipes: for a start that fails."""
+        self.sock.close()
+        for job in self.jobs:
+            channel.close_all([job.stdout, job.stderr])
 
 
-def start_launcher(policy: Policy) -> LauncherProcess:
+@frozen(kw_only=True)
+class LauncherProcess(OpenedLauncher):
+    """A launcher that this process has started, and that ends with it."""
+
+    process: subprocess.Popen[bytes]
+
+
+def launcher_command(descriptor: int) -> list[str]:
+    """The command that runs a launcher on an inherited socket."""
+    source = str(Path(jobworker.__file__).resolve().parent.parent)
+    return [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, source, str(descriptor)]
+
+
+def start_launcher(policy: Policy, lock: int | None = None) -> LauncherProcess:
     """Start a launcher and wait until it is ready; raises what it could not do.
 
-    Call as root, from a process of one thread, before Trio runs.
+    It holds `lock`, a descriptor, as long as it lives. Call as root, from a process of one
+    thread, before Trio runs.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    source = str(Path(jobworker.__file__).resolve().parent.parent)
-    number = far.fileno()
     with far:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, source, str(number)],
-            pass_fds=[number],
+            launcher_command(far.fileno()),
+            pass_fds=[far.fileno()],
             stdin=subprocess.DEVNULL,
             env={},
             cwd="/",
@@ -86,21 +103,11 @@ def start_launcher(policy: Policy) -> LauncherProcess:
         )
     try:
         near.settimeout(START_SECONDS)
-        channel.send(near, policy_message(policy))
-        received = channel.receive(near)
-        if received is None:
-            raise HostUnsupported("cannot start the launcher: it ended without a word")
-        message, _ = received
-        problem = message.get("error")
-        if isinstance(problem, dict):
-            cls = error_classes().get(problem["code"], HostUnsupported)
-            raise cls(problem["message"], remedy=problem["remedy"])
+        carries = {} if lock is None else {"carries": ["lock"]}
+        channel.send(near, {**policy_message(policy), **carries}, [] if lock is None else [lock])
+        hello = _hello(near)
         near.setblocking(False)
-        gaps = message["gaps"]
-        assert isinstance(gaps, list)
-        return LauncherProcess(
-            process=process, sock=near, cgroup_kind=str(message["ready"]), gaps=tuple(gaps)
-        )
+        return LauncherProcess(process=process, sock=near, **_facts(hello))
     except TimeoutError:
         near.close()
         process.kill()
@@ -114,189 +121,135 @@ def start_launcher(policy: Policy) -> LauncherProcess:
         raise
 
 
-@define(eq=False)
-class _Waiting:
-    """A request on its way."""
+def connect_launcher(path: str) -> OpenedLauncher:
+    """Connect to the launcher that listens at `path`, and take over the jobs that it has kept.
 
-    answered: trio.Event = Factory(trio.Event)
-    message: channel.Message | None = None
-    descriptors: list[int] = Factory(list)
-
-
-@define(eq=False)
-class Link:
-    """Requests to the launcher, and the ends of its jobs. Made by `open_link`."""
-
-    _sock: trio.socket.SocketType
-    _waiting: dict[int, _Waiting] = Factory(dict)
-    _exits: dict[JobId, trio.MemorySendChannel[Exit]] = Factory(dict)
-    _next: int = 1
-    _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
-    gone: trio.Event = Factory(trio.Event)
-    """Set once the launcher has ended; no job of it is alive then."""
-
-    async def spawn(
-        self, job: JobId, order: Order, limits: Limits
-    ) -> tuple[Started, trio.MemoryReceiveChannel[Exit]]:
-        """Start a job; the channel gets its one `Exit`, or closes if the launcher goes.
-
-        Raises SandboxError (or CommandNotFound, CommandNotExecutable) if a step of the start
-        fails; then nothing of the job is left. Not to be cancelled: see `_ask`.
-        """
-        send, receive = trio.open_memory_channel[Exit](1)
-        self._exits[job] = send
-        try:
-            message, descriptors = await self._ask(
-                "spawn",
-                job,
-                arguments=list(order.arguments),
-                environment=dict(order.environment),
-                hostname=order.hostname,
-                workdir=order.workdir,
-                network=order.network,
-                uid=order.uid,
-                gid=order.gid,
-                **limits._asdict(),
-            )
-        except BaseException:
-            self._exits.pop(job, send).close()
-            receive.close()
-            raise
-        stdout, stderr = descriptors
-        pid = message["pid"]
-        assert isinstance(pid, int)
-        return Started(pid=pid, stdout=stdout, stderr=stderr), receive
-
-    async def signal(self, job: JobId, number: signal.Signals) -> bool:
-        """Send a signal to the job's first process; False if that has no handler for it."""
-        message, _ = await self._ask("signal", job, signal=int(number))
-        return message["delivered"] is True
-
-    async def kill(self, job: JobId) -> None:
-        """End every process of the job with SIGKILL; its `Exit` follows."""
-        await self._ask("kill", job)
-
-    async def remove(self, job: JobId) -> None:
-        """Have the launcher forget a job, with its scope and files; a live one is killed."""
-        await self._ask("remove", job)
-
-    async def usage(self, job: JobId) -> Usage:
-        """What the job has used so far."""
-        message, _ = await self._ask("usage", job)
-        return _usage(message)
-
-    async def _ask(
-        self, operation: str, job: JobId, **fields: object
-    ) -> tuple[Mapping[str, object], list[int]]:
-        """Send a request and wait for its reply.
-
-        A request that went out has its effect, so whoever waits is shielded: the launcher
-        answers every request or ends, and both wake the waiter.
-        """
-        if self.gone.is_set():
-            raise _launcher_gone()
-        number, self._next = self._next, self._next + 1
-        waiting = self._waiting[number] = _Waiting()
-        with trio.CancelScope(shield=True):
-            await self._send({"id": number, "op": operation, "job": job, **fields})
-            await waiting.answered.wait()
-        if waiting.message is None:
-            raise _launcher_gone()
-        problem = waiting.message.get("error")
-        if isinstance(problem, dict):
-            raise explain(problem)
-        ok = waiting.message["ok"]
-        assert isinstance(ok, dict)
-        return ok, waiting.descriptors
-
-    async def _send(self, message: channel.Message) -> None:
-        packet, ancillary, mine = channel.encode(message, ())
-        try:
-            async with self._sending:
-                await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
-        except OSError:
-            await self.gone.wait()  # the reader sees the end of the stream too
-        finally:
-            channel.close_all(mine)
-
-    async def serve(self) -> None:
-        """Hand out what the launcher sends; returns once it is gone, everyone woken."""
-        try:
-            while True:
-                packet, ancillary, flags, _ = await self._sock.recvmsg(
-                    channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-                )
-                if not packet:
-                    return
-                self._dispatch(*channel.decode(packet, ancillary, flags))
-        except (OSError, JobworkerError):
-            return  # reset: the same as its end
-        finally:
-            self.gone.set()
-            for waiting in self._waiting.values():
-                waiting.answered.set()
-            self._waiting.clear()
-            for exits in self._exits.values():
-                exits.close()
-            self._exits.clear()
-
-    def _dispatch(self, message: channel.Message, descriptors: list[int]) -> None:
-        if message.get("event") == "exit":
-            channel.close_all(descriptors)
-            job, code, number = message["job"], message["code"], message["signal"]
-            usage = message["usage"]
-            assert isinstance(job, int)
-            assert isinstance(usage, dict)
-            assert isinstance(code, int | None)
-            assert isinstance(number, int | None)
-            exits = self._exits.pop(JobId(job), None)
-            if exits is not None:
-                exits.send_nowait(Exit(code=code, signal=number, usage=_usage(usage)))
-                exits.close()
-            return
-        answered = message.get("id")
-        waiting = self._waiting.pop(answered, None) if isinstance(answered, int) else None
-        if waiting is None:
-            channel.close_all(descriptors)
-            return
-        waiting.message, waiting.descriptors = message, descriptors
-        waiting.answered.set()
-
-
-@asynccontextmanager
-async def open_link(launcher: LauncherProcess) -> AsyncIterator[Link]:
-    """Talk to a launcher; at exit its jobs end with it, and it is waited for."""
-    sock = trio.socket.from_stdlib_socket(launcher.sock)
-    link = Link(sock)
+    Raises LauncherGone where there is none, and what the launcher refuses: Busy while another
+    service is connected.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pipes: list[int] = []
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.serve)
-            try:
-                yield link
-            finally:
-                sock.shutdown(socket.SHUT_WR)
-                with trio.CancelScope(shield=True):
-                    await _reap(launcher.process)
-                nursery.cancel_scope.cancel()
-    finally:
+        sock.settimeout(START_SECONDS)
+        sock.connect(path)
+        _check_is_roots(sock, path)
+        hello = _hello(sock)
+        jobs = _list(sock, pipes)
+        sock.setblocking(False)
+        return OpenedLauncher(sock=sock, jobs=jobs, **_facts(hello))
+    except OSError as error:
         sock.close()
+        channel.close_all(pipes)
+        raise LauncherGone(
+            f"cannot reach the launcher at {path}: {error.strerror or error}",
+            remedy="start it (worker launcher, or systemctl start worker-launcher), or leave "
+            "launcher.socket empty for a launcher of the service's own",
+        ) from error
+    except BaseException:
+        sock.close()
+        channel.close_all(pipes)
+        raise
 
 
-async def _reap(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the launcher, which bounds its own farewell; kill it if it breaks its word."""
-    with trio.move_on_after(20):
-        await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-    if process.returncode is None:
-        process.kill()
+def _check_is_roots(sock: socket.socket, path: str) -> None:
+    """Whoever listens there will be told every command: it must be root (SO_PEERCRED)."""
+    credentials = struct.Struct("iII")
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    uid = credentials.unpack(raw)[1]
+    if uid != 0:
+        raise HostUnsupported(
+            f"cannot use the launcher at {path}: it runs as user {uid}, not as root",
+            remedy="see who has put a socket there, and set launcher.socket to a path below a "
+            "directory that only root may write to",
+        )
 
 
-def _usage(message: Mapping[str, object]) -> Usage:
+def _hello(sock: socket.socket) -> channel.Message:
+    received = channel.receive(sock)
+    if received is None:
+        raise HostUnsupported("cannot start the launcher: it ended without a word")
+    hello = received[0]
+    problem = hello.get("error")
+    if isinstance(problem, dict):
+        cls = error_classes().get(problem["code"], HostUnsupported)
+        raise cls(problem["message"], remedy=problem["remedy"])
+    return hello
+
+
+class _Facts(TypedDict):
+    cgroup_kind: str
+    gaps: tuple[str, ...]
+    policy: Mapping[str, object]
+
+
+def _facts(hello: channel.Message) -> _Facts:
+    gaps, policy = hello["gaps"], hello["policy"]
+    assert isinstance(gaps, list)
+    assert isinstance(policy, dict)
+    return {"cgroup_kind": str(hello["ready"]), "gaps": tuple(gaps), "policy": policy}
+
+
+def _list(sock: socket.socket, pipes: list[int]) -> tuple[Listed, ...]:
+    """Ask for all jobs, page by page; every pipe that comes along is also put into `pipes`."""
+    jobs: dict[int, Listed] = {}
+    number, more = 0, True
+    while more:
+        number += 1
+        channel.send(sock, {"id": number, "op": "list", "after": max(jobs, default=0)})
+        reply: object = None
+        while reply is None:
+            received = channel.receive(sock)
+            if received is None:
+                raise ConnectionResetError("it has ended")
+            message, descriptors = received
+            pipes += descriptors
+            if message.get("event") == "exit":  # of one on an earlier page
+                _note_end(jobs, message)
+            elif message.get("id") == number:
+                reply = message.get("ok")
+        assert isinstance(reply, dict)
+        for entry, stdout, stderr in zip(
+            reply["jobs"], descriptors[::2], descriptors[1::2], strict=True
+        ):
+            jobs[entry["job"]] = _listed(entry, stdout, stderr)
+        more = bool(reply["more"])
+    return tuple(jobs.values())
+
+
+def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
+    job, pid, age_seconds, end = (entry[k] for k in ("job", "pid", "age_seconds", "exit"))
+    assert isinstance(job, int)
+    assert isinstance(pid, int)
+    assert isinstance(age_seconds, float)
+    assert isinstance(end, dict | None)
+    exit_ = None if end is None else exit_from({**end, "usage": entry["usage"]})
+    if exit_ is not None:
+        ago = entry["ended_seconds_ago"]
+        assert isinstance(ago, float)
+        exit_ = evolve(exit_, seconds_ago=ago)
+    return Listed(
+        job=job, pid=pid, age_seconds=age_seconds, exit=exit_, stdout=stdout, stderr=stderr
+    )
+
+
+def _note_end(jobs: dict[int, Listed], message: channel.Message) -> None:
+    job = message["job"]
+    assert isinstance(job, int)
+    if job in jobs:
+        jobs[job] = evolve(jobs[job], exit=exit_from(message))
+
+
+def exit_from(message: Mapping[str, object]) -> Exit:
+    """How a job ended, as the launcher's messages tell it."""
+    code, number, usage = message["code"], message["signal"], message["usage"]
+    assert isinstance(code, int | None)
+    assert isinstance(number, int | None)
+    assert isinstance(usage, dict)
+    return Exit(code=code, signal=number, usage=usage_from(usage))
+
+
+def usage_from(message: Mapping[str, object]) -> Usage:
+    """What a job has used, as the launcher's messages tell it."""
     numbers = {key: value for key, value in message.items() if isinstance(value, int)}
     numbers["processes"] = numbers.pop("pids")
     return Usage(**numbers)
-
-
-def _launcher_gone() -> LauncherGone:
-    return LauncherGone(
-        "cannot serve the request: the launcher has ended", remedy="restart the service"
-    )

@@ -1,8 +1,9 @@
 """The launcher: the one process with root's rights, from its start to its end.
 
-It is started before the service drops its privileges, with the standard library alone, one
-thread, and no way to be told anything but its policy, once, and then the requests of
-`sandbox.requests`. It opens what it needs by descriptor, moves into a mount namespace that holds
+It is started by root, with the standard library alone, one thread, and no way to be told
+anything but its policy, once, and then the requests of `sandbox.requests`. Either a service
+starts it before it drops its privileges, and takes it along; or it runs on its own and outlives
+services. It opens what it needs by descriptor, moves into a mount namespace that holds
 the jobs' root and little else, and then runs `sandbox.launcher_loop`.
 
 Nothing is imported after that: Python's own files are out of reach then.
@@ -16,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from jobworker.errors import HostUnsupported, JobworkerError
@@ -54,24 +56,34 @@ def _raise_descriptor_limit(policy: Policy) -> None:
 
 
 def main(descriptor: int) -> NoReturn:
-    """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy."""
+    """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy.
+
+    Descriptors may come along, named in the message's `carries`: `lock` is held to the end of
+    the launcher; at `listener` it lets services in, where the sender of the policy would
+    otherwise be the one that it serves; `notify` leads to whoever supervises it: sd_notify(3).
+    """
     os.set_inheritable(descriptor, False)
     ids_beside = None
     if os.geteuid() != 0:
         ids_beside = become_root()
-    _become_first_process(descriptor)
     link = socket.socket(fileno=descriptor)
     received = channel.receive(link)
     if received is None:
         sys.exit(1)
+    message, passed = received
+    carried = _carried(message, passed)
+    _become_first_process([descriptor, *passed], on_its_own="listener" in carried)
     with contextlib.ExitStack() as undo:
         try:
-            policy = policy_from(received[0])
+            policy = policy_from(message)
             ids = Ids(policy.first_uid)
             if ids_beside is not None:
                 ids = split(ids_beside, policy.max_jobs + policy.spares)
             tree, nursery = _prepare(policy, ids, undo, has_rights=ids_beside is None)
         except JobworkerError as error:
+            if "listener" in carried:
+                print(f"worker: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                sys.exit(error.exit_code)
             problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
             channel.send(link, {"error": problem})
             sys.exit(1)
@@ -79,13 +91,39 @@ def main(descriptor: int) -> NoReturn:
         gc.freeze()
         gc.disable()
         gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
-        channel.send(link, {"ready": tree.kind, "gaps": gaps})
-        link.setblocking(False)
-        Launcher(link, nursery, policy.spares).run()
+        hello: channel.Message = {"ready": tree.kind, "gaps": gaps, "policy": message}
+        launcher = Launcher(nursery, policy.spares, hello)
+        if "listener" not in carried:
+            launcher.serve_one(link)
+        else:
+            link.close()
+            listener = socket.socket(fileno=carried["listener"])
+            launcher.serve_callers(listener, {0, _service_uid(message)})
+            _notify(carried.get("notify"), b"READY=1")
+        launcher.run()
     sys.exit(0)
 
 
-def _become_first_process(link: int) -> None:
+def _carried(message: channel.Message, passed: Sequence[int]) -> dict[str, int]:
+    """The descriptors that came with the policy, by name."""
+    names = message.pop("carries", [])
+    assert isinstance(names, list)
+    return dict(zip(names, passed, strict=True))
+
+
+def _service_uid(message: channel.Message) -> int:
+    uid = message["service_uid"]
+    assert isinstance(uid, int)
+    return uid
+
+
+def _notify(descriptor: int | None, text: bytes) -> None:
+    if descriptor is not None:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as notify:
+            notify.send(text, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def _become_first_process(links: Sequence[int], *, on_its_own: bool) -> None:
     """Go on as PID 1 of a new process namespace; the process that was started waits for it.
 
     When PID 1 dies, the kernel kills all that are below it (pid_namespaces(7)): jobs can never
@@ -95,13 +133,18 @@ def _become_first_process(link: int) -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-900")  # a job takes it back: `SetOomScore`
     alive, keep = os.pipe2(os.O_CLOEXEC)
+    if on_its_own:  # PID 1 would not notice a signal that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     sc.unshare(sc.CLONE_NEWPID)
     pid = os.fork()
     if pid:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the service leads the way out
+            if on_its_own and number != signal.SIGHUP:
+                signal.signal(number, lambda *_: os.kill(pid, signal.SIGTERM))
+            else:
+                signal.signal(number, signal.SIG_IGN)  # the service leads the way out
         os.close(alive)
-        os.close(link)  # its end is how the service learns of the launcher's
+        channel.close_all(links)  # their ends are how others learn of the launcher's
         _, status = os.waitpid(pid, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     os.close(keep)

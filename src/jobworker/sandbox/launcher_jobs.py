@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -69,6 +70,21 @@ class Jobs:
     def find(self, job: int) -> Child | None:
         """The child that is a job."""
         return self._jobs.get(job)
+
+    def started_after(self, job: int) -> list[Child]:
+        """The jobs with higher ids whose program was started, by id, those that ended included."""
+        return [
+            child
+            for number, child in sorted(self._jobs.items())
+            if number > job and child.request is None
+        ]
+
+    def undo_starts(self) -> None:
+        """End the jobs whose start is under way: nobody is there to be told of it."""
+        for child in list(self._jobs.values()):
+            if child.request is not None:
+                child.request = None
+                self.remove(child)
 
     def end_all(self) -> None:
         """End every child, for good."""
@@ -176,12 +192,12 @@ class Jobs:
             self._spares.remove(child)
         if child.failure is None and child.job is not None and child.request is not None:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
-            child.request = None
+            child.request, child.started_at = None, time.monotonic()
             self._tell(started, (child.stdout, child.stderr))
 
     def _on_exit(self, child: Child) -> None:
         self._turns.unwatch(child.pidfd)
-        child.exit = reap(child)
+        child.exit, child.ended_at = reap(child), time.monotonic()
         if child.sock is not None:  # its last words come before its end
             self._on_word(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
@@ -195,10 +211,8 @@ class Jobs:
                 say(f"a spare failed: {child.failure}")
             self._clear(child)
         else:
-            code, number_of_signal = child.exit
-            event: channel.Message = {"event": "exit", "job": child.job, "code": code}
-            usage = child.usage()._asdict()
-            self._tell({**event, "signal": number_of_signal, "usage": usage}, ())
+            event: channel.Message = {"event": "exit", "job": child.job}
+            self._tell({**event, **child.exit._asdict(), "usage": child.usage()._asdict()}, ())
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -262,6 +276,18 @@ def _hear(sock: socket.socket) -> tuple[channel.Message, list[int]] | None:
         return channel.receive(sock)
     except ConnectionResetError:  # which the kernel tells once, and before what waits to be read
         return channel.receive(sock)
+
+
+def listed(child: Child) -> channel.Message:
+    """What a service that takes a job over has to know of it, its pipes aside."""
+    return {
+        "job": child.job,
+        "pid": child.pid,
+        "age_seconds": time.monotonic() - child.started_at,
+        "ended_seconds_ago": time.monotonic() - child.ended_at,
+        "exit": None if child.exit is None else child.exit._asdict(),
+        "usage": child.usage()._asdict(),
+    }
 
 
 def deliver(child: Child, number: int) -> bool:

@@ -4,45 +4,70 @@
                                                    {"id", "error": {"step", "errno", "detail"}}
     event     {"event": "exit", "job", "code", "signal", "usage"}
 
-When the service goes, its jobs go, and then the loop ends.
+A launcher has one of two lives. One that a service has started serves that service: when it
+goes, its jobs go, and then the loop ends. One that runs on its own lets services in by its
+`Doorway` and keeps jobs, pipes and exit statuses while none is there; SIGTERM ends it. A start
+that nobody waits for any more, since the service went in the midst of it, is undone.
 
 What must hold: the loop never waits for a child, for a file system that a job can slow down, or
-for the service to read; a request that does not parse ends the connection, since only a
-broken or hostile service sends one.
+for the service to read.
 
 Standard library only.
 """
 
 import errno
+import os
+import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from jobworker.errors import JobworkerError, ProtocolError
+from jobworker.errors import JobworkerError
 from jobworker.sandbox import channel, requests
 from jobworker.sandbox.children import Nursery
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, say
-from jobworker.sandbox.outbox import Outbox
+from jobworker.sandbox.disposal import Disposal
+from jobworker.sandbox.doorway import Doorway
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed, say
+from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
 
 FAREWELL_SECONDS = 10.0
-"""Bound on ending all jobs once the service is gone."""
+"""Bound on ending all jobs once the launcher is to leave."""
+MAX_LAST_WORDS = 4096
+"""Requests that are still heard of a service that may have gone, before it is looked at again."""
+JOBS_PER_PAGE = channel.MAX_DESCRIPTORS // 2
 
 
 class Launcher:
-    """The loop, and the service's end of it."""
+    """The loop, and who is connected to it."""
 
-    def __init__(self, link: socket.socket, nursery: Nursery, spares: int) -> None:
-        self._link = link
+    def __init__(self, nursery: Nursery, spares: int, hello: channel.Message) -> None:
         self._turns = Turns()
         self._jobs = Jobs(self._turns, nursery, spares, self._send)
-        self._outbox = Outbox(link)
-        self._awaits_room = False
+        self._disposal = Disposal(self._turns)
+        self._hello = hello
+        self._link: ServiceLink | None = None
+        self._doorway: Doorway | None = None
         self._leave_by: float | None = None
 
+    def serve_one(self, sock: socket.socket) -> None:
+        """Serve the service at the other end, and live as long as it does."""
+        self._connect(sock)
+
+    def serve_callers(self, listener: socket.socket, allowed_uids: Collection[int]) -> None:
+        """Serve whoever calls and may, one after the other, until SIGTERM."""
+        self._leave_on_signals()
+        self._doorway = Doorway(
+            listener,
+            self._turns,
+            self._disposal,
+            allowed_uids=allowed_uids,
+            occupied=self._is_occupied,
+            admit=self._connect,
+        )
+
     def run(self) -> None:
-        """Serve until the service is gone and no child is left."""
-        self._turns.watch(self._link.fileno(), self._on_link)
+        """Do all that, until it is time to leave and no child is left."""
         while not self._finished():
             self._turns.turn()
 
@@ -51,31 +76,53 @@ class Launcher:
             return False
         return self._jobs.nothing_left or time.monotonic() > self._leave_by
 
-    def _on_link(self) -> None:
-        try:
-            self._outbox.flush()
-            self._await_room()
-            received = channel.receive(self._link)
-            if received is None:
-                self._leave("")
-                return
-            message, descriptors = received
-            if descriptors:  # left open, see `channel.decode`
-                raise ProtocolError("cannot take the request: it carries descriptors")
-            number, request = requests.parse(message)
-        except BlockingIOError:
+    def _leave_on_signals(self) -> None:
+        # A signal that has no handler would not reach PID 1 of a namespace at all.
+        awake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+        def on_signal() -> None:
+            os.read(awake, 64)
+            self._leave("")
+
+        self._turns.watch(awake, on_signal)
+
+    # --- the service ------------------------------------------------------------------------
+
+    def _connect(self, sock: socket.socket) -> None:
+        self._link = ServiceLink(sock, self._turns, self._serve, self._on_lost)
+        self._link.send(self._hello)
+
+    def _is_occupied(self) -> bool:
+        """Whether a service is there; the last words of one that has gone are heard first."""
+        for _ in range(MAX_LAST_WORDS):
+            if self._link is None or not self._link.take():
+                break
+        return self._link is not None
+
+    def _on_lost(self, reason: str, descriptors: list[int]) -> None:
+        self._link = None
+        if self._doorway is None:
+            self._leave(reason)  # the descriptors are left open: they end with the process
             return
-        except (ProtocolError, OSError) as error:
-            self._leave(str(error))
-            return
+        say(f"the service has gone{': ' if reason else ''}{reason}")
+        self._disposal.take(descriptors)
+        self._jobs.undo_starts()
+
+    def _serve(self, number: int, request: requests.Request) -> None:
         try:
-            self._serve(number, request)
+            self._do(number, request)
         except OSError as error:
             self._refuse(number, type(request).__name__.lower(), error.errno or 0, str(error))
         except JobworkerError as error:
             self._refuse(number, str(error.data.get("step", "limits")), 0, error.message)
 
-    def _serve(self, number: int, request: requests.Request) -> None:
+    def _do(self, number: int, request: requests.Request) -> None:
+        if isinstance(request, requests.ListJobs):
+            self._list(number, request.after)
+            return
         child = self._jobs.find(request.job)
         if isinstance(request, requests.Spawn):
             if child is not None:
@@ -97,37 +144,37 @@ class Launcher:
             self._jobs.remove(child)
             self._reply(number, {})
 
-    def _reply(self, number: int, ok: Mapping[str, object]) -> None:
-        self._send({"id": number, "ok": dict(ok)})
+    def _list(self, number: int, after: int) -> None:
+        started = self._jobs.started_after(after)
+        page = started[:JOBS_PER_PAGE]
+        pipes = [pipe for child in page for pipe in (child.stdout, child.stderr)]
+        more = len(started) > len(page)
+        self._reply(number, {"jobs": [listed(child) for child in page], "more": more}, pipes)
+
+    def _reply(
+        self, number: int, ok: Mapping[str, object], descriptors: Sequence[int] = ()
+    ) -> None:
+        self._send({"id": number, "ok": dict(ok)}, descriptors)
 
     def _refuse(self, number: int, step: str, code: int, detail: str) -> None:
         self._send({"id": number, "error": {"step": step, "errno": code, "detail": detail}})
 
     def _send(self, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
-        if self._leave_by is not None:
-            return
-        try:
-            self._outbox.send(message, descriptors)
-        except OSError as error:
-            self._leave(str(error))
-            return
-        self._await_room()
-
-    def _await_room(self) -> None:
-        """Be woken when there is room again for what waits to be sent."""
-        if self._outbox.waiting != self._awaits_room:
-            self._awaits_room = self._outbox.waiting
-            self._turns.watch_room(self._link.fileno(), self._awaits_room)
+        if self._link is not None:
+            self._link.send(message, descriptors)
 
     def _leave(self, reason: str) -> None:
-        """End every job and then the loop: the service is gone or has lost its mind."""
+        """End every job and then the loop."""
+        if self._leave_by is not None:
+            return
         if reason:
             say(f"leaving: {reason}")
         self._leave_by = time.monotonic() + FAREWELL_SECONDS
         self._turns.call_in(FAREWELL_SECONDS, self._be_late)
-        self._turns.unwatch(self._link.fileno())
-        self._link.close()
-        self._outbox.close()
+        if self._link is not None:
+            self._link.mute()
+        if self._doorway is not None:
+            self._doorway.close()
         self._jobs.end_all()
 
     def _be_late(self) -> None:

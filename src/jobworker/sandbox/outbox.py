@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jobworker.sandbox import channel
 
-MAX_UNSENT = 100_000
+MAX_UNSENT = 10_000
 
 
 class Outbox:

@@ -1,8 +1,8 @@
 """What the service may ask of the launcher, checked as if the service were hostile.
 
-A closed set: `spawn`, `signal`, `kill`, `remove`, `usage`. Every field is checked for type and
-bound here, so that the launcher acts only on values that it would itself have chosen. There is
-no request for a process without a sandbox.
+A closed set: `spawn`, `signal`, `kill`, `remove`, `usage`, `list`. Every field is checked for type
+and bound here, so that the launcher acts only on values that it would itself have chosen. There
+is no request for a process without a sandbox.
 
 Pure, standard library only. Each parser raises ProtocolError, which names the field.
 """
@@ -56,13 +56,21 @@ class UsageOf(NamedTuple):
     job: int
 
 
-Request = Spawn | Signal | Kill | Remove | UsageOf
+class ListJobs(NamedTuple):
+    """Tell of jobs with ids above `after`, a page of them, with their pipes."""
+
+    after: int
+
+
+Request = Spawn | Signal | Kill | Remove | UsageOf | ListJobs
 
 
 def parse(message: Mapping[str, object]) -> tuple[int, Request]:
     """The number of the request, for the reply, and the request itself."""
     number = _integer(message, "id", 0)
     operation = message.get("op")
+    if operation == "list":
+        return number, ListJobs(_integer(message, "after", 0))
     job = _integer(message, "job", 1)
     if operation == "spawn":
         return number, Spawn(job, _order(message), _limits(message))

@@ -21,6 +21,11 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.connect("\0" + path[1:] if path.startswith("@") else path)
 
+    @property
+    def descriptor(self) -> int | None:
+        """The socket's own, for a process that goes on in this one's place."""
+        return None if self._socket is None else self._socket.fileno()
+
     def tell(self, **fields: str) -> None:
         """Send fields such as READY="1"; a listener that is gone is no fault of ours."""
         if self._socket is not None:

@@ -4,9 +4,11 @@
             ⊃ supervisor ⊃ executions
             ⊃ listener   ⊃ connections
 
-Its end, on SIGTERM or SIGINT: stop accepting, stop every job (followers see their ends), give
-connections a moment, and go. If the launcher is gone, no job can be run or stopped any more, so
-the service ends too, with an error, and whoever supervises it starts both anew.
+Its start: take over what an earlier service has left, then open the port. Its end, on SIGTERM or
+SIGINT: stop accepting, stop every job (followers see their ends) or leave all to the next service
+(where the launcher outlives this one), give connections a moment, and go. If the launcher is gone,
+no job can be run or stopped any more, so the service ends too, with an error, and whoever
+supervises it starts both anew.
 """
 
 import logging
@@ -24,17 +26,17 @@ from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Rules
 from jobworker.jobs.history import History
-from jobworker.jobs.recovery import recover_output
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
+from jobworker.jobs.takeover import take_over
 from jobworker.model.units import parse_duration
 from jobworker.sandbox.host import read_host_facts
-from jobworker.sandbox.launch import Link, open_link
+from jobworker.sandbox.link import Link, open_link
 from jobworker.server.connection import serve_connection
 from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD
 from jobworker.server.operations import Context
-from jobworker.server.setup import Prepared
+from jobworker.server.setup import Prepared, listen
 
 log = logging.getLogger("jobworker.server")
 
@@ -83,11 +85,11 @@ def _archive(settings: Settings, spools: Path, history: History) -> Archive:
 async def serve(prepared: Prepared) -> None:
     """Serve until a signal; raises LauncherGone if the launcher ends before."""
     settings = prepared.settings
-    history = History.open(prepared.directory / "history.db", _now())
+    history = History.open(prepared.directory / "history.db")
     try:
         spools = prepared.directory / "spool"
         async with open_link(prepared.launcher) as link:
-            await recover_output(spools, history)
+            inheritance = await take_over(link, history, spools, _now())
             archive = _archive(settings, spools, history)
             await archive.load()
             supervisor = Supervisor(
@@ -100,6 +102,7 @@ async def serve(prepared: Prepared) -> None:
                 max_running=settings.worker.max_concurrent_jobs,
                 max_waiting=settings.worker.max_waiting_jobs,
             )
+            supervisor.take_over(inheritance)
             await _serve_until_signal(prepared, supervisor, link)
     finally:
         history.close()
@@ -114,6 +117,7 @@ async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: 
     )
     listener = _Listener(prepared, context)
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    listen(prepared.listeners)
     with trio.open_signal_receiver(*ends) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
@@ -123,11 +127,19 @@ async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: 
             log.info("ending: %s", signal.Signals(await anext(signals)).name)
             prepared.notifier.tell(STOPPING="1")
             listener.stop_accepting()
-            await supervisor.shut_down(parse_duration(prepared.settings.worker.stop_grace))
+            if _leaves_jobs(prepared.settings):
+                await supervisor.leave()
+            else:
+                await supervisor.shut_down(parse_duration(prepared.settings.worker.stop_grace))
             with trio.move_on_after(FAREWELL_SECONDS):
                 await listener.idle.wait()
             nursery.cancel_scope.cancel()
     log.info("ended")
+
+
+def _leaves_jobs(settings: Settings) -> bool:
+    wanted = settings.worker.jobs_on_exit
+    return wanted == "leave" or (wanted == "auto" and bool(settings.launcher.socket))
 
 
 def _announce(prepared: Prepared) -> None:

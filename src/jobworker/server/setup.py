@@ -1,18 +1,12 @@
 """What the service does while it still has root's rights, and how it gives them up.
 
-In order: read certificates and key, make the state directory, take its lock, listen, start the
-launcher, become the unprivileged user. Everything that may fail does so here, before the first
-client, with an error that names the remedy; and nothing is left behind then.
-
-    state_dir/          root's; only the launcher writes what stands directly in it
-      lock              held as long as the service lives
-      stage/            where the launcher mounts the jobs' root, in a namespace of its own
-      scratch/          the jobs' files
-      service/          the unprivileged user's: history.db, spool/
+In order: read certificates and key, make the state directory, take its lock, bind the port, start
+the launcher or connect to the one that runs already, become the unprivileged user. Everything that
+may fail does so here, before the first client, with an error that names the remedy; and nothing is
+left behind then.
 """
 
 import errno
-import fcntl
 import hashlib
 import importlib
 import os
@@ -20,8 +14,8 @@ import pwd
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from attrs import frozen
@@ -30,11 +24,18 @@ from jobworker.config import MEBIBYTE, Settings
 from jobworker.errors import AddressUnavailable, ConfigError, HostUnsupported, JobworkerError
 from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.children import Policy
-from jobworker.sandbox.launch import LauncherProcess, start_launcher
+from jobworker.sandbox.children import Policy, policy_message
+from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.notify import Notifier
+from jobworker.server.state_directory import (
+    LEAVING_SECONDS,
+    lock_for_launcher,
+    lock_for_service,
+    make_service_directory,
+    make_state_directory,
+)
 
 BACKLOG = 1024
 
@@ -51,7 +52,8 @@ class Prepared:
     settings: Settings
     tls: ssl.SSLContext
     listeners: tuple[socket.socket, ...]
-    launcher: LauncherProcess
+    """Bound, and not listening yet."""
+    launcher: OpenedLauncher
     directory: Path
     """The service's own part of the state directory."""
     notifier: Notifier
@@ -67,6 +69,11 @@ def prepare(settings: Settings) -> Prepared:
             "cannot serve: jobs need namespaces and control groups, which root alone may make",
             remedy="run it as root (it gives root up once it has started)",
         )
+    if settings.worker.jobs_on_exit == "leave" and not settings.launcher.socket:
+        raise ConfigError(
+            "cannot leave jobs behind (worker.jobs_on_exit): the launcher ends with the service",
+            remedy="set launcher.socket, and run `worker launcher`; or set jobs_on_exit to 'auto'",
+        )
     security = settings.security
     tls = server_context(
         ca=Path(security.ca_cert),
@@ -78,13 +85,16 @@ def prepare(settings: Settings) -> Prepared:
     uid, gid = service_ids(settings)
     with ExitStack() as undo:
         state = Path(settings.worker.state_dir)
-        lock = _make_state(state, uid, gid)
+        make_state_directory(state)
+        lock = lock_for_service(state)
         undo.callback(os.close, lock)
-        listeners = listen(settings.server.address, settings.server.port)
+        make_service_directory(state, uid, gid)
+        listeners = bind(settings.server.address, settings.server.port)
         for listener in listeners:
             undo.callback(listener.close)
-        launcher = start_launcher(policy_for(settings, state))
-        undo.callback(launcher.sock.close)
+        policy = policy_for(settings, state)
+        launcher = _open_launcher(settings, policy)
+        undo.callback(launcher.close)
         notifier = Notifier()
         _give_up_root(uid, gid)
         if not os.access(state / "service", os.R_OK | os.W_OK | os.X_OK):
@@ -101,8 +111,10 @@ def prepare(settings: Settings) -> Prepared:
         directory=state / "service",
         notifier=notifier,
         lock=lock,
-        warnings=tuple(
-            warning for warning in (exposed, *(f"this host: {g}" for g in launcher.gaps)) if warning
+        warnings=(
+            *([exposed] if exposed else []),
+            *(f"this host: {gap}" for gap in launcher.gaps),
+            *_differences(launcher, policy),
         ),
     )
 
@@ -111,6 +123,43 @@ def instance_name(state: Path) -> str:
     """The name of the control groups of the service that has this state directory."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(state))).hexdigest()
     return f"jobworker-{digest[:8]}"
+
+
+def _open_launcher(settings: Settings, policy: Policy) -> OpenedLauncher:
+    """The launcher that the settings name, or one of our own."""
+    if settings.launcher.socket:
+        launcher = connect_launcher(settings.launcher.socket)
+        try:
+            _check_instance(launcher, policy, settings.launcher.socket)
+        except BaseException:
+            launcher.close()
+            raise
+        return launcher
+    lock = lock_for_launcher(Path(settings.worker.state_dir), LEAVING_SECONDS)
+    try:
+        return start_launcher(policy, lock)
+    finally:
+        os.close(lock)  # the launcher has it
+
+
+def _check_instance(launcher: OpenedLauncher, policy: Policy, path: str) -> None:
+    if launcher.policy.get("instance") != policy.instance:
+        raise ConfigError(
+            f"cannot use the launcher at {path}: it keeps the jobs of another worker.state_dir",
+            remedy="give both the same configuration, and start them anew",
+        )
+
+
+def _differences(launcher: OpenedLauncher, policy: Policy) -> list[str]:
+    """What the launcher was told otherwise than it would be told now, in words."""
+    now = policy_message(policy)
+    different = [key for key, value in now.items() if launcher.policy.get(key, value) != value]
+    if not different:
+        return []
+    return [
+        f"the launcher still works by older settings ({', '.join(sorted(different))}); "
+        "they change when it is started anew, which ends its jobs"
+    ]
 
 
 def policy_for(settings: Settings, state: Path) -> Policy:
@@ -167,56 +216,13 @@ def service_ids(settings: Settings) -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-@contextmanager
-def _state_errors(state: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"cannot use worker.state_dir {state}: {error.strerror} ({error.filename})",
-            remedy="name a directory that root owns and only root may write to",
-        ) from error
-
-
 def spool_directory(settings: Settings) -> Path:
     """Where output is kept."""
     return Path(settings.worker.state_dir) / "service" / "spool"
 
 
-def _make_state(state: Path, uid: int, gid: int) -> int:
-    """Make what is missing of the state directory and lock it: the lock's descriptor."""
-    with _state_errors(state):
-        state.mkdir(mode=0o755, parents=True, exist_ok=True)
-        status = state.stat(follow_symlinks=False)
-        if status.st_uid != 0 or status.st_mode & 0o022:
-            raise ConfigError(
-                f"cannot use worker.state_dir {state}: others than root may write to it",
-                remedy=f"chown root {state}; chmod 755 {state}",
-            )
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(state / "lock", flags, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise ConfigError(
-                f"cannot use worker.state_dir {state}: another service is running with it",
-                remedy="stop that service, or give this one a state_dir of its own",
-            ) from None
-        try:
-            for name, mode in (("stage", 0o700), ("scratch", 0o700)):
-                (state / name).mkdir(mode=mode, exist_ok=True)
-            for own in (state / "service", state / "service" / "spool"):
-                own.mkdir(mode=0o700, exist_ok=True)
-                os.chown(own, uid, gid, follow_symlinks=False)
-        except BaseException:
-            os.close(lock)
-            raise
-    return lock
-
-
-def listen(address: str, port: int) -> tuple[socket.socket, ...]:
-    """Listening sockets for every address that `address` stands for."""
+def bind(address: str, port: int) -> tuple[socket.socket, ...]:
+    """Sockets bound to every address that `address` stands for."""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
@@ -233,20 +239,32 @@ def listen(address: str, port: int) -> tuple[socket.socket, ...]:
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listener.bind(where)
-            listener.listen(BACKLOG)
             listener.setblocking(False)
     except OSError as error:
         for listener in listeners:
             listener.close()
-        remedies = {
-            errno.EADDRINUSE: "stop what listens there, or choose another server.port",
-            errno.EADDRNOTAVAIL: "set server.address to an address of this host",
-        }
-        raise AddressUnavailable(
-            f"cannot listen at {address}:{port}: {os.strerror(error.errno or 0)}",
-            remedy=remedies.get(error.errno or 0, "choose another server.address or server.port"),
-        ) from None
+        raise _cannot_listen(f"{address}:{port}", error) from None
     return tuple(listeners)
+
+
+def listen(listeners: Sequence[socket.socket]) -> None:
+    """Open the port: from here on clients can connect. Raises AddressUnavailable."""
+    for listener in listeners:
+        try:
+            listener.listen(BACKLOG)
+        except OSError as error:  # another has come to listen there since we bound it
+            raise _cannot_listen(str(listener.getsockname()[:2]), error) from None
+
+
+def _cannot_listen(where: str, error: OSError) -> AddressUnavailable:
+    remedies = {
+        errno.EADDRINUSE: "stop what listens there, or choose another server.port",
+        errno.EADDRNOTAVAIL: "set server.address to an address of this host",
+    }
+    return AddressUnavailable(
+        f"cannot listen at {where}: {os.strerror(error.errno or 0)}",
+        remedy=remedies.get(error.errno or 0, "choose another server.address or server.port"),
+    )
 
 
 def _give_up_root(uid: int, gid: int) -> None:

@@ -21,8 +21,8 @@ from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs import history as module
 from jobworker.jobs.history import History
 from jobworker.jobs.schema import MIGRATIONS
-from jobworker.model.job import JobRecord, JobSpec
-from jobworker.model.lifecycle import LIVE, TERMINAL, Reason, State
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import LIVE, State
 
 from ..strategies import examples, record, records
 
@@ -31,7 +31,7 @@ NOW = datetime(2026, 2, 1, 9, 30, tzinfo=UTC)
 
 @contextmanager
 def opened(path: Path) -> Iterator[History]:
-    history = History.open(path, NOW)
+    history = History.open(path)
     try:
         yield history
     finally:
@@ -189,7 +189,7 @@ from jobworker.model.lifecycle import State
 
 async def main():
     now = datetime(2026, 1, 31, tzinfo=UTC)
-    history = History.open(Path(sys.argv[1]), now)
+    history = History.open(Path(sys.argv[1]))
     spec = JobSpec(command=("true",))
     for state in (State.COMPLETED, State.RUNNING):
         id_ = history.take_id()
@@ -208,38 +208,36 @@ async def test_what_was_put_survives_a_kill_at_once(path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     with opened(path) as history:
-        assert history.lost == (2,)
+        assert [each.id for each in history.unfinished] == [2]
         assert history.take_id() == 3
         found = await history.latest(limit=10)
-        assert [each.state for each in found] == [State.FAILED, State.COMPLETED]
+        assert [each.state for each in found] == [State.RUNNING, State.COMPLETED]
 
 
 # --- what an earlier service left -----------------------------------------------------------
 
 
-async def test_unfinished_records_are_closed_as_lost_and_no_others(path: Path) -> None:
+async def test_unfinished_records_are_told_as_they_are_and_no_others(path: Path) -> None:
     before = {}
     with opened(path) as history:
-        assert history.lost == ()
+        assert history.unfinished == ()
         for state in State:
             stored = record(history.take_id(), state)
             await history.put(stored)
             before[stored.id] = stored
     with opened(path) as history:
-        unfinished = {id_ for id_, stored in before.items() if stored.state in LIVE}
-        assert set(history.lost) == unfinished
+        unfinished = {each.id: each for each in history.unfinished}
+        assert unfinished == {i: each for i, each in before.items() if each.state in LIVE}
         for id_, stored in before.items():
-            found = await history.get(id_)
-            assert found is not None
-            if stored.state in TERMINAL:
-                assert found == stored
-                continue
-            assert (found.state, found.reason, found.ended_at) == (State.FAILED, Reason.LOST, NOW)
-            assert found.detail
-            assert (found.spec, found.owner) == (stored.spec, stored.owner)
-    with opened(path) as history:  # it is on the disk: nothing is lost twice
-        assert history.lost == ()
-        assert len(await history.latest(states={State.FAILED}, limit=10)) == len(unfinished) + 1
+            assert await history.get(id_) == stored
+
+
+def test_ids_that_are_passed_over_are_not_given(path: Path) -> None:
+    with opened(path) as history:
+        history.pass_over(JobId(7))
+        assert history.take_id() == 8
+        history.pass_over(JobId(3))
+        assert history.take_id() == 9
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -327,7 +325,7 @@ async def test_record_that_cannot_be_written_leaves_no_writer_waiting(path: Path
 
 def refused(path: Path) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        History.open(path, NOW)
+        History.open(path)
     assert str(path) in caught.value.message
     return caught.value
 

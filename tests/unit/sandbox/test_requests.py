@@ -198,6 +198,9 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
     except ProtocolError as error:
         str(error).encode()
         return
+    if isinstance(request, r.ListJobs):
+        assert 0 <= request.after <= r.MAX_NUMBER
+        return
     numbers = [number, request.job]
     if isinstance(request, r.Signal):
         numbers.append(request.number)

@@ -1,0 +1,70 @@
+"""Closes descriptors that a hostile sender may have made slow to close.
+
+The last close(2) of a socket with SO_LINGER waits as long as its maker said; of a file on a
+file system of the sender's own, for ever. So the launcher never makes it: a process of its own
+inherits the descriptors, the launcher closes its copies, and the last close is that process's
+exit. While one is under way more can be taken, up to a bound; whoever lets senders in is to ask
+`overloaded` first.
+
+Standard library only.
+"""
+
+import os
+from functools import partial
+
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.channel import close_all
+from jobworker.sandbox.turns import Turns
+
+MAX_PROCESSES = 4
+AGAIN_SECONDS = 0.1
+
+
+class Disposal:
+    """Descriptors on their way out."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._waiting: list[int] = []
+        self._processes: set[int] = set()
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether some wait for a process."""
+        return bool(self._waiting)
+
+    def take(self, descriptors: list[int]) -> None:
+        """Close these, sooner or later, without making the caller wait."""
+        self._waiting += descriptors
+        self._start()
+
+    def _start(self) -> None:
+        if not self._waiting or len(self._processes) >= MAX_PROCESSES:
+            return
+        try:
+            go, gone = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            self._turns.call_in(AGAIN_SECONDS, self._start)
+            return
+        try:
+            pid, pidfd = sc.clone3(0)
+        except OSError:  # no process to be had
+            close_all([go, gone])
+            self._turns.call_in(AGAIN_SECONDS, self._start)
+            return
+        if pid == 0:
+            os.close(gone)
+            os.read(go, 1)  # until the launcher has closed its copies
+            os._exit(0)
+        close_all(self._waiting)
+        self._waiting.clear()
+        close_all([gone, go])
+        self._processes.add(pidfd)
+        self._turns.watch(pidfd, partial(self._on_exit, pidfd))
+
+    def _on_exit(self, pidfd: int) -> None:
+        self._turns.unwatch(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        self._processes.discard(pidfd)
+        self._start()

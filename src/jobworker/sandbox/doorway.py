@@ -1,0 +1,93 @@
+"""The door of a launcher that runs on its own: who may come in, one at a time.
+
+The socket's file belongs to the service's user, mode 0600; besides, each caller is asked who it
+is (SO_PEERCRED, unix(7)): the service's user or root. One caller is served at a time. A newer
+one takes the place of one that has gone; while one is there, a second is refused by name.
+
+Standard library only.
+"""
+
+import contextlib
+import socket
+import struct
+from collections.abc import Callable, Collection
+
+from jobworker.errors import Busy, JobworkerError, PermissionDenied
+from jobworker.sandbox import channel
+from jobworker.sandbox.disposal import Disposal
+from jobworker.sandbox.launcher_jobs import say
+from jobworker.sandbox.turns import Turns
+
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
+AGAIN_SECONDS = 0.1
+
+
+class Doorway:
+    """The listening socket."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        turns: Turns,
+        disposal: Disposal,
+        *,
+        allowed_uids: Collection[int],
+        occupied: Callable[[], bool],
+        admit: Callable[[socket.socket], None],
+    ) -> None:
+        self._listener, self._turns, self._disposal = listener, turns, disposal
+        self._allowed_uids, self._occupied, self._admit = allowed_uids, occupied, admit
+        listener.setblocking(False)
+        turns.watch(listener.fileno(), self._on_caller)
+
+    def _on_caller(self) -> None:
+        if self._disposal.overloaded:
+            self._pause()
+            return
+        try:
+            caller, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            say(f"cannot let a service in: {error}")
+            self._pause()
+            return
+        caller.setblocking(False)
+        try:
+            self._check(caller)
+        except JobworkerError as error:
+            say(error.message)
+            problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
+            with contextlib.suppress(OSError):
+                channel.send(caller, {"error": problem})
+            self._disposal.take([caller.detach()])
+            return
+        self._admit(caller)
+
+    def _check(self, caller: socket.socket) -> None:
+        raw = caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        uid = _CREDENTIALS.unpack(raw)[1]
+        if uid not in self._allowed_uids:
+            raise PermissionDenied(
+                f"cannot use the launcher: user {uid} is not its service's",
+                remedy="set worker.user to the same for both, and start them anew",
+            )
+        if self._occupied():
+            raise Busy(
+                "cannot use the launcher: another service is connected to it",
+                remedy="stop that service, or give this one a launcher and a state_dir of its own",
+            )
+
+    def _pause(self) -> None:
+        """Leave callers waiting for a moment: there are no descriptors, or too much is going on."""
+        self._turns.unwatch(self._listener.fileno())
+        self._turns.call_in(AGAIN_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        self._turns.watch(self._listener.fileno(), self._on_caller)
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._turns.cancel(self._resume)
+        self._turns.unwatch(self._listener.fileno())
+        self._listener.close()

@@ -1,0 +1,244 @@
+"""The service's conversation with the launcher: ask it, hear of its jobs' ends.
+
+`Link` belongs to Trio: requests may overlap, replies are told apart by number, exits arrive as
+events for whoever expects them. When the launcher goes, every waiting request and every job hears
+of it at once (`LauncherGone`); nothing hangs.
+"""
+
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+
+import trio
+from attrs import Factory, define, frozen
+
+from jobworker.errors import JobworkerError, LauncherGone
+from jobworker.model.job import JobId, Usage
+from jobworker.sandbox import channel
+from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.launch import (
+    Exit,
+    LauncherProcess,
+    Listed,
+    OpenedLauncher,
+    exit_from,
+    usage_from,
+)
+from jobworker.sandbox.plan import Order
+from jobworker.sandbox.start_failures import explain
+
+
+@frozen(kw_only=True)
+class Started:
+    """A running job: its process, and the read ends of its pipes, which the receiver owns."""
+
+    pid: int
+    stdout: int
+    stderr: int
+    age_seconds: float = 0.0
+    """How long it had run when this was told."""
+
+
+Exits = trio.MemoryReceiveChannel[Exit]
+"""Gets a job's one `Exit`, or closes if the launcher goes."""
+
+
+@define(eq=False)
+class _Waiting:
+    """A request on its way."""
+
+    answered: trio.Event = Factory(trio.Event)
+    message: channel.Message | None = None
+    descriptors: list[int] = Factory(list)
+
+
+@define(eq=False)
+class Link:
+    """Requests to the launcher, and the ends of its jobs. Made by `open_link`."""
+
+    _sock: trio.socket.SocketType
+    _waiting: dict[int, _Waiting] = Factory(dict)
+    _exits: dict[JobId, trio.MemorySendChannel[Exit]] = Factory(dict)
+    _next: int = 1
+    _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
+    inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
+    """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    gone: trio.Event = Factory(trio.Event)
+    """Set once the launcher has ended; no job of it is alive then."""
+
+    def inherit(self, jobs: Iterable[Listed]) -> None:
+        """Expect the ends of jobs that the launcher has kept: before `serve`."""
+        taken = {}
+        for listed in jobs:
+            send, receive = trio.open_memory_channel[Exit](1)
+            if listed.exit is None:
+                self._exits[JobId(listed.job)] = send
+            else:
+                send.send_nowait(listed.exit)
+                send.close()
+            started = Started(
+                pid=listed.pid,
+                stdout=listed.stdout,
+                stderr=listed.stderr,
+                age_seconds=listed.age_seconds,
+            )
+            taken[JobId(listed.job)] = (started, receive)
+        self.inherited = taken
+
+    async def spawn(self, job: JobId, order: Order, limits: Limits) -> tuple[Started, Exits]:
+        """Start a job; the channel gets its one `Exit`, or closes if the launcher goes.
+
+        Raises SandboxError (or CommandNotFound, CommandNotExecutable) if a step of the start
+        fails; then nothing of the job is left. Not to be cancelled: see `_ask`.
+        """
+        send, receive = trio.open_memory_channel[Exit](1)
+        self._exits[job] = send
+        try:
+            message, descriptors = await self._ask(
+                "spawn",
+                job,
+                arguments=list(order.arguments),
+                environment=dict(order.environment),
+                hostname=order.hostname,
+                workdir=order.workdir,
+                network=order.network,
+                uid=order.uid,
+                gid=order.gid,
+                **limits._asdict(),
+            )
+        except BaseException:
+            self._exits.pop(job, send).close()
+            receive.close()
+            raise
+        stdout, stderr = descriptors
+        pid = message["pid"]
+        assert isinstance(pid, int)
+        return Started(pid=pid, stdout=stdout, stderr=stderr), receive
+
+    async def signal(self, job: JobId, number: signal.Signals) -> bool:
+        """Send a signal to the job's first process; False if that has no handler for it."""
+        message, _ = await self._ask("signal", job, signal=int(number))
+        return message["delivered"] is True
+
+    async def kill(self, job: JobId) -> None:
+        """End every process of the job with SIGKILL; its `Exit` follows."""
+        await self._ask("kill", job)
+
+    async def remove(self, job: JobId) -> None:
+        """Have the launcher forget a job, with its scope and files; a live one is killed."""
+        await self._ask("remove", job)
+
+    async def usage(self, job: JobId) -> Usage:
+        """What the job has used so far."""
+        message, _ = await self._ask("usage", job)
+        return usage_from(message)
+
+    async def _ask(
+        self, operation: str, job: JobId, **fields: object
+    ) -> tuple[Mapping[str, object], list[int]]:
+        """Send a request and wait for its reply.
+
+        A request that went out has its effect, so whoever waits is shielded: the launcher
+        answers every request or ends, and both wake the waiter.
+        """
+        if self.gone.is_set():
+            raise _launcher_gone()
+        number, self._next = self._next, self._next + 1
+        waiting = self._waiting[number] = _Waiting()
+        with trio.CancelScope(shield=True):
+            await self._send({"id": number, "op": operation, "job": job, **fields})
+            await waiting.answered.wait()
+        if waiting.message is None:
+            raise _launcher_gone()
+        problem = waiting.message.get("error")
+        if isinstance(problem, dict):
+            raise explain(problem)
+        ok = waiting.message["ok"]
+        assert isinstance(ok, dict)
+        return ok, waiting.descriptors
+
+    async def _send(self, message: channel.Message) -> None:
+        packet, ancillary, mine = channel.encode(message, ())
+        try:
+            async with self._sending:
+                await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+        except OSError:
+            await self.gone.wait()  # the reader sees the end of the stream too
+        finally:
+            channel.close_all(mine)
+
+    async def serve(self) -> None:
+        """Hand out what the launcher sends; returns once it is gone, everyone woken."""
+        try:
+            while True:
+                packet, ancillary, flags, _ = await self._sock.recvmsg(
+                    channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+                if not packet:
+                    return
+                self._dispatch(*channel.decode(packet, ancillary, flags))
+        except (OSError, JobworkerError):
+            return  # reset: the same as its end
+        finally:
+            self.gone.set()
+            for waiting in self._waiting.values():
+                waiting.answered.set()
+            self._waiting.clear()
+            for exits in self._exits.values():
+                exits.close()
+            self._exits.clear()
+
+    def _dispatch(self, message: channel.Message, descriptors: list[int]) -> None:
+        if message.get("event") == "exit":
+            channel.close_all(descriptors)
+            job = message["job"]
+            assert isinstance(job, int)
+            exits = self._exits.pop(JobId(job), None)
+            if exits is not None:
+                exits.send_nowait(exit_from(message))
+                exits.close()
+            return
+        answered = message.get("id")
+        waiting = self._waiting.pop(answered, None) if isinstance(answered, int) else None
+        if waiting is None:
+            channel.close_all(descriptors)
+            return
+        waiting.message, waiting.descriptors = message, descriptors
+        waiting.answered.set()
+
+
+@asynccontextmanager
+async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
+    """Talk to a launcher; at exit one of our own ends with its jobs, and is waited for."""
+    sock = trio.socket.from_stdlib_socket(launcher.sock)
+    link = Link(sock)
+    link.inherit(launcher.jobs)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.serve)
+            try:
+                yield link
+            finally:
+                sock.shutdown(socket.SHUT_WR)
+                if isinstance(launcher, LauncherProcess):
+                    with trio.CancelScope(shield=True):
+                        await _reap(launcher.process)
+                nursery.cancel_scope.cancel()
+    finally:
+        sock.close()
+
+
+async def _reap(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the launcher, which bounds its own farewell; kill it if it breaks its word."""
+    with trio.move_on_after(20):
+        await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+    if process.returncode is None:
+        process.kill()
+
+
+def _launcher_gone() -> LauncherGone:
+    return LauncherGone(
+        "cannot serve the request: the launcher has ended", remedy="restart the service"
+    )

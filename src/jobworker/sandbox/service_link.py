@@ -1,0 +1,92 @@
+"""The launcher's end of its connection to the service: requests in, replies and events out.
+
+Nothing here waits. The service is taken for hostile: what it sends is checked in
+`sandbox.requests`, and a request that does not parse or that carries descriptors ends the
+connection, since only a broken or hostile service sends one. Descriptors that came along are
+handed on unclosed: closing them may block (SO_LINGER), and so may closing the socket
+itself, which may hold more of them unread. `Disposal` does both elsewhere.
+
+Standard library only.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+
+from jobworker.errors import ProtocolError
+from jobworker.sandbox import channel, requests
+from jobworker.sandbox.outbox import Outbox
+from jobworker.sandbox.turns import Turns
+
+Serve = Callable[[int, requests.Request], None]
+Lost = Callable[[str, list[int]], None]
+"""Told once, when the connection has ended: why ("" where the service merely went), and the
+descriptors that are to be closed elsewhere."""
+
+
+class ServiceLink:
+    """One connection, from its first message to its end."""
+
+    def __init__(self, sock: socket.socket, turns: Turns, serve: Serve, lost: Lost) -> None:
+        sock.setblocking(False)
+        self._sock, self._turns = sock, turns
+        self._serve, self._lost = serve, lost
+        self._outbox = Outbox(sock)
+        self._awaits_room = False
+        self.open = True
+        turns.watch(sock.fileno(), self._on_ready)
+
+    def _on_ready(self) -> None:
+        self.take()
+
+    def take(self) -> bool:
+        """Take one request, if there is one; whether there was."""
+        strangers: list[int] = []
+        try:
+            self._outbox.flush()
+            self._await_room()
+            received = channel.receive(self._sock)
+            if received is None:
+                self._end("", [])
+                return False
+            message, strangers = received
+            if strangers:
+                raise ProtocolError("cannot take the request: it carries descriptors")
+            number, request = requests.parse(message)
+        except BlockingIOError:
+            return False
+        except channel.BadMessage as error:
+            self._end(str(error), error.descriptors)
+            return False
+        except (ProtocolError, OSError) as error:
+            self._end(str(error), strangers)
+            return False
+        self._serve(number, request)
+        return self.open
+
+    def send(self, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
+        """Send a message now or as soon as there is room; dropped where the connection ended."""
+        if not self.open:
+            return
+        try:
+            self._outbox.send(message, descriptors)
+        except OSError as error:
+            self._end(str(error), [])
+            return
+        self._await_room()
+
+    def mute(self) -> None:
+        """Take and send nothing more; the other side sees the end with this process's."""
+        self.open = False
+        self._turns.unwatch(self._sock.fileno())
+
+    def _await_room(self) -> None:
+        """Be woken when there is room again for what waits to be sent."""
+        if self._outbox.waiting != self._awaits_room:
+            self._awaits_room = self._outbox.waiting
+            self._turns.watch_room(self._sock.fileno(), self._awaits_room)
+
+    def _end(self, reason: str, strangers: list[int]) -> None:
+        self.open = False
+        self._turns.unwatch(self._sock.fileno())
+        self._outbox.close()
+        self._lost(reason, [self._sock.detach(), *strangers])

@@ -1,0 +1,101 @@
+"""What `worker launcher` does before it becomes the launcher: a socket to listen at, and a policy.
+
+The launcher proper runs by the standard library alone (`sandbox.launcher`), and so what needs
+more stands here: reading the settings, finding the service's user. Then this process executes
+the launcher in its own place; the policy waits for it in a socket, and with it the descriptors
+that it needs: the lock on the state directory, the listener, and the way to whoever supervises it.
+"""
+
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from jobworker.config import Settings
+from jobworker.errors import ConfigError, HostUnsupported
+from jobworker.sandbox import channel
+from jobworker.sandbox.cgroups import step_into_leaf
+from jobworker.sandbox.children import policy_message
+from jobworker.sandbox.launch import launcher_command
+from jobworker.server.notify import Notifier
+from jobworker.server.setup import policy_for, service_ids
+from jobworker.server.state_directory import lock_for_launcher, make_state_directory
+
+BACKLOG = 8
+
+
+def become_launcher(settings: Settings) -> NoReturn:
+    """Run a launcher for `settings` in this process's place. Raises JobworkerError."""
+    if os.geteuid() != 0:
+        raise HostUnsupported(
+            "cannot run the launcher: jobs need namespaces and control groups, which root alone "
+            "may make",
+            remedy="run it as root",
+        )
+    path = settings.launcher.socket
+    if not path:
+        raise ConfigError(
+            "cannot run the launcher: nothing says where it is to listen",
+            remedy="give --socket=PATH, or set launcher.socket in the configuration",
+        )
+    uid, gid = service_ids(settings)
+    state = Path(settings.worker.state_dir)
+    make_state_directory(state)
+    step_into_leaf()
+    passed = {"lock": lock_for_launcher(state, 1.0), "listener": _listen(path, uid, gid)}
+    notifier = Notifier()
+    if notifier.descriptor is not None:
+        passed["notify"] = notifier.descriptor
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    message: channel.Message = {
+        **policy_message(policy_for(settings, state)),
+        "service_uid": uid,
+        "carries": list(passed),
+    }
+    channel.send(near, message, list(passed.values()))
+    far.set_inheritable(True)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir("/")
+    command = launcher_command(far.fileno())
+    os.execve(command[0], command, {})  # noqa: S606 - our own program
+
+
+def _listen(path: str, uid: int, gid: int) -> int:
+    """A socket that listens at `path`, for the service's user alone: its descriptor.
+
+    What stood there before is replaced if it is a socket; the state directory's lock is held, so
+    no launcher of this state directory listens there. Raises ConfigError.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        _check_directory(path)
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                os.unlink(path)
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+        os.chown(path, uid, gid, follow_symlinks=False)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen at launcher.socket {path}: {error.strerror}",
+            remedy="name a path below a directory that exists and only root may write to",
+        ) from error
+    return listener.detach()
+
+
+def _check_directory(path: str) -> None:
+    """Who can write there can put another socket in its place."""
+    directory = os.path.dirname(path)
+    status = os.stat(directory)
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise ConfigError(
+            f"cannot listen at launcher.socket {path}: others than root may write to {directory}",
+            remedy=f"name another directory, or: chown root {directory}; chmod 755 {directory}",
+        )

@@ -1,0 +1,253 @@
+"""A service that is killed, restarted or told to leave, while its launcher and its jobs go on."""
+
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.sandbox.launch import connect_launcher
+
+from .conftest import left_behind, until
+from .outside import open_launcher, settings_with
+from .test_outside_launcher import spawn
+from .wire import Json, Wire, open_wire
+
+Settings = Mapping[str, Mapping[str, object]]
+
+COUNTER = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.01; done"
+
+
+@asynccontextmanager
+async def serving(directory: Path, extra: Settings | None = None) -> AsyncIterator[Embedded]:
+    """A service of the launcher that runs in `directory`."""
+    async with open_embedded(directory, settings_with(directory, extra or {})) as service:
+        yield service
+
+
+async def kill(service: Embedded) -> None:
+    service.process.kill()
+    await service.process.wait()
+
+
+async def start(wire: Wire, script: str, **spec: object) -> int:
+    return await wire.start("sh", "-c", script, **spec)
+
+
+async def log_of(wire: Wire, job: int) -> tuple[bytes, Json]:
+    result = await wire.call("job.log", id=job)
+    out, _, record = await wire.output(result["subscription"])
+    return out, record
+
+
+async def size_of(wire: Wire, job: int) -> int:
+    size = (await wire.call("job.status", id=job))["stdout_bytes"]
+    assert isinstance(size, int)
+    return size
+
+
+async def until_bigger(wire: Wire, job: int, size: int) -> None:
+    with trio.fail_after(20):
+        while await size_of(wire, job) <= size:  # noqa: ASYNC110
+            await trio.sleep(0.02)
+
+
+async def test_killed_service_loses_no_job_and_no_byte(open_directory: Callable[[], Path]) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, COUNTER)
+            brief = await start(wire, "read x </dev/null; exit 7")
+            await until_bigger(wire, job, 20)
+            before = await wire.call("job.status", id=job)
+            await kill(service)
+        async with serving(directory) as service, open_wire(service) as wire:
+            after = await wire.call("job.status", id=job)
+            assert (after["state"], after["started_at"]) == ("RUNNING", before["started_at"])
+            await until_bigger(wire, job, int(str(after["stdout_bytes"])))
+            ended = await wire.call("job.wait", id=brief)
+            assert (ended["state"], ended["exit_code"]) == ("FAILED", 7)
+            await wire.call("job.stop", id=job)
+            data, record = await log_of(wire, job)
+            assert data.decode().split() == [str(n) for n in range(len(data.split()))]
+            assert record["state"] == "STOPPED"
+            assert await start(wire, "true") == brief + 1, "ids go on"
+    assert left_behind(directory) == []
+
+
+async def test_more_than_a_pipe_holds_waits_for_the_next_service(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    size = 5_000_000
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            path = directory / "state" / "scratch"
+            job = await start(wire, f"touch up; read x < go; head -c {size} /dev/zero; exit 3")
+            await until(lambda: list(path.glob("*/workspace/up")))
+            await kill(service)
+        (workspace,) = (found.parent for found in path.glob("*/workspace/up"))
+        (workspace / "go").write_text("\n")
+        async with serving(directory) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=job)
+            assert ended["stdout_bytes"] == size
+    assert left_behind(directory) == []
+
+
+async def test_service_that_is_told_to_end_leaves_jobs_to_the_next(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    one: Settings = {"worker": {"max_concurrent_jobs": 1}}
+    with open_launcher(directory):
+        async with serving(directory, one) as service, open_wire(service) as wire:
+            running = await start(wire, COUNTER)
+            waiting = await start(wire, "echo $JOBWORKER_JOB_ID; exit 4")
+        assert service.process.returncode == 0
+        async with serving(directory, one) as service, open_wire(service) as wire:
+            states = [(await wire.call("job.status", id=n))["state"] for n in (running, waiting)]
+            assert states == ["RUNNING", "PENDING"]
+            await wire.call("job.stop", id=running)
+            ended = await wire.call("job.wait", id=waiting)
+            assert (ended["exit_code"], (await log_of(wire, waiting))[0]) == (4, b"2\n")
+    assert left_behind(directory) == []
+
+
+async def test_jobs_are_stopped_where_that_is_the_policy(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    stop: Settings = {"worker": {"jobs_on_exit": "stop"}}
+    with open_launcher(directory):
+        async with serving(directory, stop) as service, open_wire(service) as wire:
+            job = await start(wire, "exec sleep 600")
+        async with serving(directory) as service, open_wire(service) as wire:
+            assert (await wire.call("job.status", id=job))["state"] == "STOPPED"
+    assert left_behind(directory) == []
+
+
+async def test_stop_that_a_kill_cut_short_is_seen_to_its_end(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    script = "trap 'echo told' TERM; echo up; while :; do read x < /dev/zero; done"
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, script)
+            await until_bigger(wire, job, 0)
+            async with trio.open_nursery() as nursery:
+
+                async def stop() -> None:
+                    with pytest.raises(trio.EndOfChannel):
+                        await wire.call("job.stop", id=job, grace_seconds=600)
+
+                nursery.start_soon(stop)
+                with trio.fail_after(20):
+                    while not await stop_is_recorded(directory, job):  # noqa: ASYNC110
+                        await trio.sleep(0.02)
+                await kill(service)
+        short: Settings = {"worker": {"stop_grace": "200ms"}}
+        async with serving(directory, short) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=job)
+            assert (ended["state"], ended["signal"]) == ("STOPPED", signal.SIGKILL)
+    assert left_behind(directory) == []
+
+
+async def stop_is_recorded(directory: Path, job: int) -> bool:
+    path = directory / "state" / "service" / "history.db"
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        (text,) = next(connection.execute("SELECT record FROM jobs WHERE id = ?", (job,)))
+    finally:
+        connection.close()
+    return '"stop_requested_at":"' in str(text)
+
+
+async def test_time_out_counts_from_the_start_of_the_job(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, "exec sleep 600", timeout_seconds=2)
+            await kill(service)
+        await trio.sleep(2)
+        async with serving(directory) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=job)
+            assert (ended["state"], ended["reason"]) == ("FAILED", "timeout")
+    assert left_behind(directory) == []
+
+
+async def test_job_that_the_history_does_not_know_is_removed_and_its_id_not_given_again(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        opened = connect_launcher(str(directory / "launcher.sock"))
+        opened.sock.settimeout(20)
+        stdout, stderr = spawn(opened.sock, 41, "sleep", "600")
+        opened.close()
+        async with serving(directory) as service, open_wire(service) as wire:
+            with trio.fail_after(20):
+                assert await trio.to_thread.run_sync(os.read, stdout, 1) == b"", "it has ended"
+            assert await start(wire, "true") == 42
+        os.close(stdout)
+        os.close(stderr)
+    assert left_behind(directory) == []
+
+
+async def test_job_that_the_launcher_does_not_have_is_lost(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory) as launcher:
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, "echo kept; exec sleep 600")
+            await until_bigger(wire, job, 0)
+            launcher.kill()
+            with trio.fail_after(20):
+                await service.process.wait()
+            assert service.process.returncode == 71
+            assert "the launcher has ended" in service.log_text()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            data, record = await log_of(wire, job)
+            assert (record["state"], record["reason"], data) == ("FAILED", "lost", b"kept\n")
+    assert left_behind(directory) == []
+
+
+async def test_job_whose_output_is_gone_is_not_left_running(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, "exec sleep 600")
+            await kill(service)
+        for path in (directory / "state" / "service" / "spool" / str(job)).iterdir():
+            path.unlink()
+        async with serving(directory) as service, open_wire(service) as wire:
+            record = await wire.call("job.status", id=job)
+            assert (record["state"], record["reason"]) == ("FAILED", "lost")
+            assert "output" in str(record["detail"])
+    assert left_behind(directory) == []
+
+
+async def test_waiting_jobs_survive_a_kill_with_a_launcher_of_the_services_own(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    one: Settings = {"worker": {"max_concurrent_jobs": 1}}
+    async with open_embedded(directory, one) as service, open_wire(service) as wire:
+        running = await start(wire, "exec sleep 600")
+        waiting = await start(wire, "exit 9")
+        await kill(service)
+    async with open_embedded(directory, one) as service, open_wire(service) as wire:
+        assert (await wire.call("job.status", id=running))["reason"] == "lost"
+        assert (await wire.call("job.wait", id=waiting))["exit_code"] == 9
+    assert left_behind(directory) == []
