@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import apsw
@@ -84,19 +84,40 @@ async def test_more_than_a_pipe_holds_waits_for_the_next_service(
     open_directory: Callable[[], Path],
 ) -> None:
     directory = open_directory()
-    size = 5_000_000
+    size, marker = 5_000_000, f"marker-{os.getpid()}"
+    script = f"trap go=1 USR1; echo up; while [ -z $go ]; do sleep 0.05; done; : {marker}; "
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
-            path = directory / "state" / "scratch"
-            job = await start(wire, f"touch up; read x < go; head -c {size} /dev/zero; exit 3")
-            await until(lambda: list(path.glob("*/workspace/up")))
+            job = await start(wire, f"{script} head -c {size} /dev/zero; exit 3")
+            await until_bigger(wire, job, 0)
             await kill(service)
-        (workspace,) = (found.parent for found in path.glob("*/workspace/up"))
-        (workspace / "go").write_text("\n")
+        (pid,) = processes(marker)
+        os.kill(pid, signal.SIGUSR1)
+        await until(lambda: writers_that_wait() or not processes(marker))
         async with serving(directory) as service, open_wire(service) as wire:
             ended = await wire.call("job.wait", id=job)
-            assert ended["stdout_bytes"] == size
+            assert (ended["stdout_bytes"], ended["exit_code"]) == (len("up\n") + size, 3)
     assert left_behind(directory) == []
+
+
+def processes(words: str) -> list[int]:
+    """Processes of this host whose command line holds `words`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if words.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def writers_that_wait() -> list[int]:
+    """Those that write the test's zeros and wait for room in the pipe."""
+    found = []
+    for pid in processes("head\0-c\x005000000"):
+        with suppress(OSError):
+            if "pipe" in Path(f"/proc/{pid}/wchan").read_text():
+                found.append(pid)
+    return found
 
 
 async def test_service_that_is_told_to_end_leaves_jobs_to_the_next(
