@@ -23,9 +23,9 @@ from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
 from jobworker.sandbox.probing import Finding
 
 SOURCE = str(Path(jobworker.__file__).parent.parent)
-WANTED = Wanted(("cpu", "memory", "io", "pids"), "", ("/usr",), 2_100_000_000)
+WANTED = Wanted(("cpu", "memory", "io", "pids"), "", ("/usr",), "/var/tmp", 2_100_000_000, 2)
 PREAMBLE = f"""
-import os, sys, resource; sys.path.insert(0, {SOURCE!r})
+import encodings.ascii, os, sys, resource; sys.path.insert(0, {SOURCE!r})
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.probes import main
 from jobworker.sandbox.probes_kernel import install_filter
@@ -35,6 +35,9 @@ def own_mounts():
     sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
 def enter_a_user_namespace():
     sc.setns(make_user_namespace(0, 4_294_967_295), sc.CLONE_NEWUSER)
+def become_an_ordinary_user():
+    os.setgroups([]); os.setresgid(54321, 54321, 54321); os.setresuid(54321, 54321, 54321)
+    sc.prctl(sc.PR_SET_DUMPABLE, 1)  # as if it had been started as that user
 """
 MOUNTED = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
 NUMBERS = {
@@ -194,6 +197,43 @@ def test_programs_on_a_file_system_without_mapped_owners() -> None:
     findings = found(wanted=WANTED._replace(programs=("/sys",)))
     assert {"mapped owners (ID-mapped mount)", "overlay on mapped owners"} <= missing(findings)
     assert "the file system of /sys" in findings["mapped owners (ID-mapped mount)"].detail
+
+
+def test_host_without_mke2fs_or_loop_devices() -> None:
+    findings = found("own_mounts()\nsc.mount('/dev/null', '/usr/sbin/mke2fs', None, sc.MS_BIND)")
+    assert "mke2fs" in findings["disk image (mke2fs)"].detail
+    assert "install e2fsprogs" in findings["disk image (mke2fs)"].remedy
+    findings = found("own_mounts()\nsc.mount('/dev/null', '/dev/loop-control', None, sc.MS_BIND)")
+    assert not findings["disk with a bound (loop, ext4)"].supported
+    assert "modprobe loop" in findings["disk with a bound (loop, ext4)"].remedy
+
+
+def test_disks_where_no_files_can_be() -> None:
+    refused = found(wanted=WANTED._replace(disks="/proc"))["disk image (mke2fs)"]
+    assert not refused.supported
+    assert "state_dir" in refused.remedy
+
+
+def test_ordinary_user_has_all_but_limits() -> None:
+    findings = found("become_an_ordinary_user()")
+    needed = [each for each in findings.values() if each.needed and not each.supported]
+    assert {each.group for each in needed} == {"limits"}
+    assert findings["device nodes"].detail == "bind mounts of the host's"
+    assert "the same for all jobs" in findings["user namespace"].detail
+    assert "Permission denied" in findings["memory limit"].detail
+    assert "systemd-run --user" in findings["memory limit"].remedy
+
+
+def test_ordinary_user_that_may_make_no_user_namespace() -> None:
+    (refused,) = found(
+        "enter_a_user_namespace()\n"
+        "open('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
+        "become_an_ordinary_user()"
+    ).values()
+    assert refused.name == "user namespace"
+    assert refused.needed
+    assert not refused.supported
+    assert "sysctl -w user.max_user_namespaces" in refused.remedy
 
 
 def test_too_few_descriptors() -> None:

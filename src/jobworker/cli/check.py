@@ -14,6 +14,7 @@ import asyncclick as click
 
 from jobworker.cli import check_service
 from jobworker.cli.check_job import spare_range, whole_job
+from jobworker.cli.check_service import nearest_directory
 from jobworker.cli.failures import one_line
 from jobworker.config import Settings, load
 from jobworker.convert import dumps
@@ -22,7 +23,16 @@ from jobworker.sandbox.host_check import findings as host_findings
 from jobworker.sandbox.probes import Wanted
 from jobworker.sandbox.probing import Finding
 
-_GROUPS = ("processes", "namespaces", "confinement", "mounts", "limits", "service", "a whole job")
+_GROUPS = (
+    "processes",
+    "namespaces",
+    "confinement",
+    "mounts",
+    "disks",
+    "limits",
+    "service",
+    "a whole job",
+)
 
 
 async def run_check(config: Path | None, *, json: bool) -> int:
@@ -33,7 +43,9 @@ async def run_check(config: Path | None, *, json: bool) -> int:
         controllers=settings.cgroup.enable_controllers,
         parent=settings.cgroup.parent,
         programs=settings.sandbox.programs,
+        disks=str(nearest_directory(Path(settings.worker.state_dir))),
         first_uid=spare_range(settings),
+        jobs=settings.worker.max_concurrent_jobs + settings.sandbox.spares,
     )
     found.extend(await host_findings(wanted))
     found.extend(check_service.findings(settings))

@@ -182,7 +182,10 @@ def remedy_for(error: OSError) -> str:
     if error.errno == errno.EROFS:
         return "mount the control groups read-write"
     if error.errno in {errno.EACCES, errno.EPERM}:
-        return "run as root, or as a systemd unit with Delegate=yes"
+        return (
+            "run as root, or as a systemd unit with Delegate=yes "
+            "(a user: systemd-run --user --scope -p Delegate=yes …)"
+        )
     if error.errno == errno.ENOENT:
         return "name a parent group that exists in every hierarchy in use"
     return "see cgroups(7)"

@@ -15,6 +15,7 @@ Raises HostUnsupported where the host forbids it, with the switch to change.
 Standard library only.
 """
 
+import errno
 import os
 import pwd
 from typing import NamedTuple, NoReturn
@@ -104,8 +105,11 @@ def become_root() -> int:
 
 
 def _forbidden(error: OSError) -> HostUnsupported:
+    # user_namespaces(7) has ENOSPC for a limit that is reached.
+    limited = error.errno == errno.ENOSPC
+    reason = "the host's limit on them is reached" if limited else error.strerror
     return HostUnsupported(
-        f"cannot make a user namespace: {error.strerror}",
+        f"cannot make a user namespace: {reason}",
         remedy=f"{user_namespace_remedy(root=False)}, or start the service as root",
     )
 

@@ -1,10 +1,10 @@
 """The program that tries everything and prints what it found, one JSON object a line.
 
-    python -I -S -B -c '… main()' < {"controllers", "parent", "programs", "first_uid"}
+    python -I -S -B -c '… main()' < {"controllers", "parent", "programs", "disks", …}
 
 A process of its own, of one thread, with the standard library alone, as the launcher is: what
-holds here holds there. Each probe runs in a child (`sandbox.probing`), and when all are done
-nothing of them is left.
+holds here holds there, for an ordinary user as root of a namespace of its own. Each probe runs in
+a child (`sandbox.probing`), and when all are done nothing of them is left.
 """
 
 import json
@@ -13,8 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
-from jobworker.sandbox import probes_kernel, probes_limits, probes_mounts
+from jobworker.errors import HostUnsupported
+from jobworker.sandbox import probes_disks, probes_kernel, probes_limits, probes_mounts
+from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.probing import Finding, Probe, adopt_descendants, end_descendants, try_one
+from jobworker.sandbox.user_namespaces import Ids
 
 
 class Wanted(NamedTuple):
@@ -23,22 +26,36 @@ class Wanted(NamedTuple):
     controllers: tuple[str, ...]
     parent: str
     programs: tuple[str, ...]
+    disks: str
+    """A directory where the service's disks for jobs will be."""
     first_uid: int
-    """Begins a range of ids that no job uses."""
+    """Begins a range of ids that no job uses; for root."""
+    jobs: int
+    """Between so many the ids of an ordinary user are shared out."""
 
 
-def all_probes(wanted: Wanted) -> Iterator[Probe]:
+def all_probes(wanted: Wanted, ids: Ids, *, has_rights: bool) -> Iterator[Probe]:
     """Every probe, in the order in which it is shown."""
-    yield from probes_kernel.probes(wanted.first_uid)
-    yield from probes_mounts.probes(wanted.programs, wanted.first_uid)
+    yield from probes_kernel.probes(ids)
+    yield from probes_mounts.probes(wanted.programs, ids, has_rights=has_rights)
+    if has_rights:
+        yield from probes_disks.probes(wanted.disks)
     yield from probes_limits.probes(wanted.controllers, wanted.parent)
 
 
 def try_all(wanted: Wanted) -> Iterator[Finding]:
     """Try every probe, and take away what one that was killed has left."""
     adopt_descendants()
+    has_rights, ids = os.geteuid() == 0, Ids(wanted.first_uid)
+    if not has_rights:
+        try:
+            ids = split(become_root(), wanted.jobs)
+        except HostUnsupported as error:
+            reason, remedy = error.message, error.remedy
+            yield Finding("namespaces", "user namespace", False, True, reason, remedy)
+            return  # all the rest is tried as root of it
     try:
-        for probe in all_probes(wanted):
+        for probe in all_probes(wanted, ids, has_rights=has_rights):
             yield try_one(probe)
             end_descendants()
     finally:
@@ -52,7 +69,9 @@ def wanted_from(text: str) -> Wanted:
         controllers=_texts(message["controllers"]),
         parent=str(message["parent"]),
         programs=_texts(message["programs"]),
+        disks=str(message["disks"]),
         first_uid=int(message["first_uid"]),
+        jobs=int(message["jobs"]),
     )
 
 

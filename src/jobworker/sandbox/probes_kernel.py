@@ -18,16 +18,16 @@ from functools import partial
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.host_restrictions import user_namespace_remedy
 from jobworker.sandbox.probing import Missing, Probe, apart, reason_of
-from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
+from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 _CLONE_NEWNET = 0x40000000
-_GETPPID = {"x86_64": 110, "aarch64": 173}
+_GETPRIORITY = {"x86_64": 140, "aarch64": 141}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LANDLOCK_SCOPES_ABI = 6
 
 
-def probes(first_uid: int, ids: int = IDS_PER_JOB) -> Iterable[Probe]:
-    """All of this module; `first_uid` begins a range of `ids` that no job uses."""
+def probes(ids: Ids) -> Iterable[Probe]:
+    """All of this module; `ids` are for a job that is not there."""
     yield Probe("processes", "clone3 and pidfd", _clone3, "use Linux 5.4 or newer")
     yield Probe("processes", "close_range", _close_range, "use Linux 5.9 or newer")
     yield Probe("processes", "openat2", _openat2, "use Linux 5.6 or newer")
@@ -47,7 +47,7 @@ def probes(first_uid: int, ids: int = IDS_PER_JOB) -> Iterable[Probe]:
         needed = kind != "net"
         yield Probe("namespaces", f"{name} namespace", partial(_own, kind, flag), remedy, needed)
     yield Probe("namespaces", "pid namespace", _pid_namespace, "use a kernel with CONFIG_PID_NS")
-    yield Probe("namespaces", "user namespace", partial(_user_namespace, first_uid, ids), "")
+    yield Probe("namespaces", "user namespace", partial(_user_namespace, ids), "")
     yield Probe("confinement", "no_new_privs", _no_new_privs, "use Linux 3.5 or newer")
     yield Probe("confinement", "capabilities", _capabilities, "do not take CAP_SETPCAP from us")
     yield Probe(
@@ -125,16 +125,17 @@ def _pid_namespace() -> str:
     return "clone3"
 
 
-def _user_namespace(first_uid: int, ids: int) -> str:
+def _user_namespace(ids: Ids) -> str:
     try:
-        told = apart(partial(_enter, make_user_namespace(first_uid, ids)))
+        told = apart(partial(_enter, make_user_namespace(ids.first, ids.each)))
     except Missing as missing:
         raise Missing(missing.reason, user_namespace_remedy()) from None
     except OSError as error:
         raise Missing(reason_of(error), user_namespace_remedy()) from error
-    if told.split() != ["0", str(first_uid), str(ids)]:
+    if told.split() != ["0", str(ids.first), str(ids.each)]:
         raise Missing(f"its map reads {told!r}")
-    return f"setns, {ids} ids from {first_uid}" if ids > 1 else f"setns, 1 id, {first_uid}"
+    shared = "" if ids.step else ", the same for all jobs"
+    return f"setns, {ids.each} ids from {ids.first}{shared}"
 
 
 def _enter(descriptor: int) -> str:
@@ -194,10 +195,9 @@ def install_filter(forbidden: int, code: int) -> None:
 
 
 def _filter() -> str:
-    number = _GETPPID[platform.machine()]
-    install_filter(number, errno.EDOM)
+    install_filter(_GETPRIORITY[platform.machine()], errno.EDOM)
     try:
-        sc.attempt(number)
+        os.getpriority(os.PRIO_PROCESS, 0)
     except OSError as error:
         if error.errno == errno.EDOM:
             return "seccomp, BPF program"

@@ -13,19 +13,20 @@ from functools import partial
 
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.probing import Missing, Probe, apart, reason_of
-from jobworker.sandbox.user_namespaces import IDS_PER_JOB, make_user_namespace
+from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 _STAGES = ("/tmp", "/var/tmp", "/run", "/mnt")  # noqa: S108 - mounted over, never written to
 _NEW_API = "use Linux 5.12 or newer"
-_MOUNT_ATTR_IDMAP = 0x100000
-_MOUNT_SETATTR, _AT_EMPTY_PATH, _AT_RECURSIVE = 442, 0x1000, 0x8000
 _MEBIBYTE = 1 << 20
 
 
-def probes(programs: Sequence[str], first_uid: int, ids: int = IDS_PER_JOB) -> Iterable[Probe]:
-    """All of this module; `programs` are the host's directories that jobs shall see."""
+def probes(programs: Sequence[str], ids: Ids, *, has_rights: bool) -> Iterable[Probe]:
+    """All of this module; `programs` are the host's directories that jobs shall see.
+
+    `has_rights`: a job's root is its own to change, which hangs on overlays with mapped owners.
+    """
     shown = next((path for path in programs if os.path.isdir(path)), "/")
-    mapped = partial(_mapped, shown, first_uid, ids)
+    mapped = partial(_mapped, shown, ids)
     idmap = "keep what jobs see on ext4, xfs, btrfs or tmpfs, with Linux 5.12 or newer"
     overlay = "load it: modprobe overlay; for lowers with mapped owners use Linux 5.19 or newer"
     proc = "run outside of a container, or in one whose /proc is not masked"
@@ -36,14 +37,15 @@ def probes(programs: Sequence[str], first_uid: int, ids: int = IDS_PER_JOB) -> I
         ("terminals (devpts)", _devpts, "use a kernel with CONFIG_UNIX98_PTYS", True),
         ("device nodes", _devices, "run outside of a container", True),
         ("pivot_root", _pivot, "run outside of a chroot", True),
-        ("overlay", partial(_overlay, shown), overlay, True),
-        ("mapped owners (ID-mapped mount)", mapped, idmap, False),
-        ("overlay on mapped owners", partial(mapped, on=_overlay_upon), overlay, False),
+        ("overlay", partial(_overlay, shown), overlay, has_rights),
+        ("mapped owners (ID-mapped mount)", mapped, idmap, has_rights),
+        ("overlay on mapped owners", partial(mapped, on=_overlay_upon), overlay, has_rights),
     ):
-        yield Probe("mounts", name, partial(_on_stage, work), remedy, needed)
+        yield Probe("mounts", name, partial(on_stage, work), remedy, needed)
 
 
-def _on_stage(work: Callable[[str], str]) -> str:
+def on_stage(work: Callable[[str], str]) -> str:
+    """Do `work` in a mount namespace of our own, with a memory file system to mount in."""
     sc.unshare(sc.CLONE_NEWNS)
     sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
     stage = next((path for path in _STAGES if os.path.isdir(path)), "")
@@ -69,7 +71,7 @@ def _tmpfs(stage: str) -> str:
 
 def _new_api(shown: str, stage: str) -> str:
     place = _directory(stage, "tree")
-    tree = sc.open_tree_clone(shown)
+    tree = sc.open_tree_clone(shown, recursive=False)
     sc.mount_setattr(tree, sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
     sc.move_mount(tree, place)
     if not os.statvfs(place).f_flag & os.ST_RDONLY:
@@ -136,30 +138,21 @@ def _overlay_upon(lower: str, stage: str) -> str:
     return "overlay, volatile"
 
 
-def _mapped(
-    shown: str, first_uid: int, ids: int, stage: str, on: Callable[[str, str], str] | None = None
-) -> str:
+def _mapped(shown: str, ids: Ids, stage: str, on: Callable[[str, str], str] | None = None) -> str:
     place = _directory(stage, "mapped")
-    tree = sc.open_tree_clone(shown)
-    namespace = make_user_namespace(first_uid, ids)
+    tree = sc.open_tree_clone(shown, recursive=False)
+    namespace = make_user_namespace(ids.first, ids.each)
     try:
-        set_owner_map(tree, namespace)
+        sc.map_mount(tree, namespace)
     except OSError as error:
         kind = f"the file system of {shown} does not take it, or it is mapped already"
         why = f"{reason_of(error)}: {kind}" if error.errno == errno.EINVAL else reason_of(error)
         raise Missing(why) from error
     sc.move_mount(tree, place)
     owner = os.stat(place).st_uid
-    if owner != first_uid:
-        raise Missing(f"what root owns belongs to {owner} there, and not to {first_uid}")
+    if owner != ids.first:
+        raise Missing(f"what root owns belongs to {owner} there, and not to {ids.first}")
     return on(place, stage) if on else "mount_setattr, idmap"
-
-
-def set_owner_map(tree: int, namespace: int) -> None:
-    """Have a detached mount show its owners as `namespace` maps them: mount_setattr(2)."""
-    wanted = b"".join(word.to_bytes(8, "little") for word in (_MOUNT_ATTR_IDMAP, 0, 0, namespace))
-    flags = _AT_EMPTY_PATH | _AT_RECURSIVE
-    sc.attempt(_MOUNT_SETATTR, tree, b"", flags, wanted, len(wanted))
 
 
 def _directory(stage: str, name: str) -> str:

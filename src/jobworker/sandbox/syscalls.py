@@ -226,12 +226,6 @@ def capset(capabilities: frozenset[int]) -> None:
     _check(_libc.syscall(number, ctypes.byref(header), ctypes.byref(data)))
 
 
-def attempt(number: int, *arguments: int | bytes) -> int:
-    """A call by its number, for what is only probed; integers, and bytes as pointers to them."""
-    words = [ctypes.c_long(a) if isinstance(a, int) else ctypes.c_char_p(a) for a in arguments]
-    return _check(_libc.syscall(ctypes.c_long(number), *words))
-
-
 class _FilterProgram(ctypes.Structure):
     """struct sock_fprog of <linux/filter.h>."""
 

@@ -1,0 +1,53 @@
+"""Probes of the disks that jobs write to: a file system in a file, of a fixed size.
+
+Each is made where the service's will be, without a name: nothing of it can stay.
+
+Standard library only.
+"""
+
+import errno
+import os
+from collections.abc import Iterable
+from functools import partial
+
+from jobworker.sandbox import disk_images
+from jobworker.sandbox.disk_images import MIN_BYTES, Workshop
+from jobworker.sandbox.probes_mounts import on_stage
+from jobworker.sandbox.probing import Missing, Probe
+
+_MEBIBYTE = 1 << 20
+
+
+def probes(directory: str) -> Iterable[Probe]:
+    """All of this module; `directory` is where disks will be."""
+    formatted = "install e2fsprogs, and keep worker.state_dir on a local file system with room"
+    attached = "load them (modprobe loop ext4); keep worker.state_dir on a file system that does "
+    attached += "direct I/O, such as ext4 or xfs; in a container, give it the loop devices"
+    yield Probe("disks", "disk image (mke2fs)", partial(_made, directory), formatted)
+    bounded = partial(on_stage, partial(_bounded, directory))
+    yield Probe("disks", "disk with a bound (loop, ext4)", bounded, attached)
+
+
+def _image(directory: str) -> int:
+    return disk_images.create(Workshop(directory, {}, "", ()), MIN_BYTES)
+
+
+def _made(directory: str) -> str:
+    image = _image(directory)
+    return f"O_TMPFILE, {os.fstat(image).st_blocks >> 1} KiB for an empty one"
+
+
+def _bounded(directory: str, stage: str) -> str:
+    place = f"{stage}/disk"
+    os.mkdir(place)
+    disk_images.mount_image(_image(directory), place)
+    try:
+        with open(f"{place}/big", "wb", buffering=0) as file:
+            while file.tell() <= MIN_BYTES:
+                file.write(b"\1" * _MEBIBYTE)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            disk_images.discard(os.open(place, os.O_RDONLY | os.O_DIRECTORY))
+            return "loop device, direct I/O, ext4"
+        raise
+    raise Missing("more fits in than its size")
