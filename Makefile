@@ -32,7 +32,7 @@ unit: $(STAMP)
 #: make bench   time the start of jobs beside bwrap and crun
 bench: $(STAMP)
 	@contrib/set-up.sh --bench
-	$(BIN)/python bench/start_latency.py
+	$(BIN)/python -m bench.start_latency
 
 #: make soak    long runs of what the tests do shortly; half an hour
 soak: $(STAMP)

@@ -1,128 +1,50 @@
-"""How long a job takes to start, beside bubblewrap and crun in the same run.
+"""How long a job takes to start, beside other sandboxes in the same run.
 
-    python bench/start_latency.py [--runs 200]
+    python -m bench.start_latency [--runs 200]
 
 Each round starts one of each in turn, so that a drifting machine drifts for all alike; quote
-the ratios. For jobworker the clock runs from `job.run` with follow on an open connection (mutual
-TLS, WebSocket, JSON) to the first output byte at the client; for the others from posix_spawn(3) to
-the first byte on the pipe, and to the end of the process ("whole"). All run `/usr/bin/echo x`:
+the ratios. `bench/peers.py` tells what the others do. jobworker has everything on, and is timed
+twice: as the launcher's client sees it, from its request to the first byte on the pipe
+("launcher"), and as a client sees it, from `job.run` with follow on an open connection (mutual
+TLS, WebSocket, JSON) to the first output byte ("over the wire").
 
-    posix_spawn   nothing around it
-    bwrap         namespaces, read-only /usr, /proc, /dev; no limits, no filter
-    crun          an OCI bundle with a read-only root; no limits (its cgroup manager is off,
-                  since it does not take hybrid hierarchies)
-    jobworker     namespaces, user namespace, private root, limits on CPU, memory and processes
-
-Needs root, and bubblewrap and crun (`make bench` installs them).
+Then: jobs per second, memory that a running job costs beyond its own, and how soon a job with
+200 daemonised descendants is gone. Needs root, and what `make bench` installs.
 """
 
 import argparse
 import json
-import os
 import shutil
 import ssl
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import trio
 import trio_websocket
+from bench.launcher_side import LauncherSide
+from bench.peers import BWRAP, ECHO, FIREJAIL, Bundle, Timer, time_process
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.pki.tls import client_context
-from jobworker.sandbox import syscalls as sc
 
-ECHO = ["/usr/bin/echo", "x"]
-BWRAP = [
-    *("bwrap", "--unshare-all", "--share-net", "--die-with-parent", "--new-session"),
-    *("--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib"),
-    *("--symlink", "usr/lib64", "/lib64", "--symlink", "usr/bin", "/bin"),
-    *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"),
-]
 PAUSE_SECONDS = 0.06
 """Between rounds: a server that starts a job now and then, not a busy one."""
-
-Timer = Callable[[], tuple[float, float]]
-
-
-def time_process(argv: list[str], cwd: str | None = None) -> tuple[float, float]:
-    """Seconds to the first byte and to the end of a program."""
-    began = time.perf_counter()
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=cwd) as process:
-        assert process.stdout is not None
-        first = os.read(process.stdout.fileno(), 1)
-        at_first = time.perf_counter() - began
-        assert first == b"x", f"{argv[0]} printed {first!r}"
-        process.stdout.read()
-    return at_first, time.perf_counter() - began
-
-
-class Crun:
-    """A helper process in a mount namespace where crun finds nothing but cgroup2."""
-
-    def __init__(self, bundle: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--crun", str(bundle)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def time(self) -> tuple[float, float]:
-        """See `time_process`."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        first, whole = map(float, self._process.stdout.readline().split())
-        return first, whole
-
-    def close(self) -> None:
-        """End the helper."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def serve_crun(bundle: Path) -> None:
-    """The helper: one timed run for each line of input."""
-    sc.unshare(sc.CLONE_NEWNS)
-    sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
-    if Path("/sys/fs/cgroup/unified").is_dir():
-        sc.mount("/sys/fs/cgroup/unified", "/sys/fs/cgroup", None, sc.MS_BIND)
-    for number, _ in enumerate(sys.stdin):
-        name = f"bench-{os.getpid()}-{number}"
-        argv = ["crun", "--cgroup-manager=disabled", "run", name]
-        first, whole = time_process(argv, str(bundle))
-        print(first, whole, flush=True)
-
-
-def make_bundle(directory: Path) -> Path:
-    """An OCI bundle whose root is the host's /usr, read-only."""
-    root = directory / "rootfs"
-    for name in ("usr", "proc", "dev", "sys"):
-        (root / name).mkdir(parents=True)
-    for name in ("bin", "lib", "lib64"):
-        (root / name).symlink_to(f"usr/{name}")
-    subprocess.run(["crun", "spec"], cwd=directory, check=True)
-    config = json.loads((directory / "config.json").read_text())
-    config["process"].update(terminal=False, args=ECHO)
-    config["root"] = {"path": "rootfs", "readonly": True}
-    config["linux"].pop("resources", None)
-    config["mounts"].append(
-        {
-            "destination": "/usr",
-            "type": "bind",
-            "source": "/usr",
-            "options": ["rbind", "ro"],
-        }
-    )
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+DESCENDANTS = 200
+SLEEPERS = 40
+_DAEMONS = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for _ in range({DESCENDANTS}):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            while True: time.sleep(99)
+        os._exit(0)
+print("up", flush=True)
+while True: time.sleep(99)
+"""
 
 
 class Connection:
@@ -131,14 +53,38 @@ class Connection:
     def __init__(self, socket: trio_websocket.WebSocketConnection) -> None:
         self._socket, self._calls = socket, 0
 
+    async def call(self, method: str, **params: object) -> dict[str, object]:
+        """Send a request and take its result; other messages are passed over."""
+        await self._send(method, params)
+        while True:
+            message = json.loads(await self._socket.get_message())
+            assert "error" not in message, message
+            if message.get("id") == self._calls:
+                result: dict[str, object] = message["result"]
+                return result
+
+    async def _send(self, method: str, params: object) -> None:
+        self._calls += 1
+        request = {"jsonrpc": "2.0", "id": self._calls, "method": method, "params": params}
+        await self._socket.send_message(json.dumps(request))
+
+    async def start_job(self, *command: str) -> int:
+        """Start a job and wait for its first output: its number."""
+        await self._send("job.run", {"job": {"command": command}, "follow": {}})
+        job = 0
+        while True:
+            message = json.loads(await self._socket.get_message())
+            assert "error" not in message, message
+            if message.get("id") == self._calls:
+                job = message["result"]["job"]["id"]
+            elif message.get("method") == "job.output":
+                return job
+
     async def run_job(self) -> tuple[float, float]:
         """Seconds to the first output byte, and to the notice of the job's end."""
-        self._calls += 1
-        params = {"job": {"command": ECHO}, "follow": {}}
-        request = {"jsonrpc": "2.0", "id": self._calls, "method": "job.run", "params": params}
         first = 0.0
         began = time.perf_counter()
-        await self._socket.send_message(json.dumps(request))
+        await self._send("job.run", {"job": {"command": ECHO}, "follow": {}})
         while True:
             message = json.loads(await self._socket.get_message())
             assert "error" not in message, message
@@ -160,10 +106,12 @@ def tls_for(service: Embedded) -> ssl.SSLContext:
 
 async def measure(runs: int, directory: Path) -> None:
     """Print the tables."""
-    crun = Crun(make_bundle(directory / "bundle"))
-    limits = {"worker": {"max_concurrent_jobs": 64}}
+    (directory / "bundle").mkdir()
     (directory / "service").mkdir()
+    bundle = Bundle(directory / "bundle")
+    limits = {"worker": {"max_concurrent_jobs": 64}}
     async with open_embedded(directory / "service", limits) as service:
+        launcher = LauncherSide(directory / "launcher", ECHO)
         host, port = service.address.rsplit(":", 1)
         async with trio_websocket.open_websocket(
             host,
@@ -177,43 +125,58 @@ async def measure(runs: int, directory: Path) -> None:
             peers: dict[str, Timer] = {
                 "posix_spawn": lambda: time_process(ECHO),
                 "bwrap": lambda: time_process([*BWRAP, *ECHO]),
-                "crun": crun.time,
+                "crun": bundle.crun,
+                "runc": bundle.runc,
+                "firejail": lambda: time_process([*FIREJAIL, *ECHO]),
             }
-            samples: dict[str, list[tuple[float, float]]] = {
-                name: [] for name in (*peers, "jobworker")
-            }
-            for number in range(runs + 5):
-                for name, timer in peers.items():
-                    sample = timer()
-                    if number >= 5:
-                        samples[name].append(sample)
+            await print_latencies(runs, peers, launcher.time, connection)
+            launcher.close()
+            rated = {name: peers[name] for name in ("bwrap", "crun", "runc")}
+            await print_throughput(service, connection, rated)
+            await print_memory(service, connection)
+            await print_stop(connection)
+            bundle.close()
+
+
+async def print_latencies(
+    runs: int, peers: dict[str, Timer], launcher: Timer, connection: Connection
+) -> None:
+    """Milliseconds, and ratios to posix_spawn and to bwrap's whole run of the same round."""
+    ours = {"jobworker, launcher": launcher}
+    samples: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in (*peers, *ours, "jobworker, over the wire")
+    }
+    for number in range(runs + 5):
+        for name, timer in (*peers.items(), *ours.items()):
+            if name in ours:
                 await trio.sleep(PAUSE_SECONDS)
-                sample = await connection.run_job()
-                if number >= 5:
-                    samples["jobworker"].append(sample)
-            print_latencies(samples, runs)
-            await print_throughput(service, connection, {n: peers[n] for n in ("bwrap", "crun")})
-            crun.close()
-
-
-def print_latencies(samples: dict[str, list[tuple[float, float]]], runs: int) -> None:
-    """Milliseconds, and ratios to bwrap's whole run of the same round."""
+            sample = timer()
+            if number >= 5:
+                samples[name].append(sample)
+        await trio.sleep(PAUSE_SECONDS)
+        sample = await connection.run_job()
+        if number >= 5:
+            samples["jobworker, over the wire"].append(sample)
     print(f"start to first output byte, and whole run; ms, {runs} rounds")
-    print(f"{'':14}{'first p50':>10}{'p99':>8}{'whole p50':>11}{'p99':>8}{'first/bwrap whole':>19}")
+    columns = f"{'first p50':>10}{'p99':>8}{'whole p50':>11}{'p99':>8}"
+    print(f"{'':26}{columns}{'first/spawn':>13}{'first/bwrap whole':>19}")
     for name, rows in samples.items():
         firsts, wholes = sorted(r[0] for r in rows), sorted(r[1] for r in rows)
-        ratio = statistics.median(
-            row[0] / peer[1] for row, peer in zip(rows, samples["bwrap"], strict=True)
-        )
+        to_spawn = median_ratio(rows, samples["posix_spawn"], of=0)
+        to_bwrap = median_ratio(rows, samples["bwrap"], of=1)
         p99 = int(len(rows) * 0.99) - 1
         print(
-            f"{name:14}{statistics.median(firsts) * 1e3:10.2f}{firsts[p99] * 1e3:8.2f}"
-            f"{statistics.median(wholes) * 1e3:11.2f}{wholes[p99] * 1e3:8.2f}{ratio:19.2f}"
+            f"{name:26}{statistics.median(firsts) * 1e3:10.2f}{firsts[p99] * 1e3:8.2f}"
+            f"{statistics.median(wholes) * 1e3:11.2f}{wholes[p99] * 1e3:8.2f}"
+            f"{to_spawn:13.2f}{to_bwrap:19.2f}"
         )
-    beyond = 1e3 * statistics.median(
-        row[0] - peer[1] for row, peer in zip(samples["jobworker"], samples["bwrap"], strict=True)
-    )
-    print(f"jobworker's first byte over the wire is {beyond:+.1f} ms from bwrap's whole run (p50)")
+
+
+def median_ratio(
+    rows: list[tuple[float, float]], peers: list[tuple[float, float]], *, of: int
+) -> float:
+    """First byte of ours to the peer's first byte (0) or end (1), round by round."""
+    return statistics.median(row[0] / peer[of] for row, peer in zip(rows, peers, strict=True))
 
 
 async def print_throughput(
@@ -233,6 +196,50 @@ async def print_throughput(
     for concurrency in (8, 32):
         rate = await concurrent_rate(service, concurrency)
         print(f"  jobworker, {concurrency:2} at a time        {rate:8.0f}")
+
+
+def pss_kilobytes(pid: int) -> int:
+    """Proportional set size of a process: proc_pid_smaps(5)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+async def print_memory(service: Embedded, connection: Connection) -> None:
+    """What a running job costs beyond its own process, spares and shared pages counted."""
+    before = sum(map(pss_kilobytes, family(service.process.pid)))
+    command = ("sh", "-c", "echo up; exec sleep 999")
+    jobs = [await connection.start_job(*command) for _ in range(SLEEPERS)]
+    await trio.sleep(1)  # spares are made again
+    processes = family(service.process.pid)
+    own = sum(pss_kilobytes(pid) for pid in processes if _is_sleeper(pid))
+    after = sum(map(pss_kilobytes, processes))
+    for job in jobs:
+        await connection.call("job.stop", id=job, signal="KILL", grace_seconds=0)
+    beyond = (after - before - own) / SLEEPERS
+    print(f"\nmemory of {SLEEPERS} sleeping jobs, PSS for each: own {own / SLEEPERS:.0f} KB,")
+    print(f"  beyond that (service, launcher, spares) {beyond:.0f} KB")
+
+
+def _is_sleeper(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep\0")
+
+
+async def print_stop(connection: Connection) -> None:
+    """From the request to kill to the notice that nothing is left."""
+    samples = []
+    for _ in range(20):
+        job = await connection.start_job("/usr/bin/python3", "-c", _DAEMONS)
+        began = time.perf_counter()
+        await connection.call("job.stop", id=job, signal="KILL", grace_seconds=0)
+        samples.append((time.perf_counter() - began) * 1e3)
+    told = f"p50 {statistics.median(samples):.0f} ms, longest {max(samples):.0f} ms"
+    print(f"\nkill of a job with {DESCENDANTS} daemonised descendants, over the wire: {told}")
 
 
 async def concurrent_rate(service: Embedded, concurrency: int) -> float:
@@ -274,14 +281,9 @@ def main() -> None:
     """Read the arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--crun", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.crun is not None:
-        serve_crun(arguments.crun)
-        return
     directory = Path(tempfile.mkdtemp(prefix="jobworker-bench-", dir="/var/tmp"))
     directory.chmod(0o755)
-    (directory / "bundle").mkdir()
     try:
         trio.run(measure, arguments.runs, directory)
     finally:

@@ -29,6 +29,8 @@ need() {
 if [ "${1:-}" = --bench ]; then
     need 'command -v bwrap' bubblewrap
     need 'command -v crun' crun
+    need 'command -v runc' runc
+    need 'command -v firejail' firejail
     exit 0
 fi
 venv=${1:?usage: contrib/set-up.sh VENV | --bench}

@@ -1,0 +1,65 @@
+"""A job's start as the launcher's client sees it: a launcher of its own, and no service.
+
+The clock runs from the `spawn` request to the first byte on the pipe that the launcher handed
+out, and to the notice of the end.
+"""
+
+import os
+import select
+import subprocess
+import time
+from pathlib import Path
+
+from attrs import evolve
+
+from jobworker.config import Settings
+from jobworker.sandbox import channel
+from jobworker.sandbox.launch import start_launcher
+from jobworker.server import setup
+
+ANY_USER = 65_534
+LIMITS = {"cpu_percent": 100, "memory_bytes": 512 << 20, "io_bps": 0, "pids": 1024}
+
+
+class LauncherSide:
+    """A client of a launcher that has the default settings."""
+
+    def __init__(self, directory: Path, argv: list[str]) -> None:
+        self._argv, self._jobs = argv, 0
+        settings = Settings()
+        settings = evolve(settings, worker=evolve(settings.worker, state_dir=str(directory)))
+        os.close(setup._make_state(directory, ANY_USER, ANY_USER))
+        self._launcher = start_launcher(setup.policy_for(settings, directory))
+        self._launcher.sock.setblocking(True)
+
+    def time(self) -> tuple[float, float]:
+        """Seconds to the first output byte, and to the notice of the end."""
+        self._jobs += 1
+        began = time.perf_counter()
+        told, pipes = self._ask(
+            "spawn", arguments=self._argv, environment={}, hostname="job", workdir="", **LIMITS
+        )
+        select.select(pipes[:1], [], [])
+        at_first = time.perf_counter() - began
+        assert os.read(pipes[0], 1) == b"x", told
+        channel.close_all(pipes)
+        event = channel.receive(self._launcher.sock)
+        whole = time.perf_counter() - began
+        assert event is not None
+        assert event[0]["code"] == 0, event
+        self._ask("remove")
+        return at_first, whole
+
+    def _ask(self, operation: str, **fields: object) -> tuple[channel.Message, list[int]]:
+        request = {"id": self._jobs, "op": operation, "job": self._jobs, **fields}
+        channel.send(self._launcher.sock, request)
+        answer = channel.receive(self._launcher.sock)
+        assert answer is not None
+        assert "ok" in answer[0], answer
+        return answer
+
+    def close(self) -> None:
+        """End the launcher."""
+        self._launcher.sock.close()
+        process: subprocess.Popen[bytes] = self._launcher.process
+        process.wait()
