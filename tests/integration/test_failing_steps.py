@@ -47,7 +47,7 @@ IN_EVERY_START = {
     *(steps.ReadOnlyPath, steps.PivotRoot, steps.SetResourceLimit, steps.EnterUserNamespace),
     *(steps.DropCapabilities, steps.ForbidNewPrivileges, steps.DieWithLauncher),
     *(steps.ResetSignals, steps.CloseDescriptors, steps.FilterSystemCalls),
-    *(steps.ChangeDirectory, steps.Execute),
+    steps.BecomeTrampoline,
 }
 """Others belong to what a job asks for, or to what a kernel has."""
 
@@ -109,14 +109,11 @@ async def test_every_step_fails_by_name_and_leaves_nothing(service: Service) -> 
             error = reply["error"]
             assert isinstance(error, dict)
             told = (error["step"], error["errno"])
-            if (kind, moment) == (steps.KeepOwnDescriptors, "after"):
-                assert told == ("prepare", 0)  # its way to tell is what has just moved
-            else:
-                assert told == (name_of(kind), errno.EXDEV), error
+            assert told == (name_of(kind), errno.EXDEV), error
         await until(lambda: State(service) == before)
     met = set(KINDS) - {kind for kind, moment in unmet if moment == "before"}
     assert met >= IN_EVERY_START
-    assert {(kind, "after") for kind in met} & unmet == {(steps.Execute, "after")}
+    assert {(kind, "after") for kind in met} & unmet == {(steps.BecomeTrampoline, "after")}
 
 
 async def test_launcher_without_a_broken_step_left_runs_jobs(service: Service) -> None:

@@ -22,8 +22,10 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
 from jobworker.sandbox.disk_images import Workshop
 
-STATUS_DESCRIPTOR, USER_NAMESPACE_DESCRIPTOR = 3, 4
-"""Where the child keeps its socket to the launcher and its user namespace; close-on-exec."""
+STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4
+"""Where the trampoline finds its socket to the launcher and its order."""
+TRAMPOLINE_DESCRIPTOR, USER_NAMESPACE_DESCRIPTOR = 5, 6
+"""What the child itself needs still; close-on-exec."""
 
 _PRIVATE = sc.MS_NOSUID | sc.MS_NODEV
 _LAST_CAPABILITY = 63
@@ -45,6 +47,10 @@ class Means(NamedTuple):
     stderr: int
     status: int
     """The child's end of its socket to the launcher."""
+    order: int
+    """Memory that the launcher will put the order into."""
+    trampoline: int
+    """The program that the child becomes: `trampoline.open_program`."""
     user_namespace: int
     """The namespace that maps root to the job's range of ids."""
     filters: bpf.Filters
@@ -55,7 +61,7 @@ class Means(NamedTuple):
 
 
 def apply(steps: Iterable[s.Step], means: Means) -> None:
-    """Apply `steps` in order; returns only if none of them is `Execute`."""
+    """Apply `steps` in order; does not return from `BecomeTrampoline`."""
     for step in steps:
         try:
             _APPLY[type(step)](step, means)
@@ -80,7 +86,8 @@ def _scope_sockets_and_signals(_: s.ScopeSocketsAndSignals, means: Means) -> Non
 def _keep_own_descriptors(step: s.KeepOwnDescriptors, means: Means) -> None:
     # All of them are moved out of the way first: any may stand where another has to go.
     null = os.open(step.stdin, os.O_RDONLY | os.O_CLOEXEC)
-    own = (null, means.stdout, means.stderr, means.status, means.user_namespace)
+    streams = (null, means.stdout, means.stderr, means.status)
+    own = (*streams, means.order, means.trampoline, means.user_namespace)
     away = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 16) for descriptor in own]
     for number, descriptor in enumerate(away):
         os.dup2(descriptor, number, inheritable=number <= 2)
@@ -245,38 +252,17 @@ def _reset_signals(_: s.ResetSignals, __: Means) -> None:
 
 def _close_descriptors(_: s.CloseDescriptors, __: Means) -> None:
     # Before the working directory is entered, or it could be one of them (CVE-2024-21626).
-    sc.close_range(STATUS_DESCRIPTOR + 1)
-
-
-def _change_directory(step: s.ChangeDirectory, _: Means) -> None:
-    os.chdir(step.path)
+    sc.close_range(TRAMPOLINE_DESCRIPTOR + 1)
 
 
 def _filter_system_calls(_: s.FilterSystemCalls, means: Means) -> None:
     bpf.install(means.filters)
 
 
-def _execute(step: s.Execute, _: Means) -> None:
-    environment = dict(step.environment)
-    name = step.arguments[0]
-    if "/" in name:
-        candidates = [name]
-    else:
-        directories = environment.get("PATH", "").split(":")
-        candidates = [f"{directory or '.'}/{name}" for directory in directories]
-    refused: OSError | None = None
-    for path in candidates:
-        try:
-            # /proc/self/exe is the launcher's own program still, which is not in the job's root.
-            sc.check_no_magic_link(path)
-            os.execve(path, step.arguments, environment)  # noqa: S606
-        except (FileNotFoundError, NotADirectoryError) as error:
-            # A script whose interpreter is missing is also "not found": tell the two apart.
-            if os.path.isfile(path):
-                raise OSError(error.errno, error.strerror, f"{path} (its interpreter)") from None
-        except PermissionError as error:
-            refused = refused or OSError(error.errno, error.strerror, path)
-    raise refused or FileNotFoundError(2, "No such file or directory", name)
+def _become_trampoline(_: s.BecomeTrampoline, __: Means) -> None:
+    for descriptor in (STATUS_DESCRIPTOR, ORDER_DESCRIPTOR):
+        os.set_inheritable(descriptor, True)  # for this execve(2) alone: see `trampoline`
+    os.execve(TRAMPOLINE_DESCRIPTOR, ["trampoline"], {})  # noqa: S606
 
 
 _APPLY: dict[type, Callable[..., None]] = {
@@ -309,7 +295,6 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.DieWithLauncher: _die_with_launcher,
     s.ResetSignals: _reset_signals,
     s.CloseDescriptors: _close_descriptors,
-    s.ChangeDirectory: _change_directory,
     s.FilterSystemCalls: _filter_system_calls,
-    s.Execute: _execute,
+    s.BecomeTrampoline: _become_trampoline,
 }

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import bpf, landlock
+from jobworker.sandbox import bpf, channel, landlock, trampoline
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Scope, Tree, Usage
@@ -60,6 +60,11 @@ class Exit(NamedTuple):
     signal: int | None
 
 
+_AS_MUCH = (channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+
+NO_ERRAND = trampoline.Errand(b"", "", "", ())
+
+
 class Child:
     """A process on its way to becoming a job, or a job."""
 
@@ -78,8 +83,43 @@ class Child:
         """It has said that it awaits its order: only then is the end of its socket a start."""
         self.started_at = self.ended_at = 0.0
         """When its program was executed and when it was reaped, by the monotonic clock."""
+        self.order = -1
+        """Memory for the order, open until it is given."""
+        self._errand = NO_ERRAND
         self.failure: Message | None = None
         self.exit: Exit | None = None
+
+    def send(self, errand: trampoline.Errand) -> None:
+        """Have the child go on to execute the job's program. Raises OSError."""
+        self._errand = errand
+        if self.sock is None:
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+        written = 0
+        while written < len(errand.image):
+            written += os.pwrite(self.order, errand.image[written:], written)
+        self.sock.send(trampoline.GO, socket.MSG_NOSIGNAL)
+        os.close(self.order)
+        self.order = -1
+
+    def hear(self) -> Message | None:
+        """What the child says; None at the end of the stream: it has executed, or has ended.
+
+        Raises BlockingIOError where it says nothing, OSError, ProtocolError.
+        """
+        assert self.sock is not None
+        try:
+            packet, ancillary, flags, _ = self.sock.recvmsg(*_AS_MUCH)
+        except ConnectionResetError:  # told once, and before what waits to be read
+            packet, ancillary, flags, _ = self.sock.recvmsg(*_AS_MUCH)
+        if not packet and not ancillary:
+            return None
+        if packet.startswith(trampoline.FAILURE):
+            return {"failed": trampoline.failure_from(packet, self._errand)}
+        message, descriptors = channel.decode(packet, ancillary, flags)
+        if "disk" in message and self.disk is None and descriptors:
+            self.disk = descriptors.pop()
+        close_all(descriptors)
+        return message
 
     def usage(self) -> Usage:
         """What it has used; nothing where the kernel does not tell."""
@@ -101,6 +141,7 @@ class Nursery:
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
         self._landlock = landlock.open_scope()
+        self._trampoline = trampoline.open_program()
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -138,6 +179,7 @@ class Nursery:
         try:
             user_namespace = _user_namespace(child.slot)
             theirs.append(user_namespace)
+            ours.append(order := os.memfd_create("order", os.MFD_CLOEXEC))
             for _ in range(2):
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.append(read)
@@ -157,6 +199,8 @@ class Nursery:
                     stdout,
                     stderr,
                     far.fileno(),
+                    order,
+                    self._trampoline,
                     user_namespace,
                     self._policy.filters,
                     self._landlock,
@@ -168,7 +212,7 @@ class Nursery:
         finally:
             close_all(theirs)
         child.sock = near
-        child.stdout, child.stderr = ours
+        child.order, child.stdout, child.stderr = ours
 
     def clear(self, child: Child) -> None:
         """Take back all that a reaped child had. Raises OSError if its scope is still busy.
@@ -179,7 +223,7 @@ class Nursery:
         if child.sock is not None:
             child.sock.close()
             child.sock = None
-        close_all([child.stdout, child.stderr, child.pidfd])
+        close_all([child.stdout, child.stderr, child.pidfd, child.order])
         if child.disk is not None:
             self.sweepers.discard_disk(child.disk)
             child.disk = None

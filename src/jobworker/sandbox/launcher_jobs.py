@@ -14,9 +14,7 @@ Standard library only.
 
 import contextlib
 import errno
-import os
 import signal
-import socket
 import sys
 import time
 from collections import deque
@@ -24,12 +22,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError
-from jobworker.sandbox import channel, requests
+from jobworker.sandbox import channel, requests, trampoline
 from jobworker.sandbox.cgroups import Limits
-from jobworker.sandbox.child import order_message
 from jobworker.sandbox.children import Child, Nursery, name_host, reap
 from jobworker.sandbox.oom_watch import OomWatch
-from jobworker.sandbox.plan import Order
+from jobworker.sandbox.plan import Order, finish, fits_spare
 from jobworker.sandbox.turns import Turns
 
 REFILL_SECONDS = 0.02
@@ -100,40 +97,47 @@ class Jobs:
 
         Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
         """
+        errand = trampoline.errand(*finish(request.order))
         if not self._turns.is_set(self._refill):
             self._turns.call_in(REFILL_SECONDS, self._refill)
-        if request.order.network != "host":  # spares are in the host's
-            self._order_new(self._make(request.order), number, request)
+        if not fits_spare(request.order):
+            self._order_new(self._make(request.order), number, request, errand)
             return
         while self._spares:
             spare = self._spares.popleft()
             try:
-                self._order(spare, number, request)
+                self._order(spare, number, request, errand)
                 return
             except OSError as error:  # it has died while it waited
                 say(f"a spare is lost: {error}")
-        self._order_new(self._make(), number, request)
+        self._order_new(self._make(), number, request, errand)
 
-    def _order_new(self, child: Child, number: int, request: requests.Spawn) -> None:
+    def _order_new(
+        self, child: Child, number: int, request: requests.Spawn, errand: trampoline.Errand
+    ) -> None:
         """Have a child that was made for this become the job.
 
         It may have failed already: then its own words, which come with its end, say why.
         """
         try:
-            self._order(child, number, request)
+            self._order(child, number, request, errand)
         except (ProcessLookupError, BrokenPipeError, ConnectionResetError):
             self._jobs[request.job] = child
             child.job, child.request = request.job, number
 
-    def _order(self, child: Child, number: int, request: requests.Spawn) -> None:
+    def _order(
+        self,
+        child: Child,
+        number: int,
+        request: requests.Spawn,
+        errand: trampoline.Errand,
+    ) -> None:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
             child.scope.arm(request.limits)
             self._usual_limits = request.limits
             name_host(child, request.order.hostname)
-            if child.sock is None:
-                raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
-            channel.send(child.sock, order_message(request.order))
+            child.send(errand)
         except (OSError, JobworkerError):
             self.kill(child)
             raise
@@ -166,11 +170,7 @@ class Jobs:
         """A child has spoken, or has executed its program, or is gone."""
         assert child.sock is not None
         try:
-            while (received := _hear(child.sock)) is not None:
-                message, descriptors = received
-                if "disk" in message and child.disk is None and descriptors:
-                    child.disk = descriptors.pop()
-                channel.close_all(descriptors)
+            while (message := child.hear()) is not None:
                 failure = message.get("failed")
                 if isinstance(failure, dict):
                     child.failure = failure
@@ -268,14 +268,6 @@ class Jobs:
         self._turns.unwatch(pidfd)
         self._nursery.sweepers.reap(pidfd)
         self._watch_sweepers()
-
-
-def _hear(sock: socket.socket) -> tuple[channel.Message, list[int]] | None:
-    """What a child says; also what it said before it died with its order unread."""
-    try:
-        return channel.receive(sock)
-    except ConnectionResetError:  # which the kernel tells once, and before what waits to be read
-        return channel.receive(sock)
 
 
 def listed(child: Child) -> channel.Message:

@@ -117,7 +117,9 @@ class Launcher:
         except OSError as error:
             self._refuse(number, type(request).__name__.lower(), error.errno or 0, str(error))
         except JobworkerError as error:
-            self._refuse(number, str(error.data.get("step", "limits")), 0, error.message)
+            step, code = error.data.get("step", "limits"), error.data.get("errno", 0)
+            assert isinstance(code, int)
+            self._refuse(number, str(step), code, str(error.data.get("detail", error.message)))
 
     def _do(self, number: int, request: requests.Request) -> None:
         if isinstance(request, requests.ListJobs):

@@ -13,8 +13,9 @@ The order is what makes the whole safe, and holds for both halves together:
    its mounts, which an outer namespace owns, cannot be changed from inside;
 4. capabilities after the user namespace, whose entry hands out a full set;
 5. descriptors after that, since entering the user namespace needs one;
-6. the system-call filter last of what is prepared: setting up a job takes calls that no job may
-   make, and what is left to do, waiting, chdir(2) and execve(2), every job may.
+6. the system-call filter then: setting up a job takes calls that no job may make, and what is
+   left to do, waiting, chdir(2) and execve(2), every job may;
+7. the trampoline last of what is prepared (`sandbox.trampoline`): it waits for the request.
 
 Standard library only: the launcher itself builds the plan, from its own policy. The service
 asks for a job, never for steps.
@@ -148,7 +149,7 @@ class Order(NamedTuple):
     environment: Mapping[str, str]
     workdir: str
     network: str = "host"
-    """One of its own stands in the way of a spare: its child is made for it, see `prepare`."""
+    """One of its own, and another user than root, stand in the way of a spare (`fits_spare`)."""
     uid: int = 0
     gid: int = 0
 
@@ -184,10 +185,12 @@ def prepare(
         s.EnterUserNamespace(leave_groups=slot.ids > 1),
         s.DropCapabilities(KEPT_CAPABILITIES),
         s.ForbidNewPrivileges(),
+        *_user(order),
         s.DieWithLauncher(),
         s.ResetSignals(),
         s.CloseDescriptors(),
         s.FilterSystemCalls(),
+        s.BecomeTrampoline(),
     )
 
 
@@ -213,10 +216,9 @@ def _scratch(root: str, view: View, slot: Slot) -> tuple[s.Step, ...]:
     )
 
 
-def finish(order: Order) -> tuple[s.Step, ...]:
-    """The steps after the request, ending with `Execute`."""
+def finish(order: Order) -> tuple[s.ChangeDirectory, s.Execute]:
+    """The steps after the request: they are the trampoline's."""
     return (
-        *_user(order),
         s.ChangeDirectory(order.workdir or WORKSPACE),
         s.Execute(order.arguments, tuple(_environment(order).items())),
     )
@@ -228,12 +230,16 @@ def _names(hostname: str) -> tuple[tuple[str, str], ...]:
     return (("/etc/hosts", hosts), ("/etc/resolv.conf", ""))
 
 
-def _user(order: Order) -> tuple[s.Step, ...]:
-    if not (order.uid or order.gid):
+def fits_spare(order: Order) -> bool:
+    """Whether what was prepared for nobody in particular is right for this order."""
+    return order.network == "host" and not (order.uid or order.gid)
+
+
+def _user(order: Order | None) -> tuple[s.Step, ...]:
+    if order is None or not (order.uid or order.gid):
         return ()
     directories = (WORKSPACE, SCRATCH["home"]) if order.uid else ()
-    # setresuid(2) clears the parent-death signal.
-    return (s.SetUser(order.uid, order.gid, directories), s.DieWithLauncher())
+    return (s.SetUser(order.uid, order.gid, directories),)
 
 
 def _environment(order: Order) -> Mapping[str, str]:

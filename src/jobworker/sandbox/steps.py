@@ -181,7 +181,11 @@ class ResetSignals(NamedTuple):
 
 
 class CloseDescriptors(NamedTuple):
-    """Close every descriptor above standard error, but the one that execve(2) closes."""
+    """Close every descriptor above standard error, but those that the trampoline needs."""
+
+
+class BecomeTrampoline(NamedTuple):
+    """Become the small program that waits for the order: `sandbox.trampoline`."""
 
 
 class ChangeDirectory(NamedTuple):
@@ -231,6 +235,7 @@ Step = (
     | DieWithLauncher
     | ResetSignals
     | CloseDescriptors
+    | BecomeTrampoline
     | ChangeDirectory
     | FilterSystemCalls
     | Execute

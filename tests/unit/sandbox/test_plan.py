@@ -108,7 +108,7 @@ def test_descriptors_are_closed_before_the_directory_is_entered(slot: Slot, orde
 @examples(max_examples=100)
 @given(orders)
 def test_environment_is_the_sandbox_and_the_order_and_nothing_else(order: Order) -> None:
-    environment = dict(finish(order)[-1].environment)  # type: ignore[union-attr]
+    environment = dict(finish(order)[-1].environment)
     own = dict(plan.ENVIRONMENT)
     if order.uid:
         del own["USER"], own["LOGNAME"]
@@ -155,7 +155,7 @@ def test_same_input_gives_the_same_steps(slot: Slot, order: Order) -> None:
 
 def test_program_gets_its_arguments_and_directory_as_asked() -> None:
     steps = finish(Order("job-1", ("sh", "-c", ""), {}, "/tmp"))
-    assert steps[-1].arguments == ("sh", "-c", "")  # type: ignore[union-attr]
+    assert steps[-1].arguments == ("sh", "-c", "")
     assert s.ChangeDirectory("/tmp") in steps
     assert s.ChangeDirectory(plan.WORKSPACE) in finish(Order("job-1", ("sh",), {}, ""))
 
