@@ -52,7 +52,7 @@ NUMBERS = {
     "capset": (126, 91),
     "clone3": (435, 435),
     "close_range": (436, 436),
-    "openat2": (437, 437),
+    "execveat": (322, 281),
     "open_tree": (428, 428),
     "mount_setattr": (442, 442),
     "landlock_create_ruleset": (444, 444),
@@ -108,7 +108,7 @@ def _processes() -> set[str]:
     [
         ("clone3", 38, {"clone3 and pidfd", "pid namespace"}, "does not have the system call"),
         ("close_range", 38, {"close_range"}, "does not have the system call"),
-        ("openat2", 38, {"openat2"}, "does not have the system call"),
+        ("execveat", 1, {"program in memory"}, "Operation not permitted"),
         ("memfd_create", 38, {"sealed memory"}, "does not have the system call"),
         ("splice", 1, {"splice"}, "Operation not permitted"),
         ("unshare", 1, {f"{n} namespace" for n in ("mount", "uts", "ipc", "net")}, "EPERM"),

@@ -261,7 +261,7 @@ def _filter_system_calls(_: s.FilterSystemCalls, means: Means) -> None:
 
 def _become_trampoline(_: s.BecomeTrampoline, __: Means) -> None:
     for descriptor in (STATUS_DESCRIPTOR, ORDER_DESCRIPTOR):
-        os.set_inheritable(descriptor, True)  # for this execve(2) alone: see `trampoline`
+        fcntl.fcntl(descriptor, fcntl.F_SETFD, 0)  # for this execve(2) alone: see `trampoline`
     os.execve(TRAMPOLINE_DESCRIPTOR, ["trampoline"], {})  # noqa: S606
 
 

@@ -179,7 +179,7 @@ class Nursery:
         try:
             user_namespace = _user_namespace(child.slot)
             theirs.append(user_namespace)
-            ours.append(order := os.memfd_create("order", os.MFD_CLOEXEC))
+            ours.append(memory := os.memfd_create("order", os.MFD_CLOEXEC))
             for _ in range(2):
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.append(read)
@@ -199,7 +199,7 @@ class Nursery:
                     stdout,
                     stderr,
                     far.fileno(),
-                    order,
+                    memory,
                     self._trampoline,
                     user_namespace,
                     self._policy.filters,

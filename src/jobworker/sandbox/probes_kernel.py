@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox import trampoline
 from jobworker.sandbox.host_restrictions import user_namespace_remedy
 from jobworker.sandbox.probing import Missing, Probe, apart, reason_of
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
@@ -30,9 +31,11 @@ def probes(ids: Ids) -> Iterable[Probe]:
     """All of this module; `ids` are for a job that is not there."""
     yield Probe("processes", "clone3 and pidfd", _clone3, "use Linux 5.4 or newer")
     yield Probe("processes", "close_range", _close_range, "use Linux 5.9 or newer")
-    yield Probe("processes", "openat2", _openat2, "use Linux 5.6 or newer")
     yield Probe(
         "processes", "sealed memory", _sealed_memory, "use a kernel with CONFIG_MEMFD_CREATE"
+    )
+    yield Probe(
+        "processes", "program in memory", _program_in_memory, "set sysctl vm.memfd_noexec to 0 or 1"
     )
     yield Probe("processes", "splice", _splice, "use a kernel without a filter on splice(2)")
     for kind, flag, option in (
@@ -86,19 +89,27 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _openat2() -> str:
-    try:
-        sc.check_no_magic_link("/proc/self/exe")
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return "openat2"
-    raise Missing("it follows magic links that it was told to refuse")
-
-
 def _sealed_memory() -> str:
     os.close(os.memfd_create("probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     return "memfd_create"
+
+
+def _program_in_memory() -> str:
+    program = trampoline.open_program()
+    pid, pidfd = sc.clone3(0)
+    if pid == 0:
+        try:
+            sc.close_range(3, program - 1)  # it finds nothing to do, and ends
+            os.execve(program, ["trampoline"], {})  # noqa: S606
+        except OSError as error:
+            os._exit(error.errno or 1)
+    os.close(program)
+    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+    assert ended is not None
+    if ended.si_status != trampoline.NOTHING_TO_DO:
+        raise OSError(ended.si_status, os.strerror(ended.si_status))
+    return "memfd_create, execveat"
 
 
 def _splice() -> str:

@@ -30,13 +30,13 @@ FIRST_COMMON_NUMBER = 424
 
 NEEDED_TO_START = frozenset(
     (
-        "brk capset chdir chown close execve exit_group fcntl fstat futex getsockname getsockopt "
-        "lseek madvise mmap mprotect mremap munmap newfstatat openat openat2 prctl pread64 "
-        "recvmsg rt_sigreturn seccomp sendmsg setresgid setresuid write"
+        "access brk chdir close execve execveat exit_group faccessat fcntl fstat futex getsockname "
+        "getsockopt lseek madvise mmap mprotect mremap munmap newfstatat read rt_sigreturn seccomp "
+        "sendmsg write"
     ).split()
 )
-"""What a child calls between the filter and its program: to take its order, to execute the program
-or to tell why it could not."""
+"""What a child calls between the filter and its program: to become the trampoline, to take its
+order, to execute the program or to tell why it could not."""
 
 
 def _not_empty(_: object, __: object, value: T) -> None:

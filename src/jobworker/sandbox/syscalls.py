@@ -32,7 +32,7 @@ _CAPSET = _NUMBERS[_machine]["capset"]
 _KEYCTL = _NUMBERS[_machine]["keyctl"]
 _SECCOMP = _NUMBERS[_machine]["seccomp"]
 _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
-_OPENAT2, _MOUNT_SETATTR = 437, 442
+_MOUNT_SETATTR = 442
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 
 # mount(2)
@@ -185,23 +185,6 @@ def move_mount(tree: int, target: str) -> None:
     from_empty_path = ctypes.c_uint(0x4)
     number, here = ctypes.c_long(_MOVE_MOUNT), ctypes.c_int(_AT_FDCWD)
     _check(_libc.syscall(number, ctypes.c_int(tree), b"", here, _bytes(target), from_empty_path))
-
-
-class _OpenHow(ctypes.Structure):
-    """struct open_how of openat2(2)."""
-
-    _fields_ = [(name, ctypes.c_uint64) for name in ("flags", "mode", "resolve")]
-
-
-_RESOLVE_NO_MAGICLINKS = 2
-
-
-def check_no_magic_link(path: str) -> None:
-    """Raise OSError (ELOOP) if a link of /proc, such as /proc/self/exe, stands on the way."""
-    how = _OpenHow(flags=os.O_PATH | os.O_CLOEXEC, resolve=_RESOLVE_NO_MAGICLINKS)
-    number, here = ctypes.c_long(_OPENAT2), ctypes.c_int(_AT_FDCWD)
-    size = ctypes.c_size_t(ctypes.sizeof(how))
-    os.close(_check(_libc.syscall(number, here, _bytes(path), ctypes.byref(how), size)))
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:

@@ -32,6 +32,8 @@ from jobworker.errors import HostUnsupported, ProtocolError, TooLarge
 from jobworker.sandbox.steps import ChangeDirectory, Execute
 
 GO = b"go"
+NOTHING_TO_DO = 127
+"""Its exit status where it has no order to take, or has told of a failure."""
 IMAGE = 0x10000000
 MAX_IMAGE_BYTES = 0x1000000
 MAX_NAME_BYTES = 255  # NAME_MAX of <linux/limits.h>
