@@ -1,7 +1,6 @@
 """Privilege: capability sets, setuid programs, the launcher's own program, other entry points."""
 
 import base64
-import errno
 import hashlib
 import json
 import os
