@@ -89,7 +89,7 @@ def test_this_host_has_all_that_is_needed_and_nothing_is_left() -> None:
     assert len(findings) > 30
     assert Path("/proc/self/mountinfo").read_text() == mounts
     assert _processes() <= children
-    assert not list(Path("/sys/fs/cgroup").rglob("jobworker-check-*"))
+    assert not [path for path, *_ in os.walk("/sys/fs/cgroup") if "jobworker-check-" in path]
 
 
 def _processes() -> set[str]:
@@ -273,7 +273,7 @@ def test_command_says_all_is_there_and_leaves_nothing(site: Path) -> None:
     assert "All that is needed is there" in done.stdout
     assert "Mode: root" in done.stdout
     assert sorted(path.name for path in site.iterdir()) == ["certs", "worker.toml"]
-    assert not list(Path("/sys/fs/cgroup").rglob("jobworker-*check*"))
+    assert not [path for path, *_ in os.walk("/sys/fs/cgroup") if "jobworker-check-" in path]
 
 
 def test_command_starts_a_whole_job(site: Path) -> None:
