@@ -15,9 +15,9 @@ from attrs import evolve
 from jobworker.config import Settings
 from jobworker.sandbox import channel
 from jobworker.sandbox.launch import start_launcher
-from jobworker.server import setup
+from jobworker.server.setup import policy_for
+from jobworker.server.state_directory import make_state_directory
 
-ANY_USER = 65_534
 LIMITS = {"cpu_percent": 100, "memory_bytes": 512 << 20, "io_bps": 0, "pids": 1024}
 
 
@@ -28,8 +28,8 @@ class LauncherSide:
         self._argv, self._jobs = argv, 0
         settings = Settings()
         settings = evolve(settings, worker=evolve(settings.worker, state_dir=str(directory)))
-        os.close(setup._make_state(directory, ANY_USER, ANY_USER))
-        self._launcher = start_launcher(setup.policy_for(settings, directory))
+        make_state_directory(directory)
+        self._launcher = start_launcher(policy_for(settings, directory))
         self._launcher.sock.setblocking(True)
 
     def time(self) -> tuple[float, float]:

@@ -54,7 +54,7 @@ async def test_spinners_share_half_a_core(admin: Wire) -> None:
         "import os, time\nos.fork()\nend = time.monotonic() + 3\n"
         "while time.monotonic() < end: pass\n"
     )
-    percents = []
+    percents: list[float] = []
     while len(percents) < 4 and max(percents, default=0) < 43:  # a busy host gives a job less
         began = time.monotonic()
         _, _, job = await admin.run("python3", "-c", spin, limits={"cpu_percent": 50})
