@@ -14,18 +14,20 @@ from attrs import evolve
 
 from jobworker.config import Settings
 from jobworker.sandbox import channel
+from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.plan import Order
 from jobworker.server.setup import policy_for
 from jobworker.server.state_directory import make_state_directory
 
-LIMITS = {"cpu_percent": 100, "memory_bytes": 512 << 20, "io_bps": 0, "pids": 1024}
+LIMITS = Limits(cpu_percent=100, memory_bytes=512 << 20, pids=1024)
 
 
 class LauncherSide:
     """A client of a launcher that has the default settings."""
 
     def __init__(self, directory: Path, argv: list[str]) -> None:
-        self._argv, self._jobs = argv, 0
+        self._order, self._jobs = Order("job", tuple(argv), {}, ""), 0
         settings = Settings()
         settings = evolve(settings, worker=evolve(settings.worker, state_dir=str(directory)))
         make_state_directory(directory)
@@ -36,9 +38,7 @@ class LauncherSide:
         """Seconds to the first output byte, and to the notice of the end."""
         self._jobs += 1
         began = time.perf_counter()
-        told, pipes = self._ask(
-            "spawn", arguments=self._argv, environment={}, hostname="job", workdir="", **LIMITS
-        )
+        told, pipes = self._ask("spawn", **self._order._asdict(), **LIMITS._asdict())
         select.select(pipes[:1], [], [])
         at_first = time.perf_counter() - began
         assert os.read(pipes[0], 1) == b"x", told
