@@ -59,6 +59,9 @@ need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
 need 'PATH=$PATH:/usr/sbin:/sbin; command -v mke2fs' e2fsprogs
 # Jobs run the host's own programs; the tests and the demonstration run this one.
 need 'test -x /usr/bin/python3' python3-minimal
+# Outbound connections of jobs with a network of their own, and the cable that the tests lay.
+need 'command -v slirp4netns' slirp4netns
+need 'command -v ip' iproute2
 
 [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$venv"
 say "installing the package into $venv"

@@ -293,7 +293,8 @@ def _faults_between(settings: Settings) -> tuple[str, ...]:
             faults.append(
                 f"worker.{key}: needs {controller!r} in cgroup.enable_controllers, or be 0"
             )
-    last = sandbox.first_uid + (worker.max_concurrent_jobs + sandbox.spares) * 65_536 - 1
+    places = worker.max_concurrent_jobs + sandbox.spares
+    last = sandbox.first_uid + places * 65_536 + places  # the service, and a gateway for each job
     if last > (1 << 32) - 3:
         faults.append("sandbox.first_uid: leaves no room for a range of ids for each job")
     for key, path in (

@@ -156,7 +156,8 @@ class JobSpec:
     timeout_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
     """Longest run time; None stands for the server's default, 0 for no limit."""
     network: Network = "host"
-    """`host`: the host's own, which the job may use and not configure; `none`: loopback alone."""
+    """`host`: the host's own, which the job may use and not configure; `none`: loopback alone;
+    `private`: outbound connections over IPv4 alone, none of them to the host."""
     uid: int = field(default=0, validator=within(0, MAX_ID))
     """The user that the program runs as, inside the job."""
     gid: int | None = field(default=None, validator=within(0, MAX_ID))

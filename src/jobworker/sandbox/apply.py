@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import bpf, channel, network, root_mounts
+from jobworker.sandbox import bpf, channel, network, private_network, root_mounts
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
@@ -58,6 +58,8 @@ class Means(NamedTuple):
     """The ruleset of `sandbox.landlock`; None where the kernel cannot scope."""
     workshop: Workshop | None
     """Where its disk is made; None where it has none of its own."""
+    gateway: int = -1
+    """A socket to the gateway of a private network; closed with all that is not the job's."""
 
 
 def apply(steps: Iterable[s.Step], means: Means) -> None:
@@ -182,6 +184,10 @@ def _unshare_network(_: s.UnshareNetwork, __: Means) -> None:
     network.unshare_network()
 
 
+def _enter_network(_: s.EnterNetwork, means: Means) -> None:
+    private_network.enter(means.gateway)
+
+
 def _write_names(step: s.WriteNames, _: Means) -> None:
     network.write_names(step.files)
 
@@ -285,6 +291,7 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.ReadOnlyPath: _read_only_path,
     s.PivotRoot: _pivot_root,
     s.UnshareNetwork: _unshare_network,
+    s.EnterNetwork: _enter_network,
     s.WriteNames: _write_names,
     s.SetResourceLimit: _set_resource_limit,
     s.SetOomScore: _set_oom_score,

@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import bpf, channel, landlock, trampoline
+from jobworker.sandbox import gateway as gateway_process
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
+from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.plan import SCRATCH, Order, Sizes, Slot, prepare
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.sweepers import Sweepers
@@ -87,6 +89,8 @@ class Child:
         """Memory for the order, open until it is given."""
         self._errand = NO_ERRAND
         self.failure: Message | None = None
+        self.gateway: int | None = None
+        """The pidfd of its network's gateway, until that is reaped."""
         self.exit: Exit | None = None
 
     def send(self, errand: trampoline.Errand) -> None:
@@ -142,6 +146,8 @@ class Nursery:
         self._made = 0
         self._landlock = landlock.open_scope()
         self._trampoline = trampoline.open_program()
+        behind = ids.first_of(policy.max_jobs + policy.spares) + 1  # and behind the service's own
+        self._networks = Networks(stage.view, behind, self._landlock)
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -173,6 +179,7 @@ class Nursery:
         return child
 
     def _clone(self, child: Child, order: Order | None, undo: contextlib.ExitStack) -> None:
+        own_network, layout = self._networks.describe(order)
         ours: list[int] = []
         theirs: list[int] = []
         undo.callback(close_all, ours)
@@ -192,8 +199,15 @@ class Nursery:
                 undo.callback(near.close)
                 near.setblocking(False)
                 sizes = Sizes(self._policy.disk_bytes, self._policy.tmpfs_bytes)
-                steps = prepare(ROOT, self._stage.view, child.slot, sizes, order)
+                steps = prepare(ROOT, self._stage.view, child.slot, sizes, order, own_network)
                 _, stdout, stderr = theirs
+                gateway = -1
+                if layout is not None:
+                    child.gateway, gateway = self._networks.open_gateway(
+                        layout, child.index, child.scope
+                    )
+                    theirs.append(gateway)
+                    undo.callback(gateway_process.end, child.gateway)
                 means = Means(
                     child.scope,
                     stdout,
@@ -205,6 +219,7 @@ class Nursery:
                     self._policy.filters,
                     self._landlock,
                     self._stage.workshop,
+                    gateway,
                 )
                 child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
                 if child.pid == 0:
@@ -219,6 +234,8 @@ class Nursery:
 
         Nothing has been taken back then, and it may be called again.
         """
+        if child.gateway is not None:
+            raise OSError(errno.EBUSY, "its gateway has not been reaped")
         child.scope.remove()
         if child.sock is not None:
             child.sock.close()

@@ -29,8 +29,8 @@ from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.user_namespaces import Ids
 
-DESCRIPTORS_PER_CHILD = 8
-"""Process, two pipes, socket, scope (two), user namespace; and room for replies on their way."""
+DESCRIPTORS_PER_CHILD = 10
+"""Process, gateway, two pipes, socket, scope (two), user namespace; and room for replies."""
 
 
 def _warm_up(tree: Tree) -> None:

@@ -22,9 +22,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError
-from jobworker.sandbox import channel, requests, trampoline
+from jobworker.sandbox import channel, gateway, requests, trampoline
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Child, Nursery, name_host, reap
+from jobworker.sandbox.networks import room_for_gateway
 from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.plan import Order, finish, fits_spare
 from jobworker.sandbox.turns import Turns
@@ -134,7 +135,7 @@ class Jobs:
     ) -> None:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
-            child.scope.arm(request.limits)
+            child.scope.arm(room_for_gateway(request.limits, request.order))
             self._usual_limits = request.limits
             name_host(child, request.order.hostname)
             child.send(errand)
@@ -150,6 +151,8 @@ class Jobs:
         self._children.add(child)
         self._turns.watch(child.sock.fileno(), partial(self._on_word, child))
         self._turns.watch(child.pidfd, partial(self._on_exit, child))
+        if child.gateway is not None:
+            self._turns.watch(child.gateway, partial(self._on_gateway_exit, child))
         self._oom_watch.watch(child)
         return child
 
@@ -198,6 +201,8 @@ class Jobs:
     def _on_exit(self, child: Child) -> None:
         self._turns.unwatch(child.pidfd)
         child.exit, child.ended_at = reap(child), time.monotonic()
+        if child.gateway is not None:
+            signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
         if child.sock is not None:  # its last words come before its end
             self._on_word(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
@@ -213,6 +218,14 @@ class Jobs:
         else:
             event: channel.Message = {"event": "exit", "job": child.job}
             self._tell({**event, **child.exit._asdict(), "usage": child.usage()._asdict()}, ())
+
+    def _on_gateway_exit(self, child: Child) -> None:
+        assert child.gateway is not None
+        self._turns.unwatch(child.gateway)
+        gateway.reap(child.gateway)
+        child.gateway = None
+        if child.exit is None and child.job is not None and child.request is None:
+            say(f"job {child.job}: the gateway of its network has ended; it has none any more")
 
     # --- the end ----------------------------------------------------------------------------
 

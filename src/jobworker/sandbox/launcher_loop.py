@@ -129,8 +129,6 @@ class Launcher:
         if isinstance(request, requests.Spawn):
             if child is not None:
                 self._refuse(number, "job", errno.EEXIST, "the job's id is in use")
-            elif request.order.network == "private":
-                self._refuse(number, "network", errno.EOPNOTSUPP, "private")
             else:
                 self._jobs.spawn(number, request)
         elif child is None:

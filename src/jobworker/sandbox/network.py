@@ -2,6 +2,7 @@
 
     host     the host's own: a root without rights over it can use and not configure it
     none     a namespace with a loopback, and nothing else
+    private  one with a way out, which `sandbox.private_network` makes
 
 A network namespace belongs to the user namespace that makes it (network_namespaces(7)). A job's is
 made before the job's own user namespace is entered, so whatever the job is root of, this is not:
@@ -31,6 +32,11 @@ def unshare_network() -> None:
     """Enter a network namespace of one's own, with its loopback up."""
     sc.unshare(sc.CLONE_NEWNET)
     bring_up("lo")
+    open_ports()
+
+
+def open_ports() -> None:
+    """Let every port be listened at, low ones too: ip(7)."""
     with open(_PORTS, "w", encoding="ascii") as file:
         file.write("0")
 

@@ -154,20 +154,34 @@ class Order(NamedTuple):
     gid: int = 0
 
 
+class OwnNetwork(NamedTuple):
+    """A network that is not the host's, and the names in it."""
+
+    hostname: str
+    address: str = "127.0.0.1"
+    resolv_conf: str = ""
+    has_gateway: bool = False
+
+
 def prepare(
-    root: str, view: View, slot: Slot, sizes: Sizes, order: Order | None = None
+    root: str,
+    view: View,
+    slot: Slot,
+    sizes: Sizes,
+    order: Order | None = None,
+    own_network: OwnNetwork | None = None,
 ) -> tuple[s.Step, ...]:
     """The steps before the request: the root at `root`, pivoted into, and all rights given up.
 
-    `order` is given where the child is made for it and not kept as a spare.
+    `order` is given where the child is made for it and not kept as a spare, and `own_network` where
+    that asks for one.
     """
-    own_network = order if order is not None and order.network != "host" else None
     owner = slot.first_uid
     return (
         s.AttachScope(),
         s.ScopeSocketsAndSignals(),
+        *_network(own_network),
         s.KeepOwnDescriptors(view.null),
-        *((s.UnshareNetwork(),) if own_network else ()),
         s.UnshareCgroupNamespace(),
         s.NewSession(),
         s.NewKeyring(),
@@ -179,7 +193,7 @@ def prepare(
         *(s.MaskPath(root + path) for path in MASKED),
         *(s.ReadOnlyPath(root + path) for path in READ_ONLY),
         s.PivotRoot(root),
-        *((s.WriteNames(_names(own_network.hostname)),) if own_network else ()),
+        *_names(own_network),
         *RESOURCE_LIMITS,
         s.SetOomScore(0),
         s.EnterUserNamespace(leave_groups=slot.ids > 1),
@@ -224,10 +238,19 @@ def finish(order: Order) -> tuple[s.ChangeDirectory, s.Execute]:
     )
 
 
-def _names(hostname: str) -> tuple[tuple[str, str], ...]:
+def _network(own: OwnNetwork | None) -> tuple[s.Step, ...]:
+    if own is None:
+        return ()
+    return (s.EnterNetwork(),) if own.has_gateway else (s.UnshareNetwork(),)
+
+
+def _names(own: OwnNetwork | None) -> tuple[s.Step, ...]:
     """What a network of the job's own needs in place of the host's files."""
-    hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.0.1 {hostname}\n"
-    return (("/etc/hosts", hosts), ("/etc/resolv.conf", ""))
+    if own is None:
+        return ()
+    local = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
+    hosts = f"{local}{own.address} {own.hostname}\n"
+    return (s.WriteNames((("/etc/hosts", hosts), ("/etc/resolv.conf", own.resolv_conf))),)
 
 
 def fits_spare(order: Order) -> bool:

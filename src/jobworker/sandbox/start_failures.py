@@ -20,6 +20,8 @@ from jobworker.errors import (
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
     "limits": "see `worker serve`'s log and this host's control groups",
+    "network": "install the package slirp4netns, or choose --network=host or --network=none",
+    "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
     "change-directory": "choose a directory that exists inside the job, such as /workspace",
 }
 

@@ -127,6 +127,10 @@ class UnshareNetwork(NamedTuple):
     """Leave the host's network for one with nothing but a loopback: network_namespaces(7)."""
 
 
+class EnterNetwork(NamedTuple):
+    """Enter the network that a gateway has made, once it is up."""
+
+
 class WriteNames(NamedTuple):
     """Put files of the job's own, by path, in the place of the host's, where those exist."""
 
@@ -225,6 +229,7 @@ Step = (
     | ReadOnlyPath
     | PivotRoot
     | UnshareNetwork
+    | EnterNetwork
     | WriteNames
     | SetResourceLimit
     | SetOomScore

@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from jobworker.sandbox import plan
 from jobworker.sandbox import steps as s
-from jobworker.sandbox.plan import Layer, Order, Sizes, Slot, View, finish, prepare
+from jobworker.sandbox.plan import (
+    Layer,
+    Order,
+    OwnNetwork,
+    Sizes,
+    Slot,
+    View,
+    finish,
+    prepare,
+)
 from jobworker.sandbox.requests import NETWORKS
 
 from ..strategies import examples, texts, variables
@@ -41,7 +50,10 @@ orders = st.builds(
 
 
 def whole(slot: Slot, order: Order) -> list[s.Step]:
-    return [*prepare(ROOT, VIEW, slot, SIZES, order), *finish(order)]
+    own = None
+    if order.network != "host":
+        own = OwnNetwork(order.hostname, has_gateway=order.network == "private")
+    return [*prepare(ROOT, VIEW, slot, SIZES, order, own), *finish(order)]
 
 
 def place(steps: list[s.Step], kind: type) -> int:
@@ -123,15 +135,16 @@ def test_network_and_user_are_changed_where_the_right_to_is_still_there(
 ) -> None:
     steps = whole(slot, order)
     user_namespace = place(steps, s.EnterUserNamespace)
-    assert not any(
-        isinstance(step, s.UnshareNetwork) for step in prepare(ROOT, VIEW, slot, SIZES)
-    ), "spares"
+    networks = (s.UnshareNetwork, s.EnterNetwork)
+    spare = prepare(ROOT, VIEW, slot, SIZES)
+    assert not any(isinstance(step, networks) for step in spare)
     if order.network != "host":
         # A network namespace belongs to the user namespace that makes it: never to the job's.
-        assert place(steps, s.UnshareNetwork) < place(steps, s.PivotRoot) < user_namespace
+        kind = s.EnterNetwork if order.network == "private" else s.UnshareNetwork
+        assert place(steps, s.AttachScope) < place(steps, kind) < user_namespace
         assert place(steps, s.PivotRoot) < place(steps, s.WriteNames) < user_namespace
     else:
-        assert not [step for step in steps if isinstance(step, s.UnshareNetwork | s.WriteNames)]
+        assert not [step for step in steps if isinstance(step, (*networks, s.WriteNames))]
     if order.uid or order.gid:
         # What is kept of the capabilities is over the job's own namespace.
         assert place(steps, s.DropCapabilities) < place(steps, s.SetUser)

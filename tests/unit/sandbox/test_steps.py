@@ -8,7 +8,16 @@ import pytest
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import trampoline
 from jobworker.sandbox.apply import _APPLY, StepFailed, _subject
-from jobworker.sandbox.plan import Layer, Order, Sizes, Slot, View, finish, prepare
+from jobworker.sandbox.plan import (
+    Layer,
+    Order,
+    OwnNetwork,
+    Sizes,
+    Slot,
+    View,
+    finish,
+    prepare,
+)
 
 VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),))
 READ_ONLY = View("/root/dev/null", scratch="/scratch")
@@ -33,10 +42,11 @@ def test_every_kind_of_step_stands_in_the_union() -> None:
 
 
 def test_every_kind_of_step_is_in_the_plan() -> None:
-    order = Order("h", ("a",), {}, "", network="none", uid=1, gid=1)
+    order = Order("h", ("a",), {}, "", uid=1, gid=1)
+    slot = Slot("job-1", 100_000)
     steps = [
-        *prepare("/root", VIEW, Slot("job-1", 100_000), Sizes(1, 1), order),
-        *prepare("/root", READ_ONLY, Slot("job-1", 100_000), Sizes(1, 1)),
+        *prepare("/root", VIEW, slot, Sizes(1, 1), order, OwnNetwork("h")),
+        *prepare("/root", READ_ONLY, slot, Sizes(1, 1), order, OwnNetwork("h", has_gateway=True)),
         *finish(order),
     ]
     assert {type(step) for step in steps} == set(KINDS)

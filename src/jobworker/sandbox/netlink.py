@@ -1,0 +1,100 @@
+"""The few routing requests that a private network takes, spoken to the kernel: rtnetlink(7).
+
+A message is a header (length, kind, flags, sequence, port), a fixed body and attributes (length,
+kind, value, padded to four bytes). The kernel answers each request with an error of 0, or each dump
+with messages up to a last one. Only IPv4 addresses pass here, as text.
+
+Standard library only.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+_ERROR, _DONE = 2, 3
+_NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _NEW_RULE = 20, 22, 24, 32
+_REQUEST, _ACKNOWLEDGE, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
+_MAIN_TABLE = 254
+_LOCAL_ADDRESS, _DESTINATION, _PRIORITY, _PROTOCOL, _PORTS = 2, 1, 6, 22, 24
+_ROUTE_UNREACHABLE, _RULE_LOOKUP, _RULE_UNREACHABLE = 7, 1, 7
+
+
+def addresses() -> list[tuple[str, int]]:
+    """The IPv4 addresses of this network namespace, each with the length of its prefix."""
+    body = struct.pack("BBBBi", socket.AF_INET, 0, 0, 0, 0)
+    found = []
+    for message in _dump(_GET_ADDRESS, body):
+        family, prefix = message[0], message[1]
+        local = dict(_attributes(message[8:])).get(_LOCAL_ADDRESS)
+        if family == socket.AF_INET and local is not None:
+            found.append((socket.inet_ntoa(local), prefix))
+    return found
+
+
+def refuse_destination(address: str) -> None:
+    """Add a route by which nobody reaches `address`: EHOSTUNREACH for who tries."""
+    body = struct.pack(
+        "BBBBBBBBI", socket.AF_INET, 32, 0, 0, _MAIN_TABLE, 3, 0, _ROUTE_UNREACHABLE, 0
+    )
+    _ask(_NEW_ROUTE, body + _attribute(_DESTINATION, socket.inet_aton(address)))
+
+
+def refuse_connections(address: str, priority: int, port_left: int | None = None) -> None:
+    """Add rules by which `address` is reached by TCP or UDP at one port, or at none: ip-rule(8).
+
+    They come before all routes, and leave the address to be a router. They take the priorities from
+    `priority` to `priority` + 1.
+    """
+    destination = _attribute(_DESTINATION, socket.inet_aton(address))
+    for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
+        wanted = destination + _attribute(_PROTOCOL, bytes([protocol]))
+        if port_left is not None:
+            ports = _attribute(_PORTS, struct.pack("HH", port_left, port_left))
+            _rule(_RULE_LOOKUP, priority, wanted + ports)
+        _rule(_RULE_UNREACHABLE, priority + 1, wanted)
+
+
+def _rule(action: int, priority: int, attributes: bytes) -> None:
+    body = struct.pack("BBBBBBBBI", socket.AF_INET, 32, 0, 0, _MAIN_TABLE, 0, 0, action, 0)
+    _ask(_NEW_RULE, body + attributes + _attribute(_PRIORITY, struct.pack("I", priority)))
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("HH", data)
+        yield kind, data[4:length]
+        data = data[(length + 3) & ~3 :]
+
+
+def _open() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+
+
+def _message(kind: int, flags: int, body: bytes) -> bytes:
+    return struct.pack("IHHII", 16 + len(body), kind, flags | _REQUEST, 1, 0) + body
+
+
+def _ask(kind: int, body: bytes) -> None:
+    with _open() as kernel:
+        kernel.sendto(_message(kind, _ACKNOWLEDGE | _CREATE, body), (0, 0))
+        code = struct.unpack_from("i", kernel.recv(65_536), 16)[0]
+    if code:
+        raise OSError(-code, os.strerror(-code))
+
+
+def _dump(kind: int, body: bytes) -> Iterator[bytes]:
+    with _open() as kernel:
+        kernel.sendto(_message(kind, _DUMP, body), (0, 0))
+        while True:
+            packet = kernel.recv(65_536)
+            while packet:
+                length, answered = struct.unpack_from("IH", packet)
+                if answered in (_DONE, _ERROR):
+                    return
+                yield packet[16:length]
+                packet = packet[(length + 3) & ~3 :]

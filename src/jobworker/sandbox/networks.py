@@ -1,0 +1,70 @@
+"""What a child that is made for a network of its own is given: names, and a gateway if it has one.
+
+Standard library only.
+"""
+
+from jobworker.errors import SandboxError
+from jobworker.sandbox import netlink
+from jobworker.sandbox.cgroups import Limits, Scope
+from jobworker.sandbox.gateway import Means, start_gateway
+from jobworker.sandbox.plan import Order, OwnNetwork, View
+from jobworker.sandbox.private_network import (
+    PROCESSES,
+    PROGRAM,
+    Layout,
+    choose_layout,
+    find_program,
+    resolv_conf,
+)
+from jobworker.sandbox.stage import ROOT
+
+
+class Networks:
+    """Makes networks for jobs."""
+
+    def __init__(self, view: View, first_uid: int, landlock: int | None) -> None:
+        self._view, self._landlock = view, landlock
+        self._trees = {layer.at: layer.lower[-1] for layer in view.layers} or {"": ROOT}
+        self._first_uid = first_uid
+        """The first of the ids that gateways have, one for each job that may live."""
+
+    def describe(self, order: Order | None) -> tuple[OwnNetwork | None, Layout | None]:
+        """The network that `order` asks for, and its layout where it has a gateway.
+
+        Raises SandboxError where this host lacks what it takes.
+        """
+        if order is None or order.network == "host":
+            return None, None
+        if order.network == "none":
+            return OwnNetwork(order.hostname), None
+        self._program()
+        layout = choose_layout(netlink.addresses())
+        try:
+            with open(
+                f"{self._trees['']}/etc/resolv.conf", encoding="utf-8", errors="replace"
+            ) as file:
+                resolvers = resolv_conf(file.read(), layout)
+        except FileNotFoundError:
+            resolvers = ""  # the host has none either
+        return OwnNetwork(order.hostname, layout.address, resolvers, has_gateway=True), layout
+
+    def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int]:
+        """Start the gateway for the job in place `index`: see `start_gateway`."""
+        uid = self._first_uid + index
+        return start_gateway(Means(layout, self._program(), self._view, uid, scope, self._landlock))
+
+    def _program(self) -> str:
+        program = find_program(self._trees)
+        if program is None:
+            raise SandboxError(
+                f"this host lacks {PROGRAM}, which --network=private needs",
+                data={"step": "network"},
+            )
+        return program
+
+
+def room_for_gateway(limits: Limits, order: Order) -> Limits:
+    """The limits of a job's scope: as many processes for the job itself as it asked for."""
+    if order.network != "private" or not limits.pids:
+        return limits
+    return limits._replace(pids=max(limits.pids + 1, 1 + PROCESSES))
