@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime, timedelta
 
 import trio
@@ -28,6 +28,7 @@ from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobRecord, Limits, OutputCut, OutputPolicy, Stream, Usage
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.sandbox import cgroups
+from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Started
 from jobworker.sandbox.plan import Order
@@ -198,6 +199,9 @@ class Execution:
         )
 
     def _output(self, started: Started) -> AbstractAsyncContextManager[None]:
+        if self.spool.sealed:  # an earlier service came so far with the job's end
+            close_all([started.stdout, started.stderr])
+            return nullcontext()
         mover = OutputMover(
             spool=self.spool,
             max_bytes=self.record.spec.limits.output_bytes or None,

@@ -1,0 +1,125 @@
+"""`worker`, killed by its own hand (SIGKILL) at a named point of a job's life.
+
+    python crash_points.py POINT NAME serve --config FILE
+
+It is the real program; at the point it stops existing, as it would by `kill -9` at that instant.
+Only the job called NAME counts, so that what an earlier service has left does not trip it.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "src"))
+
+from jobworker.cli import admin
+from jobworker.jobs.execution import Execution
+from jobworker.jobs.history import History
+from jobworker.jobs.output_files import OutputFiles
+from jobworker.jobs.output_index import RECORD, Record
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import JobRecord
+from jobworker.model.lifecycle import State
+from jobworker.sandbox.link import Link
+
+for_the_victim = ContextVar("for_the_victim", default=False)
+"""Whether this is a task of the victim's execution, or a thread that works for one."""
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it lives on")
+
+
+def watch(name: str) -> None:
+    """Know the victim's tasks."""
+    run = Execution.run
+
+    async def patched(self: Execution) -> None:
+        for_the_victim.set(self.record.spec.name == name)
+        await run(self)
+
+    setattr(Execution, "run", patched)  # noqa: B010 - mypy takes no assignment to a method
+
+
+def at(owner: type, method: str, *, after: bool = False) -> None:
+    """Die before, or after, a method is called for the victim."""
+    original = getattr(owner, method)
+
+    async def patched(*arguments: object) -> object:
+        if for_the_victim.get() and not after:
+            die()
+        answer = await original(*arguments)
+        if for_the_victim.get():
+            die()
+        return answer
+
+    setattr(owner, method, patched)
+
+
+def at_commit_of(state: State, *, after: bool = False) -> None:
+    """Die before, or after, a transaction with the victim in a state is committed."""
+    name, commit = sys.argv[1], History._commit
+
+    def patched(self: History, records: Sequence[JobRecord]) -> None:
+        concerned = any(each.spec.name == name and each.state is state for each in records)
+        if concerned and not after:
+            die()
+        commit(self, records)
+        if concerned:
+            die()
+
+    setattr(History, "_commit", patched)  # noqa: B010
+
+
+def between_splice_and_record() -> None:
+    """Die when bytes are in a data file and the index does not know them."""
+    record_written = OutputFiles._record_written
+
+    def patched(self: OutputFiles, time_ns: int | None = None) -> None:
+        if for_the_victim.get() and self.written_bytes > self.last.size:
+            die()
+        record_written(self, time_ns)
+
+    setattr(OutputFiles, "_record_written", patched)  # noqa: B010
+
+
+def within_a_record() -> None:
+    """Die with a third of a record in the index."""
+    write = OutputFiles._write
+
+    def patched(self: OutputFiles, record: Record) -> None:
+        if for_the_victim.get():
+            os.pwrite(self._index, record.pack()[:11], self.records * RECORD.size)
+            die()
+        write(self, record)
+
+    setattr(OutputFiles, "_write", patched)  # noqa: B010
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "before the admission is recorded": lambda: at_commit_of(State.INITIALIZING),
+    "after the admission is recorded": lambda: at_commit_of(State.INITIALIZING, after=True),
+    "before the start": lambda: at(Link, "spawn"),
+    "after the start": lambda: at(Link, "spawn", after=True),
+    "before RUNNING is recorded": lambda: at_commit_of(State.RUNNING),
+    "after RUNNING is recorded": lambda: at_commit_of(State.RUNNING, after=True),
+    "between splice and record": between_splice_and_record,
+    "within a record of the index": within_a_record,
+    "after the signal of a stop": lambda: at(Link, "signal", after=True),
+    "before the seal": lambda: at(Spool, "seal"),
+    "after the seal": lambda: at(Spool, "seal", after=True),
+    "before the end is recorded": lambda: at_commit_of(State.FAILED),
+    "after the end is recorded": lambda: at(Execution, "_remove"),
+    "after the removal": lambda: at(Execution, "_remove", after=True),
+}
+
+if __name__ == "__main__":
+    point = sys.argv.pop(1)
+    watch(sys.argv[1])
+    POINTS[point]()
+    del sys.argv[1]
+    admin.main()
