@@ -169,6 +169,8 @@ class SecuritySettings:
     ca_cert: str = field(factory=_certificate("ca-cert.pem"), validator=_file)
     server_cert: str = field(factory=_certificate("server-cert.pem"), validator=_file)
     server_key: str = field(factory=_certificate("server-key.pem"), validator=_file)
+    crl: str = field(factory=_certificate("ca-crl.pem"), validator=_path_or_empty)
+    """The CA's revocation list; "" does without."""
     min_tls_version: Literal["1.2", "1.3"] = "1.3"
 
 
@@ -270,6 +272,7 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
             ca_cert=str(base / security.ca_cert),
             server_cert=str(base / security.server_cert),
             server_key=str(base / security.server_key),
+            crl=str(base / security.crl) if security.crl else "",
         ),
         sandbox=evolve(
             sandbox,

@@ -13,6 +13,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.server import reader
 from jobworker.server.setup import instance_name
 
 from .wire import Wire, open_wire
@@ -47,9 +48,14 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
 
 
 def child_of(pid: int) -> int:
-    """The one child of a process: the launcher's guard below the service, the launcher below it."""
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
+    """The one child of a process, the service's reader aside: the guard, below it the launcher."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (child,) = [
+        int(each)
+        for each in children
+        if Path(f"/proc/{each}/comm").read_text().strip() != reader.NAME
+    ]
+    return child
 
 
 def disks_in(directory: Path) -> list[str]:

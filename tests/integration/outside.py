@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobworker.cli.embedded import program, write_configuration
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 
 START_SECONDS = 30
 END_SECONDS = 30

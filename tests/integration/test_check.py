@@ -18,7 +18,7 @@ import pytest
 
 import jobworker
 from jobworker.cli.embedded import program, write_configuration
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
 from jobworker.sandbox.probing import Finding
 

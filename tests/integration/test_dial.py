@@ -26,7 +26,8 @@ from jobworker.errors import (
     PermissionDenied,
     ServerUntrusted,
 )
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
+from jobworker.pki.material import ServerFiles
 from jobworker.pki.tls import client_context, server_context
 from jobworker.protocol.methods import SUBPROTOCOL
 
@@ -57,11 +58,12 @@ class Site:
         }
 
     def server(self) -> ssl.SSLContext:
-        return server_context(
+        files = ServerFiles.read(
             ca=self.path("ca-cert"),
             certificate=self.path("server-cert"),
             key=self.path("server-key"),
         )
+        return server_context(files)
 
     def client(self) -> ssl.SSLContext:
         return client_context(**self.files())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 
 from .conftest import left_behind
 
@@ -85,7 +85,7 @@ def test_broken_toml(site: Path) -> None:
     fails_with(serve(config), 78, "not TOML", "line 1")
 
 
-@pytest.mark.parametrize("name", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
+@pytest.mark.parametrize("name", ["ca-cert.pem", "server-cert.pem", "server-key.pem", "ca-crl.pem"])
 def test_missing_certificate_file(site: Path, name: str) -> None:
     (site / "certs" / name).unlink()
     config = write_configuration(site, {})
@@ -138,7 +138,8 @@ def test_certs_init_writes_the_set_and_never_overwrites(open_directory: Callable
     assert "a.example" in done.stdout
     names = {path.name for path in directory.iterdir()}
     pairs = ("ca", "server", "admin-client", "viewer-client")
-    assert names == {f"{stem}-{kind}.pem" for stem in pairs for kind in ("cert", "key")}
+    files = {f"{stem}-{kind}.pem" for stem in pairs for kind in ("cert", "key")}
+    assert names == files | {"ca-crl.pem", "issued.json"}
     for path in directory.glob("*-key.pem"):
         assert path.stat().st_mode & 0o777 == 0o600
     again = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -123,12 +123,15 @@ def context_for(service: Embedded, role: str = "admin") -> ssl.SSLContext:
 
 @asynccontextmanager
 async def open_socket(
-    service: Embedded, role: str = "admin"
+    service: Embedded, role: str = "admin", context: ssl.SSLContext | None = None
 ) -> AsyncIterator[trio_websocket.WebSocketConnection]:
     """Connect with the certificate of `role`; the socket is closed whatever happens."""
     host, port = service.address.rsplit(":", 1)
     stream = await trio.open_ssl_over_tcp_stream(
-        host, int(port), ssl_context=context_for(service, role), https_compatible=True
+        host,
+        int(port),
+        ssl_context=context or context_for(service, role),
+        https_compatible=True,
     )
     try:
         async with trio.open_nursery() as nursery:

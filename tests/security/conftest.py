@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli.embedded import Embedded
-from jobworker.pki.authority import Authority, init_authority
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority
 from jobworker.pki.files import write_new
 
 from ..integration.conftest import open_directory, running
@@ -16,7 +17,7 @@ from ..integration.conftest import open_directory, running
 __all__ = ["open_directory"]
 
 ROLES = {
-    "roles.tenant": {"operations": ["view", "log", "run", "stop"], "scope": "own"},
+    "roles.tenant": {"operations": ["view", "log", "run", "stop", "remove"], "scope": "own"},
     "roles.watcher": {"operations": ["view", "log"], "scope": "own"},
     "roles.blind-runner": {"operations": ["run"], "scope": "own"},
     "roles.operator": {"operations": ["view", "stop"], "scope": "all"},

@@ -19,7 +19,7 @@ from jobworker.protocol.methods import METHODS, Method
 
 from ..integration.wire import Refused, Wire, open_wire
 
-NAMES_NO_JOB = {"service.hello", "job.run", "job.list", "job.credit", "job.unfollow"}
+NAMES_NO_JOB = {"service.hello", "job.run", "job.list", "job.prune", "job.credit", "job.unfollow"}
 """Methods that take no job's id. Before one is added here it must be told below (or in a test of
 its own) how it keeps from its caller what is another tenant's."""
 NEVER = 999_999_999
@@ -95,8 +95,7 @@ async def test_tenant_finds_no_job_of_another(
     for job in (running, int(str(ended["id"]))):
         mine = await refusal(bob, row.name, sample(row.params, job))
         never = await refusal(bob, row.name, sample(row.params, NEVER))
-        if row.permission in (Permission.VIEW, Permission.LOG, Permission.RUN, Permission.STOP):
-            assert mine.code == never.code == NotFound.code
+        assert mine.code == never.code == NotFound.code
         # What does not exist and what is another's are one and the same.
         assert mine.message.replace(str(job), "#") == never.message.replace(str(NEVER), "#")
         assert json.dumps(mine.data) == json.dumps(never.data)
@@ -124,6 +123,15 @@ async def test_tenant_sees_no_job_of_another_in_lists(
         page = await bob.call("job.list", before=hers + 1)
         assert hers not in [job["id"] for job in page["jobs"]]  # type: ignore[attr-defined]
         assert (await olga.call("job.stop", id=hers))["state"] == "STOPPED"
+
+
+async def test_tenant_prunes_no_output_of_another(alice: Wire, bob: Wire) -> None:
+    _, _, hers = await alice.run("echo", "hers")
+    _, _, his = await bob.run("echo", "his")
+    await bob.call("job.prune", older_than_seconds=0, keep_jobs=0, keep_bytes=0)
+    opened = await alice.call("job.log", id=hers["id"])
+    assert (await alice.output(opened["subscription"]))[0] == b"hers\n"
+    await refusal(bob, "job.log", {"id": his["id"]})  # the control
 
 
 async def test_subscription_belongs_to_its_connection(

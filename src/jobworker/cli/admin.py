@@ -1,12 +1,12 @@
 """`worker`: the service and its administration."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncclick as click
 
 import jobworker
+from jobworker.cli.certs import certs
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
 from jobworker.places import default_configuration
@@ -46,7 +46,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
 
     settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
-    await serve_until_signal(prepare(settings))
+    await serve_until_signal(prepare(settings, config))
 
 
 @worker.command()
@@ -97,36 +97,7 @@ async def check(config: Path | None, json: bool) -> int:
     return await run_check(config, json=json)
 
 
-@worker.group()
-def certs() -> None:
-    """Make and manage certificates."""
-
-
-@certs.command("init")
-@click.option(
-    "--dir",
-    "directory",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Where to write; made if it is missing.",
-)
-@click.option(
-    "--host",
-    "hosts",
-    multiple=True,
-    metavar="NAME|IP",
-    help="A name or address by which clients reach the server; may be repeated. "
-    "localhost, 127.0.0.1 and ::1 are always included.",
-)
-def init(directory: Path, hosts: tuple[str, ...]) -> None:
-    """Make a CA, a server certificate, and client certificates for an admin and a viewer."""
-    from jobworker.pki.authority import init_authority
-
-    made = init_authority(directory, hosts, now=datetime.now(UTC))
-    click.echo(f"Certificates for {', '.join(made.hosts)}")
-    for path in made.files:
-        click.echo(f"  {path}")
-    click.echo(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
+worker.add_command(certs)
 
 
 @worker.command()

@@ -19,6 +19,7 @@ from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.seccomp_filter import load_filters
+from jobworker.server.reader import configured_files
 from jobworker.server.setup import bind, listen, service_ids
 
 GROUP = "service"
@@ -132,12 +133,7 @@ def _port(settings: Settings, *, running: bool) -> str:
 
 def _certificates(settings: Settings) -> str:
     security = settings.security
-    server_context(
-        ca=Path(security.ca_cert),
-        certificate=Path(security.server_cert),
-        key=Path(security.server_key),
-        min_version=security.min_tls_version,
-    )
+    server_context(configured_files(security), min_version=security.min_tls_version)
     return f"{security.server_cert}, TLS {security.min_tls_version} and newer"
 
 

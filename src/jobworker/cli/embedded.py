@@ -19,7 +19,7 @@ from attrs import frozen
 
 from jobworker.convert import dumps
 from jobworker.errors import HostUnsupported
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 from jobworker.server.notify import ADDRESS_FIELD
 
 START_SECONDS = 30
@@ -67,6 +67,7 @@ def write_configuration(directory: Path, extra: Mapping[str, Mapping[str, object
             "ca_cert": str(certs / "ca-cert.pem"),
             "server_cert": str(certs / "server-cert.pem"),
             "server_key": str(certs / "server-key.pem"),
+            "crl": str(certs / "ca-crl.pem"),
         },
     }
     for section, keys in extra.items():

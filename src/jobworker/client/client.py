@@ -55,6 +55,7 @@ class Client:
     """A client of one server; `open_client` makes one.
 
     Every method raises ConnectionFailed where the connection is lost and patience ends,
+    CertificateRefused where the server ends it because our certificate was revoked or has expired,
     PermissionDenied where the certificate's role does not allow the call, and NotFound for a job
     that does not exist. Cancelling a call abandons its wait and stops no job.
     """

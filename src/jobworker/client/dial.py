@@ -24,6 +24,7 @@ from attrs import define, field
 from jobworker.client.address import Address
 from jobworker.convert import loads
 from jobworker.errors import (
+    CertificateRefused,
     ConnectionFailed,
     HostUnknown,
     JobworkerError,
@@ -37,6 +38,8 @@ RECEIVE_BYTES = 262_144
 MAX_MESSAGE_BYTES = 16 << 20
 MESSAGE_QUEUE = 4
 CLOSE_SECONDS = 1.0
+POLICY_VIOLATION = 1008
+"""RFC 6455, section 7.4.1: how a server ends the connection of a certificate it takes no more."""
 _EXCERPT_CHARACTERS = 200
 
 
@@ -91,14 +94,18 @@ class Connection:
     _fault: Exception | None = field(default=None, init=False)
 
     async def send(self, message: str) -> None:
-        """Send a message. Raises ConnectionFailed; if cancelled, the connection is broken."""
+        """Send a message. Raises as `receive` does; if cancelled, the connection is broken."""
         try:
             await self._socket.send_message(message)
         except trio_websocket.ConnectionClosed as closed:
             raise self._lost(closed.reason) from None
 
     async def receive(self) -> str | bytes:
-        """Wait for the next message. Raises ConnectionFailed once there is none to come."""
+        """Wait for the next message.
+
+        Raises, once there is none to come, ConnectionFailed, or CertificateRefused where the server
+        ended the connection for our certificate's sake.
+        """
         try:
             return await self._socket.get_message()
         except trio_websocket.ConnectionClosed as closed:
@@ -109,7 +116,12 @@ class Connection:
         with trio.move_on_after(CLOSE_SECONDS, shield=True):
             await self._socket.aclose()
 
-    def _lost(self, reason: trio_websocket.CloseReason | None) -> ConnectionFailed:
+    def _lost(self, reason: trio_websocket.CloseReason | None) -> JobworkerError:
+        if reason is not None and reason.code == POLICY_VIOLATION:
+            return CertificateRefused(
+                f"cannot go on: the server ended this connection: {reason.reason}",
+                remedy="ask the administrator for a new certificate; jobs go on without it",
+            )
         if self._fault is not None:
             why = f"the server does not keep to the protocol ({self._fault!r})"
         elif reason is None or reason.code == 1006:  # RFC 6455, 7.4.1: no closing frame came
@@ -203,6 +215,10 @@ async def _shake_hands(
     try:
         await stream.do_handshake()
     except trio.BrokenResourceError as broken:
+        # Our alert stands in the outgoing BIO, which SSLStream flushes only on success; the server
+        # is to know why we go.
+        with suppress(trio.BrokenResourceError), trio.move_on_after(CLOSE_SECONDS):
+            await tcp.send_all(stream._outgoing.read())
         raise _refusal(address, broken.__cause__, None) from None
     return stream
 

@@ -21,7 +21,7 @@ from attrs import define, field
 
 from jobworker.client.dial import Connection
 from jobworker.client.following import Following, Inbox, anew
-from jobworker.errors import ConnectionFailed, JobworkerError, ProtocolError
+from jobworker.errors import JobworkerError, ProtocolError
 from jobworker.protocol import messages as m
 from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 
@@ -118,7 +118,7 @@ class Link:
         try:
             async for message in self._to_send:
                 await self.connection.send(message)
-        except ConnectionFailed as lost:
+        except JobworkerError as lost:
             self.lose(lost)
 
     async def serve_reader(self) -> None:

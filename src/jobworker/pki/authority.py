@@ -5,15 +5,12 @@ certificate: extended key usage keeps a client's from posing as a server and a s
 logging in, and a client's only OU is its role. Server certificates bear no OU. All of it must
 pass OpenSSL's X509_V_FLAG_X509_STRICT (RFC 5280), because both ends switch that on.
 
-How the files reach the disk, closed and all or none, is told in `files`. Times come in as
-arguments. Importing this costs cryptography (some 30 ms), so the command line does it only for
-`worker certs`.
+How the files reach the disk, closed and all or none, is told in `files`; what was issued to whom
+is kept by `registry`. Times come in as arguments. Importing this costs cryptography (some 30 ms),
+so the command line does it only for `worker certs`.
 """
 
-import ipaddress
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -23,26 +20,23 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import pkcs12
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from jobworker import errors
-from jobworker.pki.credentials import read_pem
-from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE, write_new
+from jobworker.pki.credentials import PemFile, read_pem
+from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE
+from jobworker.pki.host_names import general_name
 from jobworker.pki.identity import name_fault
 
 ORGANIZATION = "jobworker"
-
-ALWAYS_HOSTS = ("localhost", "127.0.0.1", "::1")
-
-CLIENT_ROLES = ("admin", "viewer")
 
 CLOCK_SKEW = timedelta(minutes=5)  # a peer whose clock is behind takes a new certificate too
 
 DAYS_MAX = 36_500
 
 _LOAD_REMEDY = "name the directory that 'worker certs init' made"
-
-_LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)  # RFC 1123, section 2.1
 
 
 @frozen(kw_only=True)
@@ -52,29 +46,30 @@ class Issued:
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey = field(repr=False)
 
-    def files(self, stem: str) -> dict[str, tuple[bytes, int]]:
-        """The content and mode of STEM-cert.pem and STEM-key.pem."""
+    def files(self, stem: str, passphrase: bytes | None = None) -> dict[str, tuple[bytes, int]]:
+        """The content and mode of STEM-cert.pem and STEM-key.pem, encrypted with a passphrase."""
         certificate = self.certificate.public_bytes(serialization.Encoding.PEM)
         key = self.key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
+            serialization.NoEncryption()
+            if passphrase is None
+            else serialization.BestAvailableEncryption(passphrase),
         )
         return {
             f"{stem}-key.pem": (key, KEY_MODE),
             f"{stem}-cert.pem": (certificate, CERTIFICATE_MODE),
         }
 
-
-@frozen(kw_only=True)
-class Summary:
-    """What `init_authority` made. `hosts` are the names that the server's certificate bears."""
-
-    directory: Path
-    files: tuple[Path, ...]
-    hosts: tuple[str, ...]
-    not_after: datetime
-    ca_not_after: datetime
+    def pkcs12(self, name: str, ca: x509.Certificate, password: bytes) -> bytes:
+        """Certificate, key and CA in one encrypted bundle (RFC 7292), as browsers import it."""
+        return pkcs12.serialize_key_and_certificates(
+            name.encode(),
+            self.key,
+            self.certificate,
+            [ca],
+            serialization.BestAvailableEncryption(password),
+        )
 
 
 @frozen(kw_only=True)
@@ -101,24 +96,22 @@ class Authority:
         return cls(root=Issued(certificate=certificate, key=key))
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read ca-cert.pem and ca-key.pem. Raises `CredentialsUnusable`."""
+    def load(cls, directory: Path, passphrase: Callable[[], bytes] | None = None) -> Self:
+        """Read ca-cert.pem and ca-key.pem; `passphrase` is asked for if the key is encrypted.
+
+        Raises `CredentialsUnusable`.
+        """
         paths = directory / "ca-cert.pem", directory / "ca-key.pem"
         pem = read_pem(paths[0], "CA certificate", "CERTIFICATE", _LOAD_REMEDY)
         key_pem = read_pem(paths[1], "CA key", "PRIVATE KEY", _LOAD_REMEDY)
         try:
-            certificate = x509.load_pem_x509_certificate(pem)
+            certificate = x509.load_pem_x509_certificate(pem.content)
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
         except (ValueError, x509.ExtensionNotFound) as exc:
             raise _unusable(paths[0], f"it is damaged or no CA's ({exc})") from None
         if not constraints.value.ca:
             raise _unusable(paths[0], "it is not a CA's")
-        try:
-            key = serialization.load_pem_private_key(key_pem, password=None)
-        except TypeError:
-            raise _unusable(paths[1], "it is encrypted") from None
-        except (ValueError, UnsupportedAlgorithm) as exc:
-            raise _unusable(paths[1], f"it is damaged ({exc})") from None
+        key = _load_key(key_pem, passphrase)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise _unusable(paths[1], "it is not an elliptic curve key")
         if key.public_key() != certificate.public_key():
@@ -146,6 +139,29 @@ class Authority:
             if fault := name_fault(value):
                 raise errors.InvalidParams(f"cannot issue a client certificate: the {what} {fault}")
         return self._issue(_subject(name, role), ExtendedKeyUsageOID.CLIENT_AUTH, now, days)
+
+    def revocation_list(
+        self, revoked: Iterable[x509.RevokedCertificate], number: int, *, now: datetime
+    ) -> bytes:
+        """The list (PEM) that names `revoked`; `number` grows by one with each (RFC 5280, 5.2.3).
+
+        It is valid as long as the CA: it stands on the server's own disk, so nothing is gained by
+        one that has to be made anew just because time has passed.
+        """
+        root = self.root.certificate
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.root.key.public_key())
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(root.subject)
+            .last_update(max(_validity(now, 1)[0], root.not_valid_before_utc))
+            .next_update(root.not_valid_after_utc)
+            .add_extension(issuer, critical=False)
+            .add_extension(x509.CRLNumber(number), critical=False)
+        )
+        for each in revoked:
+            builder = builder.add_revoked_certificate(each)
+        made = builder.sign(self.root.key, hashes.SHA256())
+        return made.public_bytes(serialization.Encoding.PEM)
 
     def _issue(
         self,
@@ -177,72 +193,19 @@ class Authority:
         return Issued(certificate=builder.sign(self.root.key, hashes.SHA256()), key=key)
 
 
-def init_authority(
-    directory: Path, hosts: Sequence[str], *, now: datetime, days: int = 365, ca_days: int = 3650
-) -> Summary:
-    """Make a CA, a server's and two clients' certificates, and write all eight files.
-
-    The server's certificate bears localhost, 127.0.0.1, ::1 and `hosts`. Raises `InvalidParams`
-    for a bad host or number of days, and `CredentialsUnusable` where a file is there already or
-    cannot be written; then no file of this call is left.
-    """
-    authority = Authority.create(now=now, days=ca_days)
-    server = authority.issue_server([*ALWAYS_HOSTS, *hosts], now=now, days=days)
-    files = authority.root.files("ca") | server.files("server")
-    for role in CLIENT_ROLES:
-        name = f"{role}-client"
-        files |= authority.issue_client(name, role, now=now, days=days).files(name)
-    write_new(directory, files)
-    alternative = server.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    return Summary(
-        directory=directory,
-        files=tuple(directory / name for name in files),
-        hosts=tuple(str(name.value) for name in alternative.value),
-        not_after=server.certificate.not_valid_after_utc,
-        ca_not_after=authority.root.certificate.not_valid_after_utc,
-    )
-
-
-def general_name(host: str) -> x509.DNSName | x509.IPAddress:
-    """Turn an IP literal or a host name into what a certificate bears, lower-case and IDNA.
-
-    IDNA as of RFC 3490, as Python's ssl module encodes the name that it checks. Names that this
-    would change into others (straße.de into strasse.de) are refused, as are wildcards. Raises
-    `InvalidParams`.
-    """
+def _load_key(file: PemFile, passphrase: Callable[[], bytes] | None) -> PrivateKeyTypes:
+    secret = None
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return x509.DNSName(_dns_name(host))
-    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
-        raise _bad_host(host, "a certificate cannot bear an address's zone")
-    return x509.IPAddress(address)
-
-
-def _dns_name(host: str) -> str:
-    name = unicodedata.normalize("NFC", host.lower())
-    if "*" in name:
-        raise _bad_host(host, "wildcards are not issued; name each host")
-    if len(name) > 253:  # RFC 1035, section 2.3.4; bounds the codec below too
-        raise _bad_host(host[:60] + "…", "a host name has at most 253 characters")
-    try:
-        encoded = name.encode("idna").decode("ascii").lower()
-        same = name.isascii() or encoded.encode("ascii").decode("idna") == name
-    except UnicodeError as exc:
-        raise _bad_host(host, f"it is not a host name ({exc})") from None
-    if not same:
-        raise _bad_host(host, f"IDNA turns it into another name, {encoded}")
-    labels = encoded.split(".")
-    if len(encoded) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise _bad_host(host, "a host name is letters, digits and hyphens, parted by dots")
-    if labels[-1].isdecimal():
-        raise _bad_host(host, "it looks like an IP address and is none")
-    return encoded
-
-
-def _bad_host(host: str, why: str) -> errors.InvalidParams:
-    remedy = "give a name as in 'worker1.example.org', or an address without port or brackets"
-    return errors.InvalidParams(f"cannot use the host {host!r}: {why}", remedy=remedy)
+        try:
+            return serialization.load_pem_private_key(file.content, password=None)
+        except TypeError:  # it is encrypted
+            if passphrase is None:
+                raise _unusable(file.path, "it is encrypted") from None
+            secret = passphrase()
+            return serialization.load_pem_private_key(file.content, password=secret)
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        why = f"it is damaged ({exc})" if secret is None else "the passphrase is wrong"
+        raise _unusable(file.path, why) from None
 
 
 def _unusable(path: Path, why: str) -> errors.CredentialsUnusable:

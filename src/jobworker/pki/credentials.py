@@ -12,6 +12,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attrs import Factory, field, frozen
+
 from jobworker import errors
 from jobworker.pki.refusals import EXPIRED, FOREIGN, NOT_YET_VALID, words
 
@@ -23,11 +25,22 @@ SERVER_REMEDY = "make a set with 'worker certs init --dir DIR' and name it in th
 PEM_BYTES_MAX = 1024 * 1024  # far above any chain; a wrong path may name a disk image
 
 
+@frozen
+class PemFile:
+    """A PEM file that was read."""
+
+    path: Path
+    """Where people know it to be: what faults name."""
+    content: bytes = field(repr=False)
+    at: Path = field(default=Factory(lambda self: self.path, takes_self=True), repr=False)
+    """Where OpenSSL is to read it."""
+
+
 class _Encrypted(Exception):
     """OpenSSL asked for a passphrase."""
 
 
-def read_pem(path: Path, what: str, label: str, remedy: str) -> bytes:
+def read_pem(path: Path, what: str, label: str, remedy: str) -> PemFile:
     """Read a PEM file of at most `PEM_BYTES_MAX`; `label` is what its BEGIN line must hold.
 
     Raises `CredentialsUnusable`.
@@ -48,59 +61,65 @@ def read_pem(path: Path, what: str, label: str, remedy: str) -> bytes:
         raise _unusable(path, what, f"it is larger than {PEM_BYTES_MAX} bytes", remedy)
     if not re.search(rb"-----BEGIN (?:[A-Z0-9]+ )*" + label.encode() + b"-----", content):
         raise _unusable(path, what, f"it holds no PEM block '{label}'", remedy)
-    return content
+    return PemFile(path, content)
 
 
 def load(
-    context: ssl.SSLContext, side: str, remedy: str, *, ca: Path, certificate: Path, key: Path
+    context: ssl.SSLContext,
+    side: str,
+    remedy: str,
+    *,
+    ca: PemFile,
+    certificate: PemFile,
+    key: PemFile,
 ) -> None:
     """Put the three files into `context`, whose `side` ("server", "client") the faults name.
 
     Nobody is asked for a passphrase. Raises `CredentialsUnusable`.
     """
-    read_pem(ca, "CA certificate", "CERTIFICATE", remedy)
     try:
-        context.load_verify_locations(cafile=ca)
+        context.load_verify_locations(cafile=ca.at)
     except ssl.SSLError as exc:
-        raise _unusable(ca, "CA certificate", f"it is damaged ({exc.reason})", remedy) from None
-    read_pem(certificate, f"{side} certificate", "CERTIFICATE", remedy)
-    read_pem(key, f"{side} key", "PRIVATE KEY", remedy)
+        raise _unusable(
+            ca.path, "CA certificate", f"it is damaged ({exc.reason})", remedy
+        ) from None
 
     def passphrase() -> str:
         raise _Encrypted  # without this, OpenSSL would ask at the terminal
 
     try:
-        context.load_cert_chain(certificate, key, password=passphrase)
+        context.load_cert_chain(certificate.at, key.at, password=passphrase)
     except _Encrypted:
-        decrypt = f"decrypt it: openssl pkey -in {key} -out NEW"
-        raise _unusable(key, f"{side} key", "it is encrypted", decrypt) from None
+        decrypt = f"decrypt it: openssl pkey -in {key.path} -out NEW"
+        raise _unusable(key.path, f"{side} key", "it is encrypted", decrypt) from None
     except ssl.SSLError as exc:
         raise _pair_fault(exc, side, remedy, certificate=certificate, key=key) from None
 
 
 def _pair_fault(
-    error: ssl.SSLError, side: str, remedy: str, *, certificate: Path, key: Path
+    error: ssl.SSLError, side: str, remedy: str, *, certificate: PemFile, key: PemFile
 ) -> errors.CredentialsUnusable:
     """Find out which of the two files OpenSSL did not take."""
     # A key of another type lands in another slot of the context, where no certificate is.
     if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-        return _unusable(key, f"{side} key", f"it does not belong to {certificate}", remedy)
+        alien = f"it does not belong to {certificate.path}"
+        return _unusable(key.path, f"{side} key", alien, remedy)
     if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
         weak = f"OpenSSL holds it for too weak ({words(error.reason)})"
-        return _unusable(certificate, f"{side} certificate", weak, remedy)
+        return _unusable(certificate.path, f"{side} certificate", weak, remedy)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate.at)
     except ssl.SSLError as exc:
         damaged = f"it is damaged ({exc.reason})"
-        return _unusable(certificate, f"{side} certificate", damaged, remedy)
-    return _unusable(key, f"{side} key", f"it is damaged ({error.reason})", remedy)
+        return _unusable(certificate.path, f"{side} certificate", damaged, remedy)
+    return _unusable(key.path, f"{side} key", f"it is damaged ({error.reason})", remedy)
 
 
 def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.CredentialsUnusable:
     return errors.CredentialsUnusable(f"cannot use the {what} {path}: {why}", remedy=remedy)
 
 
-def check_server_certificate(ca: Path, certificate: Path) -> None:
+def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
     """Check a server's chain, times and purpose as its clients will (RFC 5280, strictly).
 
     `certificate` may hold intermediate certificates after the server's own; its host names are
@@ -113,25 +132,25 @@ def check_server_certificate(ca: Path, certificate: Path) -> None:
     store.set_flags(crypto.X509StoreFlags.X509_STRICT)
     what = "server certificate"
     try:
-        anchors = x509.load_pem_x509_certificates(ca.read_bytes())
+        anchors = x509.load_pem_x509_certificates(ca.content)
         for anchor in anchors:
             store.add_cert(crypto.X509.from_cryptography(anchor))
-        leaf, *others = x509.load_pem_x509_certificates(certificate.read_bytes())
+        leaf, *others = x509.load_pem_x509_certificates(certificate.content)
         unusable = _server_use_fault(leaf)
     except ValueError as exc:
-        both = f"it or {ca} is damaged ({exc})"
-        raise _unusable(certificate, what, both, SERVER_REMEDY) from None
+        both = f"it or {ca.path} is damaged ({exc})"
+        raise _unusable(certificate.path, what, both, SERVER_REMEDY) from None
     between = [crypto.X509.from_cryptography(other) for other in others]
     own = crypto.X509.from_cryptography(leaf)
     try:
         crypto.X509StoreContext(store, own, between).verify_certificate()
     except crypto.X509StoreContextError as exc:
         culprit = exc.certificate.to_cryptography()
-        owner = ca if culprit in anchors else certificate
+        owner = ca.path if culprit in anchors else certificate.path
         code, _, text = exc.errors
-        raise _chain_fault(int(code), str(text), culprit, owner, ca) from None
+        raise _chain_fault(int(code), str(text), culprit, owner, ca.path) from None
     if unusable:
-        raise _unusable(certificate, what, unusable, SERVER_REMEDY)
+        raise _unusable(certificate.path, what, unusable, SERVER_REMEDY)
 
 
 def _server_use_fault(leaf: "x509.Certificate") -> str | None:

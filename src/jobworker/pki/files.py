@@ -1,4 +1,4 @@
-"""New files, whole and durable, all of a set or none.
+"""Files, whole and durable; new ones all of a set or none.
 
 A private key exists on disk only under mode 0600, from its first instant. A file appears under
 its name by link(2), which never replaces anything: two calls at once cannot mix their sets, and
@@ -43,6 +43,31 @@ def write_new(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
             for name in made:
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=at)
+            raise
+
+
+def replace(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
+    """Write files (name: content, mode) over those that stand there, each whole and durably.
+
+    All are on the disk under other names before the first one takes its place, so what may go wrong
+    goes wrong before. Raises `CredentialsUnusable`.
+    """
+    with _directory(directory) as at:
+        staged: dict[str, str] = {}
+        try:
+            for name, (content, mode) in files.items():
+                staged[name] = f".{name}.{secrets.token_hex(8)}"
+                with _writing(directory / name):
+                    _stage(staged[name], content, mode, at)
+            for name, temporary in staged.items():
+                with _writing(directory / name):
+                    os.rename(temporary, name, src_dir_fd=at, dst_dir_fd=at)
+            with _writing(directory):
+                os.fsync(at)
+        except BaseException:
+            for temporary in staged.values():
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=at)
             raise
 
 

@@ -20,13 +20,15 @@ _WRONG_NAME = frozenset({62, 64})
 
 FOREIGN = frozenset({7, 18, 19, 20, 21})  # a bad signature, self-signed, or no issuer at hand
 
-# RFC 8446, section 6.2. OpenSSL answers a certificate that is not valid yet with
-# bad_certificate, and with TLS 1.2 one that is missing with handshake_failure.
+# RFC 8446, section 6.2. OpenSSL answers a certificate that is not valid yet or too weak with
+# bad_certificate, an outdated revocation list with certificate_expired, and with TLS 1.2 a
+# certificate that is missing with handshake_failure.
 _ALERTS = {
     "CERTIFICATE_REQUIRED": "it asks for a client certificate and got none",
     "UNKNOWN_CA": "this client's certificate is not from the server's CA",
-    "BAD_CERTIFICATE": "this client's certificate is not valid yet, or is damaged",
-    "CERTIFICATE_EXPIRED": "this client's certificate has expired",
+    "BAD_CERTIFICATE": "this client's certificate is not valid yet, is too weak, or is damaged",
+    "CERTIFICATE_EXPIRED": "this client's certificate (or the server's list of revoked ones) has "
+    "expired",
     "CERTIFICATE_REVOKED": "this client's certificate has been revoked",
     "UNSUPPORTED_CERTIFICATE": "this client's certificate is not made for clients",
     "CERTIFICATE_UNKNOWN": "this client's certificate did not pass its checks",

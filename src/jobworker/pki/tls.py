@@ -4,7 +4,7 @@ Three rules carry the access control (RFC 8446, RFC 5280). Both ends trust the o
 they are given and nothing of the system's. Both ends demand a certificate. Nothing is resumed:
 a resumed session skips the peer's certificate, and with it a revocation that came in between,
 so no tickets are sent. (TLS 1.2, where it is allowed, still resumes by session id inside one
-context: whoever loads new revocations makes a new context.)
+context.) New revocations mean a new context: OpenSSL would keep the old list beside the new one.
 
 A server's own files are checked before it listens, by the rules that its clients will apply; a
 client leaves that to the server's answer, because OpenSSL's bindings would double its start.
@@ -15,9 +15,16 @@ import os
 import ssl
 import stat
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jobworker.pki.credentials import SERVER_REMEDY, check_server_certificate, load
+from jobworker.pki.credentials import SERVER_REMEDY, check_server_certificate, load, read_pem
+
+if TYPE_CHECKING:
+    from jobworker.pki.material import ServerFiles
+
+_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
+"""Those of TLS 1.2; of 1.3 all are good. Level 2 of SSL_CTX_set_security_level(3), for both: no
+chain with an RSA key below 2,048 bits or a curve below 224, and none that is signed by SHA-1."""
 
 _CLIENT_REMEDY = (
     "copy ca-cert.pem and a client's two files from the directory of 'worker certs init', "
@@ -26,24 +33,32 @@ _CLIENT_REMEDY = (
 
 
 def server_context(
-    *, ca: Path, certificate: Path, key: Path, min_version: Literal["1.2", "1.3"] = "1.3"
+    files: "ServerFiles", *, min_version: Literal["1.2", "1.3"] = "1.3"
 ) -> ssl.SSLContext:
-    """Make the context of a server that takes only clients of `ca`; check its own files too.
+    """Make the context of a server that takes only clients of its CA; check its own files too.
 
-    `certificate` may hold intermediate certificates after the server's own. Raises
+    The certificate's file may hold intermediate certificates after the server's own. Clients that
+    the revocation list names are refused, and all of them once it has expired. Raises
     `CredentialsUnusable`, naming the file and the reason.
     """
+    from jobworker.pki.revocation import check_lists
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = (
         ssl.TLSVersion.TLSv1_3 if min_version == "1.3" else ssl.TLSVersion.TLSv1_2
     )
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # 1.2 only; those of 1.3 are all good
+    context.set_ciphers(_CIPHERS)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.num_tickets = 0
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    load(context, "server", SERVER_REMEDY, ca=ca, certificate=certificate, key=key)
-    check_server_certificate(ca, certificate)
+    with files.placed() as at:
+        load(context, "server", SERVER_REMEDY, ca=at.ca, certificate=at.certificate, key=at.key)
+        check_server_certificate(files.ca, files.certificate)
+        if files.crl is not None and at.crl is not None:
+            check_lists(files.crl, files.ca)
+            context.load_verify_locations(cafile=at.crl.at)
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
 
 
@@ -54,9 +69,17 @@ def client_context(*, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # CERT_REQUIRED and check_hostname are on
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_ciphers(_CIPHERS)
     context.hostname_checks_common_name = False
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    load(context, "client", _CLIENT_REMEDY, ca=ca, certificate=certificate, key=key)
+    load(
+        context,
+        "client",
+        _CLIENT_REMEDY,
+        ca=read_pem(ca, "CA certificate", "CERTIFICATE", _CLIENT_REMEDY),
+        certificate=read_pem(certificate, "client certificate", "CERTIFICATE", _CLIENT_REMEDY),
+        key=read_pem(key, "client key", "PRIVATE KEY", _CLIENT_REMEDY),
+    )
     return context
 
 

@@ -24,12 +24,13 @@ import trio
 import trio_websocket
 from attrs import define, field
 
-from jobworker.errors import InternalError, JobworkerError
+from jobworker.errors import CertificateRefused, InternalError, JobworkerError
 from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import MAX_IN_FLIGHT, Call, Refusal, ServerSession
 from jobworker.server import operations
+from jobworker.server.door import Door, Visitor
 from jobworker.server.gate import Caller
 from jobworker.server.http_head import (
     CLOSE_SECONDS,
@@ -48,12 +49,14 @@ HANDSHAKE_SECONDS = 10.0
 MAX_MESSAGE_BYTES = 4 << 20
 """Room for a request of 1 MiB of arguments, however they are escaped in JSON."""
 RECEIVE_BYTES = 65_536
+DISMISSAL_SECONDS = 0.3
+"""What a client that has to leave gets to take what is on its way, and then the reason."""
+POLICY_VIOLATION = 1008
 
 
-async def serve_connection(
-    tcp: trio.SocketStream, tls: ssl.SSLContext, context: operations.Context
-) -> None:
+async def serve_connection(tcp: trio.SocketStream, door: Door, context: operations.Context) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
+    tls = door.fittings.tls
     stream = trio.SSLStream(tcp, tls, server_side=True, https_compatible=True)
     peer = _peer_name(tcp)
     try:
@@ -68,7 +71,12 @@ async def serve_connection(
                 log.info("%s: refused: %s", peer, refused.error)
                 await reply(stream, head.connection, refused)
                 return
-        await _serve_websocket(PrefixStream(stream, raw), who, peer, context)
+        certificate = stream.getpeercert(binary_form=True)
+        assert certificate is not None
+        with door.visit(who, certificate, peer, tls) as visitor:
+            await _serve_websocket(PrefixStream(stream, raw), visitor, context)
+    except* CertificateRefused as group:
+        log.info("%s: refused: %s", peer, group.exceptions[0])
     except* (
         trio.TooSlowError,
         trio.BrokenResourceError,
@@ -106,6 +114,7 @@ async def _shake_hands(stream: TLSStream, tcp: trio.SocketStream, peer: str) -> 
     except trio.BrokenResourceError as broken:
         cause = broken.__cause__
         if not isinstance(cause, ssl.SSLError):
+            log.info("%s: TLS refused: the client went away", peer)
             return False
         log.info("%s: TLS refused: %s", peer, explain_server_side(cause))
         # The alert stands in the outgoing BIO, which SSLStream flushes only on success. Then the
@@ -122,8 +131,10 @@ async def _shake_hands(stream: TLSStream, tcp: trio.SocketStream, peer: str) -> 
 
 
 async def _serve_websocket(
-    stream: PrefixStream, who: Identity, peer: str, context: operations.Context
+    stream: PrefixStream, visitor: Visitor, context: operations.Context
 ) -> None:
+    who, peer = visitor.identity, visitor.peer
+
     async def leave_when_closed() -> None:
         await stream.closed.wait()
         await trio.sleep(CLOSE_SECONDS)  # what came before may still be answered
@@ -131,6 +142,7 @@ async def _serve_websocket(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(leave_when_closed)
+        nursery.start_soon(visitor.leave_at_expiry)
         with trio.fail_after(HANDSHAKE_SECONDS):
             request = await trio_websocket.wrap_server_stream(
                 nursery,
@@ -141,13 +153,24 @@ async def _serve_websocket(
             )
             socket_ = await request.accept(subprotocol=SUBPROTOCOL)
         log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
+        connection = _Connection(socket_, who, context)
+        nursery.start_soon(connection.end_with, visitor)
         try:
-            await _Connection(socket_, who, context).serve()
+            await connection.serve()
         finally:
-            with trio.move_on_after(CLOSE_SECONDS, shield=True):
-                await socket_.aclose()
+            await _say_goodbye(socket_, visitor.reason)
             log.info("%s: disconnected", peer)
             nursery.cancel_scope.cancel()
+
+
+async def _say_goodbye(socket_: trio_websocket.WebSocketConnection, reason: str) -> None:
+    """Close, and tell a client that has to go why (RFC 6455, 7.4.1: 1008 is a policy's doing)."""
+    seconds = DISMISSAL_SECONDS if reason else CLOSE_SECONDS
+    with trio.move_on_after(seconds, shield=True):
+        if reason:
+            await socket_.aclose(POLICY_VIOLATION, reason.encode()[:120].decode(errors="ignore"))
+        else:
+            await socket_.aclose()
 
 
 @define(eq=False)
@@ -162,6 +185,9 @@ class _Connection:
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
     _answering: int = 0
     _answered: trio.Event = field(factory=trio.Event)
+    _leaving: bool = False
+    _sending: int = 0
+    _quiet: trio.Event = field(factory=trio.Event)
 
     def __attrs_post_init__(self) -> None:
         show = partial(self._context.gate.shown, self._who)
@@ -188,6 +214,19 @@ class _Connection:
                         nursery.start_soon(self._serve_call, received)
         finally:
             self._subscriptions.close()
+
+    async def end_with(self, visitor: Visitor) -> None:
+        """End the connection when its client has to leave.
+
+        What is being sent gets a moment: a message that is cut off breaks the stream, and then the
+        reason could not be told.
+        """
+        await visitor.leaving.wait()
+        self._leaving, self._quiet = True, trio.Event()
+        if self._sending:
+            with trio.move_on_after(DISMISSAL_SECONDS):
+                await self._quiet.wait()
+        self._scope.cancel()
 
     async def _serve_call(self, call: Call) -> None:
         try:
@@ -226,8 +265,16 @@ class _Connection:
 
     async def _send(self, message: str | bytes) -> None:
         """Send one message; a client that takes nothing is let go."""
+        if self._leaving:
+            await trio.sleep_forever()  # until the connection has ended
+        self._sending += 1
         with trio.move_on_after(self._context.stall_seconds) as patience:
-            await self._socket.send_message(message)
+            try:
+                await self._socket.send_message(message)
+            finally:
+                self._sending -= 1
+                if not self._sending:
+                    self._quiet.set()
         if patience.cancelled_caught:
             log.info("%s: let go: it takes nothing", self._who.common_name)
             self._scope.cancel()

@@ -6,9 +6,10 @@
 
 Its start: take over what an earlier service has left, then open the port. Its end, on SIGTERM or
 SIGINT: stop accepting, stop every job (followers see their ends) or leave all to the next service
-(where the launcher outlives this one), give connections a moment, and go. If the launcher is gone,
-no job can be run or stopped any more, so the service ends too, with an error, and whoever
-supervises it starts both anew.
+(where the launcher outlives this one), give connections a moment, and go. SIGHUP reads
+configuration and certificates again (`reload`). If the launcher is gone, no job can be run or
+stopped any more, so the service ends too, with an error, and whoever supervises it starts both
+anew.
 """
 
 import logging
@@ -33,9 +34,11 @@ from jobworker.model.units import parse_duration
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.link import Link, open_link
 from jobworker.server.connection import serve_connection
+from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD
 from jobworker.server.operations import Context
+from jobworker.server.reload import serve_reloads, warn_of_expiry_daily
 from jobworker.server.setup import Prepared, listen
 
 log = logging.getLogger("jobworker.server")
@@ -106,23 +109,29 @@ async def serve(prepared: Prepared) -> None:
             await _serve_until_signal(prepared, supervisor, link)
     finally:
         history.close()
+        prepared.reader.close()
 
 
 async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: Link) -> None:
+    gate = Gate(role_table(prepared.settings.roles))
+    door = Door(prepared.fittings, gate)
     context = Context(
         supervisor=supervisor,
         host=read_host_facts(),
-        gate=Gate(role_table(prepared.settings.roles)),
+        gate=gate,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
     )
-    listener = _Listener(prepared, context)
-    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    listener = _Listener(prepared, door, context)
     listen(prepared.listeners)
-    with trio.open_signal_receiver(*ends) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
             nursery.start_soon(_watch, link)
             nursery.start_soon(listener.serve)
+            nursery.start_soon(warn_of_expiry_daily, prepared.reader)
+            await nursery.start(
+                serve_reloads, prepared.reader, door, prepared.notifier, prepared.settings
+            )
             _announce(prepared)
             log.info("ending: %s", signal.Signals(await anext(signals)).name)
             prepared.notifier.tell(STOPPING="1")
@@ -164,6 +173,7 @@ class _Listener:
     """Accepts connections, and serves them until they end."""
 
     _prepared: Prepared
+    _door: Door
     _context: Context
     _accepting: trio.CancelScope = field(factory=trio.CancelScope)
     idle: trio.Event = field(factory=trio.Event)
@@ -181,7 +191,7 @@ class _Listener:
         self.idle.set()
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
-        await serve_connection(stream, self._prepared.tls, self._context)
+        await serve_connection(stream, self._door, self._context)
 
     def stop_accepting(self) -> None:
         """Close the listeners."""

@@ -13,22 +13,25 @@ import os
 import pwd
 import resource
 import socket
-import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 
 from attrs import frozen
 
 from jobworker.config import MEBIBYTE, Settings
 from jobworker.errors import AddressUnavailable, ConfigError, HostUnsupported, JobworkerError
-from jobworker.pki.tls import key_mode_warning, server_context
+from jobworker.pki.expiry import expiry_warnings
+from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.children import Policy, policy_message
 from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
+from jobworker.server.door import Fittings
 from jobworker.server.notify import Notifier
+from jobworker.server.reader import Reader, configured_files, start_reader
 from jobworker.server.state_directory import (
     LEAVING_SECONDS,
     lock_for_launcher,
@@ -50,7 +53,8 @@ class Prepared:
     """All that needed root's rights."""
 
     settings: Settings
-    tls: ssl.SSLContext
+    fittings: Fittings
+    reader: Reader
     listeners: tuple[socket.socket, ...]
     """Bound, and not listening yet."""
     launcher: OpenedLauncher
@@ -62,8 +66,11 @@ class Prepared:
     """What is worth a word in the log: an exposed key, what this host cannot enforce."""
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Do all that needs root, and give root up. Raises JobworkerError; see the module."""
+def prepare(settings: Settings, config: Path | None) -> Prepared:
+    """Do all that needs root, and give root up. Raises JobworkerError; see the module.
+
+    `config` is the file that the settings come from: it is read again at each reload.
+    """
     if os.geteuid() != 0:
         raise HostUnsupported(
             "cannot serve: jobs need namespaces and control groups, which root alone may make",
@@ -74,16 +81,13 @@ def prepare(settings: Settings) -> Prepared:
             "cannot leave jobs behind (worker.jobs_on_exit): the launcher ends with the service",
             remedy="set launcher.socket, and run `worker launcher`; or set jobs_on_exit to 'auto'",
         )
-    security = settings.security
-    tls = server_context(
-        ca=Path(security.ca_cert),
-        certificate=Path(security.server_cert),
-        key=Path(security.server_key),
-        min_version=security.min_tls_version,
-    )
-    exposed = key_mode_warning(Path(security.server_key))
+    files = configured_files(settings.security)
+    fittings = Fittings.of(files, settings.security)
+    exposed = key_mode_warning(Path(settings.security.server_key))
     uid, gid = service_ids(settings)
     with ExitStack() as undo:
+        reader = start_reader(config)  # first: it is to hold nothing of what comes now
+        undo.callback(reader.close)
         state = Path(settings.worker.state_dir)
         make_state_directory(state)
         lock = lock_for_service(state)
@@ -105,7 +109,8 @@ def prepare(settings: Settings) -> Prepared:
         undo.pop_all()
     return Prepared(
         settings=settings,
-        tls=tls,
+        fittings=fittings,
+        reader=reader,
         listeners=listeners,
         launcher=launcher,
         directory=state / "service",
@@ -113,6 +118,7 @@ def prepare(settings: Settings) -> Prepared:
         lock=lock,
         warnings=(
             *([exposed] if exposed else []),
+            *expiry_warnings(files, datetime.now(UTC)),
             *(f"this host: {gap}" for gap in launcher.gaps),
             *_differences(launcher, policy),
         ),

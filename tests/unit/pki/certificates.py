@@ -12,7 +12,10 @@ NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 CERTIFICATES = ["ca", "server", "admin-client", "viewer-client"]
 
 
-FILES = sorted(f"{stem}-{what}.pem" for stem in CERTIFICATES for what in ("cert", "key"))
+FILES = sorted(
+    [f"{stem}-{what}.pem" for stem in CERTIFICATES for what in ("cert", "key")]
+    + ["ca-crl.pem", "issued.json"]
+)
 
 
 def read(directory: Path, stem: str) -> x509.Certificate:

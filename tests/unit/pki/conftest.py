@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 
 from .certificates import NOW
 from .handshakes import Site, make_site

@@ -13,7 +13,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from jobworker import errors
 from jobworker.pki import refusals, tls
-from jobworker.pki.authority import Authority, Issued, init_authority
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority, Issued
+from jobworker.pki.material import ServerFiles
 
 NOW = datetime.now(UTC)  # handshakes go by the system's clock
 
@@ -38,10 +40,16 @@ class Site:
 
     def server(self, stem: str = "server", **settings: str) -> ssl.SSLContext:
         return tls.server_context(
+            self.files(stem),
+            min_version="1.2" if settings.get("min_version") == "1.2" else "1.3",
+        )
+
+    def files(self, stem: str = "server") -> ServerFiles:
+        return ServerFiles.read(
             ca=self.path("ca-cert"),
             certificate=self.path(f"{stem}-cert"),
             key=self.path(f"{stem}-key"),
-            min_version="1.2" if settings.get("min_version") == "1.2" else "1.3",
+            crl=self.path("ca-crl"),
         )
 
     def client(self, stem: str = "viewer-client", ca: str = "ca-cert") -> ssl.SSLContext:

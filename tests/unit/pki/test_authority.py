@@ -11,8 +11,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import crypto
 
 from jobworker import errors
-from jobworker.pki import authority
-from jobworker.pki.authority import Authority, init_authority
+from jobworker.pki import authority, host_names
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority
 
 from .certificates import CERTIFICATES, FILES, NOW, read, verify_strictly
 
@@ -130,7 +131,7 @@ def test_time_without_zone_is_refused() -> None:
     ],
 )
 def test_hosts_are_taken_in_their_canonical_form(host: str, borne: str) -> None:
-    assert str(authority.general_name(host).value) == borne
+    assert str(host_names.general_name(host).value) == borne
 
 
 @pytest.mark.parametrize(
@@ -164,14 +165,14 @@ def test_hosts_are_taken_in_their_canonical_form(host: str, borne: str) -> None:
 )
 def test_what_no_certificate_should_bear_is_refused(host: str) -> None:
     with pytest.raises(errors.InvalidParams, match="cannot use the host") as caught:
-        authority.general_name(host)
+        host_names.general_name(host)
     assert caught.value.remedy
     assert len(str(caught.value)) < 500
 
 
 def test_wildcard_is_refused_by_its_name() -> None:
     with pytest.raises(errors.InvalidParams, match="wildcards are not issued"):
-        authority.general_name("*.example.org")
+        host_names.general_name("*.example.org")
 
 
 def test_repeated_hosts_stand_once() -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import ssl
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from jobworker import errors
 from jobworker.pki import tls
-from jobworker.pki.authority import Authority, init_authority
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority
+from jobworker.pki.material import ServerFiles
 
 from .handshakes import (
     LONG_AGO,
@@ -24,7 +27,10 @@ from .handshakes import (
     type_cn,
 )
 
-MAKERS = {"server": tls.server_context, "client": tls.client_context}
+MAKERS: dict[str, Callable[..., ssl.SSLContext]] = {
+    "server": lambda **paths: tls.server_context(ServerFiles.read(**paths)),
+    "client": tls.client_context,
+}
 
 
 @define(eq=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobworker import errors
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 
 from .certificates import CERTIFICATES, FILES, NOW, read, verify_strictly
 
@@ -30,7 +30,8 @@ def test_modes_are_safe_whatever_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert sorted(os.listdir(directory)) == FILES
     for name in FILES:
-        expected = 0o600 if name.endswith("key.pem") else 0o644
+        closed = name.endswith(("key.pem", "issued.json"))
+        expected = 0o600 if closed else 0o644
         assert stat.S_IMODE((directory / name).stat().st_mode) == expected, name
         assert (directory / name).stat().st_nlink == 1
 
@@ -48,7 +49,7 @@ def test_keys_are_closed_from_their_first_instant(
 
     monkeypatch.setattr(os, "fchmod", watch)
     init_authority(tmp_path, [], now=NOW)
-    assert modes == [0o600] * 8
+    assert modes == [0o600] * len(FILES)
 
 
 def test_mode_of_existing_directory_is_left(tmp_path: Path) -> None:

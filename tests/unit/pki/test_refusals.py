@@ -169,7 +169,7 @@ def test_server_that_hangs_up_is_a_failed_connection(site: Site) -> None:
     ("alert", "kind", "text"),
     [
         (40, errors.CertificateRefused, "no common terms"),
-        (42, errors.CertificateRefused, "not valid yet, or is damaged"),
+        (42, errors.CertificateRefused, "not valid yet, is too weak, or is damaged"),
         (44, errors.CertificateRefused, "revoked"),
         (45, errors.CertificateRefused, "expired"),
         (46, errors.CertificateRefused, "did not pass"),

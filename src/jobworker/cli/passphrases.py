@@ -1,0 +1,72 @@
+"""Passphrases for keys: from a file, a variable or a prompt; never from the command line.
+
+Arguments can be seen by every user of the host.
+"""
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import asyncclick as click
+
+from jobworker.errors import CredentialsUnusable
+
+CA_VARIABLE = "WORKER_CA_PASSPHRASE"
+PKCS12_VARIABLE = "WORKER_PKCS12_PASSWORD"
+LEAST = 8
+"""Characters of a new one."""
+
+
+def ca_passphrase(file: Path | None) -> bytes:
+    """The passphrase of a CA's key that exists. Raises CredentialsUnusable."""
+    return _given(file) or _prompted("Passphrase of the CA's key", confirm=False)
+
+
+def new_passphrase(file: Path | None) -> bytes:
+    """One to encrypt a CA's key with. Raises CredentialsUnusable."""
+    made = _given(file) or _prompted("New passphrase for the CA's key", confirm=True)
+    if len(made) < LEAST:
+        raise CredentialsUnusable(
+            f"cannot encrypt the key: the passphrase has fewer than {LEAST} characters",
+            remedy="choose a longer one",
+        )
+    return made
+
+
+def pkcs12_password() -> tuple[str, bool]:
+    """The password of a bundle, and whether it was made up here."""
+    given = os.environ.get(PKCS12_VARIABLE, "")
+    return (given, False) if given else (secrets.token_urlsafe(12), True)
+
+
+def _given(file: Path | None) -> bytes:
+    if file is None:
+        return os.environ.get(CA_VARIABLE, "").encode()
+    try:
+        first = file.read_bytes().splitlines()[:1]
+    except OSError as error:
+        raise CredentialsUnusable(
+            f"cannot read the passphrase {file}: {os.strerror(error.errno or 0)}",
+            remedy="name a file that this user may read",
+        ) from None
+    if not first or not first[0]:
+        raise CredentialsUnusable(
+            f"cannot use the passphrase {file}: its first line is empty",
+            remedy="write the passphrase into its first line",
+        )
+    return first[0]
+
+
+def _prompted(words: str, *, confirm: bool) -> bytes:
+    if not sys.stdin.isatty():
+        raise CredentialsUnusable(
+            "cannot use the CA's key: it needs a passphrase, and nobody can be asked",
+            remedy=f"give --passphrase-file or set {CA_VARIABLE}",
+        )
+    import getpass
+
+    made = getpass.getpass(f"{words}: ")
+    if confirm and made != getpass.getpass("Again: "):
+        raise click.UsageError("the two passphrases differ")
+    return made.encode()

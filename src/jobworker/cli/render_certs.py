@@ -1,0 +1,70 @@
+"""Certificates as text for people and as JSON for programs: pure."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from jobworker.cli.failures import one_line as visible
+from jobworker.convert import dumps, unstructure
+
+if TYPE_CHECKING:
+    from jobworker.pki.registry import Entry
+
+
+def as_json(entries: "Sequence[Entry]") -> str:
+    """One line: a list of what stands in the index."""
+    return dumps([unstructure(entry) for entry in entries])
+
+
+def _who(entry: "Entry") -> str:
+    if entry.kind == "server":
+        return f"server for {', '.join(entry.hosts)}"
+    return visible(f"{entry.name} ({entry.role})")
+
+
+def issued(entry: "Entry") -> str:
+    """What was just made."""
+    return f"Issued {entry.serial} to {_who(entry)}, valid until {entry.not_after:%Y-%m-%d}"
+
+
+def revoked(entry: "Entry") -> str:
+    """What was just revoked."""
+    return f"Revoked {entry.serial} of {_who(entry)}"
+
+
+def table(entries: "Sequence[Entry]", now: datetime) -> str:
+    """One line for each."""
+    rows = [("NAME", "ROLE", "STATE", "UNTIL", "SERIAL")]
+    rows += [
+        (
+            visible(entry.name),
+            visible(entry.role) or f"({entry.kind})",
+            entry.state(now),
+            f"{entry.not_after:%Y-%m-%d}",
+            entry.serial,
+        )
+        for entry in entries
+    ]
+    sizes = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(size) for cell, size in zip(row, sizes, strict=False)), row[4]])
+        for row in rows
+    )
+
+
+def details(entry: "Entry", now: datetime) -> str:
+    """All about one, a line for each thing."""
+    lines = [
+        ("Name", entry.name),
+        ("Role", entry.role),
+        ("Kind", entry.kind),
+        ("Hosts", ", ".join(entry.hosts)),
+        ("State", entry.state(now)),
+        ("Valid from", entry.not_before.isoformat()),
+        ("Valid until", entry.not_after.isoformat()),
+        ("Serial", entry.serial),
+        ("SHA-256", entry.fingerprint),
+        ("Revoked at", entry.revoked_at.isoformat() if entry.revoked_at else ""),
+        ("Reason", entry.reason or ""),
+    ]
+    return "\n".join(f"{label}: {visible(text)}" for label, text in lines if text)

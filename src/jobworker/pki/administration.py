@@ -1,0 +1,222 @@
+"""What an administrator does with an authority's directory: init, issue, renew, revoke.
+
+    ca-cert.pem ca-key.pem     the authority
+    ca-crl.pem                 what it has revoked; the service reads it
+    issued.json                what it has issued (`registry`)
+    NAME-cert.pem NAME-key.pem server's and clients' own
+
+A name is a tenant, so a second living certificate of a name is asked for by `again` and never made
+by mistake; a name that differs from a living one only in case or form is refused in any case.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from jobworker import errors
+from jobworker.pki import registry as r
+from jobworker.pki.authority import Authority, Issued
+from jobworker.pki.files import replace, write_new
+
+ALWAYS_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+CLIENT_ROLES = ("admin", "viewer")
+
+_UNFIT = re.compile(r"[^A-Za-z0-9._@-]")
+
+
+@frozen(kw_only=True)
+class Summary:
+    """What `init_authority` made. `hosts` are the names that the server's certificate bears."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    hosts: tuple[str, ...]
+    not_after: datetime
+    ca_not_after: datetime
+
+
+@frozen(kw_only=True)
+class Made:
+    """A certificate that was issued, and where its files stand."""
+
+    entry: r.Entry
+    issued: Issued
+    files: tuple[Path, ...]
+
+
+def init_authority(
+    directory: Path,
+    hosts: Sequence[str],
+    *,
+    now: datetime,
+    days: int = 365,
+    ca_days: int = 3650,
+    passphrase: bytes | None = None,
+) -> Summary:
+    """Make a CA, a server's and two clients' certificates, and write all ten files.
+
+    The server's certificate bears localhost, 127.0.0.1, ::1 and `hosts`. With a `passphrase` the
+    CA's key is encrypted. Raises `InvalidParams` for a bad host or number of days, and
+    `CredentialsUnusable` where a file is there already or cannot be written; then no file of this
+    call is left.
+    """
+    authority = Authority.create(now=now, days=ca_days)
+    server = authority.issue_server([*ALWAYS_HOSTS, *hosts], now=now, days=days)
+    registry = r.Registry().with_entry(r.entry_of(server.certificate, "server", "server"))
+    files = authority.root.files("ca", passphrase) | server.files("server")
+    for role in CLIENT_ROLES:
+        name = f"{role}-client"
+        client = authority.issue_client(name, role, now=now, days=days)
+        registry = registry.with_entry(r.entry_of(client.certificate, "client", name))
+        files |= client.files(name)
+    files |= r.files_of(registry, authority, None, now=now)
+    write_new(directory, files)
+    return Summary(
+        directory=directory,
+        files=tuple(directory / name for name in files),
+        hosts=registry.certificates[0].hosts,
+        not_after=server.certificate.not_valid_after_utc,
+        ca_not_after=authority.root.certificate.not_valid_after_utc,
+    )
+
+
+def issue_client(
+    directory: Path,
+    authority: Authority,
+    *,
+    name: str,
+    role: str,
+    now: datetime,
+    days: int = 365,
+    out: Path | None = None,
+    again: bool = False,
+) -> Made:
+    """Issue a client's certificate, and write its two files to `out` (else `directory`).
+
+    Raises `InvalidParams`, also where the name is taken, and `CredentialsUnusable`.
+    """
+    with r.locked(directory):
+        registry = r.read_registry(directory)
+        _check_name(registry, name, now, again=again)
+        issued = authority.issue_client(name, role, now=now, days=days)
+        entry = r.entry_of(issued.certificate, "client", _stem(name))
+        return _keep(directory, registry, entry, issued, out, fresh=True)
+
+
+def issue_server(
+    directory: Path,
+    authority: Authority,
+    hosts: Sequence[str],
+    *,
+    now: datetime,
+    days: int = 365,
+    out: Path | None = None,
+) -> Made:
+    """Issue a server's certificate for `hosts`. Raises as `issue_client` does."""
+    with r.locked(directory):
+        issued = authority.issue_server(hosts, now=now, days=days)
+        entry = r.entry_of(issued.certificate, "server", "server")
+        return _keep(directory, r.read_registry(directory), entry, issued, out, fresh=True)
+
+
+def renew(
+    directory: Path,
+    authority: Authority,
+    wanted: str,
+    *,
+    now: datetime,
+    days: int = 365,
+    out: Path | None = None,
+) -> Made:
+    """Issue a successor, with a key of its own, to a certificate named by name or serial.
+
+    Its files take the place of the old ones where they stand. The old certificate stays good until
+    it ends or is revoked. Raises `NotFound`, `InvalidParams` if it was revoked, and
+    `CredentialsUnusable`.
+    """
+    with r.locked(directory):
+        registry = r.read_registry(directory)
+        old = registry.find(wanted)
+        if old.revoked_at is not None:
+            raise errors.InvalidParams(
+                f"cannot renew the certificate {old.serial} of {old.name!r}: it was revoked",
+                remedy="issue a new one, if it is to be: worker certs issue",
+            )
+        if old.kind == "server":
+            issued = authority.issue_server(old.hosts, now=now, days=days)
+        else:
+            issued = authority.issue_client(old.name, old.role, now=now, days=days)
+        entry = r.entry_of(issued.certificate, old.kind, old.stem)
+        return _keep(directory, registry, entry, issued, out, fresh=False)
+
+
+def revoke(
+    directory: Path, authority: Authority, wanted: str, *, now: datetime, reason: str = ""
+) -> tuple[r.Entry, ...]:
+    """Revoke a certificate by serial, or every living one of a name; write the list anew.
+
+    Those that were revoked before stay as they are. Raises `NotFound`, `CredentialsUnusable`.
+    """
+    with r.locked(directory):
+        registry = r.read_registry(directory)
+        found = registry.find(wanted)
+        same = [each for each in registry.certificates if each.name == found.name]
+        revoked = []
+        for entry in same if found.name == wanted else [found]:
+            if entry.revoked_at is None:
+                revoked.append(evolve(entry, revoked_at=now, reason=reason or None))
+                registry = registry.with_entry(revoked[-1])
+        replace(directory, r.files_of(registry, authority, directory / r.LIST, now=now))
+        return tuple(revoked)
+
+
+def _keep(
+    directory: Path,
+    registry: r.Registry,
+    entry: r.Entry,
+    issued: Issued,
+    out: Path | None,
+    *,
+    fresh: bool,
+) -> Made:
+    """Put a certificate into the index, then write its files; take it out again if that fails."""
+    target = directory if out is None else out
+    files = issued.files(entry.stem)
+    r.write_index(directory, registry.with_entry(entry))
+    try:
+        (write_new if fresh else replace)(target, files)
+    except BaseException:
+        r.write_index(directory, registry)
+        raise
+    return Made(entry=entry, issued=issued, files=tuple(target / name for name in files))
+
+
+def _check_name(registry: r.Registry, name: str, now: datetime, *, again: bool) -> None:
+    for entry in registry.certificates:
+        if entry.kind != "client" or entry.state(now) != "valid":
+            continue
+        if entry.name == name and not again:
+            raise errors.InvalidParams(
+                f"cannot issue a certificate to {name!r}: there is a valid one "
+                f"({entry.serial}), and one name is one tenant",
+                remedy="renew or revoke that one, or say --again for a second of the same tenant",
+            )
+        if entry.name != name and _folded(entry.name) == _folded(name):
+            raise errors.InvalidParams(
+                f"cannot issue a certificate to {name!r}: people would take it for {entry.name!r}",
+                remedy="choose a name that cannot be mistaken",
+            )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _stem(name: str) -> str:
+    stem = _UNFIT.sub("_", name).lstrip("-.")
+    return stem if stem and stem not in ("ca", "server") else f"client-{stem}"

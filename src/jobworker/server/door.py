@@ -1,0 +1,123 @@
+"""The door: who may come in, and who has to leave when that changes.
+
+It holds what a handshake goes by (the TLS context with CA and revocation list), the table of roles
+and everyone who is inside. `refit` exchanges all of it at once: connections go on, but for those
+whose certificate or role is not good any more. They are told why and are out within a second. A
+certificate that comes to its end ends its connections too.
+
+A handshake that began before a change and ended after it was judged by the old context, so everyone
+who comes in is judged once more where the context is not the one of now.
+"""
+
+import logging
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import trio
+from attrs import define, field, frozen
+
+from jobworker.config import SecuritySettings
+from jobworker.errors import CertificateRefused, PermissionDenied
+from jobworker.model.access import Roles
+from jobworker.pki.identity import Identity
+from jobworker.pki.material import ServerFiles
+from jobworker.pki.revocation import Verifier
+from jobworker.pki.tls import server_context
+from jobworker.server.gate import Gate
+
+log = logging.getLogger("jobworker.server")
+
+LONGEST_WAIT_SECONDS = 3600.0
+"""How often the clock on the wall is looked at: it may be set."""
+
+
+@frozen
+class Fittings:
+    """What handshakes and open connections are judged by."""
+
+    tls: ssl.SSLContext
+    verifier: Verifier
+
+    @classmethod
+    def of(cls, files: ServerFiles, security: SecuritySettings) -> "Fittings":
+        """Made of the files. Raises CredentialsUnusable."""
+        context = server_context(files, min_version=security.min_tls_version)
+        return cls(context, Verifier.of(files, datetime.now(UTC)))
+
+
+@define(eq=False)
+class Visitor:
+    """An open connection."""
+
+    identity: Identity
+    certificate: bytes = field(repr=False)
+    """In DER."""
+    peer: str
+    leaving: trio.Event = field(factory=trio.Event)
+    """Set when it has to go."""
+    reason: str = ""
+    """Why."""
+
+    def dismiss(self, reason: str) -> None:
+        """Have the connection ended."""
+        if not self.reason:
+            self.reason = reason
+            log.info(
+                "%s: ended: %s (%s): %s",
+                self.peer,
+                self.identity.common_name,
+                self.identity.serial,
+                reason,
+            )
+            self.leaving.set()
+
+    async def leave_at_expiry(self) -> None:
+        """Wait for the certificate's end; never returns before the connection ends."""
+        while True:
+            left = (self.identity.not_after - datetime.now(UTC)).total_seconds()
+            if left <= 0:
+                self.dismiss("your certificate has expired")
+            await trio.sleep(min(max(left, 1.0), LONGEST_WAIT_SECONDS))
+
+
+@define(eq=False)
+class Door:
+    """Of one service."""
+
+    fittings: Fittings
+    gate: Gate
+    _inside: set[Visitor] = field(factory=set)
+
+    @contextmanager
+    def visit(
+        self, identity: Identity, certificate: bytes, peer: str, judged_by: ssl.SSLContext
+    ) -> Iterator[Visitor]:
+        """Count a connection as inside while the block lasts. Raises CertificateRefused."""
+        if judged_by is not self.fittings.tls and (
+            fault := self.fittings.verifier.fault(certificate)
+        ):
+            raise CertificateRefused(f"cannot serve this certificate: {fault}")
+        visitor = Visitor(identity, certificate, peer)
+        self._inside.add(visitor)
+        try:
+            yield visitor
+        finally:
+            self._inside.discard(visitor)
+
+    def refit(self, fittings: Fittings, roles: Roles) -> None:
+        """Judge by these from now on, those who are inside too."""
+        self.fittings, self.gate.roles = fittings, roles
+        for visitor in tuple(self._inside):
+            if fault := self._fault(visitor):
+                visitor.dismiss(fault)
+
+    def _fault(self, visitor: Visitor) -> str | None:
+        if fault := self.fittings.verifier.fault(visitor.certificate):
+            return f"your certificate is not good any more: {fault}"
+        try:
+            self.gate.roles.find(visitor.identity.role)
+        except PermissionDenied as denied:
+            return denied.message
+        return None

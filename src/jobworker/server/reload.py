@@ -1,0 +1,98 @@
+"""SIGHUP: configuration, certificates and revocation list read again, all of it or nothing.
+
+What can change under way is exchanged (certificates, key, CA, revocation list, the lowest TLS
+version, roles, logging); what cannot is named in the log, and waits for the next start. Where
+anything is wrong with any of the files, everything stays as it was, and the log says why.
+"""
+
+import logging
+import signal
+import time
+from datetime import UTC, datetime
+
+import attrs
+import trio
+
+from jobworker.config import Settings
+from jobworker.config_roles import role_table
+from jobworker.errors import JobworkerError
+from jobworker.pki.expiry import expiry_warnings
+from jobworker.pki.material import ServerFiles
+from jobworker.server.door import Door, Fittings
+from jobworker.server.logs import set_up_logging
+from jobworker.server.notify import Notifier
+from jobworker.server.reader import Reader
+
+log = logging.getLogger("jobworker.server")
+
+DAY_SECONDS = 86_400.0
+_CHANGE_UNDER_WAY = ("security", "roles", "logging")
+
+
+async def serve_reloads(
+    reader: Reader,
+    door: Door,
+    notifier: Notifier,
+    settings: Settings,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Reload at each SIGHUP; never returns. `settings` are those in force."""
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            settings = await reload(reader, door, notifier, settings)
+
+
+async def reload(reader: Reader, door: Door, notifier: Notifier, before: Settings) -> Settings:
+    """Read all again and go by it: the settings in force from now on. Raises nothing."""
+    monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
+    settings, status = before, "reloaded"
+    try:
+        reading = await reader.read()
+        fittings = await trio.to_thread.run_sync(
+            Fittings.of, reading.files, reading.settings.security
+        )
+        door.refit(fittings, role_table(reading.settings.roles))
+    except JobworkerError as error:
+        status = "reload refused; all stays as it was"
+        log.error("cannot reload, so all stays as it was: %s", error)
+    else:
+        settings = reading.settings
+        set_up_logging(settings.logging.level, settings.logging.format)
+        log.info("reloaded: certificates, revocation list, roles and logging")
+        for key in _waiting_for_a_start(before, settings):
+            log.warning("%s has changed; it takes effect when the service is started anew", key)
+        warn_of_expiry(reading.files)
+    notifier.tell(READY="1", STATUS=status)
+    return settings
+
+
+def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
+    changed = []
+    for section in attrs.fields(Settings):
+        if section.name not in _CHANGE_UNDER_WAY:
+            old, new = getattr(before, section.name), getattr(now, section.name)
+            changed += [
+                f"{section.name}.{key.name}"
+                for key in attrs.fields(type(old))
+                if getattr(old, key.name) != getattr(new, key.name)
+            ]
+    return changed
+
+
+def warn_of_expiry(files: ServerFiles) -> None:
+    """Log what comes to its end within a month."""
+    for warning in expiry_warnings(files, datetime.now(UTC)):
+        log.warning("%s", warning)
+
+
+async def warn_of_expiry_daily(reader: Reader) -> None:
+    """Do so once a day; never returns."""
+    while True:
+        await trio.sleep(DAY_SECONDS)
+        try:
+            warn_of_expiry((await reader.read()).files)
+        except JobworkerError as error:
+            log.warning("%s", error)

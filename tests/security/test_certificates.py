@@ -1,0 +1,456 @@
+"""Whoever should not get in is told why at once, and so is the log; the service lives on.
+
+Each attempt has its control: the same certificate with the one fault mended gets in. What is tried
+upon the running service stands first; what changes its files has a service of its own, below.
+"""
+
+import hashlib
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trio
+import trio_websocket
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from jobworker.cli.embedded import Embedded, program, write_configuration
+from jobworker.client.address import parse_address
+from jobworker.client.client import Client, open_client
+from jobworker.client.dial import serve_connection
+from jobworker.errors import (
+    CertificateRefused,
+    ConnectionFailed,
+    JobworkerError,
+    PermissionDenied,
+    ServerUntrusted,
+)
+from jobworker.model.job import JobSpec
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority
+
+from ..integration.conftest import running, until
+from ..integration.wire import context_for, open_socket, open_wire
+from .conftest import ROLES
+from .forgery import CN, OU, Forger, O, Subject, bare_context, good_name
+
+LONG_AGO = datetime.now(UTC) - timedelta(days=400)
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n"
+)
+CHATTER = JobSpec(command=("sh", "-c", "while :; do echo alive; sleep 0.05; done"))
+PROMPTLY = 5
+"""Seconds, on a busy machine; what hangs would take ten or more."""
+
+
+@pytest.fixture(scope="module")
+def house(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A service whose authority began long ago."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+    directory = open_directory()
+    init_authority(directory / "certs", [], now=LONG_AGO, days=4000, ca_days=4000)
+    with running(directory, ROLES) as made:
+        yield made
+
+
+@pytest.fixture
+def forger(house: Embedded) -> Forger:
+    certs = house.directory / "certs"
+    return Forger(Authority.load(certs), certs)
+
+
+async def dialled(service: Embedded, tls: ssl.SSLContext) -> JobworkerError | None:
+    """What a client's user is told, with `tls` for its context; None where it gets in."""
+    with trio.fail_after(PROMPTLY):
+        async with trio.open_nursery() as nursery:
+            try:
+                await nursery.start(serve_connection, parse_address(service.address), tls)
+            except JobworkerError as error:
+                return error
+            finally:
+                nursery.cancel_scope.cancel()
+    return None
+
+
+async def log_tells(service: Embedded, *words: str) -> None:
+    """Wait until a line of the log has an address of the peer's and all the words."""
+
+    def told() -> bool:
+        return any(
+            re.search(r"127\.0\.0\.1:\d+: ", line) and all(word in line for word in words)
+            for line in service.log_text().splitlines()
+        )
+
+    await until(told)
+
+
+async def refused(
+    service: Embedded, tls: ssl.SSLContext, kind: type[JobworkerError], client: str, log: str
+) -> None:
+    error = await dialled(service, tls)
+    assert type(error) is kind, error
+    assert client in error.message
+    assert error.remedy
+    await log_tells(service, log)
+    async with open_wire(service) as admin:
+        assert (await admin.call("service.hello"))["role"] == "admin"
+
+
+# --- certificates ---------------------------------------------------------------------------
+
+
+async def test_sound_certificate_gets_in(house: Embedded, forger: Forger) -> None:
+    """The control of all that follow."""
+    assert await dialled(house, forger.context()) is None
+
+
+async def test_no_certificate(house: Embedded) -> None:
+    await refused(
+        house,
+        bare_context(house.directory / "certs" / "ca-cert.pem"),
+        CertificateRefused,
+        "asks for a client certificate and got none",
+        "the client sent no certificate",
+    )
+
+
+async def test_certificate_of_another_authority(
+    house: Embedded, forger: Forger, tmp_path: Path
+) -> None:
+    """The stranger's CA bears the very name of ours."""
+    root = forger.authority.root.certificate
+    stranger = Authority.create(now=LONG_AGO, days=4000)
+    context = Forger(stranger, tmp_path).context(trusting=forger.directory / "ca-cert.pem")
+    await refused(
+        house, context, CertificateRefused, "not from the server's CA", "was refused: unable to get"
+    )
+    named_alike = Forger(
+        Authority(root=type(stranger.root)(certificate=root, key=stranger.root.key)), tmp_path
+    )
+    error = await dialled(house, named_alike.context(trusting=forger.directory / "ca-cert.pem"))
+    assert isinstance(error, CertificateRefused)
+
+
+async def test_expired_certificate(house: Embedded, forger: Forger) -> None:
+    context = forger.context(valid=(-timedelta(days=2), -timedelta(seconds=1)))
+    await refused(
+        house, context, CertificateRefused, "has expired", "refused: certificate has expired"
+    )
+
+
+async def test_certificate_that_is_not_valid_yet(house: Embedded, forger: Forger) -> None:
+    context = forger.context(valid=(timedelta(hours=1), timedelta(hours=2)))
+    await refused(house, context, CertificateRefused, "is not valid yet", "not yet valid")
+
+
+async def test_server_certificate_as_a_client_certificate(house: Embedded, forger: Forger) -> None:
+    context = forger.context(purpose=ExtendedKeyUsageOID.SERVER_AUTH)
+    await refused(house, context, CertificateRefused, "is not made for clients", "purpose")
+
+
+@pytest.mark.parametrize("key", ["rsa1024", "rsa2048"])
+async def test_weak_key(house: Embedded, forger: Forger, key: str) -> None:
+    context = forger.context(key=key)  # type: ignore[arg-type]
+    if key == "rsa2048":
+        assert await dialled(house, context) is None
+        return
+    await refused(house, context, CertificateRefused, "too weak", "EE certificate key too weak")
+
+
+async def test_weak_signature(house: Embedded, forger: Forger) -> None:
+    context = forger.context(sha1=True)
+    await refused(house, context, CertificateRefused, "too weak", "CA signature digest algorithm")
+
+
+async def test_tls_1_2(house: Embedded, forger: Forger) -> None:
+    context = forger.context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    await refused(
+        house, context, ConnectionFailed, "does not offer TLS", "no TLS version that is allowed"
+    )
+
+
+async def test_host_name_that_the_server_does_not_bear(house: Embedded) -> None:
+    names = house.environment()
+    address = parse_address(house.address)
+    with pytest.raises(ServerUntrusted, match="bears another name"), trio.fail_after(PROMPTLY):
+        async with open_client(
+            f"127.1:{address.port}",  # resolves to 127.0.0.1, and is no name of the certificate
+            ca=names["WORKER_CA_PATH"],
+            certificate=names["WORKER_CERT_PATH"],
+            key=names["WORKER_KEY_PATH"],
+        ):
+            pass
+    await log_tells(house, "the client refused this server")
+
+
+# --- roles and names ------------------------------------------------------------------------
+
+BAD_SUBJECTS: dict[str, Subject] = {
+    "no OU": [[(CN, "mallory")]],
+    "two OUs": [[(OU, "viewer")], [(OU, "admin")], [(CN, "mallory")]],
+    "two OUs, the same": [[(OU, "admin")], [(OU, "admin")], [(CN, "mallory")]],
+    "two OUs in one relative name": [[(OU, "viewer"), (OU, "admin")], [(CN, "mallory")]],
+    "wrong case": good_name(role="Admin"),
+    "capitals": good_name(role="ADMIN"),
+    "space before": good_name(role=" admin"),
+    "space after": good_name(role="admin "),
+    "no-break space after": good_name(role="admin\u00a0"),
+    "line end after": good_name(role="admin\n"),
+    "Cyrillic a": good_name(role="\u0430dmin"),
+    "full-width a": good_name(role="\uff41dmin"),
+    "zero-width space": good_name(role="ad\u200bmin"),
+    "soft hyphen": good_name(role="ad\u00admin"),
+    "right-to-left": good_name(role="\u202enimda"),
+    "NUL after": good_name(role="admin\0"),
+    "NUL and more after": good_name(role="admin\0.evil"),
+    "list of roles": good_name(role="viewer,admin"),
+    "unknown role": good_name(role="root"),
+    "OU inside the CN": [[(CN, "mallory/OU=admin")]],
+    "OU inside the CN, with commas": [[(CN, "mallory, OU=admin")]],
+    "OU inside the CN, with line end": [[(CN, "mallory\nOU = admin")]],
+    "OU inside the O": [[(O, "x,OU=admin")], [(CN, "mallory")]],
+    "role in the O": [[(O, "admin")], [(CN, "mallory")]],
+    "two CNs": [[(OU, "admin")], [(CN, "mallory")], [(CN, "alice")]],
+    "no CN": [[(OU, "admin")]],
+    "unseen in the CN": good_name(name="alice\u200b"),
+    "line end in the CN": good_name(name="alice\nforged"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SUBJECTS)
+async def test_subject_that_gives_no_role(house: Embedded, forger: Forger, fault: str) -> None:
+    error = await dialled(house, forger.context(BAD_SUBJECTS[fault]))
+    assert isinstance(error, PermissionDenied), error
+    assert "certificate" in error.message
+    assert "\n" not in error.message
+    await log_tells(house, "refused: cannot")
+
+
+async def test_place_of_the_ou_in_the_subject_does_not_matter(
+    house: Embedded, forger: Forger
+) -> None:
+    """The control of the above."""
+    for subject in (
+        [[(CN, "mallory")], [(OU, "admin")]],
+        [[(CN, "mallory"), (OU, "admin")]],
+        [[(O, "OU=viewer")], [(OU, "admin")], [(CN, "OU=viewer")]],
+    ):
+        assert await dialled(house, forger.context(subject)) is None
+
+
+# --- revocation, reload -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A service whose files a test may change."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+    with running(open_directory(), ROLES) as made:
+        yield made
+
+
+def worker(*arguments: str) -> str:
+    done = subprocess.run(
+        [*program("worker"), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def certs(service: Embedded, *arguments: str) -> str:
+    return worker("certs", *arguments, f"--dir={service.directory / 'certs'}")
+
+
+async def reload(service: Embedded, told: str = " INFO reloaded: ") -> None:
+    """SIGHUP, and wait for what the log says of it."""
+    before = service.log_text().count(told)
+    service.process.send_signal(signal.SIGHUP)
+    await until(lambda: service.log_text().count(told) > before)
+
+
+async def test_revoked_certificate_is_out_at_once_and_stays_out(fresh: Embedded) -> None:
+    certs(fresh, "issue", "--name=eve", "--role=admin")
+    files = {
+        "ca": fresh.directory / "certs" / "ca-cert.pem",
+        "certificate": fresh.directory / "certs" / "eve-cert.pem",
+        "key": fresh.directory / "certs" / "eve-key.pem",
+    }
+
+    def dial() -> AbstractAsyncContextManager[Client]:
+        return open_client(
+            fresh.address, ca=files["ca"], certificate=files["certificate"], key=files["key"]
+        )
+
+    async def follow() -> None:
+        async with dial() as client:
+            job = await client.run(CHATTER)
+            assert "Revoked" in certs(fresh, "revoke", "eve", "--reason=keyCompromise")
+            assert (await client.hello()).name == "eve"  # the service was not told yet
+            with trio.fail_after(PROMPTLY):
+                told = False
+                async for _ in job.output():
+                    if not told:
+                        fresh.process.send_signal(signal.SIGHUP)  # in mid-stream
+                    told = True
+
+    async with open_wire(fresh, "viewer") as other:
+        with pytest.raises(CertificateRefused, match=r"this connection: .*revoked"):
+            await follow()
+        await log_tells(fresh, "ended: eve", "revoked")
+        assert (await other.call("service.hello"))["name"] == "viewer-client"  # unharmed
+        jobs = (await other.call("job.list", states=["RUNNING"]))["jobs"]
+        assert isinstance(jobs, list)
+        assert len(jobs) == 1
+    with pytest.raises(CertificateRefused, match="has been revoked"), trio.fail_after(PROMPTLY):
+        async with dial():
+            pass
+    await log_tells(fresh, "refused: certificate revoked")
+
+
+async def test_client_that_will_not_go_is_cut_off(fresh: Embedded) -> None:
+    """It takes nothing that is sent, and answers no closing frame."""
+    host, port = fresh.address.rsplit(":", 1)
+    stream = await trio.open_ssl_over_tcp_stream(
+        host, int(port), ssl_context=context_for(fresh), https_compatible=True
+    )
+    try:
+        await stream.send_all(UPGRADE)
+        assert (await stream.receive_some(1000)).startswith(b"HTTP/1.1 101")
+        certs(fresh, "revoke", "admin-client")
+        fresh.process.send_signal(signal.SIGHUP)
+        await log_tells(fresh, "ended: admin-client")
+        await log_tells(fresh, "disconnected")
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+async def test_certificate_that_ends_takes_its_connections_along(fresh: Embedded) -> None:
+    directory = fresh.directory / "certs"
+    soon = Forger(Authority.load(directory), directory).context(
+        valid=(-timedelta(minutes=1), timedelta(seconds=3))
+    )
+    async with open_socket(fresh, context=soon) as sock:
+        with pytest.raises(trio_websocket.ConnectionClosed) as closed, trio.fail_after(20):
+            await sock.get_message()
+    assert closed.value.reason is not None
+    assert (closed.value.reason.code, closed.value.reason.reason) == (
+        1008,
+        "your certificate has expired",
+    )
+
+
+async def test_no_session_outlives_a_revocation(fresh: Embedded) -> None:
+    """No ticket is handed out by which a client could come back past the list."""
+    context = context_for(fresh)
+    host, port = fresh.address.rsplit(":", 1)
+
+    def session() -> ssl.SSLSession | None:
+        with (
+            socket.create_connection((host, int(port)), timeout=PROMPTLY) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            secured.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert secured.recv(100).startswith(b"HTTP/1.1 426")
+            return secured.session
+
+    kept = await trio.to_thread.run_sync(session)
+    assert kept is None or not kept.has_ticket
+
+
+@pytest.mark.parametrize("fault", ["garbage", "missing", "foreign"])
+async def test_bad_list_changes_nothing_and_is_told(
+    fresh: Embedded, fault: str, tmp_path: Path
+) -> None:
+    certs(fresh, "issue", "--name=eve", "--role=admin")
+    certs(fresh, "revoke", "eve")
+    await reload(fresh)
+    crl = fresh.directory / "certs" / "ca-crl.pem"
+    good = crl.read_bytes()
+    if fault == "garbage":
+        crl.write_bytes(good[: len(good) // 2])
+    elif fault == "missing":
+        crl.unlink()
+    else:
+        init_authority(tmp_path / "other", [], now=datetime.now(UTC))
+        crl.write_bytes((tmp_path / "other" / "ca-crl.pem").read_bytes())
+    async with open_wire(fresh, "viewer") as viewer:
+        await reload(
+            fresh, "ERROR cannot reload, so all stays as it was: cannot use the revocation"
+        )
+        await viewer.call("service.hello")
+        context = bare_context(fresh.directory / "certs" / "ca-cert.pem")
+        directory = fresh.directory / "certs"
+        context.load_cert_chain(directory / "eve-cert.pem", directory / "eve-key.pem")
+        assert isinstance(await dialled(fresh, context), CertificateRefused)
+        crl.write_bytes(good)
+        await reload(fresh)
+        await viewer.call("service.hello")
+
+
+async def test_new_server_certificate_is_shown_and_no_connection_is_dropped(
+    fresh: Embedded,
+) -> None:
+    before = await trio.to_thread.run_sync(_shown, fresh)
+    async with open_wire(fresh) as open_before:
+        certs(fresh, "renew", "server")
+        assert await trio.to_thread.run_sync(_shown, fresh) == before
+        await reload(fresh)
+        assert await trio.to_thread.run_sync(_shown, fresh) != before
+        await open_before.call("service.hello")
+        # A key that does not fit: all stays as it was.
+        (fresh.directory / "certs" / "server-key.pem").write_bytes(
+            (fresh.directory / "certs" / "viewer-client-key.pem").read_bytes()
+        )
+        await reload(fresh, "does not belong to")
+        await open_before.call("service.hello")
+        assert await trio.to_thread.run_sync(_shown, fresh) != before
+
+
+def _shown(service: Embedded) -> str:
+    host, port = service.address.rsplit(":", 1)
+    with (
+        socket.create_connection((host, int(port)), timeout=PROMPTLY) as plain,
+        context_for(service).wrap_socket(plain, server_hostname=host) as secured,
+    ):
+        return hashlib.sha256(secured.getpeercert(binary_form=True) or b"").hexdigest()
+
+
+async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embedded) -> None:
+    certs(fresh, "issue", "--name=zoe", "--role=visitor")
+    directory = fresh.directory / "certs"
+    context = bare_context(directory / "ca-cert.pem")
+    context.load_cert_chain(directory / "zoe-cert.pem", directory / "zoe-key.pem")
+    assert isinstance(await dialled(fresh, context), PermissionDenied)
+
+    visitor = {"roles.visitor": {"operations": ["view"], "scope": "own"}}
+    write_configuration(fresh.directory, {**ROLES, **visitor, "worker": {"max_waiting_jobs": 7}})
+    await reload(fresh)
+    assert "worker.max_waiting_jobs has changed" in fresh.log_text()
+    assert await dialled(fresh, context) is None
+
+    (fresh.directory / "worker.toml").write_text("[server]\nport = 'x'\n")
+    await reload(fresh, "cannot reload, so all stays as it was: cannot use the configuration")
+    assert await dialled(fresh, context) is None
+
+    async with open_socket(fresh) as admin:  # another, who stays
+        async with open_socket(fresh, context=context) as zoe:
+            write_configuration(fresh.directory, ROLES)
+            await reload(fresh)
+            with pytest.raises(trio_websocket.ConnectionClosed) as closed:
+                await zoe.get_message()
+        assert closed.value.reason is not None
+        assert closed.value.reason.code == 1008
+        assert "'visitor' is no role" in str(closed.value.reason.reason)
+        await admin.send_message('{"jsonrpc":"2.0","id":1,"method":"service.hello"}')
+        await admin.get_message()
