@@ -54,6 +54,8 @@ fi
 need 'command -v ps' procps
 # A test compiles a program of two system calls.
 need 'command -v gcc' gcc
+# The trampoline's source is assembled anew by a test, for both machines.
+need 'command -v aarch64-linux-gnu-as || test "$(uname -m)" = aarch64' binutils-aarch64-linux-gnu
 need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
 # Disks of jobs are formatted by this one; it lies outside of an ordinary user's PATH.
 need 'PATH=$PATH:/usr/sbin:/sbin; command -v mke2fs' e2fsprogs
