@@ -57,6 +57,9 @@ need 'command -v gcc' gcc
 # The trampoline's source is assembled anew by a test, for both machines.
 need 'command -v aarch64-linux-gnu-as || test "$(uname -m)" = aarch64' binutils-aarch64-linux-gnu
 need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
+# Tests run jobs in root trees of these.
+need 'command -v busybox' busybox-static
+need 'command -v mmdebstrap' mmdebstrap
 # Disks of jobs are formatted by this one; it lies outside of an ordinary user's PATH.
 need 'PATH=$PATH:/usr/sbin:/sbin; command -v mke2fs' e2fsprogs
 # Jobs run the host's own programs; the tests and the demonstration run this one.

@@ -16,6 +16,7 @@ from typing import Literal
 from attrs import evolve, field, frozen
 
 from jobworker.config_roles import RoleSettings, check_names
+from jobworker.config_runtimes import RuntimeSettings, check_runtime_names
 from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
 from jobworker.model.bounds import within
@@ -222,6 +223,7 @@ class Settings:
     launcher: LauncherSettings = LauncherSettings()
     logging: LoggingSettings = LoggingSettings()
     roles: Mapping[str, RoleSettings] = field(factory=dict, validator=check_names)
+    runtimes: Mapping[str, RuntimeSettings] = field(factory=dict, validator=check_runtime_names)
 
 
 def load(path: Path) -> Settings:

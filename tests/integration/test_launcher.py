@@ -92,6 +92,9 @@ class Service:
             "cpu_percent": 0,
             "memory_bytes": 0,
             "io_bps": 0,
+            "disk_bytes": 0,
+            "runtime": "",
+            "volumes": [],
             "pids": 0,
         }
         return self.ask("spawn", job, **{**fields, **changes})
@@ -133,6 +136,7 @@ def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
             tmpfs_bytes=16 << 20,
             filters=load_filters(""),
             disk_bytes=64 << 20,
+            runtimes={},
         )
 
     return make

@@ -34,6 +34,9 @@ ORDER: Message = {
     "cpu_percent": 0,
     "memory_bytes": 0,
     "io_bps": 0,
+    "disk_bytes": 0,
+    "runtime": "",
+    "volumes": [],
     "pids": 0,
 }
 

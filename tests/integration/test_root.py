@@ -12,7 +12,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded
 
 from .conftest import disks_in, until
-from .wire import Wire, open_wire
+from .wire import Refused, Wire, open_wire
 
 MIB = 1 << 20
 
@@ -142,3 +142,28 @@ async def test_full_disk_ends_inside_the_job_alone(
         assert bound / 4 < int(made) <= bound
         out, _, _ = await wire.run("sh", "-c", "head -c 9000000 /dev/zero > x && echo wrote")
         assert out == "wrote\n", "the next job has a disk of its own"
+
+
+async def test_job_asks_for_another_disk(admin: Wire) -> None:
+    out, err, job = await admin.run("python3", "-c", FILL, "bytes", limits={"disk_bytes": 20 * MIB})
+    word, made = out.split()
+    assert word == "ENOSPC", err
+    assert 10 * MIB < int(made) < 20 * MIB
+    limits = job["spec"]["limits"]  # type: ignore[index]
+    assert limits["disk_bytes"] == 20 * MIB
+    out, _, job = await admin.run(
+        "df", "-B1M", "--output=size", "/", limits={"disk_bytes": 3 << 30}
+    )
+    assert 2900 < int(out.split()[1]) <= 3072
+
+
+@pytest.mark.parametrize("size", [0, -1, 1000, 15 * MIB, 1 << 60])
+async def test_disk_of_an_absurd_size_is_refused_by_name(admin: Wire, size: int) -> None:
+    with pytest.raises(Refused, match=r"limits\.disk_bytes"):
+        await admin.start("true", limits={"disk_bytes": size})
+
+
+async def test_disk_that_the_host_has_no_room_for_is_refused(admin: Wire) -> None:
+    with pytest.raises(Refused, match=r"mount-disk.*No space left"):
+        await admin.start("true", limits={"disk_bytes": 1 << 43})
+    assert (await admin.run("true"))[2]["exit_code"] == 0

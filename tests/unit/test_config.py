@@ -24,7 +24,10 @@ DOCUMENTED = Path(__file__).resolve().parents[2] / "etc" / "worker.toml"
 def keys_of_the_code() -> Iterator[tuple[str, str]]:
     for section in attrs.fields(Settings):
         assert section.type is not None
-        if section.name == "roles":  # tables by names of the reader's own; see the example's test
+        if section.name in (
+            "roles",
+            "runtimes",
+        ):  # tables by names of the reader's own; see the example's test
             continue
         for key in attrs.fields(section.type):
             yield section.name, key.name
@@ -82,6 +85,33 @@ def test_documented_role_is_one_that_can_be_had(tmp_path: Path) -> None:
     given = tomllib.loads(example)["roles"]["tenant"]
     assert sorted(given) == sorted(field.name for field in attrs.fields(RoleSettings))
     assert role.quota.memory_bytes == given["max_memory"] << 20
+
+
+def test_documented_runtime_is_one_that_can_be_had(tmp_path: Path) -> None:
+    lines = DOCUMENTED.read_text(encoding="utf-8").splitlines()
+    begin = lines.index("# [runtimes.bookworm]")
+    example = "\n".join(line.removeprefix("# ") for line in lines[begin : begin + 2])
+    runtimes = load(write(tmp_path, example)).runtimes
+    assert {name: attrs.asdict(found) for name, found in runtimes.items()} == (
+        tomllib.loads(example)["runtimes"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "words"),
+    [
+        ("a/b", "/srv/x", "is no name"),
+        ("-x", "/srv/x", "is no name"),
+        ("x", "srv/x", "absolute path"),
+        ("x", "/", "absolute path"),
+        ("x", "/srv/../etc", "absolute path"),
+    ],
+)
+def test_runtime_without_a_name_or_path_is_refused(
+    tmp_path: Path, name: str, path: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(write(tmp_path, f'[runtimes."{name}"]\npath = "{path}"\n'))
 
 
 def test_empty_file_is_the_defaults(tmp_path: Path) -> None:

@@ -11,11 +11,22 @@ from typing import TypeVar
 
 import asyncclick as click
 
-from jobworker.cli.parameters import Label, User, Variable, VariableFile
+from jobworker.cli.parameters import Label, User, Variable, VariableFile, VolumePlace
 
 F = TypeVar("F", bound=Callable[..., object])
 
 _OPTIONS: tuple[Callable[[F], F], ...] = (
+    click.option(
+        "--runtime", metavar="NAME", help="A root tree of the server's instead of its programs."
+    ),
+    click.option(
+        "--volume",
+        "-v",
+        multiple=True,
+        type=VolumePlace(),
+        metavar="NAME[:PATH]",
+        help="Have a volume, at /volumes/NAME if not told; may be repeated.",
+    ),
     click.option(
         "--network",
         type=click.Choice(["host", "none", "private"]),
@@ -57,7 +68,7 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         help="A label to find the job by; may be repeated.",
     ),
 )
-_NAMES = ("network", "user", "env", "env_file", "secret_env", "label")
+_NAMES = ("runtime", "volume", "network", "user", "env", "env_file", "secret_env", "label")
 
 
 def job_options(command: Callable[..., object]) -> Callable[..., object]:
@@ -75,6 +86,8 @@ def job_options(command: Callable[..., object]) -> Callable[..., object]:
 
 def _fields(
     *,
+    runtime: str | None,
+    volume: Sequence[Mapping[str, str]],
     network: str,
     user: tuple[int, int | None] | None,
     env: Sequence[tuple[str, str]],
@@ -85,6 +98,8 @@ def _fields(
     uid, gid = user or (0, None)
     variables = [variable for file in env_file for variable in file]
     return {
+        "runtime": runtime,
+        "volumes": list(volume),
         "network": network,
         "uid": uid,
         "gid": gid,

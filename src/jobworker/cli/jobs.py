@@ -66,6 +66,7 @@ def _tell_lost(lost: JobworkerError) -> None:
 @click.option("--max-cpu", type=int, metavar="PERCENT", help="CPU limit; 200 is two cores.")
 @click.option("--max-memory", type=int, metavar="MB", help="Memory limit, swap included.")
 @click.option("--max-iobps", type=int, metavar="BYTES", help="Disk limit in bytes per second.")
+@click.option("--max-disk", type=int, metavar="MB", help="Room for what it writes to disk.")
 @click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
 @click.option(
     "--max-output", type=Size(), metavar="SIZE", help="Limit on kept output: 500K, 64M, 2G."
@@ -93,6 +94,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
     max_cpu: int | None,
     max_memory: int | None,
     max_iobps: int | None,
+    max_disk: int | None,
     max_pids: int | None,
     max_output: int | None,
     at_max_output: str | None,
@@ -114,6 +116,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
             "memory_bytes": None if max_memory is None else max_memory * MEBIBYTE,
             "io_bps": max_iobps,
             "processes": max_pids,
+            "disk_bytes": None if max_disk is None else max_disk * MEBIBYTE,
             "output_bytes": max_output,
         },
         timeout_seconds=timeout,

@@ -113,6 +113,23 @@ class Variable(click.ParamType[tuple[str, str]]):
         return name, os.environ[name]
 
 
+class VolumePlace(click.ParamType[dict[str, str]]):
+    """NAME or NAME:PATH, as `VolumeMount` takes it."""
+
+    name = "volume"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, str]:
+        """See click.ParamType."""
+        if isinstance(value, dict):
+            return value
+        name, colon, path = str(value).partition(":")
+        if colon and not path:
+            self.fail(f"{str(value)!r} is not NAME or NAME:PATH", param, ctx)
+        return {"name": name, "path": path}
+
+
 class VariableFile(click.ParamType[tuple[tuple[str, str], ...]]):
     """A file of NAME=VALUE lines, without any quoting; empty lines and those with # are passed.
 

@@ -169,6 +169,7 @@ def status(record: JobRecord, now: datetime) -> str:
         ("CPU", f"{_cpu(usage)}, {_limit(limits.cpu_percent, f'{limits.cpu_percent}%')}"),
         ("Memory", ", ".join([*_memory(record, usage), _memory_limit(record)])),
         ("IO", f"{_io(usage)}, {_limit(limits.io_bps, f'{limits.io_bps} B/s')}"),
+        ("Disk", "" if limits.disk_bytes is None else f"limit {_megabytes(limits.disk_bytes)}"),
         ("Processes", _processes(record, usage)),
         ("Output", _output(record)),
         ("Workdir", spec.workdir),
@@ -176,6 +177,8 @@ def status(record: JobRecord, now: datetime) -> str:
         ("Labels", ", ".join(f"{name}={value}" for name, value in spec.labels.items())),
         ("Secrets", ", ".join(spec.secret_environment)),
         ("Network", spec.network),
+        ("Runtime", spec.runtime),
+        ("Volumes", ", ".join(f"{mount.name} at {mount.place}" for mount in spec.volumes)),
     ]
     return "\n".join(f"{label}: {visible(text)}" for label, text in lines if text)
 

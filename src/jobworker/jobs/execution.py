@@ -185,6 +185,9 @@ class Execution:
             },
             workdir=spec.workdir,
             network=spec.network,
+            disk_bytes=spec.limits.disk_bytes or 0,
+            runtime=spec.runtime,
+            volumes=tuple((mount.name, mount.place) for mount in spec.volumes),
             uid=spec.uid,
             gid=spec.uid if spec.gid is None else spec.gid,
         )

@@ -18,6 +18,8 @@ from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model.bounds import states, within
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
+from jobworker.model.volumes import VolumeMount, check_mounts
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 JobId = NewType("JobId", int)
 
@@ -87,6 +89,8 @@ class Limits:
         default=None, validator=within(1, MAX_OUTPUT_BYTES, or_zero=True)
     )
     """Output that is kept, both streams together; what is done at the limit: `at_max_output`."""
+    disk_bytes: int | None = field(default=None, validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
+    """All that it writes to its own root; there is always a limit."""
 
     def or_defaults(self, defaults: "Limits") -> "Limits":
         """These limits, with those of `defaults` where they are None."""
@@ -132,6 +136,11 @@ def _check_workdir(_: object, __: object, value: str) -> None:
 
 
 @states(maxLength=MAX_NAME_LENGTH)
+def _check_runtime(_: object, __: object, value: str) -> None:
+    if value and (fault := name_fault(value)):
+        raise ValueError(fault)
+
+
 def _check_name(_: object, __: object, value: str) -> None:
     if len(value) > MAX_NAME_LENGTH or not value.isprintable():
         raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")
@@ -158,6 +167,9 @@ class JobSpec:
     network: Network = "host"
     """`host`: the host's own, which the job may use and not configure; `none`: loopback alone;
     `private`: outbound connections over IPv4 alone, none of them to the host."""
+    runtime: str = field(default="", validator=_check_runtime)
+    """A root tree of the server's configuration; "" is the host's programs."""
+    volumes: tuple[VolumeMount, ...] = field(default=(), validator=check_mounts)
     uid: int = field(default=0, validator=within(0, MAX_ID))
     """The user that the program runs as, inside the job."""
     gid: int | None = field(default=None, validator=within(0, MAX_ID))

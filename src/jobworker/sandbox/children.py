@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
@@ -24,8 +24,9 @@ from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
+from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.networks import Networks
-from jobworker.sandbox.plan import SCRATCH, Order, Sizes, Slot, prepare
+from jobworker.sandbox.plan import SCRATCH, Order, Sizes, Slot, View, prepare
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
@@ -53,6 +54,8 @@ class Policy(NamedTuple):
     tmpfs_bytes: int
     filters: bpf.Filters
     disk_bytes: int
+    runtimes: Mapping[str, str]
+    """Root trees that jobs may ask for, by name."""
 
 
 class Exit(NamedTuple):
@@ -155,6 +158,11 @@ class Nursery:
         own = () if self._landlock is not None else (landlock.GAP,)
         return (*own, *self._stage.gaps)
 
+    @property
+    def usual_disk_bytes(self) -> int:
+        """The size of the disk of a job that asks for none."""
+        return self._policy.disk_bytes
+
     def has_room(self) -> bool:
         """Whether another child can be made."""
         return bool(self._free)
@@ -164,6 +172,7 @@ class Nursery:
 
         Raises OSError or SandboxError, and then nothing is left of it.
         """
+        view = self._stage.view_for(order)
         if not self._free:
             raise OSError(errno.EAGAIN, "every range of ids is in use")
         self._made += 1
@@ -174,11 +183,13 @@ class Nursery:
             undo.callback(self._free.append, index)
             child = Child(slot, index, self._tree.create(name))
             undo.callback(child.scope.remove)
-            self._clone(child, order, undo)
+            self._clone(child, view, order, undo)
             undo.pop_all()
         return child
 
-    def _clone(self, child: Child, order: Order | None, undo: contextlib.ExitStack) -> None:
+    def _clone(
+        self, child: Child, view: View, order: Order | None, undo: contextlib.ExitStack
+    ) -> None:
         own_network, layout = self._networks.describe(order)
         ours: list[int] = []
         theirs: list[int] = []
@@ -198,8 +209,9 @@ class Nursery:
             with far:
                 undo.callback(near.close)
                 near.setblocking(False)
-                sizes = Sizes(self._policy.disk_bytes, self._policy.tmpfs_bytes)
-                steps = prepare(ROOT, self._stage.view, child.slot, sizes, order, own_network)
+                disk = (order.disk_bytes if order else 0) or self._policy.disk_bytes
+                sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes)
+                steps = prepare(ROOT, view, child.slot, sizes, order, own_network)
                 _, stdout, stderr = theirs
                 gateway = -1
                 if layout is not None:
@@ -307,6 +319,8 @@ def policy_from(message: Message) -> Policy:
 
     filters = message["filters"]
     assert isinstance(filters, dict)
+    runtimes = message["runtimes"]
+    assert isinstance(runtimes, dict)
     return Policy(
         instance=str(message["instance"]),
         stage=str(message["stage"]),
@@ -321,6 +335,7 @@ def policy_from(message: Message) -> Policy:
         tmpfs_bytes=number("tmpfs_bytes"),
         filters=bpf.filters_from(filters),
         disk_bytes=number("disk_bytes"),
+        runtimes={str(name): str(path) for name, path in runtimes.items()},
     )
 
 

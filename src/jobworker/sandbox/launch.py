@@ -63,6 +63,8 @@ class OpenedLauncher:
     """What this host cannot enforce, in words."""
     policy: Mapping[str, object]
     """What it was told at its start, as `policy_message` writes it."""
+    bounds_disks: bool
+    """Whether each job has a disk of its own."""
     jobs: tuple[Listed, ...] = ()
 
     def close(self) -> None:
@@ -180,13 +182,19 @@ class _Facts(TypedDict):
     cgroup_kind: str
     gaps: tuple[str, ...]
     policy: Mapping[str, object]
+    bounds_disks: bool
 
 
 def _facts(hello: channel.Message) -> _Facts:
     gaps, policy = hello["gaps"], hello["policy"]
     assert isinstance(gaps, list)
     assert isinstance(policy, dict)
-    return {"cgroup_kind": str(hello["ready"]), "gaps": tuple(gaps), "policy": policy}
+    return {
+        "cgroup_kind": str(hello["ready"]),
+        "gaps": tuple(gaps),
+        "policy": policy,
+        "bounds_disks": hello["bounds_disks"] is True,
+    }
 
 
 def _list(sock: socket.socket, pipes: list[int]) -> tuple[Listed, ...]:

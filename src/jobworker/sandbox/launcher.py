@@ -25,6 +25,7 @@ from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
 from jobworker.sandbox.children import Nursery, Policy, policy_from
+from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.user_namespaces import Ids
@@ -92,6 +93,7 @@ def main(descriptor: int) -> NoReturn:
         gc.disable()
         gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
         hello: channel.Message = {"ready": tree.kind, "gaps": gaps, "policy": message}
+        hello["bounds_disks"] = ids_beside is None
         launcher = Launcher(nursery, policy.spares, hello)
         if "listener" not in carried:
             launcher.serve_one(link)
@@ -170,7 +172,16 @@ def _prepare(
             remedy=f"see what still runs in the groups called {policy.instance}",
         ) from error
     shown = (policy.stage, policy.scratch, policy.programs, policy.etc)
-    stage = rootfs.enter(*shown, policy.disk_bytes) if has_rights else plain_root.enter(*shown)
+    if policy.runtimes and not has_rights:
+        raise HostUnsupported(
+            f"cannot offer the runtime {next(iter(policy.runtimes))} without root's rights",
+            remedy="run the service as root, or take [runtimes] out of the configuration",
+        )
+    stage = (
+        rootfs.enter(*shown, rounded(policy.disk_bytes), policy.runtimes)
+        if has_rights
+        else plain_root.enter(*shown)
+    )
     nursery = Nursery(tree, policy, ids, stage)
     nursery.sweep_scratch()
     _warm_up(tree)

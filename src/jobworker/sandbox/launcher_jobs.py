@@ -101,7 +101,7 @@ class Jobs:
         errand = trampoline.errand(*finish(request.order))
         if not self._turns.is_set(self._refill):
             self._turns.call_in(REFILL_SECONDS, self._refill)
-        if not fits_spare(request.order):
+        if not fits_spare(request.order, self._nursery.usual_disk_bytes):
             self._order_new(self._make(request.order), number, request, errand)
             return
         while self._spares:

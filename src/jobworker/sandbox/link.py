@@ -106,6 +106,9 @@ class Link:
                 network=order.network,
                 uid=order.uid,
                 gid=order.gid,
+                disk_bytes=order.disk_bytes,
+                runtime=order.runtime,
+                volumes=[list(volume) for volume in order.volumes],
                 **limits._asdict(),
             )
         except BaseException:

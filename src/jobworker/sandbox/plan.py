@@ -152,6 +152,12 @@ class Order(NamedTuple):
     """One of its own, and another user than root, stand in the way of a spare (`fits_spare`)."""
     uid: int = 0
     gid: int = 0
+    disk_bytes: int = 0
+    """The size of its disk; 0 is the usual one."""
+    runtime: str = ""
+    """The name of a root tree; "" is the host's programs."""
+    volumes: tuple[tuple[str, str], ...] = ()
+    """Names of volumes, each with its place in the root."""
 
 
 class OwnNetwork(NamedTuple):
@@ -253,9 +259,10 @@ def _names(own: OwnNetwork | None) -> tuple[s.Step, ...]:
     return (s.WriteNames((("/etc/hosts", hosts), ("/etc/resolv.conf", own.resolv_conf))),)
 
 
-def fits_spare(order: Order) -> bool:
+def fits_spare(order: Order, usual_disk_bytes: int) -> bool:
     """Whether what was prepared for nobody in particular is right for this order."""
-    return order.network == "host" and not (order.uid or order.gid)
+    usual_root = not (order.runtime or order.volumes) and order.disk_bytes in (0, usual_disk_bytes)
+    return usual_root and order.network == "host" and not (order.uid or order.gid)
 
 
 def _user(order: Order | None) -> tuple[s.Step, ...]:

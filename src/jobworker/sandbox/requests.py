@@ -13,6 +13,13 @@ from typing import NamedTuple
 from jobworker.errors import ProtocolError
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.plan import Order
+from jobworker.storage import (
+    MAX_DISK_BYTES,
+    MAX_VOLUMES,
+    MIN_DISK_BYTES,
+    name_fault,
+    place_fault,
+)
 
 MAX_ARGUMENTS = 16_384
 MAX_TEXT_BYTES = 131_071
@@ -128,7 +135,35 @@ def _order(message: Mapping[str, object]) -> Order:
     if network not in NETWORKS:
         raise ProtocolError(f"cannot take the request: network is none of {', '.join(NETWORKS)}")
     uid, gid = _integer(message, "uid", 0, MAX_ID), _integer(message, "gid", 0, MAX_ID)
-    return Order(hostname, texts, variables, workdir, network, uid, gid)
+    disk = _integer(message, "disk_bytes", 0, MAX_DISK_BYTES)
+    if 0 < disk < MIN_DISK_BYTES:
+        raise ProtocolError("cannot take the request: disk_bytes is too small for a disk")
+    runtime = _text(message.get("runtime"), "runtime")
+    if runtime and name_fault(runtime):
+        raise ProtocolError("cannot take the request: runtime is no name")
+    volumes = _volumes(message.get("volumes"))
+    return Order(hostname, texts, variables, workdir, network, uid, gid, disk, runtime, volumes)
+
+
+def _volumes(value: object) -> tuple[tuple[str, str], ...]:
+    if type(value) is not list or len(value) > MAX_VOLUMES:
+        raise ProtocolError("cannot take the request: volumes is no list of at most 16 volumes")
+    found: list[tuple[str, str]] = []
+    for pair in value:
+        if type(pair) is not list or len(pair) != 2:
+            raise ProtocolError("cannot take the request: a volume is no name and place")
+        name, place = _text(pair[0], "a volume"), _text(pair[1], "a place")
+        if name_fault(name) or place_fault(place):
+            raise ProtocolError("cannot take the request: a volume's name or place is none")
+        for other, taken in found:
+            if (
+                name == other
+                or f"{place}/".startswith(f"{taken}/")
+                or f"{taken}/".startswith(f"{place}/")
+            ):
+                raise ProtocolError("cannot take the request: volumes stand in each other's way")
+        found.append((name, place))
+    return tuple(found)
 
 
 def _limits(message: Mapping[str, object]) -> Limits:

@@ -17,7 +17,7 @@ Standard library only.
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import disk_images
@@ -26,6 +26,7 @@ from jobworker.sandbox.disk_images import Blank, Workshop
 from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
 from jobworker.sandbox.host_trees import not_for_all, program_trees, with_mounts_below
 from jobworker.sandbox.plan import DISK, Layer, View
+from jobworker.sandbox.runtimes import check_trees, lay_over, view_of
 from jobworker.sandbox.stage import (
     READ_ONLY,
     ROOT,
@@ -38,19 +39,27 @@ from jobworker.sandbox.stage import (
 )
 
 BASE, LAYERS = "/base", "/layers"
-"""In the launcher's namespace: the skeleton, and the host's directories."""
+"""In the launcher's namespace: the skeleton, and directories of the host."""
+OVER = f"{BASE}/over"
+"""What stands above the tree of a runtime."""
 
 _BASE_BYTES = 128 << 20
 
 
 def enter(
-    stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str], disk_bytes: int
+    stage: str,
+    scratch: str,
+    programs: Sequence[str],
+    etc: Sequence[str],
+    disk_bytes: int,
+    runtimes: Mapping[str, str],
 ) -> Stage:
     """Move this process into a mount namespace of its own that holds the jobs' layers.
 
     `stage` is an empty directory to mount upon, `scratch` the directory for the jobs' disks.
-    Raises HostUnsupported with the kernel's reason.
+    Raises HostUnsupported with the kernel's reason, and ConfigError for a runtime that is none.
     """
+    check_trees(runtimes)
     try:
         trees, links = program_trees(programs)
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
@@ -58,7 +67,7 @@ def enter(
         hidden = {tree: not_for_all(tree) for tree in trees}
         entries = snapshot_etc(etc)
         blanks = _blanks(scratch, disk_bytes)
-        _move(stage, scratch, trees)
+        _move(stage, scratch, [*trees, *runtimes.values()])
         workshop = Workshop(SCRATCH, blanks, "", ())
         layers = _lay_base(workshop, trees, hidden, links, entries)
     except OSError as error:
@@ -69,7 +78,11 @@ def enter(
         ) from error
     shown = tuple((layer.lower[-1], layer.at) for layer in layers[1:])
     view = View("/dev/null", (BASE, *(source for source, _ in shown)), layers)
-    return Stage(view, Workshop(SCRATCH, blanks, f"{BASE}/root", shown), ())
+    others = {
+        name: view_of(BASE, OVER, f"{LAYERS}/{number}")
+        for number, name in enumerate(runtimes, start=len(trees))
+    }
+    return Stage(view, Workshop(SCRATCH, blanks, f"{BASE}/root", shown), (), others)
 
 
 def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
@@ -107,6 +120,8 @@ def _lay_base(
     finally:
         os.close(image)
     root = f"{BASE}/root"
+    os.mkdir(OVER, 0o755)
+    lay_over(OVER, entries)
     os.mkdir(root, 0o755)
     make_skeleton(root, links)
     for entry in entries:

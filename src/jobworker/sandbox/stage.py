@@ -11,16 +11,17 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from jobworker.errors import SandboxError
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk_images import Workshop
-from jobworker.sandbox.plan import View
+from jobworker.sandbox.plan import Order, View
 
 ROOT, SCRATCH = "/root", "/scratch"
 """Where a job's root is mounted, and the service's directory for what jobs write."""
 READ_ONLY = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
 
 EMPTY = (
-    *("dev", "proc", "sys", "run", "home", "mnt", "media", "srv", "opt", "boot"),
+    *("home", "mnt", "media", "srv", "opt", "boot"),
     *("var/cache", "var/lib", "var/local", "var/log", "var/mail", "var/opt", "var/spool"),
 )
 """Directories of every root."""
@@ -35,6 +36,26 @@ class Stage(NamedTuple):
     workshop: Workshop | None
     gaps: tuple[str, ...]
     """What this costs in isolation, in words."""
+    runtimes: Mapping[str, View]
+    """Views of other root trees, by name."""
+
+    def view_for(self, order: Order | None) -> View:
+        """The view that an order asks for. Raises SandboxError where there is none."""
+        if order is None:
+            return self.view
+        if self.workshop is None and (order.disk_bytes or order.volumes):
+            raise SandboxError(
+                "cannot bound what the job writes to disk without root's rights",
+                remedy="ask for no disk limit and no volume, or run the service as root",
+                data={"step": "mount-disk"},
+            )
+        if not order.runtime:
+            return self.view
+        if order.runtime not in self.runtimes:
+            raise SandboxError(
+                f"there is no runtime {order.runtime!r}", data={"step": "mount-overlay"}
+            )
+        return self.runtimes[order.runtime]
 
     def left_over(self) -> list[str]:
         """What an earlier launcher left where jobs' directories are made."""
@@ -71,13 +92,20 @@ def move_to(stage: str, mounts: Mapping[str, int], directories: Iterable[str]) -
     os.chdir("/")
 
 
+def make_mount_points(root: str) -> None:
+    """Make in an empty directory what is mounted upon, and what every job may write to."""
+    for name in ("dev", "proc", "sys", "run"):
+        os.mkdir(f"{root}/{name}", 0o755)
+    for name, mode in WITH_MODES.items():
+        os.makedirs(f"{root}/{name}", 0o755)
+        os.chmod(f"{root}/{name}", mode)
+
+
 def make_skeleton(root: str, links: Mapping[str, str]) -> None:
     """Fill an empty directory with what every root has."""
+    make_mount_points(root)
     for name in EMPTY:
         os.makedirs(f"{root}/{name}", 0o755)
-    for name, mode in WITH_MODES.items():
-        os.mkdir(f"{root}/{name}")
-        os.chmod(f"{root}/{name}", mode)
     for name, target in {**links, **LINKS}.items():
         os.makedirs(os.path.dirname(f"{root}/{name}"), 0o755, exist_ok=True)
         os.symlink(target, f"{root}/{name}")

@@ -35,6 +35,8 @@ class Context:
 
     supervisor: Supervisor
     host: HostFacts
+    runtimes: frozenset[str]
+    """The names of those that the configuration has."""
     gate: Gate
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
@@ -58,6 +60,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
     if params.job.timeout_seconds == 0:
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     _check_against_host(params.job.limits, context.host)
+    _check_runtime(params.job.runtime, context.runtimes)
     execution = await context.supervisor.submit(params.job, caller.identity.common_name)
     if execution.start_error is not None:
         error = execution.start_error
@@ -70,6 +73,16 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
         subscription = opened.number
     return m.RunResult(job=execution.record, subscription=subscription)
+
+
+def _check_runtime(name: str, known: frozenset[str]) -> None:
+    if name and name not in known:
+        raise InvalidParams(
+            f"cannot run the command: runtime: there is no {name!r} here",
+            remedy="ask for one of " + ", ".join(sorted(known))
+            if known
+            else "ask for none: the server's configuration has no [runtimes]",
+        )
 
 
 def _check_against_host(limits: Limits, host: HostFacts) -> None:

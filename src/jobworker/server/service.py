@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from jobworker.config import MEBIBYTE, Settings
 from jobworker.config_roles import role_table
@@ -51,10 +51,11 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _rules(settings: Settings) -> Rules:
+def _rules(settings: Settings, *, bounds_disks: bool) -> Rules:
     worker = settings.worker
+    disk = settings.sandbox.disk_limit * MEBIBYTE if bounds_disks else None
     return Rules(
-        defaults=worker.default_limits,
+        defaults=evolve(worker.default_limits, disk_bytes=disk),
         timeout_seconds=parse_duration(worker.job_timeout),
         stop_grace_seconds=parse_duration(worker.stop_grace),
         at_max_output=worker.at_max_output,
@@ -100,7 +101,7 @@ async def serve(prepared: Prepared) -> None:
                 history=history,
                 archive=archive,
                 spools=spools,
-                rules=_rules(settings),
+                rules=_rules(settings, bounds_disks=prepared.launcher.bounds_disks),
                 clock=_now,
                 max_running=settings.worker.max_concurrent_jobs,
                 max_waiting=settings.worker.max_waiting_jobs,
@@ -118,6 +119,7 @@ async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: 
     context = Context(
         supervisor=supervisor,
         host=read_host_facts(),
+        runtimes=frozenset(prepared.settings.runtimes),
         gate=gate,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
     )

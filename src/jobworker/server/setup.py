@@ -185,6 +185,7 @@ def policy_for(settings: Settings, state: Path) -> Policy:
         tmpfs_bytes=sandbox.tmpfs_limit * MEBIBYTE,
         filters=load_filters(sandbox.seccomp_profile),
         disk_bytes=sandbox.disk_limit * MEBIBYTE,
+        runtimes={name: runtime.path for name, runtime in settings.runtimes.items()},
     )
 
 

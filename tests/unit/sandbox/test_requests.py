@@ -27,6 +27,9 @@ SPAWN: dict[str, object] = {
     "cpu_percent": 100,
     "memory_bytes": 1 << 20,
     "io_bps": 0,
+    "disk_bytes": 0,
+    "runtime": "",
+    "volumes": [],
     "pids": 5,
 }
 
