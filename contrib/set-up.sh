@@ -52,10 +52,12 @@ if [ -z "$python" ]; then
     }
 fi
 need 'command -v ps' procps
-# A test compiles a program of two system calls.
+# Attacks are compiled, and real tools run, by the tests.
 need 'command -v gcc' gcc
 # The trampoline's source is assembled anew by a test, for both machines.
 need 'command -v aarch64-linux-gnu-as || test "$(uname -m)" = aarch64' binutils-aarch64-linux-gnu
+need 'PATH=$PATH:/usr/sbin:/sbin; command -v capsh' libcap2-bin
+need 'command -v stress-ng' stress-ng
 need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
 # Tests run jobs in root trees of these.
 need 'command -v busybox' busybox-static

@@ -15,6 +15,7 @@ import pytest
 from jobworker.cli.embedded import Embedded
 
 from ...integration.wire import Refused, Wire
+from .conftest import Targets
 
 # --- descriptors, CVE-2024-21626 ----------------------------------------------------------------
 
@@ -145,6 +146,13 @@ async def test_no_file_of_the_service_is_mounted(admin: Wire, service: Embedded)
     own = [source for source in sources if str(service.directory) in source]
     allowed = re.compile(rf"{service.directory}/state/scratch/job-\S+")
     assert all(allowed.fullmatch(source) for source in own), own
+
+
+async def test_control_groups_tell_nothing(admin: Wire, targets: Targets) -> None:
+    out, _, _ = await admin.run("cat", "/proc/self/cgroup", "/proc/1/cgroup")
+    assert {line.split(":", 2)[2] for line in out.splitlines()} == {"/"}
+    outside = Path(f"/proc/{targets.processes['neighbour']}/cgroup").read_text()
+    assert "/job-" in outside, "the control: the host sees a job's own groups"
 
 
 # --- left for the next job ----------------------------------------------------------------------

@@ -49,6 +49,23 @@ async def test_capability_sets_are_as_promised(admin: Wire) -> None:
     assert int(own["CapEff"], 16) & ~KEPT, "the control: root outside has more"
 
 
+async def test_signals_session_and_limits_are_as_promised(admin: Wire) -> None:
+    script = "import os; print(os.getsid(0)); print(open('/proc/self/limits').read())"
+    out, _, _ = await admin.run("cat", "/proc/self/status")
+    status = statuses(out)
+    assert (status["SigIgn"], status["SigBlk"]) == ("0" * 16, "0" * 16)
+    own = statuses(Path(f"/proc/{os.getpid()}/status").read_text())
+    assert int(own["SigIgn"], 16), "the control: Python, as the launcher's, ignores some"
+    out, _, _ = await admin.run("/usr/bin/python3", "-c", script)
+    assert out.splitlines()[0] == "1", "the leader of a session of its own"
+    limits = dict(re.findall(r"^Max (\S+(?: \S+)*?) {2,}\S+ +(\S+)", out, re.M))
+    assert limits["core file size"] == "0"
+    assert limits["msgqueue size"] == "819200"
+    assert (limits["nice priority"], limits["realtime priority"]) == ("0", "0")
+    assert int(limits["open files"]) <= 524_288
+    assert int(limits["locked memory"]) <= 8 << 20
+
+
 async def test_capabilities_cannot_be_raised_again(admin: Wire) -> None:
     script = (
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
