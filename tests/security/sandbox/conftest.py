@@ -36,6 +36,8 @@ __all__ = ["_needs_root", "admin", "open_directory", "service"]
 
 HERE = Path(__file__).parent
 PROFILE = HERE.parents[2] / "etc" / "seccomp.toml"
+NEIGHBOUR = str(1_000_000 + os.getpid())
+"""How long the job sleeps that is attacked; no other run of these tests says the same."""
 MODULES = ("attempts_files", "attempts_calls")
 
 
@@ -124,7 +126,7 @@ def targets(service: Embedded) -> Iterator[Targets]:
             "canary": process.pid,
             "service": service.process.pid,
             "launcher": child_of(guard),
-            "neighbour": _pid_of(b"sleep\x00100001\x00"),
+            "neighbour": _pid_of(f"sleep\0{NEIGHBOUR}\0".encode()),
         }
         yield Targets(canary=canary, processes=processes, abstract=abstract, socket=path)
         assert canary.read_text() == "canary\n"
@@ -134,7 +136,7 @@ def targets(service: Embedded) -> Iterator[Targets]:
 
 async def _start_neighbour(service: Embedded) -> int:
     async with open_wire(service) as wire:
-        return await wire.start("sleep", "100001")
+        return await wire.start("sleep", NEIGHBOUR)
 
 
 async def _stop(service: Embedded, job: int) -> None:

@@ -46,7 +46,7 @@ STUBBORN = {
 
 @pytest.mark.parametrize("kind", STUBBORN)
 async def test_stop_ends_everything(admin: Wire, kind: str) -> None:
-    word = f"stubborn-{kind}"
+    word = f"stubborn-{kind}-{os.getpid()}"
     program = f"{STUBBORN[kind]}\nprint('ready', flush=True)\nimport time\ntime.sleep(1000)"
     spec = {"command": ["python3", "-c", program, word], "limits": {"processes": 100}}
     result = await admin.call("job.run", job=spec, follow={})
@@ -118,7 +118,7 @@ async def test_service_killed_at_any_moment_leaves_nothing(
 ) -> None:
     directory = open_directory()
     for number in range(40 if SOAK else 1):
-        word = f"killed-{moment}-{number}"
+        word = f"killed-{moment}-{number}-{os.getpid()}"
         script = f"exec -a {word} sleep {0.02 if moment == 'as_it_ends' else 1000}"
         async with open_embedded(directory) as service:
             async with open_wire(service) as wire, trio.open_nursery() as nursery:

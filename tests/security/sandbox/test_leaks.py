@@ -157,27 +157,35 @@ async def test_control_groups_tell_nothing(admin: Wire, targets: Targets) -> Non
 
 # --- left for the next job ----------------------------------------------------------------------
 
-MAKE_IPC = """
+LEFT = f"left-canary-{os.getpid()}"
+
+
+def for_this_run(source: str) -> str:
+    """With names of this run's own: another one may go on beside it."""
+    return source.replace("KEY", f"0x4A{os.getpid():06X}").replace("left-canary", LEFT)
+
+
+MAKE_IPC = for_this_run("""
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
-key = 0x4A4F42
+key = KEY
 print(libc.shmget(key, 4096, 0o1666) >= 0, libc.semget(key, 1, 0o1666) >= 0,
       libc.msgget(key, 0o1666) >= 0, libc.mq_open(b"/left-canary", 0o102, 0o666, None) >= 0)
-"""
-LEAVE = """
+""")
+LEAVE = for_this_run("""
 import os
 for place in ("/tmp", "/var/tmp", "/dev/shm", "/run", "/root", "/workspace"):
     with open(f"{place}/left-canary", "w") as file: file.write("left")
     os.chmod(f"{place}/left-canary", 0o4777)
 libc.syscall(%d, b"user", b"left-canary", b"secret", 6, -3)
 libc.syscall(%d, b"user", b"left-canary", b"secret", 6, -4)
-"""
-LOOK = """
+""")
+LOOK = for_this_run("""
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 found = [place for place in ("/tmp", "/var/tmp", "/dev/shm", "/run", "/root", "/workspace")
          if os.path.exists(f"{place}/left-canary")]
-key = 0x4A4F42
+key = KEY
 if libc.shmget(key, 4096, 0o666) >= 0: found.append("shm")
 if libc.semget(key, 1, 0o666) >= 0: found.append("sem")
 if libc.msgget(key, 0o666) >= 0: found.append("msg")
@@ -187,16 +195,16 @@ for ring in (-3, -4, -5):
         if libc.syscall(%d, 10, ring, b"user", name.encode(), 0) >= 0:
             found.append(f"{name} {ring}")
 print(found)
-"""
-CLEAN = """
+""")
+CLEAN = for_this_run("""
 import ctypes
 libc = ctypes.CDLL(None)
-key = 0x4A4F42
+key = KEY
 libc.shmctl(libc.shmget(key, 4096, 0o666), 0, None)
 libc.semctl(libc.semget(key, 1, 0o666), 0, 0)
 libc.msgctl(libc.msgget(key, 0o666), 0, None)
 libc.mq_unlink(b"/left-canary")
-"""
+""")
 
 
 def numbers() -> tuple[int, int]:
@@ -224,8 +232,8 @@ async def test_keys_are_not_left_for_the_next_job_even_without_the_filter(bare: 
             out, err, _ = await wire.run("python3", "-c", look + leave + look)
             first, _, last = out.splitlines()
             assert first == "[]", err
-            assert "left-canary -3" in last, "the control: within one job the key is found"
-            assert "left-canary -4" in last
+            assert f"{LEFT} -3" in last, "the control: within one job the key is found"
+            assert f"{LEFT} -4" in last
     done = subprocess.run(  # noqa: ASYNC221
         ["/usr/bin/python3", "-c", look], capture_output=True, text=True, check=True
     )
