@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: demo test check bench docs soak mutants lint unit fuzz clean help
+.PHONY: bench-output demo test check bench docs soak mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -57,6 +57,11 @@ fuzz: $(STAMP)
 		$(BIN)/python $$file -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1 \
 			-artifact_prefix=.fuzz/$$name- .fuzz/$$name fuzz/seeds/$$name || exit 1; \
 	done
+
+#: make bench-output   time output beside raw TLS and gRPC (about five minutes)
+bench-output: $(STAMP)
+	@$(BIN)/python -c 'import grpc' 2>/dev/null || $(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python -m bench.output
 
 #: make clean   remove what the others made
 clean:

@@ -13,10 +13,11 @@ from attrs import define, field, frozen
 
 from jobworker.errors import InternalError, JobworkerError, error_classes
 from jobworker.model.job import JobRecord, Stream
+from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd
 from jobworker.protocol.session import Output
 
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 32 * PIECE_BYTES
 _GRANT_BYTES = WINDOW_BYTES // 4
 
 DELIVERY = Delivery(encoding=Encoding.BINARY, credit_bytes=WINDOW_BYTES)

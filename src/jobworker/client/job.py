@@ -148,10 +148,9 @@ class JobOutput:
     record: JobRecord | None = field(default=None, init=False)
     """The job at the end of its output; None before."""
 
-    @property
-    def offset(self) -> int:
-        """Position after the last chunk, in both streams together: where to go on."""
-        return self._params.offset
+    offset: int = field(default=0, init=False)
+    """Position after the last chunk, in both streams together: where to go on."""
+    _begun: bool = field(default=False, init=False)
 
     def close(self) -> None:
         """End the subscription; a second call does nothing."""
@@ -176,12 +175,12 @@ class JobOutput:
     async def __anext__(self) -> Chunk:
         while self.record is None:
             if self._following is None:
-                self._following = await self._client.open_following(self._params)
-                self._go_on_at(self._following.offset)
+                self._following = await self._client.open_following(self._rest())
+                self.offset, self._begun = self._following.offset, True
             try:
                 chunk = await anext(self._following)
             except StopAsyncIteration:
-                self._go_on_at(self._following.offset)
+                self.offset = self._following.offset
                 self.record = self._following.record
                 self.close()
             except FollowerStalled:  # it was the consumer that paused: go on
@@ -191,12 +190,14 @@ class JobOutput:
                 if self._on_break is not None:
                     self._on_break(lost, self.offset)
             else:
-                self._go_on_at(self._following.offset)
+                self.offset = self._following.offset
                 return chunk
         raise StopAsyncIteration
 
-    def _go_on_at(self, offset: int) -> None:
-        """Have a later subscription begin there, whatever the first began with."""
-        self._params = evolve(
-            self._params, offset=offset, tail_lines=None, since=None, since_seconds=None
+    def _rest(self) -> m.LogParams:
+        """What to ask for: once begun, what follows, whatever it began with."""
+        if not self._begun:
+            return self._params
+        return evolve(
+            self._params, offset=self.offset, tail_lines=None, since=None, since_seconds=None
         )

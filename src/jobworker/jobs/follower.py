@@ -4,8 +4,8 @@ It holds no output: what it has not read stays in the files, however far behind 
 of waking is in `spool`, whose `follow` makes followers.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 import trio
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Follower:
     """A reader of a log that grows: an offset, and a token that says when to look again.
 
-    One task's: a second one that calls `receive` meanwhile gets trio.BusyResourceError.
+    One task's: a second one that reads or waits meanwhile gets trio.BusyResourceError.
     """
 
     _spool: "Spool"
@@ -43,29 +43,34 @@ class Follower:
 
         Without `wait` None is also the end of what there is now.
         Cancellation loses nothing: the next call gives what this one would have given. Raises
-        trio.ClosedResourceError once closed, OutputError where the disk fails.
+        trio.BusyResourceError while another task receives, trio.ClosedResourceError once closed,
+        OutputError where the disk fails.
         """
-        if self._busy:
-            raise trio.BusyResourceError("another task receives from this follower")
-        view = evolve(self._view, max_bytes=max_bytes)
-        self._busy = True
-        try:
-            await trio.lowlevel.checkpoint()
-            return await self._next(view, wait)
-        finally:
-            self._busy = False
-
-    async def _next(self, view: View, wait: bool) -> Chunk | None:
-        while self.behind or (wait and await self._wait_for_more()):
-            place = self._place or await self._spool.find(self._start)
-            chunk, after = await self._spool.read(place, view)
-            self._check_open()
-            self._place = after
+        await trio.lowlevel.checkpoint()
+        while self.behind or (wait and await self.wait_for_more()):
+            chunk = await self.read(max_bytes)
             if chunk is not None:
                 return chunk
-            await trio.lowlevel.checkpoint()  # a long way through the other stream
         self._check_open()
         return None
+
+    async def read(self, max_bytes: int = CHUNK_BYTES) -> Chunk | None:
+        """Read the next of what is there now, as `receive`; None where nothing is to be seen.
+
+        What the page cache holds is read without a checkpoint: for callers that have their own.
+        """
+        with self._alone():
+            while self.behind:
+                place = self._place or await self._spool.find(self._start)
+                view = evolve(self._view, max_bytes=max_bytes)
+                chunk, after = await self._spool.read(place, view)
+                self._check_open()
+                self._place = after
+                if chunk is not None:
+                    return chunk
+                await trio.lowlevel.checkpoint()  # a long way through the other stream
+            self._check_open()
+            return None
 
     @property
     def behind(self) -> bool:
@@ -75,30 +80,31 @@ class Follower:
     async def wait_for_more(self) -> bool:
         """Wait until there is more in the log, in whichever stream; False is the sealed log's end.
 
-        Reads nothing, and raises as `receive` does.
+        Reads nothing, has a checkpoint only where it waits, and raises as `receive` does.
         """
+        with self._alone():
+            self._check_open()
+            while not self.behind:
+                if self._spool.sealed:
+                    return False
+                # No checkpoint between the look and this: see the module's theory.
+                self._spool.await_poke(self)
+                try:
+                    await self._poked.receive()
+                finally:
+                    self._spool.cancel_poke(self)
+                self._check_open()
+            return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         if self._busy:
             raise trio.BusyResourceError("another task receives from this follower")
         self._busy = True
         try:
-            await trio.lowlevel.checkpoint()
-            return await self._wait_for_more()
+            yield
         finally:
             self._busy = False
-
-    async def _wait_for_more(self) -> bool:
-        self._check_open()
-        while not self.behind:
-            if self._spool.sealed:
-                return False
-            # No checkpoint between the look and this: see the module's theory.
-            self._spool.await_poke(self)
-            try:
-                await self._poked.receive()
-            finally:
-                self._spool.cancel_poke(self)
-            self._check_open()
-        return True
 
     def _check_open(self) -> None:
         if self._closed:

@@ -228,7 +228,7 @@ class OutputFiles:
         with disk_errors("read"):
             return self._read_record(number)
 
-    def read_stream(self, stream: Stream, offset: int, size: int) -> bytes:
+    def read_stream(self, stream: Stream, offset: int, size: int) -> bytes | bytearray:
         """`size` bytes of one stream from `offset` of its file on, all of them recorded."""
         with disk_errors("read"):
             return self._read(self._data[stream], size, offset, nowait=False)
@@ -284,7 +284,7 @@ class OutputFiles:
         chunk = Chunk(stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data)
         return chunk, after
 
-    def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes:
+    def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes | bytearray:
         """All `size` bytes, or with `nowait` at least one of them."""
         if not nowait:
             data = os.pread(fd, size, offset)
@@ -303,7 +303,8 @@ class OutputFiles:
             raise
         if not count:
             raise BlockingIOError  # past the end of the file: let the thread find the words
-        return bytes(memoryview(buffer)[:count])
+        del buffer[count:]
+        return buffer
 
 
 def seal_output(directory: Path) -> None:

@@ -23,7 +23,7 @@ from jobworker.model.job import Stream
 
 RECORD = struct.Struct("<qQQQ")  # time_ns, stdout_bytes, stderr_bytes, discarded_bytes
 BLOCK_RECORDS = 1024  # planned over at a time: 32 KiB, well under a millisecond
-CHUNK_BYTES = 65_526  # with a WebSocket header of 10 bytes, four whole TLS records
+CHUNK_BYTES = 65_536
 
 
 BOTH = frozenset(Stream)
@@ -38,7 +38,7 @@ class Chunk:
     """The merged offset of the first byte."""
     time_ns: int
     """When the record of the first byte was made, in nanoseconds since the epoch."""
-    data: bytes
+    data: bytes | bytearray
     shared: dict[object, object] = field(factory=dict, eq=False, repr=False)
     """What readers made of it, for others who stand at the same place; gone with the chunk."""
 

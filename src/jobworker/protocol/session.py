@@ -19,6 +19,8 @@ it is answered, is the caller's business.
 
 import base64
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from attrs import define, field, frozen
@@ -33,6 +35,8 @@ from jobworker.errors import (
     UnknownMethod,
     error_from_wire,
 )
+from jobworker.model.job import Stream
+from jobworker.protocol.frames import encode_binary
 from jobworker.protocol.messages import OutputEnd, OutputHeader
 from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END, Method
 
@@ -41,6 +45,8 @@ T = TypeVar("T")
 MAX_IN_FLIGHT = 128
 MAX_ID_LENGTH = 128
 MAX_HEADER_BYTES = 4096
+
+_HEADER_TYPES = {"subscription": int, "stream": str, "offset": int, "time": str}
 
 CallId = str | int | float | None
 
@@ -118,18 +124,24 @@ class ServerSession:
         return dumps({"jsonrpc": "2.0", "id": id_, "error": body})
 
 
-def encode_output(header: OutputHeader, data: bytes, *, binary: bool) -> str | bytes:
-    """The message for a piece of output."""
+def encode_output(header: OutputHeader, data: bytes | bytearray) -> str:
+    """The message for a piece of output, in base64."""
+    text = base64.b64encode(data).decode("ascii")
+    return f'{{"jsonrpc":"2.0",{_told(header)},"data":"{text}"}}}}'
+
+
+def frame_output(header: OutputHeader, data: bytes | bytearray) -> bytes:
+    """The binary message for a piece of output, in its frame."""
+    return encode_binary(f"{{{_told(header)}}}}}\n".encode("ascii"), data)
+
+
+def _told(header: OutputHeader) -> str:
     # By hand: nothing in it needs escaping, and it is made for every piece.
-    told = (
+    return (
         f'"method":"{OUTPUT}","params":{{"subscription":{header.subscription},'
         f'"stream":"{header.stream.value}","offset":{header.offset},'
         f'"time":"{header.time.isoformat()}"'
     )
-    if binary:
-        return b"".join((b"{", told.encode("ascii"), b"}}\n", data))
-    text = base64.b64encode(data).decode("ascii")
-    return f'{{"jsonrpc":"2.0",{told},"data":"{text}"}}}}'
 
 
 def encode_output_end(end: OutputEnd) -> str:
@@ -172,19 +184,14 @@ class ClientSession:
         """A notification's message."""
         return dumps({"jsonrpc": "2.0", "method": name, "params": unstructure(params)})
 
-    def receive(self, message: str | bytes) -> Reply | Output | OutputEnd | None:
+    def receive(self, message: str | bytes | memoryview) -> Reply | Output | OutputEnd | None:
         """What the server says; None for notifications that this client does not know.
 
-        Raises ProtocolError where the server does not keep to the protocol.
+        Nothing of a view is kept. Raises ProtocolError where the server does not keep to the
+        protocol.
         """
-        if isinstance(message, bytes):
-            head, newline, data = message.partition(b"\n")
-            if not newline or len(head) > MAX_HEADER_BYTES:
-                raise ProtocolError("cannot read a binary message: it has no header line")
-            body = _object(head.decode("utf-8", "replace"))
-            if body.get("method") != OUTPUT:
-                return None
-            return Output(_taken(OutputHeader, body.get("params")), data)
+        if not isinstance(message, str):
+            return _output(message)
         body = _object(message)
         if "method" not in body:
             return self._reply(body)
@@ -212,6 +219,37 @@ class ClientSession:
         method = self._methods.pop(id_)
         result = None if error is not None else _taken(method.result, body.get("result"))
         return Reply(id_, result, error)
+
+
+def _output(message: bytes | memoryview) -> Output | None:
+    """A piece of output in a binary message."""
+    head, newline, _ = bytes(message[: MAX_HEADER_BYTES + 1]).partition(b"\n")
+    if not newline:
+        raise ProtocolError("cannot read a binary message: it has no header line")
+    body = _object(head.decode("utf-8", "replace"))
+    if body.get("method") != OUTPUT:
+        return None
+    return Output(_header_of(body.get("params")), bytes(message[len(head) + 1 :]))
+
+
+def _header_of(params: object) -> OutputHeader:
+    """The header; by hand where it is as we send it, since each piece has one."""
+    if not (
+        isinstance(params, dict)
+        and params.keys() == _HEADER_TYPES.keys()
+        and all(type(params[name]) is kind for name, kind in _HEADER_TYPES.items())
+    ):
+        return _taken(OutputHeader, params)
+    with suppress(ValueError):
+        time, stream = datetime.fromisoformat(params["time"]), Stream(params["stream"])
+        if time.tzinfo is UTC:
+            return OutputHeader(
+                subscription=params["subscription"],
+                stream=stream,
+                offset=params["offset"],
+                time=time,
+            )
+    return _taken(OutputHeader, params)
 
 
 def _object(message: str | bytes, *, bounded: bool = False) -> dict[str, object]:

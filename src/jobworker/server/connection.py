@@ -31,6 +31,7 @@ from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import MAX_IN_FLIGHT, Call, Refusal, ServerSession
 from jobworker.server import operations
 from jobworker.server.door import Door, Visitor
+from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
 from jobworker.server.http_head import (
     CLOSE_SECONDS,
@@ -151,7 +152,7 @@ async def _serve_websocket(
                 max_message_size=MAX_MESSAGE_BYTES,
                 receive_buffer_size=RECEIVE_BYTES,
             )
-            socket_ = await request.accept(subprotocol=SUBPROTOCOL)
+            socket_ = FramedSocket(await request.accept(subprotocol=SUBPROTOCOL), stream)
         log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
         connection = _Connection(socket_, who, context)
         nursery.start_soon(connection.end_with, visitor)
@@ -163,7 +164,7 @@ async def _serve_websocket(
             nursery.cancel_scope.cancel()
 
 
-async def _say_goodbye(socket_: trio_websocket.WebSocketConnection, reason: str) -> None:
+async def _say_goodbye(socket_: FramedSocket, reason: str) -> None:
     """Close, and tell a client that has to go why (RFC 6455, 7.4.1: 1008 is a policy's doing)."""
     seconds = DISMISSAL_SECONDS if reason else CLOSE_SECONDS
     with trio.move_on_after(seconds, shield=True):
@@ -177,7 +178,7 @@ async def _say_goodbye(socket_: trio_websocket.WebSocketConnection, reason: str)
 class _Connection:
     """A client that has been let in."""
 
-    _socket: trio_websocket.WebSocketConnection
+    _socket: FramedSocket
     _who: Identity
     _context: operations.Context
     _session: ServerSession = field(factory=ServerSession)

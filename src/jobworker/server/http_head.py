@@ -32,6 +32,7 @@ class PrefixStream(trio.abc.Stream):
     def __init__(self, inner: trio.abc.Stream, prefix: bytes) -> None:
         self._inner, self._prefix = inner, prefix
         self.closed = trio.Event()
+        self._sending = trio.StrictFIFOLock()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See trio.abc.ReceiveStream."""
@@ -43,8 +44,15 @@ class PrefixStream(trio.abc.Stream):
         return given
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See trio.abc.SendStream."""
-        await self._inner.send_all(data)
+        """See trio.abc.SendStream; several tasks may call it, and each sends its piece whole."""
+        try:
+            self._sending.acquire_nowait()  # a checkpoint less, for each of many pieces
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            await self._inner.send_all(data)
+        finally:
+            self._sending.release()
 
     async def wait_send_all_might_not_block(self) -> None:
         """See trio.abc.SendStream."""

@@ -17,17 +17,19 @@ from attrs import define, field
 
 from jobworker.errors import FollowerStalled, InvalidParams, JobworkerError, TooManyFollows
 from jobworker.jobs.follower import Follower
-from jobworker.jobs.output_index import CHUNK_BYTES, Chunk
+from jobworker.jobs.output_index import Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobRecord
 from jobworker.model.units import format_duration, from_nanoseconds
+from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
-from jobworker.protocol.session import encode_output, encode_output_end
+from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
 
 MAX_SUBSCRIPTIONS = 256
 
 Send = Callable[[str | bytes], Awaitable[None]]
+"""Sends a text message, or a frame that holds a binary one."""
 Show = Callable[[JobRecord], JobRecord]
 """A record as the client may see it."""
 
@@ -57,7 +59,9 @@ class Subscription:
     async def room(self, stall_seconds: float) -> int:
         """Wait until something may be sent: how many bytes. Raises FollowerStalled."""
         if self._credit is None:
-            return CHUNK_BYTES
+            return PIECE_BYTES
+        if self._credit > 0:
+            return min(self._credit, PIECE_BYTES)
         with trio.move_on_after(stall_seconds):
             while self._credit <= 0:
                 self._granted = trio.Event()
@@ -67,20 +71,19 @@ class Subscription:
                 f"cannot go on sending: nothing was taken for {format_duration(stall_seconds)}",
                 remedy="follow again from the offset",
             )
-        return min(self._credit, CHUNK_BYTES)
+        return min(self._credit, PIECE_BYTES)
 
     def message(self, chunk: Chunk) -> str | bytes:
         """The message for a chunk, which takes up its share of the credit."""
         if self._credit is not None:
             self._credit -= len(chunk.data)
         if self.encoding is Encoding.TEXT:  # what it is depends on what came before
-            return self.text.encode(self._header(chunk), chunk.data)
+            return self.text.encode(self._header(chunk), bytes(chunk.data))
         key = (self.number, self.encoding)
         found = chunk.shared.get(key)
         if found is None:
-            binary = self.encoding is Encoding.BINARY
-            found = encode_output(self._header(chunk), chunk.data, binary=binary)
-            chunk.shared[key] = found
+            encode = frame_output if self.encoding is Encoding.BINARY else encode_output
+            found = chunk.shared[key] = encode(self._header(chunk), chunk.data)
         assert isinstance(found, str | bytes)
         return found
 
@@ -177,7 +180,7 @@ class Subscriptions:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
-                chunk = await subscription.follower.receive(room, wait=False)
+                chunk = await subscription.follower.read(room)
                 if chunk is not None:
                     await self._send(subscription.message(chunk))
             for message in subscription.text.flush(subscription.follower.offset):

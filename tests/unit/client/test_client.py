@@ -24,16 +24,26 @@ from jobworker.errors import (
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
+from jobworker.protocol.frames import read_header
 from jobworker.protocol.session import (
     Call,
     ServerSession,
-    encode_output,
     encode_output_end,
+    frame_output,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SPEC = JobSpec(command=("true",))
 RECORD = JobRecord(id=JobId(7), spec=SPEC, owner="ann", state=State.RUNNING, created_at=NOW)
+
+
+def payload_of(frame: bytes) -> bytes:
+    """A message without the header of its frame."""
+    header = read_header(memoryview(frame))
+    assert header is not None
+    assert header.whole_binary_message
+    assert header.size == len(frame)
+    return frame[header.header_bytes :]
 
 
 @define(eq=False)
@@ -58,7 +68,7 @@ class Peer:
         header = m.OutputHeader(
             subscription=subscription, stream=Stream.STDOUT, offset=offset, time=NOW
         )
-        self.to_client.send_nowait(encode_output(header, data, binary=True))
+        self.to_client.send_nowait(payload_of(frame_output(header, data)))
 
     def end(self, subscription: int, offset: int, **error: str) -> None:
         end = m.OutputEnd(

@@ -264,7 +264,7 @@ async def test_idle_follower_is_woken_and_busy_one_is_not_poked(spool: Spool) ->
     got: list[bytes] = []
 
     async def follow(follower: Follower) -> None:
-        got.extend([chunk.data async for chunk in follower])
+        got.extend([bytes(chunk.data) async for chunk in follower])
 
     with spool.follow() as follower, spool.follow() as stalled:
         async with trio.open_nursery() as nursery:

@@ -21,6 +21,7 @@ from jobworker.errors import (
 )
 from jobworker.model.job import JobId
 from jobworker.protocol import messages as m
+from jobworker.protocol.frames import read_header
 from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END
 from jobworker.protocol.session import (
     MAX_HEADER_BYTES,
@@ -33,6 +34,7 @@ from jobworker.protocol.session import (
     ServerSession,
     encode_output,
     encode_output_end,
+    frame_output,
 )
 
 from ..strategies import any_text, examples, objects_with, plain_values, texts
@@ -117,9 +119,15 @@ def test_replies_may_come_in_any_order(wanted: list[str], data: st.DataObject) -
 @examples(max_examples=100)
 @given(headers, st.binary(max_size=200), st.booleans())
 def test_output_arrives_as_it_was_sent(header: m.OutputHeader, data: bytes, binary: bool) -> None:
-    message = encode_output(header, data, binary=binary)
-    assert isinstance(message, bytes) == binary
-    assert ClientSession().receive(message) == Output(header, data)
+    if not binary:
+        assert ClientSession().receive(encode_output(header, data)) == Output(header, data)
+        return
+    frame = memoryview(frame_output(header, data))
+    found = read_header(frame)
+    assert found is not None
+    assert found.whole_binary_message
+    assert found.size == len(frame)
+    assert ClientSession().receive(frame[found.header_bytes :]) == Output(header, data)
 
 
 @examples(max_examples=60)

@@ -1,0 +1,65 @@
+"""WebSocket frames (RFC 6455, section 5), as far as large output needs them to be fast.
+
+wsproto speaks the protocol: handshake, text, control frames, fragments, masks, and what is wrong.
+Output comes in binary messages of a frame each, a few hundred kilobytes long, and there its
+copies and its layers of generators were most of what a byte cost. So whoever sends makes such
+frames here, once for all who get them, and whoever receives looks at each frame's header: a whole
+binary message is taken as it stands in the buffer, everything else goes to wsproto, frame by frame.
+"""
+
+import struct
+
+from attrs import frozen
+
+BINARY, FINAL, MASKED = 0x2, 0x80, 0x80
+PIECE_BYTES = 16 * 16_384 - 10 - 182
+"""Output in one message: with the frame's header and the message's own line, which is shorter than
+that, a whole number of TLS records (RFC 8446, section 5.1), the last one nearly full."""
+
+
+def encode_binary(*payload: bytes | bytearray) -> bytes:
+    """A whole binary message in one unmasked frame, a server's; its payload comes in parts."""
+    size = sum(map(len, payload))
+    if size < 126:
+        header = struct.pack("!BB", FINAL | BINARY, size)
+    elif size < 1 << 16:
+        header = struct.pack("!BBH", FINAL | BINARY, 126, size)
+    else:
+        header = struct.pack("!BBQ", FINAL | BINARY, 127, size)
+    return b"".join((header, *payload))
+
+
+@frozen
+class FrameHeader:
+    """What the first bytes of a frame say."""
+
+    first: int
+    """FIN, the reserved bits and the opcode, as they stand there."""
+    masked: bool
+    header_bytes: int
+    payload_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole frame."""
+        return self.header_bytes + self.payload_bytes
+
+    @property
+    def whole_binary_message(self) -> bool:
+        """Whether it is a binary message of its own, neither masked nor extended."""
+        return self.first == FINAL | BINARY and not self.masked
+
+
+def read_header(data: memoryview) -> FrameHeader | None:
+    """The header at the start of `data`; None where more bytes are needed to tell."""
+    if len(data) < 2:
+        return None
+    first, second = data[0], data[1]
+    masked, length = bool(second & MASKED), second & 0x7F
+    size = 2
+    if length >= 126:
+        size = 4 if length == 126 else 10
+        if len(data) < size:
+            return None
+        length = int.from_bytes(data[2:size], "big")
+    return FrameHeader(first, masked, size + (4 if masked else 0), length)
