@@ -173,12 +173,12 @@ class Proxy:
 async def test_follow_goes_on_after_each_break(
     service: Embedded, admin: Wire, command: str
 ) -> None:
-    script = "seq 1 100000; exit 3"
-    expected = "".join(f"{i}\n" for i in range(1, 100_001)).encode()
+    script = "seq 1 500000; exit 3"
+    expected = "".join(f"{i}\n" for i in range(1, 500_001)).encode()
     arguments = ["run", "-f", "sh", "-c", script]
     if command == "log":
         arguments = ["log", "-f", str(await admin.start("sh", "-c", script))]
-    proxy = Proxy(service, cuts=3, bytes_each=150_000)
+    proxy = Proxy(service, cuts=3, bytes_each=700_000)
     async with trio.open_nursery() as nursery:
         await nursery.start(proxy.serve)
         at_proxy = {**service.environment(), "WORKER_SERVER": f"127.0.0.1:{proxy.port}"}
@@ -196,4 +196,4 @@ async def test_follow_goes_on_after_each_break(
     places = [int(n) for n in re.findall(rb"going on from byte (\d+)", done.stderr)]
     assert places == sorted(places)
     assert len(places) == 3
-    assert places[-1] > 150_000
+    assert places[-1] > 700_000

@@ -148,9 +148,12 @@ class JobOutput:
     record: JobRecord | None = field(default=None, init=False)
     """The job at the end of its output; None before."""
 
-    offset: int = field(default=0, init=False)
+    offset: int = field(init=False)
     """Position after the last chunk, in both streams together: where to go on."""
     _begun: bool = field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.offset = self._params.offset
 
     def close(self) -> None:
         """End the subscription; a second call does nothing."""
@@ -190,7 +193,7 @@ class JobOutput:
                 if self._on_break is not None:
                     self._on_break(lost, self.offset)
             else:
-                self.offset = self._following.offset
+                self.offset, self._begun = self._following.offset, True
                 return chunk
         raise StopAsyncIteration
 
