@@ -11,18 +11,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import trio
 from attrs import define, field
 
 from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.config import CONTROLLERS
 from jobworker.convert import loads
-from jobworker.errors import HostUnsupported
 from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox.cgroups import step_into_leaf
+from jobworker.sandbox.host_check import findings as host_findings
+from jobworker.sandbox.probes import Wanted
 from jobworker.server.setup import instance_name
 
-LIMITS = ("--max-cpu=50", "--max-memory=64", "--max-iobps=1000000")
+LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64", "io": "--max-iobps=1000000"}
+_DEFAULT_LIMITS = {
+    "cpu": "default_cpu_limit",
+    "memory": "default_memory_limit",
+    "io": "default_io_limit",
+    "pids": "default_process_limit",
+}
 
 _SPIN = (
     "import time; before, end = time.process_time(), time.monotonic() + 3\n"
@@ -44,7 +54,14 @@ class _Demo:
     """The scenes, and what did not hold."""
 
     service: Embedded
+    missing: Mapping[str, str]
+    """Controllers that this host does not give us, each with the reason."""
     broken: list[str] = field(factory=list)
+
+    @property
+    def limits_asked(self) -> list[str]:
+        """Options for the limits that can be enforced."""
+        return [option for name, option in LIMITS.items() if name not in self.missing]
 
     async def cli(
         self, *arguments: str, role: str = "admin"
@@ -90,18 +107,37 @@ class _Demo:
         )
 
     async def limits(self) -> None:
-        """Each limit, measured."""
-        _say(f"\n--- Limits: {' '.join(LIMITS)}\n")
+        """Each limit, measured; and what is refused where one cannot be enforced."""
+        _say(f"\n--- Limits: {' '.join(self.limits_asked) or 'none that this user can enforce'}\n")
         # Into the page cache, or the first job would read Python itself at the I/O limit.
         await trio.run_process(["/usr/bin/python3", "-c", "import time"])
-        spun = await self.cli("run", "-f", *LIMITS, "python3", "-c", _SPIN)
+        for name, scene in (("cpu", self._cpu), ("io", self._io), ("memory", self._memory)):
+            if name in self.missing:
+                await self._refused(name)
+            else:
+                await scene()
+
+    async def _refused(self, controller: str) -> None:
+        _say(f"  -     {self.missing[controller]}")
+        done = await self.cli("run", LIMITS[controller], "true")
+        self.check(
+            f"so a job that asks for {LIMITS[controller]} is refused",
+            done.returncode != 0 and controller in done.stderr.decode(),
+        )
+
+    async def _cpu(self) -> None:
+        spun = await self.cli("run", "-f", *self.limits_asked, "python3", "-c", _SPIN)
         percent = float(spun.stdout or b"0")
         self.check(f"CPU: 3 s of a busy loop got {percent:.0f} % of a core", 45 <= percent <= 55)
+
+    async def _io(self) -> None:
         began = time.monotonic()
-        await self.cli("run", "-f", *LIMITS, "sh", "-c", _DISK)
+        await self.cli("run", "-f", *self.limits_asked, "sh", "-c", _DISK)
         rate = _DISK_BYTES / (time.monotonic() - began)
         self.check(f"I/O: {_DISK_BYTES} bytes written at {rate:,.0f} bytes/s", rate <= 1_050_000)
-        job = await self.cli("--json", "run", *LIMITS, "python3", "-c", _GREED)
+
+    async def _memory(self) -> None:
+        job = await self.cli("--json", "run", *self.limits_asked, "python3", "-c", _GREED)
         number = str(_field(job.stdout, "id"))
         waited = await self.cli("--json", "wait", number)
         reason, usage = _field(waited.stdout, "reason"), _field(waited.stdout, "usage")
@@ -169,19 +205,15 @@ def _left_behind(service: Embedded) -> list[str]:
 
 async def run_demo(*, stay: bool) -> int:
     """Run the demonstration (or, with `stay`, just the service until Ctrl-C): an exit code."""
-    if os.geteuid() != 0:
-        raise HostUnsupported(
-            "cannot run the demonstration: jobs need namespaces and control groups, "
-            "which root alone may make",
-            remedy="run it as root: sudo make demo",
-        )
+    step_into_leaf()
+    missing = await _missing_controllers()
     directory = Path(tempfile.mkdtemp(prefix="jobworker-demo-", dir="/var/tmp"))
     try:
-        async with open_embedded(directory) as service:
+        async with open_embedded(directory, _settings(missing)) as service:
             if stay:
                 await _stay(service)
                 return 0
-            broken = await _scenes(service)
+            broken = await _scenes(service, missing)
         left = _left_behind(service)
     finally:
         shutil.rmtree(directory)
@@ -194,9 +226,31 @@ async def run_demo(*, stay: bool) -> int:
     return 0
 
 
-async def _scenes(service: Embedded) -> list[str]:
+async def _missing_controllers() -> dict[str, str]:
+    """What of limits this host does not give us, tried for real."""
+    found = await host_findings(Wanted(CONTROLLERS, "", (), tempfile.gettempdir(), 0, 1))
+    limits = {finding.name: finding for finding in found if finding.group == "limits"}
+    tried = {name: limits.get(f"{name} limit") for name in CONTROLLERS}
+    return {
+        name: "user namespaces are missing" if finding is None else finding.detail
+        for name, finding in tried.items()
+        if finding is None or not finding.supported
+    }
+
+
+def _settings(missing: Collection[str]) -> dict[str, dict[str, object]]:
+    """Settings for a service that does without some controllers."""
+    enabled = [name for name in CONTROLLERS if name not in missing]
+    defaults: dict[str, object] = {_DEFAULT_LIMITS[name]: 0 for name in missing}
+    return {"cgroup": {"enable_controllers": enabled}, "worker": defaults} if missing else {}
+
+
+async def _scenes(service: Embedded, missing: Mapping[str, str]) -> list[str]:
     _say(f"A service listens on {service.address}, with certificates of its own.")
-    demo = _Demo(service)
+    gaps = [line.partition("this host: ")[2] for line in service.log_text().splitlines()]
+    for gap in filter(None, gaps):
+        _say(f"  on this host, for this user: {gap}")
+    demo = _Demo(service, missing)
     await demo.processes()
     await demo.limits()
     await demo.follow()

@@ -64,23 +64,20 @@ def main(descriptor: int) -> NoReturn:
     otherwise be the one that it serves; `notify` leads to whoever supervises it: sd_notify(3).
     """
     os.set_inheritable(descriptor, False)
-    ids_beside = None
-    if os.geteuid() != 0:
-        ids_beside = become_root()
     link = socket.socket(fileno=descriptor)
     received = channel.receive(link)
     if received is None:
         sys.exit(1)
     message, passed = received
     carried = _carried(message, passed)
-    _become_first_process([descriptor, *passed], on_its_own="listener" in carried)
     with contextlib.ExitStack() as undo:
         try:
             policy = policy_from(message)
-            ids = Ids(policy.first_uid)
-            if ids_beside is not None:
-                ids = split(ids_beside, policy.max_jobs + policy.spares)
-            tree, nursery = _prepare(policy, ids, undo, has_rights=ids_beside is None)
+            has_rights, ids = os.geteuid() == 0, Ids(policy.first_uid)
+            if not has_rights:
+                ids = split(become_root(), policy.max_jobs + policy.spares)
+            _become_first_process([descriptor, *passed], on_its_own="listener" in carried)
+            tree, nursery = _prepare(policy, ids, undo, has_rights=has_rights)
         except JobworkerError as error:
             if "listener" in carried:
                 print(f"worker: {error}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,9 +1,13 @@
-"""What the service does while it still has root's rights, and how it gives them up.
+"""What the service does before its first client, with root's rights where it has them.
 
 In order: read certificates and key, make the state directory, take its lock, bind the port, start
 the launcher or connect to the one that runs already, become the unprivileged user. Everything that
 may fail does so here, before the first client, with an error that names the remedy; and nothing is
 left behind then.
+
+An ordinary user may run a service too. It stays that user, and so does its launcher, as root of a
+user namespace of its own (`sandbox.own_namespace`); what cannot be enforced then is refused or, at
+the start, logged.
 """
 
 import errno
@@ -14,17 +18,18 @@ import pwd
 import resource
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from attrs import frozen
 
 from jobworker.config import MEBIBYTE, Settings
-from jobworker.errors import AddressUnavailable, ConfigError, HostUnsupported, JobworkerError
+from jobworker.errors import AddressUnavailable, ConfigError, JobworkerError
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.cgroups import step_into_leaf
 from jobworker.sandbox.children import Policy, policy_message
 from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.sandbox.seccomp_filter import load_filters
@@ -50,7 +55,7 @@ SERVICE_USER = "jobworker"
 
 @frozen(kw_only=True)
 class Prepared:
-    """All that needed root's rights."""
+    """All that comes before the first client."""
 
     settings: Settings
     fittings: Fittings
@@ -67,15 +72,10 @@ class Prepared:
 
 
 def prepare(settings: Settings, config: Path | None) -> Prepared:
-    """Do all that needs root, and give root up. Raises JobworkerError; see the module.
+    """Do all that may need root, and give root up. Raises JobworkerError; see the module.
 
     `config` is the file that the settings come from: it is read again at each reload.
     """
-    if os.geteuid() != 0:
-        raise HostUnsupported(
-            "cannot serve: jobs need namespaces and control groups, which root alone may make",
-            remedy="run it as root (it gives root up once it has started)",
-        )
     if settings.worker.jobs_on_exit == "leave" and not settings.launcher.socket:
         raise ConfigError(
             "cannot leave jobs behind (worker.jobs_on_exit): the launcher ends with the service",
@@ -97,6 +97,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         for listener in listeners:
             undo.callback(listener.close)
         policy = policy_for(settings, state)
+        step_into_leaf()
         launcher = _open_launcher(settings, policy)
         undo.callback(launcher.close)
         notifier = Notifier()
@@ -192,6 +193,8 @@ def policy_for(settings: Settings, state: Path) -> Policy:
 def service_ids(settings: Settings) -> tuple[int, int]:
     """The user and group that the service becomes. Raises ConfigError."""
     wanted = settings.worker.user
+    if os.geteuid() != 0:
+        return _own_ids(wanted)
     if wanted == "auto":
         try:
             entry = pwd.getpwnam(SERVICE_USER)
@@ -221,6 +224,20 @@ def service_ids(settings: Settings) -> tuple[int, int]:
             remedy="set worker.user to an unprivileged user, or to 'auto'",
         )
     return entry.pw_uid, entry.pw_gid
+
+
+def _own_ids(wanted: str) -> tuple[int, int]:
+    """Who we are, if that is who `worker.user` wants us to be. Raises ConfigError."""
+    own = os.geteuid()
+    names = {"auto", str(own)}
+    with suppress(KeyError):
+        names.add(pwd.getpwuid(own).pw_name)
+    if wanted not in names:
+        raise ConfigError(
+            f"cannot run the service as user {wanted!r}: only root can become another user",
+            remedy="start it as root or as that user, or set worker.user to 'auto'",
+        )
+    return own, os.getegid()
 
 
 def spool_directory(settings: Settings) -> Path:
@@ -280,9 +297,10 @@ def _give_up_root(uid: int, gid: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
-    os.setgroups([])
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
     os.umask(0o77)
     if 0 in (*os.getresuid(), *os.getresgid()):

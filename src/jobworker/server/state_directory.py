@@ -1,6 +1,6 @@
 """The state directory: what stands where, whose it is, and who has it.
 
-    state_dir/          root's; only the launcher writes what stands directly in it
+    state_dir/          root's, or the user's who runs the service; only the launcher writes here
       lock              held as long as the service lives
       launcher.lock     held as long as the launcher lives
       stage/            where the launcher mounts the jobs' root, in a namespace of its own
@@ -26,14 +26,16 @@ _PAUSE_SECONDS = 0.02
 
 
 def make_state_directory(state: Path) -> None:
-    """Make what is missing of it, for root alone. Raises ConfigError."""
+    """Make what is missing of it, for this user alone. Raises ConfigError."""
+    own = os.geteuid()
     with _state_errors(state):
-        state.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # The unprivileged service has to pass; where there is no other user, nobody has to.
+        state.mkdir(mode=0o700 if own else 0o755, parents=True, exist_ok=True)
         status = state.stat(follow_symlinks=False)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        if status.st_uid != own or status.st_mode & 0o022:
             raise ConfigError(
-                f"cannot use worker.state_dir {state}: others than root may write to it",
-                remedy=f"chown root {state}; chmod 755 {state}",
+                f"cannot use worker.state_dir {state}: others than user {own} may write to it",
+                remedy=f"chown {own} {state}; chmod 755 {state}",
             )
         for name in ("stage", "scratch"):
             (state / name).mkdir(mode=0o700, exist_ok=True)
