@@ -316,7 +316,7 @@ def test_certificates_that_end_soon_or_have_ended(
         Path(path).unlink()
     init_authority(site / "certs", [], now=datetime.now(UTC) - life + timedelta(days=days))
     code, findings = service_findings(write_configuration(site, {}))
-    term = findings["term of the server certificate"]
+    term = findings["end of certificates"]
     assert not term.supported
     assert "renew" in term.remedy
     assert code == (0 if days > 0 else 1)

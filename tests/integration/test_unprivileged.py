@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli.embedded import program, write_configuration
-from jobworker.pki.authority import init_authority
+from jobworker.pki.administration import init_authority
 
 from .ordinary_user import (
     FIRST_SUBUID,

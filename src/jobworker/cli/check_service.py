@@ -9,12 +9,12 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from functools import partial
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jobworker.config import Settings
 from jobworker.errors import ConfigError, JobworkerError
+from jobworker.pki.expiry import WARN_BEFORE, expiry_warnings
 from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
@@ -23,8 +23,6 @@ from jobworker.server.reader import configured_files
 from jobworker.server.setup import bind, listen, service_ids
 
 GROUP = "service"
-WARN_DAYS = 30
-_RENEW = "renew it before: clients refuse a certificate that has ended"
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
@@ -37,10 +35,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield _try("state directory", lambda: _state(settings, running=running))
     yield _try("port", lambda: _port(settings, running=running))
     yield _try("certificates and key", lambda: _certificates(settings))
-    security = settings.security
-    for name, path in (("server", security.server_cert), ("CA", security.ca_cert)):
-        term = partial(_term, Path(path))
-        yield _try(f"term of the {name} certificate", term, needed=False)
+    yield _try("end of certificates", lambda: _terms(settings), needed=False)
     yield _try("mode of the key", lambda: _key_mode(settings), needed=False)
 
 
@@ -137,17 +132,12 @@ def _certificates(settings: Settings) -> str:
     return f"{security.server_cert}, TLS {security.min_tls_version} and newer"
 
 
-def _term(path: Path) -> str:
-    from cryptography import x509
-
-    try:
-        end = x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc
-    except ValueError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    left = end - datetime.now(UTC)
-    if left < timedelta(days=WARN_DAYS):
-        raise ConfigError(f"{path} ends at {end:%Y-%m-%d %H:%M} UTC", remedy=_RENEW)
-    return f"until {end:%Y-%m-%d}, {left.days} days"
+def _terms(settings: Settings) -> str:
+    files = configured_files(settings.security)
+    if warnings := expiry_warnings(files, datetime.now(UTC)):
+        warning, _, remedy = "; ".join(warnings).rpartition("; ")
+        raise ConfigError(warning, remedy=remedy)
+    return f"more than {WARN_BEFORE.days} days from now"
 
 
 def _key_mode(settings: Settings) -> str:
