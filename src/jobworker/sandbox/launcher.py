@@ -90,7 +90,7 @@ def main(descriptor: int) -> NoReturn:
         gc.disable()
         gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
         hello: channel.Message = {"ready": tree.kind, "gaps": gaps, "policy": message}
-        hello["bounds_disks"] = ids_beside is None
+        hello["bounds_disks"] = has_rights
         launcher = Launcher(nursery, policy.spares, hello)
         if "listener" not in carried:
             launcher.serve_one(link)
