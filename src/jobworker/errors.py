@@ -158,6 +158,13 @@ class TooManyFailures(Busy):
     name = "too_many_failures"
 
 
+class QuotaExceeded(Busy):
+    """The caller's quota is used up; `data` says which, its limit, and what is used."""
+
+    code = 1019
+    name = "quota_exceeded"
+
+
 class ShuttingDown(Busy):
     """The service is on its way out and takes no new work."""
 

@@ -16,10 +16,17 @@ from ..integration.conftest import open_directory, running
 
 __all__ = ["open_directory"]
 
-ROLES = {
+ROLES: dict[str, dict[str, object]] = {
     "roles.tenant": {"operations": ["view", "log", "run", "stop", "remove"], "scope": "own"},
     "roles.watcher": {"operations": ["view", "log"], "scope": "own"},
     "roles.blind-runner": {"operations": ["run"], "scope": "own"},
+    "roles.small": {
+        "operations": ["view", "log", "run", "stop", "remove"],
+        "max_jobs": 3,
+        "max_cpu": 100,
+        "max_memory": 64,
+        "max_output": 2,
+    },
     "roles.operator": {"operations": ["view", "stop"], "scope": "all"},
 }
 PEOPLE = {
@@ -28,6 +35,8 @@ PEOPLE = {
     "carol": "watcher",
     "rita": "blind-runner",
     "olga": "operator",
+    "quinn": "small",
+    "quentin": "small",
 }
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 import jobworker
+from jobworker.cli.audit import audit
 from jobworker.cli.certs import certs
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
@@ -98,6 +99,7 @@ async def check(config: Path | None, json: bool) -> int:
 
 
 worker.add_command(certs)
+worker.add_command(audit)
 
 
 @worker.command()

@@ -11,7 +11,7 @@ import sys
 import asyncclick as click
 
 import jobworker
-from jobworker.cli import jobs, output
+from jobworker.cli import jobs, output, session
 from jobworker.cli.console import BROKEN_PIPE, PROGRAM, discard_output, note, tell
 from jobworker.cli.failures import one_line, run_program
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
@@ -103,6 +103,8 @@ for _command in (
     output.rm,
     output.prune,
     jobs.wait,
+    session.whoami,
+    session.ping,
 ):
     worker_cli.add_command(_command)
 

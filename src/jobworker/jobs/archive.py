@@ -6,7 +6,7 @@ which stays; only `remove` takes a job away altogether.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,11 @@ class Archive:
         await self._in_thread(self._kept.load)
         self._budget.count(sum(kept.size for kept in self._kept.all.values()))
         await self.prune()
+
+    def size_of(self, jobs: Iterable[JobId]) -> int:
+        """The bytes on disk of those of `jobs` that have ended and are kept."""
+        kept = self._kept.all
+        return sum(found.size for job in jobs if (found := kept.get(job)) is not None)
 
     def count_live(self, spool: Spool) -> None:
         """Count what a job that goes on has written under an earlier service."""

@@ -24,6 +24,7 @@ from attrs import Factory, define
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
+from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.schema import migrate
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import LIVE, State
@@ -48,6 +49,7 @@ class History:
     """All jobs ever, by id."""
 
     _connection: apsw.Connection
+    _path: Path
     _next_id: int
     unfinished: tuple[JobRecord, ...] = ()
     """Jobs that an earlier service left waiting or alive, as they were when this was opened."""
@@ -69,7 +71,7 @@ class History:
                 connection.pragma("synchronous", "full")
                 migrate(connection, path)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
-                history = cls(connection, int(last or 0) + 1)
+                history = cls(connection, path, int(last or 0) + 1)
                 history.unfinished = tuple(
                     history._select(states=LIVE, owner=None, labels={}, limit=-1, before=None)
                 )
@@ -147,6 +149,16 @@ class History:
                 remedy="check the disk that holds worker.state_dir",
             ) from error
 
+    async def note(self, rows: Sequence[AuditRow]) -> None:
+        """Add rows to the audit log, its table and its file. Raises InternalError."""
+        try:
+            await self._in_thread(partial(self._note, rows))
+        except (apsw.Error, OSError) as error:
+            raise InternalError(
+                f"cannot write the audit log: {error}; {len(rows)} rows are lost",
+                remedy="check the disk that holds worker.state_dir",
+            ) from error
+
     async def jobs_of(self, owner: str) -> frozenset[JobId]:
         """The ids of all jobs of one owner."""
         return await self._in_thread(partial(self._select_ids, owner))
@@ -199,6 +211,12 @@ class History:
                     for r in records
                 ],
             )
+
+    def _note(self, rows: Sequence[AuditRow]) -> None:
+        try:
+            append_lines(self._path.with_name(FILE), rows)
+        finally:  # one of the two is better than none
+            insert_rows(self._connection, rows)
 
     def _delete(self, job: JobId) -> None:
         with self._connection:

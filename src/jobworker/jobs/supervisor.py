@@ -28,11 +28,12 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
+from jobworker.jobs.quota import Use, check_quota
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import Inheritance
-from jobworker.model.access import no_such_job
-from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
+from jobworker.model.access import NO_QUOTA, Quota, no_such_job
+from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, State, advance
 from jobworker.sandbox.link import Link
 
@@ -56,6 +57,8 @@ class Supervisor:
     _change: trio.Event = field(factory=trio.Event, init=False)
     """Set when a job has come to wait, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
+    _arriving: dict[JobId, tuple[str, Limits]] = field(factory=dict, init=False)
+    """Owner and limits of jobs that were admitted and are not live yet."""
     _closing: bool = field(default=False, init=False)
 
     def take_over(self, inheritance: Inheritance) -> None:
@@ -119,13 +122,14 @@ class Supervisor:
             f" ({execution.record.reason.value})" if execution.record.reason else "",
         )
 
-    async def submit(self, spec: JobSpec, owner: str) -> Execution:
+    async def submit(self, spec: JobSpec, owner: str, quota: Quota = NO_QUOTA) -> Execution:
         """Admit a job. Returns once it is recorded and either runs, has failed to, or waits.
 
-        Raises Busy if too many wait already, ShuttingDown at the end of the service, and
-        TooLarge. Once admitted the job goes on, whatever becomes of the caller.
+        Raises Busy if too many wait already, QuotaExceeded, ShuttingDown at the end of the service,
+        and TooLarge. Once admitted the job goes on, whatever becomes of the caller.
         """
         spec.check_size()
+        old = await self._history.jobs_of(owner) if quota.output_bytes else frozenset()
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
         if self._places_taken >= self.max_running + self.max_waiting:
@@ -134,25 +138,42 @@ class Supervisor:
                 f"{self.max_waiting} wait already",
                 remedy="try again later, or raise worker.max_concurrent_jobs",
             )
+        spec = evolve(spec, limits=spec.limits.or_defaults(self._rules.defaults))
+        # From here to where the job is counted there is no checkpoint: two requests cannot both
+        # have the last place.
+        check_quota(quota, self._use_of(owner, old), spec.limits)
         with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
             execution = await self._admit(spec, owner)
         if execution.admitted_at_once:
             await execution.decided.wait()
         return execution
 
+    def _use_of(self, owner: str, jobs: Collection[JobId]) -> Use:
+        """What an owner has; `jobs` are those whose output on disk counts, if it does."""
+        mine = [e for e in self._live.values() if e.record.owner == owner]
+        live = [e.record.spec.limits for e in mine if not e.ended.is_set()]
+        live += [limits for name, limits in self._arriving.values() if name == owner]
+        kept = self._archive.size_of(jobs)
+        for execution in mine:
+            if execution.ended.is_set() and execution.record.id in jobs:  # not kept yet
+                kept += execution.record.stdout_bytes + execution.record.stderr_bytes
+        return Use(tuple(live), kept)
+
     async def _admit(self, spec: JobSpec, owner: str) -> Execution:
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
         job = self._history.take_id()
+        self._arriving[job] = owner, spec.limits
         try:
             spool = await trio.to_thread.run_sync(partial(Spool.create, self._spools / str(job)))
         except BaseException:
             self._places_taken -= 1
             raise
+        finally:
+            del self._arriving[job]  # it is live, or will not be
         timeout = spec.timeout_seconds
         full = evolve(
             spec,
-            limits=spec.limits.or_defaults(self._rules.defaults),
             timeout_seconds=self._rules.timeout_seconds if timeout is None else timeout,
         )
         record = JobRecord(

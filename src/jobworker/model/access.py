@@ -58,6 +58,9 @@ class Quota:
     """Output on disk: what is kept of ended jobs, and the caps of live ones."""
 
 
+NO_QUOTA = Quota()
+
+
 @frozen(kw_only=True)
 class Role:
     """One row of the table."""
@@ -65,7 +68,7 @@ class Role:
     name: str
     permissions: frozenset[Permission]
     scope: Scope = Scope.OWN
-    quota: Quota = Quota()
+    quota: Quota = NO_QUOTA
 
     def may(self, permission: Permission) -> bool:
         """Whether the role holds `permission`."""

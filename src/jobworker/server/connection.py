@@ -30,6 +30,7 @@ from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import MAX_IN_FLIGHT, Call, Refusal, ServerSession
 from jobworker.server import operations
+from jobworker.server.auditor import Auditor
 from jobworker.server.door import Door, Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
@@ -63,13 +64,14 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     try:
         _keep_alive(tcp)
         with trio.fail_after(HANDSHAKE_SECONDS):
-            if not await _shake_hands(stream, tcp, peer):
+            if not await _shake_hands(stream, tcp, peer, context.auditor):
                 return
             raw, head = await read_head(stream)
             try:
                 who = admit(stream, head, context.gate.roles)
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
+                context.auditor.refused(peer, refused.error.message)
                 await reply(stream, head.connection, refused)
                 return
         certificate = stream.getpeercert(binary_form=True)
@@ -78,6 +80,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             await _serve_websocket(PrefixStream(stream, raw), visitor, context)
     except* CertificateRefused as group:
         log.info("%s: refused: %s", peer, group.exceptions[0])
+        context.auditor.refused(peer, str(group.exceptions[0]))
     except* (
         trio.TooSlowError,
         trio.BrokenResourceError,
@@ -108,7 +111,9 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
-async def _shake_hands(stream: TLSStream, tcp: trio.SocketStream, peer: str) -> bool:
+async def _shake_hands(
+    stream: TLSStream, tcp: trio.SocketStream, peer: str, auditor: Auditor
+) -> bool:
     """The TLS handshake; a refused client is told why, and False returned."""
     try:
         await stream.do_handshake()
@@ -117,7 +122,9 @@ async def _shake_hands(stream: TLSStream, tcp: trio.SocketStream, peer: str) -> 
         if not isinstance(cause, ssl.SSLError):
             log.info("%s: TLS refused: the client went away", peer)
             return False
-        log.info("%s: TLS refused: %s", peer, explain_server_side(cause))
+        why = explain_server_side(cause)
+        log.info("%s: TLS refused: %s", peer, why)
+        auditor.refused(peer, why)
         # The alert stands in the outgoing BIO, which SSLStream flushes only on success. Then the
         # client's own words are read to their end: closing on unread data would send a reset,
         # which overtakes the alert.
@@ -154,11 +161,13 @@ async def _serve_websocket(
             )
             socket_ = FramedSocket(await request.accept(subprotocol=SUBPROTOCOL), stream)
         log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
-        connection = _Connection(socket_, who, context)
+        connection = _Connection(socket_, who, context, peer)
         nursery.start_soon(connection.end_with, visitor)
         try:
             await connection.serve()
         finally:
+            if visitor.reason:
+                context.auditor.dismissed(peer, visitor.reason, who)
             await _say_goodbye(socket_, visitor.reason)
             log.info("%s: disconnected", peer)
             nursery.cancel_scope.cancel()
@@ -181,6 +190,7 @@ class _Connection:
     _socket: FramedSocket
     _who: Identity
     _context: operations.Context
+    _peer: str
     _session: ServerSession = field(factory=ServerSession)
     _subscriptions: Subscriptions = field(init=False)
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
@@ -241,7 +251,10 @@ class _Connection:
     async def _answer(self, call: Call) -> int | None:
         """Call and reply: the number of the subscription that was opened, if any."""
         caller = Caller(
-            identity=self._who, subscriptions=self._subscriptions, gate=self._context.gate
+            identity=self._who,
+            subscriptions=self._subscriptions,
+            gate=self._context.gate,
+            peer=self._peer,
         )
         try:
             result = await operations.call(self._context, caller, call.method, call.params)

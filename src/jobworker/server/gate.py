@@ -56,6 +56,8 @@ class Caller:
     identity: Identity
     subscriptions: Subscriptions
     gate: Gate
+    peer: str
+    """ADDRESS:PORT."""
 
     @property
     def role(self) -> Role:

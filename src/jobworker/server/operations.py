@@ -14,7 +14,7 @@ import trio
 from attrs import evolve, frozen
 
 import jobworker
-from jobworker.errors import InvalidParams
+from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
@@ -26,6 +26,7 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.sandbox.host import HostFacts
+from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
 
 
@@ -38,14 +39,22 @@ class Context:
     runtimes: frozenset[str]
     """The names of those that the configuration has."""
     gate: Gate
+    auditor: Auditor
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
-    """Run a method for a caller. Raises what the gate and the method raise."""
-    await context.gate.admit(caller.identity, method, params, context.supervisor.record)
-    return await OPERATIONS[method.name](context, caller, params)
+    """Run a method for a caller, and have it noted. Raises what the gate and the method raise."""
+    who, peer = caller.identity, caller.peer
+    try:
+        await context.gate.admit(who, method, params, context.supervisor.record)
+        result = await OPERATIONS[method.name](context, caller, params)
+    except JobworkerError as error:
+        context.auditor.failed(who, peer, method, params, error)
+        raise
+    context.auditor.called(who, peer, method, params, result)
+    return result
 
 
 async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
@@ -61,7 +70,9 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     _check_against_host(params.job.limits, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
-    execution = await context.supervisor.submit(params.job, caller.identity.common_name)
+    execution = await context.supervisor.submit(
+        params.job, caller.identity.common_name, caller.role.quota
+    )
     if execution.start_error is not None:
         error = execution.start_error
         raise type(error)(

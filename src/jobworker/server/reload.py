@@ -18,6 +18,7 @@ from jobworker.config_roles import role_table
 from jobworker.errors import JobworkerError
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.material import ServerFiles
+from jobworker.server.auditor import Auditor
 from jobworker.server.door import Door, Fittings
 from jobworker.server.logs import set_up_logging
 from jobworker.server.notify import Notifier
@@ -27,12 +28,14 @@ log = logging.getLogger("jobworker.server")
 
 DAY_SECONDS = 86_400.0
 _CHANGE_UNDER_WAY = ("security", "roles", "logging")
+_FROM_THE_COMMAND_LINE = ("launcher",)
 
 
 async def serve_reloads(
     reader: Reader,
     door: Door,
     notifier: Notifier,
+    auditor: Auditor,
     settings: Settings,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -41,10 +44,12 @@ async def serve_reloads(
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
         async for _ in signals:
-            settings = await reload(reader, door, notifier, settings)
+            settings = await reload(reader, door, notifier, auditor, settings)
 
 
-async def reload(reader: Reader, door: Door, notifier: Notifier, before: Settings) -> Settings:
+async def reload(
+    reader: Reader, door: Door, notifier: Notifier, auditor: Auditor, before: Settings
+) -> Settings:
     """Read all again and go by it: the settings in force from now on. Raises nothing."""
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
@@ -57,10 +62,12 @@ async def reload(reader: Reader, door: Door, notifier: Notifier, before: Setting
         door.refit(fittings, role_table(reading.settings.roles))
     except JobworkerError as error:
         status = "reload refused; all stays as it was"
+        auditor.service("service.reload", error.name, error.message)
         log.error("cannot reload, so all stays as it was: %s", error)
     else:
         settings = reading.settings
         set_up_logging(settings.logging.level, settings.logging.format)
+        auditor.service("service.reload")
         log.info("reloaded: certificates, revocation list, roles and logging")
         for key in _waiting_for_a_start(before, settings):
             log.warning("%s has changed; it takes effect when the service is started anew", key)
@@ -72,7 +79,7 @@ async def reload(reader: Reader, door: Door, notifier: Notifier, before: Setting
 def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
     changed = []
     for section in attrs.fields(Settings):
-        if section.name not in _CHANGE_UNDER_WAY:
+        if section.name not in (*_CHANGE_UNDER_WAY, *_FROM_THE_COMMAND_LINE):
             old, new = getattr(before, section.name), getattr(now, section.name)
             changed += [
                 f"{section.name}.{key.name}"

@@ -15,6 +15,7 @@ anew.
 import logging
 import signal
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -33,6 +34,7 @@ from jobworker.jobs.takeover import take_over
 from jobworker.model.units import parse_duration
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.link import Link, open_link
+from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
@@ -107,13 +109,21 @@ async def serve(prepared: Prepared) -> None:
                 max_waiting=settings.worker.max_waiting_jobs,
             )
             supervisor.take_over(inheritance)
-            await _serve_until_signal(prepared, supervisor, link)
+            auditor = Auditor(history, _now)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(auditor.serve)
+                auditor.service("service.start")
+                await _serve_until_signal(prepared, supervisor, link, auditor)
+                auditor.service("service.end")
+                nursery.cancel_scope.cancel()
     finally:
         history.close()
         prepared.reader.close()
 
 
-async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: Link) -> None:
+async def _serve_until_signal(
+    prepared: Prepared, supervisor: Supervisor, link: Link, auditor: Auditor
+) -> None:
     gate = Gate(role_table(prepared.settings.roles))
     door = Door(prepared.fittings, gate)
     context = Context(
@@ -121,6 +131,7 @@ async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: 
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),
         gate=gate,
+        auditor=auditor,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
     )
     listener = _Listener(prepared, door, context)
@@ -132,7 +143,8 @@ async def _serve_until_signal(prepared: Prepared, supervisor: Supervisor, link: 
             nursery.start_soon(listener.serve)
             nursery.start_soon(warn_of_expiry_daily, prepared.reader)
             await nursery.start(
-                serve_reloads, prepared.reader, door, prepared.notifier, prepared.settings
+                partial(serve_reloads, prepared.reader, door, prepared.notifier, auditor),
+                prepared.settings,
             )
             _announce(prepared)
             log.info("ending: %s", signal.Signals(await anext(signals)).name)

@@ -1,0 +1,98 @@
+"""`worker audit`: who did what, when, and what came of it, read from the service's history.
+
+It reads the file itself, so it works while the service runs and when it does not; who may read that
+file may read the log.
+"""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncclick as click
+
+from jobworker.cli.failures import one_line as visible
+from jobworker.cli.parameters import JobNumber
+from jobworker.model.units import parse_duration
+from jobworker.places import default_configuration
+
+if TYPE_CHECKING:
+    from jobworker.jobs.audit import AuditRow
+
+
+class Moment(click.ParamType[datetime]):
+    """A time (ISO 8601; UTC where it names no zone), or so long ago: 90s, 10m, 1h30m, 7d."""
+
+    name = "moment"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        """See click.ParamType."""
+        if isinstance(value, datetime):
+            return value
+        text = str(value)
+        try:
+            return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
+        except (ValueError, OverflowError):
+            pass
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            self.fail(
+                f"{text!r} is no time such as 2026-01-31T12:00, and no duration such as 1h",
+                param,
+                ctx,
+            )
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+def _default_config() -> Path | None:
+    own = default_configuration()
+    return own if own.exists() else None
+
+
+@click.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=_default_config,
+    help="The service's configuration file.",
+)
+@click.option("--since", type=Moment(), metavar="TIME|DURATION", help="Only what came later.")
+@click.option("--who", metavar="NAME", help="Only what certificates of this name did.")
+@click.option("--job", type=JobNumber(), help="Only what was done to this job.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="At most so many, the latest.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
+def audit(
+    config: Path | None,
+    since: datetime | None,
+    who: str | None,
+    job: int | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """Tell who did what, oldest first: runs, stops, reads of output, and all that was refused."""
+    from jobworker.config import Settings, load
+    from jobworker.jobs.audit import read_rows
+
+    settings = Settings() if config is None else load(config)
+    history = Path(settings.worker.state_dir) / "service" / "history.db"
+    for row in read_rows(history, since=since, name=who, job=job, limit=limit):
+        click.echo(row.line().rstrip("\n") if as_json else _line(row))
+
+
+def _line(row: "AuditRow") -> str:
+    moment = row.at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    who = f"{row.name} ({row.role}, {row.serial})" if row.name else "-"
+    words = [moment, row.peer or "-", who, row.action]
+    if row.job is not None:
+        words.append(f"job {row.job}")
+    words.append(row.outcome)
+    return visible(" ".join(words) + (f": {row.detail}" if row.detail else ""))

@@ -1,0 +1,70 @@
+"""Quotas: what the live jobs of one name may have together. Pure.
+
+Each live job counts with its limits, not with its use, so what is promised can be had; waiting jobs
+count like running ones, or one tenant could fill the queue. Output counts with what ended jobs of
+the name have left on disk and the caps of live ones.
+
+A job that asks for no limit upon something that has a quota is refused: there is no sum with it.
+"""
+
+from collections.abc import Iterable
+
+from attrs import frozen
+
+from jobworker.errors import QuotaExceeded
+from jobworker.model.access import Quota
+from jobworker.model.job import Limits
+
+_MEASURES = (
+    ("cpu_percent", "cpu", "percent of CPU", "--max-cpu"),
+    ("memory_bytes", "memory", "bytes of memory", "--max-memory"),
+    ("output_bytes", "output", "bytes of output", "--max-output"),
+)
+
+
+@frozen
+class Use:
+    """What a name has already."""
+
+    live: tuple[Limits, ...]
+    kept_output_bytes: int = 0
+
+
+def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
+    """Raise QuotaExceeded unless one more job with these limits fits.
+
+    `data` has the quota's name, its `limit`, what is `used`, and what was `asked` for (null where
+    that was no limit).
+    """
+    if quota.jobs and len(use.live) >= quota.jobs:
+        raise QuotaExceeded(
+            f"cannot run the command: you have {len(use.live)} live jobs, and your quota is "
+            f"{quota.jobs}",
+            remedy="wait for one to end, or stop it",
+            data={"quota": "jobs", "limit": quota.jobs, "used": len(use.live), "asked": 1},
+        )
+    for key, name, unit, option in _MEASURES:
+        limit, asked = getattr(quota, key), getattr(wanted, key)
+        if not limit:
+            continue
+        used = sum(_sizes(getattr(each, key) for each in use.live))
+        used += use.kept_output_bytes if name == "output" else 0
+        data = {"quota": name, "limit": limit, "used": used, "asked": asked or None}
+        if not asked:
+            raise QuotaExceeded(
+                f"cannot run the command: it asks for no limit, and your quota is {limit} {unit}",
+                remedy=f"give it a limit: {option}",
+                data=data,
+            )
+        if used + asked > limit:
+            raise QuotaExceeded(
+                f"cannot run the command: it asks for {asked} {unit}, you have {used} already, "
+                f"and your quota is {limit}",
+                remedy="remove old output" * (name == "output" and not use.live)
+                or f"wait for a job to end, or ask for less: {option}",
+                data=data,
+            )
+
+
+def _sizes(values: Iterable[int | None]) -> Iterable[int]:
+    return (value or 0 for value in values)

@@ -1,0 +1,117 @@
+"""The auditor: all of what counts is written, in order; a flood of what does not is bounded."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from jobworker.errors import NotFound, PermissionDenied
+from jobworker.jobs.audit import FILE, AuditRow, read_rows
+from jobworker.jobs.history import History
+from jobworker.model.job import JobId
+from jobworker.pki.identity import Identity
+from jobworker.protocol import messages as m
+from jobworker.protocol.methods import METHODS
+from jobworker.server.auditor import SUPPRESSED, VAIN_BURST, Auditor
+
+EVE = Identity(common_name="eve", role="viewer", serial="0AB1", not_after=datetime.now(UTC))
+PEER = "192.0.2.1:7"
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def written(path: Path, act: object) -> list[AuditRow]:
+    """What stands in the log after `act(auditor)`."""
+    history = History.open(path)
+    try:
+        auditor = Auditor(history, now)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(auditor.serve)
+            await trio.testing.wait_all_tasks_blocked()
+            act(auditor)  # type: ignore[operator]
+            await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+    finally:
+        history.close()
+    return read_rows(path, limit=100_000)
+
+
+async def test_calls_that_count_are_noted_and_mere_looking_is_not(tmp_path: Path) -> None:
+    job = m.JobParams(id=JobId(7))
+
+    def act(auditor: Auditor) -> None:
+        auditor.called(EVE, PEER, METHODS["job.stop"], m.StopParams(id=JobId(7)), None)
+        auditor.called(EVE, PEER, METHODS["job.status"], job, None)
+        auditor.failed(EVE, PEER, METHODS["job.status"], job, NotFound("cannot find job 7"))
+        auditor.failed(EVE, PEER, METHODS["job.stop"], job, PermissionDenied("cannot call"))
+        auditor.refused(PEER, "the client sent no certificate")
+
+    rows = await written(tmp_path / "history.db", act)
+    assert [(row.name, row.action, row.job, row.outcome) for row in rows] == [
+        ("eve", "job.stop", 7, "ok"),
+        ("eve", "job.status", 7, "not_found"),
+        ("eve", "job.stop", 7, "permission_denied"),
+        ("", "connection.refused", None, "refused"),
+    ]
+    assert {row.peer for row in rows} == {PEER}
+    assert rows[0].serial == "0AB1"
+    lines = (tmp_path / FILE).read_text(encoding="ascii").splitlines()
+    assert [line + "\n" for line in lines] == [row.line() for row in rows]
+
+
+@pytest.mark.parametrize("outcome", ["refused", "denied"])
+async def test_flood_is_bounded_and_counted(tmp_path: Path, outcome: str) -> None:
+    def act(auditor: Auditor) -> None:
+        for _ in range(5000):
+            if outcome == "refused":
+                auditor.refused(PEER, "no certificate")
+            else:
+                denied = PermissionDenied("cannot")
+                auditor.failed(EVE, PEER, METHODS["job.stop"], m.StopParams(id=JobId(1)), denied)
+        auditor.called(EVE, PEER, METHODS["job.stop"], m.StopParams(id=JobId(7)), None)
+
+    rows = await written(tmp_path / "history.db", act)
+    noted = [row for row in rows if row.action in ("connection.refused", "job.stop")]
+    assert len(noted) <= VAIN_BURST + 2
+    assert [row for row in rows if row.outcome == "ok"], "what counts was not lost in the flood"
+    suppressed = [row for row in rows if row.action == SUPPRESSED]
+    assert 1 <= len(suppressed) <= 2
+    told = sum(int(row.detail.split()[0]) for row in suppressed)
+    assert len(noted) - 1 + told == 5000
+
+
+async def test_names_forge_no_line(tmp_path: Path) -> None:
+    evil = 'x\n{"action":"job.run"}\u2028\u2029\x1b[2J\u202e'
+
+    def act(auditor: Auditor) -> None:
+        auditor.refused(PEER, evil)
+
+    (row,) = await written(tmp_path / "history.db", act)
+    assert row.detail == evil
+    content = (tmp_path / FILE).read_bytes()
+    assert content.count(b"\n") == 1
+    assert all(32 <= byte < 127 for byte in content[:-1])
+
+
+async def test_rows_are_found_by_time_name_and_job(tmp_path: Path) -> None:
+    path = tmp_path / "history.db"
+    history = History.open(path)
+    start = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    await history.note(
+        [
+            AuditRow(at=start + timedelta(minutes=n), name=name, action="x", job=n, outcome="ok")
+            for n, name in enumerate(["eve", "bob", "eve"])
+        ]
+    )
+    try:
+        assert [row.job for row in read_rows(path, name="eve", limit=10)] == [0, 2]
+        assert [row.job for row in read_rows(path, job=1, limit=10)] == [1]
+        since = start + timedelta(minutes=1)
+        assert [row.job for row in read_rows(path, since=since, limit=10)] == [1, 2]
+        assert [row.job for row in read_rows(path, limit=2)] == [1, 2]
+    finally:
+        history.close()
