@@ -17,8 +17,8 @@ from jobworker.config import DEFAULT_ETC, FIRST_UID
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup_files import groups_called
-from jobworker.sandbox.children import Policy
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
+from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.seccomp import NEEDED_TO_START
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
@@ -89,6 +89,7 @@ class Service:
             "network": "host",
             "uid": 0,
             "gid": 0,
+            "init": False,
             "cpu_percent": 0,
             "memory_bytes": 0,
             "io_bps": 0,

@@ -31,6 +31,7 @@ ORDER: Message = {
     "network": "host",
     "uid": 0,
     "gid": 0,
+    "init": False,
     "cpu_percent": 0,
     "memory_bytes": 0,
     "io_bps": 0,

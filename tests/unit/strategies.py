@@ -71,6 +71,7 @@ specs = st.builds(
     network=st.sampled_from(["host", "none", "private"]),
     uid=st.integers(0, MAX_ID),
     gid=st.none() | st.integers(0, MAX_ID),
+    init=st.booleans(),
     labels=labels,
     at_max_output=st.none() | st.sampled_from(["discard-output", "stop"]),
 )

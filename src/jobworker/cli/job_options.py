@@ -35,6 +35,11 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         help="The host's network; nothing but a loopback; or outbound connections only.",
     ),
     click.option(
+        "--init",
+        is_flag=True,
+        help="Put an init in front of the program: it reaps orphans and forwards signals.",
+    ),
+    click.option(
         "--user", "-u", type=User(), metavar="UID[:GID]", help="Who it is inside; 0 is root there."
     ),
     click.option(
@@ -68,7 +73,10 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         help="A label to find the job by; may be repeated.",
     ),
 )
-_NAMES = ("runtime", "volume", "network", "user", "env", "env_file", "secret_env", "label")
+_NAMES = (
+    *("runtime", "volume", "network", "init", "user"),
+    *("env", "env_file", "secret_env", "label"),
+)
 
 
 def job_options(command: Callable[..., object]) -> Callable[..., object]:
@@ -84,11 +92,12 @@ def job_options(command: Callable[..., object]) -> Callable[..., object]:
     return gathered
 
 
-def _fields(
+def _fields(  # noqa: PLR0913 - each option is an argument
     *,
     runtime: str | None,
     volume: Sequence[Mapping[str, str]],
     network: str,
+    init: bool,
     user: tuple[int, int | None] | None,
     env: Sequence[tuple[str, str]],
     env_file: Sequence[Sequence[tuple[str, str]]],
@@ -101,6 +110,7 @@ def _fields(
         "runtime": runtime,
         "volumes": list(volume),
         "network": network,
+        "init": init,
         "uid": uid,
         "gid": gid,
         "environment": {**dict(variables), **dict(env)},

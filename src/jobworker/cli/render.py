@@ -174,6 +174,7 @@ def status(record: JobRecord, now: datetime) -> str:
         ("Output", _output(record)),
         ("Workdir", spec.workdir),
         ("User", "" if spec.gid is None and not spec.uid else _user(spec)),
+        ("Init", "yes" if spec.init else ""),
         ("Labels", ", ".join(f"{name}={value}" for name, value in spec.labels.items())),
         ("Secrets", ", ".join(spec.secret_environment)),
         ("Network", spec.network),

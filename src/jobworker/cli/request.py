@@ -25,6 +25,7 @@ _OPTIONS = {
     "environment": "--env",
     "secret_environment": "--secret-env",
     "network": "--network",
+    "init": "--init",
     "uid": "--user",
     "gid": "--user",
     "labels": "--label",

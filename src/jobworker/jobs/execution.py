@@ -190,6 +190,7 @@ class Execution:
             volumes=tuple((mount.name, mount.place) for mount in spec.volumes),
             uid=spec.uid,
             gid=spec.uid if spec.gid is None else spec.gid,
+            init=spec.init,
         )
 
     def _limits(self) -> cgroups.Limits:

@@ -174,6 +174,8 @@ class JobSpec:
     """The user that the program runs as, inside the job."""
     gid: int | None = field(default=None, validator=within(0, MAX_ID))
     """Its group; None is the one with the number of the user."""
+    init: bool = False
+    """Put a reaping init in front of the program as PID 1: signals have their default action."""
     labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
     """What to find the job by, see `model.labels`."""
     at_max_output: OutputPolicy | None = None

@@ -25,7 +25,9 @@ from jobworker.sandbox.disk_images import Workshop
 STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4
 """Where the trampoline finds its socket to the launcher and its order."""
 TRAMPOLINE_DESCRIPTOR, USER_NAMESPACE_DESCRIPTOR = 5, 6
-"""What the child itself needs still; close-on-exec."""
+REPORT_DESCRIPTOR, INIT_DESCRIPTOR = 7, 8
+"""What the child itself needs still, the last two where the job has an init; close-on-exec."""
+_REPORT_OF_INIT = 6
 
 _PRIVATE = sc.MS_NOSUID | sc.MS_NODEV
 _LAST_CAPABILITY = 63
@@ -60,6 +62,10 @@ class Means(NamedTuple):
     """Where its disk is made; None where it has none of its own."""
     gateway: int = -1
     """A socket to the gateway of a private network; closed with all that is not the job's."""
+    init: int = -1
+    """The program of the init, where the job has one: `init_program.open_init`."""
+    report: int = -1
+    """The pipe that the init writes to."""
 
 
 def apply(steps: Iterable[s.Step], means: Means) -> None:
@@ -89,7 +95,9 @@ def _keep_own_descriptors(step: s.KeepOwnDescriptors, means: Means) -> None:
     # All of them are moved out of the way first: any may stand where another has to go.
     null = os.open(step.stdin, os.O_RDONLY | os.O_CLOEXEC)
     streams = (null, means.stdout, means.stderr, means.status)
-    own = (*streams, means.order, means.trampoline, means.user_namespace)
+    own = [*streams, means.order, means.trampoline, means.user_namespace]
+    if means.init >= 0:
+        own += [means.report, means.init]
     away = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 16) for descriptor in own]
     for number, descriptor in enumerate(away):
         os.dup2(descriptor, number, inheritable=number <= 2)
@@ -258,7 +266,8 @@ def _reset_signals(_: s.ResetSignals, __: Means) -> None:
 
 def _close_descriptors(_: s.CloseDescriptors, __: Means) -> None:
     # Before the working directory is entered, or it could be one of them (CVE-2024-21626).
-    sc.close_range(TRAMPOLINE_DESCRIPTOR + 1)
+    os.close(USER_NAMESPACE_DESCRIPTOR)
+    sc.close_range(INIT_DESCRIPTOR + 1)
 
 
 def _filter_system_calls(_: s.FilterSystemCalls, means: Means) -> None:
@@ -269,6 +278,14 @@ def _become_trampoline(_: s.BecomeTrampoline, __: Means) -> None:
     for descriptor in (STATUS_DESCRIPTOR, ORDER_DESCRIPTOR):
         fcntl.fcntl(descriptor, fcntl.F_SETFD, 0)  # for this execve(2) alone: see `trampoline`
     os.execve(TRAMPOLINE_DESCRIPTOR, ["trampoline"], {})  # noqa: S606
+
+
+def _become_init(_: s.BecomeInit, __: Means) -> None:
+    os.dup2(REPORT_DESCRIPTOR, _REPORT_OF_INIT)
+    # The init closes them, or has them closed by execve(2): see `init_program`.
+    for descriptor in (STATUS_DESCRIPTOR, ORDER_DESCRIPTOR, TRAMPOLINE_DESCRIPTOR):
+        fcntl.fcntl(descriptor, fcntl.F_SETFD, 0)
+    os.execve(INIT_DESCRIPTOR, ["init"], {})  # noqa: S606
 
 
 _APPLY: dict[type, Callable[..., None]] = {
@@ -303,5 +320,6 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.ResetSignals: _reset_signals,
     s.CloseDescriptors: _close_descriptors,
     s.FilterSystemCalls: _filter_system_calls,
+    s.BecomeInit: _become_init,
     s.BecomeTrampoline: _become_trampoline,
 }

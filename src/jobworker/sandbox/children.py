@@ -13,11 +13,10 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import bpf, channel, landlock, trampoline
+from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import gateway as gateway_process
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
@@ -27,6 +26,7 @@ from jobworker.sandbox.child import become_job
 from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.plan import SCRATCH, Order, Sizes, Slot, View, prepare
+from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
@@ -35,27 +35,6 @@ PIPE_BYTES = 1 << 20
 """Room for output while nobody reads, such as between two turns of the service."""
 
 _NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
-
-
-class Policy(NamedTuple):
-    """What the launcher was told by whoever started it, once and for all."""
-
-    instance: str
-    """Name of the directory of control groups that belongs to this service."""
-    stage: str
-    scratch: str
-    controllers: tuple[str, ...]
-    cgroup_parent: str
-    programs: tuple[str, ...]
-    etc: tuple[str, ...]
-    first_uid: int
-    max_jobs: int
-    spares: int
-    tmpfs_bytes: int
-    filters: bpf.Filters
-    disk_bytes: int
-    runtimes: Mapping[str, str]
-    """Root trees that jobs may ask for, by name."""
 
 
 class Exit(NamedTuple):
@@ -94,6 +73,8 @@ class Child:
         self.failure: Message | None = None
         self.gateway: int | None = None
         """The pidfd of its network's gateway, until that is reaped."""
+        self.report = -1
+        """What its init tells of the program's end; -1 where it has none."""
         self.exit: Exit | None = None
 
     def send(self, errand: trampoline.Errand) -> None:
@@ -148,7 +129,7 @@ class Nursery:
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
         self._landlock = landlock.open_scope()
-        self._trampoline = trampoline.open_program()
+        self._trampoline, self._init = trampoline.open_program(), init_program.open_init()
         behind = ids.first_of(policy.max_jobs + policy.spares) + 1  # and behind the service's own
         self._networks = Networks(stage.view, behind, self._landlock)
 
@@ -220,6 +201,11 @@ class Nursery:
                     )
                     theirs.append(gateway)
                     undo.callback(gateway_process.end, child.gateway)
+                report = -1
+                if order is not None and order.init:
+                    child.report, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                    theirs.append(report)
+                    undo.callback(os.close, child.report)
                 means = Means(
                     child.scope,
                     stdout,
@@ -232,6 +218,8 @@ class Nursery:
                     self._landlock,
                     self._stage.workshop,
                     gateway,
+                    self._init if report >= 0 else -1,
+                    report,
                 )
                 child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
                 if child.pid == 0:
@@ -252,7 +240,7 @@ class Nursery:
         if child.sock is not None:
             child.sock.close()
             child.sock = None
-        close_all([child.stdout, child.stderr, child.pidfd, child.order])
+        close_all([child.stdout, child.stderr, child.pidfd, child.order, child.report])
         if child.disk is not None:
             self.sweepers.discard_disk(child.disk)
             child.disk = None
@@ -299,51 +287,9 @@ def reap(child: Child) -> Exit:
     """Collect the status of a child whose pidfd is readable: waitid(2)."""
     info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
     assert info is not None
+    told = None if child.report < 0 else init_program.reported(child.report)
+    if told is not None:
+        return Exit(*told)
     if info.si_code == os.CLD_EXITED:
         return Exit(info.si_status, None)
     return Exit(None, info.si_status)
-
-
-def policy_from(message: Message) -> Policy:
-    """The policy in the first message; its sender started the launcher and is trusted."""
-
-    def texts(key: str) -> tuple[str, ...]:
-        value = message[key]
-        assert isinstance(value, list)
-        return tuple(str(item) for item in value)
-
-    def number(key: str) -> int:
-        value = message[key]
-        assert isinstance(value, int)
-        return value
-
-    filters = message["filters"]
-    assert isinstance(filters, dict)
-    runtimes = message["runtimes"]
-    assert isinstance(runtimes, dict)
-    return Policy(
-        instance=str(message["instance"]),
-        stage=str(message["stage"]),
-        scratch=str(message["scratch"]),
-        controllers=texts("controllers"),
-        cgroup_parent=str(message["cgroup_parent"]),
-        programs=texts("programs"),
-        etc=texts("etc"),
-        first_uid=number("first_uid"),
-        max_jobs=number("max_jobs"),
-        spares=number("spares"),
-        tmpfs_bytes=number("tmpfs_bytes"),
-        filters=bpf.filters_from(filters),
-        disk_bytes=number("disk_bytes"),
-        runtimes={str(name): str(path) for name, path in runtimes.items()},
-    )
-
-
-def policy_message(policy: Policy) -> Message:
-    """What `policy_from` reads."""
-    message: Message = dict(policy._asdict())
-    for key, value in message.items():
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            message[key] = list(value)
-    message["filters"] = bpf.filters_message(policy.filters)
-    return message

@@ -19,7 +19,7 @@ import jobworker
 from jobworker.errors import HostUnsupported, LauncherGone, error_classes
 from jobworker.model.job import Usage
 from jobworker.sandbox import channel
-from jobworker.sandbox.children import Policy, policy_message
+from jobworker.sandbox.policy import Policy, policy_message
 
 START_SECONDS = 30
 _BOOTSTRAP = (

@@ -24,14 +24,15 @@ from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
-from jobworker.sandbox.children import Nursery, Policy, policy_from
+from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
+from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids
 
-DESCRIPTORS_PER_CHILD = 10
-"""Process, gateway, two pipes, socket, scope (two), user namespace; and room for replies."""
+DESCRIPTORS_PER_CHILD = 12
+"""Process, gateway, pipes, report, order, disk, socket, scope (two), user namespace; replies."""
 
 
 def _warm_up(tree: Tree) -> None:

@@ -25,7 +25,7 @@ from jobworker.errors import JobworkerError, ProtocolError
 from jobworker.sandbox import channel, gateway, requests, trampoline
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Child, Nursery, name_host, reap
-from jobworker.sandbox.networks import room_for_gateway
+from jobworker.sandbox.networks import room_beside
 from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.plan import Order, finish, fits_spare
 from jobworker.sandbox.turns import Turns
@@ -39,6 +39,8 @@ _TOO_LITTLE_MEMORY: channel.Message = {
     "errno": errno.ENOMEM,
     "detail": "the memory limit leaves no room for a start",
 }
+
+_HEEDED = ("SigBlk:", "SigIgn:", "SigCgt:")
 
 Tell = Callable[[channel.Message, Sequence[int]], None]
 
@@ -135,7 +137,7 @@ class Jobs:
     ) -> None:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
-            child.scope.arm(room_for_gateway(request.limits, request.order))
+            child.scope.arm(room_beside(request.limits, request.order))
             self._usual_limits = request.limits
             name_host(child, request.order.hostname)
             child.send(errand)
@@ -300,12 +302,13 @@ def deliver(child: Child, number: int) -> bool:
 
     PID 1 of a namespace is spared every signal that it has no handler for
     (pid_namespaces(7)), where another process would end by the signal's default action. One
-    that ignores the signal on purpose has said something, and gets its grace period. The masks
-    in proc(5) tell: SigCgt and SigIgn.
+    that ignores the signal on purpose has said something, and gets its grace period; one that
+    blocks it may be told of it otherwise (signalfd(2)). The masks in proc(5) tell. An init of ours
+    waits for all signals (sigwaitinfo(2), which no mask shows) and passes them on.
     """
-    if number not in (signal.SIGKILL, signal.SIGSTOP):
+    if child.report < 0 and number not in (signal.SIGKILL, signal.SIGSTOP):
         with open(f"/proc/{child.pid}/status") as status:
-            masks = [line.split()[1] for line in status if line.startswith(("SigCgt:", "SigIgn:"))]
+            masks = [line.split()[1] for line in status if line.startswith(_HEEDED)]
         if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
             return False
     signal.pidfd_send_signal(child.pidfd, number)

@@ -109,6 +109,7 @@ class Link:
                 disk_bytes=order.disk_bytes,
                 runtime=order.runtime,
                 volumes=[list(volume) for volume in order.volumes],
+                init=order.init,
                 **limits._asdict(),
             )
         except BaseException:

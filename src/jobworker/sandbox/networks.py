@@ -63,8 +63,11 @@ class Networks:
         return program
 
 
-def room_for_gateway(limits: Limits, order: Order) -> Limits:
+def room_beside(limits: Limits, order: Order) -> Limits:
     """The limits of a job's scope: as many processes for the job itself as it asked for."""
-    if order.network != "private" or not limits.pids:
+    if not limits.pids:
         return limits
-    return limits._replace(pids=max(limits.pids + 1, 1 + PROCESSES))
+    pids = limits.pids + order.init
+    if order.network == "private":
+        pids = max(pids + 1, pids - limits.pids + 1 + PROCESSES)
+    return limits._replace(pids=pids)

@@ -158,6 +158,8 @@ class Order(NamedTuple):
     """The name of a root tree; "" is the host's programs."""
     volumes: tuple[tuple[str, str], ...] = ()
     """Names of volumes, each with its place in the root."""
+    init: bool = False
+    """Whether an init is to be PID 1 in front of the program."""
 
 
 class OwnNetwork(NamedTuple):
@@ -210,7 +212,7 @@ def prepare(
         s.ResetSignals(),
         s.CloseDescriptors(),
         s.FilterSystemCalls(),
-        s.BecomeTrampoline(),
+        s.BecomeInit() if order is not None and order.init else s.BecomeTrampoline(),
     )
 
 
@@ -262,7 +264,8 @@ def _names(own: OwnNetwork | None) -> tuple[s.Step, ...]:
 def fits_spare(order: Order, usual_disk_bytes: int) -> bool:
     """Whether what was prepared for nobody in particular is right for this order."""
     usual_root = not (order.runtime or order.volumes) and order.disk_bytes in (0, usual_disk_bytes)
-    return usual_root and order.network == "host" and not (order.uid or order.gid)
+    usual_process = not (order.uid or order.gid or order.init)
+    return usual_root and usual_process and order.network == "host"
 
 
 def _user(order: Order | None) -> tuple[s.Step, ...]:

@@ -142,7 +142,22 @@ def _order(message: Mapping[str, object]) -> Order:
     if runtime and name_fault(runtime):
         raise ProtocolError("cannot take the request: runtime is no name")
     volumes = _volumes(message.get("volumes"))
-    return Order(hostname, texts, variables, workdir, network, uid, gid, disk, runtime, volumes)
+    init = message.get("init")
+    if type(init) is not bool:
+        raise ProtocolError("cannot take the request: init is neither true nor false")
+    return Order(
+        hostname=hostname,
+        arguments=texts,
+        environment=variables,
+        workdir=workdir,
+        network=network,
+        uid=uid,
+        gid=gid,
+        disk_bytes=disk,
+        runtime=runtime,
+        volumes=volumes,
+        init=init,
+    )
 
 
 def _volumes(value: object) -> tuple[tuple[str, str], ...]:

@@ -188,6 +188,10 @@ class CloseDescriptors(NamedTuple):
     """Close every descriptor above standard error, but those that the trampoline needs."""
 
 
+class BecomeInit(NamedTuple):
+    """Execute the init, whose child becomes the trampoline: see `sandbox.init_program`."""
+
+
 class BecomeTrampoline(NamedTuple):
     """Become the small program that waits for the order: `sandbox.trampoline`."""
 
@@ -240,6 +244,7 @@ Step = (
     | DieWithLauncher
     | ResetSignals
     | CloseDescriptors
+    | BecomeInit
     | BecomeTrampoline
     | ChangeDirectory
     | FilterSystemCalls

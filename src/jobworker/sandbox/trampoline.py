@@ -75,8 +75,12 @@ STEPS = ("take-order", "change-directory", "execute")
 
 
 def program(machine: str) -> bytes:
-    """The executable: an ELF header, one segment (read, execute), the code: elf(5)."""
-    code = _CODE[machine]
+    """The executable."""
+    return executable(machine, _CODE[machine])
+
+
+def executable(machine: str, code: bytes) -> bytes:
+    """An ELF header, one segment (read, execute), the code: elf(5)."""
     size = _HEADER_BYTES + len(code)
     identity = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)
     entry = _BASE + _HEADER_BYTES
@@ -89,9 +93,14 @@ def program(machine: str) -> bytes:
 
 def open_program() -> int:
     """The executable in sealed memory, close-on-exec. Raises HostUnsupported."""
+    return keep_program("trampoline", program(os.uname().machine))
+
+
+def keep_program(name: str, content: bytes) -> int:
+    """An executable in sealed memory, close-on-exec. Raises HostUnsupported."""
     try:
-        descriptor = _executable_memory("trampoline")
-        os.write(descriptor, program(os.uname().machine))
+        descriptor = _executable_memory(name)
+        os.write(descriptor, content)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except OSError as error:
         raise HostUnsupported(

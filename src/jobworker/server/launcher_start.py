@@ -17,8 +17,8 @@ from jobworker.config import Settings
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroups import step_into_leaf
-from jobworker.sandbox.children import policy_message
 from jobworker.sandbox.launch import launcher_command
+from jobworker.sandbox.policy import policy_message
 from jobworker.server.notify import Notifier
 from jobworker.server.setup import policy_for, service_ids
 from jobworker.server.state_directory import lock_for_launcher, make_state_directory

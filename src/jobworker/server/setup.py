@@ -30,8 +30,8 @@ from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import step_into_leaf
-from jobworker.sandbox.children import Policy, policy_message
 from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_launcher
+from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.door import Fittings

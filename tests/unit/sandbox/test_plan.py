@@ -46,6 +46,7 @@ orders = st.builds(
     network=st.sampled_from(NETWORKS),
     uid=st.integers(0, 65_535),
     gid=st.integers(0, 65_535),
+    init=st.booleans(),
 )
 
 

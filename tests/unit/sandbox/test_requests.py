@@ -24,6 +24,7 @@ SPAWN: dict[str, object] = {
     "network": "host",
     "uid": 0,
     "gid": 0,
+    "init": False,
     "cpu_percent": 100,
     "memory_bytes": 1 << 20,
     "io_bps": 0,
@@ -97,6 +98,12 @@ def test_bounds_of_numbers_are_taken() -> None:
 @pytest.mark.parametrize("value", [-1, 65_536, True, None, "0"])
 def test_id_beyond_the_jobs_range_is_refused(key: str, value: object) -> None:
     assert f"{key} is no integer from 0 to 65535" in refused({**SPAWN, key: value})
+
+
+@pytest.mark.parametrize("init", [None, 0, 1, "true", []])
+def test_init_is_true_or_false(init: object) -> None:
+    assert "init is neither" in refused({**SPAWN, "init": init})
+    assert spawn(init=True).order.init is True
 
 
 @pytest.mark.parametrize("network", ["", "HOST", "bridge", "none ", None, ["none"]])

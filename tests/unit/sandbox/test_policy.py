@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from jobworker.sandbox.bpf import Filters
 from jobworker.sandbox.channel import Message, decode, encode
-from jobworker.sandbox.children import Policy, policy_from, policy_message
+from jobworker.sandbox.policy import Policy, policy_from, policy_message
 
 from ..strategies import examples, texts
 
