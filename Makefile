@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: bench-output demo test check bench docs soak mutants lint unit fuzz clean help
+.PHONY: bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -41,6 +41,11 @@ soak: $(STAMP)
 #: make mutants take one defence away at a time and see a test go red; ten minutes
 mutants: $(STAMP)
 	$(BIN)/python -m tests.security.mutants
+
+#: make e2e     scenarios on a throw-away machine with systemd, see contrib/e2e.sh: E2E_RUN=COMMAND
+E2E_RUN ?=
+e2e: $(STAMP)
+	contrib/e2e.sh $(VENV) "$(E2E_RUN)" $(SCENARIO)
 
 #: make docs    write the generated parts of docs/protocol.md
 docs: $(STAMP)

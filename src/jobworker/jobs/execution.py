@@ -12,7 +12,6 @@ even if one before it failed, and its fault is logged; the record tells what cam
 """
 
 import logging
-import math
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
@@ -22,6 +21,7 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from jobworker.errors import JobworkerError, LauncherGone, OutputError
+from jobworker.jobs.ending import Ending
 from jobworker.jobs.history import History
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.spool import Spool
@@ -35,7 +35,6 @@ from jobworker.sandbox.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 
-MAX_PENDING_SIGNALS = 64
 RECORD_AGAIN_SECONDS = 1.0
 
 Clock = Callable[[], datetime]
@@ -75,24 +74,20 @@ class Execution:
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
-    _stopping: bool = field(default=False, init=False)
-    _timed_out: bool = field(default=False, init=False)
-    _stopped_for_output: bool = field(default=False, init=False)
     _exited: bool = field(default=False, init=False)
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
     _company: trio.CancelScope = field(factory=trio.CancelScope, init=False)
-    _stop_asked: trio.Event = field(factory=trio.Event, init=False)
-    _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
-    _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
-    _asked: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
+    _ending: Ending = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._signals, self._asked = trio.open_memory_channel(MAX_PENDING_SIGNALS)
+        self._ending = Ending(
+            job=self.record.id, link=self._link, grace_seconds=self._rules.stop_grace_seconds
+        )
 
     @property
     def stopping(self) -> bool:
         """Whether somebody asked for the job's end."""
-        return self._stopping
+        return self._ending.stopping
 
     def request_stop(self, number: signal.Signals, grace_seconds: float | None) -> None:
         """Ask for the end: send `number`, and kill after the grace period (None: the default).
@@ -101,11 +96,9 @@ class Execution:
         """
         if self.ended.is_set():
             return
-        self._stopping = True
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
-        self._stop_asked.set()
-        self._ask_to_end(number, grace_seconds)
+        self._ending.stop(number, grace_seconds)
 
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
@@ -115,15 +108,8 @@ class Execution:
 
     def leave(self) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end."""
-        if not (self._stopping or self._timed_out or self._stopped_for_output):
+        if not self._ending.under_way:
             self._company.cancel()
-
-    def _ask_to_end(self, number: signal.Signals, grace_seconds: float | None) -> None:
-        grace = self._rules.stop_grace_seconds if grace_seconds is None else grace_seconds
-        self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
-        # It may have been told often enough, or have ended.
-        with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-            self._signals.send_nowait(number)
 
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None where it never ran."""
@@ -145,8 +131,8 @@ class Execution:
         with self._company:
             async with self._output(started), trio.open_nursery() as nursery:
                 nursery.start_soon(self.store)
-                nursery.start_soon(self._deadline, started.age_seconds)
-                nursery.start_soon(self._stopper)
+                nursery.start_soon(self._ending.serve)
+                nursery.start_soon(self._ending.time_out, self._seconds_left(started))
                 nursery.start_soon(self._record_stop)
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
@@ -222,9 +208,8 @@ class Execution:
         self.record = evolve(self.record, output_cut=cut)
         self._note(why)
         log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
-        if policy == "stop" and not (self._stopping or self._exited):
-            self._stopped_for_output = True
-            self._ask_to_end(signal.SIGTERM, None)
+        if policy == "stop" and not (self._ending.stopping or self._exited):
+            self._ending.stop_for_output()
 
     def _note(self, detail: str) -> None:
         if detail not in self.record.detail:
@@ -240,31 +225,14 @@ class Execution:
             return False
         return True
 
-    async def _deadline(self, age_seconds: float) -> None:
-        seconds = self.record.spec.timeout_seconds or math.inf
-        await trio.sleep(max(0.0, seconds - age_seconds))
-        self._timed_out = not self._stopping
-        self._ask_to_end(signal.SIGTERM, None)
+    def _seconds_left(self, started: Started) -> float | None:
+        seconds = self.record.spec.timeout_seconds
+        return max(0.001, seconds - started.age_seconds) if seconds else None
 
     async def _record_stop(self) -> None:
         """Record that the end was asked for: were this service killed now, the next would go on."""
-        await self._stop_asked.wait()
+        await self._ending.asked.wait()
         await self.store()
-
-    async def _stopper(self) -> None:
-        """Deliver signals as they are asked for, and kill at the end of the grace period."""
-        with self._grace:
-            async for number in self._asked:
-                try:
-                    delivered = await self._link.signal(self.record.id, number)
-                except JobworkerError:
-                    return  # it has ended
-                if not delivered:
-                    break  # it would not even notice: waiting for it is in vain
-        try:
-            await self._link.kill(self.record.id)
-        except JobworkerError as error:
-            log.debug("job %d: %s", self.record.id, error)
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -280,7 +248,7 @@ class Execution:
         await self._close()
 
     async def _finish(self, ending: Exit | None) -> None:
-        event, reason = self._verdict(ending)
+        event, reason = self._ending.verdict(ending)
         if ending is None:
             self._note("the launcher ended while the job was alive")
         else:
@@ -290,23 +258,6 @@ class Execution:
         ended_at = self._clock() - timedelta(seconds=ending.seconds_ago if ending else 0)
         self.record = self._advanced(event, reason=reason, ended_at=ended_at)
         await self._close()
-
-    def _verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:  # noqa: PLR0911
-        if ending is None:
-            return Event.FAIL, Reason.LOST
-        if self._timed_out:
-            return Event.FAIL, Reason.TIMEOUT
-        if self._stopping:
-            return Event.STOP, None
-        if self._stopped_for_output:
-            return Event.FAIL, Reason.OUTPUT
-        if ending.usage.oom_kills:
-            return Event.FAIL, Reason.OOM
-        if ending.signal is not None:
-            return Event.FAIL, Reason.SIGNAL
-        if ending.code:
-            return Event.FAIL, Reason.EXIT
-        return Event.SUCCEED, None
 
     async def end_pending(self) -> None:
         """End a job that was stopped before its turn came."""
@@ -344,8 +295,7 @@ class Execution:
             if recorded:
                 await self._remove()
         self.spool.close()
-        self._signals.close()
-        self._asked.close()
+        self._ending.close()
         self.decided.set()
         self.ended.set()
         self.over.set()

@@ -16,6 +16,8 @@ class Notifier:
     def __init__(self) -> None:
         path = os.environ.pop("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
+        self.watchdog_seconds = _watchdog_seconds()
+        """How often somebody wants to hear that the service is alive, by WATCHDOG="1"; or never."""
         if path:
             # Connected at once: later the path may be out of the service's reach.
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -35,3 +37,11 @@ class Notifier:
             except OSError:
                 self._socket.close()
                 self._socket = None
+
+
+def _watchdog_seconds() -> float | None:
+    """WatchdogSec= of the unit, where it is meant for this process: sd_watchdog_enabled(3)."""
+    period, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
+    if not period.isascii() or not period.isdigit() or pid not in ("", str(os.getpid())):
+        return None
+    return int(period) / 1e6

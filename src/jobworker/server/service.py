@@ -38,7 +38,7 @@ from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
-from jobworker.server.notify import ADDRESS_FIELD
+from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
 from jobworker.server.reload import serve_reloads, warn_of_expiry_daily
 from jobworker.server.setup import Prepared, listen
@@ -105,7 +105,7 @@ async def serve(prepared: Prepared) -> None:
                 spools=spools,
                 rules=_rules(settings, bounds_disks=prepared.launcher.bounds_disks),
                 clock=_now,
-                max_running=settings.worker.max_concurrent_jobs,
+                max_running=_max_running(prepared),
                 max_waiting=settings.worker.max_waiting_jobs,
             )
             supervisor.take_over(inheritance)
@@ -140,6 +140,7 @@ async def _serve_until_signal(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
             nursery.start_soon(_watch, link)
+            nursery.start_soon(_tell_watchdog, prepared.notifier)
             nursery.start_soon(listener.serve)
             nursery.start_soon(warn_of_expiry_daily, prepared.reader)
             await nursery.start(
@@ -158,6 +159,16 @@ async def _serve_until_signal(
                 await listener.idle.wait()
             nursery.cancel_scope.cancel()
     log.info("ended")
+
+
+def _max_running(prepared: Prepared) -> int:
+    """How many jobs run at a time: a launcher that was started earlier may have room for fewer."""
+    wanted, room = (
+        prepared.settings.worker.max_concurrent_jobs,
+        prepared.launcher.policy["max_jobs"],
+    )
+    assert isinstance(room, int)
+    return min(wanted, room)
 
 
 def _leaves_jobs(settings: Settings) -> bool:
@@ -180,6 +191,13 @@ async def _watch(link: Link) -> None:
     raise LauncherGone(
         "cannot go on: the launcher has ended", remedy="see its last words above, and start again"
     )
+
+
+async def _tell_watchdog(notifier: Notifier) -> None:
+    """Tell whoever supervises us that tasks still get their turns."""
+    while notifier.watchdog_seconds:
+        notifier.tell(WATCHDOG="1")
+        await trio.sleep(notifier.watchdog_seconds / 3)
 
 
 @define(eq=False)
