@@ -172,12 +172,40 @@ async def test_weak_signature(house: Embedded, forger: Forger) -> None:
     await refused(house, context, CertificateRefused, "too weak", "CA signature digest algorithm")
 
 
-async def test_tls_1_2(house: Embedded, forger: Forger) -> None:
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1", "TLSv1_2"])
+async def test_older_tls(house: Embedded, forger: Forger, version: str) -> None:
     context = forger.context()
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
     await refused(
         house, context, ConnectionFailed, "does not offer TLS", "no TLS version that is allowed"
     )
+
+
+@pytest.mark.parametrize("fault", ["not valid yet: it begins at", "RSA key has 1024 bits"])
+def test_user_of_worker_cli_is_told_which_of_the_causes_it_is(
+    house: Embedded, forger: Forger, fault: str
+) -> None:
+    """TLS has one alert for several causes; the client looks at its own file."""
+    if "1024" in fault:
+        forger.context(key="rsa1024")
+    else:
+        forger.context(valid=(timedelta(hours=1), timedelta(hours=2)))
+    path = forger.directory / "forged-1.pem"
+    names = {**house.environment(), "WORKER_CERT_PATH": str(path), "WORKER_KEY_PATH": str(path)}
+    done = subprocess.run(
+        [*program("worker-cli"), "ping"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **names},
+        timeout=60,
+        check=False,
+    )
+    (line,) = done.stderr.splitlines()
+    if "1024" in fault:  # our own client does not even offer it
+        assert (done.returncode, "too weak" in line) == (72, True)
+    else:
+        assert (done.returncode, fault in line) == (67, True), line
 
 
 async def test_host_name_that_the_server_does_not_bear(house: Embedded) -> None:

@@ -133,6 +133,17 @@ def test_revocation_is_for_good_even_if_the_index_is_lost(authority: Path) -> No
     fails(certs("revoke", "eve", at, "--reason=whim"), 2, "keyCompromise")
 
 
+def test_list_is_made_where_there_is_none_and_forgets_nothing(authority: Path) -> None:
+    at = f"--dir={authority}"
+    (authority / "ca-crl.pem").unlink()
+    assert certs("crl", at).returncode == 0
+    assert revoked_serials(authority) == set()
+    certs("revoke", "viewer-client", at)
+    revoked = revoked_serials(authority)
+    assert certs("crl", at).returncode == 0
+    assert revoked_serials(authority) == revoked != set()
+
+
 def test_encrypted_ca_key_needs_its_passphrase(tmp_path: Path) -> None:
     directory, file = tmp_path / "certs", tmp_path / "passphrase"
     file.write_text(f"{PASSPHRASE}\n")

@@ -239,6 +239,17 @@ def revoke(which: str, directory: Path, reason: str, passphrase_file: Path | Non
     click.echo(RELOAD)
 
 
+@certs.command("crl")
+@_directory
+@_passphrase_file
+def crl(directory: Path, passphrase_file: Path | None) -> None:
+    """Write the revocation list anew, as for an authority that has none yet."""
+    from jobworker.pki.administration import write_list
+
+    click.echo(f"  {write_list(directory, _authority(directory, passphrase_file), now=_now())}")
+    click.echo(RELOAD)
+
+
 def _serial_of(which: str) -> str:
     """A certificate's serial where a file is named; else what was said."""
     path = Path(which)

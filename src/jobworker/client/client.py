@@ -320,7 +320,7 @@ async def open_client(
     tls = client_context(ca=Path(ca), certificate=Path(certificate), key=Path(key))
     client = Client(
         address=where,
-        dial=partial(serve_connection, where, tls),
+        dial=partial(serve_connection, where, tls, own=Path(certificate)),
         patience_seconds=patience_seconds,
         on_lost=on_lost,
     )

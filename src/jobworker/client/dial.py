@@ -14,6 +14,7 @@ import os
 import socket
 import ssl
 from contextlib import suppress
+from pathlib import Path
 
 import trio
 from attrs import define
@@ -30,6 +31,7 @@ from jobworker.errors import (
     MalformedJSON,
     error_from_wire,
 )
+from jobworker.pki.own_certificate import told_precisely
 from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.methods import SUBPROTOCOL
 
@@ -96,12 +98,14 @@ async def serve_connection(
     address: Address,
     tls: ssl.SSLContext,
     *,
+    own: Path | None = None,
     task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Connect, report the Connection as started, and keep it until it is closed.
 
     Before it has started, raises HostUnknown, ConnectionFailed, ServerUntrusted,
-    CertificateRefused or what the server answered; the caller bounds the time. Afterwards it
+    CertificateRefused (`own`, our certificate's file, helps to say why) or what the server
+    answered; the caller bounds the time. Afterwards it
     raises nothing: whoever sends or receives is told.
     """
     tcp = await _reach(address)

@@ -175,6 +175,14 @@ def revoke(
         return tuple(revoked)
 
 
+def write_list(directory: Path, authority: Authority, *, now: datetime) -> Path:
+    """Write the revocation list anew, or for the first time. Raises `CredentialsUnusable`."""
+    with r.locked(directory):
+        before = directory / r.LIST
+        replace(directory, r.files_of(r.read_registry(directory), authority, before, now=now))
+        return before
+
+
 def _keep(
     directory: Path,
     registry: r.Registry,

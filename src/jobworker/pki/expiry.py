@@ -12,7 +12,7 @@ WARN_BEFORE = timedelta(days=30)
 _RENEW = {
     "server certificate": "renew it with 'worker certs renew' and reload the service",
     "CA certificate": "make a new CA in good time: every certificate ends with it",
-    "revocation list": "make a new one with 'worker certs revoke' and reload the service",
+    "revocation list": "make a new one with 'worker certs crl' and reload the service",
 }
 
 

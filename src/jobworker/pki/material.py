@@ -17,8 +17,8 @@ from attrs import evolve, field, frozen
 from jobworker.pki.credentials import SERVER_REMEDY, PemFile, read_pem
 
 CRL_REMEDY = (
-    "make one with 'worker certs revoke' or 'worker certs init', or set security.crl to '' "
-    "to do without"
+    "make one where the CA's key is: worker certs crl --dir DIR; or set security.crl to '' to do "
+    "without"
 )
 
 

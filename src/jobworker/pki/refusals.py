@@ -37,6 +37,9 @@ _ALERTS = {
     "HANDSHAKE_FAILURE": "client and server found no common terms, or it got no certificate",
 }
 
+AMBIGUOUS = "bad_certificate"
+"""The alert that stands for several causes; `own_certificate` finds out which."""
+
 _NOT_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 
 _SERVER_SIDE = {
@@ -62,7 +65,9 @@ def client_refusal(error: ssl.SSLError) -> errors.JobworkerError:
         if alert in ("CERTIFICATE_EXPIRED", "BAD_CERTIFICATE"):
             remedy += "; the clocks of both machines must be right"
         return errors.CertificateRefused(
-            f"cannot connect: the server refused this client: {_ALERTS[alert]}", remedy=remedy
+            f"cannot connect: the server refused this client: {_ALERTS[alert]}",
+            remedy=remedy,
+            data={"alert": alert.lower()},
         )
     reason = _reason(error)
     remedy = "check that --server names a jobworker service, and its log"

@@ -79,13 +79,17 @@ async def reload(
 def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
     changed = []
     for section in attrs.fields(Settings):
-        if section.name not in (*_CHANGE_UNDER_WAY, *_FROM_THE_COMMAND_LINE):
-            old, new = getattr(before, section.name), getattr(now, section.name)
+        if section.name in (*_CHANGE_UNDER_WAY, *_FROM_THE_COMMAND_LINE):
+            continue
+        old, new = getattr(before, section.name), getattr(now, section.name)
+        if attrs.has(type(old)):
             changed += [
                 f"{section.name}.{key.name}"
                 for key in attrs.fields(type(old))
                 if getattr(old, key.name) != getattr(new, key.name)
             ]
+        elif old != new:  # tables by names of the reader's own
+            changed.append(section.name)
     return changed
 
 

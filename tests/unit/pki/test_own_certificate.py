@@ -1,0 +1,31 @@
+"""What a client's own file tells of a refusal: the cause, or nothing that was not so."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from jobworker.errors import CertificateRefused
+from jobworker.pki.administration import init_authority
+from jobworker.pki.own_certificate import told_precisely
+
+
+def refusal(alert: str) -> CertificateRefused:
+    return CertificateRefused("cannot connect: refused", remedy="ask", data={"alert": alert})
+
+
+@pytest.mark.parametrize("begins_in", [timedelta(days=2), -timedelta(days=2)])
+def test_certificate_that_is_not_valid_yet_is_found_out(
+    tmp_path: Path, begins_in: timedelta
+) -> None:
+    init_authority(tmp_path / "certs", [], now=datetime.now(UTC) + begins_in)
+    path = tmp_path / "certs" / "admin-client-cert.pem"
+    told = told_precisely(refusal("bad_certificate"), path)
+    assert ("is not valid yet: it begins at" in told.message) == (begins_in > timedelta())
+    assert told.remedy == "ask"
+
+
+def test_other_refusals_and_unreadable_files_are_left_as_they_are(tmp_path: Path) -> None:
+    for alert, path in (("certificate_expired", tmp_path), ("bad_certificate", tmp_path / "none")):
+        refused = refusal(alert)
+        assert told_precisely(refused, path) is refused
