@@ -21,6 +21,7 @@ from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import Duration, JobNumber, Label, Size, json_option, pass_invocation
+from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import MEBIBYTE, in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
@@ -81,6 +82,7 @@ def _tell_lost(lost: JobworkerError) -> None:
 @click.option("--name", default="", help="A name to tell the job by.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
+@click.option("--dry-run", is_flag=True, help="Print limits and steps of the start; run nothing.")
 @json_option()
 @click.argument(
     "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARG]..."
@@ -104,6 +106,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
     name: str,
     follow: bool,
     quiet: bool,
+    dry_run: bool,
 ) -> int:
     """Run COMMAND as a job. All that comes after COMMAND is its own, dashes included.
 
@@ -127,6 +130,10 @@ async def run(  # noqa: PLR0913 - each option is an argument
     )
     try:
         async with open_connection(invocation, patient=follow) as client:
+            if dry_run:
+                plan = await client.plan(spec)
+                say(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
+                return 0
             if follow:
                 look = Look(json=invocation.json, quiet=quiet, ending=True)
                 return await follow_job(client, spec, look)

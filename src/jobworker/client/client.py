@@ -115,6 +115,19 @@ class Client:
         first = link.following(result.subscription, 0) if follow else None
         return Job(self, result.job.id, result.job, first)
 
+    async def plan(self, spec: JobSpec | Sequence[str]) -> m.Plan:
+        """How a command would be run: its limits, and the steps of its start; nothing is run.
+
+        Raises what would refuse it before its first step.
+
+        >>> plan = await client.plan(["true"])
+        >>> plan.steps[0].name, plan.steps[-1].subject
+        ('attach-scope', '')
+        """
+        made = spec if isinstance(spec, JobSpec) else _spec(spec)
+        made.check_size()
+        return await self.call("job.plan", m.PlanParams(job=made), m.Plan)
+
     def job(self, number: int) -> Job:
         """The job of that number; the server is not asked yet.
 

@@ -23,15 +23,14 @@ from attrs import define, evolve, field, frozen
 from jobworker.errors import JobworkerError, LauncherGone, OutputError
 from jobworker.jobs.ending import Ending
 from jobworker.jobs.history import History
+from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobRecord, Limits, OutputCut, OutputPolicy, Stream, Usage
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
-from jobworker.sandbox import cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Started
-from jobworker.sandbox.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 
@@ -152,41 +151,14 @@ class Execution:
             self.record = self._advanced(Event.ADMIT)
             await self.store()
         try:
-            begun = await self._link.spawn(self.record.id, self._order(), self._limits())
+            spec = self.record.spec
+            order = order_of(spec, self.record.id, self._secret_environment)
+            begun = await self._link.spawn(self.record.id, order, limits_of(spec))
         except JobworkerError as error:
             await self._end_unstarted(error)
             return None
         self.record = self._advanced(Event.START, started_at=self._clock())
         return begun
-
-    def _order(self) -> Order:
-        spec = self.record.spec
-        return Order(
-            hostname=f"job-{self.record.id}",
-            arguments=spec.command,
-            environment={
-                "JOBWORKER_JOB_ID": str(self.record.id),
-                **spec.environment,
-                **self._secret_environment,
-            },
-            workdir=spec.workdir,
-            network=spec.network,
-            disk_bytes=spec.limits.disk_bytes or 0,
-            runtime=spec.runtime,
-            volumes=tuple((mount.name, mount.place) for mount in spec.volumes),
-            uid=spec.uid,
-            gid=spec.uid if spec.gid is None else spec.gid,
-            init=spec.init,
-        )
-
-    def _limits(self) -> cgroups.Limits:
-        limits = self.record.spec.limits
-        return cgroups.Limits(
-            cpu_percent=limits.cpu_percent or 0,
-            memory_bytes=limits.memory_bytes or 0,
-            io_bps=limits.io_bps or 0,
-            pids=limits.processes or 0,
-        )
 
     def _output(self, started: Started) -> AbstractAsyncContextManager[None]:
         if self.spool.sealed:  # an earlier service came so far with the job's end

@@ -26,6 +26,7 @@ from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
+from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.quota import Use, check_quota
@@ -37,6 +38,8 @@ from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, State, advance
 from jobworker.sandbox.link import Link
 
+_NOT_YET = JobId(1)
+"""Stands for the number that a job would get."""
 log = logging.getLogger("jobworker.jobs")
 
 
@@ -147,6 +150,16 @@ class Supervisor:
         if execution.admitted_at_once:
             await execution.decided.wait()
         return execution
+
+    async def plan(self, spec: JobSpec) -> tuple[Limits, list[tuple[str, str, str]]]:
+        """A job's limits, defaults filled in, and the steps of its start; nothing is started.
+
+        Raises what would refuse it before its first step.
+        """
+        spec.check_size()
+        full = evolve(spec, limits=spec.limits.or_defaults(self._rules.defaults))
+        steps = await self._link.plan(order_of(full, _NOT_YET, {}), limits_of(full))
+        return full.limits, steps
 
     def _use_of(self, owner: str, jobs: Collection[JobId]) -> Use:
         """What an owner has; `jobs` are those whose output on disk counts, if it does."""

@@ -11,7 +11,7 @@ from enum import Enum
 from attrs import field, frozen
 
 from jobworker.model.bounds import within
-from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Stream
+from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
 
@@ -56,6 +56,31 @@ class RunResult:
 
     job: JobRecord
     subscription: int | None = None
+
+
+@frozen(kw_only=True)
+class PlanParams:
+    """Tell how a command would be run as a job; nothing is run."""
+
+    job: JobSpec
+
+
+@frozen(kw_only=True)
+class PlannedStep:
+    """One step of a job's start, in the order in which they are applied."""
+
+    name: str
+    subject: str
+    """What it is about, a path mostly; it may be empty."""
+    explanation: str
+
+
+@frozen(kw_only=True)
+class Plan:
+    """The limits that the job would have, and the steps of its start."""
+
+    limits: Limits
+    steps: tuple[PlannedStep, ...]
 
 
 @frozen(kw_only=True)

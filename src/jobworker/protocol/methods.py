@@ -31,6 +31,7 @@ class Method:
 _ROWS = (
     Method("service.hello", m.Nothing, m.Welcome, Permission.VIEW, "Tell who is who"),
     Method("job.run", m.RunParams, m.RunResult, Permission.RUN, "Run a command as a job"),
+    Method("job.plan", m.PlanParams, m.Plan, Permission.RUN, "Tell how a command would be run"),
     Method("job.status", m.JobParams, JobRecord, Permission.VIEW, "Tell about one job"),
     Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
     Method("job.wait", m.JobParams, JobRecord, Permission.VIEW, "Answer at the job's end"),

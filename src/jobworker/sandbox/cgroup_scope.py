@@ -99,13 +99,7 @@ class Scope(ABC):
         ahead, self._ahead = self._ahead, None
         if limits == ahead:
             return
-        for controller, value in zip(("cpu", "memory", "io", "pids"), limits, strict=True):
-            if value and controller not in self._tree.by_controller:
-                raise errors.SandboxError(
-                    f"cannot limit {controller}: the controller is not in use",
-                    remedy=f"add {controller} to cgroup.enable_controllers",
-                    data={"step": "limits"},
-                )
+        self._tree.check_controllers(limits)
         try:
             self._baseline = self._counters()
             self._write_limits(limits)
@@ -213,6 +207,16 @@ class Tree(ABC):
         self.kills_groups = unified is not None and files.exists(unified, "cgroup.kill")
         self._scopes: set[str] = set()
         self._closed = False
+
+    def check_controllers(self, limits: Limits) -> None:
+        """Raise `SandboxError` if a limit is asked for whose controller is not in use."""
+        for controller, value in zip(("cpu", "memory", "io", "pids"), limits, strict=True):
+            if value and controller not in self.by_controller:
+                raise errors.SandboxError(
+                    f"cannot limit {controller}: the controller is not in use",
+                    remedy=f"add {controller} to cgroup.enable_controllers",
+                    data={"step": "limits"},
+                )
 
     def create(self, scope_name: str) -> Scope:
         """Make an empty scope without limits; raises `SandboxError`, and leaves nothing then."""

@@ -20,14 +20,15 @@ from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import gateway as gateway_process
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
-from jobworker.sandbox.cgroups import Scope, Tree, Usage
+from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
 from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.networks import Networks
-from jobworker.sandbox.plan import SCRATCH, Order, Sizes, Slot, View, prepare
+from jobworker.sandbox.plan import SCRATCH, Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.stage import ROOT, Stage
+from jobworker.sandbox.steps import Step, explain
 from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
@@ -168,6 +169,21 @@ class Nursery:
             undo.pop_all()
         return child
 
+    def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
+        """The steps by which `order` would be started, told; raises SandboxError like `make`."""
+        self._tree.check_controllers(limits)
+        own_network, _ = self._networks.describe(order)
+        slot = Slot("job", self._ids.first_of(0), self._ids.each)
+        steps = self._steps(slot, self._stage.view_for(order), order, own_network)
+        return [explain(step) for step in (*steps, *finish(order))]
+
+    def _steps(
+        self, slot: Slot, view: View, order: Order | None, own_network: OwnNetwork | None
+    ) -> tuple[Step, ...]:
+        disk = (order.disk_bytes if order else 0) or self._policy.disk_bytes
+        sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes)
+        return prepare(ROOT, view, slot, sizes, order, own_network)
+
     def _clone(
         self, child: Child, view: View, order: Order | None, undo: contextlib.ExitStack
     ) -> None:
@@ -190,9 +206,7 @@ class Nursery:
             with far:
                 undo.callback(near.close)
                 near.setblocking(False)
-                disk = (order.disk_bytes if order else 0) or self._policy.disk_bytes
-                sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes)
-                steps = prepare(ROOT, view, child.slot, sizes, order, own_network)
+                steps = self._steps(child.slot, view, order, own_network)
                 _, stdout, stderr = theirs
                 gateway = -1
                 if layout is not None:

@@ -115,6 +115,10 @@ class Jobs:
                 say(f"a spare is lost: {error}")
         self._order_new(self._make(), number, request, errand)
 
+    def plan(self, request: requests.PlanOf) -> list[tuple[str, str, str]]:
+        """The steps of a start, as `plan.explain` tells them. Raises what would refuse it."""
+        return self._nursery.plan(request.order, request.limits)
+
     def _order_new(
         self, child: Child, number: int, request: requests.Spawn, errand: trampoline.Errand
     ) -> None:

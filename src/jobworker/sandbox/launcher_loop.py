@@ -125,6 +125,9 @@ class Launcher:
         if isinstance(request, requests.ListJobs):
             self._list(number, request.after)
             return
+        if isinstance(request, requests.PlanOf):
+            self._reply(number, {"steps": self._jobs.plan(request)})
+            return
         child = self._jobs.find(request.job)
         if isinstance(request, requests.Spawn):
             if child is not None:

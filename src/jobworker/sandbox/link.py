@@ -97,20 +97,7 @@ class Link:
         self._exits[job] = send
         try:
             message, descriptors = await self._ask(
-                "spawn",
-                job,
-                arguments=list(order.arguments),
-                environment=dict(order.environment),
-                hostname=order.hostname,
-                workdir=order.workdir,
-                network=order.network,
-                uid=order.uid,
-                gid=order.gid,
-                disk_bytes=order.disk_bytes,
-                runtime=order.runtime,
-                volumes=[list(volume) for volume in order.volumes],
-                init=order.init,
-                **limits._asdict(),
+                "spawn", job, **_order_fields(order), **limits._asdict()
             )
         except BaseException:
             self._exits.pop(job, send).close()
@@ -120,6 +107,16 @@ class Link:
         pid = message["pid"]
         assert isinstance(pid, int)
         return Started(pid=pid, stdout=stdout, stderr=stderr), receive
+
+    async def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
+        """The steps by which a job would be started, each with its subject and what it does.
+
+        Raises what would refuse the job before its first step.
+        """
+        message, _ = await self._ask("plan", None, **_order_fields(order), **limits._asdict())
+        steps = message["steps"]
+        assert isinstance(steps, list)
+        return [(str(name), str(subject), str(what)) for name, subject, what in steps]
 
     async def signal(self, job: JobId, number: signal.Signals) -> bool:
         """Send a signal to the job's first process; False if that has no handler for it."""
@@ -140,7 +137,7 @@ class Link:
         return usage_from(message)
 
     async def _ask(
-        self, operation: str, job: JobId, **fields: object
+        self, operation: str, job: JobId | None, **fields: object
     ) -> tuple[Mapping[str, object], list[int]]:
         """Send a request and wait for its reply.
 
@@ -240,6 +237,16 @@ async def _reap(process: subprocess.Popen[bytes]) -> None:
         await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
     if process.returncode is None:
         process.kill()
+
+
+def _order_fields(order: Order) -> dict[str, object]:
+    """What `requests.parse` makes an order of."""
+    return {
+        **order._asdict(),
+        "arguments": list(order.arguments),
+        "environment": dict(order.environment),
+        "volumes": [list(volume) for volume in order.volumes],
+    }
 
 
 def _launcher_gone() -> LauncherGone:

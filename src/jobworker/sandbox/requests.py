@@ -38,6 +38,13 @@ class Spawn(NamedTuple):
     limits: Limits
 
 
+class PlanOf(NamedTuple):
+    """Tell by which steps a job would be started, and start nothing."""
+
+    order: Order
+    limits: Limits
+
+
 class Signal(NamedTuple):
     """Send a signal to a job's first process."""
 
@@ -69,7 +76,13 @@ class ListJobs(NamedTuple):
     after: int
 
 
-Request = Spawn | Signal | Kill | Remove | UsageOf | ListJobs
+Request = Spawn | PlanOf | Signal | Kill | Remove | UsageOf | ListJobs
+
+_OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
+    "kill": Kill,
+    "remove": Remove,
+    "usage": UsageOf,
+}
 
 
 def parse(message: Mapping[str, object]) -> tuple[int, Request]:
@@ -78,17 +91,15 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
     operation = message.get("op")
     if operation == "list":
         return number, ListJobs(_integer(message, "after", 0))
+    if operation == "plan":
+        return number, PlanOf(_order(message), _limits(message))
     job = _integer(message, "job", 1)
     if operation == "spawn":
         return number, Spawn(job, _order(message), _limits(message))
     if operation == "signal":
         return number, Signal(job, _integer(message, "signal", 1, MAX_SIGNAL))
-    if operation == "kill":
-        return number, Kill(job)
-    if operation == "remove":
-        return number, Remove(job)
-    if operation == "usage":
-        return number, UsageOf(job)
+    if type(operation) is str and operation in _OF_A_JOB:
+        return number, _OF_A_JOB[operation](job)
     raise ProtocolError("cannot take the request: op is none of the launcher's operations")
 
 

@@ -252,6 +252,13 @@ Step = (
 )
 
 
+def explain(step: Step) -> tuple[str, str, str]:
+    """A step for people: its name, what it is about where that is a text, and what it does."""
+    subject = next((value for value in step if isinstance(value, str)), "")
+    what = (type(step).__doc__ or "").partition("\n")[0]
+    return name_of(step), subject, what
+
+
 def name_of(step: Step | type[Step]) -> str:
     """The step's name in words: `EnterUserNamespace` is "enter-user-namespace"."""
     kind = step if isinstance(step, type) else type(step)

@@ -86,6 +86,16 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
     return m.RunResult(job=execution.record, subscription=subscription)
 
 
+async def _plan(context: Context, caller: Caller, params: m.PlanParams) -> m.Plan:
+    if params.job.timeout_seconds == 0:
+        caller.require(Permission.UNBOUNDED, "job.plan without a time limit")
+    _check_against_host(params.job.limits, context.host)
+    _check_runtime(params.job.runtime, context.runtimes)
+    limits, steps = await context.supervisor.plan(params.job)
+    told = (m.PlannedStep(name=n, subject=s, explanation=e) for n, s, e in steps)
+    return m.Plan(limits=limits, steps=tuple(told))
+
+
 def _check_runtime(name: str, known: frozenset[str]) -> None:
     if name and name not in known:
         raise InvalidParams(
@@ -209,6 +219,7 @@ OPERATIONS: dict[str, _Operation] = {
     for name, function in {
         "service.hello": _hello,
         "job.run": _run,
+        "job.plan": _plan,
         "job.status": _status,
         "job.list": _list,
         "job.wait": _wait,

@@ -21,6 +21,7 @@ _job = st.builds(m.JobParams, id=ids)
 
 PARAMS: dict[str, st.SearchStrategy[object]] = {
     "service.hello": _nothing,
+    "job.plan": st.builds(m.PlanParams, job=specs),
     "job.run": st.builds(m.RunParams, job=specs, follow=st.none() | _deliveries),
     "job.status": _job,
     "job.list": st.builds(
@@ -59,6 +60,13 @@ _removed = st.builds(m.Removed, jobs=st.lists(ids, max_size=3).map(tuple), bytes
 
 RESULTS: dict[str, st.SearchStrategy[object]] = {
     "service.hello": st.builds(m.Welcome, version=texts, name=texts, role=texts),
+    "job.plan": st.builds(
+        m.Plan,
+        limits=specs.map(lambda spec: spec.limits),
+        steps=st.lists(
+            st.builds(m.PlannedStep, name=texts, subject=texts, explanation=texts), max_size=3
+        ).map(tuple),
+    ),
     "job.run": st.builds(m.RunResult, job=records, subscription=st.none() | _numbers),
     "job.status": records,
     "job.list": st.builds(m.ListResult, jobs=st.lists(records, max_size=2).map(tuple)),

@@ -26,6 +26,7 @@ def test_parameters_and_results_are_frozen_classes_of_the_wire() -> None:
 def test_what_changes_a_job_needs_more_than_looking() -> None:
     needed = {name: row.permission for name, row in METHODS.items()}
     assert needed.pop("job.run") is Permission.RUN
+    assert needed.pop("job.plan") is Permission.RUN
     assert needed.pop("job.stop") is Permission.STOP
     assert needed.pop("job.log") is Permission.LOG
     assert needed.pop("job.remove") is Permission.REMOVE

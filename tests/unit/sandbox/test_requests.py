@@ -68,6 +68,12 @@ def test_other_operations_name_a_job(operation: str, expected: r.Request) -> Non
     assert r.parse({"id": 0, "op": operation, "job": 3, "signal": 15}) == (0, expected)
 
 
+def test_plan_is_asked_like_a_start_and_names_no_job() -> None:
+    number, request = r.parse({**SPAWN, "op": "plan", "job": None})
+    assert (number, request) == (7, r.PlanOf(spawn().order, spawn().limits))
+    assert "arguments" in refused({**SPAWN, "op": "plan", "arguments": []})
+
+
 @pytest.mark.parametrize("operation", [None, "", "SPAWN", "exec", "spawn ", 1, ["spawn"], {}])
 def test_operation_outside_the_closed_set_is_refused(operation: object) -> None:
     assert "op is none" in refused({**SPAWN, "op": operation})
@@ -211,11 +217,12 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
     if isinstance(request, r.ListJobs):
         assert 0 <= request.after <= r.MAX_NUMBER
         return
-    numbers = [number, request.job]
+    job = 1 if isinstance(request, r.PlanOf) else request.job
+    numbers = [number, job]
     if isinstance(request, r.Signal):
         numbers.append(request.number)
         assert 1 <= request.number <= 64
-    if isinstance(request, r.Spawn):
+    if isinstance(request, r.Spawn | r.PlanOf):
         numbers.extend(request.limits)
         order = request.order
         words = (*order.arguments, *order.environment, *order.environment.values())
@@ -228,4 +235,4 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
         assert 0 <= order.uid <= 65_535
         assert 0 <= order.gid <= 65_535
     assert all(type(value) is int and 0 <= value <= r.MAX_NUMBER for value in numbers)
-    assert request.job >= 1
+    assert job >= 1
