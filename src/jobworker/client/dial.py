@@ -105,8 +105,8 @@ async def serve_connection(
 
     Before it has started, raises HostUnknown, ConnectionFailed, ServerUntrusted,
     CertificateRefused (`own`, our certificate's file, helps to say why) or what the server
-    answered; the caller bounds the time. Afterwards it
-    raises nothing: whoever sends or receives is told.
+    answered; the caller bounds the time. Afterwards it raises nothing: whoever sends or receives
+    is told.
     """
     tcp = await _reach(address)
     try:
@@ -115,7 +115,8 @@ async def serve_connection(
             await stream.do_handshake()
             socket_ = await upgrade(stream, str(address), SUBPROTOCOL)
         except trio.BrokenResourceError as broken:
-            raise _refusal(address, broken.__cause__) from None
+            refusal = _refusal(address, broken.__cause__)
+            raise told_precisely(refusal, own) if own else refusal from None
         except Closed:
             raise _refusal(address, None) from None
         except Violation as violation:
