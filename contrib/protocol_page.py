@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
+
+from jobworker.config_limits import ConnectionLimits
 from jobworker.errors import error_classes
 from jobworker.model.job import JobRecord
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import METHODS
-from jobworker.protocol.schema import REFERENCE, first_line
+from jobworker.protocol.schema import REFERENCE, default_of, field_descriptions, first_line
 
 PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"
 
@@ -175,7 +178,34 @@ def errors() -> list[str]:
     return lines
 
 
-SECTIONS = {"methods": methods, "types": types, "errors": errors}
+REACHED = {
+    "max_connections": ("too_many_connections", "HTTP 503"),
+    "max_connections_per_certificate": ("too_many_connections", "HTTP 503"),
+    "max_handshakes": ("too_many_handshakes", "closed"),
+    "handshake_timeout": ("handshake_too_slow", "closed"),
+    "max_failed_handshakes": ("too_many_failures", "closed before TLS"),
+    "max_message_bytes": ("message_too_large", "closed with 1009"),
+    "max_requests_in_flight": ("too_many_requests", "the request's error"),
+    "max_follows": ("too_many_follows", "the request's error"),
+    "ping_interval": ("", ""),
+    "ping_timeout": ("ping_unanswered", "closed with 1008"),
+}
+"""What becomes of who reaches a limit: the error's name, and how it is told."""
+
+
+def limits() -> list[str]:
+    """Every limit of `[limits]`."""
+    words = field_descriptions(ConnectionLimits)
+    lines = ["| key in `[limits]` | default | error | told by | |", "|---|---|---|---|---|"]
+    for limit in attrs.fields(ConnectionLimits):
+        name, how = REACHED[limit.name]
+        told = f"`{name}`" if name else ""
+        default = json.dumps(default_of(limit))
+        lines.append(f"| `{limit.name}` | `{default}` | {told} | {how} | {words[limit.name]} |")
+    return lines
+
+
+SECTIONS = {"methods": methods, "types": types, "errors": errors, "limits": limits}
 
 
 def rendered(page: str) -> str:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from attrs import evolve, field, frozen
 
+from jobworker.config_limits import ConnectionLimits
 from jobworker.config_roles import RoleSettings, check_names
 from jobworker.config_runtimes import RuntimeSettings, check_runtime_names
 from jobworker.convert import faults_of
@@ -221,6 +222,7 @@ class Settings:
     cgroup: CgroupSettings = CgroupSettings()
     sandbox: SandboxSettings = SandboxSettings()
     launcher: LauncherSettings = LauncherSettings()
+    limits: ConnectionLimits = field(factory=ConnectionLimits)
     logging: LoggingSettings = LoggingSettings()
     roles: Mapping[str, RoleSettings] = field(factory=dict, validator=check_names)
     runtimes: Mapping[str, RuntimeSettings] = field(factory=dict, validator=check_runtime_names)

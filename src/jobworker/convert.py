@@ -16,83 +16,30 @@ validators, which raise ValueError or TypeError.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, TypeVar, get_args, get_origin
 
 import attrs
 import cattrs
-from cattrs.errors import AttributeValidationNote, ForbiddenExtraKeysError
+from cattrs.errors import (
+    AttributeValidationNote,
+    ForbiddenExtraKeysError,
+    IterableValidationNote,
+)
 
+from jobworker import exact
 from jobworker.errors import InvalidParams, MalformedJSON
 
 T = TypeVar("T")
 
 MAX_REPORTED_FAULTS = 20
+MAX_FAULT_LENGTH = 300
 MAX_DEPTH = 32
 """Levels of lists and objects in one message: the deepest that the protocol knows has six."""
 MAX_VALUES = 100_000
 """Values in one message: several times what a job may have of arguments and variables."""
-
-
-def _exact_int(value: object, _: object) -> int:
-    if type(value) is not int:
-        raise TypeError(f"must be an integer, not {_kind(value)}")
-    return value
-
-
-def _exact_float(value: object, _: object) -> float:
-    if type(value) not in (int, float):
-        raise TypeError(f"must be a number, not {_kind(value)}")
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except OverflowError:  # an integer of hundreds of digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError("must be a finite number")
-    return number
-
-
-def _exact_bool(value: object, _: object) -> bool:
-    if type(value) is not bool:
-        raise TypeError(f"must be true or false, not {_kind(value)}")
-    return value
-
-
-def _exact_str(value: object, _: object) -> str:
-    if type(value) is not str:
-        raise TypeError(f"must be a string, not {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("must be Unicode text: it holds a lone surrogate") from None
-    return value
-
-
-def _enum(value: object, cls: type[Enum]) -> Enum:
-    try:
-        return cls(_exact_str(value, str))
-    except ValueError:
-        known = ", ".join(str(member.value) for member in cls)
-        raise ValueError(f"must be one of {known}") from None
-
-
-def _datetime(value: object, _: object) -> datetime:
-    moment = datetime.fromisoformat(_exact_str(value, str))
-    if moment.tzinfo is None:
-        raise ValueError("must carry a time zone, such as 2026-01-31T12:00:00Z")
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
-
-
-def _literal(value: object, cls: Any) -> object:
-    for allowed in get_args(cls):
-        if type(value) is type(allowed) and value == allowed:
-            return value
-    raise ValueError("must be one of " + ", ".join(str(allowed) for allowed in get_args(cls)))
 
 
 def _is_literal(cls: Any) -> bool:
@@ -107,39 +54,67 @@ def _is_mapping(cls: Any) -> bool:
     return get_origin(cls) in (dict, Mapping)
 
 
+def _each(
+    cls: Any, items: Iterable[tuple[Any, object]], plain: Any, kind: Any
+) -> list[tuple[Any, Any]]:
+    """Structure what stands at each place, up to `MAX_REPORTED_FAULTS` faults.
+
+    cattrs itself goes on to the end, and makes an exception for each of a stranger's values.
+    """
+    made, faults = [], list[Exception]()
+    for place, value in items:
+        try:
+            made.append((place, plain(value, kind)))
+        except Exception as fault:  # noqa: BLE001 - whatever a hook raises is the value's fault
+            fault.add_note(IterableValidationNote("", place, kind))
+            faults.append(fault)
+            if len(faults) >= MAX_REPORTED_FAULTS:
+                break
+    if faults:
+        raise cattrs.IterableValidationError("", faults, cls)
+    return made
+
+
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    converter.register_structure_hook(int, _exact_int)
-    converter.register_structure_hook(float, _exact_float)
-    converter.register_structure_hook(bool, _exact_bool)
-    converter.register_structure_hook(str, _exact_str)
-    converter.register_structure_hook(datetime, _datetime)
+    converter.register_structure_hook(int, exact.integer)
+    converter.register_structure_hook(float, exact.number)
+    converter.register_structure_hook(bool, exact.boolean)
+    converter.register_structure_hook(str, exact.string)
+    converter.register_structure_hook(datetime, exact.moment)
     converter.register_structure_hook_func(lambda cls: cls is object, lambda value, _: value)
     converter.register_structure_hook_func(
-        lambda cls: isinstance(cls, type) and issubclass(cls, Enum), _enum
+        lambda cls: isinstance(cls, type) and issubclass(cls, Enum), exact.member
     )
-    converter.register_structure_hook_func(_is_literal, _literal)
+    converter.register_structure_hook_func(_is_literal, exact.literal)
 
     @converter.register_structure_hook_factory(_is_tuple)
     def homogeneous_tuple(cls: Any, inner: cattrs.Converter) -> Any:
-        plain = inner.get_structure_hook(list[get_args(cls)[0]])  # type: ignore[misc]
+        kind = get_args(cls)[0]
+        plain = inner.get_structure_hook(kind)
 
         def hook(value: object, _: Any) -> Any:
             if type(value) is not list:
-                raise TypeError(f"must be a list, not {_kind(value)}")
-            return tuple(plain(value, list))
+                raise TypeError(f"must be a list, not {exact.kind(value)}")
+            return tuple(made for _, made in _each(cls, enumerate(value), plain, kind))
 
         return hook
 
     @converter.register_structure_hook_factory(_is_mapping)
     def mapping(cls: Any, inner: cattrs.Converter) -> Any:
-        # Not inner.gen_structure_mapping: that registers its result, past the check below.
-        plain = cattrs.gen.make_mapping_structure_fn(cls, inner, dict, detailed_validation=True)
+        keys, kind = get_args(cls)
+        plain_key, plain = inner.get_structure_hook(keys), inner.get_structure_hook(kind)
 
-        def hook(value: object, cls: Any) -> Any:
+        def hook(value: object, _: Any) -> Any:
             if type(value) is not dict:
-                raise TypeError(f"must be an object, not {_kind(value)}")
-            return plain(value, cls)
+                raise TypeError(f"must be an object, not {exact.kind(value)}")
+            sound = _each(cls, zip(value, value, strict=True), plain_key, keys)
+            return {
+                key: made
+                for (_, key), (_, made) in zip(
+                    sound, _each(cls, value.items(), plain, kind), strict=True
+                )
+            }
 
         return hook
 
@@ -151,7 +126,7 @@ def _make_converter() -> cattrs.Converter:
 
         def hook(value: object, cls: type[T]) -> T:
             if type(value) is not dict:
-                raise TypeError(f"must be an object, not {_kind(value)}")
+                raise TypeError(f"must be an object, not {exact.kind(value)}")
             faults: list[Exception] = []
             made: T | None = None
             try:
@@ -198,26 +173,13 @@ def _out_of_bounds(
     return faults
 
 
-_KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), type(value).__name__)
-
-
 def _describe(fault: BaseException, _: type | None) -> str:
     if isinstance(fault, KeyError):
         return "is missing"
     if isinstance(fault, ForbiddenExtraKeysError):
-        return "unknown key " + ", ".join(sorted(repr(key) for key in fault.extra_fields))
+        return "unknown key " + ", ".join(
+            repr(key) for key in sorted(fault.extra_fields)[:MAX_REPORTED_FAULTS]
+        )
     return str(fault)
 
 
@@ -232,8 +194,13 @@ def _made_or_faults(cls: type[T], value: object) -> tuple[T | None, list[tuple[s
         faults = []
         for line in cattrs.transform_error(error, path="", format_exception=_describe):
             what, _, path = line.rpartition(" @ ")
-            faults.append((path.lstrip("."), what))
+            faults.append((_short(path.lstrip(".")), _short(what)))
         return None, faults[:MAX_REPORTED_FAULTS]
+
+
+def _short(text: str) -> str:
+    """What is told of a stranger's value, bounded: it may quote all of it."""
+    return text if len(text) <= MAX_FAULT_LENGTH else text[:MAX_FAULT_LENGTH] + "…"
 
 
 def _told(path: str, what: str) -> str:
@@ -274,7 +241,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {_short(repr(twice))} stands twice in one object")
     return made
 
 

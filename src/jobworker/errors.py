@@ -165,6 +165,13 @@ class QuotaExceeded(Busy):
     name = "quota_exceeded"
 
 
+class TooManyHandshakes(Busy):
+    """Newer connections needed the place of one that was not open yet."""
+
+    code = 1025
+    name = "too_many_handshakes"
+
+
 class ShuttingDown(Busy):
     """The service is on its way out and takes no new work."""
 

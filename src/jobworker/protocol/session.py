@@ -285,7 +285,7 @@ def _checked_envelope(request: Mapping[str, object]) -> str:
         raise ProtocolError('cannot take the request: "method" is no string')
     extra = request.keys() - {"jsonrpc", "id", "method", "params"}
     if extra:
-        raise ProtocolError(f"cannot take the request: unknown member {min(extra)!r}")
+        raise ProtocolError(f"cannot take the request: unknown member {min(extra)[:64]!r}")
     if not isinstance(request.get("params", {}), dict | list):
         raise ProtocolError('cannot take the request: "params" is no object')
     return name

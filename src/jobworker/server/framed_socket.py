@@ -35,3 +35,12 @@ class FramedSocket:
     async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
         """Say goodbye and close."""
         await self._socket.aclose(code, reason)
+
+    async def ping(self) -> None:
+        """Ping the client and wait for its answer. Raises as `get_message`; breaks if cancelled."""
+        await self._socket.ping()
+
+    @property
+    def closed(self) -> trio_websocket.CloseReason | None:
+        """Why the connection was closed; None while it is open."""
+        return self._socket.closed

@@ -5,6 +5,8 @@ and who asks is judged; a refusal is an HTTP reply that says why, as JSON. What 
 back to whoever goes on, by `PrefixStream`.
 """
 
+from collections.abc import Callable
+
 import h11
 import trio
 from attrs import define
@@ -33,9 +35,13 @@ class PrefixStream(trio.abc.Stream):
         self._inner, self._prefix = inner, prefix
         self.closed = trio.Event()
         self._sending = trio.StrictFIFOLock()
+        self.check: Callable[[], None] | None = None
+        """Looks, before each read, at what became of the last; raises BrokenResourceError."""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See trio.abc.ReceiveStream."""
+        if self.check is not None:
+            self.check()
         if not self._prefix:
             return bytes(await self._inner.receive_some(max_bytes))
         await trio.lowlevel.checkpoint()
@@ -133,7 +139,12 @@ def admit(stream: TLSStream, head: Head, roles: Roles) -> Identity:
 
 async def reply(stream: TLSStream, connection: h11.Connection, refused: Refused) -> None:
     error = refused.error
-    told = {"code": error.code, "message": error.message, "remedy": error.remedy}
+    told = {
+        "code": error.code,
+        "name": error.name,
+        "message": error.message,
+        "remedy": error.remedy,
+    }
     body = dumps({"error": told}).encode()
     headers = [
         ("content-type", "application/json"),

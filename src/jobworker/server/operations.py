@@ -26,6 +26,7 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.sandbox.host import HostFacts
+from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
 
@@ -42,6 +43,7 @@ class Context:
     auditor: Auditor
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
+    admission: Admission
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:

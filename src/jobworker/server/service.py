@@ -34,6 +34,7 @@ from jobworker.jobs.takeover import take_over
 from jobworker.model.units import parse_duration
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.link import Link, open_link
+from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
 from jobworker.server.door import Door
@@ -133,6 +134,7 @@ async def _serve_until_signal(
         gate=gate,
         auditor=auditor,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
+        admission=Admission(prepared.settings.limits),
     )
     listener = _Listener(prepared, door, context)
     listen(prepared.listeners)

@@ -26,8 +26,6 @@ from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHea
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
 
-MAX_SUBSCRIPTIONS = 256
-
 Send = Callable[[str | bytes], Awaitable[None]]
 """Sends a text message, or a frame that holds a binary one."""
 Show = Callable[[JobRecord], JobRecord]
@@ -104,6 +102,7 @@ class Subscriptions:
     _send: Send
     _show: Show
     _stall_seconds: float
+    _max_open: int
     _open: dict[int, Subscription] = field(factory=dict)
     _last: int = 0
 
@@ -111,10 +110,10 @@ class Subscriptions:
         self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
     ) -> Subscription:
         """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
-        if len(self._open) >= MAX_SUBSCRIPTIONS:
+        if len(self._open) >= self._max_open:
             follower.close()
             raise TooManyFollows(
-                f"cannot subscribe: this connection has {MAX_SUBSCRIPTIONS} subscriptions",
+                f"cannot subscribe: this connection has {self._max_open} subscriptions",
                 remedy="end some of them, or open another connection",
             )
         self._last += 1

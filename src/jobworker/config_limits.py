@@ -1,0 +1,49 @@
+"""The limits of the configuration: `[limits]`, what clients may ask of the service itself.
+
+Each has an error by which it is told (`errors`), and reaching it is counted under the error's name.
+"""
+
+from attrs import field, frozen
+
+from jobworker.model.bounds import within
+from jobworker.model.units import parse_duration
+
+MIN_MESSAGE_BYTES = 65_536
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+def _duration(_: object, __: object, value: str) -> None:
+    parse_duration(value)
+
+
+def _positive_duration(_: object, __: object, value: str) -> None:
+    if not parse_duration(value):
+        raise ValueError("must be longer than 0")
+
+
+@frozen(kw_only=True)
+class ConnectionLimits:
+    """How much of the service clients may take up."""
+
+    max_connections: int = field(default=1000, validator=within(1, 1_000_000))
+    """Open connections in all."""
+    max_connections_per_certificate: int = field(default=200, validator=within(1, 1_000_000))
+    """Open connections of one certificate."""
+    max_handshakes: int = field(default=256, validator=within(1, 1_000_000))
+    """Connections that are not open yet; at one more, the oldest of them is let go."""
+    handshake_timeout: str = field(default="10s", validator=_positive_duration)
+    """For TLS, HTTP request and upgrade together."""
+    max_failed_handshakes: int = field(default=300, validator=within(1, 1_000_000, or_zero=True))
+    """A minute from one address (an IPv6 /64); more are not listened to. 0 is no limit."""
+    max_message_bytes: int = field(
+        default=4 << 20, validator=within(MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
+    )
+    """Of one message from a client."""
+    max_requests_in_flight: int = field(default=128, validator=within(1, 65_536))
+    """Requests of one connection that are not answered yet."""
+    max_follows: int = field(default=256, validator=within(1, 65_536))
+    """Subscriptions of one connection."""
+    ping_interval: str = field(default="30s", validator=_duration)
+    """Between pings to a client; "0" sends none."""
+    ping_timeout: str = field(default="1m", validator=_positive_duration)
+    """For the answer to a ping."""

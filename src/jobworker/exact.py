@@ -1,0 +1,90 @@
+"""Plain values taken exactly or not at all: the hooks of the converter, one for each type.
+
+Each answers the value or raises TypeError or ValueError that says what it must be.
+"""
+
+import math
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, get_args
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def kind(value: object) -> str:
+    """What a plain value is, in words."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def integer(value: object, _: object) -> int:
+    """Take an integer, and no boolean."""
+    if type(value) is not int:
+        raise TypeError(f"must be an integer, not {kind(value)}")
+    return value
+
+
+def number(value: object, _: object) -> float:
+    """Take a finite number."""
+    if type(value) not in (int, float):
+        raise TypeError(f"must be a number, not {kind(value)}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
+def boolean(value: object, _: object) -> bool:
+    """Take a boolean."""
+    if type(value) is not bool:
+        raise TypeError(f"must be true or false, not {kind(value)}")
+    return value
+
+
+def string(value: object, _: object) -> str:
+    """Take a string of Unicode scalar values."""
+    if type(value) is not str:
+        raise TypeError(f"must be a string, not {kind(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("must be Unicode text: it holds a lone surrogate") from None
+    return value
+
+
+def member(value: object, cls: type[Enum]) -> Enum:
+    """Take a member of an enumeration, by its value."""
+    try:
+        return cls(string(value, str))
+    except ValueError:
+        known = ", ".join(str(member.value) for member in cls)
+        raise ValueError(f"must be one of {known}") from None
+
+
+def moment(value: object, _: object) -> datetime:
+    """Take an ISO 8601 date and time that carries its zone."""
+    found = datetime.fromisoformat(string(value, str))
+    if found.tzinfo is None:
+        raise ValueError("must carry a time zone, such as 2026-01-31T12:00:00Z")
+    try:
+        return found.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
+
+
+def literal(value: object, cls: Any) -> object:
+    """Take one of a literal's values."""
+    for allowed in get_args(cls):
+        if type(value) is type(allowed) and value == allowed:
+            return value
+    raise ValueError("must be one of " + ", ".join(str(allowed) for allowed in get_args(cls)))

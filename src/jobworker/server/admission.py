@@ -1,0 +1,209 @@
+"""Admission: how many may come in at a time, and who is not listened to for a while.
+
+    accepted ─► arriving (half-open: TLS, HTTP request, upgrade) ─► inside (an open connection)
+
+Those who arrive are bounded apart from those who are inside, so that strangers who stall cannot
+take up the places of clients. At one too many the oldest of them is let go: an honest client
+arrives within milliseconds, so that the oldest is one that stalls (sshd's MaxStartups has the same
+aim and drops the newcomer by lot). Addresses from which handshakes keep failing are closed at
+accept, before they cost a signature.
+
+Every refusal has an error of its own name; it is counted, and logged at most once a second, since a
+flood must not become a flood of log lines.
+"""
+
+import ipaddress
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+from attrs import define, field, frozen
+
+from jobworker.config_limits import ConnectionLimits
+from jobworker.errors import (
+    HandshakeTooSlow,
+    JobworkerError,
+    TooManyConnections,
+    TooManyFailures,
+    TooManyHandshakes,
+)
+from jobworker.model.units import parse_duration
+from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED, Counters
+
+log = logging.getLogger("jobworker.server")
+
+WINDOW_SECONDS = 60.0
+MAX_ADDRESSES = 10_000
+"""Whose failures are remembered at a time; at one more, the oldest are forgotten."""
+LOG_SECONDS = 1.0
+
+
+@define(eq=False)
+class Arrival:
+    """A connection on its way to being open."""
+
+    peer: str
+    _scope: trio.CancelScope
+    _admission: "Admission"
+    sound: bool = False
+    """Whether the client has shown a certificate of ours: then it is no failed handshake."""
+    crowded_out: bool = field(default=False, init=False)
+
+    def let_go(self) -> None:
+        """End it, for someone else's sake."""
+        self.crowded_out = True
+        self._scope.cancel()
+
+    def finish(self) -> None:
+        """The connection is open: it takes no place among those that arrive, and all its time."""
+        self.sound = True
+        self._scope.deadline = math.inf
+        self._admission.forget(self)
+
+
+@frozen
+class Statistics:
+    """How many there are at this moment."""
+
+    arriving: int
+    inside: int
+
+
+@define(eq=False)
+class _Failures:
+    """Of one address, since a moment."""
+
+    since: float
+    count: int = 0
+
+
+@define(eq=False)
+class Admission:
+    """Of one service."""
+
+    limits: ConnectionLimits = field(factory=ConnectionLimits)
+    counters: Counters = field(factory=Counters)
+    _arriving: dict[Arrival, None] = field(factory=dict, init=False)
+    """Oldest first."""
+    _inside: Counter[str] = field(factory=Counter, init=False)
+    _failures: dict[str, _Failures] = field(factory=dict, init=False)
+    """Oldest window first."""
+    _logged: dict[str, tuple[float, int]] = field(factory=dict, init=False)
+
+    def statistics(self) -> Statistics:
+        """How many are here."""
+        return Statistics(arriving=len(self._arriving), inside=self._inside.total())
+
+    @contextmanager
+    def arrive(self, peer: str, address: str) -> Iterator[Arrival]:
+        """Serve a connection in the block, and end it where it is not open in time.
+
+        Raises TooManyFailures.
+        """
+        self._check_failures(address)
+        if len(self._arriving) >= self.limits.max_handshakes:
+            oldest = next(iter(self._arriving))
+            self.forget(oldest)
+            oldest.let_go()
+        seconds = parse_duration(self.limits.handshake_timeout)
+        scope = trio.move_on_after(seconds)
+        arrival = Arrival(peer, scope, self)
+        self._arriving[arrival] = None
+        try:
+            with scope:
+                yield arrival
+        finally:
+            self.forget(arrival)
+            if not arrival.sound:
+                self._count_failure(address)
+        if scope.cancelled_caught and arrival.crowded_out:
+            self.tell(peer, TooManyHandshakes("cannot wait for it: newer ones need its place"))
+        elif scope.cancelled_caught:
+            self.tell(peer, HandshakeTooSlow(f"cannot wait for it: {seconds:g} s are over"))
+
+    def forget(self, arrival: Arrival) -> None:
+        """Count no longer what has arrived, or never will."""
+        self._arriving.pop(arrival, None)
+
+    @contextmanager
+    def enter(self, certificate: str) -> Iterator[None]:
+        """Count an open connection of a certificate while the block lasts.
+
+        Raises TooManyConnections.
+        """
+        limits = self.limits
+        if self._inside.total() >= limits.max_connections:
+            raise TooManyConnections(
+                f"cannot serve the connection: {limits.max_connections} are open, "
+                "as many as this service takes",
+                remedy="try again later",
+            )
+        if self._inside[certificate] >= limits.max_connections_per_certificate:
+            raise TooManyConnections(
+                f"cannot serve the connection: {limits.max_connections_per_certificate} are open "
+                "with this certificate",
+                remedy="close some of them, or make more calls on each",
+            )
+        self._inside[certificate] += 1
+        self.counters.add(CONNECTIONS)
+        try:
+            yield
+        finally:
+            self._inside[certificate] -= 1
+            if not self._inside[certificate]:
+                del self._inside[certificate]
+
+    def tell(self, peer: str, error: JobworkerError) -> None:
+        """Count that a limit was reached, and log it, at most once a second."""
+        self.counters.add(LIMITS_REACHED, error.name)
+        now = trio.current_time()
+        last, passed_over = self._logged.get(error.name, (-LOG_SECONDS, 0))
+        if now - last < LOG_SECONDS:
+            self._logged[error.name] = (last, passed_over + 1)
+            return
+        more = f" (and {passed_over} more before)" if passed_over else ""
+        log.info("%s: %s: %s%s", peer, error.name, error.message, more)
+        self._logged[error.name] = (now, 0)
+
+    def _check_failures(self, address: str) -> None:
+        limit = self.limits.max_failed_handshakes
+        failures = self._failures_of(network_of(address))
+        if limit and failures is not None and failures.count >= limit:
+            raise TooManyFailures(
+                f"cannot serve {address}: {limit} handshakes from there failed within a minute",
+                remedy="wait for a minute",
+            )
+
+    def _count_failure(self, address: str) -> None:
+        self.counters.add(HANDSHAKES_FAILED)
+        network = network_of(address)
+        failures = self._failures_of(network)
+        if failures is None:
+            if len(self._failures) >= MAX_ADDRESSES:
+                del self._failures[next(iter(self._failures))]
+            failures = self._failures[network] = _Failures(trio.current_time())
+        failures.count += 1
+
+    def _failures_of(self, network: str) -> _Failures | None:
+        """Those of the minute that runs for it, if one does."""
+        failures = self._failures.get(network)
+        if failures is not None and trio.current_time() - failures.since >= WINDOW_SECONDS:
+            del self._failures[network]
+            return None
+        return failures
+
+
+def network_of(address: str) -> str:
+    """What failures are counted by: an IPv4 address, or the /64 that an IPv6 host chooses from."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.IPv6Network((parsed, 64), strict=False))
+    return str(parsed)

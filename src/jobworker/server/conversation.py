@@ -1,0 +1,239 @@
+"""What is said on one open connection: calls and their answers, output, pings, and a goodbye.
+
+    reader: a task for each call ─► reply ─► its subscription, if it opened one
+    pings
+
+The reader never waits for a job: what is bounded is what costs memory, replies that are not sent
+yet and notifications that are being served. So a client whose requests all wait for jobs still has
+its credits read.
+
+A message is sent whole or not at all. One that is cut off breaks the stream (trio.SSLStream), so
+that ending a subscription would end its connection: only the connection's own end, or a client
+that takes nothing for too long, cancels what is being sent.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import trio
+import trio_websocket
+from attrs import define, field
+
+from jobworker.errors import (
+    InternalError,
+    JobworkerError,
+    MessageTooLarge,
+    PingUnanswered,
+    SendStalled,
+    TooManyFollows,
+    TooManyRequests,
+)
+from jobworker.model.units import parse_duration
+from jobworker.protocol.session import Call, Refusal, ServerSession
+from jobworker.server import operations
+from jobworker.server.door import Visitor
+from jobworker.server.framed_socket import FramedSocket
+from jobworker.server.gate import Caller
+from jobworker.server.http_head import CLOSE_SECONDS
+from jobworker.server.subscriptions import Subscriptions
+
+log = logging.getLogger("jobworker.server")
+
+POLICY_VIOLATION, TOO_BIG = 1008, 1009  # RFC 6455, 7.4.1
+DISMISSAL_SECONDS = 0.3
+"""What a client that has to leave gets to take what is on its way, and then the reason."""
+MAX_REASON_BYTES = 120
+"""Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
+
+
+@define(eq=False)
+class Conversation:
+    """A client that has been let in."""
+
+    _socket: FramedSocket
+    _visitor: Visitor
+    _context: operations.Context
+    _session: ServerSession = field(init=False)
+    _subscriptions: Subscriptions = field(init=False)
+    _scope: trio.CancelScope = field(factory=trio.CancelScope)
+    _sends: set[trio.CancelScope] = field(factory=set)
+    """Messages that are being sent, each with the right to be sent whole."""
+    _busy: int = 0
+    """Replies that are being sent, and notifications that are being served."""
+    _less_busy: trio.Event = field(factory=trio.Event)
+    _fault: JobworkerError | None = None
+    """What the client has done that it has to go."""
+    _leaving: bool = False
+    _quiet: trio.Event = field(factory=trio.Event)
+    """Set once nothing is being sent any more to a client that has to leave."""
+
+    def __attrs_post_init__(self) -> None:
+        show = partial(self._context.gate.shown, self._visitor.identity)
+        limits = self._context.admission.limits
+        self._session = ServerSession(limits.max_requests_in_flight)
+        self._subscriptions = Subscriptions(
+            self._context.supervisor,
+            self._send,
+            show,
+            self._context.stall_seconds,
+            limits.max_follows,
+        )
+
+    async def serve(self) -> None:
+        """Answer calls until the client goes, or has to."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._ping)
+                    try:
+                        while True:
+                            await self._take(await self._socket.get_message(), nursery)
+                    finally:
+                        for send in self._sends:
+                            send.cancel()
+        except* trio_websocket.ConnectionClosed:
+            closed = self._socket.closed
+            if closed is not None and closed.code == TOO_BIG:
+                limit = self._context.admission.limits.max_message_bytes
+                self._tell(MessageTooLarge(f"cannot take a message of more than {limit} bytes"))
+            raise
+        finally:
+            self._subscriptions.close()
+
+    async def end_when_dismissed(self) -> None:
+        """End when the client has to leave, which is no limit's doing (`door`).
+
+        What is being sent gets a moment: a message that is cut off breaks the stream, and then the
+        reason could not be told.
+        """
+        await self._visitor.leaving.wait()
+        self._leaving, self._quiet = True, trio.Event()
+        if self._sends:
+            with trio.move_on_after(DISMISSAL_SECONDS):
+                await self._quiet.wait()
+        self._scope.cancel()
+
+    async def say_goodbye(self) -> None:
+        """Close, and tell a client that has to go why."""
+        reason = self._visitor.reason
+        if self._fault is not None:
+            reason = f"{self._fault.name}: {self._fault.message}"
+        seconds = DISMISSAL_SECONDS if reason else CLOSE_SECONDS
+        with trio.move_on_after(seconds, shield=True):
+            if reason:
+                told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+                await self._socket.aclose(POLICY_VIOLATION, told)
+            else:
+                await self._socket.aclose()
+
+    async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
+        received = self._session.receive(message)
+        # Requests that wait for a job do not count here, for credits must pass them.
+        while self._busy >= self._context.admission.limits.max_requests_in_flight:
+            self._less_busy = trio.Event()
+            await self._less_busy.wait()
+        if isinstance(received, Refusal):
+            if isinstance(received.error, TooManyRequests):
+                self._tell(received.error)
+            if received.message is not None:
+                await self._send(received.message)
+        elif received.answered:
+            nursery.start_soon(self._serve_call, received)
+        else:
+            nursery.start_soon(self._serve_notification, received)
+
+    async def _serve_notification(self, call: Call) -> None:
+        with self._being_busy():
+            outcome = await self._outcome(call)
+        await self._deliver(outcome)
+
+    async def _serve_call(self, call: Call) -> None:
+        outcome = await self._outcome(call)
+        with self._being_busy():
+            if isinstance(outcome, JobworkerError):
+                await self._send(self._session.error(call.id, outcome))
+            else:
+                await self._send(self._session.result(call.id, outcome))
+        await self._deliver(outcome)
+
+    @contextmanager
+    def _being_busy(self) -> Iterator[None]:
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            self._less_busy.set()
+
+    async def _outcome(self, call: Call) -> object:
+        """What a call results in: an error is a result like any other here."""
+        caller = Caller(
+            identity=self._visitor.identity,
+            subscriptions=self._subscriptions,
+            gate=self._context.gate,
+            peer=self._visitor.peer,
+        )
+        try:
+            return await operations.call(self._context, caller, call.method, call.params)
+        except JobworkerError as error:
+            if isinstance(error, TooManyFollows):
+                self._tell(error)
+            return error
+        except Exception:
+            incident = secrets.token_hex(4)
+            log.exception("incident %s: %s", incident, call.method.name)
+            return InternalError(
+                f"cannot serve {call.method.name}: an internal fault (incident {incident})",
+                remedy="give the incident's number to who runs the service",
+            )
+
+    async def _deliver(self, outcome: object) -> None:
+        """Send the output of the subscription that a call has opened, if it has."""
+        subscription = getattr(outcome, "subscription", None)
+        if isinstance(subscription, int):
+            await self._subscriptions.run(subscription)
+
+    async def _send(self, message: str | bytes) -> None:
+        """Send one message, whole or not at all; a client that takes nothing is let go."""
+        if self._leaving:
+            await trio.sleep_forever()  # until the connection has ended
+        with trio.move_on_after(self._context.stall_seconds, shield=True) as patience:
+            self._sends.add(patience)
+            try:
+                await self._socket.send_message(message)
+            finally:
+                self._sends.discard(patience)
+                if not self._sends:
+                    self._quiet.set()
+        if patience.cancelled_caught:
+            seconds = self._context.stall_seconds
+            self._end(SendStalled(f"cannot send: nothing was taken for {seconds:g} s"))
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def _ping(self) -> None:
+        """Ping the client from time to time, and let it go when it does not answer."""
+        limits = self._context.admission.limits
+        interval, timeout = (
+            parse_duration(limits.ping_interval),
+            parse_duration(limits.ping_timeout),
+        )
+        while interval:
+            await trio.sleep(interval)
+            with trio.move_on_after(timeout) as patience:
+                await self._socket.ping()
+            if patience.cancelled_caught:
+                self._end(PingUnanswered(f"cannot go on: a ping was not answered in {timeout:g} s"))
+
+    def _end(self, fault: JobworkerError) -> None:
+        if not self._scope.cancel_called:
+            self._fault = fault
+            self._tell(fault)
+            self._scope.cancel()
+
+    def _tell(self, error: JobworkerError) -> None:
+        self._context.admission.tell(
+            f"{self._visitor.peer} ({self._visitor.identity.common_name})", error
+        )

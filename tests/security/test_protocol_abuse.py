@@ -1,0 +1,584 @@
+"""Clients that stall, flood, lie and break the protocol; after each, everyone else is served."""
+
+import json
+import socket
+import ssl
+import statistics
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+
+import jobworker
+from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.errors import TooManyConnections
+
+from ..integration.conftest import running
+from ..integration.wire import Json, Refused, Wire, open_wire
+from .raw_socket import (
+    BINARY,
+    CONTINUATION,
+    PING,
+    TEXT,
+    UPGRADE,
+    Frame,
+    Raw,
+    dial,
+    frame,
+    open_raw,
+    over_tls,
+    rest,
+    soak,
+)
+
+LIMITS: dict[str, object] = {
+    "max_connections": 30,
+    "max_connections_per_certificate": 12,
+    "max_handshakes": 40,
+    "handshake_timeout": "3s",
+    "max_failed_handshakes": 50,
+    "max_message_bytes": 1 << 20,
+    "max_requests_in_flight": 8,
+    "max_follows": 4,
+    "ping_interval": "1s",
+    "ping_timeout": "8s",
+}
+HELLO = b'{"jsonrpc":"2.0","id":1,"method":"service.hello"}'
+
+
+@pytest.fixture(scope="module")
+def guarded(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A service with low limits."""
+    with running(open_directory(), {"limits": LIMITS}) as made:
+        yield made
+
+
+@pytest.fixture
+async def bystander(guarded: Embedded) -> AsyncIterator[Wire]:
+    """Someone who was there before the attack, and must be served after it."""
+    async with open_wire(guarded, "viewer") as wire:
+        yield wire
+        with trio.fail_after(10):
+            await wire.call("job.list")
+    assert "incident" not in guarded.log_text()
+
+
+# --- handshakes ------------------------------------------------------------------------------
+
+
+def client_hello(service: Embedded) -> bytes:
+    """The first bytes of a TLS handshake."""
+    outgoing = ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(
+        ssl.MemoryBIO(), outgoing, server_hostname=service.address.rsplit(":", 1)[0]
+    )
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+async def drip(stream: trio.abc.SendStream, data: bytes) -> None:
+    """Send one byte at a time, as slowly as a client that is alive would not."""
+    for number in range(len(data)):
+        await stream.send_all(data[number : number + 1])
+        await trio.sleep(0.2)
+
+
+async def say_nothing(_: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    await trio.lowlevel.checkpoint()
+    return tcp
+
+
+async def half_a_hello(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    await tcp.send_all(client_hello(service)[:100])
+    return tcp
+
+
+async def drip_a_hello(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    with trio.move_on_after(2):
+        await drip(tcp, client_hello(service))
+    return tcp
+
+
+async def hello_and_no_more(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    await tcp.send_all(client_hello(service))
+    return tcp
+
+
+async def no_request(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    stream = over_tls(service, tcp)
+    await stream.do_handshake()
+    return stream
+
+
+async def half_a_request(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    stream = over_tls(service, tcp)
+    await stream.send_all(UPGRADE)
+    return stream
+
+
+async def drip_a_request(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+    stream = over_tls(service, tcp)
+    with trio.move_on_after(2):
+        await drip(stream, UPGRADE)
+    return stream
+
+
+Stage = Callable[[Embedded, trio.SocketStream], Awaitable[trio.abc.Stream]]
+STAGES: list[Stage] = [
+    say_nothing,
+    half_a_hello,
+    drip_a_hello,
+    hello_and_no_more,
+    no_request,
+    half_a_request,
+    drip_a_request,
+]
+
+
+async def test_handshake_that_stalls_at_any_stage_is_ended(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    ended = []
+
+    async def stall(stage: Stage) -> None:
+        tcp = await dial(guarded, "127.0.0.2")
+        try:
+            stream = await stage(guarded, tcp)
+            await rest(stream)
+            ended.append(stage.__name__)
+        finally:
+            tcp.socket.close()
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for stage in STAGES:
+                nursery.start_soon(stall, stage)
+    assert sorted(ended) == sorted(stage.__name__ for stage in STAGES)
+    assert "handshake_too_slow: cannot wait for it: 3 s are over" in guarded.log_text()
+
+
+async def test_those_who_stall_make_room_for_those_who_do_not(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    async with AsyncExitStack() as stack:
+        for number in range(45):
+            tcp = await dial(guarded, f"127.0.1.{number // 20 + 1}")
+            stack.callback(tcp.socket.close)
+            if not number:
+                oldest = tcp
+        with trio.fail_after(10):
+            assert await rest(oldest) == b""
+        async with open_wire(guarded) as wire:
+            await wire.call("service.hello")
+    assert "too_many_handshakes: cannot wait for it" in guarded.log_text()
+
+
+async def test_address_whose_handshakes_keep_failing_is_not_listened_to(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    async def fail() -> bytes:
+        tcp = await dial(guarded, "127.0.0.3")
+        try:
+            await tcp.send_all(b"\x16\x03\x01\x00\x05aaaaa")
+            return await rest(tcp)
+        except trio.BrokenResourceError:
+            return b""
+        finally:
+            tcp.socket.close()
+
+    with trio.fail_after(30):
+        assert await fail() != b""  # an alert: it was listened to
+        for _ in range(49):
+            await fail()
+        assert await fail() == b""
+    assert "too_many_failures: cannot serve 127.0.0.3" in guarded.log_text()
+    async with open_wire(guarded) as wire:  # another address
+        await wire.call("service.hello")
+
+
+async def timed(wire: Wire, times: int) -> float:
+    """The median time of a list."""
+    took = []
+    for _ in range(times):
+        began = trio.current_time()
+        await wire.call("job.list", limit=10)
+        took.append(trio.current_time() - began)
+    return statistics.median(took)
+
+
+async def test_thousands_of_half_open_connections_leave_clients_alone(
+    open_directory: Callable[[], Path],
+) -> None:
+    count = soak(400, 5000)
+    sockets: list[socket.socket] = []
+    async with open_embedded(open_directory()) as service, open_wire(service) as wire:
+        usual = await timed(wire, 50)
+        host, port = service.address.rsplit(":", 1)
+        try:
+            hello = client_hello(service)
+            for number in range(count):
+                made = socket.socket()
+                sockets.append(made)
+                made.bind((f"127.0.{2 + number // 250}.{1 + number % 250}", 0))
+                made.connect((host, int(port)))
+                if number % 2:
+                    made.send(hello[:100])
+                if number % 50 == 0:
+                    await wire.call("service.hello")
+            meanwhile = await timed(wire, 50)
+            async with open_wire(service) as another:  # and who comes now gets in
+                await another.call("service.hello")
+        finally:
+            for each in sockets:
+                each.close()
+    # Three times where nothing else disturbs the measurement; shared machines do.
+    assert meanwhile < usual * 3 + soak(1, 0)
+
+
+# --- frames ----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def closed_with(service: Embedded, code: int | None) -> AsyncIterator[Raw]:
+    """A connection that the server closes after the block, with `code`, or cuts."""
+    with trio.fail_after(30):
+        async with open_raw(service) as raw:
+            yield raw
+            found = await raw.closing()
+            assert code is None or (found is not None and found.code == code), found
+
+
+BROKEN = {
+    "unmasked": frame(TEXT, HELLO, masked=False),
+    "reserved opcode": frame(3, b"x"),
+    "compressed, though that was not agreed": frame(TEXT, HELLO, first=0xC0),
+    "reserved bits": frame(TEXT, HELLO, first=0xB0),
+    "ping of 126 bytes": frame(PING, b"x" * 126),
+    "ping in fragments": frame(PING, b"x", first=0),
+    "continuation of nothing": frame(CONTINUATION, b"x"),
+    "new message in the middle of one": frame(TEXT, b"{", first=0) + frame(TEXT, b"}"),
+    "text that is no UTF-8": frame(TEXT, b'"\xff"'),
+    "text of a surrogate": frame(TEXT, b'"\xed\xa0\x80"'),
+    "overlong length": b"\x81\xff" + struct.pack("!Q", 1 << 63) + b"\0\0\0\0",
+    "close of one byte": frame(8, b"x"),
+}
+
+
+@pytest.mark.parametrize("bytes_", BROKEN.values(), ids=BROKEN)
+async def test_frame_that_breaks_the_protocol_ends_its_connection(
+    guarded: Embedded, bystander: Wire, bytes_: bytes
+) -> None:
+    async with closed_with(guarded, None) as raw:
+        await raw.send(bytes_)
+
+
+async def test_message_in_fragments_is_one_message(guarded: Embedded) -> None:
+    async with open_raw(guarded) as raw:
+        with trio.fail_after(10):
+            await raw.send(frame(TEXT, HELLO[:10], first=0))
+            await raw.send(frame(PING, b"between"))
+            for byte in HELLO[10:-1]:
+                await raw.send(frame(CONTINUATION, bytes([byte]), first=0))
+            await raw.send(frame(CONTINUATION, HELLO[-1:]))
+            assert (await raw.receive()).payload == b"between"
+            assert json.loads((await raw.receive()).payload)["result"]["role"] == "admin"
+
+
+async def test_message_beyond_the_limit_is_refused_by_name(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    async with closed_with(guarded, 1009) as raw:
+        await raw.send(frame(TEXT, b"x" * ((1 << 20) + 1)))
+    async with closed_with(guarded, 1009) as raw:  # in fragments as well
+        await raw.send(frame(TEXT, b"x" * 600_000, first=0))
+        await raw.send(frame(CONTINUATION, b"x" * 600_000, first=0))
+    assert "message_too_large: cannot take a message of more than 1048576 bytes" in (
+        guarded.log_text()
+    )
+
+
+async def test_message_of_endless_empty_frames_is_ended(guarded: Embedded, bystander: Wire) -> None:
+    with trio.fail_after(60):
+        async with open_raw(guarded) as raw:
+            await raw.stream.send_all(frame(TEXT, b"", first=0))
+            with suppress(trio.BrokenResourceError):
+                while True:
+                    await raw.stream.send_all(frame(CONTINUATION, b"", first=0) * 1000)
+
+
+async def test_compression_is_not_agreed_upon(guarded: Embedded) -> None:
+    async with open_raw(guarded, b"Sec-WebSocket-Extensions: permessage-deflate\r\n") as raw:
+        assert raw.head.startswith(b"HTTP/1.1 101")
+        assert b"deflate" not in raw.head.lower()
+
+
+async def test_requests_are_text(guarded: Embedded) -> None:
+    async with open_raw(guarded) as raw:
+        with trio.fail_after(10):
+            await raw.send(frame(BINARY, HELLO))
+            assert json.loads((await raw.receive()).payload)["error"]["code"] == -32600
+            await raw.send(frame(TEXT, HELLO))
+            assert "result" in json.loads((await raw.receive()).payload)
+
+
+HOSTILE_JSON = {
+    "deep": "[" * 500_000,
+    "deep in a parameter": '{"jsonrpc":"2.0","id":1,"method":"job.list","params":{"states":'
+    + "[" * 1000
+    + "]" * 1000
+    + "}}",
+    "millions of values": "[" + "[]," * 300_000 + "[]]",
+    "duplicate key in a parameter": '{"jsonrpc":"2.0","id":1,"method":"job.list",'
+    '"params":{"limit":1,"limit":2}}',
+    "duplicate key by another spelling": '{"jsonrpc":"2.0","id":1,"method":"job.list",'
+    '"params":{"limit":1,"l\\u0069mit":2}}',
+    "huge integer": '{"jsonrpc":"2.0","id":' + "9" * 500_000 + "}",
+    "infinity by size": '{"jsonrpc":"2.0","id":1,"method":"job.list","params":{"limit":1e999}}',
+    "lone surrogate as an id": '{"jsonrpc":"2.0","id":"\\ud800","method":"service.hello"}',
+    "lone surrogate as a key": '{"jsonrpc":"2.0","id":1,"method":"job.list",'
+    '"params":{"\\udfff":1}}',
+    "lone surrogate as a member": '{"jsonrpc":"2.0","id":1,"method":"job.list","\\udfff":1}',
+    "lone surrogate in a variable": '{"jsonrpc":"2.0","id":1,"method":"job.run",'
+    '"params":{"job":{"command":["true"],"environment":{"\\udfff":"x"}}}}',
+    "byte order mark": "\ufeff" + HELLO.decode(),
+    "object of many unknown keys": json.dumps(dict.fromkeys(map(str, range(50_000)))),
+    "parameters of many unknown keys": '{"jsonrpc":"2.0","id":1,"method":"job.list","params":'
+    + json.dumps(dict.fromkeys(map(str, range(50_000))))
+    + "}",
+    "key of half a megabyte": '{"jsonrpc":"2.0","id":1,"method":"job.run","params":{"job":'
+    '{"command":["true"],"environment":{"' + "a=" * 250_000 + '":"x"}}}}',
+    "object of many faults": '{"jsonrpc":"2.0","id":1,"method":"job.run",'
+    '"params":{"job":{"command":' + json.dumps(list(range(16_000))) + "}}}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
+async def test_hostile_json_gets_an_error_and_the_connection_lives(
+    guarded: Embedded, bystander: Wire, text: str
+) -> None:
+    with trio.fail_after(20):
+        async with open_raw(guarded) as raw:
+            await raw.send(frame(TEXT, text.encode()))
+            answer = (await raw.receive()).payload
+            assert json.loads(answer)["error"]["code"] in (-32700, -32600, -32602)
+            assert len(answer) < 20_000
+            await raw.send(frame(TEXT, HELLO))
+            while (found := await raw.receive()).opcode == PING:
+                pass
+            assert "result" in json.loads(found.payload)
+
+
+# --- what clients may take up ----------------------------------------------------------------
+
+
+async def test_connections_of_one_certificate_are_bounded(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    files = guarded.environment("admin")
+    async with AsyncExitStack() as stack:
+        for _ in range(12):
+            await stack.enter_async_context(open_wire(guarded))
+        with pytest.raises(TooManyConnections, match="12 are open with this certificate"):
+            async with jobworker.open_client(
+                guarded.address,
+                ca=files["WORKER_CA_PATH"],
+                certificate=files["WORKER_CERT_PATH"],
+                key=files["WORKER_KEY_PATH"],
+            ):
+                raise AssertionError("it was let in")
+        async with open_wire(guarded, "viewer") as other:  # another certificate
+            await other.call("service.hello")
+    async with open_wire(guarded) as wire:  # and places are given back
+        await wire.call("service.hello")
+
+
+async def test_requests_in_flight_are_bounded_and_credits_pass_them(guarded: Embedded) -> None:
+    async with open_wire(guarded) as wire, trio.open_nursery() as nursery:
+        job = {"command": ["sh", "-c", "yes | head -c 100000; exec sleep 600"]}
+        follow = {"credit_bytes": 1}
+        started = await wire.call("job.run", job=job, follow=follow)
+        record, subscription = started["job"], started["subscription"]
+        assert isinstance(record, dict)
+
+        async def wait() -> None:
+            await wire.call("job.wait", id=record["id"])
+
+        for _ in range(8):
+            nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with pytest.raises(Refused) as refused, trio.fail_after(10):
+            await wire.call("service.hello")
+        assert refused.value.code == 1007
+        for _ in range(40):  # notifications are no requests
+            await wire.notify("job.credit", subscription=subscription, bytes=100)
+        got = 0
+        notes = wire.notes(subscription)
+        with trio.fail_after(10):
+            while got < 4001:
+                params = (await notes.receive())["params"]
+                assert isinstance(params, dict)
+                got += len(params["data"]) // 4 * 3
+        async with open_wire(guarded) as another:
+            await another.call("job.stop", id=record["id"], grace_seconds=0)
+    assert "too_many_requests" in guarded.log_text()
+
+
+async def test_follows_of_one_connection_are_bounded(guarded: Embedded) -> None:
+    async with open_wire(guarded) as wire:
+        job = await wire.start("sleep", "600")
+        opened = [(await wire.call("job.log", id=job))["subscription"] for _ in range(4)]
+        with pytest.raises(Refused) as refused:
+            await wire.call("job.log", id=job)
+        assert refused.value.code == 1008
+        await wire.notify("job.unfollow", subscription=opened[0])
+        await wire.call("job.log", id=job)
+        await wire.call("job.stop", id=job, grace_seconds=0)
+
+
+async def test_client_that_answers_no_pings_is_let_go(guarded: Embedded, bystander: Wire) -> None:
+    with trio.fail_after(40):
+        async with open_raw(guarded) as raw:
+            await raw.send(frame(TEXT, HELLO))
+            assert (await raw.receive()).opcode == TEXT
+            assert (await raw.receive()).opcode == PING
+            found: Frame | None = await raw.closing()
+    assert found is not None
+    assert found.code == 1008
+    assert found.payload[2:].startswith(b"ping_unanswered: ")
+
+
+async def test_subscription_that_ends_in_the_middle_of_a_message_ends_nothing_else(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    flood = {"command": ["sh", "-c", "exec yes"]}
+    async with open_raw(guarded) as raw:
+
+        async def ask(number: int, method: str, **params: object) -> Json:
+            request = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+            await raw.stream.send_all(frame(TEXT, json.dumps(request).encode()))
+            while True:
+                found = await raw.receive()
+                if found.opcode == TEXT:
+                    body: Json = json.loads(found.payload)
+                    if body.get("id") == number:
+                        return body
+
+        with trio.fail_after(60):
+            started = await ask(1, "job.run", job=flood, follow={"encoding": "binary"})
+            result = started["result"]
+            assert isinstance(result, dict)
+            job = result["job"]["id"]
+            try:
+                # Nothing is read for a while: the server stands in the middle of a message.
+                await trio.sleep(0.5)
+                unfollow = {"subscription": result["subscription"]}
+                for number in range(2, 6):
+                    await ask(number, "job.unfollow", **unfollow)
+                    await trio.sleep(0.1)
+                    again = await ask(
+                        number * 10, "job.log", id=job, delivery={"encoding": "binary"}
+                    )
+                    assert isinstance(again["result"], dict)
+                    unfollow = {"subscription": again["result"]["subscription"]}
+                    await trio.sleep(0.2)
+            finally:
+                async with open_wire(guarded) as another:
+                    await another.call("job.stop", id=job, grace_seconds=0)
+
+
+async def test_client_that_asks_and_never_reads_holds_nobody_up(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    async with open_raw(guarded) as silent:
+        with trio.move_on_after(3):
+            for number in range(20_000):
+                request = {"jsonrpc": "2.0", "id": number, "method": "rpc.discover"}
+                await silent.send(frame(TEXT, json.dumps(request).encode()))
+        with trio.fail_after(10):
+            await bystander.call("job.list")
+            async with open_wire(guarded, "viewer") as another:
+                await another.call("service.hello")
+
+
+# --- what commands may hold ------------------------------------------------------------------
+
+
+async def test_odd_commands_run_as_they_are_or_are_refused(guarded: Embedded) -> None:
+    async with open_wire(guarded) as wire:
+        out, _, job = await wire.run("printf", "%s|", "--", "-rf", "--help", "")
+        assert (out, job["state"]) == ("--|-rf|--help||", "COMPLETED")
+        out, err, job = await wire.run("echo", "alive", environment={"LD_PRELOAD": "/no/such.so"})
+        assert (out, job["state"]) == ("alive\n", "COMPLETED")
+        assert "LD_PRELOAD" in err  # the job's own loader, nobody else's
+        for command, code in (
+            (["./nosuch"], 1011),
+            (["/no/such/program"], 1011),
+            (["nosuch"], 1011),
+            (["/etc"], 1012),
+            (["-rf"], 1011),
+            (["../../../../bin/nosuch"], 1011),
+        ):
+            with pytest.raises(Refused) as refused:
+                await wire.start(*command)
+            assert refused.value.code == code, command
+        _, _, job = await wire.run("./true", workdir="/usr/bin")
+        assert job["state"] == "COMPLETED"
+
+
+FORGED = "x\n2026-01-01T00:00:00Z INFO forged: everything is well\r\x1b[2K\u2028forged"
+
+
+async def test_nothing_that_a_client_says_makes_a_line_of_the_log(
+    guarded: Embedded, bystander: Wire
+) -> None:
+    async with open_wire(guarded) as wire:
+        await wire.run("true", FORGED, environment={"A": FORGED})
+        for method, params in (
+            ("job.run", {"job": {"command": ["true"], "name": FORGED}}),
+            ("job.run", {"job": {"command": [FORGED]}}),
+            ("job.run", {"job": {"command": ["true"], "workdir": "/" + FORGED}}),
+            ("job.run", {"job": {"command": ["true"], "environment": {FORGED: "x"}}}),
+            ("job.stop", {"id": 1, "signal": FORGED}),
+            (FORGED, {}),
+        ):
+            with pytest.raises(Refused):
+                await wire.call(method, **params)
+    for line in guarded.log_text().splitlines():
+        assert not line.startswith(("2026-01-01", "forged"))
+        assert "\x1b" not in line
+
+
+# --- browsers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        (b"{address}", b"https://{address}", b"101"),
+        (b"localhost:{port}", b"https://localhost:{port}", b"101"),
+        (b"{address}", b"https://evil.example", b"403"),
+        (b"{address}", b"http://{address}", b"403"),
+        (b"{address}", b"null", b"403"),
+    ],
+)
+async def test_page_of_another_origin_or_of_a_rebound_name_is_refused(
+    guarded: Embedded, host: bytes, origin: bytes, status: bytes
+) -> None:
+    port = guarded.address.rsplit(":", 1)[1].encode()
+
+    def filled(text: bytes) -> bytes:
+        return text.replace(b"{address}", guarded.address.encode()).replace(b"{port}", port)
+
+    request = UPGRADE.replace(b"Host: x", b"Host: " + filled(host))
+    stream = over_tls(guarded, await dial(guarded))
+    try:
+        with trio.fail_after(10):
+            await stream.send_all(request + b"Origin: " + filled(origin) + b"\r\n\r\n")
+            said = bytes(await stream.receive_some(65_536))
+    finally:
+        await trio.aclose_forcefully(stream)
+    assert said.startswith(b"HTTP/1.1 " + status)

@@ -1,0 +1,147 @@
+"""Who comes in: by number, by certificate and by what an address did before."""
+
+import logging
+from contextlib import ExitStack
+
+import pytest
+import trio
+
+from jobworker.config_limits import ConnectionLimits
+from jobworker.errors import TooManyConnections, TooManyFailures
+from jobworker.server import admission as module
+from jobworker.server.admission import Admission, Statistics, network_of
+from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
+
+
+def small(**limits: object) -> Admission:
+    return Admission(
+        ConnectionLimits(
+            **{  # type: ignore[arg-type]
+                "max_connections": 3,
+                "max_connections_per_certificate": 2,
+                "max_handshakes": 2,
+                "handshake_timeout": "10s",
+                "max_failed_handshakes": 3,
+                **limits,
+            }
+        )
+    )
+
+
+def fail(admission: Admission, address: str) -> None:
+    with admission.arrive("peer", address):
+        pass
+
+
+async def test_arrival_that_takes_too_long_is_cancelled_and_told(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    admission = small()
+    began = trio.current_time()
+    with caplog.at_level(logging.INFO), admission.arrive("10.0.0.1:5", "10.0.0.1"):
+        await trio.sleep_forever()
+    assert trio.current_time() - began == pytest.approx(10)
+    assert admission.counters.value(LIMITS_REACHED, "handshake_too_slow") == 1
+    assert admission.counters.value(HANDSHAKES_FAILED) == 1
+    assert "10.0.0.1:5: handshake_too_slow: cannot wait for it" in caplog.text
+
+
+async def test_arrival_that_is_open_has_all_its_time(autojump_clock: object) -> None:
+    admission = small()
+    with admission.arrive("peer", "10.0.0.1") as arrival:
+        assert admission.statistics() == Statistics(arriving=1, inside=0)
+        arrival.finish()
+        assert admission.statistics() == Statistics(arriving=0, inside=0)
+        await trio.sleep(1000)
+    assert admission.counters.statistics() == {}
+
+
+async def test_oldest_arrival_makes_room(autojump_clock: object) -> None:
+    admission = small()
+    ended = list[tuple[str, float]]()
+
+    async def arrive(name: str) -> None:
+        with admission.arrive(name, "10.0.0.1"):
+            await trio.sleep_forever()
+        ended.append((name, trio.current_time() - began))
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for name in ("first", "second", "third"):
+            nursery.start_soon(arrive, name)
+            await trio.sleep(1)
+    assert ended == [("first", 2), ("second", 11), ("third", 12)]
+    assert admission.counters.value(LIMITS_REACHED, "too_many_handshakes") == 1
+
+
+async def test_failures_of_an_address_close_it_for_a_minute(autojump_clock: object) -> None:
+    admission = small()
+    for _ in range(3):
+        fail(admission, "10.0.0.1")
+    with pytest.raises(TooManyFailures, match=r"10\.0\.0\.1"):
+        fail(admission, "10.0.0.1")
+    fail(admission, "10.0.0.2")
+    await trio.sleep(61)
+    for _ in range(3):
+        fail(admission, "10.0.0.1")
+
+
+async def test_failures_may_be_unlimited() -> None:
+    admission = small(max_failed_handshakes=0)
+    for _ in range(1000):
+        fail(admission, "10.0.0.1")
+
+
+async def test_memory_of_failures_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ADDRESSES", 5)
+    admission = small()
+    for number in range(100):
+        fail(admission, f"10.0.0.{number}")
+    assert len(admission._failures) == 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("10.0.0.1", "10.0.0.2", False),
+        ("2001:db8::1", "2001:db8::2:3", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("fe80::1%eth0", "fe80::2", True),
+        ("a client that is gone", "another", False),
+    ],
+)
+def test_addresses_are_counted_by_who_can_choose_them(one: str, other: str, same: bool) -> None:
+    assert (network_of(one) == network_of(other)) is same
+
+
+def test_connections_are_bounded_in_all_and_by_certificate() -> None:
+    admission = small()
+    with ExitStack() as stack:
+        stack.enter_context(admission.enter("A"))
+        stack.enter_context(admission.enter("A"))
+        with pytest.raises(TooManyConnections, match="2 are open with this certificate"):
+            stack.enter_context(admission.enter("A"))
+        stack.enter_context(admission.enter("B"))
+        with pytest.raises(TooManyConnections, match="as many as this service takes"):
+            stack.enter_context(admission.enter("C"))
+        assert admission.statistics().inside == 3
+    assert admission.statistics().inside == 0
+    assert admission.counters.value(CONNECTIONS) == 3
+
+
+async def test_flood_of_refusals_is_no_flood_of_lines(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    admission = small()
+    error = TooManyConnections("cannot serve the connection: full")
+    with caplog.at_level(logging.INFO):
+        for _ in range(1000):
+            admission.tell("peer", error)
+        await trio.sleep(2)
+        admission.tell("peer", error)
+    assert [record.getMessage() for record in caplog.records] == [
+        "peer: too_many_connections: cannot serve the connection: full",
+        "peer: too_many_connections: cannot serve the connection: full (and 999 more before)",
+    ]
+    assert admission.counters.value(LIMITS_REACHED, "too_many_connections") == 1001
