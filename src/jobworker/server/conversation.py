@@ -45,6 +45,8 @@ log = logging.getLogger("jobworker.server")
 POLICY_VIOLATION, TOO_BIG = 1008, 1009  # RFC 6455, 7.4.1
 DISMISSAL_SECONDS = 0.3
 """What a client that has to leave gets to take what is on its way, and then the reason."""
+IN_ORDER = frozenset({"job.credit", "job.unfollow"})
+"""Notifications that wait for nothing: what the client says next finds them done."""
 MAX_REASON_BYTES = 120
 """Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
@@ -140,6 +142,8 @@ class Conversation:
                 self._tell(received.error)
             if received.message is not None:
                 await self._send(received.message)
+        elif received.method.name in IN_ORDER and not received.answered:
+            await self._outcome(received)
         elif received.answered:
             nursery.start_soon(self._serve_call, received)
         else:

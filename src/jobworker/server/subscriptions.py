@@ -47,6 +47,7 @@ class Subscription:
     _granted: trio.Event = field(factory=trio.Event)
     scope: trio.CancelScope = field(factory=trio.CancelScope)
     text: TextOutput = field(factory=TextOutput)
+    running: bool = False
 
     def grant(self, count: int) -> None:
         """Allow `count` bytes more."""
@@ -138,13 +139,18 @@ class Subscriptions:
 
     def cancel(self, number: int) -> None:
         """End a subscription without a word; one that has ended already is fine."""
-        subscription = self._open.get(number)
+        subscription = self._open.pop(number, None)
         if subscription is not None:
             subscription.scope.cancel()
+            if not subscription.running:
+                subscription.follower.close()
 
     async def run(self, number: int) -> None:
         """Send a subscription's output to its end, and then how its job went."""
-        subscription = self._open[number]
+        subscription = self._open.get(number)
+        if subscription is None:  # ended before it began
+            return
+        subscription.running = True
         try:
             with subscription.scope:
                 problem = await self._deliver(subscription)
@@ -157,7 +163,7 @@ class Subscriptions:
                 await self._send(encode_output_end(end))
         finally:
             subscription.follower.close()
-            del self._open[number]
+            self._open.pop(number, None)
 
     def close(self) -> None:
         """Let go of what was opened and never run."""
