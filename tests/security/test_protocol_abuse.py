@@ -43,8 +43,6 @@ LIMITS: dict[str, object] = {
     "max_message_bytes": 1 << 20,
     "max_requests_in_flight": 8,
     "max_follows": 4,
-    "ping_interval": "1s",
-    "ping_timeout": "8s",
 }
 HELLO = b'{"jsonrpc":"2.0","id":1,"method":"service.hello"}'
 
@@ -439,16 +437,19 @@ async def test_follows_of_one_connection_are_bounded(guarded: Embedded) -> None:
         await wire.call("job.stop", id=job, grace_seconds=0)
 
 
-async def test_client_that_answers_no_pings_is_let_go(guarded: Embedded, bystander: Wire) -> None:
-    with trio.fail_after(40):
-        async with open_raw(guarded) as raw:
-            await raw.send(frame(TEXT, HELLO))
-            assert (await raw.receive()).opcode == TEXT
-            assert (await raw.receive()).opcode == PING
-            found: Frame | None = await raw.closing()
-    assert found is not None
-    assert found.code == 1008
-    assert found.payload[2:].startswith(b"ping_unanswered: ")
+async def test_client_that_answers_no_pings_is_let_go(open_directory: Callable[[], Path]) -> None:
+    limits = {"ping_interval": "100ms", "ping_timeout": "1s"}
+    async with open_embedded(open_directory(), {"limits": limits}) as service:
+        with trio.fail_after(40):
+            async with open_raw(service) as raw:
+                await raw.send(frame(TEXT, HELLO))
+                assert (await raw.receive()).opcode == TEXT
+                assert (await raw.receive()).opcode == PING
+                found: Frame | None = await raw.closing()
+        assert found is not None
+        assert found.code == 1008
+        assert found.payload[2:].startswith(b"ping_unanswered: ")
+        assert "ping_unanswered" in service.log_text()
 
 
 async def test_subscription_that_ends_in_the_middle_of_a_message_ends_nothing_else(
