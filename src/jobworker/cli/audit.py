@@ -4,6 +4,7 @@ It reads the file itself, so it works while the service runs and when it does no
 file may read the log.
 """
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,8 +85,18 @@ def audit(
 
     settings = Settings() if config is None else load(config)
     history = Path(settings.worker.state_dir) / "service" / "history.db"
+    _become_owner(history.parent)
     for row in read_rows(history, since=since, name=who, job=job, limit=limit):
         click.echo(row.line().rstrip("\n") if as_json else _line(row))
+
+
+def _become_owner(directory: Path) -> None:
+    """Give root up: what the service may write to is not for root to open."""
+    if os.geteuid() == 0 and directory.is_dir():
+        status = directory.stat()
+        os.setgroups([])
+        os.setresgid(status.st_gid, status.st_gid, status.st_gid)
+        os.setresuid(status.st_uid, status.st_uid, status.st_uid)
 
 
 def _line(row: "AuditRow") -> str:

@@ -7,7 +7,8 @@ Mere looking (status, list) is not noted.
 Notes are written in the order in which they come, a batch at a time, within moments: the bound is
 LINGER_SECONDS and the disk's pace. What comes in vain can be had without a right or at no cost, so
 a flood of it must not fill the disk: beyond a burst it is written at a bounded rate, and what was
-left out is counted in a row of its own.
+left out is counted in a row of its own. Each name has a rate of its own, and all who have none
+share one: nobody can hide another's attempts, or its own under a name, behind a flood without one.
 """
 
 import logging
@@ -39,6 +40,22 @@ DETAIL_CHARACTERS = 200
 SUPPRESSED = "audit.suppressed"
 
 
+@define
+class _Bucket:
+    """What may still be noted of one name's vain attempts."""
+
+    filled_at: float
+    tokens: float = VAIN_BURST
+
+    def take(self, now: float) -> bool:
+        grown = self.tokens + (now - self.filled_at) * VAIN_PER_SECOND
+        self.tokens, self.filled_at = min(VAIN_BURST, grown), now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
+
+
 @define(eq=False)
 class Auditor:
     """Of one service."""
@@ -48,8 +65,8 @@ class Auditor:
     _waiting: deque[AuditRow] = field(factory=deque)
     _arrival: trio.Event = field(factory=trio.Event)
     _suppressed: int = 0
-    _tokens: float = VAIN_BURST
-    _filled_at: float = field(factory=trio.current_time)
+    _buckets: dict[str, _Bucket] = field(factory=dict)
+    """By the certificate's name, of which there are as many as the CA has given; "" is nobody's."""
 
     def service(self, action: str, outcome: str = "ok", detail: str = "") -> None:
         """Note what the service itself did."""
@@ -106,15 +123,13 @@ class Auditor:
 
     def _note_vain(self, row: AuditRow) -> None:
         now = trio.current_time()
-        grown = self._tokens + (now - self._filled_at) * VAIN_PER_SECOND
-        self._tokens, self._filled_at = min(VAIN_BURST, grown), now
-        if self._tokens < 1:
-            self._suppressed += 1
-            if self._suppressed == 1:
-                self._arrival.set()
-        else:
-            self._tokens -= 1
+        bucket = self._buckets.setdefault(row.name, _Bucket(now))
+        if bucket.take(now):
             self._note(row)
+            return
+        self._suppressed += 1
+        if self._suppressed == 1:
+            self._arrival.set()
 
     def _note(self, row: AuditRow) -> None:
         if len(self._waiting) >= MAX_WAITING:

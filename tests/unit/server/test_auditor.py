@@ -84,6 +84,17 @@ async def test_flood_is_bounded_and_counted(tmp_path: Path, outcome: str) -> Non
     assert len(noted) - 1 + told == 5000
 
 
+async def test_flood_of_strangers_hides_nobody(tmp_path: Path) -> None:
+    def act(auditor: Auditor) -> None:
+        for _ in range(5000):
+            auditor.refused(PEER, "no certificate")
+        denied = PermissionDenied("cannot")
+        auditor.failed(EVE, PEER, METHODS["job.stop"], m.StopParams(id=JobId(1)), denied)
+
+    rows = await written(tmp_path / "history.db", act)
+    assert [row.outcome for row in rows if row.name == "eve"] == ["permission_denied"]
+
+
 async def test_names_forge_no_line(tmp_path: Path) -> None:
     evil = 'x\n{"action":"job.run"}\u2028\u2029\x1b[2J\u202e'
 
