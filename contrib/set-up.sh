@@ -70,6 +70,16 @@ need 'test -x /usr/bin/python3' python3-minimal
 need 'command -v slirp4netns' slirp4netns
 need 'command -v ip' iproute2
 
+# The clients of contrib/clients, which the tests run.
+need 'command -v openssl' openssl
+need 'command -v jq' jq
+need 'node -e "process.exit(Number(process.versions.node.split(\".\")[0]) < 18)"' nodejs
+need 'command -v npm' npm
+if ! [ -d contrib/clients/node/node_modules/ws ]; then
+    say "installing the packages of contrib/clients/node"
+    (cd contrib/clients/node && npm install --no-package-lock --no-audit --no-fund --loglevel=error >/dev/null)
+fi
+
 [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$venv"
 say "installing the package into $venv"
 "$venv/bin/pip" install -q --disable-pip-version-check -e '.[dev]'

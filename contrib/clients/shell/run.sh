@@ -1,0 +1,120 @@
+#!/bin/bash
+# Run a command as a job, print its output, stop it on Ctrl-C; with bash, openssl, od and jq alone.
+#
+#   ./run.sh sh -c 'echo hello; sleep 60'
+#
+# Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
+# WORKER_CA_PATH. Output travels as text in JSON: what is no UTF-8 becomes U+FFFD.
+set -eu
+
+host=${WORKER_SERVER%:*}
+case $host in
+*:* | *[0-9].*[0-9].*[0-9].*[0-9]) name=-verify_ip ;;
+*) name=-verify_hostname ;;
+esac
+
+# The connection: a process of its own session, so that Ctrl-C is ours alone.
+coproc TLS {
+    exec setsid openssl s_client -quiet -no_ign_eof -verify_return_error -tls1_3 \
+        -connect "$WORKER_SERVER" "$name" "${host//[][]/}" \
+        -cert "$WORKER_CERT_PATH" -key "$WORKER_KEY_PATH" -CAfile "$WORKER_CA_PATH" 2>/dev/null
+}
+exec 3<&"${TLS[0]}" 4>&"${TLS[1]}"
+
+byte() { printf "\\x$(printf %02x "$1")" >&4; }
+
+# send JSON: one text frame (RFC 6455, 5.2), masked with zeroes, which leave the text as it is.
+send() {
+    local size
+    size=$(printf %s "$1" | wc -c)
+    byte 129
+    if [ "$size" -lt 126 ]; then
+        byte $((128 | size))
+    else
+        local shift shifts='8 0' code=254
+        if [ "$size" -ge 65536 ]; then # the shortest form that holds it
+            shifts='56 48 40 32 24 16 8 0' code=255
+        fi
+        byte "$code"
+        for shift in $shifts; do byte $(((size >> shift) & 255)); done
+    fi
+    printf '\0\0\0\0%s' "$1" >&4
+}
+
+# take N: so many bytes, as decimal numbers.
+take() { head -c "$1" <&3 | od -An -v -tu1; }
+
+# receive: the next text message, in $message; pings are answered.
+receive() {
+    local first size
+    while :; do
+        read -r first size <<<"$(take 2)" || return 1
+        [ -n "${size:-}" ] || return 1
+        if [ "$size" = 126 ] || [ "$size" = 127 ]; then
+            local count=$((size == 126 ? 2 : 8)) number
+            size=0
+            for number in $(take "$count"); do size=$((size << 8 | number)); done
+        fi
+        if [ $((first & 15)) = 9 ]; then # a ping: the same bytes go back, few as they are
+            local payload number
+            payload=$(take "$size")
+            byte 138
+            byte $((128 | size))
+            printf '\0\0\0\0' >&4
+            for number in $payload; do byte "$number"; done
+            continue
+        fi
+        [ $((first & 15)) = 8 ] && return 1
+        message=$(head -c "$size" <&3)
+        return 0
+    done
+}
+
+printf '%s\r\n' 'GET / HTTP/1.1' "Host: $WORKER_SERVER" 'Upgrade: websocket' 'Connection: Upgrade' \
+    'Sec-WebSocket-Version: 13' "Sec-WebSocket-Key: $(openssl rand -base64 16)" \
+    'Sec-WebSocket-Protocol: jobworker.v1' '' >&4
+
+# The head of the answer, a byte at a time: what follows it is the first frame.
+head_=
+while [[ $head_ != *$'\r\n\r'* ]]; do
+    IFS= read -r -N 1 -u 3 character || { echo "cannot connect to $WORKER_SERVER" >&2; exit 69; }
+    head_+=$character
+done
+IFS= read -r -N 1 -u 3 character
+[[ $head_ == 'HTTP/1.1 101'* ]] || { head -c 2000 <&3 >&2; echo >&2; exit 69; }
+
+request() { jq -cn --arg method "$1" --argjson id "$2" --argjson params "$3" \
+    '{jsonrpc: "2.0", id: $id, method: $method, params: $params}'; }
+
+command=$(jq -cn '$ARGS.positional' --args -- "$@")
+send "$(request job.run 1 "{\"job\": {\"command\": $command}, \"follow\": {\"encoding\": \"text\"}}")"
+
+job=
+trap '[ -z "$job" ] || send "$(request job.stop 2 "{\"id\": $job}")"' INT
+
+while receive; do
+    case $(jq -r '.method // (if .error then "error" else .id end)' <<<"$message") in
+    1)
+        job=$(jq .result.job.id <<<"$message")
+        echo "job $job" >&2
+        ;;
+    error)
+        jq -r .error.message <<<"$message" >&2
+        exit 70
+        ;;
+    job.output)
+        if [ "$(jq -r .params.stream <<<"$message")" = stderr ]; then
+            jq -j .params.text <<<"$message" >&2
+        else
+            jq -j .params.text <<<"$message"
+        fi
+        ;;
+    job.output_end)
+        jq -r '"job \(.params.job.id): \(.params.job.state)"' <<<"$message" >&2
+        exit "$(jq '.params.job | .exit_code // (if .signal then 128 + .signal else 125 end)' \
+            <<<"$message")"
+        ;;
+    esac
+done
+echo 'cannot go on: the server closed the connection' >&2
+exit 69

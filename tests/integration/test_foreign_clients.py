@@ -1,0 +1,107 @@
+"""Clients that share no code with the project: each runs a job, follows it and stops it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from jobworker.cli.embedded import Embedded
+
+from .wire import open_wire
+
+CLIENTS = Path(__file__).parents[2] / "contrib" / "clients"
+NODE_MODULES = CLIENTS / "node" / "node_modules"
+
+COMMANDS = {
+    "node, binary": ["node", str(CLIENTS / "node" / "run.mjs")],
+    "python, base64": [sys.executable, str(CLIENTS / "python" / "run.py")],
+    "shell, text": ["bash", str(CLIENTS / "shell" / "run.sh")],
+}
+
+
+def missing(name: str) -> str:
+    """What this machine lacks for a client; "" where it lacks nothing."""
+    if name.startswith("node"):
+        if shutil.which("node") is None:
+            return "node"
+        return "" if NODE_MODULES.is_dir() else "the packages of contrib/clients/node (npm install)"
+    if name.startswith("shell"):
+        return ", ".join(each for each in ("openssl", "jq", "od") if shutil.which(each) is None)
+    return ""
+
+
+async def start(service: Embedded, name: str, *command: str) -> trio.Process:
+    if lacking := missing(name):
+        pytest.skip(f"needs {lacking}")
+    return await trio.lowlevel.open_process(
+        [*COMMANDS[name], *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **service.environment()},
+    )
+
+
+async def everything(process: trio.Process, stream: trio.abc.ReceiveStream | None) -> bytes:
+    assert stream is not None
+    said = b""
+    while data := await stream.receive_some():
+        said += bytes(data)
+    return said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_foreign_client_runs_follows_and_stops_a_job(service: Embedded, name: str) -> None:
+    script = 'trap "exit 7" INT TERM; echo "ready, é"; echo oops >&2; while :; do sleep 0.1; done'
+    process = await start(service, name, "sh", "-c", script)
+    assert process.stdout is not None
+    said = b""
+    try:
+        with trio.fail_after(60):
+            while b"\n" not in said:
+                data = await process.stdout.receive_some()
+                assert data, (await everything(process, process.stderr)).decode()
+                said += bytes(data)
+            process.send_signal(signal.SIGINT)  # it has heard of its job's output: it knows the job
+            told = await everything(process, process.stderr)
+            await process.wait()
+    finally:
+        process.kill()
+    assert said.decode() == "ready, é\n"
+    first, *others, last = told.decode().splitlines()
+    job = first.removeprefix("job ")
+    assert (others, last) == (["oops"], f"job {job}: STOPPED")
+    assert process.returncode == 7
+    async with open_wire(service) as wire:
+        assert (await wire.call("job.status", id=int(job)))["state"] == "STOPPED"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_foreign_client_gets_all_of_a_long_output(service: Embedded, name: str) -> None:
+    process = await start(service, name, "sh", "-c", "seq 1 20000; exit 3")
+    try:
+        with trio.fail_after(60):
+            said = await everything(process, process.stdout)
+            await process.wait()
+    finally:
+        process.kill()
+    assert said == "".join(f"{number}\n" for number in range(1, 20_001)).encode()
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_foreign_client_tells_why_it_was_refused(service: Embedded, name: str) -> None:
+    process = await start(service, name, "no-such-program")
+    try:
+        with trio.fail_after(60):
+            told = await everything(process, process.stderr)
+            await process.wait()
+    finally:
+        process.kill()
+    assert "cannot run no-such-program" in told.decode()
+    assert process.returncode == 70
