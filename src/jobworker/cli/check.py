@@ -19,6 +19,7 @@ from jobworker.cli.failures import one_line
 from jobworker.config import Settings, load
 from jobworker.convert import dumps
 from jobworker.errors import JobworkerError
+from jobworker.sandbox.cgroups import step_into_leaf
 from jobworker.sandbox.host_check import findings as host_findings
 from jobworker.sandbox.probes import Wanted
 from jobworker.sandbox.probing import Finding
@@ -37,6 +38,7 @@ _GROUPS = (
 
 async def run_check(config: Path | None, *, json: bool) -> int:
     """Try everything and print it: 0 if all that is needed is there, else 1."""
+    step_into_leaf()  # of a group that is delegated to us, as the service does
     settings, about = _settings(config)
     found = [about]
     wanted = Wanted(
