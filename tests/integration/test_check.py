@@ -7,10 +7,11 @@ call, a user namespace that may have no others, a mount namespace without contro
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -249,9 +250,11 @@ def site(open_directory: Callable[[], Path]) -> Path:
     return directory
 
 
-def check(config: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+def check(
+    config: Path, *options: str, within: Sequence[str] = ()
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [*program("worker"), "check", "--config", str(config), *options],
+        [*within, *program("worker"), "check", "--config", str(config), *options],
         capture_output=True,
         text=True,
         timeout=100,
@@ -259,8 +262,8 @@ def check(config: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def service_findings(config: Path) -> tuple[int, dict[str, Finding]]:
-    done = check(config, "--json")
+def service_findings(config: Path, within: Sequence[str] = ()) -> tuple[int, dict[str, Finding]]:
+    done = check(config, "--json", within=within)
     told = json.loads(done.stdout)
     assert told["ok"] == (done.returncode == 0)
     return done.returncode, {row["name"]: Finding(**row) for row in told["findings"]}
@@ -281,6 +284,26 @@ def test_command_starts_a_whole_job(site: Path) -> None:
     assert code == 0
     assert findings["start, limits, output, end"].supported
     assert findings["start, limits, output, end"].detail.endswith(" ms")
+    assert findings["--network=none"].supported
+
+
+def test_host_without_the_program_for_private_networks(site: Path) -> None:
+    (site / "bin").mkdir()
+    for needed in ("/bin/sh", sys.executable):  # in place of all of /usr/bin
+        here = os.path.realpath(needed)
+        if here.startswith("/usr/bin/"):
+            shutil.copy(here, site / "bin" / Path(here).name)
+    if not (site / "bin" / "sh").exists():
+        (site / "bin" / "sh").symlink_to(Path(os.path.realpath("/bin/sh")).name)
+    hide = f'mount --bind {site}/bin /usr/bin; exec "$@"'
+    command = ["unshare", "--mount", "--propagation=private", "sh", "-c", hide, "sh"]
+    code, findings = service_findings(write_configuration(site, {}), command)
+    assert code == 0
+    private = findings["--network=private"]
+    assert not private.supported
+    assert not private.needed
+    assert "slirp4netns" in private.detail
+    assert private.remedy
 
 
 def test_whole_job_fails_where_there_are_no_programs(site: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import asyncclick as click
 
 from jobworker.cli import check_service
-from jobworker.cli.check_job import spare_range, whole_job
+from jobworker.cli.check_job import spare_range, whole_jobs
 from jobworker.cli.check_service import nearest_directory
 from jobworker.cli.failures import one_line
 from jobworker.config import Settings, load
@@ -51,7 +51,7 @@ async def run_check(config: Path | None, *, json: bool) -> int:
     )
     found.extend(await host_findings(wanted))
     found.extend(check_service.findings(settings))
-    found.append(await whole_job(settings))
+    found.extend(await whole_jobs(settings))
     found.sort(key=lambda finding: _GROUPS.index(finding.group))
     lacking = [finding for finding in found if finding.needed and not finding.supported]
     if json:

@@ -27,19 +27,27 @@ from jobworker.server.setup import policy_for
 
 SECONDS = 30
 _PROOF = "echo works from inside"
+_REMEDIES = {
+    "host": "",
+    "none": "use a kernel with CONFIG_NET_NS",
+    "private": "install slirp4netns (Debian package slirp4netns), and allow /dev/net/tun",
+}
 
 
-async def whole_job(settings: Settings) -> Finding:
-    """Start a real job within the default limits and hear it speak."""
-    name = "start, limits, output, end"
+async def whole_jobs(settings: Settings) -> list[Finding]:
+    """Start real jobs within the default limits and hear them speak, in each kind of network."""
     try:
         async with _trial_directory(settings) as state:
-            said = await _job_says(_trial_settings(settings, state))
+            return await _try_networks(_trial_settings(settings, state))
     except JobworkerError as error:
-        return Finding("a whole job", name, False, True, error.message, error.remedy)
+        return [_finding("host", error.message, error.remedy)]
     except OSError as error:
-        return Finding("a whole job", name, False, True, str(error), "")
-    return Finding("a whole job", name, True, True, said, "")
+        return [_finding("host", str(error))]
+
+
+def _finding(network: str, said: str, remedy: str = "", *, works: bool = False) -> Finding:
+    name = "start, limits, output, end" if network == "host" else f"--network={network}"
+    return Finding("a whole job", name, works, network == "host", said, remedy)
 
 
 @asynccontextmanager
@@ -58,7 +66,7 @@ async def _trial_directory(settings: Settings) -> AsyncIterator[Path]:
         shutil.rmtree(state)
 
 
-async def _job_says(settings: Settings) -> str:
+async def _try_networks(settings: Settings) -> list[Finding]:
     defaults = settings.worker.default_limits
     limits = Limits(
         cpu_percent=defaults.cpu_percent or 0,
@@ -66,23 +74,31 @@ async def _job_says(settings: Settings) -> str:
         io_bps=defaults.io_bps or 0,
         pids=defaults.processes or 0,
     )
+    found = []
     launcher = start_launcher(policy_for(settings, Path(settings.worker.state_dir)))
     async with open_link(launcher) as link:
-        with trio.fail_after(SECONDS):
-            return await _speak(link, limits)
+        for number, network in enumerate(("host", "none", "private"), start=1):
+            try:
+                with trio.fail_after(SECONDS):
+                    said = await _speak(link, JobId(number), network, limits)
+            except JobworkerError as error:
+                found.append(_finding(network, error.message, error.remedy or _REMEDIES[network]))
+            except trio.TooSlowError:
+                found.append(_finding(network, f"no end of it within {SECONDS} s"))
+            else:
+                found.append(_finding(network, said, works=True))
+    return found
 
 
-async def _speak(link: Link, limits: Limits) -> str:
-    order = Order("check", ("/bin/sh", "-c", _PROOF), {}, "/")
+async def _speak(link: Link, job: JobId, network: str, limits: Limits) -> str:
+    order = Order("check", ("/bin/sh", "-c", _PROOF), {}, "/", network)
     began = trio.current_time()
-    started, exits = await link.spawn(JobId(1), order, limits)
-    async with (
-        trio.lowlevel.FdStream(started.stdout) as out,
-        trio.lowlevel.FdStream(started.stderr),
-    ):
+    started, exits = await link.spawn(job, order, limits)
+    out, err = trio.lowlevel.FdStream(started.stdout), trio.lowlevel.FdStream(started.stderr)
+    async with out, err:
         said = b"".join([piece async for piece in out])
         ended = await exits.receive()
-    await link.remove(JobId(1))
+    await link.remove(job)
     if said != b"works from inside\n" or ended.code:
         raise HostUnsupported(f"cannot run a job: it said {said!r} and ended with {ended.code}")
     return f"{1000 * (trio.current_time() - began):.0f} ms"
