@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobworker.sandbox import channel, requests
+
 FUZZ = Path(__file__).parents[2] / "fuzz"
 TARGETS = sorted(path.stem.removeprefix("fuzz_") for path in FUZZ.glob("fuzz_*.py"))
 
@@ -59,3 +61,11 @@ def test_mutations_of_seeds(target: str) -> None:
         one(data)
 
     never_raises()
+
+
+def test_requests_among_the_launchers_seeds_are_still_requests() -> None:
+    """A new field would leave them refused at the door, and the fuzzing would end there."""
+    for name in ("spawn", "plan", "list", "signal", "kill", "remove", "usage"):
+        packet = (FUZZ / "seeds" / "launcher_requests" / name).read_bytes()[1:]
+        message, _ = channel.decode(packet, [], 0)
+        requests.parse(message)
