@@ -35,6 +35,7 @@ if __name__ == "__main__":
         [SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
     )
 
+from jobworker.cli import embedded
 from jobworker.cli.embedded import Embedded, open_embedded, program
 from jobworker.client.client import Client, open_client
 from jobworker.errors import SandboxError
@@ -587,6 +588,7 @@ def main() -> int:
         parser.error("needs root: namespaces and control groups")
     if not (CGROUPS / "cgroup.controllers").exists():
         parser.error("needs the full cgroup v2 hierarchy at /sys/fs/cgroup")
+    embedded.START_SECONDS = 300  # an emulated machine takes its time
     return 0 if trio.run(lambda: prove(options.probe, change_sysctl=options.change_sysctl)) else 1
 
 

@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from attrs import define, evolve, field
+from attrs import asdict, define, evolve, field
 
 from jobworker.errors import Busy, JobworkerError, ShuttingDown
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
+from jobworker.jobs.lookup import Filter, follow_from, output_of, page_of, with_sizes
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
@@ -35,7 +36,7 @@ from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import Inheritance
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
-from jobworker.model.lifecycle import Event, State, advance
+from jobworker.model.lifecycle import Event, advance
 from jobworker.sandbox.link import Link
 
 _NOT_YET = JobId(1)
@@ -166,11 +167,7 @@ class Supervisor:
         mine = [e for e in self._live.values() if e.record.owner == owner]
         live = [e.record.spec.limits for e in mine if not e.ended.is_set()]
         live += [limits for name, limits in self._arriving.values() if name == owner]
-        kept = self._archive.size_of(jobs)
-        for execution in mine:
-            if execution.ended.is_set() and execution.record.id in jobs:  # not kept yet
-                kept += execution.record.stdout_bytes + execution.record.stderr_bytes
-        return Use(tuple(live), kept)
+        return Use(tuple(live), self._archive.size_of(jobs) + output_of(mine, jobs))
 
     async def _admit(self, spec: JobSpec, owner: str) -> Execution:
         at_once = self._places_taken < self.max_running
@@ -241,44 +238,19 @@ class Supervisor:
         """A job's record as it is now. Raises NotFound."""
         execution = self._live.get(job)
         if execution is not None:
-            return _with_sizes(execution)
+            return with_sizes(execution)
         record = await self._history.get(job)
         if record is None:
             raise no_such_job(job)
         return record
 
-    async def latest(
-        self,
-        *,
-        states: Collection[State],
-        owner: str | None = None,
-        labels: Mapping[str, str] | None = None,
-        limit: int,
-        before: int | None,
-    ) -> list[JobRecord]:
-        """At most `limit` records in `states`, with all `labels` and ids below `before`.
+    async def latest(self, wanted: Filter, limit: int) -> list[JobRecord]:
+        """At most `limit` records that fit, newest first.
 
-        Newest first.
-
-        Those of `owner` alone, where one is given. A page may end early (`History.latest`); an
-        empty one is the end.
+        A page may end early (`History.latest`); an empty one is the end.
         """
-        live = [
-            _with_sizes(execution)
-            for job, execution in self._live.items()
-            if execution.record.state in states
-            and owner in (None, execution.record.owner)
-            and (labels or {}).items() <= execution.record.spec.labels.items()
-            and (before is None or job < before)
-        ]
-        stored = await self._history.latest(
-            states=states, owner=owner, labels=labels, limit=limit, before=before
-        )
-        if stored:  # a page that ended early must not pass over any: see below its last
-            live = [record for record in live if record.id >= stored[-1].id]
-        known = {record.id for record in live} | set(self._live)
-        merged = live + [record for record in stored if record.id not in known]
-        return sorted(merged, key=lambda record: record.id, reverse=True)[:limit]
+        stored = await self._history.latest(**asdict(wanted, recurse=False), limit=limit)
+        return page_of(self._live, stored, wanted, limit)
 
     async def stop(
         self, job: JobId, number: signal.Signals, grace_seconds: float | None
@@ -292,7 +264,7 @@ class Supervisor:
             await self._ask_to_end(execution, number, grace_seconds)
             await execution.ended.wait()
             return execution.record
-        return await self.record(job)
+        return await self._ended(job)
 
     async def _ask_to_end(
         self, execution: Execution, number: signal.Signals, grace_seconds: float | None
@@ -312,7 +284,14 @@ class Supervisor:
         if execution is not None:
             await execution.ended.wait()
             return execution.record
-        return await self.record(job)
+        return await self._ended(job)
+
+    async def _ended(self, job: JobId) -> JobRecord:
+        """The record of a job that is not live. Raises NotFound."""
+        record = await self.record(job)
+        if not record.ended:
+            raise ShuttingDown(f"cannot reach job {job}: it is left to the next service")
+        return record
 
     async def follow(
         self,
@@ -328,13 +307,10 @@ class Supervisor:
         """
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
-            return await _follow(execution.spool, start, streams, coalesce)
-        record = await self.record(job)
-        if not record.ended:
-            raise ShuttingDown(f"cannot follow job {job}: it is left to the next service")
-        spool = await self._archive.open(record)
+            return await follow_from(execution.spool, start, streams, coalesce)
+        spool = await self._archive.open(await self._ended(job))
         try:
-            return await _follow(spool, start, streams, coalesce)
+            return await follow_from(spool, start, streams, coalesce)
         finally:
             spool.close()  # the follower keeps its share
 
@@ -356,7 +332,7 @@ class Supervisor:
         return await self._archive.remove(job, force=force)
 
     async def prune(self, policy: Policy | None, owner: str | None) -> Sequence[Kept]:
-        """Apply a policy (the configured one, if none is given) to ended jobs' output: what went.
+        """Apply a policy (None: the configured one) to ended jobs' output: what went.
 
         To that of `owner` alone, where one is given.
         """
@@ -374,10 +350,7 @@ class Supervisor:
             await execution.over.wait()
 
     async def leave(self) -> None:
-        """Take nothing more, and let go of every job for the next service to take over.
-
-        A start under way, and a job that is being stopped, are waited for.
-        """
+        """Take nothing more, and let go of every job but those that start or are being stopped."""
         self._closing = True
         while self._pending:
             waiting = self._pending.popleft()
@@ -388,21 +361,3 @@ class Supervisor:
             execution.leave()
         for execution in list(self._live.values()):
             await execution.over.wait()
-
-
-async def _follow(
-    spool: Spool, start: Start, streams: Collection[Stream], coalesce: bool
-) -> Follower:
-    with spool.follow(streams=streams, coalesce=coalesce):  # keeps it open while it is searched
-        offset = await spool.find_start(start, streams)
-        return spool.follow(offset, streams=streams, coalesce=coalesce)
-
-
-def _with_sizes(execution: Execution) -> JobRecord:
-    sizes = execution.spool.statistics()
-    return evolve(
-        execution.record,
-        stdout_bytes=sizes.stdout_bytes,
-        stderr_bytes=sizes.stderr_bytes,
-        discarded_bytes=sizes.discarded_bytes,
-    )

@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 
 import jobworker
 from jobworker.errors import InvalidParams, JobworkerError
+from jobworker.jobs.lookup import Filter
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
@@ -133,14 +134,13 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> JobR
 
 
 async def _list(context: Context, caller: Caller, params: m.ListParams) -> m.ListResult:
-    states = frozenset(params.states or State)
-    found = await context.supervisor.latest(
-        states=states,
+    wanted = Filter(
+        states=frozenset(params.states or State),
         owner=caller.only_owner,
         labels=params.labels,
-        limit=params.limit,
         before=params.before,
     )
+    found = await context.supervisor.latest(wanted, params.limit)
     return m.ListResult(jobs=tuple(map(caller.show, found)))
 
 
