@@ -123,10 +123,12 @@ def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
         directory = open_directory()
         (directory / "stage").mkdir()
         (directory / "scratch").mkdir()
+        (directory / "volumes").mkdir()
         return Policy(
             instance=f"jobworker-test-{directory.name[-8:]}",
             stage=str(directory / "stage"),
             scratch=str(directory / "scratch"),
+            volumes=str(directory / "volumes"),
             controllers=("cpu", "memory", "io", "pids"),
             cgroup_parent="",
             programs=programs,

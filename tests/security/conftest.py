@@ -17,7 +17,10 @@ from ..integration.conftest import open_directory, running
 __all__ = ["open_directory"]
 
 ROLES: dict[str, dict[str, object]] = {
-    "roles.tenant": {"operations": ["view", "log", "run", "stop", "remove"], "scope": "own"},
+    "roles.tenant": {
+        "operations": ["view", "log", "run", "stop", "remove", "volumes"],
+        "scope": "own",
+    },
     "roles.watcher": {"operations": ["view", "log"], "scope": "own"},
     "roles.blind-runner": {"operations": ["run"], "scope": "own"},
     "roles.small": {

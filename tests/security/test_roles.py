@@ -19,7 +19,16 @@ from jobworker.protocol.methods import METHODS, Method
 
 from ..integration.wire import Refused, Wire, open_wire
 
-NAMES_NO_JOB = {"service.hello", "job.run", "job.list", "job.prune", "job.credit", "job.unfollow"}
+NAMES_NO_JOB = {
+    *("volume.create", "volume.list", "volume.remove"),
+    "job.plan",
+    "service.hello",
+    "job.run",
+    "job.list",
+    "job.prune",
+    "job.credit",
+    "job.unfollow",
+}
 """Methods that take no job's id. Before one is added here it must be told below (or in a test of
 its own) how it keeps from its caller what is another tenant's."""
 NEVER = 999_999_999
@@ -33,7 +42,7 @@ def sample(cls: type, job: int) -> dict[str, object]:
         if _takes_job(kind):
             made[place.name] = _with_job(kind, job)
         elif place.default is attrs.NOTHING:
-            made[place.name] = _plain(kind)
+            made[place.name] = 1 << 24 if place.name == "size_bytes" else _plain(kind)
     return made
 
 
@@ -188,3 +197,20 @@ async def test_no_time_limit_is_for_who_may_ask_for_it(tenants: Embedded, alice:
     assert "unbounded" in denied.message
     async with open_wire(tenants) as admin:
         await admin.call("job.run", job=job)
+
+
+async def test_volumes_are_for_those_who_reach_all_jobs(tenants: Embedded, alice: Wire) -> None:
+    """All share them, so a tenant has none, whatever operations its role holds."""
+    size = 16 << 20
+    async with open_wire(tenants, "admin") as admin:
+        await admin.call("volume.create", name="shared", size_bytes=size)
+        for method, params in {
+            "volume.list": {},
+            "volume.create": {"name": "mine", "size_bytes": size},
+            "volume.remove": {"name": "shared"},
+            "job.run": {"job": {"command": ["true"], "volumes": [{"name": "shared"}]}},
+        }.items():
+            with pytest.raises(Refused) as refused:
+                await alice.call(method, **params)  # type: ignore[arg-type]
+            assert refused.value.code == PermissionDenied.code, method
+        await admin.call("volume.remove", name="shared")

@@ -24,6 +24,8 @@ from jobworker.model.job import (
     Usage,
 )
 from jobworker.model.lifecycle import Reason, State
+from jobworker.model.volumes import VolumeMount
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, NAME_PATTERN
 
 examples = partial(settings, derandomize=True, deadline=None, database=None)
 """Settings of a property: the same examples in every run, however slow the machine."""
@@ -50,12 +52,19 @@ def _optional_limit(low: int, high: int) -> st.SearchStrategy[int | None]:
     return st.none() | st.just(0) | st.integers(min_value=low, max_value=high)
 
 
+disk_sizes = st.integers(MIN_DISK_BYTES, MAX_DISK_BYTES)
+volume_names = st.from_regex(NAME_PATTERN, fullmatch=True)
+mounts = st.lists(
+    st.builds(VolumeMount, name=volume_names), max_size=2, unique_by=lambda mount: mount.name
+).map(tuple)
+
 limits = st.builds(
     Limits,
     cpu_percent=_optional_limit(1, MAX_CPU_PERCENT),
     memory_bytes=_optional_limit(MIN_MEMORY_BYTES, MAX_MEMORY_BYTES),
     io_bps=_optional_limit(MIN_IO_BPS, MAX_IO_BPS),
     processes=_optional_limit(1, MAX_PROCESSES),
+    disk_bytes=st.none() | disk_sizes,
     output_bytes=_optional_limit(1, 1 << 60),
 )
 
@@ -69,6 +78,8 @@ specs = st.builds(
     timeout_seconds=st.none() | seconds,
     secret_environment=variables,
     network=st.sampled_from(["host", "none", "private"]),
+    runtime=st.just("") | volume_names,
+    volumes=mounts,
     uid=st.integers(0, MAX_ID),
     gid=st.none() | st.integers(0, MAX_ID),
     init=st.booleans(),

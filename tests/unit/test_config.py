@@ -196,7 +196,7 @@ def test_all_faults_are_told_at_once_with_their_keys(tmp_path: Path) -> None:
         ('[roles.x]\noperations = "view"', "roles['x'].operations: must be a list"),
         (
             '[roles.x]\noperations = ["fly"]',
-            "must be one of run, stop, remove, view, log, unbounded",
+            "must be one of run, stop, remove, view, log, volumes, unbounded",
         ),
         ('[roles.x]\noperations = []\nscope = "mine"', "must be one of all, own"),
         ("[roles.x]\noperations = []\nmax_jobs = -1", "max_jobs: must be from 0"),

@@ -11,7 +11,7 @@ import sys
 import asyncclick as click
 
 import jobworker
-from jobworker.cli import jobs, output, session
+from jobworker.cli import jobs, output, session, volumes
 from jobworker.cli.console import BROKEN_PIPE, PROGRAM, discard_output, note, tell
 from jobworker.cli.failures import one_line, run_program
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
@@ -105,6 +105,7 @@ for _command in (
     jobs.wait,
     session.whoami,
     session.ping,
+    volumes.volume,
 ):
     worker_cli.add_command(_command)
 

@@ -59,7 +59,7 @@ async def _trial_directory(settings: Settings) -> AsyncIterator[Path]:
     except OSError:
         state = Path(tempfile.mkdtemp(prefix="jobworker-check-", dir="/var/tmp"))
     try:
-        for part in ("stage", "scratch"):
+        for part in ("stage", "scratch", "volumes"):
             (state / part).mkdir(mode=0o700)
         yield state
     finally:

@@ -36,6 +36,7 @@ from jobworker.client.link import Link
 from jobworker.errors import Busy, ConnectionFailed, InvalidParams, JobworkerError
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
+from jobworker.model.volumes import Volume
 from jobworker.pki.tls import client_context
 from jobworker.protocol import messages as m
 
@@ -169,6 +170,31 @@ class Client:
         ()
         """
         return await self.call("job.prune", params, m.Removed)
+
+    async def make_volume(self, name: str, size_bytes: int) -> None:
+        """Make a volume: a disk of that size which outlives jobs, at least 16 MiB.
+
+        Raises InvalidParams where it exists, or the server's disk has no room for it.
+
+        >>> await client.make_volume("cache", 64 << 20)
+        """
+        spec = m.VolumeSpec(name=name, size_bytes=size_bytes)
+        await self.call("volume.create", spec, m.Nothing)
+
+    async def volumes(self) -> tuple[Volume, ...]:
+        """List all volumes, by name.
+
+        >>> [volume.name for volume in await client.volumes()]
+        ['cache']
+        """
+        return (await self.call("volume.list", m.Nothing(), m.Volumes)).volumes
+
+    async def remove_volume(self, name: str) -> None:
+        """Remove a volume with all that is on it. Raises NotFound, and Busy while a job has it.
+
+        >>> await client.remove_volume("cache")
+        """
+        await self.call("volume.remove", m.VolumeParams(name=name), m.Nothing)
 
     async def call(self, name: str, params: object, result: type[T]) -> T:
         """Call a method of the protocol by name, as often as it takes to get an answer."""

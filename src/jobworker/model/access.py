@@ -34,6 +34,8 @@ class Permission(Enum):
     """See jobs and how they do; not what they print."""
     LOG = "log"
     """Read what jobs print."""
+    VOLUMES = "volumes"
+    """Make, list and remove volumes, and have them in jobs; all share them."""
     UNBOUNDED = "unbounded"
     """Ask for no time limit (timeout 0), as for a service that runs for good."""
 

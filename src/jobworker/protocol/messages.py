@@ -14,6 +14,8 @@ from jobworker.model.bounds import within
 from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
+from jobworker.model.volumes import Volume, check_name
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES
 
 MAX_LIST = 1000
 MAX_OFFSET = 1 << 62
@@ -243,3 +245,25 @@ class OutputEnd:
     job: JobRecord
     error: Mapping[str, str] | None = None
     """`name` and `message` where the output could not be sent to its end."""
+
+
+@frozen(kw_only=True)
+class VolumeSpec:
+    """A volume to be made."""
+
+    name: str = field(validator=check_name)
+    size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
+
+
+@frozen(kw_only=True)
+class VolumeParams:
+    """A volume by name."""
+
+    name: str = field(validator=check_name)
+
+
+@frozen(kw_only=True)
+class Volumes:
+    """All of them."""
+
+    volumes: tuple[Volume, ...]

@@ -41,6 +41,9 @@ _ROWS = (
     Method("job.unfollow", m.SubscriptionParams, m.Nothing, Permission.VIEW, "End a subscription"),
     Method("job.remove", m.RemoveParams, m.Removed, Permission.REMOVE, "Remove an ended job"),
     Method("job.prune", m.PruneParams, m.Removed, Permission.REMOVE, "Remove ended jobs' output"),
+    Method("volume.create", m.VolumeSpec, m.Nothing, Permission.VOLUMES, "Make a volume"),
+    Method("volume.list", m.Nothing, m.Volumes, Permission.VOLUMES, "List volumes, by name"),
+    Method("volume.remove", m.VolumeParams, m.Nothing, Permission.VOLUMES, "Remove a volume"),
     Method("rpc.discover", m.Nothing, m.Discovery, Permission.VIEW, "Describe this protocol"),
 )
 

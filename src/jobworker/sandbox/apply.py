@@ -145,6 +145,14 @@ def _mount_devices(step: s.MountDevices, _: Means) -> None:
     os.close(null)
 
 
+def _open_volume(step: s.OpenVolume, _: Means) -> None:
+    root_mounts.open_volume(step, USER_NAMESPACE_DESCRIPTOR)
+
+
+def _place_volume(step: s.PlaceVolume, _: Means) -> None:
+    root_mounts.place_volume(step)
+
+
 def _make_scratch(step: s.MakeScratch, _: Means) -> None:
     root_mounts.make_scratch(step)
 
@@ -302,6 +310,8 @@ _APPLY: dict[type, Callable[..., None]] = {
     s.MountDisk: _mount_disk,
     s.MountOverlay: _mount_overlay,
     s.MountDevices: _mount_devices,
+    s.OpenVolume: _open_volume,
+    s.PlaceVolume: _place_volume,
     s.MountDevpts: _mount_devpts,
     s.MountProc: _mount_proc,
     s.MaskPath: _mask_path,

@@ -31,6 +31,7 @@ from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.steps import Step, explain
 from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
+from jobworker.sandbox.volumes import Volumes
 
 PIPE_BYTES = 1 << 20
 """Room for output while nobody reads, such as between two turns of the service."""
@@ -77,6 +78,8 @@ class Child:
         self.report = -1
         """What its init tells of the program's end; -1 where it has none."""
         self.exit: Exit | None = None
+        self.volumes: tuple[str, ...] = ()
+        """The names of those that it has."""
 
     def send(self, errand: trampoline.Errand) -> None:
         """Have the child go on to execute the job's program. Raises OSError."""
@@ -125,6 +128,7 @@ class Nursery:
     def __init__(self, tree: Tree, policy: Policy, ids: Ids, stage: Stage) -> None:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
         self.sweepers = Sweepers()
+        self.volumes = Volumes(stage.volumes)
         self._free = list(range(policy.max_jobs + policy.spares))[::-1]
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
@@ -165,6 +169,12 @@ class Nursery:
             undo.callback(self._free.append, index)
             child = Child(slot, index, self._tree.create(name))
             undo.callback(child.scope.remove)
+            if order is not None and order.volumes:
+                child.volumes = tuple(name for name, _ in order.volumes)
+                devices = self.volumes.take(child.volumes)
+                undo.callback(self.volumes.give_back, child.volumes)
+                places = (place for _, place in order.volumes)
+                view = view._replace(volumes=tuple(zip(devices, places, strict=True)))
             self._clone(child, view, order, undo)
             undo.pop_all()
         return child
@@ -174,7 +184,9 @@ class Nursery:
         self._tree.check_controllers(limits)
         own_network, _ = self._networks.describe(order)
         slot = Slot("job", self._ids.first_of(0), self._ids.each)
-        steps = self._steps(slot, self._stage.view_for(order), order, own_network)
+        view = self._stage.view_for(order)
+        images = ((self.volumes.find(name), place) for name, place in order.volumes)
+        steps = self._steps(slot, view._replace(volumes=tuple(images)), order, own_network)
         return [explain(step) for step in (*steps, *finish(order))]
 
     def _steps(
@@ -258,6 +270,7 @@ class Nursery:
         if child.disk is not None:
             self.sweepers.discard_disk(child.disk)
             child.disk = None
+        self.volumes.give_back(child.volumes)
         if self._stage.view.scratch:
             self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}", tuple(SCRATCH))
         self._free.append(child.index)

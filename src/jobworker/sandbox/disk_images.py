@@ -43,6 +43,7 @@ _LOOP_INFO = struct.Struct("=5Q4I64s64s32s2Q")
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _WITHOUT_FLUSHING = struct.pack("=I", 2)
 _ATTEMPTS = 64
+_VOLUME_OPTIONS = "discard,errors=remount-ro"
 _OPTIONS = "noinit_itable,nobarrier,noauto_da_alloc,errors=continue"
 
 
@@ -92,8 +93,10 @@ def make_blank(workshop: Workshop, size: int) -> Blank:
         os.close(image)
 
 
-def create(workshop: Workshop, size: int) -> int:
+def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
     """A new image without a name, of `size` bytes, formatted: its descriptor.
+
+    `journal` is for one that is to outlive the host's crashes.
 
     Raises OSError: ENOSPC where the disk below could not hold it.
     """
@@ -103,9 +106,9 @@ def create(workshop: Workshop, size: int) -> int:
         if disk.f_bavail * disk.f_frsize < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the service's state directory")
         os.ftruncate(image, size)
-        blank = workshop.blanks.get(size)
+        blank = None if journal else workshop.blanks.get(size)
         if blank is None:
-            _format(image, size, workshop)
+            _format(image, size, workshop, journal=journal)
         else:
             for offset, block in blank.blocks:
                 os.pwrite(image, block, offset)
@@ -115,10 +118,11 @@ def create(workshop: Workshop, size: int) -> int:
     return image
 
 
-def _format(image: int, size: int, workshop: Workshop) -> None:
+def _format(image: int, size: int, workshop: Workshop, *, journal: bool) -> None:
+    features = f"{_FEATURES},has_journal" if journal else _FEATURES
     pid, pidfd = sc.clone3(0)
     if pid == 0:
-        _become_mke2fs(image, size, workshop)
+        _become_mke2fs(image, size, workshop, features)
     try:
         info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     finally:
@@ -129,7 +133,7 @@ def _format(image: int, size: int, workshop: Workshop) -> None:
         raise OSError(errno.EIO, "it failed", "mke2fs")
 
 
-def _become_mke2fs(image: int, size: int, workshop: Workshop) -> NoReturn:
+def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> NoReturn:
     try:
         if workshop.root:
             sc.unshare(sc.CLONE_NEWNS)
@@ -141,7 +145,7 @@ def _become_mke2fs(image: int, size: int, workshop: Workshop) -> NoReturn:
         for stream in (1, 2):  # which may be a job's by now
             os.dup2(0, stream)
         os.set_inheritable(image, True)
-        options = ["-q", "-F", "-t", "ext4", "-O", _FEATURES, "-b", str(BLOCK), "-I", "256"]
+        options = ["-q", "-F", "-t", "ext4", "-O", features, "-b", str(BLOCK), "-I", "256"]
         options += ["-i", str(_BYTES_PER_INODE), "-m", "0"]
         options += ["-E", "lazy_itable_init=1,nodiscard"]
         name = f"/proc/self/fd/{image}"
@@ -187,6 +191,32 @@ def _check_direct(device: int) -> None:
     if not _LOOP_INFO.unpack(told)[8] & _LO_FLAGS_DIRECT_IO:
         reason = "no direct I/O there"
         raise OSError(errno.EOPNOTSUPP, reason, "the service's state directory")
+
+
+def find_attached(image: int) -> tuple[int, str] | None:
+    """The loop device that an image stands behind already: its descriptor and path."""
+    wanted = os.fstat(image)
+    for name in os.listdir("/dev"):
+        if not name.removeprefix("loop").isdigit():
+            continue
+        device = os.open(f"/dev/{name}", os.O_RDWR | os.O_CLOEXEC)
+        told = bytearray(_LOOP_INFO.size)
+        try:
+            fcntl.ioctl(device, _LOOP_GET_STATUS64, told)
+            info = _LOOP_INFO.unpack(told)
+            if info[:2] == (wanted.st_dev, wanted.st_ino):
+                return device, f"/dev/{name}"
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing is attached to it
+                os.close(device)
+                raise
+        os.close(device)
+    return None
+
+
+def mount_volume(device: str, target: str) -> None:
+    """Mount the file system of a volume, which others may have mounted too."""
+    sc.mount(device, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV, _VOLUME_OPTIONS)
 
 
 def mount_image(image: int, target: str) -> None:

@@ -169,16 +169,20 @@ def _prepare(
             f"cannot clear away what an earlier service left in control groups: {error}",
             remedy=f"see what still runs in the groups called {policy.instance}",
         ) from error
-    shown = (policy.stage, policy.scratch, policy.programs, policy.etc)
+    shown = (policy.programs, policy.etc)
     if policy.runtimes and not has_rights:
         raise HostUnsupported(
             f"cannot offer the runtime {next(iter(policy.runtimes))} without root's rights",
             remedy="run the service as root, or take [runtimes] out of the configuration",
         )
     stage = (
-        rootfs.enter(*shown, rounded(policy.disk_bytes), policy.runtimes)
+        rootfs.enter(
+            *(policy.stage, policy.scratch, policy.volumes, *shown),
+            rounded(policy.disk_bytes),
+            policy.runtimes,
+        )
         if has_rights
-        else plain_root.enter(*shown)
+        else plain_root.enter(policy.stage, policy.scratch, *shown)
     )
     nursery = Nursery(tree, policy, ids, stage)
     nursery.sweep_scratch()

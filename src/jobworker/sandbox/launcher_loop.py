@@ -21,8 +21,9 @@ import signal
 import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
-from jobworker.errors import JobworkerError
+from jobworker.errors import JobworkerError, SandboxError
 from jobworker.sandbox import channel, requests
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disposal import Disposal
@@ -44,6 +45,7 @@ class Launcher:
     def __init__(self, nursery: Nursery, spares: int, hello: channel.Message) -> None:
         self._turns = Turns()
         self._jobs = Jobs(self._turns, nursery, spares, self._send)
+        self._volumes = nursery.volumes
         self._disposal = Disposal(self._turns)
         self._hello = hello
         self._link: ServiceLink | None = None
@@ -117,9 +119,7 @@ class Launcher:
         except OSError as error:
             self._refuse(number, type(request).__name__.lower(), error.errno or 0, str(error))
         except JobworkerError as error:
-            step, code = error.data.get("step", "limits"), error.data.get("errno", 0)
-            assert isinstance(code, int)
-            self._refuse(number, str(step), code, str(error.data.get("detail", error.message)))
+            self._refuse_for(number, error)
 
     def _do(self, number: int, request: requests.Request) -> None:
         if isinstance(request, requests.ListJobs):
@@ -127,6 +127,9 @@ class Launcher:
             return
         if isinstance(request, requests.PlanOf):
             self._reply(number, {"steps": self._jobs.plan(request)})
+            return
+        if isinstance(request, requests.VolumeRequest):
+            self._do_volume(number, request)
             return
         child = self._jobs.find(request.job)
         if isinstance(request, requests.Spawn):
@@ -146,6 +149,32 @@ class Launcher:
         else:
             self._jobs.remove(child)
             self._reply(number, {})
+
+    def _do_volume(self, number: int, request: requests.VolumeRequest) -> None:
+        if isinstance(request, requests.ListVolumes):
+            self._reply(number, {"volumes": self._volumes.listed()})
+        elif isinstance(request, requests.RemoveVolume):
+            self._volumes.remove(request.name)
+            self._reply(number, {})
+        else:
+            pidfd = self._volumes.start_making(request.name, request.size)
+            self._turns.watch(pidfd, partial(self._on_volume, self._link, number, pidfd))
+
+    def _on_volume(self, asker: ServiceLink | None, number: int, pidfd: int) -> None:
+        self._turns.unwatch(pidfd)
+        try:
+            self._volumes.made(pidfd)
+        except SandboxError as error:
+            if asker is self._link:  # else whoever asked has gone
+                self._refuse_for(number, error)
+        else:
+            if asker is self._link:
+                self._reply(number, {})
+
+    def _refuse_for(self, number: int, error: JobworkerError) -> None:
+        step, code = error.data.get("step", "limits"), error.data.get("errno", 0)
+        assert isinstance(code, int)
+        self._refuse(number, str(step), code, str(error.data.get("detail", error.message)))
 
     def _list(self, number: int, after: int) -> None:
         started = self._jobs.started_after(after)

@@ -16,6 +16,7 @@ from attrs import Factory, define, frozen
 
 from jobworker.errors import JobworkerError, LauncherGone
 from jobworker.model.job import JobId, Usage
+from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.launch import (
@@ -136,6 +137,21 @@ class Link:
         message, _ = await self._ask("usage", job)
         return usage_from(message)
 
+    async def make_volume(self, name: str, size_bytes: int) -> None:
+        """Make a volume."""
+        await self._ask("volume.create", None, name=name, size_bytes=size_bytes)
+
+    async def remove_volume(self, name: str) -> None:
+        """Remove a volume that no live job has."""
+        await self._ask("volume.remove", None, name=name)
+
+    async def volumes(self) -> tuple[Volume, ...]:
+        """All volumes, by name."""
+        message, _ = await self._ask("volume.list", None)
+        listed = message["volumes"]
+        assert isinstance(listed, list)
+        return tuple(Volume(**volume) for volume in listed)
+
     async def _ask(
         self, operation: str, job: JobId | None, **fields: object
     ) -> tuple[Mapping[str, object], list[int]]:
@@ -149,7 +165,8 @@ class Link:
         number, self._next = self._next, self._next + 1
         waiting = self._waiting[number] = _Waiting()
         with trio.CancelScope(shield=True):
-            await self._send({"id": number, "op": operation, "job": job, **fields})
+            of_job = {} if job is None else {"job": job}
+            await self._send({"id": number, "op": operation, **of_job, **fields})
             await waiting.answered.wait()
         if waiting.message is None:
             raise _launcher_gone()

@@ -50,7 +50,7 @@ def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str])
             f"cannot assemble the root for jobs: {error.strerror or error}",
             remedy="see `worker check`; Linux 5.12 or newer is needed",
         ) from error
-    return Stage(View(f"{ROOT}/dev/null", scratch=SCRATCH), None, (GAP,), {})
+    return Stage(View(f"{ROOT}/dev/null", scratch=SCRATCH), None, (GAP,), {}, None)
 
 
 def _clone_all(path: str) -> int:

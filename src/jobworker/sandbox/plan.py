@@ -28,6 +28,7 @@ from jobworker.sandbox import steps as s
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WORKSPACE = "/workspace"
+FIRST_VOLUME_DESCRIPTOR = 64
 DISK = "/disk"
 """Where a job's own disk is mounted in the launcher's namespace: out of the job's sight."""
 
@@ -120,6 +121,8 @@ class View(NamedTuple):
     layers: tuple[Layer, ...] = ()
     scratch: str = ""
     """Where the directories of a read-only root are made."""
+    volumes: tuple[tuple[str, str], ...] = ()
+    """Loop devices of volumes, each with its place in the root."""
 
 
 class Sizes(NamedTuple):
@@ -201,6 +204,7 @@ def prepare(
         *(s.MaskPath(root + path) for path in MASKED),
         *(s.ReadOnlyPath(root + path) for path in READ_ONLY),
         s.PivotRoot(root),
+        *_places(view, owner),
         *_names(own_network),
         *RESOURCE_LIMITS,
         s.SetOomScore(0),
@@ -226,6 +230,18 @@ def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step,
             for number, layer in enumerate(view.layers)
         ),
         s.MountDevices(f"{root}/dev", owner, DEVICES, DEVICE_LINKS, ("pts", "shm")),
+        *(
+            s.OpenVolume(device, f"{DISK}/volume", FIRST_VOLUME_DESCRIPTOR + number)
+            for number, (device, _) in enumerate(view.volumes)
+        ),
+    )
+
+
+def _places(view: View, owner: int) -> tuple[s.Step, ...]:
+    """Volumes are placed where no path leads out of the job's root any more."""
+    return tuple(
+        s.PlaceVolume(place, FIRST_VOLUME_DESCRIPTOR + number, owner)
+        for number, (_, place) in enumerate(view.volumes)
     )
 
 

@@ -17,6 +17,7 @@ class Policy(NamedTuple):
     """Name of the directory of control groups that belongs to this service."""
     stage: str
     scratch: str
+    volumes: str
     controllers: tuple[str, ...]
     cgroup_parent: str
     programs: tuple[str, ...]
@@ -52,6 +53,7 @@ def policy_from(message: Message) -> Policy:
         instance=str(message["instance"]),
         stage=str(message["stage"]),
         scratch=str(message["scratch"]),
+        volumes=str(message["volumes"]),
         controllers=texts("controllers"),
         cgroup_parent=str(message["cgroup_parent"]),
         programs=texts("programs"),

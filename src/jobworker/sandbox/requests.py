@@ -76,7 +76,25 @@ class ListJobs(NamedTuple):
     after: int
 
 
-Request = Spawn | PlanOf | Signal | Kill | Remove | UsageOf | ListJobs
+class MakeVolume(NamedTuple):
+    """Make a volume of a size in bytes."""
+
+    name: str
+    size: int
+
+
+class RemoveVolume(NamedTuple):
+    """Remove a volume that no job has."""
+
+    name: str
+
+
+class ListVolumes(NamedTuple):
+    """Tell of all volumes."""
+
+
+VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
+Request = VolumeRequest | Spawn | PlanOf | Signal | Kill | Remove | UsageOf | ListJobs
 
 _OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
     "kill": Kill,
@@ -93,6 +111,8 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
         return number, ListJobs(_integer(message, "after", 0))
     if operation == "plan":
         return number, PlanOf(_order(message), _limits(message))
+    if isinstance(operation, str) and operation.startswith("volume."):
+        return number, _volume_request(operation, message)
     job = _integer(message, "job", 1)
     if operation == "spawn":
         return number, Spawn(job, _order(message), _limits(message))
@@ -100,6 +120,19 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
         return number, Signal(job, _integer(message, "signal", 1, MAX_SIGNAL))
     if type(operation) is str and operation in _OF_A_JOB:
         return number, _OF_A_JOB[operation](job)
+    raise ProtocolError("cannot take the request: op is none of the launcher's operations")
+
+
+def _volume_request(operation: str, message: Mapping[str, object]) -> VolumeRequest:
+    if operation == "volume.list":
+        return ListVolumes()
+    name = _text(message.get("name"), "name")
+    if name_fault(name):
+        raise ProtocolError("cannot take the request: name is no name")
+    if operation == "volume.remove":
+        return RemoveVolume(name)
+    if operation == "volume.create":
+        return MakeVolume(name, _integer(message, "size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES))
     raise ProtocolError("cannot take the request: op is none of the launcher's operations")
 
 

@@ -6,6 +6,7 @@ half-made where one fails: what was mounted goes with the process.
 Standard library only. Sources: mount_setattr(2), overlayfs.rst, null(4).
 """
 
+import contextlib
 import os
 import stat
 
@@ -69,3 +70,41 @@ def make_scratch(step: s.MakeScratch) -> None:
         os.mkdir(path, 0o700)
         os.chown(path, step.owner, step.owner)
         os.chmod(path, 0o1777 if "tmp" in name else 0o755)
+
+
+def open_volume(step: s.OpenVolume, user_namespace: int) -> None:
+    """Mount a volume, take hold of it as the job is to see it, and let go of the mount."""
+    os.mkdir(step.stage, 0o700)
+    disk_images.mount_volume(step.device, step.stage)
+    with contextlib.suppress(OSError):  # gone since the first time
+        os.rmdir(f"{step.stage}/lost+found")
+    tree = sc.open_tree_clone(step.stage, recursive=False)
+    sc.map_mount(tree, user_namespace)
+    sc.umount(step.stage)
+    os.rmdir(step.stage)
+    os.dup2(tree, step.descriptor, inheritable=False)
+    os.close(tree)
+
+
+def place_volume(step: s.PlaceVolume) -> None:
+    """Go to a place in the job's root, make what is missing on the way, and mount there.
+
+    The root may be of anybody's making, so no link is followed.
+    """
+    way = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    here = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in step.path.split("/")[1:]:
+        try:
+            os.mkdir(part, 0o755, dir_fd=here)
+            os.chown(part, step.owner, step.owner, dir_fd=here, follow_symlinks=False)
+        except FileExistsError:
+            pass
+        try:
+            below = os.open(part, way, dir_fd=here)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), step.path) from None
+        os.close(here)
+        here = below
+    sc.move_mount(step.descriptor, here)
+    os.close(here)
+    os.close(step.descriptor)

@@ -31,6 +31,7 @@ from jobworker.sandbox.stage import (
     READ_ONLY,
     ROOT,
     SCRATCH,
+    VOLUMES,
     Stage,
     clone,
     make_skeleton,
@@ -49,6 +50,7 @@ _BASE_BYTES = 128 << 20
 def enter(
     stage: str,
     scratch: str,
+    volumes: str,
     programs: Sequence[str],
     etc: Sequence[str],
     disk_bytes: int,
@@ -56,7 +58,8 @@ def enter(
 ) -> Stage:
     """Move this process into a mount namespace of its own that holds the jobs' layers.
 
-    `stage` is an empty directory to mount upon, `scratch` the directory for the jobs' disks.
+    `stage` is an empty directory to mount upon, `scratch` and `volumes` the directories for the
+    disks of jobs and those that are kept.
     Raises HostUnsupported with the kernel's reason, and ConfigError for a runtime that is none.
     """
     check_trees(runtimes)
@@ -67,7 +70,7 @@ def enter(
         hidden = {tree: not_for_all(tree) for tree in trees}
         entries = snapshot_etc(etc)
         blanks = _blanks(scratch, disk_bytes)
-        _move(stage, scratch, [*trees, *runtimes.values()])
+        _move(stage, {SCRATCH: scratch, VOLUMES: volumes}, [*trees, *runtimes.values()])
         workshop = Workshop(SCRATCH, blanks, "", ())
         layers = _lay_base(workshop, trees, hidden, links, entries)
     except OSError as error:
@@ -82,7 +85,8 @@ def enter(
         name: view_of(BASE, OVER, f"{LAYERS}/{number}")
         for number, name in enumerate(runtimes, start=len(trees))
     }
-    return Stage(view, Workshop(SCRATCH, blanks, f"{BASE}/root", shown), (), others)
+    workshop = Workshop(SCRATCH, blanks, f"{BASE}/root", shown)
+    return Stage(view, workshop, (), others, workshop._replace(directory=VOLUMES))
 
 
 def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
@@ -98,10 +102,11 @@ def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
         ) from error
 
 
-def _move(stage: str, scratch: str, trees: Sequence[str]) -> None:
+def _move(stage: str, writable: Mapping[str, str], trees: Sequence[str]) -> None:
     own_namespace()
     mounts = {f"{LAYERS}/{n}": clone(path, READ_ONLY) for n, path in enumerate(trees)}
-    mounts[SCRATCH] = clone(scratch, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+    for at, path in writable.items():
+        mounts[at] = clone(path, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
     mounts["/dev"] = clone("/dev", sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NOEXEC)
     move_to(stage, mounts, (ROOT, BASE, DISK, LAYERS))
 

@@ -16,8 +16,8 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk_images import Workshop
 from jobworker.sandbox.plan import Order, View
 
-ROOT, SCRATCH = "/root", "/scratch"
-"""Where a job's root is mounted, and the service's directory for what jobs write."""
+ROOT, SCRATCH, VOLUMES = "/root", "/scratch", "/volumes"
+"""Where a job's root is mounted, and the service's directories for what jobs write and keep."""
 READ_ONLY = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
 
 EMPTY = (
@@ -38,6 +38,8 @@ class Stage(NamedTuple):
     """What this costs in isolation, in words."""
     runtimes: Mapping[str, View]
     """Views of other root trees, by name."""
+    volumes: Workshop | None
+    """Where volumes stand; None where there can be none."""
 
     def view_for(self, order: Order | None) -> View:
         """The view that an order asks for. Raises SandboxError where there is none."""

@@ -9,8 +9,10 @@ import os
 from collections.abc import Mapping
 
 from jobworker.errors import (
+    Busy,
     CommandNotExecutable,
     CommandNotFound,
+    InvalidParams,
     JobworkerError,
     NotFound,
     SandboxError,
@@ -26,6 +28,28 @@ _REMEDIES = {
 }
 
 
+_VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
+    errno.ENOENT: (
+        NotFound,
+        "there is no such volume",
+        "see `worker-cli volume list`, or create it",
+    ),
+    errno.EEXIST: (InvalidParams, "it exists", "choose another name, or remove it first"),
+    errno.EBUSY: (Busy, "a live job has it", "stop the job, or wait for its end"),
+    errno.EAGAIN: (Busy, "several are being made", "try again"),
+    errno.ENOSPC: (
+        InvalidParams,
+        "the server's disk has no room for it",
+        "ask for a smaller one",
+    ),
+    errno.EPERM: (
+        SandboxError,
+        "without root's rights there are none",
+        "run the service as root",
+    ),
+}
+
+
 def explain(problem: Mapping[str, object]) -> JobworkerError:
     """The error for a refusal of the launcher: `{"step", "errno", "detail"}`."""
     step, code, detail = problem.get("step"), problem.get("errno"), problem.get("detail")
@@ -37,12 +61,21 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
         return _explain_execute(code, str(detail), reason, data)
     if step == "job":
         return NotFound(f"cannot reach the job: {detail}", data=data)
+    if step == "volume":
+        return _explain_volume(code, str(detail), data)
     subject = f" ({detail})" if detail and code else ""
     return SandboxError(
         f"cannot start the job: the step {step} failed: {reason}{subject}",
         remedy=_REMEDIES.get(step, ""),
         data=data,
     )
+
+
+def _explain_volume(code: int, name: str, data: Mapping[str, object]) -> JobworkerError:
+    kind, why, remedy = _VOLUME_FAULTS.get(
+        code, (SandboxError, os.strerror(code), "see `worker serve`'s log")
+    )
+    return kind(f"cannot use the volume {name}: {why}", remedy=remedy, data=data)
 
 
 def _explain_execute(

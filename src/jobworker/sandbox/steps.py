@@ -82,6 +82,23 @@ class MountOverlay(NamedTuple):
     owner: int
 
 
+class OpenVolume(NamedTuple):
+    """Mount a volume with the ids of the job's range, nowhere yet: at a descriptor."""
+
+    device: str
+    stage: str
+    """A directory, not there yet, to mount upon for a moment."""
+    descriptor: int
+
+
+class PlaceVolume(NamedTuple):
+    """Put an opened volume into its place in the root, on no way through a link."""
+
+    path: str
+    descriptor: int
+    owner: int
+
+
 class MountDevices(NamedTuple):
     """Mount a /dev of the job's own with the devices that everybody may use: null(4)."""
 
@@ -227,6 +244,8 @@ Step = (
     | MountDisk
     | MountOverlay
     | MountDevices
+    | OpenVolume
+    | PlaceVolume
     | MountDevpts
     | MountProc
     | MaskPath

@@ -56,6 +56,7 @@ CAP_SYS_ADMIN = 21
 
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 
 
 def _check(result: int) -> int:
@@ -180,11 +181,16 @@ def _set_mount_attributes(tree: int, wanted: _MountAttributes, depth: int) -> No
     _check(_libc.syscall(number, ctypes.c_int(tree), b"", flags, ctypes.byref(wanted), size))
 
 
-def move_mount(tree: int, target: str) -> None:
-    """Attach the detached mount `tree` at `target`: move_mount(2)."""
-    from_empty_path = ctypes.c_uint(0x4)
-    number, here = ctypes.c_long(_MOVE_MOUNT), ctypes.c_int(_AT_FDCWD)
-    _check(_libc.syscall(number, ctypes.c_int(tree), b"", here, _bytes(target), from_empty_path))
+def move_mount(tree: int, target: str | int) -> None:
+    """Attach the detached mount `tree` at `target`, a path or descriptor: move_mount(2)."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH
+    at, path = _AT_FDCWD, target
+    if isinstance(target, int):
+        flags |= _MOVE_MOUNT_T_EMPTY_PATH
+        at, path = target, ""
+    number = ctypes.c_long(_MOVE_MOUNT)
+    where = (ctypes.c_int(at), os.fsencode(str(path)))
+    _check(_libc.syscall(number, ctypes.c_int(tree), b"", *where, ctypes.c_uint(flags)))
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:

@@ -14,8 +14,7 @@ import trio
 from attrs import evolve, frozen
 
 import jobworker
-from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.jobs.lookup import Filter
+from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
@@ -27,6 +26,7 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.sandbox.host import HostFacts
+from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
@@ -37,6 +37,7 @@ class Context:
     """What operations work upon."""
 
     supervisor: Supervisor
+    link: Link
     host: HostFacts
     runtimes: frozenset[str]
     """The names of those that the configuration has."""
@@ -71,6 +72,8 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         caller.require(Permission.LOG, "job.run with follow")
     if params.job.timeout_seconds == 0:
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
+    if params.job.volumes:
+        _require_volumes(caller, "job.run with volumes")
     _check_against_host(params.job.limits, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     execution = await context.supervisor.submit(
@@ -214,6 +217,34 @@ async def _discover(_: Context, __: Caller, ___: m.Nothing) -> m.Discovery:
     return _DISCOVERY
 
 
+def _require_volumes(caller: Caller, what: str) -> None:
+    """Volumes are shared by all, so who reaches its own jobs alone has none."""
+    caller.require(Permission.VOLUMES, what)
+    if caller.only_owner is not None:
+        raise PermissionDenied(
+            f"cannot call {what}: all share the volumes, and the role {caller.role.name!r} "
+            "reaches its own jobs alone",
+            remedy="use a certificate whose role has the scope 'all'",
+        )
+
+
+async def _make_volume(context: Context, caller: Caller, params: m.VolumeSpec) -> m.Nothing:
+    _require_volumes(caller, "volume.create")
+    await context.link.make_volume(params.name, params.size_bytes)
+    return m.Nothing()
+
+
+async def _list_volumes(context: Context, caller: Caller, _: m.Nothing) -> m.Volumes:
+    _require_volumes(caller, "volume.list")
+    return m.Volumes(volumes=await context.link.volumes())
+
+
+async def _remove_volume(context: Context, caller: Caller, params: m.VolumeParams) -> m.Nothing:
+    _require_volumes(caller, "volume.remove")
+    await context.link.remove_volume(params.name)
+    return m.Nothing()
+
+
 _Operation = Callable[[Context, Caller, object], Awaitable[object]]
 
 OPERATIONS: dict[str, _Operation] = {
@@ -231,6 +262,9 @@ OPERATIONS: dict[str, _Operation] = {
         "job.prune": _prune,
         "job.credit": _credit,
         "job.unfollow": _unfollow,
+        "volume.create": _make_volume,
+        "volume.list": _list_volumes,
+        "volume.remove": _remove_volume,
         "rpc.discover": _discover,
     }.items()
 }

@@ -129,6 +129,7 @@ async def _serve_until_signal(
     door = Door(prepared.fittings, gate)
     context = Context(
         supervisor=supervisor,
+        link=link,
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),
         gate=gate,

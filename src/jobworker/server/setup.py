@@ -176,6 +176,7 @@ def policy_for(settings: Settings, state: Path) -> Policy:
         instance=instance_name(state),
         stage=str(state / "stage"),
         scratch=str(state / "scratch"),
+        volumes=str(state / "volumes"),
         controllers=settings.cgroup.enable_controllers,
         cgroup_parent=settings.cgroup.parent,
         programs=sandbox.programs,

@@ -5,6 +5,7 @@
       launcher.lock     held as long as the launcher lives
       stage/            where the launcher mounts the jobs' root, in a namespace of its own
       scratch/          the jobs' files
+      volumes/          disks that outlive jobs
       service/          the unprivileged user's: history.db, spool/
 
 Two locks, since a launcher may outlive services: each lock is flock(2) on an open file, which
@@ -37,7 +38,7 @@ def make_state_directory(state: Path) -> None:
                 f"cannot use worker.state_dir {state}: others than user {own} may write to it",
                 remedy=f"chown {own} {state}; chmod 755 {state}",
             )
-        for name in ("stage", "scratch"):
+        for name in ("stage", "scratch", "volumes"):
             (state / name).mkdir(mode=0o700, exist_ok=True)
 
 

@@ -4,10 +4,21 @@ from hypothesis import strategies as st
 
 from jobworker.model.job import Stream
 from jobworker.model.lifecycle import State
+from jobworker.model.volumes import Volume
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 
-from ..strategies import counts, ids, records, seconds, specs, texts, times
+from ..strategies import (
+    counts,
+    disk_sizes,
+    ids,
+    records,
+    seconds,
+    specs,
+    texts,
+    times,
+    volume_names,
+)
 
 _numbers = st.integers(min_value=-(1 << 62), max_value=1 << 62)
 _credit = st.integers(min_value=1, max_value=m.MAX_CREDIT_BYTES)
@@ -53,9 +64,15 @@ PARAMS: dict[str, st.SearchStrategy[object]] = {
     ),
     "job.credit": st.builds(m.CreditParams, subscription=_numbers, bytes=_credit),
     "job.unfollow": st.builds(m.SubscriptionParams, subscription=_numbers),
+    "volume.create": st.builds(m.VolumeSpec, name=volume_names, size_bytes=disk_sizes),
+    "volume.list": _nothing,
+    "volume.remove": st.builds(m.VolumeParams, name=volume_names),
     "rpc.discover": _nothing,
 }
 
+_volumes = st.builds(
+    Volume, name=volume_names, size_bytes=disk_sizes, used_bytes=counts, jobs=st.integers(0, 99)
+)
 _removed = st.builds(m.Removed, jobs=st.lists(ids, max_size=3).map(tuple), bytes=counts)
 
 RESULTS: dict[str, st.SearchStrategy[object]] = {
@@ -77,6 +94,9 @@ RESULTS: dict[str, st.SearchStrategy[object]] = {
     "job.prune": _removed,
     "job.credit": _nothing,
     "job.unfollow": _nothing,
+    "volume.create": _nothing,
+    "volume.list": st.builds(m.Volumes, volumes=st.lists(_volumes, max_size=3).map(tuple)),
+    "volume.remove": _nothing,
     "rpc.discover": st.just(describe("1.0")),
 }
 

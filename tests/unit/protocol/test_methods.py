@@ -31,6 +31,8 @@ def test_what_changes_a_job_needs_more_than_looking() -> None:
     assert needed.pop("job.log") is Permission.LOG
     assert needed.pop("job.remove") is Permission.REMOVE
     assert needed.pop("job.prune") is Permission.REMOVE
+    for name in ("create", "list", "remove"):
+        assert needed.pop(f"volume.{name}") is Permission.VOLUMES
     assert set(needed.values()) == {Permission.VIEW}
 
 

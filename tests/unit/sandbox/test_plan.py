@@ -30,6 +30,7 @@ VIEW = View(
     "/dev/null",
     ("/base", "/layers/0"),
     (Layer("", ("/base/root",)), Layer("/usr", ("/base/mask", "/layers/0"))),
+    volumes=(("/dev/loop7", "/volumes/cache"), ("/dev/loop8", "/srv")),
 )
 READ_ONLY_VIEW = View(f"{ROOT}/dev/null", scratch="/scratch")
 SIZES = Sizes(disk=54_321, tmpfs=12_345)
@@ -197,6 +198,18 @@ def test_layers_have_the_ids_of_the_job_before_they_are_shown() -> None:
             for lower in step.lower:
                 assert any(f"{lower}/".startswith(f"{path}/") for path in mapped)
     assert [steps[index].path for index in overlays] == [ROOT, f"{ROOT}/usr"]  # type: ignore[union-attr]
+
+
+def test_volumes_are_placed_in_the_finished_root_while_there_are_rights() -> None:
+    steps = list(prepare(ROOT, VIEW, Slot("job-1", 100_000), SIZES))
+    opened = [step for step in steps if isinstance(step, s.OpenVolume)]
+    placed = [step for step in steps if isinstance(step, s.PlaceVolume)]
+    assert [step.device for step in opened] == ["/dev/loop7", "/dev/loop8"]
+    assert [step.path for step in placed] == ["/volumes/cache", "/srv"]
+    assert [step.descriptor for step in opened] == [step.descriptor for step in placed]
+    pivot, user = place(steps, s.PivotRoot), place(steps, s.EnterUserNamespace)
+    assert max(map(steps.index, opened)) < pivot < min(map(steps.index, placed))
+    assert max(map(steps.index, placed)) < user < place(steps, s.CloseDescriptors)
 
 
 def test_read_only_root_has_directories_of_the_jobs_own() -> None:

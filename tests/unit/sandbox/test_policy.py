@@ -16,6 +16,7 @@ policies = st.builds(
     instance=texts,
     stage=texts,
     scratch=texts,
+    volumes=texts,
     controllers=words,
     cgroup_parent=texts,
     programs=words,
@@ -46,6 +47,6 @@ def test_policy_arrives_as_it_was_sent(policy: Policy) -> None:
 def test_policy_tells_every_field() -> None:
     filters = Filters(bytes(8), bytes(8), True)
     policy = Policy(
-        "i", "/", "/", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1, filters, 1, {}
+        "i", "/", "/", "/", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1, filters, 1, {}
     )
     assert set(policy_message(policy)) == set(Policy._fields)

@@ -10,6 +10,7 @@ from jobworker.errors import ProtocolError
 from jobworker.sandbox import requests as r
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.plan import Order
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
 
 from ..strategies import any_text, examples, plain_values
 
@@ -217,6 +218,12 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
     if isinstance(request, r.ListJobs):
         assert 0 <= request.after <= r.MAX_NUMBER
         return
+    if isinstance(request, r.VolumeRequest):
+        if isinstance(request, r.MakeVolume):
+            assert MIN_DISK_BYTES <= request.size <= MAX_DISK_BYTES
+        if not isinstance(request, r.ListVolumes):
+            assert name_fault(request.name) is None
+        return
     job = 1 if isinstance(request, r.PlanOf) else request.job
     numbers = [number, job]
     if isinstance(request, r.Signal):
@@ -234,5 +241,62 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
         assert order.network in r.NETWORKS
         assert 0 <= order.uid <= 65_535
         assert 0 <= order.gid <= 65_535
+        assert order.disk_bytes == 0 or MIN_DISK_BYTES <= order.disk_bytes <= MAX_DISK_BYTES
+        assert not order.runtime or name_fault(order.runtime) is None
+        for name, place in order.volumes:
+            assert (name_fault(name), place_fault(place)) == (None, None)
     assert all(type(value) is int and 0 <= value <= r.MAX_NUMBER for value in numbers)
     assert job >= 1
+
+
+# --- volumes, disks and runtimes ------------------------------------------------------------
+
+
+def test_volumes_and_root_of_a_job_are_taken_as_sent() -> None:
+    storage = {"disk_bytes": 16 << 20, "runtime": "small", "volumes": [["a", "/a"], ["b", "/b"]]}
+    _, request = r.parse({**SPAWN, **storage})
+    assert isinstance(request, r.Spawn)
+    assert request.order.volumes == (("a", "/a"), ("b", "/b"))
+    assert (request.order.disk_bytes, request.order.runtime) == (16 << 20, "small")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"disk_bytes": 1},
+        {"disk_bytes": -1},
+        {"disk_bytes": True},
+        {"runtime": "a/b"},
+        {"runtime": None},
+        {"volumes": {}},
+        {"volumes": [["a"]]},
+        {"volumes": ["ab"]},
+        {"volumes": [["../a", "/a"]]},
+        {"volumes": [["a", "/proc/1"]]},
+        {"volumes": [["a", "/"]]},
+        {"volumes": [["a", "/x/../dev"]]},
+        {"volumes": [["a", "/a"], ["a", "/b"]]},
+        {"volumes": [["a", "/a"], ["b", "/a/b"]]},
+        {"volumes": [["a", "/a/b"], ["b", "/a"]]},
+        {"volumes": [[f"v{n}", f"/v{n}"] for n in range(17)]},
+    ],
+)
+def test_storage_out_of_bounds_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError):
+        r.parse({**SPAWN, **change})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1},
+        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1 << 60},
+        {"id": 1, "op": "volume.create", "name": "../a", "size_bytes": 1 << 24},
+        {"id": 1, "op": "volume.remove", "name": ""},
+        {"id": 1, "op": "volume.remove"},
+        {"id": 1, "op": "volume.mount", "name": "a"},
+    ],
+)
+def test_bad_request_about_a_volume_is_refused(message: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError):
+        r.parse(message)

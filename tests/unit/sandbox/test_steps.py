@@ -19,7 +19,7 @@ from jobworker.sandbox.plan import (
     prepare,
 )
 
-VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),))
+VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),), volumes=(("/dev/loop7", "/srv"),))
 READ_ONLY = View("/root/dev/null", scratch="/scratch")
 KINDS: tuple[type, ...] = get_args(s.Step)
 

@@ -1,0 +1,68 @@
+"""The commands about volumes: create, list, rm."""
+
+import asyncclick as click
+
+from jobworker.cli.console import say
+from jobworker.cli.jobs import open_connection
+from jobworker.cli.options import Invocation
+from jobworker.cli.parameters import json_option, pass_invocation
+from jobworker.cli.request import MEBIBYTE
+from jobworker.convert import dumps, unstructure
+from jobworker.errors import InvalidParams
+from jobworker.model.units import format_size
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
+
+
+@click.group()
+def volume() -> None:
+    """Directories of a fixed size that outlive jobs: `run --volume NAME`."""
+
+
+@volume.command()
+@click.option("--size", type=int, metavar="MB", required=True, help="Its size.")
+@click.argument("name")
+@pass_invocation
+async def create(invocation: Invocation, name: str, size: int) -> None:
+    """Make the volume NAME."""
+    _check_name("create", name)
+    if not MIN_DISK_BYTES <= size * MEBIBYTE <= MAX_DISK_BYTES:
+        bounds = f"{MIN_DISK_BYTES // MEBIBYTE} to {MAX_DISK_BYTES // MEBIBYTE} MB"
+        raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
+    async with open_connection(invocation) as client:
+        await client.make_volume(name, size * MEBIBYTE)
+
+
+@volume.command(name="list")
+@json_option()
+@pass_invocation
+async def list_volumes(invocation: Invocation) -> None:
+    """List all volumes."""
+    async with open_connection(invocation) as client:
+        found = await client.volumes()
+    if invocation.json:
+        say(dumps(unstructure(found)))
+        return
+    rows = [("NAME", "SIZE", "ON DISK", "JOBS")]
+    for each in found:
+        sizes = (format_size(each.size_bytes), format_size(each.used_bytes))
+        rows.append((each.name, *sizes, str(each.jobs)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        say("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+@volume.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@pass_invocation
+async def rm(invocation: Invocation, names: tuple[str, ...]) -> None:
+    """Remove volumes with all that is on them."""
+    for name in names:
+        _check_name("remove", name)
+    async with open_connection(invocation) as client:
+        for name in names:
+            await client.remove_volume(name)
+
+
+def _check_name(what: str, name: str) -> None:
+    if fault := name_fault(name):
+        raise InvalidParams(f"cannot {what} the volume: {fault}")
