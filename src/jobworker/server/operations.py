@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 
 import jobworker
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
+from jobworker.jobs.lookup import Filter
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
