@@ -68,8 +68,12 @@ def _check(number: int, request: requests.Request) -> None:
     assert job is None or (type(job) is int and 0 <= job <= requests.MAX_NUMBER)
     if isinstance(request, requests.Signal):
         assert 1 <= request.number <= requests.MAX_SIGNAL
-    if isinstance(request, requests.Spawn):
+    if isinstance(request, requests.MakeVolume | requests.RemoveVolume):
+        assert "/" not in request.name
+        assert request.name[0].isalnum()
+    if isinstance(request, requests.Spawn | requests.PlanOf):
         order = request.order
+        assert all("/" not in name and place[0] == "/" for name, place in order.volumes)
         assert all(type(value) is int and value >= 0 for value in request.limits)
         texts = [*order.arguments, *order.environment, *order.environment.values()]
         assert all("\0" not in text for text in texts)

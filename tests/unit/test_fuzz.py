@@ -65,7 +65,8 @@ def test_mutations_of_seeds(target: str) -> None:
 
 def test_requests_among_the_launchers_seeds_are_still_requests() -> None:
     """A new field would leave them refused at the door, and the fuzzing would end there."""
-    for name in ("spawn", "plan", "list", "signal", "kill", "remove", "usage"):
+    valid = "spawn spawn-volume plan list signal kill remove usage"
+    for name in f"{valid} volume-create volume-remove volume-list".split():
         packet = (FUZZ / "seeds" / "launcher_requests" / name).read_bytes()[1:]
         message, _ = channel.decode(packet, [], 0)
         requests.parse(message)
