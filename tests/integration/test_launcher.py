@@ -79,12 +79,12 @@ class Service:
                 return received
             channel.close_all(received[1])
 
-    def spawn(self, job: int, *command: str, **changes: object) -> tuple[Message, list[int]]:
-        """Ask for a job."""
-        fields: Message = {
+    def fields(self, *command: str) -> Message:
+        """What a request for a job says, at its simplest."""
+        return {
             "arguments": list(command),
             "environment": {},
-            "hostname": f"job-{job}",
+            "hostname": "job",
             "workdir": "",
             "network": "host",
             "uid": 0,
@@ -98,6 +98,10 @@ class Service:
             "volumes": [],
             "pids": 0,
         }
+
+    def spawn(self, job: int, *command: str, **changes: object) -> tuple[Message, list[int]]:
+        """Ask for a job."""
+        fields = {**self.fields(*command), "hostname": f"job-{job}"}
         return self.ask("spawn", job, **{**fields, **changes})
 
     def exit_of(self, job: int) -> Message:

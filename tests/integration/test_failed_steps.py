@@ -1,0 +1,138 @@
+"""Each step of a start made to fail in its turn: named, and nothing half-made stays behind."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobworker.errors import HostUnsupported
+from jobworker.sandbox import channel, launch
+from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.policy import Policy
+
+from .conftest import child_of, disks_in
+from .test_launcher import Service, make_policy
+
+__all__ = ["make_policy"]
+
+FAILING = """
+import sys; sys.path.insert(0, sys.argv[1])
+from jobworker.sandbox import apply, child, steps
+real = apply.apply
+def failing(prepare, means):
+    try:
+        name = open("/volumes/fails").read()
+    except OSError:
+        name = ""
+    def fail(step, means):
+        raise OSError(5, "Input/output error", "on purpose")
+    for kind in apply._APPLY:
+        if steps.name_of(kind) == name:
+            apply._APPLY[kind] = fail
+    real(prepare, means)
+child.apply = failing
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher whose jobs fail at the step that a file names."""
+
+
+@pytest.fixture
+def service(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Service]:
+    monkeypatch.setattr(launch, "_BOOTSTRAP", FAILING)
+    policy = make_policy()._replace(spares=0)
+    made = Service(start_launcher(policy), policy)
+    yield made
+    made.sock.close()
+    assert made.leaves() == 0
+
+
+def standing(service: Service) -> dict[str, object]:
+    """All that a start makes, as it is now."""
+    launcher = child_of(service.process.pid)
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    own = [os.listdir(group) for group in groups_called(service.policy.instance)]
+    return {
+        "mounts": len(Path(f"/proc/{launcher}/mountinfo").read_text().splitlines()),
+        "descriptors": len(os.listdir(f"/proc/{launcher}/fd")),
+        "disks": len(disks_in(Path(service.policy.scratch))),
+        "children": len(children),
+        "scopes": sorted(name for names in own for name in names if name.startswith("job-")),
+        "files": os.listdir(service.policy.scratch),
+    }
+
+
+def settled(service: Service) -> dict[str, object]:
+    """The same, once the processes that clear away have ended."""
+    pid = child_of(service.process.pid)
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while children.read_text().split():
+        service.ask("volume.list", 1)  # a turn of the launcher's loop
+    return standing(service)
+
+
+def test_step_that_fails_is_named_and_leaves_nothing(service: Service) -> None:
+    assert "ok" in service.ask("volume.create", 1, name="cache", size_bytes=16 << 20)[0]
+    asked: dict[str, object] = {
+        "network": "none",
+        "uid": 1000,
+        "gid": 1000,
+        "volumes": [["cache", "/volumes/cache"]],
+        "disk_bytes": 20 << 20,
+    }
+    reply, descriptors = service.spawn(1, "true", **asked)
+    assert "ok" in reply, "the control: without a fault it starts"
+    channel.close_all(descriptors)
+    service.exit_of(1)
+    service.ask("remove", 1)
+    before = settled(service)
+    fields = {**service.fields("true"), **asked}
+    plan = service.ask("plan", 1, **fields)[0]["ok"]
+    assert isinstance(plan, dict)
+    names = list(dict.fromkeys(name for name, _, _ in plan["steps"]))
+    names = names[: names.index("filter-system-calls")]  # the rest is done by the trampoline
+    assert {"map-ids", "mount-disk", "mount-overlay", "open-volume", "place-volume"} <= set(names)
+    file = Path(service.policy.volumes) / "fails"
+    for job, name in enumerate(names, 2):
+        file.write_text(name)
+        reply, _ = service.spawn(job, "true", **asked)
+        error = reply["error"]
+        assert isinstance(error, dict), name
+        assert (error["step"], error["errno"], error["detail"]) == (name, 5, "on purpose")
+        assert settled(service) == before, name
+    file.unlink()
+    reply, descriptors = service.spawn(1000, "true", **asked)
+    assert "ok" in reply
+    channel.close_all(descriptors)
+
+
+@pytest.mark.parametrize("missing", ["loop-control", "mke2fs", "scratch"])
+def test_launcher_that_cannot_make_disks_says_so(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """Refused by name, at the start; never a service whose jobs are bounded by nothing."""
+    spoil = {
+        "loop-control": "d.attach = lambda *a, **k: d.os.open('/dev/nosuch', 0)",
+        "mke2fs": "d._MKE2FS = 'nosuch-mke2fs'",
+        "scratch": "d.os.fstatvfs = lambda f: d.os.statvfs_result([4096] * 2 + [0] * 8)",
+    }[missing]
+    bootstrap = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from jobworker.sandbox import disk_images as d\n"
+        f"{spoil}\nfrom jobworker.sandbox.launcher import main; main(int(sys.argv[2]))\n"
+    )
+    monkeypatch.setattr(launch, "_BOOTSTRAP", bootstrap)
+    policy = make_policy()
+    words = {
+        "loop-control": r"cannot .*: No such file or directory \(/dev/nosuch\)",
+        "mke2fs": r"cannot make disks for jobs: No such file or directory \(mke2fs \(e2fsprogs\)\)",
+        "scratch": "cannot make disks for jobs: No space left on device",
+    }[missing]
+    with pytest.raises(HostUnsupported, match=words):
+        start_launcher(policy)
+    assert groups_called(policy.instance) == []
+    assert disks_in(Path(policy.scratch)) == []
+    assert os.listdir(policy.scratch) == []
