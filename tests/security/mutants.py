@@ -218,7 +218,7 @@ def attack(mutant: Mutant) -> Result:
 
 
 def first_red(copy: Path, names: Sequence[str]) -> str:
-    """The test that goes red first in a copy of the source tree."""
+    """The test that goes red first in a copy of the source tree; "" also where none could run."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     tests = [
         f"tests/{name}.py" if "/" in name else f"tests/security/sandbox/test_{name}.py"
@@ -240,7 +240,7 @@ def first_red(copy: Path, names: Sequence[str]) -> str:
     if red is not None:
         return f"{red[1]}: {red[2]}"
     if done.returncode:
-        raise RuntimeError(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        print(done.stdout[-2000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
     return ""
 
 
