@@ -79,6 +79,34 @@ def test_every_bad_key_is_named_at_once(site: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["own.toml", "No such file", "sandbox.seccomp_profile"]),
+        ("[[allow]", ["it is not TOML", "line 1"]),
+        (
+            'newest_call = 469\n[[allow]]\nwhat = "reading"\ncalls = ["raed"]\n',
+            ["no rule allows", "execve"],
+        ),
+    ],
+)
+def test_profile_of_system_calls_that_cannot_be_used(
+    site: Path, text: str | None, words: list[str]
+) -> None:
+    if text is not None:
+        (site / "own.toml").write_text(text)
+    # A relative path is taken from the configuration's own directory.
+    config = write_configuration(site, {"sandbox": {"seccomp_profile": "own.toml"}})
+    fails_with(serve(config), 78, f"cannot {'read' if text is None else 'use'}", *words)
+
+
+def test_misspelt_system_call_is_told_by_its_rule(site: Path) -> None:
+    profile = Path(__file__).parents[2] / "etc" / "seccomp.toml"
+    (site / "own.toml").write_text(profile.read_text().replace('"readahead"', '"raedahead"'))
+    config = write_configuration(site, {"sandbox": {"seccomp_profile": str(site / "own.toml")}})
+    fails_with(serve(config), 78, "own.toml", '"read and write"', "'raedahead'", "[numbers]")
+
+
 def test_broken_toml(site: Path) -> None:
     config = site / "worker.toml"
     config.write_text("[server\n")
