@@ -192,6 +192,18 @@ def mutants() -> list[Mutant]:
     ]
 
 
+HIDDEN = {
+    "step forbid-new-privileges": "inherited from the launcher; see both taken away",
+    "step set-oom-score": "only a launcher with CAP_SYS_RESOURCE has something to take back",
+    "step die-with-launcher": "jobs die with the launcher's process namespace as well",
+    "keep-own-descriptors keeps others": "closed by close-descriptors; see both taken away",
+    "mounts allow setuid": "no_new_privs; see all taken away",
+    "filter: permission of: files by handle": "needs a capability over the host",
+    "filter: permission of: namespaces of others": "needs a capability over the host",
+}
+"""Mutants that change nothing for a job, since another layer does the same: which one."""
+
+
 class Result(NamedTuple):
     """What the tests made of a mutant: which one went red first, "" if none did."""
 
@@ -254,12 +266,14 @@ def main() -> int:
     for mutant in chosen:
         result = attack(mutant)
         results.append(result)
-        noticed = f"`{result.noticed}`" if result.noticed else "**none**"
+        hidden = HIDDEN.get(mutant.name, "")
+        noticed = f"`{result.noticed}`" if result.noticed else f"none: {hidden or '**missing**'}"
         print(f"| {mutant.name} | {noticed} |", flush=True)
     killed = sum(bool(result.noticed) for result in results)
+    missing = [r for r in results if not r.noticed and r.mutant.name not in HIDDEN]
     minutes = (time.monotonic() - began) / 60
     print(f"\n{killed} of {len(results)} were noticed, in {minutes:.0f} minutes.")
-    return 0 if killed == len(results) else 1
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
