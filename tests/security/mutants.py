@@ -198,6 +198,10 @@ HIDDEN = {
     "step die-with-launcher": "jobs die with the launcher's process namespace as well",
     "keep-own-descriptors keeps others": "closed by close-descriptors; see both taken away",
     "mounts allow setuid": "no_new_privs; see all taken away",
+    **dict.fromkeys(
+        (f"no limit {name}" for name in ("MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO")),
+        "the same as Linux gives by default",
+    ),
     "filter: permission of: files by handle": "needs a capability over the host",
     "filter: permission of: namespaces of others": "needs a capability over the host",
 }

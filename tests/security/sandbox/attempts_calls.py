@@ -262,6 +262,11 @@ _open_each()
 
 
 @attempt
+def call_socketpair_of_another_family() -> None:
+    call("socketpair", 2, 1, 0, 0)
+
+
+@attempt
 def change_the_network() -> None:
     """RTM_NEWLINK for lo, to be up, as it is: rtnetlink(7)."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:

@@ -27,7 +27,7 @@ BY_THE_FILTER_ALONE = {
     *("open_socket_netlink_audit", "open_socket_netlink_netfilter", "open_socket_netlink_uevent"),
     # Calls with arguments that mean nothing: the kernel's word about those comes first.
     *(f"call_{name}" for name in attempts_calls.RAW),
-    "call_the_next_number_to_come",
+    *("call_the_next_number_to_come", "call_socketpair_of_another_family"),
 }
 
 NEEDS = {

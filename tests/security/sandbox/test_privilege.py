@@ -63,6 +63,7 @@ async def test_signals_session_and_limits_are_as_promised(admin: Wire) -> None:
     assert limits["msgqueue size"] == "819200"
     assert (limits["nice priority"], limits["realtime priority"]) == ("0", "0")
     assert int(limits["open files"]) <= 524_288
+    assert re.search(r"^Max open files +1024 ", out, re.M)
     assert int(limits["locked memory"]) <= 8 << 20
 
 
@@ -303,10 +304,11 @@ async def test_denied_calls_are_told_to_the_audit_and_the_quiet_ones_are_not(
 ) -> None:
     if "errno" not in Path("/proc/sys/kernel/seccomp/actions_logged").read_text():
         pytest.skip("needs errno in /proc/sys/kernel/seccomp/actions_logged")
-    machine = os.uname().machine
-    numbers = [number_of(name, machine) for name in ("clone3", "bpf", "acct")]
+    machine, name = os.uname().machine, f"audit-{os.getpid()}"
+    numbers = [number_of(call, machine) for call in ("clone3", "bpf", "acct")]
     script = (
         "import ctypes, sys, threading, os\nlibc = ctypes.CDLL(None)\n"
+        f"libc.prctl(15, b'{name}')\n"  # PR_SET_NAME: whose record it is
         "threading.Thread(target=print).start()\n"
         "libc.syscall(1000)\n"
         f"for number in {numbers}: libc.syscall(number, 0, 0, 0)\n"
@@ -319,6 +321,7 @@ async def test_denied_calls_are_told_to_the_audit_and_the_quiet_ones_are_not(
         record = audit.recv(8192)
         kind = struct.unpack_from("=IH", record)[1]
         fields = dict(re.findall(r"(\w+)=(\S+)", record[16:].decode(errors="replace")))
-        if kind == 1326 and fields["uid"] == uid:  # AUDIT_SECCOMP
+        if kind == 1326 and fields["comm"] == f'"{name}"':  # AUDIT_SECCOMP
+            assert fields["uid"] == uid, "by which the job is known"
             told.append(int(fields["syscall"]))
     assert told == numbers[1:], (json.dumps(told), err)
