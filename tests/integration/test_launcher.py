@@ -97,6 +97,7 @@ class Service:
             "runtime": "",
             "volumes": [],
             "pids": 0,
+            "cores": "",
         }
 
     def spawn(self, job: int, *command: str, **changes: object) -> tuple[Message, list[int]]:

@@ -1,6 +1,7 @@
 """Options of a job: its user, its labels, its secrets; over the wire and from the command line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,43 @@ async def test_jobs_are_found_by_their_labels(admin: Wire) -> None:
             await admin.call("job.list", labels=bad)
         with pytest.raises(Refused, match=r"job\.labels: "):
             await admin.start("true", labels=bad)
+
+
+async def test_job_runs_on_the_cores_asked_for_and_cannot_leave_them(admin: Wire) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    script = (
+        "import os\n"
+        "def now(): return sorted(os.sched_getaffinity(0))\n"
+        "print(now())\n"
+        "try: os.sched_setaffinity(0, range(1024))\n"
+        "except OSError: pass\n"
+        "print(now())\n"
+    )
+    out, err, _ = await admin.run("python3", "-c", script)
+    assert out == f"{allowed}\n" * 2, err
+    for core in {allowed[0], allowed[-1]}:
+        out, err, job = await admin.run("python3", "-c", script, cpu_cores=str(core))
+        assert out == f"[{core}]\n" * 2, err
+        assert job["spec"]["cpu_cores"] == str(core)  # type: ignore[index]
+    out, _, _ = await admin.run("python3", "-c", script)
+    assert out == f"{allowed}\n" * 2, "a later job has them all"
+
+
+@pytest.mark.parametrize("cores", ["x", "1-", "3-1", "0,,1", " 0", "8192", "-1", "0-1-2"])
+async def test_cores_that_are_no_list_are_refused_by_name(admin: Wire, cores: str) -> None:
+    with pytest.raises(Refused, match=r"job\.cpu_cores: must be a list of cores"):
+        await admin.start("true", cpu_cores=cores)
+
+
+def test_faults_of_cores_are_told_of_the_option(cli: Cli) -> None:
+    fails(cli("run", "--cpu-cores", "0-", "true"), 65, "--cpu-cores: must be a list of cores")
+    fails(cli("run", "--cpu-cores", "8191", "true"), 65, "--cpu-cores: this host has no core 8191")
+
+
+async def test_core_that_does_not_exist_is_refused_by_name(admin: Wire) -> None:
+    with pytest.raises(Refused, match="cpu_cores: this host has no core 8191") as refused:
+        await admin.start("true", cpu_cores="0,8191")
+    assert refused.value.code == -32602
 
 
 async def test_secret_reaches_the_job_and_no_record(admin: Wire, service: Embedded) -> None:

@@ -39,6 +39,7 @@ ORDER: Message = {
     "runtime": "",
     "volumes": [],
     "pids": 0,
+    "cores": "",
 }
 
 

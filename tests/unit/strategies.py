@@ -83,6 +83,7 @@ specs = st.builds(
     uid=st.integers(0, MAX_ID),
     gid=st.none() | st.integers(0, MAX_ID),
     init=st.booleans(),
+    cpu_cores=st.sampled_from(["", "0", "0-3,5"]),
     labels=labels,
     at_max_output=st.none() | st.sampled_from(["discard-output", "stop"]),
 )

@@ -34,6 +34,7 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         show_default=True,
         help="The host's network; nothing but a loopback; or outbound connections only.",
     ),
+    click.option("--cpu-cores", metavar="LIST", help="Processor cores to run on, such as 0-3,5."),
     click.option(
         "--init",
         is_flag=True,
@@ -74,7 +75,7 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
     ),
 )
 _NAMES = (
-    *("runtime", "volume", "network", "init", "user"),
+    *("runtime", "volume", "network", "init", "cpu_cores", "user"),
     *("env", "env_file", "secret_env", "label"),
 )
 
@@ -98,6 +99,7 @@ def _fields(  # noqa: PLR0913 - each option is an argument
     volume: Sequence[Mapping[str, str]],
     network: str,
     init: bool,
+    cpu_cores: str | None,
     user: tuple[int, int | None] | None,
     env: Sequence[tuple[str, str]],
     env_file: Sequence[Sequence[tuple[str, str]]],
@@ -111,6 +113,7 @@ def _fields(  # noqa: PLR0913 - each option is an argument
         "volumes": list(volume),
         "network": network,
         "init": init,
+        "cpu_cores": cpu_cores,
         "uid": uid,
         "gid": gid,
         "environment": {**dict(variables), **dict(env)},

@@ -167,6 +167,7 @@ def status(record: JobRecord, now: datetime) -> str:
         ("Duration", _duration(record, now)),
         ("Timeout", _timeout(spec.timeout_seconds)),
         ("CPU", f"{_cpu(usage)}, {_limit(limits.cpu_percent, f'{limits.cpu_percent}%')}"),
+        ("Cores", spec.cpu_cores),
         ("Memory", ", ".join([*_memory(record, usage), _memory_limit(record)])),
         ("IO", f"{_io(usage)}, {_limit(limits.io_bps, f'{limits.io_bps} B/s')}"),
         ("Disk", "" if limits.disk_bytes is None else f"limit {_megabytes(limits.disk_bytes)}"),

@@ -25,6 +25,7 @@ _OPTIONS = {
     "environment": "--env",
     "secret_environment": "--secret-env",
     "network": "--network",
+    "cpu_cores": "--cpu-cores",
     "init": "--init",
     "uid": "--user",
     "gid": "--user",

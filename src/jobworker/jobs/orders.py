@@ -32,4 +32,5 @@ def limits_of(spec: JobSpec) -> cgroups.Limits:
         memory_bytes=limits.memory_bytes or 0,
         io_bps=limits.io_bps or 0,
         pids=limits.processes or 0,
+        cores=spec.cpu_cores,
     )

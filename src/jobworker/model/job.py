@@ -16,6 +16,7 @@ from attrs import field, frozen
 
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model.bounds import states, within
+from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
 from jobworker.model.volumes import VolumeMount, check_mounts
@@ -170,6 +171,8 @@ class JobSpec:
     runtime: str = field(default="", validator=_check_runtime)
     """A root tree of the server's configuration; "" is the host's programs."""
     volumes: tuple[VolumeMount, ...] = field(default=(), validator=check_mounts)
+    cpu_cores: str = field(default="", validator=check_cores)
+    """The processor cores that it may run on, such as "0-3,5"; "" is all."""
     uid: int = field(default=0, validator=within(0, MAX_ID))
     """The user that the program runs as, inside the job."""
     gid: int | None = field(default=None, validator=within(0, MAX_ID))

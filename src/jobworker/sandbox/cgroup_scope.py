@@ -21,11 +21,16 @@ from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 from jobworker import errors
+from jobworker.sandbox import cgroup_cpuset
 from jobworker.sandbox import cgroup_files as files
 
 Kind = Literal["v1", "hybrid", "v2", "none"]
 SWEEP_SECONDS = 5.0
 SWEEP_PAUSE_SECONDS = 0.005
+
+
+_CONTROLLERS = ("cpu", "memory", "io", "pids", "cpuset")
+"""Those of `Limits`, in its order."""
 
 
 class Limits(NamedTuple):
@@ -35,6 +40,7 @@ class Limits(NamedTuple):
     memory_bytes: int = 0  # hard, swap included
     io_bps: int = 0  # bytes a second, reads and writes each, on every whole block device
     pids: int = 0  # processes and threads
+    cores: str = ""  # the cores to run on, such as "0-3,5"; "" is all
 
 
 class Usage(NamedTuple):
@@ -66,6 +72,7 @@ class Scope(ABC):
         self._tree = tree
         self._baseline = Usage()
         self._ahead: Limits | None = None
+        self._cores = ""
         self._removed = False
         if tree.unified is not None:
             self.clone_fd = os.open(name, files.DIRECTORY, dir_fd=tree.unified)
@@ -103,6 +110,10 @@ class Scope(ABC):
         try:
             self._baseline = self._counters()
             self._write_limits(limits)
+            if limits.cores != self._cores:
+                top = self._tree.by_controller["cpuset"]
+                cgroup_cpuset.limit_cores(top, self.name, limits.cores, v2=self._tree.kind == "v2")
+                self._cores = limits.cores
             self._restart_peak()
         except OSError as error:
             raise errors.SandboxError(
@@ -210,11 +221,11 @@ class Tree(ABC):
 
     def check_controllers(self, limits: Limits) -> None:
         """Raise `SandboxError` if a limit is asked for whose controller is not in use."""
-        for controller, value in zip(("cpu", "memory", "io", "pids"), limits, strict=True):
+        for controller, value in zip(_CONTROLLERS, limits, strict=True):
             if value and controller not in self.by_controller:
                 raise errors.SandboxError(
                     f"cannot limit {controller}: the controller is not in use",
-                    remedy=f"add {controller} to cgroup.enable_controllers",
+                    remedy=_remedy(controller),
                     data={"step": "limits"},
                 )
 
@@ -292,3 +303,9 @@ class Tree(ABC):
                 time.sleep(SWEEP_PAUSE_SECONDS)
             else:
                 return
+
+
+def _remedy(controller: str) -> str:
+    if controller == "cpuset":
+        return "mount or delegate the cpuset controller, or do without --cpu-cores"
+    return f"add {controller} to cgroup.enable_controllers"

@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from jobworker.sandbox import block_devices
+from jobworker.sandbox import block_devices, cgroup_cpuset
 from jobworker.sandbox import cgroup_files as files
 from jobworker.sandbox import cgroup_mounts as mounts
 from jobworker.sandbox.cgroup_scope import Kind, Limits, Scope, Tree, Usage
@@ -172,6 +172,9 @@ def open_v1(
         if "cpu" in controllers and accounting is not None and (shared or unified is None):
             base = mounts.base_path(found, accounting, "cpuacct", parent)
             by_controller["cpuacct"] = _own_directory(tops, base, name, "cpu")
+        if (cpuset := cgroup_cpuset.open_v1(found, name, parent)) is not None:
+            path, by_controller[cgroup_cpuset.CONTROLLER] = cpuset
+            tops[path] = cpuset[1]
         return _tree(name, by_controller, unified)
     except BaseException:
         for path, top in tops.items():

@@ -10,12 +10,14 @@ arm() looks first. memory.peak can start anew from Linux 6.12 on, for one open d
 it counts from the scope's creation.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
 from functools import partial
 
-from jobworker.sandbox import block_devices
+from jobworker.errors import HostUnsupported
+from jobworker.sandbox import block_devices, cgroup_cpuset
 from jobworker.sandbox import cgroup_files as files
 from jobworker.sandbox import cgroup_mounts as mounts
 from jobworker.sandbox.cgroup_delegation import Base, enable
@@ -206,6 +208,10 @@ def open_v2(
         top = mounts.make_directory(path)
         _check(top, controllers, has_swap)
         enable(path, controllers)
+        with contextlib.suppress(HostUnsupported):  # see `cgroup_cpuset`
+            base.enable([cgroup_cpuset.CONTROLLER])
+            enable(path, [cgroup_cpuset.CONTROLLER])
+            controllers = [*controllers, cgroup_cpuset.CONTROLLER]
         return _tree(name, controllers, top, base)
     except BaseException:
         if top is not None:

@@ -7,6 +7,7 @@ is no request for a process without a sandbox.
 Pure, standard library only. Each parser raises ProtocolError, which names the field.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ MAX_ORDER_BYTES = 1 << 20
 MAX_NUMBER = 1 << 52
 MAX_SIGNAL = 64
 MAX_ID = 65_535
+MAX_CORES_LENGTH = 1024
+_CORES = r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"
 NETWORKS = ("host", "none", "private")
 
 
@@ -231,4 +234,12 @@ def _limits(message: Mapping[str, object]) -> Limits:
         memory_bytes=_integer(message, "memory_bytes", 0),
         io_bps=_integer(message, "io_bps", 0),
         pids=_integer(message, "pids", 0),
+        cores=_cores(message.get("cores")),
     )
+
+
+def _cores(value: object) -> str:
+    text = _text(value, "cores")
+    if text and not (len(text) <= MAX_CORES_LENGTH and re.fullmatch(_CORES, text)):
+        raise ProtocolError("cannot take the request: cores is no list of cores")
+    return text

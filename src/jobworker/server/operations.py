@@ -20,12 +20,13 @@ from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
-from jobworker.model.job import JobRecord, Limits, parse_signal
+from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.model.units import nanoseconds
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
+from jobworker.sandbox.cgroup_cpuset import parse_cores
 from jobworker.sandbox.host import HostFacts
 from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
@@ -75,7 +76,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     if params.job.volumes:
         _require_volumes(caller, "job.run with volumes")
-    _check_against_host(params.job.limits, context.host)
+    _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     execution = await context.supervisor.submit(
         params.job, caller.identity.common_name, caller.role.quota
@@ -96,7 +97,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
 async def _plan(context: Context, caller: Caller, params: m.PlanParams) -> m.Plan:
     if params.job.timeout_seconds == 0:
         caller.require(Permission.UNBOUNDED, "job.plan without a time limit")
-    _check_against_host(params.job.limits, context.host)
+    _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     limits, steps = await context.supervisor.plan(params.job)
     told = (m.PlannedStep(name=n, subject=s, explanation=e) for n, s, e in steps)
@@ -113,7 +114,8 @@ def _check_runtime(name: str, known: frozenset[str]) -> None:
         )
 
 
-def _check_against_host(limits: Limits, host: HostFacts) -> None:
+def _check_against_host(job: JobSpec, host: HostFacts) -> None:
+    limits = job.limits
     cpu, memory = limits.cpu_percent or 0, limits.memory_bytes or 0
     if cpu > 100 * host.cpus:
         raise InvalidParams(
@@ -126,6 +128,14 @@ def _check_against_host(limits: Limits, host: HostFacts) -> None:
             f"cannot run the command: limits.memory_bytes: {memory} is more than "
             f"{host.memory_bytes}, all of this host's memory",
             remedy="ask for less, or for 0 (no limit)",
+        )
+    missing = parse_cores(job.cpu_cores) - host.cores
+    if missing:
+        there = ", ".join(map(str, sorted(host.cores)))
+        raise InvalidParams(
+            f"cannot run the command: cpu_cores: this host has no core {min(missing)} for "
+            f"jobs; it has {there}",
+            remedy="choose among them",
         )
 
 

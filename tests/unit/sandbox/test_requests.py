@@ -33,6 +33,7 @@ SPAWN: dict[str, object] = {
     "runtime": "",
     "volumes": [],
     "pids": 5,
+    "cores": "",
 }
 
 
@@ -105,6 +106,14 @@ def test_bounds_of_numbers_are_taken() -> None:
 @pytest.mark.parametrize("value", [-1, 65_536, True, None, "0"])
 def test_id_beyond_the_jobs_range_is_refused(key: str, value: object) -> None:
     assert f"{key} is no integer from 0 to 65535" in refused({**SPAWN, key: value})
+
+
+@pytest.mark.parametrize(
+    "cores", [None, 0, "a", "-1", "0-", "1,", "0 1", "12345", "0-3\n", "٣", ",".join(["1"] * 600)]
+)
+def test_cores_that_are_no_list_are_refused(cores: object) -> None:
+    assert "cores is no" in refused({**SPAWN, "cores": cores})
+    assert spawn(cores="0-3,5").limits.cores == "0-3,5"
 
 
 @pytest.mark.parametrize("init", [None, 0, 1, "true", []])
@@ -230,7 +239,7 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
         numbers.append(request.number)
         assert 1 <= request.number <= 64
     if isinstance(request, r.Spawn | r.PlanOf):
-        numbers.extend(request.limits)
+        numbers.extend(value for value in request.limits if isinstance(value, int))
         order = request.order
         words = (*order.arguments, *order.environment, *order.environment.values())
         assert all(is_sound_text(word) for word in (*words, order.hostname, order.workdir))
