@@ -44,10 +44,19 @@ def identity(peer_certificate: Mapping[str, object] | None) -> Identity:
         role=_only(peer_certificate, "organizationalUnitName", "OU"),
         common_name=_only(peer_certificate, "commonName", "CN"),
         serial=str(peer_certificate["serialNumber"]),
-        not_after=datetime.fromtimestamp(
-            ssl.cert_time_to_seconds(str(peer_certificate["notAfter"])), UTC
-        ),
+        not_after=_end(peer_certificate),
     )
+
+
+def _end(peer_certificate: Mapping[str, object]) -> datetime:
+    try:
+        seconds = ssl.cert_time_to_seconds(str(peer_certificate["notAfter"]))
+    except ValueError:  # OpenSSL writes "Bad time value" for what it cannot read
+        raise errors.PermissionDenied(
+            "cannot tell when your certificate ends: its time is malformed",
+            remedy="use a client certificate that the administrator issued",
+        ) from None
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def name_fault(value: str) -> str | None:
