@@ -33,6 +33,7 @@ from jobworker.errors import (
     ServerUntrusted,
 )
 from jobworker.model.job import JobSpec
+from jobworker.pki import administration
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority
 
@@ -280,9 +281,9 @@ async def test_place_of_the_ou_in_the_subject_does_not_matter(
 # --- revocation, reload -----------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fresh(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
-    """A service whose files a test may change."""
+    """A service whose files a test may change, and then puts back as they were."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")
     with running(open_directory(), ROLES) as made:
@@ -298,6 +299,16 @@ def worker(*arguments: str) -> str:
 
 def certs(service: Embedded, *arguments: str) -> str:
     return worker("certs", *arguments, f"--dir={service.directory / 'certs'}")
+
+
+def issue(service: Embedded, name: str, role: str) -> None:
+    directory, now = service.directory / "certs", datetime.now(UTC)
+    administration.issue_client(directory, Authority.load(directory), name=name, role=role, now=now)
+
+
+def revoke(service: Embedded, name: str) -> None:
+    directory, now = service.directory / "certs", datetime.now(UTC)
+    administration.revoke(directory, Authority.load(directory), name, now=now)
 
 
 async def reload(service: Embedded, told: str = " INFO reloaded: ") -> None:
@@ -348,19 +359,29 @@ async def test_revoked_certificate_is_out_at_once_and_stays_out(fresh: Embedded)
 
 async def test_client_that_will_not_go_is_cut_off(fresh: Embedded) -> None:
     """It takes nothing that is sent, and answers no closing frame."""
+    issue(fresh, "stubborn", "admin")
     host, port = fresh.address.rsplit(":", 1)
     stream = await trio.open_ssl_over_tcp_stream(
-        host, int(port), ssl_context=context_for(fresh), https_compatible=True
+        host, int(port), ssl_context=bearing(fresh, "stubborn"), https_compatible=True
     )
     try:
         await stream.send_all(UPGRADE)
         assert (await stream.receive_some(1000)).startswith(b"HTTP/1.1 101")
-        certs(fresh, "revoke", "admin-client")
+        revoke(fresh, "stubborn")
         fresh.process.send_signal(signal.SIGHUP)
-        await log_tells(fresh, "ended: admin-client")
-        await log_tells(fresh, "disconnected")
+        await log_tells(fresh, "ended: stubborn")
+        address, mine = stream.transport_stream.socket.getsockname()[:2]
+        await log_tells(fresh, f"{address}:{mine}: disconnected")
     finally:
         await trio.aclose_forcefully(stream)
+
+
+def bearing(service: Embedded, name: str) -> ssl.SSLContext:
+    """A context with the certificate that was issued to `name`."""
+    directory = service.directory / "certs"
+    context = bare_context(directory / "ca-cert.pem")
+    context.load_cert_chain(directory / f"{name}-cert.pem", directory / f"{name}-key.pem")
+    return context
 
 
 async def test_certificate_that_ends_takes_its_connections_along(fresh: Embedded) -> None:
@@ -400,8 +421,8 @@ async def test_no_session_outlives_a_revocation(fresh: Embedded) -> None:
 async def test_bad_list_changes_nothing_and_is_told(
     fresh: Embedded, fault: str, tmp_path: Path
 ) -> None:
-    certs(fresh, "issue", "--name=eve", "--role=admin")
-    certs(fresh, "revoke", "eve")
+    issue(fresh, f"adam-{fault}", "admin")
+    revoke(fresh, f"adam-{fault}")
     await reload(fresh)
     crl = fresh.directory / "certs" / "ca-crl.pem"
     good = crl.read_bytes()
@@ -417,10 +438,8 @@ async def test_bad_list_changes_nothing_and_is_told(
             fresh, "ERROR cannot reload, so all stays as it was: cannot use the revocation"
         )
         await viewer.call("service.hello")
-        context = bare_context(fresh.directory / "certs" / "ca-cert.pem")
-        directory = fresh.directory / "certs"
-        context.load_cert_chain(directory / "eve-cert.pem", directory / "eve-key.pem")
-        assert isinstance(await dialled(fresh, context), CertificateRefused)
+        revoked = bearing(fresh, f"adam-{fault}")
+        assert isinstance(await dialled(fresh, revoked), CertificateRefused)
         crl.write_bytes(good)
         await reload(fresh)
         await viewer.call("service.hello")
@@ -437,12 +456,13 @@ async def test_new_server_certificate_is_shown_and_no_connection_is_dropped(
         assert await trio.to_thread.run_sync(_shown, fresh) != before
         await open_before.call("service.hello")
         # A key that does not fit: all stays as it was.
-        (fresh.directory / "certs" / "server-key.pem").write_bytes(
-            (fresh.directory / "certs" / "viewer-client-key.pem").read_bytes()
-        )
+        path = fresh.directory / "certs" / "server-key.pem"
+        key = path.read_bytes()
+        path.write_bytes((fresh.directory / "certs" / "viewer-client-key.pem").read_bytes())
         await reload(fresh, "does not belong to")
         await open_before.call("service.hello")
         assert await trio.to_thread.run_sync(_shown, fresh) != before
+        path.write_bytes(key)
 
 
 def _shown(service: Embedded) -> str:
@@ -455,10 +475,8 @@ def _shown(service: Embedded) -> str:
 
 
 async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embedded) -> None:
-    certs(fresh, "issue", "--name=zoe", "--role=visitor")
-    directory = fresh.directory / "certs"
-    context = bare_context(directory / "ca-cert.pem")
-    context.load_cert_chain(directory / "zoe-cert.pem", directory / "zoe-key.pem")
+    issue(fresh, "zoe", "visitor")
+    context = bearing(fresh, "zoe")
     assert isinstance(await dialled(fresh, context), PermissionDenied)
 
     visitor = {"roles.visitor": {"operations": ["view"], "scope": "own"}}
