@@ -564,6 +564,8 @@ async def test_nothing_that_a_client_says_makes_a_line_of_the_log(
         (b"{address}", b"https://evil.example", b"403"),
         (b"{address}", b"http://{address}", b"403"),
         (b"{address}", b"null", b"403"),
+        (b"evil.example", b"https://evil.example", b"421"),
+        (b"evil.example:{port}", b"https://evil.example:{port}", b"421"),
     ],
 )
 async def test_page_of_another_origin_or_of_a_rebound_name_is_refused(

@@ -52,7 +52,8 @@ MAX_FRAGMENTS = 16_384
 
 async def serve_connection(tcp: trio.SocketStream, door: Door, context: operations.Context) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
-    tls = door.fittings.tls
+    fittings = door.fittings
+    tls = fittings.tls
     stream = trio.SSLStream(tcp, tls, server_side=True, https_compatible=True)
     peer, admission = _peer_name(tcp), context.admission
     try:
@@ -63,7 +64,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             raw, head = await read_head(stream)
             arrival.sound = True
             try:
-                who = admit(stream, head, context.gate.roles)
+                who = admit(stream, head, context.gate.roles, fittings.hosts)
                 inside.enter_context(_entered(admission, who, peer))
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)

@@ -24,6 +24,7 @@ from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity
 from jobworker.pki.material import ServerFiles
 from jobworker.pki.revocation import Verifier
+from jobworker.pki.served_hosts import ServedHosts
 from jobworker.pki.tls import server_context
 from jobworker.server.gate import Gate
 
@@ -39,12 +40,14 @@ class Fittings:
 
     tls: ssl.SSLContext
     verifier: Verifier
+    hosts: ServedHosts
 
     @classmethod
     def of(cls, files: ServerFiles, security: SecuritySettings) -> "Fittings":
         """Made of the files. Raises CredentialsUnusable."""
         context = server_context(files, min_version=security.min_tls_version)
-        return cls(context, Verifier.of(files, datetime.now(UTC)))
+        hosts = ServedHosts.of(files.certificate.content)
+        return cls(context, Verifier.of(files, datetime.now(UTC)), hosts)
 
 
 @define(eq=False)

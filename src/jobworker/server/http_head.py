@@ -15,6 +15,7 @@ from jobworker.convert import dumps
 from jobworker.errors import JobworkerError, PermissionDenied
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
+from jobworker.pki.served_hosts import ServedHosts
 from jobworker.protocol.methods import SUBPROTOCOL
 
 MAX_HEAD_BYTES = 16_384
@@ -105,7 +106,7 @@ async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
         connection.receive_data(data)
 
 
-def admit(stream: TLSStream, head: Head, roles: Roles) -> Identity:
+def admit(stream: TLSStream, head: Head, roles: Roles, hosts: ServedHosts) -> Identity:
     """Who is connecting, with a request that may be upgraded; raises Refused."""
     try:
         who = identity(stream.getpeercert())
@@ -115,6 +116,9 @@ def admit(stream: TLSStream, head: Head, roles: Roles) -> Identity:
     origin, host = head.value(b"origin"), head.value(b"host")
     if origin and origin != b"https://" + host:
         raise Refused(403, PermissionDenied("cannot serve a page of another origin"))
+    if origin and not hosts.hold(host.decode("latin-1")):
+        rebound = "cannot serve a page of a name that the server's certificate does not bear"
+        raise Refused(421, PermissionDenied(rebound))
     if head.value(b"upgrade").lower() != b"websocket" or head.request.method != b"GET":
         raise Refused(
             426,
