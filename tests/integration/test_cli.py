@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli.embedded import Embedded, program
+from jobworker.errors import NotFound
 
 Done = subprocess.CompletedProcess[str]
 
@@ -335,3 +336,23 @@ def test_errors_as_json(cli: Cli) -> None:
     done = cli("--json", "status", "999999")
     assert done.returncode == 66
     assert json.loads(done.stderr)["error"]["name"] == "not_found"
+
+
+def test_volume_from_the_command_line(cli: Cli) -> None:
+    assert cli("volume", "create", "--size=16", "of-cli").returncode == 0
+    fails(cli("volume", "create", "--size=16", "of-cli"), 65, "of-cli: it exists")
+    fails(cli("volume", "create", "--size=1", "tiny"), 65, "--size must be from 16")
+    write = cli("run", "-f", "--volume=of-cli:/srv/x", "sh", "-c", "echo kept > /srv/x/file")
+    assert write.returncode == 0, write.stderr
+    read = cli("run", "-f", "--volume", "of-cli", "--max-disk=20", "cat", "/volumes/of-cli/file")
+    assert read.stdout == "kept\n", read.stderr
+    listed = cli("volume", "list").stdout.splitlines()
+    assert listed[0].split() == ["NAME", "SIZE", "ON", "DISK", "JOBS"]
+    assert listed[1].split()[0] == "of-cli"
+    assert cli("volume", "rm", "of-cli").returncode == 0
+    gone = cli("run", "--volume=of-cli", "true")
+    assert "there is no such volume" in gone.stderr
+    assert gone.returncode == NotFound.exit_code
+    fails(cli("run", "--volume=of-cli:/proc", "true"), 65, "--volume", "/proc")
+    fails(cli("run", "--max-disk=1", "true"), 65, "--max-disk")
+    fails(cli("run", "--runtime=nosuch", "true"), 65, "--runtime", "nosuch")

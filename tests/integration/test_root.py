@@ -10,17 +10,18 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.errors import HostUnsupported
 
-from .conftest import disks_in, until
+from .conftest import disks_in, left_behind, until
 from .wire import Refused, Wire, open_wire
 
 MIB = 1 << 20
 
 
 @contextmanager
-def tmpfs_at(path: Path) -> Iterator[None]:
-    """Mount a tmpfs for a while."""
-    subprocess.run(["mount", "-t", "tmpfs", "canary", path], check=True)
+def mounted(kind: str, path: Path) -> Iterator[None]:
+    """Mount an empty file system for a while."""
+    subprocess.run(["mount", "-t", kind, "canary", path], check=True)
     try:
         yield
     finally:
@@ -93,13 +94,29 @@ async def test_mount_below_programs_is_shown(open_directory: Callable[[], Path])
     directory = open_directory()
     inner = directory / "programs" / "inner"
     inner.mkdir(parents=True)
-    with tmpfs_at(inner):
+    with mounted("tmpfs", inner):
         (inner / "file").write_text("canary")
         changes = {"sandbox": {"programs": ["/usr", str(directory / "programs")]}}
         async with open_embedded(directory, changes) as service, open_wire(service) as wire:
             out, err, _ = await wire.run("sh", "-c", f"cat {inner}/file; echo x > {inner}/file")
         assert (out, err) == ("canary", "")
         assert (inner / "file").read_text() == "canary"
+
+
+async def test_what_cannot_be_shown_with_ids_of_the_job_is_refused_at_the_start(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    inner = directory / "programs" / "inner"
+    inner.mkdir(parents=True)
+    changes = {"sandbox": {"programs": ["/usr", str(directory / "programs")]}}
+    with mounted("ramfs", inner):
+        inner.chmod(0o755)
+        with pytest.raises(HostUnsupported, match="ids of their own") as told:
+            async with open_embedded(directory, changes):
+                pass
+    assert str(inner) in str(told.value)
+    assert left_behind(directory) == []
 
 
 async def test_disk_of_a_job_is_gone_with_it(admin: Wire, service: Embedded) -> None:

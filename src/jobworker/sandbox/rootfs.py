@@ -38,6 +38,7 @@ from jobworker.sandbox.stage import (
     move_to,
     own_namespace,
 )
+from jobworker.sandbox.user_namespaces import make_user_namespace
 
 BASE, LAYERS = "/base", "/layers"
 """In the launcher's namespace: the skeleton, and directories of the host."""
@@ -45,6 +46,8 @@ OVER = f"{BASE}/over"
 """What stands above the tree of a runtime."""
 
 _BASE_BYTES = 128 << 20
+_TRIAL_UID = 1_000_000
+"""Whose ids a trial maps to, in no one's name: nothing is ever written by it."""
 
 
 def enter(
@@ -80,6 +83,8 @@ def enter(
             remedy="run the service as root on the host itself, with Linux 5.19 or newer",
         ) from error
     shown = tuple((layer.lower[-1], layer.at) for layer in layers[1:])
+    mapped = [BASE, *(f"{LAYERS}/{number}" for number in range(len(trees) + len(runtimes)))]
+    _try_mapping(dict(zip(mapped, ["the skeleton", *trees, *runtimes.values()], strict=True)))
     view = View("/dev/null", (BASE, *(source for source, _ in shown)), layers)
     others = {
         name: view_of(BASE, OVER, f"{LAYERS}/{number}")
@@ -87,6 +92,29 @@ def enter(
     }
     workshop = Workshop(SCRATCH, blanks, f"{BASE}/root", shown)
     return Stage(view, workshop, (), others, workshop._replace(directory=VOLUMES))
+
+
+def _try_mapping(mounts: Mapping[str, str]) -> None:
+    """Raise HostUnsupported for a mount whose ids cannot be mapped; `mounts` are told by name."""
+    try:
+        namespace = make_user_namespace(_TRIAL_UID)
+    except OSError:
+        return  # each job is refused then, by the name of the step that needs one
+    try:
+        for mount, name in mounts.items():
+            tree = sc.open_tree_clone(mount, recursive=False)
+            try:
+                sc.map_mount(tree, namespace)
+            except OSError as error:
+                raise HostUnsupported(
+                    f"cannot show jobs {name} with ids of their own: {error.strerror}",
+                    remedy="use Linux 5.19 or newer and ext4, xfs or btrfs there, "
+                    "or take it out of sandbox.programs or runtimes",
+                ) from error
+            finally:
+                os.close(tree)
+    finally:
+        os.close(namespace)
 
 
 def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:

@@ -1,0 +1,53 @@
+"""Disks in files: made whole, attached once, and gone with their last user."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobworker.sandbox import disk_images
+from jobworker.sandbox.disk_images import MIN_BYTES, Workshop, rounded
+
+from .conftest import disks_in, until
+
+
+@pytest.fixture
+def workshop(open_directory: Callable[[], Path]) -> Workshop:
+    return Workshop(str(open_directory()), {}, "", ())
+
+
+async def test_image_that_is_attached_is_found_and_not_attached_again(workshop: Workshop) -> None:
+    image = disk_images.create(workshop, MIN_BYTES)
+    other = disk_images.create(workshop, MIN_BYTES)
+    assert disk_images.find_attached(image) is None
+    device, path = disk_images.attach(image)
+    found = disk_images.find_attached(image)
+    assert found is not None
+    assert found[1] == path
+    assert disk_images.find_attached(other) is None
+    assert disks_in(Path(workshop.directory)) == [path.removeprefix("/dev/")]
+    for descriptor in (device, found[0], image, other):
+        os.close(descriptor)
+    await until(lambda: disks_in(Path(workshop.directory)) == [])
+
+
+def test_blank_is_a_formatted_disk_of_few_blocks(workshop: Workshop) -> None:
+    size = rounded((100 << 20) + 1234)
+    blank = disk_images.make_blank(workshop, size)
+    assert size % 4096 == 0
+    assert blank.size == size
+    assert len(blank.blocks) < 100
+    written = disk_images.create(workshop._replace(blanks={size: blank}), size)
+    formatted = disk_images.create(workshop, size)
+    assert os.pread(written, 2, 1024 + 56) == os.pread(formatted, 2, 1024 + 56) == b"\x53\xef"
+    assert os.fstat(written).st_size == size
+    assert os.fstat(written).st_blocks * 512 < 1 << 20, "it takes what is written, no more"
+    os.close(written)
+    os.close(formatted)
+
+
+def test_disk_without_room_is_refused(workshop: Workshop) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        disk_images.create(workshop, 1 << 50)
+    assert os.listdir(workshop.directory) == []
