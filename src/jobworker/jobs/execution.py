@@ -148,6 +148,10 @@ class Execution:
         if self._inherited is not None:
             return self._inherited
         if self.record.state is State.PENDING:
+            if self._ending.stopping:
+                self.record = self._advanced(Event.STOP)
+                await self._close()
+                return None
             self.record = self._advanced(Event.ADMIT)
             await self.store()
         try:
@@ -229,11 +233,6 @@ class Execution:
             )
         ended_at = self._clock() - timedelta(seconds=ending.seconds_ago if ending else 0)
         self.record = self._advanced(event, reason=reason, ended_at=ended_at)
-        await self._close()
-
-    async def end_pending(self) -> None:
-        """End a job that was stopped before its turn came."""
-        self.record = self._advanced(Event.STOP)
         await self._close()
 
     async def fail_internally(self, incident: str) -> None:

@@ -58,6 +58,8 @@ class Supervisor:
     max_waiting: int
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
     _pending: deque[Execution] = field(factory=deque, init=False)
+    _placed: deque[Execution] = field(factory=deque, init=False)
+    """Those that need not wait for a place: they run already, or only have to be ended."""
     _change: trio.Event = field(factory=trio.Event, init=False)
     """Set when a job has come to wait, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
@@ -68,13 +70,14 @@ class Supervisor:
     def take_over(self, inheritance: Inheritance) -> None:
         """Go on with the jobs of an earlier service: before `serve`."""
         for running in inheritance.running:
-            execution = self._make_execution(running.record, running.spool, at_once=True)
+            execution = self._make_execution(running.record, running.spool, True, {})
             execution.inherit(running.started, running.exits)
             self._archive.count_live(running.spool)
             self._live[running.record.id] = execution
+            self._placed.append(execution)
             self._places_taken += 1
         for waiting in inheritance.waiting:
-            self._queue(self._make_execution(waiting.record, waiting.spool, at_once=False))
+            self._queue(self._make_execution(waiting.record, waiting.spool, False, {}))
             self._places_taken += 1
 
     async def serve(self) -> None:
@@ -91,12 +94,10 @@ class Supervisor:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._archive.serve)
-            inherited = [e for e in self._live.values() if e not in self._pending]
             while True:
-                while inherited or (self._pending and running < self.max_running):
+                while self._placed or (self._pending and running < self.max_running):
                     running += 1
-                    next_one = inherited.pop() if inherited else self._pending.popleft()
-                    nursery.start_soon(run, next_one)
+                    nursery.start_soon(run, (self._placed or self._pending).popleft())
                 self._change = trio.Event()
                 await self._change.wait()
 
@@ -119,12 +120,9 @@ class Supervisor:
         del self._live[execution.record.id]
         execution.forgotten.set()
         self._places_taken -= 1
-        log.info(
-            "job %d: %s%s",
-            execution.record.id,
-            execution.record.state.value,
-            f" ({execution.record.reason.value})" if execution.record.reason else "",
-        )
+        record = execution.record
+        reason = f" ({record.reason.value})" if record.reason else ""
+        log.info("job %d: %s%s", record.id, record.state.value, reason)
 
     async def submit(self, spec: JobSpec, owner: str, quota: Quota = NO_QUOTA) -> Execution:
         """Admit a job. Returns once it is recorded and either runs, has failed to, or waits.
@@ -191,8 +189,7 @@ class Supervisor:
         )
         if at_once:  # PENDING is what stands in the history of a job that has never run
             record = evolve(record, state=advance(record.state, Event.ADMIT))
-        secret = spec.secret_environment
-        execution = self._make_execution(record, spool, at_once=at_once, secret_environment=secret)
+        execution = self._make_execution(record, spool, at_once, spec.secret_environment)
         self._queue(execution)
         try:
             await self._history.put(execution.record)  # while the job starts: both take a while
@@ -202,16 +199,11 @@ class Supervisor:
         return execution
 
     def _make_execution(
-        self,
-        record: JobRecord,
-        spool: Spool,
-        *,
-        at_once: bool,
-        secret_environment: Mapping[str, str] | None = None,
+        self, record: JobRecord, spool: Spool, at_once: bool, secrets: Mapping[str, str]
     ) -> Execution:
         return Execution(
             record=record,
-            secret_environment=secret_environment or {},
+            secret_environment=secrets,
             spool=spool,
             link=self._link,
             history=self._history,
@@ -261,22 +253,17 @@ class Supervisor:
         """
         execution = self._live.get(job)
         if execution is not None:
-            await self._ask_to_end(execution, number, grace_seconds)
-            await execution.ended.wait()
-            return execution.record
-        return await self._ended(job)
+            self._ask_to_end(execution, number, grace_seconds)
+        return await self.wait(job)
 
-    async def _ask_to_end(
+    def _ask_to_end(
         self, execution: Execution, number: signal.Signals, grace_seconds: float | None
     ) -> None:
-        if execution in self._pending:
+        execution.request_stop(number, grace_seconds)
+        if execution in self._pending:  # its end needs no place
             self._pending.remove(execution)
-            with trio.CancelScope(shield=True):  # waits for the disk alone
-                await execution.end_pending()
-                await self._archive.add(execution.record.id)
-            self._forget(execution)
-        else:
-            execution.request_stop(number, grace_seconds)
+            self._placed.append(execution)
+            self._change.set()
 
     async def wait(self, job: JobId) -> JobRecord:
         """Wait for a job's end. Raises NotFound."""
@@ -345,7 +332,7 @@ class Supervisor:
         """Take nothing more, stop every job and wait for the ends."""
         self._closing = True
         for execution in list(self._live.values()):
-            await self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
+            self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
         for execution in list(self._live.values()):
             await execution.over.wait()
 
