@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 
-.PHONY: bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
+.PHONY: bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -67,6 +67,11 @@ fuzz: $(STAMP)
 bench-output: $(STAMP)
 	@$(BIN)/python -c 'import grpc' 2>/dev/null || $(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python -m bench.output
+
+#: make bench-connect   time connections and requests beside gRPC
+bench-connect: $(STAMP)
+	@$(BIN)/python -c 'import grpc' 2>/dev/null || $(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python -m bench.connect
 
 #: make clean   remove what the others made
 clean:
