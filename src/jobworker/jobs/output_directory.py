@@ -36,6 +36,16 @@ def disk_errors(verb: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def full_disk_may_refuse() -> Iterator[None]:
+    """Let it pass that there is no room; other errors are errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+
+
 def create_files(directory: Path) -> list[int]:
     """Make the files, to read and write, in the order of NAMES, locked for this process.
 

@@ -34,6 +34,7 @@ from jobworker.errors import Busy, OutputError
 from jobworker.jobs.output_directory import (
     create_files,
     disk_errors,
+    full_disk_may_refuse,
     lock_to_read,
     open_files,
     remove_files,
@@ -245,7 +246,8 @@ class OutputFiles:
             for stream, fd in self._data.items():
                 status = os.fstat(fd)
                 self._written[stream] = status.st_size
-                self._record_written(status.st_mtime_ns)
+                with full_disk_may_refuse():  # then unseen, until the next write tries again
+                    self._record_written(status.st_mtime_ns)
 
     # --- reading ----------------------------------------------------------------------------
 

@@ -521,6 +521,22 @@ def test_bytes_whose_record_was_refused_are_recorded_later(tmp_path: Path) -> No
     files.close()
 
 
+def test_full_disk_at_the_opening_loses_nothing(tmp_path: Path) -> None:
+    files = OutputFiles.create(tmp_path / "job")
+    append(files, OUT, b"seen")
+    files.close()
+    with (tmp_path / "job" / "stdout").open("ab") as data:
+        data.write(b" unrecorded")
+    with file_size_limit(RECORD.size):
+        files = OutputFiles.open(tmp_path / "job")
+        assert joined(read_all(files)) == b"seen"
+        with pytest.raises(OutputError):
+            append(files, OUT, b" more")
+    append(files, OUT, b" more")
+    assert joined(read_all(files)) == b"seen unrecorded more"
+    files.close()
+
+
 async def test_a_log_that_was_cut_from_outside_is_an_error_not_an_end(spool: Spool) -> None:
     append(spool, OUT, b"text")
     await spool.seal()
