@@ -1,6 +1,6 @@
 """How fast output travels, beside other means in the same run.
 
-    python -m bench.output [throughput|fanout|writing|latency|disk …]
+    python -m bench.output [throughput|fanout|writing|latency|answers …]
 
 Rounds take turns, so that a drifting machine drifts for all alike; quote the ratios. Needs root,
 and grpcio (`make bench-output` installs it).
@@ -9,12 +9,15 @@ and grpcio (`make bench-output` installs it).
     fanout      1,000 lines a second to 1, 50, 200 and 1,000 followers
     writing     what a job that writes 1 GiB costs a service without followers
     latency     from the job's write to the follower's first byte, on an idle server
-    disk        how long the service's loop is held up while a job floods a throttled disk
+    answers     how soon the service answers while a job floods a disk that is kept busy
 """
 
 import argparse
+import fcntl
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +33,7 @@ import jobworker
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.client.client import Client
 
+SETTINGS = {"worker": {"default_cpu_limit": 0}}
 MIB = 1 << 20
 TOTAL = 256 * MIB
 ROUNDS = 5
@@ -110,13 +114,156 @@ async def throughput(service: Embedded) -> None:
     print(f"ours / raw {mine / best['raw']:.2f}, ours / gRPC {mine / best['grpc']:.2f}")
 
 
-PARTS: dict[str, Callable[[Embedded], Awaitable[None]]] = {"throughput": throughput}
+LINES, LINES_PER_SECOND, LINE_BYTES = 5000, 1000, 101
+WRITER = f"""
+import os, sys, time
+begin = int(sys.argv[1]) / 1e9
+for number in range({LINES}):
+    pause = begin + number / {LINES_PER_SECOND} - time.monotonic()
+    if pause > 0:
+        time.sleep(pause)
+    os.write(1, b"%08d %020d %s\\n" % (number, time.monotonic_ns(), b"x" * 70))
+"""
+FOLLOWERS = Path(__file__).with_name("output_followers.py")
+
+
+async def fan_out(service: Embedded) -> None:
+    """Every follower has a connection of its own, all of them one lean process."""
+    server, certs = service.process.pid, service.directory / "certs"
+    print("followers   p50 ms   p99 ms  behind ms  server CPU  ns/byte  KiB each  pieces")
+    per_byte: dict[int, float] = {}
+    for count in (1, 50, 200, 1000):
+        before = memory_bytes(server)
+        argv = [sys.executable, str(FOLLOWERS), service.address, str(certs)]
+        process = await trio.lowlevel.open_process(
+            [*argv, str(count), str(LINE_BYTES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said = b""
+        while not said.endswith(b"\n"):
+            said += await process.stdout.receive_some()
+        memory = (memory_bytes(server) - before) / count / 1024
+        async with open_client(service) as client:
+            begin_ns = time.monotonic_ns() + (3 * 10**9 + count * 15 * 10**6)
+            job = await client.run(["python3", "-c", WRITER, str(begin_ns)])
+            await process.stdin.send_all(b"%d\n" % job.id)
+            await trio.sleep((begin_ns - time.monotonic_ns()) / 1e9 - 0.2)
+            cpu, began = cpu_seconds(server), time.monotonic()
+            record = await job.wait()
+            ended = time.monotonic()
+            told = json.loads(b"".join([data async for data in process.stdout]))
+            behind = time.monotonic() - ended
+        cpu = cpu_seconds(server) - cpu
+        assert [size for size, _ in told["got"]] == [record.stdout_bytes], "not every byte"
+        per_byte[count] = cpu * 1e9 / (count * LINES * LINE_BYTES)
+        print(
+            f"{count:9} {told['p50_ms']:8.1f} {told['p99_ms']:8.1f} {behind * 1e3:10.0f}"
+            f" {100 * cpu / (ended - began):10.0f}% {per_byte[count]:8.0f} {memory:9.0f}"
+            f" {told['pieces']:7}"
+        )
+    print(f"server CPU per byte, 200 followers / 1: {per_byte[200] / per_byte[1]:.2f}")
+
+
+def splice_seconds(path: Path) -> float:
+    """What the kernel takes to copy 1 GiB from a pipe into the page cache."""
+    reading, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, MIB)
+    writer = subprocess.Popen(["head", "-c", str(1 << 30), "/dev/zero"], stdout=write)
+    os.close(write)
+    with path.open("wb") as file:
+        offset, before = 0, time.thread_time()
+        while moved := os.splice(reading, file.fileno(), MIB, offset_dst=offset):
+            offset += moved
+        took = time.thread_time() - before
+    os.close(reading)
+    writer.wait()
+    path.unlink()
+    return took
+
+
+async def writing(service: Embedded) -> None:
+    """The pump alone: splice(2) from pipe to file."""
+    costs = []
+    floor = await trio.to_thread.run_sync(splice_seconds, service.directory / "floor")
+    async with open_client(service) as client:
+        for _ in range(3):
+            before = cpu_seconds(service.process.pid)
+            record = await (await client.run(["head", "-c", str(1 << 30), "/dev/zero"])).wait()
+            assert record.stdout_bytes == 1 << 30
+            costs.append(cpu_seconds(service.process.pid) - before)
+            await client.job(record.id).remove()
+    print(
+        f"1 GiB written, no follower: {statistics.median(costs):.2f} s of the service's CPU; "
+        f"splice(2) alone, pipe to file: {floor:.2f} s"
+    )
+
+
+STAMPER = """
+import os, sys, time
+for _ in range(200):
+    time.sleep(0.02)
+    os.write(1, b"%d\\n" % time.monotonic_ns())
+"""
+
+
+async def latency(service: Embedded) -> None:
+    """Both processes read CLOCK_MONOTONIC, which is the host's."""
+    delays = []
+    async with open_client(service) as client:
+        job = await client.run(["python3", "-c", STAMPER], follow=True)
+        async for chunk in job.output():
+            now_ns = time.monotonic_ns()
+            delays += [now_ns - int(stamp) for stamp in chunk.data.split()]
+    delays.sort()
+    print(
+        f"from the job's write to the follower: p50 {delays[100] / 1e6:.2f} ms, "
+        f"p99 {delays[197] / 1e6:.2f} ms"
+    )
+
+
+async def answers(service: Embedded) -> None:
+    """A flood of output, and a program that has the disk write everything out again and again."""
+    delays: list[float] = []
+    syncing = "import os\nwhile True: os.sync()"
+    async with open_client(service) as client, trio.open_nursery() as nursery:
+        syncer = await trio.lowlevel.open_process([sys.executable, "-c", syncing])
+        flood = await client.run(["head", "-c", str(2 << 30), "/dev/zero"])
+        ended = trio.Event()
+
+        async def wait() -> None:
+            await flood.wait()
+            ended.set()
+
+        nursery.start_soon(wait)
+        while not ended.is_set():
+            began = time.perf_counter()
+            await client.hello()
+            delays.append(time.perf_counter() - began)
+            await trio.sleep(0.002)
+        syncer.kill()
+        await syncer.wait()
+        await client.job(flood.id).remove()
+    delays.sort()
+    print(
+        f"answers while a job floods the disk: p50 {delays[len(delays) // 2] * 1e3:.1f} ms, "
+        f"p99 {delays[len(delays) * 99 // 100] * 1e3:.1f} ms, most {delays[-1] * 1e3:.0f} ms"
+    )
+
+
+PARTS: dict[str, Callable[[Embedded], Awaitable[None]]] = {
+    "throughput": throughput,
+    "fanout": fan_out,
+    "writing": writing,
+    "latency": latency,
+    "answers": answers,
+}
 
 
 async def main(parts: list[str]) -> None:
     for part in parts or list(PARTS):
         with tempfile.TemporaryDirectory(prefix="jobworker-bench-", dir="/var/tmp") as directory:
-            async with open_embedded(Path(directory)) as service:
+            async with open_embedded(Path(directory), SETTINGS) as service:
                 await PARTS[part](service)
 
 

@@ -19,8 +19,10 @@ the end of a job is bounded like this, where a descendant may hold a pipe open f
 
 import fcntl
 import os
+import select
 import struct
 import termios
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Self
@@ -35,6 +37,9 @@ from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
 
 TURN_BYTES = 1 << 20  # the capacity that a job's pipe is given: all that can stand in it
+FLOOD_BYTES = TURN_BYTES // 4
+FLOOD_SECONDS = 0.02
+FLOOD_PAUSE_MS = 2
 DISCARD_BYTES = 1 << 16
 MIN_INDEX_BYTES = 1 << 20
 """What the index may have in any case, before a small `max_bytes` counts for it too."""
@@ -87,7 +92,7 @@ class Pump:
         while stream in self._pipes:
             await trio.lowlevel.wait_readable(self._pipes[stream])
             try:
-                moved = await self._spool.write(partial(self._move, stream, TURN_BYTES))
+                moved = await self._spool.write(partial(self._move_turn, stream))
             except BlockingIOError:  # readable for another's sake, or no longer
                 continue
             self._tell_if_capped()
@@ -125,6 +130,23 @@ class Pump:
         self.close()
 
     # --- in a thread ------------------------------------------------------------------------
+
+    def _move_turn(self, stream: Stream) -> int:
+        """Move what stands in a pipe; while much comes, go on for a moment and save turns."""
+        moved = self._move(stream, TURN_BYTES)
+        if moved < FLOOD_BYTES:
+            return moved
+        poll, ends_at = select.poll(), time.monotonic() + FLOOD_SECONDS
+        poll.register(self._pipes[stream], select.POLLIN)
+        while time.monotonic() < ends_at and poll.poll(FLOOD_PAUSE_MS):
+            try:
+                more = self._move(stream, TURN_BYTES)
+            except (BlockingIOError, OutputError):  # the next turn meets it again
+                break
+            if not more:
+                break
+            moved += more
+        return moved
 
     def _move(self, stream: Stream, limit: int) -> int:
         """Append or discard what stands in a pipe; 0 at its end, BlockingIOError where empty."""

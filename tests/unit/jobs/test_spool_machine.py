@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import trio
 import trio.testing
 from hypothesis import settings
@@ -19,14 +20,18 @@ from hypothesis.stateful import (
     rule,
 )
 
+from jobworker.errors import Busy
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_index import BOTH, RECORD
+from jobworker.jobs.output_search import Start
 from jobworker.jobs.pump import Pump
+from jobworker.jobs.retention import KeptOutput
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import Stream
+from jobworker.model.job import JobId, Stream
 
 T = TypeVar("T")
 
+LINES = st.text("a\n", min_size=1, max_size=12).map(str.encode)
 SIZES = st.lists(st.integers(1, 40), max_size=8)
 
 
@@ -40,11 +45,14 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
 
 class SpoolMachine(RuleBasedStateMachine):
-    """Append, follow, read, cap, seal, crash and open again, in any order."""
+    """Append, follow, read, cap, seal, prune, crash and open again, in any order."""
 
     @initialize(max_bytes=st.none() | st.integers(0, 60))
     def begin(self, max_bytes: int | None) -> None:
-        self.directory = Path(tempfile.mkdtemp()) / "job"
+        self.directory = Path(tempfile.mkdtemp()) / "1"
+        self.start_over(max_bytes)
+
+    def start_over(self, max_bytes: int | None) -> None:
         self.max_bytes = max_bytes
         self.log: list[tuple[Stream, int]] = []
         self.ends: list[int] = []  # where each record of output ends
@@ -75,7 +83,7 @@ class SpoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.sealed)
     @rule(
         pieces=st.lists(
-            st.tuples(st.sampled_from(Stream), st.binary(min_size=1, max_size=12)),
+            st.tuples(st.sampled_from(Stream), st.binary(min_size=1, max_size=12) | LINES),
             min_size=1,
             max_size=6,
         )
@@ -160,6 +168,40 @@ class SpoolMachine(RuleBasedStateMachine):
         follower = list(self.live)[which % len(self.live)]
         del self.live[follower]
         follower.close()
+
+    @rule(lines=st.integers(0, 8), streams=st.sampled_from([BOTH, *({s} for s in Stream)]))
+    def find_tail(self, lines: int, streams: set[Stream]) -> None:
+        starts, before = [], dict.fromkeys(Stream, ord("\n"))
+        for place, (stream, byte) in enumerate(self.log):
+            if before[stream] == ord("\n") and stream in streams:
+                starts.append(place)
+            before[stream] = byte
+        expected = len(self.log) if not lines else starts[-lines] if lines <= len(starts) else 0
+        start = Start(tail_lines=lines)
+        assert run(lambda: self.spool.find_start(start, streams)) == expected
+
+    # --- retention --------------------------------------------------------------------------
+
+    @rule(force=st.booleans())
+    def prune_what_is_in_use(self, force: bool) -> None:
+        if not (self.sealed and force):
+            with pytest.raises(Busy):
+                KeptOutput(self.directory.parent).remove(JobId(1), force=force)
+            assert self.directory.exists()
+
+    @precondition(lambda self: self.sealed)
+    @rule()
+    def prune_under_followers(self) -> None:
+        """All of it is gone at once, and who reads it reads on to its end; then a new job."""
+        size = sum(file.stat().st_size for file in self.directory.iterdir())
+        assert KeptOutput(self.directory.parent).remove(JobId(1), force=True) == size
+        assert not self.directory.exists()
+        for follower in self.live:
+            while follower.offset < len(self.log):
+                self.receive_one(follower, 7)
+            follower.close()
+        self.spool.close()
+        self.start_over(self.max_bytes)
 
     # --- the host ---------------------------------------------------------------------------
 
