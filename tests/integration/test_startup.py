@@ -117,7 +117,7 @@ def test_broken_toml(site: Path) -> None:
 def test_missing_certificate_file(site: Path, name: str) -> None:
     (site / "certs" / name).unlink()
     config = write_configuration(site, {})
-    fails_with(serve(config), 72, name, "worker certs init")
+    fails_with(serve(config), 72, name, "worker certs ")
 
 
 def test_key_of_another_certificate(site: Path) -> None:
