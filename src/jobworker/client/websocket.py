@@ -197,6 +197,8 @@ class WebSocket:
                 case ws.Ping():
                     await self._send(event.response())
                 case ws.CloseConnection():
+                    if self._protocol.state is ConnectionState.OPEN:  # wsproto's word, no frame
+                        raise Violation(event.reason or "a bad frame")
                     self._ended = Closed(int(event.code), event.reason or "")
                     if self._protocol.state is ConnectionState.REMOTE_CLOSING:
                         with suppress(Closed):
