@@ -69,7 +69,7 @@ LAUNCHERS_NO_NEW_PRIVILEGES = (
     "",
 )
 CLOSE = (
-    "    sc.close_range(TRAMPOLINE_DESCRIPTOR + 1)\n",
+    "    os.close(USER_NAMESPACE_DESCRIPTOR)\n    sc.close_range(INIT_DESCRIPTOR + 1)\n",
     "    os.set_inheritable(USER_NAMESPACE_DESCRIPTOR, True)\n",
 )
 SETUID = ("_PRIVATE = sc.MS_NOSUID | sc.MS_NODEV", "_PRIVATE = 0")
