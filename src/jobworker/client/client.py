@@ -177,6 +177,7 @@ class Client:
         Raises InvalidParams where it exists, or the server's disk has no room for it.
 
         >>> await client.make_volume("cache", 64 << 20)
+        >>> await client.remove_volume("cache")
         """
         spec = m.VolumeSpec(name=name, size_bytes=size_bytes)
         await self.call("volume.create", spec, m.Nothing)
@@ -184,15 +185,18 @@ class Client:
     async def volumes(self) -> tuple[Volume, ...]:
         """List all volumes, by name.
 
+        >>> await client.make_volume("kept", 16 << 20)
         >>> [volume.name for volume in await client.volumes()]
-        ['cache']
+        ['kept']
+        >>> await client.remove_volume("kept")
         """
         return (await self.call("volume.list", m.Nothing(), m.Volumes)).volumes
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume with all that is on it. Raises NotFound, and Busy while a job has it.
 
-        >>> await client.remove_volume("cache")
+        >>> await client.make_volume("old", 16 << 20)
+        >>> await client.remove_volume("old")
         """
         await self.call("volume.remove", m.VolumeParams(name=name), m.Nothing)
 
