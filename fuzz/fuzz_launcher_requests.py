@@ -74,7 +74,9 @@ def _check(number: int, request: requests.Request) -> None:
     if isinstance(request, requests.Spawn | requests.PlanOf):
         order = request.order
         assert all("/" not in name and place[0] == "/" for name, place in order.volumes)
-        assert all(type(value) is int and value >= 0 for value in request.limits)
+        *numbers, cores = request.limits
+        assert all(type(value) is int and value >= 0 for value in numbers)
+        assert set(cores) <= set("0123456789,-")
         texts = [*order.arguments, *order.environment, *order.environment.values()]
         assert all("\0" not in text for text in texts)
         assert sum(len(text.encode()) for text in texts) <= requests.MAX_ORDER_BYTES
