@@ -22,7 +22,7 @@ from jobworker.errors import HostUnsupported
 from jobworker.pki.administration import init_authority
 from jobworker.server.notify import ADDRESS_FIELD
 
-START_SECONDS = 30
+START_SECONDS = 120  # an emulated machine takes its time; one that fails is not waited for
 END_SECONDS = 30
 
 
