@@ -23,7 +23,8 @@ import grpc  # type: ignore[import-untyped]
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
-from jobworker.client.client import Client, open_client
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
 
 CONNECTIONS = 100
 METHOD = "/bench.Service/Hello"

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Client": "jobworker.client.client",
-    "open_client": "jobworker.client.client",
+    "open_client": "jobworker.client.opening",
     "Job": "jobworker.client.job",
     "JobSpec": "jobworker.model.job",
     "Limits": "jobworker.model.job",

@@ -25,7 +25,8 @@ if __name__ == "__main__":
     SOURCE = str(ROOT / "src")
     sys.path.insert(0, SOURCE)
 
-from jobworker.client.client import Client, open_client
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
 from jobworker.model.job import JobId, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
 from jobworker.pki.administration import init_authority

@@ -13,7 +13,8 @@ import trio
 from attrs import define
 
 from jobworker.cli.embedded import program, write_configuration
-from jobworker.client.client import Client, open_client
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
 
 from ..integration.outside import open_launcher, settings_with
 

@@ -36,7 +36,8 @@ if __name__ == "__main__":
     )
 
 from jobworker.cli.embedded import Embedded, open_embedded, program
-from jobworker.client.client import Client, open_client
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
 from jobworker.errors import SandboxError
 from jobworker.model.job import JobRecord, JobSpec, Limits, Usage
 from jobworker.server.setup import instance_name

@@ -23,8 +23,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from jobworker.cli.embedded import Embedded, program, write_configuration
 from jobworker.client.address import parse_address
-from jobworker.client.client import Client, open_client
+from jobworker.client.client import Client
 from jobworker.client.dial import serve_connection
+from jobworker.client.opening import open_client
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,

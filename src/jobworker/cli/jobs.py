@@ -46,7 +46,8 @@ def open_connection(
 
     `patient` makes a connection that is lost anew, for who waits for something.
     """
-    from jobworker.client.client import PATIENCE_SECONDS, open_client
+    from jobworker.client.client import PATIENCE_SECONDS
+    from jobworker.client.opening import open_client
 
     target = invocation.target()
     return open_client(

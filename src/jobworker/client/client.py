@@ -11,7 +11,6 @@ connection broke and that the job may have been started.
 
 import random
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
     Iterable,
@@ -19,17 +18,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager
-from functools import partial
-from os import PathLike
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
 from attrs import define, field
 
-from jobworker.client.address import Address, parse_address
-from jobworker.client.dial import serve_connection
+from jobworker.client.address import Address
 from jobworker.client.following import DELIVERY, Following, anew
 from jobworker.client.job import Job
 from jobworker.client.link import Link
@@ -37,7 +32,6 @@ from jobworker.errors import Busy, ConnectionFailed, InvalidParams, JobworkerErr
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.volumes import Volume
-from jobworker.pki.tls import client_context
 from jobworker.protocol import messages as m
 
 CONNECT_SECONDS = 10.0
@@ -318,72 +312,3 @@ def _connecting(address: Address) -> Iterator[None]:
             f"cannot connect to {address}: no answer within {CONNECT_SECONDS:.0f} s",
             remedy="is a firewall in between? check --server or WORKER_SERVER",
         ) from None
-
-
-def _parsed(address: str) -> Address:
-    try:
-        return parse_address(address)
-    except ValueError as fault:
-        raise InvalidParams(f"cannot connect: {fault}") from None
-
-
-@asynccontextmanager
-async def open_client(
-    address: str | Address,
-    *,
-    ca: str | PathLike[str],
-    certificate: str | PathLike[str],
-    key: str | PathLike[str],
-    patience_seconds: float = PATIENCE_SECONDS,
-    on_lost: Callable[[JobworkerError], None] | None = None,
-) -> AsyncIterator[Client]:
-    """Connect to a server and be its client; the connection ends with the block, jobs go on.
-
-    `address` is HOST, HOST:PORT or [IPv6]:PORT; the server's certificate must be from the CA in
-    the PEM file `ca` and bear that host. `certificate` and `key` are the client's own PEM files.
-
-    A connection that is lost is made anew when it is next needed: for `patience_seconds` (0 is
-    never), after which ConnectionFailed is raised. `on_lost` hears of it.
-
-    Raises InvalidParams for the address, CredentialsUnusable, HostUnknown, ConnectionFailed
-    (after 10 s at the latest), ServerUntrusted, CertificateRefused and PermissionDenied.
-
-    >>> async with open_client(server, ca=ca, certificate=certificate, key=key) as mine:
-    ...     job = await mine.run(["echo", "hello"])
-    ...     record = await job.wait()
-    >>> record.exit_code
-    0
-
-    >>> async with open_client("localhost:1", ca=ca, certificate=certificate, key=key) as mine:
-    ...     pass
-    Traceback (most recent call last):
-    jobworker.errors.ConnectionFailed: cannot connect to localhost:1: Connection refused; ...
-    """
-    where = _parsed(address) if isinstance(address, str) else address
-    tls = client_context(ca=Path(ca), certificate=Path(certificate), key=Path(key))
-    client = Client(
-        address=where,
-        dial=partial(serve_connection, where, tls, own=Path(certificate)),
-        patience_seconds=patience_seconds,
-        on_lost=on_lost,
-    )
-    raised: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            # What ends the block is carried around the nursery, which would wrap it in a group.
-            try:
-                await nursery.start(client.serve)
-                try:
-                    yield client
-                except Exception:
-                    await client.aclose()
-                    raise
-                await client.aclose()
-            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
-                raised = error
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup:
-        if raised is None:
-            raise
-    if raised is not None:
-        raise raised
