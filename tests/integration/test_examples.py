@@ -17,6 +17,7 @@ import jobworker
 from jobworker.cli.embedded import Embedded
 from jobworker.client import client as client_module
 from jobworker.client import job as job_module
+from jobworker.client import opening
 from jobworker.model.job import JobSpec, Limits, Stream
 from jobworker.model.lifecycle import State
 from jobworker.protocol.messages import PruneParams
@@ -27,7 +28,7 @@ FLAGS = doctest.ELLIPSIS
 def examples() -> list[doctest.DocTest]:
     """Every docstring with an example in the public modules."""
     finder, found = doctest.DocTestFinder(exclude_empty=True), []
-    for module in (client_module, job_module):
+    for module in (client_module, job_module, opening):
         found += [test for test in finder.find(module) if test.examples]
     return found
 
