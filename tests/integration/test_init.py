@@ -37,10 +37,14 @@ for _ in range(50):
             os._exit(0)
         os._exit(0)
     os.wait()
+def state(n):
+    try:
+        return open(f"/proc/{n}/stat").read().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "reaped since"
 deadline = time.monotonic() + 20
 while True:
-    states = [open(f"/proc/{n}/stat").read().rsplit(")", 1)[1].split()[0]
-              for n in os.listdir("/proc") if n.isdigit()]
+    states = [state(n) for n in os.listdir("/proc") if n.isdigit()]
     if states.count("Z") == ZOMBIES or time.monotonic() > deadline:
         break
 print(states.count("Z"))
