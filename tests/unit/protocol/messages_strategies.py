@@ -71,7 +71,11 @@ PARAMS: dict[str, st.SearchStrategy[object]] = {
 }
 
 _volumes = st.builds(
-    Volume, name=volume_names, size_bytes=disk_sizes, used_bytes=counts, jobs=st.integers(0, 99)
+    Volume,
+    name=volume_names,
+    size_bytes=disk_sizes,
+    used_bytes=st.integers(0, 1 << 60),
+    jobs=st.integers(0, 99),
 )
 _removed = st.builds(m.Removed, jobs=st.lists(ids, max_size=3).map(tuple), bytes=counts)
 
