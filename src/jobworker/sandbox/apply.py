@@ -31,6 +31,7 @@ _REPORT_OF_INIT = 6
 
 _PRIVATE = sc.MS_NOSUID | sc.MS_NODEV
 _LAST_CAPABILITY = 63
+_SIGNALS = 64
 
 
 class StepFailed(Exception):
@@ -266,9 +267,11 @@ def _die_with_launcher(_: s.DieWithLauncher, __: Means) -> None:
 
 
 def _reset_signals(_: s.ResetSignals, __: Means) -> None:
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if signal.getsignal(number) is not signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
+    # All that the kernel has: Python's own functions pass over 32 and 33, which the C library
+    # keeps for itself, and which whoever started the launcher may have had ignored.
+    for number in range(1, _SIGNALS + 1):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            sc.set_default_signal(number)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -21,8 +21,8 @@ _libc.mount.argtypes = [
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250, "seccomp": 317},
-    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219, "seccomp": 277},
+    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250, "rt_sigaction": 13, "seccomp": 317},
+    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219, "rt_sigaction": 134, "seccomp": 277},
 }
 _machine = os.uname().machine
 if _machine not in _NUMBERS:
@@ -30,6 +30,7 @@ if _machine not in _NUMBERS:
 _PIVOT_ROOT = _NUMBERS[_machine]["pivot_root"]
 _CAPSET = _NUMBERS[_machine]["capset"]
 _KEYCTL = _NUMBERS[_machine]["keyctl"]
+_RT_SIGACTION = _NUMBERS[_machine]["rt_sigaction"]
 _SECCOMP = _NUMBERS[_machine]["seccomp"]
 _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
 _MOUNT_SETATTR = 442
@@ -197,6 +198,14 @@ def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2): close all descriptors from `first` to `last`."""
     number = ctypes.c_long(_CLOSE_RANGE)
     _check(_libc.syscall(number, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0)))
+
+
+def set_default_signal(number: int) -> None:
+    """Give a signal its default disposition, also one that the C library keeps: rt_sigaction(2)."""
+    default = (ctypes.c_uint64 * 4)()  # SIG_DFL, no flags, no restorer, an empty mask
+    mask_bytes = ctypes.c_size_t(8)
+    call, signal = ctypes.c_long(_RT_SIGACTION), ctypes.c_int(number)
+    _check(_libc.syscall(call, signal, ctypes.byref(default), None, mask_bytes))
 
 
 def join_new_session_keyring() -> None:
