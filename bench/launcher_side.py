@@ -6,6 +6,7 @@ out, and to the notice of the end.
 
 import os
 import select
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -49,6 +50,22 @@ class LauncherSide:
         assert event[0]["code"] == 0, event
         self._ask("remove")
         return at_first, whole
+
+    def time_kill(self, argv: list[str]) -> float:
+        """Seconds from the request to kill a job that has said a word to the notice of its end."""
+        self._jobs += 1
+        order = self._order._replace(arguments=tuple(argv))
+        _, pipes = self._ask("spawn", **order._asdict(), **LIMITS._asdict())
+        select.select(pipes[:1], [], [])
+        began = time.perf_counter()
+        self._ask("kill")
+        event = channel.receive(self._launcher.sock)
+        seconds = time.perf_counter() - began
+        channel.close_all(pipes)
+        assert event is not None
+        assert event[0]["signal"] == signal.SIGKILL, event
+        self._ask("remove")
+        return seconds
 
     def _ask(self, operation: str, **fields: object) -> tuple[channel.Message, list[int]]:
         request = {"id": self._jobs, "op": operation, "job": self._jobs, **fields}
