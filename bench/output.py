@@ -33,7 +33,10 @@ import jobworker
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.client.client import Client
 
-SETTINGS = {"worker": {"default_cpu_limit": 0}}
+SETTINGS = {
+    "worker": {"default_cpu_limit": 0},
+    "limits": {"max_connections": 2000, "max_connections_per_certificate": 2000},
+}
 MIB = 1 << 20
 TOTAL = 256 * MIB
 ROUNDS = 5
