@@ -1,6 +1,11 @@
 """What holds for all tests."""
 
 import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 
 def pytest_configure() -> None:
@@ -11,3 +16,19 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def attached_disks() -> set[str]:
+    """The loop devices that have a file behind them."""
+    return {path.parts[3] for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disks_go_with_their_jobs() -> Iterator[None]:
+    """No disk of any service stays: their files have no names by which to tell whose they are."""
+    before = attached_disks()
+    yield
+    deadline = time.monotonic() + 20
+    while attached_disks() - before and time.monotonic() < deadline:
+        time.sleep(0.05)  # the kernel lets go of them on its own
+    assert attached_disks() <= before

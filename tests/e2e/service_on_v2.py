@@ -139,14 +139,9 @@ def processes(words: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def disks_in(directory: Path) -> list[str]:
-    """The loop devices that are attached to files in a directory, deleted ones included."""
-    found = []
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):  # just detached
-            if backing.read_text().startswith(f"{directory}/"):
-                found.append(backing.parts[3])
-    return found
+def attached_disks() -> int:
+    """How many loop devices have a file behind them; the machine has no others than ours."""
+    return len(list(Path("/sys/block").glob("loop*/loop/backing_file")))
 
 
 def left_behind(directory: Path) -> list[str]:
@@ -154,7 +149,7 @@ def left_behind(directory: Path) -> list[str]:
     left = [str(group) for group in groups(directory)]
     left += [f"process {pid}" for pid in processes(str(directory))]
     left += ["a mount"] * (str(directory) in Path("/proc/self/mountinfo").read_text())
-    left += disks_in(directory)
+    left += ["a disk"] * attached_disks()
     return left
 
 
@@ -397,7 +392,7 @@ async def timeout_ends_the_job(_: Embedded, client: Client) -> str:
     return f"after {seconds_of(job):.2f} s of 1 s"
 
 
-async def ended_jobs_leave_no_groups(service: Embedded, _: Client) -> str:
+async def ended_jobs_leave_no_groups(service: Embedded, client: Client) -> str:
     """What stands in our group after all these jobs are the spares alone."""
     (top,) = groups(service.directory)
 
@@ -405,8 +400,9 @@ async def ended_jobs_leave_no_groups(service: Embedded, _: Client) -> str:
         return len(list(top.glob("job-*")))
 
     await until(lambda: scopes() <= 2, "only spares")
-    # One disk each, and that of the skeleton which all share.
-    await until(lambda: len(disks_in(service.directory)) == scopes() + 1, "disks of spares only")
+    # One disk each, that of the skeleton which all share, and the volumes, which stay attached.
+    shared = 1 + len(await client.volumes())
+    await until(lambda: attached_disks() == scopes() + shared, "disks of spares only")
     return f"{scopes()} spares"
 
 
