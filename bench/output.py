@@ -35,7 +35,12 @@ from jobworker.client.client import Client
 
 SETTINGS = {
     "worker": {"default_cpu_limit": 0},
-    "limits": {"max_connections": 2000, "max_connections_per_certificate": 2000},
+    "limits": {
+        "max_connections": 2000,
+        "max_connections_per_certificate": 2000,
+        "max_handshakes": 2000,
+        "ping_interval": "0",
+    },
 }
 MIB = 1 << 20
 TOTAL = 256 * MIB
