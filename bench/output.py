@@ -33,7 +33,7 @@ import jobworker
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.client.client import Client
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, object]] = {
     "worker": {"default_cpu_limit": 0},
     "limits": {
         "max_connections": 2000,
