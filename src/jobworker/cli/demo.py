@@ -7,6 +7,7 @@ this host is told as such, and the program exits with 1.
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -222,7 +223,18 @@ def _left_behind(service: Embedded) -> list[str]:
 
 
 async def run_demo(*, stay: bool) -> int:
-    """Run the demonstration (or, with `stay`, just the service until Ctrl-C): an exit code."""
+    """Run the demonstration (or, with `stay`, just the service until Ctrl-C): an exit code.
+
+    SIGTERM ends it too, and takes the service along.
+    """
+    token = trio.lowlevel.current_trio_token()
+    with trio.CancelScope() as scope:
+        signal.signal(signal.SIGTERM, lambda *_: token.run_sync_soon(scope.cancel))
+        return await _demonstrate(stay=stay)
+    return 128 + signal.SIGTERM
+
+
+async def _demonstrate(*, stay: bool) -> int:
     step_into_leaf()
     missing = await _missing_controllers()
     directory = Path(tempfile.mkdtemp(prefix="jobworker-demo-", dir="/var/tmp"))
