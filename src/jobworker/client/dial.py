@@ -20,7 +20,6 @@ import trio
 from attrs import define
 
 from jobworker.client.address import Address
-from jobworker.client.tls_stream import TLSStream
 from jobworker.client.websocket import LOST, Closed, Rejected, Violation, WebSocket, upgrade
 from jobworker.convert import loads
 from jobworker.errors import (
@@ -34,6 +33,7 @@ from jobworker.errors import (
 from jobworker.pki.own_certificate import told_precisely
 from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.tls_stream import TLSStream
 
 CLOSE_SECONDS = 1.0
 POLICY_VIOLATION = 1008
@@ -108,12 +108,12 @@ async def serve_connection(
     answered; the caller bounds the time. Afterwards it raises nothing: whoever sends or receives
     is told.
     """
-    tcp = await _reach(address)
+    stream: trio.abc.AsyncResource = (tcp := await _reach(address))
     try:
-        stream = TLSStream(tcp, tls, address.server_name)
         try:
-            await stream.do_handshake()
-            socket_ = await upgrade(stream, str(address), SUBPROTOCOL)
+            stream = secured = TLSStream(tcp, tls, server_name=address.server_name)
+            await secured.do_handshake()
+            socket_ = await upgrade(secured, str(address), SUBPROTOCOL)
         except trio.BrokenResourceError as broken:
             refusal = _refusal(address, broken.__cause__)
             raise told_precisely(refusal, own) if own else refusal from None
@@ -126,7 +126,7 @@ async def serve_connection(
         task_status.started(Connection(socket_, address))
         await socket_.closed.wait()
     finally:
-        await trio.aclose_forcefully(tcp)
+        await trio.aclose_forcefully(stream)
 
 
 async def _reach(address: Address) -> trio.SocketStream:

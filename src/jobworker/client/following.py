@@ -1,7 +1,7 @@
 """A job's output as it arrives: a queue that the connection's reader fills and one task empties.
 
 Flow control is by credits. The server may be `WINDOW_BYTES` ahead of the consumer, and what the
-consumer has taken is granted anew, a quarter of the window at a time. So the reader never waits
+consumer has taken is granted anew, half a window at a time. So the reader never waits
 for a consumer: a slow one delays neither replies nor another one, and costs one window.
 """
 
@@ -17,8 +17,8 @@ from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd
 from jobworker.protocol.session import Output
 
-WINDOW_BYTES = 32 * PIECE_BYTES
-_GRANT_BYTES = WINDOW_BYTES // 4
+WINDOW_BYTES = 8 * PIECE_BYTES
+_GRANT_BYTES = WINDOW_BYTES // 2
 
 DELIVERY = Delivery(encoding=Encoding.BINARY, credit_bytes=WINDOW_BYTES)
 

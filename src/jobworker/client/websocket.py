@@ -17,10 +17,11 @@ from wsproto.connection import Connection, ConnectionState, ConnectionType
 from wsproto.handshake import H11Handshake
 from wsproto.utilities import ProtocolError
 
-from jobworker.client.tls_stream import TLSStream
 from jobworker.protocol.frames import FrameHeader, read_header
+from jobworker.tls_stream import TLSStream
 
 BUFFER_BYTES = 1 << 20
+LARGE_BYTES = 65_536
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_FRAGMENTS = 16_384
 MAX_HEAD_BYTES = 65_536
@@ -101,11 +102,10 @@ def _events(handshake: H11Handshake, data: bytes) -> list[ws.Event]:
 
 
 async def _receive(stream: TLSStream) -> bytes:
-    buffer = bytearray(65_536)
-    count = await stream.receive_into(memoryview(buffer))
-    if not count:
+    data = await stream.receive_some()
+    if not data:
         raise Closed
-    return bytes(buffer[:count])
+    return data
 
 
 @define(eq=False)
@@ -178,7 +178,10 @@ class WebSocket:
             self._start, self._end = 0, len(rest)
         elif self._start == self._end:
             self._start = self._end = 0
-        count = await self._stream.receive_into(memoryview(self._buffer)[self._end :])
+        view = memoryview(self._buffer)[self._end :]
+        if header is not None and header.size >= LARGE_BYTES:  # or its end would have to be moved
+            view = view[: self._start + header.size - self._end]
+        count = await self._stream.receive_into(view)
         if not count:
             self._ended = Closed()
         self._end += count

@@ -1,7 +1,7 @@
 """WebSocket frames (RFC 6455, section 5), as far as large output needs them to be fast.
 
 wsproto speaks the protocol: handshake, text, control frames, fragments, masks, and what is wrong.
-Output comes in binary messages of a frame each, a few hundred kilobytes long, and there its
+Output comes in binary messages of a frame each, up to a mebibyte long, and there its
 copies and its layers of generators were most of what a byte cost. So whoever sends makes such
 frames here, once for all who get them, and whoever receives looks at each frame's header: a whole
 binary message is taken as it stands in the buffer, everything else goes to wsproto, frame by frame.
@@ -12,21 +12,24 @@ import struct
 from attrs import frozen
 
 BINARY, FINAL, MASKED = 0x2, 0x80, 0x80
-PIECE_BYTES = 16 * 16_384 - 10 - 182
-"""Output in one message: with the frame's header and the message's own line, which is shorter than
-that, a whole number of TLS records (RFC 8446, section 5.1), the last one nearly full."""
+PIECE_BYTES = 63 << 14
+"""Output in one message, at the most: whole TLS records (RFC 8446, section 5.1), and a message
+below the mebibyte that some WebSocket libraries take if nobody tells them otherwise."""
+
+Frame = tuple[bytes, bytes | bytearray]
+"""A frame in two parts, to be sent one after the other: a large payload need not be copied."""
 
 
-def encode_binary(*payload: bytes | bytearray) -> bytes:
-    """A whole binary message in one unmasked frame, a server's; its payload comes in parts."""
-    size = sum(map(len, payload))
+def frame_binary(start: bytes, payload: bytes | bytearray) -> Frame:
+    """A whole binary message, `start` and then `payload`, in one unmasked frame, a server's."""
+    size = len(start) + len(payload)
     if size < 126:
         header = struct.pack("!BB", FINAL | BINARY, size)
     elif size < 1 << 16:
         header = struct.pack("!BBH", FINAL | BINARY, 126, size)
     else:
         header = struct.pack("!BBQ", FINAL | BINARY, 127, size)
-    return b"".join((header, *payload))
+    return header + start, payload
 
 
 @frozen

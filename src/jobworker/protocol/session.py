@@ -36,7 +36,7 @@ from jobworker.errors import (
     error_from_wire,
 )
 from jobworker.model.job import Stream
-from jobworker.protocol.frames import encode_binary
+from jobworker.protocol.frames import Frame, frame_binary
 from jobworker.protocol.messages import OutputEnd, OutputHeader
 from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END, Method
 
@@ -130,9 +130,9 @@ def encode_output(header: OutputHeader, data: bytes | bytearray) -> str:
     return f'{{"jsonrpc":"2.0",{_told(header)},"data":"{text}"}}}}'
 
 
-def frame_output(header: OutputHeader, data: bytes | bytearray) -> bytes:
+def frame_output(header: OutputHeader, data: bytes | bytearray) -> Frame:
     """The binary message for a piece of output, in its frame."""
-    return encode_binary(f"{{{_told(header)}}}}}\n".encode("ascii"), data)
+    return frame_binary(f"{{{_told(header)}}}}}\n".encode("ascii"), data)
 
 
 def _told(header: OutputHeader) -> str:

@@ -7,8 +7,8 @@ connection ends the whole server; a request that is no upgrade holds its task). 
 runs before the head has been read and checked here, under a deadline, and `serve_connection` is
 one of the two places that catch everything: a fault ends its own connection and no other.
 
-A refusal is always sent: a TLS alert by hand, since trio.SSLStream drops it when the handshake
-fails; after the handshake an HTTP reply that says why.
+A refusal is always sent: OpenSSL's alert while the handshake goes on, and after it an HTTP reply
+that says why.
 """
 
 import logging
@@ -37,15 +37,15 @@ from jobworker.server.http_head import (
     CLOSE_SECONDS,
     PrefixStream,
     Refused,
-    TLSStream,
     admit,
+    linger,
     read_head,
     reply,
 )
+from jobworker.tls_stream import RECEIVE_BYTES, TLSStream
 
 log = logging.getLogger("jobworker.server")
 
-RECEIVE_BYTES = 65_536
 MAX_FRAGMENTS = 16_384
 """Frames of one message: empty ones add nothing to its size, and a place in memory each."""
 
@@ -54,12 +54,13 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     """Serve one client to its end; raises nothing but cancellation."""
     fittings = door.fittings
     tls = fittings.tls
-    stream = trio.SSLStream(tcp, tls, server_side=True, https_compatible=True)
     peer, admission = _peer_name(tcp), context.admission
+    stream: TLSStream | None = None
     try:
         _keep_alive(tcp)
+        stream = TLSStream(tcp, tls, server_side=True)
         with admission.arrive(peer, peer.rpartition(":")[0]) as arrival, ExitStack() as inside:
-            if not await _shake_hands(stream, tcp, peer, context.auditor):
+            if not await _shake_hands(stream, peer, context.auditor):
                 return
             raw, head = await read_head(stream)
             arrival.sound = True
@@ -71,8 +72,9 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 context.auditor.refused(peer, refused.error.message)
                 await reply(stream, head.connection, refused)
                 return
-            certificate = stream.getpeercert(binary_form=True)
+            certificate = stream.socket.getpeercert(binary_form=True)
             assert certificate is not None
+            stream.stall_seconds = context.stall_seconds
             visitor = inside.enter_context(door.visit(who, certificate, peer, tls))
             await _serve_websocket(PrefixStream(stream, raw), visitor, arrival, context)
     except* CertificateRefused as group:
@@ -91,7 +93,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     except* Exception:
         log.exception("incident %s: connection of %s", secrets.token_hex(4), peer)
     finally:
-        await trio.aclose_forcefully(stream)
+        await trio.aclose_forcefully(stream or tcp)
 
 
 @contextmanager
@@ -127,9 +129,7 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
-async def _shake_hands(
-    stream: TLSStream, tcp: trio.SocketStream, peer: str, auditor: Auditor
-) -> bool:
+async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
     """The TLS handshake; a refused client is told why, and False returned."""
     try:
         await stream.do_handshake()
@@ -141,15 +141,7 @@ async def _shake_hands(
         why = explain_server_side(cause)
         log.info("%s: TLS refused: %s", peer, why)
         auditor.refused(peer, why)
-        # The alert stands in the outgoing BIO, which SSLStream flushes only on success. Then the
-        # client's own words are read to their end: closing on unread data would send a reset,
-        # which overtakes the alert.
-        alert = stream._outgoing.read()
-        with suppress(trio.BrokenResourceError), trio.move_on_after(CLOSE_SECONDS):
-            await tcp.send_all(alert)
-            await tcp.send_eof()
-            while await tcp.receive_some(RECEIVE_BYTES):
-                pass
+        await linger(stream)  # or the alert might not arrive
         return False
     return True
 

@@ -7,7 +7,7 @@ The reader never waits for a job: what is bounded is what costs memory, replies 
 yet and notifications that are being served. So a client whose requests all wait for jobs still has
 its credits read.
 
-A message is sent whole or not at all. One that is cut off breaks the stream (trio.SSLStream), so
+A message is sent whole or not at all. One that is cut off breaks the stream (`tls_stream`), so
 that ending a subscription would end its connection: only the connection's own end, or a client
 that takes nothing for too long, cancels what is being sent.
 """
@@ -32,6 +32,7 @@ from jobworker.errors import (
     TooManyRequests,
 )
 from jobworker.model.units import parse_duration
+from jobworker.protocol.frames import Frame
 from jobworker.protocol.session import Call, Refusal, ServerSession
 from jobworker.server import operations
 from jobworker.server.door import Visitor
@@ -78,6 +79,7 @@ class Conversation:
         self._session = ServerSession(limits.max_requests_in_flight)
         self._subscriptions = Subscriptions(
             self._context.supervisor,
+            self._context.traffic,
             self._send,
             show,
             self._context.stall_seconds,
@@ -200,36 +202,44 @@ class Conversation:
         if isinstance(subscription, int):
             await self._subscriptions.run(subscription)
 
-    async def _send(self, message: str | bytes) -> None:
+    async def _send(self, message: str | Frame) -> None:
         """Send one message, whole or not at all; a client that takes nothing is let go."""
         if self._leaving:
             await trio.sleep_forever()  # until the connection has ended
-        with trio.move_on_after(self._context.stall_seconds, shield=True) as patience:
-            self._sends.add(patience)
+        with trio.CancelScope(shield=True) as right:
+            self._sends.add(right)
             try:
                 await self._socket.send_message(message)
+            except trio.TooSlowError:
+                seconds = self._context.stall_seconds
+                self._end(SendStalled(f"cannot send: nothing was taken for {seconds:g} s"))
             finally:
-                self._sends.discard(patience)
+                self._sends.discard(right)
                 if not self._sends:
                     self._quiet.set()
-        if patience.cancelled_caught:
-            seconds = self._context.stall_seconds
-            self._end(SendStalled(f"cannot send: nothing was taken for {seconds:g} s"))
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _ping(self) -> None:
-        """Ping the client from time to time, and let it go when it does not answer."""
+        """Ping a client that takes nothing from time to time; one that does not answer has to go.
+
+        Who takes what is sent is there, and a ping would wait behind it: for long on a slow line.
+        """
         limits = self._context.admission.limits
         interval, timeout = (
             parse_duration(limits.ping_interval),
             parse_duration(limits.ping_timeout),
         )
+        taken = -1
         while interval:
             await trio.sleep(interval)
+            before, taken = taken, self._socket.taken_bytes
+            if taken != before:
+                continue
             with trio.move_on_after(timeout) as patience:
                 await self._socket.ping()
             if patience.cancelled_caught:
                 self._end(PingUnanswered(f"cannot go on: a ping was not answered in {timeout:g} s"))
+            taken = self._socket.taken_bytes
 
     def _end(self, fault: JobworkerError) -> None:
         if not self._scope.cancel_called:

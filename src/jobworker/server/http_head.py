@@ -6,6 +6,7 @@ back to whoever goes on, by `PrefixStream`.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import h11
 import trio
@@ -17,12 +18,10 @@ from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.pki.served_hosts import ServedHosts
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.tls_stream import Data, TLSStream
 
 MAX_HEAD_BYTES = 16_384
-READ_BYTES = 65_536
 CLOSE_SECONDS = 2.0
-
-TLSStream = trio.SSLStream[trio.SocketStream]
 
 
 class PrefixStream(trio.abc.Stream):
@@ -32,10 +31,9 @@ class PrefixStream(trio.abc.Stream):
     then leaves who waits for a message waiting for ever.
     """
 
-    def __init__(self, inner: trio.abc.Stream, prefix: bytes) -> None:
+    def __init__(self, inner: TLSStream, prefix: bytes) -> None:
         self._inner, self._prefix = inner, prefix
         self.closed = trio.Event()
-        self._sending = trio.StrictFIFOLock()
         self.check: Callable[[], None] | None = None
         """Looks, before each read, at what became of the last; raises BrokenResourceError."""
 
@@ -44,22 +42,20 @@ class PrefixStream(trio.abc.Stream):
         if self.check is not None:
             self.check()
         if not self._prefix:
-            return bytes(await self._inner.receive_some(max_bytes))
+            return await self._inner.receive_some(max_bytes)
         await trio.lowlevel.checkpoint()
         size = len(self._prefix) if max_bytes is None else max_bytes
         given, self._prefix = self._prefix[:size], self._prefix[size:]
         return given
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See trio.abc.SendStream; several tasks may call it, and each sends its piece whole."""
-        try:
-            self._sending.acquire_nowait()  # a checkpoint less, for each of many pieces
-        except trio.WouldBlock:
-            await self._sending.acquire()
-        try:
-            await self._inner.send_all(data)
-        finally:
-            self._sending.release()
+    async def send_all(self, data: Data, *more: Data) -> None:
+        """See `TLSStream.send_all`."""
+        await self._inner.send_all(data, *more)
+
+    @property
+    def taken_bytes(self) -> int:
+        """See `TLSStream.taken_bytes`."""
+        return self._inner.taken_bytes
 
     async def wait_send_all_might_not_block(self) -> None:
         """See trio.abc.SendStream."""
@@ -67,8 +63,13 @@ class PrefixStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """See trio.abc.AsyncResource."""
+        again = self.closed.is_set()
         self.closed.set()
-        await self._inner.aclose()
+        try:
+            if not again:
+                await linger(self._inner)  # or the closing frame might not arrive
+        finally:
+            await self._inner.aclose()
 
 
 class Refused(Exception):
@@ -101,7 +102,7 @@ async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
             return raw, Head(event, connection)
         if event is not h11.NEED_DATA:
             raise trio.BrokenResourceError("the client closed before it asked for anything")
-        data = bytes(await stream.receive_some(READ_BYTES))
+        data = await stream.receive_some()
         raw += data
         connection.receive_data(data)
 
@@ -109,7 +110,7 @@ async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
 def admit(stream: TLSStream, head: Head, roles: Roles, hosts: ServedHosts) -> Identity:
     """Who is connecting, with a request that may be upgraded; raises Refused."""
     try:
-        who = identity(stream.getpeercert())
+        who = identity(stream.socket.getpeercert())
         roles.find(who.role)
     except PermissionDenied as error:
         raise Refused(403, error) from None
@@ -160,5 +161,11 @@ async def reply(stream: TLSStream, connection: h11.Connection, refused: Refused)
     response = h11.Response(status_code=refused.status, headers=headers)
     data = [connection.send(event) for event in (response, h11.Data(data=body), h11.EndOfMessage())]
     await stream.send_all(b"".join(piece for piece in data if piece))
-    with trio.move_on_after(CLOSE_SECONDS):
-        await stream.aclose()
+    await linger(stream)
+
+
+async def linger(stream: TLSStream) -> None:
+    """See `TLSStream.linger`; for some time, and where the client is still there."""
+    gone = trio.BrokenResourceError, trio.ClosedResourceError
+    with suppress(*gone), trio.move_on_after(CLOSE_SECONDS):
+        await stream.linger()

@@ -32,6 +32,7 @@ from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
+from jobworker.server.traffic import Traffic
 
 
 @frozen(kw_only=True)
@@ -48,6 +49,7 @@ class Context:
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
     admission: Admission
+    traffic: Traffic
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:

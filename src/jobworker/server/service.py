@@ -43,6 +43,7 @@ from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
 from jobworker.server.reload import serve_reloads, warn_of_expiry_daily
 from jobworker.server.setup import Prepared, listen
+from jobworker.server.traffic import Traffic
 
 log = logging.getLogger("jobworker.server")
 
@@ -136,6 +137,7 @@ async def _serve_until_signal(
         auditor=auditor,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
         admission=Admission(prepared.settings.limits),
+        traffic=Traffic(),
     )
     listener = _Listener(prepared, door, context)
     listen(prepared.listeners)

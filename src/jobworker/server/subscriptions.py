@@ -21,15 +21,24 @@ from jobworker.jobs.output_index import Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobRecord
 from jobworker.model.units import format_duration, from_nanoseconds
-from jobworker.protocol.frames import PIECE_BYTES
+from jobworker.protocol.frames import PIECE_BYTES, Frame
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
+from jobworker.server.traffic import LEAST_BYTES, Traffic
 
-Send = Callable[[str | bytes], Awaitable[None]]
+Send = Callable[[str | Frame], Awaitable[None]]
 """Sends a text message, or a frame that holds a binary one."""
 Show = Callable[[JobRecord], JobRecord]
 """A record as the client may see it."""
+
+_MOST_BYTES = {
+    Encoding.BINARY: PIECE_BYTES,
+    Encoding.BASE64: PIECE_BYTES // 2,  # four characters for three bytes
+    Encoding.TEXT: PIECE_BYTES // 8,  # up to six for one
+}
+"""Output in one message, which has less than a mebibyte in any case."""
+SLOW_SECONDS = 0.5
 
 
 @define(eq=False, kw_only=True)
@@ -48,6 +57,7 @@ class Subscription:
     scope: trio.CancelScope = field(factory=trio.CancelScope)
     text: TextOutput = field(factory=TextOutput)
     running: bool = False
+    _pace: int = LEAST_BYTES
 
     def grant(self, count: int) -> None:
         """Allow `count` bytes more."""
@@ -57,10 +67,11 @@ class Subscription:
 
     async def room(self, stall_seconds: float) -> int:
         """Wait until something may be sent: how many bytes. Raises FollowerStalled."""
+        most = min(self._pace, _MOST_BYTES[self.encoding])
         if self._credit is None:
-            return PIECE_BYTES
+            return most
         if self._credit > 0:
-            return min(self._credit, PIECE_BYTES)
+            return min(self._credit, most)
         with trio.move_on_after(stall_seconds):
             while self._credit <= 0:
                 self._granted = trio.Event()
@@ -70,9 +81,20 @@ class Subscription:
                 f"cannot go on sending: nothing was taken for {format_duration(stall_seconds)}",
                 remedy="follow again from the offset",
             )
-        return min(self._credit, PIECE_BYTES)
+        return min(self._credit, most)
 
-    def message(self, chunk: Chunk) -> str | bytes:
+    def keep_pace(self, seconds: float) -> None:
+        """Send smaller pieces where the last one took long, and larger ones where it did not.
+
+        What is cut off with its connection is sent again, so a slow line that often breaks has to
+        get small ones to get anywhere.
+        """
+        if seconds > SLOW_SECONDS:
+            self._pace = max(LEAST_BYTES, self._pace // 2)
+        else:
+            self._pace = min(PIECE_BYTES, self._pace * 2)
+
+    def message(self, chunk: Chunk) -> str | Frame:
         """The message for a chunk, which takes up its share of the credit."""
         if self._credit is not None:
             self._credit -= len(chunk.data)
@@ -83,7 +105,7 @@ class Subscription:
         if found is None:
             encode = frame_output if self.encoding is Encoding.BINARY else encode_output
             found = chunk.shared[key] = encode(self._header(chunk), chunk.data)
-        assert isinstance(found, str | bytes)
+        assert isinstance(found, str | tuple)
         return found
 
     def _header(self, chunk: Chunk) -> OutputHeader:
@@ -100,6 +122,7 @@ class Subscriptions:
     """Those of one connection, by number."""
 
     _supervisor: Supervisor
+    _traffic: Traffic
     _send: Send
     _show: Show
     _stall_seconds: float
@@ -185,9 +208,12 @@ class Subscriptions:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
-                chunk = await subscription.follower.read(room)
-                if chunk is not None:
-                    await self._send(subscription.message(chunk))
+                with self._traffic.share() as share:
+                    chunk = await subscription.follower.read(min(room, share))
+                    if chunk is not None:
+                        began = trio.current_time()
+                        await self._send(subscription.message(chunk))
+                        subscription.keep_pace(trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)
         except JobworkerError as error:

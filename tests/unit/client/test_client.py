@@ -68,7 +68,7 @@ class Peer:
         header = m.OutputHeader(
             subscription=subscription, stream=Stream.STDOUT, offset=offset, time=NOW
         )
-        self.to_client.send_nowait(payload_of(frame_output(header, data)))
+        self.to_client.send_nowait(payload_of(b"".join(frame_output(header, data))))
 
     def end(self, subscription: int, offset: int, **error: str) -> None:
         end = m.OutputEnd(

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 
-from jobworker.client.tls_stream import TLSStream
 from jobworker.client.websocket import BUFFER_BYTES, Closed, Violation, WebSocket
-from jobworker.protocol.frames import encode_binary
+from jobworker.protocol.frames import frame_binary
+from jobworker.tls_stream import TLSStream
 
 
 @define(eq=False)
@@ -41,6 +41,11 @@ class Memory:
         await trio.lowlevel.checkpoint()
 
 
+def encoded(message: bytes) -> bytes:
+    """A message in one frame, as the server makes it."""
+    return b"".join(frame_binary(b"", message))
+
+
 def websocket(memory: Memory) -> WebSocket:
     return WebSocket(cast(TLSStream, memory), Connection(ConnectionType.CLIENT), b"")
 
@@ -48,7 +53,7 @@ def websocket(memory: Memory) -> WebSocket:
 def frames_of(message: str | bytes, parts: int) -> bytes:
     """A message in so many frames; a whole binary one as the server makes it."""
     if isinstance(message, bytes) and parts == 1:
-        return encode_binary(message)
+        return encoded(message)
     server = Connection(ConnectionType.SERVER)
     step = len(message) // parts + 1
     data = b""
@@ -97,7 +102,7 @@ def test_messages_arrive_whole_and_in_order_however_they_are_cut(
 
 async def test_message_may_be_larger_than_the_buffer() -> None:
     large = bytes(range(256)) * (BUFFER_BYTES // 100)
-    data = encode_binary(b"small") + encode_binary(large) + encode_binary(b"end")
+    data = encoded(b"small") + encoded(large) + encoded(b"end")
     socket = websocket(Memory([data[at : at + 100_000] for at in range(0, len(data), 100_000)]))
     for expected in (b"small", large, b"end"):
         got = await socket.receive()
@@ -125,7 +130,7 @@ async def test_closing_frame_is_answered_and_told() -> None:
         b"\x82\x7f" + (1 << 40).to_bytes(8, "big"),  # a terabyte
         b"\x80\x01x",  # a continuation of nothing
         b"\x81\x02\xc3\x28",  # text that is no UTF-8
-        b"\x01\x01a" + encode_binary(b"in between"),
+        b"\x01\x01a" + encoded(b"in between"),
     ],
 )
 async def test_what_breaks_the_protocol_is_told(data: bytes) -> None:

@@ -122,7 +122,7 @@ def test_output_arrives_as_it_was_sent(header: m.OutputHeader, data: bytes, bina
     if not binary:
         assert ClientSession().receive(encode_output(header, data)) == Output(header, data)
         return
-    frame = memoryview(frame_output(header, data))
+    frame = memoryview(b"".join(frame_output(header, data)))
     found = read_header(frame)
     assert found is not None
     assert found.whole_binary_message
