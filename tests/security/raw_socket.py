@@ -36,11 +36,15 @@ def frame(opcode: int, payload: bytes, *, first: int = 0x80, masked: bool = True
     return bytes([first | opcode]) + length + mask + payload
 
 
-async def dial(service: Embedded, source: str = "127.0.0.1") -> trio.SocketStream:
-    """A TCP connection from an address of this host."""
+async def dial(
+    service: Embedded, source: str = "127.0.0.1", buffer: int | None = None
+) -> trio.SocketStream:
+    """A TCP connection from an address of this host, which takes little where `buffer` is small."""
     host, port = service.address.rsplit(":", 1)
     socket = trio.socket.socket()
     try:
+        if buffer is not None:
+            socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, buffer)
         await socket.bind((source, 0))
         await socket.connect((host, int(port)))
     except BaseException:
@@ -129,9 +133,11 @@ class Raw:
 
 
 @asynccontextmanager
-async def open_raw(service: Embedded, extra: bytes = b"") -> AsyncIterator[Raw]:
+async def open_raw(
+    service: Embedded, extra: bytes = b"", buffer: int | None = None
+) -> AsyncIterator[Raw]:
     """Connect and upgrade, with more header lines if wanted."""
-    stream = over_tls(service, await dial(service))
+    stream = over_tls(service, await dial(service, buffer=buffer))
     try:
         await stream.send_all(UPGRADE + extra + b"\r\n")
         head = b""

@@ -16,7 +16,7 @@ import jobworker
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import TooManyConnections
 
-from ..integration.conftest import running
+from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_wire
 from .raw_socket import (
     BINARY,
@@ -451,6 +451,33 @@ async def test_client_that_answers_no_pings_is_let_go(open_directory: Callable[[
         assert found.code == 1008
         assert found.payload[2:].startswith(b"ping_unanswered: ")
         assert "ping_unanswered" in service.log_text()
+
+
+async def test_client_that_takes_nothing_is_let_go_and_a_slow_one_is_not(
+    open_directory: Callable[[], Path],
+) -> None:
+    size = 4 << 20
+    impatient = {"server": {"stall_timeout": "1s"}}
+    async with open_embedded(open_directory(), impatient) as service, open_wire(service) as wire:
+        _, _, job = await wire.run("head", "-c", str(size), "/dev/zero")
+        params = {"id": job["id"], "delivery": {"encoding": "binary"}}
+        ask = {"jsonrpc": "2.0", "id": 1, "method": "job.log", "params": params}
+        with trio.fail_after(60):
+            async with open_raw(service, buffer=1 << 16) as slow:
+                await slow.send(frame(TEXT, json.dumps(ask).encode()))
+                got, began = 0, trio.current_time()
+                while got < size:
+                    found = await slow.receive()
+                    if found.opcode == BINARY:
+                        got += len(found.payload.partition(b"\n")[2])
+                        await trio.sleep(0.4)
+                assert trio.current_time() - began > 2
+            async with open_raw(service, buffer=1 << 16) as stuck:
+                await stuck.send(frame(TEXT, json.dumps(ask).encode()))
+                await until(lambda: "send_stalled" in service.log_text())
+                assert await stuck.closing() is None  # it is in the midst of a message
+        assert service.log_text().count("send_stalled") == 1
+        assert "incident" not in service.log_text()
 
 
 async def test_subscription_that_ends_in_the_middle_of_a_message_ends_nothing_else(
