@@ -14,6 +14,8 @@ import trustme
 from jobworker.tls_stream import TLSStream
 
 SMALL_BUFFER = 65_536
+SO_SNDBUFFORCE = 32
+"""Of socket(7)."""
 Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
 
 
@@ -130,15 +132,17 @@ async def test_senders_do_not_mix(contexts: Contexts) -> None:
 async def test_who_takes_nothing_is_told_of_and_who_is_slow_is_not(
     contexts: Contexts,
 ) -> None:
-    size = 2_000_000
+    size, slowly = 2_500_000, 5
     async with pair(contexts) as (ours, theirs), trio.open_nursery() as nursery:
-        ours.stall_seconds = 1.0
+        # With this buffer there is room again whenever two of these reads were acknowledged.
+        ours.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 19)
+        ours.stall_seconds = 1.6
         nursery.start_soon(ours.send_all, bytes(size))
-        left, began = size, trio.current_time()
-        while left:
-            left -= len(await exactly(theirs, min(left, 100_000)))
-            await trio.sleep(0.15)
-        assert trio.current_time() - began > 2 * ours.stall_seconds
+        await wait_until_blocked(ours)
+        for _ in range(slowly):
+            await exactly(theirs, 65_536)
+            await trio.sleep(1)
+        await exactly(theirs, size - slowly * 65_536)
     async with pair(contexts) as (ours, theirs):
         ours.stall_seconds = 0.5
         with pytest.raises(trio.TooSlowError):
