@@ -84,14 +84,14 @@ class Wire:
 
     async def output(self, subscription: object) -> tuple[bytes, bytes, Json]:
         """Standard output, standard error, and the final job, of a subscription."""
-        streams = {"stdout": b"", "stderr": b""}
+        streams = {"stdout": bytearray(), "stderr": bytearray()}
         offset = None
         async for message in self.notes(subscription):
             params = message["params"]
             assert isinstance(params, dict)
             if message["method"] == "job.output_end":
                 assert params["error"] is None, params["error"]
-                return streams["stdout"], streams["stderr"], params["job"]
+                return bytes(streams["stdout"]), bytes(streams["stderr"]), params["job"]
             data = base64.b64decode(params["data"])
             assert offset is None or params["offset"] == offset, "a gap or a repeat"
             offset = params["offset"] + len(data)
