@@ -40,6 +40,10 @@ TURN_BYTES = 1 << 20  # the capacity that a job's pipe is given: all that can st
 FLOOD_BYTES = TURN_BYTES // 4
 FLOOD_SECONDS = 0.02
 FLOOD_PAUSE_MS = 2
+BUSY_BYTES, BUSY_SECONDS = 4096, 0.002
+"""So much, so soon after the last turn, is a flood too: of a job that writes little at a time."""
+GATHER_SECONDS = 0.0005
+"""How long a flood's next bytes may gather where the last were few: any move costs the same."""
 DISCARD_BYTES = 1 << 16
 MIN_INDEX_BYTES = 1 << 20
 """What the index may have in any case, before a small `max_bytes` counts for it too."""
@@ -65,6 +69,7 @@ class Pump:
     """Set once something was discarded because of `max_bytes`."""
     _discarding: bool = field(init=False, default=False)
     _over: bool = field(init=False, default=False)
+    _turn_ended: dict[Stream, float] = field(init=False, factory=dict)
 
     async def run(self) -> None:
         """Move output until every pipe is at its end.
@@ -133,19 +138,27 @@ class Pump:
 
     def _move_turn(self, stream: Stream) -> int:
         """Move what stands in a pipe; while much comes, go on for a moment and save turns."""
+        follows_another = time.monotonic() - self._turn_ended.get(stream, 0.0) < BUSY_SECONDS
         moved = self._move(stream, TURN_BYTES)
-        if moved < FLOOD_BYTES:
-            return moved
-        poll, ends_at = select.poll(), time.monotonic() + FLOOD_SECONDS
+        if moved >= (BUSY_BYTES if follows_another else FLOOD_BYTES):
+            moved += self._move_flood(stream, moved)
+        self._turn_ended[stream] = time.monotonic()
+        return moved
+
+    def _move_flood(self, stream: Stream, last: int) -> int:
+        """Go on after a move of `last` bytes: how many more were moved."""
+        poll, ends_at, moved = select.poll(), time.monotonic() + FLOOD_SECONDS, 0
         poll.register(self._pipes[stream], select.POLLIN)
         while time.monotonic() < ends_at and poll.poll(FLOOD_PAUSE_MS):
+            if last < FLOOD_BYTES:
+                time.sleep(GATHER_SECONDS)
             try:
-                more = self._move(stream, TURN_BYTES)
+                last = self._move(stream, TURN_BYTES)
             except (BlockingIOError, OutputError):  # the next turn meets it again
                 break
-            if not more:
+            if not last:
                 break
-            moved += more
+            moved += last
         return moved
 
     def _move(self, stream: Stream, limit: int) -> int:
