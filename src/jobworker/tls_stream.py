@@ -1,19 +1,17 @@
-"""TLS over TCP, either side's: OpenSSL on the socket itself, for one reader and any writers.
+"""TLS over TCP, either side's, for one reader and any number of writers; fast for large output.
 
-trio.SSLStream keeps OpenSSL away from the socket, behind two buffers in memory: each byte is copied
-twice more on either side, and each read gives a record (16 KiB) at most. Here OpenSSL reads and
-writes the non-blocking socket and Trio waits for it alone, and a read goes on until the caller's
-buffer is full or nothing more has come.
+OpenSSL works on two buffers in memory, never on the socket: there a peer's messages below the
+application (RFC 8446, section 4.6) would hold the event loop for as long as they came, and a
+half-sent record would stand in the way of all else. So does trio.SSLStream, which reads a record
+(16 KiB) at a time and encrypts a message as a whole. Here a message is encrypted and sent a few
+records at a time, so that what is copied stays in the processor's cache, and a read goes on while
+there is more, so that a large message costs few turns of the loop.
 
-Reading does not have to write, nor writing to read: nothing is renegotiated (`pki.tls`). Only a
-peer that asks for new keys (RFC 8446, section 4.6.3) is answered at once. Where it asks and takes
-nothing, so that a record stands half sent, OpenSSL gives the connection up. A message that was cut
-off breaks the stream for all who would send after it.
-
-An end of which TLS said nothing, a reset too, reads like any other end: WebSocket has one of its
-own. In TLS 1.3 the server judges the client's certificate after the handshake is over on the
-client's side (RFC 8446, section 2); its alert then stands in what the client reads next. Whatever
-else fails is raised as trio.BrokenResourceError, whose cause is the ssl.SSLError or OSError.
+A message that was cut off breaks the stream for all who would send after it. An end of which TLS
+said nothing reads like any other: WebSocket has one of its own. In TLS 1.3 the server judges the
+client's certificate after the handshake is over on the client's side (RFC 8446, section 2); its
+alert then stands in what the client reads next. Whatever else fails is raised as
+trio.BrokenResourceError, whose cause is the ssl.SSLError or OSError.
 """
 
 import math
@@ -29,8 +27,12 @@ import trio
 T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 
-RECEIVE_BYTES = 65_536
+RECORD_BYTES = 16_384
+"""Of plain text, at the most: RFC 8446, section 5.1."""
+BATCH_BYTES = 4 * RECORD_BYTES
 MAX_LINGER_BYTES = 16 << 20
+LEAST_TAKEN_BYTES = 4096
+"""Who takes less in `stall_seconds` takes nothing."""
 _BYTES_ACKED = struct.Struct("=120xQ")
 """Of struct tcp_info, linux/tcp.h."""
 
@@ -45,60 +47,124 @@ class TLSStream(trio.abc.Stream):
         *,
         server_side: bool = False,
         server_name: str | None = None,
+        receive_bytes: int = RECORD_BYTES,
     ) -> None:
+        """`receive_bytes` is what is taken from the socket in one turn of the loop."""
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
+        )
+        """To be asked about the peer's certificate."""
         taken = tcp.socket
-        plain = socket.socket(taken.family, taken.type, taken.proto, fileno=taken.detach())
-        plain.setblocking(False)
-        try:
-            plain.getpeername()  # `wrap_socket` would lose the socket of a peer that is gone
-            self._socket = context.wrap_socket(
-                plain,
-                server_side=server_side,
-                server_hostname=server_name,
-                do_handshake_on_connect=False,
-            )
-        except BaseException as error:
-            plain.close()
-            if isinstance(error, OSError):
-                raise trio.BrokenResourceError from error
-            raise
+        self.socket = socket.socket(taken.family, taken.type, taken.proto, fileno=taken.detach())
+        """What it runs over."""
+        self.socket.setblocking(False)
         self.stall_seconds = math.inf
         """How long a peer may take nothing of what is being sent to it."""
+        self._receive_bytes = receive_bytes
+        self._unsent = memoryview(b"")
         self._sending = trio.StrictFIFOLock()
         self._broken = self._finished = False
 
     async def do_handshake(self) -> None:
-        """Shake hands. A peer that is refused has been sent an alert that says why."""
-        await self._patiently(self._socket.do_handshake)
-
-    @property
-    def socket(self) -> ssl.SSLSocket:
-        """What it runs over, to be asked: for options, names and certificates."""
-        return self._socket
+        """Shake hands. A peer that is refused is told why, as far as that can be sent now."""
+        while True:
+            try:
+                self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._flush()
+                await self._receive_more()
+                await trio.lowlevel.checkpoint()
+            except ssl.SSLError as error:
+                with suppress(BlockingIOError, trio.BrokenResourceError):
+                    self._flush_now()
+                raise trio.BrokenResourceError from error
+            else:
+                await self._flush()
+                return
 
     # --- reading ----------------------------------------------------------------------------
 
     async def receive_into(self, buffer: memoryview) -> int:
         """Wait for something to read: how many bytes now stand in `buffer`; 0 is the end."""
-        return await self._patiently(lambda: self._read_into(buffer))
+        return await self._receive(lambda: self._read_into(buffer))
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """See trio.abc.ReceiveStream."""
-        size = max_bytes or RECEIVE_BYTES
-        return await self._patiently(lambda: self._socket.recv(size))
+        """See trio.abc.ReceiveStream; a record's content at the most."""
+        size = min(max_bytes or RECORD_BYTES, RECORD_BYTES)
+        return await self._receive(lambda: self._read_some(size))
 
-    def _read_into(self, buffer: memoryview) -> int:
-        filled = 0
+    async def _receive(self, read: Callable[[], T | None]) -> T:
+        """Wait until there is something to `read`, which gives None where there is nothing."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        yielded = fruitless = False
+        while True:
+            self._check_open()
+            if self._outgoing.pending:  # the answer to a change of keys
+                await self._flush()
+            found = read()
+            if found is not None:
+                if not yielded:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                return found
+            if fruitless:  # messages below the application, of which a peer may send any number
+                await trio.lowlevel.checkpoint()
+            fruitless = True
+            yielded = await self._receive_more() or yielded
+
+    def _read_some(self, size: int) -> bytes | None:
+        try:
+            return self.tls.read(size)
+        except ssl.SSLWantReadError:
+            return None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError from error
+
+    def _read_into(self, buffer: memoryview) -> int | None:
+        """Decrypt what there is: None where that is nothing, 0 at the end."""
+        filled = at_last_receive = 0
         try:
             while filled < len(buffer):
-                count = self._socket.recv_into(buffer[filled:])
+                try:
+                    count = int(self.tls.read(len(buffer) - filled, buffer[filled:]))  # type: ignore[call-overload, unused-ignore]
+                except ssl.SSLWantReadError:
+                    if filled == at_last_receive or not self._receive_now():
+                        return filled or None
+                    at_last_receive = filled
+                    continue
                 if not count:
                     break
                 filled += count
-        except OSError:
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return filled
+        except ssl.SSLError as error:
             if not filled:  # else it is met again
-                raise
+                raise trio.BrokenResourceError from error
         return filled
+
+    async def _receive_more(self) -> bool:
+        """Wait until something has come; whether that took a turn of the loop."""
+        yielded = False
+        while not self._receive_now():
+            await trio.lowlevel.wait_readable(self.socket)
+            yielded = True
+        return yielded
+
+    def _receive_now(self) -> bool:
+        self._check_open()
+        try:
+            data = self.socket.recv(self._receive_bytes)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+        return True
 
     # --- sending ----------------------------------------------------------------------------
 
@@ -106,103 +172,138 @@ class TLSStream(trio.abc.Stream):
         """Send all of it, `more` too; several tasks may, and what each sends stays together.
 
         If cancelled half way, the stream is broken. Raises trio.TooSlowError where the peer takes
-        nothing for `stall_seconds`, not where it is merely slow.
+        nothing for `stall_seconds` (or twice that), not where it is merely slow.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             self._sending.acquire_nowait()  # a turn of the loop less, for each of many pieces
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
+            self._check_open()
             if self._broken:
                 raise trio.BrokenResourceError("an earlier message was cut off")
-            await self._write([memoryview(part) for part in (data, *more)])
+            self._broken, yielded = True, False
+            for part in (data, *more):
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[self._encrypt_record(rest) :]
+                    if self._outgoing.pending >= BATCH_BYTES:
+                        yielded = await self._send_outgoing() or yielded
+            yielded = await self._send_outgoing() or yielded
+            self._broken = False
         finally:
             self._sending.release()
+        if not yielded:
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
-    async def _write(self, parts: list[memoryview]) -> None:
-        def write() -> None:
-            self._broken = True  # once begun, OpenSSL has to go on with the same bytes
-            while parts:
-                while rest := parts[0]:
-                    parts[0] = rest[self._socket.send(rest) :]  # a record at a time
-                del parts[0]
-            self._broken = False
+    def _encrypt_record(self, data: memoryview) -> int:
+        try:
+            return self.tls.write(data)
+        except ssl.SSLError as error:
+            raise trio.BrokenResourceError from error
 
-        await self._patiently(write)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """See trio.abc.SendStream."""
+    async def _flush(self) -> None:
         async with self._sending:
-            await trio.lowlevel.wait_writable(self._socket)
+            await self._send_outgoing()
+
+    async def _send_outgoing(self) -> bool:
+        """Send what is encrypted; whether that took a turn of the loop."""
+        yielded = False
+        while True:
+            try:
+                self._flush_now()
+            except BlockingIOError:
+                await self._wait_for_room()
+                yielded = True
+            else:
+                return yielded
+
+    def _flush_now(self) -> None:
+        """Send what is encrypted. Raises BlockingIOError where there is no room for the rest."""
+        self._check_open()
+        while self._unsent or self._outgoing.pending:
+            if not self._unsent:
+                self._unsent = memoryview(self._outgoing.read())
+            try:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise trio.BrokenResourceError from error
 
     async def _wait_for_room(self) -> None:
-        taken = -1
+        taken = -LEAST_TAKEN_BYTES
         while True:
             if self.stall_seconds < math.inf:
                 before, taken = taken, self.taken_bytes
-                if taken == before:
+                if taken < before + LEAST_TAKEN_BYTES:
                     raise trio.TooSlowError
             with trio.move_on_after(self.stall_seconds):
-                await trio.lowlevel.wait_writable(self._socket)
+                await trio.lowlevel.wait_writable(self.socket)
                 return
 
     @property
     def taken_bytes(self) -> int:
         """What the peer's kernel has acknowledged so far: tcpi_bytes_acked, tcp(7). Linux only."""
-        if self._socket.fileno() < 0:
-            raise trio.ClosedResourceError
-        told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
+        self._check_open()
+        told = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
         return int(_BYTES_ACKED.unpack(told)[0])
 
-    # --- both -------------------------------------------------------------------------------
+    async def wait_send_all_might_not_block(self) -> None:
+        """See trio.abc.SendStream."""
+        async with self._sending:
+            self._check_open()
+            await trio.lowlevel.wait_writable(self.socket)
 
-    async def _patiently(self, work: Callable[[], T], *, lingering: bool = False) -> T:
-        """Do `work` as soon as the socket lets it; what was done is done, cancelled or not."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        waited = False
-        while True:
-            if self._socket.fileno() < 0 or self._finished is not lingering:
-                raise trio.ClosedResourceError
-            try:
-                done = work()
-            except (ssl.SSLWantReadError, BlockingIOError):
-                await trio.lowlevel.wait_readable(self._socket)
-            except ssl.SSLWantWriteError:
-                await self._wait_for_room()
-            except OSError as error:
-                raise trio.BrokenResourceError from error
-            else:
-                if not waited:
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                return done
-            waited = True
+    # --- the end ----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._finished:
+            raise trio.ClosedResourceError
+
+    def finish(self) -> None:
+        """Say that nothing follows, as far as that can be sent now; a second call does nothing.
+
+        Those who read or send are told that the stream is closed.
+        """
+        if not self._finished:
+            if not self._broken:
+                with suppress(ssl.SSLError):  # it waits for the peer's word, or had no handshake
+                    self.tls.unwrap()
+                with suppress(BlockingIOError, trio.BrokenResourceError):
+                    self._flush_now()
+            self._finished = True
+            trio.lowlevel.notify_closing(self.socket)
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
 
     async def linger(self) -> None:
-        """Send nothing more, and wait until the peer does not either (the caller bounds the time).
+        """Finish, and wait until the peer does too (the caller bounds the time).
 
         A socket that is closed while something unread stands in it sends a reset, which overtakes
-        what was sent last: the reason of a refusal. Others who read or send are told that the
-        stream is closed. Raises trio.BrokenResourceError where the peer is gone.
+        what was sent last: the reason of a refusal.
         """
-        self._finish()
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)  # it is a plain socket from here on
-        for _ in range(MAX_LINGER_BYTES // RECEIVE_BYTES):
-            if not await self._patiently(lambda: self._socket.recv(RECEIVE_BYTES), lingering=True):
-                return
-
-    def _finish(self) -> None:
-        if not self._finished:
-            self._finished = True
-            if not self._broken:
-                with suppress(OSError):  # no room, or no handshake before
-                    self._socket.unwrap()
-            trio.lowlevel.notify_closing(self._socket)
+        self.finish()
+        left = MAX_LINGER_BYTES
+        while left > 0 and self.socket.fileno() >= 0:
+            try:
+                data = self.socket.recv(self._receive_bytes)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.socket)
+            except OSError:
+                break
+            else:
+                if not data:
+                    break
+                left -= len(data)
+                await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
-        """Say that nothing follows, as far as that can be sent now, and close."""
-        if self._socket.fileno() >= 0:
-            self._finish()
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
+        """Finish and close."""
+        self.finish()
+        if self.socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()
         await trio.lowlevel.checkpoint()

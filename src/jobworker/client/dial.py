@@ -36,6 +36,7 @@ from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.tls_stream import TLSStream
 
 CLOSE_SECONDS = 1.0
+RECEIVE_BYTES = 262_144
 POLICY_VIOLATION = 1008
 """RFC 6455, section 7.4.1: how a server ends the connection of a certificate it takes no more."""
 _EXCERPT_CHARACTERS = 200
@@ -111,7 +112,9 @@ async def serve_connection(
     stream: trio.abc.AsyncResource = (tcp := await _reach(address))
     try:
         try:
-            stream = secured = TLSStream(tcp, tls, server_name=address.server_name)
+            stream = secured = TLSStream(
+                tcp, tls, server_name=address.server_name, receive_bytes=RECEIVE_BYTES
+            )
             await secured.do_handshake()
             socket_ = await upgrade(secured, str(address), SUBPROTOCOL)
         except trio.BrokenResourceError as broken:

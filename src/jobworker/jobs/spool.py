@@ -228,6 +228,8 @@ class Spool:
         """Give up a follower's share: for `Follower.close`."""
         self._idle.discard(follower)
         self._followers -= 1
+        if not self._followers:
+            self._latest = None
         self._release()
 
     def await_poke(self, follower: Follower) -> None:

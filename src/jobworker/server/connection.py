@@ -23,7 +23,13 @@ import h11
 import trio
 import trio_websocket
 
-from jobworker.errors import CertificateRefused, TooManyConnections, TooManyFailures
+from jobworker.errors import (
+    CertificateRefused,
+    JobworkerError,
+    SendStalled,
+    TooManyConnections,
+    TooManyFailures,
+)
 from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
@@ -38,11 +44,10 @@ from jobworker.server.http_head import (
     PrefixStream,
     Refused,
     admit,
-    linger,
     read_head,
     reply,
 )
-from jobworker.tls_stream import RECEIVE_BYTES, TLSStream
+from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
 log = logging.getLogger("jobworker.server")
 
@@ -52,35 +57,36 @@ MAX_FRAGMENTS = 16_384
 
 async def serve_connection(tcp: trio.SocketStream, door: Door, context: operations.Context) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
-    fittings = door.fittings
-    tls = fittings.tls
     peer, admission = _peer_name(tcp), context.admission
     stream: TLSStream | None = None
     try:
         _keep_alive(tcp)
-        stream = TLSStream(tcp, tls, server_side=True)
+        fittings = door.fittings
+        stream = TLSStream(tcp, fittings.tls, server_side=True)
         with admission.arrive(peer, peer.rpartition(":")[0]) as arrival, ExitStack() as inside:
-            if not await _shake_hands(stream, peer, context.auditor):
-                return
-            raw, head = await read_head(stream)
-            arrival.sound = True
             try:
+                if not await _shake_hands(stream, peer, context.auditor):
+                    return
+                raw, head = await read_head(stream)
+                arrival.sound = True
                 who = admit(stream, head, context.gate.roles, fittings.hosts)
                 inside.enter_context(_entered(admission, who, peer))
+                certificate = stream.tls.getpeercert(binary_form=True)
+                assert certificate is not None
+                stream.stall_seconds = context.stall_seconds
+                visitor = inside.enter_context(door.visit(who, certificate, peer, fittings.tls))
+                await _serve_websocket(PrefixStream(stream, raw), visitor, arrival, context)
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
                 context.auditor.refused(peer, refused.error.message)
                 await reply(stream, head.connection, refused)
-                return
-            certificate = stream.socket.getpeercert(binary_form=True)
-            assert certificate is not None
-            stream.stall_seconds = context.stall_seconds
-            visitor = inside.enter_context(door.visit(who, certificate, peer, tls))
-            await _serve_websocket(PrefixStream(stream, raw), visitor, arrival, context)
+            finally:
+                with trio.move_on_after(CLOSE_SECONDS):
+                    await stream.linger()  # or what was said last might not arrive
     except* CertificateRefused as group:
         log.info("%s: refused: %s", peer, group.exceptions[0])
         context.auditor.refused(peer, str(group.exceptions[0]))
-    except* TooManyFailures as group:
+    except* (TooManyFailures, SendStalled) as group:
         admission.tell(peer, _only(group))
     except* (
         trio.TooSlowError,
@@ -108,7 +114,7 @@ def _entered(admission: Admission, who: Identity, peer: str) -> Iterator[None]:
         yield
 
 
-def _only(group: BaseExceptionGroup[TooManyFailures]) -> TooManyFailures:
+def _only(group: BaseExceptionGroup[JobworkerError]) -> JobworkerError:
     inner = group.exceptions[0]
     return _only(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
@@ -141,7 +147,6 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
         why = explain_server_side(cause)
         log.info("%s: TLS refused: %s", peer, why)
         auditor.refused(peer, why)
-        await linger(stream)  # or the alert might not arrive
         return False
     return True
 
@@ -164,7 +169,7 @@ async def _serve_websocket(
             stream,
             message_queue_size=4,
             max_message_size=context.admission.limits.max_message_bytes,
-            receive_buffer_size=RECEIVE_BYTES,
+            receive_buffer_size=RECORD_BYTES,
         )
         socket_ = await request.accept(subprotocol=SUBPROTOCOL)
         arrival.finish()

@@ -210,9 +210,8 @@ class Conversation:
             self._sends.add(right)
             try:
                 await self._socket.send_message(message)
-            except trio.TooSlowError:
-                seconds = self._context.stall_seconds
-                self._end(SendStalled(f"cannot send: nothing was taken for {seconds:g} s"))
+            except SendStalled as stalled:
+                self._end(stalled)
             finally:
                 self._sends.discard(right)
                 if not self._sends:
@@ -233,13 +232,20 @@ class Conversation:
         while interval:
             await trio.sleep(interval)
             before, taken = taken, self._socket.taken_bytes
-            if taken != before:
-                continue
-            with trio.move_on_after(timeout) as patience:
-                await self._socket.ping()
-            if patience.cancelled_caught:
-                self._end(PingUnanswered(f"cannot go on: a ping was not answered in {timeout:g} s"))
-            taken = self._socket.taken_bytes
+            if taken == before:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._end_in_silence, timeout)
+                    await self._socket.ping()
+                    nursery.cancel_scope.cancel()
+                taken = self._socket.taken_bytes
+
+    async def _end_in_silence(self, seconds: float) -> None:
+        """End the conversation once nothing is taken for so long; the ping too is something."""
+        before, taken = -1, self._socket.taken_bytes
+        while taken != before:
+            await trio.sleep(seconds)
+            before, taken = taken, self._socket.taken_bytes
+        self._end(PingUnanswered(f"cannot go on: a ping was not answered in {seconds:g} s"))
 
     def _end(self, fault: JobworkerError) -> None:
         if not self._scope.cancel_called:

@@ -6,14 +6,13 @@ back to whoever goes on, by `PrefixStream`.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import h11
 import trio
 from attrs import define
 
 from jobworker.convert import dumps
-from jobworker.errors import JobworkerError, PermissionDenied
+from jobworker.errors import JobworkerError, PermissionDenied, SendStalled
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.pki.served_hosts import ServedHosts
@@ -49,8 +48,12 @@ class PrefixStream(trio.abc.Stream):
         return given
 
     async def send_all(self, data: Data, *more: Data) -> None:
-        """See `TLSStream.send_all`."""
-        await self._inner.send_all(data, *more)
+        """See `TLSStream.send_all`. Raises SendStalled where that raises trio.TooSlowError."""
+        try:
+            await self._inner.send_all(data, *more)
+        except trio.TooSlowError:
+            seconds = self._inner.stall_seconds
+            raise SendStalled(f"cannot send: nothing was taken for {seconds:g} s") from None
 
     @property
     def taken_bytes(self) -> int:
@@ -63,13 +66,9 @@ class PrefixStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """See trio.abc.AsyncResource."""
-        again = self.closed.is_set()
         self.closed.set()
-        try:
-            if not again:
-                await linger(self._inner)  # or the closing frame might not arrive
-        finally:
-            await self._inner.aclose()
+        self._inner.finish()  # whoever made the stream waits for the client's end, and closes it
+        await trio.lowlevel.checkpoint()
 
 
 class Refused(Exception):
@@ -110,7 +109,7 @@ async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
 def admit(stream: TLSStream, head: Head, roles: Roles, hosts: ServedHosts) -> Identity:
     """Who is connecting, with a request that may be upgraded; raises Refused."""
     try:
-        who = identity(stream.socket.getpeercert())
+        who = identity(stream.tls.getpeercert())
         roles.find(who.role)
     except PermissionDenied as error:
         raise Refused(403, error) from None
@@ -161,11 +160,3 @@ async def reply(stream: TLSStream, connection: h11.Connection, refused: Refused)
     response = h11.Response(status_code=refused.status, headers=headers)
     data = [connection.send(event) for event in (response, h11.Data(data=body), h11.EndOfMessage())]
     await stream.send_all(b"".join(piece for piece in data if piece))
-    await linger(stream)
-
-
-async def linger(stream: TLSStream) -> None:
-    """See `TLSStream.linger`; for some time, and where the client is still there."""
-    gone = trio.BrokenResourceError, trio.ClosedResourceError
-    with suppress(*gone), trio.move_on_after(CLOSE_SECONDS):
-        await stream.linger()

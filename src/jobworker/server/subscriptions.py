@@ -1,8 +1,8 @@
 """Output on its way to one connection: each subscription is a follower and the right to send.
 
 A subscription sends at the pace at which its client takes: never more than the credit that the
-client has granted, where it asked for credits, and one piece at a time in any case. It reads only
-what it may send. So what waits for a slow client waits in the spool's files, and a stalled one
+client has granted, where it asked for credits, and one piece at a time on a connection. It reads
+only what it may send. So what waits for a slow client waits in the spool's files, and a stalled one
 costs a place in them. Where output waits and no credit comes for `stall_seconds`, the subscription
 ends with the error `follower_stalled`; the client may come back and go on at its offset.
 
@@ -10,7 +10,8 @@ Followers at one place get one and the same Chunk, and the message made of it is
 a thousand clients follow is encoded once.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 from attrs import define, field
@@ -83,7 +84,7 @@ class Subscription:
             )
         return min(self._credit, most)
 
-    def keep_pace(self, seconds: float) -> None:
+    def keep_pace(self, size: int, seconds: float) -> None:
         """Send smaller pieces where the last one took long, and larger ones where it did not.
 
         What is cut off with its connection is sent again, so a slow line that often breaks has to
@@ -91,7 +92,7 @@ class Subscription:
         """
         if seconds > SLOW_SECONDS:
             self._pace = max(LEAST_BYTES, self._pace // 2)
-        else:
+        elif size >= self._pace:
             self._pace = min(PIECE_BYTES, self._pace * 2)
 
     def message(self, chunk: Chunk) -> str | Frame:
@@ -129,6 +130,7 @@ class Subscriptions:
     _max_open: int
     _open: dict[int, Subscription] = field(factory=dict)
     _last: int = 0
+    _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
 
     def open(
         self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
@@ -208,17 +210,30 @@ class Subscriptions:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
-                with self._traffic.share() as share:
-                    chunk = await subscription.follower.read(min(room, share))
-                    if chunk is not None:
-                        began = trio.current_time()
-                        await self._send(subscription.message(chunk))
-                        subscription.keep_pace(trio.current_time() - began)
+                async with self._taking_turns():
+                    with self._traffic.share() as share:
+                        chunk = await subscription.follower.read(min(room, share))
+                        if chunk is not None:
+                            began = trio.current_time()
+                            await self._send(subscription.message(chunk))
+                            subscription.keep_pace(len(chunk.data), trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)
         except JobworkerError as error:
             return {"name": error.name, "message": str(error)}
         return None
+
+    @asynccontextmanager
+    async def _taking_turns(self) -> AsyncIterator[None]:
+        """Read and send a piece at a time, however many subscriptions the connection has."""
+        try:
+            self._turn.acquire_nowait()  # most have one, and need no turn of the loop for this
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     async def _more(self, subscription: Subscription) -> bool:
         """Wait until there is something to read; False where nothing is to be sent any more."""

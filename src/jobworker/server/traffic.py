@@ -1,10 +1,10 @@
-"""How large a piece each subscription may send, by how many are sending.
+"""How large a piece each connection may send, by how many are sending.
 
 One follower is served fastest by large pieces, and a service by small ones: a piece holds the
 event loop for as long as it is encrypted, some 0.8 ms a mebibyte, and is held in memory for as long
-as its client lets it wait. So what is sent in a turn of the loop is divided among those that send.
-Shares are the largest piece halved some times, so that followers at one place mostly have the
-same one, which is then encoded once.
+as its client lets it wait. So a turn's worth is divided among those that have a piece on its way,
+with those whose clients let it wait. Shares are the largest piece halved some times, so that
+followers at one place mostly have the same one, which is then encoded once.
 """
 
 from collections.abc import Iterator
