@@ -11,7 +11,7 @@ Why no wake-up is lost: a writer makes bytes readable first (in its thread) and 
 Either it saw the bytes, or `wake` sees it idle.
 
 Followers read from the page cache on the event loop, and go to a thread only for what is not
-cached. Followers that stand at one place get one and the same Chunk, so that a caller can encode
+cached. Followers that come to one place get one and the same Chunk, so that a caller can encode
 it once (by identity).
 
 The files are closed when the last user is gone: the owner, each follower, each call in a thread.
@@ -19,7 +19,7 @@ All but `create`, `open` and what `write` is given to run belong to Trio's threa
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from jobworker.model.job import Stream
 
 T = TypeVar("T")
 
+RECENT_BYTES, MAX_RECENT = 1 << 20, 256
 READER_THREADS = 4  # a spool: those who read what is not cached do not crowd out the others
 
 
@@ -70,7 +71,9 @@ class Spool:
     _closed: bool = False
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
-    _latest: tuple[Place, View, Chunk, Place] | None = None
+    _recent: dict[Hashable, tuple[Chunk, Place]] = field(factory=dict)
+    """What was read last, for others who come to the same place; in order of reading."""
+    _recent_bytes: int = 0
 
     @classmethod
     def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
@@ -196,13 +199,28 @@ class Spool:
         return await self._ask(lambda nowait: self._files.find(offset, nowait=nowait))
 
     async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
-        """See `OutputFiles.read`. The same question in a row has the same Chunk for an answer."""
-        if self._latest is not None and self._latest[:2] == (place, view):
-            return self._latest[2:]
+        """See `OutputFiles.read`. Who asks for what was read just before gets the same Chunk."""
+        key = (place, view.streams, view.coalesce)
+        found = self._recent.get(key)
+        if found is not None and len(found[0].data) <= view.max_bytes:
+            return found
         chunk, after = await self._ask(lambda nowait: self._files.read(place, view, nowait=nowait))
-        if chunk is not None and not self._closed:
-            self._latest = (place, view, chunk, after)
+        if chunk is not None and not self._closed and self._followers > 1:
+            self._remember(key, chunk, after)
         return chunk, after
+
+    def _remember(self, key: Hashable, chunk: Chunk, after: Place) -> None:
+        if (before := self._recent.pop(key, None)) is not None:
+            self._recent_bytes -= len(before[0].data)
+        self._recent[key] = (chunk, after)
+        self._recent_bytes += len(chunk.data)
+        while self._recent_bytes > RECENT_BYTES or len(self._recent) > MAX_RECENT:
+            oldest, _ = self._recent.pop(next(iter(self._recent)))
+            self._recent_bytes -= len(oldest.data)
+
+    def _forget_recent(self) -> None:
+        self._recent.clear()
+        self._recent_bytes = 0
 
     async def _ask(self, question: Callable[[bool], T]) -> T:
         """Read from the page cache at once, or else from the disk in a thread."""
@@ -221,15 +239,15 @@ class Spool:
         """
         if not self._closed:
             self._closed = True
-            self._latest = None
+            self._forget_recent()
             self._release()
 
     def forget(self, follower: Follower) -> None:
         """Give up a follower's share: for `Follower.close`."""
         self._idle.discard(follower)
         self._followers -= 1
-        if not self._followers:
-            self._latest = None
+        if self._followers < 2:
+            self._forget_recent()
         self._release()
 
     def await_poke(self, follower: Follower) -> None:

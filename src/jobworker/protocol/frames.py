@@ -11,7 +11,7 @@ import struct
 
 from attrs import frozen
 
-BINARY, FINAL, MASKED = 0x2, 0x80, 0x80
+TEXT, BINARY, FINAL, MASKED = 0x1, 0x2, 0x80, 0x80
 PIECE_BYTES = 63 << 14
 """Output in one message, at the most: whole TLS records (RFC 8446, section 5.1), and a message
 below the mebibyte that some WebSocket libraries take if nobody tells them otherwise."""
@@ -22,14 +22,21 @@ Frame = tuple[bytes, bytes | bytearray]
 
 def frame_binary(start: bytes, payload: bytes | bytearray) -> Frame:
     """A whole binary message, `start` and then `payload`, in one unmasked frame, a server's."""
-    size = len(start) + len(payload)
+    return _header(BINARY, len(start) + len(payload)) + start, payload
+
+
+def frame_text(text: str) -> Frame:
+    """A whole text message in one unmasked frame."""
+    payload = text.encode()
+    return _header(TEXT, len(payload)), payload
+
+
+def _header(opcode: int, size: int) -> bytes:
     if size < 126:
-        header = struct.pack("!BB", FINAL | BINARY, size)
-    elif size < 1 << 16:
-        header = struct.pack("!BBH", FINAL | BINARY, 126, size)
-    else:
-        header = struct.pack("!BBQ", FINAL | BINARY, 127, size)
-    return header + start, payload
+        return struct.pack("!BB", FINAL | opcode, size)
+    if size < 1 << 16:
+        return struct.pack("!BBH", FINAL | opcode, 126, size)
+    return struct.pack("!BBQ", FINAL | opcode, 127, size)
 
 
 @frozen

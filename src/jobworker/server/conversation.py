@@ -14,7 +14,7 @@ that takes nothing for too long, cancels what is being sent.
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -202,14 +202,17 @@ class Conversation:
         if isinstance(subscription, int):
             await self._subscriptions.run(subscription)
 
-    async def _send(self, message: str | Frame) -> None:
-        """Send one message, whole or not at all; a client that takes nothing is let go."""
+    async def _send(self, message: str | Sequence[Frame]) -> None:
+        """Send a message, or several; whole or not at all. Who takes nothing is let go."""
         if self._leaving:
             await trio.sleep_forever()  # until the connection has ended
         with trio.CancelScope(shield=True) as right:
             self._sends.add(right)
             try:
-                await self._socket.send_message(message)
+                if isinstance(message, str):
+                    await self._socket.send_message(message)
+                else:
+                    await self._socket.send_frames(message)
             except SendStalled as stalled:
                 self._end(stalled)
             finally:

@@ -1,16 +1,19 @@
 """A client's WebSocket on which output goes out in frames that were made once for everybody.
 
-trio-websocket makes a frame of each message, and wsproto copies it on the way. What is no text here
-is a whole frame already (`protocol.frames`), the very object that other connections send too, and
-goes to the stream as it is. The stream sends one thing at a time, so frames never mix with those
-of trio-websocket.
+trio-websocket makes a frame of each message, and wsproto copies it on the way. Output comes here in
+whole frames (`protocol.frames`), the very objects that other connections send too, and goes to the
+stream as it is, many small ones together. The stream sends one thing at a time, so frames never mix
+with those of trio-websocket.
 """
+
+from collections.abc import Sequence
 
 import trio_websocket
 from attrs import define
 
 from jobworker.protocol.frames import Frame
 from jobworker.server.http_head import PrefixStream
+from jobworker.tls_stream import RECORD_BYTES
 
 
 @define(eq=False)
@@ -24,14 +27,23 @@ class FramedSocket:
         """Wait for the next message. Raises trio_websocket.ConnectionClosed."""
         return await self._socket.get_message()
 
-    async def send_message(self, message: str | Frame) -> None:
-        """Send a text message, or a frame. Raises as `get_message`; breaks if cancelled."""
-        if isinstance(message, str):
-            await self._socket.send_message(message)
-        elif self._socket.closed:
+    async def send_message(self, message: str) -> None:
+        """Send a text message. Raises as `get_message`; breaks if cancelled."""
+        await self._socket.send_message(message)
+
+    async def send_frames(self, frames: Sequence[Frame]) -> None:
+        """Send messages one after the other. Raises as `get_message`; breaks if cancelled."""
+        if self._socket.closed:
             raise trio_websocket.ConnectionClosed(self._socket.closed)
-        else:
-            await self._stream.send_all(*message)
+        parts, small = [], bytearray()
+        for start, payload in frames:
+            small += start
+            if len(payload) < RECORD_BYTES:  # a copy costs less than a record of its own
+                small += payload
+            else:
+                parts += [small, payload]
+                small = bytearray()
+        await self._stream.send_all(*parts, small)
 
     async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
         """Say goodbye and close."""

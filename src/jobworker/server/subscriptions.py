@@ -7,10 +7,11 @@ costs a place in them. Where output waits and no credit comes for `stall_seconds
 ends with the error `follower_stalled`; the client may come back and go on at its offset.
 
 Followers at one place get one and the same Chunk, and the message made of it is kept with it: what
-a thousand clients follow is encoded once.
+a thousand clients follow is encoded once. Where output comes in many small pieces, of two streams
+by turns or each with a time of its own, many of them are sent together.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -22,14 +23,14 @@ from jobworker.jobs.output_index import Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobRecord
 from jobworker.model.units import format_duration, from_nanoseconds
-from jobworker.protocol.frames import PIECE_BYTES, Frame
+from jobworker.protocol.frames import PIECE_BYTES, Frame, frame_text
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
 from jobworker.server.traffic import LEAST_BYTES, Traffic
 
-Send = Callable[[str | Frame], Awaitable[None]]
-"""Sends a text message, or a frame that holds a binary one."""
+Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
+"""Sends a text message, or messages in their frames, one after the other."""
 Show = Callable[[JobRecord], JobRecord]
 """A record as the client may see it."""
 
@@ -39,6 +40,8 @@ _MOST_BYTES = {
     Encoding.TEXT: PIECE_BYTES // 8,  # up to six for one
 }
 """Output in one message, which has less than a mebibyte in any case."""
+MAX_FRAMES = 256
+"""Messages that are sent together, at the most."""
 SLOW_SECONDS = 0.5
 
 
@@ -95,18 +98,41 @@ class Subscription:
         elif size >= self._pace:
             self._pace = min(PIECE_BYTES, self._pace * 2)
 
-    def message(self, chunk: Chunk) -> str | Frame:
-        """The message for a chunk, which takes up its share of the credit."""
+    async def take(self, limit: int) -> tuple[list[Frame], int]:
+        """Messages for what there is now, of `limit` bytes together, and how many those are."""
+        frames: list[Frame] = []
+        size = 0
+        while size < limit and len(frames) < MAX_FRAMES:
+            chunk = await self.follower.read(limit - size)
+            if chunk is None:
+                break
+            frames.append(self._frame(chunk))
+            size += len(chunk.data)
+            if not self.unfinished:
+                break
         if self._credit is not None:
-            self._credit -= len(chunk.data)
+            self._credit -= size
+        return frames, size
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something now that is to be sent."""
+        if self.until is not None and self.follower.offset >= self.until:
+            return False
+        return self.follower.behind
+
+    def _frame(self, chunk: Chunk) -> Frame:
         if self.encoding is Encoding.TEXT:  # what it is depends on what came before
-            return self.text.encode(self._header(chunk), bytes(chunk.data))
+            return frame_text(self.text.encode(self._header(chunk), bytes(chunk.data)))
         key = (self.number, self.encoding)
         found = chunk.shared.get(key)
         if found is None:
-            encode = frame_output if self.encoding is Encoding.BINARY else encode_output
-            found = chunk.shared[key] = encode(self._header(chunk), chunk.data)
-        assert isinstance(found, str | tuple)
+            found = chunk.shared[key] = (
+                frame_output(self._header(chunk), chunk.data)
+                if self.encoding is Encoding.BINARY
+                else frame_text(encode_output(self._header(chunk), chunk.data))
+            )
+        assert isinstance(found, tuple)
         return found
 
     def _header(self, chunk: Chunk) -> OutputHeader:
@@ -212,11 +238,11 @@ class Subscriptions:
                 room = await subscription.room(self._stall_seconds)
                 async with self._taking_turns():
                     with self._traffic.share() as share:
-                        chunk = await subscription.follower.read(min(room, share))
-                        if chunk is not None:
-                            began = trio.current_time()
-                            await self._send(subscription.message(chunk))
-                            subscription.keep_pace(len(chunk.data), trio.current_time() - began)
+                        frames, size = await subscription.take(min(room, share))
+                        began = trio.current_time()
+                        if frames:
+                            await self._send(frames)
+                        subscription.keep_pace(size, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)
         except JobworkerError as error:
@@ -237,7 +263,6 @@ class Subscriptions:
 
     async def _more(self, subscription: Subscription) -> bool:
         """Wait until there is something to read; False where nothing is to be sent any more."""
-        follower, until = subscription.follower, subscription.until
-        if until is None:
-            return await follower.wait_for_more()
-        return follower.offset < until and follower.behind
+        if subscription.until is None:
+            return await subscription.follower.wait_for_more()
+        return subscription.unfinished
