@@ -76,6 +76,21 @@ async def test_stalled_follower_is_let_go_and_can_come_back(
         assert len(out) == 299_000
 
 
+async def test_what_is_written_before_a_time_to_come_is_not_shown(admin: Wire) -> None:
+    script = "trap 'echo late; exit' TERM; echo early; while :; do sleep 0.05; done"
+    job = await admin.start("sh", "-c", script)
+    with trio.fail_after(30):
+        while not (await log_of(admin, job, follow=False))[0]:
+            pass
+    opened = [
+        await admin.call("job.log", id=job, since=moment)
+        for moment in ("2999-01-01T00:00:00Z", "2020-01-01T00:00:00Z")
+    ]
+    await admin.call("job.stop", id=job, grace_seconds=30)
+    seen = [(await admin.output(each["subscription"]))[0] for each in opened]
+    assert seen == [b"", b"early\nlate\n"]
+
+
 # --- the command line -----------------------------------------------------------------------
 
 
@@ -112,6 +127,39 @@ async def test_log_shows_what_is_asked_for(service: Embedded, admin: Wire) -> No
     _, said, code = await ask(log, "--since=yesterday")
     assert code == 2
     assert "neither a duration" in said
+
+
+INTERRUPTED_LINE = """
+import array, fcntl, os, termios
+def write(fd, data):
+    os.write(fd, data)
+    left = array.array("i", [1])
+    while left[0]:  # until the service has moved it from the pipe to the log
+        fcntl.ioctl(fd, termios.FIONREAD, left)
+write(1, b"part")
+write(2, b"E")
+write(1, b"ial\\nlast no newline")
+"""
+
+
+async def test_log_begins_with_whole_lines(service: Embedded, admin: Wire) -> None:
+    _, _, record = await admin.run("python3", "-c", INTERRUPTED_LINE)
+    job = str(record["id"])
+
+    def log(*options: str) -> tuple[str, str]:
+        done = call(service, "log", *options, job)
+        return done.stdout, done.stderr
+
+    ask = trio.to_thread.run_sync
+    assert await ask(log, "--tail=1") == ("last no newline", "")
+    assert await ask(log, "--tail=2") == ("last no newline", "E")
+    assert await ask(log, "--tail=3") == ("partial\nlast no newline", "E")
+    whole, _ = await ask(log, "-t")
+    of_part, of_last = (line.split()[0] for line in whole.splitlines())
+    assert of_part < of_last
+    assert await ask(log, "-t", "--tail=2", "--stdout") == (whole, "")
+    out, err = await ask(log, "-t", f"--since={of_last}")
+    assert (out, err) == (f"{of_last} last no newline", "")
 
 
 @pytest.mark.parametrize(("raw", "seen"), [(False, b"a\\x1b[2Jb\\x0dc"), (True, b"a\x1b[2Jb\rc")])

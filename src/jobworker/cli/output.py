@@ -30,13 +30,13 @@ from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
     "-n",
     type=click.IntRange(0, MAX_TAIL_LINES),
     metavar="N",
-    help="Begin with the last N lines; 0 is what comes from now on.",
+    help="Only the last N lines, and those that begin from now on.",
 )
 @click.option(
     "--since",
     type=Moment(),
     metavar="TIME|DURATION",
-    help="Begin with what was written at a time, or so long ago: 10m, 2026-01-31T12:00:00.",
+    help="Only lines begun since a time, or since so long ago: 10m, 2026-01-31T12:00:00.",
 )
 @click.option("--timestamps", "-t", is_flag=True, help="Begin each line with its time.")
 @click.option("--stdout", "chosen", flag_value=Stream.STDOUT.value, help="Only standard output.")

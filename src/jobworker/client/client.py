@@ -201,7 +201,7 @@ class Client:
     async def open_following(self, params: m.LogParams) -> Following:
         """Open a subscription; it lasts no longer than the connection that it is opened on."""
         link, result = await self._call("job.log", params, m.LogResult)
-        return link.following(result.subscription, result.offset)
+        return link.following(result.subscription, result.offset, result.starts)
 
     async def _call(
         self, name: str, params: object, result: type[T], *, again: bool = True

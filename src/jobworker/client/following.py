@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 from jobworker.errors import InternalError, JobworkerError, error_classes
 from jobworker.model.job import JobRecord, Stream
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.protocol.messages import Delivery, Encoding, OutputEnd
+from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, StreamStart
 from jobworker.protocol.session import Output
 
 WINDOW_BYTES = 8 * PIECE_BYTES
@@ -63,6 +63,8 @@ class Following:
     """The job at the end of its output; None before."""
     offset: int = 0
     """Position after the last chunk, in both streams together: where to go on."""
+    starts: tuple[StreamStart, ...] = ()
+    """Where streams are to begin of which no chunk has come."""
     _inbox: Inbox
     _grant: Callable[[int], None]
     _forget: Callable[[bool], None]
@@ -98,6 +100,8 @@ class Following:
         self._taken_bytes += len(item.data)
         header = item.header
         self.offset = header.offset + len(item.data)
+        if self.starts:
+            self.starts = tuple(each for each in self.starts if each.stream is not header.stream)
         return Chunk(stream=header.stream, offset=header.offset, time=header.time, data=item.data)
 
     def _finish(self, end: OutputEnd) -> Chunk:

@@ -91,10 +91,11 @@ class Job:
     ) -> "JobOutput":
         """The job's output, from byte `offset` of both streams together.
 
-        With `tail_lines` or `since` (a moment, or so long ago by the server's clock) it begins
-        later: at the latest of all. With `follow` it goes on to the job's last byte, else it ends
-        with what there is now. Without `coalesce` no chunk joins what was written at two times.
-        `on_break` hears of each lost connection, and of the offset at which it goes on.
+        With `tail_lines` or `since` (a moment, or so long ago by the server's clock) each stream
+        begins later, with a whole line: at the latest of all. With `follow` it goes on to the
+        job's last byte, else it ends with what there is now. Without `coalesce` no chunk joins
+        what was written at two times. `on_break` hears of each lost connection, and of the offset
+        at which it goes on.
 
         >>> job = await client.run(["sh", "-c", "echo hello; echo oops >&2"])
         >>> async for chunk in job.output(streams=[Stream.STDOUT]):
@@ -150,7 +151,6 @@ class JobOutput:
 
     offset: int = field(init=False)
     """Position after the last chunk, in both streams together: where to go on."""
-    _begun: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.offset = self._params.offset
@@ -159,6 +159,7 @@ class JobOutput:
         """End the subscription; a second call does nothing."""
         if self._following is not None:
             self._following.close()
+            self._params = self._rest(self._following)
             self._following = None
 
     def __enter__(self) -> Self:
@@ -178,8 +179,8 @@ class JobOutput:
     async def __anext__(self) -> Chunk:
         while self.record is None:
             if self._following is None:
-                self._following = await self._client.open_following(self._rest())
-                self.offset, self._begun = self._following.offset, True
+                self._following = await self._client.open_following(self._params)
+                self.offset = self._following.offset
             try:
                 chunk = await anext(self._following)
             except StopAsyncIteration:
@@ -193,14 +194,17 @@ class JobOutput:
                 if self._on_break is not None:
                     self._on_break(lost, self.offset)
             else:
-                self.offset, self._begun = self._following.offset, True
+                self.offset = self._following.offset
                 return chunk
         raise StopAsyncIteration
 
-    def _rest(self) -> m.LogParams:
-        """What to ask for: once begun, what follows, whatever it began with."""
-        if not self._begun:
-            return self._params
+    def _rest(self, begun: Following) -> m.LogParams:
+        """What to ask for next: what follows, whatever it began with."""
         return evolve(
-            self._params, offset=self.offset, tail_lines=None, since=None, since_seconds=None
+            self._params,
+            offset=begun.offset,
+            tail_lines=None,
+            since=None,
+            since_seconds=None,
+            starts=begun.starts,
         )

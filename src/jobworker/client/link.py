@@ -86,13 +86,16 @@ class Link:
         assert isinstance(reply.result, result)
         return reply.result
 
-    def following(self, subscription: int | None, offset: int) -> Following:
+    def following(
+        self, subscription: int | None, offset: int, starts: tuple[m.StreamStart, ...] = ()
+    ) -> Following:
         """The output of a subscription that a call has just opened."""
         inbox = None if subscription is None else self._inboxes.get(subscription)
         if subscription is None or inbox is None:
             raise ProtocolError("cannot follow the job: the server opened no subscription")
         return Following(
             offset=offset,
+            starts=starts,
             inbox=inbox,
             grant=lambda count: self._grant(subscription, count),
             forget=lambda ended: self._forget(subscription, ended=ended),

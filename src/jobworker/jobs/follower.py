@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import trio
 from attrs import define, evolve
 
-from jobworker.jobs.output_index import CHUNK_BYTES, Chunk, Place, View
+from jobworker.jobs.output_index import CHUNK_BYTES, Chunk, LineStart, Place, View
 
 if TYPE_CHECKING:
     from jobworker.jobs.spool import Spool
@@ -64,6 +64,8 @@ class Follower:
                 place = self._place or await self._spool.find(self._start)
                 view = evolve(self._view, max_bytes=max_bytes)
                 chunk, after = await self._spool.read(place, view)
+                if chunk is not None and any(each.stream is chunk.stream for each in view.starts):
+                    chunk, after = await self._begin_with_line(chunk, after)
                 self._check_open()
                 self._place = after
                 if chunk is not None:
@@ -71,6 +73,22 @@ class Follower:
                 await trio.lowlevel.checkpoint()  # a long way through the other stream
             self._check_open()
             return None
+
+    async def _begin_with_line(self, chunk: Chunk, after: Place) -> tuple[Chunk | None, Place]:
+        """Pass over what is left of a line that began before its stream does here."""
+        skipped = await self._spool.bytes_before_line(chunk)
+        if skipped is None:
+            return None, after
+        if skipped:
+            after = await self._spool.find(chunk.offset + skipped)
+        waiting = tuple(each for each in self._view.starts if each.stream is not chunk.stream)
+        self._view = evolve(self._view, starts=waiting)
+        return None if skipped else chunk, after
+
+    @property
+    def starts(self) -> tuple[LineStart, ...]:
+        """Of the streams that have not begun."""
+        return self._view.starts
 
     @property
     def behind(self) -> bool:

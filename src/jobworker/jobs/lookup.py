@@ -64,8 +64,8 @@ async def follow_from(
 ) -> Follower:
     """A follower that begins where `start` says."""
     with spool.follow(streams=streams, coalesce=coalesce):  # keeps it open while it is searched
-        offset = await spool.find_start(start, streams)
-        return spool.follow(offset, streams=streams, coalesce=coalesce)
+        found = await spool.find_start(start, streams)
+        return spool.follow(found.offset, streams=streams, coalesce=coalesce, starts=found.starts)
 
 
 def output_of(executions: Iterable[Execution], jobs: Collection[JobId]) -> int:

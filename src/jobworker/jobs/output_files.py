@@ -229,10 +229,12 @@ class OutputFiles:
         with disk_errors("read"):
             return self._read_record(number)
 
-    def read_stream(self, stream: Stream, offset: int, size: int) -> bytes | bytearray:
-        """`size` bytes of one stream from `offset` of its file on, all of them recorded."""
+    def read_stream(
+        self, stream: Stream, offset: int, size: int, *, nowait: bool = False
+    ) -> bytes | bytearray:
+        """`size` bytes of one stream from `offset` of its file on; errors as for `read`."""
         with disk_errors("read"):
-            return self._read(self._data[stream], size, offset, nowait=False)
+            return self._read(self._data[stream], size, offset, nowait)
 
     def _read_record(self, number: int, nowait: bool = False) -> Record:
         if number < 0:

@@ -132,6 +132,26 @@ class Span:
 
 
 @frozen
+class LineStart:
+    """Where a stream begins for a reader: with a line, and what comes before is hidden.
+
+    It is the first line whose first byte stands at `offset` of the stream's file or later, and was
+    seen at `since_ns` or later. Where lines are, only the bytes tell: `plan_read` hides what is
+    too early, and the reader goes on to the next line (`output_search.bytes_before_line`).
+    """
+
+    stream: Stream
+    offset: int = 0
+    since_ns: int = 0
+
+    def hides(self, time_ns: int, position: int, length: int) -> int:
+        """How many of `length` bytes at `position` of the stream, seen at `time_ns`."""
+        if time_ns < self.since_ns:
+            return length
+        return min(length, max(0, self.offset - position))
+
+
+@frozen
 class View:
     """What a reader wants to see."""
 
@@ -139,6 +159,13 @@ class View:
     streams: frozenset[Stream] = BOTH
     coalesce: bool = True
     """Join the records of one stream into one chunk; otherwise each keeps its own time stamp."""
+    starts: tuple[LineStart, ...] = ()
+    """Of those streams that have not begun."""
+
+    def hides(self, stream: Stream, time_ns: int, position: int, length: int) -> int:
+        """How many of `length` bytes at `position` of a stream come before it begins."""
+        mine = (each for each in self.starts if each.stream is stream)
+        return max((each.hides(time_ns, position, length) for each in mine), default=0)
 
 
 def plan_read(block: memoryview, place: Place, view: View) -> tuple[Span | None, Place]:
@@ -158,9 +185,14 @@ def plan_read(block: memoryview, place: Place, view: View) -> tuple[Span | None,
         length = stdout_grew + stderr_grew - skip
         if length > 0:
             stream = Stream.STDOUT if stdout_grew else Stream.STDERR
-            if first is None and stream in view.streams:
+            hidden = 0
+            if view.starts:
+                position = (stdout if stdout_grew else stderr) + skip
+                hidden = view.hides(stream, time_ns, position, length)
+            if first is None and stream in view.streams and hidden < length:
+                skip, length = skip + hidden, length - hidden
                 first = Span(stream, time_ns, Place(number, stdout, stderr, skip), 0)
-            elif first is not None and not (stream is first.stream and view.coalesce):
+            elif first is not None and (stream is not first.stream or not view.coalesce or hidden):
                 break
             if first is not None:
                 room = view.max_bytes - size

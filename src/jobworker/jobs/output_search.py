@@ -2,19 +2,25 @@
 
 Lines are counted in each stream on its own, since a stream's bytes are what its program wrote: a
 line begins with the stream's first byte, and with each byte after a line feed. The last N lines are
-those of the N latest first bytes. So a line of one stream that the other interrupts is one line.
+those of the N latest first bytes. So a line of one stream that the other interrupts is one line,
+and each stream begins at a place of its own: at the merged offset where the first of them begins,
+the other may be in the midst of a line that is not wanted.
+
+A line that has not ended goes on after the search. So what a stream starts with is a rule
+(`LineStart`), which holds for what comes later too: who begins with none of a line sees nothing of
+its rest, and who asks for a time to come sees nothing before it.
 
 What is asked for in several ways begins at the latest of them. Every call reads the disk: the
 caller brings a thread, and a `pause` that may raise to end a search that nobody waits for any more.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
 
 from attrs import frozen
 
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, Record
+from jobworker.jobs.output_index import BOTH, Chunk, LineStart, Record
 from jobworker.model.job import Stream
 
 BLOCK_BYTES = 65_536
@@ -27,7 +33,18 @@ class Start:
     offset: int = 0
     tail_lines: int | None = None
     since_ns: int | None = None
-    """Nanoseconds since the epoch: begin with the first write that was seen then or later."""
+    """Nanoseconds since the epoch: only lines whose first byte was seen then or later."""
+    starts: tuple[LineStart, ...] = ()
+    """What an earlier search found, of streams that have not begun; with `offset` alone."""
+
+
+@frozen
+class Beginning:
+    """Where to read from, and what to hide there."""
+
+    offset: int
+    """Merged; no stream begins before."""
+    starts: tuple[LineStart, ...] = ()
 
 
 def find_start(
@@ -35,61 +52,93 @@ def find_start(
     start: Start,
     streams: Collection[Stream] = BOTH,
     pause: Callable[[], None] = lambda: None,
-) -> int:
-    """The merged offset that `start` stands for. Raises OutputError where the disk fails."""
-    found = [start.offset]
+) -> Beginning:
+    """What `start` stands for, in whole lines. Raises OutputError where the disk fails."""
+    records = files.records  # once: it may grow meanwhile
+    first = dict.fromkeys(streams, 0)
     if start.since_ns is not None:
-        found.append(_offset_since(files, start.since_ns))
+        before = files.record(_records_before(files, records, start.since_ns) - 1)
+        first = {stream: before.length_of(stream) for stream in streams}
     if start.tail_lines is not None:
-        found.append(_offset_of_tail(files, start.tail_lines, streams, pause))
-    return max(found)
-
-
-def _offset_since(files: OutputFiles, since_ns: int) -> int:
-    """By bisection: a clock that was set back may make this some place near."""
-    number = bisect_left(
-        range(files.records), since_ns, key=lambda number: files.record(number).time_ns
+        tail = _find_tail(files, records, start.tail_lines, streams, pause)
+        first = {stream: max(first[stream], tail[stream]) for stream in streams}
+    since_ns = start.since_ns or 0
+    starts = (LineStart(stream, offset, since_ns) for stream, offset in first.items())
+    return Beginning(
+        max(start.offset, min(_merged(files, records, *item) for item in first.items())),
+        tuple(each for each in starts if each.offset or each.since_ns or start.offset),
     )
-    return files.record(number - 1).size
+
+
+def bytes_before_line(files: OutputFiles, chunk: Chunk, *, nowait: bool) -> int | None:
+    """How many of a chunk's bytes come before the first line that begins in it; None where none.
+
+    Errors as for `OutputFiles.read`.
+    """
+    place = files.find(chunk.offset, nowait=nowait)
+    position = place.skip + (
+        place.stdout_bytes if chunk.stream is Stream.STDOUT else place.stderr_bytes
+    )
+    if not position or files.read_stream(chunk.stream, position - 1, 1, nowait=nowait) == b"\n":
+        return 0
+    after = chunk.data.find(b"\n") + 1
+    return after if 0 < after < len(chunk.data) else None
+
+
+def _records_before(files: OutputFiles, records: int, since_ns: int) -> int:
+    """By bisection: a clock that was set back may make this some place near."""
+    return bisect_left(range(records), since_ns, key=lambda number: files.record(number).time_ns)
+
+
+def _merged(files: OutputFiles, records: int, stream: Stream, offset: int) -> int:
+    """The merged offset of a stream's byte; the log's end where it has not come yet."""
+    number = bisect_right(
+        range(records), offset, key=lambda number: files.record(number).length_of(stream)
+    )
+    before = files.record(number - 1)
+    return before.size + (offset - before.length_of(stream) if number < records else 0)
 
 
 @frozen
 class _Run:
-    """Consecutive bytes of one stream: where they stand in its file, and in the log."""
+    """Consecutive bytes of one stream: where they stand in its file."""
 
     stream: Stream
     start: int
     end: int
-    offset: int
 
 
-def _offset_of_tail(
-    files: OutputFiles, lines: int, streams: Collection[Stream], pause: Callable[[], None]
-) -> int:
-    if not lines:
-        return files.last.size
-    for run in _runs_backwards(files):
-        end = run.end
-        while end > run.start and run.stream in streams:
+def _find_tail(
+    files: OutputFiles,
+    records: int,
+    lines: int,
+    streams: Collection[Stream],
+    pause: Callable[[], None],
+) -> dict[Stream, int]:
+    """Where each stream's first one of the last lines begins in its file; its end if none does."""
+    end = files.record(records - 1)
+    found = {stream: end.length_of(stream) for stream in streams}
+    for run in _runs_backwards(files, records):
+        end_of_block = run.end
+        while lines and end_of_block > run.start and run.stream in streams:
             pause()
-            start = max(run.start, end - BLOCK_BYTES)
+            start = max(run.start, end_of_block - BLOCK_BYTES)
             # The byte before each one: a line begins where that is a line feed, or is none.
             first = max(start - 1, 0)
-            before = files.read_stream(run.stream, first, end - 1 - first)
+            before = files.read_stream(run.stream, first, end_of_block - 1 - first)
             before = before if start else b"\n" + before
-            found = before.count(b"\n")
-            if found >= lines:
-                place = len(before)
-                for _ in range(lines):
-                    place = before.rindex(b"\n", 0, place)
-                return run.offset + start - run.start + place
-            lines -= found
-            end = start
-    return 0
+            place = len(before)
+            for _ in range(min(lines, before.count(b"\n"))):
+                place = before.rindex(b"\n", 0, place)
+                found[run.stream] = start + place
+                lines -= 1
+            end_of_block = start
+        if not lines:
+            break
+    return found
 
 
-def _runs_backwards(files: OutputFiles) -> Iterator[_Run]:
-    records = files.records  # once: it may grow meanwhile
+def _runs_backwards(files: OutputFiles, records: int) -> Iterator[_Run]:
     after = files.record(records - 1)
     run: _Run | None = None
     for before in map(files.record, range(records - 2, -2, -1)):
@@ -97,11 +146,11 @@ def _runs_backwards(files: OutputFiles) -> Iterator[_Run]:
         if stream is not None:
             start, end = before.length_of(stream), after.length_of(stream)
             if run is not None and run.stream is stream:
-                run = _Run(stream, start, run.end, before.size)
+                run = _Run(stream, start, run.end)
             else:
                 if run is not None:
                     yield run
-                run = _Run(stream, start, end, before.size)
+                run = _Run(stream, start, end)
         after = before
     if run is not None:
         yield run

@@ -31,8 +31,8 @@ from attrs import define, field, frozen
 from jobworker.errors import InvalidParams
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, RECORD, Chunk, Place, View
-from jobworker.jobs.output_search import Start, find_start
+from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
+from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
 from jobworker.model.job import Stream
 
 T = TypeVar("T")
@@ -166,12 +166,18 @@ class Spool:
     # --- reading ----------------------------------------------------------------------------
 
     def follow(
-        self, offset: int = 0, *, streams: Collection[Stream] = BOTH, coalesce: bool = True
+        self,
+        offset: int = 0,
+        *,
+        streams: Collection[Stream] = BOTH,
+        coalesce: bool = True,
+        starts: tuple[LineStart, ...] = (),
     ) -> Follower:
         """Follow the log from merged `offset` on; close the follower in the end (`with`).
 
         Only the bytes of `streams` are shown; offsets count all. Without `coalesce` no chunk
         spans two records, so that each write that the job was seen to make has its time stamp.
+        The streams of `starts` begin with a line, as those say.
         Raises InvalidParams where the log is shorter than `offset`.
         """
         if not 0 <= offset <= self.size:
@@ -183,13 +189,13 @@ class Spool:
             raise trio.ClosedResourceError("cannot follow a closed spool")
         self._followers += 1
         self._users += 1
-        view = View(streams=frozenset(streams), coalesce=coalesce)
+        view = View(streams=frozenset(streams), coalesce=coalesce, starts=starts)
         return Follower(self, view, offset, *trio.open_memory_channel[None](1))
 
-    async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> int:
-        """The merged offset at which `start` has a follower begin. Raises OutputError."""
+    async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> Beginning:
+        """Where `start` has a follower begin. Raises OutputError."""
         if start.tail_lines is None and start.since_ns is None:
-            return start.offset
+            return Beginning(start.offset, start.starts)
         search = partial(find_start, self._files, start, streams, trio.from_thread.check_cancelled)
         with self._in_use():
             return await trio.to_thread.run_sync(search, limiter=self._readers)
@@ -198,9 +204,13 @@ class Spool:
         """The place of a merged offset."""
         return await self._ask(lambda nowait: self._files.find(offset, nowait=nowait))
 
+    async def bytes_before_line(self, chunk: Chunk) -> int | None:
+        """See `output_search.bytes_before_line`."""
+        return await self._ask(lambda nowait: bytes_before_line(self._files, chunk, nowait=nowait))
+
     async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
         """See `OutputFiles.read`. Who asks for what was read just before gets the same Chunk."""
-        key = (place, view.streams, view.coalesce)
+        key = (place, view.streams, view.coalesce, view.starts)
         found = self._recent.get(key)
         if found is not None and len(found[0].data) <= view.max_bytes:
             return found

@@ -4,7 +4,7 @@ Each has a `schema`: the bounds in the words of JSON Schema (2020-12), from whic
 documents are made, so that a bound is stated once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Generic, TypeVar
 
 from attrs import field, frozen
@@ -51,3 +51,14 @@ def within(
 
     # mypy cannot see that the class is as general as the function in it.
     return Documented(check, schema)  # type: ignore[return-value]
+
+
+def at_most(count: int) -> Callable[[object, object, T], None]:
+    """A validator for collections of at most `count`."""
+
+    def check(_: object, __: object, value: T) -> None:
+        if isinstance(value, Sized) and len(value) > count:
+            raise ValueError(f"must have at most {count} entries, not {len(value)}")
+
+    # mypy cannot see that the class is as general as the function in it.
+    return Documented(check, {"maxItems": count})  # type: ignore[return-value]

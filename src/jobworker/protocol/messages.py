@@ -10,7 +10,7 @@ from enum import Enum
 
 from attrs import field, frozen
 
-from jobworker.model.bounds import within
+from jobworker.model.bounds import at_most, within
 from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
@@ -155,6 +155,17 @@ class Removed:
 
 
 @frozen(kw_only=True)
+class StreamStart:
+    """Where a stream begins: with a whole line, the first one that is not before."""
+
+    stream: Stream
+    offset: int = field(default=0, validator=within(0, MAX_OFFSET))
+    """Bytes of this stream alone: the line's first byte stands there or later."""
+    since: datetime | None = None
+    """The line's first byte was read from the job at this time or later."""
+
+
+@frozen(kw_only=True)
 class LogParams:
     """Subscribe to a job's output."""
 
@@ -164,11 +175,13 @@ class LogParams:
     offset: int = field(default=0, validator=within(0, MAX_OFFSET))
     """Start at this byte of both streams together; with what follows, at the latest of all."""
     tail_lines: int | None = field(default=None, validator=within(0, MAX_TAIL_LINES))
-    """Start with the last so many lines of `streams`; 0 is what comes from now on."""
+    """Only the last so many lines of `streams`, and those that begin from now on."""
     since: datetime | None = None
-    """Start with what was written at this time."""
+    """Only lines whose first byte was read from the job at this time or later."""
     since_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
     """The same, so long ago by the server's clock."""
+    starts: tuple[StreamStart, ...] = field(factory=tuple, validator=at_most(len(Stream)))
+    """To go on: those that `job.log` answered, of streams of which nothing has come yet."""
     streams: tuple[Stream, ...] = (Stream.STDOUT, Stream.STDERR)
     coalesce: bool = True
     """Join what was written at different times into one piece; else each has its own time."""
@@ -182,6 +195,8 @@ class LogResult:
     subscription: int
     offset: int
     """Position in both streams together: where to go on if nothing comes before a break."""
+    starts: tuple[StreamStart, ...] = ()
+    """With which line each stream begins that does not begin there."""
 
 
 @frozen(kw_only=True)

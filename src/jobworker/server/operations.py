@@ -16,13 +16,14 @@ from attrs import evolve, frozen
 import jobworker
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.jobs.lookup import Filter
+from jobworker.jobs.output_index import LineStart
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State
-from jobworker.model.units import nanoseconds
+from jobworker.model.units import from_nanoseconds, nanoseconds
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
@@ -183,13 +184,24 @@ async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogRe
         offset=params.offset,
         tail_lines=params.tail_lines,
         since_ns=None if since is None else nanoseconds(since),
+        starts=tuple(map(_line_start, params.starts)),
     )
     follower = await supervisor.follow(
         params.id, start, streams=params.streams, coalesce=params.coalesce
     )
-    offset = follower.offset
+    offset, starts = follower.offset, tuple(map(_stream_start, follower.starts))
     opened = caller.subscriptions.open(record, follower, params.delivery, until)
-    return m.LogResult(subscription=opened.number, offset=offset)
+    return m.LogResult(subscription=opened.number, offset=offset, starts=starts)
+
+
+def _line_start(start: m.StreamStart) -> LineStart:
+    since_ns = 0 if start.since is None else nanoseconds(start.since)
+    return LineStart(start.stream, start.offset, since_ns)
+
+
+def _stream_start(start: LineStart) -> m.StreamStart:
+    since = from_nanoseconds(start.since_ns) if start.since_ns else None
+    return m.StreamStart(stream=start.stream, offset=start.offset, since=since)
 
 
 async def _remove(context: Context, _: Caller, params: m.RemoveParams) -> m.Removed:

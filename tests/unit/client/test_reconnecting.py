@@ -14,7 +14,7 @@ from jobworker.errors import (
     NotFound,
     OutputError,
 )
-from jobworker.model.job import JobId, JobRecord
+from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
 
@@ -33,6 +33,7 @@ class Logs:
     """What servers were asked for, and their plays: each has parts, then the connection breaks."""
 
     asked: list[m.LogParams] = field(factory=list)
+    starts: tuple[m.StreamStart, ...] = ()
 
     def play(self, *parts: Part) -> Callable[[Peer], Awaitable[None]]:
         async def serve(peer: Peer) -> None:
@@ -41,7 +42,9 @@ class Logs:
                 while not isinstance(call.params, m.LogParams):  # an unfollow, say
                     call = await peer.call()
                 self.asked.append(call.params)
-                result = m.LogResult(subscription=number, offset=call.params.offset or 5)
+                result = m.LogResult(
+                    subscription=number, offset=call.params.offset or 5, starts=self.starts
+                )
                 peer.reply(call, result)
                 part(peer)
             peer.hang_up()
@@ -89,6 +92,20 @@ async def test_break_before_the_first_byte_does_not_move_the_start(autojump_cloc
     assert not seen
     assert logs.asked[1].offset == 5  # where the first tail began, not a later tail
     assert logs.asked[1].tail_lines is None
+
+
+async def test_streams_that_have_not_begun_begin_where_they_were_to(
+    autojump_clock: object,
+) -> None:
+    starts = (m.StreamStart(stream=Stream.STDOUT, offset=3), m.StreamStart(stream=Stream.STDERR))
+    logs = Logs(starts=starts)
+    await follow(
+        logs,
+        [nothing],
+        [lambda peer: peer.output(1, 5, b"abc")],
+        [lambda peer: peer.end(1, 8)],
+    )
+    assert [asked.starts for asked in logs.asked] == [(), starts, starts[1:]]
 
 
 async def test_stalled_follower_comes_back_on_the_same_connection(autojump_clock: object) -> None:

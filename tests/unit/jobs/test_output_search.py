@@ -1,24 +1,31 @@
 """Where a reader begins, against a model that looks at each byte."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
+import trio
+from attrs import evolve, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobworker.jobs.output_search as search
+from jobworker.jobs.lookup import follow_from
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH
-from jobworker.jobs.output_search import Start, find_start
+from jobworker.jobs.output_index import BOTH, Chunk, LineStart, View
+from jobworker.jobs.output_search import Beginning, Start, find_start
+from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
 
 from .test_spool import append
 
 OUT, ERR = Stream.STDOUT, Stream.STDERR
 Pieces = list[tuple[Stream, bytes]]
+Streams = frozenset[Stream]
 
 PIECES = st.lists(
     st.tuples(st.sampled_from(Stream), st.text("ab\n", min_size=1, max_size=9).map(str.encode)),
@@ -27,7 +34,7 @@ PIECES = st.lists(
 
 
 @contextmanager
-def log_of(pieces: Pieces) -> Iterator[OutputFiles]:
+def files_of(pieces: Pieces) -> Iterator[OutputFiles]:
     """A log with a record for each piece, at 100, 200, … nanoseconds."""
     times = iter(range(100, 100_000, 100))
     with tempfile.TemporaryDirectory() as directory:
@@ -40,48 +47,172 @@ def log_of(pieces: Pieces) -> Iterator[OutputFiles]:
             files.close()
 
 
-def line_starts(pieces: Pieces, streams: set[Stream]) -> list[int]:
-    """The merged offset of each line's first byte, in order."""
-    starts, offset = [], 0
-    before = dict.fromkeys(Stream, b"\n")
-    for stream, data in pieces:
+@frozen
+class Line:
+    """A line of one stream, with the time and the merged offset of its first byte."""
+
+    stream: Stream
+    time_ns: int
+    offset: int
+    data: bytes
+
+
+def lines_of(pieces: Iterable[tuple[Stream, int, bytes]]) -> list[Line]:
+    """The lines that pieces of given times make, in the order of their first bytes."""
+    lines, open_lines, offset = list[Line](), dict[Stream, int](), 0
+    for stream, time_ns, data in pieces:
         for value in data:
-            if before[stream] == b"\n" and stream in streams:
-                starts.append(offset)
-            before[stream] = bytes([value])
+            if stream not in open_lines:
+                open_lines[stream] = len(lines)
+                lines.append(Line(stream, time_ns, offset, b""))
+            number = open_lines[stream]
+            lines[number] = evolve(lines[number], data=lines[number].data + bytes([value]))
+            if value == ord("\n"):
+                del open_lines[stream]
             offset += 1
-    return starts
+    return lines
+
+
+def timed(pieces: Pieces) -> list[tuple[Stream, int, bytes]]:
+    return [(stream, time_ns, data) for time_ns, (stream, data) in zip(count(100, 100), pieces)]
+
+
+def wanted(pieces: Pieces, searched: int, start: Start, streams: Streams) -> list[Line]:
+    """The lines of `streams` that `start` stands for, where so many pieces were there then."""
+    size = sum(len(data) for _, data in pieces[:searched])
+    lines = [line for line in lines_of(timed(pieces)) if line.stream in streams]
+    if start.tail_lines is not None:
+        old = [line for line in lines if line.offset < size]
+        lines = lines[max(0, len(old) - start.tail_lines) :]
+    return [line for line in lines if line.time_ns >= (start.since_ns or 0)]
+
+
+async def seen(
+    files: OutputFiles, later: Pieces, start: Start, view: View, breaks: Sequence[int]
+) -> list[Line]:
+    """What a reader sees who comes back after so many chunks, each time, as clients do."""
+    spool = Spool(files)
+    chunks = list[Chunk]()
+    try:
+        follower = await follow_from(spool, start, view.streams, view.coalesce)
+        offset, starts = follower.offset, follower.starts
+        for stream, data in later:
+            append(spool, stream, data)
+        await spool.seal()
+        for chunks_before_break in [*breaks, 1 << 60]:
+            with follower:
+                for _ in range(chunks_before_break):
+                    chunk = await follower.receive(view.max_bytes)
+                    if chunk is None:
+                        return lines_of((c.stream, c.time_ns, bytes(c.data)) for c in chunks)
+                    chunks.append(chunk)
+                    offset = chunk.end
+                    starts = tuple(each for each in starts if each.stream is not chunk.stream)
+            again = Start(offset=offset, starts=starts)
+            follower = await follow_from(spool, again, view.streams, view.coalesce)
+        raise AssertionError("a log that never ends")
+    finally:
+        spool.close()
 
 
 @settings(deadline=None)
 @given(
     pieces=PIECES,
-    lines=st.integers(0, 12),
-    streams=st.sampled_from([{OUT, ERR}, {OUT}, {ERR}]),
+    later=PIECES,
+    tail=st.none() | st.integers(0, 8),
+    since_ns=st.none() | st.integers(0, 60).map(lambda n: 50 * n),
+    streams=st.sampled_from([BOTH, *(frozenset({stream}) for stream in Stream)]),
+    max_bytes=st.integers(1, 30),
+    breaks=st.lists(st.integers(0, 3), max_size=3),
     block=st.integers(1, 5),
 )
-def test_tail_begins_with_the_last_lines(
-    pieces: Pieces, lines: int, streams: set[Stream], block: int
+def test_reader_sees_whole_lines_with_the_times_of_their_first_bytes(
+    pieces: Pieces,
+    later: Pieces,
+    tail: int | None,
+    since_ns: int | None,
+    streams: Streams,
+    max_bytes: int,
+    breaks: list[int],
+    block: int,
 ) -> None:
-    starts = line_starts(pieces, streams)
-    size = sum(len(data) for _, data in pieces)
-    expected = size if not lines else starts[-lines] if lines <= len(starts) else 0
-    with log_of(pieces) as files, pytest.MonkeyPatch.context() as patch:
+    start = Start(tail_lines=tail, since_ns=since_ns)
+    view = View(max_bytes, streams, coalesce=False)
+    expected = wanted(pieces + later, len(pieces), start, streams)
+    with pytest.MonkeyPatch.context() as patch, files_of(pieces) as files:
         patch.setattr(search, "BLOCK_BYTES", block)
-        assert find_start(files, Start(tail_lines=lines), streams) == expected
+        found = trio.run(partial(seen, files, later, start, view, breaks))
+    assert [(each.stream, each.time_ns, each.data) for each in found] == [
+        (each.stream, each.time_ns, each.data) for each in expected
+    ]
 
 
-def test_since_begins_with_what_was_written_then() -> None:
-    with log_of([(OUT, b"a"), (ERR, b"bb"), (OUT, b"ccc")]) as files:
-        found = [find_start(files, Start(since_ns=ns)) for ns in (0, 100, 101, 200, 300, 301)]
-    assert found == [0, 0, 1, 1, 3, 6]
+@settings(deadline=None)
+@given(pieces=PIECES, later=PIECES, tail=st.integers(0, 8), breaks=st.lists(st.integers(0, 3)))
+def test_joined_pieces_hold_the_same_lines(
+    pieces: Pieces, later: Pieces, tail: int, breaks: list[int]
+) -> None:
+    start = Start(tail_lines=tail)
+    expected = wanted(pieces + later, len(pieces), start, BOTH)
+    with files_of(pieces) as files:
+        found = trio.run(partial(seen, files, later, start, View(), breaks))
+    for stream in Stream:
+        assert b"".join(each.data for each in found if each.stream is stream) == b"".join(
+            each.data for each in expected if each.stream is stream
+        )
 
 
-def test_the_latest_of_all_wishes_counts() -> None:
-    with log_of([(OUT, b"a\n"), (OUT, b"b\n"), (OUT, b"c\n")]) as files:
-        assert find_start(files, Start(offset=1, tail_lines=2, since_ns=100)) == 2
-        assert find_start(files, Start(offset=1, tail_lines=2, since_ns=300)) == 4
-        assert find_start(files, Start(offset=5, tail_lines=2)) == 5
+PARTIAL = [(OUT, b"part"), (ERR, b"E"), (OUT, b"ial\nlast no newline")]
+
+
+def test_tail_counts_a_line_that_the_other_stream_interrupts_as_one() -> None:
+    for tail, first in ((0, []), (1, [OUT]), (2, [ERR, OUT]), (3, [OUT, ERR, OUT])):
+        with files_of(PARTIAL) as files:
+            found = trio.run(partial(seen, files, [], Start(tail_lines=tail), View(), []))
+        whole = [each.data for each in found]
+        assert [each.stream for each in found] == first
+        assert whole == [b"part" + b"ial\n", b"E", b"last no newline"][3 - tail :]
+
+
+def test_search_begins_at_the_first_line_of_all() -> None:
+    with files_of(PARTIAL) as files:
+        assert find_start(files, Start(tail_lines=2)) == Beginning(4, (LineStart(OUT, 8),))
+
+
+def test_readers_at_one_place_see_what_each_asked_for() -> None:
+    async def read_by_turns(files: OutputFiles) -> list[bytes | None]:
+        spool = Spool(files)
+        try:
+            with (
+                await follow_from(spool, Start(offset=2), BOTH, True) as all_of_it,
+                await follow_from(spool, Start(since_ns=300), BOTH, True) as later,
+            ):
+                append(spool, OUT, b"b\n")
+                append(spool, OUT, b"c\n")
+                chunks = [await follower.read() for follower in (all_of_it, later, all_of_it)]
+                return [None if chunk is None else bytes(chunk.data) for chunk in chunks]
+        finally:
+            spool.close()
+
+    with files_of([(OUT, b"a\n")]) as files:
+        assert trio.run(read_by_turns, files) == [b"b\nc\n", b"c\n", None]
+
+
+def test_since_keeps_a_time_to_come() -> None:
+    with files_of([(OUT, b"a\n"), (ERR, b"bb")]) as files:
+        later = [(ERR, b"b\nc\n"), (OUT, b"d\n"), (OUT, b"e\n")]
+        found = trio.run(partial(seen, files, later, Start(since_ns=350), View(), []))
+    assert [each.data for each in found] == [b"d\n", b"e\n"]
+
+
+def test_offset_counts_too() -> None:
+    with files_of([(OUT, b"a\n"), (OUT, b"b\n"), (OUT, b"c\n")]) as files:
+        assert find_start(files, Start(offset=1, tail_lines=2, since_ns=100)).offset == 2
+        assert find_start(files, Start(offset=1, tail_lines=2, since_ns=300)).offset == 4
+        start = Start(offset=3, tail_lines=2)
+        assert [each.data for each in trio.run(partial(seen, files, [], start, View(), []))] == [
+            b"c\n"
+        ]
 
 
 def test_a_search_can_be_given_up() -> None:
@@ -91,5 +222,5 @@ def test_a_search_can_be_given_up() -> None:
     def pause() -> None:
         raise GivenUp
 
-    with log_of([(OUT, b"abc")]) as files, pytest.raises(GivenUp):
+    with files_of([(OUT, b"abc")]) as files, pytest.raises(GivenUp):
         find_start(files, Start(tail_lines=1), BOTH, pause)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.model.bounds import within
+from jobworker.model.bounds import at_most, within
 
 from ..strategies import examples
 
@@ -36,3 +36,9 @@ def test_nothing_given_is_within() -> None:
 def test_message_says_that_zero_is_no_limit() -> None:
     with pytest.raises(ValueError, match=r"must be 0 \(no limit\) or from 5 to 10, not 3"):
         within(5, 10, or_zero=True)(None, None, 3)
+
+
+def test_collection_passes_up_to_its_bound() -> None:
+    at_most(2)(None, None, ("a", "b"))
+    with pytest.raises(ValueError, match="must have at most 2 entries, not 3"):
+        at_most(2)(None, None, ("a", "b", "c"))

@@ -28,6 +28,12 @@ _deliveries = st.builds(
     encoding=st.sampled_from(m.Encoding),
     credit_bytes=st.none() | st.integers(min_value=0, max_value=m.MAX_CREDIT_BYTES),
 )
+_starts = st.lists(
+    st.builds(
+        m.StreamStart, stream=st.sampled_from(Stream), offset=counts, since=st.none() | times
+    ),
+    max_size=2,
+).map(tuple)
 _job = st.builds(m.JobParams, id=ids)
 
 PARAMS: dict[str, st.SearchStrategy[object]] = {
@@ -51,6 +57,7 @@ PARAMS: dict[str, st.SearchStrategy[object]] = {
         tail_lines=st.none() | st.integers(0, m.MAX_TAIL_LINES),
         since=st.none() | times,
         since_seconds=st.none() | seconds,
+        starts=_starts,
         streams=st.lists(st.sampled_from(Stream), max_size=2).map(tuple),
         coalesce=st.booleans(),
         delivery=_deliveries,
@@ -93,7 +100,7 @@ RESULTS: dict[str, st.SearchStrategy[object]] = {
     "job.list": st.builds(m.ListResult, jobs=st.lists(records, max_size=2).map(tuple)),
     "job.wait": records,
     "job.stop": records,
-    "job.log": st.builds(m.LogResult, subscription=_numbers, offset=counts),
+    "job.log": st.builds(m.LogResult, subscription=_numbers, offset=counts, starts=_starts),
     "job.remove": _removed,
     "job.prune": _removed,
     "job.credit": _nothing,
