@@ -36,6 +36,8 @@ _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
 _MOUNT_SETATTR = 442
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
 # mount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE = 32, 1024, 4096, 16384, 1 << 18
@@ -266,3 +268,14 @@ def landlock_restrict_self(ruleset: int) -> None:
     """Enter a new domain of `ruleset`, for good: landlock_restrict_self(2)."""
     number, none = ctypes.c_long(_LANDLOCK_RESTRICT_SELF), ctypes.c_uint(0)
     _check(_libc.syscall(number, ctypes.c_int(ruleset), none))
+
+
+def keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
+    """Have malloc keep up to `trim_bytes` that are free, and take what is below `mmap_bytes` there.
+
+    mallopt(3), of glibc; with another C library nothing is done.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, trim_bytes)
+        mallopt(_M_MMAP_THRESHOLD, mmap_bytes)

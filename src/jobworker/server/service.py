@@ -32,8 +32,10 @@ from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import parse_duration
+from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.link import Link, open_link
+from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
@@ -48,6 +50,8 @@ from jobworker.server.traffic import Traffic
 log = logging.getLogger("jobworker.server")
 
 FAREWELL_SECONDS = 1.0
+FREE_BYTES = 16 << 20
+"""What the service keeps of the memory that it has freed."""
 """What connections get to take their last messages."""
 
 
@@ -92,6 +96,7 @@ def _archive(settings: Settings, spools: Path, history: History) -> Archive:
 
 async def serve(prepared: Prepared) -> None:
     """Serve until a signal; raises LauncherGone if the launcher ends before."""
+    keep_freed_memory(FREE_BYTES, 2 * PIECE_BYTES)  # or each piece of output would be mapped anew
     settings = prepared.settings
     history = History.open(prepared.directory / "history.db")
     try:
