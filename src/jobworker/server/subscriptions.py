@@ -103,7 +103,12 @@ class Subscription:
         frames: list[Frame] = []
         size = 0
         while size < limit and len(frames) < MAX_FRAMES:
-            chunk = await self.follower.read(limit - size)
+            try:
+                chunk = await self.follower.read(limit - size)
+            except JobworkerError:
+                if frames:
+                    break  # the next read meets it again, and these are sent before
+                raise
             if chunk is None:
                 break
             frames.append(self._frame(chunk))
