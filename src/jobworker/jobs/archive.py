@@ -3,10 +3,13 @@
 The policy is applied at start, when a job ends, from time to time (age), and where live jobs want
 room that the limit on all output does not leave. What was removed is noted in the job's record,
 which stays; only `remove` takes a job away altogether.
+
+A job whose end a full disk refuses to record is taken up all the same: it is its output that must
+go for the disk to have room again. Its record is its execution's until then.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from attrs import define, evolve, field
 
 from jobworker.errors import JobworkerError, NotFound
 from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
 from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
@@ -44,6 +48,10 @@ class Archive:
     _budget: OutputBudget
     _clock: Callable[[], datetime]
     _kept: KeptOutput = field(init=False)
+    _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
+    """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
+    _removing: trio.Lock = field(factory=trio.Lock, init=False)
+    """Held while output goes and records follow: no note shall bring a removed job back."""
     _due: trio.Event = field(factory=trio.Event, init=False)
     _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
 
@@ -55,9 +63,9 @@ class Archive:
         """What live jobs write within."""
         return OutputRoom(budget=self._budget, make_room=self.make_room)
 
-    async def load(self) -> None:
-        """Take up what stands in the directory, and apply the policy to it."""
-        await self._in_thread(self._kept.load)
+    async def load(self, live: Container[JobId] = ()) -> None:
+        """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
+        await self._in_thread(partial(self._kept.load, live))
         self._budget.count(sum(kept.size for kept in self._kept.all.values()))
         await self.prune()
 
@@ -80,11 +88,18 @@ class Archive:
             await self.prune()
             await trio.sleep(PAUSE_SECONDS)  # many jobs may end at once
 
-    async def add(self, job: JobId) -> None:
-        """Take up a job that has just ended."""
+    async def add(self, execution: Execution) -> None:
+        """Take up a job that has just ended, recorded or not, until `forget` with its record."""
+        job = execution.record.id
+        self._unsettled[job] = execution
         with trio.CancelScope(shield=True):  # waits for the disk alone
             await self._in_thread(partial(self._kept.add, job))
+        execution.archived.set()
         self._due.set()
+
+    def forget(self, execution: Execution) -> None:
+        """Look for the record of a job in the history from now on."""
+        self._unsettled.pop(execution.record.id, None)
 
     async def open(self, record: JobRecord) -> Spool:
         """Open an ended job's output to read it. Raises NotFound where it was removed."""
@@ -114,10 +129,11 @@ class Archive:
         Of the jobs that `only` names, where it is given. What is being followed stays.
         """
         work = partial(self._prune, policy or self._policy, only)
-        with trio.CancelScope(shield=True):  # what was removed must be noted
-            gone = await self._in_thread(work)
-            for kept in gone:
-                await self._note_removal(kept.job)
+        async with self._removing:
+            with trio.CancelScope(shield=True):  # what was removed must be noted
+                gone = await self._in_thread(work)
+                for kept in gone:
+                    await self._note_removal(kept.job)
         if gone:
             log.info("removed the output of %d jobs", len(gone))
         return gone
@@ -130,9 +146,11 @@ class Archive:
         return gone
 
     async def _note_removal(self, job: JobId) -> None:
+        execution = self._unsettled.get(job)
         try:
-            record = await self._history.get(job)
-            if record is not None:
+            if execution is not None:
+                await self._history.put(execution.note_removal(self._clock()))
+            elif (record := await self._history.get(job)) is not None:
                 await self._history.put(evolve(record, output_removed_at=self._clock()))
         except JobworkerError as error:
             log.error("job %d: its output was removed: %s", job, error)
@@ -142,11 +160,23 @@ class Archive:
 
         Raises Busy where its output is being followed (with `force` followers go on to its end).
         """
-        with trio.CancelScope(shield=True):  # its output and its record go together
-            freed = await self._in_thread(partial(self._kept.remove, job, force=force))
-            self._budget.give_back(freed)
-            await self._history.remove(job)
+        async with self._removing:
+            with trio.CancelScope(shield=True):  # its output and its record go together
+                freed = await self._in_thread(partial(self._kept.remove, job, force=force))
+                self._budget.give_back(freed)
+                try:
+                    await self._remove_record(job)
+                except JobworkerError:  # the disk is full still: the job stays, without output
+                    await self._note_removal(job)
+                    raise
         return freed
+
+    async def _remove_record(self, job: JobId) -> None:
+        execution = self._unsettled.get(job)
+        if execution is not None:
+            await execution.remove_record()
+        else:
+            await self._history.remove(job)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self._thread)

@@ -4,7 +4,7 @@
                         ├ deadline   the time-out asks for a stop
                         ├ stopper    signal, grace period, kill
                         └ exit wait  the launcher's word, at which the others end
-            ─► drain ─► seal ─► record ─► remove the scope
+            ─► drain ─► seal ─► record ─► remove the scope ─► settle
 
 Requests never run in here: they ask (`request_stop`) and wait for events. So a client that
 goes away, or a request that is cancelled, changes nothing about a job. Each step of the end runs
@@ -68,12 +68,17 @@ class Execution:
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
+    archived: trio.Event = field(factory=trio.Event, init=False)
+    """Set once its output is the archive's, which may remove it, whether the end is recorded."""
     over: trio.Event = field(factory=trio.Event, init=False)
     """Set once this task has nothing more to do with the job: it has ended, or was left."""
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
     _exited: bool = field(default=False, init=False)
+    _settled: trio.Event = field(factory=trio.Event, init=False)
+    """Set once the end is on the disk, or the job was removed."""
+    _settling: trio.Lock = field(factory=trio.Lock, init=False)
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
     _company: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _ending: Ending = field(init=False)
@@ -247,7 +252,7 @@ class Execution:
 
         In this order: were the service killed in between, the launcher would still have what
         is not recorded. For the same reason a job whose end the disk refuses keeps its place and
-        its remains until the disk takes it; who waits is told at once.
+        its remains until the disk takes it (`settle`); who waits is told at once.
         """
         with trio.CancelScope(shield=True):  # waits for the disk alone
             try:
@@ -262,20 +267,39 @@ class Execution:
                 stderr_bytes=sizes.stderr_bytes,
                 discarded_bytes=sizes.discarded_bytes,
             )
-            recorded = await self.store()
-            if recorded:
+            if await self.store():
                 await self._remove()
+                self._settled.set()
         self.spool.close()
         self._ending.close()
         self.decided.set()
         self.ended.set()
         self.over.set()
-        while not recorded:
-            await trio.sleep(RECORD_AGAIN_SECONDS)
-            with suppress(JobworkerError):
-                await self._history.put(self.record)
-                recorded = True
+
+    async def settle(self) -> None:
+        """See the end recorded, however long the disk refuses, or the job removed."""
+        while not self._settled.is_set():
+            with trio.move_on_after(RECORD_AGAIN_SECONDS):
+                await self._settled.wait()
+            async with self._settling:
+                with suppress(JobworkerError):
+                    if not self._settled.is_set():
+                        await self._history.put(self.record)
+                        await self._remove()
+                        self._settled.set()
+
+    def note_removal(self, when: datetime) -> JobRecord:
+        """Note in the record of an ended job that its output was removed: the record."""
+        self.record = evolve(self.record, output_removed_at=when)
+        return self.record
+
+    async def remove_record(self) -> None:
+        """Have neither history nor launcher know an ended job any more. Raises InternalError."""
+        async with self._settling:  # or the record would come back
+            await self._history.remove(self.record.id)
+            if not self._settled.is_set():
                 await self._remove()
+                self._settled.set()
 
     async def _remove(self) -> None:
         """Have the launcher forget a job that it has started."""

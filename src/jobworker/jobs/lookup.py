@@ -70,5 +70,6 @@ async def follow_from(
 
 def output_of(executions: Iterable[Execution], jobs: Collection[JobId]) -> int:
     """Bytes of those among `jobs` that have ended and are not in the archive yet."""
-    records = [each.record for each in executions if each.ended.is_set()]
+    ended = [each for each in executions if each.ended.is_set()]
+    records = [each.record for each in ended if not each.archived.is_set()]
     return sum(each.stdout_bytes + each.stderr_bytes for each in records if each.id in jobs)

@@ -1,10 +1,22 @@
-"""What is asked of the launcher for a job: its order and its limits, from what the client said."""
+"""What a client's request becomes: the job's first record, and what the launcher is asked for."""
 
 from collections.abc import Mapping
+from datetime import datetime
 
-from jobworker.model.job import JobId, JobSpec
+from attrs import evolve
+
+from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.sandbox import cgroups
 from jobworker.sandbox.plan import Order
+
+
+def first_record(
+    job: JobId, spec: JobSpec, owner: str, *, timeout_seconds: float, now: datetime
+) -> JobRecord:
+    """The record of a job that has just come; `timeout_seconds` is for one that names none."""
+    if spec.timeout_seconds is None:
+        spec = evolve(spec, timeout_seconds=timeout_seconds)
+    return JobRecord(id=job, spec=spec.without_secrets(), owner=owner, created_at=now)
 
 
 def order_of(spec: JobSpec, job: JobId, secret_environment: Mapping[str, str]) -> Order:

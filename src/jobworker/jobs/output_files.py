@@ -23,14 +23,14 @@ import errno
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from attrs import define, evolve, field
 
-from jobworker.errors import Busy, OutputError
+from jobworker.errors import OutputError
 from jobworker.jobs.output_directory import (
     create_files,
     disk_errors,
@@ -106,6 +106,22 @@ class OutputFiles:
             files._load()
             undo.pop_all()
         return files
+
+    @classmethod
+    def look_at(cls, directory: Path) -> Self:
+        """Open what stands in `directory` as it is: nothing is recovered, nothing locked.
+
+        Raises NotFound, OutputError.
+        """
+        return cls._open(directory, False, time.time_ns)
+
+    def size_on_disk(self) -> int:
+        """Bytes of the three files."""
+        return sum(os.fstat(fd).st_size for fd in (*self._data.values(), self._index))
+
+    def remove(self, directory: Path, *, force: bool) -> None:
+        """Remove the files, which stand in `directory`; see `remove_files`."""
+        remove_files(directory, self._index, force=force)
 
     def close(self) -> None:
         """Close the files; a second call does nothing. Never while another call runs."""
@@ -309,42 +325,3 @@ class OutputFiles:
             raise BlockingIOError  # past the end of the file: let the thread find the words
         del buffer[count:]
         return buffer
-
-
-def seal_output(directory: Path) -> None:
-    """End the log in `directory` if it has not ended; raises as `OutputFiles.open` does."""
-    files = OutputFiles.open(directory)
-    try:
-        files.seal()
-    finally:
-        files.close()
-
-
-def describe_output(directory: Path) -> tuple[int, int]:
-    """When the sealed log in `directory` ended (ns since the epoch), and the bytes of its files.
-
-    Raises NotFound, Busy where it is not sealed, OutputError.
-    """
-    with _sealed_files(directory) as files:
-        return files.last.time_ns, files.written_bytes + files.records * RECORD.size
-
-
-def remove_output(directory: Path, *, force: bool = False) -> int:
-    """Remove the sealed log in `directory`: the bytes that its files had.
-
-    Raises NotFound, Busy where it is not sealed or somebody reads it (if not forced), OutputError.
-    """
-    with _sealed_files(directory) as files:
-        remove_files(directory, files._index, force=force)
-        return files.written_bytes + files.records * RECORD.size
-
-
-@contextmanager
-def _sealed_files(directory: Path) -> Iterator[OutputFiles]:
-    files = OutputFiles._open(directory, False, time.time_ns)
-    try:
-        if not files.sealed:
-            raise Busy("cannot remove the job's output: it has not ended")
-        yield files
-    finally:
-        files.close()

@@ -5,18 +5,20 @@ bounds. `Kept` is what it chooses among: a line for each ended job whose output 
 read from the directories at start and kept up to date from then on.
 
 The disk has the last word about what may go. Output that is not sealed is a job's that has not
-ended; output that somebody reads is locked (flock(2), shared), also against `worker prune` in a
-process of its own. Both are left for a later time.
+ended, but where the service itself knows better: a full disk may refuse the seal, and its output
+must go for there to be room. Output that somebody reads is locked (flock(2), shared), also against
+`worker prune` in a process of its own. Both are left for a later time.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import define, field, frozen
 
-from jobworker.errors import JobworkerError, NotFound
-from jobworker.jobs.output_files import describe_output, remove_output, seal_output
+from jobworker.errors import Busy, JobworkerError, NotFound
+from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
 from jobworker.model.job import JobId
 
 
@@ -62,7 +64,7 @@ class KeptOutput:
 
     _spools: Path
     _seals: bool = False
-    """Whether whoever writes is in this process: what nobody has locked has ended then."""
+    """Whether whoever writes is in this process: what is taken up has ended then, sealed or not."""
     _clock_ns: Callable[[], int] = time.time_ns
     _kept: dict[JobId, Kept] = field(factory=dict, init=False)
 
@@ -71,10 +73,10 @@ class KeptOutput:
         """What is kept, by job."""
         return self._kept
 
-    def load(self) -> None:
+    def load(self, live: Container[JobId] = ()) -> None:
         """Read what stands in the directory; what is no ended job's output is passed over."""
         for entry in self._spools.iterdir():
-            if entry.name.isascii() and entry.name.isdigit():
+            if entry.name.isascii() and entry.name.isdigit() and int(entry.name) not in live:
                 self.add(JobId(int(entry.name)))
 
     def add(self, job: JobId) -> None:
@@ -82,8 +84,9 @@ class KeptOutput:
         directory = self._spools / str(job)
         try:
             if self._seals:  # what a full disk refused at the job's end
-                seal_output(directory)
-            ended_ns, size = describe_output(directory)
+                with suppress(Busy):  # it is being read, and was refused
+                    seal_output(directory)
+            ended_ns, size = describe_output(directory, ended=self._seals)
         except JobworkerError:
             return  # live, gone, or unreadable: nothing that may be removed
         self._kept[job] = Kept(job, ended_ns, size)
@@ -95,7 +98,7 @@ class KeptOutput:
         OutputError.
         """
         try:
-            freed = remove_output(self._spools / str(job), force=force)
+            freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
         self._kept.pop(job, None)

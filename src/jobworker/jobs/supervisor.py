@@ -27,7 +27,7 @@ from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.lookup import Filter, follow_from, output_of, page_of, with_sizes
-from jobworker.jobs.orders import limits_of, order_of
+from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.quota import Use, check_quota
@@ -113,11 +113,13 @@ class Supervisor:
             await execution.fail_internally(incident)
         finally:
             if execution.ended.is_set():
-                await self._archive.add(execution.record.id)
+                await self._archive.add(execution)
+                await execution.settle()
             self._forget(execution)
 
     def _forget(self, execution: Execution) -> None:
         del self._live[execution.record.id]
+        self._archive.forget(execution)
         execution.forgotten.set()
         self._places_taken -= 1
         record = execution.record
@@ -179,14 +181,8 @@ class Supervisor:
             raise
         finally:
             del self._arriving[job]  # it is live, or will not be
-        timeout = spec.timeout_seconds
-        full = evolve(
-            spec,
-            timeout_seconds=self._rules.timeout_seconds if timeout is None else timeout,
-        )
-        record = JobRecord(
-            id=job, spec=full.without_secrets(), owner=owner, created_at=self._clock()
-        )
+        default = self._rules.timeout_seconds
+        record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
         if at_once:  # PENDING is what stands in the history of a job that has never run
             record = evolve(record, state=advance(record.state, Event.ADMIT))
         execution = self._make_execution(record, spool, at_once, spec.secret_environment)
@@ -306,17 +302,20 @@ class Supervisor:
 
         Raises NotFound, and Busy where it is alive or its output is being followed.
         """
-        if job in self._live:
-            if not force:
+        execution = self._live.get(job)
+        if execution is not None:
+            if not (force or execution.ended.is_set()):
                 raise Busy(
                     f"cannot remove job {job}: it has not ended",
                     remedy="stop it first, or remove it with --force",
                 )
             await self.stop(job, signal.SIGKILL, 0)
-            while job in self._live:  # ended, and about to be forgotten
-                await self._live[job].forgotten.wait()
+            await execution.archived.wait()
         await self.record(job)
-        return await self._archive.remove(job, force=force)
+        freed = await self._archive.remove(job, force=force)
+        if execution is not None:
+            await execution.forgotten.wait()
+        return freed
 
     async def prune(self, policy: Policy | None, owner: str | None) -> Sequence[Kept]:
         """Apply a policy (None: the configured one) to ended jobs' output: what went.

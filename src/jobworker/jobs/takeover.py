@@ -19,12 +19,13 @@ import logging
 import shutil
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import trio
 from attrs import Factory, define, evolve
 
-from jobworker.errors import JobworkerError
+from jobworker.errors import JobworkerError, NotFound
 from jobworker.jobs.history import History
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
@@ -60,6 +61,12 @@ class Inheritance:
     running: list[Running] = Factory(list)
     waiting: list[Waiting] = Factory(list)
 
+    @property
+    def ids(self) -> frozenset[JobId]:
+        """The jobs that were taken over."""
+        both: list[Running | Waiting] = [*self.running, *self.waiting]
+        return frozenset(each.record.id for each in both)
+
 
 async def take_over(link: Link, history: History, spools: Path, now: datetime) -> Inheritance:
     """Put jobs, output and history in order after an earlier service.
@@ -79,7 +86,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
             await _lose(history, spools, record, now, problem)
             continue
         try:
-            spool = await trio.to_thread.run_sync(Spool.open, spools / str(job))
+            spool, removed_at = await _open_spool(spools / str(job), _has_ended(alive), now)
         except JobworkerError as error:  # what it writes could not be kept
             log.error("job %d: %s", job, error)
             if alive is not None:
@@ -89,9 +96,33 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
         if alive is None:
             inheritance.waiting.append(Waiting(record, spool))
         else:
-            inheritance.running.append(Running(_as_running(record, alive[0], now), spool, *alive))
+            running = _as_running(record, alive[0], now)
+            running = evolve(running, output_removed_at=removed_at or record.output_removed_at)
+            inheritance.running.append(Running(running, spool, *alive))
     _tell(inheritance)
     return inheritance
+
+
+def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
+    """Whether the launcher has a job's end already."""
+    return alive is not None and alive[1].statistics().current_buffer_used > 0
+
+
+async def _open_spool(directory: Path, ended: bool, now: datetime) -> tuple[Spool, datetime | None]:
+    """Open a job's output, or make it anew where it was removed; then also say when that was.
+
+    Of one that has `ended` the output may have had to go for the disk to take the record of that,
+    and the service may have been killed between the two. Raises OutputError, Busy, and NotFound
+    for a job that has not ended.
+    """
+    try:
+        return await trio.to_thread.run_sync(Spool.open, directory), None
+    except NotFound:
+        if not ended:
+            raise
+    log.warning("job %s: its output was removed before its end was recorded", directory.name)
+    await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+    return await trio.to_thread.run_sync(Spool.create, directory), now
 
 
 def _cannot_wait_again(record: JobRecord) -> str:

@@ -104,7 +104,7 @@ async def serve(prepared: Prepared) -> None:
         async with open_link(prepared.launcher) as link:
             inheritance = await take_over(link, history, spools, _now())
             archive = _archive(settings, spools, history)
-            await archive.load()
+            await archive.load(inheritance.ids)
             supervisor = Supervisor(
                 link=link,
                 history=history,

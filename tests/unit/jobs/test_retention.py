@@ -107,11 +107,17 @@ def test_log_that_has_not_ended_stays(tmp_path: Path) -> None:
 def test_log_that_a_full_disk_did_not_let_end_is_ended_by_the_service(tmp_path: Path) -> None:
     files = write_log(tmp_path / "1", b"x", seal=False)
     kept = KeptOutput(tmp_path, seals=True)
-    kept.add(JobId(1))
-    assert not kept.all  # its writer lives
-    files.close()
+    kept.load(live={JobId(1)})
+    assert not kept.all
     kept.add(JobId(1))
     assert list(kept.all) == [1]
+    assert not kept.prune(Policy(max_jobs=0))  # who followed it to its end has it open
+    files.close()
+    kept.add(JobId(1))
+    look = OutputFiles.look_at(tmp_path / "1")
+    assert look.sealed
+    look.close()
+    assert [each.job for each in kept.prune(Policy(max_jobs=0))] == [1]
 
 
 def test_log_that_is_read_stays_unless_forced(tmp_path: Path) -> None:

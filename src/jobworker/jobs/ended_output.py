@@ -1,0 +1,55 @@
+"""What becomes of a job's output after its end: sealed late, measured, removed.
+
+The seal in the files says that a job has ended, to every process alike. The service knows it by
+itself, and may say so (`ended`): a full disk can have refused the seal, and then this output must
+go for there to be room.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jobworker.errors import Busy
+from jobworker.jobs.output_files import OutputFiles
+
+
+def seal_output(directory: Path) -> None:
+    """End the log in `directory` if it has not ended; raises as `OutputFiles.open` does."""
+    files = OutputFiles.open(directory)
+    try:
+        files.seal()
+    finally:
+        files.close()
+
+
+def describe_output(directory: Path, *, ended: bool = False) -> tuple[int, int]:
+    """When the log in `directory` ended (ns since the epoch), and the bytes of its files.
+
+    It must be sealed, unless the caller knows that it has `ended`. Raises NotFound, Busy where it
+    is not, OutputError.
+    """
+    with _ended_files(directory, ended) as files:
+        return files.last.time_ns or time.time_ns(), files.size_on_disk()
+
+
+def remove_output(directory: Path, *, force: bool = False, ended: bool = False) -> int:
+    """Remove the log in `directory`: the bytes that its files had. `ended`: `describe_output`.
+
+    Raises NotFound, Busy where it has not ended or somebody reads it (if not forced), OutputError.
+    """
+    with _ended_files(directory, ended) as files:
+        size = files.size_on_disk()
+        files.remove(directory, force=force)
+        return size
+
+
+@contextmanager
+def _ended_files(directory: Path, ended: bool) -> Iterator[OutputFiles]:
+    files = OutputFiles.look_at(directory)
+    try:
+        if not (files.sealed or ended):
+            raise Busy("cannot remove the job's output: it has not ended")
+        yield files
+    finally:
+        files.close()

@@ -1,0 +1,180 @@
+"""A disk full to its last block: what has ended can be removed, and nobody waits for ever."""
+
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from jobworker.cli.embedded import Embedded, open_embedded
+
+from .conftest import left_behind
+from .outside import open_launcher, settings_with
+from .wire import Json, Wire, open_wire
+
+Directory = Callable[[], Path]
+SETTINGS: dict[str, dict[str, object]] = {
+    "worker": {"keep_free": 0, "on_disk_full": "discard-output"},
+    "sandbox": {"disk_limit": 16},
+}
+DISK_BYTES = 24 << 20
+NO_LIMIT = {"output_bytes": 0}
+
+
+@asynccontextmanager
+async def small_disk(directory: Path) -> AsyncIterator[Path]:
+    """An ext4 of its own for all that the service keeps, mounted before it starts."""
+    image, place = directory / "small.img", directory / "state" / "service"
+    place.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    await trio.run_process(["mkfs.ext4", "-q", "-m0", "-b4096", image])
+    await trio.run_process(["mount", "-o", "loop", image, place])
+    try:
+        place.chmod(0o700)
+        yield place
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.run_process(["umount", place])
+            image.unlink()
+
+
+@asynccontextmanager
+async def serving(directory: Path) -> AsyncIterator[tuple[Embedded, Wire]]:
+    extra = settings_with(directory, SETTINGS)
+    async with open_embedded(directory, extra) as service, open_wire(service) as wire:
+        yield service, wire
+
+
+async def until_status(wire: Wire, job: int, holds: Callable[[Json], bool]) -> Json:
+    with trio.fail_after(30):
+        while not holds(record := await wire.call("job.status", id=job)):  # noqa: ASYNC110
+            await trio.sleep(0.05)
+    return record
+
+
+def fill(place: Path) -> None:
+    """Take the last blocks of the disk."""
+    fd = os.open(place / "filler", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        for size in (65_536, 4096, 1):
+            try:
+                while True:
+                    os.write(fd, b"x" * size)
+                    os.fsync(fd)
+            except OSError:
+                continue
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def history(place: Path) -> Iterator[apsw.Connection]:
+    connection = apsw.Connection(str(place / "history.db"), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def stored(place: Path) -> dict[int, tuple[str, bool]]:
+    """What the disk has of each job: its state, and whether its output was removed."""
+    query = "SELECT id, state, json_extract(record, '$.output_removed_at') FROM jobs"
+    with history(place) as connection:
+        return {
+            int(str(job)): (str(state), gone is not None)
+            for job, state, gone in connection.execute(query)
+        }
+
+
+async def until_stored(place: Path, wanted: dict[int, tuple[str, bool]]) -> None:
+    with trio.fail_after(20):
+        while stored(place) != wanted:  # noqa: ASYNC110
+            await trio.sleep(0.05)
+
+
+@asynccontextmanager
+async def site(directory: Path) -> AsyncIterator[Path]:
+    """A launcher, and the small disk on which its services keep what they keep."""
+    async with small_disk(directory) as place:
+        with open_launcher(directory, SETTINGS):
+            yield place
+    assert left_behind(directory) == []
+
+
+async def fill_with_ended_jobs(wire: Wire, place: Path) -> tuple[int, int]:
+    """Fill the disk, which then refuses to record the ends of a big job and a small one."""
+    script = f"head -c {2 * DISK_BYTES} /dev/zero; exec sleep 600"
+    small = await wire.start("sh", "-c", "echo small; exec sleep 600")
+    await until_status(wire, small, lambda job: bool(job["stdout_bytes"]))
+    big = await wire.start("sh", "-c", script, limits=NO_LIMIT)
+    await until_status(wire, big, lambda job: job["output_cut"] == "disk")
+    await trio.to_thread.run_sync(fill, place)
+    for job in (small, big):
+        assert (await wire.call("job.stop", id=job))["state"] == "STOPPED"
+    assert {state for state, _ in stored(place).values()} <= {"INITIALIZING", "RUNNING"}
+    return big, small
+
+
+async def kill(service: Embedded) -> None:
+    service.process.kill()
+    await service.process.wait()
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_ended_job_is_removed_from_a_full_disk(
+    open_directory: Directory, force: bool
+) -> None:
+    directory = open_directory()
+    async with site(directory) as place, serving(directory) as (_, wire):
+        big, small = await fill_with_ended_jobs(wire, place)
+        with trio.fail_after(20):
+            freed = (await wire.call("job.remove", id=big, force=force))["bytes"]
+        assert isinstance(freed, int)
+        assert freed > DISK_BYTES // 4
+        await until_stored(place, {small: ("STOPPED", False)})  # there is room for its end now
+        text, _, job = await wire.run("echo", "later")
+        assert (text, job["state"]) == ("later\n", "COMPLETED")
+        result = await wire.call("job.log", id=small)
+        assert (await wire.output(result["subscription"]))[0] == b"small\n"
+
+
+async def test_prune_makes_room_on_a_full_disk(open_directory: Directory) -> None:
+    directory = open_directory()
+    async with site(directory) as place:
+        async with serving(directory) as (service, wire):
+            big, small = await fill_with_ended_jobs(wire, place)
+            with trio.fail_after(20):
+                pruned = await wire.call("job.prune", keep_jobs=0)
+            assert pruned["jobs"] == [small, big]
+            await until_stored(place, {small: ("STOPPED", True), big: ("STOPPED", True)})
+            for job in (small, big):
+                assert (await wire.call("job.status", id=job))["output_removed_at"] is not None
+            await wire.call("job.remove", id=big)
+            await kill(service)
+        async with serving(directory) as (_, wire):
+            listed = (await wire.call("job.list"))["jobs"]
+            assert isinstance(listed, list)
+            assert [(job["id"], job["state"]) for job in listed] == [(small, "STOPPED")]
+
+
+async def test_true_end_is_told_though_the_output_went_before_it_was_recorded(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    async with site(directory) as place:
+        async with serving(directory) as (service, wire):
+            big, small = await fill_with_ended_jobs(wire, place)
+            await kill(service)
+        (place / "spool" / str(big) / "index").unlink()  # a removal that the kill cut short
+        (place / "filler").unlink()
+        async with serving(directory) as (_, wire):
+            record = await wire.call("job.wait", id=big)
+            assert (record["reason"], record["signal"]) == ("signal", signal.SIGKILL)
+            assert record["output_removed_at"] is not None
+            assert (await wire.call("job.wait", id=small))["signal"] == signal.SIGKILL
+            await until_stored(place, {small: ("FAILED", False), big: ("FAILED", True)})
