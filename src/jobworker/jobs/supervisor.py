@@ -66,6 +66,8 @@ class Supervisor:
     _arriving: dict[JobId, tuple[str, Limits]] = field(factory=dict, init=False)
     """Owner and limits of jobs that were admitted and are not live yet."""
     _closing: bool = field(default=False, init=False)
+    removing: set[JobId] = field(factory=set, init=False)
+    """Those that somebody is removing by force: their followers shall know."""
 
     def take_over(self, inheritance: Inheritance) -> None:
         """Go on with the jobs of an earlier service: before `serve`."""
@@ -233,10 +235,7 @@ class Supervisor:
         return record
 
     async def latest(self, wanted: Filter, limit: int) -> list[JobRecord]:
-        """At most `limit` records that fit, newest first.
-
-        A page may end early (`History.latest`); an empty one is the end.
-        """
+        """At most `limit` that fit, newest first. A page may end early; an empty one is the end."""
         stored = await self._history.latest(**asdict(wanted, recurse=False), limit=limit)
         return page_of(self._live, stored, wanted, limit)
 

@@ -259,7 +259,7 @@ class OutputEnd:
     """Where a later subscription would go on."""
     job: JobRecord
     error: Mapping[str, str] | None = None
-    """`name` and `message` where the output could not be sent to its end."""
+    """`name` and `message` where the output could not be sent to its end, or the job is gone."""
 
 
 @frozen(kw_only=True)

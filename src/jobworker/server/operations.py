@@ -205,7 +205,13 @@ def _stream_start(start: LineStart) -> m.StreamStart:
 
 
 async def _remove(context: Context, _: Caller, params: m.RemoveParams) -> m.Removed:
-    freed = await context.supervisor.remove(params.id, force=params.force)
+    removing = context.supervisor.removing
+    if params.force:
+        removing.add(params.id)
+    try:
+        freed = await context.supervisor.remove(params.id, force=params.force)
+    finally:
+        removing.discard(params.id)
     return m.Removed(jobs=(params.id,), bytes=freed)
 
 

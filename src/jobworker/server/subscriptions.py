@@ -17,7 +17,13 @@ from contextlib import asynccontextmanager
 import trio
 from attrs import define, field
 
-from jobworker.errors import FollowerStalled, InvalidParams, JobworkerError, TooManyFollows
+from jobworker.errors import (
+    FollowerStalled,
+    InvalidParams,
+    JobworkerError,
+    NotFound,
+    TooManyFollows,
+)
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_index import Chunk
 from jobworker.jobs.supervisor import Supervisor
@@ -31,6 +37,8 @@ from jobworker.server.traffic import LEAST_BYTES, Traffic
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
 """Sends a text message, or messages in their frames, one after the other."""
+Problem = dict[str, str]
+"""The name and the message of an error."""
 Show = Callable[[JobRecord], JobRecord]
 """A record as the client may see it."""
 
@@ -210,10 +218,11 @@ class Subscriptions:
         try:
             with subscription.scope:
                 problem = await self._deliver(subscription)
+                record, problem = await self._final_record(subscription, problem)
                 end = OutputEnd(
                     subscription=number,
                     offset=subscription.follower.offset,
-                    job=self._show(await self._final_record(subscription, problem)),
+                    job=self._show(record),
                     error=problem,
                 )
                 await self._send(encode_output_end(end))
@@ -227,17 +236,24 @@ class Subscriptions:
             subscription.follower.close()
 
     async def _final_record(
-        self, subscription: Subscription, problem: dict[str, str] | None
-    ) -> JobRecord:
+        self, subscription: Subscription, problem: Problem | None
+    ) -> tuple[JobRecord, Problem | None]:
+        """The job's last record, as far as there is one, and what is wrong."""
         job = subscription.record.id
+        to_the_end = subscription.until is None and problem is None
         try:
-            if subscription.until is None and problem is None:
-                return await self._supervisor.wait(job)
-            return await self._supervisor.record(job)
-        except JobworkerError:
-            return subscription.record
+            ask = self._supervisor.wait if to_the_end else self._supervisor.record
+            record = await ask(job)
+        except JobworkerError as error:
+            record = subscription.record
+            gone = isinstance(error, NotFound)
+        else:
+            gone = job in self._supervisor.removing
+        if gone and to_the_end:
+            problem = _told(NotFound(f"cannot follow job {job} any more: it was removed"))
+        return record, problem
 
-    async def _deliver(self, subscription: Subscription) -> dict[str, str] | None:
+    async def _deliver(self, subscription: Subscription) -> Problem | None:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
@@ -251,7 +267,7 @@ class Subscriptions:
             for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)
         except JobworkerError as error:
-            return {"name": error.name, "message": str(error)}
+            return _told(error)
         return None
 
     @asynccontextmanager
@@ -271,3 +287,7 @@ class Subscriptions:
         if subscription.until is None:
             return await subscription.follower.wait_for_more()
         return subscription.unfinished
+
+
+def _told(error: JobworkerError) -> Problem:
+    return {"name": error.name, "message": str(error)}
