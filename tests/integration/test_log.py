@@ -120,6 +120,7 @@ async def test_log_shows_what_is_asked_for(service: Embedded, admin: Wire) -> No
     assert await ask(log) == ("1\n2\n3\n", "err\n", 0)
     assert await ask(log, "--stdout", "--tail=1") == ("3\n", "", 0)
     assert await ask(log, "-n", "1", "--stderr", "-f") == ("", "err\n", 0)
+    assert await ask(log, "--stderr", "--stdout") == ("1\n2\n3\n", "err\n", 0)
     assert await ask(log, "--since=1h", "--stderr") == ("", "err\n", 0)
     assert await ask(log, "--since=2999-01-01") == ("", "", 0)
     stamped, _, _ = await ask(log, "--timestamps", "--stdout")
@@ -162,16 +163,20 @@ async def test_log_begins_with_whole_lines(service: Embedded, admin: Wire) -> No
     assert (out, err) == (f"{of_last} last no newline", "")
 
 
+@pytest.mark.parametrize("command", ["log", "run"])
 @pytest.mark.parametrize(("raw", "seen"), [(False, b"a\\x1b[2Jb\\x0dc"), (True, b"a\x1b[2Jb\rc")])
-async def test_log_protects_a_terminal(
-    service: Embedded, admin: Wire, raw: bool, seen: bytes
+async def test_terminal_is_protected(
+    service: Embedded, admin: Wire, command: str, raw: bool, seen: bytes
 ) -> None:
-    _, _, record = await admin.run("printf", "a\\033[2Jb\\rc")
+    printf = ["printf", "a\\033[2Jb\\rc"]
+    arguments = ["run", "-f", *(["--raw"] if raw else []), *printf]
+    if command == "log":
+        _, _, record = await admin.run(*printf)
+        arguments = ["log", *(["--raw"] if raw else []), str(record["id"])]
     master, slave = pty.openpty()
-    options = ["--raw"] if raw else []
     try:
         await trio.run_process(
-            [*program("worker-cli"), "log", *options, str(record["id"])],
+            [*program("worker-cli"), *arguments],
             env={**os.environ, **service.environment()},
             stdin=slave,
             stdout=slave,
@@ -181,6 +186,30 @@ async def test_log_protects_a_terminal(
     finally:
         os.close(master)
         os.close(slave)
+
+
+async def test_follow_of_a_removed_job_says_so(
+    service: Embedded, admin: Wire, tmp_path: Path
+) -> None:
+    job = await admin.start("sh", "-c", "echo begun; exec sleep 600")
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as output, (tmp_path / "said").open("wb+") as said:
+        process = await trio.lowlevel.open_process(
+            [*program("worker-cli"), "log", "-f", str(job)],
+            env={**os.environ, **service.environment()},
+            stdout=writing,
+            stderr=said,
+        )
+        os.close(writing)
+        with trio.fail_after(60):
+            assert await trio.to_thread.run_sync(output.readline) == b"begun\n"
+            await admin.call("job.remove", id=job, force=True)
+            assert await process.wait() == 66
+        said.seek(0)
+        assert (
+            said.read().decode()
+            == f"worker-cli: cannot follow job {job} any more: it was removed\n"
+        )
 
 
 @define(eq=False)
@@ -244,6 +273,7 @@ async def test_follow_goes_on_after_each_break(
     assert done.returncode == (3 if command == "run" else 0), done.stderr
     assert done.stdout == expected
     assert proxy.connections == 4
-    places = [int(n) for n in re.findall(rb"going on from byte (\d+)", done.stderr)]
+    said = rb"worker-cli: the connection to 127.0.0.1:\d+ broke: .*; going on from byte (\d+)\n"
+    places = [int(n) for n in re.findall(said, done.stderr)]
     assert len(places) == 3
     assert all(before < after for before, after in pairwise([0, *places]))

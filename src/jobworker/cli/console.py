@@ -41,6 +41,12 @@ def tell(error: JobworkerError, *, json: bool) -> None:
     note(error_as_json(error) if json else f"{PROGRAM}: {one_line(str(error))}")
 
 
+def note_lost(lost: JobworkerError, plan: str) -> None:
+    """Say that a connection was lost, and what is done about it."""
+    fact = lost.message.removeprefix("cannot go on: ")  # for it does go on
+    note(f"{PROGRAM}: {one_line(fact)}; {plan}")
+
+
 def discard_output() -> None:
     """Let what is still buffered for standard output vanish, instead of failing at exit."""
     with suppress(OSError, ValueError, AttributeError):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import define, frozen
 
 from jobworker.cli import render
-from jobworker.cli.console import Sink, cancelled_by_interrupt, note
-from jobworker.cli.failures import INTERRUPTED, one_line
+from jobworker.cli.console import Sink, cancelled_by_interrupt, note, note_lost
+from jobworker.cli.failures import INTERRUPTED
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
@@ -70,11 +70,14 @@ async def print_output(
 
     def tell_break(lost: JobworkerError, offset: int) -> None:
         if not look.quiet:
-            note(f"worker-cli: {one_line(lost.message)}; going on from byte {offset}")
+            note_lost(lost, f"going on from byte {offset}")
 
     with open_output(on_break=tell_break) as output:
-        async for chunk in output:
-            await printer.take(chunk)
+        try:
+            async for chunk in output:
+                await printer.take(chunk)
+        finally:
+            await printer.finish()
     assert output.record is not None
     await printer.end(output.record)
     return output.record
@@ -111,10 +114,13 @@ class Printer:
             data = self._stampers[chunk.stream].feed(data, chunk.time)
         await self._sinks[chunk.stream].write(data)
 
-    async def end(self, record: JobRecord) -> None:
-        """Say what output and exit code do not tell: what was not kept, and why the job ended."""
+    async def finish(self) -> None:
+        """Print what was held back until it was known what follows."""
         for sink in self._sinks.values():
             await sink.finish()
+
+    async def end(self, record: JobRecord) -> None:
+        """Say what output and exit code do not tell: what was not kept, and why the job ended."""
         if self._look.json:
             await self._event("end", {"job": unstructure(record)})
         elif not self._look.quiet:

@@ -15,8 +15,7 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import PROGRAM, note, say, tell
-from jobworker.cli.failures import one_line
+from jobworker.cli.console import note_lost, say, tell
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
@@ -61,7 +60,7 @@ def open_connection(
 
 
 def _tell_lost(lost: JobworkerError) -> None:
-    note(f"{PROGRAM}: {one_line(lost.message)}; trying again")
+    note_lost(lost, "trying again")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -83,6 +82,7 @@ def _tell_lost(lost: JobworkerError) -> None:
 @click.option("--name", default="", help="A name to tell the job by.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
+@click.option("--raw", is_flag=True, help="With -f: exact bytes on a terminal too, as log --raw.")
 @click.option("--dry-run", is_flag=True, help="Print limits and steps of the start; run nothing.")
 @json_option()
 @click.argument(
@@ -107,11 +107,13 @@ async def run(  # noqa: PLR0913 - each option is an argument
     name: str,
     follow: bool,
     quiet: bool,
+    raw: bool,
     dry_run: bool,
 ) -> int:
     """Run COMMAND as a job. All that comes after COMMAND is its own, dashes included.
 
-    With --follow Ctrl-C detaches: the job goes on. A limit of 0 asks for none.
+    With --follow Ctrl-C detaches: the job goes on; on a terminal, control characters are shown and
+    not acted upon. A limit of 0 asks for none.
     """
     spec = make_spec(
         command,
@@ -136,7 +138,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
                 say(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
                 return 0
             if follow:
-                look = Look(json=invocation.json, quiet=quiet, ending=True)
+                look = Look(json=invocation.json, quiet=quiet, ending=True, visible=not raw)
                 return await follow_job(client, spec, look)
             return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:

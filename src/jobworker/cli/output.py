@@ -1,5 +1,6 @@
 """The commands about jobs' output: log, rm, prune."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -39,8 +40,16 @@ from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
     help="Only lines begun since a time, or since so long ago: 10m, 2026-01-31T12:00:00.",
 )
 @click.option("--timestamps", "-t", is_flag=True, help="Begin each line with its time.")
-@click.option("--stdout", "chosen", flag_value=Stream.STDOUT.value, help="Only standard output.")
-@click.option("--stderr", "chosen", flag_value=Stream.STDERR.value, help="Only standard error.")
+@click.option(
+    "--stdout",
+    "chosen",
+    flag_value=Stream.STDOUT.value,
+    multiple=True,
+    help="Only standard output, or with --stderr both.",
+)
+@click.option(
+    "--stderr", "chosen", flag_value=Stream.STDERR.value, multiple=True, help="Only standard error."
+)
 @click.option("--raw", is_flag=True, help="Exact bytes on a terminal too: it will act on them.")
 @json_option()
 @click.argument("job", type=JobNumber())
@@ -53,7 +62,7 @@ async def log(
     tail: int | None,
     since: datetime | timedelta | None,
     timestamps: bool,
-    chosen: str | None,
+    chosen: Sequence[str],
     raw: bool,
 ) -> None:
     """Print the output of JOB, its standard error on standard error.
@@ -61,7 +70,7 @@ async def log(
     On a terminal, control characters are shown and not acted upon. Where the connection breaks, it
     is made anew and the output goes on where it stopped.
     """
-    streams = tuple(Stream) if chosen is None else (Stream(chosen),)
+    streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
     look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
     async with open_connection(invocation, patient=True) as client:
         output = partial(
