@@ -169,7 +169,7 @@ async def test_stop_that_a_kill_cut_short_is_seen_to_its_end(
 
                 nursery.start_soon(stop)
                 with trio.fail_after(20):
-                    while not await stop_is_recorded(directory, job):  # noqa: ASYNC110
+                    while not await is_recorded(directory, job, '"stop_requested_at":"'):  # noqa: ASYNC110
                         await trio.sleep(0.02)
                 await kill(service)
         short: Settings = {"worker": {"stop_grace": "200ms"}}
@@ -179,14 +179,46 @@ async def test_stop_that_a_kill_cut_short_is_seen_to_its_end(
     assert left_behind(directory) == []
 
 
-async def stop_is_recorded(directory: Path, job: int) -> bool:
+async def test_policy_at_the_limit_of_output_and_what_was_lost_outlive_a_kill(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    script = "trap '' TERM; head -c 3000000 /dev/zero; while :; do echo x; sleep 0.05; done"
+    long: Settings = {"worker": {"stop_grace": "600s"}}
+    with open_launcher(directory):
+        async with serving(directory, long) as service, open_wire(service) as wire:
+            job = await start(wire, script, limits={"output_bytes": 50_000}, at_max_output="stop")
+            with trio.fail_after(20):
+                while not await is_recorded(directory, job, '"output_cut":"limit"'):  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+                while (await lost_of(wire, job)) < 2_900_000:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+            await kill(service)
+        short: Settings = {"worker": {"stop_grace": "200ms"}}
+        async with serving(directory, short) as service, open_wire(service) as wire:
+            with trio.fail_after(20):
+                ended = await wire.call("job.wait", id=job)
+            assert (ended["state"], ended["reason"]) == ("FAILED", "output")
+            assert (ended["signal"], ended["output_cut"]) == (signal.SIGKILL, "limit")
+            assert str(ended["detail"]).count("reached the limit of 48.8 KiB") == 1
+            assert await lost_of(wire, job) > 1_400_000
+    assert left_behind(directory) == []
+
+
+async def lost_of(wire: Wire, job: int) -> int:
+    lost = (await wire.call("job.status", id=job))["discarded_bytes"]
+    assert isinstance(lost, int)
+    return lost
+
+
+async def is_recorded(directory: Path, job: int, words: str) -> bool:
     path = directory / "state" / "service" / "history.db"
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         (text,) = next(connection.execute("SELECT record FROM jobs WHERE id = ?", (job,)))
     finally:
         connection.close()
-    return '"stop_requested_at":"' in str(text)
+    return words in str(text)
 
 
 async def test_time_out_counts_from_the_start_of_the_job(

@@ -100,17 +100,19 @@ def losses(record: JobRecord) -> list[str]:
     if not (record.discarded_bytes or record.output_cut):
         return []
     lost = format_size(record.discarded_bytes)
-    return [f"job {record.id}: {lost} of its output were not kept: {_why_cut(record)}"]
+    why = f": {_why_cut(record)}" if record.output_cut else ""
+    return [f"job {record.id}: {lost} of its output were not kept{why}"]
 
 
 def _why_cut(record: JobRecord) -> str:
+    """Why output was not kept, as far as that is known."""
     limit = record.spec.limits.output_bytes
     words = {
         OutputCut.LIMIT: "it reached its limit" + (f" of {format_size(limit)}" if limit else ""),
         OutputCut.TOTAL: "all jobs' output together reached the server's limit",
         OutputCut.DISK: "the server's disk is full, or refused to write",
     }
-    return words[record.output_cut or OutputCut.LIMIT]
+    return words[record.output_cut] if record.output_cut else "its output could not be kept"
 
 
 def _why_ended(record: JobRecord) -> str:

@@ -38,8 +38,6 @@ class Ending:
     timed_out: bool = field(default=False, init=False)
     out_of_output: bool = field(default=False, init=False)
     """Whether it is ended for having written too much."""
-    asked: trio.Event = field(factory=trio.Event, init=False)
-    """Set by the first stop."""
     _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
     _wanted: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
@@ -55,7 +53,6 @@ class Ending:
     def stop(self, number: signal.Signals, grace_seconds: float | None) -> None:
         """Somebody wants the job to end."""
         self.stopping = True
-        self.asked.set()
         self._ask(number, grace_seconds)
 
     def stop_for_output(self) -> None:

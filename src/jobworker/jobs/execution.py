@@ -76,6 +76,8 @@ class Execution:
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
     _exited: bool = field(default=False, init=False)
+    _changed: trio.Event = field(factory=trio.Event, init=False)
+    """Set when the record of a job that runs tells something new."""
     _settled: trio.Event = field(factory=trio.Event, init=False)
     """Set once the end is on the disk, or the job was removed."""
     _settling: trio.Lock = field(factory=trio.Lock, init=False)
@@ -103,12 +105,15 @@ class Execution:
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
         self._ending.stop(number, grace_seconds)
+        self._changed.set()
 
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
         if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
             self.request_stop(signal.SIGTERM, None)
+        elif self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
+            self._ending.stop_for_output()
 
     def leave(self) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end."""
@@ -137,12 +142,14 @@ class Execution:
                 nursery.start_soon(self.store)
                 nursery.start_soon(self._ending.serve)
                 nursery.start_soon(self._ending.time_out, self._seconds_left(started))
-                nursery.start_soon(self._record_stop)
+                nursery.start_soon(self._record_changes)
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
                 self._exited = True
                 nursery.cancel_scope.cancel()
         if ending is None and self._company.cancelled_caught:
+            if self._changed.is_set():
+                await self.store()
             self.spool.close()
             self.over.set()
         else:
@@ -178,19 +185,24 @@ class Execution:
             max_bytes=self.record.spec.limits.output_bytes or None,
             room=self._room,
             tell_cut=self._output_cut,
+            cut=self.record.output_cut,
         )
         return mover.moving({Stream.STDOUT: started.stdout, Stream.STDERR: started.stderr})
 
     def _output_cut(self, cut: OutputCut, why: str) -> None:
         """Record that the log ends here, and do what the policy says."""
-        policy = self._rules.on_disk_full
-        if cut is OutputCut.LIMIT:
-            policy = self.record.spec.at_max_output or self._rules.at_max_output
+        policy = self._policy_at(cut)
         self.record = evolve(self.record, output_cut=cut)
         self._note(why)
+        self._changed.set()
         log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
         if policy == "stop" and not (self._ending.stopping or self._exited):
             self._ending.stop_for_output()
+
+    def _policy_at(self, cut: OutputCut) -> OutputPolicy:
+        if cut is OutputCut.LIMIT:
+            return self.record.spec.at_max_output or self._rules.at_max_output
+        return self._rules.on_disk_full
 
     def _note(self, detail: str) -> None:
         if detail not in self.record.detail:
@@ -210,10 +222,19 @@ class Execution:
         seconds = self.record.spec.timeout_seconds
         return max(0.001, seconds - started.age_seconds) if seconds else None
 
-    async def _record_stop(self) -> None:
-        """Record that the end was asked for: were this service killed now, the next would go on."""
-        await self._ending.asked.wait()
-        await self.store()
+    async def _record_changes(self) -> None:
+        """Record that the end was asked for, or the log cut: were this service killed now, the
+        next would go on. A full disk, one of the causes, is asked again.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            try:
+                await self._history.put(self.record)
+            except JobworkerError as error:
+                log.debug("%s", error)
+                self._changed.set()
+                await trio.sleep(RECORD_AGAIN_SECONDS)
 
     # --- the end ----------------------------------------------------------------------------
 

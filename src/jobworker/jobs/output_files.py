@@ -169,13 +169,13 @@ class OutputFiles:
         return count
 
     def count_discarded(self, count: int) -> None:
-        """Note that `count` bytes were thrown away; the first time, in the index too.
+        """Note that `count` bytes were thrown away; whenever that doubles it, in the index too.
 
-        A full disk is one of the reasons to throw away, so its refusal is no error here.
+        So a process that dies loses at most half of the count, and the index hardly grows. A full
+        disk is one of the reasons to throw away, so its refusal is no error here.
         """
-        first = not self.discarded_bytes
         self.discarded_bytes += count
-        if first:
+        if self.discarded_bytes >= 2 * self.last.discarded_bytes:
             self._try_to_record_discarded()
 
     def seal(self) -> None:

@@ -39,12 +39,19 @@ class OutputMover:
     _max_bytes: int | None
     _room: OutputRoom
     _tell_cut: Callable[[OutputCut, str], None]
-    _told: bool = field(default=False, init=False)
+    _cut_before: OutputCut | None = field(alias="cut")
+    """Why the log ends already, by an earlier service's word: it shall not go on after a gap."""
+    _told: bool = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._told = self._cut_before is not None
 
     @asynccontextmanager
     async def moving(self, pipes: Mapping[Stream, int]) -> AsyncIterator[None]:
         """Move output during the block, and what is left of it within bounds thereafter."""
         with Pump(self._spool, pipes, max_bytes=self._max_bytes, budget=self._room.budget) as pump:
+            if self._cut_before in (OutputCut.TOTAL, OutputCut.DISK):
+                pump.discard()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._move_all, pump)
                 yield

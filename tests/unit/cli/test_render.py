@@ -82,6 +82,10 @@ def test_status_tells_how_a_job_ended() -> None:
         (evolve(RUNNING, state=State.COMPLETED), []),
         (
             evolve(RUNNING, state=State.COMPLETED, discarded_bytes=2048),
+            ["job 7: 2.0 KiB of its output were not kept"],  # for a reason that nobody knows
+        ),
+        (
+            evolve(RUNNING, discarded_bytes=2048, output_cut=OutputCut.LIMIT),
             ["job 7: 2.0 KiB of its output were not kept: it reached its limit"],
         ),
         (
