@@ -244,3 +244,43 @@ async def test_command_line_limits_removes_and_prunes(open_directory: Directory)
             while not (await admin.call("job.status", id=4))["output_removed_at"]:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         await admin.call("job.stop", id=live)
+
+
+async def prune_on_the_host(directory: Path) -> str:
+    done = await trio.run_process(
+        [*program("worker"), "prune", "--config", str(directory / "worker.toml"), "--keep=0"],
+        capture_stdout=True,
+    )
+    return done.stdout.decode()
+
+
+async def test_what_was_pruned_without_the_service_is_known_from_its_start(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    async with serving(directory) as (_, admin):
+        jobs = [(await finished(admin, "echo", "x"))["id"] for _ in range(2)]
+    assert (await prune_on_the_host(directory)).startswith("removed the output of 2 jobs")
+    async with serving(directory) as (_, admin):
+        latest = (await admin.call("job.list"))["jobs"]
+        assert isinstance(latest, list)
+        assert [job["id"] for job in latest if job["output_removed_at"]] == jobs[::-1]
+
+
+async def test_what_was_pruned_beside_the_service_is_noted_when_it_is_looked_at(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    async with serving(directory) as (_, admin):
+        first, second, third = [(await finished(admin, "echo", "x"))["id"] for _ in range(3)]
+        assert (await prune_on_the_host(directory)).startswith("removed the output of 3 jobs")
+        seen = (await admin.call("job.status", id=first))["output_removed_at"]
+        assert seen is not None
+        with pytest.raises(Refused, match="is not kept any more since"):
+            await admin.call("job.log", id=second)
+        assert (await admin.call("job.remove", id=third))["bytes"] == 0
+        assert await admin.call("job.prune", keep_jobs=0) == {"jobs": [], "bytes": 0}
+    async with serving(directory) as (_, admin):
+        assert (await admin.call("job.status", id=first))["output_removed_at"] == seen
+        with pytest.raises(Refused, match="no such job"):
+            await admin.call("job.status", id=third)

@@ -1,7 +1,7 @@
 """`worker prune`: retention on this host, in a process of its own, whether the service runs or not.
 
-Locks on the files say what is in use (see `retention`); a service that runs finds out by itself
-what was removed, and notes it in the jobs' records.
+Locks on the files say what is in use (see `retention`). The service finds out by itself what was
+removed, at its start or when it looks at a job, and notes it in the jobs' records.
 """
 
 from pathlib import Path

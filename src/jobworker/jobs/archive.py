@@ -2,13 +2,15 @@
 
 The policy is applied at start, when a job ends, from time to time (age), and where live jobs want
 room that the limit on all output does not leave. What was removed is noted in the job's record,
-which stays; only `remove` takes a job away altogether.
+which stays; only `remove` takes a job away altogether. What another hand has removed, such as
+`worker prune`, is noted at start, when the policy is applied, and when the job is looked at.
 
 A job whose end a full disk refuses to record is taken up all the same: it is its output that must
 go for the disk to have room again. Its record is its execution's until then.
 """
 
 import logging
+import os
 from collections.abc import Callable, Container, Iterable, Sequence
 from datetime import datetime
 from functools import partial
@@ -67,6 +69,8 @@ class Archive:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
         await self._in_thread(partial(self._kept.load, live))
         self._budget.count(sum(kept.size for kept in self._kept.all.values()))
+        with_output = await self._history.with_output()
+        await self._note_removals(await self._in_thread(partial(self._kept.missing, with_output)))
         await self.prune()
 
     def size_of(self, jobs: Iterable[JobId]) -> int:
@@ -101,6 +105,20 @@ class Archive:
         """Look for the record of a job in the history from now on."""
         self._unsettled.pop(execution.record.id, None)
 
+    async def look_after(self, record: JobRecord) -> JobRecord:
+        """The record of a job, with a note where it has ended and its output is missing."""
+        if not record.ended or record.output_removed_at is not None:
+            return record
+        directory = self._spools / str(record.id)
+        if await trio.to_thread.run_sync(os.path.lexists, directory):
+            return record
+        async with self._removing:
+            with trio.CancelScope(shield=True):
+                dropped = await self._in_thread(partial(self._kept.drop, record.id))
+                self._budget.give_back(dropped)
+                when = await self._note_removals([record.id])
+        return evolve(record, output_removed_at=when)
+
     async def open(self, record: JobRecord) -> Spool:
         """Open an ended job's output to read it. Raises NotFound where it was removed."""
         try:
@@ -119,7 +137,7 @@ class Archive:
     async def make_room(self) -> bool:
         """Remove some of what is kept, for live jobs to go on: whether there was anything."""
         goal = max(1, int(self._budget.max_bytes * HEADROOM))
-        return bool(await self.prune(evolve(self._policy, max_bytes=goal)))
+        return any(await self._sweep(evolve(self._policy, max_bytes=goal), None))
 
     async def prune(
         self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
@@ -128,32 +146,44 @@ class Archive:
 
         Of the jobs that `only` names, where it is given. What is being followed stays.
         """
-        work = partial(self._prune, policy or self._policy, only)
-        async with self._removing:
-            with trio.CancelScope(shield=True):  # what was removed must be noted
-                gone = await self._in_thread(work)
-                for kept in gone:
-                    await self._note_removal(kept.job)
+        _, gone = await self._sweep(policy or self._policy, only)
         if gone:
             log.info("removed the output of %d jobs", len(gone))
         return gone
 
-    def _prune(self, policy: Policy, only: Callable[[JobId], bool] | None) -> list[Kept]:
-        live = self._budget.used_bytes - sum(kept.size for kept in self._kept.all.values())
-        gone = self._kept.drop_missing()
-        gone += self._kept.prune(policy, only=only, live_bytes=max(0, live))
-        self._budget.give_back(sum(kept.size for kept in gone))
-        return gone
+    async def _sweep(
+        self, policy: Policy, only: Callable[[JobId], bool] | None
+    ) -> tuple[list[Kept], list[Kept]]:
+        """What another hand has removed, and what the policy has."""
+        async with self._removing:
+            with trio.CancelScope(shield=True):  # what was removed must be noted
+                missing, gone = await self._in_thread(partial(self._prune, policy, only))
+                await self._note_removals([kept.job for kept in (*missing, *gone)])
+        return missing, gone
 
-    async def _note_removal(self, job: JobId) -> None:
-        execution = self._unsettled.get(job)
+    def _prune(
+        self, policy: Policy, only: Callable[[JobId], bool] | None
+    ) -> tuple[list[Kept], list[Kept]]:
+        live = self._budget.used_bytes - sum(kept.size for kept in self._kept.all.values())
+        missing = self._kept.drop_missing()
+        gone = self._kept.prune(policy, only=only, live_bytes=max(0, live))
+        self._budget.give_back(sum(kept.size for kept in (*missing, *gone)))
+        return missing, gone
+
+    async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
+        """Note what was removed, wherever the records are now: when that was."""
+        now = self._clock()
+        unsettled = [self._unsettled[job] for job in jobs if job in self._unsettled]
+        records = [execution.note_removal(now) for execution in unsettled]
+        recorded = [job for job in jobs if job not in self._unsettled]
         try:
-            if execution is not None:
-                await self._history.put(execution.note_removal(self._clock()))
-            elif (record := await self._history.get(job)) is not None:
-                await self._history.put(evolve(record, output_removed_at=self._clock()))
-        except JobworkerError as error:
-            log.error("job %d: its output was removed: %s", job, error)
+            if recorded:
+                await self._history.note_removed(recorded, now)
+            for record in records:
+                await self._history.put(record)
+        except JobworkerError as error:  # executions try again
+            log.error("the output of %d jobs was removed: %s", len(jobs), error)
+        return now
 
     async def remove(self, job: JobId, *, force: bool) -> int:
         """Remove an ended job, output and record: the bytes that its output had.
@@ -167,7 +197,7 @@ class Archive:
                 try:
                     await self._remove_record(job)
                 except JobworkerError:  # the disk is full still: the job stays, without output
-                    await self._note_removal(job)
+                    await self._note_removals([job])
                     raise
         return freed
 

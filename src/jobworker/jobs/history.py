@@ -14,6 +14,7 @@ WAL-reset fault (fixed in 3.51.3).
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +28,7 @@ from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.schema import migrate
 from jobworker.model.job import JobId, JobRecord
-from jobworker.model.lifecycle import LIVE, State
+from jobworker.model.lifecycle import LIVE, TERMINAL, State
 
 T = TypeVar("T")
 
@@ -136,6 +137,24 @@ class History:
         finally:
             self._writing = False
 
+    async def note_removed(self, jobs: Collection[JobId], when: datetime) -> None:
+        """Note in the records of ended jobs that their output was removed, all at once.
+
+        Those that say so already, and jobs that there are not, stay as they are. Raises
+        InternalError where the disk refuses.
+        """
+        try:
+            await self._in_thread(partial(self._note_removed, jobs, when))
+        except apsw.Error as error:
+            raise InternalError(
+                f"cannot note in the history that output was removed: {error}",
+                remedy="check the disk that holds worker.state_dir",
+            ) from error
+
+    async def with_output(self) -> frozenset[JobId]:
+        """The ended jobs whose records do not say that their output was removed."""
+        return await self._in_thread(partial(self._select_with_output))
+
     async def remove(self, job: JobId) -> None:
         """Forget a job for good; its id is not given again. One that is not there is fine.
 
@@ -217,6 +236,23 @@ class History:
             append_lines(self._path.with_name(FILE), rows)
         finally:  # one of the two is better than none
             insert_rows(self._connection, rows)
+
+    def _note_removed(self, jobs: Collection[JobId], when: datetime) -> None:
+        with self._connection:
+            self._connection.executemany(
+                "UPDATE jobs SET record = json_set(record, '$.output_removed_at', ?) "
+                "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",
+                [(unstructure(when), job) for job in jobs],
+            )
+
+    def _select_with_output(self) -> frozenset[JobId]:
+        marks = ", ".join("?" * len(TERMINAL))
+        rows = self._connection.execute(
+            f"SELECT id FROM jobs WHERE state IN ({marks}) "  # noqa: S608
+            "AND json_extract(record, '$.output_removed_at') IS NULL",
+            tuple(state.value for state in TERMINAL),
+        )
+        return frozenset(JobId(int(str(row[0]))) for row in rows)
 
     def _delete(self, job: JobId) -> None:
         with self._connection:

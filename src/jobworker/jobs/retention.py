@@ -104,12 +104,21 @@ class KeptOutput:
         self._kept.pop(job, None)
         return freed
 
+    def missing(self, jobs: Iterable[JobId]) -> list[JobId]:
+        """Those of `jobs` whose output is not there, whether it was taken up or not."""
+        names = {entry.name for entry in self._spools.iterdir()}
+        return [job for job in jobs if str(job) not in names]
+
+    def drop(self, job: JobId) -> int:
+        """Count the output of a job as removed by another hand: the bytes that it had."""
+        kept = self._kept.pop(job, None)
+        return kept.size if kept is not None else 0
+
     def drop_missing(self) -> list[Kept]:
         """Drop what another hand has removed: what that was."""
-        names = {entry.name for entry in self._spools.iterdir()}
-        gone = [kept for kept in self._kept.values() if str(kept.job) not in names]
+        gone = [self._kept[job] for job in self.missing(self._kept)]
         for kept in gone:
-            del self._kept[kept.job]
+            self.drop(kept.job)
         return gone
 
     def prune(

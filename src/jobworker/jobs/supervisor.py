@@ -232,7 +232,7 @@ class Supervisor:
         record = await self._history.get(job)
         if record is None:
             raise no_such_job(job)
-        return record
+        return await self._archive.look_after(record)
 
     async def latest(self, wanted: Filter, limit: int) -> list[JobRecord]:
         """At most `limit` that fit, newest first. A page may end early; an empty one is the end."""

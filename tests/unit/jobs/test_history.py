@@ -6,12 +6,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import apsw
 import pytest
 import trio
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +108,29 @@ def test_any_records_are_found_again_after_reopening(
     assert trio.run(get_all) == stored
 
 
+@examples(max_examples=50)
+@given(records.filter(lambda each: each.ended))
+def test_removal_of_output_is_noted_once_and_changes_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, stored: JobRecord
+) -> None:
+    path = tmp_path_factory.mktemp("history") / "history.db"
+    unknown = JobId(stored.id + 1)
+
+    async def note() -> None:
+        with opened(path) as history:
+            await history.put(stored)
+            told = stored.output_removed_at is not None
+            assert await history.with_output() == (set() if told else {stored.id})
+            await history.note_removed([stored.id, unknown], NOW)
+            await history.note_removed([stored.id], NOW + timedelta(days=1))
+            noted = evolve(stored, output_removed_at=stored.output_removed_at or NOW)
+            assert await history.get(stored.id) == noted
+            assert await history.get(unknown) is None  # what was removed does not come back
+            assert await history.with_output() == set()
+
+    trio.run(note)
+
+
 async def test_changed_record_replaces_the_one_before(path: Path) -> None:
     with opened(path) as history:
         id_ = history.take_id()
@@ -179,7 +203,7 @@ async def test_ids_of_deleted_records_are_not_used_again(path: Path) -> None:
 
 _CRASH = """
 import os, signal, sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 import trio
 from jobworker.jobs.history import History
