@@ -131,8 +131,11 @@ def test_launcher_that_cannot_make_disks_says_so(
         "mke2fs": r"cannot make disks for jobs: No such file or directory \(mke2fs \(e2fsprogs\)\)",
         "scratch": "cannot make disks for jobs: No space left on device",
     }[missing]
-    with pytest.raises(HostUnsupported, match=words):
+    with pytest.raises(HostUnsupported, match=words) as refusal:
         start_launcher(policy)
+    if missing == "scratch":
+        assert "make room where worker.state_dir is: " in refusal.value.remedy
+        assert "e2fsprogs" not in refusal.value.remedy
     assert groups_called(policy.instance) == []
     assert disks_in(Path(policy.scratch)) == []
     assert os.listdir(policy.scratch) == []

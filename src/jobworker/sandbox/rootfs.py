@@ -15,6 +15,7 @@ file too, since not every kernel can map ids on a tmpfs.
 Standard library only.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -124,10 +125,13 @@ def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
         return {size: disk_images.make_blank(here, size) for size in (_BASE_BYTES, disk_bytes)}
     except OSError as error:
         reason = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-        raise HostUnsupported(
-            f"cannot make disks for jobs: {reason}",
-            remedy="install e2fsprogs, and keep worker.state_dir on a local file system with room",
-        ) from error
+        remedy = "install e2fsprogs, and keep worker.state_dir on a local file system with room"
+        if error.errno == errno.ENOSPC:
+            room = max(_BASE_BYTES, disk_bytes) >> 20
+            remedy = f"make room where worker.state_dir is: {room} MB at least"
+            if disk_bytes > _BASE_BYTES:
+                remedy += ", or lower sandbox.disk_limit"
+        raise HostUnsupported(f"cannot make disks for jobs: {reason}", remedy=remedy) from error
 
 
 def _move(stage: str, writable: Mapping[str, str], trees: Sequence[str]) -> None:
