@@ -9,8 +9,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
+from operator import itemgetter
 from typing import TextIO
 
 import asyncclick as click
@@ -20,10 +22,14 @@ from jobworker.cli.failures import one_line
 from jobworker.cli.render import error_as_json
 from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
+from jobworker.model.job import Stream
 
 PROGRAM = "worker-cli"
 BROKEN_PIPE = 141
 """128 + SIGPIPE, as shells have it."""
+MOST_BYTES = 1 << 20
+MOST_PIECES = 1024
+"""What is gathered for one write, at the least: some milliseconds' work."""
 
 
 def say(text: str) -> None:
@@ -55,37 +61,57 @@ def discard_output() -> None:
         os.close(null)
 
 
-class Sink:
-    """One of the standard streams, for bytes."""
+class Outlet:
+    """The standard streams, for bytes: what is put in comes out in that order.
 
-    def __init__(self, stream: TextIO | None, *, visible: bool) -> None:
-        """Take `stream`, None where it is closed; `visible` asks for a terminal's protection."""
-        self._descriptor = None if stream is None else stream.fileno()
-        self._filter = TerminalFilter() if visible and stream and stream.isatty() else None
+    Where output comes in many small pieces, a thread for each costs far more than the pieces. So
+    they are gathered: put in what there is, and then flush.
+    """
 
-    async def write(self, data: bytes) -> None:
-        """Write all of `data`; what cancellation interrupts is written in part."""
-        await self._write(data if self._filter is None else self._filter.feed(data))
+    def __init__(self, streams: Mapping[Stream, TextIO | None], *, visible: bool) -> None:
+        """Take `streams`, None where one is closed; `visible` asks for a terminal's protection."""
+        self._descriptors = {
+            stream: file.fileno() for stream, file in streams.items() if file is not None
+        }
+        self._filters = {
+            stream: TerminalFilter()
+            for stream, file in streams.items()
+            if visible and file is not None and file.isatty()
+        }
+        self._pieces: list[tuple[int, bytes]] = []
+        self._size = 0
 
-    async def finish(self) -> None:
-        """Write what was held back until it was known what follows."""
-        if self._filter is not None:
-            await self._write(self._filter.feed(b"", final=True))
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be put in before a flush."""
+        return self._size < MOST_BYTES and len(self._pieces) < MOST_PIECES
 
-    async def _write(self, data: bytes) -> None:
-        if self._descriptor is not None and data:
-            await trio.to_thread.run_sync(
-                _write_all, self._descriptor, data, abandon_on_cancel=True
-            )
+    def put(self, stream: Stream, data: bytes, *, final: bool = False) -> None:
+        """Put in what is to be written; `final` takes what was held back for what follows."""
+        descriptor = self._descriptors.get(stream)
+        if descriptor is None:
+            return
+        if stream in self._filters:
+            data = self._filters[stream].feed(data, final=final)
+        if data:
+            self._pieces.append((descriptor, data))
+            self._size += len(data)
+
+    async def flush(self) -> None:
+        """Write all that was put in; what cancellation interrupts is written in part."""
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces:
+            await trio.to_thread.run_sync(_write_all, pieces, abandon_on_cancel=True)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:  # someone who shares the terminal made it non-blocking
-            select.select([], [descriptor], [])
+def _write_all(pieces: Sequence[tuple[int, bytes]]) -> None:
+    for descriptor, run in groupby(pieces, itemgetter(0)):
+        rest = memoryview(b"".join([data for _, data in run]))
+        while rest:
+            try:
+                rest = rest[os.write(descriptor, rest) :]
+            except BlockingIOError:  # someone who shares the terminal made it non-blocking
+                select.select([], [descriptor], [])
 
 
 @contextmanager

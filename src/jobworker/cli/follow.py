@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import define, frozen
 
 from jobworker.cli import render
-from jobworker.cli.console import Sink, cancelled_by_interrupt, note, note_lost
+from jobworker.cli.console import Outlet, cancelled_by_interrupt, note, note_lost
 from jobworker.cli.failures import INTERRUPTED
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
@@ -75,7 +75,10 @@ async def print_output(
     with open_output(on_break=tell_break) as output:
         try:
             async for chunk in output:
-                await printer.take(chunk)
+                printer.take(chunk)
+                while printer.has_room and (more := output.receive_nowait()) is not None:
+                    printer.take(more)
+                await printer.flush()
         finally:
             await printer.finish()
     assert output.record is not None
@@ -88,48 +91,59 @@ class Printer:
     """Prints chunks: each stream on its own, or all as lines of JSON."""
 
     _look: Look
-    _sinks: dict[Stream, Sink]
+    _outlet: Outlet
     _stampers: dict[Stream, LineStamper]
 
     @classmethod
     def make(cls, look: Look) -> "Printer":
         """One for this program's own streams."""
-        stdout = Sink(sys.stdout, visible=look.visible)
-        stderr = Sink(sys.stderr, visible=look.visible)
+        streams = {Stream.STDOUT: sys.stdout, Stream.STDERR: sys.stderr}
         stampers = {stream: LineStamper() for stream in Stream} if look.timestamps else {}
-        return cls(look, {Stream.STDOUT: stdout, Stream.STDERR: stderr}, stampers)
+        return cls(look, Outlet(streams, visible=look.visible), stampers)
 
     async def start(self, job: JobRecord) -> None:
         """Tell of a job that has only just begun."""
         if self._look.json:
-            await self._event("started", {"job": unstructure(job)})
+            self._event("started", {"job": unstructure(job)})
+            await self.flush()
 
-    async def take(self, chunk: "Chunk") -> None:
-        """Print a chunk."""
+    @property
+    def has_room(self) -> bool:
+        """Whether it may take more before a flush."""
+        return self._outlet.has_room
+
+    def take(self, chunk: "Chunk") -> None:
+        """Take a chunk, to be printed with the next flush."""
         if self._look.json:
-            await self._event("output", _described(chunk))
+            self._event("output", _described(chunk))
             return
         data = chunk.data
         if self._look.timestamps:
             data = self._stampers[chunk.stream].feed(data, chunk.time)
-        await self._sinks[chunk.stream].write(data)
+        self._outlet.put(chunk.stream, data)
+
+    async def flush(self) -> None:
+        """Print what was taken."""
+        await self._outlet.flush()
 
     async def finish(self) -> None:
         """Print what was held back until it was known what follows."""
-        for sink in self._sinks.values():
-            await sink.finish()
+        for stream in Stream:
+            self._outlet.put(stream, b"", final=True)
+        await self.flush()
 
     async def end(self, record: JobRecord) -> None:
         """Say what output and exit code do not tell: what was not kept, and why the job ended."""
         if self._look.json:
-            await self._event("end", {"job": unstructure(record)})
+            self._event("end", {"job": unstructure(record)})
+            await self.flush()
         elif not self._look.quiet:
             for line in (render.ending if self._look.ending else render.losses)(record):
                 note(line)
 
-    async def _event(self, event: str, body: dict[str, object]) -> None:
+    def _event(self, event: str, body: dict[str, object]) -> None:
         line = dumps({"event": event, **body}).encode() + b"\n"
-        await self._sinks[Stream.STDOUT].write(line)
+        self._outlet.put(Stream.STDOUT, line)
 
 
 def _described(chunk: "Chunk") -> dict[str, object]:

@@ -69,6 +69,8 @@ class Following:
     _grant: Callable[[int], None]
     _forget: Callable[[bool], None]
     _drop: Callable[[], None]
+    _next: Output | OutputEnd | JobworkerError | None = field(default=None, init=False)
+    """What has come and was only looked at."""
     _taken_bytes: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
 
@@ -85,18 +87,41 @@ class Following:
             self._inbox.receiver.close()
             self._forget(self.record is not None)
 
+    def receive_nowait(self) -> Chunk | None:
+        """The next chunk if it has come; None where it has not, or what came is no chunk."""
+        if self._next is None:
+            try:
+                self._next = self._inbox.receiver.receive_nowait()
+            except (trio.WouldBlock, trio.ClosedResourceError):
+                return None
+        if not isinstance(self._next, Output):
+            return None
+        item, self._next = self._next, None
+        self._grant_taken()
+        return self._take(item)
+
     async def __anext__(self) -> Chunk:
         if self.record is not None:
             raise StopAsyncIteration
-        if self._taken_bytes >= _GRANT_BYTES:
-            self._grant(self._taken_bytes)
-            self._taken_bytes = 0
-        item = await self._inbox.receiver.receive()
+        self._grant_taken()
+        if self._next is None:
+            self._next = await self._inbox.receiver.receive()
+        else:
+            await trio.lowlevel.checkpoint()
+        item, self._next = self._next, None
         if isinstance(item, JobworkerError):
             self._inbox.put(item)  # so that another try does not wait for ever
             raise anew(item)
         if isinstance(item, OutputEnd):
             return self._finish(item)
+        return self._take(item)
+
+    def _grant_taken(self) -> None:
+        if self._taken_bytes >= _GRANT_BYTES:
+            self._grant(self._taken_bytes)
+            self._taken_bytes = 0
+
+    def _take(self, item: Output) -> Chunk:
         self._taken_bytes += len(item.data)
         header = item.header
         self.offset = header.offset + len(item.data)

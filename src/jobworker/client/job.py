@@ -198,6 +198,26 @@ class JobOutput:
                 return chunk
         raise StopAsyncIteration
 
+    def receive_nowait(self) -> Chunk | None:
+        """The next chunk if it has come already, for who would rather have many at once.
+
+        None where nothing has come, or where it is no chunk: iterate on to wait, or to learn what.
+
+        >>> job = await client.run(["seq", "3"])
+        >>> data = b""
+        >>> with job.output() as output:
+        ...     async for chunk in output:
+        ...         data += chunk.data
+        ...         while (more := output.receive_nowait()) is not None:
+        ...             data += more.data
+        >>> data
+        b'1\\n2\\n3\\n'
+        """
+        chunk = None if self._following is None else self._following.receive_nowait()
+        if chunk is not None:
+            self.offset = chunk.offset + len(chunk.data)
+        return chunk
+
     def _rest(self, begun: Following) -> m.LogParams:
         """What to ask for next: what follows, whatever it began with."""
         return evolve(

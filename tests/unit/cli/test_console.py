@@ -5,17 +5,50 @@ import pty
 import signal
 import termios
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 import trio
 
-from jobworker.cli.console import Sink, cancelled_by_interrupt
+from jobworker.cli.console import Outlet, cancelled_by_interrupt
+from jobworker.model.job import Stream
+
+
+async def write(file: TextIO | None, data: bytes, visible: bool = False) -> None:
+    outlet = Outlet({Stream.STDOUT: file}, visible=visible)
+    outlet.put(Stream.STDOUT, data)
+    outlet.put(Stream.STDERR, b"nowhere")
+    await outlet.flush()
+
+
+async def test_what_is_gathered_comes_out_in_order_and_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[object]()
+    run_sync = trio.to_thread.run_sync
+
+    async def counted(*args: Any, **options: Any) -> object:
+        started.append(args)
+        return await run_sync(*args, **options)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", counted)
+    with (tmp_path / "both").open("w") as file:
+        outlet = Outlet(dict.fromkeys(Stream, file), visible=False)
+        puts = 0
+        while outlet.has_room:
+            outlet.put(list(Stream)[puts // 3 % 2], b"%d\n" % puts)
+            puts += 1
+        await outlet.flush()
+        assert outlet.has_room
+    assert puts > 1000
+    assert len(started) == 1
+    assert (tmp_path / "both").read_bytes() == b"".join(b"%d\n" % i for i in range(puts))
 
 
 async def test_bytes_are_exact_where_there_is_no_terminal(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     with (tmp_path / "out").open("w") as stream:
-        await Sink(stream, visible=True).write(data)
+        await write(stream, data, visible=True)
     assert (tmp_path / "out").read_bytes() == data
 
 
@@ -27,7 +60,7 @@ async def test_terminal_is_protected_unless_raw_is_asked_for(visible: bool, seen
         modes[1] &= ~termios.OPOST
         termios.tcsetattr(slave, termios.TCSANOW, modes)
         with os.fdopen(slave, "w", closefd=False) as stream:
-            await Sink(stream, visible=visible).write(b"\x1b[0m")
+            await write(stream, b"\x1b[0m", visible=visible)
         assert os.read(master, 100) == seen
     finally:
         os.close(master)
@@ -48,12 +81,12 @@ async def test_non_blocking_reader_gets_everything() -> None:
     with os.fdopen(writing, "w") as stream, os.fdopen(reading, "rb"):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, read_all)
-            await Sink(stream, visible=False).write(data)
+            await write(stream, data, visible=False)
     assert got == data
 
 
 async def test_closed_stream_takes_everything() -> None:
-    await Sink(None, visible=True).write(b"x")
+    await write(None, b"x", visible=True)
 
 
 async def test_reader_that_takes_nothing_does_not_hold_up_an_interrupt() -> None:
@@ -61,7 +94,7 @@ async def test_reader_that_takes_nothing_does_not_hold_up_an_interrupt() -> None
     with os.fdopen(writing, "w", closefd=False) as stream:
         with trio.fail_after(5), cancelled_by_interrupt() as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Sink(stream, visible=False).write, bytes(1 << 20))
+                nursery.start_soon(write, stream, bytes(1 << 20))
                 await trio.lowlevel.checkpoint()
                 os.kill(os.getpid(), signal.SIGINT)
         assert scope.cancelled_caught

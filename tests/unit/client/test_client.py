@@ -269,6 +269,36 @@ async def test_slow_consumer_delays_no_reply_and_is_granted_what_it_takes() -> N
         assert (await peer.call()).method.name == "job.unfollow"
 
 
+async def test_what_has_come_can_be_taken_at_once_and_is_granted_anew() -> None:
+    async with connected() as (client, peer):
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                peer.reply(await peer.call(), m.LogResult(subscription=3, offset=0))
+
+            nursery.start_soon(serve)
+            output = await opened(client)
+        assert output.receive_nowait() is None
+        piece = WINDOW_BYTES // 8
+        for number in range(7):
+            peer.output(3, number * piece, bytes([number]) * piece)
+        peer.end(3, 7 * piece)
+        await wait_all_tasks_blocked()
+        seen = [await anext(output)]
+        while (chunk := output.receive_nowait()) is not None:
+            seen.append(chunk)
+        assert [chunk.data[0] for chunk in seen] == list(range(7))
+        assert output.offset == 7 * piece
+        assert output.record is None
+        with pytest.raises(StopAsyncIteration):
+            await anext(output)
+        assert output.record is not None
+        call = await peer.call()
+        assert call.params == m.CreditParams(subscription=3, bytes=WINDOW_BYTES // 2)
+        output.close()
+        assert output.receive_nowait() is None
+
+
 async def test_output_of_a_closed_subscription_is_dropped() -> None:
     async with connected() as (client, peer):
         async with trio.open_nursery() as nursery:
