@@ -1,6 +1,7 @@
 """A disk full to its last block: what has ended can be removed, and nobody waits for ever."""
 
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,7 +15,7 @@ from jobworker.cli.embedded import Embedded, open_embedded
 
 from .conftest import left_behind
 from .outside import open_launcher, settings_with
-from .wire import Json, Wire, open_wire
+from .wire import Json, Refused, Wire, open_wire
 
 Directory = Callable[[], Path]
 SETTINGS: dict[str, dict[str, object]] = {
@@ -178,3 +179,39 @@ async def test_true_end_is_told_though_the_output_went_before_it_was_recorded(
             assert record["output_removed_at"] is not None
             assert (await wire.call("job.wait", id=small))["signal"] == signal.SIGKILL
             await until_stored(place, {small: ("FAILED", False), big: ("FAILED", True)})
+
+
+async def test_job_that_the_disk_does_not_let_go_stays_whole_without_its_output(
+    open_directory: Directory,
+) -> None:
+    """Where nothing is won by a removal, the history cannot forget the job either."""
+    directory = open_directory()
+    async with site(directory) as place, serving(directory) as (_, wire):
+        big, small = await fill_with_ended_jobs(wire, place)
+        await trio.to_thread.run_sync(shutil.rmtree, place / "spool" / str(small))
+        await trio.to_thread.run_sync(fill, place)
+        with trio.fail_after(20), pytest.raises(Refused, match="disk is full"):
+            await wire.call("job.remove", id=small)
+        record = await wire.call("job.status", id=small)
+        assert record["state"] == "STOPPED"
+        assert record["output_removed_at"] is not None
+        await wire.call("job.remove", id=big)
+        await until_stored(place, {small: ("STOPPED", True)})
+        await wire.call("job.remove", id=small)
+        assert stored(place) == {}
+
+
+async def test_service_that_takes_over_on_a_full_disk_lets_room_be_made(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    async with site(directory) as place:
+        async with serving(directory) as (service, wire):
+            big, small = await fill_with_ended_jobs(wire, place)
+            await kill(service)
+        async with serving(directory) as (_, wire):
+            with trio.fail_after(20):
+                for job in (big, small):
+                    assert (await wire.call("job.wait", id=job))["signal"] == signal.SIGKILL
+                await wire.call("job.remove", id=big)
+            await until_stored(place, {small: ("FAILED", False)})
