@@ -127,15 +127,24 @@ def _find_tail(
             first = max(start - 1, 0)
             before = files.read_stream(run.stream, first, end_of_block - 1 - first)
             before = before if start else b"\n" + before
-            place = len(before)
-            for _ in range(min(lines, before.count(b"\n"))):
-                place = before.rindex(b"\n", 0, place)
-                found[run.stream] = start + place
-                lines -= 1
+            count = before.count(b"\n")
+            if count:
+                found[run.stream] = start + _nth_last(before, min(lines, count), count)
+            lines -= min(lines, count)
             end_of_block = start
         if not lines:
             break
     return found
+
+
+def _nth_last(data: bytes | bytearray, number: int, count: int) -> int:
+    """Where the last but `number - 1` of `count` line feeds stands."""
+    if number == count:  # as it mostly is: no look at each
+        return data.index(b"\n")
+    place = len(data)
+    for _ in range(number):
+        place = data.rindex(b"\n", 0, place)
+    return place
 
 
 def _runs_backwards(files: OutputFiles, records: int) -> Iterator[_Run]:
