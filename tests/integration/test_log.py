@@ -16,7 +16,7 @@ from attrs import define
 
 from jobworker.cli.embedded import Embedded, open_embedded, program
 
-from .wire import Wire, open_wire
+from .wire import Json, Refused, Wire, open_wire
 
 
 async def log_of(admin: Wire, job: object, **params: object) -> tuple[bytes, bytes]:
@@ -161,6 +161,34 @@ async def test_log_begins_with_whole_lines(service: Embedded, admin: Wire) -> No
     assert await ask(log, "-t", "--tail=2", "--stdout") == (whole, "")
     out, err = await ask(log, "-t", f"--since={of_last}")
     assert (out, err) == (f"{of_last} last no newline", "")
+
+
+async def test_who_goes_on_hands_back_where_streams_begin(admin: Wire) -> None:
+    _, _, record = await admin.run("python3", "-c", INTERRUPTED_LINE)
+
+    async def pieces(**params: object) -> tuple[Json, list[Json]]:
+        result = await admin.call("job.log", id=record["id"], **params)
+        seen = list[Json]()
+        async for note in admin.notes(result["subscription"]):
+            if note["method"] == "job.output_end":
+                break
+            params = note["params"]  # type: ignore[assignment]
+            seen.append({name: params[name] for name in ("stream", "offset", "data")})
+        return result, seen
+
+    begun, all_of_it = await pieces(tail_lines=2)
+    assert (begun["offset"], begun["starts"]) == (
+        4,
+        [{"stream": "stdout", "offset": 8, "since": None}],
+    )
+    assert [(each["stream"], each["offset"]) for each in all_of_it] == [
+        ("stderr", 4),
+        ("stdout", 9),
+    ]
+    for offset, rest in ((4, all_of_it), (5, all_of_it[1:])):
+        assert (await pieces(offset=offset, starts=begun["starts"]))[1] == rest
+    with pytest.raises(Refused, match="at most 2"):
+        await admin.call("job.log", id=record["id"], starts=[{"stream": "stdout"}] * 3)
 
 
 @pytest.mark.parametrize("command", ["log", "run"])
