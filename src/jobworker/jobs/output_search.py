@@ -8,7 +8,8 @@ the other may be in the midst of a line that is not wanted.
 
 A line that has not ended goes on after the search. So what a stream starts with is a rule
 (`LineStart`), which holds for what comes later too: who begins with none of a line sees nothing of
-its rest, and who asks for a time to come sees nothing before it.
+its rest, and who asks for a time to come sees nothing before it. Who asks for no line at all wants
+what comes from now on, all of it: a prompt, or the rest of a row of dots.
 
 What is asked for in several ways begins at the latest of them. Every call reads the disk: the
 caller brings a thread, and a `pause` that may raise to end a search that nobody waits for any more.
@@ -55,6 +56,8 @@ def find_start(
 ) -> Beginning:
     """What `start` stands for, in whole lines. Raises OutputError where the disk fails."""
     records = files.records  # once: it may grow meanwhile
+    if start.tail_lines == 0 and start.since_ns is None:
+        return Beginning(max(start.offset, files.record(records - 1).size))
     first = dict.fromkeys(streams, 0)
     if start.since_ns is not None:
         before = files.record(_records_before(files, records, start.since_ns) - 1)

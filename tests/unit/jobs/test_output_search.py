@@ -119,7 +119,7 @@ async def seen(
 @given(
     pieces=PIECES,
     later=PIECES,
-    tail=st.none() | st.integers(0, 8),
+    tail=st.none() | st.integers(1, 8),
     since_ns=st.none() | st.integers(0, 60).map(lambda n: 50 * n),
     streams=st.sampled_from([BOTH, *(frozenset({stream}) for stream in Stream)]),
     max_bytes=st.integers(1, 30),
@@ -148,7 +148,7 @@ def test_reader_sees_whole_lines_with_the_times_of_their_first_bytes(
 
 
 @settings(deadline=None)
-@given(pieces=PIECES, later=PIECES, tail=st.integers(0, 8), breaks=st.lists(st.integers(0, 3)))
+@given(pieces=PIECES, later=PIECES, tail=st.integers(1, 8), breaks=st.lists(st.integers(0, 3)))
 def test_joined_pieces_hold_the_same_lines(
     pieces: Pieces, later: Pieces, tail: int, breaks: list[int]
 ) -> None:
@@ -196,6 +196,13 @@ def test_readers_at_one_place_see_what_each_asked_for() -> None:
 
     with files_of([(OUT, b"a\n")]) as files:
         assert trio.run(read_by_turns, files) == [b"b\nc\n", b"c\n", None]
+
+
+def test_no_line_is_all_that_comes_from_now_on() -> None:
+    with files_of([(OUT, b"a\n."), (ERR, b"bb")]) as files:
+        later = [(OUT, b".."), (ERR, b"b\n"), (OUT, b".\n")]
+        found = trio.run(partial(seen, files, later, Start(tail_lines=0), View(), []))
+    assert [(each.stream, each.data) for each in found] == [(OUT, b"...\n"), (ERR, b"b\n")]
 
 
 def test_since_keeps_a_time_to_come() -> None:
