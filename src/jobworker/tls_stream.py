@@ -2,10 +2,10 @@
 
 OpenSSL works on two buffers in memory, never on the socket: there a peer's messages below the
 application (RFC 8446, section 4.6) would hold the event loop for as long as they came, and a
-half-sent record would stand in the way of all else. So does trio.SSLStream, which reads a record
-(16 KiB) at a time and encrypts a message as a whole. Here a message is encrypted and sent a few
-records at a time, so that what is copied stays in the processor's cache, and a read goes on while
-there is more, so that a large message costs few turns of the loop.
+half-sent record would stand in the way of all else. trio.SSLStream has such buffers too, but reads
+a record (16 KiB) at a time and encrypts a message as a whole. Here a message is encrypted and sent
+a few records at a time, so that what is copied stays in the processor's cache, and a read goes on
+while there is more, so that a large message costs few turns of the loop.
 
 A message that was cut off breaks the stream for all who would send after it. An end of which TLS
 said nothing reads like any other: WebSocket has one of its own. In TLS 1.3 the server judges the

@@ -175,7 +175,7 @@ class LogParams:
     offset: int = field(default=0, validator=within(0, MAX_OFFSET))
     """Start at this byte of both streams together; with what follows, at the latest of all."""
     tail_lines: int | None = field(default=None, validator=within(0, MAX_TAIL_LINES))
-    """Only the last so many lines of `streams`, and those that begin from now on."""
+    """Only the last so many lines of `streams`, and what begins from now on; 0: what comes."""
     since: datetime | None = None
     """Only lines whose first byte was read from the job at this time or later."""
     since_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
