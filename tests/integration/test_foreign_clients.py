@@ -60,15 +60,20 @@ async def test_foreign_client_runs_follows_and_stops_a_job(service: Embedded, na
     script = 'trap "exit 7" INT TERM; echo "ready, é"; echo oops >&2; while :; do sleep 0.1; done'
     process = await start(service, name, "sh", "-c", script)
     assert process.stdout is not None
-    said = b""
+    assert process.stderr is not None
+    said = told = b""
     try:
-        with trio.fail_after(60):
+        with trio.fail_after(25):  # not so long that a ping from the server would wake it
             while b"\n" not in said:
                 data = await process.stdout.receive_some()
                 assert data, (await everything(process, process.stderr)).decode()
                 said += bytes(data)
-            process.send_signal(signal.SIGINT)  # it has heard of its job's output: it knows the job
-            told = await everything(process, process.stderr)
+            while b"oops\n" not in told:
+                data = await process.stderr.receive_some()
+                assert data, told.decode()
+                told += bytes(data)
+            process.send_signal(signal.SIGINT)  # it has heard all there is, and waits
+            told += await everything(process, process.stderr)
             await process.wait()
     finally:
         process.kill()

@@ -41,14 +41,17 @@ send() {
     printf '\0\0\0\0%s' "$1" >&4
 }
 
-# take N: so many bytes, as decimal numbers.
-take() { head -c "$1" <&3 | od -An -v -tu1; }
+# take N: so many bytes, as decimal numbers; in a subshell. Ctrl-C goes to all, and is not for these.
+take() {
+    trap '' INT
+    head -c "$1" <&3 | od -An -v -tu1
+}
 
 # receive: the next text message, in $message; pings are answered.
 receive() {
     local first size
     while :; do
-        read -r first size <<<"$(take 2)" || return 1
+        read -r first size < <(take 2) || return 1 # not $(…), during which no trap would run
         [ -n "${size:-}" ] || return 1
         if [ "$size" = 126 ] || [ "$size" = 127 ]; then
             local count=$((size == 126 ? 2 : 8)) number
@@ -65,7 +68,7 @@ receive() {
             continue
         fi
         [ $((first & 15)) = 8 ] && return 1
-        message=$(head -c "$size" <&3)
+        message=$(trap '' INT && head -c "$size" <&3)
         return 0
     done
 }

@@ -222,25 +222,21 @@ class Conversation:
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _ping(self) -> None:
-        """Ping a client that takes nothing from time to time; one that does not answer has to go.
+        """Ping the client from time to time; one that neither answers nor takes anything has to go.
 
-        Who takes what is sent is there, and a ping would wait behind it: for long on a slow line.
+        What is on its way comes before a ping: for long on a slow line.
         """
         limits = self._context.admission.limits
         interval, timeout = (
             parse_duration(limits.ping_interval),
             parse_duration(limits.ping_timeout),
         )
-        taken = -1
         while interval:
             await trio.sleep(interval)
-            before, taken = taken, self._socket.taken_bytes
-            if taken == before:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._end_in_silence, timeout)
-                    await self._socket.ping()
-                    nursery.cancel_scope.cancel()
-                taken = self._socket.taken_bytes
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_in_silence, timeout)
+                await self._socket.ping()
+                nursery.cancel_scope.cancel()
 
     async def _end_in_silence(self, seconds: float) -> None:
         """End the conversation once nothing is taken for so long; the ping too is something."""
