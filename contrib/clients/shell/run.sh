@@ -51,7 +51,8 @@ take() {
 receive() {
     local first size
     while :; do
-        read -r first size < <(take 2) || return 1 # not $(…), during which no trap would run
+        exec 5< <(take 2) # not $(…), during which no trap would run; one that comes late waits 1 s
+        until read -r -t 1 -u 5 first size; do [ $? -gt 128 ] || return 1; done
         [ -n "${size:-}" ] || return 1
         if [ "$size" = 126 ] || [ "$size" = 127 ]; then
             local count=$((size == 126 ? 2 : 8)) number
