@@ -13,11 +13,12 @@ from pathlib import Path
 
 from attrs import evolve
 
-from jobworker.config import Settings
+from jobworker.config import Settings, with_first_uid
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.plan import Order
+from jobworker.server.id_ranges import lock_ids
 from jobworker.server.setup import policy_for
 from jobworker.server.state_directory import make_state_directory
 
@@ -32,7 +33,10 @@ class LauncherSide:
         settings = Settings()
         settings = evolve(settings, worker=evolve(settings.worker, state_dir=str(directory)))
         make_state_directory(directory)
-        self._launcher = start_launcher(policy_for(settings, directory))
+        ids = lock_ids(with_first_uid(settings, 0))
+        policy = policy_for(with_first_uid(settings, ids.first), directory)
+        self._launcher = start_launcher(policy, {"ids": ids.descriptor})
+        os.close(ids.descriptor)
         self._launcher.sock.setblocking(True)
 
     def time(self) -> tuple[float, float]:

@@ -106,6 +106,11 @@ def _group(_: object, __: object, value: str) -> None:
         raise ValueError(f"must be a path below the cgroup mount without '..', not {value!r}")
 
 
+def _first_uid(_: object, __: object, value: int) -> None:
+    if value and not 100_000 <= value <= 4_200_000_000:
+        raise ValueError(f"must be from 100000 to 4200000000, or 0 for a free range, not {value}")
+
+
 def _below_etc(_: object, __: object, value: tuple[str, ...]) -> None:
     for name in value:
         if not name or name.startswith("/") or ".." in name.split("/"):
@@ -190,7 +195,8 @@ class SandboxSettings:
 
     programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_absolute_all)
     etc: tuple[str, ...] = field(default=DEFAULT_ETC, validator=_below_etc)
-    first_uid: int = field(default=FIRST_UID, validator=within(100_000, 4_200_000_000))
+    first_uid: int = field(default=FIRST_UID, validator=_first_uid)
+    """0 takes a range that is free."""
     spares: int = field(default=2, validator=within(0, 64))
     tmpfs_limit: int = field(default=256, validator=within(1, 1 << 30))
     seccomp_profile: str = field(default="", validator=_path_or_empty)
@@ -265,6 +271,11 @@ def with_launcher_socket(settings: Settings, path: Path) -> Settings:
             f"cannot use the launcher's socket {path}: it {error}", remedy="give another path"
         ) from None
     return evolve(settings, launcher=launcher)
+
+
+def with_first_uid(settings: Settings, first_uid: int) -> Settings:
+    """The settings with another sandbox.first_uid: the one that was free."""
+    return evolve(settings, sandbox=evolve(settings.sandbox, first_uid=first_uid))
 
 
 def _with_absolute_paths(settings: Settings, base: Path) -> Settings:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.config import DEFAULT_ETC, FIRST_UID
+from jobworker.config import DEFAULT_ETC, SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup_files import groups_called
@@ -21,7 +21,7 @@ from jobworker.sandbox.launch import LauncherProcess, start_launcher
 from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.seccomp import NEEDED_TO_START
 from jobworker.sandbox.seccomp_filter import load_filters
-from jobworker.sandbox.user_namespaces import IDS_PER_JOB
+from jobworker.server.id_ranges import lock_ids
 
 from .conftest import child_of, disks_in
 
@@ -123,12 +123,20 @@ class Service:
 
 
 @pytest.fixture
-def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
+def make_policy(open_directory: Callable[[], Path]) -> Iterator[Callable[..., Policy]]:
+    locks = []
+
     def make(programs: tuple[str, ...] = FEW_PROGRAMS) -> Policy:
         directory = open_directory()
         (directory / "stage").mkdir()
         (directory / "scratch").mkdir()
         (directory / "volumes").mkdir()
+        few = Settings(
+            worker=WorkerSettings(max_concurrent_jobs=4),
+            sandbox=SandboxSettings(first_uid=0, spares=1),
+        )
+        ids = lock_ids(few)
+        locks.append(ids.descriptor)
         return Policy(
             instance=f"jobworker-test-{directory.name[-8:]}",
             stage=str(directory / "stage"),
@@ -138,7 +146,7 @@ def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
             cgroup_parent="",
             programs=programs,
             etc=DEFAULT_ETC,
-            first_uid=FIRST_UID + 2_000 * IDS_PER_JOB,
+            first_uid=ids.first,
             max_jobs=4,
             spares=1,
             tmpfs_bytes=16 << 20,
@@ -147,7 +155,8 @@ def make_policy(open_directory: Callable[[], Path]) -> Callable[..., Policy]:
             runtimes={},
         )
 
-    return make
+    yield make
+    channel.close_all(locks)
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_all_faults_are_told_at_once_with_their_keys(tmp_path: Path) -> None:
         ('[sandbox]\nprograms = ["usr"]', "sandbox.programs: must be an absolute path"),
         ('[sandbox]\netc = ["/etc/shadow"]', "sandbox.etc: must hold names below /etc"),
         ('[sandbox]\netc = [""]', "sandbox.etc: must hold names below /etc"),
-        ("[sandbox]\nfirst_uid = 0", "sandbox.first_uid: must be from 100000"),
+        ("[sandbox]\nfirst_uid = 1", "sandbox.first_uid: must be from 100000"),
         ("[sandbox]\nfirst_uid = 4200000000\n[worker]\nmax_concurrent_jobs = 4000", "no room"),
         ("[sandbox]\nspares = -1", "sandbox.spares: must be from 0 to 64"),
         ("[roles.Tenant]\noperations = []", "roles: 'Tenant' is no name for a role"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import asyncclick as click
 
 from jobworker.cli import check_service
-from jobworker.cli.check_job import spare_range, whole_jobs
+from jobworker.cli.check_job import trial_ids, whole_jobs
 from jobworker.cli.check_service import nearest_directory
 from jobworker.cli.failures import one_line
 from jobworker.config import Settings, load
@@ -41,17 +41,18 @@ async def run_check(config: Path | None, *, json: bool) -> int:
     step_into_leaf()  # of a group that is delegated to us, as the service does
     settings, about = _settings(config)
     found = [about]
-    wanted = Wanted(
-        controllers=settings.cgroup.enable_controllers,
-        parent=settings.cgroup.parent,
-        programs=settings.sandbox.programs,
-        disks=str(nearest_directory(Path(settings.worker.state_dir))),
-        first_uid=spare_range(settings),
-        jobs=settings.worker.max_concurrent_jobs + settings.sandbox.spares,
-    )
-    found.extend(await host_findings(wanted))
-    found.extend(check_service.findings(settings))
-    found.extend(await whole_jobs(settings))
+    with trial_ids(settings) as first_uid:
+        wanted = Wanted(
+            controllers=settings.cgroup.enable_controllers,
+            parent=settings.cgroup.parent,
+            programs=settings.sandbox.programs,
+            disks=str(nearest_directory(Path(settings.worker.state_dir))),
+            first_uid=first_uid,
+            jobs=settings.worker.max_concurrent_jobs + settings.sandbox.spares,
+        )
+        found.extend(await host_findings(wanted))
+        found.extend(check_service.findings(settings))
+        found.extend(await whole_jobs(settings, first_uid))
     found.sort(key=lambda finding: _GROUPS.index(finding.group))
     lacking = [finding for finding in found if finding.needed and not finding.supported]
     if json:

@@ -4,10 +4,11 @@ What each probe tries alone has to hold together too, in the order of a job's st
 launcher stands beside a service that may run: with its own directory, groups and range of ids.
 """
 
+import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -22,7 +23,7 @@ from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.link import Link, open_link
 from jobworker.sandbox.plan import Order
 from jobworker.sandbox.probing import Finding
-from jobworker.sandbox.user_namespaces import IDS_PER_JOB
+from jobworker.server.id_ranges import lock_ids
 from jobworker.server.setup import policy_for
 
 SECONDS = 30
@@ -34,11 +35,14 @@ _REMEDIES = {
 }
 
 
-async def whole_jobs(settings: Settings) -> list[Finding]:
-    """Start real jobs within the default limits and hear them speak, in each kind of network."""
+async def whole_jobs(settings: Settings, first_uid: int) -> list[Finding]:
+    """Start real jobs within the default limits and hear them speak, in each kind of network.
+
+    Their ids are those from `first_uid` on: see `trial_ids`.
+    """
     try:
         async with _trial_directory(settings) as state:
-            return await _try_networks(_trial_settings(settings, state))
+            return await _try_networks(_trial_settings(settings, state, first_uid))
     except JobworkerError as error:
         return [_finding("host", error.message, error.remedy)]
     except OSError as error:
@@ -104,17 +108,24 @@ async def _speak(link: Link, job: JobId, network: str, limits: Limits) -> str:
     return f"{1000 * (trio.current_time() - began):.0f} ms"
 
 
-def _trial_settings(settings: Settings, state: Path) -> Settings:
+def _trial_settings(settings: Settings, state: Path, first_uid: int) -> Settings:
     """The settings for a launcher beside one that may run: other files, another range of ids."""
     worker = evolve(settings.worker, state_dir=str(state), max_concurrent_jobs=1)
-    sandbox = evolve(settings.sandbox, first_uid=spare_range(settings), spares=0)
+    sandbox = evolve(settings.sandbox, first_uid=first_uid, spares=0)
     return evolve(settings, worker=worker, sandbox=sandbox)
 
 
-def spare_range(settings: Settings) -> int:
-    """The first of a range of ids that no job of this service uses."""
-    worker, sandbox = settings.worker, settings.sandbox
-    ranges = worker.max_concurrent_jobs + sandbox.spares
-    # The range after the last one has the service's own id in it.
-    beyond = sandbox.first_uid + (ranges + 1) * IDS_PER_JOB
-    return beyond if beyond + IDS_PER_JOB < 1 << 32 else sandbox.first_uid
+@contextmanager
+def trial_ids(settings: Settings) -> Iterator[int]:
+    """The first of a range of ids that nobody else on this host uses, while the block lasts.
+
+    0 for an ordinary user, who has no range to choose. Raises ConfigError.
+    """
+    if os.geteuid():
+        yield 0
+        return
+    ids = lock_ids(_trial_settings(settings, Path(settings.worker.state_dir), 0))
+    try:
+        yield ids.first
+    finally:
+        os.close(ids.descriptor)

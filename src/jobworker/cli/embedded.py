@@ -1,7 +1,7 @@
 """A service of one's own for a while: certificates, configuration, process, port, clean end.
 
 `worker demo` and the tests run their services like this: the real `worker serve`, in a process
-of its own, on a free loopback port.
+of its own, on a free loopback port, with a free range of ids.
 """
 
 import os
@@ -63,6 +63,7 @@ def write_configuration(directory: Path, extra: Mapping[str, Mapping[str, object
     sections: dict[str, dict[str, object]] = {
         "server": {"address": "127.0.0.1", "port": 0},
         "worker": {"state_dir": str(directory / "state")},
+        "sandbox": {"first_uid": 0},  # other services may run on this host
         "security": {
             "ca_cert": str(certs / "ca-cert.pem"),
             "server_cert": str(certs / "server-cert.pem"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypedDict
 
 from attrs import evolve, frozen
@@ -22,6 +23,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.policy import Policy, policy_message
 
 START_SECONDS = 30
+NO_LOCKS: Mapping[str, int] = MappingProxyType({})
 _BOOTSTRAP = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))"
@@ -87,11 +89,11 @@ def launcher_command(descriptor: int) -> list[str]:
     return [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, source, str(descriptor)]
 
 
-def start_launcher(policy: Policy, lock: int | None = None) -> LauncherProcess:
+def start_launcher(policy: Policy, locks: Mapping[str, int] = NO_LOCKS) -> LauncherProcess:
     """Start a launcher and wait until it is ready; raises what it could not do.
 
-    It holds `lock`, a descriptor, as long as it lives. Call as root, from a process of one
-    thread, before Trio runs.
+    It holds the descriptors `locks`, by name, as long as it lives. Call as root, from a process of
+    one thread, before Trio runs.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with far:
@@ -105,8 +107,8 @@ def start_launcher(policy: Policy, lock: int | None = None) -> LauncherProcess:
         )
     try:
         near.settimeout(START_SECONDS)
-        carries = {} if lock is None else {"carries": ["lock"]}
-        channel.send(near, {**policy_message(policy), **carries}, [] if lock is None else [lock])
+        message = {**policy_message(policy), "carries": list(locks)}
+        channel.send(near, message, list(locks.values()))
         hello = _hello(near)
         near.setblocking(False)
         return LauncherProcess(process=process, sock=near, **_facts(hello))

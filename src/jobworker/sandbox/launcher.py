@@ -60,9 +60,10 @@ def _raise_descriptor_limit(policy: Policy) -> None:
 def main(descriptor: int) -> NoReturn:
     """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy.
 
-    Descriptors may come along, named in the message's `carries`: `lock` is held to the end of
-    the launcher; at `listener` it lets services in, where the sender of the policy would
-    otherwise be the one that it serves; `notify` leads to whoever supervises it: sd_notify(3).
+    Descriptors may come along, named in the message's `carries`: `lock` and `ids` are locks, held
+    to the end of the launcher; at `listener` it lets services in, where the sender of the policy
+    would otherwise be the one that it serves; `notify` leads to whoever supervises it
+    (sd_notify(3)).
     """
     os.set_inheritable(descriptor, False)
     link = socket.socket(fileno=descriptor)

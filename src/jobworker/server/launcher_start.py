@@ -3,7 +3,8 @@
 The launcher proper runs by the standard library alone (`sandbox.launcher`), and so what needs
 more stands here: reading the settings, finding the service's user. Then this process executes
 the launcher in its own place; the policy waits for it in a socket, and with it the descriptors
-that it needs: the lock on the state directory, the listener, and the way to whoever supervises it.
+that it needs: the locks on the state directory and on the jobs' ids, the listener, and the way to
+whoever supervises it.
 """
 
 import os
@@ -13,12 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from jobworker.config import Settings
+from jobworker.config import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroups import step_into_leaf
 from jobworker.sandbox.launch import launcher_command
 from jobworker.sandbox.policy import policy_message
+from jobworker.server.id_ranges import lock_ids
 from jobworker.server.notify import Notifier
 from jobworker.server.setup import policy_for, service_ids
 from jobworker.server.state_directory import lock_for_launcher, make_state_directory
@@ -40,11 +42,16 @@ def become_launcher(settings: Settings) -> NoReturn:
             "cannot run the launcher: nothing says where it is to listen",
             remedy="give --socket=PATH, or set launcher.socket in the configuration",
         )
-    uid, gid = service_ids(settings)
+    service_ids(settings)  # refuses a user that there is not
     state = Path(settings.worker.state_dir)
     make_state_directory(state)
     step_into_leaf()
-    passed = {"lock": lock_for_launcher(state, 1.0), "listener": _listen(path, uid, gid)}
+    passed = {"lock": lock_for_launcher(state, 1.0)}
+    ids = lock_ids(settings)
+    passed["ids"] = ids.descriptor
+    settings = with_first_uid(settings, ids.first)
+    uid, gid = service_ids(settings)
+    passed["listener"] = _listen(path, uid, gid)
     notifier = Notifier()
     if notifier.descriptor is not None:
         passed["notify"] = notifier.descriptor

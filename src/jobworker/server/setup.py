@@ -24,7 +24,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from jobworker.config import MEBIBYTE, Settings
+from jobworker.config import MEBIBYTE, Settings, with_first_uid
 from jobworker.errors import AddressUnavailable, ConfigError, JobworkerError
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
@@ -35,6 +35,7 @@ from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.door import Fittings
+from jobworker.server.id_ranges import lock_ids, places_of
 from jobworker.server.notify import Notifier
 from jobworker.server.reader import Reader, configured_files, start_reader
 from jobworker.server.state_directory import (
@@ -84,7 +85,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
     files = configured_files(settings.security)
     fittings = Fittings.of(files, settings.security)
     exposed = key_mode_warning(Path(settings.security.server_key))
-    uid, gid = service_ids(settings)
+    service_ids(settings)  # refuses a user that there is not, before anything is made
     with ExitStack() as undo:
         reader = start_reader(config)  # first: it is to hold nothing of what comes now
         undo.callback(reader.close)
@@ -92,14 +93,14 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         make_state_directory(state)
         lock = lock_for_service(state)
         undo.callback(os.close, lock)
-        make_service_directory(state, uid, gid)
         listeners = bind(settings.server.address, settings.server.port)
         for listener in listeners:
             undo.callback(listener.close)
-        policy = policy_for(settings, state)
         step_into_leaf()
-        launcher = _open_launcher(settings, policy)
+        launcher, settings, differences = _open_launcher(settings, state)
         undo.callback(launcher.close)
+        uid, gid = service_ids(settings)
+        make_service_directory(state, uid, gid)
         notifier = Notifier()
         _give_up_root(uid, gid)
         if not os.access(state / "service", os.R_OK | os.W_OK | os.X_OK):
@@ -121,7 +122,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             *([exposed] if exposed else []),
             *expiry_warnings(files, datetime.now(UTC)),
             *(f"this host: {gap}" for gap in launcher.gaps),
-            *_differences(launcher, policy),
+            *differences,
         ),
     )
 
@@ -132,25 +133,38 @@ def instance_name(state: Path) -> str:
     return f"jobworker-{digest[:8]}"
 
 
-def _open_launcher(settings: Settings, policy: Policy) -> OpenedLauncher:
-    """The launcher that the settings name, or one of our own."""
+def _open_launcher(
+    settings: Settings, state: Path
+) -> tuple[OpenedLauncher, Settings, Sequence[str]]:
+    """The launcher that the settings name, or one of our own.
+
+    With it come the settings with its ids, and what it was told otherwise than it would be now.
+    """
     if settings.launcher.socket:
         launcher = connect_launcher(settings.launcher.socket)
         try:
-            _check_instance(launcher, policy, settings.launcher.socket)
+            _check_instance(launcher, state, settings.launcher.socket)
+            first = launcher.policy.get("first_uid")
+            if not settings.sandbox.first_uid and isinstance(first, int):
+                settings = with_first_uid(settings, first)
+            return launcher, settings, _differences(launcher, policy_for(settings, state))
         except BaseException:
             launcher.close()
             raise
-        return launcher
-    lock = lock_for_launcher(Path(settings.worker.state_dir), LEAVING_SECONDS)
+    locks = {"lock": lock_for_launcher(state, LEAVING_SECONDS)}
     try:
-        return start_launcher(policy, lock)
+        if os.geteuid() == 0:
+            ids = lock_ids(settings)
+            locks["ids"] = ids.descriptor
+            settings = with_first_uid(settings, ids.first)
+        return start_launcher(policy_for(settings, state), locks), settings, ()
     finally:
-        os.close(lock)  # the launcher has it
+        for lock in locks.values():
+            os.close(lock)  # the launcher has them
 
 
-def _check_instance(launcher: OpenedLauncher, policy: Policy, path: str) -> None:
-    if launcher.policy.get("instance") != policy.instance:
+def _check_instance(launcher: OpenedLauncher, state: Path, path: str) -> None:
+    if launcher.policy.get("instance") != instance_name(state):
         raise ConfigError(
             f"cannot use the launcher at {path}: it keeps the jobs of another worker.state_dir",
             remedy="give both the same configuration, and start them anew",
@@ -200,9 +214,7 @@ def service_ids(settings: Settings) -> tuple[int, int]:
         try:
             entry = pwd.getpwnam(SERVICE_USER)
         except KeyError:
-            sandbox, worker = settings.sandbox, settings.worker
-            ranges = worker.max_concurrent_jobs + sandbox.spares
-            alone = sandbox.first_uid + ranges * IDS_PER_JOB
+            alone = settings.sandbox.first_uid + places_of(settings) * IDS_PER_JOB
             return alone, alone
         return entry.pw_uid, entry.pw_gid
     if wanted.isascii() and wanted.isdigit():

@@ -14,6 +14,7 @@ ends with the last process that holds it, however that one ends.
 
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +44,49 @@ def make_state_directory(state: Path) -> None:
 
 
 def make_service_directory(state: Path, uid: int, gid: int) -> None:
-    """Make the service's own part of it. Raises ConfigError."""
+    """Make the service's own part of it, and give the service all that is there.
+
+    What an earlier service has left may belong to another user: to an earlier worker.user, or to
+    root where files were copied back. Raises ConfigError.
+    """
     with _state_errors(state):
         for own in (state / "service", state / "service" / "spool"):
             own.mkdir(mode=0o700, exist_ok=True)
-            os.chown(own, uid, gid, follow_symlinks=False)
+        if os.geteuid() == 0:
+            _give(state / "service", uid, gid)
+
+
+def _give(service: Path, uid: int, gid: int) -> None:
+    """Make this user the owner of the service's directory and of all below it.
+
+    A directory's owner changes after that of all in it: where it is right, so is the rest, and a
+    start need not look into the directory of each job. The user may have put anything there, and
+    may still change it: paths are not followed but descriptors, links are left alone, and a file
+    with a second name, which may be one of root's, stays as it is.
+    """
+
+    def give_below(directory: int, *, whole: bool) -> None:
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    right = (status.st_uid, status.st_gid) == (uid, gid)
+                    if stat.S_ISDIR(status.st_mode):
+                        if whole or not right:
+                            give_below(opened(entry.name, directory), whole=not right)
+                    elif not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                        continue
+                    if not right:
+                        os.chown(entry.name, uid, gid, dir_fd=directory, follow_symlinks=False)
+        finally:
+            os.close(directory)
+
+    def opened(name: str | Path, directory: int | None = None) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, dir_fd=directory)
+
+    give_below(opened(service), whole=True)
+    os.chown(service, uid, gid, follow_symlinks=False)
 
 
 def lock_for_service(state: Path) -> int:
