@@ -158,6 +158,13 @@ class TooManyFailures(Busy):
     name = "too_many_failures"
 
 
+class OutOfDescriptors(Busy):
+    """The service has no file descriptor left for this; the same request may pass later."""
+
+    code = 1028
+    name = "no_descriptors"
+
+
 class QuotaExceeded(Busy):
     """The caller's quota is used up; `data` says which, its limit, and what is used."""
 

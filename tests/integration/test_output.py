@@ -76,8 +76,9 @@ async def test_output_comes_while_the_job_runs(admin: Wire) -> None:
 async def test_log_without_follow_ends_at_once(admin: Wire) -> None:
     job = await admin.start("sh", "-c", "echo out; echo err >&2; exec sleep 600")
     with trio.fail_after(10):
-        while (await admin.call("job.status", id=job))["stderr_bytes"] == 0:
-            pass
+        status = await admin.call("job.status", id=job)
+        while not (status["stdout_bytes"] and status["stderr_bytes"]):  # each pipe is read alone
+            status = await admin.call("job.status", id=job)
         result = await admin.call("job.log", id=job, follow=False)
         out, err, record = await admin.output(result["subscription"])
         result = await admin.call("job.log", id=job, follow=False, streams=["stdout"])

@@ -19,8 +19,9 @@ from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.seccomp_filter import load_filters
+from jobworker.server.descriptors import outputs_within
 from jobworker.server.reader import configured_files
-from jobworker.server.setup import bind, listen, service_ids
+from jobworker.server.setup import bind, descriptor_limit, listen, service_ids
 
 GROUP = "service"
 
@@ -31,6 +32,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield _try("history (apsw)", _history)
     yield _try("system-call profile", lambda: _profile(settings))
     yield _try("user", lambda: _user(settings))
+    yield _try("descriptors", lambda: _descriptors(settings))
     running = _is_running(settings)
     yield _try("state directory", lambda: _state(settings, running=running))
     yield _try("port", lambda: _port(settings, running=running))
@@ -72,6 +74,12 @@ def _profile(settings: Settings) -> str:
 def _user(settings: Settings) -> str:
     uid, gid = service_ids(settings)
     return f"uid {uid}, gid {gid}, without privileges"
+
+
+def _descriptors(settings: Settings) -> str:
+    limit = descriptor_limit()
+    outputs = outputs_within(settings, limit)
+    return f"{limit}: all jobs and connections, and outputs of {outputs} ended jobs at a time"
 
 
 def _is_running(settings: Settings) -> bool:

@@ -11,7 +11,8 @@ go for the disk to have room again. Its record is its execution's until then.
 
 import logging
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import TypeVar
 import trio
 from attrs import define, evolve, field
 
-from jobworker.errors import JobworkerError, NotFound
+from jobworker.errors import JobworkerError, NotFound, OutOfDescriptors, TooManyFollows
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
+from jobworker.jobs.output_directory import disk_errors
 from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Kept, KeptOutput, Policy
@@ -49,6 +51,13 @@ class Archive:
     _policy: Policy
     _budget: OutputBudget
     _clock: Callable[[], datetime]
+    _max_open: int = 1024
+    """Outputs of ended jobs that may be read at a time: each has three descriptors."""
+    _open: dict[JobId, Spool] = field(factory=dict, init=False)
+    """Those that are being read, each once for all of its followers."""
+    _opening: int = field(default=0, init=False)
+    _not_taken_up: set[JobId] = field(factory=set, init=False)
+    """Ended jobs whose output could not be looked at for want of descriptors."""
     _kept: KeptOutput = field(init=False)
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
@@ -89,6 +98,8 @@ class Archive:
             with trio.move_on_after(SWEEP_SECONDS):
                 await self._due.wait()
             self._due = trio.Event()
+            for job in tuple(self._not_taken_up):
+                await self._take_up(job)
             await self.prune()
             await trio.sleep(PAUSE_SECONDS)  # many jobs may end at once
 
@@ -96,10 +107,19 @@ class Archive:
         """Take up a job that has just ended, recorded or not, until `forget` with its record."""
         job = execution.record.id
         self._unsettled[job] = execution
-        with trio.CancelScope(shield=True):  # waits for the disk alone
+        try:
+            with trio.CancelScope(shield=True):  # waits for the disk alone
+                await self._take_up(job)
+        finally:
+            execution.archived.set()
+            self._due.set()
+
+    async def _take_up(self, job: JobId) -> None:
+        self._not_taken_up.discard(job)
+        try:
             await self._in_thread(partial(self._kept.add, job))
-        execution.archived.set()
-        self._due.set()
+        except OutOfDescriptors:
+            self._not_taken_up.add(job)
 
     def forget(self, execution: Execution) -> None:
         """Look for the record of a job in the history from now on."""
@@ -109,8 +129,7 @@ class Archive:
         """The record of a job, with a note where it has ended and its output is missing."""
         if not record.ended or record.output_removed_at is not None:
             return record
-        directory = self._spools / str(record.id)
-        if await trio.to_thread.run_sync(os.path.lexists, directory):
+        if await trio.to_thread.run_sync(_exists, self._spools / str(record.id)):
             return record
         async with self._removing:
             with trio.CancelScope(shield=True):
@@ -119,8 +138,39 @@ class Archive:
                 when = await self._note_removals([record.id])
         return evolve(record, output_removed_at=when)
 
-    async def open(self, record: JobRecord) -> Spool:
-        """Open an ended job's output to read it. Raises NotFound where it was removed."""
+    @asynccontextmanager
+    async def reading(self, record: JobRecord) -> AsyncIterator[Spool]:
+        """An ended job's output, open during the block and while a follower reads it.
+
+        Raises NotFound where it was removed, and TooManyFollows where as many outputs as this
+        process has descriptors for are being read.
+        """
+        spool = self._open.get(record.id)
+        if spool is None or record.output_removed_at is not None:
+            if len(self._open) + self._opening >= self._max_open:
+                raise TooManyFollows(
+                    f"cannot read the output of job {record.id}: that of {self._max_open} "
+                    "ended jobs is being read, as many as this service has descriptors for",
+                    remedy="try again later, or raise the service's LimitNOFILE",
+                )
+            self._opening += 1
+            try:
+                spool = self._share(record.id, await self._open_spool(record))
+            finally:
+                self._opening -= 1
+        with spool.in_use():
+            yield spool
+
+    def _share(self, job: JobId, spool: Spool) -> Spool:
+        """Have others read what was just opened, or read what another has opened meanwhile."""
+        if (other := self._open.get(job)) is not None:
+            spool.close()
+            return other
+        self._open[job] = spool
+        spool.lend(partial(self._open.__delitem__, job))
+        return spool
+
+    async def _open_spool(self, record: JobRecord) -> Spool:
         try:
             spool = await trio.to_thread.run_sync(Spool.open, self._spools / str(record.id))
         except NotFound:
@@ -131,7 +181,8 @@ class Archive:
                 remedy="worker.keep_output_age, keep_output_jobs and max_total_output "
                 "say what is kept",
             ) from None
-        await spool.seal()  # a full disk may have refused that at the job's end
+        if not spool.sealed:  # a full disk may have refused that at the job's end
+            await spool.seal()
         return spool
 
     async def make_room(self) -> bool:
@@ -210,3 +261,13 @@ class Archive:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self._thread)
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something at `path`. Raises OutputError where that cannot be told."""
+    with disk_errors("look for"):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return False
+    return True

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from jobworker.errors import Busy, NotFound, OutputError
+from jobworker.errors import Busy, NotFound, OutOfDescriptors, OutputError
 from jobworker.model.job import OutputCut
 
 NAMES = ("stdout", "stderr", "index")
@@ -22,12 +22,20 @@ NAMES = ("stdout", "stderr", "index")
 
 @contextmanager
 def disk_errors(verb: str) -> Iterator[None]:
-    """Turn the errors of the disk into OutputError; "nothing there now" passes."""
+    """Turn the errors of the disk into OutputError; "nothing there now" passes.
+
+    Raises OutOfDescriptors where it is not the disk but the process that is at its limit.
+    """
     try:
         yield
     except BlockingIOError:
         raise
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise OutOfDescriptors(
+                f"cannot {verb} the job's output: {error.strerror}",
+                remedy="try again later, or raise the service's LimitNOFILE",
+            ) from error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OutputError(
             f"cannot {verb} the job's output: {error.strerror}",

@@ -11,13 +11,14 @@ from contextlib import asynccontextmanager
 import trio
 from attrs import define, field, frozen
 
-from jobworker.errors import OutputError
+from jobworker.errors import OutOfDescriptors, OutputError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import OutputCut, Stream
 from jobworker.model.units import format_size
 
+AGAIN_SECONDS = 1.0
 DRAIN_SECONDS = 2.0
 """How long after a job's end someone outside of it may hold its pipes open."""
 
@@ -77,11 +78,19 @@ class OutputMover:
         try:
             await pump.run()
         except OutputError as error:
-            if not (_cut_of(error) is OutputCut.TOTAL and await self._room.make_room()):
+            if not (_cut_of(error) is OutputCut.TOTAL and await self._make_room()):
                 self._cut_by(error)
                 pump.discard()
             return False
         return True
+
+    async def _make_room(self) -> bool:
+        """Win some of the budget back. The job waits while the service cannot even look."""
+        while True:
+            try:
+                return await self._room.make_room()
+            except OutOfDescriptors:
+                await trio.sleep(AGAIN_SECONDS)
 
     async def _watch_limit(self, pump: Pump) -> None:
         await pump.capped.wait()

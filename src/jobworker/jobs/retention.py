@@ -10,6 +10,7 @@ must go for there to be room. Output that somebody reads is locked (flock(2), sh
 `worker prune` in a process of its own. Both are left for a later time.
 """
 
+import os
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
@@ -17,8 +18,9 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
-from jobworker.errors import Busy, JobworkerError, NotFound
+from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
+from jobworker.jobs.output_directory import disk_errors
 from jobworker.model.job import JobId
 
 
@@ -74,19 +76,27 @@ class KeptOutput:
         return self._kept
 
     def load(self, live: Container[JobId] = ()) -> None:
-        """Read what stands in the directory; what is no ended job's output is passed over."""
-        for entry in self._spools.iterdir():
-            if entry.name.isascii() and entry.name.isdigit() and int(entry.name) not in live:
-                self.add(JobId(int(entry.name)))
+        """Read what stands in the directory; what is no ended job's output is passed over.
+
+        Raises OutputError, OutOfDescriptors.
+        """
+        for name in self._names():
+            if name.isascii() and name.isdigit() and int(name) not in live:
+                self.add(JobId(int(name)))
 
     def add(self, job: JobId) -> None:
-        """Take up a job that has ended, where it left output."""
+        """Take up a job that has ended, where it left output.
+
+        Raises OutOfDescriptors: then it has to be taken up later.
+        """
         directory = self._spools / str(job)
         try:
             if self._seals:  # what a full disk refused at the job's end
                 with suppress(Busy):  # it is being read, and was refused
                     seal_output(directory)
             ended_ns, size = describe_output(directory, ended=self._seals)
+        except OutOfDescriptors:
+            raise
         except JobworkerError:
             return  # live, gone, or unreadable: nothing that may be removed
         self._kept[job] = Kept(job, ended_ns, size)
@@ -105,9 +115,16 @@ class KeptOutput:
         return freed
 
     def missing(self, jobs: Iterable[JobId]) -> list[JobId]:
-        """Those of `jobs` whose output is not there, whether it was taken up or not."""
-        names = {entry.name for entry in self._spools.iterdir()}
+        """Those of `jobs` whose output is not there, whether it was taken up or not.
+
+        Raises OutputError, OutOfDescriptors.
+        """
+        names = self._names()
         return [job for job in jobs if str(job) not in names]
+
+    def _names(self) -> frozenset[str]:
+        with disk_errors("look for"):
+            return frozenset(os.listdir(self._spools))
 
     def drop(self, job: JobId) -> int:
         """Count the output of a job as removed by another hand: the bytes that it had."""
@@ -115,7 +132,7 @@ class KeptOutput:
         return kept.size if kept is not None else 0
 
     def drop_missing(self) -> list[Kept]:
-        """Drop what another hand has removed: what that was."""
+        """Drop what another hand has removed: what that was. Raises as `missing` does."""
         gone = [self._kept[job] for job in self.missing(self._kept)]
         for kept in gone:
             self.drop(kept.job)

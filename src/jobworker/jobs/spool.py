@@ -68,6 +68,7 @@ class Spool:
     _idle: set[Follower] = field(factory=set)
     _followers: int = 0
     _users: int = 1
+    _when_unused: Callable[[], None] | None = None
     _closed: bool = False
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
@@ -140,7 +141,7 @@ class Spool:
         """
         if self.sealed:
             raise trio.ClosedResourceError("cannot write to a sealed spool")
-        with self._in_use():
+        with self.in_use():
             try:
                 return await trio.to_thread.run_sync(work, limiter=self._writer)
             finally:
@@ -197,7 +198,7 @@ class Spool:
         if start.tail_lines is None and start.since_ns is None:
             return Beginning(start.offset, start.starts)
         search = partial(find_start, self._files, start, streams, trio.from_thread.check_cancelled)
-        with self._in_use():
+        with self.in_use():
             return await trio.to_thread.run_sync(search, limiter=self._readers)
 
     async def find(self, offset: int) -> Place:
@@ -237,7 +238,7 @@ class Spool:
         try:
             return question(True)
         except BlockingIOError:
-            with self._in_use():
+            with self.in_use():
                 return await trio.to_thread.run_sync(question, False, limiter=self._readers)
 
     # --- users ------------------------------------------------------------------------------
@@ -251,6 +252,10 @@ class Spool:
             self._closed = True
             self._forget_recent()
             self._release()
+
+    def lend(self, when_closed: Callable[[], None]) -> None:
+        """Close as soon as nobody but the owner uses it any more, and call `when_closed` then."""
+        self._when_unused = when_closed
 
     def forget(self, follower: Follower) -> None:
         """Give up a follower's share: for `Follower.close`."""
@@ -269,7 +274,8 @@ class Spool:
         self._idle.discard(follower)
 
     @contextmanager
-    def _in_use(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
+        """Keep the files open while the block lasts."""
         self._users += 1
         try:
             yield
@@ -280,3 +286,6 @@ class Spool:
         self._users -= 1
         if not self._users:
             self._files.close()
+        elif self._users == 1 and self._when_unused is not None and not self._closed:
+            self.close()
+            self._when_unused()

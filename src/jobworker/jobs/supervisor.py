@@ -9,7 +9,6 @@ an incident id in the log, and nothing else.
 """
 
 import logging
-import secrets
 import signal
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +21,7 @@ import trio
 from attrs import asdict, define, evolve, field
 
 from jobworker.errors import Busy, JobworkerError, ShuttingDown
+from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
@@ -54,6 +54,7 @@ class Supervisor:
     _spools: Path
     _rules: Rules
     _clock: Clock
+    _incidents: Incidents
     max_running: int
     max_waiting: int
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
@@ -90,12 +91,14 @@ class Supervisor:
             nonlocal running
             try:
                 await self._run(execution)
+            except* Exception:  # noqa: BLE001 - recorded
+                self._incidents.record("job", f"the end of job {execution.record.id}")
             finally:
                 running -= 1
                 self._change.set()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._archive.serve)
+            nursery.start_soon(self._incidents.keep_running, "retention", self._archive.serve)
             while True:
                 while self._placed or (self._pending and running < self.max_running):
                     running += 1
@@ -107,17 +110,18 @@ class Supervisor:
         """Run one job; the boundary for faults of its own."""
         try:
             await execution.run()
-        except Exception:
-            incident = secrets.token_hex(4)
-            log.exception("incident %s: job %d", incident, execution.record.id)
+        except Exception:  # noqa: BLE001 - recorded
+            incident = self._incidents.record("job", f"job {execution.record.id}")
             with suppress(JobworkerError):
                 await self._link.remove(execution.record.id)
             await execution.fail_internally(incident)
         finally:
-            if execution.ended.is_set():
-                await self._archive.add(execution)
-                await execution.settle()
-            self._forget(execution)
+            try:
+                if execution.ended.is_set():
+                    await self._archive.add(execution)
+                    await execution.settle()
+            finally:
+                self._forget(execution)
 
     def _forget(self, execution: Execution) -> None:
         del self._live[execution.record.id]
@@ -290,11 +294,8 @@ class Supervisor:
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
             return await follow_from(execution.spool, start, streams, coalesce)
-        spool = await self._archive.open(await self._ended(job))
-        try:
+        async with self._archive.reading(await self._ended(job)) as spool:
             return await follow_from(spool, start, streams, coalesce)
-        finally:
-            spool.close()  # the follower keeps its share
 
     async def remove(self, job: JobId, *, force: bool) -> int:
         """Remove an ended job, output and record: bytes freed. `force` kills a live one first.

@@ -67,6 +67,18 @@ class BadMessage(ProtocolError):
         self.descriptors = descriptors
 
 
+class DescriptorsLost(BadMessage):
+    """A packet of which not all descriptors arrived: they are too many, or this process can open
+    no more.
+
+    `said` is what it says, or None where that travelled in one of them.
+    """
+
+    def __init__(self, said: Message | None, descriptors: list[int]) -> None:
+        super().__init__("it is cut short: there is no room for its descriptors", descriptors)
+        self.said = said
+
+
 def decode(
     packet: bytes, ancillary: Sequence[tuple[int, int, bytes]], flags: int
 ) -> tuple[Message, list[int]]:
@@ -74,13 +86,12 @@ def decode(
 
     Raises BadMessage.
     """
-    descriptors = array.array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-    owned = list(descriptors)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    owned = _descriptors(ancillary)
+    if flags & socket.MSG_TRUNC:
         raise BadMessage("it is cut short", owned)
+    if flags & socket.MSG_CTRUNC:
+        inline = packet[:1] == _INLINE
+        raise DescriptorsLost(_parse(packet[1:], owned) if inline else None, owned)
     if packet[:1] == _ATTACHED and owned:
         body = _read_sealed(owned)
         os.close(owned.pop(0))
@@ -88,13 +99,25 @@ def decode(
         body = packet[1:]
     else:
         raise BadMessage("its first byte tells no kind", owned)
+    return _parse(body, owned), owned
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return list(descriptors)
+
+
+def _parse(body: bytes, owned: list[int]) -> Message:
     try:
         message = json.loads(body)
     except (ValueError, RecursionError):
         raise BadMessage("it is not JSON", owned) from None
     if not isinstance(message, dict):
         raise BadMessage("it is no object", owned)
-    return message, owned
+    return message
 
 
 def _read_sealed(owned: list[int]) -> bytes:

@@ -9,12 +9,12 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import trio
 from attrs import Factory, define, frozen
 
-from jobworker.errors import JobworkerError, LauncherGone
+from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
 from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
@@ -46,13 +46,20 @@ Exits = trio.MemoryReceiveChannel[Exit]
 """Gets a job's one `Exit`, or closes if the launcher goes."""
 
 
+_LARGE_REPLIES = frozenset({"plan", "volume.list"})
+"""Operations whose reply may be too large for a packet, and then travels in a descriptor."""
+
+
 @define(eq=False)
 class _Waiting:
     """A request on its way."""
 
+    operation: str
     answered: trio.Event = Factory(trio.Event)
     message: channel.Message | None = None
     descriptors: list[int] = Factory(list)
+    descriptors_lost: bool = False
+    """Whether this process had no room for what came with the reply."""
 
 
 @define(eq=False)
@@ -92,7 +99,8 @@ class Link:
         """Start a job; the channel gets its one `Exit`, or closes if the launcher goes.
 
         Raises SandboxError (or CommandNotFound, CommandNotExecutable) if a step of the start
-        fails; then nothing of the job is left. Not to be cancelled: see `_ask`.
+        fails, and OutOfDescriptors where this process cannot take the job's pipes; then nothing
+        of the job is left. Not to be cancelled: see `_ask`.
         """
         send, receive = trio.open_memory_channel[Exit](1)
         self._exits[job] = send
@@ -100,9 +108,12 @@ class Link:
             message, descriptors = await self._ask(
                 "spawn", job, **_order_fields(order), **limits._asdict()
             )
-        except BaseException:
+        except BaseException as error:
             self._exits.pop(job, send).close()
             receive.close()
+            if isinstance(error, OutOfDescriptors):  # it may run, and nobody could read from it
+                with suppress(JobworkerError):
+                    await self.remove(job)
             raise
         stdout, stderr = descriptors
         pid = message["pid"]
@@ -163,11 +174,17 @@ class Link:
         if self.gone.is_set():
             raise _launcher_gone()
         number, self._next = self._next, self._next + 1
-        waiting = self._waiting[number] = _Waiting()
+        waiting = self._waiting[number] = _Waiting(operation)
         with trio.CancelScope(shield=True):
             of_job = {} if job is None else {"job": job}
-            await self._send({"id": number, "op": operation, **of_job, **fields})
+            try:
+                await self._send({"id": number, "op": operation, **of_job, **fields})
+            except JobworkerError:  # nothing went out
+                self._waiting.pop(number, None)
+                raise
             await waiting.answered.wait()
+        if waiting.descriptors_lost:
+            raise _out_of_descriptors()
         if waiting.message is None:
             raise _launcher_gone()
         problem = waiting.message.get("error")
@@ -178,7 +195,10 @@ class Link:
         return ok, waiting.descriptors
 
     async def _send(self, message: channel.Message) -> None:
-        packet, ancillary, mine = channel.encode(message, ())
+        try:
+            packet, ancillary, mine = channel.encode(message, ())
+        except OSError as error:  # a large message travels in a descriptor
+            raise _out_of_descriptors() from error
         try:
             async with self._sending:
                 await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
@@ -196,7 +216,13 @@ class Link:
                 )
                 if not packet:
                     return
-                self._dispatch(*channel.decode(packet, ancillary, flags))
+                try:
+                    message, descriptors = channel.decode(packet, ancillary, flags)
+                except channel.DescriptorsLost as cut:
+                    channel.close_all(cut.descriptors)
+                    self._dispatch_without_descriptors(cut.said)
+                else:
+                    self._dispatch(message, descriptors)
         except (OSError, JobworkerError):
             return  # reset: the same as its end
         finally:
@@ -225,6 +251,17 @@ class Link:
             return
         waiting.message, waiting.descriptors = message, descriptors
         waiting.answered.set()
+
+    def _dispatch_without_descriptors(self, message: channel.Message | None) -> None:
+        """Fail the request whose reply came in part; where it cannot be told which, all it may be.
+
+        Such a request had its effect, or has to be made again.
+        """
+        for number, waiting in list(self._waiting.items()):
+            if message.get("id") == number if message else waiting.operation in _LARGE_REPLIES:
+                del self._waiting[number]
+                waiting.descriptors_lost = True
+                waiting.answered.set()
 
 
 @asynccontextmanager
@@ -264,6 +301,13 @@ def _order_fields(order: Order) -> dict[str, object]:
         "environment": dict(order.environment),
         "volumes": [list(volume) for volume in order.volumes],
     }
+
+
+def _out_of_descriptors() -> OutOfDescriptors:
+    return OutOfDescriptors(
+        "cannot serve the request: the service has no file descriptor left for it",
+        remedy="try again later, or raise the service's LimitNOFILE",
+    )
 
 
 def _launcher_gone() -> LauncherGone:

@@ -12,7 +12,6 @@ that says why.
 """
 
 import logging
-import secrets
 import socket
 import ssl
 from collections.abc import Iterator
@@ -96,8 +95,8 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
         h11.ProtocolError,
     ) as group:
         log.debug("%s: ended: %r", peer, group.exceptions)
-    except* Exception:
-        log.exception("incident %s: connection of %s", secrets.token_hex(4), peer)
+    except* Exception:  # noqa: BLE001 - recorded
+        context.incidents.record("connection", f"connection of {peer}")
     finally:
         await trio.aclose_forcefully(stream or tcp)
 

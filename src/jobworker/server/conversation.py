@@ -13,7 +13,6 @@ that takes nothing for too long, cancels what is being sent.
 """
 
 import logging
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -188,9 +187,8 @@ class Conversation:
             if isinstance(error, TooManyFollows):
                 self._tell(error)
             return error
-        except Exception:
-            incident = secrets.token_hex(4)
-            log.exception("incident %s: %s", incident, call.method.name)
+        except Exception:  # noqa: BLE001 - recorded
+            incident = self._context.incidents.record("call", call.method.name)
             return InternalError(
                 f"cannot serve {call.method.name}: an internal fault (incident {incident})",
                 remedy="give the incident's number to who runs the service",

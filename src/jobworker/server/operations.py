@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 
 import jobworker
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
+from jobworker.incidents import Incidents
 from jobworker.jobs.lookup import Filter
 from jobworker.jobs.output_index import LineStart
 from jobworker.jobs.output_search import Start
@@ -47,6 +48,7 @@ class Context:
     """The names of those that the configuration has."""
     gate: Gate
     auditor: Auditor
+    incidents: Incidents
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
     admission: Admission

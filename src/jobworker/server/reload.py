@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 
 import attrs
 import trio
+from attrs import frozen
 
 from jobworker.config import Settings
 from jobworker.config_roles import role_table
 from jobworker.errors import JobworkerError
+from jobworker.incidents import Incidents
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.material import ServerFiles
 from jobworker.server.auditor import Auditor
@@ -26,16 +28,25 @@ from jobworker.server.reader import Reader
 
 log = logging.getLogger("jobworker.server")
 
+REFUSED = "reload refused; all stays as it was"
 DAY_SECONDS = 86_400.0
 _CHANGE_UNDER_WAY = ("security", "roles", "logging")
 _FROM_THE_COMMAND_LINE = ("launcher",)
 
 
+@frozen(kw_only=True)
+class Reloading:
+    """What a reload reads by, changes, and tells of it."""
+
+    reader: Reader
+    door: Door
+    notifier: Notifier
+    auditor: Auditor
+    incidents: Incidents
+
+
 async def serve_reloads(
-    reader: Reader,
-    door: Door,
-    notifier: Notifier,
-    auditor: Auditor,
+    reloading: Reloading,
     settings: Settings,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -44,26 +55,32 @@ async def serve_reloads(
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
         async for _ in signals:
-            settings = await reload(reader, door, notifier, auditor, settings)
+            settings = await reload(reloading, settings)
 
 
-async def reload(
-    reader: Reader, door: Door, notifier: Notifier, auditor: Auditor, before: Settings
-) -> Settings:
-    """Read all again and go by it: the settings in force from now on. Raises nothing."""
+async def reload(reloading: Reloading, before: Settings) -> Settings:
+    """Read all again and go by it: the settings in force from now on. Raises nothing.
+
+    The boundary for faults stands here: without a receiver the next SIGHUP would end the process.
+    """
+    notifier, auditor = reloading.notifier, reloading.auditor
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
     settings, status = before, "reloaded"
     try:
-        reading = await reader.read()
+        reading = await reloading.reader.read()
         fittings = await trio.to_thread.run_sync(
             Fittings.of, reading.files, reading.settings.security
         )
-        door.refit(fittings, role_table(reading.settings.roles))
+        reloading.door.refit(fittings, role_table(reading.settings.roles))
     except JobworkerError as error:
-        status = "reload refused; all stays as it was"
+        status = REFUSED
         auditor.service("service.reload", error.name, error.message)
         log.error("cannot reload, so all stays as it was: %s", error)
+    except Exception:  # noqa: BLE001 - recorded
+        status = REFUSED
+        incident = reloading.incidents.record("reload")
+        auditor.service("service.reload", "internal", f"incident {incident}")
     else:
         settings = reading.settings
         set_up_logging(settings.logging.level, settings.logging.format)

@@ -24,6 +24,7 @@ from attrs import define, evolve, field
 from jobworker.config import MEBIBYTE, Settings
 from jobworker.config_roles import role_table
 from jobworker.errors import LauncherGone
+from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Rules
@@ -43,7 +44,7 @@ from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
-from jobworker.server.reload import serve_reloads, warn_of_expiry_daily
+from jobworker.server.reload import Reloading, serve_reloads, warn_of_expiry_daily
 from jobworker.server.setup import Prepared, listen
 from jobworker.server.traffic import Traffic
 
@@ -81,12 +82,13 @@ def retention_policy(settings: Settings) -> Policy:
     )
 
 
-def _archive(settings: Settings, spools: Path, history: History) -> Archive:
-    worker = settings.worker
+def _archive(prepared: Prepared, spools: Path, history: History) -> Archive:
+    worker = prepared.settings.worker
     return Archive(
         spools=spools,
         history=history,
-        policy=retention_policy(settings),
+        policy=retention_policy(prepared.settings),
+        max_open=prepared.max_open_outputs,
         budget=OutputBudget(
             spools, worker.max_total_output * MEBIBYTE, worker.keep_free * MEBIBYTE
         ),
@@ -97,13 +99,13 @@ def _archive(settings: Settings, spools: Path, history: History) -> Archive:
 async def serve(prepared: Prepared) -> None:
     """Serve until a signal; raises LauncherGone if the launcher ends before."""
     keep_freed_memory(FREE_BYTES, 2 * PIECE_BYTES)  # or each piece of output would be mapped anew
-    settings = prepared.settings
+    settings, incidents = prepared.settings, Incidents()
     history = History.open(prepared.directory / "history.db")
     try:
         spools = prepared.directory / "spool"
         async with open_link(prepared.launcher) as link:
             inheritance = await take_over(link, history, spools, _now())
-            archive = _archive(settings, spools, history)
+            archive = _archive(prepared, spools, history)
             await archive.load(inheritance.ids)
             supervisor = Supervisor(
                 link=link,
@@ -112,15 +114,16 @@ async def serve(prepared: Prepared) -> None:
                 spools=spools,
                 rules=_rules(settings, bounds_disks=prepared.launcher.bounds_disks),
                 clock=_now,
+                incidents=incidents,
                 max_running=_max_running(prepared),
                 max_waiting=settings.worker.max_waiting_jobs,
             )
             supervisor.take_over(inheritance)
             auditor = Auditor(history, _now)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(auditor.serve)
+                nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
                 auditor.service("service.start")
-                await _serve_until_signal(prepared, supervisor, link, auditor)
+                await _serve_until_signal(prepared, supervisor, link, auditor, incidents)
                 auditor.service("service.end")
                 nursery.cancel_scope.cancel()
     finally:
@@ -129,7 +132,11 @@ async def serve(prepared: Prepared) -> None:
 
 
 async def _serve_until_signal(
-    prepared: Prepared, supervisor: Supervisor, link: Link, auditor: Auditor
+    prepared: Prepared,
+    supervisor: Supervisor,
+    link: Link,
+    auditor: Auditor,
+    incidents: Incidents,
 ) -> None:
     gate = Gate(role_table(prepared.settings.roles))
     door = Door(prepared.fittings, gate)
@@ -140,6 +147,7 @@ async def _serve_until_signal(
         runtimes=frozenset(prepared.settings.runtimes),
         gate=gate,
         auditor=auditor,
+        incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
         admission=Admission(prepared.settings.limits),
         traffic=Traffic(),
@@ -150,13 +158,19 @@ async def _serve_until_signal(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
             nursery.start_soon(_watch, link)
-            nursery.start_soon(_tell_watchdog, prepared.notifier)
+            tell_watchdog = partial(_tell_watchdog, prepared.notifier)
+            nursery.start_soon(incidents.keep_running, "watchdog", tell_watchdog)
             nursery.start_soon(listener.serve)
-            nursery.start_soon(warn_of_expiry_daily, prepared.reader)
-            await nursery.start(
-                partial(serve_reloads, prepared.reader, door, prepared.notifier, auditor),
-                prepared.settings,
+            warn_daily = partial(warn_of_expiry_daily, prepared.reader)
+            nursery.start_soon(incidents.keep_running, "expiry", warn_daily)
+            reloading = Reloading(
+                reader=prepared.reader,
+                door=door,
+                notifier=prepared.notifier,
+                auditor=auditor,
+                incidents=incidents,
             )
+            await nursery.start(serve_reloads, reloading, prepared.settings)
             _announce(prepared)
             log.info("ending: %s", signal.Signals(await anext(signals)).name)
             prepared.notifier.tell(STOPPING="1")
@@ -205,7 +219,9 @@ async def _watch(link: Link) -> None:
 
 async def _tell_watchdog(notifier: Notifier) -> None:
     """Tell whoever supervises us that tasks still get their turns."""
-    while notifier.watchdog_seconds:
+    if not notifier.watchdog_seconds:
+        await trio.sleep_forever()
+    while True:
         notifier.tell(WATCHDOG="1")
         await trio.sleep(notifier.watchdog_seconds / 3)
 

@@ -34,6 +34,7 @@ from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_lau
 from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
+from jobworker.server.descriptors import outputs_within
 from jobworker.server.door import Fittings
 from jobworker.server.id_ranges import lock_ids, places_of
 from jobworker.server.notify import Notifier
@@ -47,6 +48,9 @@ from jobworker.server.state_directory import (
 )
 
 BACKLOG = 1024
+UNLIMITED = 1 << 20
+"""Descriptors to reckon with where there is no limit: what Linux gives a process at most by
+default (fs.nr_open, proc(5))."""
 
 _LATE_IMPORTS = ("_strptime", "encodings.idna", "stringprep", "unicodedata")
 """What the standard library imports at first use. The unprivileged user may be unable to read the
@@ -70,6 +74,8 @@ class Prepared:
     lock: int
     warnings: tuple[str, ...]
     """What is worth a word in the log: an exposed key, what this host cannot enforce."""
+    max_open_outputs: int
+    """Outputs of ended jobs that may be read at a time."""
 
 
 def prepare(settings: Settings, config: Path | None) -> Prepared:
@@ -82,6 +88,8 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             "cannot leave jobs behind (worker.jobs_on_exit): the launcher ends with the service",
             remedy="set launcher.socket, and run `worker launcher`; or set jobs_on_exit to 'auto'",
         )
+    limit = _raise_descriptor_limit()
+    max_open_outputs = outputs_within(settings, limit)
     files = configured_files(settings.security)
     fittings = Fittings.of(files, settings.security)
     exposed = key_mode_warning(Path(settings.security.server_key))
@@ -124,6 +132,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             *(f"this host: {gap}" for gap in launcher.gaps),
             *differences,
         ),
+        max_open_outputs=max_open_outputs,
     )
 
 
@@ -304,10 +313,21 @@ def _cannot_listen(where: str, error: OSError) -> AddressUnavailable:
     )
 
 
-def _give_up_root(uid: int, gid: int) -> None:
-    """Become the unprivileged user, for good; with room for the descriptors of many clients."""
+def _raise_descriptor_limit() -> int:
+    """Let this process open as many descriptors as it may at all: that number."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return descriptor_limit()
+
+
+def descriptor_limit() -> int:
+    """How many descriptors a process started from here may open."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return hard if hard != resource.RLIM_INFINITY else UNLIMITED
+
+
+def _give_up_root(uid: int, gid: int) -> None:
+    """Become the unprivileged user, for good."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     if os.geteuid() == 0:

@@ -4,6 +4,7 @@ import array
 import fcntl
 import json
 import os
+import resource
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -85,6 +86,28 @@ def test_body_of_any_size_arrives_whole(
     assert body == message
     assert os.path.sameopenfile(passed, came)
     channel.close_all([passed, came])
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_descriptors_that_find_no_room_are_told_apart_from_a_forgery(size: int) -> None:
+    before = open_descriptors()
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        passed = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
+        channel.send(near, {"id": 7, "t": "x" * size}, passed)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}
+        lowest = next(number for number in range(len(taken) + 2) if number not in taken)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            with pytest.raises(channel.DescriptorsLost) as lost:
+                channel.receive(far)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        said = lost.value.said
+        assert (said is None) if size > channel.MAX_INLINE_BYTES else (said or {})["id"] == 7
+        channel.close_all([*passed, *lost.value.descriptors])
     assert open_descriptors() == before
 
 

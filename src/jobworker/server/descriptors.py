@@ -1,0 +1,43 @@
+"""The budget of file descriptors: what the configuration allows has to fit into RLIMIT_NOFILE.
+
+A process that has no descriptor left can neither accept a connection nor open a file, and many
+things fail at once. So all that clients can make the service open is counted at the start, at its
+most, against the hard limit (getrlimit(2)). A configuration that does not fit is refused by name,
+before anything is touched. What is left over bounds how many ended jobs' outputs are read at a
+time; at one more the reader gets an error of its own name (`Archive.reading`).
+
+    each running job        2 pipes, 3 files of its output
+    each waiting job        3 files of its output
+    each connection         its socket, also while it shakes hands
+    each ended job's output 3 files, for all of its followers together
+"""
+
+from jobworker.config import Settings
+from jobworker.errors import HostUnsupported
+
+OWN = 160
+"""The history and its readers, the log, the launcher, the reader, listeners, threads' epolls, and
+what is open for a moment only."""
+PER_RUNNING, PER_WAITING, PER_CONNECTION, PER_OUTPUT = 5, 3, 1, 3
+MIN_OUTPUTS = 16
+
+
+def outputs_within(settings: Settings, limit: int) -> int:
+    """How many ended jobs' outputs may be read at a time where `limit` descriptors may be open.
+
+    Raises HostUnsupported where the rest of what is configured does not fit.
+    """
+    worker, limits = settings.worker, settings.limits
+    jobs = PER_RUNNING * worker.max_concurrent_jobs + PER_WAITING * worker.max_waiting_jobs
+    connections = PER_CONNECTION * (limits.max_connections + limits.max_handshakes)
+    left = limit - OWN - jobs - connections
+    if left < MIN_OUTPUTS * PER_OUTPUT:
+        needed = OWN + jobs + connections + MIN_OUTPUTS * PER_OUTPUT
+        raise HostUnsupported(
+            f"cannot serve by this configuration: {jobs} file descriptors for its jobs, "
+            f"{connections} for its connections and the service's own make {needed}, "
+            f"and {limit} may be open",
+            remedy="raise the limit (LimitNOFILE=, ulimit -Hn), or lower "
+            "worker.max_concurrent_jobs, worker.max_waiting_jobs or limits.max_connections",
+        )
+    return left // PER_OUTPUT
