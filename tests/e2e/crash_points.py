@@ -9,7 +9,7 @@ Only the job called NAME counts, so that what an earlier service has left does n
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 
 if __name__ == "__main__":
@@ -62,17 +62,17 @@ def at(owner: type, method: str, *, after: bool = False) -> None:
 
 def at_commit_of(state: State, *, after: bool = False) -> None:
     """Die before, or after, a transaction with the victim in a state is committed."""
-    name, commit = sys.argv[1], History._commit
+    name, put = sys.argv[1], History.put
 
-    def patched(self: History, records: Sequence[JobRecord]) -> None:
-        concerned = any(each.spec.name == name and each.state is state for each in records)
+    async def patched(self: History, record: JobRecord) -> None:
+        concerned = record.spec.name == name and record.state is state
         if concerned and not after:
             die()
-        commit(self, records)
+        await put(self, record)
         if concerned:
             die()
 
-    setattr(History, "_commit", patched)  # noqa: B010
+    setattr(History, "put", patched)  # noqa: B010
 
 
 def between_splice_and_record() -> None:

@@ -19,6 +19,7 @@ from attrs import frozen
 from jobworker.errors import ConfigError
 
 FILE = "audit.jsonl"
+_BLOCK_BYTES = 4096
 
 
 @frozen(kw_only=True)
@@ -59,20 +60,43 @@ def _moment(at: datetime) -> str:
     return at.astimezone(UTC).isoformat(timespec="microseconds")
 
 
-def insert_rows(connection: apsw.Connection, rows: Sequence[AuditRow]) -> None:
-    """Add rows to the table, in one transaction. Raises apsw.Error."""
-    with connection:
-        connection.executemany(_INSERT, [row.values() for row in rows])
+def insert_rows(rows: Sequence[AuditRow], connection: apsw.Connection) -> None:
+    """Add rows to the table, within the caller's transaction. Raises apsw.Error."""
+    connection.executemany(_INSERT, [row.values() for row in rows])
 
 
 def append_lines(path: Path, rows: Sequence[AuditRow]) -> None:
     """Add lines to the file, which is made if it is missing. Raises OSError.
 
-    It is opened each time: whoever rotates it need tell nobody.
+    Only whole lines stay: where the disk takes a part of a line, that part is cut off again, and
+    so is one that a service left which was killed in that moment. The lines before it stay, and
+    the table has all. The file is opened each time: whoever rotates it need tell nobody.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o600), "wb") as file:
-        file.write("".join(row.line() for row in rows).encode("ascii"))
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+        _cut_half_line(file.fileno())
+        data = memoryview("".join(row.line() for row in rows).encode("ascii"))
+        try:
+            while data:
+                data = data[os.write(file.fileno(), data) :]
+        except OSError:
+            _cut_half_line(file.fileno())
+            raise
+
+
+def _cut_half_line(fd: int) -> None:
+    """Cut the file after its last line feed, if anything follows that."""
+    end = os.fstat(fd).st_size
+    place = end
+    while place:
+        start = max(0, place - _BLOCK_BYTES)
+        line_feed = os.pread(fd, place - start, start).rfind(b"\n")
+        if line_feed >= 0:
+            place = start + line_feed + 1
+            break
+        place = start
+    if place < end:
+        os.ftruncate(fd, place)
 
 
 def read_rows(
