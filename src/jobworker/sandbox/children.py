@@ -12,20 +12,20 @@ import errno
 import fcntl
 import os
 import socket
-import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import channel, init_program, landlock, trampoline
-from jobworker.sandbox import gateway as gateway_process
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
 from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.networks import Networks
-from jobworker.sandbox.plan import SCRATCH, Order, OwnNetwork, Sizes, Slot, View, finish, prepare
+from jobworker.sandbox.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.steps import Step, explain
@@ -118,8 +118,15 @@ class Child:
         try:
             return self.scope.usage()
         except OSError as error:
-            print(f"launcher: cannot read {self.slot.name}'s usage: {error}", file=sys.stderr)  # noqa: T201
+            say(f"cannot read {self.slot.name}'s usage: {error}")
             return Usage()
+
+    def oom_kills(self) -> int:
+        """The kernel's kills for want of memory; 0 where it does not tell."""
+        try:
+            return self.scope.oom_kills()
+        except OSError:
+            return 0
 
 
 class Nursery:
@@ -171,10 +178,9 @@ class Nursery:
             undo.callback(child.scope.remove)
             if order is not None and order.volumes:
                 child.volumes = tuple(name for name, _ in order.volumes)
-                devices = self.volumes.take(child.volumes)
+                images = self.volumes.take(child.volumes)
                 undo.callback(self.volumes.give_back, child.volumes)
-                places = (place for _, place in order.volumes)
-                view = view._replace(volumes=tuple(zip(devices, places, strict=True)))
+                view = _with_volumes(view, order, images)
             self._clone(child, view, order, undo)
             undo.pop_all()
         return child
@@ -185,8 +191,8 @@ class Nursery:
         own_network, _ = self._networks.describe(order)
         slot = Slot("job", self._ids.first_of(0), self._ids.each)
         view = self._stage.view_for(order)
-        images = ((self.volumes.find(name), place) for name, place in order.volumes)
-        steps = self._steps(slot, view._replace(volumes=tuple(images)), order, own_network)
+        images = [self.volumes.path(name) for name, _ in order.volumes]
+        steps = self._steps(slot, _with_volumes(view, order, images), order, own_network)
         return [explain(step) for step in (*steps, *finish(order))]
 
     def _steps(
@@ -226,7 +232,7 @@ class Nursery:
                         layout, child.index, child.scope
                     )
                     theirs.append(gateway)
-                    undo.callback(gateway_process.end, child.gateway)
+                    undo.callback(self.sweepers.end, child.gateway)
                 report = -1
                 if order is not None and order.init:
                     child.report, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -272,13 +278,18 @@ class Nursery:
             child.disk = None
         self.volumes.give_back(child.volumes)
         if self._stage.view.scratch:
-            self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}", tuple(SCRATCH))
+            self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}")
         self._free.append(child.index)
 
     def sweep_scratch(self) -> None:
         """Have everything removed that an earlier launcher left on disk."""
         for path in self._stage.left_over():
-            self.sweepers.remove(path, ())
+            self.sweepers.remove(path)
+
+
+def _with_volumes(view: View, order: Order, images: Sequence[str]) -> View:
+    found = ((name, image, at) for (name, at), image in zip(order.volumes, images, strict=True))
+    return view._replace(volumes=tuple(found))
 
 
 def _user_namespace(slot: Slot) -> int:

@@ -214,9 +214,24 @@ def find_attached(image: int) -> tuple[int, str] | None:
     return None
 
 
-def mount_volume(device: str, target: str) -> None:
-    """Mount the file system of a volume, which others may have mounted too."""
-    sc.mount(device, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV, _VOLUME_OPTIONS)
+def mount_volume(path: str, target: str) -> None:
+    """Mount the volume whose image is at `path`, which others may have mounted too.
+
+    Waits for those who do the same with this image at the same time: they are to find one device.
+    """
+    image = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    # Of its own: the device keeps the other one open, and with it would keep the lock.
+    lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        device, name = find_attached(image) or attach(image)
+        try:
+            sc.mount(name, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV, _VOLUME_OPTIONS)
+        finally:
+            os.close(device)
+    finally:
+        os.close(lock)
+        os.close(image)
 
 
 def mount_image(image: int, target: str) -> None:

@@ -1,15 +1,16 @@
-"""Closes descriptors that a hostile sender may have made slow to close.
+"""Closes descriptors that a hostile sender or job may have made slow to close.
 
 The last close(2) of a socket with SO_LINGER waits as long as its maker said; of a file on a
-file system of the sender's own, for ever. So the launcher never makes it: a process of its own
-inherits the descriptors, the launcher closes its copies, and the last close is that process's
-exit. While one is under way more can be taken, up to a bound; whoever lets senders in is to ask
-`overloaded` first.
+file system of the sender's own, for ever; of a job's disk, until a million inodes are forgotten. So
+the launcher never makes it: `give_away` has a process of its own inherit the descriptors, the
+launcher closes its copies, and only then does that process go on. While one is under way more can
+be taken, up to a bound; whoever lets senders in is to ask `overloaded` first.
 
 Standard library only.
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 
 from jobworker.sandbox import syscalls as sc
@@ -18,6 +19,28 @@ from jobworker.sandbox.turns import Turns
 
 MAX_PROCESSES = 4
 AGAIN_SECONDS = 0.1
+
+
+def give_away(descriptors: Sequence[int]) -> tuple[int, int]:
+    """Clone a process that is then alone in holding `descriptors`: (pid, pidfd), as `clone3`.
+
+    In the process this returns (0, -1) once the launcher has closed its copies: whatever close is
+    the last one, it is not the launcher's. Raises OSError, and all is as before.
+    """
+    go, gone = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid, pidfd = sc.clone3(0)
+    except OSError:  # no process to be had
+        close_all([go, gone])
+        raise
+    if pid == 0:
+        os.close(gone)
+        os.read(go, 1)  # the end of the stream
+        os.close(go)
+        return 0, -1
+    close_all(descriptors)
+    close_all([gone, go])
+    return pid, pidfd
 
 
 class Disposal:
@@ -42,23 +65,13 @@ class Disposal:
         if not self._waiting or len(self._processes) >= MAX_PROCESSES:
             return
         try:
-            go, gone = os.pipe2(os.O_CLOEXEC)
+            pid, pidfd = give_away(self._waiting)
         except OSError:
             self._turns.call_in(AGAIN_SECONDS, self._start)
             return
-        try:
-            pid, pidfd = sc.clone3(0)
-        except OSError:  # no process to be had
-            close_all([go, gone])
-            self._turns.call_in(AGAIN_SECONDS, self._start)
-            return
         if pid == 0:
-            os.close(gone)
-            os.read(go, 1)  # until the launcher has closed its copies
             os._exit(0)
-        close_all(self._waiting)
         self._waiting.clear()
-        close_all([gone, go])
         self._processes.add(pidfd)
         self._turns.watch(pidfd, partial(self._on_exit, pidfd))
 

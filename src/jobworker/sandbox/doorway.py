@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection
 
 from jobworker.errors import Busy, JobworkerError, PermissionDenied
 from jobworker.sandbox import channel
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.launcher_jobs import say
 from jobworker.sandbox.turns import Turns
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid

@@ -75,12 +75,6 @@ def reap(pidfd: int) -> None:
     os.close(pidfd)
 
 
-def end(pidfd: int) -> None:
-    """End a gateway that nobody needs after all."""
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    reap(pidfd)
-
-
 def _become_gateway(means: Means, descriptor: int) -> NoReturn:
     """In the cloned process: make the network, hand it over, become slirp4netns."""
     try:

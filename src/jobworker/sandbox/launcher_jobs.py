@@ -15,7 +15,6 @@ Standard library only.
 import contextlib
 import errno
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError
 from jobworker.sandbox import channel, gateway, requests, trampoline
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Child, Nursery, name_host, reap
 from jobworker.sandbox.networks import room_beside
@@ -152,7 +152,10 @@ class Jobs:
         child.job, child.request = request.job, number
 
     def _make(self, order: Order | None = None) -> Child:
-        child = self._nursery.make(order)
+        try:
+            child = self._nursery.make(order)
+        finally:  # where it failed, a gateway of it may be on its way out
+            self._watch_sweepers()
         assert child.sock is not None
         self._children.add(child)
         self._turns.watch(child.sock.fileno(), partial(self._on_word, child))
@@ -317,8 +320,3 @@ def deliver(child: Child, number: int) -> bool:
             return False
     signal.pidfd_send_signal(child.pidfd, number)
     return True
-
-
-def say(text: str) -> None:
-    """A line for the log."""
-    print(f"launcher: {text}", file=sys.stderr, flush=True)  # noqa: T201

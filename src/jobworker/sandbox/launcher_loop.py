@@ -23,12 +23,14 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
-from jobworker.errors import JobworkerError, SandboxError
+from jobworker.errors import JobworkerError
 from jobworker.sandbox import channel, requests
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Nursery
+from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.doorway import Doorway
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed, say
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
 from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
 
@@ -47,6 +49,9 @@ class Launcher:
         self._jobs = Jobs(self._turns, nursery, spares, self._send)
         self._volumes = nursery.volumes
         self._disposal = Disposal(self._turns)
+        self._makers = Chores(self._turns, at_once=4, waiting=0)
+        """Apart from the rest, since formatting a large volume takes long."""
+        self._chores = Chores(self._turns, at_once=4, waiting=256)
         self._hello = hello
         self._link: ServiceLink | None = None
         self._doorway: Doorway | None = None
@@ -128,6 +133,9 @@ class Launcher:
         if isinstance(request, requests.PlanOf):
             self._reply(number, {"steps": self._jobs.plan(request)})
             return
+        if isinstance(request, requests.TimesOfTurns):
+            self._reply(number, self._turns.take_times()._asdict())
+            return
         if isinstance(request, requests.VolumeRequest):
             self._do_volume(number, request)
             return
@@ -151,25 +159,21 @@ class Launcher:
             self._reply(number, {})
 
     def _do_volume(self, number: int, request: requests.VolumeRequest) -> None:
+        done = partial(self._on_volume, self._link, number)
         if isinstance(request, requests.ListVolumes):
-            self._reply(number, {"volumes": self._volumes.listed()})
+            self._volumes.list(self._chores, done)
         elif isinstance(request, requests.RemoveVolume):
-            self._volumes.remove(request.name)
-            self._reply(number, {})
+            self._volumes.remove(self._chores, request.name, done)
         else:
-            pidfd = self._volumes.start_making(request.name, request.size)
-            self._turns.watch(pidfd, partial(self._on_volume, self._link, number, pidfd))
+            self._volumes.make(self._makers, request.name, request.size, done)
 
-    def _on_volume(self, asker: ServiceLink | None, number: int, pidfd: int) -> None:
-        self._turns.unwatch(pidfd)
-        try:
-            self._volumes.made(pidfd)
-        except SandboxError as error:
-            if asker is self._link:  # else whoever asked has gone
-                self._refuse_for(number, error)
+    def _on_volume(self, asker: ServiceLink | None, number: int, outcome: channel.Message) -> None:
+        if asker is not self._link:  # whoever asked has gone
+            return
+        if "errno" in outcome:
+            self._send({"id": number, "error": outcome})
         else:
-            if asker is self._link:
-                self._reply(number, {})
+            self._reply(number, outcome)
 
     def _refuse_for(self, number: int, error: JobworkerError) -> None:
         step, code = error.data.get("step", "limits"), error.data.get("errno", 0)

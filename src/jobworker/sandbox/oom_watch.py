@@ -44,7 +44,7 @@ class OomWatch:
     def _look(self) -> None:
         now = time.monotonic()
         for child, until in list(self._suspects.items()):
-            killed = child.exit is None and child.usage().oom_kills > 0
+            killed = child.exit is None and child.oom_kills() > 0
             if killed:
                 self._kill(child)
             if killed or child.exit is not None or now > until:

@@ -121,8 +121,8 @@ class View(NamedTuple):
     layers: tuple[Layer, ...] = ()
     scratch: str = ""
     """Where the directories of a read-only root are made."""
-    volumes: tuple[tuple[str, str], ...] = ()
-    """Loop devices of volumes, each with its place in the root."""
+    volumes: tuple[tuple[str, str, str], ...] = ()
+    """Volumes: the name, the path of the image, the place in the root."""
 
 
 class Sizes(NamedTuple):
@@ -231,8 +231,8 @@ def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step,
         ),
         s.MountDevices(f"{root}/dev", owner, DEVICES, DEVICE_LINKS, ("pts", "shm")),
         *(
-            s.OpenVolume(device, f"{DISK}/volume", FIRST_VOLUME_DESCRIPTOR + number)
-            for number, (device, _) in enumerate(view.volumes)
+            s.OpenVolume(name, image, f"{DISK}/volume", FIRST_VOLUME_DESCRIPTOR + number)
+            for number, (name, image, _) in enumerate(view.volumes)
         ),
     )
 
@@ -241,7 +241,7 @@ def _places(view: View, owner: int) -> tuple[s.Step, ...]:
     """Volumes are placed where no path leads out of the job's root any more."""
     return tuple(
         s.PlaceVolume(place, FIRST_VOLUME_DESCRIPTOR + number, owner)
-        for number, (_, place) in enumerate(view.volumes)
+        for number, (_, _, place) in enumerate(view.volumes)
     )
 
 

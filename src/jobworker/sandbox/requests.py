@@ -1,6 +1,6 @@
 """What the service may ask of the launcher, checked as if the service were hostile.
 
-A closed set: `spawn`, `signal`, `kill`, `remove`, `usage`, `list`. Every field is checked for type
+A closed set: one class for each request, and `parse`. Every field is checked for type
 and bound here, so that the launcher acts only on values that it would itself have chosen. There
 is no request for a process without a sandbox.
 
@@ -79,6 +79,10 @@ class ListJobs(NamedTuple):
     after: int
 
 
+class TimesOfTurns(NamedTuple):
+    """Tell how long turns of the launcher's loop have taken since this was last asked."""
+
+
 class MakeVolume(NamedTuple):
     """Make a volume of a size in bytes."""
 
@@ -97,7 +101,8 @@ class ListVolumes(NamedTuple):
 
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
-Request = VolumeRequest | Spawn | PlanOf | Signal | Kill | Remove | UsageOf | ListJobs
+OfAJob = Spawn | Signal | Kill | Remove | UsageOf
+Request = VolumeRequest | OfAJob | PlanOf | ListJobs | TimesOfTurns
 
 _OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
     "kill": Kill,
@@ -110,12 +115,9 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
     """The number of the request, for the reply, and the request itself."""
     number = _integer(message, "id", 0)
     operation = message.get("op")
-    if operation == "list":
-        return number, ListJobs(_integer(message, "after", 0))
-    if operation == "plan":
-        return number, PlanOf(_order(message), _limits(message))
-    if isinstance(operation, str) and operation.startswith("volume."):
-        return number, _volume_request(operation, message)
+    general = _general_request(operation, message)
+    if general is not None:
+        return number, general
     job = _integer(message, "job", 1)
     if operation == "spawn":
         return number, Spawn(job, _order(message), _limits(message))
@@ -124,6 +126,21 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
     if type(operation) is str and operation in _OF_A_JOB:
         return number, _OF_A_JOB[operation](job)
     raise ProtocolError("cannot take the request: op is none of the launcher's operations")
+
+
+def _general_request(
+    operation: object, message: Mapping[str, object]
+) -> VolumeRequest | PlanOf | ListJobs | TimesOfTurns | None:
+    """The request where it is about no job in particular, else None."""
+    if operation == "list":
+        return ListJobs(_integer(message, "after", 0))
+    if operation == "turns":
+        return TimesOfTurns()
+    if operation == "plan":
+        return PlanOf(_order(message), _limits(message))
+    if isinstance(operation, str) and operation.startswith("volume."):
+        return _volume_request(operation, message)
+    return None
 
 
 def _volume_request(operation: str, message: Mapping[str, object]) -> VolumeRequest:

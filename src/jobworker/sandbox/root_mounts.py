@@ -75,7 +75,12 @@ def make_scratch(step: s.MakeScratch) -> None:
 def open_volume(step: s.OpenVolume, user_namespace: int) -> None:
     """Mount a volume, take hold of it as the job is to see it, and let go of the mount."""
     os.mkdir(step.stage, 0o700)
-    disk_images.mount_volume(step.device, step.stage)
+    try:
+        disk_images.mount_volume(step.image, step.stage)
+    except FileNotFoundError as error:
+        if error.filename == step.image:
+            error.filename = step.name
+        raise
     with contextlib.suppress(OSError):  # gone since the first time
         os.rmdir(f"{step.stage}/lost+found")
     tree = sc.open_tree_clone(step.stage, recursive=False)

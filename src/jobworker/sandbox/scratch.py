@@ -3,31 +3,15 @@
 A hostile job may leave a tree deeper than any recursion or path can go, or names by the
 million. So nothing here recurses and no path has more than two components: a directory that is
 not empty is moved up beside its parent and emptied in its turn. Links are removed, never
-followed. The caller runs `remove_tree` in a process of its own, since it may take long;
-`remove_if_empty` is for the usual case of a job that left nothing.
+followed. The caller runs `remove_tree` in a process of its own, since it may take long.
 
 Standard library only.
 """
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
-
-
-def remove_if_empty(path: str, names: Sequence[str]) -> bool:
-    """Remove the directory `path` and those in it called `names`; False if files are left.
-
-    What is gone already, or was never made, is fine.
-    """
-    try:
-        for gone in (*(f"{path}/{name}" for name in names), path):
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(gone)
-    except OSError:
-        return False
-    return True
 
 
 def remove_tree(path: str) -> None:

@@ -61,7 +61,8 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
         return _explain_execute(code, str(detail), reason, data)
     if step == "job":
         return NotFound(f"cannot reach the job: {detail}", data=data)
-    if step == "volume":
+    absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)
+    if step == "volume" or absent:
         return _explain_volume(code, str(detail), data)
     subject = f" ({detail})" if detail and code else ""
     return SandboxError(

@@ -85,7 +85,9 @@ class MountOverlay(NamedTuple):
 class OpenVolume(NamedTuple):
     """Mount a volume with the ids of the job's range, nowhere yet: at a descriptor."""
 
-    device: str
+    name: str
+    image: str
+    """Its path in the launcher's namespace."""
     stage: str
     """A directory, not there yet, to mount upon for a moment."""
     descriptor: int

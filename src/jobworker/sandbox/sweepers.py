@@ -1,18 +1,21 @@
 """Processes that let go of what ended jobs had on disk, so that the launcher need not wait.
 
 A hostile job can make that take long: a million names, a tree deeper than any path. What waits is
-taken by the next process that is started, all of it at once; there are a few at a time.
+taken by the next process that is started, all of it at once; there are a few at a time. The
+launcher itself does nothing on the file system, not even where a directory seems to be empty:
+rmdir(2) waits for the journal, and goes through every block of a directory that was large once.
 
 Standard library only.
 """
 
 import os
+import signal
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from jobworker.sandbox import disk_images, scratch
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.channel import close_all
+from jobworker.sandbox.disposal import give_away
 
 MAX_SWEEPERS = 4
 
@@ -23,8 +26,8 @@ class Sweepers:
     """The processes, and what waits for one."""
 
     def __init__(self) -> None:
-        self.running: dict[int, int] = {}
-        """pid by pidfd, which somebody has to watch: see `reap`."""
+        self.running: set[int] = set()
+        """pidfds, which somebody has to watch: see `reap`."""
         self._disks: list[int] = []
         self._paths: list[str] = []
 
@@ -33,31 +36,34 @@ class Sweepers:
         self._disks.append(root)
         self._start()
 
-    def remove(self, path: str, names: tuple[str, ...]) -> None:
-        """Remove a directory; at once if it holds nothing but empty directories of these names."""
-        if not scratch.remove_if_empty(path, names):
-            self._paths.append(path)
-            self._start()
+    def remove(self, path: str) -> None:
+        """Remove a directory and what it holds; one that is gone already is fine."""
+        self._paths.append(path)
+        self._start()
+
+    def end(self, pidfd: int) -> None:
+        """Kill a process that nobody needs after all, and have it reaped with the others."""
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self.running.add(pidfd)
 
     def reap(self, pidfd: int) -> None:
         """Collect an ended process, whose descriptor is readable."""
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         os.close(pidfd)
-        del self.running[pidfd]
+        self.running.discard(pidfd)
         self._start()
 
     def _start(self) -> None:
         if not (self._disks or self._paths) or len(self.running) >= MAX_SWEEPERS:
             return
         try:
-            pid, pidfd = sc.clone3(0)
+            pid, pidfd = give_away(self._disks)
         except OSError:
             return  # no process to be had: the next one that ends makes room, or the next start
         if pid == 0:
             _sweep_and_exit(self._disks, self._paths)
-        close_all(self._disks)
         self._disks, self._paths = [], []
-        self.running[pidfd] = pid
+        self.running.add(pidfd)
 
 
 def _sweep_and_exit(disks: list[int], paths: list[str]) -> NoReturn:

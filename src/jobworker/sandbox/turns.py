@@ -4,14 +4,40 @@ One epoll(7) and a handful of alarms. An alarm is known by the function that it 
 there is one of each: setting it again moves it. A watched descriptor is closed by its owner, after
 `unwatch`; one that was closed by an earlier call of the same turn is not called any more.
 
+A turn takes few events, so that one with many of them keeps nobody waiting, and is timed: all jobs
+wait for the longest one. What counts is how long the thread ran or waited for the kernel; the time
+for which it was ready and had no CPU is the scheduler's (/proc/PID/schedstat, proc(5)) and not
+counted.
+
 Standard library only.
 """
 
+import os
 import select
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from jobworker.sandbox.announce import say
 
 Call = Callable[[], None]
+EVENTS_A_TURN = 16
+SLOW_SECONDS = 0.02
+"""The promise: no turn is longer. One that is, is told in the log."""
+_LOOK_SECONDS = 0.002
+"""A shorter turn is not looked at more closely."""
+
+
+class TurnTimes(NamedTuple):
+    """What turns have taken since this was last asked for."""
+
+    turns: int
+    longest_ms: float
+    slowest: str
+    """What was called in the longest one, by name."""
+    over_bound: int
+    """How many took longer than `SLOW_SECONDS`."""
 
 
 class Turns:
@@ -21,6 +47,9 @@ class Turns:
         self._poll = select.epoll()
         self._sources: dict[int, Call] = {}
         self._alarms: dict[Call, float] = {}
+        self._delays = _open_delays()
+        self._times = TurnTimes(0, 0.0, "", 0)
+        self._slowest_told = SLOW_SECONDS
 
     def watch(self, descriptor: int, call: Call) -> None:
         """Call whenever the descriptor is readable, or at its end."""
@@ -54,17 +83,67 @@ class Turns:
 
     def turn(self) -> None:
         """Wait until there is something to do, and do it."""
-        for descriptor, _ in self._poll.poll(self._patience()):
+        ready = self._poll.poll(self._patience(), EVENTS_A_TURN)
+        delayed = self._delay()
+        began = last = time.monotonic()
+        slowest: tuple[float, Call | None] = (0.0, None)
+        for descriptor, _ in ready:
             source = self._sources.get(descriptor)
             if source is not None:
                 source()
-        now = time.monotonic()
+                now = time.monotonic()
+                slowest, last = max(slowest, (now - last, source), key=_seconds), now
         for call, moment in list(self._alarms.items()):
-            if moment <= now and self._alarms.get(call) == moment:
+            if moment <= last and self._alarms.get(call) == moment:
                 del self._alarms[call]
                 call()
+                now = time.monotonic()
+                slowest, last = max(slowest, (now - last, call), key=_seconds), now
+        self._note(last - began, delayed, slowest[1])
+
+    def take_times(self) -> TurnTimes:
+        """What turns have taken since this was last called."""
+        times, self._times = self._times, TurnTimes(0, 0.0, "", 0)
+        return times
+
+    def _note(self, seconds: float, delayed: bytes, slowest: Call | None) -> None:
+        turns, longest_ms, name, over = self._times
+        if seconds > _LOOK_SECONDS and slowest is not None:
+            seconds -= max(0.0, _nanoseconds(self._delay()) - _nanoseconds(delayed)) / 1e9
+            if seconds * 1000 > longest_ms:
+                longest_ms, name = seconds * 1000, _name(slowest)
+            over += seconds > SLOW_SECONDS
+            if seconds > self._slowest_told:  # each time that it grew by half, not at each turn
+                self._slowest_told = 1.5 * seconds
+                say(f"a turn took {seconds * 1000:.0f} ms, most of it {_name(slowest)}")
+        self._times = TurnTimes(turns + 1, longest_ms, name, over)
+
+    def _delay(self) -> bytes:
+        return b"" if self._delays is None else os.pread(self._delays, 96, 0)
 
     def _patience(self) -> float | None:
         if not self._alarms:
             return None
         return max(0.0, min(self._alarms.values()) - time.monotonic())
+
+
+def _open_delays() -> int | None:
+    try:
+        return os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a kernel without CONFIG_SCHED_INFO: delays are counted, then
+        return None
+
+
+def _nanoseconds(schedstat: bytes) -> int:
+    """Time spent ready without a CPU, in the second field."""
+    fields = schedstat.split()
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
+def _seconds(entry: tuple[float, Call | None]) -> float:
+    return entry[0]
+
+
+def _name(call: Call) -> str:
+    inner = call.func if isinstance(call, partial) else call
+    return str(getattr(inner, "__qualname__", inner))

@@ -30,7 +30,10 @@ VIEW = View(
     "/dev/null",
     ("/base", "/layers/0"),
     (Layer("", ("/base/root",)), Layer("/usr", ("/base/mask", "/layers/0"))),
-    volumes=(("/dev/loop7", "/volumes/cache"), ("/dev/loop8", "/srv")),
+    volumes=(
+        ("cache", "/volumes/cache.img", "/volumes/cache"),
+        ("srv", "/volumes/srv.img", "/srv"),
+    ),
 )
 READ_ONLY_VIEW = View(f"{ROOT}/dev/null", scratch="/scratch")
 SIZES = Sizes(disk=54_321, tmpfs=12_345)
@@ -204,7 +207,7 @@ def test_volumes_are_placed_in_the_finished_root_while_there_are_rights() -> Non
     steps = list(prepare(ROOT, VIEW, Slot("job-1", 100_000), SIZES))
     opened = [step for step in steps if isinstance(step, s.OpenVolume)]
     placed = [step for step in steps if isinstance(step, s.PlaceVolume)]
-    assert [step.device for step in opened] == ["/dev/loop7", "/dev/loop8"]
+    assert [step.image for step in opened] == ["/volumes/cache.img", "/volumes/srv.img"]
     assert [step.path for step in placed] == ["/volumes/cache", "/srv"]
     assert [step.descriptor for step in opened] == [step.descriptor for step in placed]
     pivot, user = place(steps, s.PivotRoot), place(steps, s.EnterUserNamespace)

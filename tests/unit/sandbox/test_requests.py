@@ -224,6 +224,8 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
     except ProtocolError as error:
         str(error).encode()
         return
+    if isinstance(request, r.TimesOfTurns):
+        return
     if isinstance(request, r.ListJobs):
         assert 0 <= request.after <= r.MAX_NUMBER
         return

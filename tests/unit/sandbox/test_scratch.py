@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.sandbox.scratch import remove_if_empty, remove_tree
+from jobworker.sandbox.scratch import remove_tree
 
 from ..strategies import examples
 
@@ -238,26 +238,3 @@ def test_tree_of_any_shape_goes(
 
 
 # --- the usual case -------------------------------------------------------------------------
-
-
-def test_directory_that_a_job_left_empty_goes_at_once(tree: Path) -> None:
-    for name in ("tmp", "home"):
-        (tree / name).mkdir()
-    assert remove_if_empty(str(tree), ("tmp", "home", "never-made"))
-    assert not tree.exists()
-    assert remove_if_empty(str(tree), ("tmp",))
-
-
-@pytest.mark.parametrize("place", ["tmp/file", "file", "other/file"])
-def test_directory_with_files_stays_for_the_thorough_removal(tree: Path, place: str) -> None:
-    (tree / "tmp").mkdir()
-    (tree / place).parent.mkdir(exist_ok=True)
-    (tree / place).write_text("x")
-    assert not remove_if_empty(str(tree), ("tmp",))
-    assert (tree / place).read_text() == "x"
-
-
-def test_link_in_place_of_a_directory_is_not_followed(tree: Path, canary: Path) -> None:
-    (tree / "tmp").symlink_to(canary)
-    assert not remove_if_empty(str(tree), ("tmp",))
-    assert (tree / "tmp").is_symlink()

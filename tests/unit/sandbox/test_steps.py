@@ -19,7 +19,8 @@ from jobworker.sandbox.plan import (
     prepare,
 )
 
-VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),), volumes=(("/dev/loop7", "/srv"),))
+VOLUME = ("srv", "/volumes/srv.img", "/srv")
+VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),), volumes=(VOLUME,))
 READ_ONLY = View("/root/dev/null", scratch="/scratch")
 KINDS: tuple[type, ...] = get_args(s.Step)
 

@@ -1,0 +1,105 @@
+"""Chores: work on file systems that may take long, each done by a process of its own.
+
+The launcher's one thread must not wait for a disk: unlink(2) of a volume with many extents takes
+seconds, and even a look into a directory waits for the journal of a file system that jobs write
+to. So such work is a function that runs in a cloned process and returns a message; the launcher
+goes on meanwhile, and hears of the outcome in a later turn.
+
+Few run at a time and some wait. More are refused with EAGAIN.
+
+Standard library only.
+"""
+
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
+
+from jobworker.errors import ProtocolError
+from jobworker.sandbox import channel
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.turns import Turns
+
+Work = Callable[[], channel.Message]
+"""Runs in the process; may raise OSError."""
+Done = Callable[[channel.Message], None]
+"""Gets what the work returned, or {"errno": …} with "detail" where it failed."""
+
+
+class Chores:
+    """Processes at work, and chores that wait for their turn."""
+
+    def __init__(self, turns: Turns, *, at_once: int, waiting: int) -> None:
+        self._turns, self._at_once, self._room = turns, at_once, waiting
+        self._waiting: deque[tuple[Work, Done]] = deque()
+        self._running = 0
+
+    def start(self, work: Work, done: Done) -> None:
+        """Have the work done, now or later. Raises OSError, EAGAIN where too much waits."""
+        if self._running < self._at_once:
+            self._run(work, done)
+        elif len(self._waiting) < self._room:
+            self._waiting.append((work, done))
+        else:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _run(self, work: Work, done: Done) -> None:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
+            try:
+                pid, pidfd = sc.clone3(0)
+            except OSError:
+                near.close()
+                raise
+            if pid == 0:
+                _work_and_exit(work, far)
+        near.setblocking(False)
+        self._running += 1
+        # The process has said its word before it ends, and its end is soon after.
+        self._turns.watch(pidfd, partial(self._on_exit, near, pidfd, done))
+
+    def _on_exit(self, near: socket.socket, pidfd: int, done: Done) -> None:
+        self._turns.unwatch(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        self._running -= 1
+        outcome: channel.Message = {"errno": errno.EINTR, "detail": "the process ended"}
+        with near:
+            try:
+                received = channel.receive(near)
+                outcome = outcome if received is None else received[0]
+            except (OSError, ProtocolError):
+                pass  # it was killed before it could tell
+        self._start_next()
+        done(outcome)
+
+    def _start_next(self) -> None:
+        while self._waiting and self._running < self._at_once:
+            work, done = self._waiting.popleft()
+            try:
+                self._run(work, done)
+            except OSError as error:  # no process to be had
+                done(_failure(error))
+
+
+def _work_and_exit(work: Work, far: socket.socket) -> NoReturn:
+    """In the process: nothing of the launcher's is held, so that no end of a job is delayed."""
+    try:
+        mine = far.fileno()
+        if mine > 3:
+            sc.close_range(3, mine - 1)
+        sc.close_range(mine + 1)
+        try:
+            outcome = work()
+        except OSError as error:
+            outcome = _failure(error)
+        channel.send(far, outcome)
+    finally:
+        os._exit(0)
+
+
+def _failure(error: OSError) -> channel.Message:
+    return {"errno": error.errno or errno.EIO, "detail": str(error.filename or "")}
