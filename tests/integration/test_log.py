@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,6 +50,32 @@ async def test_since_begins_with_what_was_written_then(admin: Wire) -> None:
     assert await log_of(admin, job, since=between.isoformat()) == (b"", b"")
     assert await log_of(admin, job, since="2020-01-01T00:00:00Z") == (b"one\n", b"")
     assert await log_of(admin, job, since_seconds=3600) == (b"one\n", b"")
+
+
+async def test_job_may_end_or_go_whenever_somebody_asks_for_it(admin: Wire) -> None:
+    """Nothing but the truth of some moment comes of it, and no internal fault."""
+    names = set[str]()
+
+    async def ask(method: str, job: int, **params: object) -> None:
+        for _ in range(8):
+            try:
+                result = await admin.call(method, id=job, **params)
+                if method == "job.log":
+                    await admin.notify("job.unfollow", subscription=result["subscription"])
+            except Refused as error:
+                names.add(str(error.data["name"]))  # type: ignore[index]
+            await trio.lowlevel.checkpoint()
+
+    for _ in range(12):
+        job = await admin.start("sh", "-c", "seq 2000; echo no newline >&2")
+        async with trio.open_nursery() as nursery:
+            for params in ({"tail_lines": 3}, {"since_seconds": 1}, {"tail_lines": 9, "offset": 1}):
+                nursery.start_soon(partial(ask, "job.log", job, **params))
+            nursery.start_soon(ask, "job.status", job)
+            nursery.start_soon(ask, "job.wait", job)
+            await admin.call("job.wait", id=job)
+            nursery.start_soon(partial(ask, "job.remove", job, force=True))
+    assert names <= {"not_found", "invalid_params"}
 
 
 async def test_result_tells_where_it_begins(admin: Wire) -> None:

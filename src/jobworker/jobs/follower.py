@@ -12,6 +12,7 @@ import trio
 from attrs import define, evolve
 
 from jobworker.jobs.output_index import CHUNK_BYTES, Chunk, LineStart, Place, View
+from jobworker.jobs.output_search import Beginning
 
 if TYPE_CHECKING:
     from jobworker.jobs.spool import Spool
@@ -32,6 +33,13 @@ class Follower:
     _place: Place | None = None
     _busy: bool = False
     _closed: bool = False
+
+    def begin(self, beginning: Beginning) -> None:
+        """Begin there, before anything is read. Raises InvalidParams where the log is shorter."""
+        self._check_open()
+        self._spool.check_offset(beginning.offset)
+        self._start = beginning.offset
+        self._view = evolve(self._view, starts=beginning.starts)
 
     @property
     def offset(self) -> int:

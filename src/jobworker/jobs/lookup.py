@@ -62,10 +62,18 @@ def with_sizes(execution: Execution) -> JobRecord:
 async def follow_from(
     spool: Spool, start: Start, streams: Collection[Stream], coalesce: bool
 ) -> Follower:
-    """A follower that begins where `start` says."""
-    with spool.follow(streams=streams, coalesce=coalesce):  # keeps it open while it is searched
-        found = await spool.find_start(start, streams)
-        return spool.follow(found.offset, streams=streams, coalesce=coalesce, starts=found.starts)
+    """A follower that begins where `start` says. Raises as `Spool.follow` and `find_start` do.
+
+    The search is the follower's own: the job may end meanwhile and its execution close the spool,
+    which then stays open for this follower.
+    """
+    follower = spool.follow(streams=streams, coalesce=coalesce)
+    try:
+        follower.begin(await spool.find_start(start, streams))
+    except BaseException:
+        follower.close()
+        raise
+    return follower
 
 
 def output_of(executions: Iterable[Execution], jobs: Collection[JobId]) -> int:

@@ -25,6 +25,8 @@ from jobworker.jobs.output_index import BOTH, Chunk, LineStart, Record
 from jobworker.model.job import Stream
 
 BLOCK_BYTES = 65_536
+FIRST_WINDOW, MAX_WINDOW = 8, 1024
+"""Records that a search for the last lines looks at together, at first and at most."""
 
 
 @frozen(kw_only=True)
@@ -118,26 +120,81 @@ def _find_tail(
     streams: Collection[Stream],
     pause: Callable[[], None],
 ) -> dict[Stream, int]:
-    """Where each stream's first one of the last lines begins in its file; its end if none does."""
-    end = files.record(records - 1)
-    found = {stream: end.length_of(stream) for stream in streams}
-    for run in _runs_backwards(files, records):
-        end_of_block = run.end
-        while lines and end_of_block > run.start and run.stream in streams:
+    """Where each stream's first one of the last lines begins in its file; its end if none does.
+
+    The index is searched from its end, a window of records at a time. A window whose lines are all
+    wanted is counted by its two ends alone, so that the way through an index of any length costs
+    one record and the window's bytes; only the window in which the tail begins is walked record
+    by record. Windows grow, for a short tail shall read little.
+    """
+    after = files.record(records - 1)
+    found = {stream: after.length_of(stream) for stream in streams}
+    last, size = records, FIRST_WINDOW
+    while lines and last > 0:
+        pause()
+        first = max(0, last - size)
+        before = files.record(first - 1)
+        counted = {
+            stream: _count_lines(
+                files, _Run(stream, before.length_of(stream), after.length_of(stream)), pause
+            )
+            for stream in streams
+        }
+        count = sum(number for number, _ in counted.values())
+        if count > lines:
+            _walk_window(files, (first, last), lines, found, pause)
+            break
+        found.update((stream, place) for stream, (number, place) in counted.items() if number)
+        lines -= count
+        last, after, size = first, before, min(2 * size, MAX_WINDOW)
+    return found
+
+
+def _count_lines(files: OutputFiles, run: _Run, pause: Callable[[], None]) -> tuple[int, int]:
+    """How many lines begin within a run, and where the first of them does."""
+    total, first, end = 0, run.end, run.end
+    while end > run.start:
+        pause()
+        start, before = _block_before(files, run, end)
+        count = before.count(b"\n")
+        if count:
+            total, first = total + count, start + before.index(b"\n")
+        end = start
+    return total, first
+
+
+def _walk_window(
+    files: OutputFiles,
+    window: tuple[int, int],
+    lines: int,
+    found: dict[Stream, int],
+    pause: Callable[[], None],
+) -> None:
+    """Note in `found` where the last lines begin that begin in a window of records."""
+    for run in _runs_backwards(files, *window):
+        end = run.end
+        while lines and end > run.start and run.stream in found:
             pause()
-            start = max(run.start, end_of_block - BLOCK_BYTES)
-            # The byte before each one: a line begins where that is a line feed, or is none.
-            first = max(start - 1, 0)
-            before = files.read_stream(run.stream, first, end_of_block - 1 - first)
-            before = before if start else b"\n" + before
+            start, before = _block_before(files, run, end)
             count = before.count(b"\n")
             if count:
                 found[run.stream] = start + _nth_last(before, min(lines, count), count)
             lines -= min(lines, count)
-            end_of_block = start
+            end = start
         if not lines:
             break
-    return found
+
+
+def _block_before(files: OutputFiles, run: _Run, end: int) -> tuple[int, bytes | bytearray]:
+    """Where a block of a run that ends at `end` starts, and the byte before each of its bytes.
+
+    A line begins where that is a line feed. Before a stream's first byte, where its first line
+    begins, stands none: a line feed is put there.
+    """
+    start = max(run.start, end - BLOCK_BYTES)
+    first = max(start - 1, 0)
+    before = files.read_stream(run.stream, first, end - 1 - first)
+    return start, before if start else b"\n" + before
 
 
 def _nth_last(data: bytes | bytearray, number: int, count: int) -> int:
@@ -150,10 +207,11 @@ def _nth_last(data: bytes | bytearray, number: int, count: int) -> int:
     return place
 
 
-def _runs_backwards(files: OutputFiles, records: int) -> Iterator[_Run]:
-    after = files.record(records - 1)
+def _runs_backwards(files: OutputFiles, first: int, last: int) -> Iterator[_Run]:
+    """The runs of the records from `first` to before `last`, the latest first."""
+    after = files.record(last - 1)
     run: _Run | None = None
-    for before in map(files.record, range(records - 2, -2, -1)):
+    for before in map(files.record, range(last - 2, first - 2, -1)):
         stream = _grown(before, after)
         if stream is not None:
             start, end = before.length_of(stream), after.length_of(stream)

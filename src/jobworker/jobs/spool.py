@@ -181,17 +181,21 @@ class Spool:
         The streams of `starts` begin with a line, as those say.
         Raises InvalidParams where the log is shorter than `offset`.
         """
-        if not 0 <= offset <= self.size:
-            raise InvalidParams(
-                f"cannot follow from byte {offset}: the output has {self.size} bytes",
-                remedy="follow from an offset that was received, or from 0",
-            )
+        self.check_offset(offset)
         if self._closed:
             raise trio.ClosedResourceError("cannot follow a closed spool")
         self._followers += 1
         self._users += 1
         view = View(streams=frozenset(streams), coalesce=coalesce, starts=starts)
         return Follower(self, view, offset, *trio.open_memory_channel[None](1))
+
+    def check_offset(self, offset: int) -> None:
+        """Raise InvalidParams where the log is shorter than `offset`."""
+        if not 0 <= offset <= self.size:
+            raise InvalidParams(
+                f"cannot follow from byte {offset}: the output has {self.size} bytes",
+                remedy="follow from an offset that was received, or from 0",
+            )
 
     async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> Beginning:
         """Where `start` has a follower begin. Raises OutputError."""

@@ -1,5 +1,6 @@
 """Where a reader begins, against a model that looks at each byte."""
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from attrs import evolve, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobworker.jobs.output_search as search
+from jobworker.errors import InvalidParams
+from jobworker.jobs.follower import Follower
 from jobworker.jobs.lookup import follow_from
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, Chunk, LineStart, View
-from jobworker.jobs.output_search import Beginning, Start, find_start
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Record, View
+from jobworker.jobs.output_search import MAX_WINDOW, Beginning, Start, find_start
+from jobworker.jobs.spool import READER_THREADS, Spool
 from jobworker.model.job import Stream
 
 from .test_spool import append
@@ -124,7 +128,7 @@ async def seen(
     streams=st.sampled_from([BOTH, *(frozenset({stream}) for stream in Stream)]),
     max_bytes=st.integers(1, 30),
     breaks=st.lists(st.integers(0, 3), max_size=3),
-    block=st.integers(1, 5),
+    sizes=st.tuples(st.integers(1, 5), st.sampled_from([(1, 1), (1, 2), (2, 8), (8, 1024)])),
 )
 def test_reader_sees_whole_lines_with_the_times_of_their_first_bytes(
     pieces: Pieces,
@@ -134,13 +138,16 @@ def test_reader_sees_whole_lines_with_the_times_of_their_first_bytes(
     streams: Streams,
     max_bytes: int,
     breaks: list[int],
-    block: int,
+    sizes: tuple[int, tuple[int, int]],
 ) -> None:
     start = Start(tail_lines=tail, since_ns=since_ns)
     view = View(max_bytes, streams, coalesce=False)
     expected = wanted(pieces + later, len(pieces), start, streams)
     with pytest.MonkeyPatch.context() as patch, files_of(pieces) as files:
+        block, (first, most) = sizes
         patch.setattr(search, "BLOCK_BYTES", block)
+        patch.setattr(search, "FIRST_WINDOW", first)
+        patch.setattr(search, "MAX_WINDOW", most)
         found = trio.run(partial(seen, files, later, start, view, breaks))
     assert [(each.stream, each.time_ns, each.data) for each in found] == [
         (each.stream, each.time_ns, each.data) for each in expected
@@ -231,3 +238,77 @@ def test_a_search_can_be_given_up() -> None:
 
     with files_of([(OUT, b"abc")]) as files, pytest.raises(GivenUp):
         find_start(files, Start(tail_lines=1), BOTH, pause)
+
+
+def test_tail_of_a_long_index_reads_few_of_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300,000 records were each read and compared, though the wanted stream had said nothing."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = OutputFiles.create(Path(directory) / "job")
+        try:
+            append(files, ERR, b"first\nsecond\n")
+            total = 50_000
+            index = b"".join(
+                Record(n, 2 * n, files.last.stderr_bytes, 0).pack() for n in range(1, total)
+            )
+            os.pwrite(files._index, index, RECORD.size)
+            os.pwrite(files._data[OUT], b".\n" * total, 0)
+        finally:
+            files.close()
+        files = OutputFiles.open(Path(directory) / "job")
+        asked: list[int] = []
+        record = OutputFiles.record
+
+        def count(self: OutputFiles, number: int) -> Record:
+            asked.append(number)
+            return record(self, number)
+
+        monkeypatch.setattr(OutputFiles, "record", count)
+        try:
+            assert find_start(files, Start(tail_lines=1), {ERR}).starts == (LineStart(ERR, 6),)
+            assert len(asked) < total / 20
+            asked.clear()
+            wanted_lines = 40_000
+            found = find_start(files, Start(tail_lines=wanted_lines)).starts
+            assert set(found) == {
+                LineStart(OUT, 2 * (files.last.stdout_bytes // 2 - wanted_lines)),
+                LineStart(ERR, files.last.stderr_bytes),
+            }
+            assert len(asked) < 2 * MAX_WINDOW + total / 20
+        finally:
+            files.close()
+
+
+async def test_job_may_end_while_its_log_is_searched(tmp_path: Path) -> None:
+    """The execution closes the spool then; the search was an internal fault."""
+    spool = Spool.create(tmp_path / "job")
+    append(spool, OUT, b"one\ntwo\n")
+    for borrower in range(READER_THREADS):
+        spool._readers.acquire_on_behalf_of_nowait(borrower)  # the search has to wait
+    followers = list[Follower]()
+
+    async def follow() -> None:
+        followers.append(await follow_from(spool, Start(tail_lines=1), BOTH, True))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follow)
+        await trio.testing.wait_all_tasks_blocked()
+        await spool.seal()
+        spool.close()
+        for borrower in range(READER_THREADS):
+            spool._readers.release_on_behalf_of(borrower)
+    (follower,) = followers
+    with follower:
+        assert [bytes(chunk.data) async for chunk in follower] == [b"two\n"]
+
+
+async def test_search_that_is_cancelled_leaves_no_follower(tmp_path: Path) -> None:
+    spool = Spool.create(tmp_path / "job")
+    for borrower in range(READER_THREADS):
+        spool._readers.acquire_on_behalf_of_nowait(borrower)
+    with trio.move_on_after(0.05):
+        await follow_from(spool, Start(tail_lines=1), BOTH, True)
+    assert spool.statistics().followers == 0
+    with pytest.raises(InvalidParams, match="the output has 0 bytes"):
+        await follow_from(spool, Start(offset=1), BOTH, True)
+    assert spool.statistics().followers == 0
+    spool.close()
