@@ -163,7 +163,7 @@ def _bind_scratch(step: s.BindScratch, _: Means) -> None:
 
 
 def _mount_devpts(step: s.MountDevpts, _: Means) -> None:
-    options = f"newinstance,ptmxmode=0666,mode=620,gid={step.tty_group}"
+    options = f"newinstance,ptmxmode=0666,mode=620,gid={step.tty_group},max={step.most}"
     sc.mount("devpts", step.path, "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, options)
 
 

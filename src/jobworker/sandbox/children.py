@@ -30,6 +30,7 @@ from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.steps import Step, explain
 from jobworker.sandbox.sweepers import Sweepers
+from jobworker.sandbox.terminals import terminals_each
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 from jobworker.sandbox.volumes import Volumes
 
@@ -140,6 +141,7 @@ class Nursery:
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
+        self._terminals = terminals_each(policy.max_jobs + policy.spares)
         self._landlock = landlock.open_scope()
         self._trampoline, self._init = trampoline.open_program(), init_program.open_init()
         behind = ids.first_of(policy.max_jobs + policy.spares) + 1  # and behind the service's own
@@ -199,7 +201,7 @@ class Nursery:
         self, slot: Slot, view: View, order: Order | None, own_network: OwnNetwork | None
     ) -> tuple[Step, ...]:
         disk = (order.disk_bytes if order else 0) or self._policy.disk_bytes
-        sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes)
+        sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes, self._terminals)
         return prepare(ROOT, view, slot, sizes, order, own_network)
 
     def _clone(

@@ -126,12 +126,14 @@ class View(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Bounds on what a job may store, in bytes."""
+    """Bounds on what a job may store, in bytes, and on its terminals."""
 
     disk: int
     """All that it writes below its root, if that has layers."""
     tmpfs: int
     """Each of the memory file systems, which the job's memory limit also counts."""
+    terminals: int
+    """How many pseudo-terminals."""
 
 
 class Slot(NamedTuple):
@@ -199,7 +201,7 @@ def prepare(
         *(_layers(root, view, sizes.disk, owner) if view.layers else _scratch(root, view, slot)),
         s.MountTmpfs(f"{root}/run", 0o755, sizes.tmpfs, owner),
         s.MountTmpfs(f"{root}/dev/shm", 0o1777, sizes.tmpfs, owner),  # noqa: S108
-        s.MountDevpts(f"{root}/dev/pts", owner + min(_TTY_GROUP, slot.ids - 1)),
+        s.MountDevpts(f"{root}/dev/pts", owner + min(_TTY_GROUP, slot.ids - 1), sizes.terminals),
         s.MountProc(f"{root}/proc"),
         *(s.MaskPath(root + path) for path in MASKED),
         *(s.ReadOnlyPath(root + path) for path in READ_ONLY),

@@ -112,10 +112,15 @@ class MountDevices(NamedTuple):
 
 
 class MountDevpts(NamedTuple):
-    """Mount terminals of the job's own: a new devpts instance."""
+    """Mount terminals of the job's own: a new devpts instance.
+
+    The kernel counts terminals for the whole host, so an instance has a bound: open(2) of
+    /dev/ptmx answers ENOSPC beyond.
+    """
 
     path: str
     tty_group: int
+    most: int
 
 
 class MountProc(NamedTuple):

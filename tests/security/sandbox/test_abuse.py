@@ -4,6 +4,7 @@ Fork bombs, memory hogs, spinners and direct I/O as such stand in tests/integrat
 here is what goes around those limits. JOBWORKER_SOAK=1 (`make soak`) makes the numbers large.
 """
 
+import base64
 import os
 import subprocess
 import time
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from jobworker.cli.embedded import Embedded
+from jobworker.sandbox.terminals import FEWEST, MOST
 
 from ...integration.wire import Json, Refused, Wire
 
@@ -39,6 +41,28 @@ async def test_thread_bomb_stops_at_its_limit_and_nowhere_else(admin: Wire) -> N
     assert out == "stopped after 49\n", err
     out, err, _ = await admin.run("python3", "-c", bomb, limits={"processes": 500})
     assert out == "stopped after 499\n", "the control: with a higher limit there are more"
+
+
+async def test_terminals_run_out_inside_the_job_alone(admin: Wire) -> None:
+    greedy = (
+        "import os, time\nheld = []\ntry:\n"
+        "    while True: held.append(os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY))\n"
+        "except OSError as error: print(len(held), error, flush=True)\ntime.sleep(60)\n"
+    )
+    result = await admin.call("job.run", job={"command": ["python3", "-c", greedy]}, follow={})
+    job = result["job"]
+    assert isinstance(job, dict)
+    told = (await admin.notes(result["subscription"]).receive())["params"]
+    assert isinstance(told, dict)
+    count, words = base64.b64decode(told["data"]).decode().split(maxsplit=1)
+    assert FEWEST <= int(count) <= MOST, "of the host's 3,072"
+    assert "No space left on device" in words
+    try:
+        script = "import os, pty; a, b = pty.openpty(); print(os.ttyname(b))"
+        out, err, _ = await admin.run("python3", "-c", script)
+        assert out == "/dev/pts/0\n", err
+    finally:
+        await admin.call("job.stop", id=job["id"], grace_seconds=0)
 
 
 async def test_fork_bomb_leaves_room_for_neighbours_and_the_host(admin: Wire) -> None:

@@ -36,7 +36,7 @@ VIEW = View(
     ),
 )
 READ_ONLY_VIEW = View(f"{ROOT}/dev/null", scratch="/scratch")
-SIZES = Sizes(disk=54_321, tmpfs=12_345)
+SIZES = Sizes(disk=54_321, tmpfs=12_345, terminals=7)
 
 CHANGES_OF_USER = (s.EnterUserNamespace, s.SetUser)
 

@@ -46,9 +46,11 @@ def test_every_kind_of_step_is_in_the_plan() -> None:
     order = Order("h", ("a",), {}, "", uid=1, gid=1)
     slot = Slot("job-1", 100_000)
     steps = [
-        *prepare("/root", VIEW, slot, Sizes(1, 1), order, OwnNetwork("h")),
-        *prepare("/root", READ_ONLY, slot, Sizes(1, 1), order, OwnNetwork("h", has_gateway=True)),
-        *prepare("/root", READ_ONLY, slot, Sizes(1, 1), order._replace(init=True)),
+        *prepare("/root", VIEW, slot, Sizes(1, 1, 1), order, OwnNetwork("h")),
+        *prepare(
+            "/root", READ_ONLY, slot, Sizes(1, 1, 1), order, OwnNetwork("h", has_gateway=True)
+        ),
+        *prepare("/root", READ_ONLY, slot, Sizes(1, 1, 1), order._replace(init=True)),
         *finish(order),
     ]
     assert {type(step) for step in steps} == set(KINDS)
