@@ -20,6 +20,7 @@ from jobworker.config_roles import RoleSettings, check_names
 from jobworker.config_runtimes import RuntimeSettings, check_runtime_names
 from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
+from jobworker.model.access import BUILT_IN
 from jobworker.model.bounds import within
 from jobworker.model.job import (
     MAX_CPU_PERCENT,
@@ -29,6 +30,7 @@ from jobworker.model.job import (
     Limits,
     OutputPolicy,
 )
+from jobworker.model.subjects import entry_fault
 from jobworker.model.units import parse_duration
 from jobworker.places import default_certificate, default_state_directory
 
@@ -88,6 +90,11 @@ def _file(_: object, __: object, value: str) -> None:
 def _path_or_empty(_: object, __: object, value: str) -> None:
     if "\0" in value:
         raise ValueError("must be the path of a file, or empty")
+
+
+def _entries(_: object, __: object, value: Mapping[str, str]) -> None:
+    if faults := [fault for entry in value if (fault := entry_fault(entry))]:
+        raise ValueError("; ".join(faults))
 
 
 def _certificate(name: str) -> Callable[[], str]:
@@ -179,6 +186,9 @@ class SecuritySettings:
     crl: str = field(factory=_certificate("ca-crl.pem"), validator=_path_or_empty)
     """The CA's revocation list; "" does without."""
     min_tls_version: Literal["1.2", "1.3"] = "1.3"
+    subjects: Mapping[str, str] = field(factory=dict, validator=_entries)
+    """Roles by what certificates bear (`model.subjects`)."""
+    roles_from_ou: bool = True
 
 
 @frozen(kw_only=True)
@@ -298,7 +308,12 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
 
 def _faults_between(settings: Settings) -> tuple[str, ...]:
     """What is wrong though each key on its own is right."""
-    faults = []
+    known = sorted({*settings.roles, *(role.name for role in BUILT_IN)})
+    faults = [
+        f"security.subjects: {entry!r} has the role {role!r}, which is none of {', '.join(known)}"
+        for entry, role in settings.security.subjects.items()
+        if role not in known
+    ]
     worker, sandbox = settings.worker, settings.sandbox
     enabled = settings.cgroup.enable_controllers
     for key, controller, value in (

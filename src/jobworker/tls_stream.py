@@ -18,7 +18,8 @@ import math
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
@@ -33,6 +34,8 @@ BATCH_BYTES = 4 * RECORD_BYTES
 MAX_LINGER_BYTES = 16 << 20
 LEAST_TAKEN_BYTES = 4096
 """Who takes less in `stall_seconds` takes nothing."""
+_DER = 2
+"""ENCODING_DER of CPython's module _ssl."""
 _BYTES_ACKED = struct.Struct("=120xQ")
 """Of struct tcp_info, linux/tcp.h."""
 
@@ -82,6 +85,22 @@ class TLSStream(trio.abc.Stream):
             else:
                 await self._flush()
                 return
+
+    @property
+    def peer_certificate(self) -> Mapping[str, object]:
+        """The peer's certificate, after the handshake, as `ssl.SSLObject.getpeercert` tells it."""
+        return self.tls.getpeercert() or {}
+
+    @property
+    def peer_chain(self) -> tuple[bytes, ...]:
+        """The certificates that the peer has presented, in DER, its own first.
+
+        Python has that in public since 3.13; before, the object within has it (3.10 to 3.12).
+        """
+        if sys.version_info >= (3, 13):
+            return tuple(self.tls.get_unverified_chain())
+        inner = self.tls._sslobj  # type: ignore[attr-defined]
+        return tuple(each.public_bytes(_DER) for each in inner.get_unverified_chain() or ())
 
     # --- reading ----------------------------------------------------------------------------
 

@@ -119,6 +119,37 @@ def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.Credential
     return errors.CredentialsUnusable(f"cannot use the {what} {path}: {why}", remedy=remedy)
 
 
+def check_authorities(ca: PemFile) -> None:
+    """See that all certificates of a CA file are CAs': each of them is trusted by itself.
+
+    Raises `CredentialsUnusable`.
+    """
+    from cryptography import x509
+
+    what = "CA certificate"
+    try:
+        found = x509.load_pem_x509_certificates(ca.content)
+        constraints = [
+            (each, extension.value.ca)
+            for each in found
+            for extension in each.extensions
+            if isinstance(extension.value, x509.BasicConstraints)
+        ]
+    except ValueError as exc:
+        raise _unusable(ca.path, what, f"it is damaged ({exc})", SERVER_REMEDY) from None
+    authorities = [each for each, is_ca in constraints if is_ca]
+    for each in found:
+        if each not in authorities:
+            name = each.subject.rfc4514_string()
+            raise _unusable(
+                ca.path,
+                what,
+                f"{name} in it is no CA (no CA:TRUE in its basic constraints), and whoever has its "
+                "key would be let in",
+                "leave CAs alone in that file",
+            )
+
+
 def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
     """Check a server's chain, times and purpose as its clients will (RFC 5280, strictly).
 
@@ -129,7 +160,7 @@ def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
     from OpenSSL import crypto
 
     store = crypto.X509Store()
-    store.set_flags(crypto.X509StoreFlags.X509_STRICT)
+    store.set_flags(crypto.X509StoreFlags.X509_STRICT | crypto.X509StoreFlags.PARTIAL_CHAIN)
     what = "server certificate"
     try:
         anchors = x509.load_pem_x509_certificates(ca.content)

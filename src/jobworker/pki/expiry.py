@@ -1,4 +1,4 @@
-"""Warnings before a certificate or a revocation list of the server comes to its end."""
+"""Warnings about a server's files: what comes to its end, and lists that cannot be checked yet."""
 
 from datetime import datetime, timedelta
 
@@ -6,6 +6,7 @@ from cryptography import x509
 
 from jobworker.pki.credentials import PemFile
 from jobworker.pki.material import ServerFiles
+from jobworker.pki.revocation import read_all, unproven_lists
 
 WARN_BEFORE = timedelta(days=30)
 
@@ -19,7 +20,10 @@ _RENEW = {
 def expiry_warnings(
     files: ServerFiles, now: datetime, before: timedelta = WARN_BEFORE
 ) -> tuple[str, ...]:
-    """One line for each file that ends within `before` of `now`, or has ended; PEM was judged."""
+    """One line for each certificate or list that ends within `before` of `now`, or has ended.
+
+    And one for each unproven list. The files were judged before.
+    """
     ends = [
         *_certificates("server certificate", files.certificate),
         *_certificates("CA certificate", files.ca),
@@ -32,7 +36,7 @@ def expiry_warnings(
             when = f"ends in {left.days} days, at" if left > timedelta() else "ended at"
             moment = end.isoformat().replace("+00:00", "Z")
             warnings.append(f"the {what} {path} {when} {moment}; {_RENEW[what]}")
-    return tuple(warnings)
+    return (*warnings, *unproven_lists(files, now))
 
 
 def _certificates(what: str, file: PemFile) -> list[tuple[str, str, datetime]]:
@@ -43,5 +47,5 @@ def _certificates(what: str, file: PemFile) -> list[tuple[str, str, datetime]]:
 def _lists(file: PemFile | None) -> list[tuple[str, str, datetime]]:
     if file is None:
         return []
-    end = x509.load_pem_x509_crl(file.content).next_update_utc
-    return [] if end is None else [("revocation list", str(file.path), end)]
+    ends = [each.next_update_utc for each in read_all(file)]
+    return [("revocation list", str(file.path), end) for end in ends if end is not None]

@@ -1,8 +1,12 @@
 """Who the peer of a connection is, by its certificate.
 
-Exactly one CN, the name, and exactly one OU, the role: none, two, empty ones or white space
-around them are refused, never mended. Whether the role exists is the caller's to know, and that
-the certificate was verified is the TLS context's to see to.
+The configuration's table of subjects comes first (`model.subjects`): it may find a role by any CN,
+OU, host name, URI or address that the certificate bears. Where it says nothing the certificate
+needs exactly one OU, the role. The name is the certificate's one CN; a certificate that the table
+found and that has no CN, or several, is called by the value that found it.
+
+None, two, empty ones or white space around them are refused, never mended. Whether the role
+exists is the caller's to know; that the certificate was verified is the TLS context's to see to.
 """
 
 import ssl
@@ -12,14 +16,15 @@ from datetime import UTC, datetime
 from attrs import frozen
 
 from jobworker import errors
+from jobworker.model.subjects import Match, Subjects
 
 
 @frozen(kw_only=True)
 class Identity:
     """Who a peer is, by its verified certificate.
 
-    `role` is the subject's only OU, as it stands there. `serial` is upper-case hexadecimal, as
-    `openssl x509 -serial` prints it.
+    `role` is what the table of subjects says, or the subject's only OU as it stands there.
+    `serial` is upper-case hexadecimal, as `openssl x509 -serial` prints it.
     """
 
     common_name: str
@@ -28,24 +33,60 @@ class Identity:
     not_after: datetime
 
 
-def identity(peer_certificate: Mapping[str, object] | None) -> Identity:
+def identity(
+    peer_certificate: Mapping[str, object] | None,
+    subjects: Subjects = Subjects(),  # noqa: B008 - frozen
+) -> Identity:
     """Read name and role from what `ssl.SSLSocket.getpeercert()` returned.
 
-    Exactly one OU and one CN, wherever in the subject they stand, taken as they are: nothing is
-    stripped, folded or chosen among several. Whether the role exists is the caller's to know.
-    Raises `PermissionDenied`.
+    By the table `subjects`, else by exactly one OU; and exactly one CN, wherever in the subject
+    they stand, taken as they are: nothing is stripped, folded or chosen among several. Whether the
+    role exists is the caller's to know. Raises `PermissionDenied`.
     """
     if not peer_certificate:
         raise errors.PermissionDenied(
             "cannot tell who you are: no verified certificate was presented",
             remedy="use a client certificate that the administrator issued",
         )
+    match = subjects.find(borne_by(peer_certificate))
+    if match is None and not subjects.roles_from_ou:
+        raise errors.PermissionDenied(
+            "cannot take a role from your certificate: the server's table does not name it",
+            remedy="ask the administrator to add it to security.subjects",
+        )
     return Identity(
-        role=_only(peer_certificate, "organizationalUnitName", "OU"),
-        common_name=_only(peer_certificate, "commonName", "CN"),
+        role=match.role if match else _only(peer_certificate, "organizationalUnitName", "OU"),
+        common_name=_name(peer_certificate, match),
         serial=str(peer_certificate["serialNumber"]),
         not_after=_end(peer_certificate),
     )
+
+
+def borne_by(peer_certificate: Mapping[str, object]) -> dict[str, list[str]]:
+    """What a certificate bears, by the kinds of `model.subjects`."""
+    names = {"DNS": "dns", "URI": "uri", "email": "email"}
+    alternative = peer_certificate.get("subjectAltName", ())
+    assert isinstance(alternative, tuple)
+    borne: dict[str, list[str]] = {
+        "cn": _values(peer_certificate, "commonName"),
+        "ou": _values(peer_certificate, "organizationalUnitName"),
+    }
+    for kind, value in alternative:
+        if kind in names:
+            borne.setdefault(names[kind], []).append(str(value))
+    return borne
+
+
+def _name(peer_certificate: Mapping[str, object], match: Match | None) -> str:
+    if match is None or len(_values(peer_certificate, "commonName")) == 1:
+        return _only(peer_certificate, "commonName", "CN")
+    if fault := name_fault(match.value):
+        raise errors.PermissionDenied(
+            f"cannot take a name from your certificate: it has no single CN, and {match.value!r} "
+            + fault,
+            remedy="ask the administrator for a certificate with one CN, your name",
+        )
+    return match.value
 
 
 def _end(peer_certificate: Mapping[str, object]) -> datetime:
@@ -74,12 +115,16 @@ def name_fault(value: str) -> str | None:
     return "is longer than 64 characters" if len(value) > 64 else None
 
 
-def _only(peer_certificate: Mapping[str, object], attribute: str, short: str) -> str:
+def _values(peer_certificate: Mapping[str, object], attribute: str) -> list[str]:
     subject = peer_certificate.get("subject", ())
     assert isinstance(subject, tuple)
     # A relative name may hold several attributes, and an attribute may come again in another:
     # looking at each one's first would let a certificate bear two roles.
-    values = [str(value) for relative in subject for name, value in relative if name == attribute]
+    return [str(value) for relative in subject for name, value in relative if name == attribute]
+
+
+def _only(peer_certificate: Mapping[str, object], attribute: str, short: str) -> str:
+    values = _values(peer_certificate, attribute)
     if len(values) != 1:
         fault = f"its subject has {len(values) or 'no'} {short}, exactly one is needed"
     elif found := name_fault(values[0]):

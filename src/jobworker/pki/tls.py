@@ -1,7 +1,8 @@
 """Mutual TLS: the contexts of both ends.
 
-Three rules carry the access control (RFC 8446, RFC 5280). Both ends trust the one CA file that
-they are given and nothing of the system's. Both ends demand a certificate. Nothing is resumed:
+Three rules carry the access control (RFC 8446, RFC 5280). Both ends trust the CAs of the one file
+that they are given and nothing of the system's: each of these CAs by itself, whether it is a root
+or was issued by one that is not in the file. Both ends demand a certificate. Nothing is resumed:
 a resumed session skips the peer's certificate, and with it a revocation that came in between,
 so no tickets are sent. (TLS 1.2, where it is allowed, still resumes by session id inside one
 context.) New revocations mean a new context: OpenSSL would keep the old list beside the new one.
@@ -14,10 +15,17 @@ So this module reaches only the standard library and attrs until a server asks f
 import os
 import ssl
 import stat
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jobworker.pki.credentials import SERVER_REMEDY, check_server_certificate, load, read_pem
+from jobworker.pki.credentials import (
+    SERVER_REMEDY,
+    check_authorities,
+    check_server_certificate,
+    load,
+    read_pem,
+)
 
 if TYPE_CHECKING:
     from jobworker.pki.material import ServerFiles
@@ -41,7 +49,7 @@ def server_context(
     the revocation list names are refused, and all of them once it has expired. Raises
     `CredentialsUnusable`, naming the file and the reason.
     """
-    from jobworker.pki.revocation import check_lists
+    from jobworker.pki.revocation import read_lists
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = (
@@ -51,14 +59,18 @@ def server_context(
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.num_tickets = 0
     context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     with files.placed() as at:
         load(context, "server", SERVER_REMEDY, ca=at.ca, certificate=at.certificate, key=at.key)
+        check_authorities(files.ca)
         check_server_certificate(files.ca, files.certificate)
-        if files.crl is not None and at.crl is not None:
-            check_lists(files.crl, files.ca)
+        if at.crl is not None:
+            lists = read_lists(files, datetime.now(UTC))
             context.load_verify_locations(cafile=at.crl.at)
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+            if lists.reaches_up:
+                context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+                context.verify_flags &= ~ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
 
 
@@ -71,7 +83,7 @@ def client_context(*, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_ciphers(_CIPHERS)
     context.hostname_checks_common_name = False
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     load(
         context,
         "client",

@@ -36,7 +36,7 @@ from jobworker.server import operations
 from jobworker.server.admission import Admission, Arrival
 from jobworker.server.auditor import Auditor
 from jobworker.server.conversation import Conversation
-from jobworker.server.door import Door, Visitor
+from jobworker.server.door import Door, PeerCertificates, Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.http_head import (
     CLOSE_SECONDS,
@@ -68,12 +68,11 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                     return
                 raw, head = await read_head(stream)
                 arrival.sound = True
-                who = admit(stream, head, context.gate.roles, fittings.hosts)
+                who = admit(stream, head, context.gate.roles, fittings)
                 inside.enter_context(_entered(admission, who, peer))
-                certificate = stream.tls.getpeercert(binary_form=True)
-                assert certificate is not None
+                certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
-                visitor = inside.enter_context(door.visit(who, certificate, peer, fittings.tls))
+                visitor = inside.enter_context(door.visit(who, certificates, peer, fittings.tls))
                 await _serve_websocket(PrefixStream(stream, raw), visitor, arrival, context)
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)

@@ -11,7 +11,7 @@ who comes in is judged once more where the context is not the one of now.
 
 import logging
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -21,7 +21,8 @@ from attrs import define, field, frozen
 from jobworker.config import SecuritySettings
 from jobworker.errors import CertificateRefused, PermissionDenied
 from jobworker.model.access import Roles
-from jobworker.pki.identity import Identity
+from jobworker.model.subjects import Subjects
+from jobworker.pki.identity import Identity, identity
 from jobworker.pki.material import ServerFiles
 from jobworker.pki.revocation import Verifier
 from jobworker.pki.served_hosts import ServedHosts
@@ -41,13 +42,25 @@ class Fittings:
     tls: ssl.SSLContext
     verifier: Verifier
     hosts: ServedHosts
+    subjects: Subjects
 
     @classmethod
     def of(cls, files: ServerFiles, security: SecuritySettings) -> "Fittings":
         """Made of the files. Raises CredentialsUnusable."""
         context = server_context(files, min_version=security.min_tls_version)
         hosts = ServedHosts.of(files.certificate.content)
-        return cls(context, Verifier.of(files, datetime.now(UTC)), hosts)
+        subjects = Subjects(security.subjects, security.roles_from_ou)
+        return cls(context, Verifier.of(files, datetime.now(UTC)), hosts, subjects)
+
+
+@frozen
+class PeerCertificates:
+    """What a client has presented."""
+
+    own: Mapping[str, object]
+    """Its own certificate, as `ssl.SSLObject.getpeercert` tells it."""
+    chain: tuple[bytes, ...]
+    """All of them in DER, its own first."""
 
 
 @define(eq=False)
@@ -55,8 +68,7 @@ class Visitor:
     """An open connection."""
 
     identity: Identity
-    certificate: bytes = field(repr=False)
-    """In DER."""
+    certificates: PeerCertificates = field(repr=False)
     peer: str
     leaving: trio.Event = field(factory=trio.Event)
     """Set when it has to go."""
@@ -95,14 +107,16 @@ class Door:
 
     @contextmanager
     def visit(
-        self, identity: Identity, certificate: bytes, peer: str, judged_by: ssl.SSLContext
+        self,
+        who: Identity,
+        certificates: PeerCertificates,
+        peer: str,
+        judged_by: ssl.SSLContext,
     ) -> Iterator[Visitor]:
         """Count a connection as inside while the block lasts. Raises CertificateRefused."""
-        if judged_by is not self.fittings.tls and (
-            fault := self.fittings.verifier.fault(certificate)
-        ):
+        visitor = Visitor(who, certificates, peer)
+        if judged_by is not self.fittings.tls and (fault := self._fault(visitor)):
             raise CertificateRefused(f"cannot serve this certificate: {fault}")
-        visitor = Visitor(identity, certificate, peer)
         self._inside.add(visitor)
         try:
             yield visitor
@@ -117,10 +131,13 @@ class Door:
                 visitor.dismiss(fault)
 
     def _fault(self, visitor: Visitor) -> str | None:
-        if fault := self.fittings.verifier.fault(visitor.certificate):
+        if fault := self.fittings.verifier.fault(visitor.certificates.chain):
             return f"your certificate is not good any more: {fault}"
         try:
-            self.gate.roles.find(visitor.identity.role)
+            now = identity(visitor.certificates.own, self.fittings.subjects)
+            self.gate.roles.find(now.role)
         except PermissionDenied as denied:
             return denied.message
+        if now != visitor.identity:
+            return f"you are {now.common_name} of the role {now.role} now; connect again"
         return None

@@ -15,8 +15,8 @@ from jobworker.convert import dumps
 from jobworker.errors import JobworkerError, PermissionDenied, SendStalled
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
-from jobworker.pki.served_hosts import ServedHosts
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.server.door import Fittings
 from jobworker.tls_stream import Data, TLSStream
 
 MAX_HEAD_BYTES = 16_384
@@ -106,17 +106,17 @@ async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
         connection.receive_data(data)
 
 
-def admit(stream: TLSStream, head: Head, roles: Roles, hosts: ServedHosts) -> Identity:
+def admit(stream: TLSStream, head: Head, roles: Roles, fittings: Fittings) -> Identity:
     """Who is connecting, with a request that may be upgraded; raises Refused."""
     try:
-        who = identity(stream.tls.getpeercert())
+        who = identity(stream.peer_certificate, fittings.subjects)
         roles.find(who.role)
     except PermissionDenied as error:
         raise Refused(403, error) from None
     origin, host = head.value(b"origin"), head.value(b"host")
     if origin and origin != b"https://" + host:
         raise Refused(403, PermissionDenied("cannot serve a page of another origin"))
-    if origin and not hosts.hold(host.decode("latin-1")):
+    if origin and not fittings.hosts.hold(host.decode("latin-1")):
         rebound = "cannot serve a page of a name that the server's certificate does not bear"
         raise Refused(421, PermissionDenied(rebound))
     if head.value(b"upgrade").lower() != b"websocket" or head.request.method != b"GET":

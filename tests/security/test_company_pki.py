@@ -1,0 +1,270 @@
+"""A company's own authority: the page's commands as they stand, and the service upon their files.
+
+Whatever is trusted (the root, the issuing CA alone, both), the handshake and a reload judge alike.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+import trio
+
+from jobworker.cli.embedded import Embedded, open_embedded, write_configuration
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
+from jobworker.config import load
+from jobworker.errors import ConfigError, HostUnsupported, JobworkerError
+
+from ..integration.conftest import _needs_root, open_directory, until
+
+__all__ = ["_needs_root", "open_directory"]
+
+PAGE = Path(__file__).parents[2] / "docs" / "pki.md"
+MAKE, REVOKE = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+SPIFFE = {"uri:spiffe://example.org/ci": "admin"}
+
+
+def shell(directory: Path, script: str) -> None:
+    subprocess.run(["sh", "-euc", script], cwd=directory, check=True, capture_output=True)
+
+
+def join(directory: Path, name: str, *pieces: str) -> str:
+    """Write a bundle of `pieces`: its path."""
+    (directory / name).write_bytes(b"".join((directory / piece).read_bytes() for piece in pieces))
+    return str(directory / name)
+
+
+@pytest.fixture
+def pki(open_directory: Callable[[], Path]) -> Path:
+    """What the page's commands make, in a directory of a service."""
+    directory = open_directory()
+    shell(directory, MAKE)
+    return directory
+
+
+def serving(
+    directory: Path, *, ca: tuple[str, ...], crl: tuple[str, ...], **security: object
+) -> AbstractAsyncContextManager[Embedded]:
+    """A service with these CAs and lists."""
+    settings: dict[str, Mapping[str, object]] = {
+        "security": {
+            "ca_cert": join(directory, "trusted.pem", *ca),
+            "server_cert": str(directory / "server-cert.pem"),
+            "server_key": str(directory / "server-key.pem"),
+            "crl": join(directory, "lists.pem", *crl) if crl else "",
+            **security,
+        }
+    }
+    return open_embedded(directory, settings)
+
+
+def connecting(
+    service: Embedded, *, trusting: str = "root-cert.pem", own: str = "client-cert.pem"
+) -> AbstractAsyncContextManager[Client]:
+    """A client of this project's own, with files of the page's."""
+    directory = service.directory
+    return open_client(
+        service.address,
+        ca=directory / trusting,
+        certificate=directory / own,
+        key=directory / "client-key.pem",
+        patience_seconds=0,
+    )
+
+
+async def who_am_i(service: Embedded, **files: str) -> tuple[str, str]:
+    """Connect: the name and the role that the service tells."""
+    async with connecting(service, **files) as client:
+        told = await client.hello()
+    return told.name, told.role
+
+
+async def is_refused(service: Embedded, logged: str, **files: str) -> None:
+    with trio.fail_after(20), pytest.raises(JobworkerError):
+        await who_am_i(service, **files)
+    await until(lambda: logged in service.log_text())
+
+
+async def reload(service: Embedded) -> None:
+    """Have all files read again, and wait for it."""
+    before = service.log_text().count("reload")
+    service.process.send_signal(signal.SIGHUP)
+    await until(lambda: service.log_text().count("reload") > before)
+
+
+TRUSTED = [
+    (("root-cert.pem",), ("root-crl.pem", "issuing-crl.pem")),
+    (("issuing-cert.pem",), ("issuing-crl.pem",)),
+    (("root-cert.pem", "issuing-cert.pem"), ("issuing-crl.pem", "root-crl.pem")),
+    (("root-cert.pem",), ()),
+    (("issuing-cert.pem",), ()),
+]
+
+
+@pytest.mark.parametrize(("ca", "crl"), TRUSTED)
+async def test_whatever_is_trusted_a_reload_judges_like_the_handshake(
+    pki: Path, ca: tuple[str, ...], crl: tuple[str, ...]
+) -> None:
+    async with serving(pki, ca=ca, crl=crl) as service:
+        await is_refused(service, "2 OU")
+        with_subjects(pki, SPIFFE)
+        await reload(service)
+        for trusting in ("root-cert.pem", "issuing-cert.pem"):
+            assert await who_am_i(service, trusting=trusting) == ("client", "admin")
+        async with connecting(service) as client:
+            await reload(service)
+            await client.hello()
+        assert await who_am_i(service) == ("client", "admin")
+        if "issuing-cert.pem" in ca:
+            assert await who_am_i(service, own="client-alone.pem") == ("client", "admin")
+        else:
+            await is_refused(service, "unable to get local issuer", own="client-alone.pem")
+        if crl:
+            shell(pki, REVOKE)
+            join(pki, "lists.pem", *crl)
+            await reload(service)
+            await is_refused(service, "certificate revoked")
+
+
+async def open_then_reload(service: Embedded, change: Callable[[], object]) -> str:
+    """Connect, change something, reload: why the service ended the connection, by its log."""
+    async with connecting(service):
+        change()
+        await reload(service)
+        await until(lambda: ": ended: client" in service.log_text())
+    return next(line for line in service.log_text().splitlines() if ": ended: client" in line)
+
+
+def with_subjects(directory: Path, subjects: Mapping[str, str]) -> None:
+    """Write the table of subjects into the configuration, in the place of an earlier one."""
+    path = directory / "worker.toml"
+    lines = [f'"{entry}" = "{role}"' for entry, role in subjects.items()]
+    text = path.read_text().partition("# table\n")[0]
+    path.write_text("\n".join([text + "# table", "[security.subjects]", *lines, ""]))
+
+
+@pytest.mark.parametrize("ca", [("root-cert.pem",), ("issuing-cert.pem", "root-cert.pem")])
+async def test_client_of_a_revoked_issuing_authority_is_out_at_once(
+    pki: Path, ca: tuple[str, ...]
+) -> None:
+    crl = ("root-crl.pem", "issuing-crl.pem")
+
+    def revoke_issuing() -> None:
+        shell(
+            pki,
+            "export CA=root\nopenssl ca -config extensions.cnf -revoke issuing-cert.pem "
+            "-cert root-cert.pem -keyfile root-key.pem\n"
+            "openssl ca -config extensions.cnf -gencrl -cert root-cert.pem -keyfile root-key.pem "
+            "-out root-crl.pem",
+        )
+        join(pki, "lists.pem", *crl)
+
+    async with serving(pki, ca=ca, crl=crl) as service:
+        with_subjects(pki, SPIFFE)
+        await reload(service)
+        why = await open_then_reload(service, revoke_issuing)
+        assert "revoked" in why
+        await is_refused(service, "certificate revoked")
+
+
+async def test_other_authority_of_the_same_root_is_a_stranger_or_needs_a_list(pki: Path) -> None:
+    shell(
+        pki,
+        MAKE.partition("# the server and a client")[0].partition("# the root")[0]
+        + (
+            'openssl req $key -keyout other-key.pem -out other.csr -subj "/O=Example/CN=Other CA"\n'
+            "openssl x509 -req -in other.csr -CA root-cert.pem -CAkey root-key.pem "
+            "-out other-cert.pem -days 90 -extfile extensions.cnf -extensions issuing\n"
+            "openssl x509 -req -in client.csr -CA other-cert.pem -CAkey other-key.pem -out c.pem "
+            "-days 90 -extfile extensions.cnf -extensions client\n"
+            "cat c.pem other-cert.pem > other-client.pem\n"
+        ),
+    )
+    for ca, crl, logged in (
+        (("issuing-cert.pem",), (), "unable to get"),
+        (("root-cert.pem",), ("root-crl.pem", "issuing-crl.pem"), "unable to get certificate CRL"),
+    ):
+        async with serving(pki, ca=ca, crl=crl) as service:
+            with_subjects(pki, SPIFFE)
+            await reload(service)
+            await is_refused(service, logged, own="other-client.pem")
+            assert (await who_am_i(service))[1] == "admin"
+
+
+async def test_certificate_that_is_no_authority_is_not_trusted(pki: Path) -> None:
+    with pytest.raises(HostUnsupported, match=r"CN=client.*is no CA"):
+        async with serving(pki, ca=("root-cert.pem", "client-alone.pem"), crl=()):
+            pass
+
+
+async def test_missing_list_is_named_at_the_start(pki: Path) -> None:
+    with pytest.raises(HostUnsupported, match=r"no list of the CA CN=Example Root"):
+        async with serving(pki, ca=("root-cert.pem",), crl=("issuing-crl.pem",)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("subjects", "role"),
+    [
+        ({"uri:spiffe://example.org/ci": "viewer"}, "viewer"),
+        ({"cn:client": "viewer"}, "viewer"),
+        ({"ou:Linux": "viewer"}, "viewer"),
+        ({"ou:Linux": "viewer", "cn:client": "viewer", "cn:other": "admin"}, "viewer"),
+        ({"ou:Linux": "viewer", "ou:Builds": "admin"}, "table gives it admin and viewer"),
+        ({"ou:linux": "viewer"}, "2 OU"),
+        ({"uri:spiffe://example.org/": "admin"}, "2 OU"),
+        ({"dns:client": "admin"}, "2 OU"),
+    ],
+)
+async def test_role_is_what_the_table_says_of_exactly_what_is_borne(
+    pki: Path, subjects: dict[str, str], role: str
+) -> None:
+    async with serving(pki, ca=("root-cert.pem",), crl=()) as service:
+        with_subjects(pki, subjects)
+        await reload(service)
+        if role == "viewer":
+            assert await who_am_i(service) == ("client", role)
+        else:
+            await is_refused(service, role)
+
+
+async def test_whom_the_table_gives_another_role_has_to_connect_again(pki: Path) -> None:
+    async with serving(pki, ca=("root-cert.pem",), crl=()) as service:
+        with_subjects(pki, {"cn:client": "admin"})
+        await reload(service)
+        demote = lambda: with_subjects(pki, {"cn:client": "viewer"})  # noqa: E731
+        assert "role viewer now" in await open_then_reload(service, demote)
+        assert await who_am_i(service) == ("client", "viewer")
+
+
+async def test_table_alone_decides_where_it_shall(open_directory: Callable[[], Path]) -> None:
+    """By the certificates of our own authority, whose OU is a role."""
+    directory = open_directory()
+    security = {"security": {"roles_from_ou": False}}
+    async with open_embedded(directory, security) as service:
+        own = service.environment("admin")
+        shutil.copy(own["WORKER_KEY_PATH"], directory / "client-key.pem")
+        files = {"trusting": own["WORKER_CA_PATH"], "own": own["WORKER_CERT_PATH"]}
+        await is_refused(service, "table does not name it", **files)
+        with_subjects(directory, {"ou:admin": "viewer"})
+        await reload(service)
+        assert (await who_am_i(service, **files))[1] == "viewer"
+
+
+def test_faults_of_the_table_are_named_all_at_once(tmp_path: Path) -> None:
+    config = write_configuration(tmp_path, {})
+    with_subjects(tmp_path, {"cn:alice": "boss", "dns:a": "viewer"})
+    with pytest.raises(ConfigError, match=r"'cn:alice' has the role 'boss'.*admin, viewer"):
+        load(config)
+    with_subjects(tmp_path, {"*": "admin", "cn:": "admin", "CN:x": "admin"})
+    with pytest.raises(ConfigError) as caught:
+        load(config)
+    for entry in ("'*'", "'cn:'", "'CN:x'"):
+        assert entry in caught.value.message
+    assert os.fspath(config) in caught.value.message
