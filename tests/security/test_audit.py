@@ -48,6 +48,31 @@ async def test_who_did_what_and_what_came_of_it(tenants: Embedded) -> None:
     assert [line for line in lines if line["job"] == job] == rows
 
 
+async def test_message_that_is_no_call_is_noted(tenants: Embedded) -> None:
+    async with open_wire(tenants, "alice") as alice:
+        for method, params in (
+            ("job.pwn", {}),
+            ("job.stop", {"id": "7"}),
+            ("job.run", {"job": {"command": []}}),
+        ):
+            with pytest.raises(Refused):
+                await alice.call(method, **params)
+
+    def refused() -> list[dict[str, object]]:
+        return [row for row in told(tenants, "--who=alice") if row["action"] == "request.refused"]
+
+    await until(lambda: len(refused()) >= 3)
+    rows = refused()
+    assert [row["outcome"] for row in rows] == [
+        "method_not_found",
+        "invalid_params",
+        "invalid_params",
+    ]
+    assert "job.pwn" in str(rows[0]["detail"])
+    assert "job.stop: id" in str(rows[1]["detail"])
+    assert all(row["serial"] and row["peer"] for row in rows)
+
+
 async def test_refused_connection_is_noted(tenants: Embedded) -> None:
     error = await dialled(tenants, bare_context(tenants.directory / "certs" / "ca-cert.pem"))
     assert error is not None

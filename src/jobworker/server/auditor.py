@@ -5,10 +5,13 @@ that was denied, each connection that was refused, and the service's own start, 
 Mere looking (status, list) is not noted.
 
 Notes are written in the order in which they come, a batch at a time, within moments: the bound is
-LINGER_SECONDS and the disk's pace. What comes in vain can be had without a right or at no cost, so
-a flood of it must not fill the disk: beyond a burst it is written at a bounded rate, and what was
-left out is counted in a row of its own. Each name has a rate of its own, and all who have none
-share one: nobody can hide another's attempts, or its own under a name, behind a flood without one.
+LINGER_SECONDS and the disk's pace. What comes in vain (denied, not found, malformed) can be had
+without a right or at no cost, so a flood of it must not fill the disk: beyond a burst it is written
+at a bounded rate. Each name has a rate of its own, and all who have none share one: nobody can hide
+another's attempts, or its own under a name, behind a flood without one. Nor can a name hide one
+kind of attempt behind a flood of another: each pair of action and outcome has a small rate besides.
+What was left out is told every ten seconds in a row for each name: how often each kind came, and
+about which jobs.
 """
 
 import logging
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from datetime import datetime
 
 import trio
-from attrs import define, field
+from attrs import Factory, define, evolve, field
 
 from jobworker.errors import JobworkerError, NotFound, PermissionDenied
 from jobworker.jobs.audit import AuditRow
@@ -34,26 +37,84 @@ log = logging.getLogger("jobworker.server")
 LINGER_SECONDS = 0.05
 MAX_WAITING = 10_000
 """Notes that wait for a disk which takes none; more are counted and left out."""
-VAIN_BURST = 100
-VAIN_PER_SECOND = 0.1
+VAIN_BURST, VAIN_PER_SECOND = 100, 0.1
+"""Rows of one name."""
+KIND_BURST, KIND_PER_SECOND = 5, 1 / 600
+"""Rows of one kind of one name besides, of which there are a hundred at most."""
+TELL_SECONDS = 10.0
 DETAIL_CHARACTERS = 200
+MAX_KINDS_TOLD = 12
 SUPPRESSED = "audit.suppressed"
+MALFORMED = "request.refused"
+"""What was no call: an unknown method, parameters that are none, no JSON-RPC at all."""
+
+_Kind = tuple[str, str]
+"""An action and its outcome."""
 
 
 @define
 class _Bucket:
-    """What may still be noted of one name's vain attempts."""
+    """What may still be noted of vain attempts."""
 
     filled_at: float
-    tokens: float = VAIN_BURST
+    burst: float
+    per_second: float
+    tokens: float = Factory(lambda self: self.burst, takes_self=True)
 
     def take(self, now: float) -> bool:
-        grown = self.tokens + (now - self.filled_at) * VAIN_PER_SECOND
-        self.tokens, self.filled_at = min(VAIN_BURST, grown), now
+        grown = self.tokens + (now - self.filled_at) * self.per_second
+        self.tokens, self.filled_at = min(self.burst, grown), now
         if self.tokens < 1:
             return False
         self.tokens -= 1
         return True
+
+
+@define
+class _Left:
+    """What was left out of one kind: how often it came, and the lowest and highest job."""
+
+    count: int = 0
+    jobs: tuple[int, int] | None = None
+
+    def add(self, job: int | None) -> None:
+        self.count += 1
+        if job is not None:
+            low, high = self.jobs or (job, job)
+            self.jobs = min(low, job), max(high, job)
+
+    def told(self, kind: _Kind) -> str:
+        words = f"{kind[0]} ({kind[1]}) {self.count} times"
+        if self.jobs is None:
+            return words
+        low, high = self.jobs
+        return f"{words}, job {low}" if low == high else f"{words}, jobs {low} to {high}"
+
+
+@define
+class _Suppressed:
+    """What was left out of one name: the last of it, and all by kind."""
+
+    last: AuditRow
+    kinds: dict[_Kind, _Left] = Factory(dict)
+
+    def add(self, row: AuditRow) -> None:
+        self.last = row
+        self.kinds.setdefault((row.action, row.outcome), _Left()).add(row.job)
+
+    def row(self, at: datetime) -> AuditRow:
+        count = sum(left.count for left in self.kinds.values())
+        told = [left.told(kind) for kind, left in self.kinds.items()]
+        more = len(told) - MAX_KINDS_TOLD
+        kinds = "; ".join([*told[:MAX_KINDS_TOLD], *([f"and {more} kinds"] if more > 0 else [])])
+        return evolve(
+            self.last,
+            at=at,
+            action=SUPPRESSED,
+            outcome="suppressed",
+            job=None,
+            detail=f"{count} more came too fast to be noted one by one: {kinds}",
+        )
 
 
 @define(eq=False)
@@ -64,9 +125,11 @@ class Auditor:
     _clock: Callable[[], datetime]
     _waiting: deque[AuditRow] = field(factory=deque)
     _arrival: trio.Event = field(factory=trio.Event)
-    _suppressed: int = 0
-    _buckets: dict[str, _Bucket] = field(factory=dict)
+    _suppressed: dict[str, _Suppressed] = field(factory=dict)
     """By the certificate's name, of which there are as many as the CA has given; "" is nobody's."""
+    _buckets: dict[str, _Bucket] = field(factory=dict)
+    """By name too."""
+    _kinds: dict[tuple[str, _Kind], _Bucket] = field(factory=dict)
 
     def service(self, action: str, outcome: str = "ok", detail: str = "") -> None:
         """Note what the service itself did."""
@@ -100,6 +163,10 @@ class Auditor:
             )
             self._note_vain(row)
 
+    def malformed(self, who: Identity, peer: str, error: JobworkerError) -> None:
+        """Note a message that was no call of this protocol."""
+        self._note_vain(self._row(MALFORMED, peer, who, error.name, error.message))
+
     def _row(
         self,
         action: str,
@@ -122,21 +189,27 @@ class Auditor:
         )
 
     def _note_vain(self, row: AuditRow) -> None:
-        now = trio.current_time()
-        bucket = self._buckets.setdefault(row.name, _Bucket(now))
-        if bucket.take(now):
+        now, kind = trio.current_time(), (row.action, row.outcome)
+        of_name = self._buckets.setdefault(row.name, _Bucket(now, VAIN_BURST, VAIN_PER_SECOND))
+        of_kind = self._kinds.setdefault(
+            (row.name, kind), _Bucket(now, KIND_BURST, KIND_PER_SECOND)
+        )
+        if of_name.take(now) or of_kind.take(now):
             self._note(row)
-            return
-        self._suppressed += 1
-        if self._suppressed == 1:
-            self._arrival.set()
+        else:
+            self._suppress(row)
 
     def _note(self, row: AuditRow) -> None:
         if len(self._waiting) >= MAX_WAITING:
-            self._suppressed += 1
+            self._suppress(row)
             return
         self._waiting.append(row)
         self._arrival.set()
+
+    def _suppress(self, row: AuditRow) -> None:
+        if not self._suppressed:
+            self._arrival.set()
+        self._suppressed.setdefault(row.name, _Suppressed(row)).add(row)
 
     async def serve(self) -> None:
         """Write what comes; once cancelled, what is left, and then no more."""
@@ -149,7 +222,7 @@ class Auditor:
                 await trio.sleep(LINGER_SECONDS)
                 if self._suppressed and trio.current_time() >= tell_at:
                     self._tell_suppressed()
-                    tell_at = trio.current_time() + 1 / VAIN_PER_SECOND
+                    tell_at = trio.current_time() + TELL_SECONDS
                 await self._write()
         finally:
             self._tell_suppressed()
@@ -167,16 +240,8 @@ class Auditor:
                 log.error("%s", error)
 
     def _tell_suppressed(self) -> None:
-        if self._suppressed:
-            count, self._suppressed = self._suppressed, 0
-            self._waiting.append(
-                AuditRow(
-                    at=self._clock(),
-                    action=SUPPRESSED,
-                    outcome="suppressed",
-                    detail=f"{count} more came too fast to be noted one by one",
-                )
-            )
+        told, self._suppressed = self._suppressed, {}
+        self._waiting.extend(each.row(self._clock()) for each in told.values())
 
 
 def _subject(params: object) -> str:

@@ -22,6 +22,7 @@ import trio_websocket
 from attrs import define, field
 
 from jobworker.errors import (
+    Busy,
     InternalError,
     JobworkerError,
     MessageTooLarge,
@@ -139,6 +140,9 @@ class Conversation:
             self._less_busy = trio.Event()
             await self._less_busy.wait()
         if isinstance(received, Refusal):
+            if not isinstance(received.error, Busy):  # that is no fault of the message
+                visitor = self._visitor
+                self._context.auditor.malformed(visitor.identity, visitor.peer, received.error)
             if isinstance(received.error, TooManyRequests):
                 self._tell(received.error)
             if received.message is not None:

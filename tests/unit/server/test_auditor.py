@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from attrs import evolve
 
-from jobworker.errors import NotFound, PermissionDenied
+from jobworker.errors import NotFound, PermissionDenied, UnknownMethod
 from jobworker.jobs.audit import FILE, AuditRow, read_rows
 from jobworker.jobs.history import History
 from jobworker.model.job import JobId
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
-from jobworker.server.auditor import SUPPRESSED, VAIN_BURST, Auditor
+from jobworker.server.auditor import KIND_BURST, SUPPRESSED, VAIN_BURST, Auditor
 
 EVE = Identity(common_name="eve", role="viewer", serial="0AB1", not_after=datetime.now(UTC))
 PEER = "192.0.2.1:7"
@@ -76,7 +77,7 @@ async def test_flood_is_bounded_and_counted(tmp_path: Path, outcome: str) -> Non
 
     rows = await written(tmp_path / "history.db", act)
     noted = [row for row in rows if row.action in ("connection.refused", "job.stop")]
-    assert len(noted) <= VAIN_BURST + 2
+    assert len(noted) <= VAIN_BURST + KIND_BURST + 2
     assert [row for row in rows if row.outcome == "ok"], "what counts was not lost in the flood"
     suppressed = [row for row in rows if row.action == SUPPRESSED]
     assert 1 <= len(suppressed) <= 2
@@ -93,6 +94,53 @@ async def test_flood_of_strangers_hides_nobody(tmp_path: Path) -> None:
 
     rows = await written(tmp_path / "history.db", act)
     assert [row.outcome for row in rows if row.name == "eve"] == ["permission_denied"]
+
+
+async def test_flood_of_one_kind_hides_no_other_of_the_same_name(tmp_path: Path) -> None:
+    """A tenant's own refusals emptied its bucket, and what it tried then left no row."""
+    denied, missing = PermissionDenied("cannot"), NotFound("cannot find")
+
+    def act(auditor: Auditor) -> None:
+        for job in range(1000, 3000):
+            asked = m.JobParams(id=JobId(job))
+            auditor.failed(EVE, PEER, METHODS["job.status"], asked, missing)
+        auditor.failed(EVE, PEER, METHODS["job.stop"], m.StopParams(id=JobId(42)), denied)
+        auditor.failed(EVE, PEER, METHODS["job.stop"], m.StopParams(id=JobId(43)), missing)
+        auditor.malformed(EVE, PEER, UnknownMethod("cannot call 'job.pwn': no such method"))
+
+    rows = await written(tmp_path / "history.db", act)
+    tried = [(row.action, row.job, row.outcome) for row in rows if row.action != "job.status"]
+    assert tried[:3] == [
+        ("job.stop", 42, "permission_denied"),
+        ("job.stop", 43, "not_found"),
+        ("request.refused", None, "method_not_found"),
+    ]
+
+
+async def test_what_was_left_out_names_who_tried_what_and_upon_which_jobs(tmp_path: Path) -> None:
+    bob = evolve(EVE, common_name="bob", serial="0B0B")
+
+    def act(auditor: Auditor) -> None:
+        for job in range(1000, 3000):
+            asked = m.JobParams(id=JobId(job))
+            auditor.failed(EVE, PEER, METHODS["job.status"], asked, NotFound("cannot find"))
+        for who in (EVE, bob):
+            for _ in range(500):
+                stop = m.StopParams(id=JobId(42))
+                auditor.failed(who, PEER, METHODS["job.stop"], stop, PermissionDenied("cannot"))
+
+    rows = await written(tmp_path / "history.db", act)
+    left = {row.name: row for row in rows if row.action == SUPPRESSED}
+    assert left.keys() == {"eve", "bob"}
+    assert (left["bob"].serial, left["bob"].role, left["bob"].peer) == ("0B0B", bob.role, PEER)
+    assert "job.stop (permission_denied)" in left["bob"].detail
+    assert "job 42" in left["bob"].detail
+    assert "job.status (not_found)" in left["eve"].detail
+    assert "to 2999" in left["eve"].detail
+    noted = [row for row in rows if row.action in ("job.stop", "job.status")]
+    told = sum(int(row.detail.split()[0]) for row in rows if row.action == SUPPRESSED)
+    assert len(noted) + told == 3000
+    assert len(noted) < 300
 
 
 async def test_names_forge_no_line(tmp_path: Path) -> None:
