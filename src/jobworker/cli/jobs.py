@@ -248,6 +248,7 @@ async def _each(
     metavar="NAME=VALUE",
     help="Only jobs with this label; may be repeated.",
 )
+@click.option("--name", default="", help="Only jobs of this name.")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -262,16 +263,19 @@ async def list_jobs(
     invocation: Invocation,
     states: tuple[str, ...],
     labels: Sequence[tuple[str, str]],
+    name: str,
     limit: int,
 ) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first. Long commands are cut; `status` shows all of a job."""
     chosen = [State(state) for state in states]
     found: list[JobRecord] = []
     async with open_connection(invocation) as client:
         while len(found) < limit:
             asked = min(limit - len(found), MAX_LIST)
             before = found[-1].id if found else None
-            page = await client.list(states=chosen, labels=dict(labels), limit=asked, before=before)
+            page = await client.list(
+                states=chosen, labels=dict(labels), name=name, limit=asked, before=before
+            )
             found.extend(page)
             if not page:  # a shorter one is no end: the server bounds a page's size too
                 break

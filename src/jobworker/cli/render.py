@@ -18,6 +18,8 @@ from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_size
 
 MEBIBYTE = 1 << 20
+MAX_TABLE_COMMAND = 200
+"""Characters of a command line in a table, where no terminal's width says how many."""
 
 _COLOURS = {
     State.PENDING: "33",
@@ -59,6 +61,12 @@ def timestamp(moment: datetime | None) -> str:
 def command_line(record: JobRecord) -> str:
     """The command as a shell would take it, on one line."""
     return visible(shlex.join(record.spec.command))
+
+
+def short_command(record: JobRecord) -> str:
+    """The beginning of the command line, for a table."""
+    line = command_line(record)
+    return line if len(line) <= MAX_TABLE_COMMAND else line[: MAX_TABLE_COMMAND - 1] + "…"
 
 
 def state_words(record: JobRecord) -> str:
@@ -255,7 +263,7 @@ def table(
                 state_words(record),
                 timestamp(record.created_at),
                 _duration(record, now),
-                label + command_line(record),
+                label + short_command(record),
             )
         )
     sizes = [max(len(row[column]) for row in rows) for column in range(4)]

@@ -141,21 +141,28 @@ class Client:
         *,
         states: Iterable[State] = (),
         labels: Mapping[str, str] | None = None,
+        name: str = "",
         limit: int = 100,
         before: int | None = None,
     ) -> tuple[JobRecord, ...]:
-        """List at most `limit` (at most 1000) jobs, newest first.
+        """List at most `limit` (at most 1000) jobs, newest first, by summaries.
 
-        Only those in `states`, where any are given, with all of `labels`, and with ids below
-        `before`: the smallest id of the page before. Fewer may come where their commands are long;
-        none is the end.
+        Only those in `states`, where any are given, with all of `labels`, called `name` if that is
+        given, and with ids below `before`: the smallest id of the page before. Fewer may come where
+        the search is long; none is the end. A summary has no variables, and its command may be cut
+        (`record.abridged`); `Job.status` tells all.
 
         >>> job = await client.run(["sleep", "60"])
         >>> [record.spec.command for record in await client.list(states=[State.RUNNING], limit=1)]
         [('sleep', '60')]
         """
-        params = m.ListParams(states=tuple(states), labels=labels or {}, limit=limit, before=before)
-        return (await self.call("job.list", params, m.ListResult)).jobs
+        wanted = {"states": tuple(states), "labels": labels or {}, "name": name, "limit": limit}
+        while True:
+            params = m.ListParams(**wanted, before=before)  # type: ignore[arg-type]
+            page = await self.call("job.list", params, m.ListResult)
+            if page.jobs or page.next is None:
+                return page.jobs
+            before = page.next
 
     async def prune(self, params: m.PruneParams) -> m.Removed:
         """Remove ended jobs' output, the oldest first; their records stay.

@@ -31,12 +31,15 @@ class Job:
     _client: "Client" = field(repr=False)
     id: JobId
     record: JobRecord | None = None
-    """The job as it was when the server last told of it; None where it was never asked."""
+    """The job as it was when the server last told of it; None where it was never asked.
+
+    A summary (`JobRecord.abridged`) unless `status` has asked for all of it.
+    """
     _first: Following | None = field(default=None, repr=False)
     """The subscription that came with the job, until someone takes it."""
 
     async def status(self) -> JobRecord:
-        """Ask how the job is, with what it uses at this moment.
+        """Ask for all of the job's record, with what it uses at this moment.
 
         >>> (await job.status()).state
         <State.RUNNING: 'RUNNING'>
@@ -44,7 +47,7 @@ class Job:
         return await self._told("job.status", m.JobParams(id=self.id))
 
     async def wait(self) -> JobRecord:
-        """Wait for the job's end: its final record.
+        """Wait for the job's end: a summary of its final record.
 
         >>> job = await client.run(["sh", "-c", "exit 3"])
         >>> record = await job.wait()

@@ -1,7 +1,9 @@
 """The history: every job's record in SQLite, durable before anyone is told of it.
 
 One connection writes, in a thread of its own (`history_writer`); a few others read
-(`history_readers`), so that no search delays a job's start or end.
+(`history_readers`), so that no search delays a job's start or end. A row has a record's summary
+(`model.summary`), which is all that most questions need; what a summary leaves out has a table of
+its own, written once. Labels and names have an index (`history_search`).
 
 What must hold: an id is handed out once, also across crashes. The next id is kept by SQLite's
 AUTOINCREMENT bookkeeping, and a record is committed before its id leaves the service. What
@@ -11,7 +13,7 @@ SQLite comes from apsw: the one in Python's standard library may be old enough t
 WAL-reset fault (fixed in 3.51.3).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -26,13 +28,12 @@ from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs import history_writer
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.history_readers import Readers
+from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
 from jobworker.jobs.schema import migrate
-from jobworker.model.job import JobId, JobRecord
-from jobworker.model.lifecycle import LIVE, TERMINAL, State
-
-MAX_PAGE_BYTES = 2 << 20
-"""Where a page of records ends early: a command line may have a megabyte."""
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import LIVE, TERMINAL
+from jobworker.model.summary import summarize, whole
 
 
 @define(eq=False)
@@ -61,9 +62,7 @@ class History:
                 connection.pragma("synchronous", "full")
                 migrate(connection, path)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
-                unfinished = _select(
-                    connection, states=LIVE, owner=None, labels={}, limit=-1, before=None
-                )
+                unfinished = _select_unfinished(connection)
             except (apsw.Error, OSError) as error:
                 raise ConfigError(
                     f"cannot open the history {path}: {error}",
@@ -153,53 +152,51 @@ class History:
         return await self._readers.search(partial(_select_ids, owner))
 
     async def get(self, job: JobId) -> JobRecord | None:
-        """The record of one job, or None."""
-        question = partial(_query, "SELECT record FROM jobs WHERE id = ?", (job,), -1)
-        found = await self._readers.look_up(question)
-        return found[0] if found else None
+        """The record of one job, as it was put, or None."""
+        return await self._readers.look_up(partial(_select_whole, job))
 
-    async def latest(
-        self,
-        *,
-        states: Collection[State] = frozenset(State),
-        owner: str | None = None,
-        labels: Mapping[str, str] | None = None,
-        limit: int,
-        before: int | None = None,
-    ) -> list[JobRecord]:
-        """At most `limit` records in `states`, with all `labels` and ids below `before`.
+    async def summary(self, job: JobId) -> JobRecord | None:
+        """The summary of one job's record (`model.summary`), or None."""
+        return await self._readers.look_up(partial(_select_summary, job))
 
-        Newest first.
+    async def spec(self, job: JobId) -> str | None:
+        """The JSON of the whole request of a job, where its summary is abridged."""
+        return await self._readers.look_up(partial(_select_spec, job))
 
-        Those of `owner` alone, where one is given. Fewer, but at least one of those that there are,
-        where they exceed `MAX_PAGE_BYTES`.
-        """
-        select = partial(
-            _select,
-            states=states,
-            owner=owner,
-            labels=labels or {},
-            limit=limit,
-            before=before,
-        )
-        return await self._readers.search(select)
+    async def page(self, wanted: Filter, limit: int) -> Page:
+        """At most `limit` summaries that fit, newest first, as JSON; see `history_search`."""
+        return await self._readers.search(partial(find_page, wanted, limit))
 
 
 # --- in the threads -------------------------------------------------------------------------
 
 
 def _put(record: JobRecord, connection: apsw.Connection) -> None:
+    summary = summarize(record)
+    text = dumps(unstructure(summary))
     connection.execute(
-        "INSERT INTO jobs (id, state, owner, created_at, record) VALUES (?, ?, ?, ?, ?) "
-        "ON CONFLICT (id) DO UPDATE SET state = excluded.state, record = excluded.record",
-        (
-            record.id,
-            record.state.value,
-            record.owner,
-            record.created_at.isoformat(),
-            _to_text(record),
-        ),
+        "UPDATE jobs SET state = ?, record = ? WHERE id = ?", (record.state.value, text, record.id)
     )
+    if connection.changes():
+        return
+    connection.execute(
+        "INSERT INTO jobs (id, state, owner, created_at, record) VALUES (?, ?, ?, ?, ?)",
+        (record.id, record.state.value, record.owner, record.created_at.isoformat(), text),
+    )
+    # What was asked for does not change, so it is written once.
+    connection.executemany(
+        "INSERT OR IGNORE INTO labels (name, value, job) VALUES (?, ?, ?)", _labels_of(record)
+    )
+    if summary.abridged and not record.abridged:
+        connection.execute(
+            "INSERT OR REPLACE INTO specs (job, spec) VALUES (?, ?)",
+            (record.id, dumps(unstructure(record.spec))),
+        )
+
+
+def _labels_of(record: JobRecord) -> list[tuple[str, str, int]]:
+    named = [(NAME, record.spec.name)] if record.spec.name else []
+    return [(name, value, record.id) for name, value in (*record.spec.labels.items(), *named)]
 
 
 def _note_removed(jobs: Collection[JobId], when: datetime, connection: apsw.Connection) -> None:
@@ -211,13 +208,19 @@ def _note_removed(jobs: Collection[JobId], when: datetime, connection: apsw.Conn
 
 
 def _delete(job: JobId, connection: apsw.Connection) -> None:
-    connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
+    record = _select_whole(job, connection)
+    if record is not None:
+        connection.executemany(
+            "DELETE FROM labels WHERE name = ? AND value = ? AND job = ?", _labels_of(record)
+        )
+        connection.execute("DELETE FROM specs WHERE job = ?", (job,))
+        connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
 
 def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
     marks = ", ".join("?" * len(TERMINAL))
     rows = connection.execute(
-        f"SELECT id FROM jobs WHERE state IN ({marks}) "  # noqa: S608
+        f"SELECT id FROM jobs INDEXED BY jobs_with_output WHERE state IN ({marks}) "  # noqa: S608
         "AND json_extract(record, '$.output_removed_at') IS NULL",
         tuple(state.value for state in TERMINAL),
     )
@@ -229,42 +232,31 @@ def _select_ids(owner: str, connection: apsw.Connection) -> frozenset[JobId]:
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 
 
-def _select(
-    connection: apsw.Connection,
-    *,
-    states: Collection[State],
-    owner: str | None,
-    labels: Mapping[str, str],
-    limit: int,
-    before: int | None,
-) -> list[JobRecord]:
-    marks = ", ".join("?" * len(states))
+def _select_summary(job: JobId, connection: apsw.Connection) -> JobRecord | None:
+    text = connection.execute("SELECT record FROM jobs WHERE id = ?", (job,)).get
+    return None if text is None else structure(JobRecord, loads(str(text)))
+
+
+def _select_whole(job: JobId, connection: apsw.Connection) -> JobRecord | None:
+    query = "SELECT record, spec FROM jobs LEFT JOIN specs ON job = id WHERE id = ?"
+    row = connection.execute(query, (job,)).fetchone()
+    return None if row is None else _whole(*row)
+
+
+def _select_spec(job: JobId, connection: apsw.Connection) -> str | None:
+    text = connection.execute("SELECT spec FROM specs WHERE job = ?", (job,)).get
+    return None if text is None else str(text)
+
+
+def _select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
+    marks = ", ".join("?" * len(LIVE))
     query = (
-        f"SELECT record FROM jobs WHERE state IN ({marks}) AND id < ? "  # noqa: S608
-        + ("" if owner is None else "AND owner = ? ")
-        + "AND json_extract(record, ?) = ? " * len(labels)
-        + "ORDER BY id DESC LIMIT ?"
+        "SELECT record, spec FROM jobs LEFT JOIN specs ON job = id "  # noqa: S608
+        f"WHERE state IN ({marks})"
     )
-    last = before if before is not None else 1 << 62
-    owners = () if owner is None else (owner,)
-    # A label's name holds nothing that would have to be quoted in a path (model.labels).
-    paths = [(f'$.spec.labels."{name}"', value) for name, value in labels.items()]
-    wanted = tuple(word for pair in paths for word in pair)
-    values = (*(state.value for state in states), last, *owners, *wanted, limit)
-    return _query(query, values, -1 if limit < 0 else MAX_PAGE_BYTES, connection)
+    return [_whole(*row) for row in connection.execute(query, tuple(state.value for state in LIVE))]
 
 
-def _query(
-    query: str, values: tuple[int | str, ...], max_bytes: int, connection: apsw.Connection
-) -> list[JobRecord]:
-    found, size = [], 0
-    for (text,) in connection.execute(query, values):
-        found.append(structure(JobRecord, loads(str(text))))
-        size += len(str(text))
-        if 0 <= max_bytes < size:
-            break
-    return found
-
-
-def _to_text(record: JobRecord) -> str:
-    return dumps(unstructure(record))
+def _whole(text: object, spec: object) -> JobRecord:
+    summary = structure(JobRecord, loads(str(text)))
+    return summary if spec is None else whole(summary, structure(JobSpec, loads(str(spec))))

@@ -6,46 +6,44 @@ for the spool that is searched.
 
 from collections.abc import Collection, Iterable, Mapping
 
-from attrs import evolve, frozen
+import trio
+from attrs import evolve
 
+from jobworker.convert import dumps, unstructure
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.follower import Follower
+from jobworker.jobs.history_search import MAX_PAGE_BYTES, Filter, Page
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord, Stream
-from jobworker.model.lifecycle import State
+from jobworker.model.summary import summarize
+
+LIVE_AT_A_TIME = 20
+"""Live records that are made into JSON before others get their turn: under a millisecond."""
 
 
-@frozen(kw_only=True)
-class Filter:
-    """Which records are wanted: those that fit all of this."""
-
-    states: Collection[State]
-    owner: str | None = None
-    labels: Mapping[str, str] | None = None
-    before: int | None = None
-    """Ids below this one."""
-
-    def fits(self, record: JobRecord) -> bool:
-        """Whether a record is wanted."""
-        return (
-            record.state in self.states
-            and self.owner in (None, record.owner)
-            and (self.labels or {}).items() <= record.spec.labels.items()
-            and (self.before is None or record.id < self.before)
-        )
-
-
-def page_of(
-    live: Mapping[JobId, Execution], stored: list[JobRecord], wanted: Filter, limit: int
-) -> list[JobRecord]:
-    """At most `limit` records, newest first, of live jobs and of a page of the history."""
-    seen = [each.record for each in live.values() if wanted.fits(each.record)]
-    if stored:  # a page that ended early must not pass over any: see below its last
-        seen = [record for record in seen if record.id >= stored[-1].id]
-    shown = [with_sizes(live[record.id]) for record in seen]
-    merged = shown + [record for record in stored if record.id not in live]
-    return sorted(merged, key=lambda record: record.id, reverse=True)[:limit]
+async def page_of(
+    live: Mapping[JobId, Execution], stored: Page, wanted: Filter, limit: int
+) -> Page:
+    """At most `limit` summaries, newest first, of live jobs and of a page of the history."""
+    floor = stored.next or 0  # what is older belongs to a later page
+    seen = [e for e in live.values() if e.record.id >= floor and wanted.fits(e.record)]
+    merged: dict[int, Execution | str] = dict(stored.records)
+    for job in live:  # its record in memory says whether it fits
+        merged.pop(job, None)
+    merged.update((each.record.id, each) for each in seen)
+    found, size = list[tuple[int, str]](), 0
+    for number in sorted(merged, reverse=True)[:limit]:
+        one = merged[number]
+        if isinstance(one, Execution):
+            one = dumps(unstructure(summarize(with_sizes(one))))
+            if len(found) % LIVE_AT_A_TIME == 0:
+                await trio.lowlevel.checkpoint()
+        found.append((number, one))
+        size += len(one)
+        if size > MAX_PAGE_BYTES:
+            break
+    return Page(found, found[-1][0] if len(found) < len(merged) else stored.next)
 
 
 def with_sizes(execution: Execution) -> JobRecord:

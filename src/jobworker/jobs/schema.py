@@ -9,11 +9,31 @@ over a row that is there. They hold against every statement, ours included; not 
 may write to the file itself.
 """
 
+import logging
 from pathlib import Path
 
 import apsw
 
+from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError
+from jobworker.model.job import JobRecord
+from jobworker.model.summary import summarize
+
+log = logging.getLogger("jobworker.jobs")
+
+# What step 3 does with records of before: those with variables are made summaries by SQLite alone,
+# since there may be a million; only those that are long are made anew, by `model.summary`.
+_LARGE = "octet_length(record) > 2048"
+_HAS_VARIABLES = (
+    "(record -> '$.spec.environment' <> '{}' OR record -> '$.spec.secret_environment' <> '{}')"
+)
+_WITHOUT_VARIABLES = """json_set(record,
+        '$.abridged', json(CASE
+            WHEN record -> '$.spec.secret_environment' = '{}' THEN '["environment"]'
+            WHEN record -> '$.spec.environment' = '{}' THEN '["secret_environment"]'
+            ELSE '["environment","secret_environment"]' END),
+        '$.spec.environment', json('{}'),
+        '$.spec.secret_environment', json('{}'))"""
 
 MIGRATIONS = (
     """
@@ -22,7 +42,7 @@ MIGRATIONS = (
         state TEXT NOT NULL,
         owner TEXT NOT NULL,
         created_at TEXT NOT NULL,
-        record TEXT NOT NULL -- the JobRecord as JSON
+        record TEXT NOT NULL -- the JobRecord as JSON; since step 3 its summary (model.summary)
     );
     CREATE INDEX jobs_by_state ON jobs (state, id);
     """,
@@ -51,7 +71,35 @@ MIGRATIONS = (
         WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)
         BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
     """,
+    f"""
+    CREATE TABLE labels ( -- and names, as the label ''
+        name TEXT NOT NULL,
+        value TEXT NOT NULL,
+        job INTEGER NOT NULL,
+        PRIMARY KEY (name, value, job)
+    ) WITHOUT ROWID;
+    INSERT INTO labels SELECT label.key, label.value, jobs.id
+        FROM jobs, json_each(jobs.record, '$.spec.labels') AS label ORDER BY 1, 2, 3;
+    INSERT INTO labels SELECT '', record ->> '$.spec.name', id
+        FROM jobs WHERE record ->> '$.spec.name' <> '' ORDER BY 2, 3;
+    CREATE TABLE specs ( -- what was asked for, of jobs whose record is abridged
+        job INTEGER PRIMARY KEY,
+        spec TEXT NOT NULL -- the JobSpec as JSON
+    );
+    INSERT INTO specs SELECT id, record -> '$.spec' FROM jobs WHERE {_LARGE} OR {_HAS_VARIABLES};
+    UPDATE jobs SET record = {_WITHOUT_VARIABLES} WHERE {_HAS_VARIABLES} AND NOT {_LARGE};
+    UPDATE jobs SET record = summary_of(record) WHERE {_LARGE};
+    DROP INDEX jobs_by_owner;
+    CREATE INDEX jobs_by_owner ON jobs (owner, state, id);
+    CREATE INDEX jobs_with_output ON jobs (id)
+        WHERE json_extract(record, '$.output_removed_at') IS NULL;
+    """,  # noqa: S608 - our own words
 )
+
+
+def _summary_of(text: str) -> str:
+    """The JSON of a record's summary: for steps, in SQL."""
+    return dumps(unstructure(summarize(structure(JobRecord, loads(text)))))
 
 
 def migrate(connection: apsw.Connection, path: Path) -> None:
@@ -62,6 +110,14 @@ def migrate(connection: apsw.Connection, path: Path) -> None:
             f"cannot use the history {path}: its schema has version {version}, "
             f"this service knows version {len(MIGRATIONS)}",
             remedy="run the version of jobworker that wrote it, or a newer one",
+        )
+    connection.create_scalar_function("summary_of", _summary_of, 1)  # type: ignore[arg-type]
+    if 0 < version < len(MIGRATIONS):
+        log.info(
+            "bringing the history %s from version %d to %d: about a minute for a million jobs",
+            path,
+            version,
+            len(MIGRATIONS),
         )
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.execute(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT")

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from attrs import asdict, define, evolve, field
+from attrs import define, evolve, field
 
 from jobworker.errors import Busy, JobworkerError, ShuttingDown
 from jobworker.incidents import Incidents
@@ -26,7 +26,8 @@ from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
-from jobworker.jobs.lookup import Filter, follow_from, output_of, page_of, with_sizes
+from jobworker.jobs.history_search import Filter, Page
+from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
@@ -229,19 +230,25 @@ class Supervisor:
         return self._live.get(job)
 
     async def record(self, job: JobId) -> JobRecord:
-        """A job's record as it is now. Raises NotFound."""
+        """A job's record as it is now; of one that has ended its summary. Raises NotFound."""
         execution = self._live.get(job)
         if execution is not None:
             return with_sizes(execution)
-        record = await self._history.get(job)
+        record = await self._history.summary(job)
         if record is None:
             raise no_such_job(job)
         return await self._archive.look_after(record)
 
-    async def latest(self, wanted: Filter, limit: int) -> list[JobRecord]:
-        """At most `limit` that fit, newest first. A page may end early; an empty one is the end."""
-        stored = await self._history.latest(**asdict(wanted, recurse=False), limit=limit)
-        return page_of(self._live, stored, wanted, limit)
+    async def spec_of(self, job: JobId) -> str | None:
+        """The JSON of the whole request of a job whose stored summary is abridged, or None."""
+        return await self._history.spec(job)
+
+    async def latest(self, wanted: Filter, limit: int) -> Page:
+        """At most `limit` summaries that fit, newest first, as JSON, and where to go on."""
+        before = dict(self._live)
+        stored = await self._history.page(wanted, limit)
+        # Those included that have ended since: the page may be of the moment before.
+        return await page_of({**before, **self._live}, stored, wanted, limit)
 
     async def stop(
         self, job: JobId, number: signal.Signals, grace_seconds: float | None

@@ -41,9 +41,13 @@ MAX_TIMEOUT_SECONDS = 10 * 365 * 86400.0
 MAX_NAME_LENGTH = 128
 MAX_ID = 65_535
 """The last of the user and group ids that a job has of its own."""
+MAX_DETAIL = 4096
+"""Characters of what is said of an end."""
 MASK = "***"
 
 Network = Literal["host", "none", "private"]
+Part = Literal["command", "environment", "secret_environment", "workdir", "labels", "volumes"]
+"""A part of a request that may be too long to be told often."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -142,7 +146,8 @@ def _check_runtime(_: object, __: object, value: str) -> None:
         raise ValueError(fault)
 
 
-def _check_name(_: object, __: object, value: str) -> None:
+def check_job_name(_: object, __: object, value: str) -> None:
+    """Be a validator of attrs for names of jobs."""
     if len(value) > MAX_NAME_LENGTH or not value.isprintable():
         raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")
 
@@ -161,7 +166,7 @@ class JobSpec:
     """Variables that the job alone gets to see; in records their values are masked for everyone."""
     workdir: str = field(default="", validator=_check_workdir)
     """Absolute, inside the job's root; "" is the job's workspace."""
-    name: str = field(default="", validator=_check_name)
+    name: str = field(default="", validator=check_job_name)
     limits: Limits = Limits()
     timeout_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
     """Longest run time; None stands for the server's default, 0 for no limit."""
@@ -244,6 +249,8 @@ class JobRecord:
     """Why output was not kept, if any was not."""
     output_removed_at: datetime | None = None
     """When its output was removed, by retention or on request."""
+    abridged: tuple[Part, ...] = ()
+    """What of `spec` is cut or left out here; `job.status` tells all of it."""
 
     def masked(self) -> "JobRecord":
         """The record for those who may look and not run: values of variables may be secrets."""

@@ -11,7 +11,15 @@ from enum import Enum
 from attrs import field, frozen
 
 from jobworker.model.bounds import at_most, within
-from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobSpec, Limits, Stream
+from jobworker.model.job import (
+    MAX_TIMEOUT_SECONDS,
+    JobId,
+    JobRecord,
+    JobSpec,
+    Limits,
+    Stream,
+    check_job_name,
+)
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
 from jobworker.model.volumes import Volume, check_name
@@ -54,7 +62,7 @@ class RunParams:
 
 @frozen(kw_only=True)
 class RunResult:
-    """The job as admitted, and the subscription that `follow` asked for."""
+    """A summary of the job as admitted, and the subscription that `follow` asked for."""
 
     job: JobRecord
     subscription: int | None = None
@@ -109,16 +117,20 @@ class ListParams:
     """Only jobs in these; empty stands for all."""
     labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
     """Only jobs that have all of these."""
+    name: str = field(default="", validator=check_job_name)
+    """Only jobs of this name; empty stands for all."""
     limit: int = field(default=100, validator=within(1, MAX_LIST))
     before: int | None = field(default=None, validator=within(1, MAX_OFFSET))
-    """Only jobs with smaller ids: the smallest id of the page before. No JobId: it names no job."""
+    """Only jobs with smaller ids: `next` of the page before. No JobId: it names no job."""
 
 
 @frozen(kw_only=True)
 class ListResult:
-    """A page of jobs: fewer than `limit` where they are large; an empty one is the end."""
+    """A page of summaries: fewer than `limit`, perhaps none, where the search was long."""
 
     jobs: tuple[JobRecord, ...]
+    next: int | None = None
+    """What to ask for as `before` to go on; null is the end."""
 
 
 @frozen(kw_only=True)
@@ -258,6 +270,7 @@ class OutputEnd:
     offset: int
     """Where a later subscription would go on."""
     job: JobRecord
+    """A summary of it."""
     error: Mapping[str, str] | None = None
     """`name` and `message` where the output could not be sent to its end, or the job is gone."""
 

@@ -72,6 +72,13 @@ class Refusal:
     error: JobworkerError
 
 
+@frozen
+class Encoded:
+    """A result that is JSON already, as `unstructure` and `dumps` would have it."""
+
+    text: str
+
+
 @define(eq=False)
 class ServerSession:
     """The server's side of one connection."""
@@ -109,7 +116,8 @@ class ServerSession:
     def result(self, id_: CallId, value: object) -> str:
         """The reply to a call that succeeded."""
         self._in_flight.discard(id_)
-        return dumps({"jsonrpc": "2.0", "id": id_, "result": unstructure(value)})
+        text = value.text if isinstance(value, Encoded) else dumps(unstructure(value))
+        return f'{{"jsonrpc":"2.0","id":{dumps(id_)},"result":{text}}}'
 
     def error(self, id_: CallId, error: JobworkerError) -> str:
         """The reply to a call that failed."""

@@ -15,7 +15,6 @@ that takes nothing for too long, cancels what is being sent.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import trio
 import trio_websocket
@@ -74,14 +73,12 @@ class Conversation:
     """Set once nothing is being sent any more to a client that has to leave."""
 
     def __attrs_post_init__(self) -> None:
-        show = partial(self._context.gate.shown, self._visitor.identity)
         limits = self._context.admission.limits
         self._session = ServerSession(limits.max_requests_in_flight)
         self._subscriptions = Subscriptions(
             self._context.supervisor,
             self._context.traffic,
             self._send,
-            show,
             self._context.stall_seconds,
             limits.max_follows,
         )

@@ -14,9 +14,10 @@ import trio
 from attrs import evolve, frozen
 
 import jobworker
+from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.incidents import Incidents
-from jobworker.jobs.lookup import Filter
+from jobworker.jobs.history_search import Filter
 from jobworker.jobs.output_index import LineStart
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.retention import Policy
@@ -24,16 +25,19 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State
+from jobworker.model.summary import summarize, whole
 from jobworker.model.units import from_nanoseconds, nanoseconds
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
+from jobworker.protocol.session import Encoded
 from jobworker.sandbox.cgroup_cpuset import parse_cores
 from jobworker.sandbox.host import HostFacts
 from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
+from jobworker.server.record_json import encode_record, read_spec, with_spec
 from jobworker.server.traffic import Traffic
 
 
@@ -96,7 +100,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         follower = await context.supervisor.follow(execution.record.id)
         opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
         subscription = opened.number
-    return m.RunResult(job=execution.record, subscription=subscription)
+    return m.RunResult(job=summarize(execution.record), subscription=subscription)
 
 
 async def _plan(context: Context, caller: Caller, params: m.PlanParams) -> m.Plan:
@@ -144,32 +148,40 @@ def _check_against_host(job: JobSpec, host: HostFacts) -> None:
         )
 
 
-async def _status(context: Context, caller: Caller, params: m.JobParams) -> JobRecord:
+async def _status(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
+    """The one method that tells all of a record, however long."""
     record = await context.supervisor.record(params.id)
     execution = context.supervisor.live(params.id)
     if execution is not None:
         record = evolve(record, usage=await execution.usage())
-    return caller.show(record)
+    spec = await context.supervisor.spec_of(params.id) if record.abridged else None
+    if spec is not None:
+        if caller.role.may(Permission.RUN):
+            return Encoded(with_spec(unstructure(record), spec))
+        record = whole(record, await read_spec(spec))
+    return Encoded(await encode_record(caller.show(record)))
 
 
-async def _list(context: Context, caller: Caller, params: m.ListParams) -> m.ListResult:
+async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encoded:
     wanted = Filter(
         states=frozenset(params.states or State),
         owner=caller.only_owner,
+        name=params.name,
         labels=params.labels,
         before=params.before,
     )
-    found = await context.supervisor.latest(wanted, params.limit)
-    return m.ListResult(jobs=tuple(map(caller.show, found)))
+    page = await context.supervisor.latest(wanted, params.limit)
+    jobs = ",".join(text for _, text in page.records)
+    return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 
 
-async def _wait(context: Context, caller: Caller, params: m.JobParams) -> JobRecord:
-    return caller.show(await context.supervisor.wait(params.id))
+async def _wait(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
+    return summarize(await context.supervisor.wait(params.id))
 
 
 async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:
     number = parse_signal(params.signal)
-    return await context.supervisor.stop(params.id, number, params.grace_seconds)
+    return summarize(await context.supervisor.stop(params.id, number, params.grace_seconds))
 
 
 async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:

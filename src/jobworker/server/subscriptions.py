@@ -28,6 +28,7 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_index import Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobRecord
+from jobworker.model.summary import summarize
 from jobworker.model.units import format_duration, from_nanoseconds
 from jobworker.protocol.frames import PIECE_BYTES, Frame, frame_text
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
@@ -39,8 +40,6 @@ Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
 """Sends a text message, or messages in their frames, one after the other."""
 Problem = dict[str, str]
 """The name and the message of an error."""
-Show = Callable[[JobRecord], JobRecord]
-"""A record as the client may see it."""
 
 _MOST_BYTES = {
     Encoding.BINARY: PIECE_BYTES,
@@ -59,7 +58,7 @@ class Subscription:
 
     number: int
     record: JobRecord
-    """The job as it was at the beginning: all there is to tell if it is removed meanwhile."""
+    """Its summary at the beginning: all there is to tell if it is removed meanwhile."""
     follower: Follower
     encoding: Encoding
     until: int | None
@@ -164,7 +163,6 @@ class Subscriptions:
     _supervisor: Supervisor
     _traffic: Traffic
     _send: Send
-    _show: Show
     _stall_seconds: float
     _max_open: int
     _open: dict[int, Subscription] = field(factory=dict)
@@ -184,7 +182,7 @@ class Subscriptions:
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
-            record=record,
+            record=summarize(record),
             follower=follower,
             encoding=delivery.encoding,
             until=until,
@@ -222,7 +220,7 @@ class Subscriptions:
                 end = OutputEnd(
                     subscription=number,
                     offset=subscription.follower.offset,
-                    job=self._show(record),
+                    job=summarize(record),
                     error=problem,
                 )
                 await self._send(encode_output_end(end))

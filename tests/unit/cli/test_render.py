@@ -135,6 +135,14 @@ def test_table_fits_a_terminal_and_ends_its_colours() -> None:
         assert coloured.replace("\x1b[32m", "").replace("\x1b[0m", "") == line
 
 
+def test_command_line_in_a_table_stays_readable() -> None:
+    long = evolve(RUNNING, spec=JobSpec(command=("sh", "-c", *(["x y"] * 3000))))
+    line = render.table([long], NOW).splitlines()[1]
+    assert line.endswith("…")
+    assert len(line) < 300
+    assert "sh -c 'x y' 'x y'" in line
+
+
 def test_json_of_an_error_is_one_line_with_its_exit_code() -> None:
     line = render.error_as_json(NotFound("cannot\nfind", remedy="look"))
     assert "\n" not in line

@@ -1,0 +1,100 @@
+"""Summaries: records of bounded size, for whatever is told often or of many jobs.
+
+A job may have a megabyte of arguments and variables. A list of a thousand such jobs, or a thousand
+followers that are told of one end, would multiply it. So lists and ends carry a summary, in which
+variables are left out and what else is long is cut; `abridged` names those parts. Whoever wants
+them asks for the one job (`job.status`). Pure.
+"""
+
+from collections.abc import Mapping
+
+from attrs import evolve
+
+from jobworker.model.job import MAX_DETAIL, JobRecord, JobSpec, Part
+from jobworker.model.volumes import VolumeMount
+
+MAX_COMMAND = 2048
+"""Characters of a command in a summary, with one between two arguments: some screen lines."""
+MAX_WORKDIR = 1024
+MAX_LABELS = 1024
+"""Characters of all names and values of labels together."""
+MAX_VOLUMES = 1024
+"""Characters of all names and places of volumes together."""
+_CUT = "…"
+
+
+def summarize(record: JobRecord) -> JobRecord:
+    """The summary of a record; a summary is its own."""
+    changes = _changes(record.spec)
+    if changes:
+        parts = tuple(sorted({*record.abridged, *changes}))
+        record = evolve(record, spec=evolve(record.spec, **changes), abridged=parts)  # type: ignore[arg-type]
+    if len(record.detail) > MAX_DETAIL:
+        record = evolve(record, detail=record.detail[: MAX_DETAIL - 1] + _CUT)
+    return record
+
+
+def whole(summary: JobRecord, spec: JobSpec) -> JobRecord:
+    """The record that has been summarized, with the request that was made."""
+    return evolve(summary, spec=spec, abridged=())
+
+
+def _changes(spec: JobSpec) -> dict[Part, object]:
+    """What a summary shows instead of long parts of a request, by part."""
+    changes: dict[Part, object] = {}
+    if spec.environment:
+        changes["environment"] = {}
+    if spec.secret_environment:
+        changes["secret_environment"] = {}
+    if not _fits(spec.command):
+        changes["command"] = _cut_command(spec.command)
+    if len(spec.workdir) > MAX_WORKDIR:
+        changes["workdir"] = spec.workdir[: MAX_WORKDIR - 1] + _CUT
+    labels = _first_labels(spec.labels)
+    if len(labels) < len(spec.labels):
+        changes["labels"] = labels
+    volumes = _first_volumes(spec.volumes)
+    if len(volumes) < len(spec.volumes):
+        changes["volumes"] = volumes
+    return changes
+
+
+def _fits(command: tuple[str, ...]) -> bool:
+    size = 0
+    for argument in command:
+        size += len(argument) + 1
+        if size > MAX_COMMAND:
+            return False
+    return True
+
+
+def _cut_command(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The first arguments; the last of them is cut, and ends with an ellipsis."""
+    kept, room = list[str](), MAX_COMMAND - 2
+    for argument in command:
+        if len(argument) >= room:
+            kept.append(argument[:room] + _CUT)
+            break
+        kept.append(argument)
+        room -= len(argument) + 1
+    return tuple(kept)
+
+
+def _first_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+    kept, room = dict[str, str](), MAX_LABELS
+    for name, value in labels.items():
+        room -= len(name) + len(value)
+        if room < 0:
+            break
+        kept[name] = value
+    return kept
+
+
+def _first_volumes(volumes: tuple[VolumeMount, ...]) -> tuple[VolumeMount, ...]:
+    kept, room = list[VolumeMount](), MAX_VOLUMES
+    for mount in volumes:
+        room -= len(mount.name) + len(mount.path)
+        if room < 0:
+            break
+        kept.append(mount)
+    return tuple(kept)
