@@ -147,9 +147,13 @@ class History:
                 remedy="check the disk that holds worker.state_dir",
             ) from lines
 
-    async def jobs_of(self, owner: str) -> frozenset[JobId]:
-        """The ids of all jobs of one owner."""
-        return await self._readers.search(partial(_select_ids, owner))
+    async def with_output_of(self, owner: str) -> frozenset[JobId]:
+        """The ids of one owner's jobs whose records do not say that their output was removed.
+
+        A tenant with a quota of output asks for them at each start, so that this must not grow
+        with the number of jobs ever run.
+        """
+        return await self._readers.look_up(partial(_select_with_output_of, owner))
 
     async def get(self, job: JobId) -> JobRecord | None:
         """The record of one job, as it was put, or None."""
@@ -227,8 +231,12 @@ def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 
 
-def _select_ids(owner: str, connection: apsw.Connection) -> frozenset[JobId]:
-    rows = connection.execute("SELECT id FROM jobs WHERE owner = ?", (owner,))
+def _select_with_output_of(owner: str, connection: apsw.Connection) -> frozenset[JobId]:
+    query = (
+        "SELECT id FROM jobs INDEXED BY jobs_with_output WHERE owner = ? "
+        "AND json_extract(record, '$.output_removed_at') IS NULL"
+    )
+    rows = connection.execute(query, (owner,))
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import apsw
 from attrs import field, frozen
 
+from jobworker.convert import dumps
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
 
@@ -69,12 +70,16 @@ def find_page(wanted: Filter, limit: int, connection: apsw.Connection) -> Page:
         else:
             after = source.last_step(connection)
         found, size = list[tuple[int, str]](), 0
-        for number in ids:
-            text = connection.execute("SELECT record FROM jobs WHERE id = ?", (number,)).get
-            found.append((number, str(text)))
+        # One statement for all, in the order of `ids`: in Python each costs more than in SQLite.
+        query = (
+            "SELECT jobs.id, record FROM json_each(?) AS wanted "
+            "CROSS JOIN jobs ON jobs.id = wanted.value"
+        )
+        for number, text in connection.execute(query, (dumps(ids),)):
+            found.append((int(str(number)), str(text)))
             size += len(found[-1][1])
             if size > MAX_PAGE_BYTES:
-                after = number
+                after = found[-1][0]
                 break
     return Page(found, after)
 

@@ -91,7 +91,7 @@ MIGRATIONS = (
     UPDATE jobs SET record = summary_of(record) WHERE {_LARGE};
     DROP INDEX jobs_by_owner;
     CREATE INDEX jobs_by_owner ON jobs (owner, state, id);
-    CREATE INDEX jobs_with_output ON jobs (id)
+    CREATE INDEX jobs_with_output ON jobs (owner, id)
         WHERE json_extract(record, '$.output_removed_at') IS NULL;
     """,  # noqa: S608 - our own words
 )

@@ -140,7 +140,7 @@ class Supervisor:
         and TooLarge. Once admitted the job goes on, whatever becomes of the caller.
         """
         spec.check_size()
-        old = await self._history.jobs_of(owner) if quota.output_bytes else frozenset()
+        old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
         if self._places_taken >= self.max_running + self.max_waiting:
@@ -331,7 +331,7 @@ class Supervisor:
         """
         if owner is None:
             return await self._archive.prune(policy)
-        own = await self._history.jobs_of(owner)
+        own = await self._history.with_output_of(owner)
         return await self._archive.prune(policy, only=own.__contains__)
 
     async def shut_down(self, grace_seconds: float) -> None:
