@@ -207,7 +207,7 @@ def test_more_jobs_than_allowed_are_refused(service: Service) -> None:
     running = [reply for reply, _ in started if "ok" in reply]
     assert 4 <= len(running) <= 5, "the bound, and the spare's place"
     refused = [reply["error"] for reply, _ in started if "error" in reply]
-    assert all("every range of ids is in use" in str(error) for error in refused)
+    assert all("every place is in use" in str(error) for error in refused)
     for _, descriptors in started:
         channel.close_all(descriptors)
 

@@ -68,9 +68,10 @@ def ask(sock: socket.socket, op: str, job: int, **fields: object) -> tuple[Messa
             return received
 
 
-def spawn(sock: socket.socket, job: int, *command: str) -> tuple[int, int]:
+def spawn(sock: socket.socket, job: int, *command: str, **more: object) -> tuple[int, int]:
     """Start a job: its pipes."""
-    reply, descriptors = ask(sock, "spawn", job, arguments=list(command), **ORDER)
+    order = {**ORDER, "arguments": list(command), **more}
+    reply, descriptors = ask(sock, "spawn", job, **order)
     assert "ok" in reply, reply
     for descriptor in descriptors:
         os.set_blocking(descriptor, True)

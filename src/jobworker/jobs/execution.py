@@ -288,13 +288,14 @@ class Execution:
                 stderr_bytes=sizes.stderr_bytes,
                 discarded_bytes=sizes.discarded_bytes,
             )
-            if await self.store():
-                await self._remove()
-                self._settled.set()
+            recorded = await self.store()
         self.spool.close()
         self._ending.close()
         self.decided.set()
         self.ended.set()
+        if recorded:  # answered once its place is free: nobody else waits for that
+            await self._remove()
+            self._settled.set()
         self.over.set()
 
     async def settle(self) -> None:

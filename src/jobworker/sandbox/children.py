@@ -2,7 +2,8 @@
 
 A child owns a slot: a range of ids, a scope, a place on disk and two pipes. The nursery makes
 children from free slots and takes everything back when one has ended: process, scope, files,
-descriptors. What is half-made when a step fails goes too.
+descriptors. The pipes alone stay, for who reads what is left in them. What is half-made when a
+step fails goes too.
 
 Standard library only.
 """
@@ -12,7 +13,7 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
@@ -79,6 +80,12 @@ class Child:
         self.report = -1
         """What its init tells of the program's end; -1 where it has none."""
         self.exit: Exit | None = None
+        self.doomed = False
+        """It was killed, or has ended: its slot is about to become free."""
+        self.final_usage: Usage | None = None
+        """What it had used when it ended; its scope is gone soon after."""
+        self.when_cleared: Callable[[], None] | None = None
+        """Called once nothing of it is left but its pipes."""
         self.volumes: tuple[str, ...] = ()
         """The names of those that it has."""
 
@@ -116,6 +123,8 @@ class Child:
 
     def usage(self) -> Usage:
         """What it has used; nothing where the kernel does not tell."""
+        if self.final_usage is not None:
+            return self.final_usage
         try:
             return self.scope.usage()
         except OSError as error:
@@ -137,14 +146,14 @@ class Nursery:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
         self.sweepers = Sweepers()
         self.volumes = Volumes(stage.volumes)
-        self._free = list(range(policy.max_jobs + policy.spares))[::-1]
+        self._free = list(range(self.slots))[::-1]
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
-        self._terminals = terminals_each(policy.max_jobs + policy.spares)
+        self._terminals = terminals_each(self.slots)
         self._landlock = landlock.open_scope()
         self._trampoline, self._init = trampoline.open_program(), init_program.open_init()
-        behind = ids.first_of(policy.max_jobs + policy.spares) + 1  # and behind the service's own
+        behind = ids.first_of(self.slots) + 1  # and behind the service's own
         self._networks = Networks(stage.view, behind, self._landlock)
 
     @property
@@ -157,6 +166,11 @@ class Nursery:
     def usual_disk_bytes(self) -> int:
         """The size of the disk of a job that asks for none."""
         return self._policy.disk_bytes
+
+    @property
+    def slots(self) -> int:
+        """How many children there may be at a time."""
+        return self._policy.max_jobs + self._policy.spares
 
     def has_room(self) -> bool:
         """Whether another child can be made."""
@@ -264,24 +278,32 @@ class Nursery:
         child.order, child.stdout, child.stderr = ours
 
     def clear(self, child: Child) -> None:
-        """Take back all that a reaped child had. Raises OSError if its scope is still busy.
+        """Take back all that a reaped child had, but for its pipes.
 
-        Nothing has been taken back then, and it may be called again.
+        Its disk goes at once. Raises OSError if its scope is still busy: it keeps its slot then,
+        and this may be called again.
         """
+        if child.disk is not None:
+            self.sweepers.discard_disk(child.disk)
+            child.disk = None
+        self.volumes.give_back(child.volumes)
+        child.volumes = ()
         if child.gateway is not None:
             raise OSError(errno.EBUSY, "its gateway has not been reaped")
         child.scope.remove()
         if child.sock is not None:
             child.sock.close()
             child.sock = None
-        close_all([child.stdout, child.stderr, child.pidfd, child.order, child.report])
-        if child.disk is not None:
-            self.sweepers.discard_disk(child.disk)
-            child.disk = None
-        self.volumes.give_back(child.volumes)
+        close_all([child.pidfd, child.order, child.report])
+        child.pidfd = child.order = child.report = -1
         if self._stage.view.scratch:
             self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}")
         self._free.append(child.index)
+
+    def close_pipes(self, child: Child) -> None:
+        """Let go of a child's pipes, with what nobody has read."""
+        close_all([child.stdout, child.stderr])
+        child.stdout = child.stderr = -1
 
     def sweep_scratch(self) -> None:
         """Have everything removed that an earlier launcher left on disk."""

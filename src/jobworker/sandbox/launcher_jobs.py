@@ -5,22 +5,28 @@ child is watched: its last words, its end, its memory. What must be told goes to
 reply to a spawn once the program runs or nothing of the failed start is left, and the event of
 a job's end.
 
+An end has two halves. What a job held (disk, mounts, scope, range of ids, scratch) goes as soon
+as it has ended, whatever becomes of its record and whether or not a service is there. Its exit
+status and its pipes stay until the service asks to `remove` it.
+
 What must hold: nothing here waits for a child or for a file system that a job can slow down. A
 child is cleared away only after it was reaped; a scope that the kernel is still busy with is tried
-again.
+again. `remove` is answered when the job's place is free, and a start that finds the last places
+about to become free waits for one.
 
 Standard library only.
 """
 
 import contextlib
 import errno
+import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jobworker.errors import JobworkerError, ProtocolError
+from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, gateway, requests, trampoline
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import Limits
@@ -54,6 +60,8 @@ class Jobs:
         self._children: set[Child] = set()
         self._spares: deque[Child] = deque()
         self._jobs: dict[int, Child] = {}
+        self._late: deque[tuple[int, requests.Spawn]] = deque()
+        """Starts that wait for a place which an ended child still has."""
         self._uncleared: set[Child] = set()
         """Ended children whose scope could not be removed yet; tried again."""
         self._usual_limits = Limits()
@@ -81,6 +89,9 @@ class Jobs:
 
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""
+        self._late.clear()
+        for child in self._children:
+            child.when_cleared = None
         for child in list(self._jobs.values()):
             if child.request is not None:
                 child.request = None
@@ -90,7 +101,8 @@ class Jobs:
         """End every child, for good."""
         self._wanted_spares = 0
         self._turns.cancel(self._refill)
-        for child in list(self._children):
+        self._late.clear()
+        for child in [*self._children, *self._jobs.values()]:
             self.remove(child)
 
     # --- from spare to job ------------------------------------------------------------------
@@ -100,6 +112,34 @@ class Jobs:
 
         Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
         """
+        if len(self._jobs) + len(self._late) >= self._nursery.slots:
+            raise OSError(errno.EAGAIN, "every place is in use, by jobs that were not removed")
+        if request.job in self._jobs or any(late.job == request.job for _, late in self._late):
+            raise SandboxError(
+                "the job's id is in use", data={"step": "job", "errno": errno.EEXIST}
+            )
+        if self._late or self._must_wait(request.order):
+            self._late.append((number, request))
+        else:
+            self._start(number, request)
+
+    def _must_wait(self, order: Order) -> bool:
+        """Whether an order needs a place, and the last ones are about to become free."""
+        if self._nursery.has_room():
+            return False
+        if self._spares and fits_spare(order, self._nursery.usual_disk_bytes):
+            return False
+        return any(child.doomed for child in self._children)
+
+    def _start_late(self) -> None:
+        while self._late and not self._must_wait(self._late[0][1].order):
+            number, request = self._late.popleft()
+            try:
+                self._start(number, request)
+            except (OSError, JobworkerError) as error:
+                self._tell({"id": number, "error": problem("spawn", error)}, ())
+
+    def _start(self, number: int, request: requests.Spawn) -> None:
         errand = trampoline.errand(*finish(request.order))
         if not self._turns.is_set(self._refill):
             self._turns.call_in(REFILL_SECONDS, self._refill)
@@ -209,7 +249,8 @@ class Jobs:
 
     def _on_exit(self, child: Child) -> None:
         self._turns.unwatch(child.pidfd)
-        child.exit, child.ended_at = reap(child), time.monotonic()
+        child.exit, child.ended_at, child.doomed = reap(child), time.monotonic(), True
+        child.final_usage = child.usage()
         if child.gateway is not None:
             signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
         if child.sock is not None:  # its last words come before its end
@@ -218,15 +259,16 @@ class Jobs:
             number, failure = child.request, child.failure or _DIED
             if child.usage().oom_kills:
                 failure = _TOO_LITTLE_MEMORY
-            self._clear(child)
-            self._tell({"id": number, "error": failure}, ())
+            child.when_cleared = partial(self._tell, {"id": number, "error": failure}, ())
+            self._forget(child)
         elif child.job is None:
             if child.failure is not None:
                 say(f"a spare failed: {child.failure}")
-            self._clear(child)
+            self._forget(child)
         else:
             event: channel.Message = {"event": "exit", "job": child.job}
             self._tell({**event, **child.exit._asdict(), "usage": child.usage()._asdict()}, ())
+        self._clear(child)
 
     def _on_gateway_exit(self, child: Child) -> None:
         assert child.gateway is not None
@@ -235,12 +277,15 @@ class Jobs:
         child.gateway = None
         if child.exit is None and child.job is not None and child.request is None:
             say(f"job {child.job}: the gateway of its network has ended; it has none any more")
+        if child.exit is not None:
+            self._clear(child)
 
     # --- the end ----------------------------------------------------------------------------
 
     def kill(self, child: Child) -> None:
         """SIGKILL everything of a child that has not ended."""
         if child.exit is None:
+            child.doomed = True
             # The first process takes its namespace along; the scope catches what is still on
             # its way there.
             with contextlib.suppress(ProcessLookupError):
@@ -248,38 +293,52 @@ class Jobs:
             with contextlib.suppress(OSError):
                 child.scope.kill()
 
-    def remove(self, child: Child) -> None:
-        """Forget a job; one that has not ended is killed."""
+    def remove(self, child: Child, done: Callable[[], None] | None = None) -> None:
+        """Forget a job; one that has not ended is killed. `done` is called when its place is free.
+
+        A service that is told so may start the next job at once.
+        """
+        child.when_cleared = done or child.when_cleared
+        self._forget(child)
         if child.exit is None:  # it is cleared away when it has ended
-            self._forget_job(child)
             self.kill(child)
-        else:
-            self._clear(child)
+        elif child not in self._children:
+            self._tell_cleared(child)
 
     def _clear(self, child: Child) -> None:
+        """Take back what an ended child held, now or in a moment."""
         if child not in self._children:
             return
         self._oom_watch.forget(child)
-        self._forget_job(child)
         try:
             self._nursery.clear(child)
         except OSError:
             # The kernel is still busy with the last of its processes.
             self._uncleared.add(child)
             self._turns.call_in(CLEAR_AGAIN_SECONDS, self._clear_again)
+            self._watch_sweepers()
             return
         self._uncleared.discard(child)
         self._children.discard(child)
         self._watch_sweepers()
+        self._tell_cleared(child)
+        self._start_late()
+
+    def _tell_cleared(self, child: Child) -> None:
+        done, child.when_cleared = child.when_cleared, None
+        if done is not None:
+            done()
 
     def _clear_again(self) -> None:
         for child in list(self._uncleared):
             self._clear(child)
 
-    def _forget_job(self, child: Child) -> None:
+    def _forget(self, child: Child) -> None:
+        """Let go of a job's number, its exit status and its pipes."""
         if child.job is not None:
             self._jobs.pop(child.job, None)
             child.job = None
+        self._nursery.close_pipes(child)
 
     def _watch_sweepers(self) -> None:
         for pidfd in self._nursery.sweepers.running:
@@ -307,12 +366,16 @@ def listed(child: Child) -> channel.Message:
 def deliver(child: Child, number: int) -> bool:
     """Send a signal to a job's first process; False if that would have no effect of any kind.
 
+    Raises ProcessLookupError for a job that has ended: its process id may be another's by now.
+
     PID 1 of a namespace is spared every signal that it has no handler for
     (pid_namespaces(7)), where another process would end by the signal's default action. One
     that ignores the signal on purpose has said something, and gets its grace period; one that
     blocks it may be told of it otherwise (signalfd(2)). The masks in proc(5) tell. An init of ours
     waits for all signals (sigwaitinfo(2), which no mask shows) and passes them on.
     """
+    if child.exit is not None:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     if child.report < 0 and number not in (signal.SIGKILL, signal.SIGSTOP):
         with open(f"/proc/{child.pid}/status") as status:
             masks = [line.split()[1] for line in status if line.startswith(_HEEDED)]
@@ -320,3 +383,13 @@ def deliver(child: Child, number: int) -> bool:
             return False
     signal.pidfd_send_signal(child.pidfd, number)
     return True
+
+
+def problem(step: str, error: OSError | JobworkerError) -> channel.Message:
+    """A refusal of a request, as the service is told of it; `step` where the error names none."""
+    if isinstance(error, OSError):
+        return {"step": step, "errno": error.errno or 0, "detail": str(error)}
+    code = error.data.get("errno", 0)
+    assert isinstance(code, int)
+    detail = str(error.data.get("detail", error.message))
+    return {"step": str(error.data.get("step", "limits")), "errno": code, "detail": detail}

@@ -30,7 +30,7 @@ from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.doorway import Doorway
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed, problem
 from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
 
@@ -121,10 +121,8 @@ class Launcher:
     def _serve(self, number: int, request: requests.Request) -> None:
         try:
             self._do(number, request)
-        except OSError as error:
-            self._refuse(number, type(request).__name__.lower(), error.errno or 0, str(error))
-        except JobworkerError as error:
-            self._refuse_for(number, error)
+        except (OSError, JobworkerError) as error:
+            self._refuse(number, problem(type(request).__name__.lower(), error))
 
     def _do(self, number: int, request: requests.Request) -> None:
         if isinstance(request, requests.ListJobs):
@@ -139,24 +137,22 @@ class Launcher:
         if isinstance(request, requests.VolumeRequest):
             self._do_volume(number, request)
             return
-        child = self._jobs.find(request.job)
         if isinstance(request, requests.Spawn):
-            if child is not None:
-                self._refuse(number, "job", errno.EEXIST, "the job's id is in use")
-            else:
-                self._jobs.spawn(number, request)
-        elif child is None:
-            self._refuse(number, "job", errno.ESRCH, "no such job")
+            self._jobs.spawn(number, request)
+            return
+        child = self._jobs.find(request.job)
+        if child is None:
+            gone: channel.Message = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
+            self._refuse(number, gone)
         elif isinstance(request, requests.Signal):
             self._reply(number, {"delivered": deliver(child, request.number)})
         elif isinstance(request, requests.Kill):
             self._jobs.kill(child)
             self._reply(number, {})
         elif isinstance(request, requests.UsageOf):
-            self._reply(number, child.scope.usage()._asdict())
+            self._reply(number, child.usage()._asdict())
         else:
-            self._jobs.remove(child)
-            self._reply(number, {})
+            self._jobs.remove(child, partial(self._reply, number, {}))
 
     def _do_volume(self, number: int, request: requests.VolumeRequest) -> None:
         done = partial(self._on_volume, self._link, number)
@@ -175,11 +171,6 @@ class Launcher:
         else:
             self._reply(number, outcome)
 
-    def _refuse_for(self, number: int, error: JobworkerError) -> None:
-        step, code = error.data.get("step", "limits"), error.data.get("errno", 0)
-        assert isinstance(code, int)
-        self._refuse(number, str(step), code, str(error.data.get("detail", error.message)))
-
     def _list(self, number: int, after: int) -> None:
         started = self._jobs.started_after(after)
         page = started[:JOBS_PER_PAGE]
@@ -192,8 +183,8 @@ class Launcher:
     ) -> None:
         self._send({"id": number, "ok": dict(ok)}, descriptors)
 
-    def _refuse(self, number: int, step: str, code: int, detail: str) -> None:
-        self._send({"id": number, "error": {"step": step, "errno": code, "detail": detail}})
+    def _refuse(self, number: int, error: channel.Message) -> None:
+        self._send({"id": number, "error": error})
 
     def _send(self, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
         if self._link is not None:
