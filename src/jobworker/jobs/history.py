@@ -31,6 +31,7 @@ from jobworker.jobs.history_readers import Readers
 from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
 from jobworker.jobs.schema import migrate
+from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import summarize, whole
@@ -194,7 +195,7 @@ def _put(record: JobRecord, connection: apsw.Connection) -> None:
     if summary.abridged and not record.abridged:
         connection.execute(
             "INSERT OR REPLACE INTO specs (job, spec) VALUES (?, ?)",
-            (record.id, dumps(unstructure(record.spec))),
+            (record.id, "".join(spec_pieces(record.spec, summary))),
         )
 
 

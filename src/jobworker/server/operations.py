@@ -14,7 +14,7 @@ import trio
 from attrs import evolve, frozen
 
 import jobworker
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import dumps
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.incidents import Incidents
 from jobworker.jobs.history_search import Filter
@@ -157,7 +157,7 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> Enco
     spec = await context.supervisor.spec_of(params.id) if record.abridged else None
     if spec is not None:
         if caller.role.may(Permission.RUN):
-            return Encoded(with_spec(unstructure(record), spec))
+            return Encoded(with_spec(record, spec))
         record = whole(record, await read_spec(spec))
     return Encoded(await encode_record(caller.show(record)))
 
