@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 
+from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 
 MIB = 1 << 20
@@ -159,3 +161,26 @@ def test_turns_are_timed_and_told(on_disks: tuple[Service, Disk, Disk]) -> None:
     again = service.ask("turns", 0)[0]["ok"]
     assert isinstance(again, dict)
     assert again["turns"] < told["turns"], "counted since it was asked for last"
+
+
+async def test_end_is_told_before_the_process_is_collected(
+    on_disks: tuple[Service, Disk, Disk],
+) -> None:
+    service, _, _ = on_disks
+    launcher = child_of(service.process.pid)
+    reply, pipes = service.spawn(1, "true")
+    assert "ok" in reply
+    assert service.exit_of(1)["code"] == 0
+    assert zombies_of(launcher) >= 1, "what /proc showed of it would be forgotten in the loop"
+    channel.close_all(pipes)
+    assert service.ask("remove", 1)[0]["ok"] == {}
+    await until(lambda: zombies_of(launcher) == 0)
+
+
+def zombies_of(pid: int) -> int:
+    """The children of a process that have ended and were not collected."""
+    count = 0
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            count += "\nState:\tZ" in Path(f"/proc/{child}/status").read_text()
+    return count

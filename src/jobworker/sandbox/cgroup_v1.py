@@ -9,6 +9,8 @@ Meaning of the limits, kernel doc Documentation/admin-guide/cgroup-v1:
 - cpu: a quota for each period of 100 ms (Documentation/scheduler/sched-bwc.rst).
 - memory: limit_in_bytes, then memsw.limit_in_bytes, which must never be the lower one. A kernel
   that does not count swap has no memsw files: fine on a host without swap, refused on one with.
+- sockets: buffers of TCP and UDP are counted apart (memory.kmem.tcp, which is UDP's too): as much
+  again as the memory limit.
 - io: blkio.throttle counts and delays bios in the context that submits them. Buffered writes are
   submitted by kernel threads and so are neither delayed nor counted here: `missing_features`.
 - OOM: the kernel kills one process, not the group, so the launcher ends the rest. `oom_fd` is
@@ -127,8 +129,8 @@ class TreeV1(Tree):
         notes = []
         if "io" in self.by_controller:
             notes.append("buffered writes are neither throttled nor counted on cgroup v1")
-        if "memory" in self.by_controller:
-            notes.append("TCP buffers are not charged to the job on cgroup v1")
+        if "memory" in self.by_controller and not self._counts_sockets():
+            notes.append("TCP and UDP buffers are not charged to the job on this kernel")
         if not self.kills_groups:
             notes.append(
                 "without cgroup.kill (Linux 5.14, cgroup2 mounted) processes are killed one by one"
@@ -136,6 +138,10 @@ class TreeV1(Tree):
         if "cpu" in self.by_controller and "cpuacct" not in self.by_controller and not self.unified:
             notes.append("CPU time is not measured: neither cpuacct nor cgroup2 is mounted")
         return tuple(notes)
+
+    def _counts_sockets(self) -> bool:
+        top = self.by_controller["memory"]
+        return files.exists(top, "memory.kmem.tcp.limit_in_bytes")
 
     def close(self) -> None:
         super().close()
@@ -264,6 +270,9 @@ def _limit_memory(top: int, name: str, memory_bytes: int) -> None:
         raise files.refused(plain, value, f"the kernel kept {kept.strip()!r}")
     if counts_swap:
         files.set_limit(top, swap, value, kept_in_pages)
+    sockets = f"{name}/memory.kmem.tcp.limit_in_bytes"
+    if files.exists(top, sockets):
+        files.set_limit(top, sockets, value, kept_in_pages)
 
 
 def _limit_io(top: int, name: str, io_bps: int, devices: Sequence[block_devices.Device]) -> None:

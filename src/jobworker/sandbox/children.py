@@ -79,6 +79,8 @@ class Child:
         """The pidfd of its network's gateway, until that is reaped."""
         self.report = -1
         """What its init tells of the program's end; -1 where it has none."""
+        self.hoards = False
+        """It was ended for kernel memory that no group counts: see `sandbox.kernel_watch`."""
         self.exit: Exit | None = None
         self.doomed = False
         """It was killed, or has ended: its slot is about to become free."""
@@ -126,7 +128,8 @@ class Child:
         if self.final_usage is not None:
             return self.final_usage
         try:
-            return self.scope.usage()
+            usage = self.scope.usage()
+            return usage._replace(oom_kills=max(1, usage.oom_kills)) if self.hoards else usage
         except OSError as error:
             say(f"cannot read {self.slot.name}'s usage: {error}")
             return Usage()
@@ -345,9 +348,9 @@ def name_host(child: Child, name: str) -> None:
         os.close(own)
 
 
-def reap(child: Child) -> Exit:
-    """Collect the status of a child whose pidfd is readable: waitid(2)."""
-    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+def status_of(child: Child) -> Exit:
+    """How a child ended whose pidfd is readable; it is still to be collected (`Zombies`)."""
+    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
     assert info is not None
     told = None if child.report < 0 else init_program.reported(child.report)
     if told is not None:

@@ -30,11 +30,14 @@ from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, gateway, requests, trampoline
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import Limits
-from jobworker.sandbox.children import Child, Nursery, name_host, reap
+from jobworker.sandbox.children import Child, Nursery, name_host, status_of
+from jobworker.sandbox.chores import Chores
+from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.networks import room_beside
 from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.plan import Order, finish, fits_spare
 from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.zombies import Zombies
 
 REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
@@ -54,7 +57,9 @@ Tell = Callable[[channel.Message, Sequence[int]], None]
 class Jobs:
     """All children of the launcher."""
 
-    def __init__(self, turns: Turns, nursery: Nursery, spares: int, tell: Tell) -> None:
+    def __init__(
+        self, turns: Turns, nursery: Nursery, chores: Chores, spares: int, tell: Tell
+    ) -> None:
         self._turns, self._nursery, self._tell = turns, nursery, tell
         self._wanted_spares = spares
         self._children: set[Child] = set()
@@ -66,7 +71,9 @@ class Jobs:
         """Ended children whose scope could not be removed yet; tried again."""
         self._usual_limits = Limits()
         """Those of the latest job: spares are put under them, and most jobs ask for the same."""
+        self._zombies = Zombies(turns)
         self._oom_watch = OomWatch(turns, self.kill)
+        self._kernel_watch = KernelWatch(turns, chores, self._running, self.kill)
         turns.call_in(0, self._refill)
         self._watch_sweepers()
 
@@ -86,6 +93,9 @@ class Jobs:
             for number, child in sorted(self._jobs.items())
             if number > job and child.request is None
         ]
+
+    def _running(self) -> dict[int, Child]:
+        return {job: child for job, child in self._jobs.items() if child.exit is None}
 
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""
@@ -245,11 +255,13 @@ class Jobs:
         if child.failure is None and child.job is not None and child.request is not None:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
             child.request, child.started_at = None, time.monotonic()
+            self._kernel_watch.wake()
             self._tell(started, (child.stdout, child.stderr))
 
     def _on_exit(self, child: Child) -> None:
         self._turns.unwatch(child.pidfd)
-        child.exit, child.ended_at, child.doomed = reap(child), time.monotonic(), True
+        child.exit, child.ended_at, child.doomed = status_of(child), time.monotonic(), True
+        self._zombies.take(child.pidfd)
         child.final_usage = child.usage()
         if child.gateway is not None:
             signal.pidfd_send_signal(child.gateway, signal.SIGKILL)

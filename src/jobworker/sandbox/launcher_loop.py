@@ -46,12 +46,12 @@ class Launcher:
 
     def __init__(self, nursery: Nursery, spares: int, hello: channel.Message) -> None:
         self._turns = Turns()
-        self._jobs = Jobs(self._turns, nursery, spares, self._send)
         self._volumes = nursery.volumes
         self._disposal = Disposal(self._turns)
         self._makers = Chores(self._turns, at_once=4, waiting=0)
         """Apart from the rest, since formatting a large volume takes long."""
         self._chores = Chores(self._turns, at_once=4, waiting=256)
+        self._jobs = Jobs(self._turns, nursery, self._chores, spares, self._send)
         self._hello = hello
         self._link: ServiceLink | None = None
         self._doorway: Doorway | None = None
