@@ -24,7 +24,6 @@ from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs import history_search, history_writer
 from jobworker.jobs.history import History
-from jobworker.jobs.history_readers import LIST_THREADS
 from jobworker.jobs.history_search import Filter
 from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -422,7 +421,7 @@ async def test_searches_do_not_delay_writes(path: Path) -> None:
             leave.wait(30)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(2 * LIST_THREADS):
+            for _ in range(4):
                 nursery.start_soon(history._readers.search, search)
             await trio.to_thread.run_sync(entered.wait)
             with trio.fail_after(20):
