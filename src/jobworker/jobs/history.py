@@ -13,6 +13,7 @@ SQLite comes from apsw: the one in Python's standard library may be old enough t
 WAL-reset fault (fixed in 3.51.3).
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -35,6 +36,8 @@ from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import summarize, whole
+
+log = logging.getLogger("jobworker.jobs")
 
 
 @define(eq=False)
@@ -134,19 +137,17 @@ class History:
         await self._write(partial(_delete, job), f"cannot remove job {job} from the history")
 
     async def note(self, rows: Sequence[AuditRow]) -> None:
-        """Add rows to the audit log, its table and its file. Raises InternalError."""
-        lines: OSError | None = None
+        """Add rows to the audit log: its table, then its file.
+
+        Raises InternalError where the table cannot take them; then neither has any. Rows that the
+        file alone cannot take are told to the log of the service: the table has them.
+        """
+        what = f"cannot write {len(rows)} rows to the audit log"
+        await self._write(partial(insert_rows, rows), what)
         try:
             await trio.to_thread.run_sync(append_lines, self._path.with_name(FILE), rows)
         except OSError as error:
-            lines = error  # one of the two is better than none
-        what = f"cannot write {len(rows)} rows to the audit log"
-        await self._write(partial(insert_rows, rows), what)
-        if lines is not None:
-            raise InternalError(
-                f"cannot write {len(rows)} rows to {FILE}, the table has them: {lines}",
-                remedy="check the disk that holds worker.state_dir",
-            ) from lines
+            log.error("%d rows are in `worker audit` and not in %s: %s", len(rows), FILE, error)
 
     async def with_output_of(self, owner: str) -> frozenset[JobId]:
         """The ids of one owner's jobs whose records do not say that their output was removed.
@@ -168,9 +169,12 @@ class History:
         """The JSON of the whole request of a job, where its summary is abridged."""
         return await self._readers.look_up(partial(_select_spec, job))
 
-    async def page(self, wanted: Filter, limit: int) -> Page:
-        """At most `limit` summaries that fit, newest first, as JSON; see `history_search`."""
-        return await self._readers.search(partial(find_page, wanted, limit))
+    async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
+        """At most `limit` summaries that fit, newest first, as JSON; see `history_search`.
+
+        `who` asks: the searches of others take turns with theirs.
+        """
+        return await self._readers.search(partial(find_page, wanted, limit), who)
 
 
 # --- in the threads -------------------------------------------------------------------------

@@ -243,10 +243,10 @@ class Supervisor:
         """The JSON of the whole request of a job whose stored summary is abridged, or None."""
         return await self._history.spec(job)
 
-    async def latest(self, wanted: Filter, limit: int) -> Page:
+    async def latest(self, wanted: Filter, limit: int, who: str) -> Page:
         """At most `limit` summaries that fit, newest first, as JSON, and where to go on."""
         before = dict(self._live)
-        stored = await self._history.page(wanted, limit)
+        stored = await self._history.page(wanted, limit, who)
         # Those included that have ended since: the page may be of the moment before.
         return await page_of({**before, **self._live}, stored, wanted, limit)
 

@@ -170,7 +170,7 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
         labels=params.labels,
         before=params.before,
     )
-    page = await context.supervisor.latest(wanted, params.limit)
+    page = await context.supervisor.latest(wanted, params.limit, caller.identity.common_name)
     jobs = ",".join(text for _, text in page.records)
     return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 

@@ -17,6 +17,8 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
 from jobworker.server.auditor import KIND_BURST, SUPPRESSED, VAIN_BURST, Auditor
 
+from ..jobs.test_audit import room_for
+
 EVE = Identity(common_name="eve", role="viewer", serial="0AB1", not_after=datetime.now(UTC))
 PEER = "192.0.2.1:7"
 
@@ -141,6 +143,28 @@ async def test_what_was_left_out_names_who_tried_what_and_upon_which_jobs(tmp_pa
     told = sum(int(row.detail.split()[0]) for row in rows if row.action == SUPPRESSED)
     assert len(noted) + told == 3000
     assert len(noted) < 300
+
+
+async def test_rows_that_the_disk_refuses_wait_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "history.db"
+    history = History.open(path)
+    try:
+        auditor = Auditor(history, now)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(auditor.serve)
+            with room_for(1):
+                auditor.service("one")
+                await trio.sleep(0.3)
+                auditor.service("two")
+                await trio.sleep(0.3)
+            with trio.fail_after(20):
+                while len(read_rows(path, limit=9)) < 2:  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+    finally:
+        history.close()
+    assert [row.action for row in read_rows(path, limit=9)] == ["one", "two"]
+    assert (tmp_path / FILE).read_bytes().count(b"\n") == 2
 
 
 async def test_names_forge_no_line(tmp_path: Path) -> None:
