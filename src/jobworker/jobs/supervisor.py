@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -27,6 +26,7 @@ from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
+from jobworker.jobs.job_note import write_note
 from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
@@ -180,18 +180,18 @@ class Supervisor:
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
         job = self._history.take_id()
+        default = self._rules.timeout_seconds
+        record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
+        if at_once:  # PENDING is what stands in the history of a job that has never run
+            record = evolve(record, state=advance(record.state, Event.ADMIT))
         self._arriving[job] = owner, spec.limits
         try:
-            spool = await trio.to_thread.run_sync(partial(Spool.create, self._spools / str(job)))
+            spool = await trio.to_thread.run_sync(self._make_spool, record)
         except BaseException:
             self._places_taken -= 1
             raise
         finally:
             del self._arriving[job]  # it is live, or will not be
-        default = self._rules.timeout_seconds
-        record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
-        if at_once:  # PENDING is what stands in the history of a job that has never run
-            record = evolve(record, state=advance(record.state, Event.ADMIT))
         execution = self._make_execution(record, spool, at_once, spec.secret_environment)
         self._queue(execution)
         try:
@@ -200,6 +200,12 @@ class Supervisor:
             execution.request_stop(signal.SIGKILL, 0)
             raise
         return execution
+
+    def _make_spool(self, record: JobRecord) -> Spool:
+        """Make the place of a job's output, and note there whose it is: in a thread."""
+        spool = Spool.create(self._spools / str(record.id))
+        write_note(self._spools, record, create=True)
+        return spool
 
     def _make_execution(
         self, record: JobRecord, spool: Spool, at_once: bool, secrets: Mapping[str, str]

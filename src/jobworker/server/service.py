@@ -100,7 +100,7 @@ async def serve(prepared: Prepared) -> None:
     """Serve until a signal; raises LauncherGone if the launcher ends before."""
     keep_freed_memory(FREE_BYTES, 2 * PIECE_BYTES)  # or each piece of output would be mapped anew
     settings, incidents = prepared.settings, Incidents()
-    history = History.open(prepared.directory / "history.db")
+    history = History.open(prepared.directory / "history.db", prepared.directory / "spool")
     try:
         spools = prepared.directory / "spool"
         async with open_link(prepared.launcher) as link:
