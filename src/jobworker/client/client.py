@@ -172,15 +172,18 @@ class Client:
         """
         return await self.call("job.prune", params, m.Removed)
 
-    async def make_volume(self, name: str, size_bytes: int) -> None:
+    async def make_volume(self, name: str, size_bytes: int, *, thin: bool = False) -> None:
         """Make a volume: a disk of that size which outlives jobs, at least 16 MiB.
+
+        The server's disk has it reserved. A thin one takes what is written to it, and a job that
+        writes to it while that disk is full loses what it writes, and is FAILED.
 
         Raises InvalidParams where it exists, or the server's disk has no room for it.
 
         >>> await client.make_volume("cache", 64 << 20)
         >>> await client.remove_volume("cache")
         """
-        spec = m.VolumeSpec(name=name, size_bytes=size_bytes)
+        spec = m.VolumeSpec(name=name, size_bytes=size_bytes, thin=thin)
         await self.call("volume.create", spec, m.Nothing)
 
     async def volumes(self) -> tuple[Volume, ...]:

@@ -104,6 +104,7 @@ class Ending:
             (Reason.OOM, ending.usage.oom_kills > 0),
             (Reason.SIGNAL, ending.signal is not None),
             (Reason.EXIT, bool(ending.code)),
+            (Reason.DISK, bool(ending.lost)),
         ):
             if applies:
                 return reason

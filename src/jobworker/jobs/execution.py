@@ -26,7 +26,15 @@ from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobRecord, Limits, OutputCut, OutputPolicy, Stream, Usage
+from jobworker.model.job import (
+    LOST_WRITES,
+    JobRecord,
+    Limits,
+    OutputCut,
+    OutputPolicy,
+    Stream,
+    Usage,
+)
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
@@ -257,6 +265,9 @@ class Execution:
             self.record = evolve(
                 self.record, exit_code=ending.code, signal=ending.signal, usage=ending.usage
             )
+            for place in ending.lost:
+                where = f"the volume {place}" if place else "its disk"
+                self._note(f"some of what it wrote to {where} {LOST_WRITES}")
         ended_at = self._clock() - timedelta(seconds=ending.seconds_ago if ending else 0)
         self.record = self._advanced(event, reason=reason, ended_at=ended_at)
         await self._close()

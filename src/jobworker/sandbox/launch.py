@@ -37,6 +37,8 @@ class Exit:
     code: int | None
     signal: int | None
     usage: Usage
+    lost: tuple[str, ...] = ()
+    """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
     seconds_ago: float = 0.0
     """How long before this was told."""
 
@@ -255,7 +257,9 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     assert isinstance(code, int | None)
     assert isinstance(number, int | None)
     assert isinstance(usage, dict)
-    return Exit(code=code, signal=number, usage=usage_from(usage))
+    lost = message.get("lost", [])  # an earlier launcher does not tell
+    assert isinstance(lost, list)
+    return Exit(code=code, signal=number, usage=usage_from(usage), lost=tuple(map(str, lost)))
 
 
 def usage_from(message: Mapping[str, object]) -> Usage:

@@ -134,6 +134,9 @@ class Launcher:
         if isinstance(request, requests.TimesOfTurns):
             self._reply(number, self._turns.take_times()._asdict())
             return
+        if isinstance(request, requests.PromisedBytes):
+            self._reply(number, {"bytes": self._jobs.promised_bytes()})
+            return
         if isinstance(request, requests.VolumeRequest):
             self._do_volume(number, request)
             return
@@ -161,7 +164,7 @@ class Launcher:
         elif isinstance(request, requests.RemoveVolume):
             self._volumes.remove(self._chores, request.name, done)
         else:
-            self._volumes.make(self._makers, request.name, request.size, done)
+            self._volumes.make(self._makers, request.name, request.size, done, thin=request.thin)
 
     def _on_volume(self, asker: ServiceLink | None, number: int, outcome: channel.Message) -> None:
         if asker is not self._link:  # whoever asked has gone

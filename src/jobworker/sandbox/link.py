@@ -148,9 +148,16 @@ class Link:
         message, _ = await self._ask("usage", job)
         return usage_from(message)
 
-    async def make_volume(self, name: str, size_bytes: int) -> None:
-        """Make a volume."""
-        await self._ask("volume.create", None, name=name, size_bytes=size_bytes)
+    async def promised_bytes(self) -> int:
+        """How much may still be written to the disks and volumes of live jobs."""
+        message, _ = await self._ask("promised", None)
+        promised = message["bytes"]
+        assert isinstance(promised, int)
+        return promised
+
+    async def make_volume(self, name: str, size_bytes: int, *, thin: bool) -> None:
+        """Make a volume, reserved unless it is thin."""
+        await self._ask("volume.create", None, name=name, size_bytes=size_bytes, thin=thin)
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume that no live job has."""

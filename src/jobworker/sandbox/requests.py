@@ -83,11 +83,16 @@ class TimesOfTurns(NamedTuple):
     """Tell how long turns of the launcher's loop have taken since this was last asked."""
 
 
+class PromisedBytes(NamedTuple):
+    """Tell how much may still be written to the disks and thin volumes of live jobs."""
+
+
 class MakeVolume(NamedTuple):
-    """Make a volume of a size in bytes."""
+    """Make a volume of a size in bytes, which is reserved unless it is thin."""
 
     name: str
     size: int
+    thin: bool
 
 
 class RemoveVolume(NamedTuple):
@@ -102,7 +107,7 @@ class ListVolumes(NamedTuple):
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
 OfAJob = Spawn | Signal | Kill | Remove | UsageOf
-Request = VolumeRequest | OfAJob | PlanOf | ListJobs | TimesOfTurns
+Request = VolumeRequest | OfAJob | PlanOf | ListJobs | TimesOfTurns | PromisedBytes
 
 _OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
     "kill": Kill,
@@ -130,12 +135,14 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
 
 def _general_request(
     operation: object, message: Mapping[str, object]
-) -> VolumeRequest | PlanOf | ListJobs | TimesOfTurns | None:
+) -> VolumeRequest | PlanOf | ListJobs | TimesOfTurns | PromisedBytes | None:
     """The request where it is about no job in particular, else None."""
     if operation == "list":
         return ListJobs(_integer(message, "after", 0))
     if operation == "turns":
         return TimesOfTurns()
+    if operation == "promised":
+        return PromisedBytes()
     if operation == "plan":
         return PlanOf(_order(message), _limits(message))
     if isinstance(operation, str) and operation.startswith("volume."):
@@ -152,7 +159,13 @@ def _volume_request(operation: str, message: Mapping[str, object]) -> VolumeRequ
     if operation == "volume.remove":
         return RemoveVolume(name)
     if operation == "volume.create":
-        return MakeVolume(name, _integer(message, "size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES))
+        size, thin = (
+            _integer(message, "size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES),
+            message.get("thin"),
+        )
+        if type(thin) is not bool:
+            raise ProtocolError("cannot take the request: thin is neither true nor false")
+        return MakeVolume(name, size, thin)
     raise ProtocolError("cannot take the request: op is none of the launcher's operations")
 
 

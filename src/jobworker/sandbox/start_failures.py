@@ -21,6 +21,8 @@ from jobworker.errors import (
 
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
+    "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk (--max-disk)",
+    "open-volume": "make room where worker.state_dir is, and see whether the image is whole",
     "limits": "see `worker serve`'s log and this host's control groups",
     "network": "install the package slirp4netns, or choose --network=host or --network=none",
     "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
@@ -40,7 +42,17 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     errno.ENOSPC: (
         InvalidParams,
         "the server's disk has no room for it",
-        "ask for a smaller one",
+        "ask for a smaller one, or make room where worker.state_dir is",
+    ),
+    errno.EMFILE: (
+        Busy,
+        "live jobs have as many volumes as the launcher may have descriptors for",
+        "try again later, or raise the limit (LimitNOFILE=, ulimit -n)",
+    ),
+    errno.EOPNOTSUPP: (
+        InvalidParams,
+        "the server's disk cannot reserve room for it",
+        "make it with --thin, or keep worker.state_dir on ext4 or xfs",
     ),
     errno.EPERM: (
         SandboxError,

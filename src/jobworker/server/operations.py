@@ -275,7 +275,7 @@ def _require_volumes(caller: Caller, what: str) -> None:
 
 async def _make_volume(context: Context, caller: Caller, params: m.VolumeSpec) -> m.Nothing:
     _require_volumes(caller, "volume.create")
-    await context.link.make_volume(params.name, params.size_bytes)
+    await context.link.make_volume(params.name, params.size_bytes, thin=params.thin)
     return m.Nothing()
 
 

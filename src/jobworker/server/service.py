@@ -40,6 +40,7 @@ from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
+from jobworker.server.disk_promises import follow_promises, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
@@ -122,6 +123,9 @@ async def serve(prepared: Prepared) -> None:
             auditor = Auditor(history, _now)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
+                if _counts_promises(prepared):
+                    follow = partial(follow_promises, link, archive.room.budget)
+                    nursery.start_soon(incidents.keep_running, "disks", follow)
                 auditor.service("service.start")
                 await _serve_until_signal(prepared, supervisor, link, auditor, incidents)
                 auditor.service("service.end")
@@ -193,6 +197,22 @@ def _max_running(prepared: Prepared) -> int:
     )
     assert isinstance(room, int)
     return min(wanted, room)
+
+
+def _counts_promises(prepared: Prepared) -> bool:
+    """Whether output is to leave room for what live jobs' disks may still take.
+
+    Not where they are promised more than there is: nothing would be left for output then.
+    """
+    settings = prepared.settings
+    return (
+        settings.worker.keep_free > 0
+        and prepared.launcher.bounds_disks
+        and "overcommit" in prepared.launcher.policy  # an earlier launcher cannot tell
+        and not (
+            settings.sandbox.overcommit_disk and promise_warnings(settings, prepared.directory)
+        )
+    )
 
 
 def _leaves_jobs(settings: Settings) -> bool:
