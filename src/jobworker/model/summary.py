@@ -46,8 +46,9 @@ def _changes(spec: JobSpec) -> dict[Part, object]:
         changes["environment"] = {}
     if spec.secret_environment:
         changes["secret_environment"] = {}
-    if not _fits(spec.command):
-        changes["command"] = _cut_command(spec.command)
+    command = short_command(spec.command)
+    if command is not spec.command:
+        changes["command"] = command
     if len(spec.workdir) > MAX_WORKDIR:
         changes["workdir"] = spec.workdir[: MAX_WORKDIR - 1] + _CUT
     labels = _first_labels(spec.labels)
@@ -59,17 +60,17 @@ def _changes(spec: JobSpec) -> dict[Part, object]:
     return changes
 
 
-def _fits(command: tuple[str, ...]) -> bool:
+def short_command(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command itself, or its first arguments, the last one cut to end with an ellipsis."""
     size = 0
     for argument in command:
         size += len(argument) + 1
         if size > MAX_COMMAND:
-            return False
-    return True
+            return _cut_command(command)
+    return command
 
 
 def _cut_command(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The first arguments; the last of them is cut, and ends with an ellipsis."""
     kept, room = list[str](), MAX_COMMAND - 2
     for argument in command:
         if len(argument) >= room:

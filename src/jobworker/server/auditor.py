@@ -27,6 +27,7 @@ from jobworker.errors import JobworkerError, NotFound, PermissionDenied
 from jobworker.jobs.audit import AuditRow
 from jobworker.jobs.history import History
 from jobworker.model.access import Permission
+from jobworker.model.summary import short_command
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
@@ -261,7 +262,7 @@ class Auditor:
 
 
 def _subject(params: object) -> str:
-    return repr(params.job.command) if isinstance(params, m.RunParams) else ""
+    return repr(short_command(params.job.command)) if isinstance(params, m.RunParams) else ""
 
 
 def _job_of(params: object, outcome: object) -> int | None:

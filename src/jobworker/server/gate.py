@@ -14,6 +14,7 @@ table of its own moment.
 import types
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import cache
 
 import attrs
 from attrs import AttrsInstance, define, frozen
@@ -83,8 +84,20 @@ def jobs_named(params: object) -> Iterator[JobId]:
         yield from _named(place.type, getattr(params, place.name))
 
 
+@cache
+def _may_name(kind: object) -> bool:
+    """Whether a job may be named by a value of this type, at whatever depth."""
+    if kind in (JobId, object, typing.Any):
+        return True
+    if isinstance(kind, type) and attrs.has(kind):
+        return any(_may_name(place.type) for place in attrs.fields(kind))
+    return any(_may_name(each) for each in typing.get_args(kind))
+
+
 def _named(kind: object, value: object) -> Iterator[JobId]:
     assert not isinstance(kind, str), "a postponed annotation would hide what stands there"
+    if not _may_name(kind):  # a request may have a hundred thousand values that name no job
+        return
     inner, origin = typing.get_args(kind), typing.get_origin(kind)
     if kind is JobId and isinstance(value, int):
         yield JobId(value)
