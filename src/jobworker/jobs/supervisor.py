@@ -333,8 +333,12 @@ class Supervisor:
     async def prune(self, policy: Policy | None, owner: str | None) -> Sequence[Kept]:
         """Apply a policy (None: the configured one) to ended jobs' output: what went.
 
-        To that of `owner` alone, where one is given.
+        To that of `owner` alone, where one is given. What was told to have ended counts, though the
+        archive may only just take it up.
         """
+        for execution in list(self._live.values()):
+            if execution.ended.is_set():
+                await execution.archived.wait()
         if owner is None:
             return await self._archive.prune(policy)
         own = await self._history.with_output_of(owner)
