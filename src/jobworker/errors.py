@@ -269,6 +269,13 @@ class HostUnknown(ConnectionFailed):
     name = "host_unknown"
 
 
+class NoService(ConnectionFailed):
+    """What answers at the address is no jobworker service: no TLS, or another protocol."""
+
+    code = 1029
+    name = "no_service"
+
+
 class CertificateRefused(JobworkerError):
     """The server refused this client's certificate, or asked for one in vain."""
 
@@ -291,6 +298,14 @@ class CredentialsUnusable(JobworkerError):
     code = 1024
     exit_code = 72
     name = "credentials_unusable"
+
+
+class LoopMissing(JobworkerError):
+    """The Python client was called outside of a Trio event loop, from asyncio say."""
+
+    code = 1033
+    exit_code = 64
+    name = "loop_missing"
 
 
 # --- setting up -----------------------------------------------------------------------------

@@ -66,6 +66,7 @@ class RunResult:
 
     job: JobRecord
     subscription: int | None = None
+    """Null also where the output could not be followed at once: the service ends, say."""
 
 
 @frozen(kw_only=True)

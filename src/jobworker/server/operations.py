@@ -7,6 +7,7 @@ parameters name is one that the caller may touch (`gate`); who answers with othe
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import cast
 
@@ -81,6 +82,7 @@ async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
 async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
     if params.follow is not None:
         caller.require(Permission.LOG, "job.run with follow")
+        caller.subscriptions.check_room()
     if params.job.timeout_seconds == 0:
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     if params.job.volumes:
@@ -97,9 +99,11 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         )
     subscription = None
     if params.follow is not None:
-        follower = await context.supervisor.follow(execution.record.id)
-        opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
-        subscription = opened.number
+        # The job is admitted: an error here would have its caller run it once more.
+        with suppress(JobworkerError):
+            follower = await context.supervisor.follow(execution.record.id)
+            opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
+            subscription = opened.number
     return m.RunResult(job=summarize(execution.record), subscription=subscription)
 
 

@@ -22,6 +22,7 @@ from jobworker.errors import (
     InvalidParams,
     JobworkerError,
     NotFound,
+    ShuttingDown,
     TooManyFollows,
 )
 from jobworker.jobs.follower import Follower
@@ -169,16 +170,23 @@ class Subscriptions:
     _last: int = 0
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
 
-    def open(
-        self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
-    ) -> Subscription:
-        """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
+    def check_room(self) -> None:
+        """Raise TooManyFollows where `open` would."""
         if len(self._open) >= self._max_open:
-            follower.close()
             raise TooManyFollows(
                 f"cannot subscribe: this connection has {self._max_open} subscriptions",
                 remedy="end some of them, or open another connection",
             )
+
+    def open(
+        self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
+    ) -> Subscription:
+        """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
+        try:
+            self.check_room()
+        except TooManyFollows:
+            follower.close()
+            raise
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
@@ -245,6 +253,8 @@ class Subscriptions:
         except JobworkerError as error:
             record = subscription.record
             gone = isinstance(error, NotFound)
+            if isinstance(error, ShuttingDown) and to_the_end:  # the next service has the rest
+                problem = _told(error)
         else:
             gone = job in self._supervisor.removing
         if gone and to_the_end:
