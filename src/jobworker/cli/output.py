@@ -72,7 +72,7 @@ async def log(
     """
     streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
     look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
-    async with open_connection(invocation, patient=True) as client:
+    async with open_connection(invocation) as client:
         output = partial(
             client.job(job).output,
             follow=follow,
