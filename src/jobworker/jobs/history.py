@@ -166,7 +166,17 @@ class History:
         file alone cannot take are told to the log of the service: the table has them.
         """
         what = f"cannot write {len(rows)} rows to the audit log"
-        await self._write(partial(insert_rows, rows), what)
+        try:
+            await self._write(partial(insert_rows, rows), what)
+        except InternalError as error:
+            if isinstance(error.__cause__, apsw.Error):
+                raise
+            if len(rows) > 1:
+                for row in rows:
+                    await self.note([row])
+            else:  # another try would be vain
+                log.error("%s: its row is lost: %s", error, rows)
+            return
         try:
             await trio.to_thread.run_sync(append_lines, self._path.with_name(FILE), rows)
         except OSError as error:

@@ -29,9 +29,19 @@ def summarize(record: JobRecord) -> JobRecord:
     if changes:
         parts = tuple(sorted({*record.abridged, *changes}))
         record = evolve(record, spec=evolve(record.spec, **changes), abridged=parts)  # type: ignore[arg-type]
-    if len(record.detail) > MAX_DETAIL:
-        record = evolve(record, detail=record.detail[: MAX_DETAIL - 1] + _CUT)
-    return record
+    detail = _sound_detail(record.detail)
+    return record if detail is record.detail else evolve(record, detail=detail)
+
+
+def _sound_detail(detail: str) -> str:
+    """What was said of an end, bounded, and as text that any disk and wire take."""
+    if len(detail) > MAX_DETAIL:
+        detail = detail[: MAX_DETAIL - 1] + _CUT
+    try:
+        detail.encode()
+    except UnicodeEncodeError:  # it quotes the name of a file that is none
+        return detail.encode(errors="backslashreplace").decode()[:MAX_DETAIL]
+    return detail
 
 
 def whole(summary: JobRecord, spec: JobSpec) -> JobRecord:

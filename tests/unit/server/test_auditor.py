@@ -1,5 +1,6 @@
 """The auditor: all of what counts is written, in order; a flood of what does not is bounded."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -178,6 +179,22 @@ async def test_names_forge_no_line(tmp_path: Path) -> None:
     content = (tmp_path / FILE).read_bytes()
     assert content.count(b"\n") == 1
     assert all(32 <= byte < 127 for byte in content[:-1])
+
+
+async def test_row_that_is_no_text_does_not_stop_the_others(tmp_path: Path) -> None:
+    def act(auditor: Auditor) -> None:
+        auditor.refused(PEER, "a name of \udcff")
+        auditor.service("after")
+        params = m.StopParams(id=JobId(1))  # no integer of SQLite's:
+        auditor.called(EVE, PEER, METHODS["job.stop"], params, {"job": 1 << 70})
+
+    rows = await written(tmp_path / "history.db", act)
+    assert [(row.action, row.detail) for row in rows] == [
+        ("connection.refused", "a name of \\udcff"),
+        ("after", ""),
+    ]
+    lines = (tmp_path / FILE).read_text(encoding="ascii").splitlines()
+    assert [json.loads(line)["action"] for line in lines] == ["connection.refused", "after"]
 
 
 async def test_rows_are_found_by_time_name_and_job(tmp_path: Path) -> None:
