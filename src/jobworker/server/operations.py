@@ -38,7 +38,7 @@ from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
-from jobworker.server.record_json import encode_record, read_spec, with_spec
+from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.traffic import Traffic
 
 
@@ -179,8 +179,8 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
     return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 
 
-async def _wait(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
-    return summarize(await context.supervisor.wait(params.id))
+async def _wait(context: Context, _: Caller, params: m.JobParams) -> Encoded:
+    return Encoded(summary_of(await context.supervisor.wait(params.id))[1])
 
 
 async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:

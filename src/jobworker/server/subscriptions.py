@@ -35,6 +35,7 @@ from jobworker.protocol.frames import PIECE_BYTES, Frame, frame_text
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
+from jobworker.server.record_json import summary_of
 from jobworker.server.traffic import LEAST_BYTES, Traffic
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
@@ -225,13 +226,14 @@ class Subscriptions:
             with subscription.scope:
                 problem = await self._deliver(subscription)
                 record, problem = await self._final_record(subscription, problem)
+                summary, told = summary_of(record)
                 end = OutputEnd(
                     subscription=number,
                     offset=subscription.follower.offset,
-                    job=summarize(record),
+                    job=summary,
                     error=problem,
                 )
-                await self._send(encode_output_end(end))
+                await self._send(encode_output_end(end, told))
         finally:
             subscription.follower.close()
             self._open.pop(number, None)
