@@ -103,11 +103,18 @@ def ending(record: JobRecord) -> list[str]:
     lines = [visible(f"job {record.id} {why}")] if why else []
     if LOST_WRITES in record.detail and record.detail not in why:
         lines.append(visible(f"job {record.id}: {record.detail}"))
-    return [*lines, *losses(record)]
+    return [*lines, *_not_kept(record)]
 
 
 def losses(record: JobRecord) -> list[str]:
-    """Lines about output that the log does not hold."""
+    """Lines about output that the log does not hold, or may not hold."""
+    if record.reason is not Reason.LOST:
+        return _not_kept(record)
+    lost = f"job {record.id} {_why_ended(record)}; the end of its output may be missing"
+    return [visible(lost), *_not_kept(record)]
+
+
+def _not_kept(record: JobRecord) -> list[str]:
     if not (record.discarded_bytes or record.output_cut):
         return []
     lost = format_size(record.discarded_bytes)
@@ -137,7 +144,7 @@ def _why_ended(record: JobRecord) -> str:
         Reason.SIGNAL: f"was ended by {_signal(record.signal)}{detail}",
         Reason.DISK: f"ended with code 0, but cannot be trusted{detail}",
         Reason.START: f"could not be started{detail}",
-        Reason.LOST: f"was lost{detail or ': the service ended while it ran'}",
+        Reason.LOST: f"was lost{detail or ': its launcher ended while it ran'}",
     }
     if record.state is State.STOPPED:
         return "was stopped"

@@ -83,7 +83,6 @@ class Execution:
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
-    _exited: bool = field(default=False, init=False)
     _changed: trio.Event = field(factory=trio.Event, init=False)
     """Set when the record of a job that runs tells something new."""
     _settled: trio.Event = field(factory=trio.Event, init=False)
@@ -108,7 +107,7 @@ class Execution:
 
         May be called again; the earliest deadline counts, and each signal is delivered.
         """
-        if self.ended.is_set():
+        if self.ended.is_set() or self._ending.exited:
             return
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
@@ -118,10 +117,11 @@ class Execution:
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
+        self._ending.go_on()
+        if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
+            self._ending.stop_for_output()
         if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
             self.request_stop(signal.SIGTERM, None)
-        elif self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
-            self._ending.stop_for_output()
 
     def leave(self) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end."""
@@ -153,9 +153,11 @@ class Execution:
                 nursery.start_soon(self._record_changes)
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
-                self._exited = True
+                self._ending.exited = True
                 nursery.cancel_scope.cancel()
-        if ending is None and self._company.cancelled_caught:
+        # A job that was left is left, whatever is known of its end: output may stand in its pipes,
+        # which the launcher keeps, with its exit status, until the next service has both.
+        if self._company.cancelled_caught:
             if self._changed.is_set():
                 await self.store()
             self.spool.close()
@@ -204,7 +206,7 @@ class Execution:
         self._note(why)
         self._changed.set()
         log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
-        if policy == "stop" and not (self._ending.stopping or self._exited):
+        if policy == "stop":
             self._ending.stop_for_output()
 
     def _policy_at(self, cut: OutputCut) -> OutputPolicy:

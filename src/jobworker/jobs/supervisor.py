@@ -61,12 +61,15 @@ class Supervisor:
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
     _pending: deque[Execution] = field(factory=deque, init=False)
     _placed: deque[Execution] = field(factory=deque, init=False)
-    """Those that need not wait for a place: they run already, or only have to be ended."""
+    """Those that need not wait for a place: they have one, or only have to be ended."""
+    _promised: int = field(default=0, init=False)
+    """Places of jobs that were admitted at once and are not queued yet: nobody may take them."""
     _change: trio.Event = field(factory=trio.Event, init=False)
     """Set when a job has come to wait, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
     _arriving: dict[JobId, tuple[str, Limits]] = field(factory=dict, init=False)
     """Owner and limits of jobs that were admitted and are not live yet."""
+    _all_arrived: trio.Event = field(factory=trio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     removing: set[JobId] = field(factory=set, init=False)
     """Those that somebody is removing by force: their followers shall know."""
@@ -101,7 +104,9 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._incidents.keep_running, "retention", self._archive.serve)
             while True:
-                while self._placed or (self._pending and running < self.max_running):
+                while self._placed or (
+                    self._pending and running + self._promised < self.max_running
+                ):
                     running += 1
                     nursery.start_soon(run, (self._placed or self._pending).popleft())
                 self._change = trio.Event()
@@ -179,6 +184,7 @@ class Supervisor:
     async def _admit(self, spec: JobSpec, owner: str) -> Execution:
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
+        self._promised += at_once
         job = self._history.take_id()
         default = self._rules.timeout_seconds
         record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
@@ -192,6 +198,10 @@ class Supervisor:
             raise
         finally:
             del self._arriving[job]  # it is live, or will not be
+            self._promised -= at_once
+            self._change.set()
+            if not self._arriving:
+                self._all_arrived.set()
         execution = self._make_execution(record, spool, at_once, spec.secret_environment)
         self._queue(execution)
         try:
@@ -224,7 +234,7 @@ class Supervisor:
 
     def _queue(self, execution: Execution) -> None:
         self._live[execution.record.id] = execution
-        self._pending.append(execution)
+        (self._placed if execution.admitted_at_once else self._pending).append(execution)
         self._change.set()
 
     def now(self) -> datetime:
@@ -344,9 +354,16 @@ class Supervisor:
         own = await self._history.with_output_of(owner)
         return await self._archive.prune(policy, only=own.__contains__)
 
+    async def _close(self) -> None:
+        """Take nothing more; returns once what was admitted before is queued."""
+        self._closing = True
+        if self._arriving:
+            self._all_arrived = trio.Event()
+            await self._all_arrived.wait()
+
     async def shut_down(self, grace_seconds: float) -> None:
         """Take nothing more, stop every job and wait for the ends."""
-        self._closing = True
+        await self._close()
         for execution in list(self._live.values()):
             self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
         for execution in list(self._live.values()):
@@ -354,7 +371,7 @@ class Supervisor:
 
     async def leave(self) -> None:
         """Take nothing more, and let go of every job but those that start or are being stopped."""
-        self._closing = True
+        await self._close()
         while self._pending:
             waiting = self._pending.popleft()
             waiting.spool.close()

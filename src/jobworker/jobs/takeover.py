@@ -210,7 +210,7 @@ def _set_aside(directory: Path) -> Path | None:
 def _cannot_wait_again(record: JobRecord) -> str:
     """Why a job that the launcher does not have is lost; "" where it merely waits."""
     if record.state not in WAITING:
-        return "the service ended while the job was alive"
+        return "its launcher ended while the job was alive"
     if record.spec.secret_environment:
         return "the service ended while the job waited, and its secret variables with it"
     return ""
