@@ -34,7 +34,12 @@ def summary_of(record: JobRecord) -> tuple[JobRecord, str]:
 
 
 async def encode_record(record: JobRecord) -> str:
-    """The JSON of a record that is in memory as a whole."""
+    """The JSON of a record that is in memory as a whole.
+
+    A summary stays one, and says so: the job was removed before the rest was read.
+    """
+    if record.abridged:
+        return summary_of(record)[1]
     summary = summarize(record)
     made = list[str]()
     for piece in spec_pieces(record.spec, summary):
