@@ -6,6 +6,7 @@ as they are then. Files that are being replaced may not fit each other for a mom
 be read any more (a process that gave its rights up, say).
 """
 
+import logging
 import ssl
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import CredentialsUnusable
-from jobworker.pki.tls import client_context
+from jobworker.pki.tls import client_context, key_mode_warning
+
+log = logging.getLogger("jobworker.client")
 
 SETTLE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.1
@@ -42,6 +45,8 @@ class Credentials:
             after = self._contents()
             if before == after:
                 self._context, self._content = context, after
+                if warning := key_mode_warning(self.key):
+                    log.warning("%s", warning)
             before = after
         return self._context
 
