@@ -308,6 +308,14 @@ class LoopMissing(JobworkerError):
     name = "loop_missing"
 
 
+class PrintFailed(JobworkerError):
+    """Standard output or standard error refuses what is printed: a full disk, say."""
+
+    code = 1042
+    exit_code = 83
+    name = "print_failed"
+
+
 # --- setting up -----------------------------------------------------------------------------
 
 
