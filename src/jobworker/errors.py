@@ -250,6 +250,14 @@ class LauncherGone(JobworkerError):
     name = "launcher_gone"
 
 
+class LauncherSilent(JobworkerError):
+    """The launcher is there and answers nothing: it is stopped, or the host is in great need."""
+
+    code = 1026
+    exit_code = 71
+    name = "launcher_silent"
+
+
 # --- reaching a server ----------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from jobworker.errors import Busy, JobworkerError, ShuttingDown
+from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
@@ -38,7 +38,7 @@ from jobworker.jobs.takeover import Inheritance
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.link import Link, launcher_silent
 
 _NOT_YET = JobId(1)
 """Stands for the number that a job would get."""
@@ -148,6 +148,8 @@ class Supervisor:
         old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
+        if self._link.silent:
+            raise launcher_silent()
         if self._places_taken >= self.max_running + self.max_waiting:
             raise Busy(
                 f"cannot run the command: {self.max_running} jobs run and "
@@ -161,8 +163,15 @@ class Supervisor:
         with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
             execution = await self._admit(spec, owner)
         if execution.admitted_at_once:
-            await execution.decided.wait()
+            await self._hear_of(execution, execution.decided)
         return execution
+
+    async def _hear_of(self, execution: Execution, event: trio.Event) -> None:
+        """Wait for an event of a job's. Raises LauncherSilent where it may be long in coming."""
+        try:
+            await self._link.wait_unless_silent(event)
+        except LauncherSilent:
+            raise launcher_silent(execution.record.id) from None
 
     async def plan(self, spec: JobSpec) -> tuple[Limits, list[tuple[str, str, str]]]:
         """A job's limits, defaults filled in, and the steps of its start; nothing is started.
@@ -276,6 +285,7 @@ class Supervisor:
         execution = self._live.get(job)
         if execution is not None:
             self._ask_to_end(execution, number, grace_seconds)
+            await self._hear_of(execution, execution.ended)
         return await self.wait(job)
 
     def _ask_to_end(

@@ -212,7 +212,7 @@ class Nursery:
         """
         view = self._stage.view_for(order)
         if not self._free:
-            raise OSError(errno.EAGAIN, "every range of ids is in use")
+            raise SandboxError("every range of ids is in use", data={"step": "place"})
         self._made += 1
         index = self._free.pop()
         name = f"job-{self._start}-{self._made}"
@@ -358,6 +358,8 @@ def _user_namespace(slot: Slot) -> int:
         reason = error.strerror
         if error.errno == errno.ENOSPC:  # user_namespaces(7)'s word for a limit that is reached
             reason = "the host's limit on them is reached"
+        elif error.errno not in (errno.EPERM, errno.EACCES):  # no process, memory or descriptor
+            raise
         raise SandboxError(
             f"cannot make a user namespace: {reason}", data={"step": "enter-user-namespace"}
         ) from error

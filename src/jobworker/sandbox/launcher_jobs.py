@@ -139,7 +139,9 @@ class Jobs:
         Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
         """
         if len(self._jobs) + len(self._late) >= self._nursery.slots:
-            raise OSError(errno.EAGAIN, "every place is in use, by jobs that were not removed")
+            raise SandboxError(
+                "every place is in use, by jobs that were not removed", data={"step": "place"}
+            )
         if request.job in self._jobs or any(late.job == request.job for _, late in self._late):
             raise SandboxError(
                 "the job's id is in use", data={"step": "job", "errno": errno.EEXIST}

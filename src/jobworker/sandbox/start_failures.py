@@ -27,6 +27,21 @@ _REMEDIES = {
     "network": "install the package slirp4netns, or choose --network=host or --network=none",
     "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
     "change-directory": "choose a directory that exists inside the job, such as /workspace",
+    "place": "stop a job, or raise worker.max_concurrent_jobs",
+}
+"""By the step alone, where the kernel's reason is none of those below."""
+_SHORTAGES = {
+    errno.EAGAIN: "the launcher may have no more processes: raise TasksMax= of its unit, pids.max "
+    "of its control group, or the host's kernel.pid_max and kernel.threads-max",
+    errno.ENOMEM: "the kernel has no memory for it: end something on the host, or run fewer jobs "
+    "at a time",
+    errno.EMFILE: "raise the launcher's LimitNOFILE=",
+    errno.ENFILE: "raise the host's fs.file-max",
+}
+"""What a host runs out of, whatever the step that notices."""
+_SPECIAL = {
+    ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
+    ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
 
 
@@ -79,7 +94,7 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     subject = f" ({detail})" if detail and code else ""
     return SandboxError(
         f"cannot start the job: the step {step} failed: {reason}{subject}",
-        remedy=_REMEDIES.get(step, ""),
+        remedy=_SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, ""),
         data=data,
     )
 

@@ -45,7 +45,12 @@ from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
-from jobworker.server.reload import Reloading, serve_reloads, warn_of_expiry_daily
+from jobworker.server.reload import (
+    Reloading,
+    serve_reloads,
+    tell_of_readers_end,
+    warn_of_expiry_daily,
+)
 from jobworker.server.setup import Prepared, listen
 from jobworker.server.traffic import Traffic
 
@@ -167,6 +172,8 @@ async def _serve_until_signal(
             nursery.start_soon(listener.serve)
             warn_daily = partial(warn_of_expiry_daily, prepared.reader)
             nursery.start_soon(incidents.keep_running, "expiry", warn_daily)
+            tell_end = partial(tell_of_readers_end, prepared.reader, prepared.notifier, auditor)
+            nursery.start_soon(incidents.keep_running, "reader", tell_end)
             reloading = Reloading(
                 reader=prepared.reader,
                 door=door,
