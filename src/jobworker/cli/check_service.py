@@ -76,6 +76,8 @@ def _profile(settings: Settings) -> str:
 
 def _user(settings: Settings) -> str:
     uid, gid = service_ids(settings)
+    if os.geteuid() == 0 and not settings.sandbox.first_uid and settings.worker.user == "auto":
+        return "an id behind the jobs', without privileges"
     return f"uid {uid}, gid {gid}, without privileges"
 
 

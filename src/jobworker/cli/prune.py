@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jobworker.config import Settings, load
 from jobworker.errors import ConfigError
+from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.model.units import format_size
 from jobworker.server.service import retention_policy
@@ -23,7 +24,8 @@ def prune_here(
     if (older_than, keep, max_size) != (None, None, None):
         policy = Policy(max_age_seconds=older_than, max_jobs=keep, max_bytes=max_size)
     spools = spool_directory(settings)
-    kept = KeptOutput(spools)
+    ages = AgeClock(spools.with_name(FILE), keeps=False)
+    kept = KeptOutput(spools, clock_ns=ages.now_ns)
     try:
         kept.load()
     except OSError as error:
@@ -31,6 +33,7 @@ def prune_here(
             f"cannot prune {spools}: {error.strerror}",
             remedy="run it as root, with the service's own configuration",
         ) from None
+    ages.begin(max((each.ended_ns for each in kept.all.values()), default=0))
     gone = kept.prune(policy)
     size = format_size(sum(each.size for each in gone))
     return f"removed the output of {len(gone)} jobs, {size}"

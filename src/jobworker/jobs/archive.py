@@ -22,6 +22,7 @@ import trio
 from attrs import define, evolve, field
 
 from jobworker.errors import JobworkerError, NotFound, OutOfDescriptors, TooManyFollows
+from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
@@ -59,6 +60,7 @@ class Archive:
     _not_taken_up: set[JobId] = field(factory=set, init=False)
     """Ended jobs whose output could not be looked at for want of descriptors."""
     _kept: KeptOutput = field(init=False)
+    _ages: AgeClock = field(init=False)
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
@@ -67,7 +69,10 @@ class Archive:
     _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._kept = KeptOutput(self._spools, seals=True)
+        self._ages = AgeClock(self._spools.with_name(FILE))
+        self._kept = KeptOutput(
+            self._spools, seals=True, clock_ns=self._ages.now_ns, steady_ns=self._ages.steady_ns
+        )
 
     @property
     def room(self) -> OutputRoom:
@@ -77,6 +82,8 @@ class Archive:
     async def load(self, live: Container[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
         await self._in_thread(partial(self._kept.load, live))
+        newest = max((kept.ended_ns for kept in self._kept.all.values()), default=0)
+        await self._in_thread(partial(self._ages.begin, newest))
         self._budget.count(sum(kept.size for kept in self._kept.all.values()))
         with_output = await self._history.with_output()
         await self._note_removals(await self._in_thread(partial(self._kept.missing, with_output)))
@@ -117,7 +124,7 @@ class Archive:
     async def _take_up(self, job: JobId) -> None:
         self._not_taken_up.discard(job)
         try:
-            await self._in_thread(partial(self._kept.add, job))
+            await self._in_thread(partial(self._kept.add, job, ends_now=True))
         except OutOfDescriptors:
             self._not_taken_up.add(job)
 

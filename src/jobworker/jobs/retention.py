@@ -19,6 +19,7 @@ from pathlib import Path
 from attrs import define, field, frozen
 
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
+from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
 from jobworker.jobs.output_directory import disk_errors
 from jobworker.model.job import JobId
@@ -68,6 +69,8 @@ class KeptOutput:
     _seals: bool = False
     """Whether whoever writes is in this process: what is taken up has ended then, sealed or not."""
     _clock_ns: Callable[[], int] = time.time_ns
+    _steady_ns: Callable[[], int] | None = None
+    """When a job that ends now ends; its own records may say otherwise, by a clock set back."""
     _kept: dict[JobId, Kept] = field(factory=dict, init=False)
 
     @property
@@ -84,8 +87,8 @@ class KeptOutput:
             if name.isascii() and name.isdigit() and int(name) not in live:
                 self.add(JobId(int(name)))
 
-    def add(self, job: JobId) -> None:
-        """Take up a job that has ended, where it left output.
+    def add(self, job: JobId, *, ends_now: bool = False) -> None:
+        """Take up a job that has ended (`ends_now`: just so), where it left output.
 
         Raises OutOfDescriptors: then it has to be taken up later.
         """
@@ -99,7 +102,21 @@ class KeptOutput:
             raise
         except JobworkerError:
             return  # live, gone, or unreadable: nothing that may be removed
+        with suppress(OSError):
+            ended_ns = max(ended_ns, self._second_witness(directory, ended_ns, ends_now))
         self._kept[job] = Kept(job, ended_ns, size)
+
+    def _second_witness(self, directory: Path, ended_ns: int, ends_now: bool) -> int:
+        """When a directory was changed last, which no end comes before.
+
+        Where a job ends while the clock is set back, that is set right: or its output would be old
+        as soon as the clock is right again.
+        """
+        if ends_now and self._steady_ns is not None:
+            now_ns = self._steady_ns()
+            if ended_ns < now_ns - TOLERANCE_NS:
+                os.utime(directory, ns=(now_ns, now_ns), follow_symlinks=False)
+        return directory.stat(follow_symlinks=False).st_mtime_ns
 
     def remove(self, job: JobId, *, force: bool = False) -> int:
         """Remove a job's output: the bytes that it had, 0 where there was none.

@@ -83,11 +83,17 @@ def lock_ids(settings: Settings) -> LockedIds:
         return LockedIds(first, os.dup(descriptor))
 
 
+def job_ids(settings: Settings) -> Span:
+    """The ids of all jobs of these settings."""
+    first = settings.sandbox.first_uid
+    return Span(first, first + places_of(settings) * IDS_PER_JOB - 1)
+
+
 def places_of(settings: Settings) -> int:
     """How many ranges of ids the jobs of these settings may have at a time."""
     worker, sandbox = settings.worker, settings.sandbox
     # The launcher never keeps more spares than jobs may run.
-    return worker.max_concurrent_jobs + sandbox.spares
+    return worker.max_concurrent_jobs + min(sandbox.spares, worker.max_concurrent_jobs)
 
 
 @contextmanager

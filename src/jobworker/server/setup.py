@@ -37,7 +37,7 @@ from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import promise_warnings
 from jobworker.server.door import Fittings
-from jobworker.server.id_ranges import lock_ids, places_of
+from jobworker.server.id_ranges import Span, job_ids, lock_ids
 from jobworker.server.notify import Notifier
 from jobworker.server.reader import Reader, configured_files, start_reader
 from jobworker.server.state_directory import (
@@ -108,7 +108,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         step_into_leaf()
         launcher, settings, differences = _open_launcher(settings, state)
         undo.callback(launcher.close)
-        uid, gid = service_ids(settings)
+        uid, gid = service_ids(settings, _job_ids(launcher))
         make_service_directory(state, uid, gid)
         notifier = Notifier()
         _give_up_root(uid, gid)
@@ -218,17 +218,41 @@ def policy_for(settings: Settings, state: Path) -> Policy:
     )
 
 
-def service_ids(settings: Settings) -> tuple[int, int]:
-    """The user and group that the service becomes. Raises ConfigError."""
+def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]:
+    """The user and group that the service becomes. Raises ConfigError.
+
+    `jobs` are the ids that the launcher gives to jobs, where it was started with other settings.
+    """
     wanted = settings.worker.user
     if os.geteuid() != 0:
         return _own_ids(wanted)
+    is_known = jobs is not None or settings.sandbox.first_uid > 0  # else it is what will be free
+    jobs = jobs or job_ids(settings)
+    uid, gid = _wanted_ids(wanted, jobs)
+    if is_known and jobs.first <= uid <= jobs.last:
+        raise ConfigError(
+            f"cannot run the service as user {wanted}: jobs have the ids {jobs.first} to "
+            f"{jobs.last}",
+            remedy="set worker.user to another user or to 'auto', or sandbox.first_uid to ids that "
+            "no user has",
+        )
+    return uid, gid
+
+
+def _job_ids(launcher: OpenedLauncher) -> Span | None:
+    """The ids of the jobs of a launcher, which may have been started with older settings."""
+    first, jobs, spares = (launcher.policy.get(key) for key in ("first_uid", "max_jobs", "spares"))
+    if isinstance(first, int) and isinstance(jobs, int) and isinstance(spares, int):
+        return Span(first, first + (jobs + spares) * IDS_PER_JOB - 1)
+    return None
+
+
+def _wanted_ids(wanted: str, jobs: Span) -> tuple[int, int]:
     if wanted == "auto":
         try:
             entry = pwd.getpwnam(SERVICE_USER)
         except KeyError:
-            alone = settings.sandbox.first_uid + places_of(settings) * IDS_PER_JOB
-            return alone, alone
+            return jobs.last + 1, jobs.last + 1
         return entry.pw_uid, entry.pw_gid
     if wanted.isascii() and wanted.isdigit():
         if not 0 < int(wanted) < (1 << 32) - 2:

@@ -1,0 +1,103 @@
+"""A service whose time of day is wrong by 40 days, at its start and while it runs, loses nothing.
+
+No namespace has a time of day of its own (time_namespaces(7)), so the service gets a library in
+front of libc's that moves what clock_gettime(2) says of CLOCK_REALTIME by what a file says.
+"""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from jobworker.cli.embedded import open_embedded
+from jobworker.errors import HostUnsupported
+
+from .conftest import left_behind
+from .test_takeover import start, until_bigger
+from .wire import Wire, open_wire
+
+SHIM = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    long result = syscall(SYS_clock_gettime, clock, now);
+    const char *path = getenv("CLOCK_MOVED_BY");
+    if (result == 0 && clock == CLOCK_REALTIME && path) {
+        char text[32] = {0};
+        int file = open(path, O_RDONLY | O_CLOEXEC);
+        if (file >= 0) {
+            if (read(file, text, sizeof text - 1) > 0)
+                now->tv_sec += atol(text);
+            close(file);
+        }
+    }
+    return result;
+}
+"""
+DAYS = 40 * 24 * 3600
+EXTRA: dict[str, dict[str, object]] = {
+    "worker": {"keep_output_age": "30d", "max_concurrent_jobs": 1, "job_timeout": "1h"}
+}
+
+
+@pytest.fixture
+def moved_by(open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that says by how many seconds the services' time of day is wrong."""
+    directory = open_directory()
+    (directory / "shim.c").write_text(SHIM)
+    library, file = directory / "shim.so", directory / "moved-by"
+    build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(directory / "shim.c")]
+    subprocess.run(build, check=True)
+    file.write_text("0")
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("CLOCK_MOVED_BY", str(file))
+    return file
+
+
+async def prune(wire: Wire) -> object:
+    return (await wire.call("job.prune"))["jobs"]
+
+
+@pytest.mark.parametrize("moved", [DAYS, -DAYS])
+async def test_wrong_clock_deletes_and_ends_nothing(
+    open_directory: Callable[[], Path], moved_by: Path, moved: int
+) -> None:
+    directory = open_directory()
+    async with open_embedded(directory, EXTRA) as service, open_wire(service) as wire:
+        ended = await wire.start("echo", "kept")
+        before = await wire.call("job.wait", id=ended)
+        running = await start(wire, "echo up; exec sleep 100000")
+        await until_bigger(wire, running, 0)
+        waiting = await wire.start("echo", "waited")
+        assert await prune(wire) == []
+        moved_by.write_text(str(moved))
+        assert await prune(wire) == []
+        states = [(await wire.call("job.status", id=n))["state"] for n in (running, waiting)]
+        assert states == ["RUNNING", "PENDING"]
+        await wire.call("job.stop", id=running)
+        with trio.fail_after(20):
+            late = await wire.call("job.wait", id=waiting)
+        assert str(late["ended_at"])[:7] != str(before["ended_at"])[:7], "the clock is wrong"
+        assert await prune(wire) == []
+    if moved < 0:  # its certificates are not valid yet
+        with pytest.raises(HostUnsupported, match="check the clock"):
+            async with open_embedded(directory, EXTRA):
+                pass
+        moved_by.write_text("0")
+    async with open_embedded(directory, EXTRA) as service, open_wire(service) as wire:
+        assert await prune(wire) == []
+        moved_by.write_text("0")
+        assert await prune(wire) == []
+    async with open_embedded(directory, EXTRA) as service, open_wire(service) as wire:
+        assert await wire.call("job.status", id=ended) == before
+        for job, words in ((ended, b"kept\n"), (waiting, b"waited\n")):
+            result = await wire.call("job.log", id=job)
+            assert (await wire.output(result["subscription"]))[0] == words
+    assert left_behind(directory) == []
