@@ -103,7 +103,7 @@ NAMESPACES = (
 LIMITS = tuple(
     Mutant(f"no limit {name}", PLAN, f'    s.SetResourceLimit("RLIMIT_{name}", {limits}),\n', "")
     for name, limits in (
-        *(("CORE", "0, 0"), ("NOFILE", "1024, 524_288"), ("MEMLOCK", "8 << 20, 8 << 20")),
+        *(("CORE", "0, 0"), ("NOFILE", "1024, 65_536"), ("MEMLOCK", "8 << 20, 8 << 20")),
         *(("MSGQUEUE", "819_200, 819_200"), ("NICE", "0, 0"), ("RTPRIO", "0, 0")),
     )
 )

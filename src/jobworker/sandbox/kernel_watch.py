@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 from jobworker.sandbox import channel, kernel_memory
+from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import Chores
@@ -67,6 +68,8 @@ class KernelWatch:
 
     def _judge(self, outcome: channel.Message) -> None:
         self._measuring = False
+        if "errno" in outcome:
+            say(f"cannot measure jobs' kernel memory: {outcome}")
         held = outcome.get("held", [])
         assert isinstance(held, list)
         running = self._running()
@@ -84,4 +87,10 @@ class KernelWatch:
 
 
 def _measure(first_processes: dict[int, int]) -> channel.Message:
+    """In a process: with a /proc of its own, which goes with it.
+
+    What is looked up in the launcher's, the launcher would have to forget when it collects the job.
+    """
+    sc.unshare(sc.CLONE_NEWNS)
+    sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
     return {"held": list(kernel_memory.measure(first_processes).items())}

@@ -1,10 +1,10 @@
 """Ended jobs' first processes, collected a little later than their status is read.
 
 Collecting a process, waitid(2), has the kernel forget what /proc showed of it. A job can make that
-long: a look at each of 20,000 descriptors in /proc/1/fd took 30 ms then, and there may be 25 times
-as many. The job's own /proc goes with its mounts, which the kernel lets go of a moment after the
-last process has ended; then there is nothing left to forget. A process that has ended and was not
-collected takes a number, and no control group waits for it.
+long: a look at each of 20,000 descriptors in /proc/1/fd took 30 ms then. The job's own /proc goes
+with its mounts, mostly within a moment after the last process has ended; then there is nothing left
+to forget. Where it is not gone after the delay, the limit on open files bounds it. A process that
+has ended and was not collected takes a number, and no control group waits for it.
 
 Standard library only.
 """
