@@ -15,7 +15,6 @@ validators, which raise ValueError or TypeError.
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
@@ -31,6 +30,7 @@ from cattrs.errors import (
 
 from jobworker import exact
 from jobworker.errors import InvalidParams, MalformedJSON
+from jobworker.patient_json import PatientDecoder
 
 T = TypeVar("T")
 
@@ -96,6 +96,8 @@ def _make_converter() -> cattrs.Converter:
         def hook(value: object, _: Any) -> Any:
             if type(value) is not list:
                 raise TypeError(f"must be a list, not {exact.kind(value)}")
+            if kind is str and exact.are_strings(value):
+                return tuple(value)
             return tuple(made for _, made in _each(cls, enumerate(value), plain, kind))
 
         return hook
@@ -108,6 +110,8 @@ def _make_converter() -> cattrs.Converter:
         def hook(value: object, _: Any) -> Any:
             if type(value) is not dict:
                 raise TypeError(f"must be an object, not {exact.kind(value)}")
+            if keys is kind is str and exact.are_strings(value, value.values()):
+                return dict(value)
             sound = _each(cls, zip(value, value, strict=True), plain_key, keys)
             return {
                 key: made
@@ -127,18 +131,15 @@ def _make_converter() -> cattrs.Converter:
         def hook(value: object, cls: type[T]) -> T:
             if type(value) is not dict:
                 raise TypeError(f"must be an object, not {exact.kind(value)}")
-            faults: list[Exception] = []
-            made: T | None = None
-            try:
-                with attrs.validators.disabled():
-                    made = plain(value, cls)
-            except cattrs.ClassValidationError as group:
-                faults.extend(group.exceptions)
-            values = {a.name: getattr(made, a.name) for a in attrs.fields(cls)} if made else value  # type: ignore[arg-type]
-            faults.extend(_out_of_bounds(inner, cls, values, structured=made is not None))
-            if made is None or faults:
+            if faults := _too_many(cls, value):
                 raise cattrs.ClassValidationError("", faults, cls)
-            return made
+            try:
+                return plain(value, cls)
+            except cattrs.ClassValidationError as group:
+                faults = [fault for fault in group.exceptions if _has_place(fault)]
+                others = group.exceptions
+            faults.extend(_out_of_bounds(inner, cls, value))
+            raise cattrs.ClassValidationError("", faults or others, cls)
 
         return hook
 
@@ -148,9 +149,32 @@ def _make_converter() -> cattrs.Converter:
     return converter
 
 
-def _out_of_bounds(
-    converter: cattrs.Converter, cls: Any, values: Mapping[str, object], *, structured: bool
-) -> list[Exception]:
+def _too_many(cls: Any, values: Mapping[str, object]) -> list[Exception]:
+    """The faults of lists and objects that have more entries than a class's validators allow.
+
+    Counting costs nothing, and what has too many is not looked at further.
+    """
+    faults: list[Exception] = []
+    for attribute in attrs.fields(cls):
+        stated = getattr(attribute.validator, "schema", {})
+        most = stated.get("maxItems", stated.get("maxProperties"))
+        value = values.get(attribute.name)
+        if most is not None and isinstance(value, list | dict) and len(value) > most:
+            fault = ValueError(f"must have at most {most} entries, not {len(value)}")
+            fault.add_note(AttributeValidationNote("", attribute.name, attribute.type))
+            faults.append(fault)
+    return faults
+
+
+def _has_place(fault: Exception) -> bool:
+    """Whether a fault is a value's own: a validator's says nothing of where it was met."""
+    notes = getattr(fault, "__notes__", ())
+    return isinstance(fault, ForbiddenExtraKeysError | KeyError) or any(
+        isinstance(note, AttributeValidationNote) for note in notes
+    )
+
+
+def _out_of_bounds(converter: cattrs.Converter, cls: Any, values: Any) -> list[Exception]:
     """Run the validators of a class on what is given, all of them: attrs stops at the first fault.
 
     Values of the wrong type, told of already, are passed over.
@@ -159,10 +183,8 @@ def _out_of_bounds(
     for attribute in attrs.fields(cls):
         if attribute.validator is None or attribute.name not in values:
             continue
-        value = values[attribute.name]
         try:
-            if not structured:
-                value = converter.structure(value, attribute.type)
+            value = converter.structure(values[attribute.name], attribute.type)
         except (cattrs.BaseValidationError, TypeError, ValueError, KeyError):
             continue
         try:
@@ -260,44 +282,50 @@ _decoder = json.JSONDecoder(
     object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
 )
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
-_BRACKET = re.compile(r"[\[{\]}]")
-
-
-def _check_shape(text: str) -> None:
-    """Raise ValueError for what is nested deeper, or holds more values, than is taken.
-
-    Before parsing, since making millions of objects of a few megabytes stalls everyone else.
-    Strings are taken out first, by one pass that cannot backtrack; one that does not end (the
-    parser will say so) reaches to the end of the text. A text with few brackets and commas, as
-    nearly all have, is not looked at further.
-    """
-    brackets = text.count("[") + text.count("{")
-    if brackets <= MAX_DEPTH and brackets + text.count(",") <= MAX_VALUES:
-        return
-    bare = _STRING.sub("", text)
-    if bare.count("[") + bare.count("{") + bare.count(",") > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES} values")
-    depth = 0
-    for bracket in _BRACKET.finditer(bare):
-        depth += 1 if bracket[0] in "[{" else -1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+LONG_CHARACTERS = 16_384
+"""A text that is longer takes milliseconds to decode: in a thread, where others wait."""
 
 
 def loads(text: str, *, bounded: bool = False) -> object:
     """Parse one JSON text; raises MalformedJSON that says where it is none.
 
-    `bounded` takes at most `MAX_DEPTH` levels and `MAX_VALUES` values: for what strangers send.
+    `bounded` takes at most `MAX_DEPTH` levels and `MAX_VALUES` values: for what strangers send. A
+    long text is decoded such that other threads run meanwhile.
     """
     try:
-        if bounded:
-            _check_shape(text)
-        return _decoder.decode(text)
+        if bounded and len(text) > LONG_CHARACTERS:
+            return _patient_decoder(text).decode()
+        value = _decoder.decode(text)
+        if bounded and text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(value)
+        return value
     except RecursionError:
         raise MalformedJSON("cannot read the message: it is nested too deeply") from None
     except ValueError as error:
         raise MalformedJSON(f"cannot read the message as JSON: {error}") from None
+
+
+def _patient_decoder(text: str) -> PatientDecoder:
+    return PatientDecoder(
+        text=text,
+        object_pairs_hook=_no_duplicates,
+        parse_constant=_no_constant,
+        parse_float=_finite,
+        max_depth=MAX_DEPTH,
+        max_values=MAX_VALUES,
+    )
+
+
+def _check_depth(value: object) -> None:
+    """Raise ValueError for what is nested deeper than is taken: a level at a time."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        level = [
+            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+        ]
 
 
 def dumps(value: object) -> str:

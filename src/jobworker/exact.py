@@ -4,6 +4,7 @@ Each answers the value or raises TypeError or ValueError that says what it must 
 """
 
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, get_args
@@ -60,6 +61,18 @@ def string(value: object, _: object) -> str:
     except UnicodeEncodeError:
         raise ValueError("must be Unicode text: it holds a lone surrogate") from None
     return value
+
+
+def are_strings(*values: Iterable[object]) -> bool:
+    """Whether all of them are what `string` takes; much faster for many than one by one."""
+    for each in values:
+        if not set(map(type, each)) <= {str}:
+            return False
+        try:
+            "".join(each).encode("utf-8")  # type: ignore[arg-type]
+        except UnicodeEncodeError:
+            return False
+    return True
 
 
 def member(value: object, cls: type[Enum]) -> Enum:

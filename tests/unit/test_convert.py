@@ -262,9 +262,9 @@ def test_json_comes_back_as_it_was_in_one_line(value: object) -> None:
     [
         ("[" * 33 + "]" * 33, "nested deeper than 32 levels"),
         ('{"a":' * 33 + "1" + "}" * 33, "nested deeper than 32 levels"),
-        ("[" * 4_000_000, "more than 100000 values"),
+        ("[" * 4_000_000, "nested deeper than 32 levels"),
         ("[" + "1," * 100_000 + "1]", "more than 100000 values"),
-        ("[" + "[]," * 60_000 + "[]]", "more than 100000 values"),
+        ("[" + "[]," * 110_000 + "[]]", "more than 100000 values"),
         ('"' + '\\"' * 100_000 + "[" * 100, "Unterminated string"),
         ("[" * 40 + '"' + '\\"' * 100_000, "nested deeper"),
     ],

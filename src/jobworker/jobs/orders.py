@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from datetime import datetime
 
-from attrs import evolve
-
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.sandbox import cgroups
 from jobworker.sandbox.plan import Order
@@ -14,9 +12,10 @@ def first_record(
     job: JobId, spec: JobSpec, owner: str, *, timeout_seconds: float, now: datetime
 ) -> JobRecord:
     """The record of a job that has just come; `timeout_seconds` is for one that names none."""
-    if spec.timeout_seconds is None:
-        spec = evolve(spec, timeout_seconds=timeout_seconds)
-    return JobRecord(id=job, spec=spec.without_secrets(), owner=owner, created_at=now)
+    if spec.timeout_seconds is not None:
+        timeout_seconds = spec.timeout_seconds
+    shown = spec.without_secrets(timeout_seconds=timeout_seconds)
+    return JobRecord(id=job, spec=shown, owner=owner, created_at=now)
 
 
 def order_of(spec: JobSpec, job: JobId, secret_environment: Mapping[str, str]) -> Order:

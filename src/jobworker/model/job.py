@@ -6,10 +6,10 @@ in the history and in the client's API, so that a bound is stated once.
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from enum import Enum
-from typing import Literal, NewType
+from typing import Any, Literal, NewType
 
 import attrs
 from attrs import field, frozen
@@ -43,6 +43,7 @@ MAX_ID = 65_535
 """The last of the user and group ids that a job has of its own."""
 MAX_DETAIL = 4096
 """Characters of what is said of an end."""
+MAX_SIGNAL_LENGTH = 32
 MASK = "***"
 
 Network = Literal["host", "none", "private"]
@@ -50,6 +51,8 @@ Part = Literal["command", "environment", "secret_environment", "workdir", "label
 """A part of a request that may be too long to be told often."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_IN_VARIABLES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_\n"
+_NO_VARIABLE = re.compile(rb"\n[0-9\n]")
 
 
 class Stream(Enum):
@@ -107,6 +110,23 @@ class Limits:
         )
 
 
+def _are_texts(values: Collection[str]) -> bool:
+    """Whether all of many values surely pass `_text`: looked at together, since that is fast.
+
+    A variable's name may stand before each of them.
+    """
+    longest = max(map(len, values), default=0)
+    return 4 * longest <= MAX_ARGUMENT_BYTES // 2 and "\0" not in "".join(values)
+
+
+def _are_variables(names: Collection[str]) -> bool:
+    """Whether all of many names surely are names of variables."""
+    lines = "\n".join(["", *names, "x"]).encode("utf-8", "replace")
+    if lines.count(b"\n") > len(names) + 1 or _NO_VARIABLE.search(lines):
+        return False
+    return not lines.translate(None, _IN_VARIABLES)
+
+
 def _text(what: str, value: str) -> None:
     if "\0" in value:
         raise ValueError(f"{what} holds a NUL character, which no program can be given")
@@ -115,18 +135,28 @@ def _text(what: str, value: str) -> None:
         raise ValueError(f"{what} has {size} bytes; the kernel takes {MAX_ARGUMENT_BYTES}")
 
 
+def _bytes_of(texts: Collection[str]) -> int:
+    """What texts take as C strings, each with its closing NUL."""
+    return len("".join(texts).encode()) + len(texts)
+
+
 @states(minItems=1, maxItems=MAX_ARGUMENTS, items={"maxLength": MAX_ARGUMENT_BYTES})
 def _check_command(_: object, __: object, value: tuple[str, ...]) -> None:
     if not value or not value[0]:
         raise ValueError("is empty: name the program to run")
     if len(value) > MAX_ARGUMENTS:
         raise ValueError(f"has {len(value)} arguments; at most {MAX_ARGUMENTS} are taken")
+    if _are_texts(value):
+        return
     for number, argument in enumerate(value):
         _text(f"argument {number}", argument)
 
 
 @states(propertyNames={"pattern": f"^{_VARIABLE.pattern}$"})
 def _check_environment(_: object, __: object, value: Mapping[str, str]) -> None:
+    longest = max(map(len, value), default=0)
+    if longest < MAX_ARGUMENT_BYTES // 8 and _are_variables(value) and _are_texts(value.values()):
+        return
     for name, content in value.items():
         if not _VARIABLE.fullmatch(name):
             raise ValueError(f"{name!r} is not a name for a variable (letters, digits and _)")
@@ -191,9 +221,8 @@ class JobSpec:
 
     def check_size(self) -> None:
         """Raise TooLarge if arguments and environment are beyond `MAX_ARGUMENTS_BYTES`."""
-        total = sum(len(argument.encode()) + 1 for argument in self.command)
         variables = {**self.environment, **self.secret_environment}
-        total += sum(len(k.encode()) + len(v.encode()) + 2 for k, v in variables.items())
+        total = _bytes_of(self.command) + _bytes_of(variables) + _bytes_of(variables.values())
         if total > MAX_ARGUMENTS_BYTES:
             raise TooLarge(
                 f"cannot run the command: arguments and environment have {total} bytes, "
@@ -201,9 +230,13 @@ class JobSpec:
                 remedy="put the data into a file or read it from a program",
             )
 
-    def without_secrets(self) -> "JobSpec":
-        """The request as it may be shown and stored: values of secret variables are masked."""
-        return attrs.evolve(self, secret_environment=dict.fromkeys(self.secret_environment, MASK))
+    def without_secrets(self, **changes: Any) -> "JobSpec":
+        """The request as it may be shown and stored: values of secret variables are masked.
+
+        `changes` are other fields to set, at the same time: each copy checks every bound anew.
+        """
+        masked = dict.fromkeys(self.secret_environment, MASK)
+        return attrs.evolve(self, secret_environment=masked, **changes)
 
 
 @frozen(kw_only=True)
@@ -263,15 +296,10 @@ class JobRecord:
         return self.state in TERMINAL
 
 
-LOST_WRITES = "is lost: the host could not write it"
-"""How `detail` ends of a job that lost some of what it wrote."""
-
-
 def shell_exit_code(record: JobRecord) -> int:
     """The code by which a shell would tell how an ended job went.
 
     0 for COMPLETED; the job's own code; 124 on time-out (timeout(1)); 137 on OOM;
-    74 (EX_IOERR, sysexits.h) where it ended with 0 and lost what it wrote;
     128 + N on signal N, also where a stop caused it; 127 or 126 where the program could not
     be executed; 125 where the job ended without ever having run.
     """
@@ -279,8 +307,6 @@ def shell_exit_code(record: JobRecord) -> int:
         return 124
     if record.reason is Reason.OOM:
         return 128 + signal.SIGKILL
-    if record.exit_code == 0 and LOST_WRITES in record.detail:
-        return 74
     if record.exit_code is not None:
         return record.exit_code
     if record.signal is not None:
@@ -297,6 +323,6 @@ def parse_signal(name: str) -> signal.Signals:
         return signal.Signals[upper if upper.startswith("SIG") else f"SIG{upper}"]
     except (KeyError, ValueError):
         raise InvalidParams(
-            f"cannot send the signal {name!r}: no such signal",
+            f"cannot send the signal {name[:MAX_SIGNAL_LENGTH]!r}: no such signal",
             remedy="name one as kill(1) does, such as TERM, INT or 15",
         ) from None

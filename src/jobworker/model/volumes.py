@@ -40,6 +40,7 @@ class VolumeMount:
         return self.path or default_place(self.name)
 
 
+@states(maxItems=MAX_VOLUMES)
 def check_mounts(_: object, __: object, value: tuple[VolumeMount, ...]) -> None:
     """Be a validator of attrs: none twice, and none in the way of another one."""
     if len(value) > MAX_VOLUMES:
@@ -64,7 +65,5 @@ class Volume:
     size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
     used_bytes: int = field(default=0, validator=within(0, 1 << 60))
     """What it takes on the host's disk."""
-    thin: bool = False
-    """Whether it takes what is written to it, and not its size at once."""
     jobs: int = field(default=0, validator=within(0, 1 << 30))
     """How many live jobs have it."""

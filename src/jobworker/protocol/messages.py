@@ -66,7 +66,6 @@ class RunResult:
 
     job: JobRecord
     subscription: int | None = None
-    """Null also where the output could not be followed at once: the service ends, say."""
 
 
 @frozen(kw_only=True)
@@ -114,7 +113,7 @@ class StopParams:
 class ListParams:
     """List jobs, newest first."""
 
-    states: tuple[State, ...] = ()
+    states: tuple[State, ...] = field(default=(), validator=at_most(len(State)))
     """Only jobs in these; empty stands for all."""
     labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
     """Only jobs that have all of these."""
@@ -195,7 +194,9 @@ class LogParams:
     """The same, so long ago by the server's clock."""
     starts: tuple[StreamStart, ...] = field(factory=tuple, validator=at_most(len(Stream)))
     """To go on: those that `job.log` answered, of streams of which nothing has come yet."""
-    streams: tuple[Stream, ...] = (Stream.STDOUT, Stream.STDERR)
+    streams: tuple[Stream, ...] = field(
+        default=(Stream.STDOUT, Stream.STDERR), validator=at_most(len(Stream))
+    )
     coalesce: bool = True
     """Join what was written at different times into one piece; else each has its own time."""
     delivery: Delivery = Delivery()
@@ -282,8 +283,6 @@ class VolumeSpec:
 
     name: str = field(validator=check_name)
     size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
-    thin: bool = False
-    """Whether it takes what is written to it from the server's disk, and not its size at once."""
 
 
 @frozen(kw_only=True)

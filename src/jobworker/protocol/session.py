@@ -18,14 +18,14 @@ it is answered, is the caller's business.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from attrs import define, field, frozen
 
-from jobworker.convert import dumps, loads, structure, unstructure
+from jobworker.convert import LONG_CHARACTERS, dumps, loads, structure, unstructure
 from jobworker.errors import (
     InternalError,
     InvalidParams,
@@ -70,6 +70,18 @@ class Refusal:
     message: str | None
     """None where the fault is a notification's."""
     error: JobworkerError
+    method: Method | None = None
+    """What was asked for, where that is known."""
+    id: CallId = None
+    """What the message answers; None also where the request had none."""
+
+
+Denied = Callable[[Method], JobworkerError | None]
+"""Why the client may not call a method, if it may not."""
+
+
+def _nothing_is_denied(_: Method) -> None:
+    return None
 
 
 @frozen
@@ -86,22 +98,18 @@ class ServerSession:
     _max_in_flight: int = MAX_IN_FLIGHT
     _in_flight: set[CallId] = field(factory=set, init=False)
 
-    def receive(self, message: str | bytes) -> Call | Refusal:
+    def receive(self, message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
         """What a message asks for, or the error to send back at once."""
-        id_: CallId = None
-        answered = True
-        try:
-            request = _object(message, bounded=True)
-            if "id" in request:
-                id_ = _checked_id(request["id"])
-            name = _checked_envelope(request)
-            answered = "id" in request
-            method, params = _checked_call(name, request.get("params", {}))
-            if answered:
-                self._admit(id_)
-        except JobworkerError as error:
-            return Refusal(self._error(id_, error) if answered else None, error)
-        return Call(id_, method, params, answered)
+        return self.admit(read_request(message, denied))
+
+    def admit(self, request: Call | Refusal) -> Call | Refusal:
+        """Take a request that was read, if there is room for one more."""
+        if isinstance(request, Call) and request.answered:
+            try:
+                self._admit(request.id)
+            except JobworkerError as error:
+                return Refusal(error_message(request.id, error), error, request.method, request.id)
+        return request
 
     def _admit(self, id_: CallId) -> None:
         if id_ in self._in_flight:
@@ -122,14 +130,46 @@ class ServerSession:
     def error(self, id_: CallId, error: JobworkerError) -> str:
         """The reply to a call that failed."""
         self._in_flight.discard(id_)
-        return self._error(id_, error)
+        return error_message(id_, error)
 
-    def _error(self, id_: CallId, error: JobworkerError) -> str:
-        data: dict[str, object] = {"name": error.name, **error.data}
-        if error.remedy:
-            data["remedy"] = error.remedy
-        body = {"code": error.code, "message": error.message, "data": data}
-        return dumps({"jsonrpc": "2.0", "id": id_, "error": body})
+
+def error_message(id_: CallId, error: JobworkerError) -> str:
+    """The reply that tells an error."""
+    data: dict[str, object] = {"name": error.name, **error.data}
+    if error.remedy:
+        data["remedy"] = error.remedy
+    body = {"code": error.code, "message": error.message, "data": data}
+    return dumps({"jsonrpc": "2.0", "id": id_, "error": body})
+
+
+def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
+    """Read what a message asks for. Pure, so that a thread may read a large one.
+
+    A client is told that it may not call a method before anything is told of the parameters, and
+    before they are looked at where that takes long.
+    """
+    id_: CallId = None
+    answered = True
+    method: Method | None = None
+    try:
+        request = _object(message, bounded=True)
+        if "id" in request:
+            id_ = _checked_id(request["id"])
+        name = _checked_envelope(request)
+        answered = "id" in request
+        method = _method_called(name)
+        refused = denied(method)
+        if refused is not None and len(message) > LONG_CHARACTERS:
+            raise refused
+        try:
+            params: object = structure(method.params, request.get("params", {}))
+        except InvalidParams as error:
+            raise refused or InvalidParams(
+                f"cannot call {name}: {error.message}", data=error.data
+            ) from None
+    except JobworkerError as error:
+        return Refusal(error_message(id_, error) if answered else None, error, method, id_)
+    return Call(id_, method, params, answered)
 
 
 def encode_output(header: OutputHeader, data: bytes | bytearray) -> str:
@@ -152,16 +192,9 @@ def _told(header: OutputHeader) -> str:
     )
 
 
-def encode_output_end(end: OutputEnd, job: str | None = None) -> str:
-    """The message for the end of a subscription; `job` is the JSON of its job, if that is made.
-
-    A thousand subscriptions may end at once, with the same job.
-    """
-    told = dumps(unstructure(end.job)) if job is None else job
-    return (
-        f'{{"jsonrpc":"2.0","method":"{OUTPUT_END}","params":{{"subscription":{end.subscription},'
-        f'"offset":{end.offset},"job":{told},"error":{dumps(unstructure(end.error))}}}}}'
-    )
+def encode_output_end(end: OutputEnd) -> str:
+    """The message for the end of a subscription."""
+    return dumps({"jsonrpc": "2.0", "method": OUTPUT_END, "params": unstructure(end)})
 
 
 @frozen
@@ -306,17 +339,14 @@ def _checked_envelope(request: Mapping[str, object]) -> str:
     return name
 
 
-def _checked_call(name: str, params: object) -> tuple[Method, object]:
+def _method_called(name: str) -> Method:
     method = METHODS.get(name)
     if method is None:
         raise UnknownMethod(
             f"cannot call {name[:64]!r}: no such method",
             remedy="the methods are " + ", ".join(sorted(METHODS)),
         )
-    try:
-        return method, structure(method.params, params)
-    except InvalidParams as error:
-        raise InvalidParams(f"cannot call {name}: {error.message}", data=error.data) from None
+    return method
 
 
 def _taken(cls: type[T], value: object) -> T:

@@ -22,11 +22,19 @@ _EFFECTIVE = {False: "cpuset.effective_cpus", True: "cpuset.cpus.effective"}
 
 
 def parse_cores(text: str) -> frozenset[int]:
-    """The cores of a list such as "0-3,5"; raises ValueError."""
-    found: set[int] = set()
+    """The cores of a list such as "0-3,5"; raises ValueError.
+
+    Each core is counted once, however often the list has it: ranges that overlap are joined first.
+    """
+    spans = []
     for part in text.split(",") if text else ():
         first, dash, last = part.partition("-")
-        found.update(range(int(first), int(last if dash else first) + 1))
+        spans.append((int(first), int(last if dash else first)))
+    found: set[int] = set()
+    beyond = 0
+    for low, high in sorted(spans):
+        found.update(range(max(low, beyond), high + 1))
+        beyond = max(beyond, high + 1)
     return frozenset(found)
 
 

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jobworker.errors import ProtocolError
 
@@ -29,13 +29,24 @@ ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 _INLINE, _ATTACHED = b"i", b"a"
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 Ancillary = list[tuple[int, int, bytes]]
 Message = dict[str, object]
 
 
 def encode(message: Message, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, list[int]]:
     """The packet and ancillary data of `message`, and the descriptors to close once it is sent."""
-    body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    return pack(_ENCODER.encode(message).encode(), descriptors)
+
+
+def pieces(message: Message) -> Iterator[str]:
+    """The body of a message in small pieces, for a sender that does other things in between."""
+    return _ENCODER.iterencode(message)
+
+
+def pack(body: bytes, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, list[int]]:
+    """As `encode`, of a body that is encoded already."""
     if len(body) > MAX_BODY_BYTES:
         raise ProtocolError(f"cannot send a message of {len(body)} bytes: the bound is 4 MiB")
     packet, passed, mine = _INLINE + body, list(descriptors), []

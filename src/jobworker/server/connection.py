@@ -165,15 +165,15 @@ async def _serve_websocket(
         request = await trio_websocket.wrap_server_stream(
             nursery,
             stream,
-            message_queue_size=4,
+            message_queue_size=0,  # what waits for its turn stays with the client
             max_message_size=context.admission.limits.max_message_bytes,
             receive_buffer_size=RECORD_BYTES,
         )
         socket_ = await request.accept(subprotocol=SUBPROTOCOL)
         arrival.finish()
-        stream.check = partial(_check_fragments, socket_)
         log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
         conversation = Conversation(FramedSocket(socket_, stream), visitor, context)
+        stream.check = partial(_check_parts, socket_, conversation)
         nursery.start_soon(conversation.end_when_dismissed)
         try:
             await conversation.serve()
@@ -185,7 +185,13 @@ async def _serve_websocket(
             nursery.cancel_scope.cancel()
 
 
-def _check_fragments(socket_: trio_websocket.WebSocketConnection) -> None:
-    """Raise BrokenResourceError for a message that comes in more frames than are taken."""
+async def _check_parts(
+    socket_: trio_websocket.WebSocketConnection, conversation: Conversation
+) -> float:
+    """Wait until more of the message that is coming may be read. Returns how long that may take.
+
+    Raises BrokenResourceError for one that comes in more frames than are taken.
+    """
     if len(socket_._message_parts) > MAX_FRAGMENTS:
         raise trio.BrokenResourceError(f"a message of more than {MAX_FRAGMENTS} frames")
+    return await conversation.intake.wait_for_room(socket_._message_size)

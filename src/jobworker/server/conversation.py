@@ -5,7 +5,9 @@
 
 The reader never waits for a job: what is bounded is what costs memory, replies that are not sent
 yet and notifications that are being served. So a client whose requests all wait for jobs still has
-its credits read.
+its credits read. Long answers are made one at a time, each when the one before it has been taken,
+and large requests and replies need a slot (`slots`): a client that sends and takes nothing back
+makes itself wait, and costs a bounded amount of memory on all of its connections together.
 
 A message is sent whole or not at all. One that is cut off breaks the stream (`tls_stream`), so
 that ending a subscription would end its connection: only the connection's own end, or a client
@@ -20,35 +22,48 @@ import trio
 import trio_websocket
 from attrs import define, field
 
+from jobworker.convert import LONG_CHARACTERS
 from jobworker.errors import (
     Busy,
-    CertificateRefused,
     InternalError,
     JobworkerError,
     MessageTooLarge,
+    PermissionDenied,
     PingUnanswered,
     SendStalled,
-    ShuttingDown,
     TooManyFollows,
     TooManyRequests,
 )
+from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
-from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
-from jobworker.protocol.frames import Frame
-from jobworker.protocol.session import Call, Refusal, ServerSession
+from jobworker.protocol.frames import Frame, frame_text
+from jobworker.protocol.messages import Nothing
+from jobworker.protocol.methods import METHODS, Method
+from jobworker.protocol.session import (
+    Call,
+    Refusal,
+    ServerSession,
+    error_message,
+    read_request,
+)
 from jobworker.server import operations
 from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
 from jobworker.server.http_head import CLOSE_SECONDS
+from jobworker.server.intake import Intake
+from jobworker.server.slots import LARGE_BYTES
 from jobworker.server.subscriptions import Subscriptions
 
 log = logging.getLogger("jobworker.server")
 
+POLICY_VIOLATION, TOO_BIG = 1008, 1009  # RFC 6455, 7.4.1
 DISMISSAL_SECONDS = 0.3
 """What a client that has to leave gets to take what is on its way, and then the reason."""
 IN_ORDER = frozenset({"job.credit", "job.unfollow"})
 """Notifications that wait for nothing: what the client says next finds them done."""
+IN_TURN = frozenset({"job.list", "job.status", "job.plan", "volume.list", "rpc.discover"})
+"""Calls that wait for nothing and may have long answers: one at a time of each connection."""
 MAX_REASON_BYTES = 120
 """Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
@@ -68,6 +83,9 @@ class Conversation:
     _busy: int = 0
     """Replies that are being sent, and notifications that are being served."""
     _less_busy: trio.Event = field(factory=trio.Event)
+    intake: Intake = field(init=False)
+    _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
+    """Held by the one call of `IN_TURN` that is being answered."""
     _fault: JobworkerError | None = None
     """What the client has done that it has to go."""
     _leaving: bool = False
@@ -77,6 +95,11 @@ class Conversation:
     def __attrs_post_init__(self) -> None:
         limits = self._context.admission.limits
         self._session = ServerSession(limits.max_requests_in_flight)
+        self.intake = Intake(
+            self._context.requests,
+            self._visitor.identity.common_name,
+            self._context.stall_seconds,
+        )
         self._subscriptions = Subscriptions(
             self._context.supervisor,
             self._context.traffic,
@@ -105,6 +128,7 @@ class Conversation:
             raise
         finally:
             self._subscriptions.close()
+            self.intake.close()
 
     async def end_when_dismissed(self) -> None:
         """End when the client has to leave, which is no limit's doing (`door`).
@@ -120,42 +144,78 @@ class Conversation:
         self._scope.cancel()
 
     async def say_goodbye(self) -> None:
-        """Close, and tell the client by the code whether it may come back, and why by the reason.
-
-        A client that closed first, or broke the connection, is told nothing.
-        """
-        seconds = DISMISSAL_SECONDS
+        """Close, and tell a client that has to go why."""
+        reason = self._visitor.reason
         if self._fault is not None:
-            code, reason = TRY_AGAIN, f"{self._fault.name}: {self._fault.message}"
-        elif self._visitor.reason:
-            code, reason = REFUSED, f"{CertificateRefused.name}: {self._visitor.reason}"
-        else:
-            code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
-            seconds = CLOSE_SECONDS
-        told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+            reason = f"{self._fault.name}: {self._fault.message}"
+        seconds = DISMISSAL_SECONDS if reason else CLOSE_SECONDS
         with trio.move_on_after(seconds, shield=True):
-            await self._socket.aclose(code, told)
+            if reason:
+                told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+                await self._socket.aclose(POLICY_VIOLATION, told)
+            else:
+                await self._socket.aclose()
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
-        received = self._session.receive(message)
+        """Serve a message, or have a task serve it. The reader waits for the end of large ones."""
+        large = len(message) > LARGE_BYTES
+        if large:
+            self.intake.begin()
+        received = await self._read(message)
+        del message
         # Requests that wait for a job do not count here, for credits must pass them.
         while self._busy >= self._context.admission.limits.max_requests_in_flight:
             self._less_busy = trio.Event()
             await self._less_busy.wait()
         if isinstance(received, Refusal):
-            if not isinstance(received.error, Busy):  # that is no fault of the message
-                visitor = self._visitor
-                self._context.auditor.malformed(visitor.identity, visitor.peer, received.error)
-            if isinstance(received.error, TooManyRequests):
-                self._tell(received.error)
+            self._note(received)
             if received.message is not None:
                 await self._send(received.message)
         elif received.method.name in IN_ORDER and not received.answered:
             await self._outcome(received)
+        elif large and received.answered:
+            nursery.start_soon(self._deliver, await self._answer(received))
         elif received.answered:
             nursery.start_soon(self._serve_call, received)
         else:
             nursery.start_soon(self._serve_notification, received)
+
+        if large:
+            self.intake.end()
+
+    async def _read(self, message: str | bytes) -> Call | Refusal:
+        """Read a request: a long one in a thread, and only from a client that may run jobs."""
+        if len(message) <= LONG_CHARACTERS:
+            return self._session.receive(message, self._denied)
+        if len(message) > LARGE_BYTES and (error := self._denied(METHODS["job.run"])) is not None:
+            error = PermissionDenied(
+                f"cannot take a message of {len(message)} characters: more than {LARGE_BYTES} are "
+                "for those who may run jobs",
+                remedy=error.remedy,
+            )
+            return Refusal(error_message(None, error), error)
+        async with self._context.reading:
+            request = await trio.to_thread.run_sync(read_request, message, self._denied)
+        return self._session.admit(request)
+
+    def _denied(self, method: Method) -> JobworkerError | None:
+        """Why this client may not call a method, if it may not."""
+        try:
+            roles = self._context.gate.roles
+            roles.authorize(self._visitor.identity.role, method.permission, method.name)
+        except PermissionDenied as denied:
+            return denied
+        return None
+
+    def _note(self, refused: Refusal) -> None:
+        """Have a message that came in vain noted: in the audit, or among the limits reached."""
+        who, peer, error = self._visitor.identity, self._visitor.peer, refused.error
+        if isinstance(error, PermissionDenied) and refused.method is not None:
+            self._context.auditor.failed(who, peer, refused.method, Nothing(), error)
+        elif not isinstance(error, Busy):  # that is no fault of the message
+            self._context.auditor.malformed(who, peer, error)
+        if isinstance(error, TooManyRequests):
+            self._tell(error)
 
     async def _serve_notification(self, call: Call) -> None:
         with self._being_busy():
@@ -163,13 +223,47 @@ class Conversation:
         await self._deliver(outcome)
 
     async def _serve_call(self, call: Call) -> None:
+        await self._deliver(await self._answer(call))
+
+    async def _answer(self, call: Call) -> object:
+        """Serve a call and reply to it; returns its outcome.
+
+        What may be long is made when its turn has come to be sent, and not before.
+        """
+        if call.method.name in IN_TURN:
+            async with self._turn:
+                return await self._answer_now(call)
+        return await self._answer_now(call)
+
+    async def _answer_now(self, call: Call) -> object:
         outcome = await self._outcome(call)
         with self._being_busy():
-            if isinstance(outcome, JobworkerError):
-                await self._send(self._session.error(call.id, outcome))
-            else:
-                await self._send(self._session.result(call.id, outcome))
-        await self._deliver(outcome)
+            message = self._encode(call, outcome)
+            if len(message) <= LARGE_BYTES:
+                await self._send(message)
+                return outcome
+            slots, name = self._context.replies, self._visitor.identity.common_name
+            again = False
+            if not slots.take_nowait(name):
+                again = call.method.permission is Permission.VIEW  # then it changes nothing
+                if again:
+                    del outcome, message  # so that no memory is held while it waits
+                await slots.take(name)
+            try:
+                if again:
+                    outcome = await self._outcome(call)
+                    message = self._encode(call, outcome)
+                frame = frame_text(message)
+                del message
+                await self._send([frame])
+            finally:
+                slots.give_back(name)
+        return outcome
+
+    def _encode(self, call: Call, outcome: object) -> str:
+        if isinstance(outcome, JobworkerError):
+            return self._session.error(call.id, outcome)
+        return self._session.result(call.id, outcome)
 
     @contextmanager
     def _being_busy(self) -> Iterator[None]:

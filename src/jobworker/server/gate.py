@@ -86,17 +86,19 @@ def jobs_named(params: object) -> Iterator[JobId]:
 
 @cache
 def _may_name(kind: object) -> bool:
-    """Whether a job may be named by a value of this type, at whatever depth."""
-    if kind in (JobId, object, typing.Any):
+    """Whether a value in a place of this type can hold a job's id, at whatever depth."""
+    assert not isinstance(kind, str), "a postponed annotation would hide what stands there"
+    if kind is JobId:
         return True
     if isinstance(kind, type) and attrs.has(kind):
         return any(_may_name(place.type) for place in attrs.fields(kind))
-    return any(_may_name(each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:  # its arguments are values
+        return False
+    return any(map(_may_name, typing.get_args(kind)))
 
 
 def _named(kind: object, value: object) -> Iterator[JobId]:
-    assert not isinstance(kind, str), "a postponed annotation would hide what stands there"
-    if not _may_name(kind):  # a request may have a hundred thousand values that name no job
+    if not _may_name(kind):  # a job's variables, say, of which there may be thousands
         return
     inner, origin = typing.get_args(kind), typing.get_origin(kind)
     if kind is JobId and isinstance(value, int):

@@ -5,7 +5,8 @@ and who asks is judged; a refusal is an HTTP reply that says why, as JSON. What 
 back to whoever goes on, by `PrefixStream`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Awaitable, Callable
 
 import h11
 import trio
@@ -33,13 +34,23 @@ class PrefixStream(trio.abc.Stream):
     def __init__(self, inner: TLSStream, prefix: bytes) -> None:
         self._inner, self._prefix = inner, prefix
         self.closed = trio.Event()
-        self.check: Callable[[], None] | None = None
-        """Looks, before each read, at what became of the last; raises BrokenResourceError."""
+        self.check: Callable[[], Awaitable[float]] | None = None
+        """Looks, before each read, at what became of the last, and waits until there may be more.
+
+        Returns the seconds that the read may take. Raises BrokenResourceError.
+        """
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See trio.abc.ReceiveStream."""
         if self.check is not None:
-            self.check()
+            seconds = await self.check()
+            if seconds < math.inf:
+                with trio.move_on_after(seconds):
+                    return await self._receive_some(max_bytes)
+                raise trio.BrokenResourceError(f"nothing came for {seconds:g} s")
+        return await self._receive_some(max_bytes)
+
+    async def _receive_some(self, max_bytes: int | None) -> bytes:
         if not self._prefix:
             return await self._inner.receive_some(max_bytes)
         await trio.lowlevel.checkpoint()

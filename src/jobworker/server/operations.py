@@ -7,12 +7,11 @@ parameters name is one that the caller may touch (`gate`); who answers with othe
 """
 
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import cast
 
 import trio
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 import jobworker
 from jobworker.convert import dumps
@@ -38,7 +37,8 @@ from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
-from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
+from jobworker.server.record_json import encode_record, read_spec, with_spec
+from jobworker.server.slots import Slots
 from jobworker.server.traffic import Traffic
 
 
@@ -58,6 +58,14 @@ class Context:
     """How long a client may take nothing of what waits for it."""
     admission: Admission
     traffic: Traffic
+    requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
+    """For large ones, from their first bytes until they are served."""
+    replies: Slots = field(factory=lambda: Slots(in_all=16, for_each=4))
+    """For large ones, until they are taken."""
+    making: Slots = field(factory=lambda: Slots(in_all=4, for_each=1))
+    """For the whole records of jobs with long requests, while they are made."""
+    reading: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
+    """One long request is decoded at a time: it competes with the event loop."""
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
@@ -82,7 +90,6 @@ async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
 async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
     if params.follow is not None:
         caller.require(Permission.LOG, "job.run with follow")
-        caller.subscriptions.check_room()
     if params.job.timeout_seconds == 0:
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     if params.job.volumes:
@@ -99,11 +106,9 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         )
     subscription = None
     if params.follow is not None:
-        # The job is admitted: an error here would have its caller run it once more.
-        with suppress(JobworkerError):
-            follower = await context.supervisor.follow(execution.record.id)
-            opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
-            subscription = opened.number
+        follower = await context.supervisor.follow(execution.record.id)
+        opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
+        subscription = opened.number
     return m.RunResult(job=summarize(execution.record), subscription=subscription)
 
 
@@ -158,12 +163,15 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> Enco
     execution = context.supervisor.live(params.id)
     if execution is not None:
         record = evolve(record, usage=await execution.usage())
-    spec = await context.supervisor.spec_of(params.id) if record.abridged else None
-    if spec is not None:
-        if caller.role.may(Permission.RUN):
-            return Encoded(with_spec(record, spec))
-        record = whole(record, await read_spec(spec))
-    return Encoded(await encode_record(caller.show(record)))
+    if not summarize(record).abridged:
+        return Encoded(await encode_record(caller.show(record)))
+    async with context.making.slot(caller.identity.common_name):
+        spec = await context.supervisor.spec_of(params.id) if record.abridged else None
+        if spec is not None:
+            if caller.role.may(Permission.RUN):
+                return Encoded(with_spec(record, spec))
+            record = whole(record, await read_spec(spec))
+        return Encoded(await encode_record(caller.show(record)))
 
 
 async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encoded:
@@ -174,13 +182,13 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
         labels=params.labels,
         before=params.before,
     )
-    page = await context.supervisor.latest(wanted, params.limit, caller.identity.common_name)
+    page = await context.supervisor.latest(wanted, params.limit)
     jobs = ",".join(text for _, text in page.records)
     return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 
 
-async def _wait(context: Context, _: Caller, params: m.JobParams) -> Encoded:
-    return Encoded(summary_of(await context.supervisor.wait(params.id))[1])
+async def _wait(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
+    return summarize(await context.supervisor.wait(params.id))
 
 
 async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:
@@ -279,7 +287,7 @@ def _require_volumes(caller: Caller, what: str) -> None:
 
 async def _make_volume(context: Context, caller: Caller, params: m.VolumeSpec) -> m.Nothing:
     _require_volumes(caller, "volume.create")
-    await context.link.make_volume(params.name, params.size_bytes, thin=params.thin)
+    await context.link.make_volume(params.name, params.size_bytes)
     return m.Nothing()
 
 

@@ -1,0 +1,147 @@
+"""A JSON decoder for long texts that lets other threads run while it works.
+
+CPython's own decoder holds the interpreter's lock from a list's first value to its last: a tenth of
+a second for a few megabytes, in which no other thread runs, the event loop's neither. This one
+walks lists and objects in Python and leaves only strings to C, piece by piece, so that the lock can
+be handed over after every value. It takes several times as long, so short texts do without it.
+
+It counts while it decodes, and stops at the first value or level that is too many. What it takes
+and refuses is what `json.JSONDecoder` does (RFC 8259); the hooks are the same too.
+"""
+
+import re
+from collections.abc import Callable
+from json import JSONDecodeError
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import Any
+
+from attrs import define, field
+
+FIRST_PIECE = 4096
+MAX_STRING_CHARACTERS = 6 * 131_072
+"""Of one string as it is written: a job's longest argument with every character escaped."""
+
+_SPACE = re.compile(r"[ \t\n\r]*+")
+_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*+))(\.[0-9]++)?([eE][-+]?[0-9]++)?")
+_WORDS = {"null": None, "true": True, "false": False}
+_WORD = re.compile(r"null|true|false")
+_CONSTANT = re.compile(r"NaN|Infinity|-Infinity")
+
+
+@define(eq=False, kw_only=True)
+class PatientDecoder:
+    """Decodes one text."""
+
+    text: str
+    object_pairs_hook: Callable[[list[tuple[str, object]]], object]
+    parse_constant: Callable[[str], object]
+    parse_float: Callable[[str], float]
+    max_depth: int
+    max_values: int
+    _place: int = field(default=0, init=False)
+    _depth: int = field(default=0, init=False)
+    _values: int = field(default=0, init=False)
+
+    def decode(self) -> Any:
+        """The text's value. Raises ValueError that says what is wrong, and where."""
+        value = self._value()
+        if self._next():
+            raise self._fault("Extra data")
+        return value
+
+    def _next(self) -> str:
+        """The next character that is no white space, without taking it; "" at the end."""
+        found = _SPACE.match(self.text, self._place)
+        assert found is not None
+        self._place = found.end()
+        return self.text[self._place : self._place + 1]
+
+    def _fault(self, what: str) -> JSONDecodeError:
+        return JSONDecodeError(what, self.text, self._place)
+
+    def _value(self) -> object:
+        self._values += 1
+        if self._values > self.max_values:
+            raise ValueError(f"it holds more than {self.max_values} values")
+        first = self._next()
+        if first == '"':
+            return self._string()
+        if first and first in "[{":
+            self._depth += 1
+            if self._depth > self.max_depth:
+                raise ValueError(f"it is nested deeper than {self.max_depth} levels")
+            self._place += 1
+            made = self._list() if first == "[" else self._object()
+            self._depth -= 1
+            return made
+        return self._plain()
+
+    def _list(self) -> list[object]:
+        made: list[object] = []
+        if self._next() == "]":
+            self._place += 1
+            return made
+        while True:
+            made.append(self._value())
+            if self._goes_on("]"):
+                continue
+            return made
+
+    def _object(self) -> object:
+        pairs: list[tuple[str, object]] = []
+        if self._next() == "}":
+            self._place += 1
+            return self.object_pairs_hook(pairs)
+        while True:
+            if self._next() != '"':
+                raise self._fault("Expecting property name enclosed in double quotes")
+            name = self._string()
+            if self._next() != ":":
+                raise self._fault("Expecting ':' delimiter")
+            self._place += 1
+            pairs.append((name, self._value()))
+            if not self._goes_on("}"):
+                return self.object_pairs_hook(pairs)
+
+    def _goes_on(self, end: str) -> bool:
+        """Take the comma, and answer True, or take the `end`."""
+        found = self._next()
+        if found not in (",", end):
+            raise self._fault("Expecting ',' delimiter")
+        self._place += 1
+        return found == ","
+
+    def _string(self) -> str:
+        """Decode a string, of which ever larger pieces are looked at until its end is among them.
+
+        C code does that and keeps the lock, so a string that is longer than any that a message may
+        have is not looked at further.
+        """
+        start, size = self._place + 1, FIRST_PIECE
+        while True:
+            piece = self.text[start : start + size]
+            try:
+                value, used = scanstring(piece, 0, True)
+            except JSONDecodeError as fault:
+                if len(piece) < size or "control character" in fault.msg:
+                    raise JSONDecodeError(fault.msg, self.text, start + fault.pos) from None
+                if size >= MAX_STRING_CHARACTERS:
+                    raise ValueError(
+                        f"a string in it has more than {MAX_STRING_CHARACTERS} characters"
+                    ) from None
+                size = min(8 * size, MAX_STRING_CHARACTERS)
+            else:
+                self._place = start + used
+                return str(value)
+
+    def _plain(self) -> object:
+        if (word := _WORD.match(self.text, self._place)) is not None:
+            self._place = word.end()
+            return _WORDS[word[0]]
+        if (constant := _CONSTANT.match(self.text, self._place)) is not None:
+            return self.parse_constant(constant[0])
+        number = _NUMBER.match(self.text, self._place)
+        if number is None:
+            raise self._fault("Expecting value")
+        self._place = number.end()
+        return self.parse_float(number[0]) if number[2] or number[3] else int(number[1])

@@ -1,0 +1,176 @@
+"""Clients that ask for much and take nothing, or send much and finish nothing: nobody else pays.
+
+Counted are bytes of memory and the event loop's own processor time, never seconds.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import trio
+from bench.turns import Turns, watched_turns
+
+from jobworker.cli.embedded import Embedded
+
+from ..integration.conftest import running
+from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
+from .raw_socket import TEXT, frame, open_raw
+
+MEBIBYTE = 1 << 20
+TURN_MS = 60
+"""Such a turn was 100 to 1,800 ms; the bound has room for a machine that is much slower."""
+
+
+@pytest.fixture(scope="module")
+def turns() -> Iterator[Turns]:
+    """The longest turns of the service."""
+    with watched_turns() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def flooded(turns: Turns, open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A service with the limits that it has by default."""
+    with running(open_directory(), {}) as made:
+        yield made
+
+
+@pytest.fixture
+async def bystander(flooded: Embedded) -> AsyncIterator[Wire]:
+    """Who was there before, and must be served during and after it."""
+    async with open_wire(flooded, "viewer") as wire:
+        yield wire
+        with trio.fail_after(20):
+            await wire.call("service.hello")
+    assert "incident" not in flooded.log_text()
+
+
+@pytest.fixture
+async def worker(flooded: Embedded) -> AsyncIterator[Wire]:
+    """Who may run jobs."""
+    async with open_wire(flooded) as wire:
+        yield wire
+
+
+def memory_bytes(service: Embedded) -> int:
+    """What the service's process has now."""
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) * 1024
+
+
+def peak_bytes(service: Embedded) -> int:
+    """What it had at the most since `forget_peak`."""
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak(service: Embedded) -> None:
+    """Count the peak from now on: proc(5), clear_refs."""
+    Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")
+
+
+def large_job(count: int = 45_000) -> Json:
+    """A request of nearly a megabyte."""
+    return {"command": ["true"], "environment": {f"V{n}": "x" * 10 for n in range(count)}}
+
+
+async def test_replies_that_nobody_takes_cost_a_bounded_amount_of_memory(
+    flooded: Embedded, worker: Wire, bystander: Wire
+) -> None:
+    made = await worker.call("job.run", job=large_job())
+    job = made["job"]
+    assert isinstance(job, dict)
+    await worker.call("job.wait", id=job["id"])
+    forget_peak(flooded)
+    before = memory_bytes(flooded)
+    ask = {"jsonrpc": "2.0", "method": "job.status", "params": {"id": job["id"]}}
+    async with AsyncExitStack() as stack:
+        for _ in range(6):
+            raw = await stack.enter_async_context(open_raw(flooded, buffer=4096))
+            with trio.move_on_after(5):
+                for number in range(128):
+                    request = json.dumps({**ask, "id": number}).encode()
+                    await raw.send(frame(TEXT, request))
+        for _ in range(50):
+            with trio.fail_after(20):
+                await bystander.call("service.hello")
+    # 768 replies of 0.9 MB were asked for.
+    assert peak_bytes(flooded) - before < 64 * MEBIBYTE
+
+
+async def test_requests_that_nobody_finishes_cost_a_bounded_amount_of_memory(
+    flooded: Embedded, bystander: Wire
+) -> None:
+    forget_peak(flooded)
+    before = memory_bytes(flooded)
+    whole = frame(TEXT, b"x" * (4 * MEBIBYTE))
+    async with AsyncExitStack() as stack:
+        for _ in range(40):
+            raw = await stack.enter_async_context(open_raw(flooded))
+            with trio.move_on_after(0.2):  # what is not read is not taken
+                await raw.send(whole[:-1])
+        with trio.fail_after(20):
+            await bystander.call("service.hello")
+    assert peak_bytes(flooded) - before < 64 * MEBIBYTE
+
+
+LARGE: dict[str, Json] = {
+    "variables": {"job": large_job()},
+    "too many variables": {"job": {**large_job(49_000), "secret_environment": {"A" * 70_000: ""}}},
+    "wrong variables": {"job": {"command": ["true"], "environment": dict.fromkeys("ab", 1)}},
+    "arguments": {"job": {"command": ["true", *["a"] * 16_000]}},
+    "labels": {"job": {"command": ["true"], "labels": {f"V{n}": "x" for n in range(49_000)}}},
+    "cores": {"job": {"command": ["true"], "cpu_cores": ",".join(["0-8191"] * 146)}},
+    "numbers": {"x": [0.5] * 99_000},
+    "objects": {"x": [{}] * 99_000},
+    "commas in a string": {"x": "," * 700_000},
+    "escapes": {"x": "\n" * 380_000},
+}
+
+
+@pytest.mark.parametrize("method", ["job.run", "job.plan", "job.list", "no.such"])
+@pytest.mark.parametrize("parameters", LARGE.values(), ids=LARGE)
+async def test_no_request_holds_the_loop(
+    turns: Turns, worker: Wire, method: str, parameters: Json
+) -> None:
+    turns.reset()
+    refused: Refused | None = None
+    try:
+        result = await worker.call(method, **parameters)
+    except Refused as error:
+        refused = error
+    else:
+        if method == "job.run":
+            job = result["job"]
+            assert isinstance(job, dict)
+            await worker.call("job.wait", id=job["id"])
+    assert refused is None or (refused.code != -32603 and len(refused.message) < 8000)
+    assert turns.longest_ms() < TURN_MS, turns.task()
+
+
+async def test_large_request_of_a_role_that_runs_nothing_is_refused_unread(
+    turns: Turns, flooded: Embedded, bystander: Wire
+) -> None:
+    request = {"jsonrpc": "2.0", "id": 7, "method": "job.run", "params": {"job": large_job(90_000)}}
+    turns.reset()
+    async with open_socket(flooded, "viewer") as socket:
+        await socket.send_message(json.dumps(request))
+        reply = json.loads(await socket.get_message())
+        assert reply["id"] is None
+        assert reply["error"]["data"]["name"] == "permission_denied"
+        assert "more than 32768 are for those who may run jobs" in reply["error"]["message"]
+        await socket.send_message('{"jsonrpc":"2.0","id":8,"method":"service.hello"}')
+        assert json.loads(await socket.get_message())["id"] == 8
+    assert turns.longest_ms() < TURN_MS, turns.task()
+
+
+async def test_permission_comes_before_faults_of_the_parameters(bystander: Wire) -> None:
+    jobs: list[Json] = [{}, {"command": []}, {"command": ["true"], "labels": {"-": ""}}]
+    for job in jobs:
+        with pytest.raises(Refused, match="'viewer' may not") as refused:
+            await bystander.call("job.run", job=job)
+        assert refused.value.code == 1002

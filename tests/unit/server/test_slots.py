@@ -1,0 +1,87 @@
+"""Slots for what is large: bounded in all and for each name, and given in turn."""
+
+import math
+
+import pytest
+import trio
+import trio.testing
+
+from jobworker.server.intake import Intake
+from jobworker.server.slots import LARGE_BYTES, Slots, Statistics
+
+
+async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
+    slots = Slots(in_all=3, for_each=2)
+    assert slots.take_nowait("greedy")
+    assert slots.take_nowait("greedy")
+    assert not slots.take_nowait("greedy")
+    with trio.fail_after(1):
+        await slots.take("quiet")
+    assert not slots.take_nowait("third")
+    assert slots.statistics() == Statistics(taken=3, waiting=0)
+
+
+async def test_free_slot_goes_to_the_first_that_may_have_it(autojump_clock: object) -> None:
+    slots = Slots(in_all=2, for_each=1)
+    order = list[str]()
+
+    async def have(name: str) -> None:
+        async with slots.slot(name):
+            order.append(name)
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        for name in ("a", "a", "b", "c"):
+            nursery.start_soon(have, name)
+            await trio.testing.wait_all_tasks_blocked()
+    assert order in (["a", "b", "a", "c"], ["a", "b", "c", "a"])
+    assert slots.statistics() == Statistics(taken=0, waiting=0)
+
+
+async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> None:
+    async def have(name: str) -> None:
+        async with slots.slot(name):
+            await trio.sleep_forever()
+
+    slots = Slots(in_all=1, for_each=1)
+    await slots.take("a")
+    with trio.move_on_after(1):
+        await slots.take("b")
+    assert slots.statistics() == Statistics(taken=1, waiting=0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(have, "b")
+        await trio.testing.wait_all_tasks_blocked()
+        slots.give_back("a")  # it is b's now, which is cancelled before it hears of it
+        nursery.cancel_scope.cancel()
+    assert slots.statistics().waiting == 0
+    assert slots.statistics().taken == 0
+
+
+async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: object) -> None:
+    slots = Slots(in_all=1, for_each=1)
+    one, other = Intake(slots, "a", 60), Intake(slots, "a", 60)
+    assert await one.wait_for_room(LARGE_BYTES) == math.inf
+    assert await one.wait_for_room(LARGE_BYTES + 1) == 60
+    assert await other.wait_for_room(LARGE_BYTES) == math.inf
+    with pytest.raises(trio.TooSlowError), trio.fail_after(5):
+        await other.wait_for_room(LARGE_BYTES + 1)
+    one.begin()
+    with pytest.raises(trio.TooSlowError), trio.fail_after(5):
+        await one.wait_for_room(0)  # nothing more is read meanwhile
+    one.end()
+    assert await one.wait_for_room(0) == math.inf
+    assert await other.wait_for_room(LARGE_BYTES + 1) == 60
+    other.close()
+    assert slots.statistics() == Statistics(taken=0, waiting=0)
+
+
+async def test_connection_that_ends_while_it_waits_keeps_no_slot(autojump_clock: object) -> None:
+    slots = Slots(in_all=1, for_each=1)
+    await slots.take("a")
+    waiting = Intake(slots, "a", 60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(waiting.wait_for_room, LARGE_BYTES + 1)
+        await trio.testing.wait_all_tasks_blocked()
+        waiting.close()
+        slots.give_back("a")
+    assert slots.statistics() == Statistics(taken=0, waiting=0)
