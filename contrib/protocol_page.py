@@ -192,7 +192,7 @@ REACHED = {
     "max_requests_in_flight": ("too_many_requests", "the request's error"),
     "max_follows": ("too_many_follows", "the request's error"),
     "ping_interval": ("", ""),
-    "ping_timeout": ("ping_unanswered", "closed with 1008"),
+    "ping_timeout": ("ping_unanswered", "closed with 1013"),
 }
 """What becomes of who reaches a limit: the error's name, and how it is told."""
 

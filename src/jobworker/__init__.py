@@ -9,12 +9,24 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Chunk": "jobworker.client.following",
     "Client": "jobworker.client.client",
-    "open_client": "jobworker.client.opening",
     "Job": "jobworker.client.job",
+    "JobOutput": "jobworker.client.job",
+    "JobRecord": "jobworker.model.job",
     "JobSpec": "jobworker.model.job",
+    "JobworkerError": "jobworker.errors",
     "Limits": "jobworker.model.job",
+    "State": "jobworker.model.lifecycle",
+    "Stream": "jobworker.model.job",
+    "VolumeMount": "jobworker.model.volumes",
+    "open_client": "jobworker.client.opening",
 }
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604 - all of them are names
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_EXPORTS]
 
 
 def __getattr__(name: str) -> object:

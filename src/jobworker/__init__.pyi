@@ -1,9 +1,17 @@
 # What `__getattr__` of __init__.py loads when it is asked for. Here and not there, under
 # TYPE_CHECKING, since import-linter would take these for imports of the whole package.
 from jobworker.client.client import Client as Client
+from jobworker.client.following import Chunk as Chunk
 from jobworker.client.job import Job as Job
+from jobworker.client.job import JobOutput as JobOutput
 from jobworker.client.opening import open_client as open_client
+from jobworker.errors import JobworkerError as JobworkerError
+from jobworker.model.job import JobRecord as JobRecord
 from jobworker.model.job import JobSpec as JobSpec
 from jobworker.model.job import Limits as Limits
+from jobworker.model.job import Stream as Stream
+from jobworker.model.lifecycle import State as State
+from jobworker.model.volumes import VolumeMount as VolumeMount
 
 __version__: str
+__all__: list[str]

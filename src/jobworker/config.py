@@ -211,6 +211,7 @@ class SandboxSettings:
     tmpfs_limit: int = field(default=256, validator=within(1, 1 << 30))
     seccomp_profile: str = field(default="", validator=_path_or_empty)
     disk_limit: int = field(default=1024, validator=within(16, 1 << 24))
+    overcommit_disk: bool = True
 
 
 @frozen(kw_only=True)

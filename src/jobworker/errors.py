@@ -250,6 +250,14 @@ class LauncherGone(JobworkerError):
     name = "launcher_gone"
 
 
+class LauncherSilent(JobworkerError):
+    """The launcher is there and answers nothing: it is stopped, or the host is in great need."""
+
+    code = 1026
+    exit_code = 71
+    name = "launcher_silent"
+
+
 # --- reaching a server ----------------------------------------------------------------------
 
 
@@ -267,6 +275,13 @@ class HostUnknown(ConnectionFailed):
     code = 1021
     exit_code = 68
     name = "host_unknown"
+
+
+class NoService(ConnectionFailed):
+    """What answers at the address is no jobworker service: no TLS, or another protocol."""
+
+    code = 1029
+    name = "no_service"
 
 
 class CertificateRefused(JobworkerError):
@@ -291,6 +306,22 @@ class CredentialsUnusable(JobworkerError):
     code = 1024
     exit_code = 72
     name = "credentials_unusable"
+
+
+class LoopMissing(JobworkerError):
+    """The Python client was called outside of a Trio event loop, from asyncio say."""
+
+    code = 1033
+    exit_code = 64
+    name = "loop_missing"
+
+
+class PrintFailed(JobworkerError):
+    """Standard output or standard error refuses what is printed: a full disk, say."""
+
+    code = 1042
+    exit_code = 83
+    name = "print_failed"
 
 
 # --- setting up -----------------------------------------------------------------------------

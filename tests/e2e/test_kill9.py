@@ -168,10 +168,10 @@ VICTIM = "echo one; echo two >&2; sleep 0.3; echo three; exit 7"
 STUBBORN = "trap '' TERM; echo one; echo two >&2; while :; do sleep 1; done"
 UNKNOWN, LOST, WHOLE, STOPPED = "unknown", "lost", "whole", "stopped"
 OUTCOMES = {
-    "before the admission is recorded": {UNKNOWN},
+    "before the admission is recorded": {UNKNOWN, LOST, WHOLE},  # by its note, if it has one
     "after the admission is recorded": {LOST, WHOLE},
     "before the start": {UNKNOWN, LOST},
-    "after the start": {UNKNOWN, WHOLE},
+    "after the start": {WHOLE},
     "after the signal of a stop": {STOPPED},
 }
 

@@ -11,7 +11,7 @@ from typing import NoReturn, TypedDict
 import pytest
 import trio
 import trio_websocket
-from attrs import frozen
+from attrs import evolve, frozen
 
 import jobworker
 from jobworker.client import client as client_module
@@ -26,10 +26,14 @@ from jobworker.errors import (
     PermissionDenied,
     ServerUntrusted,
 )
+from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
 from jobworker.pki.material import ServerFiles
 from jobworker.pki.tls import client_context, server_context
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.protocol.session import Call, ServerSession
+
+from ..unit.client.test_client import RECORD
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 TLSHandler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
@@ -360,3 +364,61 @@ async def test_cancelled_caller_leaves_at_once(site: Site) -> None:
                 await trio.sleep_forever()
         assert scope.cancelled_caught
         assert trio.current_time() - before < 0.9  # no farewell is waited for
+
+
+async def answer_status(websocket: trio_websocket.WebSocketConnection) -> None:
+    """Answer each call with a record that has ended, after a while."""
+    ended = evolve(RECORD, state=State.STOPPED)
+    session = ServerSession()
+    try:
+        while True:
+            call = session.receive(await websocket.get_message())
+            assert isinstance(call, Call)
+            await trio.sleep(0.2)
+            await websocket.send_message(session.result(call.id, ended))
+    except trio_websocket.ConnectionClosed:
+        return
+
+
+async def test_cancelled_caller_may_still_stop_its_job(site: Site) -> None:
+    handler = over_tls(site.server(), lambda stream: upgraded(stream, answer_status))
+    told = None
+    async with listening(handler) as address:
+        with trio.fail_after(20), trio.CancelScope() as scope:
+            async with jobworker.open_client(address, **site.files()) as client:
+                try:
+                    scope.cancel()
+                    await trio.sleep_forever()
+                finally:
+                    with trio.move_on_after(10, shield=True):
+                        told = await client.job(7).stop()
+    assert scope.cancelled_caught
+    assert told is not None
+    assert told.state is State.STOPPED
+
+
+class Other(BaseException):
+    """One of those that are no Exception."""
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        SystemExit(3),
+        KeyboardInterrupt(),
+        Other(),
+        ValueError("x"),
+        ExceptionGroup("y", [OSError()]),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
+async def test_what_ends_the_block_comes_out_as_it_is(site: Site, raised: BaseException) -> None:
+    handler = over_tls(site.server(), lambda stream: upgraded(stream, echo))
+    async with listening(handler) as address:
+        caught: BaseException | None = None
+        try:
+            async with jobworker.open_client(address, **site.files()):
+                raise raised
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            caught = error
+        assert caught is raised

@@ -171,7 +171,8 @@ async def test_true_end_is_told_though_the_output_went_before_it_was_recorded(
         async with serving(directory) as (service, wire):
             big, small = await fill_with_ended_jobs(wire, place)
             await kill(service)
-        (place / "spool" / str(big) / "index").unlink()  # a removal that the kill cut short
+        for name in ("record", "index"):  # a removal that the kill cut short
+            (place / "spool" / str(big) / name).unlink()
         (place / "filler").unlink()
         async with serving(directory) as (_, wire):
             record = await wire.call("job.wait", id=big)

@@ -152,6 +152,8 @@ def make_policy(open_directory: Callable[[], Path]) -> Iterator[Callable[..., Po
             tmpfs_bytes=16 << 20,
             filters=load_filters(""),
             disk_bytes=64 << 20,
+            keep_free_bytes=0,
+            overcommit=True,
             runtimes={},
         )
 

@@ -83,11 +83,13 @@ def test_volumes_disk_that_stands_still_keeps_no_job_waiting(
 ) -> None:
     service, volumes, _ = on_disks
     for name in ("old", "other"):
-        assert "ok" in service.ask("volume.create", 0, name=name, size_bytes=16 * MIB)[0]
+        assert (
+            "ok" in service.ask("volume.create", 0, name=name, size_bytes=16 * MIB, thin=False)[0]
+        )
     assert "ok" in service.spawn(1, "sleep", "60")[0]
     with volumes.frozen():
         send(service, 1000, "volume.remove", name="old")
-        send(service, 1001, "volume.create", name="new", size_bytes=16 * MIB)
+        send(service, 1001, "volume.create", name="new", size_bytes=16 * MIB, thin=False)
         send(service, 1002, "volume.list")
         waits = {**service.fields("true"), "volumes": [["other", "/srv"]]}
         send(service, 1003, "spawn", job=2, **waits)
@@ -131,7 +133,7 @@ def test_jobs_have_one_volume_at_the_same_moment_by_one_device(
     on_disks: tuple[Service, Disk, Disk],
 ) -> None:
     service, _, _ = on_disks
-    assert "ok" in service.ask("volume.create", 0, name="v", size_bytes=16 * MIB)[0]
+    assert "ok" in service.ask("volume.create", 0, name="v", size_bytes=16 * MIB, thin=False)[0]
     fields = {**service.fields("cat", "/proc/self/mountinfo"), "volumes": [["v", "/srv"]]}
     for job in (1, 2, 3, 4):
         send(service, 1000 + job, "spawn", job=job, **fields)

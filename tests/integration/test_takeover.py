@@ -236,21 +236,24 @@ async def test_time_out_counts_from_the_start_of_the_job(
     assert left_behind(directory) == []
 
 
-async def test_job_that_the_history_does_not_know_is_removed_and_its_id_not_given_again(
+async def test_job_that_the_history_does_not_know_is_adopted_and_its_id_not_given_again(
     open_directory: Callable[[], Path],
 ) -> None:
     directory = open_directory()
     with open_launcher(directory):
         opened = connect_launcher(str(directory / "launcher.sock"))
         opened.sock.settimeout(20)
-        stdout, stderr = spawn(opened.sock, 41, "sleep", "600")
+        stdout, stderr = spawn(opened.sock, 41, "sh", "-c", "echo here; exec sleep 600")
         opened.close()
-        async with serving(directory) as service, open_wire(service) as wire:
-            with trio.fail_after(20):
-                assert await trio.to_thread.run_sync(os.read, stdout, 1) == b"", "it has ended"
-            assert await start(wire, "true") == 42
         os.close(stdout)
         os.close(stderr)
+        async with serving(directory) as service, open_wire(service) as wire:
+            await until_bigger(wire, 41, 0)
+            record = await wire.call("job.status", id=41)
+            assert (record["state"], record["owner"]) == ("RUNNING", "")
+            assert (await wire.call("job.stop", id=41))["state"] == "STOPPED"
+            assert (await log_of(wire, 41))[0] == b"here\n"
+            assert await start(wire, "true") == 42
     assert left_behind(directory) == []
 
 
@@ -274,7 +277,7 @@ async def test_job_that_the_launcher_does_not_have_is_lost(
     assert left_behind(directory) == []
 
 
-async def test_job_whose_output_is_gone_is_not_left_running(
+async def test_job_whose_output_is_gone_goes_on_and_says_so(
     open_directory: Callable[[], Path],
 ) -> None:
     directory = open_directory()
@@ -286,8 +289,9 @@ async def test_job_whose_output_is_gone_is_not_left_running(
             path.unlink()
         async with serving(directory) as service, open_wire(service) as wire:
             record = await wire.call("job.status", id=job)
-            assert (record["state"], record["reason"]) == ("FAILED", "lost")
-            assert "output" in str(record["detail"])
+            assert record["state"] == "RUNNING"
+            assert "missing" in str(record["detail"])
+            await wire.call("job.stop", id=job)
     assert left_behind(directory) == []
 
 

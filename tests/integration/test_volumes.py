@@ -22,6 +22,14 @@ async def cache(admin: Wire) -> AsyncIterator[str]:
     await admin.call("volume.remove", name="cache")
 
 
+@pytest.fixture
+async def thin(admin: Wire) -> AsyncIterator[str]:
+    """A thin volume of 32 MiB."""
+    await admin.call("volume.create", name="thin", size_bytes=32 * MIB, thin=True)
+    yield "thin"
+    await admin.call("volume.remove", name="thin")
+
+
 def having(name: str, path: str = "") -> list[dict[str, str]]:
     """The volumes of a job that has one."""
     return [{"name": name, "path": path}]
@@ -72,23 +80,25 @@ async def test_full_volume_is_full_inside_alone(admin: Wire, cache: str) -> None
     assert 16 * MIB < int(size) < 32 * MIB
 
 
-async def test_list_tells_sizes_and_who_has_it(admin: Wire, cache: str) -> None:
-    before = (await listed(admin))[cache]
-    assert (before["size_bytes"], before["jobs"]) == (32 * MIB, 0)
-    script = "head -c 9000000 /dev/urandom > /volumes/cache/x; sync; echo; sleep 60"
+async def test_list_tells_sizes_and_who_has_it(admin: Wire, cache: str, thin: str) -> None:
+    reserved = (await listed(admin))[cache]
+    assert (reserved["thin"], reserved["used_bytes"] >= 32 * MIB) == (False, True)
+    before = (await listed(admin))[thin]
+    assert (before["size_bytes"], before["jobs"], before["thin"]) == (32 * MIB, 0, True)
+    script = "head -c 9000000 /dev/urandom > /volumes/thin/x; sync; echo; sleep 60"
     result = await admin.call(
-        "job.run", job={"command": ["sh", "-c", script], "volumes": having(cache)}, follow={}
+        "job.run", job={"command": ["sh", "-c", script], "volumes": having(thin)}, follow={}
     )
     await admin.notes(result["subscription"]).receive()
-    during = (await listed(admin))[cache]
+    during = (await listed(admin))[thin]
     assert during["jobs"] == 1
     assert during["used_bytes"] > before["used_bytes"] + 8 * MIB
     with pytest.raises(Refused, match="a live job has it"):
-        await admin.call("volume.remove", name=cache)
+        await admin.call("volume.remove", name=thin)
     job = result["job"]
     assert isinstance(job, dict)
     await admin.call("job.stop", id=job["id"], grace_seconds=0)
-    assert (await listed(admin))[cache]["jobs"] == 0
+    assert (await listed(admin))[thin]["jobs"] == 0
 
 
 async def test_volumes_outlive_the_service(open_directory: Callable[[], Path]) -> None:

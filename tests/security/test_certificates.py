@@ -396,7 +396,7 @@ async def test_certificate_that_ends_takes_its_connections_along(fresh: Embedded
     assert closed.value.reason is not None
     assert (closed.value.reason.code, closed.value.reason.reason) == (
         1008,
-        "your certificate has expired",
+        "certificate_refused: your certificate has expired",
     )
 
 

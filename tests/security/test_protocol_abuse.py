@@ -448,7 +448,7 @@ async def test_client_that_answers_no_pings_is_let_go(open_directory: Callable[[
                 assert (await raw.receive()).opcode == PING
                 found: Frame | None = await raw.closing()
         assert found is not None
-        assert found.code == 1008
+        assert found.code == 1013
         assert found.payload[2:].startswith(b"ping_unanswered: ")
         assert "ping_unanswered" in service.log_text()
 

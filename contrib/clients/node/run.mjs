@@ -3,66 +3,110 @@
 //   npm install && node run.mjs sh -c 'echo hello; sleep 60'
 //
 // Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
-// WORKER_CA_PATH. Output travels in binary messages: a line of JSON, then the bytes.
+// WORKER_CA_PATH. Output travels in binary messages: a line of JSON, then the bytes. Where the
+// connection is lost, the service is restarted, or this machine slept, it connects again and goes
+// on with the output where it stopped.
 import { readFileSync } from "node:fs";
 import { JSONRPCClient, JSONRPCServer, JSONRPCServerAndClient } from "json-rpc-2.0";
 import WebSocket from "ws";
 
 const { WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH, WORKER_CA_PATH } = process.env;
 
-const socket = new WebSocket(`wss://${WORKER_SERVER}/`, "jobworker.v1", {
-  cert: readFileSync(WORKER_CERT_PATH),
-  key: readFileSync(WORKER_KEY_PATH),
-  ca: readFileSync(WORKER_CA_PATH),
-  perMessageDeflate: false,
-});
-
-const rpc = new JSONRPCServerAndClient(
-  new JSONRPCServer(),
-  new JSONRPCClient((message) => socket.send(JSON.stringify(message))),
-);
-
 // Credits: the server may be so many bytes ahead of us, and what was written is granted anew.
 const WINDOW = 1 << 20;
+const DELIVERY = { encoding: "binary", credit_bytes: WINDOW };
+const PATIENCE_MS = 120_000;
+// Closing codes after which the same would come of it: see docs/protocol.md, Closing.
+const IN_VAIN = new Set([1002, 1007, 1008, 1009, 1011]);
 
-function output(message) {
-  const end = message.indexOf("\n");
-  const { params } = JSON.parse(message.subarray(0, end).toString());
-  const bytes = message.subarray(end + 1);
-  const stream = params.stream === "stderr" ? process.stderr : process.stdout;
-  stream.write(bytes, () =>
-    rpc.notify("job.credit", { subscription: params.subscription, bytes: bytes.length }),
-  );
+let job; // its number, once it was told
+let offset = 0; // of what was printed, in both streams together
+let stopping = false;
+let lostAt = null;
+let stop = () => {};
+process.on("SIGINT", () => {
+  stopping = true;
+  stop();
+});
+
+function fail(code, text) {
+  console.error(text);
+  process.exit(code);
 }
 
-const ended = new Promise((resolve) => rpc.addMethod("job.output_end", resolve));
+function connect() {
+  const socket = new WebSocket(`wss://${WORKER_SERVER}/`, "jobworker.v1", {
+    cert: readFileSync(WORKER_CERT_PATH),
+    key: readFileSync(WORKER_KEY_PATH),
+    ca: readFileSync(WORKER_CA_PATH),
+    perMessageDeflate: false,
+  });
+  const rpc = new JSONRPCServerAndClient(
+    new JSONRPCServer(),
+    new JSONRPCClient((message) => socket.send(JSON.stringify(message))),
+  );
+  let failure = "the connection was lost";
 
-socket.on("message", (data, isBinary) =>
-  isBinary ? output(data) : rpc.receiveAndSend(JSON.parse(data.toString())),
-);
-socket.on("error", (error) => {
-  console.error(`cannot go on: ${error.message}`);
-  process.exit(69);
-});
-socket.on("unexpected-response", (_, response) => {
-  response.on("data", (body) => console.error(body.toString()));
-  response.on("end", () => process.exit(69));
-});
-
-socket.on("open", async () => {
-  try {
-    const { job } = await rpc.request("job.run", {
-      job: { command: process.argv.slice(2) },
-      follow: { encoding: "binary", credit_bytes: WINDOW },
+  // A call whose connection ends has no answer, and is asked again over the next one.
+  const call = (method, params) =>
+    rpc.request(method, params).catch((error) => {
+      if (socket.readyState === WebSocket.OPEN) fail(70, error.message);
     });
-    console.error(`job ${job.id}`);
-    process.on("SIGINT", () => rpc.request("job.stop", { id: job.id }));
-    const { job: last } = await ended;
-    console.error(`job ${last.id}: ${last.state}`);
-    socket.close();
-    process.exitCode = last.exit_code ?? (last.signal ? 128 + last.signal : 125);
-  } catch (error) {
-    console.error(error.message);
-    process.exit(70);
+
+  function output(message) {
+    const end = message.indexOf("\n");
+    const { params } = JSON.parse(message.subarray(0, end).toString());
+    const bytes = message.subarray(end + 1);
+    const stream = params.stream === "stderr" ? process.stderr : process.stdout;
+    offset = params.offset + bytes.length;
+    stream.write(bytes, () => {
+      if (socket.readyState !== WebSocket.OPEN) return;
+      rpc.notify("job.credit", { subscription: params.subscription, bytes: bytes.length });
+    });
   }
-});
+
+  rpc.addMethod("job.output_end", ({ job: last, error }) => {
+    if (error?.name === "shutting_down") return; // the next service has the rest
+    if (error) fail(70, error.message);
+    console.error(`job ${last.id}: ${last.state}`);
+    process.exitCode = last.exit_code ?? (last.signal ? 128 + last.signal : 125);
+    socket.removeAllListeners("close");
+    socket.close();
+  });
+
+  socket.on("message", (data, isBinary) =>
+    isBinary ? output(data) : rpc.receiveAndSend(JSON.parse(data.toString())),
+  );
+  socket.on("unexpected-response", (_, response) => {
+    response.on("data", (body) => console.error(body.toString()));
+    response.on("end", () => process.exit(69));
+  });
+  socket.on("error", (error) => {
+    failure = error.message;
+  });
+  socket.on("close", (code, reason) => {
+    if (code !== 1006) failure = `the server closed the connection (${code} ${reason})`;
+    lostAt ??= Date.now();
+    if (job === undefined) failure += "; the job may have been started";
+    if (job === undefined || IN_VAIN.has(code) || Date.now() - lostAt > PATIENCE_MS) {
+      fail(69, `cannot go on: ${failure}`);
+    }
+    setTimeout(connect, 500);
+  });
+  socket.on("open", async () => {
+    lostAt = null;
+    stop = () => job !== undefined && call("job.stop", { id: job });
+    if (job === undefined) {
+      const params = { job: { command: process.argv.slice(2) }, follow: DELIVERY };
+      const result = await call("job.run", params);
+      if (result === undefined) return;
+      job = result.job.id;
+      console.error(`job ${job}`);
+    } else {
+      call("job.log", { id: job, offset, delivery: DELIVERY });
+    }
+    if (stopping) stop();
+  });
+}
+
+connect();

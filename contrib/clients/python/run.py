@@ -4,8 +4,9 @@
     pip install websockets && python run.py sh -c 'echo hello; sleep 60'
 
 Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
-WORKER_CA_PATH. Output travels as base64 in JSON. From Python, `jobworker.open_client` does all of
-this and more; here is what it takes without it.
+WORKER_CA_PATH. Output travels as base64 in JSON. Where the connection is lost, the service is
+restarted, or this machine slept, it connects again and goes on with the output where it stopped.
+From Python, `jobworker.open_client` does all of this and more; here is what it takes without it.
 """
 
 import asyncio
@@ -19,9 +20,13 @@ import sys
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 WINDOW = 1 << 20
 """Credits: the server may be so many bytes ahead, and what was written is granted anew."""
+PATIENCE_SECONDS = 120
+IN_VAIN = {1002, 1007, 1008, 1009, 1011}
+"""Closing codes after which the same would come of it: see docs/protocol.md, Closing."""
 
 
 def tls() -> ssl.SSLContext:
@@ -31,55 +36,114 @@ def tls() -> ssl.SSLContext:
     return context
 
 
-async def send(socket: ClientConnection, method: str, params: Any, id_: int | None = None) -> None:
-    """Send a request, or a notification where there is no id."""
-    request = {"jsonrpc": "2.0", "method": method, "params": params}
-    await socket.send(json.dumps(request if id_ is None else {**request, "id": id_}))
+class Refused(Exception):
+    """The server answered a call with an error."""
 
 
-async def main(command: list[str]) -> int:
-    """Run the command: the exit code."""
-    ids, job = itertools.count(1), None
-    async with connect(
-        f"wss://{os.environ['WORKER_SERVER']}/",
-        ssl=tls(),
-        subprotocols=["jobworker.v1"],  # type: ignore[list-item]
-        compression=None,
-    ) as socket:
-        follow = {"encoding": "base64", "credit_bytes": WINDOW}
-        await send(socket, "job.run", {"job": {"command": command}, "follow": follow}, next(ids))
+class Run:
+    """One job, over as many connections as it takes."""
 
-        def stop() -> None:
-            if job is not None:
-                stopping.add(loop.create_task(send(socket, "job.stop", {"id": job}, next(ids))))
+    def __init__(self, command: list[str]) -> None:
+        self.command = command
+        self.ids = itertools.count(1)
+        self.job: int | None = None
+        self.offset = 0  # of what was printed, in both streams together
+        self.stopping = False
+        self.socket: ClientConnection | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
 
-        stopping: set[asyncio.Task[None]] = set()
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, stop)
-        async for text in socket:
-            message = json.loads(text)
+    async def call(self, method: str, params: Any) -> None:
+        """Send a request; its reply comes among all the other messages."""
+        request = {"jsonrpc": "2.0", "id": next(self.ids), "method": method, "params": params}
+        assert self.socket is not None
+        await self.socket.send(json.dumps(request))
+
+    async def notify(self, method: str, params: Any) -> None:
+        """Send a notification, which has no reply."""
+        assert self.socket is not None
+        await self.socket.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}))
+
+    def stop(self) -> None:
+        """Ask for the job's end; again after a reconnection."""
+        self.stopping = True
+        if self.job is not None and self.socket is not None:
+            task = asyncio.get_running_loop().create_task(self.call("job.stop", {"id": self.job}))
+            self.tasks.add(task)
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def begin(self) -> None:
+        """Run the command, or go on with the output of the job that runs."""
+        delivery = {"encoding": "base64", "credit_bytes": WINDOW}
+        if self.job is None:
+            await self.call("job.run", {"job": {"command": self.command}, "follow": delivery})
+            return
+        follow = {"id": self.job, "offset": self.offset, "delivery": delivery}
+        await self.call("job.log", follow)
+        if self.stopping:
+            self.stop()
+
+    async def serve(self) -> dict[str, Any]:
+        """Print what comes to the job's end: its last record. Raises ConnectionClosed, Refused."""
+        await self.begin()
+        assert self.socket is not None
+        while True:
+            message = json.loads(await self.socket.recv())
+            params = message.get("params", {})
             if "error" in message:
-                print(message["error"]["message"], file=sys.stderr)
-                return 70
-            if message.get("id") == 1:
-                job = message["result"]["job"]["id"]
-                print(f"job {job}", file=sys.stderr)
+                raise Refused(message["error"]["message"])
+            if "result" in message and "job" in message["result"]:
+                self.job = message["result"]["job"]["id"]
+                print(f"job {self.job}", file=sys.stderr, flush=True)
             elif message.get("method") == "job.output":
-                params = message["params"]
                 data = base64.b64decode(params["data"])
                 stream = sys.stderr if params["stream"] == "stderr" else sys.stdout
                 stream.buffer.write(data)
                 stream.buffer.flush()
+                self.offset = params["offset"] + len(data)
                 credit = {"subscription": params["subscription"], "bytes": len(data)}
-                await send(socket, "job.credit", credit)
+                await self.notify("job.credit", credit)
             elif message.get("method") == "job.output_end":
-                last = message["params"]["job"]
-                print(f"job {last['id']}: {last['state']}", file=sys.stderr)
-                if last["exit_code"] is not None:
-                    return int(last["exit_code"])
-                return 128 + last["signal"] if last["signal"] else 125
-    print("cannot go on: the server closed the connection", file=sys.stderr)
-    return 69
+                if (params.get("error") or {}).get("name") == "shutting_down":
+                    await self.socket.wait_closed()  # the next service has the rest
+                elif params.get("error"):
+                    raise Refused(params["error"]["message"])
+                else:
+                    return dict(params["job"])
+
+
+async def main(command: list[str]) -> int:
+    """Run the command: the exit code."""
+    run, loop = Run(command), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, run.stop)
+    lost_at = None
+    while True:
+        try:
+            async with connect(
+                f"wss://{os.environ['WORKER_SERVER']}/",
+                ssl=tls(),
+                subprotocols=["jobworker.v1"],  # type: ignore[list-item]
+                compression=None,
+            ) as run.socket:
+                lost_at = None
+                last = await run.serve()
+                break
+        except Refused as refused:
+            print(refused, file=sys.stderr)
+            return 70
+        except ConnectionClosed as closed:
+            why, again = str(closed), closed.rcvd is None or closed.rcvd.code not in IN_VAIN
+        except OSError as error:
+            why, again = str(error), not isinstance(error, ssl.SSLCertVerificationError)
+        lost_at = loop.time() if lost_at is None else lost_at
+        if run.job is None or not again or loop.time() - lost_at > PATIENCE_SECONDS:
+            maybe = "" if run.job else "; the job may have been started"
+            print(f"cannot go on: {why}{maybe}", file=sys.stderr)
+            return 69
+        await asyncio.sleep(0.5)
+    print(f"job {last['id']}: {last['state']}", file=sys.stderr)
+    if last["exit_code"] is not None:
+        return int(last["exit_code"])
+    return 128 + last["signal"] if last["signal"] else 125
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ Every failure is one line on standard error (one JSON object, with --json) and i
 2 for misuse, and what `errors` says for the rest.
 """
 
-import errno
-import os
+import logging
 import sys
 
 import asyncclick as click
 
 import jobworker
 from jobworker.cli import jobs, output, session, volumes
-from jobworker.cli.console import BROKEN_PIPE, PROGRAM, discard_output, note, tell
-from jobworker.cli.failures import one_line, run_program
+from jobworker.cli.console import PROGRAM, Notes, note, tell
+from jobworker.cli.failures import end_of_printing, leaves, one_line, run_program
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
 from jobworker.convert import dumps
@@ -47,13 +46,16 @@ class _Program(click.Group):
         except JobworkerError as error:
             tell(error, json=ctx.ensure_object(Invocation).json)
             raise click.exceptions.Exit(error.exit_code) from None
-        except OSError as error:  # all others have been mapped: it is from printing
-            discard_output()
-            if error.errno == errno.EPIPE:
-                raise click.exceptions.Exit(BROKEN_PIPE) from None
-            failed = JobworkerError(f"cannot print: {os.strerror(error.errno or 0)}")
-            tell(failed, json=ctx.ensure_object(Invocation).json)
-            raise click.exceptions.Exit(failed.exit_code) from None
+        except (OSError, BaseExceptionGroup) as raised:
+            faults = list(leaves(raised))
+            first = faults[0]
+            if not isinstance(first, OSError) or any(not isinstance(f, OSError) for f in faults):
+                raise
+            # All others have been mapped: it is from printing.
+            code, failed = end_of_printing(first)
+            if failed is not None:
+                tell(failed, json=ctx.ensure_object(Invocation).json)
+            raise click.exceptions.Exit(code) from None
 
 
 def _told(misuse: click.UsageError) -> click.exceptions.Exit:
@@ -114,4 +116,5 @@ def main() -> None:
     """Run `worker-cli` with the process's arguments."""
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    logging.getLogger("jobworker").addHandler(Notes())
     run_program(PROGRAM, worker_cli)

@@ -12,39 +12,11 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 from jobworker.cli.failures import one_line as visible
-from jobworker.cli.parameters import JobNumber
-from jobworker.model.units import parse_duration
+from jobworker.cli.parameters import JobNumber, Moment
 from jobworker.places import default_configuration
 
 if TYPE_CHECKING:
     from jobworker.jobs.audit import AuditRow
-
-
-class Moment(click.ParamType[datetime]):
-    """A time (ISO 8601; UTC where it names no zone), or so long ago: 90s, 10m, 1h30m, 7d."""
-
-    name = "moment"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> datetime:
-        """See click.ParamType."""
-        if isinstance(value, datetime):
-            return value
-        text = str(value)
-        try:
-            return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
-        except (ValueError, OverflowError):
-            pass
-        try:
-            moment = datetime.fromisoformat(text)
-        except ValueError:
-            self.fail(
-                f"{text!r} is no time such as 2026-01-31T12:00, and no duration such as 1h",
-                param,
-                ctx,
-            )
-        return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _default_config() -> Path | None:
@@ -59,7 +31,12 @@ def _default_config() -> Path | None:
     default=_default_config,
     help="The service's configuration file.",
 )
-@click.option("--since", type=Moment(), metavar="TIME|DURATION", help="Only what came later.")
+@click.option(
+    "--since",
+    type=Moment(),
+    metavar="TIME|DURATION",
+    help="Only what came later: 10m, 2026-01-31T12:00 (local time where no zone is named).",
+)
 @click.option("--who", metavar="NAME", help="Only what certificates of this name did.")
 @click.option("--job", type=JobNumber(), help="Only what was done to this job.")
 @click.option(
@@ -73,7 +50,7 @@ def _default_config() -> Path | None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
 def audit(
     config: Path | None,
-    since: datetime | None,
+    since: datetime | timedelta | None,
     who: str | None,
     job: int | None,
     limit: int,
@@ -83,6 +60,8 @@ def audit(
     from jobworker.config import Settings, load
     from jobworker.jobs.audit import read_rows
 
+    if isinstance(since, timedelta):
+        since = datetime.now(UTC) - since
     settings = Settings() if config is None else load(config)
     history = Path(settings.worker.state_dir) / "service" / "history.db"
     _become_owner(history.parent)

@@ -20,6 +20,7 @@ from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.server.descriptors import outputs_within
+from jobworker.server.disk_promises import check_promises
 from jobworker.server.reader import configured_files
 from jobworker.server.setup import bind, descriptor_limit, listen, service_ids
 
@@ -35,6 +36,8 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield _try("descriptors", lambda: _descriptors(settings))
     running = _is_running(settings)
     yield _try("state directory", lambda: _state(settings, running=running))
+    if os.geteuid() == 0:
+        yield _try("room for jobs' disks", lambda: _room(settings), needed=False)
     yield _try("port", lambda: _port(settings, running=running))
     yield _try("certificates and key", lambda: _certificates(settings))
     yield _try("end of certificates", lambda: _terms(settings), needed=False)
@@ -116,6 +119,10 @@ def _state(settings: Settings, *, running: bool) -> str:
     free = shutil.disk_usage(there).free >> 20
     made = "in use by a service that runs" if running else "" if there == state else "to be made"
     return ", ".join(filter(None, (str(state), made, f"{free} MiB free")))
+
+
+def _room(settings: Settings) -> str:
+    return check_promises(settings, nearest_directory(Path(settings.worker.state_dir)))
 
 
 def nearest_directory(path: Path) -> Path:

@@ -5,12 +5,12 @@ thread: a reader that is slow (a pager, say) must stop neither the connection no
 terminal, bytes that it would act upon are made visible where that is asked for.
 """
 
+import logging
 import os
 import select
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import TextIO
@@ -25,8 +25,6 @@ from jobworker.errors import JobworkerError
 from jobworker.model.job import Stream
 
 PROGRAM = "worker-cli"
-BROKEN_PIPE = 141
-"""128 + SIGPIPE, as shells have it."""
 MOST_BYTES = 1 << 20
 MOST_PIECES = 1024
 """What is gathered for one write, at the least: some milliseconds' work."""
@@ -47,18 +45,18 @@ def tell(error: JobworkerError, *, json: bool) -> None:
     note(error_as_json(error) if json else f"{PROGRAM}: {one_line(str(error))}")
 
 
+class Notes(logging.Handler):
+    """Prints what the client's modules have to warn of, an open key say, as lines of our own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        note(f"{PROGRAM}: {one_line(record.getMessage())}")
+
+
 def note_lost(lost: JobworkerError, plan: str) -> None:
     """Say that a connection was lost, and what is done about it."""
     fact = lost.message.removeprefix("cannot go on: ")  # for it does go on
     note(f"{PROGRAM}: {one_line(fact)}; {plan}")
-
-
-def discard_output() -> None:
-    """Let what is still buffered for standard output vanish, instead of failing at exit."""
-    with suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
 
 
 class Outlet:

@@ -1,16 +1,21 @@
 """How a program ends that could not do what it was asked: one line, and an exit code."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import asyncclick as click
 import trio
 
-from jobworker.errors import JobworkerError
+from jobworker.errors import JobworkerError, PrintFailed
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+BROKEN_PIPE = 141
+"""128 + SIGPIPE, as shells have it."""
 
 
 def run_program(program: str, command: click.Command) -> None:
@@ -28,15 +33,22 @@ def run_program(program: str, command: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except (JobworkerError, BaseExceptionGroup) as raised:
-        leaves = list(_leaves(raised))
-        for leaf in leaves:
+        found = list(leaves(raised))
+        for leaf in found:
             if not isinstance(leaf, JobworkerError | KeyboardInterrupt):
                 raise
-        error = leaves[0]
+        error = found[0]
         if isinstance(error, JobworkerError):
             print(f"{program}: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
             sys.exit(error.exit_code)
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if not _is_from_printing(error):
+            raise
+        code, failed = end_of_printing(error)
+        if failed is not None:
+            print(f"{program}: {one_line(str(failed))}", file=sys.stderr)  # noqa: T201
+        sys.exit(code)
     sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -45,9 +57,38 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _leaves(raised: BaseException) -> Iterator[BaseException]:
+def end_of_printing(error: OSError) -> tuple[int, PrintFailed | None]:
+    """The exit code of a program whose output is refused, and what to say: nothing of a pipe."""
+    _discard_output()
+    if error.errno == errno.EPIPE:
+        return BROKEN_PIPE, None
+    failed = PrintFailed(
+        f"cannot print: {os.strerror(error.errno or 0)}",
+        remedy="see what standard output leads to; what was asked of the server is not undone",
+    )
+    return failed.exit_code, failed
+
+
+def _discard_output() -> None:
+    """Let what is still buffered for standard output vanish, instead of failing at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _is_from_printing(error: OSError) -> bool:
+    """Whether click raised it, whose only writing is that to the standard streams."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_code.co_filename == click.utils.__file__
+
+
+def leaves(raised: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a group, or the one that is none."""
     if isinstance(raised, BaseExceptionGroup):
         for inner in raised.exceptions:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     else:
         yield raised

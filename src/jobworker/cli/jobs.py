@@ -31,19 +31,20 @@ from jobworker.protocol.messages import MAX_LIST
 if TYPE_CHECKING:
     from jobworker.client.client import Client
 
+START_SECONDS = 10.0
+"""As long as a restart of the service takes, on a slow machine."""
 CALLS_AT_A_TIME = 64
 """Well below what a server takes in flight from one connection."""
 
 
 def open_connection(
-    invocation: Invocation,
-    *,
-    patient: bool = False,
-    on_lost: Callable[[JobworkerError], None] | None = None,
+    invocation: Invocation, *, patient: bool = True, quiet: bool = False
 ) -> "AbstractAsyncContextManager[Client]":
     """Connect to the server that options, environment and file name.
 
-    `patient` makes a connection that is lost anew, for who waits for something.
+    A service that is being restarted is waited for: START_SECONDS for the first connection, the
+    client's patience for later ones. Not so without `patient`. `quiet` says nothing of it; of the
+    wait for the first one only a person at a terminal hears, since its end is told in any case.
     """
     from jobworker.client.client import PATIENCE_SECONDS
     from jobworker.client.opening import open_client
@@ -55,7 +56,9 @@ def open_connection(
         certificate=target.certificate,
         key=target.key,
         patience_seconds=PATIENCE_SECONDS if patient else 0,
-        on_lost=on_lost,
+        start_patience_seconds=START_SECONDS if patient else 0,
+        on_lost=None if quiet else _tell_lost,
+        on_refused=_tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
     )
 
 
@@ -132,7 +135,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
         name=name,
     )
     try:
-        async with open_connection(invocation, patient=follow) as client:
+        async with open_connection(invocation, quiet=quiet) as client:
             if dry_run:
                 plan = await client.plan(spec)
                 say(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
@@ -193,7 +196,7 @@ async def stop(
 @pass_invocation
 async def wait(invocation: Invocation, jobs: tuple[int, ...]) -> int:
     """Wait for the end of each JOB; exit with the code of the last one."""
-    async with open_connection(invocation, patient=True, on_lost=_tell_lost) as client:
+    async with open_connection(invocation) as client:
         last, failed = await _each(jobs, lambda job: client.job(job).wait(), json=invocation.json)
     return failed if failed or last is None else shell_exit_code(last)
 

@@ -1,9 +1,10 @@
 """Which server, and who we are to it: option, environment, file, default, in this order.
 
 The file is `~/.worker/config`, lines as a shell would source them: `export NAME="value"`, with or
-without `export`, `#` comments, quotes as in sh(1), nothing else. A leading `~` of a path is the
-home directory, quoted or not. Names that are not ours are passed over, so that a shell may
-source the same file. The file is read only where option and environment leave something open.
+without `export`, `#` comments, quotes as in sh(1), `$NAME` and `${NAME}` outside of single quotes,
+from the lines above or the environment; nothing else. A leading `~` of a path is the home
+directory, quoted or not. Names that are not ours are passed over, so that a shell may source the
+same file. The file is read only where option and environment leave something open.
 """
 
 import os
@@ -95,18 +96,19 @@ def read_settings(file: Path) -> dict[str, str]:
         raise ConfigError(f"cannot read {file}: it is not UTF-8 text") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
-        found.update(_settings_of(line, f"{file}, line {number}"))
+        found.update(_settings_of(line, f"{file}, line {number}", {**os.environ, **found}))
     return found
 
 
-def _settings_of(line: str, where: str) -> dict[str, str]:
+def _settings_of(line: str, where: str, variables: Mapping[str, str]) -> dict[str, str]:
     def malformed(why: str) -> ConfigError:
         return ConfigError(
             f"cannot read {where}: {why}", remedy='write lines such as export NAME="value"'
         )
 
     try:
-        words = shlex.split(line, comments=True)
+        marked, names = _mark_variables(line)
+        words = shlex.split(marked, comments=True)
     except ValueError as fault:
         raise malformed(str(fault).lower()) from None
     if words[:1] == ["export"]:
@@ -116,5 +118,53 @@ def _settings_of(line: str, where: str) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not _NAME.fullmatch(name):
             raise malformed(f"{word!r} is not NAME=value")
+        value, unknown = _fill_in(value, names, variables)
+        if unknown and name in DEFAULTS:
+            raise malformed(f"{unknown} in the value of {name} is no variable that is set here")
         found[name] = value
     return found
+
+
+_MARK = "\ue000"
+"""Of a private use area: stands for a variable while quotes and blanks are looked at."""
+_VARIABLE = re.compile(
+    r"""(?P<plain>\\.|'[^']*')|\$(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<command>[({]))|(?P<tick>`)"""
+)
+
+
+def _mark_variables(line: str) -> tuple[str, list[str]]:
+    """The line with a mark for each variable that a shell would replace, and what stood there."""
+    names: list[str] = []
+    within = False
+
+    def mark(found: re.Match[str]) -> str:
+        nonlocal within
+        names.append(found["name"] or found["braced"] or found[0])
+        return f"{_MARK}{len(names) - 1}{_MARK}"
+
+    parts, at = [], 0
+    while at < len(line):
+        found = _VARIABLE.match(line, at)
+        if line[at] == '"':
+            within = not within
+        if found is None or (within and line[at] == "'"):
+            parts.append(line[at])
+            at += 1
+            continue
+        parts.append(found[0] if found["plain"] else mark(found))
+        at = found.end()
+    return "".join(parts), names
+
+
+def _fill_in(value: str, names: list[str], variables: Mapping[str, str]) -> tuple[str, str]:
+    """The value with its variables, and the first that nobody knows, "" where there is none."""
+    unknown = ""
+
+    def variable(found: re.Match[str]) -> str:
+        nonlocal unknown
+        name = names[int(found[1])]
+        if name not in variables:
+            unknown = unknown or f"${name.removeprefix('$')}"
+        return variables.get(name, "")
+
+    return re.sub(f"{_MARK}([0-9]+){_MARK}", variable, value), unknown

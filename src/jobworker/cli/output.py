@@ -37,7 +37,8 @@ from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
     "--since",
     type=Moment(),
     metavar="TIME|DURATION",
-    help="Only lines begun since a time, or since so long ago: 10m, 2026-01-31T12:00:00.",
+    help="Only lines begun since a time, or since so long ago: 10m, 2026-01-31T12:00:00 (local "
+    "time where it names no zone, as Z or +02:00 do).",
 )
 @click.option("--timestamps", "-t", is_flag=True, help="Begin each line with its time.")
 @click.option(
@@ -72,7 +73,7 @@ async def log(
     """
     streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
     look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
-    async with open_connection(invocation, patient=True) as client:
+    async with open_connection(invocation) as client:
         output = partial(
             client.job(job).output,
             follow=follow,

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from jobworker.cli.failures import one_line as visible
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.model.job import JobRecord, JobSpec, OutputCut, Usage
+from jobworker.model.job import LOST_WRITES, JobRecord, JobSpec, OutputCut, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_size
 
@@ -100,11 +100,21 @@ def outcome(record: JobRecord) -> str:
 def ending(record: JobRecord) -> list[str]:
     """Lines about an end that the job's output and exit code do not tell."""
     why = _why_ended(record)
-    return [visible(f"job {record.id} {why}"), *losses(record)] if why else losses(record)
+    lines = [visible(f"job {record.id} {why}")] if why else []
+    if LOST_WRITES in record.detail and record.detail not in why:
+        lines.append(visible(f"job {record.id}: {record.detail}"))
+    return [*lines, *_not_kept(record)]
 
 
 def losses(record: JobRecord) -> list[str]:
-    """Lines about output that the log does not hold."""
+    """Lines about output that the log does not hold, or may not hold."""
+    if record.reason is not Reason.LOST:
+        return _not_kept(record)
+    lost = f"job {record.id} {_why_ended(record)}; the end of its output may be missing"
+    return [visible(lost), *_not_kept(record)]
+
+
+def _not_kept(record: JobRecord) -> list[str]:
     if not (record.discarded_bytes or record.output_cut):
         return []
     lost = format_size(record.discarded_bytes)
@@ -132,8 +142,9 @@ def _why_ended(record: JobRecord) -> str:
         Reason.TIMEOUT: f"was ended: it ran longer than its time limit of {longest}",
         Reason.OUTPUT: f"was stopped: {_why_cut(record)}",
         Reason.SIGNAL: f"was ended by {_signal(record.signal)}{detail}",
+        Reason.DISK: f"ended with code 0, but cannot be trusted{detail}",
         Reason.START: f"could not be started{detail}",
-        Reason.LOST: f"was lost{detail or ': the service ended while it ran'}",
+        Reason.LOST: f"was lost{detail or ': its launcher ended while it ran'}",
     }
     if record.state is State.STOPPED:
         return "was stopped"

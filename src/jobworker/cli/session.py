@@ -42,7 +42,7 @@ async def whoami(invocation: Invocation) -> None:
 async def ping(invocation: Invocation, count: int) -> None:
     """Tell how long the server takes to be reached, and to answer a request."""
     began = time.perf_counter()
-    async with open_connection(invocation) as client:
+    async with open_connection(invocation, patient=False) as client:
         connected = time.perf_counter() - began
         address = str(invocation.target().address)
         if not invocation.json:

@@ -20,16 +20,21 @@ def volume() -> None:
 
 @volume.command()
 @click.option("--size", type=int, metavar="MB", required=True, help="Its size.")
+@click.option("--thin", is_flag=True, help="Take from the disk what is written, no more.")
 @click.argument("name")
 @pass_invocation
-async def create(invocation: Invocation, name: str, size: int) -> None:
-    """Make the volume NAME."""
+async def create(invocation: Invocation, name: str, size: int, thin: bool) -> None:
+    """Make the volume NAME.
+
+    Its size is reserved on the server's disk. With --thin it is not: a job that writes to it
+    while that disk is full loses what it writes, and FAILs.
+    """
     _check_name("create", name)
     if not MIN_DISK_BYTES <= size * MEBIBYTE <= MAX_DISK_BYTES:
         bounds = f"{MIN_DISK_BYTES // MEBIBYTE} to {MAX_DISK_BYTES // MEBIBYTE} MB"
         raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
     async with open_connection(invocation) as client:
-        await client.make_volume(name, size * MEBIBYTE)
+        await client.make_volume(name, size * MEBIBYTE, thin=thin)
 
 
 @volume.command(name="list")
@@ -42,10 +47,10 @@ async def list_volumes(invocation: Invocation) -> None:
     if invocation.json:
         say(dumps(unstructure(found)))
         return
-    rows = [("NAME", "SIZE", "ON DISK", "JOBS")]
+    rows = [("NAME", "SIZE", "ON DISK", "JOBS", "KIND")]
     for each in found:
         sizes = (format_size(each.size_bytes), format_size(each.used_bytes))
-        rows.append((each.name, *sizes, str(each.jobs)))
+        rows.append((each.name, *sizes, str(each.jobs), "thin" if each.thin else "reserved"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         say("  ".join(map(str.ljust, row, widths)).rstrip())

@@ -1,12 +1,15 @@
 """The public client: typed calls to one server, over as many connections as it takes.
 
 One task keeps a connection (`serve`): it dials, serves the connection to its end, and dials anew
-when someone next needs one, with growing pauses, until patience ends. The first connection
-must succeed: what is wrong with an address or a certificate is told at once.
+when someone next needs one, with growing pauses, until patience ends. Those who wait then get the
+error; a later call begins again. The first connection must succeed: what is wrong with an address
+or a certificate is told at once.
 
-What a call does when its connection breaks depends on what it asks for. Asking, waiting and
-stopping may be done twice, and are. Running a command may not: whoever called learns that the
-connection broke and that the job may have been started.
+What a call does when its connection breaks depends on why (`protocol.closing`) and on what it asks
+for. Asking, waiting, stopping and removing may be done twice, and are. Running a command and making
+a volume may not: they are asked again only where no server can have the whole request, or a service
+that is ending refused it (`shutting_down`); else the caller learns that the job may have been
+started.
 """
 
 import random
@@ -22,13 +25,26 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
-from attrs import define, field
+from attrs import asdict, define, evolve, field
 
 from jobworker.client.address import Address
+from jobworker.client.checked import checked
 from jobworker.client.following import DELIVERY, Following, anew
 from jobworker.client.job import Job
-from jobworker.client.link import Link
-from jobworker.errors import Busy, ConnectionFailed, InvalidParams, JobworkerError
+from jobworker.client.link import Link, LinkLost
+from jobworker.errors import (
+    Busy,
+    CertificateRefused,
+    ConnectionFailed,
+    HostUnknown,
+    InvalidParams,
+    JobworkerError,
+    MessageTooLarge,
+    NoService,
+    NotFound,
+    ProtocolError,
+    ShuttingDown,
+)
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.volumes import Volume
@@ -38,11 +54,55 @@ CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
+START_PAUSE_SECONDS = 0.2
 
 T = TypeVar("T")
 
+LARGE_BYTES = 1 << 20
+MOST_LOSSES = 3
+"""So often a request of LARGE_BYTES may break its connection before it is held for too large."""
+
 Dial = Callable[..., Awaitable[None]]
 """Serves one connection to its end, and reports it as started: `dial.serve_connection`."""
+
+
+@define(eq=False)
+class _Attempt:
+    """One try to have a connection, and how it went for all who wait for it."""
+
+    decided: trio.Event = field(factory=trio.Event)
+    failure: JobworkerError | None = None
+
+
+@define(eq=False)
+class _Tries:
+    """How often one call was asked, and whether it may be asked again."""
+
+    _uncertain: str = ""
+    """Of a call that must not be carried out twice: what to do where that is not known."""
+    may_have_been_done: bool = field(default=False, init=False)
+    """Whether a server may have had the request, and its answer was lost."""
+    _losses: int = field(default=0, init=False)
+
+    def lose(self, lost: LinkLost, name: str) -> None:
+        """Note that the connection was lost. Raises where the call may not be asked again."""
+        self.may_have_been_done = self.may_have_been_done or lost.sent
+        self._losses += 1
+        if self.may_have_been_done and self._uncertain:
+            reason = lost.reason
+            if isinstance(reason, CertificateRefused | ProtocolError):
+                raise type(reason)(
+                    reason.message, remedy=f"{self._uncertain}; {reason.remedy}"
+                ) from None
+            raise ConnectionFailed(reason.message, remedy=self._uncertain) from None
+        if isinstance(lost.reason, ProtocolError):
+            raise lost.reason from None
+        if lost.size >= LARGE_BYTES and self._losses >= MOST_LOSSES:
+            raise MessageTooLarge(
+                f"cannot call {name}: {self._losses} connections broke under this request of "
+                f"{lost.size} bytes as JSON; the last one: {lost.reason.message}",
+                remedy="ask for less at once, or raise limits.max_message_bytes of the server",
+            ) from None
 
 
 @define(eq=False, kw_only=True)
@@ -58,12 +118,12 @@ class Client:
     _address: Address
     _dial: Dial = field(repr=False)
     _patience_seconds: float = PATIENCE_SECONDS
+    _start_patience_seconds: float = 0
+    _on_refused: Callable[[JobworkerError], None] | None = field(default=None, repr=False)
     _on_lost: Callable[[JobworkerError], None] | None = field(default=None, repr=False)
     _link: Link | None = field(default=None, init=False, repr=False)
-    _over: JobworkerError | None = field(default=None, init=False)
-    """Why there will be no connection any more."""
+    _attempt: "_Attempt" = field(factory=_Attempt, init=False, repr=False)
     _wanted: trio.Event = field(factory=trio.Event, init=False, repr=False)
-    _changed: trio.Event = field(factory=trio.Event, init=False, repr=False)
 
     async def hello(self) -> m.Welcome:
         """Ask who the server is, and whom it takes this client for.
@@ -99,15 +159,10 @@ class Client:
         Traceback (most recent call last):
         jobworker.errors.CommandNotFound: cannot run no-such-program: ...
         """
-        made = spec if isinstance(spec, JobSpec) else _spec(spec)
-        made.check_size()
-        params = m.RunParams(job=made, follow=DELIVERY if follow else None)
-        try:
-            link, result = await self._call("job.run", params, m.RunResult, again=False)
-        except ConnectionFailed as lost:
-            remedy = "the job may have been started: see the list before running it again"
-            raise ConnectionFailed(lost.message, remedy=remedy, data=lost.data) from None
-        first = link.following(result.subscription, 0) if follow else None
+        params = m.RunParams(job=_spec(spec), follow=DELIVERY if follow else None)
+        uncertain = "the job may have been started: see the list before running it again"
+        link, result = await self._call_once("job.run", params, m.RunResult, uncertain)
+        first = None if result.subscription is None else link.following(result.subscription, 0)
         return Job(self, result.job.id, result.job, first)
 
     async def plan(self, spec: JobSpec | Sequence[str]) -> m.Plan:
@@ -119,9 +174,7 @@ class Client:
         >>> plan.steps[0].name, plan.steps[-1].subject
         ('attach-scope', '')
         """
-        made = spec if isinstance(spec, JobSpec) else _spec(spec)
-        made.check_size()
-        return await self.call("job.plan", m.PlanParams(job=made), m.Plan)
+        return await self.call("job.plan", m.PlanParams(job=_spec(spec)), m.Plan)
 
     def job(self, number: int) -> Job:
         """The job of that number; the server is not asked yet.
@@ -139,7 +192,7 @@ class Client:
     async def list(
         self,
         *,
-        states: Iterable[State] = (),
+        states: Iterable[State | str] = (),
         labels: Mapping[str, str] | None = None,
         name: str = "",
         limit: int = 100,
@@ -156,13 +209,20 @@ class Client:
         >>> [record.spec.command for record in await client.list(states=[State.RUNNING], limit=1)]
         [('sleep', '60')]
         """
-        wanted = {"states": tuple(states), "labels": labels or {}, "name": name, "limit": limit}
+        params = checked(
+            "list jobs",
+            m.ListParams,
+            states=states,
+            labels=labels or {},
+            name=name,
+            limit=limit,
+            before=before,
+        )
         while True:
-            params = m.ListParams(**wanted, before=before)  # type: ignore[arg-type]
             page = await self.call("job.list", params, m.ListResult)
             if page.jobs or page.next is None:
                 return page.jobs
-            before = page.next
+            params = evolve(params, before=page.next)
 
     async def prune(self, params: m.PruneParams) -> m.Removed:
         """Remove ended jobs' output, the oldest first; their records stay.
@@ -170,18 +230,23 @@ class Client:
         >>> (await client.prune(PruneParams(older_than_seconds=86400))).jobs
         ()
         """
-        return await self.call("job.prune", params, m.Removed)
+        sound = checked("prune", m.PruneParams, **asdict(params))
+        return await self.call("job.prune", sound, m.Removed)
 
-    async def make_volume(self, name: str, size_bytes: int) -> None:
+    async def make_volume(self, name: str, size_bytes: int, *, thin: bool = False) -> None:
         """Make a volume: a disk of that size which outlives jobs, at least 16 MiB.
+
+        The server's disk has it reserved. A thin one takes what is written to it, and a job that
+        writes to it while that disk is full loses what it writes, and is FAILED.
 
         Raises InvalidParams where it exists, or the server's disk has no room for it.
 
         >>> await client.make_volume("cache", 64 << 20)
         >>> await client.remove_volume("cache")
         """
-        spec = m.VolumeSpec(name=name, size_bytes=size_bytes)
-        await self.call("volume.create", spec, m.Nothing)
+        spec = checked("make the volume", m.VolumeSpec, name=name, size_bytes=size_bytes, thin=thin)
+        uncertain = "the volume may have been made: see the list before making it again"
+        await self._call_once("volume.create", spec, m.Nothing, uncertain)
 
     async def volumes(self) -> tuple[Volume, ...]:
         """List all volumes, by name.
@@ -199,56 +264,99 @@ class Client:
         >>> await client.make_volume("old", 16 << 20)
         >>> await client.remove_volume("old")
         """
-        await self.call("volume.remove", m.VolumeParams(name=name), m.Nothing)
+        params = checked("remove the volume", m.VolumeParams, name=name)
+        await self.call("volume.remove", params, m.Nothing, gone=m.Nothing())
 
-    async def call(self, name: str, params: object, result: type[T]) -> T:
-        """Call a method of the protocol by name, as often as it takes to get an answer."""
-        return (await self._call(name, params, result))[1]
+    async def call(self, name: str, params: object, result: type[T], *, gone: T | None = None) -> T:
+        """Call a method of the protocol by name, as often as it takes to get an answer.
+
+        `gone` is the result where the answer of an earlier try was lost, and a later one learns
+        NotFound: what was to be removed is.
+        """
+        tries = _Tries()
+        try:
+            return (await self._call(name, params, result, tries))[1]
+        except NotFound:
+            if gone is None or not tries.may_have_been_done:
+                raise
+            return gone
 
     async def open_following(self, params: m.LogParams) -> Following:
         """Open a subscription; it lasts no longer than the connection that it is opened on."""
-        link, result = await self._call("job.log", params, m.LogResult)
+        link, result = await self._call("job.log", params, m.LogResult, _Tries())
         return link.following(result.subscription, result.offset, result.starts)
 
+    async def _call_once(
+        self, name: str, params: object, result: type[T], uncertain: str
+    ) -> tuple[Link, T]:
+        """Call a method that must not be carried out twice.
+
+        Where the server may have the request but its answer is lost, raises ConnectionFailed with
+        the remedy `uncertain`. Where it certainly does not have it, asks again.
+        """
+        return await self._call(name, params, result, _Tries(uncertain))
+
     async def _call(
-        self, name: str, params: object, result: type[T], *, again: bool = True
+        self, name: str, params: object, result: type[T], tries: _Tries
     ) -> tuple[Link, T]:
         while True:
             link = await self._linked()
             try:
                 return link, await link.call(name, params, result)
-            except ConnectionFailed:
-                if not again:
+            except LinkLost as lost:
+                tries.lose(lost, name)
+                if self._patience_seconds <= 0:
+                    raise lost.reason from None
+            except ShuttingDown:
+                # Not asked again here: an answer that is lost would leave open what became of it.
+                with trio.move_on_after(self._patience_seconds):
+                    await link.lost.wait()
+                if link.failure is None or self._patience_seconds <= 0:
                     raise
 
     async def _linked(self) -> Link:
-        """Wait for a connection. Raises why there is none any more."""
-        while True:
-            if self._over is not None:
-                raise anew(self._over)
-            if self._link is not None and self._link.failure is None:
-                return self._link
+        """Wait for a connection. Raises why there is none."""
+        while self._link is None or self._link.failure is not None:
+            attempt = self._attempt
             self._wanted.set()
-            await self._changed.wait()
+            await attempt.decided.wait()
+            if attempt.failure is not None:
+                raise anew(attempt.failure)
+        return self._link
 
     # --- the task that keeps a connection ---------------------------------------------------
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep a connection; started once the first stands. Raises why that one cannot be made."""
-        lost = await self._serve_link(task_status.started)
+        lost = await self._serve_first_link(task_status.started)
         while self._patience_seconds > 0:
             await self._wanted.wait()
             if self._on_lost is not None:
                 self._on_lost(lost)
             try:
-                lost = await self._serve_next_link()
+                lost = await self._serve_next_link(lost)
             except JobworkerError as refused:
                 lost = refused
-                break
-        self._over = lost
-        self._tell_change()
+                self._decide(refused)
+        self._decide(lost, for_good=True)
 
-    async def _serve_next_link(self) -> JobworkerError:
+    async def _serve_first_link(self, tell_started: Callable[[], None]) -> JobworkerError:
+        """As `_serve_link`, for as long as a restart of the service may take."""
+        patience_ends = trio.current_time() + self._start_patience_seconds
+        told = False
+        while True:
+            try:
+                return await self._serve_link(tell_started)
+            except ConnectionFailed as failed:
+                over = trio.current_time() >= patience_ends
+                if over or isinstance(failed, HostUnknown | NoService):
+                    raise
+                if self._on_refused is not None and not told:
+                    self._on_refused(failed)
+                told = True
+            await trio.sleep(START_PAUSE_SECONDS)
+
+    async def _serve_next_link(self, lost: JobworkerError) -> JobworkerError:
         """Dial until a connection stands, serve it: why it was lost. Raises when patience ends."""
         patience_ends = trio.current_time() + self._patience_seconds
         pause = FIRST_PAUSE_SECONDS
@@ -261,6 +369,13 @@ class Client:
             except (ConnectionFailed, Busy):
                 if trio.current_time() >= patience_ends:
                     raise
+            except CertificateRefused as refused:
+                if not isinstance(lost, CertificateRefused) or lost.message == refused.message:
+                    raise
+                why = refused.message.removeprefix("cannot connect: ")
+                raise CertificateRefused(
+                    f"{lost.message}; connecting again: {why}", remedy=lost.remedy
+                ) from None
 
     async def _serve_link(self, tell_started: Callable[[], None]) -> JobworkerError:
         """Dial, and serve the connection to its end: why it was lost. Raises why there is none."""
@@ -276,8 +391,7 @@ class Client:
                 self._link = link = Link(connection)
                 nursery.start_soon(link.serve_writer)
                 nursery.start_soon(link.serve_reader)
-                self._wanted = trio.Event()
-                self._tell_change()
+                self._decide(None)
                 tell_started()
                 await link.lost.wait()
                 failure = link.failure
@@ -287,26 +401,47 @@ class Client:
         assert failure is not None
         return failure
 
-    def _tell_change(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+    def _decide(self, failure: JobworkerError | None, *, for_good: bool = False) -> None:
+        """Tell those who wait for a connection that it stands, or why it does not.
 
-    async def aclose(self) -> None:
-        """Say goodbye, for at most a second."""
-        if self._link is not None:
+        Whoever wants one later starts another attempt, unless there is none `for_good`.
+        """
+        attempt = self._attempt
+        if attempt.decided.is_set():  # for good
+            return
+        attempt.failure = failure
+        attempt.decided.set()
+        self._wanted = trio.Event()
+        if not for_good:
+            self._attempt = _Attempt()
+
+    async def aclose(self, *, goodbye: bool = True) -> None:
+        """Close: a call that waits, or comes later, raises ConnectionFailed.
+
+        With `goodbye` the server is told, for at most a second; without, this does not wait.
+        """
+        if goodbye and self._link is not None:
             await self._link.connection.aclose()
+        closed = ConnectionFailed(
+            "cannot call the server: this client is closed",
+            remedy="make calls inside the block of open_client",
+        )
+        self._patience_seconds = 0
+        if self._link is not None:
+            self._link.lose(closed)
+        self._decide(closed, for_good=True)
 
 
-def _spec(command: Sequence[str]) -> JobSpec:
-    if isinstance(command, str):
+def _spec(spec: JobSpec | Sequence[str]) -> JobSpec:
+    if isinstance(spec, str):
         raise InvalidParams(
-            f"cannot run {command!r}: the command is one string",
+            f"cannot run {spec!r}: the command is one string",
             remedy='give program and arguments apart: ["ls", "-l"], or ["sh", "-c", "ls | wc"]',
         )
-    try:
-        return JobSpec(command=tuple(command))
-    except (TypeError, ValueError) as fault:
-        raise InvalidParams(f"cannot run the command: it {fault}") from None
+    values = {"command": spec} if not isinstance(spec, JobSpec) else asdict(spec, recurse=False)
+    made = checked("run the command", JobSpec, **values)
+    made.check_size()
+    return made
 
 
 @contextmanager

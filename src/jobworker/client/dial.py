@@ -28,17 +28,19 @@ from jobworker.errors import (
     HostUnknown,
     JobworkerError,
     MalformedJSON,
+    MessageTooLarge,
+    NoService,
+    ProtocolError,
     error_from_wire,
 )
 from jobworker.pki.own_certificate import told_precisely
 from jobworker.pki.refusals import client_refusal
+from jobworker.protocol.closing import Verdict, verdict
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.tls_stream import TLSStream
 
 CLOSE_SECONDS = 1.0
 RECEIVE_BYTES = 262_144
-POLICY_VIOLATION = 1008
-"""RFC 6455, section 7.4.1: how a server ends the connection of a certificate it takes no more."""
 _EXCERPT_CHARACTERS = 200
 
 
@@ -59,8 +61,9 @@ class Connection:
     async def receive(self) -> str | bytes | memoryview:
         """Wait for the next message; a view is valid until the next call.
 
-        Raises, once there is none to come, ConnectionFailed, or CertificateRefused where the server
-        ended the connection for our certificate's sake.
+        Raises, once there is none to come, what `closing` says of the server's closing frame:
+        ConnectionFailed where the client may go on over another connection, CertificateRefused,
+        MessageTooLarge, or ProtocolError.
         """
         try:
             return await self._socket.receive()
@@ -78,15 +81,26 @@ class Connection:
             await self._socket.aclose()
 
     def _lost(self, failure: Exception) -> JobworkerError:
-        if isinstance(failure, Closed) and failure.code == POLICY_VIOLATION:
-            return CertificateRefused(
-                f"cannot go on: the server ended this connection: {failure.reason}",
-                remedy="ask the administrator for a new certificate; jobs go on without it",
-            )
         if isinstance(failure, Violation):
-            why = f"the server does not keep to the protocol ({failure})"
-        elif isinstance(failure, Closed) and failure.code != LOST:
+            return ProtocolError(
+                f"cannot go on: the server does not keep to the protocol ({failure})",
+                remedy="do client and server have the same version?",
+            )
+        if isinstance(failure, Closed) and failure.code != LOST:
             why = f"the server closed it ({failure.code}{failure.reason and ' ' + failure.reason})"
+            match verdict(failure.code):
+                case Verdict.RENEW:
+                    return CertificateRefused(
+                        "cannot go on: the server ended this connection: "
+                        + failure.reason.removeprefix(f"{CertificateRefused.name}: "),
+                        remedy="ask the administrator for a new certificate; jobs go on without it",
+                    )
+                case Verdict.TOO_LARGE:
+                    return MessageTooLarge(failure.reason or "it names no bound")
+                case Verdict.FATAL:
+                    return ProtocolError(f"cannot go on: {why}", remedy="its log may say why")
+                case Verdict.AGAIN:
+                    pass
         else:
             why = _system_reason(failure.__cause__) or "the server closed it"
         return ConnectionFailed(
@@ -166,7 +180,7 @@ def _refusal(address: Address, failure: BaseException | None) -> JobworkerError:
     if isinstance(failure, ssl.SSLError):
         return client_refusal(failure)
     if failure is None:
-        return _other_server(address, "it closed the connection")
+        return _other_server(address, "it closed the connection", ConnectionFailed)
     why = _system_reason(failure) or "the connection broke"
     return ConnectionFailed(
         f"cannot connect to {address}: the server broke off ({why})",
@@ -174,8 +188,10 @@ def _refusal(address: Address, failure: BaseException | None) -> JobworkerError:
     )
 
 
-def _other_server(address: Address, why: str) -> ConnectionFailed:
-    return ConnectionFailed(
+def _other_server(
+    address: Address, why: str, cls: type[ConnectionFailed] = NoService
+) -> ConnectionFailed:
+    return cls(
         f"cannot connect to {address}: the server closed the connection, "
         f"or does not speak {SUBPROTOCOL} ({why})",
         remedy="check that --server names a jobworker service, and its log",
@@ -192,7 +208,7 @@ def _rejection(address: Address, rejected: Rejected) -> JobworkerError:
             if type(code) is int and isinstance(message, str) and isinstance(remedy, str):
                 return error_from_wire(code, message, {"remedy": remedy})
     excerpt = " ".join(text.split())[:_EXCERPT_CHARACTERS]
-    return ConnectionFailed(
+    return NoService(
         f"cannot connect to {address}: the server answered HTTP {rejected.status}"
         + (f": {excerpt}" if excerpt else ""),
         remedy="check that --server names a jobworker service",

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Self
 
 from attrs import define, evolve, field
 
+from jobworker.client.checked import checked
 from jobworker.client.following import DELIVERY, Chunk, Following
-from jobworker.errors import ConnectionFailed, FollowerStalled, JobworkerError
+from jobworker.errors import (
+    CertificateRefused,
+    ConnectionFailed,
+    FollowerStalled,
+    JobworkerError,
+    ShuttingDown,
+)
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.protocol import messages as m
 
@@ -44,7 +51,7 @@ class Job:
         >>> (await job.status()).state
         <State.RUNNING: 'RUNNING'>
         """
-        return await self._told("job.status", m.JobParams(id=self.id))
+        return await self._told("job.status", checked("ask for the job", m.JobParams, id=self.id))
 
     async def wait(self) -> JobRecord:
         """Wait for the job's end: a summary of its final record.
@@ -54,7 +61,7 @@ class Job:
         >>> record.state, record.reason, record.exit_code
         (<State.FAILED: 'FAILED'>, <Reason.EXIT: 'exit'>, 3)
         """
-        return await self._told("job.wait", m.JobParams(id=self.id))
+        return await self._told("job.wait", checked("wait for the job", m.JobParams, id=self.id))
 
     async def stop(self, *, signal: str = "TERM", grace_seconds: float | None = None) -> JobRecord:
         """Stop the job and wait for its end: a signal, a grace period, SIGKILL for what is left.
@@ -64,22 +71,26 @@ class Job:
         >>> (await job.stop(signal="INT", grace_seconds=2)).state
         <State.STOPPED: 'STOPPED'>
         """
-        params = m.StopParams(id=self.id, signal=signal, grace_seconds=grace_seconds)
+        params = checked(
+            "stop the job", m.StopParams, id=self.id, signal=signal, grace_seconds=grace_seconds
+        )
         return await self._told("job.stop", params)
 
     async def remove(self, *, force: bool = False) -> m.Removed:
         """Remove an ended job: its output, and all that is known of it.
 
         With `force` one that is alive is killed first. Raises Busy where it is alive, or where its
-        output is being followed.
+        output is being followed. Where the answer was lost with a connection, and the job is gone
+        when asked again, 0 bytes are told.
 
         >>> job = await client.run(["echo", "gone"])
         >>> record = await job.wait()
         >>> (await job.remove()).jobs == (job.id,)
         True
         """
-        params = m.RemoveParams(id=self.id, force=force)
-        return await self._client.call("job.remove", params, m.Removed)
+        params = checked("remove the job", m.RemoveParams, id=self.id, force=force)
+        gone = m.Removed(jobs=(self.id,), bytes=0)
+        return await self._client.call("job.remove", params, m.Removed, gone=gone)
 
     def output(
         self,
@@ -88,17 +99,17 @@ class Job:
         offset: int = 0,
         tail_lines: int | None = None,
         since: datetime | timedelta | None = None,
-        streams: Iterable[Stream] = (Stream.STDOUT, Stream.STDERR),
+        streams: Iterable[Stream | str] = (Stream.STDOUT, Stream.STDERR),
         coalesce: bool = True,
         on_break: Callable[[JobworkerError, int], None] | None = None,
     ) -> "JobOutput":
         """The job's output, from byte `offset` of both streams together.
 
         With `tail_lines` or `since` (a moment, or so long ago by the server's clock) each stream
-        begins later, with a whole line: at the latest of all. With `follow` it goes on to the
-        job's last byte, else it ends with what there is now. Without `coalesce` no chunk joins
-        what was written at two times. `on_break` hears of each lost connection, and of the offset
-        at which it goes on.
+        begins later, with a whole line: at the latest of all. A moment without a zone is local
+        time. With `follow` it goes on to the job's last byte, else it ends with what there is now.
+        Without `coalesce` no chunk joins what was written at two times. `on_break` hears of each
+        lost connection, and of the offset at which it goes on.
 
         >>> job = await client.run(["sh", "-c", "echo hello; echo oops >&2"])
         >>> async for chunk in job.output(streams=[Stream.STDOUT]):
@@ -106,14 +117,16 @@ class Job:
         b'hello\\n'
         """
         ago = since.total_seconds() if isinstance(since, timedelta) else None
-        params = m.LogParams(
+        params = checked(
+            "follow the job",
+            m.LogParams,
             id=self.id,
             follow=follow,
             offset=offset,
             tail_lines=tail_lines,
-            since=since if isinstance(since, datetime) else None,
+            since=None if isinstance(since, timedelta) else since,
             since_seconds=ago,
-            streams=tuple(streams),
+            streams=streams,
             coalesce=coalesce,
             delivery=DELIVERY,
         )
@@ -190,9 +203,10 @@ class JobOutput:
                 self.offset = self._following.offset
                 self.record = self._following.record
                 self.close()
-            except FollowerStalled:  # it was the consumer that paused: go on
+            except (FollowerStalled, ShuttingDown):
+                # The consumer had paused, or the next service has the rest: go on.
                 self.close()
-            except ConnectionFailed as lost:
+            except (ConnectionFailed, CertificateRefused) as lost:
                 self.close()
                 if self._on_break is not None:
                     self._on_break(lost, self.offset)

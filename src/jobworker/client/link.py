@@ -10,7 +10,10 @@ Output may overtake the task that asked for it. The reader therefore opens a sub
 itself, when it first hears of its number; numbers grow, so one below the highest that has no inbox
 is one that was closed here.
 
-Once the connection is lost, every waiting call and every later one raises the same error.
+Once the connection is lost, every waiting call and every later one raises LinkLost, which says why
+and whether the server may have the request. One whose request was the largest of a connection that
+the server closed for a message's size (1009) is refused instead: sent again, it would break
+connection after connection.
 """
 
 from collections import deque
@@ -21,21 +24,40 @@ from attrs import define, field
 
 from jobworker.client.dial import Connection
 from jobworker.client.following import Following, Inbox, anew
-from jobworker.errors import JobworkerError, ProtocolError
+from jobworker.errors import ConnectionFailed, JobworkerError, MessageTooLarge, ProtocolError
 from jobworker.protocol import messages as m
 from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 
 T = TypeVar("T")
+
+WORD_SECONDS = 1.0
+"""How long a connection that takes nothing more is read on: the server may say why."""
+
+
+class LinkLost(Exception):
+    """The connection was lost before the call was answered."""
+
+    def __init__(self, reason: JobworkerError, *, sent: bool, size: int) -> None:
+        super().__init__(reason)
+        self.reason, self.size = reason, size
+        self.sent = sent
+        """False where the server certainly does not have the whole request."""
 
 
 @define(eq=False)
 class _Pending:
     """A call that waits for its reply."""
 
+    size: int
+    """Of the request, in bytes."""
     answered: trio.Event = field(factory=trio.Event)
-    reply: Reply | JobworkerError | None = None
+    reply: Reply | JobworkerError | LinkLost | None = None
+    sent: bool = False
+    """Whether the server may have the whole request."""
+    abandoned: bool = False
+    """Whether the caller has gone."""
 
-    def answer(self, reply: Reply | JobworkerError) -> None:
+    def answer(self, reply: Reply | JobworkerError | LinkLost) -> None:
         if self.reply is None:  # a connection may be lost before the caller has seen its reply
             self.reply = reply
             self.answered.set()
@@ -51,35 +73,38 @@ class Link:
     """Why the connection was lost; None while it is open."""
     _session: ClientSession = field(factory=ClientSession, init=False)
     _pending: dict[CallId, _Pending] = field(factory=dict, init=False)
+    """Calls without a reply, those of callers that have gone too."""
     _inboxes: dict[int, Inbox] = field(factory=dict, init=False)
     _highest_subscription: int = field(default=0, init=False)
     _dropped: deque[int] = field(factory=deque, init=False)
     """Subscriptions whose Following went without a word; filled by whoever collects garbage."""
-    _outgoing: trio.MemorySendChannel[str] = field(init=False)
-    _to_send: trio.MemoryReceiveChannel[str] = field(init=False)
+    _outgoing: trio.MemorySendChannel[tuple[str, _Pending | None]] = field(init=False)
+    _to_send: trio.MemoryReceiveChannel[tuple[str, _Pending | None]] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         # Unbounded: each call in it has a task that waits for its reply.
-        self._outgoing, self._to_send = trio.open_memory_channel[str](float("inf"))
+        self._outgoing, self._to_send = trio.open_memory_channel[tuple[str, _Pending | None]](
+            float("inf")
+        )
 
     async def call(self, name: str, params: object, result: type[T]) -> T:
-        """Call a method and wait for its result. Raises what the server says."""
-        if self.failure is not None:
-            raise anew(self.failure)
+        """Call a method and wait for its result. Raises what the server says, and LinkLost."""
         id_, message = self._session.call(name, params)
-        pending = self._pending[id_] = _Pending()
-        self._outgoing.send_nowait(message)
+        size = len(message.encode())
+        if self.failure is not None:
+            raise LinkLost(anew(self.failure), sent=False, size=size)
+        pending = self._pending[id_] = _Pending(size)
+        self._outgoing.send_nowait((message, pending))
         try:
             await pending.answered.wait()
         except trio.Cancelled:
             if isinstance(pending.reply, Reply):  # answered and cancelled at once
                 self._abandon(pending.reply)
+            pending.abandoned = True
             raise
-        finally:
-            self._pending.pop(id_, None)
         reply = pending.reply
-        if isinstance(reply, JobworkerError):
-            raise anew(reply)
+        if isinstance(reply, JobworkerError | LinkLost):
+            raise reply
         assert reply is not None
         if reply.error is not None:
             raise reply.error
@@ -112,17 +137,24 @@ class Link:
 
     def _notify(self, name: str, params: object) -> None:
         if self.failure is None:
-            self._outgoing.send_nowait(self._session.notify(name, params))
+            self._outgoing.send_nowait((self._session.notify(name, params), None))
 
     # --- the connection's tasks -------------------------------------------------------------
 
     async def serve_writer(self) -> None:
         """Send what calls have put out, until the connection is lost."""
-        try:
-            async for message in self._to_send:
+        async for message, pending in self._to_send:
+            if pending is not None:
+                pending.sent = True  # before: it may be lost while the last of it is under way
+            try:
                 await self.connection.send(message)
-        except JobworkerError as lost:
-            self.lose(lost)
+            except JobworkerError as lost:
+                if pending is not None:
+                    pending.sent = False  # a message is sent whole, or raises
+                with trio.move_on_after(WORD_SECONDS):
+                    await self.lost.wait()
+                self.lose(lost)
+                return
 
     async def serve_reader(self) -> None:
         """Give what comes to those who wait for it, until the connection is lost."""
@@ -137,11 +169,11 @@ class Link:
     def _take(self, received: Reply | Output | m.OutputEnd | None) -> None:
         match received:
             case Reply():
-                pending = self._pending.get(received.id)
+                pending = self._pending.pop(received.id, None)
                 subscription = getattr(received.result, "subscription", None)
                 if subscription is not None:
                     self._inbox(subscription)
-                if pending is None:
+                if pending is None or pending.abandoned:
                     self._abandon(received)
                 else:
                     pending.answer(received)
@@ -169,10 +201,34 @@ class Link:
 
     def lose(self, error: JobworkerError) -> None:
         """Be lost, for this reason; a second one changes nothing."""
-        if self.failure is None:
-            self.failure = error
-            for pending in self._pending.values():
-                pending.answer(error)
-            for inbox in self._inboxes.values():
-                inbox.put(error)
-            self.lost.set()
+        if self.failure is not None:
+            return
+        if isinstance(error, MessageTooLarge):
+            self._refuse_largest(error)
+            error = ConnectionFailed(
+                f"cannot go on: the connection ended for a message's size: {error.message}",
+                remedy="connect again",
+            )
+        self.failure = error
+        for pending in self._pending.values():
+            reason = LinkLost(anew(error), sent=pending.sent, size=pending.size)
+            pending.answer(reason)
+        for inbox in self._inboxes.values():
+            inbox.put(error)
+        self.lost.set()
+
+    def _refuse_largest(self, refusal: MessageTooLarge) -> None:
+        """Refuse the request that was too large, or one that would be as well.
+
+        No request that the server took whole is larger than the one that it closed for, so the
+        largest is beyond the bound in any case.
+        """
+        largest = max(self._pending.values(), key=lambda pending: pending.size, default=None)
+        if largest is not None:
+            largest.answer(
+                MessageTooLarge(
+                    f"cannot send the request: it has {largest.size} bytes as JSON, more than the "
+                    f"server takes in one message ({refusal.message}); it was not carried out",
+                    remedy="ask for less at once, or raise limits.max_message_bytes there",
+                )
+            )

@@ -7,12 +7,13 @@ from os import PathLike
 from pathlib import Path
 
 import trio
+from attrs import define
 
 from jobworker.client.address import Address, parse_address
 from jobworker.client.client import PATIENCE_SECONDS, Client
-from jobworker.client.dial import serve_connection
-from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.pki.tls import client_context
+from jobworker.client.credentials import Credentials
+from jobworker.client.dial import Connection, serve_connection
+from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
 
 
 @asynccontextmanager
@@ -23,18 +24,29 @@ async def open_client(
     certificate: str | PathLike[str],
     key: str | PathLike[str],
     patience_seconds: float = PATIENCE_SECONDS,
+    start_patience_seconds: float = 0,
     on_lost: Callable[[JobworkerError], None] | None = None,
+    on_refused: Callable[[JobworkerError], None] | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to a server and be its client; the connection ends with the block, jobs go on.
 
     `address` is HOST, HOST:PORT or [IPv6]:PORT; the server's certificate must be from the CA in
     the PEM file `ca` and bear that host. `certificate` and `key` are the client's own PEM files.
+    All three are read anew for each connection, so they may be replaced meanwhile.
 
     A connection that is lost is made anew when it is next needed: for `patience_seconds` (0 is
-    never), after which ConnectionFailed is raised. `on_lost` hears of it.
+    never), after which ConnectionFailed is raised to those who wait. `on_lost` hears of it.
 
-    Raises InvalidParams for the address, CredentialsUnusable, HostUnknown, ConnectionFailed
-    (after 10 s at the latest), ServerUntrusted, CertificateRefused and PermissionDenied.
+    The first connection is dialled once, or for `start_patience_seconds` where the service may be
+    in the middle of a restart: where nothing listens, or what does breaks off. `on_refused` hears
+    of the first failure.
+
+    Where the block is cancelled, its `finally` clauses may still make calls, in a shielded scope
+    that they bound.
+
+    Raises LoopMissing outside of Trio, InvalidParams for the address, CredentialsUnusable,
+    HostUnknown, ConnectionFailed (after 10 s at the latest), ServerUntrusted, CertificateRefused
+    and PermissionDenied.
 
     >>> async with open_client(server, ca=ca, certificate=certificate, key=key) as mine:
     ...     job = await mine.run(["echo", "hello"])
@@ -47,37 +59,90 @@ async def open_client(
     Traceback (most recent call last):
     jobworker.errors.ConnectionFailed: cannot connect to localhost:1: Connection refused; ...
     """
-    where = _parsed(address) if isinstance(address, str) else address
-    tls = client_context(ca=Path(ca), certificate=Path(certificate), key=Path(key))
+    _check_loop()
+    where = address if isinstance(address, Address) else _parsed(address)
+    try:
+        credentials = Credentials(Path(ca), Path(certificate), Path(key))
+    except TypeError as fault:
+        raise InvalidParams(f"cannot connect: ca, certificate, key: {fault}") from None
+    credentials.read()
     client = Client(
         address=where,
-        dial=partial(serve_connection, where, tls, own=Path(certificate)),
+        dial=partial(_dial, where, credentials),
         patience_seconds=patience_seconds,
+        start_patience_seconds=start_patience_seconds,
         on_lost=on_lost,
+        on_refused=on_refused,
     )
-    raised: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            # What ends the block is carried around the nursery, which would wrap it in a group.
+    service, raised = trio.CancelScope(), None
+    async with trio.open_nursery() as nursery:
+        # What ends the block is carried around the nursery, which would wrap it in a group.
+        try:
+            await nursery.start(_serve, client, service)
             try:
-                await nursery.start(client.serve)
-                try:
-                    yield client
-                except Exception:
-                    await client.aclose()
-                    raise
+                yield client
+            except Exception:
                 await client.aclose()
-            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
-                raised = error
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup:
-        if raised is None:
+                raise
+            await client.aclose()
+        except (trio.Cancelled, GeneratorExit):
             raise
+        except BaseException as error:  # noqa: BLE001
+            raised = error
+        finally:
+            await client.aclose(goodbye=False)
+            service.cancel()
     if raised is not None:
         raise raised
 
 
+@define
+class _Shielding(trio.TaskStatus[None]):
+    """Shields a scope when its task has started."""
+
+    _scope: trio.CancelScope
+    _inner: trio.TaskStatus[None]
+
+    def started(self, value: None = None) -> None:
+        """See trio.TaskStatus."""
+        self._scope.shield = True
+        self._inner.started(value)
+
+
+async def _serve(
+    client: Client, service: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+) -> None:
+    """Serve until `service` is cancelled, and once a connection stands until nothing else.
+
+    A block that is cancelled may still make calls while it ends, to stop a job say; without the
+    shield nobody would be there to answer them.
+    """
+    with service:
+        await client.serve(task_status=_Shielding(service, task_status))
+
+
+def _check_loop() -> None:
+    if not trio.lowlevel.in_trio_run():
+        raise LoopMissing(
+            "cannot open a client: no Trio event loop runs here",
+            remedy="call it below trio.run(); from asyncio speak the protocol, as "
+            "contrib/clients/python does, or run Trio in a thread of its own",
+        )
+
+
+async def _dial(
+    where: Address,
+    credentials: Credentials,
+    *,
+    task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    tls = await credentials.renewed()
+    await serve_connection(where, tls, own=credentials.certificate, task_status=task_status)
+
+
 def _parsed(address: str) -> Address:
+    if not isinstance(address, str):
+        raise InvalidParams(f"cannot connect: the address is no string but {address!r}")
     try:
         return parse_address(address)
     except ValueError as fault:

@@ -42,7 +42,7 @@ class AuditRow:
 
     def values(self) -> tuple[str | int | None, ...]:
         """As the table has them."""
-        return (_moment(self.at), *attrs.astuple(self)[1:])
+        return (_moment(self.at), *map(_sound, attrs.astuple(self)[1:]))
 
     def line(self) -> str:
         """As the file has it."""
@@ -54,6 +54,13 @@ _INSERT = (
     f"INSERT INTO audit ({_COLUMNS}) "  # noqa: S608 - our own names
     f"VALUES ({', '.join('?' * len(attrs.fields(AuditRow)))})"
 )
+
+
+def _sound(value: str | int | None) -> str | int | None:
+    """A value that SQLite takes: a lone surrogate, which is no text, is written out."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return value
 
 
 def _moment(at: datetime) -> str:

@@ -1,9 +1,10 @@
 """What all jobs' output may take of the disk, shared among those who write.
 
 Two bounds, both looked at before each write: the bytes of all output together, and the room that
-must stay free on its file system for everything else (the history, the start of other jobs). Room
-is taken before a write and what was not used is given back, so writers in several threads never
-go over together what each of them may. What retention removes is given back as well.
+must stay free on its file system for everything else (the history, the start of other jobs). What
+live jobs' disks may still take there belongs to that, as far as anybody tells (`promise`). Room is
+taken before a write and what was not used is given back, so writers in several threads never go
+over together what each of them may. What retention removes is given back as well.
 """
 
 import os
@@ -25,6 +26,8 @@ class OutputBudget:
     max_bytes: int = 0
     keep_free_bytes: int = 0
     used_bytes: int = field(default=0, init=False)
+    _promised: tuple[int, int] = field(default=(0, 0), init=False)
+    """What disks might still take when that was told last, and what was free then."""
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
 
     def take(self, wanted: int) -> int:
@@ -49,12 +52,17 @@ class OutputBudget:
             if room <= 0:
                 raise OutputError(
                     "cannot keep more output: less than "
-                    f"{format_size(self.keep_free_bytes)} are free where output is kept",
+                    f"{format_size(self.keep_free_bytes)} are free where output is kept, "
+                    "beside what live jobs' disks may still take",
                     remedy="make room there, or lower worker.keep_free",
                     data={"cut": OutputCut.DISK.value},
                 )
             self.used_bytes += room
         return room
+
+    def promise(self, count: int) -> None:
+        """Note what live jobs' disks may still take. It asks the file system, as `take` does."""
+        self._promised = (count, self._disk_bytes())
 
     def give_back(self, count: int) -> None:
         """Give back what was taken and not written, or has been removed."""
@@ -67,8 +75,15 @@ class OutputBudget:
             self.used_bytes += count
 
     def _free_bytes(self) -> int:
+        free = self._disk_bytes()
+        promised, free_then = self._promised
+        # What is gone since then may be what the disks have taken: no output is cut for nothing.
+        promised = max(0, promised - max(0, free_then - free))
+        return free - promised - self.keep_free_bytes
+
+    def _disk_bytes(self) -> int:
         try:
             status = os.statvfs(self._directory)
         except OSError as error:
             raise OutputError(f"cannot keep output: {error.strerror}") from error
-        return status.f_bavail * status.f_frsize - self.keep_free_bytes
+        return status.f_bavail * status.f_frsize

@@ -3,13 +3,16 @@
 A stop, the time-out and the policy for output all ask in the same way: a signal, a grace period,
 and then SIGKILL for all that is left. The earliest deadline counts, and each signal is delivered.
 A job that would not even notice the signal is killed at once (`sandbox.launcher_jobs.deliver`).
-What was asked for first decides what is said of the end.
+
+What is said of an end is the cause that came first. Whoever asks second, or asks for the end of a
+job that has exited (its output may still be on its way), changes nothing about that.
 """
 
 import logging
 import math
 import signal
 from contextlib import suppress
+from enum import Enum
 
 import trio
 from attrs import define, field
@@ -25,6 +28,14 @@ log = logging.getLogger("jobworker.jobs")
 MAX_PENDING_SIGNALS = 64
 
 
+class _Cause(Enum):
+    """Who asked for an end."""
+
+    STOP = "stop"
+    TIMEOUT = "timeout"
+    OUTPUT = "output"
+
+
 @define(eq=False, kw_only=True)
 class Ending:
     """What was asked for of one job, and the task that sees to it (`serve`)."""
@@ -33,11 +44,14 @@ class Ending:
     _link: Link
     _grace_seconds: float
     """What a request that names no grace period gives."""
+    exited: bool = field(default=False, init=False)
+    """Whether its end is known: what is asked for now is too late."""
     stopping: bool = field(default=False, init=False)
-    """Whether somebody asked for the job's end."""
-    timed_out: bool = field(default=False, init=False)
-    out_of_output: bool = field(default=False, init=False)
-    """Whether it is ended for having written too much."""
+    """Whether somebody asked for the job's end while it ran."""
+    _cause: _Cause | None = field(default=None, init=False)
+    """What was asked for first."""
+    _reached: bool = field(default=False, init=False)
+    """Whether a signal reached the job for it; else it ended by itself meanwhile."""
     _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
     _wanted: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
@@ -47,26 +61,31 @@ class Ending:
 
     @property
     def under_way(self) -> bool:
-        """Whether anything has asked for the end."""
-        return self.stopping or self.timed_out or self.out_of_output
+        """Whether anything has asked for the end of the job while it ran."""
+        return self._cause is not None
 
     def stop(self, number: signal.Signals, grace_seconds: float | None) -> None:
         """Somebody wants the job to end."""
-        self.stopping = True
-        self._ask(number, grace_seconds)
+        self.stopping = self.stopping or not self.exited
+        self._ask(_Cause.STOP, number, grace_seconds)
 
     def stop_for_output(self) -> None:
         """The policy for output wants the job to end."""
-        self.out_of_output = not self.stopping
-        self._ask(signal.SIGTERM, None)
+        self._ask(_Cause.OUTPUT, signal.SIGTERM, None)
+
+    def go_on(self) -> None:
+        """Take what is asked for next as what an earlier service saw to, as far as it came."""
+        self._reached = True
 
     async def time_out(self, seconds: float | None) -> None:
         """Ask for the end after so many seconds; None or 0 is never."""
         await trio.sleep(math.inf if not seconds else max(0.0, seconds))
-        self.timed_out = not self.stopping
-        self._ask(signal.SIGTERM, None)
+        self._ask(_Cause.TIMEOUT, signal.SIGTERM, None)
 
-    def _ask(self, number: signal.Signals, grace_seconds: float | None) -> None:
+    def _ask(self, cause: _Cause, number: signal.Signals, grace_seconds: float | None) -> None:
+        if self.exited:
+            return
+        self._cause = self._cause or cause
         grace = self._grace_seconds if grace_seconds is None else grace_seconds
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
         # It may have been told often enough, or have ended.
@@ -81,29 +100,33 @@ class Ending:
                     delivered = await self._link.signal(self._job, number)
                 except JobworkerError:
                     return  # it has ended
+                self._reached = True
                 if not delivered:
                     break  # it would not even notice: waiting for it is in vain
         try:
             await self._link.kill(self._job)
+            self._reached = True
         except JobworkerError as error:
             log.debug("job %d: %s", self._job, error)
 
     def verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:
         """What is said of an end; None is a launcher that went under the job."""
-        if self.stopping and ending is not None and not self.timed_out:
+        if ending is None:
+            return Event.FAIL, Reason.LOST
+        cause = self._cause if self._reached else None
+        if cause is _Cause.STOP:
             return Event.STOP, None
-        reason = self._reason(ending)
+        reason = self._reason(ending, cause)
         return (Event.SUCCEED, None) if reason is None else (Event.FAIL, reason)
 
-    def _reason(self, ending: Exit | None) -> Reason | None:
-        if ending is None:
-            return Reason.LOST
+    def _reason(self, ending: Exit, cause: _Cause | None) -> Reason | None:
         for reason, applies in (
-            (Reason.TIMEOUT, self.timed_out),
-            (Reason.OUTPUT, self.out_of_output),
+            (Reason.TIMEOUT, cause is _Cause.TIMEOUT),
+            (Reason.OUTPUT, cause is _Cause.OUTPUT),
             (Reason.OOM, ending.usage.oom_kills > 0),
             (Reason.SIGNAL, ending.signal is not None),
             (Reason.EXIT, bool(ending.code)),
+            (Reason.DISK, bool(ending.lost)),
         ):
             if applies:
                 return reason

@@ -26,7 +26,15 @@ from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobRecord, Limits, OutputCut, OutputPolicy, Stream, Usage
+from jobworker.model.job import (
+    LOST_WRITES,
+    JobRecord,
+    Limits,
+    OutputCut,
+    OutputPolicy,
+    Stream,
+    Usage,
+)
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
@@ -75,7 +83,6 @@ class Execution:
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     start_error: JobworkerError | None = field(default=None, init=False)
-    _exited: bool = field(default=False, init=False)
     _changed: trio.Event = field(factory=trio.Event, init=False)
     """Set when the record of a job that runs tells something new."""
     _settled: trio.Event = field(factory=trio.Event, init=False)
@@ -100,7 +107,7 @@ class Execution:
 
         May be called again; the earliest deadline counts, and each signal is delivered.
         """
-        if self.ended.is_set():
+        if self.ended.is_set() or self._ending.exited:
             return
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
@@ -110,10 +117,11 @@ class Execution:
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
+        self._ending.go_on()
+        if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
+            self._ending.stop_for_output()
         if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
             self.request_stop(signal.SIGTERM, None)
-        elif self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
-            self._ending.stop_for_output()
 
     def leave(self) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end."""
@@ -145,9 +153,11 @@ class Execution:
                 nursery.start_soon(self._record_changes)
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
-                self._exited = True
+                self._ending.exited = True
                 nursery.cancel_scope.cancel()
-        if ending is None and self._company.cancelled_caught:
+        # A job that was left is left, whatever is known of its end: output may stand in its pipes,
+        # which the launcher keeps, with its exit status, until the next service has both.
+        if self._company.cancelled_caught:
             if self._changed.is_set():
                 await self.store()
             self.spool.close()
@@ -196,7 +206,7 @@ class Execution:
         self._note(why)
         self._changed.set()
         log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
-        if policy == "stop" and not (self._ending.stopping or self._exited):
+        if policy == "stop":
             self._ending.stop_for_output()
 
     def _policy_at(self, cut: OutputCut) -> OutputPolicy:
@@ -257,6 +267,9 @@ class Execution:
             self.record = evolve(
                 self.record, exit_code=ending.code, signal=ending.signal, usage=ending.usage
             )
+            for place in ending.lost:
+                where = f"the volume {place}" if place else "its disk"
+                self._note(f"some of what it wrote to {where} {LOST_WRITES}")
         ended_at = self._clock() - timedelta(seconds=ending.seconds_ago if ending else 0)
         self.record = self._advanced(event, reason=reason, ended_at=ended_at)
         await self._close()

@@ -6,15 +6,18 @@ One connection writes, in a thread of its own (`history_writer`); a few others r
 its own, written once. Labels and names have an index (`history_search`).
 
 What must hold: an id is handed out once, also across crashes. The next id is kept by SQLite's
-AUTOINCREMENT bookkeeping, and a record is committed before its id leaves the service. What
-becomes of records that an earlier service left unfinished, `jobs.takeover` says.
+AUTOINCREMENT bookkeeping and, should the history get lost, by `last_id`; and a record is committed
+before its id leaves the service. What becomes of records that an earlier service left unfinished,
+`jobs.takeover` says.
 
 SQLite comes from apsw: the one in Python's standard library may be old enough to have the
 WAL-reset fault (fixed in 3.51.3).
 """
 
+import logging
+import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,17 +27,21 @@ import trio
 from attrs import define
 
 from jobworker.convert import dumps, loads, structure, unstructure
-from jobworker.errors import ConfigError, InternalError
+from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
 from jobworker.jobs import history_writer
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.history_readers import Readers
 from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
-from jobworker.jobs.schema import migrate
+from jobworker.jobs.job_note import write_note
+from jobworker.jobs.last_id import LastId
+from jobworker.jobs.schema import damaged, migrate
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import summarize, whole
+
+log = logging.getLogger("jobworker.jobs")
 
 
 @define(eq=False)
@@ -45,46 +52,64 @@ class History:
     _readers: Readers
     _path: Path
     _next_id: int
+    _last_id: LastId
+    _spools: Path | None = None
     unfinished: tuple[JobRecord, ...] = ()
     """Jobs that an earlier service left waiting or alive, as they were when this was opened."""
 
     @classmethod
-    def open(cls, path: Path) -> "History":
-        """Open or create the history at `path`.
+    def open(cls, path: Path, spools: Path | None = None) -> "History":
+        """Open or create the history at `path`; records are also noted beside output in `spools`.
 
         Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
         """
+        _keep_orphan(path)
         with ExitStack() as undo:
             try:
                 connection = apsw.Connection(str(path))
                 undo.callback(connection.close)
                 connection.set_busy_timeout(int(history_writer.BUSY_SECONDS * 1000))
+                migrate(connection, path)
                 connection.pragma("journal_mode", "wal")
                 connection.pragma("synchronous", "full")
-                migrate(connection, path)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 unfinished = _select_unfinished(connection)
+            except (apsw.CorruptError, apsw.NotADBError) as error:
+                raise damaged(path, str(error)) from error
             except (apsw.Error, OSError) as error:
+                why = "it is a directory" if path.is_dir() else str(error)
                 raise ConfigError(
-                    f"cannot open the history {path}: {error}",
+                    f"cannot open the history {path}: {why}",
                     remedy="check worker.state_dir in the configuration, its owner and free space",
                 ) from error
+            except (InvalidParams, MalformedJSON) as error:
+                raise damaged(path, f"a record of it cannot be read: {error.message}") from error
             undo.pop_all()
-        return cls(Writer(connection), Readers(path), path, int(last or 0) + 1, tuple(unfinished))
+        last_id = LastId.open(path.with_name("last-id"))
+        told = last_id.read()
+        if told > int(last or 0):
+            log.warning("the history ends at job %d, and %d were started", int(last or 0), told)
+        next_id = max(int(last or 0), told) + 1
+        history = cls(Writer(connection), Readers(path), path, next_id, last_id, spools)
+        history.unfinished = tuple(unfinished)
+        return history
 
     def close(self) -> None:
         """Write what waits and close the file; no call may be under way. Blocks."""
         self._readers.close()
         self._writer.close()
+        self._last_id.close()
 
     def take_id(self) -> JobId:
         """The next id, never given before."""
         taken, self._next_id = self._next_id, self._next_id + 1
+        self._last_id.write(taken)
         return JobId(taken)
 
     def pass_over(self, job: JobId) -> None:
         """Never give `job` or a lower id: somebody may have seen it."""
         self._next_id = max(self._next_id, job + 1)
+        self._last_id.write(self._next_id - 1)
 
     @property
     def next_id(self) -> JobId:
@@ -97,7 +122,8 @@ class History:
         Not cancelled half-way: a record that was handed over is written. Raises InternalError
         where the disk refuses; the record is not stored then.
         """
-        await self._write(partial(_put, record), f"cannot record job {record.id} in the history")
+        work = partial(_put, record, self._spools)
+        await self._write(work, f"cannot record job {record.id} in the history")
 
     async def _write(self, work: Work, what: str) -> None:
         """Have the writer do `work`; raises InternalError that begins with `what`."""
@@ -134,19 +160,31 @@ class History:
         await self._write(partial(_delete, job), f"cannot remove job {job} from the history")
 
     async def note(self, rows: Sequence[AuditRow]) -> None:
-        """Add rows to the audit log, its table and its file. Raises InternalError."""
-        lines: OSError | None = None
+        """Add rows to the audit log: its table, then its file.
+
+        Raises InternalError where the table cannot take them; then neither has any. Rows that the
+        file alone cannot take are told to the log of the service: the table has them.
+        """
+        what = f"cannot write {len(rows)} rows to the audit log"
+        try:
+            await self._write(partial(insert_rows, rows), what)
+        except InternalError as error:
+            if isinstance(error.__cause__, apsw.Error):
+                raise
+            if len(rows) > 1:
+                for row in rows:
+                    await self.note([row])
+            else:  # another try would be vain
+                log.error("%s: its row is lost: %s", error, rows)
+            return
         try:
             await trio.to_thread.run_sync(append_lines, self._path.with_name(FILE), rows)
         except OSError as error:
-            lines = error  # one of the two is better than none
-        what = f"cannot write {len(rows)} rows to the audit log"
-        await self._write(partial(insert_rows, rows), what)
-        if lines is not None:
-            raise InternalError(
-                f"cannot write {len(rows)} rows to {FILE}, the table has them: {lines}",
-                remedy="check the disk that holds worker.state_dir",
-            ) from lines
+            log.error("%d rows are in `worker audit` and not in %s: %s", len(rows), FILE, error)
+
+    async def known(self, jobs: Collection[JobId]) -> frozenset[JobId]:
+        """Those of `jobs` that have a record."""
+        return await self._readers.search(partial(_select_known, jobs))
 
     async def with_output_of(self, owner: str) -> frozenset[JobId]:
         """The ids of one owner's jobs whose records do not say that their output was removed.
@@ -168,15 +206,31 @@ class History:
         """The JSON of the whole request of a job, where its summary is abridged."""
         return await self._readers.look_up(partial(_select_spec, job))
 
-    async def page(self, wanted: Filter, limit: int) -> Page:
-        """At most `limit` summaries that fit, newest first, as JSON; see `history_search`."""
-        return await self._readers.search(partial(find_page, wanted, limit))
+    async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
+        """At most `limit` summaries that fit, newest first, as JSON; see `history_search`.
+
+        `who` asks: the searches of others take turns with theirs.
+        """
+        return await self._readers.search(partial(find_page, wanted, limit), who)
+
+
+def _keep_orphan(path: Path) -> None:
+    """Set aside a write-ahead log whose database is gone, which SQLite would remove."""
+    orphan = path.with_name(f"{path.name}-wal")
+    with suppress(OSError):
+        gone = not path.exists() or path.stat().st_size == 0
+        if gone and orphan.stat().st_size:
+            kept = path.with_name(f"{orphan.name}.orphan-{time.time_ns()}")
+            orphan.rename(kept)
+            log.warning("the history is missing; its write-ahead log is set aside as %s", kept)
 
 
 # --- in the threads -------------------------------------------------------------------------
 
 
-def _put(record: JobRecord, connection: apsw.Connection) -> None:
+def _put(record: JobRecord, spools: Path | None, connection: apsw.Connection) -> None:
+    if spools is not None:
+        write_note(spools, record)
     summary = summarize(record)
     text = dumps(unstructure(summary))
     connection.execute(
@@ -229,6 +283,12 @@ def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
         "AND json_extract(record, '$.output_removed_at') IS NULL",
         tuple(state.value for state in TERMINAL),
     )
+    return frozenset(JobId(int(str(row[0]))) for row in rows)
+
+
+def _select_known(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
+    query = "SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(query, (dumps(list(jobs)),))
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 
 

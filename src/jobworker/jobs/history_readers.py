@@ -2,14 +2,18 @@
 
 In WAL mode a reader sees the last commit and waits for no writer, and no writer waits for a reader.
 So what clients ask never delays a job's start. The number of threads bounds what all questions
-together take of the host. Lookups of one record have threads of their own: lists, which read more,
-cannot keep them waiting.
+together take of the host. Lookups of one record have threads of their own: searches, which read
+more, cannot keep them waiting. One search runs at a time, since Python runs one thread at a time
+anyway, and after each the next waits for as long as it took: a flood of searches takes half of a
+processor at most, and the event loop has the other half.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import apsw
 import trio
@@ -18,7 +22,8 @@ from attrs import Factory, define
 T = TypeVar("T")
 
 LOOKUP_THREADS = 2
-LIST_THREADS = 2
+MAX_REST_SECONDS = 0.1
+"""After a search that waited for a slow disk, too."""
 _BUSY_SECONDS = 5.0
 """A reader waits only while another process recovers the database after a crash."""
 
@@ -30,15 +35,30 @@ class Readers:
     _path: Path
     _free: list[apsw.Connection] = Factory(list)
     _lookups: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(LOOKUP_THREADS))
-    _lists: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(LIST_THREADS))
+    _turn: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
+    """Held by the one search that runs."""
+    _locks: WeakValueDictionary[str, trio.StrictFIFOLock] = Factory(WeakValueDictionary)
+    """By whoever asks, while they do."""
+    _rests_until: float = -math.inf
 
     async def look_up(self, question: Callable[[apsw.Connection], T]) -> T:
         """Ask for something that takes a few steps, in a thread. Raises apsw.Error."""
         return await trio.to_thread.run_sync(partial(self._ask, question), limiter=self._lookups)
 
-    async def search(self, question: Callable[[apsw.Connection], T]) -> T:
-        """Ask for something that takes longer, in a thread. Raises apsw.Error."""
-        return await trio.to_thread.run_sync(partial(self._ask, question), limiter=self._lists)
+    async def search(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
+        """Ask for something that takes longer, in a thread, one at a time. Raises apsw.Error.
+
+        Of each `who` one search at a time waits for its turn with those of the others, so that
+        nobody waits for another's queue.
+        """
+        async with self._locks.setdefault(who, trio.StrictFIFOLock()), self._turn:
+            await trio.sleep_until(self._rests_until)
+            began = trio.current_time()
+            try:
+                return await trio.to_thread.run_sync(partial(self._ask, question))
+            finally:
+                now = trio.current_time()
+                self._rests_until = now + min(now - began, MAX_REST_SECONDS)
 
     def close(self) -> None:
         """Close all connections; no question may be under way."""

@@ -19,10 +19,10 @@ from jobworker.convert import dumps
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
 
-MAX_STEPS = 5000
+MAX_STEPS = 2000
 """Candidates that one page looks at: some milliseconds."""
-MAX_PAGE_BYTES = 1 << 20
-"""Where a page of records ends early."""
+MAX_PAGE_BYTES = 1 << 18
+"""Where a page of records ends early: sending one takes the event loop a millisecond."""
 NAME = ""
 """Stands in the table of labels for a job's name, which no label can be called."""
 _SAMPLE = 1000

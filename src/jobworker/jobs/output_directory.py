@@ -18,6 +18,8 @@ from jobworker.errors import Busy, NotFound, OutOfDescriptors, OutputError
 from jobworker.model.job import OutputCut
 
 NAMES = ("stdout", "stderr", "index")
+NOTE = "record"
+"""See `job_note`: it may stand beside the three, and goes with them."""
 
 
 @contextmanager
@@ -115,7 +117,7 @@ def lock_to_read(index: int) -> None:
 def remove_files(directory: Path, index: int, *, force: bool) -> None:
     """Remove the files and their directory. Raises Busy where somebody reads them (not if forced).
 
-    The index, which readers need first, goes first: none finds half of a log.
+    The index, which readers need first, goes before the rest: none finds half of a log.
     """
     with disk_errors("remove"):
         try:
@@ -125,7 +127,7 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
                 raise Busy("cannot remove the job's output: it is being read") from None
         dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            for name in reversed(NAMES):
+            for name in (NOTE, *reversed(NAMES)):
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=dir_fd)
         finally:

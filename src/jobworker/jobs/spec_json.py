@@ -5,11 +5,13 @@ or task run until it has all of it. So long parts are encoded in pieces: whoever
 others run between two. Pure.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from jobworker.convert import dumps, unstructure
 from jobworker.model.job import JobRecord, JobSpec
+
+T = TypeVar("T")
 
 PIECE_ENTRIES = 500
 PIECE_CHARACTERS = 65_536
@@ -26,27 +28,30 @@ def spec_pieces(spec: JobSpec, summary: JobRecord) -> Iterator[str]:
         if name not in summary.abridged:
             yield dumps(short)
         elif isinstance(value, Mapping):
-            yield from _pieces("{", (f"{dumps(k)}:{dumps(v)}" for k, v in value.items()), "}")
+            entries = _batches(value.items(), lambda entry: len(entry[0]) + len(entry[1]))
+            yield from _joined("{", (dumps(dict(batch)) for batch in entries), "}")
         elif name == "command":
-            yield from _pieces("[", map(dumps, value), "]")
+            yield from _joined("[", (dumps(batch) for batch in _batches(value, len)), "]")
         else:
             yield dumps(unstructure(value))
     yield "}"
 
 
-def _pieces(opening: str, entries: Iterable[str], closing: str) -> Iterator[str]:
-    left = iter(entries)
-    while piece := _next_piece(left):
-        yield opening + ",".join(piece)
+def _joined(opening: str, pieces: Iterable[str], closing: str) -> Iterator[str]:
+    """One list or object of several: each piece without its own brackets."""
+    for piece in pieces:
+        yield opening + piece[1:-1]
         opening = ","
     yield closing if opening == "," else opening + closing
 
 
-def _next_piece(entries: Iterator[str]) -> list[str]:
-    piece, size = list[str](), 0
-    for each in islice(entries, PIECE_ENTRIES):
-        piece.append(each)
-        size += len(each)
-        if size > PIECE_CHARACTERS:
-            break
-    return piece
+def _batches(entries: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    batch, size = list[T](), 0
+    for each in entries:
+        batch.append(each)
+        size += length(each)
+        if len(batch) >= PIECE_ENTRIES or size > PIECE_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -101,6 +101,11 @@ class Spool:
         return self._files.last.size
 
     @property
+    def last_ns(self) -> int:
+        """When the last record of the index was made, in ns since the epoch; 0 without one."""
+        return self._files.last.time_ns
+
+    @property
     def written_bytes(self) -> int:
         """Bytes that the files hold, those included whose record the disk refused so far."""
         return self._files.written_bytes

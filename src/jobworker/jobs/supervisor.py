@@ -14,19 +14,19 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import trio
 from attrs import define, evolve, field
 
-from jobworker.errors import Busy, JobworkerError, ShuttingDown
+from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
+from jobworker.jobs.job_note import write_note
 from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
@@ -38,7 +38,7 @@ from jobworker.jobs.takeover import Inheritance
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.link import Link, launcher_silent
 
 _NOT_YET = JobId(1)
 """Stands for the number that a job would get."""
@@ -61,12 +61,15 @@ class Supervisor:
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
     _pending: deque[Execution] = field(factory=deque, init=False)
     _placed: deque[Execution] = field(factory=deque, init=False)
-    """Those that need not wait for a place: they run already, or only have to be ended."""
+    """Those that need not wait for a place: they have one, or only have to be ended."""
+    _promised: int = field(default=0, init=False)
+    """Places of jobs that were admitted at once and are not queued yet: nobody may take them."""
     _change: trio.Event = field(factory=trio.Event, init=False)
     """Set when a job has come to wait, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
     _arriving: dict[JobId, tuple[str, Limits]] = field(factory=dict, init=False)
     """Owner and limits of jobs that were admitted and are not live yet."""
+    _all_arrived: trio.Event = field(factory=trio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     removing: set[JobId] = field(factory=set, init=False)
     """Those that somebody is removing by force: their followers shall know."""
@@ -101,7 +104,9 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._incidents.keep_running, "retention", self._archive.serve)
             while True:
-                while self._placed or (self._pending and running < self.max_running):
+                while self._placed or (
+                    self._pending and running + self._promised < self.max_running
+                ):
                     running += 1
                     nursery.start_soon(run, (self._placed or self._pending).popleft())
                 self._change = trio.Event()
@@ -146,6 +151,8 @@ class Supervisor:
         old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
+        if self._link.silent:
+            raise launcher_silent()
         if self._places_taken >= self.max_running + self.max_waiting:
             raise Busy(
                 f"cannot run the command: {self.max_running} jobs run and "
@@ -158,8 +165,15 @@ class Supervisor:
         with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
             execution = await self._admit(spec, owner)
         if execution.admitted_at_once:
-            await execution.decided.wait()
+            await self._hear_of(execution, execution.decided)
         return execution
+
+    async def _hear_of(self, execution: Execution, event: trio.Event) -> None:
+        """Wait for an event of a job's. Raises LauncherSilent where it may be long in coming."""
+        try:
+            await self._link.wait_unless_silent(event)
+        except LauncherSilent:
+            raise launcher_silent(execution.record.id) from None
 
     async def plan(self, spec: JobSpec) -> tuple[Limits, list[tuple[str, str, str]]]:
         """A job's limits, defaults filled in, and the steps of its start; nothing is started.
@@ -182,19 +196,24 @@ class Supervisor:
     async def _admit(self, spec: JobSpec, owner: str) -> Execution:
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
+        self._promised += at_once
         job = self._history.take_id()
+        default = self._rules.timeout_seconds
+        record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
+        if at_once:  # PENDING is what stands in the history of a job that has never run
+            record = evolve(record, state=advance(record.state, Event.ADMIT))
         self._arriving[job] = owner, spec.limits
         try:
-            spool = await trio.to_thread.run_sync(partial(Spool.create, self._spools / str(job)))
+            spool = await trio.to_thread.run_sync(self._make_spool, record)
         except BaseException:
             self._places_taken -= 1
             raise
         finally:
             del self._arriving[job]  # it is live, or will not be
-        default = self._rules.timeout_seconds
-        record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
-        if at_once:  # PENDING is what stands in the history of a job that has never run
-            record = evolve(record, state=advance(record.state, Event.ADMIT))
+            self._promised -= at_once
+            self._change.set()
+            if not self._arriving:
+                self._all_arrived.set()
         execution = self._make_execution(record, spool, at_once, spec.secret_environment)
         self._queue(execution)
         try:
@@ -203,6 +222,12 @@ class Supervisor:
             execution.request_stop(signal.SIGKILL, 0)
             raise
         return execution
+
+    def _make_spool(self, record: JobRecord) -> Spool:
+        """Make the place of a job's output, and note there whose it is: in a thread."""
+        spool = Spool.create(self._spools / str(record.id))
+        write_note(self._spools, record, create=True)
+        return spool
 
     def _make_execution(
         self, record: JobRecord, spool: Spool, at_once: bool, secrets: Mapping[str, str]
@@ -221,7 +246,7 @@ class Supervisor:
 
     def _queue(self, execution: Execution) -> None:
         self._live[execution.record.id] = execution
-        self._pending.append(execution)
+        (self._placed if execution.admitted_at_once else self._pending).append(execution)
         self._change.set()
 
     def now(self) -> datetime:
@@ -246,10 +271,10 @@ class Supervisor:
         """The JSON of the whole request of a job whose stored summary is abridged, or None."""
         return await self._history.spec(job)
 
-    async def latest(self, wanted: Filter, limit: int) -> Page:
+    async def latest(self, wanted: Filter, limit: int, who: str) -> Page:
         """At most `limit` summaries that fit, newest first, as JSON, and where to go on."""
         before = dict(self._live)
-        stored = await self._history.page(wanted, limit)
+        stored = await self._history.page(wanted, limit, who)
         # Those included that have ended since: the page may be of the moment before.
         return await page_of({**before, **self._live}, stored, wanted, limit)
 
@@ -263,6 +288,7 @@ class Supervisor:
         execution = self._live.get(job)
         if execution is not None:
             self._ask_to_end(execution, number, grace_seconds)
+            await self._hear_of(execution, execution.ended)
         return await self.wait(job)
 
     def _ask_to_end(
@@ -330,16 +356,27 @@ class Supervisor:
     async def prune(self, policy: Policy | None, owner: str | None) -> Sequence[Kept]:
         """Apply a policy (None: the configured one) to ended jobs' output: what went.
 
-        To that of `owner` alone, where one is given.
+        To that of `owner` alone, where one is given. What was told to have ended counts, though the
+        archive may only just take it up.
         """
+        for execution in list(self._live.values()):
+            if execution.ended.is_set():
+                await execution.archived.wait()
         if owner is None:
             return await self._archive.prune(policy)
         own = await self._history.with_output_of(owner)
         return await self._archive.prune(policy, only=own.__contains__)
 
+    async def _close(self) -> None:
+        """Take nothing more; returns once what was admitted before is queued."""
+        self._closing = True
+        if self._arriving:
+            self._all_arrived = trio.Event()
+            await self._all_arrived.wait()
+
     async def shut_down(self, grace_seconds: float) -> None:
         """Take nothing more, stop every job and wait for the ends."""
-        self._closing = True
+        await self._close()
         for execution in list(self._live.values()):
             self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
         for execution in list(self._live.values()):
@@ -347,7 +384,7 @@ class Supervisor:
 
     async def leave(self) -> None:
         """Take nothing more, and let go of every job but those that start or are being stopped."""
-        self._closing = True
+        await self._close()
         while self._pending:
             waiting = self._pending.popleft()
             waiting.spool.close()

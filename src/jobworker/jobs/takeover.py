@@ -2,38 +2,49 @@
 
     the history says    the launcher has it    so the job
     started             yes                    goes on: its pipes are read on, its end is awaited
-    started             no                     is FAILED, lost
+    started             no                     is FAILED, lost; or as its note says
     waiting             no                     waits again, unless it had secrets: no disk has them
-    ended, or nothing   yes                    is removed, and killed if it lives
+    ended               yes                    is removed, and killed if it lives
+    nothing             either                 is adopted (`adoption`)
 
 A record is committed as INITIALIZING before its job is started (or while, and then its id has left
 the service only after the commit), so what is PENDING has never run. "Ended" with the launcher
-having it still is a service that died between the commit of the end and the removal; "nothing"
-is one that died before the commit of the beginning, and nobody was told of that job.
+having it still is a service that died between the commit of the end and the removal.
 
 Output goes on exactly where it ends: what a service has moved is in the files, and what it has not
-is in the pipes, which the launcher kept.
+is in the pipes, which the launcher kept. A live job whose files are gone or unreadable goes on with
+new ones; what stood in their place is set aside.
 """
 
 import logging
 import shutil
+import time
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 from attrs import Factory, define, evolve
 
-from jobworker.errors import JobworkerError, NotFound
+from jobworker.errors import JobworkerError, NotFound, OutputError
+from jobworker.jobs.adoption import adopted, jobs_in, later, read_notes, tell_adopted
 from jobworker.jobs.history import History
+from jobworker.jobs.output_directory import NOTE
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
-from jobworker.model.lifecycle import WAITING, Event, Reason, advance
+from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.link import Exits, Link, Started
 
+T = TypeVar("T")
+
 log = logging.getLogger("jobworker.jobs")
+
+RECORDS_TOGETHER = 200
+"""How many adopted records go to the history at a time: they share transactions."""
 
 
 @define(eq=False)
@@ -74,11 +85,14 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     Raises InternalError where the history cannot be written: a service that cannot tell what became
     of jobs does not start.
     """
-    unrecorded = await trio.to_thread.run_sync(_remove_unrecorded, spools, history.next_id)
-    history.pass_over(JobId(max([*unrecorded, *link.inherited], default=0)))
+    there = await trio.to_thread.run_sync(jobs_in, spools)
+    history.pass_over(JobId(max([*there, *link.inherited], default=0)))
+    known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
-    for job in link.inherited.keys() - unfinished.keys():
+    for job in (link.inherited.keys() & known) - unfinished.keys():
         await _remove(link, job)
+    unfinished |= await _adopt(link, history, spools, (there | link.inherited.keys()) - known, now)
+    unfinished = await _ask_notes(history, spools, unfinished, link.inherited)
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
         alive = link.inherited.get(job)
@@ -86,7 +100,9 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
             await _lose(history, spools, record, now, problem)
             continue
         try:
-            spool, removed_at = await _open_spool(spools / str(job), _has_ended(alive), now)
+            spool, going_on = await _open_spool(
+                spools / str(job), record, now, lives=alive is not None, ended=_has_ended(alive)
+            )
         except JobworkerError as error:  # what it writes could not be kept
             log.error("job %d: %s", job, error)
             if alive is not None:
@@ -94,13 +110,51 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
             await _lose(history, spools, record, now, str(error))
             continue
         if alive is None:
-            inheritance.waiting.append(Waiting(record, spool))
+            inheritance.waiting.append(Waiting(going_on, spool))
         else:
-            running = _as_running(record, alive[0], now)
-            running = evolve(running, output_removed_at=removed_at or record.output_removed_at)
-            inheritance.running.append(Running(running, spool, *alive))
+            going_on = _as_running(going_on, alive[0], now)
+            inheritance.running.append(Running(going_on, spool, *alive))
     _tell(inheritance)
     return inheritance
+
+
+async def _adopt(
+    link: Link, history: History, spools: Path, jobs: Collection[JobId], now: datetime
+) -> dict[JobId, JobRecord]:
+    """Give each job that the history does not have a record there: those that have not ended."""
+    notes = await trio.to_thread.run_sync(read_notes, spools, jobs)
+    records = []
+    for job in sorted(jobs):
+        lives, directory = job in link.inherited, spools / str(job)
+        record = adopted(job, notes.get(job), lives=lives, directory=directory, now=now)
+        if record is not None and record.ended and lives:
+            await _remove(link, job)
+        if record is not None:
+            # Lost until it is known better: a start that is cut short must not run a job again.
+            records.append(record if record.ended else evolve(record, state=State.INITIALIZING))
+    for page in _batched(records, RECORDS_TOGETHER):
+        async with trio.open_nursery() as nursery:
+            for record in page:
+                nursery.start_soon(history.put, record)
+    tell_adopted(records, link.inherited.keys())
+    return {record.id: record for record in records if not record.ended}
+
+
+async def _ask_notes(
+    history: History,
+    spools: Path,
+    unfinished: Mapping[JobId, JobRecord],
+    alive: Container[JobId],
+) -> dict[JobId, JobRecord]:
+    """What is unfinished still where notes know more than an older copy of the history."""
+    gone = [job for job in unfinished if job not in alive]
+    notes = await trio.to_thread.run_sync(read_notes, spools, gone)
+    found = {job: later(record, notes.get(job)) for job, record in unfinished.items()}
+    for job, record in found.items():
+        if record.ended:
+            await history.put(record)
+            log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
+    return {job: record for job, record in found.items() if not record.ended}
 
 
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
@@ -108,39 +162,58 @@ def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
     return alive is not None and alive[1].statistics().current_buffer_used > 0
 
 
-async def _open_spool(directory: Path, ended: bool, now: datetime) -> tuple[Spool, datetime | None]:
-    """Open a job's output, or make it anew where it was removed; then also say when that was.
+async def _open_spool(
+    directory: Path, record: JobRecord, now: datetime, *, lives: bool, ended: bool
+) -> tuple[Spool, JobRecord]:
+    """Open a job's output, or make it anew, which its record then says.
 
     Of one that has `ended` the output may have had to go for the disk to take the record of that,
-    and the service may have been killed between the two. Raises OutputError, Busy, and NotFound
-    for a job that has not ended.
+    and the service may have been killed between the two. Raises OutputError.
     """
     try:
-        return await trio.to_thread.run_sync(Spool.open, directory), None
-    except NotFound:
-        if not ended:
-            raise
-    log.warning("job %s: its output was removed before its end was recorded", directory.name)
-    await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
-    return await trio.to_thread.run_sync(Spool.create, directory), now
+        return await trio.to_thread.run_sync(Spool.open, directory), record
+    except JobworkerError as error:
+        missing, why = isinstance(error, NotFound), error.message
+    # A removal takes the note first, and then the index.
+    removed = ended and missing and not (directory / NOTE).exists()
+    kept = None
+    if removed:
+        await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+    else:
+        kept = await trio.to_thread.run_sync(_set_aside, directory)
+    spool = await trio.to_thread.run_sync(Spool.create, directory)
+    if removed:
+        log.warning("job %s: its output was removed before its end was recorded", directory.name)
+        return spool, evolve(record, output_removed_at=now)
+    where = f"; it is set aside as {kept}" if kept else ""
+    log.warning("job %s: its output so far is missing: %s%s", directory.name, why, where)
+    if not lives:  # it has written nothing yet
+        return spool, record
+    note = f"output from before {now:%F %T} UTC is missing"
+    return spool, evolve(record, detail="; ".join(filter(None, (record.detail, note))))
+
+
+def _set_aside(directory: Path) -> Path | None:
+    """Move away what stands where a job's output belongs: where to, if anything stood there."""
+    aside = directory.parent.parent / "set-aside"
+    kept = aside / f"{directory.name}-{time.time_ns()}"
+    try:
+        aside.mkdir(mode=0o700, exist_ok=True)
+        directory.rename(kept)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(f"cannot set aside {directory}: {error.strerror}") from error
+    return kept
 
 
 def _cannot_wait_again(record: JobRecord) -> str:
     """Why a job that the launcher does not have is lost; "" where it merely waits."""
     if record.state not in WAITING:
-        return "the service ended while the job was alive"
+        return "its launcher ended while the job was alive"
     if record.spec.secret_environment:
         return "the service ended while the job waited, and its secret variables with it"
     return ""
-
-
-def _remove_unrecorded(spools: Path, next_id: JobId) -> list[int]:
-    """Remove the output of jobs that were never recorded: their ids."""
-    found = [int(entry.name) for entry in spools.iterdir() if entry.name.isdigit()]
-    unrecorded = [job for job in found if job >= next_id]
-    for job in unrecorded:
-        shutil.rmtree(spools / str(job))
-    return unrecorded
 
 
 async def _remove(link: Link, job: JobId) -> None:
@@ -162,7 +235,7 @@ async def _lose(
         record,
         state=advance(record.state, Event.FAIL),
         reason=Reason.LOST,
-        detail=detail,
+        detail="; ".join(filter(None, (record.detail, detail))),
         ended_at=now,
     )
     try:
@@ -171,6 +244,9 @@ async def _lose(
         log.warning("job %d: its output is lost: %s", record.id, error)
     else:
         try:
+            if spool.sealed and spool.last_ns:
+                ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
+                record = evolve(record, ended_at=max(ended_at, record.created_at))
             await spool.seal()
             sizes = spool.statistics()
             record = evolve(
@@ -193,6 +269,12 @@ def _as_running(record: JobRecord, started: Started, now: datetime) -> JobRecord
     if record.started_at is None:
         record = evolve(record, started_at=now - timedelta(seconds=started.age_seconds))
     return record
+
+
+def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive parts of `items`, each of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _tell(inheritance: Inheritance) -> None:

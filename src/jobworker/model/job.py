@@ -296,10 +296,15 @@ class JobRecord:
         return self.state in TERMINAL
 
 
+LOST_WRITES = "is lost: the host could not write it"
+"""How `detail` ends of a job that lost some of what it wrote."""
+
+
 def shell_exit_code(record: JobRecord) -> int:
     """The code by which a shell would tell how an ended job went.
 
     0 for COMPLETED; the job's own code; 124 on time-out (timeout(1)); 137 on OOM;
+    74 (EX_IOERR, sysexits.h) where it ended with 0 and lost what it wrote;
     128 + N on signal N, also where a stop caused it; 127 or 126 where the program could not
     be executed; 125 where the job ended without ever having run.
     """
@@ -307,6 +312,8 @@ def shell_exit_code(record: JobRecord) -> int:
         return 124
     if record.reason is Reason.OOM:
         return 128 + signal.SIGKILL
+    if record.exit_code == 0 and LOST_WRITES in record.detail:
+        return 74
     if record.exit_code is not None:
         return record.exit_code
     if record.signal is not None:

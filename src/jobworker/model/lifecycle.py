@@ -41,6 +41,7 @@ class Reason(Enum):
     OOM = "oom"  # it went over its memory limit
     TIMEOUT = "timeout"  # it ran longer than allowed
     OUTPUT = "output"  # its output could not be kept, and the policy is to stop it then
+    DISK = "disk"  # it ended with 0, and some of what it wrote to its disk or volumes is lost
     START = "start"  # a step of its start failed
     LOST = "lost"  # the service or its launcher died under it
 

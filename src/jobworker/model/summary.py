@@ -29,9 +29,19 @@ def summarize(record: JobRecord) -> JobRecord:
     if changes:
         parts = tuple(sorted({*record.abridged, *changes}))
         record = evolve(record, spec=evolve(record.spec, **changes), abridged=parts)  # type: ignore[arg-type]
-    if len(record.detail) > MAX_DETAIL:
-        record = evolve(record, detail=record.detail[: MAX_DETAIL - 1] + _CUT)
-    return record
+    detail = _sound_detail(record.detail)
+    return record if detail is record.detail else evolve(record, detail=detail)
+
+
+def _sound_detail(detail: str) -> str:
+    """What was said of an end, bounded, and as text that any disk and wire take."""
+    if len(detail) > MAX_DETAIL:
+        detail = detail[: MAX_DETAIL - 1] + _CUT
+    try:
+        detail.encode()
+    except UnicodeEncodeError:  # it quotes the name of a file that is none
+        return detail.encode(errors="backslashreplace").decode()[:MAX_DETAIL]
+    return detail
 
 
 def whole(summary: JobRecord, spec: JobSpec) -> JobRecord:
@@ -46,8 +56,9 @@ def _changes(spec: JobSpec) -> dict[Part, object]:
         changes["environment"] = {}
     if spec.secret_environment:
         changes["secret_environment"] = {}
-    if not _fits(spec.command):
-        changes["command"] = _cut_command(spec.command)
+    command = short_command(spec.command)
+    if command is not spec.command:
+        changes["command"] = command
     if len(spec.workdir) > MAX_WORKDIR:
         changes["workdir"] = spec.workdir[: MAX_WORKDIR - 1] + _CUT
     labels = _first_labels(spec.labels)
@@ -59,17 +70,17 @@ def _changes(spec: JobSpec) -> dict[Part, object]:
     return changes
 
 
-def _fits(command: tuple[str, ...]) -> bool:
+def short_command(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command itself, or its first arguments, the last one cut to end with an ellipsis."""
     size = 0
     for argument in command:
         size += len(argument) + 1
         if size > MAX_COMMAND:
-            return False
-    return True
+            return _cut_command(command)
+    return command
 
 
 def _cut_command(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The first arguments; the last of them is cut, and ends with an ellipsis."""
     kept, room = list[str](), MAX_COMMAND - 2
     for argument in command:
         if len(argument) >= room:

@@ -65,5 +65,7 @@ class Volume:
     size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
     used_bytes: int = field(default=0, validator=within(0, 1 << 60))
     """What it takes on the host's disk."""
+    thin: bool = False
+    """Whether it takes what is written to it, and not its size at once."""
     jobs: int = field(default=0, validator=within(0, 1 << 30))
     """How many live jobs have it."""

@@ -1,8 +1,9 @@
 """Why a server may have refused our certificate, found out by looking at it ourselves.
 
 TLS has one alert, bad_certificate, for one that is not valid yet, that is too weak, or that is
-damaged (RFC 8446, section 6.2). Which of these it is, the client's own file tells. This is looked
-up only after a refusal: it imports cryptography, which would double a client's start.
+damaged (RFC 8446, section 6.2), and none for a server whose clock is wrong. Which of these it is,
+the client's own file tells, with the client's clock. This is looked up only after a refusal: it
+imports cryptography, which would double a client's start.
 """
 
 from datetime import UTC, datetime
@@ -11,14 +12,16 @@ from pathlib import Path
 from jobworker.errors import CertificateRefused, JobworkerError
 from jobworker.pki.refusals import AMBIGUOUS
 
+EXPIRED_ALERT = "certificate_expired"
 LEAST_RSA_BITS = 2048
 
 
 def told_precisely(refused: JobworkerError, certificate: Path) -> JobworkerError:
     """The same refusal, with the cause that our own certificate shows, if it shows one."""
-    if refused.data.get("alert") != AMBIGUOUS:
+    alert = refused.data.get("alert")
+    if alert not in (AMBIGUOUS, EXPIRED_ALERT):
         return refused
-    cause = _cause(certificate, datetime.now(UTC))
+    cause = _cause(certificate, datetime.now(UTC), expired=alert == EXPIRED_ALERT)
     if cause is None:
         return refused
     return CertificateRefused(
@@ -28,21 +31,36 @@ def told_precisely(refused: JobworkerError, certificate: Path) -> JobworkerError
     )
 
 
-def _cause(certificate: Path, now: datetime) -> str | None:
+def _cause(certificate: Path, now: datetime, *, expired: bool) -> str | None:
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import rsa
 
     try:
         own = x509.load_pem_x509_certificate(certificate.read_bytes())
         key, digest = own.public_key(), own.signature_hash_algorithm
     except (OSError, ValueError):
         return None
-    if own.not_valid_before_utc > now:
+    here = f"here it is {now.isoformat(timespec='seconds')}"
+    begins, ends = own.not_valid_before_utc.isoformat(), own.not_valid_after_utc.isoformat()
+    if expired and own.not_valid_after_utc <= now:
+        return f"has expired: it ended at {ends}, and {here}"
+    if expired:
         return (
-            f"is not valid yet: it begins at {own.not_valid_before_utc.isoformat()}, "
-            f"and here it is {now.isoformat(timespec='seconds')}"
+            f"has expired by the server's clock, or its list of revoked ones has: the certificate "
+            f"ends at {ends}, and {here}; the server's clock may be ahead"
         )
+    weakness = _weakness(key, digest)
+    if own.not_valid_before_utc > now:
+        return f"is not valid yet: it begins at {begins}, and {here}"
+    return weakness or (
+        f"is not valid yet by the server's clock: it begins at {begins}, and {here}; the server's "
+        "clock may be behind (or the server holds the certificate for damaged: its log says which)"
+    )
+
+
+def _weakness(key: object, digest: object) -> str | None:
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
     if isinstance(key, rsa.RSAPublicKey) and key.key_size < LEAST_RSA_BITS:
         return f"is too weak: its RSA key has {key.key_size} bits, {LEAST_RSA_BITS} are asked for"
     if isinstance(digest, hashes.SHA1 | hashes.MD5):

@@ -71,17 +71,18 @@ def client_refusal(error: ssl.SSLError) -> errors.JobworkerError:
         )
     reason = _reason(error)
     remedy = "check that --server names a jobworker service, and its log"
+    cls = errors.ConnectionFailed
     if alert == "PROTOCOL_VERSION" or reason == "UNSUPPORTED_PROTOCOL":
         why = "the server does not offer TLS 1.3"
     elif alert:
         why = f"the server broke off (TLS alert: {words(alert)})"
     elif reason in _NOT_TLS:
-        why = "the server does not speak TLS at this address"
+        why, cls = "the server does not speak TLS at this address", errors.NoService
     elif isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         why = "the server closed the connection during the TLS handshake"
     else:
         why = f"TLS failed ({words(reason) or error})"
-    return errors.ConnectionFailed(f"cannot connect: {why}", remedy=remedy)
+    return cls(f"cannot connect: {why}", remedy=remedy)
 
 
 def explain_server_side(error: ssl.SSLError) -> str:

@@ -66,6 +66,7 @@ class RunResult:
 
     job: JobRecord
     subscription: int | None = None
+    """Null also where the output could not be followed at once: the service ends, say."""
 
 
 @frozen(kw_only=True)
@@ -283,6 +284,8 @@ class VolumeSpec:
 
     name: str = field(validator=check_name)
     size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
+    thin: bool = False
+    """Whether it takes what is written to it from the server's disk, and not its size at once."""
 
 
 @frozen(kw_only=True)

@@ -192,9 +192,16 @@ def _told(header: OutputHeader) -> str:
     )
 
 
-def encode_output_end(end: OutputEnd) -> str:
-    """The message for the end of a subscription."""
-    return dumps({"jsonrpc": "2.0", "method": OUTPUT_END, "params": unstructure(end)})
+def encode_output_end(end: OutputEnd, job: str | None = None) -> str:
+    """The message for the end of a subscription; `job` is the JSON of its job, if that is made.
+
+    A thousand subscriptions may end at once, with the same job.
+    """
+    told = dumps(unstructure(end.job)) if job is None else job
+    return (
+        f'{{"jsonrpc":"2.0","method":"{OUTPUT_END}","params":{{"subscription":{end.subscription},'
+        f'"offset":{end.offset},"job":{told},"error":{dumps(unstructure(end.error))}}}}}'
+    )
 
 
 @frozen

@@ -21,6 +21,7 @@ from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
 from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.stage import ROOT
 
 STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4
 """Where the trampoline finds its socket to the launcher and its order."""
@@ -130,13 +131,21 @@ def _mount_disk(step: s.MountDisk, means: Means) -> None:
     assert means.workshop is not None, "only a root of layers has a disk"
     directory = root_mounts.mount_disk(step, means.workshop)
     # The launcher keeps the disk mounted until it has told the kernel to forget what is on it.
+    _hand_over({"disk": True}, directory)
+
+
+def _hand_over(message: channel.Message, descriptor: int) -> None:
+    """Give the launcher a descriptor, which is closed here."""
     with socket.socket(fileno=os.dup(STATUS_DESCRIPTOR)) as status:
-        channel.send(status, {"disk": True}, [directory])
-    os.close(directory)
+        channel.send(status, message, [descriptor])
+    os.close(descriptor)
 
 
 def _mount_overlay(step: s.MountOverlay, _: Means) -> None:
     root_mounts.mount_overlay(step)
+    if step.path == ROOT:  # the launcher asks it at the end whether writes were lost
+        root = os.open(step.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _hand_over({"root": True}, root)
 
 
 def _mount_devices(step: s.MountDevices, _: Means) -> None:
@@ -147,7 +156,8 @@ def _mount_devices(step: s.MountDevices, _: Means) -> None:
 
 
 def _open_volume(step: s.OpenVolume, _: Means) -> None:
-    root_mounts.open_volume(step, USER_NAMESPACE_DESCRIPTOR)
+    root, thin = root_mounts.open_volume(step, USER_NAMESPACE_DESCRIPTOR)
+    _hand_over({"volume": step.name, "thin": thin}, root)
 
 
 def _place_volume(step: s.PlaceVolume, _: Means) -> None:

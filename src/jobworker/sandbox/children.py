@@ -61,6 +61,12 @@ class Child:
         self.pid = self.pidfd = self.stdout = self.stderr = -1
         self.disk: int | None = None
         """The root of its disk, which stays mounted while this is open."""
+        self.root: int | None = None
+        """The root that it sees, on its disk."""
+        self.volume_roots: dict[str, int] = {}
+        """The roots of its volumes, by name."""
+        self.thin_volumes: set[str] = set()
+        """Those of them that take from the disk below what is written."""
         self.sock: socket.socket | None = None
         """Open until the program is executed, or the process has ended."""
         self.job: int | None = None
@@ -82,6 +88,12 @@ class Child:
         self.hoards = False
         """It was ended for kernel memory that no group counts: see `sandbox.kernel_watch`."""
         self.exit: Exit | None = None
+        self.lost: list[str] = []
+        """Where it lost what it wrote: names of volumes, "" for its own disk."""
+        self.inspected = False
+        """Whether its volumes are being written out for that."""
+        self.end_is_known = False
+        """Whether that, too, is known of its end."""
         self.doomed = False
         """It was killed, or has ended: its slot is about to become free."""
         self.final_usage: Usage | None = None
@@ -118,8 +130,15 @@ class Child:
         if packet.startswith(trampoline.FAILURE):
             return {"failed": trampoline.failure_from(packet, self._errand)}
         message, descriptors = channel.decode(packet, ancillary, flags)
+        name = message.get("volume")
         if "disk" in message and self.disk is None and descriptors:
             self.disk = descriptors.pop()
+        elif "root" in message and self.root is None and descriptors:
+            self.root = descriptors.pop()
+        elif name in self.volumes and name not in self.volume_roots and descriptors:
+            self.volume_roots[str(name)] = descriptors.pop()
+            if message.get("thin") is True:
+                self.thin_volumes.add(str(name))
         close_all(descriptors)
         return message
 
@@ -145,10 +164,12 @@ class Child:
 class Nursery:
     """Makes and clears children; holds the slots."""
 
-    def __init__(self, tree: Tree, policy: Policy, ids: Ids, stage: Stage) -> None:
+    def __init__(
+        self, tree: Tree, policy: Policy, ids: Ids, stage: Stage, room_for_volumes: int
+    ) -> None:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
         self.sweepers = Sweepers()
-        self.volumes = Volumes(stage.volumes)
+        self.volumes = Volumes(stage.volumes, room_for_volumes)
         self._free = list(range(self.slots))[::-1]
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
@@ -171,6 +192,11 @@ class Nursery:
         return self._policy.disk_bytes
 
     @property
+    def overcommits(self) -> bool:
+        """Whether jobs' disks take what is written to them, and not their size at once."""
+        return self._policy.overcommit
+
+    @property
     def slots(self) -> int:
         """How many children there may be at a time."""
         return self._policy.max_jobs + self._policy.spares
@@ -186,7 +212,7 @@ class Nursery:
         """
         view = self._stage.view_for(order)
         if not self._free:
-            raise OSError(errno.EAGAIN, "every range of ids is in use")
+            raise SandboxError("every range of ids is in use", data={"step": "place"})
         self._made += 1
         index = self._free.pop()
         name = f"job-{self._start}-{self._made}"
@@ -287,10 +313,8 @@ class Nursery:
         and this may be called again.
         """
         if child.disk is not None:
-            self.sweepers.discard_disk(child.disk)
-            child.disk = None
-        self.volumes.give_back(child.volumes)
-        child.volumes = ()
+            self.sweepers.discard_disk(child.disk, child.root)
+            child.disk = child.root = None
         if child.gateway is not None:
             raise OSError(errno.EBUSY, "its gateway has not been reaped")
         child.scope.remove()
@@ -302,6 +326,13 @@ class Nursery:
         if self._stage.view.scratch:
             self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}")
         self._free.append(child.index)
+
+    def give_back_volumes(self, child: Child) -> None:
+        """Let others remove the volumes that a child had."""
+        self.sweepers.close(list(child.volume_roots.values()))
+        child.volume_roots = {}
+        self.volumes.give_back(child.volumes)
+        child.volumes = ()
 
     def close_pipes(self, child: Child) -> None:
         """Let go of a child's pipes, with what nobody has read."""
@@ -327,6 +358,8 @@ def _user_namespace(slot: Slot) -> int:
         reason = error.strerror
         if error.errno == errno.ENOSPC:  # user_namespaces(7)'s word for a limit that is reached
             reason = "the host's limit on them is reached"
+        elif error.errno not in (errno.EPERM, errno.EACCES):  # no process, memory or descriptor
+            raise
         raise SandboxError(
             f"cannot make a user namespace: {reason}", data={"step": "enter-user-namespace"}
         ) from error

@@ -14,13 +14,14 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.disposal import close_all_but
 from jobworker.sandbox.turns import Turns
 
 Work = Callable[[], channel.Message]
@@ -34,19 +35,22 @@ class Chores:
 
     def __init__(self, turns: Turns, *, at_once: int, waiting: int) -> None:
         self._turns, self._at_once, self._room = turns, at_once, waiting
-        self._waiting: deque[tuple[Work, Done]] = deque()
+        self._waiting: deque[tuple[Work, Done, Sequence[int]]] = deque()
         self._running = 0
 
-    def start(self, work: Work, done: Done) -> None:
-        """Have the work done, now or later. Raises OSError, EAGAIN where too much waits."""
+    def start(self, work: Work, done: Done, holding: Sequence[int] = ()) -> None:
+        """Have the work done, now or later. Raises OSError, EAGAIN where too much waits.
+
+        The process holds the descriptors in `holding`, which stay open here until it is done.
+        """
         if self._running < self._at_once:
-            self._run(work, done)
+            self._run(work, done, holding)
         elif len(self._waiting) < self._room:
-            self._waiting.append((work, done))
+            self._waiting.append((work, done, holding))
         else:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    def _run(self, work: Work, done: Done) -> None:
+    def _run(self, work: Work, done: Done, holding: Sequence[int]) -> None:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far:
             try:
@@ -55,7 +59,7 @@ class Chores:
                 near.close()
                 raise
             if pid == 0:
-                _work_and_exit(work, far)
+                _work_and_exit(work, far, holding)
         near.setblocking(False)
         self._running += 1
         # The process has said its word before it ends, and its end is soon after.
@@ -78,20 +82,17 @@ class Chores:
 
     def _start_next(self) -> None:
         while self._waiting and self._running < self._at_once:
-            work, done = self._waiting.popleft()
+            work, done, holding = self._waiting.popleft()
             try:
-                self._run(work, done)
+                self._run(work, done, holding)
             except OSError as error:  # no process to be had
                 done(_failure(error))
 
 
-def _work_and_exit(work: Work, far: socket.socket) -> NoReturn:
-    """In the process: nothing of the launcher's is held, so that no end of a job is delayed."""
+def _work_and_exit(work: Work, far: socket.socket, holding: Sequence[int]) -> NoReturn:
+    """In the process: no more of the launcher's is held, so that no end of a job is delayed."""
     try:
-        mine = far.fileno()
-        if mine > 3:
-            sc.close_range(3, mine - 1)
-        sc.close_range(mine + 1)
+        close_all_but([far.fileno(), *holding])
         try:
             outcome = work()
         except OSError as error:

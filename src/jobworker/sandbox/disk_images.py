@@ -2,8 +2,12 @@
 
 What a job writes is bounded by the size of its file system, bytes and inodes alike, on any host
 with loop devices and ext4: no quota has to be switched on, and what fills up is the job's own.
-The image is a sparse file without a name: it takes what is written to it, and the kernel frees
-it, device and all, once the last mount of it is gone, whoever was killed before.
+The image is a file without a name, and the kernel frees it, device and all, once the last mount
+of it is gone, whoever was killed before. A sparse one takes what is written to it; one that is
+reserved takes its size when it is made, and no write to it can find the disk below full.
+
+Where that disk is full, a job's write(2), close(2) and sync(2) succeed all the same: the kernel
+writes later, and forgets what it could not write. syncfs(2) tells of it, see `lost_writes`.
 
 An image is made in a millisecond: of an empty file system all but some blocks are zeros, so those
 few (`Blank`) are kept from one that mke2fs(8) formatted, and written to each new file. There is no
@@ -19,6 +23,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
@@ -43,7 +48,9 @@ _LOOP_INFO = struct.Struct("=5Q4I64s64s32s2Q")
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _WITHOUT_FLUSHING = struct.pack("=I", 2)
 _ATTEMPTS = 64
-_VOLUME_OPTIONS = "discard,errors=remount-ro"
+_VOLUME_OPTIONS = "errors=remount-ro"
+_RESERVED = stat.S_ISVTX
+"""Marks the image of a volume that is to stay reserved, whatever was punched out of it."""
 _OPTIONS = "noinit_itable,nobarrier,noauto_da_alloc,errors=continue"
 
 
@@ -64,6 +71,19 @@ class Workshop(NamedTuple):
     """Where mke2fs runs: "" is the root of this process."""
     programs: tuple[tuple[str, str], ...]
     """Directories to be shown there, by their place."""
+    keep_free: int = 0
+    """Bytes that are to stay free on the disk below."""
+    reserve: bool = False
+    """Whether images take all of their size at once."""
+
+
+class Terms(NamedTuple):
+    """How jobs' disks are made."""
+
+    size: int
+    """Of those of jobs that ask for no other."""
+    keep_free: int
+    reserve: bool
 
 
 def rounded(size: int) -> int:
@@ -73,7 +93,7 @@ def rounded(size: int) -> int:
 
 def make_blank(workshop: Workshop, size: int) -> Blank:
     """Format an empty file system and keep its blocks. Raises OSError."""
-    image = create(workshop, size)
+    image = create(workshop._replace(reserve=False), size)
     try:
         blocks: list[tuple[int, bytes]] = []
         offset = 0
@@ -103,7 +123,7 @@ def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
     image = os.open(workshop.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         disk = os.fstatvfs(image)
-        if disk.f_bavail * disk.f_frsize < size:
+        if disk.f_bavail * disk.f_frsize < size + workshop.keep_free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the service's state directory")
         os.ftruncate(image, size)
         blank = None if journal else workshop.blanks.get(size)
@@ -112,10 +132,22 @@ def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
         else:
             for offset, block in blank.blocks:
                 os.pwrite(image, block, offset)
+        if workshop.reserve:
+            sc.fallocate(image, size)
     except BaseException:
         os.close(image)
         raise
     return image
+
+
+def mark_reserved(image: int) -> None:
+    """Have a volume's image stay reserved, for as long as there is one."""
+    os.fchmod(image, 0o600 | _RESERVED)
+
+
+def is_reserved(status: os.stat_result) -> bool:
+    """Whether a volume's image is marked so."""
+    return bool(status.st_mode & _RESERVED)
 
 
 def _format(image: int, size: int, workshop: Workshop, *, journal: bool) -> None:
@@ -214,21 +246,30 @@ def find_attached(image: int) -> tuple[int, str] | None:
     return None
 
 
-def mount_volume(path: str, target: str) -> None:
+def mount_volume(path: str, target: str) -> bool:
     """Mount the volume whose image is at `path`, which others may have mounted too.
 
-    Waits for those who do the same with this image at the same time: they are to find one device.
+    Returns whether it is thin. Waits for those who do the same with this image at the same time:
+    they are to find one device.
     """
     image = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     # Of its own: the device keeps the other one open, and with it would keep the lock.
     lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        status = os.fstat(image)
+        options, thin = _VOLUME_OPTIONS, not is_reserved(status)
+        if thin:
+            options += ",discard"
+        else:
+            # The kernel zeroes blocks by punching them out of the image; they are taken again.
+            sc.fallocate(image, status.st_size)
         device, name = find_attached(image) or attach(image)
         try:
-            sc.mount(name, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV, _VOLUME_OPTIONS)
+            sc.mount(name, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV, options)
         finally:
             os.close(device)
+        return thin
     finally:
         os.close(lock)
         os.close(image)
@@ -241,6 +282,36 @@ def mount_image(image: int, target: str) -> None:
         sc.mount(path, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOATIME, _OPTIONS)
     finally:
         os.close(device)
+
+
+def lost_writes(root: int) -> bool:
+    """Whether a job's disk has lost writes, by a descriptor of the overlay on it.
+
+    It waits for nothing: the overlay is volatile, so syncfs(2) writes nothing, and answers whether
+    the kernel has failed to write to the disk since the overlay was mounted.
+    """
+    try:
+        sc.syncfs(root)
+    except OSError:
+        return True
+    return False
+
+
+def may_still_take(root: int) -> int:
+    """How many bytes a disk may still take from the one below, by a descriptor of its root.
+
+    Waits for nothing: statfs(2) reads counters.
+    """
+    disk = os.fstatvfs(root)
+    return disk.f_bfree * disk.f_frsize
+
+
+def volume_lost_writes(root: int) -> bool:
+    """Write out a volume, by a descriptor that was opened at the job's start: whether it lost any.
+
+    May take long. A journal that could not be written leaves the volume read-only.
+    """
+    return lost_writes(root) or bool(os.fstatvfs(root).f_flag & os.ST_RDONLY)
 
 
 def discard(directory: int) -> None:

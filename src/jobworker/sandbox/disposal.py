@@ -43,6 +43,16 @@ def give_away(descriptors: Sequence[int]) -> tuple[int, int]:
     return pid, pidfd
 
 
+def close_all_but(kept: list[int]) -> None:
+    """Close what belongs to others: it would be kept open."""
+    first = 3
+    for descriptor in sorted(kept):
+        if descriptor > first:
+            sc.close_range(first, descriptor - 1)
+        first = descriptor + 1
+    sc.close_range(first)
+
+
 class Disposal:
     """Descriptors on their way out."""
 

@@ -21,6 +21,7 @@ from jobworker.errors import HostUnsupported, LauncherGone, error_classes
 from jobworker.model.job import Usage
 from jobworker.sandbox import channel
 from jobworker.sandbox.policy import Policy, policy_message
+from jobworker.sandbox.version import PROTOCOL, mismatch
 
 START_SECONDS = 30
 NO_LOCKS: Mapping[str, int] = MappingProxyType({})
@@ -37,6 +38,8 @@ class Exit:
     code: int | None
     signal: int | None
     usage: Usage
+    lost: tuple[str, ...] = ()
+    """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
     seconds_ago: float = 0.0
     """How long before this was told."""
 
@@ -177,7 +180,26 @@ def _hello(sock: socket.socket) -> channel.Message:
     if isinstance(problem, dict):
         cls = error_classes().get(problem["code"], HostUnsupported)
         raise cls(problem["message"], remedy=problem["remedy"])
-    return hello
+    _check_version(mismatch(hello.get("protocol"), PROTOCOL))
+    channel.send(sock, {"id": 0, "op": "hello", "protocol": PROTOCOL})
+    while True:
+        received = channel.receive(sock)
+        if received is None:
+            raise HostUnsupported("cannot start the launcher: it ended without a word")
+        message, descriptors = received
+        channel.close_all(descriptors)  # of the end of a job, which `list` tells again
+        if message.get("id") == 0:
+            refused = message.get("error")
+            _check_version(str(refused["detail"]) if isinstance(refused, dict) else "")
+            return hello
+
+
+def _check_version(problem: str) -> None:
+    if problem:
+        raise HostUnsupported(
+            f"cannot use the launcher: {problem}",
+            remedy="start both anew after an upgrade; a launcher of its own ends its jobs then",
+        )
 
 
 class _Facts(TypedDict):
@@ -255,7 +277,9 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     assert isinstance(code, int | None)
     assert isinstance(number, int | None)
     assert isinstance(usage, dict)
-    return Exit(code=code, signal=number, usage=usage_from(usage))
+    lost = message.get("lost", [])  # an earlier launcher does not tell
+    assert isinstance(lost, list)
+    return Exit(code=code, signal=number, usage=usage_from(usage), lost=tuple(map(str, lost)))
 
 
 def usage_from(message: Mapping[str, object]) -> Usage:

@@ -25,14 +25,15 @@ from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree
 from jobworker.sandbox.children import Nursery
-from jobworker.sandbox.disk_images import rounded
+from jobworker.sandbox.disk_images import Terms, rounded
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids
+from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 12
-"""Process, gateway, pipes, report, order, disk, socket, scope (two), user namespace; replies."""
+DESCRIPTORS_PER_CHILD = 13
+"""Process, gateway, pipes, report, order, disk, root, socket, scope, user namespace, replies."""
 
 
 def _warm_up(tree: Tree) -> None:
@@ -44,9 +45,13 @@ def _warm_up(tree: Tree) -> None:
         scope.remove()
 
 
-def _raise_descriptor_limit(policy: Policy) -> None:
-    """Have room for the descriptors of all children: getrlimit(2)."""
+def _raise_descriptor_limit(policy: Policy) -> int:
+    """Have room for the descriptors of all children: getrlimit(2).
+
+    Returns how many volumes jobs may have together, each of which takes one more.
+    """
     needed = 64 + DESCRIPTORS_PER_CHILD * (policy.max_jobs + policy.spares)
+    volumes = MAX_VOLUMES * policy.max_jobs
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise HostUnsupported(
@@ -54,7 +59,10 @@ def _raise_descriptor_limit(policy: Policy) -> None:
             f"and {hard} may be open",
             remedy="raise the limit (LimitNOFILE=, ulimit -n) or lower worker.max_concurrent_jobs",
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    if hard != resource.RLIM_INFINITY:
+        volumes = min(volumes, hard - needed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed + volumes), hard))
+    return volumes
 
 
 def main(descriptor: int) -> NoReturn:
@@ -159,7 +167,7 @@ def _prepare(
     policy: Policy, ids: Ids, undo: contextlib.ExitStack, *, has_rights: bool
 ) -> tuple[Tree, Nursery]:
     """Do all that comes before the first request; what it made of control groups is undone."""
-    _raise_descriptor_limit(policy)
+    room_for_volumes = _raise_descriptor_limit(policy)
     bpf.try_out(policy.filters)
     tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
     undo.callback(_close, tree)
@@ -179,13 +187,13 @@ def _prepare(
     stage = (
         rootfs.enter(
             *(policy.stage, policy.scratch, policy.volumes, *shown),
-            rounded(policy.disk_bytes),
+            Terms(rounded(policy.disk_bytes), policy.keep_free_bytes, not policy.overcommit),
             policy.runtimes,
         )
         if has_rights
         else plain_root.enter(policy.stage, policy.scratch, *shown)
     )
-    nursery = Nursery(tree, policy, ids, stage)
+    nursery = Nursery(tree, policy, ids, stage, room_for_volumes)
     nursery.sweep_scratch()
     _warm_up(tree)
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)

@@ -5,6 +5,9 @@ child is watched: its last words, its end, its memory. What must be told goes to
 reply to a spawn once the program runs or nothing of the failed start is left, and the event of
 a job's end.
 
+An end is told with what the job lost of what it wrote (`disk_images.lost_writes`). That of its own
+disk is known at once; a volume is written out before, by a process of its own.
+
 An end has two halves. What a job held (disk, mounts, scope, range of ids, scratch) goes as soon
 as it has ended, whatever becomes of its record and whether or not a service is there. Its exit
 status and its pipes stay until the service asks to `remove` it.
@@ -23,11 +26,11 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, gateway, requests, trampoline
+from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Child, Nursery, name_host, status_of
@@ -72,6 +75,7 @@ class Jobs:
         self._usual_limits = Limits()
         """Those of the latest job: spares are put under them, and most jobs ask for the same."""
         self._zombies = Zombies(turns)
+        self._inspectors = Chores(turns, at_once=nursery.slots, waiting=0)
         self._oom_watch = OomWatch(turns, self.kill)
         self._kernel_watch = KernelWatch(turns, chores, self._running, self.kill)
         turns.call_in(0, self._refill)
@@ -96,6 +100,18 @@ class Jobs:
 
     def _running(self) -> dict[int, Child]:
         return {job: child for job, child in self._jobs.items() if child.exit is None}
+
+    def promised_bytes(self) -> int:
+        """How much more the disks of jobs and spares, and jobs' thin volumes, may take."""
+        disks = [child.disk for child in self._children if self._nursery.overcommits]
+        thin = {
+            name: root
+            for child in self._children
+            for name, root in child.volume_roots.items()
+            if name in child.thin_volumes
+        }
+        roots = [root for root in (*disks, *thin.values()) if root is not None]
+        return sum(disk_images.may_still_take(root) for root in roots)
 
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""
@@ -123,7 +139,9 @@ class Jobs:
         Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
         """
         if len(self._jobs) + len(self._late) >= self._nursery.slots:
-            raise OSError(errno.EAGAIN, "every place is in use, by jobs that were not removed")
+            raise SandboxError(
+                "every place is in use, by jobs that were not removed", data={"step": "place"}
+            )
         if request.job in self._jobs or any(late.job == request.job for _, late in self._late):
             raise SandboxError(
                 "the job's id is in use", data={"step": "job", "errno": errno.EEXIST}
@@ -158,6 +176,9 @@ class Jobs:
             return
         while self._spares:
             spare = self._spares.popleft()
+            if spare.root is not None and disk_images.lost_writes(spare.root):
+                self.kill(spare)
+                continue
             try:
                 self._order(spare, number, request, errand)
                 return
@@ -278,9 +299,38 @@ class Jobs:
                 say(f"a spare failed: {child.failure}")
             self._forget(child)
         else:
-            event: channel.Message = {"event": "exit", "job": child.job}
-            self._tell({**event, **child.exit._asdict(), "usage": child.usage()._asdict()}, ())
+            if child.root is not None and disk_images.lost_writes(child.root):
+                child.lost.append("")
+            self._inspect_volumes(child)
         self._clear(child)
+
+    def _inspect_volumes(self, child: Child) -> None:
+        """Find out whether what the job wrote to its volumes is there, and tell its end."""
+        if not child.volume_roots:
+            self._tell_end(child)
+            return
+        work = partial(_find_losses, dict(child.volume_roots))
+        roots = list(child.volume_roots.values())
+        child.inspected = True
+        try:
+            self._inspectors.start(work, partial(self._on_inspected, child), roots)
+        except OSError as error:
+            self._on_inspected(child, {"errno": error.errno})
+
+    def _on_inspected(self, child: Child, outcome: channel.Message) -> None:
+        lost = outcome.get("lost")
+        # What could not be looked at may be lost.
+        child.lost += list(child.volume_roots) if not isinstance(lost, list) else lost
+        child.inspected = False
+        self._nursery.give_back_volumes(child)
+        self._watch_sweepers()
+        self._tell_end(child)
+
+    def _tell_end(self, child: Child) -> None:
+        child.end_is_known = True
+        if child.job is not None:
+            event: channel.Message = {"event": "exit", "job": child.job}
+            self._tell({**event, **_end(child), "usage": child.usage()._asdict()}, ())
 
     def _on_gateway_exit(self, child: Child) -> None:
         assert child.gateway is not None
@@ -330,6 +380,8 @@ class Jobs:
             self._turns.call_in(CLEAR_AGAIN_SECONDS, self._clear_again)
             self._watch_sweepers()
             return
+        if not child.inspected:
+            self._nursery.give_back_volumes(child)
         self._uncleared.discard(child)
         self._children.discard(child)
         self._watch_sweepers()
@@ -370,9 +422,19 @@ def listed(child: Child) -> channel.Message:
         "pid": child.pid,
         "age_seconds": time.monotonic() - child.started_at,
         "ended_seconds_ago": time.monotonic() - child.ended_at,
-        "exit": None if child.exit is None else child.exit._asdict(),
+        "exit": _end(child) if child.end_is_known else None,
         "usage": child.usage()._asdict(),
     }
+
+
+def _end(child: Child) -> channel.Message:
+    assert child.exit is not None
+    return {**child.exit._asdict(), "lost": child.lost}
+
+
+def _find_losses(volumes: Mapping[str, int]) -> channel.Message:
+    """In a process of its own: the volumes that have lost writes."""
+    return {"lost": [n for n, root in volumes.items() if disk_images.volume_lost_writes(root)]}
 
 
 def deliver(child: Child, number: int) -> bool:

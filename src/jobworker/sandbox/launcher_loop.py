@@ -33,6 +33,7 @@ from jobworker.sandbox.doorway import Doorway
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed, problem
 from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.version import PROTOCOL, mismatch
 
 FAREWELL_SECONDS = 10.0
 """Bound on ending all jobs once the launcher is to leave."""
@@ -52,8 +53,10 @@ class Launcher:
         """Apart from the rest, since formatting a large volume takes long."""
         self._chores = Chores(self._turns, at_once=4, waiting=256)
         self._jobs = Jobs(self._turns, nursery, self._chores, spares, self._send)
-        self._hello = hello
+        self._hello = {**hello, "protocol": PROTOCOL}
         self._link: ServiceLink | None = None
+        self._greeted = False
+        """Whether the service has told its version."""
         self._doorway: Doorway | None = None
         self._leave_by: float | None = None
 
@@ -99,6 +102,7 @@ class Launcher:
     # --- the service ------------------------------------------------------------------------
 
     def _connect(self, sock: socket.socket) -> None:
+        self._greeted = False
         self._link = ServiceLink(sock, self._turns, self._serve, self._on_lost)
         self._link.send(self._hello)
 
@@ -120,23 +124,43 @@ class Launcher:
 
     def _serve(self, number: int, request: requests.Request) -> None:
         try:
-            self._do(number, request)
+            if isinstance(request, requests.Hello):
+                self._greet(number, request.protocol)
+            elif not self._greeted:
+                self._refuse_version(number, mismatch(PROTOCOL, None))
+            elif isinstance(request, requests.OfAJob):
+                self._do_for_job(number, request)
+            elif isinstance(request, requests.VolumeRequest):
+                self._do_volume(number, request)
+            else:
+                self._tell(number, request)
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(type(request).__name__.lower(), error))
 
-    def _do(self, number: int, request: requests.Request) -> None:
+    def _greet(self, number: int, protocol: int) -> None:
+        why = mismatch(PROTOCOL, protocol)
+        if why:
+            self._refuse_version(number, why)
+            return
+        self._greeted = True
+        self._reply(number, {})
+
+    def _refuse_version(self, number: int, why: str) -> None:
+        self._refuse(number, {"step": "hello", "errno": errno.EPROTO, "detail": why})
+
+    def _tell(self, number: int, request: requests.Question) -> None:
         if isinstance(request, requests.ListJobs):
             self._list(number, request.after)
-            return
-        if isinstance(request, requests.PlanOf):
+        elif isinstance(request, requests.PlanOf):
             self._reply(number, {"steps": self._jobs.plan(request)})
-            return
-        if isinstance(request, requests.TimesOfTurns):
+        elif isinstance(request, requests.TimesOfTurns):
             self._reply(number, self._turns.take_times()._asdict())
-            return
-        if isinstance(request, requests.VolumeRequest):
-            self._do_volume(number, request)
-            return
+        elif isinstance(request, requests.PromisedBytes):
+            self._reply(number, {"bytes": self._jobs.promised_bytes()})
+        else:
+            self._reply(number, {})
+
+    def _do_for_job(self, number: int, request: requests.OfAJob) -> None:
         if isinstance(request, requests.Spawn):
             self._jobs.spawn(number, request)
             return
@@ -161,7 +185,7 @@ class Launcher:
         elif isinstance(request, requests.RemoveVolume):
             self._volumes.remove(self._chores, request.name, done)
         else:
-            self._volumes.make(self._makers, request.name, request.size, done)
+            self._volumes.make(self._makers, request.name, request.size, done, thin=request.thin)
 
     def _on_volume(self, asker: ServiceLink | None, number: int, outcome: channel.Message) -> None:
         if asker is not self._link:  # whoever asked has gone

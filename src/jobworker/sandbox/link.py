@@ -5,17 +5,19 @@ events for whoever expects them. When the launcher goes, every waiting request a
 of it at once (`LauncherGone`); nothing hangs.
 """
 
+import logging
 import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
+from types import MappingProxyType
 
 import trio
 from attrs import Factory, define, frozen
 
-from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
+from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, OutOfDescriptors
 from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
@@ -42,6 +44,12 @@ class Started:
     age_seconds: float = 0.0
     """How long it had run when this was told."""
 
+
+log = logging.getLogger("jobworker.sandbox")
+
+SILENT_SECONDS = 10.0
+"""The launcher's turns take milliseconds (`sandbox.turns`)."""
+LOOK_SECONDS = 1.0
 
 Exits = trio.MemoryReceiveChannel[Exit]
 """Gets a job's one `Exit`, or closes if the launcher goes."""
@@ -76,6 +84,9 @@ class Link:
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    silent: bool = False
+    """Whether the launcher is there and has not answered for `silent_seconds`."""
+    silent_seconds: float = SILENT_SECONDS
     gone: trio.Event = Factory(trio.Event)
     """Set once the launcher has ended; no job of it is alive then."""
 
@@ -108,9 +119,8 @@ class Link:
         send, receive = trio.open_memory_channel[Exit](1)
         self._exits[job] = send
         try:
-            message, descriptors = await self._ask(
-                "spawn", job, **_order_fields(order), **limits._asdict()
-            )
+            fields = {**_order_fields(order), **limits._asdict()}
+            message, descriptors = await self._ask("spawn", job, fields)
         except BaseException as error:
             self._exits.pop(job, send).close()
             receive.close()
@@ -128,14 +138,15 @@ class Link:
 
         Raises what would refuse the job before its first step.
         """
-        message, _ = await self._ask("plan", None, **_order_fields(order), **limits._asdict())
+        fields = {**_order_fields(order), **limits._asdict()}
+        message, _ = await self._ask("plan", None, fields, patient=False)
         steps = message["steps"]
         assert isinstance(steps, list)
         return [(str(name), str(subject), str(what)) for name, subject, what in steps]
 
     async def signal(self, job: JobId, number: signal.Signals) -> bool:
         """Send a signal to the job's first process; False if that has no handler for it."""
-        message, _ = await self._ask("signal", job, signal=int(number))
+        message, _ = await self._ask("signal", job, {"signal": int(number)})
         return message["delivered"] is True
 
     async def kill(self, job: JobId) -> None:
@@ -148,34 +159,51 @@ class Link:
 
     async def usage(self, job: JobId) -> Usage:
         """What the job has used so far."""
-        message, _ = await self._ask("usage", job)
+        message, _ = await self._ask("usage", job, patient=False)
         return usage_from(message)
 
-    async def make_volume(self, name: str, size_bytes: int) -> None:
-        """Make a volume."""
-        await self._ask("volume.create", None, name=name, size_bytes=size_bytes)
+    async def promised_bytes(self) -> int:
+        """How much may still be written to the disks and volumes of live jobs."""
+        message, _ = await self._ask("promised", None, patient=False)
+        promised = message["bytes"]
+        assert isinstance(promised, int)
+        return promised
+
+    async def make_volume(self, name: str, size_bytes: int, *, thin: bool) -> None:
+        """Make a volume, reserved unless it is thin."""
+        fields = {"name": name, "size_bytes": size_bytes, "thin": thin}
+        await self._ask("volume.create", None, fields, patient=False)
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume that no live job has."""
-        await self._ask("volume.remove", None, name=name)
+        await self._ask("volume.remove", None, {"name": name}, patient=False)
 
     async def volumes(self) -> tuple[Volume, ...]:
         """All volumes, by name."""
-        message, _ = await self._ask("volume.list", None)
+        message, _ = await self._ask("volume.list", None, patient=False)
         listed = message["volumes"]
         assert isinstance(listed, list)
         return tuple(Volume(**volume) for volume in listed)
 
     async def _ask(
-        self, operation: str, job: JobId | None, **fields: object
+        self,
+        operation: str,
+        job: JobId | None,
+        fields: Mapping[str, object] = MappingProxyType({}),
+        *,
+        patient: bool = True,
     ) -> tuple[Mapping[str, object], list[int]]:
         """Send a request and wait for its reply.
 
         A request that went out has its effect, so whoever waits is shielded: the launcher
-        answers every request or ends, and both wake the waiter.
+        answers every request or ends, and both wake the waiter. A request that is not `patient`
+        raises LauncherSilent where the launcher does neither; the rest, on which jobs' lives
+        depend, goes on when it does.
         """
         if self.gone.is_set():
             raise _launcher_gone()
+        if not patient and self.silent:
+            raise launcher_silent()
         number, self._next = self._next, self._next + 1
         waiting = self._waiting[number] = _Waiting(operation)
         with trio.CancelScope(shield=True):
@@ -185,7 +213,10 @@ class Link:
             except JobworkerError:  # nothing went out
                 self._waiting.pop(number, None)
                 raise
-            await waiting.answered.wait()
+            if patient:
+                await waiting.answered.wait()
+            else:
+                await self.wait_unless_silent(waiting.answered)
         if waiting.descriptors_lost:
             raise _out_of_descriptors()
         if waiting.message is None:
@@ -196,6 +227,49 @@ class Link:
         ok = waiting.message["ok"]
         assert isinstance(ok, dict)
         return ok, waiting.descriptors
+
+    async def wait_unless_silent(self, event: trio.Event) -> None:
+        """Wait for what only a launcher that answers can bring about. Raises LauncherSilent."""
+        while not event.is_set():
+            if self.silent:
+                raise launcher_silent()
+            with trio.move_on_after(LOOK_SECONDS):
+                await event.wait()
+
+    async def listen(self) -> None:
+        """Notice where the launcher answers nothing (`silent`); never returns.
+
+        A request alone cannot tell, since some take long: so it is asked for a mere answer.
+        """
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            if not self._waiting or self.gone.is_set():
+                continue
+            with trio.move_on_after(self.silent_seconds):
+                await self._ping()
+                continue
+            await self._be_silent()
+
+    async def _ping(self) -> None:
+        """Ask for an answer, and nothing else; may be cancelled."""
+        number, self._next = self._next, self._next + 1
+        waiting = self._waiting[number] = _Waiting("ping")
+        try:
+            await self._send({"id": number, "op": "ping"})
+            await waiting.answered.wait()
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _be_silent(self) -> None:
+        log.error(
+            "the launcher has not answered for %.0f s: see what holds it", self.silent_seconds
+        )
+        self.silent = True
+        try:
+            await self._ping()
+            log.warning("the launcher answers again")
+        finally:
+            self.silent = False
 
     async def _send(self, message: channel.Message) -> None:
         body = await _body_of(message)
@@ -277,6 +351,7 @@ async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.serve)
+            nursery.start_soon(link.listen)
             try:
                 yield link
             finally:
@@ -311,6 +386,21 @@ def _out_of_descriptors() -> OutOfDescriptors:
     return OutOfDescriptors(
         "cannot serve the request: the service has no file descriptor left for it",
         remedy="try again later, or raise the service's LimitNOFILE",
+    )
+
+
+def launcher_silent(job: JobId | None = None) -> LauncherSilent:
+    """The error for a request that a silent launcher keeps waiting; `job` goes on when it can."""
+    if job is None:
+        return LauncherSilent(
+            "cannot serve the request: the launcher does not answer",
+            remedy="see what holds it (ps, systemctl status worker-launcher); it goes on by itself",
+        )
+    return LauncherSilent(
+        f"cannot tell what becomes of job {job}: the launcher does not answer",
+        remedy=f"do not run it again: job {job} goes on when the launcher does; "
+        f"see `worker-cli status {job}`, or stop it",
+        data={"job": job},
     )
 
 

@@ -28,6 +28,10 @@ class Policy(NamedTuple):
     tmpfs_bytes: int
     filters: bpf.Filters
     disk_bytes: int
+    keep_free_bytes: int
+    """So much stays free where disks are made."""
+    overcommit: bool
+    """Whether jobs' disks take what is written to them, and not their size at once."""
     runtimes: Mapping[str, str]
     """Root trees that jobs may ask for, by name."""
 
@@ -64,6 +68,8 @@ def policy_from(message: Message) -> Policy:
         tmpfs_bytes=number("tmpfs_bytes"),
         filters=bpf.filters_from(filters),
         disk_bytes=number("disk_bytes"),
+        keep_free_bytes=number("keep_free_bytes"),
+        overcommit=message["overcommit"] is True,
         runtimes={str(name): str(path) for name, path in runtimes.items()},
     )
 

@@ -79,15 +79,30 @@ class ListJobs(NamedTuple):
     after: int
 
 
+class Hello(NamedTuple):
+    """Tell the version of the protocol that the service speaks: before any other request."""
+
+    protocol: int
+
+
+class Ping(NamedTuple):
+    """Answer."""
+
+
 class TimesOfTurns(NamedTuple):
     """Tell how long turns of the launcher's loop have taken since this was last asked."""
 
 
+class PromisedBytes(NamedTuple):
+    """Tell how much may still be written to the disks and thin volumes of live jobs."""
+
+
 class MakeVolume(NamedTuple):
-    """Make a volume of a size in bytes."""
+    """Make a volume of a size in bytes, which is reserved unless it is thin."""
 
     name: str
     size: int
+    thin: bool
 
 
 class RemoveVolume(NamedTuple):
@@ -102,7 +117,8 @@ class ListVolumes(NamedTuple):
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
 OfAJob = Spawn | Signal | Kill | Remove | UsageOf
-Request = VolumeRequest | OfAJob | PlanOf | ListJobs | TimesOfTurns
+Question = PlanOf | ListJobs | TimesOfTurns | PromisedBytes | Ping
+Request = VolumeRequest | OfAJob | Question | Hello
 
 _OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
     "kill": Kill,
@@ -111,8 +127,39 @@ _OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
 }
 
 
+_WITHOUT_FIELDS: dict[str, type[TimesOfTurns | PromisedBytes | Ping]] = {
+    "turns": TimesOfTurns,
+    "promised": PromisedBytes,
+    "ping": Ping,
+}
+_START = frozenset({*Order._fields, *Limits._fields})
+_FIELDS: dict[str, frozenset[str]] = {
+    "hello": frozenset({"protocol"}),
+    "list": frozenset({"after"}),
+    "plan": _START,
+    "spawn": _START,
+    "signal": frozenset({"signal"}),
+    "volume.create": frozenset({"name", "size_bytes", "thin"}),
+    "volume.remove": frozenset({"name"}),
+}
+"""What a request may say besides `id`, `op` and `job`."""
+
+
+def _known_fields(operation: object) -> frozenset[str]:
+    own = _FIELDS.get(operation, frozenset()) if isinstance(operation, str) else frozenset()
+    return own | {"id", "op", "job"}
+
+
 def parse(message: Mapping[str, object]) -> tuple[int, Request]:
     """The number of the request, for the reply, and the request itself."""
+    parsed = _parse(message)
+    unknown = sorted(message.keys() - _known_fields(message["op"]))
+    if unknown:  # what it asks for would be left out without a word
+        raise ProtocolError(f"cannot take the request: it knows no field {unknown[0][:64]!r}")
+    return parsed
+
+
+def _parse(message: Mapping[str, object]) -> tuple[int, Request]:
     number = _integer(message, "id", 0)
     operation = message.get("op")
     general = _general_request(operation, message)
@@ -130,12 +177,14 @@ def parse(message: Mapping[str, object]) -> tuple[int, Request]:
 
 def _general_request(
     operation: object, message: Mapping[str, object]
-) -> VolumeRequest | PlanOf | ListJobs | TimesOfTurns | None:
+) -> VolumeRequest | Question | Hello | None:
     """The request where it is about no job in particular, else None."""
     if operation == "list":
         return ListJobs(_integer(message, "after", 0))
-    if operation == "turns":
-        return TimesOfTurns()
+    if operation == "hello":
+        return Hello(_integer(message, "protocol", 0))
+    if type(operation) is str and operation in _WITHOUT_FIELDS:
+        return _WITHOUT_FIELDS[operation]()
     if operation == "plan":
         return PlanOf(_order(message), _limits(message))
     if isinstance(operation, str) and operation.startswith("volume."):
@@ -152,7 +201,13 @@ def _volume_request(operation: str, message: Mapping[str, object]) -> VolumeRequ
     if operation == "volume.remove":
         return RemoveVolume(name)
     if operation == "volume.create":
-        return MakeVolume(name, _integer(message, "size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES))
+        size, thin = (
+            _integer(message, "size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES),
+            message.get("thin"),
+        )
+        if type(thin) is not bool:
+            raise ProtocolError("cannot take the request: thin is neither true nor false")
+        return MakeVolume(name, size, thin)
     raise ProtocolError("cannot take the request: op is none of the launcher's operations")
 
 

@@ -72,11 +72,14 @@ def make_scratch(step: s.MakeScratch) -> None:
         os.chmod(path, 0o1777 if "tmp" in name else 0o755)
 
 
-def open_volume(step: s.OpenVolume, user_namespace: int) -> None:
-    """Mount a volume, take hold of it as the job is to see it, and let go of the mount."""
+def open_volume(step: s.OpenVolume, user_namespace: int) -> tuple[int, bool]:
+    """Mount a volume, take hold of it as the job is to see it, and let go of the mount.
+
+    Returns a descriptor of its root, and whether it is thin.
+    """
     os.mkdir(step.stage, 0o700)
     try:
-        disk_images.mount_volume(step.image, step.stage)
+        thin = disk_images.mount_volume(step.image, step.stage)
     except FileNotFoundError as error:
         if error.filename == step.image:
             error.filename = step.name
@@ -88,7 +91,9 @@ def open_volume(step: s.OpenVolume, user_namespace: int) -> None:
     sc.umount(step.stage)
     os.rmdir(step.stage)
     os.dup2(tree, step.descriptor, inheritable=False)
+    root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=tree)
     os.close(tree)
+    return root, thin
 
 
 def place_volume(step: s.PlaceVolume) -> None:

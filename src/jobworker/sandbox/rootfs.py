@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import disk_images
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disk_images import Blank, Workshop
+from jobworker.sandbox.disk_images import Blank, Terms, Workshop
 from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
 from jobworker.sandbox.host_trees import not_for_all, program_trees, with_mounts_below
 from jobworker.sandbox.plan import DISK, Layer, View
@@ -57,7 +57,7 @@ def enter(
     volumes: str,
     programs: Sequence[str],
     etc: Sequence[str],
-    disk_bytes: int,
+    disks: Terms,
     runtimes: Mapping[str, str],
 ) -> Stage:
     """Move this process into a mount namespace of its own that holds the jobs' layers.
@@ -73,7 +73,7 @@ def enter(
             trees = with_mounts_below(trees, mounts.read())
         hidden = {tree: not_for_all(tree) for tree in trees}
         entries = snapshot_etc(etc)
-        blanks = _blanks(scratch, disk_bytes)
+        blanks = _blanks(scratch, disks.size)
         _move(stage, {SCRATCH: scratch, VOLUMES: volumes}, [*trees, *runtimes.values()])
         workshop = Workshop(SCRATCH, blanks, "", ())
         layers = _lay_base(workshop, trees, hidden, links, entries)
@@ -91,8 +91,9 @@ def enter(
         name: view_of(BASE, OVER, f"{LAYERS}/{number}")
         for number, name in enumerate(runtimes, start=len(trees))
     }
-    workshop = Workshop(SCRATCH, blanks, f"{BASE}/root", shown)
-    return Stage(view, workshop, (), others, workshop._replace(directory=VOLUMES))
+    for_volumes = Workshop(VOLUMES, {}, f"{BASE}/root", shown, disks.keep_free)
+    workshop = for_volumes._replace(directory=SCRATCH, blanks=blanks, reserve=disks.reserve)
+    return Stage(view, workshop, (), others, for_volumes)
 
 
 def _try_mapping(mounts: Mapping[str, str]) -> None:

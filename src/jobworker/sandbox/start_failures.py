@@ -21,10 +21,27 @@ from jobworker.errors import (
 
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
+    "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk (--max-disk)",
+    "open-volume": "make room where worker.state_dir is, and see whether the image is whole",
     "limits": "see `worker serve`'s log and this host's control groups",
     "network": "install the package slirp4netns, or choose --network=host or --network=none",
     "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
     "change-directory": "choose a directory that exists inside the job, such as /workspace",
+    "place": "stop a job, or raise worker.max_concurrent_jobs",
+}
+"""By the step alone, where the kernel's reason is none of those below."""
+_SHORTAGES = {
+    errno.EAGAIN: "the launcher may have no more processes: raise TasksMax= of its unit, pids.max "
+    "of its control group, or the host's kernel.pid_max and kernel.threads-max",
+    errno.ENOMEM: "the kernel has no memory for it: end something on the host, or run fewer jobs "
+    "at a time",
+    errno.EMFILE: "raise the launcher's LimitNOFILE=",
+    errno.ENFILE: "raise the host's fs.file-max",
+}
+"""What a host runs out of, whatever the step that notices."""
+_SPECIAL = {
+    ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
+    ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
 
 
@@ -40,7 +57,17 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     errno.ENOSPC: (
         InvalidParams,
         "the server's disk has no room for it",
-        "ask for a smaller one",
+        "ask for a smaller one, or make room where worker.state_dir is",
+    ),
+    errno.EMFILE: (
+        Busy,
+        "live jobs have as many volumes as the launcher may have descriptors for",
+        "try again later, or raise the limit (LimitNOFILE=, ulimit -n)",
+    ),
+    errno.EOPNOTSUPP: (
+        InvalidParams,
+        "the server's disk cannot reserve room for it",
+        "make it with --thin, or keep worker.state_dir on ext4 or xfs",
     ),
     errno.EPERM: (
         SandboxError,
@@ -67,7 +94,7 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     subject = f" ({detail})" if detail and code else ""
     return SandboxError(
         f"cannot start the job: the step {step} failed: {reason}{subject}",
-        remedy=_REMEDIES.get(step, ""),
+        remedy=_SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, ""),
         data=data,
     )
 

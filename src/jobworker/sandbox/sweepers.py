@@ -14,8 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from jobworker.sandbox import disk_images, scratch
-from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disposal import give_away
+from jobworker.sandbox.disposal import close_all_but, give_away
 
 MAX_SWEEPERS = 4
 
@@ -30,10 +29,18 @@ class Sweepers:
         """pidfds, which somebody has to watch: see `reap`."""
         self._disks: list[int] = []
         self._paths: list[str] = []
+        self._others: list[int] = []
 
-    def discard_disk(self, root: int) -> None:
-        """Let go of a disk, by a descriptor of its root, which is taken over."""
+    def discard_disk(self, root: int, overlay: int | None) -> None:
+        """Let go of a disk and of the overlay on it, by descriptors of their roots, taken over."""
         self._disks.append(root)
+        if overlay is not None:
+            self._others.append(overlay)
+        self._start()
+
+    def close(self, descriptors: list[int]) -> None:
+        """Close descriptors, where the last close may have a file system unmounted."""
+        self._others += descriptors
         self._start()
 
     def remove(self, path: str) -> None:
@@ -54,22 +61,22 @@ class Sweepers:
         self._start()
 
     def _start(self) -> None:
-        if not (self._disks or self._paths) or len(self.running) >= MAX_SWEEPERS:
+        if not (self._disks or self._paths or self._others) or len(self.running) >= MAX_SWEEPERS:
             return
         try:
-            pid, pidfd = give_away(self._disks)
+            pid, pidfd = give_away([*self._others, *self._disks])
         except OSError:
             return  # no process to be had: the next one that ends makes room, or the next start
         if pid == 0:
             _sweep_and_exit(self._disks, self._paths)
-        self._disks, self._paths = [], []
+        self._disks, self._paths, self._others = [], [], []
         self.running.add(pidfd)
 
 
 def _sweep_and_exit(disks: list[int], paths: list[str]) -> NoReturn:
     """In the process: what cannot be removed now is removed at the launcher's next start."""
     try:
-        _close_all_but(disks)
+        close_all_but(disks)
         for disk in disks:
             _try(disk_images.discard, disk)
         for path in paths:
@@ -84,13 +91,3 @@ def _try(remove: Callable[[T], None], what: T) -> None:
     except OSError as error:
         told = f"launcher: cannot clear away what a job left on disk: {error}\n"
         os.write(2, told.encode("utf-8", "replace"))
-
-
-def _close_all_but(kept: list[int]) -> None:
-    """Close what belongs to others: it would be kept open."""
-    first = 3
-    for descriptor in sorted(kept):
-        if descriptor > first:
-            sc.close_range(first, descriptor - 1)
-        first = descriptor + 1
-    sc.close_range(first)

@@ -73,6 +73,19 @@ def _bytes(text: str | None) -> bytes | None:
     return None if text is None else os.fsencode(text)
 
 
+def syncfs(descriptor: int) -> None:
+    """syncfs(2); raises OSError where the file system has lost a write since this was opened."""
+    _check(_libc.syncfs(descriptor))
+
+
+def fallocate(descriptor: int, size: int) -> None:
+    """fallocate(2): have the file's first `size` bytes on disk, holes filled, data kept.
+
+    posix_fallocate(3), which Python has, would write zeros where the file system cannot do it.
+    """
+    _check(_libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)))
+
+
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     """mount(2); `data` is the file system's own options."""
     _check(_libc.mount(_bytes(source), _bytes(target), _bytes(kind), flags, _bytes(data) or None))

@@ -5,6 +5,9 @@ loop device, or finds the one that it is attached to already, since two devices 
 would ruin it (`disk_images.mount_volume`); the device goes with the last mount. Every job that has
 a volume mounts the same file system, with the ids of its own range.
 
+A volume is reserved: its image takes its size when it is made, so what is written to the volume is
+on the disk below, however full that is. A thin one takes what is written to it.
+
 An image gets its name when it is complete, so that nothing half-made is ever found.
 
 What must hold: the launcher's thread does nothing on the file system where images stand, which jobs
@@ -32,7 +35,9 @@ _SUFFIX = ".img"
 class Volumes:
     """All volumes of the service."""
 
-    def __init__(self, workshop: Workshop | None) -> None:
+    def __init__(self, workshop: Workshop | None, room: int) -> None:
+        self._room = room
+        """How many live jobs may have together: each takes a descriptor."""
         self._workshop = workshop
         """Where images stand; None where there can be none."""
         self._users: Counter[str] = Counter()
@@ -45,6 +50,8 @@ class Volumes:
         for name in names:
             if name in self._going:
                 raise _refusal(errno.ENOENT, name)
+        if self._users.total() + len(names) > self._room:
+            raise _refusal(errno.EMFILE, names[0])
         self._users.update(names)
         return paths
 
@@ -88,11 +95,16 @@ class Volumes:
         _start(chores, partial(_remove, path), removed, name)
         self._going.add(name)
 
-    def make(self, chores: Chores, name: str, size: int, done: Done) -> None:
+    def make(self, chores: Chores, name: str, size: int, done: Done, *, thin: bool) -> None:
         """Make a volume."""
         path = self.path(name)
         assert self._workshop is not None
-        _start(chores, partial(_make, self._workshop, path, size), done, name)
+        _start(
+            chores,
+            partial(_make, self._workshop._replace(reserve=not thin), path, size),
+            done,
+            name,
+        )
 
 
 def _start(chores: Chores, work: partial[Message], done: Done, name: str) -> None:
@@ -129,7 +141,8 @@ def _list(directory: str) -> Message:
             except FileNotFoundError:  # just removed
                 continue
             sizes = {"size_bytes": status.st_size, "used_bytes": status.st_blocks * 512}
-            found.append({"name": name, **sizes})
+            thin = not disk_images.is_reserved(status)
+            found.append({"name": name, **sizes, "thin": thin})
     return {"volumes": sorted(found, key=lambda volume: str(volume["name"]))}
 
 
@@ -143,6 +156,8 @@ def _make(workshop: Workshop, path: str, size: int) -> Message:
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     image = disk_images.create(workshop, size, journal=True)
+    if workshop.reserve:
+        disk_images.mark_reserved(image)
     os.fsync(image)
     directory = os.open(workshop.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     # With a descriptor linkat(2) is called, which can follow the link to a file without name.

@@ -27,6 +27,7 @@ from jobworker.errors import JobworkerError, NotFound, PermissionDenied
 from jobworker.jobs.audit import AuditRow
 from jobworker.jobs.history import History
 from jobworker.model.access import Permission
+from jobworker.model.summary import short_command
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
@@ -35,6 +36,8 @@ from jobworker.server.gate import jobs_named
 log = logging.getLogger("jobworker.server")
 
 LINGER_SECONDS = 0.05
+AGAIN_SECONDS = 1.0
+"""After which rows that the disk refused are tried again."""
 MAX_WAITING = 10_000
 """Notes that wait for a disk which takes none; more are counted and left out."""
 VAIN_BURST, VAIN_PER_SECOND = 100, 0.1
@@ -130,6 +133,8 @@ class Auditor:
     _buckets: dict[str, _Bucket] = field(factory=dict)
     """By name too."""
     _kinds: dict[tuple[str, _Kind], _Bucket] = field(factory=dict)
+    _refused: bool = False
+    """Whether the disk took nothing of the last rows."""
 
     def service(self, action: str, outcome: str = "ok", detail: str = "") -> None:
         """Note what the service itself did."""
@@ -223,21 +228,33 @@ class Auditor:
                 if self._suppressed and trio.current_time() >= tell_at:
                     self._tell_suppressed()
                     tell_at = trio.current_time() + TELL_SECONDS
-                await self._write()
+                if not await self._write():
+                    await trio.sleep(AGAIN_SECONDS)
+                    self._arrival.set()
         finally:
             self._tell_suppressed()
-            await self._write()
+            if not await self._write():
+                log.error("%d rows of the audit log are lost", len(self._waiting))
 
-    async def _write(self) -> None:
+    async def _write(self) -> bool:
+        """Write what waits: whether the disk took it. What it refuses waits on, in order."""
         if not self._waiting:
-            return
+            return True
         rows = list(self._waiting)
         self._waiting.clear()
         with trio.CancelScope(shield=True):  # waits for the disk alone
             try:
                 await self._history.note(rows)
             except JobworkerError as error:
-                log.error("%s", error)
+                if not self._refused:
+                    log.error("%s; they wait for it", error)
+                self._refused = True
+                self._waiting.extendleft(reversed(rows))
+                return False
+        if self._refused:
+            log.info("the audit log is written again")
+        self._refused = False
+        return True
 
     def _tell_suppressed(self) -> None:
         told, self._suppressed = self._suppressed, {}
@@ -245,7 +262,7 @@ class Auditor:
 
 
 def _subject(params: object) -> str:
-    return repr(params.job.command) if isinstance(params, m.RunParams) else ""
+    return repr(short_command(params.job.command)) if isinstance(params, m.RunParams) else ""
 
 
 def _job_of(params: object, outcome: object) -> int | None:

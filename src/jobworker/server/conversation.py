@@ -25,17 +25,20 @@ from attrs import define, field
 from jobworker.convert import LONG_CHARACTERS
 from jobworker.errors import (
     Busy,
+    CertificateRefused,
     InternalError,
     JobworkerError,
     MessageTooLarge,
     PermissionDenied,
     PingUnanswered,
     SendStalled,
+    ShuttingDown,
     TooManyFollows,
     TooManyRequests,
 )
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
+from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
 from jobworker.protocol.frames import Frame, frame_text
 from jobworker.protocol.messages import Nothing
 from jobworker.protocol.methods import METHODS, Method
@@ -57,7 +60,6 @@ from jobworker.server.subscriptions import Subscriptions
 
 log = logging.getLogger("jobworker.server")
 
-POLICY_VIOLATION, TOO_BIG = 1008, 1009  # RFC 6455, 7.4.1
 DISMISSAL_SECONDS = 0.3
 """What a client that has to leave gets to take what is on its way, and then the reason."""
 IN_ORDER = frozenset({"job.credit", "job.unfollow"})
@@ -144,17 +146,21 @@ class Conversation:
         self._scope.cancel()
 
     async def say_goodbye(self) -> None:
-        """Close, and tell a client that has to go why."""
-        reason = self._visitor.reason
+        """Close, and tell the client by the code whether it may come back, and why by the reason.
+
+        A client that closed first, or broke the connection, is told nothing.
+        """
+        seconds = DISMISSAL_SECONDS
         if self._fault is not None:
-            reason = f"{self._fault.name}: {self._fault.message}"
-        seconds = DISMISSAL_SECONDS if reason else CLOSE_SECONDS
+            code, reason = TRY_AGAIN, f"{self._fault.name}: {self._fault.message}"
+        elif self._visitor.reason:
+            code, reason = REFUSED, f"{CertificateRefused.name}: {self._visitor.reason}"
+        else:
+            code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
+            seconds = CLOSE_SECONDS
+        told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         with trio.move_on_after(seconds, shield=True):
-            if reason:
-                told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
-                await self._socket.aclose(POLICY_VIOLATION, told)
-            else:
-                await self._socket.aclose()
+            await self._socket.aclose(code, told)
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
         """Serve a message, or have a task serve it. The reader waits for the end of large ones."""

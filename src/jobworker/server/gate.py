@@ -88,7 +88,7 @@ def jobs_named(params: object) -> Iterator[JobId]:
 def _may_name(kind: object) -> bool:
     """Whether a value in a place of this type can hold a job's id, at whatever depth."""
     assert not isinstance(kind, str), "a postponed annotation would hide what stands there"
-    if kind is JobId:
+    if kind in (JobId, object, typing.Any):
         return True
     if isinstance(kind, type) and attrs.has(kind):
         return any(_may_name(place.type) for place in attrs.fields(kind))

@@ -7,6 +7,7 @@ parameters name is one that the caller may touch (`gate`); who answers with othe
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import cast
 
@@ -37,7 +38,7 @@ from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.gate import Caller, Gate
-from jobworker.server.record_json import encode_record, read_spec, with_spec
+from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
 from jobworker.server.traffic import Traffic
 
@@ -90,6 +91,7 @@ async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
 async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
     if params.follow is not None:
         caller.require(Permission.LOG, "job.run with follow")
+        caller.subscriptions.check_room()
     if params.job.timeout_seconds == 0:
         caller.require(Permission.UNBOUNDED, "job.run without a time limit")
     if params.job.volumes:
@@ -106,9 +108,11 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         )
     subscription = None
     if params.follow is not None:
-        follower = await context.supervisor.follow(execution.record.id)
-        opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
-        subscription = opened.number
+        # The job is admitted: an error here would have its caller run it once more.
+        with suppress(JobworkerError):
+            follower = await context.supervisor.follow(execution.record.id)
+            opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
+            subscription = opened.number
     return m.RunResult(job=summarize(execution.record), subscription=subscription)
 
 
@@ -182,13 +186,13 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
         labels=params.labels,
         before=params.before,
     )
-    page = await context.supervisor.latest(wanted, params.limit)
+    page = await context.supervisor.latest(wanted, params.limit, caller.identity.common_name)
     jobs = ",".join(text for _, text in page.records)
     return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 
 
-async def _wait(context: Context, _: Caller, params: m.JobParams) -> JobRecord:
-    return summarize(await context.supervisor.wait(params.id))
+async def _wait(context: Context, _: Caller, params: m.JobParams) -> Encoded:
+    return Encoded(summary_of(await context.supervisor.wait(params.id))[1])
 
 
 async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:
@@ -287,7 +291,7 @@ def _require_volumes(caller: Caller, what: str) -> None:
 
 async def _make_volume(context: Context, caller: Caller, params: m.VolumeSpec) -> m.Nothing:
     _require_volumes(caller, "volume.create")
-    await context.link.make_volume(params.name, params.size_bytes)
+    await context.link.make_volume(params.name, params.size_bytes, thin=params.thin)
     return m.Nothing()
 
 

@@ -95,6 +95,14 @@ class Reader:
         finally:
             await trio.aclose_forcefully(stream)
 
+    async def wait_gone(self) -> None:
+        """Wait for its end, which only the service's own end is to bring about."""
+        pidfd = os.pidfd_open(self._pid)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+
     def close(self) -> None:
         """End it, and wait for its end; one that a dead disk holds ends with this process."""
         self._socket.close()

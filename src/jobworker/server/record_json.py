@@ -17,8 +17,29 @@ LONG = 1000
 """Characters of a piece after which others get their turn."""
 
 
+_last: tuple[JobRecord, JobRecord, str] | None = None
+"""A record, its summary and the JSON of that: what was told last."""
+
+
+def summary_of(record: JobRecord) -> tuple[JobRecord, str]:
+    """A record's summary and its JSON, made once for all who are told of one record in turn.
+
+    A job's end wakes everybody who waits for it or follows it, in one turn of the event loop.
+    """
+    global _last  # noqa: PLW0603 - one entry, for the one thread of the event loop
+    if _last is None or _last[0] is not record:
+        summary = summarize(record)
+        _last = record, summary, dumps(unstructure(summary))
+    return _last[1:]
+
+
 async def encode_record(record: JobRecord) -> str:
-    """The JSON of a record that is in memory as a whole."""
+    """The JSON of a record that is in memory as a whole.
+
+    A summary stays one, and says so: the job was removed before the rest was read.
+    """
+    if record.abridged:
+        return summary_of(record)[1]
     summary = summarize(record)
     made = list[str]()
     for piece in spec_pieces(record.spec, summary):

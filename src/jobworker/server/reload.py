@@ -9,6 +9,7 @@ import logging
 import signal
 import time
 from datetime import UTC, datetime
+from typing import NoReturn
 
 import attrs
 import trio
@@ -24,7 +25,7 @@ from jobworker.server.auditor import Auditor
 from jobworker.server.door import Door, Fittings
 from jobworker.server.logs import set_up_logging
 from jobworker.server.notify import Notifier
-from jobworker.server.reader import Reader
+from jobworker.server.reader import NAME, Reader
 
 log = logging.getLogger("jobworker.server")
 
@@ -114,6 +115,23 @@ def warn_of_expiry(files: ServerFiles) -> None:
     """Log what comes to its end within a month."""
     for warning in expiry_warnings(files, datetime.now(UTC)):
         log.warning("%s", warning)
+
+
+async def tell_of_readers_end(reader: Reader, notifier: Notifier, auditor: Auditor) -> NoReturn:
+    """Tell at once that nothing can be reloaded any more; never returns.
+
+    It is not started anew: that takes root's rights, which the service has given up.
+    """
+    await reader.wait_gone()
+    log.error(
+        "the process that reads configuration and certificates again (%s) has ended: everything "
+        "goes on as it is, and SIGHUP is refused until the service is started anew",
+        NAME,
+    )
+    notifier.tell(STATUS="serving; cannot reload: start the service anew")
+    auditor.service("service.reader_ended")
+    await trio.sleep_forever()
+    raise AssertionError("unreachable")
 
 
 async def warn_of_expiry_daily(reader: Reader) -> None:

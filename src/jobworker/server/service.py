@@ -41,11 +41,17 @@ from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
+from jobworker.server.disk_promises import follow_promises, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
-from jobworker.server.reload import Reloading, serve_reloads, warn_of_expiry_daily
+from jobworker.server.reload import (
+    Reloading,
+    serve_reloads,
+    tell_of_readers_end,
+    warn_of_expiry_daily,
+)
 from jobworker.server.setup import Prepared, listen
 from jobworker.server.traffic import Traffic
 
@@ -104,7 +110,7 @@ async def serve(prepared: Prepared) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     keep_freed_memory(FREE_BYTES, 2 * PIECE_BYTES)  # or each piece of output would be mapped anew
     settings, incidents = prepared.settings, Incidents()
-    history = History.open(prepared.directory / "history.db")
+    history = History.open(prepared.directory / "history.db", prepared.directory / "spool")
     try:
         spools = prepared.directory / "spool"
         async with open_link(prepared.launcher) as link:
@@ -126,6 +132,9 @@ async def serve(prepared: Prepared) -> None:
             auditor = Auditor(history, _now)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
+                if _counts_promises(prepared):
+                    follow = partial(follow_promises, link, archive.room.budget)
+                    nursery.start_soon(incidents.keep_running, "disks", follow)
                 auditor.service("service.start")
                 await _serve_until_signal(prepared, supervisor, link, auditor, incidents)
                 auditor.service("service.end")
@@ -167,6 +176,8 @@ async def _serve_until_signal(
             nursery.start_soon(listener.serve)
             warn_daily = partial(warn_of_expiry_daily, prepared.reader)
             nursery.start_soon(incidents.keep_running, "expiry", warn_daily)
+            tell_end = partial(tell_of_readers_end, prepared.reader, prepared.notifier, auditor)
+            nursery.start_soon(incidents.keep_running, "reader", tell_end)
             reloading = Reloading(
                 reader=prepared.reader,
                 door=door,
@@ -197,6 +208,22 @@ def _max_running(prepared: Prepared) -> int:
     )
     assert isinstance(room, int)
     return min(wanted, room)
+
+
+def _counts_promises(prepared: Prepared) -> bool:
+    """Whether output is to leave room for what live jobs' disks may still take.
+
+    Not where they are promised more than there is: nothing would be left for output then.
+    """
+    settings = prepared.settings
+    return (
+        settings.worker.keep_free > 0
+        and prepared.launcher.bounds_disks
+        and "overcommit" in prepared.launcher.policy  # an earlier launcher cannot tell
+        and not (
+            settings.sandbox.overcommit_disk and promise_warnings(settings, prepared.directory)
+        )
+    )
 
 
 def _leaves_jobs(settings: Settings) -> bool:

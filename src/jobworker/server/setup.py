@@ -35,6 +35,7 @@ from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.descriptors import outputs_within
+from jobworker.server.disk_promises import promise_warnings
 from jobworker.server.door import Fittings
 from jobworker.server.id_ranges import Span, job_ids, lock_ids
 from jobworker.server.notify import Notifier
@@ -129,6 +130,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         warnings=(
             *([exposed] if exposed else []),
             *expiry_warnings(files, datetime.now(UTC)),
+            *(promise_warnings(settings, state) if launcher.bounds_disks else ()),
             *(f"this host: {gap}" for gap in launcher.gaps),
             *differences,
         ),
@@ -210,6 +212,8 @@ def policy_for(settings: Settings, state: Path) -> Policy:
         tmpfs_bytes=sandbox.tmpfs_limit * MEBIBYTE,
         filters=load_filters(sandbox.seccomp_profile),
         disk_bytes=sandbox.disk_limit * MEBIBYTE,
+        keep_free_bytes=worker.keep_free * MEBIBYTE,
+        overcommit=sandbox.overcommit_disk,
         runtimes={name: runtime.path for name, runtime in settings.runtimes.items()},
     )
 

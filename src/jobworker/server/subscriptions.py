@@ -22,6 +22,7 @@ from jobworker.errors import (
     InvalidParams,
     JobworkerError,
     NotFound,
+    ShuttingDown,
     TooManyFollows,
 )
 from jobworker.jobs.follower import Follower
@@ -34,6 +35,7 @@ from jobworker.protocol.frames import PIECE_BYTES, Frame, frame_text
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
+from jobworker.server.record_json import summary_of
 from jobworker.server.traffic import LEAST_BYTES, Traffic
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
@@ -169,16 +171,23 @@ class Subscriptions:
     _last: int = 0
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
 
-    def open(
-        self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
-    ) -> Subscription:
-        """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
+    def check_room(self) -> None:
+        """Raise TooManyFollows where `open` would."""
         if len(self._open) >= self._max_open:
-            follower.close()
             raise TooManyFollows(
                 f"cannot subscribe: this connection has {self._max_open} subscriptions",
                 remedy="end some of them, or open another connection",
             )
+
+    def open(
+        self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
+    ) -> Subscription:
+        """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
+        try:
+            self.check_room()
+        except TooManyFollows:
+            follower.close()
+            raise
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
@@ -217,13 +226,14 @@ class Subscriptions:
             with subscription.scope:
                 problem = await self._deliver(subscription)
                 record, problem = await self._final_record(subscription, problem)
+                summary, told = summary_of(record)
                 end = OutputEnd(
                     subscription=number,
                     offset=subscription.follower.offset,
-                    job=summarize(record),
+                    job=summary,
                     error=problem,
                 )
-                await self._send(encode_output_end(end))
+                await self._send(encode_output_end(end, told))
         finally:
             subscription.follower.close()
             self._open.pop(number, None)
@@ -245,6 +255,8 @@ class Subscriptions:
         except JobworkerError as error:
             record = subscription.record
             gone = isinstance(error, NotFound)
+            if isinstance(error, ShuttingDown) and to_the_end:  # the next service has the rest
+                problem = _told(error)
         else:
             gone = job in self._supervisor.removing
         if gone and to_the_end:

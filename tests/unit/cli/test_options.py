@@ -57,6 +57,14 @@ def test_file_is_not_read_where_nothing_is_open(file: Path) -> None:
         ("export WORKER_CA_PATH='~/x#y.pem'", "/home/ann/x#y.pem"),
         ("  WORKER_CA_PATH=/a=b.pem", "/a=b.pem"),
         ("export OTHER=1 WORKER_CA_PATH=/c.pem", "/c.pem"),
+        ("export WORKER_CA_PATH=$HOME/c.pem", "/home/ann/c.pem"),
+        ('export WORKER_CA_PATH="${HOME}/a b.pem"', "/home/ann/a b.pem"),
+        ('export WORKER_CA_PATH="it\'s $HOME"', "it's /home/ann"),
+        ("export WORKER_CA_PATH='$HOME/c.pem'", "$HOME/c.pem"),
+        (r"export WORKER_CA_PATH=\$HOME/c.pem", "$HOME/c.pem"),
+        ("D=/d\nexport WORKER_CA_PATH=$D/c.pem", "/d/c.pem"),
+        ("OTHER=$(date) WORKER_CA_PATH=/c.pem", "/c.pem"),
+        ("WORKER_CA_PATH=/c$ # $NOBODY", "/c$"),
     ],
 )
 def test_lines_are_read_as_a_shell_would(file: Path, line: str, value: str) -> None:
@@ -72,6 +80,13 @@ def test_malformed_line_is_named_with_its_number(file: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=r"config, line 3: ") as caught:
         read_settings(file)
     assert "export NAME=" in caught.value.remedy
+
+
+@pytest.mark.parametrize("value", ["$NOBODY/x", '"${NOBODY}"', "$(pwd)/x", "`pwd`/x"])
+def test_variable_that_is_not_set_is_named_and_no_command_is_run(file: Path, value: str) -> None:
+    file.write_text(f"export WORKER_CA_PATH={value}\n")
+    with pytest.raises(ConfigError, match=r"line 1: .* of WORKER_CA_PATH is no variable"):
+        read_settings(file)
 
 
 def test_file_that_is_no_text_is_refused(file: Path) -> None:

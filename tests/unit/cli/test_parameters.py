@@ -1,11 +1,15 @@
 """Values on the command line: what they come to, and what is a usage error."""
 
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncclick as click
 import pytest
 
-from jobworker.cli.parameters import Label, User, Variable, VariableFile
+from jobworker.cli.admin import worker
+from jobworker.cli.app import worker_cli
+from jobworker.cli.parameters import Label, Moment, User, Variable, VariableFile
 
 
 def refusal(kind: click.ParamType[object], value: str) -> str:
@@ -71,3 +75,27 @@ def test_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert "not UTF-8" in refusal(VariableFile(), str(tmp_path / "binary"))
     (tmp_path / "nameless").write_text("A=1\n=x\n")
     assert "line 2 of" in refusal(VariableFile(), str(tmp_path / "nameless"))
+
+
+def test_moment_is_local_time_where_it_names_no_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XXX-3")  # three hours east
+    time.tzset()
+    try:
+        for text, hour in (("2026-01-31T12:00", 9), ("2026-01-31T12:00Z", 12)):
+            told = datetime(2026, 1, 31, hour, tzinfo=UTC)
+            assert Moment().convert(text, None, None) == told
+        assert Moment().convert("1h", None, None) == timedelta(hours=1)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_every_since_takes_moments_by_the_same_rule() -> None:
+    found = [
+        option.type
+        for program in (worker, worker_cli)
+        for command in program.commands.values()
+        for option in command.params
+        if option.name == "since"
+    ]
+    assert [type(kind) for kind in found] == [Moment, Moment]

@@ -8,7 +8,7 @@ from attrs import evolve
 
 from jobworker.cli import render
 from jobworker.errors import NotFound
-from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Usage
+from jobworker.model.job import LOST_WRITES, JobId, JobRecord, JobSpec, Limits, OutputCut, Usage
 from jobworker.model.lifecycle import Reason, State
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 987654, tzinfo=UTC)
@@ -96,6 +96,14 @@ def test_status_tells_how_a_job_ended() -> None:
             ],
         ),
         (evolve(RUNNING, state=State.STOPPED, signal=15), ["job 7 was stopped"]),
+        (
+            evolve(OOM, reason=Reason.DISK, exit_code=0, detail=f"it {LOST_WRITES}"),
+            [f"job 7 ended with code 0, but cannot be trusted: it {LOST_WRITES}"],
+        ),
+        (
+            evolve(OOM, reason=Reason.EXIT, exit_code=3, detail=f"it {LOST_WRITES}"),
+            [f"job 7: it {LOST_WRITES}"],
+        ),
     ],
 )
 def test_end_is_explained_where_the_exit_code_does_not(record: JobRecord, lines: list[str]) -> None:

@@ -91,7 +91,10 @@ class Wire:
     incoming: trio.MemoryReceiveChannel[str | bytes]
 
     async def send(self, message: str) -> None:
-        await self.out.send(message)
+        try:
+            await self.out.send(message)
+        except trio.BrokenResourceError:
+            raise ConnectionFailed("cannot go on: the connection broke") from None
 
     async def receive(self) -> str | bytes:
         try:
@@ -126,6 +129,7 @@ async def served(servers: Servers, patience_seconds: float = 0) -> AsyncIterator
             yield client
         except JobworkerError as error:
             raised = error
+        await client.aclose(goodbye=False)
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised

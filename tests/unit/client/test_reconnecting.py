@@ -6,13 +6,15 @@ import pytest
 import trio
 from attrs import define, evolve, field
 
-from jobworker.client.client import PATIENCE_SECONDS
+from jobworker.client.address import Address
+from jobworker.client.client import PATIENCE_SECONDS, Client
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,
     JobworkerError,
     NotFound,
     OutputError,
+    ShuttingDown,
 )
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.model.lifecycle import State
@@ -169,17 +171,141 @@ async def test_running_is_not_asked_twice(autojump_clock: object) -> None:
         assert (await client.run(SPEC)).id == 8
 
 
-async def test_refusal_of_a_later_connection_ends_the_client(autojump_clock: object) -> None:
-    servers = Servers([lambda peer: hang_up_after(peer, 1)])
+async def refuse_then_hang_up(peer: Peer) -> None:
+    """A service that is ending, and ends."""
+    call = await peer.call()
+    leaving = ShuttingDown("cannot do it: the service is shutting down")
+    peer.to_client.send_nowait(peer.session.error(call.id, leaving))
+    await trio.sleep(0.5)
+    peer.hang_up()
+
+
+async def admit(peer: Peer) -> None:
+    peer.reply(await peer.call(), m.RunResult(job=evolve(RECORD, id=JobId(8))))
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("method", ["wait", "status", "stop"])
+async def test_service_that_is_ending_is_asked_again(autojump_clock: object, method: str) -> None:
+    servers = Servers([refuse_then_hang_up, answer])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        assert await getattr(client.job(7), method)() == RECORD
+
+
+async def test_command_that_a_service_on_its_way_out_refused_is_run_by_the_next(
+    autojump_clock: object,
+) -> None:
+    async with served(Servers([refuse_then_hang_up, admit]), PATIENCE_SECONDS) as client:
+        assert (await client.run(SPEC)).id == 8
+
+
+async def test_service_that_refuses_and_does_not_end_is_not_waited_for_for_ever(
+    autojump_clock: object,
+) -> None:
+    async def refuse(peer: Peer) -> None:
+        call = await peer.call()
+        leaving = ShuttingDown("cannot do it: the service is shutting down")
+        peer.to_client.send_nowait(peer.session.error(call.id, leaving))
+        await trio.sleep_forever()
+
+    begun = trio.current_time()
+    async with served(Servers([refuse]), PATIENCE_SECONDS) as client:
+        with pytest.raises(ShuttingDown):
+            await client.job(7).status()
+    assert PATIENCE_SECONDS <= trio.current_time() - begun <= PATIENCE_SECONDS + 10
+
+
+async def test_output_that_the_next_service_has_goes_on_there(autojump_clock: object) -> None:
+    def leave(peer: Peer) -> None:
+        peer.output(1, 5, b"abc")
+        peer.end(1, 8, name="shutting_down", message="cannot reach job 7")
+
+    logs = Logs()
+    seen, _, record = await follow(logs, [leave], [lambda peer: peer.end(1, 8)])
+    assert (seen, record.state) == ([b"abc"], State.COMPLETED)
+    assert logs.asked[1].offset == 8
+
+
+async def test_command_that_was_not_sent_is_run_by_the_next(autojump_clock: object) -> None:
+    """The line breaks before the server can have all of the request."""
+
+    async def break_off(peer: Peer) -> None:
+        peer.sent.close()  # whoever sends finds the line broken
+        await trio.sleep(0.5)
+        peer.hang_up()
+
+    async with served(Servers([break_off, admit]), PATIENCE_SECONDS) as client:
+        assert (await client.run(SPEC)).id == 8
+
+
+async def test_job_is_gone_though_the_answer_of_its_removal_was_lost(
+    autojump_clock: object,
+) -> None:
+    async def forget(peer: Peer) -> None:
+        call = await peer.call()
+        peer.to_client.send_nowait(peer.session.error(call.id, NotFound("cannot find job 7")))
+        await trio.sleep_forever()
+
+    servers = Servers([lambda peer: hang_up_after(peer, 1), forget])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        assert (await client.job(7).remove()).jobs == (7,)
+    async with served(Servers([forget]), PATIENCE_SECONDS) as client:
+        with pytest.raises(NotFound):
+            await client.job(7).remove()
+
+
+async def test_volume_is_not_made_twice(autojump_clock: object) -> None:
+    servers = Servers([lambda peer: hang_up_after(peer, 1), answer])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        with pytest.raises(ConnectionFailed, match="may have been made"):
+            await client.make_volume("cache", 64 << 20)
+
+
+@pytest.mark.parametrize("refusal", [CertificateRefused, ConnectionFailed])
+async def test_refusal_of_a_later_connection_is_told_and_a_later_call_dials_again(
+    autojump_clock: object, refusal: type[JobworkerError]
+) -> None:
+    servers = Servers([lambda peer: hang_up_after(peer, 1), answer])
 
     async def refuse(*, task_status: object) -> None:
-        raise CertificateRefused("cannot connect: revoked")
+        raise refusal("cannot connect: not now")
 
     async with served(servers, PATIENCE_SECONDS) as client:
-        client._dial = refuse
+        client._dial, dial = refuse, client._dial
         for _ in range(2):
-            with pytest.raises(CertificateRefused, match="revoked"):
+            with pytest.raises(refusal, match="not now"):
                 await client.job(7).wait()
+        client._dial = dial
+        assert await client.job(7).status() == RECORD
+
+
+async def test_first_connection_may_wait_for_a_restart(autojump_clock: object) -> None:
+    servers = Servers([])
+
+    def patient() -> Client:
+        return Client(address=Address("host"), dial=servers.dial, start_patience_seconds=10)
+
+    async def come_up() -> None:
+        await trio.sleep(3)
+        servers.plays.append(answer)
+
+    async with trio.open_nursery() as nursery:
+        begun = trio.current_time()
+        with pytest.raises(ConnectionFailed, match="nobody there"):
+            await nursery.start(patient().serve)
+        assert 10 <= trio.current_time() - begun < 12
+        nursery.start_soon(come_up)
+        client = patient()
+        await nursery.start(client.serve)
+        assert await client.job(7).status() == RECORD
+        nursery.cancel_scope.cancel()
+
+
+async def test_call_after_the_block_is_refused(autojump_clock: object) -> None:
+    async with served(Servers([answer]), PATIENCE_SECONDS) as client:
+        pass
+    with pytest.raises(ConnectionFailed, match="this client is closed"):
+        await client.job(7).status()
 
 
 async def test_connection_is_not_made_anew_before_it_is_needed(autojump_clock: object) -> None:

@@ -24,7 +24,6 @@ from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs import history_search, history_writer
 from jobworker.jobs.history import History
-from jobworker.jobs.history_readers import LIST_THREADS
 from jobworker.jobs.history_search import Filter
 from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -410,6 +409,25 @@ async def test_nobody_waits_for_the_writes_of_those_who_came_later(
             nursery.cancel_scope.cancel()
 
 
+async def test_nobody_waits_for_the_queue_of_another_ones_searches(path: Path) -> None:
+    with opened(path) as history:
+        order: list[str] = []
+        leave = threading.Event()
+
+        async def ask(who: str) -> None:
+            await history._readers.search(lambda _: leave.wait(30), who)
+            order.append(who)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(ask, "flood")
+            await trio.sleep(0.05)
+            nursery.start_soon(ask, "quiet")
+            await trio.sleep(0.05)
+            leave.set()
+        assert order.index("quiet") <= 2
+
+
 async def test_searches_do_not_delay_writes(path: Path) -> None:
     with opened(path) as history:
         await history.put(record(history.take_id()))
@@ -422,7 +440,7 @@ async def test_searches_do_not_delay_writes(path: Path) -> None:
             leave.wait(30)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(2 * LIST_THREADS):
+            for _ in range(4):
                 nursery.start_soon(history._readers.search, search)
             await trio.to_thread.run_sync(entered.wait)
             with trio.fail_after(20):

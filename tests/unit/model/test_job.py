@@ -10,7 +10,14 @@ from hypothesis import given
 
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model import job
-from jobworker.model.job import JobRecord, JobSpec, Limits, parse_signal, shell_exit_code
+from jobworker.model.job import (
+    LOST_WRITES,
+    JobRecord,
+    JobSpec,
+    Limits,
+    parse_signal,
+    shell_exit_code,
+)
 from jobworker.model.lifecycle import TERMINAL, Reason, State
 
 from ..strategies import any_text, examples, limits, record, records, specs
@@ -41,6 +48,21 @@ def test_end_is_told_as_a_shell_would(
     state: State, reason: Reason | None, exit_code: int | None, number: int | None, expected: int
 ) -> None:
     ended = record(1, state, reason=reason, exit_code=exit_code, signal=number)
+    assert shell_exit_code(ended) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "exit_code", "expected"),
+    [
+        (State.FAILED, Reason.DISK, 0, 74),
+        (State.STOPPED, None, 0, 74),
+        (State.FAILED, Reason.EXIT, 3, 3),
+    ],
+)
+def test_end_with_0_over_lost_writes_is_told_as_a_fault(
+    state: State, reason: Reason | None, exit_code: int, expected: int
+) -> None:
+    ended = record(1, state, reason=reason, exit_code=exit_code, detail=f"it {LOST_WRITES}")
     assert shell_exit_code(ended) == expected
 
 

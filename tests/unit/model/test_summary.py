@@ -73,6 +73,13 @@ def test_cut_command_begins_as_the_whole_one_and_ends_with_an_ellipsis() -> None
     assert sum(len(each) + 1 for each in cut) <= MAX_COMMAND
 
 
+def test_detail_that_is_no_text_can_be_stored_all_the_same() -> None:
+    detail = summarize(record(1, detail="no file " + "\udcff" * 4000)).detail
+    assert detail.startswith("no file \\udcff")
+    assert len(detail.encode()) <= 4096
+    assert summarize(record(1, detail=detail)).detail == detail
+
+
 def test_short_record_is_its_own_summary() -> None:
     stored = record(1, spec=JobSpec(command=("a",) * 1024, labels={"a": "b"}, name="n"))
     assert summarize(stored) is stored

@@ -155,7 +155,7 @@ def answer(client: ssl.SSLContext, reply: bytes) -> ssl.SSLError:
 
 def test_server_without_tls_is_a_failed_connection(site: Site) -> None:
     told = refusals.client_refusal(answer(site.client(), b"HTTP/1.1 400 Bad Request\r\n\r\n"))
-    assert type(told) is errors.ConnectionFailed
+    assert type(told) is errors.NoService
     assert "does not speak TLS" in told.message
 
 

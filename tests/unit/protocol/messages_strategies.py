@@ -71,7 +71,9 @@ PARAMS: dict[str, st.SearchStrategy[object]] = {
     ),
     "job.credit": st.builds(m.CreditParams, subscription=_numbers, bytes=_credit),
     "job.unfollow": st.builds(m.SubscriptionParams, subscription=_numbers),
-    "volume.create": st.builds(m.VolumeSpec, name=volume_names, size_bytes=disk_sizes),
+    "volume.create": st.builds(
+        m.VolumeSpec, name=volume_names, size_bytes=disk_sizes, thin=st.booleans()
+    ),
     "volume.list": _nothing,
     "volume.remove": st.builds(m.VolumeParams, name=volume_names),
     "rpc.discover": _nothing,
@@ -83,6 +85,7 @@ _volumes = st.builds(
     size_bytes=disk_sizes,
     used_bytes=st.integers(0, 1 << 60),
     jobs=st.integers(0, 99),
+    thin=st.booleans(),
 )
 _removed = st.builds(m.Removed, jobs=st.lists(ids, max_size=3).map(tuple), bytes=counts)
 

@@ -27,6 +27,8 @@ policies = st.builds(
     tmpfs_bytes=st.integers(1, 1 << 50),
     filters=st.builds(Filters, listed=programs, quiet=programs, log=st.booleans()),
     disk_bytes=st.integers(1, 1 << 50),
+    keep_free_bytes=st.integers(0, 1 << 50),
+    overcommit=st.booleans(),
     runtimes=st.dictionaries(texts, texts, max_size=3),
 )
 
@@ -47,6 +49,22 @@ def test_policy_arrives_as_it_was_sent(policy: Policy) -> None:
 def test_policy_tells_every_field() -> None:
     filters = Filters(bytes(8), bytes(8), True)
     policy = Policy(
-        "i", "/", "/", "/", ("cpu",), "", ("/usr",), ("hosts",), 100_000, 1, 0, 1, filters, 1, {}
+        "i",
+        "/",
+        "/",
+        "/",
+        ("cpu",),
+        "",
+        ("/usr",),
+        ("hosts",),
+        100_000,
+        1,
+        0,
+        1,
+        filters,
+        1,
+        0,
+        True,
+        {},
     )
     assert set(policy_message(policy)) == set(Policy._fields)

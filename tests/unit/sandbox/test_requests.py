@@ -67,7 +67,8 @@ def test_spawn_is_taken_as_it_stands() -> None:
     ],
 )
 def test_other_operations_name_a_job(operation: str, expected: r.Request) -> None:
-    assert r.parse({"id": 0, "op": operation, "job": 3, "signal": 15}) == (0, expected)
+    fields = {"signal": 15} if operation == "signal" else {}
+    assert r.parse({"id": 0, "op": operation, "job": 3, **fields}) == (0, expected)
 
 
 def test_plan_is_asked_like_a_start_and_names_no_job() -> None:
@@ -224,7 +225,7 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
     except ProtocolError as error:
         str(error).encode()
         return
-    if isinstance(request, r.TimesOfTurns):
+    if isinstance(request, r.TimesOfTurns | r.PromisedBytes | r.Hello | r.Ping):
         return
     if isinstance(request, r.ListJobs):
         assert 0 <= request.after <= r.MAX_NUMBER
@@ -300,9 +301,11 @@ def test_storage_out_of_bounds_is_refused(change: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1},
-        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1 << 60},
-        {"id": 1, "op": "volume.create", "name": "../a", "size_bytes": 1 << 24},
+        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1, "thin": True},
+        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1 << 60, "thin": True},
+        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1 << 24},
+        {"id": 1, "op": "volume.create", "name": "a", "size_bytes": 1 << 24, "thin": 1},
+        {"id": 1, "op": "volume.create", "name": "../a", "size_bytes": 1 << 24, "thin": True},
         {"id": 1, "op": "volume.remove", "name": ""},
         {"id": 1, "op": "volume.remove"},
         {"id": 1, "op": "volume.mount", "name": "a"},
@@ -311,3 +314,20 @@ def test_storage_out_of_bounds_is_refused(change: dict[str, object]) -> None:
 def test_bad_request_about_a_volume_is_refused(message: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
         r.parse(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        SPAWN,
+        {**SPAWN, "op": "plan"},
+        {"id": 1, "op": "kill", "job": 1},
+        {"id": 1, "op": "list", "after": 0},
+        {"id": 1, "op": "volume.list"},
+        {"id": 1, "op": "ping"},
+        {"id": 1, "op": "hello", "protocol": 2},
+    ],
+)
+def test_field_that_is_not_known_is_refused_by_name(message: dict[str, object]) -> None:
+    r.parse(message)
+    assert "knows no field 'gpu_memory'" in refused({**message, "gpu_memory": 7})

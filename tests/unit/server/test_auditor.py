@@ -1,5 +1,6 @@
 """The auditor: all of what counts is written, in order; a flood of what does not is bounded."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
 from jobworker.server.auditor import KIND_BURST, SUPPRESSED, VAIN_BURST, Auditor
+
+from ..jobs.test_audit import room_for
 
 EVE = Identity(common_name="eve", role="viewer", serial="0AB1", not_after=datetime.now(UTC))
 PEER = "192.0.2.1:7"
@@ -143,6 +146,28 @@ async def test_what_was_left_out_names_who_tried_what_and_upon_which_jobs(tmp_pa
     assert len(noted) < 300
 
 
+async def test_rows_that_the_disk_refuses_wait_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "history.db"
+    history = History.open(path)
+    try:
+        auditor = Auditor(history, now)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(auditor.serve)
+            with room_for(1):
+                auditor.service("one")
+                await trio.sleep(0.3)
+                auditor.service("two")
+                await trio.sleep(0.3)
+            with trio.fail_after(20):
+                while len(read_rows(path, limit=9)) < 2:  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+    finally:
+        history.close()
+    assert [row.action for row in read_rows(path, limit=9)] == ["one", "two"]
+    assert (tmp_path / FILE).read_bytes().count(b"\n") == 2
+
+
 async def test_names_forge_no_line(tmp_path: Path) -> None:
     evil = 'x\n{"action":"job.run"}\u2028\u2029\x1b[2J\u202e'
 
@@ -154,6 +179,22 @@ async def test_names_forge_no_line(tmp_path: Path) -> None:
     content = (tmp_path / FILE).read_bytes()
     assert content.count(b"\n") == 1
     assert all(32 <= byte < 127 for byte in content[:-1])
+
+
+async def test_row_that_is_no_text_does_not_stop_the_others(tmp_path: Path) -> None:
+    def act(auditor: Auditor) -> None:
+        auditor.refused(PEER, "a name of \udcff")
+        auditor.service("after")
+        params = m.StopParams(id=JobId(1))  # no integer of SQLite's:
+        auditor.called(EVE, PEER, METHODS["job.stop"], params, {"job": 1 << 70})
+
+    rows = await written(tmp_path / "history.db", act)
+    assert [(row.action, row.detail) for row in rows] == [
+        ("connection.refused", "a name of \\udcff"),
+        ("after", ""),
+    ]
+    lines = (tmp_path / FILE).read_text(encoding="ascii").splitlines()
+    assert [json.loads(line)["action"] for line in lines] == ["connection.refused", "after"]
 
 
 async def test_rows_are_found_by_time_name_and_job(tmp_path: Path) -> None:

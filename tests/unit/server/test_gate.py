@@ -1,6 +1,6 @@
 """The gate: a job that a call names is looked up, wherever in the parameters it stands."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 import attrs
@@ -8,10 +8,11 @@ import pytest
 
 from jobworker.errors import NotFound, PermissionDenied
 from jobworker.model.access import Permission, Role, Roles, Scope, no_such_job
-from jobworker.model.job import JobId, JobRecord
+from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS, Method
+from jobworker.server import gate
 from jobworker.server.gate import Gate, jobs_named
 
 from ..strategies import record
@@ -46,6 +47,20 @@ def test_jobs_are_found_at_whatever_depth() -> None:
 
 def test_number_that_names_no_job_is_passed_over() -> None:
     assert list(jobs_named(m.ListParams(before=5))) == []
+
+
+def test_large_request_is_not_walked_value_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    named = gate._named
+
+    def count(kind: object, value: object) -> Iterator[JobId]:
+        looked.append(kind)
+        return named(kind, value)
+
+    monkeypatch.setattr(gate, "_named", count)
+    spec = JobSpec(command=("a",) * 10_000, environment={f"V{n}": "x" for n in range(45_000)})
+    assert list(jobs_named(m.RunParams(job=spec))) == []
+    assert len(looked) < 100
 
 
 def identity(name: str, role: str) -> Identity:

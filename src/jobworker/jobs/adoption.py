@@ -1,0 +1,80 @@
+"""Jobs that the history does not know, or knows less of than their notes: adopted, never removed.
+
+A history may be missing, or an older copy may stand in its place; a service may have died before
+it committed a job's first record. In each case output and live jobs are still there. What is known
+of such a job comes from the note beside its output (`job_note`); without a note, all that is known
+is that it was. Its record is made anew, so that whoever may see the job finds it again:
+
+    the launcher has it    the note says    so the record
+    yes                    ended            is the note's, and the launcher forgets the job
+    yes                    anything else    says that it runs, without a time limit if no note is
+    no                     ended            is the note's
+    no                     anything else    is FAILED, lost: nobody knows how far it came
+
+A job that the history calls PENDING and whose note says more has run since: it must not run twice.
+"""
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from attrs import evolve
+
+from jobworker.jobs.job_note import read_note
+from jobworker.jobs.last_id import MAX_ID
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import WAITING
+
+log = logging.getLogger("jobworker.jobs")
+
+UNKNOWN_SPEC = JobSpec(command=("unknown",), timeout_seconds=0)
+ADOPTED = "the history did not have this job: its record was made anew"
+
+
+def jobs_in(spools: Path) -> frozenset[JobId]:
+    """The jobs that have something in the spool directory, whatever that is."""
+    return frozenset(filter(None, (_job_of(entry.name) for entry in spools.iterdir())))
+
+
+def _job_of(name: str) -> JobId | None:
+    plain = name.isascii() and name.isdecimal() and not name.startswith("0")
+    return JobId(int(name)) if plain and len(name) < 17 and int(name) < MAX_ID else None
+
+
+def read_notes(spools: Path, jobs: Iterable[JobId]) -> dict[JobId, JobRecord]:
+    """The notes of these jobs, where there are any. Waits for the disk."""
+    found = {job: read_note(spools, job) for job in jobs}
+    return {job: note for job, note in found.items() if note is not None}
+
+
+def later(record: JobRecord, note: JobRecord | None) -> JobRecord:
+    """Which of a record of the history and a note knows more of the job."""
+    if note is None or record.ended:
+        return record
+    further = note.ended or (record.state in WAITING and note.state not in WAITING)
+    return note if further else record
+
+
+def adopted(
+    job: JobId, note: JobRecord | None, *, lives: bool, directory: Path, now: datetime
+) -> JobRecord | None:
+    """The record of a job that the history does not have; None where there is no trace of one."""
+    if note is not None:
+        return note if note.ended else evolve(note, detail=ADOPTED)
+    if not lives and not (directory / "index").is_file():
+        log.warning("%s is no job's output; it stays, and no job gets that id", directory)
+        return None
+    return JobRecord(id=job, spec=UNKNOWN_SPEC, owner="", created_at=now, detail=ADOPTED)
+
+
+def tell_adopted(records: Sequence[JobRecord], lives: Collection[JobId]) -> None:
+    """Say in the log what was adopted."""
+    if not records:
+        return
+    ids = [record.id for record in records]
+    shown = ", ".join(map(str, ids[:10])) + (f" to {ids[-1]}" if len(ids) > 10 else "")
+    log.warning(
+        "the history did not have %d jobs, which are adopted: %d run, %d have ended (%s)",
+        *(len(ids), sum(job in lives for job in ids), sum(job not in lives for job in ids), shown),
+    )

@@ -1,0 +1,375 @@
+"""State files that are missing, older, newer, foreign, damaged: adopted, set aside or refused.
+
+Real services over real launchers; in between somebody has been at the files. Nothing that was
+there may be destroyed, and no id may be given twice.
+"""
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import apsw
+import pytest
+
+from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.errors import HostUnsupported
+
+from .conftest import left_behind
+from .outside import open_launcher
+from .test_takeover import COUNTER, log_of, serving, start, until_bigger
+from .wire import Json, Wire, open_wire
+
+
+@asynccontextmanager
+async def service_in(directory: Path) -> AsyncIterator[tuple[Embedded, Wire]]:
+    async with open_embedded(directory) as service, open_wire(service) as wire:
+        yield service, wire
+
+
+def history(directory: Path) -> Path:
+    return directory / "state" / "service" / "history.db"
+
+
+def spool(directory: Path, job: int) -> Path:
+    return directory / "state" / "service" / "spool" / str(job)
+
+
+def remove_history(directory: Path) -> None:
+    for path in history(directory).parent.glob("history.db*"):
+        path.unlink()
+
+
+def empty_history(directory: Path) -> None:
+    os.truncate(history(directory), 0)
+
+
+async def told(wire: Wire, job: int) -> Json:
+    return await wire.call("job.status", id=job)
+
+
+SAME = ("owner", "state", "reason", "exit_code", "spec", "created_at", "ended_at", "stdout_bytes")
+
+
+@pytest.mark.parametrize("lose", [remove_history, empty_history])
+async def test_output_is_adopted_where_the_history_is_gone(
+    open_directory: Callable[[], Path], lose: Callable[[Path], None]
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (service, wire):
+        jobs = [await start(wire, f"echo {n}; exit {n}", name=f"n{n}") for n in range(5)]
+        before = {job: await wire.call("job.wait", id=job) for job in jobs}
+        gone = await start(wire, "echo gone")
+        await wire.call("job.wait", id=gone)
+        await wire.call("job.remove", id=gone)
+    lose(directory)
+    async with service_in(directory) as (service, wire):
+        for n, job in enumerate(jobs):
+            after = await told(wire, job)
+            assert {k: after[k] for k in SAME} == {k: before[job][k] for k in SAME}
+            assert (await log_of(wire, job))[0] == f"{n}\n".encode()
+        assert "adopted" in service.log_text()
+        assert await start(wire, "true") == gone + 1, "no id is given twice"
+    assert left_behind(directory) == []
+
+
+async def test_live_job_is_adopted_where_the_history_is_gone(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, COUNTER, name="counts")
+            ended = await start(wire, "exit 3")
+            await wire.call("job.wait", id=ended)
+            await until_bigger(wire, job, 20)
+        remove_history(directory)
+        async with serving(directory) as service, open_wire(service) as wire:
+            after = await told(wire, job)
+            assert (after["state"], after["owner"]) == ("RUNNING", "admin-client")
+            assert (await told(wire, ended))["exit_code"] == 3
+            assert "adopted" in service.log_text()
+            await until_bigger(wire, job, int(str(after["stdout_bytes"])))
+            await wire.call("job.stop", id=job)
+            data, _ = await log_of(wire, job)
+            assert data.decode().split() == [str(n) for n in range(len(data.split()))]
+            assert await start(wire, "true") == ended + 1
+    assert left_behind(directory) == []
+
+
+async def test_live_job_goes_on_where_all_that_the_service_had_is_gone(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, COUNTER)
+            await until_bigger(wire, job, 20)
+        shutil.rmtree(directory / "state" / "service")
+        async with serving(directory) as service, open_wire(service) as wire:
+            after = await told(wire, job)
+            assert after["state"] == "RUNNING"
+            assert "'command': ['unknown']" in str(after["spec"])
+            assert "made anew" in str(after["detail"])
+            await until_bigger(wire, job, int(str(after["stdout_bytes"])))
+            await wire.call("job.stop", id=job)
+            assert await start(wire, "true") == job + 1
+    assert left_behind(directory) == []
+
+
+async def test_older_copy_of_the_history_takes_nothing_along(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    copy = directory / "copy.db"
+    one = {"worker": {"max_concurrent_jobs": 1}}
+    with open_launcher(directory):
+        async with serving(directory, one) as service, open_wire(service) as wire:
+            early = await start(wire, "sleep 1; exit 5")
+            waited = await start(wire, f"echo ran >> {directory}/ran; echo ran; exit 6")
+            source = apsw.Connection(str(history(directory)))
+            with apsw.Connection(str(copy)).backup("main", source, "main") as backup:
+                backup.step()
+            source.close()
+            before = {job: await wire.call("job.wait", id=job) for job in (early, waited)}
+            lives = await start(wire, "echo lives; sleep 1000")
+            await until_bigger(wire, lives, 0)
+            later = await start(wire, "echo later")
+        remove_history(directory)
+        shutil.copy(copy, history(directory))  # as root does it: the file is root's now
+        async with serving(directory, one) as service, open_wire(service) as wire:
+            for job in (early, waited):
+                after = await told(wire, job)
+                assert {k: after[k] for k in SAME} == {k: before[job][k] for k in SAME}
+            assert (await log_of(wire, waited))[0] == b"ran\n"
+            assert (await told(wire, lives))["state"] == "RUNNING"
+            assert (await told(wire, later))["state"] == "FAILED", "nobody knows whether it ran"
+            assert await start(wire, "true") == later + 1
+            await wire.call("job.stop", id=lives)
+    assert left_behind(directory) == []
+
+
+def newer(path: Path) -> None:
+    connection = apsw.Connection(str(path))
+    connection.pragma("user_version", 99)
+    connection.close()
+
+
+def foreign_text(path: Path) -> None:
+    path.write_text("Dear diary,\n" * 1000)
+
+
+def foreign_database(path: Path) -> None:
+    remove_history(path.parents[2])
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE diary (day, text); INSERT INTO diary VALUES (1, 'sun')")
+    connection.close()
+
+
+def foreign_database_with_a_version(path: Path) -> None:
+    foreign_database(path)
+    connection = apsw.Connection(str(path))
+    connection.pragma("user_version", 1)
+    connection.close()
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def torn(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(path.stat().st_size - 4096))
+
+
+def directory_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "file").write_text("precious")
+
+
+def bad_record(path: Path) -> None:
+    connection = apsw.Connection(str(path))
+    connection.execute("UPDATE jobs SET state = 'RUNNING', record = '{}'")
+    connection.close()
+
+
+SPOILT: dict[Callable[[Path], None], str] = {
+    newer: "version 99",
+    foreign_text: "not a database",
+    foreign_database: "another program",
+    foreign_database_with_a_version: "another program",
+    truncated: "malformed",
+    torn: "damaged|malformed",
+    directory_in_its_place: "directory",
+    bad_record: "cannot be read",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+async def test_history_that_cannot_be_used_is_refused_by_name_and_stays_as_it_is(
+    open_directory: Callable[[], Path], spoil: Callable[[Path], None]
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        for n in range(20):
+            job = await start(wire, f"echo {n}", labels={"filler": "x" * 60})
+            await wire.call("job.wait", id=job)
+    path = history(directory)
+    spoil(path)
+    before = tree(path.parent)
+    with pytest.raises(HostUnsupported, match=SPOILT[spoil]) as refused:
+        async with service_in(directory):
+            pass
+    assert str(path) in refused.value.message
+    assert "Traceback" not in refused.value.message
+    assert tree(path.parent) == before, "nothing was touched"
+    path.rename(path.with_name("spoilt"))
+    for other in path.parent.glob("history.db-*"):
+        other.unlink()
+    async with service_in(directory) as (_, wire):  # as the error says
+        assert (await log_of(wire, job))[0] == b"19\n"
+        assert await start(wire, "true") == job + 1
+    assert left_behind(directory) == []
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """All files below a directory, without what SQLite makes to read a database."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and not path.name.endswith(("-wal", "-shm", ".jsonl"))
+    }
+
+
+async def test_write_ahead_log_without_its_database_is_set_aside(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (service, wire):
+        job = await start(wire, "echo here")
+        await wire.call("job.wait", id=job)
+        service.process.kill()
+        await service.process.wait()
+    wal = history(directory).with_name("history.db-wal")
+    said = wal.read_bytes()
+    assert said
+    history(directory).unlink()
+    async with service_in(directory) as (service, wire):
+        assert (await log_of(wire, job))[0] == b"here\n"
+    (kept,) = wal.parent.glob("history.db-wal.orphan-*")
+    assert kept.read_bytes() == said
+
+
+async def test_spool_directory_that_is_missing_ends_no_live_job(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    one = {"worker": {"max_concurrent_jobs": 1}}
+    with open_launcher(directory):
+        async with serving(directory, one) as service, open_wire(service) as wire:
+            job = await start(wire, COUNTER)
+            waiting = await start(wire, "echo waited")
+            await until_bigger(wire, job, 20)
+        spool(directory, job).parent.rename(directory / "elsewhere")
+        async with serving(directory, one) as service, open_wire(service) as wire:
+            after = await told(wire, job)
+            assert after["state"] == "RUNNING"
+            assert "missing" in str(after["detail"])
+            await until_bigger(wire, job, int(str(after["stdout_bytes"])))
+            await wire.call("job.stop", id=job)
+            assert (await wire.call("job.wait", id=waiting))["exit_code"] == 0
+            assert (await log_of(wire, waiting))[0] == b"waited\n"
+    assert left_behind(directory) == []
+
+
+def file_in_its_place(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("precious")
+
+
+def link_in_its_place(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def no_index(path: Path) -> None:
+    (path / "index").unlink()
+
+
+def bad_index(path: Path) -> None:
+    (path / "index").write_bytes(b"\xff" * 77)
+
+
+def directory_for_index(path: Path) -> None:
+    (path / "index").unlink()
+    (path / "index").mkdir()
+
+
+SPOILT_SPOOLS = [file_in_its_place, link_in_its_place, no_index, bad_index, directory_for_index]
+
+
+@pytest.mark.parametrize("spoil", SPOILT_SPOOLS)
+async def test_output_of_a_live_job_that_cannot_be_used_is_set_aside(
+    open_directory: Callable[[], Path], spoil: Callable[[Path], None]
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, COUNTER)
+            await until_bigger(wire, job, 20)
+        spoil(spool(directory, job))
+        async with serving(directory) as service, open_wire(service) as wire:
+            after = await told(wire, job)
+            assert after["state"] == "RUNNING"
+            await until_bigger(wire, job, int(str(after["stdout_bytes"])))
+            await wire.call("job.stop", id=job)
+            if spoil is not bad_index:  # which is made anew, from the bytes that are there
+                assert "missing" in str(after["detail"])
+                (aside,) = (directory / "state" / "service" / "set-aside").iterdir()
+                assert aside.name.startswith(f"{job}-")
+    assert left_behind(directory) == []
+
+
+@pytest.mark.parametrize("spoil", SPOILT_SPOOLS)
+@pytest.mark.parametrize("known", [True, False])
+async def test_output_of_an_ended_job_that_cannot_be_used_stays(
+    open_directory: Callable[[], Path], spoil: Callable[[Path], None], known: bool
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job = await start(wire, "echo precious")
+        await wire.call("job.wait", id=job)
+    spoil(spool(directory, job))
+    before = tree(spool(directory, job).parent)
+    if not known:
+        remove_history(directory)
+    async with service_in(directory) as (_, wire):
+        assert await start(wire, "true") == job + 1
+        if known:
+            assert (await told(wire, job))["state"] == "COMPLETED"
+    after = tree(spool(directory, job).parent)
+    assert {name for name in before if "index" not in name} <= after.keys()
+
+
+async def test_what_is_no_job_in_the_spool_directory_is_left_alone(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job = await start(wire, "true")
+        await wire.call("job.wait", id=job)
+    spools = spool(directory, job).parent
+    for name in ("²", "007", "-1", "9" * 40, "lost+found", "0"):
+        (spools / name).mkdir()
+        (spools / name / "file").write_text(name)
+    (spools / "12").write_text("a file")
+    os.mkfifo(spools / "13")
+    (spools / "14").mkdir()
+    async with service_in(directory) as (_, wire):
+        assert await start(wire, "true") == 15
+    for name in ("²", "007", "-1", "9" * 40, "lost+found", "0"):
+        assert (spools / name / "file").read_text() == name
+    assert (spools / "12").read_text() == "a file"

@@ -1,0 +1,130 @@
+"""Whatever a caller gives, what is wrong with it is one kind of error, and nothing is sent."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+import jobworker
+from jobworker.client.client import Client
+from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
+from jobworker.model.job import JobSpec, Stream
+from jobworker.model.lifecycle import State
+from jobworker.protocol import messages as m
+
+from .test_client import RECORD, connected
+
+Use = Callable[[Client], Awaitable[object]]
+
+BAD: dict[str, Use] = {
+    "list(limit=0)": lambda client: client.list(limit=0),
+    "list(limit='5')": lambda client: client.list(limit="5"),  # type: ignore[arg-type]
+    "list(before=0)": lambda client: client.list(before=0),
+    "list(states=['SLEEPING'])": lambda client: client.list(states=["SLEEPING"]),
+    "list(states=7)": lambda client: client.list(states=7),  # type: ignore[arg-type]
+    "list(labels=['a'])": lambda client: client.list(labels=["a"]),  # type: ignore[arg-type]
+    "list(labels={'-': 'x'})": lambda client: client.list(labels={"-": "x"}),
+    "job(0).status()": lambda client: client.job(0).status(),
+    "job('7').status()": lambda client: client.job("7").status(),  # type: ignore[arg-type]
+    "job(1.5).wait()": lambda client: client.job(1.5).wait(),  # type: ignore[arg-type]
+    "job(True).wait()": lambda client: client.job(True).wait(),
+    "job(-1).remove()": lambda client: client.job(-1).remove(),
+    "job(1 << 63).remove()": lambda client: client.job(1 << 63).remove(),
+    "stop(grace=-1)": lambda client: client.job(7).stop(grace_seconds=-1),
+    "stop(grace=nan)": lambda client: client.job(7).stop(grace_seconds=float("nan")),
+    "stop(signal=9)": lambda client: client.job(7).stop(signal=9),  # type: ignore[arg-type]
+    "output(offset=-1)": lambda client: anext(client.job(7).output(offset=-1)),
+    "output(tail_lines=-1)": lambda client: anext(client.job(7).output(tail_lines=-1)),
+    "output(streams=['x'])": lambda client: anext(client.job(7).output(streams=["x"])),
+    "output(since='10m')": lambda client: anext(client.job(7).output(since="10m")),  # type: ignore[arg-type]
+    "output(since=-1s)": lambda client: anext(client.job(7).output(since=timedelta(seconds=-1))),
+    "run(['\\udcff'])": lambda client: client.run(["\udcff"]),
+    "run([b'ls'])": lambda client: client.run([b"ls"]),  # type: ignore[list-item]
+    "run([1])": lambda client: client.run(["sleep", 1]),  # type: ignore[list-item]
+    "run(5)": lambda client: client.run(5),  # type: ignore[arg-type]
+    "run('ls -l')": lambda client: client.run("ls -l"),
+    "run(JobSpec of surrogates)": lambda client: client.run(JobSpec(command=("a", "\udcff"))),
+    "run(JobSpec of a string)": lambda client: client.run(JobSpec(command="ls")),  # type: ignore[arg-type]
+    "run(environment of numbers)": lambda client: client.run(
+        JobSpec(command=("a",), environment={"A": 1})  # type: ignore[dict-item]
+    ),
+    "plan([])": lambda client: client.plan([]),
+    "make_volume(size='big')": lambda client: client.make_volume("a", "big"),  # type: ignore[arg-type]
+    "make_volume(name='..')": lambda client: client.make_volume("..", 64 << 20),
+    "remove_volume(None)": lambda client: client.remove_volume(None),  # type: ignore[arg-type]
+    "prune(keep_jobs='x')": lambda client: client.prune(m.PruneParams(keep_jobs="x")),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("use", BAD.values(), ids=BAD.keys())
+async def test_bad_value_is_an_error_of_the_parameters_and_is_not_sent(use: Use) -> None:
+    async with connected() as (client, peer):
+        with pytest.raises(InvalidParams, match="cannot "):
+            await use(client)
+        await wait_all_tasks_blocked()
+        with pytest.raises(trio.WouldBlock):
+            peer.sent.receive_nowait()
+
+
+async def test_values_may_be_given_in_the_forms_that_python_has() -> None:
+    seen: list[object] = []
+
+    async with connected() as (client, peer), trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            for _ in range(3):
+                call = await peer.call()
+                seen.append(call.params)
+                if call.method.name == "job.list":
+                    peer.reply(call, m.ListResult(jobs=()))
+                else:
+                    peer.reply(call, m.RunResult(job=RECORD))
+
+        nursery.start_soon(serve)
+        await client.list(states={"RUNNING"})
+        await client.list(states=iter([State.RUNNING]))
+        await client.run(word for word in ("echo", "x"))  # type: ignore[arg-type]
+    running = m.ListParams(states=(State.RUNNING,))
+    assert seen == [running, running, m.RunParams(job=JobSpec(command=("echo", "x")))]
+
+
+async def test_moment_without_a_zone_is_local_time() -> None:
+    naive = datetime(2026, 1, 31, 12)
+    async with connected() as (client, _):
+        output = client.job(7).output(since=naive, streams=["stdout"])
+        assert output._params.since == naive.astimezone(UTC)
+        assert output._params.streams == (Stream.STDOUT,)
+
+
+def test_asyncio_is_told_in_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with jobworker.open_client("host", ca="a", certificate="b", key="c"):
+            raise AssertionError("there is no Trio")
+
+    with pytest.raises(LoopMissing, match=r"no Trio event loop runs here; call it below trio\.run"):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("address", [5, None, b"host"])
+async def test_address_that_is_no_string(address: object) -> None:
+    with pytest.raises(InvalidParams, match="cannot connect"):
+        async with jobworker.open_client(address, ca="a", certificate="b", key="c"):  # type: ignore[arg-type]
+            pass
+
+
+async def test_files_that_are_no_paths() -> None:
+    with pytest.raises(InvalidParams, match="cannot connect"):
+        async with jobworker.open_client("host", ca=None, certificate="b", key="c"):  # type: ignore[arg-type]
+            pass
+
+
+def test_public_names_are_listed_and_there() -> None:
+    assert set(jobworker.__all__) <= set(dir(jobworker))
+    assert {"open_client", "JobSpec", "Limits", "JobworkerError"} <= set(jobworker.__all__)
+    for name in jobworker.__all__:
+        assert getattr(jobworker, name) is not None
+    assert jobworker.JobworkerError is JobworkerError

@@ -1,0 +1,125 @@
+"""What is said of an end: the cause that came first, if it reached the job before that ended."""
+
+from signal import SIGKILL, SIGTERM, Signals
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from jobworker.errors import NotFound
+from jobworker.jobs.ending import Ending
+from jobworker.model.job import JobId, Usage
+from jobworker.model.lifecycle import Event, Reason
+from jobworker.sandbox.launch import Exit
+
+EXITED = Exit(code=0, signal=None, usage=Usage())
+KILLED = Exit(code=None, signal=9, usage=Usage())
+
+
+class OneJob:
+    """A launcher with one job that heeds no signal but is there, or has ended."""
+
+    def __init__(self) -> None:
+        self.there, self.got = True, list[int]()
+
+    async def signal(self, _: JobId, number: Signals) -> bool:
+        return await self._send(number)
+
+    async def kill(self, _: JobId) -> None:
+        await self._send(SIGKILL)
+
+    async def _send(self, number: Signals) -> bool:
+        await trio.lowlevel.checkpoint()
+        if not self.there:
+            raise NotFound("cannot reach the job: no such job")
+        self.got.append(number)
+        return True
+
+
+def ending_of(launcher: OneJob) -> Ending:
+    return Ending(job=JobId(1), link=launcher, grace_seconds=5)  # type: ignore[arg-type]
+
+
+STOP, OUTPUT, TIMEOUT = "stop", "output", "timeout"
+
+
+@pytest.mark.parametrize(
+    ("causes", "verdict"),
+    [
+        ((), (Event.SUCCEED, None)),
+        ((STOP,), (Event.STOP, None)),
+        ((OUTPUT,), (Event.FAIL, Reason.OUTPUT)),
+        ((TIMEOUT,), (Event.FAIL, Reason.TIMEOUT)),
+        ((STOP, OUTPUT), (Event.STOP, None)),
+        ((STOP, TIMEOUT), (Event.STOP, None)),
+        ((OUTPUT, STOP), (Event.FAIL, Reason.OUTPUT)),
+        ((OUTPUT, TIMEOUT, STOP), (Event.FAIL, Reason.OUTPUT)),
+        ((TIMEOUT, STOP), (Event.FAIL, Reason.TIMEOUT)),
+        ((TIMEOUT, OUTPUT, STOP), (Event.FAIL, Reason.TIMEOUT)),
+    ],
+)
+async def test_cause_that_came_first_is_told(
+    autojump_clock: MockClock, causes: tuple[str, ...], verdict: tuple[Event, Reason | None]
+) -> None:
+    launcher = OneJob()
+    ending = ending_of(launcher)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ending.serve)
+        for cause in causes:
+            if cause == STOP:
+                ending.stop(SIGTERM, None)
+            elif cause == OUTPUT:
+                ending.stop_for_output()
+            else:
+                await ending.time_out(1)
+            await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert ending.verdict(EXITED) == verdict
+    assert ending.under_way == bool(causes)
+    assert ending.stopping == (STOP in causes)
+
+
+async def test_stop_of_a_job_that_has_exited_changes_nothing(autojump_clock: MockClock) -> None:
+    """Its output may still be on its way."""
+    ending = ending_of(OneJob())
+    ending.exited = True
+    ending.stop(SIGTERM, None)
+    ending.stop_for_output()
+    assert not ending.stopping
+    assert not ending.under_way
+    assert ending.verdict(EXITED) == (Event.SUCCEED, None)
+
+
+@pytest.mark.parametrize("grace_seconds", [None, 0])
+async def test_stop_that_reaches_nobody_is_no_cause(
+    autojump_clock: MockClock, grace_seconds: float | None
+) -> None:
+    """The job ended by itself while the request was on its way."""
+    launcher = OneJob()
+    launcher.there = False
+    ending = ending_of(launcher)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ending.serve)
+        ending.stop(SIGTERM, grace_seconds)
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert ending.verdict(EXITED) == (Event.SUCCEED, None)
+    assert ending.verdict(KILLED) == (Event.FAIL, Reason.SIGNAL)
+
+
+async def test_stop_without_grace_kills(autojump_clock: MockClock) -> None:
+    launcher = OneJob()
+    ending = ending_of(launcher)
+    async with trio.open_nursery() as nursery:
+        ending.stop(SIGTERM, 0)
+        nursery.start_soon(ending.serve)
+    assert SIGKILL in launcher.got
+    assert ending.verdict(KILLED) == (Event.STOP, None)
+
+
+async def test_launcher_that_went_is_what_is_told_whatever_was_asked(
+    autojump_clock: MockClock,
+) -> None:
+    ending = ending_of(OneJob())
+    ending.stop(SIGTERM, None)
+    assert ending.verdict(None) == (Event.FAIL, Reason.LOST)

@@ -1,0 +1,189 @@
+"""The supervisor: who runs when, over a launcher and a history that are not there."""
+
+import os
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from attrs import Factory, define
+
+from jobworker.incidents import Incidents
+from jobworker.jobs.archive import Archive
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.execution import Execution, Rules
+from jobworker.jobs.retention import Policy
+from jobworker.jobs.spool import Spool
+from jobworker.jobs.supervisor import Supervisor
+from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Usage
+from jobworker.model.lifecycle import State
+from jobworker.sandbox.launch import Exit
+from jobworker.sandbox.link import Exits, Started
+
+RULES = Rules(
+    defaults=Limits(cpu_percent=0, memory_bytes=0, io_bps=0, processes=0, output_bytes=0),
+    timeout_seconds=0,
+    stop_grace_seconds=5,
+    at_max_output="discard-output",
+    on_disk_full="discard-output",
+)
+
+
+@define(eq=False)
+class FakeLink:
+    """Starts nothing; a job runs until `finish`."""
+
+    spawned: list[JobId] = Factory(list)
+    _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
+
+    async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
+        await trio.lowlevel.checkpoint()
+        send, receive = trio.open_memory_channel[Exit](1)
+        (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+        self._jobs[job] = send, [out_write, err_write]
+        self.spawned.append(job)
+        return Started(pid=1, stdout=out, stderr=err), receive
+
+    def finish(self, job: JobId, *, keep_pipes: bool = False) -> list[int]:
+        """Have a job exit with 0: the ends of its pipes that somebody keeps."""
+        send, pipes = self._jobs.pop(job)
+        while pipes and not keep_pipes:
+            os.close(pipes.pop())
+        send.send_nowait(Exit(code=0, signal=None, usage=Usage()))
+        send.close()
+        return pipes
+
+    async def remove(self, _: JobId) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+@define(eq=False)
+class FakeHistory:
+    """Remembers the records, in memory."""
+
+    records: dict[JobId, JobRecord] = Factory(dict)
+    _last: int = 0
+
+    def take_id(self) -> JobId:
+        self._last += 1
+        return JobId(self._last)
+
+    async def put(self, record: JobRecord) -> None:
+        await trio.lowlevel.checkpoint()
+        self.records[record.id] = record
+
+
+@asynccontextmanager
+async def supervising(
+    spools: Path, *, max_running: int, max_waiting: int = 100
+) -> AsyncIterator[tuple[Supervisor, FakeLink, FakeHistory]]:
+    link, history = FakeLink(), FakeHistory()
+
+    def clock() -> datetime:
+        return datetime.now(UTC)
+
+    archive = Archive(
+        spools=spools,
+        history=history,  # type: ignore[arg-type]
+        policy=Policy(),
+        budget=OutputBudget(spools),
+        clock=clock,
+    )
+    supervisor = Supervisor(
+        link=link,  # type: ignore[arg-type]
+        history=history,  # type: ignore[arg-type]
+        archive=archive,
+        spools=spools,
+        rules=RULES,
+        clock=clock,
+        incidents=Incidents(),
+        max_running=max_running,
+        max_waiting=max_waiting,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.serve)
+        yield supervisor, link, history
+        nursery.cancel_scope.cancel()
+
+
+def spec(name: str) -> JobSpec:
+    return JobSpec(command=("true",), name=name)
+
+
+@define(eq=False)
+class SlowFirst:
+    """Makes the first job's spool only when it may."""
+
+    _create: object
+    may: threading.Event = Factory(threading.Event)
+    begun: threading.Event = Factory(threading.Event)
+
+    def __call__(self, directory: Path) -> Spool:
+        if directory.name == "1":
+            self.begun.set()
+            assert self.may.wait(20)
+        return self._create(directory)  # type: ignore[no-any-return, operator]
+
+
+async def test_job_admitted_at_once_is_not_overtaken_while_its_output_is_made_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowFirst(Spool.create)
+    monkeypatch.setattr(Spool, "create", slow)
+    admitted: dict[str, Execution] = {}
+
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+
+        async def submit(name: str) -> None:
+            admitted[name] = await supervisor.submit(spec(name), "alice")
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(submit, "first")
+                await trio.to_thread.run_sync(slow.begun.wait)
+                await submit("second")
+                assert admitted["second"].record.state is State.PENDING
+                slow.may.set()
+            assert link.spawned == [1]
+            assert admitted["first"].record.state is State.RUNNING
+            link.finish(JobId(1))
+            await supervisor.wait(JobId(1))
+            while link.spawned != [1, 2]:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            link.finish(JobId(2))
+            await supervisor.wait(JobId(2))
+    assert {record.state for record in history.records.values()} == {State.COMPLETED}
+
+
+async def test_place_of_a_job_whose_output_cannot_be_made_ready_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1").write_text("in the way")
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        with trio.fail_after(20):
+            with pytest.raises(Exception, match="cannot create the job's output"):
+                await supervisor.submit(spec("first"), "alice")
+            second = await supervisor.submit(spec("second"), "alice")
+            assert second.record.state is State.RUNNING
+            link.finish(JobId(2))
+            await supervisor.wait(JobId(2))
+
+
+async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:
+    """Its exit is known, and a descendant holds its pipes: the next service sees to the rest."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with trio.fail_after(20):
+            execution = await supervisor.submit(spec("first"), "alice")
+            while JobId(1) not in history.records:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            pipes = link.finish(JobId(1), keep_pipes=True)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            await supervisor.leave()
+    assert not execution.ended.is_set()
+    assert not history.records[JobId(1)].ended
+    for pipe in pipes:
+        os.close(pipe)

@@ -1,0 +1,39 @@
+"""What a failed start is told as: the remedy fits the cause, not only the step."""
+
+import errno
+
+import pytest
+
+from jobworker.sandbox.start_failures import explain
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "remedy"),
+    [
+        ("enter-user-namespace", errno.EPERM, "allow user namespaces"),
+        ("enter-user-namespace", 0, "allow user namespaces"),
+        ("enter-user-namespace", errno.EAGAIN, "TasksMax="),
+        ("spawn", errno.EAGAIN, "TasksMax="),
+        ("spawn", errno.EMFILE, "LimitNOFILE="),
+        ("spawn", errno.ENFILE, "fs.file-max"),
+        ("enter-network", errno.ENOMEM, "no memory"),
+        ("enter-network", errno.ENODEV, "/dev/net/tun"),
+        ("limits", errno.ENOMEM, "--max-memory"),
+        ("limits", errno.EINVAL, "control groups"),
+        ("change-directory", errno.ENOENT, "that exists"),
+        ("change-directory", errno.EACCES, "let the job's user"),
+        ("place", 0, "worker.max_concurrent_jobs"),
+    ],
+)
+def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -> None:
+    error = explain({"step": step, "errno": code, "detail": "/x"})
+    assert remedy in (error.remedy or "")
+    others = {"allow user namespaces", "TasksMax=", "/dev/net/tun", "--max-memory"} - {remedy}
+    assert not any(other in (error.remedy or "") for other in others)
+
+
+def test_volume_that_is_not_there_is_told_by_its_name() -> None:
+    error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "cache"})
+    assert "there is no such volume" in str(error)
+    error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "/dev/loop-control"})
+    assert "no such volume" not in str(error)
