@@ -33,7 +33,7 @@ from jobworker.pki.administration import init_authority
 
 JOBS = 8
 UNITS = ("worker-launcher.service", "worker.service")
-CONFIG, WORKER = Path("/etc/jobworker"), Path("/usr/bin/worker")
+CONFIG, WORKER = Path("/etc/jobworker"), Path("/opt/jobworker/bin/worker")
 LAUNCHER_GROUP = Path("/sys/fs/cgroup/system.slice/worker-launcher.service")
 WRITER = """
 trap 'end=1' TERM
@@ -74,6 +74,7 @@ def show(unit: str, key: str) -> str:
 def install() -> None:
     """A `worker` of this Python, certificates, a configuration, the units."""
     paths = os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")])
+    WORKER.parent.mkdir(parents=True, exist_ok=True)
     WORKER.write_text(
         f"#!/bin/sh\nPYTHONPATH='{paths}' exec {sys.executable} "
         '-c "from jobworker.cli.admin import main; main()" "$@"\n'
@@ -183,6 +184,21 @@ def until_served(before: str) -> None:
         time.sleep(0.3)
 
 
+def fail_first() -> None:
+    """Start with a configuration that is wrong for longer than systemd's own patience."""
+    config = CONFIG / "worker.toml"
+    right = config.read_text()
+    config.write_text("[server\n")
+    systemctl("start", "--no-block", "worker")
+    deadline = time.monotonic() + 300
+    while int(show("worker-launcher", "NRestarts") or 0) < 7:
+        assert time.monotonic() < deadline, show("worker-launcher", "NRestarts")
+        time.sleep(0.3)
+    config.write_text(right)
+    until_served("0")
+    say("ok      a launcher that could not start at first: both units came up by themselves")
+
+
 def stop_and_start() -> None:
     systemctl("stop", "worker")
     assert show("worker", "Result") == "success", show("worker", "Result")
@@ -214,7 +230,7 @@ def main() -> int:
         sys.stderr.write("needs root and systemd\n")
         return 2
     install()
-    systemctl("start", "worker")
+    fail_first()
     assert show("worker-launcher", "ActiveState") == "active"
     say(f"ok      started: systemd {show('worker', 'StatusText')}")
     try:

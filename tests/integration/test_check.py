@@ -349,3 +349,20 @@ def test_exposed_key_busy_port_open_state_directory_and_bad_profile(site: Path) 
     assert "bad.toml" in findings["system-call profile"].detail
     assert "others may write" in findings["state directory"].detail
     assert f"chown {os.geteuid()}" in findings["state directory"].remedy
+
+
+def test_state_directory_below_tmp_is_no_gap(tmp_path: Path) -> None:
+    """The probes mount over /tmp, among others."""
+    wanted = WANTED._replace(disks=str(tmp_path))
+    assert str(tmp_path).startswith("/tmp/")
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-c", f"{PREAMBLE}main()"],
+        input=wanted_text(wanted),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    found = {each.name: each for each in map(finding_from, done.stdout.splitlines())}
+    assert found["disk image (mke2fs)"].supported, found
+    assert found["disk with a bound (loop, ext4)"].supported, found

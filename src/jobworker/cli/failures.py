@@ -10,10 +10,12 @@ from functools import partial
 import asyncclick as click
 import trio
 
-from jobworker.errors import JobworkerError, PrintFailed
+from jobworker.errors import ConfigError, JobworkerError, PrintFailed
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+SERVER_MODULES = frozenset({"apsw"})
+"""What the extra `server` of the package brings along."""
 BROKEN_PIPE = 141
 """128 + SIGPIPE, as shells have it."""
 
@@ -32,6 +34,16 @@ def run_program(program: str, command: click.Command) -> None:
         sys.exit(misuse.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as missing:
+        if missing.name not in SERVER_MODULES:
+            raise
+        absent = ConfigError(
+            f"cannot do this: the Python module {missing.name} is not installed, which the server "
+            "needs and the client does not",
+            remedy="pip install 'jobworker[server]' (in a clone: pip install '.[server]')",
+        )
+        print(f"{program}: {absent}", file=sys.stderr)  # noqa: T201
+        sys.exit(absent.exit_code)
     except (JobworkerError, BaseExceptionGroup) as raised:
         found = list(leaves(raised))
         for leaf in found:

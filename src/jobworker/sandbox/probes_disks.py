@@ -24,7 +24,7 @@ def probes(directory: str) -> Iterable[Probe]:
     attached = "load them (modprobe loop ext4); keep worker.state_dir on a file system that does "
     attached += "direct I/O, such as ext4 or xfs; in a container, give it the loop devices"
     yield Probe("disks", "disk image (mke2fs)", partial(_made, directory), formatted)
-    bounded = partial(on_stage, partial(_bounded, directory))
+    bounded = partial(_bounded, directory)
     yield Probe("disks", "disk with a bound (loop, ext4)", bounded, attached)
 
 
@@ -37,10 +37,15 @@ def _made(directory: str) -> str:
     return f"O_TMPFILE, {os.fstat(image).st_blocks >> 1} KiB for an empty one"
 
 
-def _bounded(directory: str, stage: str) -> str:
+def _bounded(directory: str) -> str:
+    # The image comes first: the stage is mounted over what may be above the directory.
+    return on_stage(partial(_filled, _image(directory)))
+
+
+def _filled(image: int, stage: str) -> str:
     place = f"{stage}/disk"
     os.mkdir(place)
-    disk_images.mount_image(_image(directory), place)
+    disk_images.mount_image(image, place)
     try:
         with open(f"{place}/big", "wb", buffering=0) as file:
             while file.tell() <= MIN_BYTES:
