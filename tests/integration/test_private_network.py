@@ -73,6 +73,37 @@ def test_nothing_gets_in(seen: dict[str, Any]) -> None:
     assert set(seen["private"]["entered"]) == {"refused"}
 
 
+def test_no_way_of_a_socket_leads_to_the_host(seen: dict[str, Any]) -> None:
+    """Also not to addresses that it got, or made its own by a route, while the job was running."""
+    private, host = seen["private by all ways"], seen["host by all ways"]
+    for tried in (private["tried"], host["tried"]):
+        assert sum(line.endswith(" sent") for line in tried) > 1000, "attempts that the kernel took"
+    assert private["at the host"] == []
+    there = set(host["at the host"])
+    assert there >= {
+        f"{way} {place}"
+        for way in ("udp plain", "message msg-confirm")
+        for place in ("127.0.0.1", "10.77.0.9", "203.0.113.5", "10.77.0.33", "fd77::1")
+    }, "the control: the witness is there, and the host has its later addresses"
+    assert "message pktinfo-0.0.0.0 239.77.0.1" in there
+
+
+def test_ways_lead_to_the_outside(seen: dict[str, Any]) -> None:
+    """The control: they do work in a private network, and not towards the host."""
+    outside = set(seen["private by all ways"]["at the peer"])
+    assert outside >= {
+        "udp plain 10.77.0.2",
+        "udp device 10.77.0.2",
+        "udp ifindex ::ffff:10.77.0.2",
+        "udp unicast-if 10.77.0.2",
+        "message pktinfo-0.0.0.0 10.77.0.2",
+        "message pktinfo6-::ffff:10.0.2.100 ::ffff:10.77.0.2",
+        "parts 10.77.0.2",
+        "segments 10.77.0.2",
+    }
+    assert any(name.startswith("tcp") for name in outside)
+
+
 def gateways(of: int) -> list[int]:
     """The gateways below a process."""
     found = []

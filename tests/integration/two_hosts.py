@@ -6,12 +6,15 @@ What a job can reach of a network is tried where the network is known to the las
 
 Servers at every address of the host greet whoever connects; so does the peer, with the address it
 sees. The host's resolver is on its loopback, beside a server that is none; the name that it knows
-is `peer.test`. Standard output gets what came of it all, as JSON.
+is `peer.test`. Both have a witness, which takes down what a job has tried by `ways_out`. Standard
+output gets what came of it all, as JSON.
 """
 
+import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import trio
@@ -32,6 +36,16 @@ from .wire import Wire, open_wire
 
 PEER, HOST, SECOND, HOST_6 = "10.77.0.2", "10.77.0.1", "10.77.0.9", "fd77::1"
 RESOLVER = "127.0.0.53"
+LATER = ("10.77.0.33", "10.99.0.1")
+"""Addresses that the host gets while a job runs."""
+NOWHERE = (
+    *("127.0.0.1", RESOLVER, "127.255.255.254", HOST, SECOND, "0.0.0.0", "::1", HOST_6, "::"),
+    *("10.0.2.2", "10.0.2.3", "10.0.2.15", "10.0.2.255", "10.0.2.0"),
+    *("10.77.0.255", "10.77.0.0", "255.255.255.255", "224.0.0.1", "239.77.0.1", "203.0.113.5"),
+)
+"""What a private network must not reach: a job tries all ways to each. The last is local by a
+route alone."""
+WITNESS, GATE = 7200, 7201
 NETWORKS = ("host", "none", "private")
 
 CONNECT = """
@@ -68,6 +82,7 @@ while True:
     connection.sendall(b"inside")
     connection.close()
 """
+WAYS_OUT = Path(__file__).with_name("ways_out.py").read_text()
 RESOLVE = """
 import socket
 try: print(socket.gethostbyname("peer.test"))
@@ -82,8 +97,11 @@ def ip(*words: str) -> None:
 class Server(threading.Thread):
     """Greets over TCP and UDP at one address and port."""
 
-    def __init__(self, address: str, port: int, greeting: str) -> None:
+    def __init__(
+        self, address: str, port: int, greeting: str, opened: threading.Event | None = None
+    ) -> None:
         super().__init__(daemon=True)
+        self.opened = opened
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.greeting = greeting
         self.stream = socket.create_server((address, port), family=family, backlog=64)
@@ -95,6 +113,8 @@ class Server(threading.Thread):
     def run(self) -> None:
         while True:
             connection, (seen, *_) = self.stream.accept()
+            if self.opened is not None:
+                self.opened.wait()
             with connection, contextlib.suppress(OSError):
                 connection.sendall(f"{self.greeting} {seen}".encode())
 
@@ -102,6 +122,72 @@ class Server(threading.Thread):
         while True:
             _, sender = self.packets.recvfrom(64)
             self.packets.sendto(f"{self.greeting} {sender[0]}".encode(), sender)
+
+
+class Witness:
+    """Takes down who sends or connects to one port at any address, and who pings."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+            stream = socket.socket(family, socket.SOCK_STREAM)
+            datagrams = [socket.socket(family, socket.SOCK_DGRAM, kind) for kind in (0, 136)]
+            for sock in (stream, *datagrams):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((address, WITNESS))
+            stream.listen(4096)
+            self._follow(self._take_connection, stream)
+            pings = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
+            for sock in (*datagrams, socket.socket(family, socket.SOCK_RAW, pings)):
+                self._follow(self._take_packet, sock)
+            if family == socket.AF_INET:
+                for own in (HOST, "127.0.0.1"):
+                    joined = socket.inet_aton("239.77.0.1") + socket.inet_aton(own)
+                    with contextlib.suppress(OSError):  # the peer has another address
+                        datagrams[0].setsockopt(socket.IPPROTO_IP, 35, joined)
+
+    def _follow(self, take: Callable[[socket.socket], None], sock: socket.socket) -> None:
+        def go_on() -> None:
+            while True:
+                take(sock)
+
+        threading.Thread(target=go_on, daemon=True).start()
+
+    def _take_connection(self, sock: socket.socket) -> None:
+        connection, _ = sock.accept()
+        threading.Thread(target=self._read, args=(connection,), daemon=True).start()
+
+    def _read(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            self.seen.add(connection.recv(64).decode() or "tcp")
+            return
+        self.seen.add("tcp")
+
+    def _take_packet(self, sock: socket.socket) -> None:
+        heard = sock.recv(65_536)
+        name = re.search(
+            rb"(ping|raw) [!-~]+ [!-~]+" if sock.type == socket.SOCK_RAW else rb"[ -~]+", heard
+        )
+        if name is not None:
+            self.seen.add(name[0].decode().strip())
+
+    def told(self) -> list[str]:
+        """What has been seen until now, all that has arrived included; seen no more."""
+        deadline = time.monotonic() + 20
+        for number in range(2):  # the second comes after all that was in the queues with the first
+            mark = f"udp mark-{number} -"
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.sendto(mark.encode(), ("127.0.0.1", WITNESS))
+            with socket.create_connection(("127.0.0.1", WITNESS)) as stream:
+                stream.sendall(f"tcp mark-{number} -".encode())
+            while not {mark, f"tcp mark-{number} -"} <= self.seen:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        found = sorted(word for word in self.seen if " mark-" not in word)
+        self.seen.clear()
+        return found
 
 
 class Resolver(threading.Thread):
@@ -134,8 +220,17 @@ def be_the_peer(ready: int) -> None:
     ip("addr", "add", f"{PEER}/24", "dev", "v1")
     ip("link", "set", "v1", "up")
     Server(PEER, 7000, "peer")
+    witness, opened = Witness(), threading.Event()
+    Server(PEER, GATE, "go", opened)
     print("serving", flush=True)
     for place in sys.stdin:
+        if place in ("open\n", "shut\n"):
+            (opened.set if place == "open\n" else opened.clear)()
+            print("done", flush=True)
+            continue
+        if place == "told\n":
+            print(json.dumps(witness.told()), flush=True)
+            continue
         host, port = place.strip().rsplit("|", 1)
         try:
             with socket.create_connection((host, int(port)), 2) as reached:
@@ -188,6 +283,9 @@ def two_hosts() -> Iterator[tuple[Peer, dict[str, str]]]:
                 ip("addr", "add", address, "dev", "v0")
             ip("addr", "add", f"{HOST_6}/64", "dev", "v0", "nodad")
             ip("link", "set", "v0", "up")
+            ip("route", "add", "local", "203.0.113.0/24", "dev", "lo")
+            # slirp4netns may ping from here, so that only the wall is in the way.
+            Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")
             assert peer.ask("go") == "serving"
             Resolver()
             everywhere = ("127.0.0.1", "::1", HOST, SECOND, HOST_6, RESOLVER)
@@ -220,7 +318,40 @@ async def explore(wire: Wire, peer: Peer, places: dict[str, str]) -> dict[str, o
         seen["resolved"] = out.strip()
         seen["entered"] = await entered(wire, peer, network)
         found[network] = seen
+    witness = Witness()
+    for network in ("host", "private"):
+        found[f"{network} by all ways"] = await by_all_ways(wire, peer, witness, network)
     return found
+
+
+async def by_all_ways(wire: Wire, peer: Peer, witness: Witness, network: str) -> dict[str, object]:
+    """What has reached host and peer of a job that tried all ways to all addresses."""
+    gate = f"@{PEER}|{GATE}"
+    words = (str(WITNESS), PEER, *NOWHERE, gate, *LATER, gate)
+    job = {"command": ["python3", "-c", WAYS_OUT, *words], "network": network}
+    result = await wire.call("job.run", job=job, follow={})
+    notes, told = wire.notes(result["subscription"]), b""
+    async for message in notes:
+        params = message["params"]
+        assert isinstance(params, dict)
+        if message["method"] == "job.output_end":
+            break
+        told += base64.b64decode(params["data"])
+        if b"waiting\n" in told and b"opened\n" not in told:
+            told += b"opened\n"
+            for address in LATER:
+                ip("addr", "add", f"{address}/24", "dev", "v0")
+            for _ in range(2):  # the launcher has seen it before it can have started another job
+                await wire.run("true", network="none")
+            assert peer.ask("open") == "done"
+    assert peer.ask("shut") == "done"
+    for address in LATER:
+        ip("addr", "del", f"{address}/24", "dev", "v0")
+    return {
+        "tried": told.decode(errors="replace").splitlines(),
+        "at the host": await trio.to_thread.run_sync(witness.told),
+        "at the peer": json.loads(peer.ask("told")),
+    }
 
 
 async def entered(wire: Wire, peer: Peer, network: str) -> list[str]:

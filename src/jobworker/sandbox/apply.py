@@ -62,8 +62,8 @@ class Means(NamedTuple):
     """The ruleset of `sandbox.landlock`; None where the kernel cannot scope."""
     workshop: Workshop | None
     """Where its disk is made; None where it has none of its own."""
-    gateway: int = -1
-    """A socket to the gateway of a private network; closed with all that is not the job's."""
+    way: private_network.Way | None = None
+    """Its private network, where it has one; closed with all that is not the job's."""
     init: int = -1
     """The program of the init, where the job has one: `init_program.open_init`."""
     report: int = -1
@@ -212,7 +212,8 @@ def _unshare_network(_: s.UnshareNetwork, __: Means) -> None:
 
 
 def _enter_network(_: s.EnterNetwork, means: Means) -> None:
-    private_network.enter(means.gateway)
+    assert means.way is not None, "a network with a gateway has a way to it"
+    private_network.enter(means.way)
 
 
 def _write_names(step: s.WriteNames, _: Means) -> None:

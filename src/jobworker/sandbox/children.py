@@ -28,6 +28,7 @@ from jobworker.sandbox.disk_images import rounded
 from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.private_network import Layout, Way
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.steps import Step, explain
 from jobworker.sandbox.sweepers import Sweepers
@@ -83,6 +84,9 @@ class Child:
         self.failure: Message | None = None
         self.gateway: int | None = None
         """The pidfd of its network's gateway, until that is reaped."""
+        self.layout: Layout | None = None
+        self.wall = b""
+        """The program that keeps it away from the host, where it has a gateway."""
         self.report = -1
         """What its init tells of the program's end; -1 where it has none."""
         self.hoards = False
@@ -178,7 +182,7 @@ class Nursery:
         self._landlock = landlock.open_scope()
         self._trampoline, self._init = trampoline.open_program(), init_program.open_init()
         behind = ids.first_of(self.slots) + 1  # and behind the service's own
-        self._networks = Networks(stage.view, behind, self._landlock)
+        self.networks = Networks(stage.view, behind, self._landlock)
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -233,7 +237,7 @@ class Nursery:
     def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
         """The steps by which `order` would be started, told; raises SandboxError like `make`."""
         self._tree.check_controllers(limits)
-        own_network, _ = self._networks.describe(order)
+        own_network, _ = self.networks.describe(order)
         slot = Slot("job", self._ids.first_of(0), self._ids.each)
         view = self._stage.view_for(order)
         images = [self.volumes.path(name) for name, _ in order.volumes]
@@ -250,7 +254,7 @@ class Nursery:
     def _clone(
         self, child: Child, view: View, order: Order | None, undo: contextlib.ExitStack
     ) -> None:
-        own_network, layout = self._networks.describe(order)
+        own_network, layout = self.networks.describe(order)
         ours: list[int] = []
         theirs: list[int] = []
         undo.callback(close_all, ours)
@@ -271,13 +275,15 @@ class Nursery:
                 near.setblocking(False)
                 steps = self._steps(child.slot, view, order, own_network)
                 _, stdout, stderr = theirs
-                gateway = -1
+                way = None
                 if layout is not None:
-                    child.gateway, gateway = self._networks.open_gateway(
+                    child.gateway, link = self.networks.open_gateway(
                         layout, child.index, child.scope
                     )
-                    theirs.append(gateway)
+                    theirs.append(link)
                     undo.callback(self.sweepers.end, child.gateway)
+                    child.layout, child.wall = layout, self.networks.wall_for(layout)
+                    way = Way(link, child.gateway, child.wall)
                 report = -1
                 if order is not None and order.init:
                     child.report, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -294,7 +300,7 @@ class Nursery:
                     self._policy.filters,
                     self._landlock,
                     self._stage.workshop,
-                    gateway,
+                    way,
                     self._init if report >= 0 else -1,
                     report,
                 )

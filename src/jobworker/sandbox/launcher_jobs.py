@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline
+from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline, wall
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.children import Child, Nursery, name_host, status_of
@@ -44,6 +44,7 @@ from jobworker.sandbox.zombies import Zombies
 
 REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
+LOOK_AGAIN_SECONDS = 0.1
 CLEAR_AGAIN_SECONDS = 0.005
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 _TOO_LITTLE_MEMORY: channel.Message = {
@@ -79,6 +80,7 @@ class Jobs:
         self._oom_watch = OomWatch(turns, self.kill)
         self._kernel_watch = KernelWatch(turns, chores, self._running, self.kill)
         turns.call_in(0, self._refill)
+        turns.watch(nursery.networks.changes.fileno(), self._on_addresses)
         self._watch_sweepers()
 
     @property
@@ -277,6 +279,7 @@ class Jobs:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
             child.request, child.started_at = None, time.monotonic()
             self._kernel_watch.wake()
+            self._wall_in(child)
             self._tell(started, (child.stdout, child.stderr))
 
     def _on_exit(self, child: Child) -> None:
@@ -331,6 +334,36 @@ class Jobs:
         if child.job is not None:
             event: channel.Message = {"event": "exit", "job": child.job}
             self._tell({**event, **_end(child), "usage": child.usage()._asdict()}, ())
+
+    def _on_addresses(self) -> None:
+        """The host has other addresses: close them to the jobs that have a way out."""
+        try:
+            changed = self._nursery.networks.refresh()
+        except OSError as error:
+            say(f"cannot see the host's addresses, and tries again: {error}")
+            self._turns.call_in(LOOK_AGAIN_SECONDS, self._on_addresses)
+            return
+        if changed:
+            for child in self._children:
+                if child.sock is None:  # `_on_word` looks after one that is not started yet
+                    self._wall_in(child)
+
+    def _wall_in(self, child: Child) -> None:
+        """Have a started job's wall close what the host answers at now, or end its network."""
+        if child.gateway is None or child.layout is None or child.exit is not None:
+            return
+        program = self._nursery.networks.wall_for(child.layout)
+        if program == child.wall:
+            return
+        try:
+            wall.build(child.gateway, program)
+            child.wall = program
+        except ProcessLookupError:
+            return  # it has ended, and its network with it
+        except OSError as error:
+            say(f"job {child.job}: cannot close its network to the host's new addresses: {error}")
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
 
     def _on_gateway_exit(self, child: Child) -> None:
         assert child.gateway is not None

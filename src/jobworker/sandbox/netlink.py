@@ -7,10 +7,13 @@ with messages up to a last one. Only IPv4 addresses pass here, as text.
 Standard library only.
 """
 
+import errno
 import os
 import socket
 import struct
 from collections.abc import Iterator
+
+from jobworker.sandbox import syscalls as sc
 
 _ERROR, _DONE = 2, 3
 _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _NEW_RULE = 20, 22, 24, 32
@@ -18,6 +21,9 @@ _REQUEST, _ACKNOWLEDGE, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
 _MAIN_TABLE = 254
 _LOCAL_ADDRESS, _DESTINATION, _PRIORITY, _PROTOCOL, _PORTS = 2, 1, 6, 22, 24
 _ROUTE_UNREACHABLE, _RULE_LOOKUP, _RULE_UNREACHABLE = 7, 1, 7
+_GET_ROUTE, _LOCAL_TABLE = 26, 255
+_NETLINK, _STRICT = 270, 12  # SOL_NETLINK, NETLINK_GET_STRICT_CHK
+_IPV4_ADDRESSES, _IPV4_ROUTES = 0x10, 0x40  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE
 
 
 def addresses() -> list[tuple[str, int]]:
@@ -30,6 +36,47 @@ def addresses() -> list[tuple[str, int]]:
         if family == socket.AF_INET and local is not None:
             found.append((socket.inet_ntoa(local), prefix))
     return found
+
+
+def local_networks() -> list[tuple[str, int]]:
+    """What this network namespace delivers to itself, each with the length of its prefix.
+
+    Addresses, broadcast addresses, and what an administrator has made local without an address.
+    """
+    body = struct.pack("BBBBBBBBI", socket.AF_INET, 0, 0, 0, _LOCAL_TABLE, 0, 0, 0, 0)
+    found = []
+    for message in _dump(_GET_ROUTE, body, strict=True):
+        if message[0] == socket.AF_INET and message[4] == _LOCAL_TABLE:
+            destination = dict(_attributes(message[12:])).get(_DESTINATION, bytes(4))
+            found.append((socket.inet_ntoa(destination), message[1]))
+    return found
+
+
+class Changes:
+    """Tells that addresses or local routes of this network namespace have changed."""
+
+    def __init__(self) -> None:
+        self._kernel = _open()
+        self._kernel.setblocking(False)
+        sc.attach_socket_filter(self._kernel.fileno(), _changes_wanted())
+        self._kernel.bind((0, _IPV4_ADDRESSES | _IPV4_ROUTES))
+
+    def fileno(self) -> int:
+        """Readable when something has changed."""
+        return self._kernel.fileno()
+
+    def take(self) -> bool:
+        """Whether something has changed since the last call."""
+        changed = False
+        while True:
+            try:
+                self._kernel.recv(1)
+            except BlockingIOError:
+                return changed
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # there was no room for all that has changed
+                    raise
+            changed = True
 
 
 def refuse_destination(address: str) -> None:
@@ -53,6 +100,21 @@ def refuse_connections(address: str, priority: int, port_left: int | None = None
             ports = _attribute(_PORTS, struct.pack("HH", port_left, port_left))
             _rule(_RULE_LOOKUP, priority, wanted + ports)
         _rule(_RULE_UNREACHABLE, priority + 1, wanted)
+
+
+def _changes_wanted() -> bytes:
+    """A filter for changes of addresses and of local routes: a router has many others a second."""
+    kinds = [int.from_bytes(struct.pack("=H", kind)) for kind in (_NEW_ROUTE, _NEW_ROUTE + 1)]
+    instructions = (
+        (0x28, 0, 0, 4),  # the message's kind
+        (0x15, 1, 0, kinds[0]),
+        (0x15, 0, 2, kinds[1]),
+        (0x30, 0, 0, 20),  # the route's table
+        (0x15, 0, 1, _LOCAL_TABLE),
+        (0x06, 0, 0, 0xFFFFFFFF),
+        (0x06, 0, 0, 0),
+    )
+    return b"".join(struct.pack("=HBBI", *each) for each in instructions)
 
 
 def _rule(action: int, priority: int, attributes: bytes) -> None:
@@ -87,8 +149,10 @@ def _ask(kind: int, body: bytes) -> None:
         raise OSError(-code, os.strerror(-code))
 
 
-def _dump(kind: int, body: bytes) -> Iterator[bytes]:
+def _dump(kind: int, body: bytes, *, strict: bool = False) -> Iterator[bytes]:
+    """The messages of a dump; a strict one is of those alone that the body's fields ask for."""
     with _open() as kernel:
+        kernel.setsockopt(_NETLINK, _STRICT, strict)
         kernel.sendto(_message(kind, _DUMP, body), (0, 0))
         while True:
             packet = kernel.recv(65_536)

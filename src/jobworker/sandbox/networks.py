@@ -1,10 +1,15 @@
-"""What a child that is made for a network of its own is given: names, and a gateway if it has one.
+"""What a child that is made for a network of its own is given: names, a gateway, and a wall.
+
+The wall (`sandbox.wall`) closes the addresses that the host has. The kernel tells when they change,
+and every wall that stands is built anew then.
 
 Standard library only.
 """
 
+from typing import NamedTuple
+
 from jobworker.errors import SandboxError
-from jobworker.sandbox import netlink
+from jobworker.sandbox import netlink, wall
 from jobworker.sandbox.cgroups import Limits, Scope
 from jobworker.sandbox.gateway import Means, start_gateway
 from jobworker.sandbox.plan import Order, OwnNetwork, View
@@ -19,10 +24,30 @@ from jobworker.sandbox.private_network import (
 from jobworker.sandbox.stage import ROOT
 
 
+class Host(NamedTuple):
+    """What the host answers at."""
+
+    addresses: tuple[tuple[str, int], ...]
+    """Each with the length of its network's prefix."""
+    local: tuple[wall.Range, ...]
+    """All that is delivered to the host itself, broadcasts included."""
+
+
+def look_at_host() -> Host:
+    """The host's addresses as they are now. Raises OSError."""
+    addresses = netlink.addresses()
+    alone = [wall.range_of(address) for address, _ in addresses]
+    local = [wall.range_of(f"{first}/{length}") for first, length in netlink.local_networks()]
+    return Host(tuple(addresses), wall.merged([*alone, *local]))
+
+
 class Networks:
     """Makes networks for jobs."""
 
     def __init__(self, view: View, first_uid: int, landlock: int | None) -> None:
+        self.changes = netlink.Changes()
+        """Readable when the host's addresses may have changed: see `refresh`."""
+        self.host, self._stale = look_at_host(), False
         self._view, self._landlock = view, landlock
         self._trees = {layer.at: layer.lower[-1] for layer in view.layers} or {"": ROOT}
         self._first_uid = first_uid
@@ -38,7 +63,7 @@ class Networks:
         if order.network == "none":
             return OwnNetwork(order.hostname), None
         self._program()
-        layout = choose_layout(netlink.addresses())
+        layout = choose_layout(self.host.addresses)
         try:
             with open(
                 f"{self._trees['']}/etc/resolv.conf", encoding="utf-8", errors="replace"
@@ -47,6 +72,23 @@ class Networks:
         except FileNotFoundError:
             resolvers = ""  # the host has none either
         return OwnNetwork(order.hostname, layout.address, resolvers, has_gateway=True), layout
+
+    def refresh(self) -> bool:
+        """Look at the host's addresses again where something has changed; whether they differ.
+
+        Raises OSError; the next call looks again then.
+        """
+        self._stale = self.changes.take() or self._stale
+        if not self._stale:
+            return False
+        before, self.host = self.host, look_at_host()
+        self._stale = False
+        return self.host.local != before.local
+
+    def wall_for(self, layout: Layout) -> bytes:
+        """The wall of a job with this layout, as the host's addresses are now."""
+        network = f"{layout.prefix}.0/24"
+        return wall.program(layout.address, layout.resolver, network, self.host.local)
 
     def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int]:
         """Start the gateway for the job in place `index`: see `start_gateway`."""

@@ -193,8 +193,8 @@ def prepare(
     owner = slot.first_uid
     return (
         s.AttachScope(),
+        *_network(own_network),  # before the domain, which would keep it away from its gateway
         s.ScopeSocketsAndSignals(),
-        *_network(own_network),
         s.KeepOwnDescriptors(view.null),
         s.UnshareCgroupNamespace(),
         s.NewSession(),

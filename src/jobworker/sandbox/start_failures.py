@@ -18,6 +18,7 @@ from jobworker.errors import (
     SandboxError,
     TooLarge,
 )
+from jobworker.sandbox.private_network import WALL
 
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
@@ -43,7 +44,10 @@ _SPECIAL = {
     ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
-
+_WALL_REMEDY = (
+    "let the launcher look into its own processes (kernel.yama.ptrace_scope below 3), "
+    "or choose --network=host or --network=none"
+)
 
 _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     errno.ENOENT: (
@@ -92,9 +96,12 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     if step == "volume" or absent:
         return _explain_volume(code, str(detail), data)
     subject = f" ({detail})" if detail and code else ""
+    remedy = _SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, "")
+    if detail == WALL and code == errno.EPERM:
+        remedy = _WALL_REMEDY
     return SandboxError(
         f"cannot start the job: the step {step} failed: {reason}{subject}",
-        remedy=_SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, ""),
+        remedy=remedy,
         data=data,
     )
 

@@ -33,8 +33,13 @@ _KEYCTL = _NUMBERS[_machine]["keyctl"]
 _RT_SIGACTION = _NUMBERS[_machine]["rt_sigaction"]
 _SECCOMP = _NUMBERS[_machine]["seccomp"]
 _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
-_MOUNT_SETATTR = 442
+_PIDFD_GETFD, _MOUNT_SETATTR = 438, 442
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
+
+# <linux/if_tun.h>
+_TUNGETIFF, _TUNATTACHFILTER = 0x800454D2, 0x401054D5
+_IFREQ_BYTES = 40
+_SOL_SOCKET, _SO_ATTACH_FILTER = 1, 26
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
@@ -254,6 +259,41 @@ def seccomp(program: bytes, *, log: bool) -> None:
     packed = _FilterProgram(len(program) // 8, program)
     flags, number = ctypes.c_uint(flag_log if log else 0), ctypes.c_long(_SECCOMP)
     _check(_libc.syscall(number, set_mode_filter, flags, ctypes.byref(packed)))
+
+
+def pidfd_getfd(process: int, descriptor: int) -> int:
+    """A copy of another process's descriptor, which the caller closes: pidfd_getfd(2).
+
+    Raises OSError: EBADF where it has none of this number, EPERM without the right to trace it.
+    """
+    number, none = ctypes.c_long(_PIDFD_GETFD), ctypes.c_uint(0)
+    return _check(_libc.syscall(number, ctypes.c_int(process), ctypes.c_int(descriptor), none))
+
+
+def is_tap(descriptor: int) -> bool:
+    """Whether the descriptor is one of a tun or tap device, attached to it: tuntap.rst."""
+    request = ctypes.create_string_buffer(_IFREQ_BYTES)
+    return int(_libc.ioctl(descriptor, ctypes.c_ulong(_TUNGETIFF), request)) == 0
+
+
+def attach_socket_filter(descriptor: int, program: bytes) -> None:
+    """Filter what a socket receives, SO_ATTACH_FILTER: socket(7).
+
+    `program` is an array of struct sock_filter.
+    """
+    packed = _FilterProgram(len(program) // 8, program)
+    size = ctypes.c_uint(ctypes.sizeof(packed))
+    _check(_libc.setsockopt(descriptor, _SOL_SOCKET, _SO_ATTACH_FILTER, ctypes.byref(packed), size))
+
+
+def attach_tap_filter(descriptor: int, program: bytes) -> None:
+    """Filter what a tap device's descriptor reads, in place of an earlier filter: tuntap.rst.
+
+    `program` is an array of struct sock_filter, of which the kernel takes a copy.
+    """
+    packed = _FilterProgram(len(program) // 8, program)
+    request = ctypes.c_ulong(_TUNATTACHFILTER)
+    _check(_libc.ioctl(descriptor, request, ctypes.byref(packed)))
 
 
 class _LandlockRuleset(ctypes.Structure):
