@@ -83,7 +83,7 @@ class UnknownMethod(ProtocolError):
     name = "method_not_found"
 
 
-class InvalidParams(JobworkerError):
+class InvalidParams(JobworkerError, ValueError):
     """A value that is missing, of the wrong type or out of bounds; the message names its path."""
 
     code = -32602

@@ -19,6 +19,7 @@ from jobworker.model.bounds import states, within
 from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
+from jobworker.model.made import told
 from jobworker.model.volumes import VolumeMount, check_mounts
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
@@ -77,6 +78,7 @@ class OutputCut(Enum):
     """The disk was full, or refused to write."""
 
 
+@told
 @frozen(kw_only=True)
 class Limits:
     """A job's resource limits: None stands for the server's default, 0 for no limit."""
@@ -182,6 +184,7 @@ def check_job_name(_: object, __: object, value: str) -> None:
         raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")
 
 
+@told
 @frozen(kw_only=True)
 class JobSpec:
     """A request for a job, as the client makes it."""

@@ -3,6 +3,7 @@
 from attrs import field, frozen
 
 from jobworker.model.bounds import states, within
+from jobworker.model.made import told
 from jobworker.storage import (
     MAX_DISK_BYTES,
     MAX_VOLUMES,
@@ -26,6 +27,7 @@ def _check_place(_: object, __: object, value: str) -> None:
         raise ValueError(fault)
 
 
+@told
 @frozen(kw_only=True)
 class VolumeMount:
     """A volume in a job's root."""

@@ -22,6 +22,7 @@ from jobworker.model.job import (
 )
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
+from jobworker.model.made import told
 from jobworker.model.volumes import Volume, check_name
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES
 
@@ -143,6 +144,7 @@ class RemoveParams:
     """Kill it first where it has not ended, and remove it though its output is being followed."""
 
 
+@told
 @frozen(kw_only=True)
 class PruneParams:
     """Remove ended jobs' output, the oldest first; with nothing given, as the server is configured.

@@ -70,6 +70,26 @@ async def test_bad_value_is_an_error_of_the_parameters_and_is_not_sent(use: Use)
             peer.sent.receive_nowait()
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: jobworker.Limits(cpu_percent=-1), "cannot make a Limits: cpu_percent: must be"),
+        (lambda: JobSpec(command=()), "cannot make a JobSpec: command: is empty"),
+        (lambda: JobSpec(command=("a", 1)), "cannot make a JobSpec: command: "),  # type: ignore[arg-type]
+        (lambda: JobSpec(command=("a",), labels={"": "x"}), "labels: "),
+        (JobSpec, "cannot make a JobSpec: "),
+        (lambda: JobSpec(command=("a",), bogus=1), "cannot make a JobSpec: "),  # type: ignore[call-arg]
+        (lambda: jobworker.VolumeMount(name=".."), "cannot make a VolumeMount: name: "),
+        (lambda: m.PruneParams(keep_jobs=-1), "cannot make a PruneParams: keep_jobs: "),
+    ],
+)
+def test_what_cannot_be_made_is_an_error_of_the_same_kind(
+    make: Callable[[], object], words: str
+) -> None:
+    with pytest.raises(InvalidParams, match=words):
+        make()
+
+
 async def test_values_may_be_given_in_the_forms_that_python_has() -> None:
     seen: list[object] = []
 
