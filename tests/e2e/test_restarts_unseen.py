@@ -6,8 +6,9 @@ and some start while nothing listens.
 
 import json
 import os
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from attrs import define
 from jobworker.cli.embedded import program
 
 from ..integration.conftest import _needs_root, left_behind, open_directory
+from ..integration.test_foreign_clients import COMMANDS, missing
 from .restarting import Site, open_site
 
 __all__ = ["_needs_root", "open_directory"]
 
+CLI = program("worker-cli")
 RESTARTS = 8
 WRITER = """
 trap 'end=1' TERM
@@ -58,14 +61,14 @@ class Commands:
     enough: bool = False
     """Whether `ask_all_the_time` has asked often enough."""
 
-    def start(self, *arguments: str) -> Command:
-        """Start a command."""
+    def start(self, *arguments: str, program: Sequence[str] = CLI) -> Command:
+        """Start a command, of worker-cli or another client."""
         self.count += 1
         out, err = (self.site.directory / f"{self.count}.{name}" for name in ("out", "err"))
         certs = self.site.directory / "certs"
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
-                [*program("worker-cli"), *arguments],
+                [*program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -159,3 +162,31 @@ async def until_longer(file: Path, size: int) -> None:
     with trio.fail_after(60):
         while file.stat().st_size <= size:  # noqa: ASYNC110
             await trio.sleep(0.02)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_foreign_client_goes_on_over_restarts(
+    open_directory: Callable[[], Path], name: str
+) -> None:
+    if lacking := missing(name):
+        pytest.skip(f"needs {lacking}")
+    directory = open_directory()
+    with open_site(directory, {"sandbox": {"disk_limit": 16}}) as site:
+        site.start()
+        await site.until_ready()
+        commands = Commands(site)
+        client = commands.start("sh", "-c", WRITER, program=COMMANDS[name])
+        await until_written(client.out)
+        for end in (site.end, site.kill):
+            before = client.out.stat().st_size
+            await end()
+            site.start()
+            await site.until_ready()
+            await until_longer(client.out, before)
+        client.process.send_signal(signal.SIGINT)  # which stops the job
+        assert await client.ended() == 7, client.err.read_text()
+        check(client.out.read_text(), "o")
+        check(without_notes(client.err.read_text()), "e")
+        await site.end()
+    assert left_behind(directory) == []

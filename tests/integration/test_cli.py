@@ -356,3 +356,30 @@ def test_volume_from_the_command_line(cli: Cli) -> None:
     fails(cli("run", "--volume=of-cli:/proc", "true"), 65, "--volume", "/proc")
     fails(cli("run", "--max-disk=1", "true"), 65, "--max-disk")
     fails(cli("run", "--runtime=nosuch", "true"), 65, "--runtime", "nosuch")
+
+
+@pytest.mark.parametrize("command", ["wait", "stop", "status", "log", "list"])
+def test_output_that_is_refused_is_an_error_of_its_own(cli: Cli, command: str) -> None:
+    job = cli("run", "-q", "echo", "hello").stdout.strip()
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*program("worker-cli"), command, *([] if command == "list" else [job])],
+            env=cli.environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 83
+    assert done.stderr.count(b"\n") == 1
+    assert b"worker-cli: cannot print: No space left on device; " in done.stderr
+
+
+def test_key_that_others_can_read_is_told(cli: Cli, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_bytes(Path(cli.environment()["WORKER_KEY_PATH"]).read_bytes())
+    key.chmod(0o644)
+    done = cli("whoami", WORKER_KEY_PATH=str(key))
+    assert done.returncode == 0
+    assert f"worker-cli: the key {key} is open to others" in done.stderr
+    assert f"chmod 600 {key}" in done.stderr

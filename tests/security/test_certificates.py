@@ -34,6 +34,7 @@ from jobworker.errors import (
     ServerUntrusted,
 )
 from jobworker.model.job import JobSpec
+from jobworker.model.lifecycle import State
 from jobworker.pki import administration
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority
@@ -194,6 +195,7 @@ def test_user_of_worker_cli_is_told_which_of_the_causes_it_is(
     else:
         forger.context(valid=(timedelta(hours=1), timedelta(hours=2)))
     path = forger.directory / "forged-1.pem"
+    path.chmod(0o600)  # or that would be told too
     names = {**house.environment(), "WORKER_CERT_PATH": str(path), "WORKER_KEY_PATH": str(path)}
     done = subprocess.run(
         [*program("worker-cli"), "ping"],
@@ -356,6 +358,61 @@ async def test_revoked_certificate_is_out_at_once_and_stays_out(fresh: Embedded)
         async with dial():
             pass
     await log_tells(fresh, "refused: certificate revoked")
+
+
+async def until_refused(client: Client) -> None:
+    while True:
+        await client.hello()
+
+
+async def test_client_goes_on_with_the_files_that_took_the_place_of_the_old(
+    fresh: Embedded, tmp_path: Path
+) -> None:
+    """A follower and a waiter, over a renewal and the revocation of the old certificate."""
+
+    def place(name: str) -> None:
+        for kind in ("cert", "key"):
+            new = tmp_path / f"new-{kind}.pem"
+            new.write_bytes((fresh.directory / "certs" / f"{name}-{kind}.pem").read_bytes())
+            new.rename(tmp_path / f"{kind}.pem")
+
+    for name in ("mia", "mia-anew"):
+        issue(fresh, name, "admin")
+    place("mia")
+    seen, breaks = list[int](), list[str]()
+    async with open_client(
+        fresh.address,
+        ca=fresh.directory / "certs" / "ca-cert.pem",
+        certificate=tmp_path / "cert.pem",
+        key=tmp_path / "key.pem",
+    ) as client:
+        job = await client.run(CHATTER)
+
+        async def follow() -> None:
+            async for chunk in job.output(on_break=lambda lost, _: breaks.append(lost.message)):
+                assert chunk.offset == sum(seen)
+                seen.append(len(chunk.data))
+
+        async with trio.open_nursery() as nursery, trio.open_nursery() as followers:
+            followers.start_soon(follow)
+            nursery.start_soon(job.wait)
+            await until(lambda: bool(seen))
+            place("mia-anew")
+            revoke(fresh, "mia")
+            await reload(fresh)
+            await until(lambda: bool(breaks))
+            count = len(seen)
+            await until(lambda: len(seen) > count)
+            assert (await client.hello()).name == "mia-anew"
+            await job.stop(grace_seconds=0)
+        assert (await job.status()).state is State.STOPPED
+        revoke(fresh, "mia-anew")  # and now there are no others
+        await reload(fresh)
+        with pytest.raises(CertificateRefused, match="revoked"), trio.fail_after(PROMPTLY):
+            await until_refused(client)
+        issue(fresh, "mia-third", "admin")
+        place("mia-third")
+        assert (await client.hello()).name == "mia-third"
 
 
 async def test_client_that_will_not_go_is_cut_off(fresh: Embedded) -> None:
