@@ -4,7 +4,8 @@
 #   ./run.sh sh -c 'echo hello; sleep 60'
 #
 # Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
-# WORKER_CA_PATH. Output travels as text in JSON: what is no UTF-8 becomes U+FFFD.
+# WORKER_CA_PATH. Output travels as text in JSON: what is no UTF-8 becomes U+FFFD. Where the connection
+# is lost, the service is restarted, or this machine slept, it connects again and goes on.
 set -eu
 
 host=${WORKER_SERVER%:*}
@@ -12,14 +13,6 @@ case $host in
 *:* | *[0-9].*[0-9].*[0-9].*[0-9]) name=-verify_ip ;;
 *) name=-verify_hostname ;;
 esac
-
-# The connection: a process of its own session, so that Ctrl-C is ours alone.
-coproc TLS {
-    exec setsid openssl s_client -quiet -no_ign_eof -verify_return_error -tls1_3 \
-        -connect "$WORKER_SERVER" "$name" "${host//[][]/}" \
-        -cert "$WORKER_CERT_PATH" -key "$WORKER_KEY_PATH" -CAfile "$WORKER_CA_PATH" 2>/dev/null
-}
-exec 3<&"${TLS[0]}" 4>&"${TLS[1]}"
 
 byte() { printf "\\x$(printf %02x "$1")" >&4; }
 
@@ -68,57 +61,126 @@ receive() {
             for number in $payload; do byte "$number"; done
             continue
         fi
-        [ $((first & 15)) = 8 ] && return 1
+        if [ $((first & 15)) = 8 ]; then # the end, with a code: two bytes
+            local high low
+            read -r high low <<<"$(take 2)"
+            closed=$((high << 8 | low))
+            return 1
+        fi
         message=$(trap '' INT && head -c "$size" <&3)
         return 0
     done
 }
 
-printf '%s\r\n' 'GET / HTTP/1.1' "Host: $WORKER_SERVER" 'Upgrade: websocket' 'Connection: Upgrade' \
-    'Sec-WebSocket-Version: 13' "Sec-WebSocket-Key: $(openssl rand -base64 16)" \
-    'Sec-WebSocket-Protocol: jobworker.v1' '' >&4
+# connect: a connection, on 3 and 4; false where there is none.
+connect() {
+    local head= character
+    disconnect
+    closed=1006 # as long as no other code has come
+    # A process of its own session, so that Ctrl-C is ours alone.
+    coproc TLS {
+        exec setsid openssl s_client -quiet -no_ign_eof -verify_return_error -tls1_3 \
+            -connect "$WORKER_SERVER" "$name" "${host//[][]/}" \
+            -cert "$WORKER_CERT_PATH" -key "$WORKER_KEY_PATH" -CAfile "$WORKER_CA_PATH" 2>/dev/null
+    }
+    pid=${TLS_PID:-}
+    [ -n "${TLS[0]:-}" ] || return 1 # it has ended already
+    exec 3<&"${TLS[0]}" 4>&"${TLS[1]}"
+    printf '%s\r\n' 'GET / HTTP/1.1' "Host: $WORKER_SERVER" 'Upgrade: websocket' \
+        'Connection: Upgrade' 'Sec-WebSocket-Version: 13' \
+        "Sec-WebSocket-Key: $(openssl rand -base64 16)" \
+        'Sec-WebSocket-Protocol: jobworker.v1' '' >&4
+    # The head of the answer, a byte at a time: what follows it is the first frame.
+    while [[ $head != *$'\r\n\r'* ]]; do
+        IFS= read -r -N 1 -u 3 character || return 1
+        head+=$character
+    done
+    IFS= read -r -N 1 -u 3 character || return 1
+    [[ $head == 'HTTP/1.1 101'* ]] || { head -c 2000 <&3 >&2; echo >&2; exit 69; }
+}
 
-# The head of the answer, a byte at a time: what follows it is the first frame.
-head_=
-while [[ $head_ != *$'\r\n\r'* ]]; do
-    IFS= read -r -N 1 -u 3 character || { echo "cannot connect to $WORKER_SERVER" >&2; exit 69; }
-    head_+=$character
-done
-IFS= read -r -N 1 -u 3 character
-[[ $head_ == 'HTTP/1.1 101'* ]] || { head -c 2000 <&3 >&2; echo >&2; exit 69; }
+disconnect() {
+    [ -n "${pid:-}" ] || return 0
+    exec 3<&- 4>&-
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+    pid=
+}
 
 request() { jq -cn --arg method "$1" --argjson id "$2" --argjson params "$3" \
     '{jsonrpc: "2.0", id: $id, method: $method, params: $params}'; }
 
 command=$(jq -cn '$ARGS.positional' --args -- "$@")
-send "$(request job.run 1 "{\"job\": {\"command\": $command}, \"follow\": {\"encoding\": \"text\"}}")"
+job='' offset=0 stopping=''
 
-job=
-trap '[ -z "$job" ] || send "$(request job.stop 2 "{\"id\": $job}")"' INT
+stop() {
+    stopping=1
+    if [ -n "$job" ] && [ -n "${pid:-}" ]; then
+        send "$(request job.stop 2 "{\"id\": $job}")" 2>/dev/null || true
+    fi
+}
+trap 'stop' INT
+trap '' PIPE # a connection that is lost is met where something is read
 
-while receive; do
-    case $(jq -r '.method // (if .error then "error" else .id end)' <<<"$message") in
-    1)
-        job=$(jq .result.job.id <<<"$message")
-        echo "job $job" >&2
-        ;;
-    error)
-        jq -r .error.message <<<"$message" >&2
-        exit 70
-        ;;
-    job.output)
-        if [ "$(jq -r .params.stream <<<"$message")" = stderr ]; then
-            jq -j .params.text <<<"$message" >&2
-        else
-            jq -j .params.text <<<"$message"
-        fi
-        ;;
-    job.output_end)
-        jq -r '"job \(.params.job.id): \(.params.job.state)"' <<<"$message" >&2
-        exit "$(jq '.params.job | .exit_code // (if .signal then 128 + .signal else 125 end)' \
-            <<<"$message")"
-        ;;
+# serve: run the command, or go on with its output; to the job's end, or the connection's.
+serve() {
+    if [ -z "$job" ]; then
+        send "$(request job.run 1 "{\"job\": {\"command\": $command}, \"follow\": {\"encoding\": \"text\"}}")"
+    else
+        send "$(request job.log 3 "{\"id\": $job, \"offset\": $offset, \"delivery\": {\"encoding\": \"text\"}}")"
+        [ -z "$stopping" ] || stop
+    fi
+    while receive; do
+        case $(jq -r '.method // (if .error then "error" else .id end)' <<<"$message") in
+        1)
+            job=$(jq .result.job.id <<<"$message")
+            echo "job $job" >&2
+            ;;
+        error)
+            jq -r .error.message <<<"$message" >&2
+            exit 70
+            ;;
+        job.output)
+            if [ "$(jq -r .params.stream <<<"$message")" = stderr ]; then
+                jq -j .params.text <<<"$message" >&2
+            else
+                jq -j .params.text <<<"$message"
+            fi
+            offset=$(jq '.params | .offset + .bytes' <<<"$message")
+            ;;
+        job.output_end)
+            case $(jq -r '.params.error.name // ""' <<<"$message") in
+            '') ;;
+            shutting_down) continue ;; # the next service has the rest
+            *)
+                jq -r .params.error.message <<<"$message" >&2
+                exit 70
+                ;;
+            esac
+            jq -r '"job \(.params.job.id): \(.params.job.state)"' <<<"$message" >&2
+            exit "$(jq '.params.job | .exit_code // (if .signal then 128 + .signal else 125 end)' \
+                <<<"$message")"
+            ;;
+        esac
+    done
+}
+
+lost_at=
+while :; do
+    if connect; then
+        lost_at=
+        serve || true
+    fi
+    lost_at=${lost_at:-$SECONDS}
+    case $closed in # after these the same would come of it: docs/protocol.md, Closing
+    1002 | 1007 | 1008 | 1009 | 1011) break ;;
     esac
+    [ -n "$job" ] && [ $((SECONDS - lost_at)) -lt 120 ] || break
+    sleep 0.5
 done
-echo 'cannot go on: the server closed the connection' >&2
+if [ -z "$job" ]; then
+    echo "cannot go on: the connection to $WORKER_SERVER failed; the job may have been started" >&2
+else
+    echo "cannot go on: the server closed the connection ($closed)" >&2
+fi
 exit 69
