@@ -14,7 +14,8 @@ case $host in
 *) name=-verify_hostname ;;
 esac
 
-byte() { printf "\\x$(printf %02x "$1")" >&4; }
+# What a lost connection does not take is met where something is read.
+byte() { printf "\\x$(printf %02x "$1")" >&4; } 2>/dev/null
 
 # send JSON: one text frame (RFC 6455, 5.2), masked with zeroes, which leave the text as it is.
 send() {
@@ -32,7 +33,7 @@ send() {
         for shift in $shifts; do byte $(((size >> shift) & 255)); done
     fi
     printf '\0\0\0\0%s' "$1" >&4
-}
+} 2>/dev/null
 
 # take N: so many bytes, as decimal numbers; in a subshell. Ctrl-C goes to all, and is not for these.
 take() {
@@ -57,7 +58,7 @@ receive() {
             payload=$(take "$size")
             byte 138
             byte $((128 | size))
-            printf '\0\0\0\0' >&4
+            printf '\0\0\0\0' 2>/dev/null >&4
             for number in $payload; do byte "$number"; done
             continue
         fi
@@ -89,7 +90,7 @@ connect() {
     printf '%s\r\n' 'GET / HTTP/1.1' "Host: $WORKER_SERVER" 'Upgrade: websocket' \
         'Connection: Upgrade' 'Sec-WebSocket-Version: 13' \
         "Sec-WebSocket-Key: $(openssl rand -base64 16)" \
-        'Sec-WebSocket-Protocol: jobworker.v1' '' >&4
+        'Sec-WebSocket-Protocol: jobworker.v1' '' 2>/dev/null >&4
     # The head of the answer, a byte at a time: what follows it is the first frame.
     while [[ $head != *$'\r\n\r'* ]]; do
         IFS= read -r -N 1 -u 3 character || return 1
@@ -120,7 +121,7 @@ stop() {
     fi
 }
 trap 'stop' INT
-trap '' PIPE # a connection that is lost is met where something is read
+trap '' PIPE
 
 # serve: run the command, or go on with its output; to the job's end, or the connection's.
 serve() {
