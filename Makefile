@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+DEMO_STAMP := $(VENV)/.set-up-demo
 
 .PHONY: bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
 
@@ -10,7 +11,7 @@ help:
 	@sed -n 's/^#: //p' Makefile
 
 #: make demo    run a service of its own, show some jobs and their limits, clean up
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	@$(BIN)/worker demo
 
 #: make test    everything: lint, types, import rules, all tests
@@ -31,7 +32,7 @@ unit: $(STAMP)
 
 #: make bench   time the start of jobs beside bwrap and crun
 bench: $(STAMP)
-	@contrib/set-up.sh --bench
+	@contrib/set-up.sh bench
 	$(BIN)/python -m bench.start_latency
 
 #: make soak    long runs of what the tests do shortly; half an hour
@@ -79,5 +80,9 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz
 
 $(STAMP): pyproject.toml contrib/set-up.sh
-	@contrib/set-up.sh $(VENV)
-	@touch $(STAMP)
+	@contrib/set-up.sh tests $(VENV)
+	@touch $(STAMP) $(DEMO_STAMP)
+
+$(DEMO_STAMP): pyproject.toml contrib/set-up.sh
+	@contrib/set-up.sh demo $(VENV)
+	@touch $(DEMO_STAMP)

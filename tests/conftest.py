@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def compiler() -> str:
+    """The C compiler that builds attacks and libraries; skips the test where there is none."""
+    found = shutil.which("gcc")
+    if found is None:
+        pytest.skip("needs gcc")
+    return found
 
 
 def attached_disks() -> set[str]:

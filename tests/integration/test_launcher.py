@@ -23,6 +23,7 @@ from jobworker.sandbox.seccomp import NEEDED_TO_START
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.server.id_ranges import lock_ids
 
+from ..conftest import compiler
 from .conftest import child_of, disks_in
 
 HELLO = """
@@ -375,7 +376,7 @@ def test_profile_of_what_a_start_takes_is_enough_to_start_and_to_tell_why_not(
     programs = shown_directory
     source = programs / "hello.c"
     source.write_text(HELLO)
-    build = ["gcc", "-static", "-nostdlib", "-o", str(programs / "hello"), str(source)]
+    build = [compiler(), "-static", "-nostdlib", "-o", str(programs / "hello"), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     calls = ", ".join(f'"{call}"' for call in sorted(NEEDED_TO_START))
     profile = f'newest_call = 469\n[[allow]]\nwhat = "a start"\ncalls = [{calls}]\n'

@@ -14,6 +14,7 @@ import trio
 from jobworker.cli.embedded import open_embedded
 from jobworker.errors import HostUnsupported
 
+from ..conftest import compiler
 from .conftest import left_behind
 from .test_takeover import start, until_bigger
 from .wire import Wire, open_wire
@@ -53,7 +54,7 @@ def moved_by(open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
     directory = open_directory()
     (directory / "shim.c").write_text(SHIM)
     library, file = directory / "shim.so", directory / "moved-by"
-    build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(directory / "shim.c")]
+    build = [compiler(), "-shared", "-fPIC", "-o", str(library), str(directory / "shim.c")]
     subprocess.run(build, check=True)
     file.write_text("0")
     monkeypatch.setenv("LD_PRELOAD", str(library))

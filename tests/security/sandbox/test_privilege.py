@@ -22,6 +22,7 @@ from jobworker.sandbox.libseccomp import number_of
 from jobworker.sandbox.plan import KEPT_CAPABILITIES
 from jobworker.sandbox.policy import Policy
 
+from ...conftest import compiler
 from ...integration.test_launcher import Service, make_policy, shown_directory
 from ...integration.wire import Wire
 
@@ -164,7 +165,7 @@ def overwriter(shown_directory: Path) -> Path:
     """A library that overwrites the program which it is loaded into."""
     source, library = shown_directory / "attack.c", shown_directory / "attack.so"
     source.write_text(OVERWRITE)
-    build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(source)]
+    build = [compiler(), "-shared", "-fPIC", "-o", str(library), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     return library
 
@@ -253,7 +254,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs x86-64, which has the entries of i386 and x32")
     place = tmp_path_factory.mktemp("foreign")
     (place / "foreign.c").write_text(FOREIGN)
-    build = ["gcc", "-static", "-nostdlib", "-O1", "-fno-stack-protector", "-fno-builtin"]
+    build = [compiler(), "-static", "-nostdlib", "-O1", "-fno-stack-protector", "-fno-builtin"]
     subprocess.run(
         [*build, "-o", str(place / "foreign"), str(place / "foreign.c")],
         check=True,
