@@ -10,7 +10,9 @@ it is looked at, and what the job can add meanwhile. Looking costs an idle launc
 Standard library only.
 """
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +27,8 @@ BOUND_BYTES = 64 << 20
 STEP_BYTES = 32 << 20
 """Growth of the host's that is a reason to look."""
 LOOK_SECONDS = 0.2
+SELDOM_SECONDS = 30.0
+"""Looked at in any case this often: what others give back may hide what a job takes."""
 _FIELD = b"SUnreclaim:"
 
 
@@ -43,6 +47,7 @@ class KernelWatch:
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
         self._calm = self._unreclaimable()
         self._measuring = False
+        self._measured_at = time.monotonic()
 
     def wake(self) -> None:
         """A job runs: look from now on, until none does."""
@@ -57,14 +62,15 @@ class KernelWatch:
         self._turns.call_in(LOOK_SECONDS, self._look)
         now = self._unreclaimable()
         self._calm = min(self._calm, now)
-        if now <= self._calm + STEP_BYTES or self._measuring:
+        overdue = time.monotonic() > self._measured_at + SELDOM_SECONDS
+        if self._measuring or not (overdue or now > self._calm + STEP_BYTES):
             return
         pids = {child.pid: job for job, child in running.items()}
         try:
             self._chores.start(partial(_measure, pids), self._judge)
         except OSError:
             return  # no process to be had: at the next look, then
-        self._measuring, self._calm = True, now
+        self._measuring, self._calm, self._measured_at = True, now, time.monotonic()
 
     def _judge(self, outcome: channel.Message) -> None:
         self._measuring = False
@@ -91,6 +97,7 @@ def _measure(first_processes: dict[int, int]) -> channel.Message:
 
     What is looked up in the launcher's, the launcher would have to forget when it collects the job.
     """
-    sc.unshare(sc.CLONE_NEWNS)
-    sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
+    with contextlib.suppress(OSError):  # a kernel that lets no ordinary user do it: slower, then
+        sc.unshare(sc.CLONE_NEWNS)
+        sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
     return {"held": list(kernel_memory.measure(first_processes).items())}
