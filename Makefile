@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.set-up-demo
 
-.PHONY: bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
+.PHONY: bench-neighbour bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -74,6 +74,10 @@ bench-output: $(STAMP)
 bench-connect: $(STAMP)
 	@$(BIN)/python -c 'import grpc' 2>/dev/null || $(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python -m bench.connect
+
+#: make bench-neighbour   what hostile jobs do to disks, sockets, terminals and a neighbour's starts
+bench-neighbour: $(STAMP)
+	$(BIN)/python -m bench.neighbour
 
 #: make clean   remove what the others made
 clean:
