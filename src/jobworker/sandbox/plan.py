@@ -61,7 +61,10 @@ DEVICE_LINKS = (
 MASKED = (
     "/proc/acpi",
     "/proc/asound",
+    "/proc/cmdline",
     "/proc/config.gz",
+    "/proc/diskstats",
+    "/proc/fs",
     "/proc/interrupts",
     "/proc/kallsyms",
     "/proc/kcore",
@@ -72,14 +75,17 @@ MASKED = (
     "/proc/kpagecount",
     "/proc/kpageflags",
     "/proc/latency_stats",
+    "/proc/mdstat",
+    "/proc/partitions",
     "/proc/sched_debug",
     "/proc/scsi",
+    "/proc/swaps",
     "/proc/sysrq-trigger",
     "/proc/timer_list",
     "/proc/timer_stats",
     "/proc/vmallocinfo",
 )
-READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/pressure", "/proc/sys")
+READ_ONLY = ("/proc/bus", "/proc/irq", "/proc/pressure", "/proc/sys")
 
 KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
 """capabilities(7), over the job's own user namespace only: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,

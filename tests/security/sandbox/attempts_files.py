@@ -134,6 +134,21 @@ def read_kernel_configuration() -> None:
     os.read(open_uncovered("/proc/config.gz", os.O_RDONLY), 64)
 
 
+@attempt
+def read_how_the_host_was_started() -> None:
+    os.read(open_uncovered("/proc/cmdline", os.O_RDONLY), 64)
+
+
+@attempt
+def read_what_others_write_to_disks() -> None:
+    os.read(open_uncovered("/proc/diskstats", os.O_RDONLY), 64)
+
+
+@attempt
+def list_the_disks_of_others() -> object:
+    return any(os.listdir(f"/proc/fs/{kind}") for kind in os.listdir("/proc/fs")) or refused()
+
+
 # --- out of the root ----------------------------------------------------------------------------
 
 

@@ -39,12 +39,12 @@ print(json.dumps([masked, only, oom, os.path.islink("/dev/null")]))
 MASKED = [
     f"/proc/{name}"
     for name in (
-        "acpi asound config.gz interrupts kallsyms kcore keys key-users kmsg kpagecgroup "
-        "kpagecount kpageflags latency_stats sched_debug scsi sysrq-trigger timer_list "
-        "timer_stats vmallocinfo"
+        "acpi asound cmdline config.gz diskstats fs interrupts kallsyms kcore keys key-users kmsg "
+        "kpagecgroup kpagecount kpageflags latency_stats mdstat partitions sched_debug scsi swaps "
+        "sysrq-trigger timer_list timer_stats vmallocinfo"
     ).split()
 ]
-READ_ONLY = [f"/proc/{name}" for name in "bus fs irq pressure sys".split()]
+READ_ONLY = [f"/proc/{name}" for name in "bus irq pressure sys".split()]
 
 
 async def test_masks_hold_in_jobs_beside_one_that_exchanges_what_they_are_made_of(
