@@ -187,7 +187,10 @@ REACHED = {
     "max_connections_per_certificate": ("too_many_connections", "HTTP 503"),
     "max_handshakes": ("too_many_handshakes", "closed"),
     "handshake_timeout": ("handshake_too_slow", "closed"),
-    "max_failed_handshakes": ("too_many_failures", "closed before TLS"),
+    "max_failed_handshakes": (
+        "too_many_failures",
+        "slowed down; closed before TLS if too many wait",
+    ),
     "max_message_bytes": ("message_too_large", "closed with 1009"),
     "max_requests_in_flight": ("too_many_requests", "the request's error"),
     "max_follows": ("too_many_follows", "the request's error"),

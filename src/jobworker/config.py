@@ -161,6 +161,8 @@ class WorkerSettings:
     keep_output_age: str = field(default="0", validator=_duration)
     keep_output_jobs: int = field(default=10_000, validator=within(1, 1 << 30, or_zero=True))
     job_timeout: str = field(default="1h", validator=_duration)
+    max_job_timeout: str = field(default="7d", validator=_positive_duration)
+    """What a role without the permission `unbounded` may ask for at the most."""
     stop_grace: str = field(default="5s", validator=_duration)
     jobs_on_exit: Literal["auto", "leave", "stop"] = "auto"
 

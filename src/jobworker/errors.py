@@ -69,6 +69,13 @@ class ProtocolError(JobworkerError):
     name = "invalid_request"
 
 
+class NoUpgrade(ProtocolError):
+    """An HTTP request that opens no WebSocket of this protocol; the remedy says what would."""
+
+    code = 1050
+    name = "no_upgrade"
+
+
 class MalformedJSON(ProtocolError):
     """A message that is not JSON as this protocol takes it (RFC 8259, no duplicate keys)."""
 
@@ -152,7 +159,7 @@ class TooManyFollows(Busy):
 
 
 class TooManyFailures(Busy):
-    """Too many handshakes from this address have failed within the last minute."""
+    """Too many handshakes from this address failed in the last minute; too many wait for a turn."""
 
     code = 1009
     name = "too_many_failures"

@@ -11,8 +11,9 @@ import pytest
 import trio
 import trio_websocket
 import trustme
+from attrs import evolve
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import write_new
 
@@ -137,6 +138,7 @@ UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
+WHOLE = UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n"
 
 
 @pytest.mark.parametrize("role", ["Admin", "root"])
@@ -156,7 +158,19 @@ async def test_role_that_does_not_exist_gets_nothing(
     ("request_", "status"),
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"426"),
-        (b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"426"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"426"),
+        (b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+        (WHOLE.replace(b"GET / ", b"GET /jobs "), b"404"),
+        (WHOLE.replace(b"GET / ", b"GET /?x "), b"404"),
+        (WHOLE.replace(b"HTTP/1.1", b"HTTP/1.0"), b"426"),
+        (WHOLE.replace(b"Version: 13", b"Version: 8"), b"426"),
+        (WHOLE.replace(b"Sec-WebSocket-Version: 13\r\n", b""), b"426"),
+        (WHOLE.replace(b"Connection: Upgrade", b"Connection: close"), b"426"),
+        (WHOLE.replace(b"GhlIHNhb", b""), b"400"),
+        (WHOLE.replace(b"Sec-WebSocket-Key", b"X"), b"400"),
+        (b"\x16\x03garbage\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000, b"431"),
         (UPGRADE + b"\r\n", b"400"),
         (UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n" + b"\xff" * 40, b"400"),
         (UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v99\r\n\r\n", b"400"),
@@ -172,8 +186,33 @@ async def test_odd_request_gets_an_answer(
 ) -> None:
     said = await answer(service, context_for(service), request_)
     assert said.startswith(b"HTTP/1.1 " + status)
-    body = json.loads(said.partition(b"\r\n\r\n")[2])
-    assert body["error"]["message"].startswith("cannot serve")
+    error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
+    assert error["message"].startswith("cannot serve")
+    if status != b"403":
+        assert (error["code"], error["name"]) == (1050, "no_upgrade")
+        assert error["remedy"]
+
+
+async def test_head_gets_a_status_and_no_body(service: Embedded) -> None:
+    request = b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n"
+    said = await answer(service, context_for(service), request)
+    assert said.startswith(b"HTTP/1.1 426")
+    assert said.endswith(b"\r\n\r\n")
+
+
+async def test_every_address_of_both_families_is_one_setting(
+    open_directory: Callable[[], Path],
+) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("needs IPv6")
+    async with open_embedded(open_directory(), {"server": {"address": "::"}}) as both:
+        port = int(both.address.rsplit(":", 1)[1])
+        for address in ("127.0.0.1", "::1"):
+            there = evolve(both, address=f"{address}:{port}")
+            async with open_wire(there) as wire:
+                assert (await wire.call("service.hello"))["role"] == "admin"
+        assert "127.0.0.1" in both.log_text()
+        assert "ffff" not in both.log_text()
 
 
 @pytest.mark.parametrize(

@@ -191,12 +191,16 @@ async def test_running_with_its_output_needs_both(tenants: Embedded) -> None:
 
 
 async def test_no_time_limit_is_for_who_may_ask_for_it(tenants: Embedded, alice: Wire) -> None:
-    job = {"command": ["true"], "timeout_seconds": 0}
-    denied = await refusal(alice, "job.run", {"job": job})
-    assert denied.code == PermissionDenied.code
-    assert "unbounded" in denied.message
+    week = 7 * 86400
     async with open_wire(tenants) as admin:
-        await admin.call("job.run", job=job)
+        for seconds in (0, week + 1, 10 * 365 * 86400):
+            job = {"command": ["true"], "timeout_seconds": seconds}
+            for method in ("job.run", "job.plan"):
+                denied = await refusal(alice, method, {"job": job})
+                assert denied.code == PermissionDenied.code
+                assert "unbounded" in denied.message
+            await admin.call("job.run", job=job)
+    await alice.call("job.run", job={"command": ["true"], "timeout_seconds": week})
 
 
 async def test_volumes_are_for_those_who_reach_all_jobs(tenants: Embedded, alice: Wire) -> None:

@@ -40,6 +40,18 @@ class Permission(Enum):
     """Ask for no time limit (timeout 0), as for a service that runs for good."""
 
 
+_DONE = {
+    Permission.RUN: "run jobs",
+    Permission.STOP: "stop jobs",
+    Permission.REMOVE: "remove jobs or their output",
+    Permission.VIEW: "look at jobs",
+    Permission.LOG: "read what jobs print",
+    Permission.VOLUMES: "use volumes",
+    Permission.UNBOUNDED: "run jobs without a time limit, or beyond worker.max_job_timeout",
+}
+"""What a role may not do without a permission, in words."""
+
+
 class Scope(Enum):
     """Whose jobs a role reaches."""
 
@@ -117,7 +129,8 @@ class Roles:
         if not role.may(permission):
             holders = [other for other, row in sorted(self._rows.items()) if row.may(permission)]
             raise PermissionDenied(
-                f"cannot call {operation}: the role {name!r} may not {permission.value}",
+                f"cannot call {operation}: the role {name!r} may not {_DONE[permission]} "
+                f"(it lacks the permission {permission.value!r})",
                 remedy="use a certificate of the role " + " or ".join(holders),
             )
         return role

@@ -1,12 +1,17 @@
-"""Admission: how many may come in at a time, and who is not listened to for a while.
+"""Admission: how many may come in at a time, and whose handshakes take turns.
 
     accepted ─► arriving (half-open: TLS, HTTP request, upgrade) ─► inside (an open connection)
 
 Those who arrive are bounded apart from those who are inside, so that strangers who stall cannot
-take up the places of clients. At one too many the oldest of them is let go: an honest client
-arrives within milliseconds, so that the oldest is one that stalls (sshd's MaxStartups has the same
-aim and drops the newcomer by lot). Addresses from which handshakes keep failing are closed at
-accept, before they cost a signature.
+take up the places of clients. At one too many the oldest of them that has not said a byte is let
+go, or the oldest of all: an honest client arrives within milliseconds, so that the oldest is one
+that stalls (sshd's MaxStartups has the same aim and drops the newcomer by lot).
+
+An address from which handshakes keep failing is slowed down: its handshakes begin one after the
+other, `TURN_SECONDS` apart, so that it has no more than a part of the processor for signatures. It
+is not shut out, since a job on the host's network, or a program behind the same address, could
+then keep an administrator away. Who closes without having said a byte, as health checks do, has not
+failed.
 
 Every refusal has an error of its own name; it is counted, and logged at most once a second, since a
 flood must not become a flood of log lines.
@@ -39,6 +44,8 @@ WINDOW_SECONDS = 60.0
 MAX_ADDRESSES = 10_000
 """Whose failures are remembered at a time; at one more, the oldest are forgotten."""
 LOG_SECONDS = 1.0
+TURN_SECONDS = 0.0025
+"""Between two handshakes of an address that is slowed down: the last of 256 waits 0.64 s."""
 
 
 @define(eq=False)
@@ -46,10 +53,14 @@ class Arrival:
     """A connection on its way to being open."""
 
     peer: str
+    network: str
+    """What its failure is counted by, see `network_of`."""
     _scope: trio.CancelScope
     _admission: "Admission"
     sound: bool = False
     """Whether the client has shown a certificate of ours: then it is no failed handshake."""
+    heard: bool = False
+    """Whether it has said anything yet."""
     crowded_out: bool = field(default=False, init=False)
 
     def let_go(self) -> None:
@@ -78,6 +89,9 @@ class _Failures:
 
     since: float
     count: int = 0
+    next_turn: float = -math.inf
+    """When the next handshake from there may begin, once it is slowed down."""
+    turns: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
 
 
 @define(eq=False)
@@ -101,28 +115,53 @@ class Admission:
     def arrive(self, peer: str, address: str) -> Iterator[Arrival]:
         """Serve a connection in the block, and end it where it is not open in time.
 
-        Raises TooManyFailures.
+        Raises TooManyFailures where there is no place for one more of an address that is slowed
+        down.
         """
-        self._check_failures(address)
+        network = network_of(address)
         if len(self._arriving) >= self.limits.max_handshakes:
-            oldest = next(iter(self._arriving))
-            self.forget(oldest)
-            oldest.let_go()
+            self._make_room(network)
         seconds = parse_duration(self.limits.handshake_timeout)
         scope = trio.move_on_after(seconds)
-        arrival = Arrival(peer, scope, self)
+        arrival = Arrival(peer, network, scope, self)
         self._arriving[arrival] = None
         try:
             with scope:
                 yield arrival
         finally:
             self.forget(arrival)
-            if not arrival.sound:
-                self._count_failure(address)
+            if arrival.heard and not arrival.sound:
+                self._count_failure(network)
         if scope.cancelled_caught and arrival.crowded_out:
             self.tell(peer, TooManyHandshakes("cannot wait for it: newer ones need its place"))
         elif scope.cancelled_caught:
             self.tell(peer, HandshakeTooSlow(f"cannot wait for it: {seconds:g} s are over"))
+
+    async def take_turn(self, arrival: Arrival) -> None:
+        """Wait until a handshake may begin: at once, but for addresses that are slowed down."""
+        arrival.heard = True
+        failures = self._slowed(arrival.network)
+        if failures is None:
+            await trio.lowlevel.checkpoint()
+            return
+        async with failures.turns:
+            await trio.sleep_until(max(failures.next_turn, trio.current_time()))
+            failures.next_turn = trio.current_time() + TURN_SECONDS
+
+    def _make_room(self, network: str) -> None:
+        """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
+        silent = (each for each in self._arriving if not each.heard)
+        given_up = next(silent, None)
+        if given_up is None and self._slowed(network) is not None:
+            raise TooManyFailures(
+                f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from "
+                "there failed within a minute, and too many wait for their turn",
+                remedy="try again later",
+            )
+        slowed = (each for each in self._arriving if self._slowed(each.network) is not None)
+        given_up = given_up or next(slowed, None) or next(iter(self._arriving))
+        self.forget(given_up)
+        given_up.let_go()
 
     def forget(self, arrival: Arrival) -> None:
         """Count no longer what has arrived, or never will."""
@@ -168,18 +207,14 @@ class Admission:
         log.info("%s: %s: %s%s", peer, error.name, error.message, more)
         self._logged[error.name] = (now, 0)
 
-    def _check_failures(self, address: str) -> None:
+    def _slowed(self, network: str) -> _Failures | None:
+        """The failures of a network that is slowed down for them; None where it is not."""
         limit = self.limits.max_failed_handshakes
-        failures = self._failures_of(network_of(address))
-        if limit and failures is not None and failures.count >= limit:
-            raise TooManyFailures(
-                f"cannot serve {address}: {limit} handshakes from there failed within a minute",
-                remedy="wait for a minute",
-            )
+        failures = self._failures_of(network)
+        return failures if limit and failures is not None and failures.count >= limit else None
 
-    def _count_failure(self, address: str) -> None:
+    def _count_failure(self, network: str) -> None:
         self.counters.add(HANDSHAKES_FAILED)
-        network = network_of(address)
         failures = self._failures_of(network)
         if failures is None:
             if len(self._failures) >= MAX_ADDRESSES:

@@ -43,6 +43,7 @@ from jobworker.server.http_head import (
     PrefixStream,
     Refused,
     admit,
+    http_connection,
     read_head,
     reply,
 )
@@ -58,15 +59,19 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     """Serve one client to its end; raises nothing but cancellation."""
     peer, admission = _peer_name(tcp), context.admission
     stream: TLSStream | None = None
+    http, head = http_connection(), None
     try:
         _keep_alive(tcp)
         fittings = door.fittings
         stream = TLSStream(tcp, fittings.tls, server_side=True)
         with admission.arrive(peer, peer.rpartition(":")[0]) as arrival, ExitStack() as inside:
             try:
+                if not await _says_anything(stream.socket):
+                    return  # a health check
+                await admission.take_turn(arrival)
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
-                raw, head = await read_head(stream)
+                raw, head = await read_head(stream, http)
                 arrival.sound = True
                 who = admit(stream, head, context.gate.roles, fittings)
                 inside.enter_context(_entered(admission, who, peer))
@@ -77,7 +82,8 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
                 context.auditor.refused(peer, refused.error.message)
-                await reply(stream, head.connection, refused)
+                headless = head is not None and head.request.method == b"HEAD"
+                await reply(stream, http, refused, without_body=headless)
             finally:
                 with trio.move_on_after(CLOSE_SECONDS):
                     await stream.linger()  # or what was said last might not arrive
@@ -120,6 +126,7 @@ def _only(group: BaseExceptionGroup[JobworkerError]) -> JobworkerError:
 def _peer_name(tcp: trio.SocketStream) -> str:
     with suppress(OSError):
         host, port = tcp.socket.getpeername()[:2]
+        host = host.removeprefix("::ffff:")  # an IPv4 client of a listener at "::"
         return f"{host}:{port}"
     return "a client that is gone"
 
@@ -131,6 +138,15 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+async def _says_anything(tcp: socket.socket) -> bool:
+    """Wait for a client's first byte, without taking it; False where it closes before."""
+    await trio.lowlevel.wait_readable(tcp)
+    try:
+        return bool(tcp.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:

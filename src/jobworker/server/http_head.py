@@ -6,6 +6,7 @@ back to whoever goes on, by `PrefixStream`.
 """
 
 import math
+import re
 from collections.abc import Awaitable, Callable
 
 import h11
@@ -13,13 +14,15 @@ import trio
 from attrs import define
 
 from jobworker.convert import dumps
-from jobworker.errors import JobworkerError, PermissionDenied, SendStalled
+from jobworker.errors import JobworkerError, NoUpgrade, PermissionDenied, SendStalled
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server.door import Fittings
 from jobworker.tls_stream import Data, TLSStream
 
+PATH, VERSION = b"/", b"13"
+_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 MAX_HEAD_BYTES = 16_384
 CLOSE_SECONDS = 2.0
 
@@ -101,13 +104,25 @@ class Head:
         """A header's value, b"" where it is absent; repeated ones are joined."""
         return b", ".join(value for key, value in self.request.headers if key == name)
 
+    def tokens(self, name: bytes, *, fold: bool = True) -> list[bytes]:
+        """The elements of a header that is a list, in lower case where case means nothing."""
+        value = self.value(name)
+        return [each.strip() for each in (value.lower() if fold else value).split(b",")]
 
-async def read_head(stream: TLSStream) -> tuple[bytes, Head]:
-    """Read an HTTP request's head: its bytes, and what they say."""
+
+def http_connection() -> h11.Connection:
+    """What reads a request, and writes the reply where it is refused."""
+    return h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+
+
+async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[bytes, Head]:
+    """Read an HTTP request's head: its bytes, and what they say. Raises Refused if it is none."""
     raw = b""
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     while True:
-        event = connection.next_event()
+        try:
+            event = connection.next_event()
+        except h11.RemoteProtocolError as error:
+            raise _no_upgrade(error.error_status_hint, f"it is not HTTP/1.1: {error}") from None
         if isinstance(event, h11.Request):
             return raw, Head(event, connection)
         if event is not h11.NEED_DATA:
@@ -130,29 +145,46 @@ def admit(stream: TLSStream, head: Head, roles: Roles, fittings: Fittings) -> Id
     if origin and not fittings.hosts.hold(host.decode("latin-1")):
         rebound = "cannot serve a page of a name that the server's certificate does not bear"
         raise Refused(421, PermissionDenied(rebound))
-    if head.value(b"upgrade").lower() != b"websocket" or head.request.method != b"GET":
-        raise Refused(
-            426,
-            JobworkerError(
-                "cannot serve the request: this port speaks WebSocket",
-                remedy=f"use worker-cli, or a WebSocket client with subprotocol {SUBPROTOCOL}",
-            ),
-        )
-    proposed = head.value(b"sec-websocket-protocol")
-    if SUBPROTOCOL.encode() not in [name.strip() for name in proposed.split(b",")]:
-        raise Refused(
-            400,
-            JobworkerError(
-                f"cannot serve the request: it does not propose the subprotocol {SUBPROTOCOL}"
-            ),
-        )
+    _check_upgrade(head)
     if head.connection.trailing_data[0]:
         early = "cannot serve the request: more was sent before it was answered"
-        raise Refused(400, JobworkerError(early))
+        raise Refused(400, NoUpgrade(early, remedy="wait for the answer to the upgrade"))
     return who
 
 
-async def reply(stream: TLSStream, connection: h11.Connection, refused: Refused) -> None:
+def _check_upgrade(head: Head) -> None:
+    """Raise Refused for what is no request to open a WebSocket of this protocol (RFC 6455, 4.2.1).
+
+    All of it is looked at here, since the WebSocket code has no words for what it refuses.
+    """
+    request = head.request
+    if request.target != PATH:
+        raise _no_upgrade(404, f"there is nothing at {request.target[:80]!r}, only at {PATH!r}")
+    upgrade = head.tokens(b"upgrade"), head.tokens(b"connection")
+    if request.method != b"GET" or b"websocket" not in upgrade[0] or b"upgrade" not in upgrade[1]:
+        raise _no_upgrade(426, "this port speaks WebSocket, and the request asks for no upgrade")
+    if request.http_version != b"1.1":
+        raise _no_upgrade(426, "an upgrade needs HTTP/1.1")
+    if head.value(b"sec-websocket-version").strip() != VERSION:
+        raise _no_upgrade(426, "its Sec-WebSocket-Version is not 13")
+    if not _KEY.fullmatch(head.value(b"sec-websocket-key").strip()):
+        raise _no_upgrade(400, "its Sec-WebSocket-Key is not 16 bytes in base64")
+    if SUBPROTOCOL.encode() not in head.tokens(b"sec-websocket-protocol", fold=False):
+        raise _no_upgrade(400, f"it does not propose the subprotocol {SUBPROTOCOL}")
+
+
+def _no_upgrade(status: int, why: str) -> Refused:
+    remedy = (
+        f"use worker-cli, or a WebSocket client with path {PATH.decode()} and subprotocol "
+        f"{SUBPROTOCOL}: see docs/protocol.md"
+    )
+    return Refused(status, NoUpgrade(f"cannot serve the request: {why}", remedy=remedy))
+
+
+async def reply(
+    stream: TLSStream, connection: h11.Connection, refused: Refused, *, without_body: bool
+) -> None:
+    """Answer a request that is refused, as JSON that says why and what to do."""
     error = refused.error
     told = {
         "code": error.code,
@@ -167,7 +199,9 @@ async def reply(stream: TLSStream, connection: h11.Connection, refused: Refused)
         ("connection", "close"),
     ]
     if refused.status == 426:
-        headers.append(("upgrade", "websocket"))
-    response = h11.Response(status_code=refused.status, headers=headers)
-    data = [connection.send(event) for event in (response, h11.Data(data=body), h11.EndOfMessage())]
+        headers += [("upgrade", "websocket"), ("sec-websocket-version", VERSION.decode())]
+    events: list[h11.Event] = [h11.Response(status_code=refused.status, headers=headers)]
+    if not without_body:  # as the answer to HEAD has to be: RFC 9110, section 9.3.2
+        events += [h11.Data(data=body), h11.EndOfMessage()]
+    data = [connection.send(event) for event in events]
     await stream.send_all(b"".join(piece for piece in data if piece))

@@ -27,7 +27,7 @@ from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize, whole
-from jobworker.model.units import from_nanoseconds, nanoseconds
+from jobworker.model.units import format_duration, from_nanoseconds, nanoseconds
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
@@ -57,6 +57,8 @@ class Context:
     incidents: Incidents
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
+    max_timeout_seconds: float
+    """The longest time limit of those without the permission `unbounded`."""
     admission: Admission
     traffic: Traffic
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
@@ -92,8 +94,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
     if params.follow is not None:
         caller.require(Permission.LOG, "job.run with follow")
         caller.subscriptions.check_room()
-    if params.job.timeout_seconds == 0:
-        caller.require(Permission.UNBOUNDED, "job.run without a time limit")
+    _check_timeout(context, caller, params.job, "job.run")
     if params.job.volumes:
         _require_volumes(caller, "job.run with volumes")
     _check_against_host(params.job, context.host)
@@ -117,13 +118,22 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
 
 
 async def _plan(context: Context, caller: Caller, params: m.PlanParams) -> m.Plan:
-    if params.job.timeout_seconds == 0:
-        caller.require(Permission.UNBOUNDED, "job.plan without a time limit")
+    _check_timeout(context, caller, params.job, "job.plan")
     _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     limits, steps = await context.supervisor.plan(params.job)
     told = (m.PlannedStep(name=n, subject=s, explanation=e) for n, s, e in steps)
     return m.Plan(limits=limits, steps=tuple(told))
+
+
+def _check_timeout(context: Context, caller: Caller, job: JobSpec, method: str) -> None:
+    """Raise PermissionDenied for a time limit that only some may ask for."""
+    seconds = job.timeout_seconds
+    if seconds == 0:
+        caller.require(Permission.UNBOUNDED, f"{method} without a time limit")
+    elif seconds is not None and seconds > context.max_timeout_seconds:
+        longest = format_duration(context.max_timeout_seconds)
+        caller.require(Permission.UNBOUNDED, f"{method} with a time limit of more than {longest}")
 
 
 def _check_runtime(name: str, known: frozenset[str]) -> None:

@@ -162,6 +162,7 @@ async def _serve_until_signal(
         auditor=auditor,
         incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
+        max_timeout_seconds=parse_duration(prepared.settings.worker.max_job_timeout),
         admission=Admission(prepared.settings.limits),
         traffic=Traffic(),
     )

@@ -310,8 +310,9 @@ def bind(address: str, port: int) -> tuple[socket.socket, ...]:
             listener = socket.socket(family, kind, protocol)
             listeners.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if family == socket.AF_INET6:  # "::" alone stands for IPv4 too, whatever the host's
+                both = where[0] == "::" and len(found) == 1  # own default is: ipv6(7)
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
             listener.bind(where)
             listener.setblocking(False)
     except OSError as error:

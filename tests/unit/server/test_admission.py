@@ -29,8 +29,8 @@ def small(**limits: object) -> Admission:
 
 
 def fail(admission: Admission, address: str) -> None:
-    with admission.arrive("peer", address):
-        pass
+    with admission.arrive("peer", address) as arrival:
+        arrival.heard = True
 
 
 async def test_arrival_that_takes_too_long_is_cancelled_and_told(
@@ -42,7 +42,7 @@ async def test_arrival_that_takes_too_long_is_cancelled_and_told(
         await trio.sleep_forever()
     assert trio.current_time() - began == pytest.approx(10)
     assert admission.counters.value(LIMITS_REACHED, "handshake_too_slow") == 1
-    assert admission.counters.value(HANDSHAKES_FAILED) == 1
+    assert admission.counters.value(HANDSHAKES_FAILED) == 0  # it had not said a byte
     assert "10.0.0.1:5: handshake_too_slow: cannot wait for it" in caplog.text
 
 
@@ -74,16 +74,50 @@ async def test_oldest_arrival_makes_room(autojump_clock: object) -> None:
     assert admission.counters.value(LIMITS_REACHED, "too_many_handshakes") == 1
 
 
-async def test_failures_of_an_address_close_it_for_a_minute(autojump_clock: object) -> None:
+async def test_failures_of_an_address_slow_it_down_and_nobody_else(autojump_clock: object) -> None:
+    admission = small(max_handshakes=10)
+    began = trio.current_time()
+
+    async def arrive(address: str) -> float:
+        with admission.arrive("peer", address) as arrival:
+            await admission.take_turn(arrival)
+            arrival.finish()
+        return trio.current_time() - began
+
+    for _ in range(3):
+        assert await arrive("10.0.0.1") == 0
+        fail(admission, "10.0.0.1")
+    took = [await arrive("10.0.0.1") for _ in range(5)]
+    assert took == pytest.approx([number * module.TURN_SECONDS for number in range(5)])
+    assert await arrive("10.0.0.2") == took[-1]
+    await trio.sleep(61)
+    began = trio.current_time()
+    assert [await arrive("10.0.0.1") for _ in range(5)] == [0] * 5
+
+
+async def test_closing_without_a_byte_is_no_failure() -> None:
+    admission = small()
+    for _ in range(1000):
+        with admission.arrive("peer", "10.0.0.1"):
+            pass
+    assert admission.counters.value(HANDSHAKES_FAILED) == 0
+
+
+async def test_who_says_nothing_makes_room_before_who_waits_for_a_turn() -> None:
     admission = small()
     for _ in range(3):
         fail(admission, "10.0.0.1")
-    with pytest.raises(TooManyFailures, match=r"10\.0\.0\.1"):
-        fail(admission, "10.0.0.1")
-    fail(admission, "10.0.0.2")
-    await trio.sleep(61)
-    for _ in range(3):
-        fail(admission, "10.0.0.1")
+    with ExitStack() as stack:
+        first = stack.enter_context(admission.arrive("first", "10.0.0.1"))
+        first.heard = True
+        silent = stack.enter_context(admission.arrive("silent", "10.0.0.2"))
+        third = stack.enter_context(admission.arrive("third", "10.0.0.2"))
+        assert (first.crowded_out, silent.crowded_out) == (False, True)
+        third.heard = True
+        with pytest.raises(TooManyFailures, match=r"10\.0\.0\.1"):
+            fail(admission, "10.0.0.1")
+        stack.enter_context(admission.arrive("other", "10.0.0.3"))  # a good address has the place
+        assert (first.crowded_out, third.crowded_out) == (True, False)
 
 
 async def test_failures_may_be_unlimited() -> None:
