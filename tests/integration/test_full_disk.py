@@ -5,13 +5,19 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import apsw
 import pytest
 import trio
+from attrs import evolve
 
 from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.errors import InternalError
+from jobworker.jobs.history import History
+from jobworker.model.job import JobRecord, JobSpec
+from jobworker.model.lifecycle import State
 
 from .conftest import left_behind
 from .outside import open_launcher, settings_with
@@ -23,6 +29,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sandbox": {"disk_limit": 16},
 }
 DISK_BYTES = 24 << 20
+NOW = datetime(2026, 2, 1, 9, 30, tzinfo=UTC)
 NO_LIMIT = {"output_bytes": 0}
 
 
@@ -107,6 +114,19 @@ async def site(directory: Path) -> AsyncIterator[Path]:
     assert left_behind(directory) == []
 
 
+def take_what_is_set_aside(place: Path) -> None:
+    """Fill the disk, with the room for ends too: as a program does that shortens the log."""
+    fill(place)
+    connection = apsw.Connection(str(place / "history.db"))
+    try:
+        connection.set_busy_timeout(5000)
+        connection.execute("SELECT count(*) FROM jobs").fetchall()  # or it knows of no log yet
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        fill(place)  # while this connection is open: its end gives nothing back
+    finally:
+        connection.close()
+
+
 async def fill_with_ended_jobs(wire: Wire, place: Path) -> tuple[int, int]:
     """Fill the disk, which then refuses to record the ends of a big job and a small one."""
     script = f"head -c {2 * DISK_BYTES} /dev/zero; exec sleep 600"
@@ -114,7 +134,7 @@ async def fill_with_ended_jobs(wire: Wire, place: Path) -> tuple[int, int]:
     await until_status(wire, small, lambda job: bool(job["stdout_bytes"]))
     big = await wire.start("sh", "-c", script, limits=NO_LIMIT)
     await until_status(wire, big, lambda job: job["output_cut"] == "disk")
-    await trio.to_thread.run_sync(fill, place)
+    await trio.to_thread.run_sync(take_what_is_set_aside, place)
     for job in (small, big):
         assert (await wire.call("job.stop", id=job))["state"] == "STOPPED"
     assert {state for state, _ in stored(place).values()} <= {"INITIALIZING", "RUNNING"}
@@ -216,3 +236,86 @@ async def test_service_that_takes_over_on_a_full_disk_lets_room_be_made(
                     assert (await wire.call("job.wait", id=job))["signal"] == signal.SIGKILL
                 await wire.call("job.remove", id=big)
             await until_stored(place, {small: ("FAILED", False)})
+
+
+# --- an end is always recordable ----------------------------------------------------------------
+
+STUBBORN = "trap 'echo stopped; exit 5' TERM; echo ready; while :; do sleep 0.05; done"
+TOLD = ("state", "reason", "exit_code", "signal", "detail", "stdout_bytes", "stderr_bytes")
+MORE_TOLD = ("discarded_bytes", "output_cut", "started_at", "stop_requested_at", "ended_at")
+
+
+def told(record: Json) -> dict[str, object]:
+    """What must never change of an end."""
+    return {name: record[name] for name in (*TOLD, *MORE_TOLD)}
+
+
+async def end_service(service: Embedded, how: signal.Signals) -> None:
+    service.process.send_signal(how)
+    with trio.fail_after(30):
+        await service.process.wait()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
+async def test_ends_told_on_a_full_disk_are_recorded_and_stay_as_they_were(
+    open_directory: Directory, how: signal.Signals
+) -> None:
+    directory = open_directory()
+    async with site(directory) as place:
+        async with serving(directory) as (service, wire):
+            quick = [await wire.start("sh", "-c", "sleep 4; exit 3") for _ in range(4)]
+            stopped = [await wire.start("sh", "-c", STUBBORN) for _ in range(4)]
+            late = await wire.start("sh", "-c", "sleep 300", timeout_seconds=4)
+            for job in stopped:
+                await until_status(wire, job, lambda record: record["stdout_bytes"] == 6)
+            await trio.to_thread.run_sync(fill, place)
+            records: dict[int, Json] = {}
+            for job in stopped:
+                records[job] = await wire.call("job.stop", id=job)
+                assert records[job]["state"] == "STOPPED"
+                assert records[job]["discarded_bytes"] == 0 or records[job]["output_cut"] == "disk"
+            for job in (*quick, late):
+                records[job] = await wire.call("job.wait", id=job)
+            assert {records[job]["exit_code"] for job in quick} == {3}
+            assert records[late]["reason"] == "timeout"
+            # Recorded by the time at which they are told, though there is no room at all.
+            assert {job: state for job, (state, _) in stored(place).items()} == {
+                job: record["state"] for job, record in records.items()
+            }
+            await end_service(service, how)
+        async with serving(directory) as (_, wire):
+            for job, record in records.items():
+                assert told(await wire.call("job.status", id=job)) == told(record)
+                assert told(await wire.call("job.wait", id=job)) == told(record)
+
+
+async def test_what_is_new_leaves_the_room_for_ends_alone_on_a_full_disk(
+    open_directory: Directory,
+) -> None:
+    async with small_disk(open_directory()) as place:
+        kept = History.open(place / "history.db")
+        live = [record(kept, number) for number in range(60)]
+        for each in live:
+            await kept.put(each, is_new=True)
+        await trio.to_thread.run_sync(fill, place)
+        refused = 0
+        for number in range(600):
+            try:
+                await kept.put(record(kept, number), is_new=True)
+            except InternalError:
+                refused += 1
+        assert refused > 100, "what is new takes half of what is set aside at most"
+        for each in live:
+            end = evolve(each, state=State.STOPPED, detail="y" * 2000, ended_at=NOW)
+            await kept.put(end)
+            assert await kept.get(each.id) == end
+        (place / "filler").unlink()
+        await kept.put(record(kept, 0), is_new=True)
+        kept.close()
+
+
+def record(kept: History, number: int) -> JobRecord:
+    spec = JobSpec(command=("true", "x" * 2000), name=f"job-{number}")
+    return JobRecord(
+        id=kept.take_id(), spec=spec, owner="tester", state=State.INITIALIZING, created_at=NOW
+    )

@@ -31,6 +31,7 @@ from jobworker.errors import ConfigError, InternalError, InvalidParams, Malforme
 from jobworker.jobs import history_writer
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.history_readers import Readers
+from jobworker.jobs.history_room import Room
 from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
 from jobworker.jobs.job_note import write_note
@@ -72,6 +73,9 @@ class History:
                 migrate(connection, path)
                 connection.pragma("journal_mode", "wal")
                 connection.pragma("synchronous", "full")
+                room = Room(path)
+                room.keep_log(connection)
+                room.ensure(connection)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 unfinished = _select_unfinished(connection)
             except (apsw.CorruptError, apsw.NotADBError) as error:
@@ -90,7 +94,7 @@ class History:
         if told > int(last or 0):
             log.warning("the history ends at job %d, and %d were started", int(last or 0), told)
         next_id = max(int(last or 0), told) + 1
-        history = cls(Writer(connection), Readers(path), path, next_id, last_id, spools)
+        history = cls(Writer(connection, room), Readers(path), path, next_id, last_id, spools)
         history.unfinished = tuple(unfinished)
         return history
 
@@ -116,19 +120,22 @@ class History:
         """The id that the next job will get."""
         return JobId(self._next_id)
 
-    async def put(self, record: JobRecord) -> None:
+    async def put(self, record: JobRecord, *, is_new: bool = False) -> None:
         """Store `record`, new or changed; returns once it is on the disk.
+
+        That of a job which is only just admitted (`is_new`) is refused where the disk has nothing
+        left but what is set aside for ends.
 
         Not cancelled half-way: a record that was handed over is written. Raises InternalError
         where the disk refuses; the record is not stored then.
         """
         work = partial(_put, record, self._spools)
-        await self._write(work, f"cannot record job {record.id} in the history")
+        await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
 
-    async def _write(self, work: Work, what: str) -> None:
+    async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:
         """Have the writer do `work`; raises InternalError that begins with `what`."""
         try:
-            await self._writer.write(work)
+            await self._writer.write(work, is_new=is_new)
         except apsw.BusyError as error:
             raise InternalError(
                 f"{what}: another program has locked it for {history_writer.BUSY_SECONDS:g} s",
@@ -167,7 +174,7 @@ class History:
         """
         what = f"cannot write {len(rows)} rows to the audit log"
         try:
-            await self._write(partial(insert_rows, rows), what)
+            await self._write(partial(insert_rows, rows), what, is_new=True)
         except InternalError as error:
             if isinstance(error.__cause__, apsw.Error):
                 raise

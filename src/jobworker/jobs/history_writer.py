@@ -11,6 +11,9 @@ ends the thread, and every caller gets its answer.
 
 Another process may hold the database's write lock for a while (a backup with BEGIN IMMEDIATE, a
 checkpoint): the thread waits up to BUSY_SECONDS for it, and then all writes of the batch fail.
+
+Where the disk is full, what is new is refused, and what must be told of jobs that there are takes
+the room that was set aside for it (`history_room`).
 """
 
 import threading
@@ -21,6 +24,8 @@ from contextlib import contextmanager, suppress
 import apsw
 import trio
 from attrs import Factory, define, field
+
+from jobworker.jobs.history_room import Room, make_log_start_anew
 
 BUSY_SECONDS = 10.0
 """How long a write waits for another process's lock: longer than a backup's last steps take."""
@@ -34,6 +39,8 @@ class _Write:
     """One caller's statements on their way to the disk."""
 
     work: Work
+    is_new: bool = False
+    """Whether it may be refused in favour of the ends of jobs that there are."""
     _token: trio.lowlevel.TrioToken = Factory(trio.lowlevel.current_trio_token)
     done: trio.Event = Factory(trio.Event)
     fault: BaseException | None = None
@@ -50,6 +57,7 @@ class Writer:
     """The thread, and the writes that wait for it."""
 
     _connection: apsw.Connection
+    _room: Room
     _waiting: deque[_Write] = field(factory=deque, init=False)
     _arrival: threading.Condition = field(factory=threading.Condition, init=False)
     _closing: bool = field(default=False, init=False)
@@ -61,13 +69,15 @@ class Writer:
         self._thread = threading.Thread(target=self._serve, name="history-writer", daemon=True)
         self._thread.start()
 
-    async def write(self, work: Work) -> None:
+    async def write(self, work: Work, *, is_new: bool = False) -> None:
         """Execute `work` in a transaction; returns once that is on the disk.
+
+        What `is_new` gets none of the room that is set aside for ends.
 
         Not cancelled half-way: what was handed over is written. Raises what `work` or the commit
         raised; nothing of this write is stored then.
         """
-        write = _Write(work)
+        write = _Write(work, is_new)
         with self._arrival:
             self._waiting.append(write)
             self._arrival.notify()
@@ -102,10 +112,32 @@ class Writer:
 
     def _commit(self, batch: Sequence[_Write]) -> list[BaseException | None]:
         """Commit a batch, as a whole if possible: the fault of each write, None where it stands."""
+        if not self._has_room() and any(write.is_new for write in batch):
+            return [self._attempt_without_room(write) for write in batch]
         fault = self._attempt(batch)
-        if fault is None or len(batch) == 1 or isinstance(fault, apsw.BusyError):
+        if fault is None or isinstance(fault, apsw.BusyError):
             return [fault] * len(batch)
-        return [self._attempt([write]) for write in batch]
+        return [self._attempt_on_full_disk(write) for write in batch]
+
+    def _has_room(self) -> bool:
+        try:
+            return self._room.ensure(self._connection)
+        except (apsw.Error, OSError):  # each write will meet it again
+            return True
+
+    def _attempt_without_room(self, write: _Write) -> BaseException | None:
+        if write.is_new:
+            return apsw.FullError("the disk is full but for what is set aside for jobs' ends")
+        return self._attempt_on_full_disk(write)
+
+    def _attempt_on_full_disk(self, write: _Write) -> BaseException | None:
+        """Attempt one write; where the log can grow no more, from its beginning again."""
+        fault = self._attempt([write])
+        if write.is_new or not isinstance(fault, (apsw.FullError, apsw.IOError)):
+            return fault
+        with suppress(apsw.Error):
+            make_log_start_anew(self._connection)
+        return self._attempt([write])
 
     def _attempt(self, batch: Sequence[_Write]) -> BaseException | None:
         try:

@@ -217,7 +217,8 @@ class Supervisor:
         execution = self._make_execution(record, spool, at_once, spec.secret_environment)
         self._queue(execution)
         try:
-            await self._history.put(execution.record)  # while the job starts: both take a while
+            # While the job starts: both take a while.
+            await self._history.put(execution.record, is_new=True)
         except JobworkerError:
             execution.request_stop(signal.SIGKILL, 0)
             raise
