@@ -10,10 +10,11 @@ import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import pytest
 import trio
-from attrs import define
+from attrs import Factory, define
 
 from jobworker.cli.embedded import program
 
@@ -58,6 +59,7 @@ class Commands:
 
     site: Site
     count: int = 0
+    started: list[Command] = Factory(list)
     enough: bool = False
     """Whether `ask_all_the_time` has asked often enough."""
 
@@ -80,7 +82,16 @@ class Commands:
                     "WORKER_CA_PATH": str(certs / "ca-cert.pem"),
                 },
             )
-        return Command(process, out, err)
+        self.started.append(Command(process, out, err))
+        return self.started[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for command in self.started:  # where a test fails, they might wait for ever
+            command.process.kill()
+            command.process.wait()
 
     async def run(self, *arguments: str) -> str:
         """Run a command to its good end: what it prints."""
@@ -113,10 +124,9 @@ async def ask_all_the_time(commands: Commands, job: str) -> None:
 async def test_commands_go_on_over_eight_restarts(open_directory: Callable[[], Path]) -> None:
     directory = open_directory()
     extra: dict[str, dict[str, object]] = {"sandbox": {"disk_limit": 16}}
-    with open_site(directory, extra) as site:
+    with open_site(directory, extra) as site, Commands(site) as commands:
         site.start()
         await site.until_ready()
-        commands = Commands(site)
         job = (await commands.run("run", "-q", "sh", "-c", WRITER)).strip()
         victims = [
             (await commands.run("run", "-q", "sh", "-c", STUBBORN)).strip() for _ in range(RESTARTS)
@@ -172,11 +182,12 @@ async def test_foreign_client_goes_on_over_restarts(
     if lacking := missing(name):
         pytest.skip(f"needs {lacking}")
     directory = open_directory()
-    with open_site(directory, {"sandbox": {"disk_limit": 16}}) as site:
+    extra: dict[str, dict[str, object]] = {"sandbox": {"disk_limit": 16}}
+    with open_site(directory, extra) as site, Commands(site) as commands:
         site.start()
         await site.until_ready()
-        commands = Commands(site)
-        client = commands.start("sh", "-c", WRITER, program=COMMANDS[name])
+        slowly = WRITER.replace("sleep 0.01", "sleep 0.3")  # one in shell starts many processes
+        client = commands.start("sh", "-c", slowly, program=COMMANDS[name])
         await until_written(client.out)
         for end in (site.end, site.kill):
             before = client.out.stat().st_size
