@@ -31,7 +31,7 @@ from jobworker.protocol.messages import MAX_LIST
 if TYPE_CHECKING:
     from jobworker.client.client import Client
 
-START_SECONDS = 10.0
+START_SECONDS = 30.0
 """As long as a restart of the service takes, on a slow machine."""
 CALLS_AT_A_TIME = 64
 """Well below what a server takes in flight from one connection."""
