@@ -41,7 +41,7 @@ async def test_full_disk_under_history_and_output_is_told_and_survived(
     directory = open_directory()
     state = directory / "state"
     state.mkdir()
-    with small_disk(state / "service", "4m"):
+    with small_disk(state / "service", "24m"):
         extra = {"worker": {"keep_free": 0}}
         async with open_embedded(directory, extra) as service, open_wire(service) as wire:
             job = await wire.start("sleep", "600")

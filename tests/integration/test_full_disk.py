@@ -198,8 +198,8 @@ async def test_true_end_is_told_though_the_output_went_before_it_was_recorded(
             record = await wire.call("job.wait", id=big)
             assert (record["reason"], record["signal"]) == ("signal", signal.SIGKILL)
             assert record["output_removed_at"] is not None
-            assert (await wire.call("job.wait", id=small))["signal"] == signal.SIGKILL
-            await until_stored(place, {small: ("FAILED", False), big: ("FAILED", True)})
+            assert (await wire.call("job.wait", id=small))["state"] == "STOPPED"
+            await until_stored(place, {small: ("STOPPED", False), big: ("FAILED", True)})
 
 
 async def test_job_that_the_disk_does_not_let_go_stays_whole_without_its_output(
@@ -229,13 +229,19 @@ async def test_service_that_takes_over_on_a_full_disk_lets_room_be_made(
     async with site(directory) as place:
         async with serving(directory) as (service, wire):
             big, small = await fill_with_ended_jobs(wire, place)
+            told = {job: await wire.call("job.wait", id=job) for job in (big, small)}
+            assert told[big]["discarded_bytes"]
             await kill(service)
         async with serving(directory) as (_, wire):
             with trio.fail_after(20):
                 for job in (big, small):
-                    assert (await wire.call("job.wait", id=job))["signal"] == signal.SIGKILL
+                    record = await wire.call("job.wait", id=job)
+                    assert told[job] == record, "what was told stays as it was told"
                 await wire.call("job.remove", id=big)
-            await until_stored(place, {small: ("FAILED", False)})
+            await until_stored(place, {small: ("STOPPED", False)})
+            result = await wire.call("job.log", id=small)
+            out, _, again = await wire.output(result["subscription"])
+            assert (out, again["state"]) == (b"small\n", "STOPPED")
 
 
 # --- an end is always recordable ----------------------------------------------------------------

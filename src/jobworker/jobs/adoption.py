@@ -52,8 +52,14 @@ def later(record: JobRecord, note: JobRecord | None) -> JobRecord:
     """Which of a record of the history and a note knows more of the job."""
     if note is None or record.ended:
         return record
-    further = note.ended or (record.state in WAITING and note.state not in WAITING)
-    return note if further else record
+    if note.ended or (record.state in WAITING and note.state not in WAITING):
+        return note
+    return evolve(
+        record,
+        stop_requested_at=record.stop_requested_at or note.stop_requested_at,
+        output_cut=record.output_cut or note.output_cut,
+        detail=max(record.detail, note.detail, key=len),
+    )
 
 
 def adopted(

@@ -82,6 +82,8 @@ class Execution:
     """Set once this task has nothing more to do with the job: it has ended, or was left."""
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
+    refused: bool = field(default=False, init=False)
+    """Whether its client was told that it could not be admitted."""
     start_error: JobworkerError | None = field(default=None, init=False)
     _changed: trio.Event = field(factory=trio.Event, init=False)
     """Set when the record of a job that runs tells something new."""
@@ -114,10 +116,19 @@ class Execution:
         self._ending.stop(number, grace_seconds)
         self._changed.set()
 
+    def refuse(self) -> None:
+        """Take back a job whose admission could not be recorded: its client is told that.
+
+        It may run already; it is killed, and no record or output of it stays.
+        """
+        self.refused = True
+        self._ending.stop(signal.SIGKILL, 0)
+
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
         self._ending.go_on()
+        self.spool.restore_discarded(self.record.discarded_bytes)
         if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
             self._ending.stop_for_output()
         if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
@@ -139,6 +150,11 @@ class Execution:
 
     async def run(self) -> None:
         """Run the job to its end. Raises nothing that belongs to this one job."""
+        if self.record.ended:  # an earlier service has told of that; the history did not take it
+            self.spool.close()
+            self._tell_end()
+            self.over.set()
+            return
         begun = await self._begin()
         if begun is None:
             return
@@ -220,7 +236,12 @@ class Execution:
             self.record = evolve(self.record, detail=joined)
 
     async def store(self) -> bool:
-        """Record the job as it is now; a fault is logged, since the job goes on."""
+        """Record the job as it is now; a fault is logged, since the job goes on.
+
+        True where nothing is left to be recorded.
+        """
+        if self.refused:
+            return True
         try:
             await self._history.put(self.record)
         except JobworkerError as error:
@@ -239,8 +260,9 @@ class Execution:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
+            discarded = self.spool.statistics().discarded_bytes
             try:
-                await self._history.put(self.record)
+                await self._history.put(evolve(self.record, discarded_bytes=discarded))
             except JobworkerError as error:
                 log.debug("%s", error)
                 self._changed.set()
@@ -303,13 +325,16 @@ class Execution:
             )
             recorded = await self.store()
         self.spool.close()
-        self._ending.close()
-        self.decided.set()
-        self.ended.set()
+        self._tell_end()
         if recorded:  # answered once its place is free: nobody else waits for that
             await self._remove()
             self._settled.set()
         self.over.set()
+
+    def _tell_end(self) -> None:
+        self._ending.close()
+        self.decided.set()
+        self.ended.set()
 
     async def settle(self) -> None:
         """See the end recorded, however long the disk refuses, or the job removed."""

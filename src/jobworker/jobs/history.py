@@ -73,11 +73,10 @@ class History:
                 migrate(connection, path)
                 connection.pragma("journal_mode", "wal")
                 connection.pragma("synchronous", "full")
-                room = Room(path)
-                room.keep_log(connection)
-                room.ensure(connection)
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 unfinished = _select_unfinished(connection)
+                room = Room(path)
+                room.ensure(connection)  # the first thing that changes the file
             except (apsw.CorruptError, apsw.NotADBError) as error:
                 raise damaged(path, str(error)) from error
             except (apsw.Error, OSError) as error:

@@ -9,12 +9,15 @@ What is new (a start, an audit row) may use half of the free pages at most, and 
 the room is whole again. The rest is for what must be told of jobs that there are already: each
 takes a page or two at most.
 
+The log goes with a clean stop, as SQLite has it: one that stayed would be played into an older copy
+of the database that an administrator puts back. So a service that is started on a full disk has no
+room here until there is space again; what it tells stands in jobs' notes (`job_note`).
+
 This holds where a file system overwrites in place (ext4, XFS); one that copies on write (btrfs,
 ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.
 """
 
 import os
-from array import array
 from pathlib import Path
 
 import apsw
@@ -31,11 +34,6 @@ class Room:
     """What is set aside in the history at `path`."""
 
     _path: Path
-
-    def keep_log(self, connection: apsw.Connection) -> None:
-        """Have the log stay, blocks and all, when the last connection is closed."""
-        wanted = array("i", [1])  # SQLite takes the address of an int
-        connection.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, wanted.buffer_info()[0])
 
     def ensure(self, connection: apsw.Connection) -> bool:
         """Make the room whole where half of it is gone and the disk has enough: whether it is.

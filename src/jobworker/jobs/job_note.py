@@ -1,12 +1,16 @@
-"""The note of a job beside its output: its record once more, for the case that the history is gone.
+"""The note of a job beside its output: its record once more, with room set aside for its end.
 
-An administrator may lose the history, or put an older copy back, while output and live jobs stay.
-A note says whose job it was, what it ran and how it ended, so the next service can adopt the job
-(`takeover`). The history is the truth wherever it knows as much.
+The history is the truth wherever it knows as much. There are two cases in which it does not. An
+administrator may lose it, or put an older copy back, while output and live jobs stay: a note says
+whose job it was, what it ran and how it ended, so that the next service can adopt it (`takeover`).
+And a full disk may refuse a record that clients were told of: the note takes it, since its room is
+taken when the job is admitted, or else the job is refused. So no restart changes what was told.
 
 A note is a file of lines of JSON. The first line is the whole record; each further line has what
-changed since, without the request, which does not change. The last line may be torn. The disk may
-refuse a note: it is a second copy, and the job goes on without it.
+changed since, without the request, which does not change. Zeros follow, up to the room that is set
+aside. Where that is used up and the disk gives no more, the last line takes the place of those
+before it, but the first. A line may be torn. Nothing calls fsync: after a power cut a note has what
+the file system has kept.
 """
 
 import os
@@ -17,7 +21,7 @@ from attrs import evolve
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.jobs.output_directory import NOTE
+from jobworker.jobs.output_directory import NOTE, disk_errors
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.summary import summarize
@@ -25,51 +29,92 @@ from jobworker.model.summary import summarize
 MAX_NOTE_BYTES = 16 << 20
 """More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
 _NO_SPEC = JobSpec(command=("unknown",))
+_BLOCK_BYTES = 4096
+_TAIL_BYTES = 4 * _BLOCK_BYTES
+_RESERVED_BYTES = 3072
+"""Room for what is still to be told: each line has some 600 bytes and MAX_DETAIL at the most."""
+_MAX_DETAIL = 1024
 
 
-def write_note(spools: Path, record: JobRecord, *, create: bool = False) -> None:
-    """Add what `record` says to the note of its job; where that cannot be written, it is not.
+def make_note(spools: Path, record: JobRecord) -> None:
+    """Make the note of a job that is being admitted, with room for its end.
 
-    Only with `create` is a note made: another thread may be removing this one with its output.
+    Raises OutputError where the disk has no such room.
     """
-    with suppress(OSError):
-        directory = os.open(spools / str(record.id), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    spec = "".join(spec_pieces(record.spec, summarize(record)))
+    line = f'{{"spec":{spec},{_changes(record)[1:]}\n'.encode(errors="surrogatepass")
+    size = -(-(len(line) + _RESERVED_BYTES) // _BLOCK_BYTES) * _BLOCK_BYTES
+    with disk_errors("create"):
+        note = _open(spools, record.id, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            flags |= os.O_CREAT if create else 0
-            note = os.open(NOTE, flags, 0o600, dir_fd=directory)
-        finally:
-            os.close(directory)
-        try:
-            _add_line(note, record)
+            _write_all(note, line + bytes(size - len(line)), 0)
         finally:
             os.close(note)
 
 
-def _add_line(note: int, record: JobRecord) -> None:
-    size = os.fstat(note).st_size
-    fields = unstructure(evolve(record, spec=_NO_SPEC))
+def write_note(spools: Path, record: JobRecord) -> None:
+    """Add what `record` says to the note of its job, if there is one; raises nothing.
+
+    None is made: another thread may be removing this one with its output.
+    """
+    with suppress(OSError):
+        note = _open(spools, record.id, os.O_RDWR)
+        try:
+            _add_line(note, f"{_changes(record)}\n".encode(errors="surrogatepass"))
+        finally:
+            os.close(note)
+
+
+def _changes(record: JobRecord) -> str:
+    """What may change of a record, as one line of JSON."""
+    detail = record.detail[:_MAX_DETAIL]
+    fields = unstructure(evolve(record, spec=_NO_SPEC, detail=detail))
     del fields["spec"], fields["abridged"]
-    text = dumps(fields)
-    if not size:
-        spec = "".join(spec_pieces(record.spec, summarize(record)))
-        text = f'{{"spec":{spec},{text[1:]}'
-    line = text.encode(errors="surrogatepass") + b"\n"
+    return dumps(fields)
+
+
+def _open(spools: Path, job: JobId, flags: int) -> int:
+    directory = os.open(spools / str(job), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        return os.open(NOTE, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _add_line(note: int, line: bytes) -> None:
+    size = os.fstat(note).st_size
+    tail = os.pread(note, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+    end = size - len(tail) + len(tail.rstrip(b"\0"))
     # A record that the history refuses is tried again and again: one line of it is enough.
-    if size < len(line) or os.pread(note, len(line), size - len(line)) != line:
-        os.write(note, line)
+    if os.pread(note, len(line), max(0, end - len(line))) == line:
+        return
+    try:
+        _write_all(note, line, end)
+    except OSError:
+        first = _first_line_bytes(note)
+        if first + len(line) > size:
+            raise
+        _write_all(note, line + bytes(max(0, end - first - len(line))), first)
+
+
+def _first_line_bytes(note: int) -> int:
+    with open(os.dup(note), "rb") as file:
+        file.seek(0)
+        return len(file.readline(MAX_NOTE_BYTES))
+
+
+def _write_all(note: int, data: bytes, offset: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(note, rest, offset)
+        offset, rest = offset + written, rest[written:]
 
 
 def read_note(spools: Path, job: JobId) -> JobRecord | None:
     """What the note of a job says last; None where there is none that can be read."""
     try:
-        directory = os.open(spools / str(job), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            note = os.open(NOTE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        finally:
-            os.close(directory)
-        with open(note, "rb") as file:
-            text = file.read(MAX_NOTE_BYTES)
+        with open(_open(spools, job, os.O_RDONLY), "rb") as file:
+            text = file.read(MAX_NOTE_BYTES).partition(b"\0")[0]
     except OSError:
         return None
     fields: dict[str, object] = {}

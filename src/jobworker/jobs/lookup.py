@@ -48,6 +48,8 @@ async def page_of(
 
 def with_sizes(execution: Execution) -> JobRecord:
     """A live job's record with what it has written so far."""
+    if execution.record.ended:
+        return execution.record
     sizes = execution.spool.statistics()
     return evolve(
         execution.record,

@@ -95,6 +95,11 @@ class Spool:
         files = OutputFiles.open(directory, clock=clock)
         return cls(files, sealed=files.sealed)
 
+    @classmethod
+    def gone(cls) -> Self:
+        """The spool of an ended job whose files are not there: sealed, with nothing to read."""
+        return cls(OutputFiles({}, -1, time.time_ns), sealed=True)
+
     @property
     def size(self) -> int:
         """Bytes of both streams that can be read: the merged offset of the end."""
@@ -137,6 +142,11 @@ class Spool:
     def count_discarded(self, count: int) -> None:
         """See `OutputFiles.count_discarded`. Call it by `write`."""
         self._files.count_discarded(count)
+
+    def restore_discarded(self, count: int) -> None:
+        """Count as thrown away what an earlier service has told of, if the index knows of less."""
+        if not self.sealed:
+            self._files.discarded_bytes = max(self._files.discarded_bytes, count)
 
     async def write(self, work: Callable[[], T]) -> T:
         """Run `work`, which writes to this spool, in a thread; then wake those who wait for it.

@@ -1,7 +1,7 @@
 """The supervisor: admits jobs, runs each in an execution of its own, and finds them again.
 
-At most `max_running` jobs run; more wait in order, up to `max_waiting`, after which a request is
-refused at once. Live jobs stand in memory, ended ones only in the history and the spool
+At most `max_running` jobs run; more wait (`waiting_room`), up to `max_waiting`, after which a
+request is refused at once. Live jobs stand in memory, ended ones only in the history and the spool
 directory, so memory does not grow with the number of jobs ever run.
 
 `serve` owns the nursery of all executions. One execution's unexpected fault ends that job, with
@@ -9,6 +9,7 @@ an incident id in the log, and nothing else.
 """
 
 import logging
+import shutil
 import signal
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +27,7 @@ from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
-from jobworker.jobs.job_note import write_note
+from jobworker.jobs.job_note import make_note
 from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
@@ -35,6 +36,7 @@ from jobworker.jobs.quota import Use, check_quota
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import Inheritance
+from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
@@ -59,7 +61,7 @@ class Supervisor:
     max_running: int
     max_waiting: int
     _live: dict[JobId, Execution] = field(factory=dict, init=False)
-    _pending: deque[Execution] = field(factory=deque, init=False)
+    _pending: WaitingRoom = field(init=False)
     _placed: deque[Execution] = field(factory=deque, init=False)
     """Those that need not wait for a place: they have one, or only have to be ended."""
     _promised: int = field(default=0, init=False)
@@ -74,6 +76,9 @@ class Supervisor:
     removing: set[JobId] = field(factory=set, init=False)
     """Those that somebody is removing by force: their followers shall know."""
 
+    def __attrs_post_init__(self) -> None:
+        self._pending = WaitingRoom(self.max_waiting)
+
     def take_over(self, inheritance: Inheritance) -> None:
         """Go on with the jobs of an earlier service: before `serve`."""
         for running in inheritance.running:
@@ -81,6 +86,11 @@ class Supervisor:
             execution.inherit(running.started, running.exits)
             self._archive.count_live(running.spool)
             self._live[running.record.id] = execution
+            self._placed.append(execution)
+            self._places_taken += 1
+        for ended in inheritance.ended:
+            execution = self._make_execution(ended.record, ended.spool, True, {})
+            self._live[ended.record.id] = execution
             self._placed.append(execution)
             self._places_taken += 1
         for waiting in inheritance.waiting:
@@ -99,6 +109,7 @@ class Supervisor:
                 self._incidents.record("job", f"the end of job {execution.record.id}")
             finally:
                 running -= 1
+                self._pending.finished(execution.record.owner)
                 self._change.set()
 
         async with trio.open_nursery() as nursery:
@@ -108,7 +119,9 @@ class Supervisor:
                     self._pending and running + self._promised < self.max_running
                 ):
                     running += 1
-                    nursery.start_soon(run, (self._placed or self._pending).popleft())
+                    execution = self._placed.popleft() if self._placed else self._pending.next()
+                    self._pending.started(execution.record.owner)
+                    nursery.start_soon(run, execution)
                 self._change = trio.Event()
                 await self._change.wait()
 
@@ -126,6 +139,9 @@ class Supervisor:
                 if execution.ended.is_set():
                     await self._archive.add(execution)
                     await execution.settle()
+                if execution.refused:
+                    with suppress(JobworkerError):  # a later sweep finds it
+                        await self._archive.remove(execution.record.id, force=True)
             finally:
                 self._forget(execution)
 
@@ -153,12 +169,7 @@ class Supervisor:
             raise ShuttingDown("cannot run the command: the service is shutting down")
         if self._link.silent:
             raise launcher_silent()
-        if self._places_taken >= self.max_running + self.max_waiting:
-            raise Busy(
-                f"cannot run the command: {self.max_running} jobs run and "
-                f"{self.max_waiting} wait already",
-                remedy="try again later, or raise worker.max_concurrent_jobs",
-            )
+        self._check_room(owner)
         # From here to where the job is counted there is no checkpoint: two requests cannot both
         # have the last place.
         check_quota(quota, self._use_of(owner, old), spec.limits)
@@ -174,6 +185,21 @@ class Supervisor:
             await self._link.wait_unless_silent(event)
         except LauncherSilent:
             raise launcher_silent(execution.record.id) from None
+
+    def _check_room(self, owner: str) -> None:
+        """Raise Busy where neither may a job of this owner run at once nor wait."""
+        beyond = self._places_taken - self.max_running
+        arriving = sum(name == owner for name, _ in self._arriving.values())
+        if beyond < 0 or self._pending.has_room_for(owner, taken=beyond, arriving=arriving):
+            return
+        if beyond >= self.max_waiting:
+            why = f"{self.max_running} jobs run and {self.max_waiting} wait already"
+        else:
+            why = f"{beyond} jobs wait, and the last places are for those who have few waiting"
+        raise Busy(
+            f"cannot run the command: {why}",
+            remedy="try again later, or raise worker.max_concurrent_jobs or max_waiting_jobs",
+        )
 
     async def plan(self, spec: JobSpec) -> tuple[Limits, list[tuple[str, str, str]]]:
         """A job's limits, defaults filled in, and the steps of its start; nothing is started.
@@ -220,14 +246,21 @@ class Supervisor:
             # While the job starts: both take a while.
             await self._history.put(execution.record, is_new=True)
         except JobworkerError:
-            execution.request_stop(signal.SIGKILL, 0)
+            execution.refuse()
+            self._end_without_a_place(execution)
             raise
         return execution
 
     def _make_spool(self, record: JobRecord) -> Spool:
         """Make the place of a job's output, and note there whose it is: in a thread."""
-        spool = Spool.create(self._spools / str(record.id))
-        write_note(self._spools, record, create=True)
+        directory = self._spools / str(record.id)
+        spool = Spool.create(directory)
+        try:
+            make_note(self._spools, record)
+        except BaseException:
+            spool.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         return spool
 
     def _make_execution(
@@ -247,7 +280,10 @@ class Supervisor:
 
     def _queue(self, execution: Execution) -> None:
         self._live[execution.record.id] = execution
-        (self._placed if execution.admitted_at_once else self._pending).append(execution)
+        if execution.admitted_at_once:
+            self._placed.append(execution)
+        else:
+            self._pending.add(execution)
         self._change.set()
 
     def now(self) -> datetime:
@@ -296,7 +332,10 @@ class Supervisor:
         self, execution: Execution, number: signal.Signals, grace_seconds: float | None
     ) -> None:
         execution.request_stop(number, grace_seconds)
-        if execution in self._pending:  # its end needs no place
+        self._end_without_a_place(execution)
+
+    def _end_without_a_place(self, execution: Execution) -> None:
+        if execution in self._pending:
             self._pending.remove(execution)
             self._placed.append(execution)
             self._change.set()
@@ -386,8 +425,8 @@ class Supervisor:
     async def leave(self) -> None:
         """Take nothing more, and let go of every job but those that start or are being stopped."""
         await self._close()
-        while self._pending:
-            waiting = self._pending.popleft()
+        for waiting in self._pending:
+            self._pending.remove(waiting)
             waiting.spool.close()
             self._forget(waiting)
         for execution in list(self._live.values()):

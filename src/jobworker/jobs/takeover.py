@@ -2,10 +2,14 @@
 
     the history says    the launcher has it    so the job
     started             yes                    goes on: its pipes are read on, its end is awaited
-    started             no                     is FAILED, lost; or as its note says
+    started             no                     is FAILED, lost
     waiting             no                     waits again, unless it had secrets: no disk has them
     ended               yes                    is removed, and killed if it lives
     nothing             either                 is adopted (`adoption`)
+
+Where a job's note knows more (`job_note`), which a full disk or an older copy of the history may be
+the cause of, that counts: an end that was told stays as it was told, and is recorded when the disk
+takes it.
 
 A record is committed as INITIALIZING before its job is started (or while, and then its id has left
 the service only after the commit), so what is PENDING has never run. "Ended" with the launcher
@@ -19,7 +23,7 @@ new ones; what stood in their place is set aside.
 import logging
 import shutil
 import time
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -66,24 +70,33 @@ class Waiting:
 
 
 @define(eq=False)
+class Ended:
+    """A job that has ended, and whose end has to be recorded still."""
+
+    record: JobRecord
+    spool: Spool
+
+
+@define(eq=False)
 class Inheritance:
     """What was taken over, in the order of ids."""
 
     running: list[Running] = Factory(list)
     waiting: list[Waiting] = Factory(list)
+    ended: list[Ended] = Factory(list)
 
     @property
     def ids(self) -> frozenset[JobId]:
         """The jobs that were taken over."""
-        both: list[Running | Waiting] = [*self.running, *self.waiting]
-        return frozenset(each.record.id for each in both)
+        every: list[Running | Waiting | Ended] = [*self.running, *self.waiting, *self.ended]
+        return frozenset(each.record.id for each in every)
 
 
 async def take_over(link: Link, history: History, spools: Path, now: datetime) -> Inheritance:
     """Put jobs, output and history in order after an earlier service.
 
-    Raises InternalError where the history cannot be written: a service that cannot tell what became
-    of jobs does not start.
+    Raises InternalError where what is to be adopted cannot be recorded: a service that cannot tell
+    what became of jobs does not start.
     """
     there = await trio.to_thread.run_sync(jobs_in, spools)
     history.pass_over(JobId(max([*there, *link.inherited], default=0)))
@@ -92,12 +105,18 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     for job in (link.inherited.keys() & known) - unfinished.keys():
         await _remove(link, job)
     unfinished |= await _adopt(link, history, spools, (there | link.inherited.keys()) - known, now)
-    unfinished = await _ask_notes(history, spools, unfinished, link.inherited)
+    unfinished = await _ask_notes(spools, unfinished)
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
         alive = link.inherited.get(job)
+        if record.ended:
+            log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
+            if alive is not None:
+                _let_go(*alive)
+            inheritance.ended.append(Ended(record, await _open_ended(spools, record)))
+            continue
         if alive is None and (problem := _cannot_wait_again(record)):
-            await _lose(history, spools, record, now, problem)
+            inheritance.ended.append(await _lose(spools, record, now, problem))
             continue
         try:
             spool, going_on = await _open_spool(
@@ -107,7 +126,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
             log.error("job %d: %s", job, error)
             if alive is not None:
                 await _remove(link, job)
-            await _lose(history, spools, record, now, str(error))
+            inheritance.ended.append(await _lose(spools, record, now, str(error)))
             continue
         if alive is None:
             inheritance.waiting.append(Waiting(going_on, spool))
@@ -140,21 +159,10 @@ async def _adopt(
     return {record.id: record for record in records if not record.ended}
 
 
-async def _ask_notes(
-    history: History,
-    spools: Path,
-    unfinished: Mapping[JobId, JobRecord],
-    alive: Container[JobId],
-) -> dict[JobId, JobRecord]:
-    """What is unfinished still where notes know more than an older copy of the history."""
-    gone = [job for job in unfinished if job not in alive]
-    notes = await trio.to_thread.run_sync(read_notes, spools, gone)
-    found = {job: later(record, notes.get(job)) for job, record in unfinished.items()}
-    for job, record in found.items():
-        if record.ended:
-            await history.put(record)
-            log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
-    return {job: record for job, record in found.items() if not record.ended}
+async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
+    """What is unfinished, each job's record as the history or its note knows it better."""
+    notes = await trio.to_thread.run_sync(read_notes, spools, unfinished)
+    return {job: later(record, notes.get(job)) for job, record in unfinished.items()}
 
 
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
@@ -217,20 +225,26 @@ def _cannot_wait_again(record: JobRecord) -> str:
 
 
 async def _remove(link: Link, job: JobId) -> None:
-    started, exits = link.inherited[job]
-    close_all([started.stdout, started.stderr])
-    exits.close()
+    _let_go(*link.inherited[job])
     await link.remove(job)
 
 
-async def _lose(
-    history: History,
-    spools: Path,
-    record: JobRecord,
-    now: datetime,
-    detail: str,
-) -> None:
-    """Seal the output of a job that nobody has any more, and record its end."""
+def _let_go(started: Started, exits: Exits) -> None:
+    close_all([started.stdout, started.stderr])
+    exits.close()
+
+
+async def _open_ended(spools: Path, record: JobRecord) -> Spool:
+    try:
+        return await trio.to_thread.run_sync(Spool.open, spools / str(record.id))
+    except JobworkerError as error:
+        if record.output_removed_at is None:
+            log.warning("job %d: its output is lost: %s", record.id, error)
+        return Spool.gone()
+
+
+async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:
+    """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
     record = evolve(
         record,
         state=advance(record.state, Event.FAIL),
@@ -238,27 +252,23 @@ async def _lose(
         detail="; ".join(filter(None, (record.detail, detail))),
         ended_at=now,
     )
+    spool = await _open_ended(spools, record)
+    if spool.sealed and spool.last_ns:
+        ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
+        record = evolve(record, ended_at=max(ended_at, record.created_at))
     try:
-        spool = await trio.to_thread.run_sync(Spool.open, spools / str(record.id))
-    except JobworkerError as error:
-        log.warning("job %d: its output is lost: %s", record.id, error)
-    else:
-        try:
-            if spool.sealed and spool.last_ns:
-                ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
-                record = evolve(record, ended_at=max(ended_at, record.created_at))
-            await spool.seal()
-            sizes = spool.statistics()
-            record = evolve(
-                record,
-                stdout_bytes=sizes.stdout_bytes,
-                stderr_bytes=sizes.stderr_bytes,
-                discarded_bytes=sizes.discarded_bytes,
-            )
-        finally:
-            spool.close()
-    await history.put(record)
+        await spool.seal()
+    except OutputError as error:
+        log.warning("job %d: %s", record.id, error)
+    sizes = spool.statistics()
+    record = evolve(
+        record,
+        stdout_bytes=sizes.stdout_bytes,
+        stderr_bytes=sizes.stderr_bytes,
+        discarded_bytes=sizes.discarded_bytes,
+    )
     log.info("job %d: FAILED (lost)", record.id)
+    return Ended(record, spool)
 
 
 def _as_running(record: JobRecord, started: Started, now: datetime) -> JobRecord:

@@ -1,0 +1,100 @@
+"""The note of a job: its room is taken beforehand, so a full disk takes its end."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from jobworker.errors import OutputError
+from jobworker.jobs.job_note import make_note, read_note, write_note
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import State
+
+JOB = JobId(7)
+
+
+def record(**changes: object) -> JobRecord:
+    made = JobRecord(
+        id=JOB,
+        spec=JobSpec(command=("sh", "-c", "x" * 3000), environment={"A": "1"}),
+        owner="alice",
+        created_at=datetime(2026, 11, 24, tzinfo=UTC),
+    )
+    return evolve(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def spools(tmp_path: Path) -> Path:
+    (tmp_path / str(JOB)).mkdir()
+    return tmp_path
+
+
+@contextmanager
+def no_file_grows_beyond(size: int) -> Iterator[None]:
+    """As on a full disk: what stands in a file can be written over, and nothing more (EFBIG)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def note_of(spools: Path) -> Path:
+    return spools / str(JOB) / "record"
+
+
+def test_room_is_taken_at_once_and_whole_blocks_of_it(spools: Path) -> None:
+    make_note(spools, record())
+    status = note_of(spools).stat()
+    assert status.st_size % 4096 == 0
+    assert status.st_blocks * 512 >= status.st_size
+    assert read_note(spools, JOB) == record()
+
+
+@pytest.mark.parametrize("changes", [1, 3, 40])
+def test_last_word_is_kept_where_the_disk_takes_no_more(spools: Path, changes: int) -> None:
+    make_note(spools, record())
+    end = record(state=State.STOPPED, discarded_bytes=5, detail="d" * 1000, signal=9)
+    with no_file_grows_beyond(note_of(spools).stat().st_size):
+        for number in range(changes):
+            write_note(spools, record(state=State.RUNNING, stdout_bytes=number))
+        write_note(spools, end)
+        write_note(spools, end)
+    assert read_note(spools, JOB) == end
+
+
+def test_detail_without_an_end_is_cut_in_the_note_alone(spools: Path) -> None:
+    make_note(spools, record())
+    with no_file_grows_beyond(note_of(spools).stat().st_size):
+        write_note(spools, record(state=State.FAILED, detail="d" * 100_000))
+    found = read_note(spools, JOB)
+    assert found is not None
+    assert (found.state, found.detail) == (State.FAILED, "d" * 1024)
+
+
+def test_job_without_that_room_is_refused(spools: Path) -> None:
+    with (
+        no_file_grows_beyond(4096),
+        pytest.raises(OutputError, match="cannot create the job's output"),
+    ):
+        make_note(spools, record())
+
+
+def test_no_note_is_made_where_there_is_none(spools: Path) -> None:
+    write_note(spools, record())
+    assert os.listdir(spools / str(JOB)) == []
+
+
+def test_torn_last_line_is_passed_over(spools: Path) -> None:
+    make_note(spools, record())
+    write_note(spools, record(state=State.RUNNING))
+    data = note_of(spools).read_bytes()
+    end = len(data.rstrip(b"\0"))
+    note_of(spools).write_bytes(data[: end - 20] + bytes(len(data) - end + 20))
+    assert read_note(spools, JOB) == record()
