@@ -245,7 +245,7 @@ class Supervisor:
         try:
             # While the job starts: both take a while.
             await self._history.put(execution.record, is_new=True)
-        except JobworkerError:
+        except Exception:
             execution.refuse()
             self._end_without_a_place(execution)
             raise

@@ -38,6 +38,7 @@ class FakeLink:
     """Starts nothing; a job runs until `finish`."""
 
     spawned: list[JobId] = Factory(list)
+    silent: bool = False
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
     async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
@@ -57,6 +58,9 @@ class FakeLink:
         send.close()
         return pipes
 
+    async def wait_unless_silent(self, event: trio.Event) -> None:
+        await event.wait()
+
     async def remove(self, _: JobId) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -72,7 +76,7 @@ class FakeHistory:
         self._last += 1
         return JobId(self._last)
 
-    async def put(self, record: JobRecord) -> None:
+    async def put(self, record: JobRecord, **_: object) -> None:
         await trio.lowlevel.checkpoint()
         self.records[record.id] = record
 
