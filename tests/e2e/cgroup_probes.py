@@ -190,6 +190,7 @@ def memory_hog_is_killed(tree: Tree, _: Path) -> str:
             scope.clear_oom()
             assert not is_readable(scope.oom_fd)
             scope.clear_oom()
+        assert scope.is_over_limit(), "it was the job's own limit"
     return f"peak {usage.memory_peak_bytes} of {64 * MIB} bytes"
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from jobworker.cli.failures import one_line as visible
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.model.job import LOST_WRITES, JobRecord, JobSpec, OutputCut, Usage
+from jobworker.model.job import KILLED_FOR_MEMORY, LOST_WRITES, JobRecord, JobSpec, OutputCut, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_size
 
@@ -101,7 +101,8 @@ def ending(record: JobRecord) -> list[str]:
     """Lines about an end that the job's output and exit code do not tell."""
     why = _why_ended(record)
     lines = [visible(f"job {record.id} {why}")] if why else []
-    if LOST_WRITES in record.detail and record.detail not in why:
+    grave = [words for words in (LOST_WRITES, KILLED_FOR_MEMORY) if words in record.detail]
+    if any(words not in why for words in grave):
         lines.append(visible(f"job {record.id}: {record.detail}"))
     return [*lines, *_not_kept(record)]
 
@@ -135,10 +136,9 @@ def _why_cut(record: JobRecord) -> str:
 
 def _why_ended(record: JobRecord) -> str:
     detail = f": {record.detail}" if record.detail else ""
-    limit = _megabytes(record.spec.limits.memory_bytes)
     longest = format_duration(record.spec.timeout_seconds or 0)
     words = {
-        Reason.OOM: f"was ended: it went over its memory limit of {limit}",
+        Reason.OOM: f"was ended: {_why_out_of_memory(record)}",
         Reason.TIMEOUT: f"was ended: it ran longer than its time limit of {longest}",
         Reason.OUTPUT: f"was stopped: {_why_cut(record)}",
         Reason.SIGNAL: f"was ended by {_signal(record.signal)}{detail}",
@@ -149,6 +149,16 @@ def _why_ended(record: JobRecord) -> str:
     if record.state is State.STOPPED:
         return "was stopped"
     return "" if record.reason is None else words.get(record.reason, "")
+
+
+def _why_out_of_memory(record: JobRecord) -> str:
+    for words in record.detail.split("; "):
+        if KILLED_FOR_MEMORY in words:
+            return words
+    limit = record.spec.limits.memory_bytes
+    if limit == 0:  # the record is of a release that did not tell more
+        return f"it was {KILLED_FOR_MEMORY}"
+    return "it went over its memory limit" + (f" of {_megabytes(limit)}" if limit else "")
 
 
 def _signal(number: int | None) -> str:

@@ -18,7 +18,7 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import JobworkerError
-from jobworker.model.job import JobId
+from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Link
@@ -123,7 +123,7 @@ class Ending:
         for reason, applies in (
             (Reason.TIMEOUT, cause is _Cause.TIMEOUT),
             (Reason.OUTPUT, cause is _Cause.OUTPUT),
-            (Reason.OOM, ending.usage.oom_kills > 0),
+            (Reason.OOM, _is_of_memory(ending)),
             (Reason.SIGNAL, ending.signal is not None),
             (Reason.EXIT, bool(ending.code)),
             (Reason.DISK, bool(ending.lost)),
@@ -136,3 +136,28 @@ class Ending:
         """The job has ended: whoever asks now asks in vain."""
         self._signals.close()
         self._wanted.close()
+
+
+def _is_of_memory(ending: Exit) -> bool:
+    """Whether the job ended for want of memory.
+
+    At its own limit the job ends as a whole. Elsewhere a process of it may have been killed, and
+    the program gone on to an end of its own.
+    """
+    killed = ending.signal == signal.SIGKILL
+    return ending.want == "limit" or (ending.want != "" and killed)
+
+
+def memory_words(ending: Exit, reason: Reason | None) -> str:
+    """What is to be said of kills for want of memory that were not for the job's own limit."""
+    if ending.want == "kernel" and reason is Reason.OOM:
+        return (
+            f"it was {KILLED_FOR_MEMORY}: it held more of the kernel's own than a job may, "
+            "of kinds that no memory limit counts"
+        )
+    if ending.want != "host":
+        return ""
+    count = ending.usage.oom_kills
+    some = f"{count} of its processes {'was' if count == 1 else 'were'}"
+    who = "it was" if reason is Reason.OOM else some
+    return f"{who} {KILLED_FOR_MEMORY}: the host, or a control group above the job's, had none left"

@@ -21,7 +21,7 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from jobworker.errors import JobworkerError, LauncherGone, OutputError
-from jobworker.jobs.ending import Ending
+from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
@@ -289,6 +289,8 @@ class Execution:
             self.record = evolve(
                 self.record, exit_code=ending.code, signal=ending.signal, usage=ending.usage
             )
+            if words := memory_words(ending, reason):
+                self._note(words)
             for place in ending.lost:
                 where = f"the volume {place}" if place else "its disk"
                 self._note(f"some of what it wrote to {where} {LOST_WRITES}")

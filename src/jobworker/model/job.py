@@ -255,6 +255,7 @@ class Usage:
     write_bytes: int = 0
     processes: int = 0
     oom_kills: int = 0
+    """Kills for want of memory: at the job's own limit, or (`detail` says so) elsewhere."""
 
 
 @frozen(kw_only=True)
@@ -301,6 +302,8 @@ class JobRecord:
 
 LOST_WRITES = "is lost: the host could not write it"
 """How `detail` ends of a job that lost some of what it wrote."""
+KILLED_FOR_MEMORY = "killed for memory"
+"""In `detail` where processes were killed for memory, and not for the job's own limit."""
 
 
 def shell_exit_code(record: JobRecord) -> int:

@@ -38,7 +38,7 @@ class Reason(Enum):
 
     EXIT = "exit"  # it ended with a code other than 0
     SIGNAL = "signal"  # a signal ended it that we did not send
-    OOM = "oom"  # it went over its memory limit
+    OOM = "oom"  # killed for want of memory: its own limit, or what `detail` says
     TIMEOUT = "timeout"  # it ran longer than allowed
     OUTPUT = "output"  # its output could not be kept, and the policy is to stop it then
     DISK = "disk"  # it ended with 0, and some of what it wrote to its disk or volumes is lost

@@ -22,6 +22,9 @@ class NoScope(Scope):
     def _oom_count(self) -> int:
         return 0
 
+    def _own_oom_count(self) -> int:
+        return 0
+
     def _restart_peak(self) -> None:
         pass
 

@@ -25,6 +25,9 @@ from jobworker.sandbox import cgroup_cpuset
 from jobworker.sandbox import cgroup_files as files
 
 Kind = Literal["v1", "hybrid", "v2", "none"]
+Want = Literal["", "limit", "host", "kernel"]
+"""What processes of a job were killed for want of: nothing; memory within the job's own limit;
+memory of the host or of a group above; the kernel's own memory (`sandbox.kernel_watch`)."""
 SWEEP_SECONDS = 5.0
 SWEEP_PAUSE_SECONDS = 0.005
 
@@ -73,6 +76,8 @@ class Scope(ABC):
         self._baseline = Usage()
         self._ahead: Limits | None = None
         self._cores = ""
+        self._limits_memory = False
+        self._own_ooms = self._oom_events = 0
         self._removed = False
         if tree.unified is not None:
             self.clone_fd = os.open(name, files.DIRECTORY, dir_fd=tree.unified)
@@ -108,7 +113,8 @@ class Scope(ABC):
             return
         self._tree.check_controllers(limits)
         try:
-            self._baseline = self._counters()
+            self._baseline, self._own_ooms = self._counters(), self._own_oom_count()
+            self._limits_memory = bool(limits.memory_bytes)
             self._write_limits(limits)
             if limits.cores != self._cores:
                 top = self._tree.by_controller["cpuset"]
@@ -135,11 +141,18 @@ class Scope(ABC):
         """The kernel's kills for want of memory since arm(): v1 one process each, v2 the job."""
         return max(0, self._oom_count() - self._baseline.oom_kills)
 
+    def is_over_limit(self) -> bool:
+        """Whether the job's own memory limit was reached since arm(), and no memory was found.
+
+        Else a kill was for want of memory in a group above, or on the host. Clears `oom_fd`.
+        """
+        return self._limits_memory and self._own_oom_count() > self._own_ooms
+
     def clear_oom(self) -> None:
         """Take what `oom_fd` has to say, so that it is not readable until the next time."""
         if self.oom_fd is not None:
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self.oom_fd)
+                self._oom_events += os.eventfd_read(self.oom_fd)
 
     def kill(self) -> None:
         """SIGKILL everything in the scope; the dead are still to be reaped. Raises OSError.
@@ -191,6 +204,10 @@ class Scope(ABC):
 
     @abstractmethod
     def _oom_count(self) -> int: ...
+
+    @abstractmethod
+    def _own_oom_count(self) -> int:
+        """How often this group's own limit left no memory; only its growth says anything."""
 
     @abstractmethod
     def _restart_peak(self) -> None:

@@ -16,8 +16,12 @@ Meaning of the limits, kernel doc Documentation/admin-guide/cgroup-v1:
 - OOM: the kernel kills one process, not the group, so the launcher ends the rest. `oom_fd` is
   signalled when the kernel begins to look for a victim, in this group or in one above it: the
   count in memory.oom_control follows a moment later, or never, if it is another group's.
+  Whose limit it was: an OOM of a group above is told to our directory too, which has no limit of
+  its own, and an OOM of the host to none. (memory.failcnt does not tell: it also counts each time
+  that the kernel found memory after all, as for a job that reads files.)
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -102,6 +106,10 @@ class ScopeV1(Scope):
         text = files.read(self._tops["memory"], f"{self.name}/memory.oom_control")
         return files.table(text).get("oom_kill", 0)
 
+    def _own_oom_count(self) -> int:
+        self.clear_oom()  # before those above are read: the kernel tells them first
+        return self._oom_events - self._v1.ooms_above()
+
     def _restart_peak(self) -> None:
         if "memory" in self._tops:
             files.write(self._tops["memory"], f"{self.name}/memory.max_usage_in_bytes", "0")
@@ -118,12 +126,26 @@ class TreeV1(Tree):
         self.kind: Kind = "v1" if unified is None else "hybrid"
         self.stacked: frozenset[str] = frozenset()
         self._blocks = block_devices.open_directory() if "io" in by_controller else None
+        self._oom_fd = -1
+        self._ooms_above = 0
 
     def devices(self) -> tuple[block_devices.Device, ...]:
         """The block devices that exist now; `stacked` is brought up to date with them."""
         found = () if self._blocks is None else block_devices.scan(self._blocks)
         self.stacked = frozenset(device.number for device in found if device.stacked)
         return found
+
+    def watch_memory(self) -> None:
+        """Have the kernel tell of groups above that have no memory left; raises OSError."""
+        if "memory" in self.by_controller:
+            self._oom_fd = _watch_oom(self.by_controller["memory"], ".")
+
+    def ooms_above(self) -> int:
+        """How often a limit of a group above all scopes was told to leave no memory."""
+        if self._oom_fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                self._ooms_above += os.eventfd_read(self._oom_fd)
+        return self._ooms_above
 
     def missing_features(self) -> tuple[str, ...]:
         notes = []
@@ -148,6 +170,9 @@ class TreeV1(Tree):
         if self._blocks is not None:
             os.close(self._blocks)
             self._blocks = None
+        if self._oom_fd >= 0:
+            os.close(self._oom_fd)
+            self._oom_fd = -1
 
     def _new_scope(self, name: str) -> ScopeV1:
         return ScopeV1(self, name)
@@ -195,6 +220,11 @@ def _tree(name: str, by_controller: dict[str, int], unified: int | None) -> Tree
         reason = f"cannot list the block devices: {error}"
         raise mounts.unsupported("io", reason, "mount sysfs on /sys") from error
     tree.devices()
+    try:
+        tree.watch_memory()
+    except OSError as error:
+        reason = f"cannot have the kernel tell of want of memory: {error}"
+        raise mounts.unsupported("memory", reason, "use a kernel with CONFIG_MEMCG_V1") from error
     return tree
 
 

@@ -134,6 +134,11 @@ class ScopeV2(Scope):
         # A kill of the group counts its victim twice in oom_kill; oom_group_kill: Linux 5.17.
         return events.get("oom_group_kill", 0) or events.get("oom_kill", 0)
 
+    def _own_oom_count(self) -> int:
+        if "memory" not in self._tree.by_controller:
+            return 0
+        return files.table(self._read("memory.events")).get("oom", 0)
+
     def _descriptors(self) -> list[int]:
         own = super()._descriptors()
         return own if self._peak_fd is None else [*own, self._peak_fd]

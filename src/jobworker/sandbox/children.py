@@ -21,6 +21,7 @@ from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.apply import Means
+from jobworker.sandbox.cgroup_scope import Want
 from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
@@ -100,6 +101,8 @@ class Child:
         """Whether that, too, is known of its end."""
         self.doomed = False
         """It was killed, or has ended: its slot is about to become free."""
+        self.final_want: Want = ""
+        """What it wanted memory of by its end, as `want` tells while it lives."""
         self.final_usage: Usage | None = None
         """What it had used when it ended; its scope is gone soon after."""
         self.when_cleared: Callable[[], None] | None = None
@@ -157,12 +160,16 @@ class Child:
             say(f"cannot read {self.slot.name}'s usage: {error}")
             return Usage()
 
-    def oom_kills(self) -> int:
-        """The kernel's kills for want of memory; 0 where it does not tell."""
+    def want(self) -> Want:
+        """For want of what memory processes of it were killed; "" where none was."""
+        if self.hoards:
+            return "kernel"
         try:
-            return self.scope.oom_kills()
+            if not self.scope.oom_kills():
+                return ""
+            return "limit" if self.scope.is_over_limit() else "host"
         except OSError:
-            return 0
+            return ""
 
 
 class Nursery:

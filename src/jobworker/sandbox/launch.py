@@ -20,6 +20,7 @@ import jobworker
 from jobworker.errors import HostUnsupported, LauncherGone, error_classes
 from jobworker.model.job import Usage
 from jobworker.sandbox import channel
+from jobworker.sandbox.cgroup_scope import Want
 from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.version import PROTOCOL, mismatch
 
@@ -40,6 +41,8 @@ class Exit:
     usage: Usage
     lost: tuple[str, ...] = ()
     """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
+    want: Want = ""
+    """For want of what memory processes of it were killed."""
     seconds_ago: float = 0.0
     """How long before this was told."""
 
@@ -279,7 +282,22 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     assert isinstance(usage, dict)
     lost = message.get("lost", [])  # an earlier launcher does not tell
     assert isinstance(lost, list)
-    return Exit(code=code, signal=number, usage=usage_from(usage), lost=tuple(map(str, lost)))
+    used = usage_from(usage)
+    return Exit(
+        code=code,
+        signal=number,
+        usage=used,
+        lost=tuple(map(str, lost)),
+        want=_want_from(message.get("want"), used),
+    )
+
+
+def _want_from(told: object, usage: Usage) -> Want:
+    """What an earlier launcher does not tell is taken for the job's own limit."""
+    match told:
+        case "" | "host" | "kernel":
+            return told
+    return "limit" if usage.oom_kills else ""
 
 
 def usage_from(message: Mapping[str, object]) -> Usage:

@@ -52,6 +52,11 @@ _TOO_LITTLE_MEMORY: channel.Message = {
     "errno": errno.ENOMEM,
     "detail": "the memory limit leaves no room for a start",
 }
+_NO_MEMORY_ABOVE: channel.Message = {
+    "step": "memory",
+    "errno": errno.ENOMEM,
+    "detail": "the host, or a control group above the job's, has none left",
+}
 
 _HEEDED = ("SigBlk:", "SigIgn:", "SigCgt:")
 
@@ -286,15 +291,16 @@ class Jobs:
         self._turns.unwatch(child.pidfd)
         child.exit, child.ended_at, child.doomed = status_of(child), time.monotonic(), True
         self._zombies.take(child.pidfd)
-        child.final_usage = child.usage()
+        child.final_usage, child.final_want = child.usage(), child.want()
         if child.gateway is not None:
             signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
         if child.sock is not None:  # its last words come before its end
             self._on_word(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
             number, failure = child.request, child.failure or _DIED
-            if child.usage().oom_kills:
-                failure = _TOO_LITTLE_MEMORY
+            if child.final_want:
+                over = child.final_want == "limit"
+                failure = _TOO_LITTLE_MEMORY if over else _NO_MEMORY_ABOVE
             child.when_cleared = partial(self._tell, {"id": number, "error": failure}, ())
             self._forget(child)
         elif child.job is None:
@@ -462,7 +468,7 @@ def listed(child: Child) -> channel.Message:
 
 def _end(child: Child) -> channel.Message:
     assert child.exit is not None
-    return {**child.exit._asdict(), "lost": child.lost}
+    return {**child.exit._asdict(), "lost": child.lost, "want": child.final_want}
 
 
 def _find_losses(volumes: Mapping[str, int]) -> channel.Message:

@@ -1,8 +1,10 @@
-"""Ends a job as a whole when the kernel has killed a part of it for want of memory.
+"""Ends a job as a whole when the kernel has killed a part of it for its own memory limit.
 
 cgroup v2 does that by itself (memory.oom.group). v1 kills one process of the group, and tells
 of it by an event that comes up to some milliseconds before the kill is counted, and also for a
-group above, where nothing of this job is killed. So the count is looked at for a while.
+group above, where nothing of this job is killed. So the count is looked at for a while. A job
+that lost a process because the host or a group above had no memory goes on: what that means for
+it, its program knows best.
 
 Standard library only.
 """
@@ -44,7 +46,7 @@ class OomWatch:
     def _look(self) -> None:
         now = time.monotonic()
         for child, until in list(self._suspects.items()):
-            killed = child.exit is None and child.oom_kills() > 0
+            killed = child.exit is None and child.want() == "limit"
             if killed:
                 self._kill(child)
             if killed or child.exit is not None or now > until:

@@ -7,7 +7,8 @@ Standard library only.
 """
 
 PROTOCOL = 2
-"""Raise it with every change of a request, reply or event. Version 1 told none."""
+"""Raise it with every change of a request, reply or event that an earlier service or launcher
+cannot do without; the rest has a default. Version 1 told none."""
 
 
 def mismatch(launcher: object, service: object) -> str:

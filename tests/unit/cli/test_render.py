@@ -8,7 +8,16 @@ from attrs import evolve
 
 from jobworker.cli import render
 from jobworker.errors import NotFound
-from jobworker.model.job import LOST_WRITES, JobId, JobRecord, JobSpec, Limits, OutputCut, Usage
+from jobworker.model.job import (
+    KILLED_FOR_MEMORY,
+    LOST_WRITES,
+    JobId,
+    JobRecord,
+    JobSpec,
+    Limits,
+    OutputCut,
+    Usage,
+)
 from jobworker.model.lifecycle import Reason, State
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 987654, tzinfo=UTC)
@@ -70,6 +79,22 @@ def test_status_tells_how_a_job_ended() -> None:
     ("record", "lines"),
     [
         (OOM, ["job 7 was ended: it went over its memory limit of 64 MB"]),
+        (
+            evolve(OOM, spec=evolve(OOM.spec, limits=Limits(memory_bytes=0))),
+            ["job 7 was ended: it was killed for memory"],  # of a record that tells no more
+        ),
+        (
+            evolve(OOM, spec=evolve(OOM.spec, limits=Limits())),
+            ["job 7 was ended: it went over its memory limit"],
+        ),
+        (
+            evolve(OOM, detail=f"its output was cut; it was {KILLED_FOR_MEMORY}: why"),
+            [f"job 7 was ended: it was {KILLED_FOR_MEMORY}: why"],
+        ),
+        (
+            evolve(RUNNING, state=State.COMPLETED, detail=f"1 was {KILLED_FOR_MEMORY}: why"),
+            [f"job 7: 1 was {KILLED_FOR_MEMORY}: why"],
+        ),
         (
             evolve(OOM, reason=Reason.TIMEOUT, spec=evolve(OOM.spec, timeout_seconds=90.0)),
             ["job 7 was ended: it ran longer than its time limit of 1m30s"],

@@ -7,10 +7,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from jobworker.errors import NotFound
-from jobworker.jobs.ending import Ending
+from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
-from jobworker.sandbox.launch import Exit
+from jobworker.sandbox.cgroup_scope import Want
+from jobworker.sandbox.launch import Exit, exit_from
 
 EXITED = Exit(code=0, signal=None, usage=Usage())
 KILLED = Exit(code=None, signal=9, usage=Usage())
@@ -123,3 +124,55 @@ async def test_launcher_that_went_is_what_is_told_whatever_was_asked(
     ending = ending_of(OneJob())
     ending.stop(SIGTERM, None)
     assert ending.verdict(None) == (Event.FAIL, Reason.LOST)
+
+
+@pytest.mark.parametrize(
+    ("want", "code", "number", "reason", "words"),
+    [
+        ("", None, 9, Reason.SIGNAL, ""),
+        ("limit", None, 9, Reason.OOM, ""),
+        ("limit", 0, None, Reason.OOM, ""),  # v1: it ended before the launcher could end it all
+        ("limit", 1, None, Reason.OOM, ""),
+        ("host", None, 9, Reason.OOM, "it was killed for memory: the host"),
+        ("host", None, 11, Reason.SIGNAL, "2 of its processes were killed for memory: the host"),
+        ("host", 0, None, None, "2 of its processes were killed for memory: the host"),
+        ("host", 3, None, Reason.EXIT, "2 of its processes were killed for memory: the host"),
+        ("kernel", None, 9, Reason.OOM, "it was killed for memory: it held more of the kernel's"),
+        ("kernel", 0, None, None, ""),  # it had ended when the launcher came to kill it
+    ],
+)
+async def test_want_of_memory_is_told_apart(
+    want: Want, code: int | None, number: int | None, reason: Reason | None, words: str
+) -> None:
+    ended = Exit(code=code, signal=number, usage=Usage(oom_kills=2), want=want)
+    assert ending_of(OneJob()).verdict(ended)[1] is reason
+    assert memory_words(ended, reason).startswith(words)
+    assert bool(memory_words(ended, reason)) == bool(words)
+
+
+async def test_stop_that_came_first_stays_what_is_told(autojump_clock: MockClock) -> None:
+    ending = ending_of(OneJob())
+    async with trio.open_nursery() as nursery:
+        ending.stop(SIGTERM, 0)
+        nursery.start_soon(ending.serve)
+    ended = Exit(code=None, signal=9, usage=Usage(oom_kills=1), want="host")
+    assert ending.verdict(ended) == (Event.STOP, None)
+    assert memory_words(ended, None).startswith("1 of its processes was killed for memory")
+
+
+@pytest.mark.parametrize(
+    ("told", "kills", "want"),
+    [
+        ({}, 1, "limit"),
+        ({}, 0, ""),
+        ({"want": "host"}, 1, "host"),
+        ({"want": "kernel"}, 1, "kernel"),
+        ({"want": ""}, 1, ""),
+        ({"want": "of a later release"}, 1, "limit"),
+    ],
+)
+def test_launcher_of_another_release_need_not_tell_what_memory_was_wanted(
+    told: dict[str, object], kills: int, want: Want
+) -> None:
+    message = {"code": None, "signal": 9, "usage": {"pids": 0, "oom_kills": kills}, **told}
+    assert exit_from(message).want == want
