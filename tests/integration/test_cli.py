@@ -347,7 +347,7 @@ def test_volume_from_the_command_line(cli: Cli) -> None:
     read = cli("run", "-f", "--volume", "of-cli", "--max-disk=20", "cat", "/volumes/of-cli/file")
     assert read.stdout == "kept\n", read.stderr
     listed = cli("volume", "list").stdout.splitlines()
-    assert listed[0].split() == ["NAME", "SIZE", "ON", "DISK", "JOBS"]
+    assert listed[0].split() == ["NAME", "SIZE", "ON", "DISK", "JOBS", "KIND"]
     assert listed[1].split()[0] == "of-cli"
     assert cli("volume", "rm", "of-cli").returncode == 0
     gone = cli("run", "--volume=of-cli", "true")
