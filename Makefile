@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.set-up-demo
 
-.PHONY: bench-neighbour bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
+.PHONY: bench-fairness bench-neighbour bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -78,6 +78,10 @@ bench-connect: $(STAMP)
 #: make bench-neighbour   what hostile jobs do to disks, sockets, terminals and a neighbour's starts
 bench-neighbour: $(STAMP)
 	$(BIN)/python -m bench.neighbour
+
+#: make bench-fairness   what a flood of each kind does to a quiet client and to the service's memory
+bench-fairness: $(STAMP)
+	$(BIN)/python -m bench.fairness
 
 #: make clean   remove what the others made
 clean:

@@ -1,0 +1,298 @@
+"""What a client's flood does to a quiet client of its own certificate: a table, a row each.
+
+    python -m bench.fairness [NAME…] [--seconds 5]
+
+Each flood (`bench.floods`) comes from a process of its own and meets a service of its own, with the
+default limits and 50,000 ended jobs in its history. Beside it a quiet client says `hello` ten times
+and runs `true` to its end, again and again; the same was measured before on the idle service. Then
+come the service's memory (at the start, at its peak, and once the flood has gone), how many
+descriptors are left over, and the longest turn of the event loop (`bench.turns`). What misses its
+aim stands in bold:
+
+    hello    p99 at most 25 ms
+    true     p50 at most twice that of the idle service, p99 at most five times
+    memory   peak at most 256 MB, and afterwards at most a fifth above that at the start
+    fds      none left
+"""
+
+import argparse
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import apsw
+import trio
+from attrs import frozen
+from bench.floods import FLOODS
+from bench.turns import Turns, watched_turns
+
+from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.client.client import Client
+from jobworker.client.opening import open_client
+from jobworker.convert import dumps, unstructure
+from jobworker.jobs.history import History
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import State
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority
+from jobworker.pki.files import write_new
+
+MB = 1_000_000
+RECORDS = 50_000
+IDLE_SECONDS = 3.0
+SETTLE_SECONDS = 5.0
+HELLOS = 10
+"""For each run of `true`."""
+PAUSE_SECONDS = 0.005
+
+HELLO_P99_MS = 25.0
+RUN_P50, RUN_P99 = 2.0, 5.0
+PEAK_BYTES = 256 * MB
+AFTERWARDS = 1.2
+
+
+@frozen
+class Times:
+    """How long the quiet client waited, in milliseconds."""
+
+    hello: list[float]
+    run: list[float]
+
+
+@frozen
+class Row:
+    """What one flood did."""
+
+    idle: Times
+    flooded: Times
+    start_bytes: int
+    peak_bytes: int
+    after_bytes: int
+    descriptors_left: int
+    longest_turn: str
+    """Of the service's event loop, in milliseconds of processor time, and whose it was."""
+    asked: int
+
+
+def percentile(times: list[float], percent: int) -> float:
+    """Of the times, without interpolation: the worst of few is no better than it was."""
+    return sorted(times)[min(len(times) - 1, math.ceil(len(times) * percent / 100))]
+
+
+async def quiet(client: Client, seconds: float) -> Times:
+    """Be the quiet client for so long."""
+    times = Times([], [])
+    until = trio.current_time() + seconds
+    while trio.current_time() < until:
+        for _ in range(HELLOS):
+            began = time.perf_counter()
+            await client.hello()
+            times.hello.append(1e3 * (time.perf_counter() - began))
+            await trio.sleep(PAUSE_SECONDS)
+        began = time.perf_counter()
+        ended = await (await client.run(["true"])).wait()
+        times.run.append(1e3 * (time.perf_counter() - began))
+        assert ended.state is State.COMPLETED, ended
+    return times
+
+
+def status_bytes(service: Embedded, field: str) -> int:
+    """A field of the service's /proc/PID/status: proc(5)."""
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak(service: Embedded) -> None:
+    """Count the peak, VmHWM, from now on: proc(5), clear_refs."""
+    Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")
+
+
+def descriptors(service: Embedded) -> int:
+    """How many the service's process has open, those of its history apart.
+
+    Readers of the history (`jobs.history_readers`) are opened at need and kept, three at the most.
+    """
+    count = 0
+    for each in Path(f"/proc/{service.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            count += not each.readlink().name.startswith("history.db")
+    return count
+
+
+def make_history(path: Path, count: int = RECORDS) -> None:
+    """A history of ended jobs, half of them with the label x=a, the others with y=b."""
+    now = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    record = JobRecord(
+        id=JobId(1),
+        state=State.COMPLETED,
+        created_at=now,
+        ended_at=now,
+        output_removed_at=now,
+        spec=JobSpec(command=("true",)),
+        owner="admin-client",
+        exit_code=0,
+    )
+    History.open(path).close()
+    connection = apsw.Connection(str(path))
+    with connection:
+        connection.execute(
+            """WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n WHERE id < ?1)
+            INSERT INTO jobs SELECT id, 'COMPLETED', 'admin-client', '2026-01-31', json_set(
+                ?2, '$.id', id, '$.spec.labels',
+                json(iif(id % 2, '{"x":"a"}', '{"y":"b"}'))) FROM n""",
+            (count, dumps(unstructure(record))),
+        )
+        connection.execute(
+            """INSERT INTO labels SELECT label.key, label.value, jobs.id
+            FROM jobs, json_each(jobs.record, '$.spec.labels') AS label ORDER BY 1, 2, 3"""
+        )
+    connection.close()
+
+
+def prepare(directory: Path, history: Path) -> None:
+    """Make what `open_service` starts a service with."""
+    directory.mkdir()
+    certs, now = directory / "certs", datetime.now(UTC)
+    init_authority(certs, [], now=now)
+    issued = Authority.load(certs).issue_client("quiet", "admin", now=now)
+    write_new(certs, issued.files("quiet-client"))
+    (directory / "state" / "service").mkdir(parents=True)
+    shutil.copy(history, directory / "state" / "service" / "history.db")
+
+
+@asynccontextmanager
+async def open_service(directory: Path, history: Path) -> AsyncIterator[Embedded]:
+    """A service with a copy of that history, and a certificate for the quiet client."""
+    prepare(directory, history)
+    async with open_embedded(directory) as service:
+        yield service
+
+
+async def settle(service: Embedded, bound_bytes: float, descriptors_before: int) -> None:
+    """Wait until the service is as it was, but not for long."""
+    with trio.move_on_after(SETTLE_SECONDS):
+        while status_bytes(service, "VmRSS") > bound_bytes or (  # noqa: ASYNC110
+            descriptors(service) > descriptors_before
+        ):
+            await trio.sleep(0.1)
+
+
+async def measure(
+    service: Embedded, turns: Turns, name: str, seconds: float, idle_seconds: float
+) -> Row:
+    """Flood a service."""
+    names = service.environment("quiet")
+    ca, certificate, key = (Path(names[f"WORKER_{each}_PATH"]) for each in ("CA", "CERT", "KEY"))
+    async with open_client(service.address, ca=ca, certificate=certificate, key=key) as client:
+        idle = await quiet(client, idle_seconds)
+        before, start = descriptors(service), status_bytes(service, "VmRSS")
+        forget_peak(service)
+        certs = service.directory / "certs"
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "bench.floods", name, service.address, certs, str(seconds)],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        said = b""
+        while b"\n" not in said:
+            piece = await process.stdout.receive_some()
+            assert piece, f"the flood {name} does not begin"
+            said += piece
+        turns.reset()
+        flooded = await quiet(client, seconds)
+        longest_turn = f"{turns.longest_ms():.0f} ({turns.task().rpartition('.')[2]})"
+        asked = b""
+        async for piece in process.stdout:
+            asked += piece
+        assert await process.wait() == 0, f"the flood {name} broke off"
+        for job in await client.list(limit=1000):
+            if not job.ended:
+                await client.job(job.id).stop(signal="KILL")
+        await settle(service, AFTERWARDS * start, before)
+        return Row(
+            idle=idle,
+            flooded=flooded,
+            start_bytes=start,
+            peak_bytes=status_bytes(service, "VmHWM"),
+            after_bytes=status_bytes(service, "VmRSS"),
+            descriptors_left=descriptors(service) - before,
+            longest_turn=longest_turn,
+            asked=int(asked),
+        )
+
+
+def _marked(value: float, aim: float, form: str = ".1f") -> str:
+    text = format(value, form)
+    return text if value <= aim else f"**{text}**"
+
+
+def line(what: str, row: Row) -> str:
+    """A row of the table."""
+    hello, run, idle = row.flooded.hello, row.flooded.run, row.idle.run
+    idle_p50, idle_p99 = statistics.median(idle), percentile(idle, 99)
+    cells = [
+        what,
+        str(row.asked),
+        f"{statistics.median(hello):.1f}",
+        _marked(percentile(hello, 99), HELLO_P99_MS),
+        f"{idle_p50:.0f} / {idle_p99:.0f}",
+        _marked(statistics.median(run) / idle_p50, RUN_P50),
+        _marked(percentile(run, 99) / idle_p99, RUN_P99),
+        f"{row.start_bytes / MB:.0f}",
+        _marked(row.peak_bytes / MB, PEAK_BYTES / MB, ".0f"),
+        _marked(row.after_bytes / MB, AFTERWARDS * row.start_bytes / MB, ".0f"),
+        _marked(row.descriptors_left, 0, "d"),
+        row.longest_turn,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = """\
+| flood | asked | hello p50, ms | p99, ms | idle true p50 / p99, ms | true p50, times idle | \
+p99, times idle | memory, MB | peak, MB | afterwards, MB | fds left | longest turn, ms |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+@contextmanager
+def place() -> Iterator[Path]:
+    """A directory for services, with a history to begin with."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-fairness-", dir="/var/tmp") as made:
+        directory = Path(made)
+        directory.chmod(0o755)
+        make_history(directory / "history.db")
+        yield directory
+
+
+async def flood(
+    directory: Path, name: str, seconds: float, idle_seconds: float = IDLE_SECONDS
+) -> Row:
+    """Flood a service of its own in `directory`, that of `place`."""
+    with watched_turns() as turns:
+        async with open_service(directory / name, directory / "history.db") as service:
+            return await measure(service, turns, name, seconds, idle_seconds)
+
+
+def main(names: list[str], seconds: float) -> None:
+    """Run the floods and print the table."""
+    print(HEAD)
+    with place() as directory:
+        for name in names:
+            row = trio.run(flood, directory, name, seconds)
+            print(line(FLOODS[name].what, row), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[*FLOODS, []])
+    parser.add_argument("--seconds", type=float, default=5.0)
+    arguments = parser.parse_args()
+    main(arguments.names or list(FLOODS), arguments.seconds)
