@@ -245,11 +245,13 @@ class TLSStream(trio.abc.Stream):
             if not self._unsent:
                 self._unsent = memoryview(self._outgoing.read())
             try:
-                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+                sent = self.socket.send(self._unsent)
             except BlockingIOError:
                 raise
             except OSError as error:
                 raise trio.BrokenResourceError from error
+            # An empty view would hold all that it was cut from, for as long as nothing is sent.
+            self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
 
     async def _wait_for_room(self) -> None:
         taken = -LEAST_TAKEN_BYTES

@@ -332,3 +332,10 @@ def keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, trim_bytes)
         mallopt(_M_MMAP_THRESHOLD, mmap_bytes)
+
+
+def give_back_freed_memory() -> None:
+    """Give back every page that malloc holds free: malloc_trim(3), of glibc, as above."""
+    malloc_trim = getattr(_libc, "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))

@@ -44,6 +44,7 @@ from jobworker.server.connection import serve_connection
 from jobworker.server.disk_promises import follow_promises, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
+from jobworker.server.memory import keep_small
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
 from jobworker.server.reload import (
@@ -132,6 +133,7 @@ async def serve(prepared: Prepared) -> None:
             auditor = Auditor(history, _now)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
+                nursery.start_soon(incidents.keep_running, "memory", keep_small)
                 if _counts_promises(prepared):
                     follow = partial(follow_promises, link, archive.room.budget)
                     nursery.start_soon(incidents.keep_running, "disks", follow)

@@ -273,6 +273,7 @@ class Subscriptions:
                         began = trio.current_time()
                         if frames:
                             await self._send(frames)
+                        del frames  # or each that waits for its turn would hold what it sent last
                         subscription.keep_pace(size, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)

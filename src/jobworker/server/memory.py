@@ -1,0 +1,41 @@
+"""The service's own memory: what malloc holds free goes back to the system.
+
+malloc keeps what was freed, for the next piece of output, which is fast; but it never gives back
+by itself what lies below a block that is still in use, or in the arena of a thread. So after a
+flood the service would stay as large as it was at its largest. Here all free pages are given back,
+wherever they lie, soon after the process has grown, and then again less and less often, as long as
+there is nothing to give back.
+"""
+
+import mmap
+from pathlib import Path
+
+import trio
+
+from jobworker.sandbox.syscalls import give_back_freed_memory
+
+LOOK_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 64.0
+NOTABLE_BYTES = 4 << 20
+_OWN = Path("/proc/self/statm")
+
+
+def resident_bytes() -> int:
+    """What this process has in memory: proc(5), statm."""
+    return int(_OWN.read_text().split()[1]) * mmap.PAGESIZE
+
+
+async def keep_small() -> None:
+    """Give memory back after the process has grown; never returns."""
+    pause, waited, least = LOOK_SECONDS, 0.0, resident_bytes()
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        waited += LOOK_SECONDS
+        before = resident_bytes()
+        if before > least + NOTABLE_BYTES:
+            pause = LOOK_SECONDS
+        if waited >= pause:
+            await trio.to_thread.run_sync(give_back_freed_memory)
+            waited, least = 0.0, resident_bytes()
+            fruitful = before > least + NOTABLE_BYTES
+            pause = LOOK_SECONDS if fruitful else min(2 * pause, LONGEST_PAUSE_SECONDS)
