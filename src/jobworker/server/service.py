@@ -44,7 +44,7 @@ from jobworker.server.connection import serve_connection
 from jobworker.server.disk_promises import follow_promises, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
-from jobworker.server.memory import keep_small
+from jobworker.server.memory import keep_small, settle
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
 from jobworker.server.reload import (
@@ -169,6 +169,7 @@ async def _serve_until_signal(
         traffic=Traffic(),
     )
     listener = _Listener(prepared, door, context)
+    settle()
     listen(prepared.listeners)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:

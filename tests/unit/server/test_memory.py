@@ -31,3 +31,18 @@ trio.run(main)
 
 def test_memory_that_was_freed_below_a_block_in_use_is_given_back() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)
+
+
+SEARCHED = """
+import gc
+import jobworker.server.service
+from jobworker.server.memory import settle
+
+assert len(gc.get_objects()) > 10_000
+settle()
+assert len(gc.get_objects()) < 1000
+"""
+
+
+def test_what_modules_made_is_searched_for_cycles_no_more() -> None:
+    subprocess.run([sys.executable, "-c", SEARCHED], check=True, timeout=60)
