@@ -58,7 +58,10 @@ class Slots:
         try:
             await waiting[1].wait()
         except trio.Cancelled:
-            self._waiting.remove(waiting)
+            if waiting[1].is_set():  # after it was cancelled, and before it ran
+                self.give_back(name)
+            else:
+                self._waiting.remove(waiting)
             raise
 
     def give_back(self, name: str) -> None:

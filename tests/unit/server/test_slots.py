@@ -85,3 +85,14 @@ async def test_connection_that_ends_while_it_waits_keeps_no_slot(autojump_clock:
         waiting.close()
         slots.give_back("a")
     assert slots.statistics() == Statistics(taken=0, waiting=0)
+
+
+async def test_slot_that_is_given_to_who_was_just_cancelled_is_not_lost() -> None:
+    slots = Slots(1, 1)
+    await slots.take("a")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(slots.take, "a")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        slots.give_back("a")
+    assert slots.take_nowait("a")
