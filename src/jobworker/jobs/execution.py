@@ -113,8 +113,8 @@ class Execution:
             return
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
+            self._changed.set()
         self._ending.stop(number, grace_seconds)
-        self._changed.set()
 
     def refuse(self) -> None:
         """Take back a job whose admission could not be recorded: its client is told that.
@@ -127,16 +127,20 @@ class Execution:
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
-        self._ending.go_on()
         self.spool.restore_discarded(self.record.discarded_bytes)
         if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
+            self._ending.go_on()
             self._ending.stop_for_output()
         if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
+            self._ending.go_on()
             self.request_stop(signal.SIGTERM, None)
 
-    def leave(self) -> None:
-        """Let go of a job that runs; one that is being stopped is seen to its end."""
-        if not self._ending.under_way:
+    def leave(self, *, anyway: bool = False) -> None:
+        """Let go of a job that runs; one that is being stopped is seen to its end.
+
+        With `anyway` that one too: the stop is recorded, and the next service goes on with it.
+        """
+        if anyway or not self._ending.under_way:
             self._company.cancel()
 
     async def usage(self) -> Usage | None:
@@ -312,26 +316,34 @@ class Execution:
         is not recorded. For the same reason a job whose end the disk refuses keeps its place and
         its remains until the disk takes it (`settle`); who waits is told at once.
         """
-        with trio.CancelScope(shield=True):  # waits for the disk alone
-            try:
-                await self.spool.seal()
-            except OutputError as error:
-                self._note(str(error))
-            sizes = self.spool.statistics()
-            self.record = evolve(
-                self.record,
-                ended_at=self.record.ended_at or self._clock(),
-                stdout_bytes=sizes.stdout_bytes,
-                stderr_bytes=sizes.stderr_bytes,
-                discarded_bytes=sizes.discarded_bytes,
-            )
-            recorded = await self.store()
-        self.spool.close()
-        self._tell_end()
-        if recorded:  # answered once its place is free: nobody else waits for that
-            await self._remove()
-            self._settled.set()
-        self.over.set()
+        recorded = False
+        try:
+            with trio.CancelScope(shield=True):  # waits for the disk alone
+                try:
+                    await self.spool.seal()
+                except OutputError as error:
+                    self._note(str(error))
+                except Exception as error:
+                    log.exception("job %d: its output is not sealed", self.record.id)
+                    self._note(f"its output could not be sealed: {error}")
+                sizes = self.spool.statistics()
+                self.record = evolve(
+                    self.record,
+                    ended_at=self.record.ended_at or self._clock(),
+                    stdout_bytes=sizes.stdout_bytes,
+                    stderr_bytes=sizes.stderr_bytes,
+                    discarded_bytes=sizes.discarded_bytes,
+                )
+                recorded = await self.store()
+        finally:
+            self.spool.close()
+            self._tell_end()
+        try:
+            if recorded:  # answered once its place is free: nobody else waits for that
+                await self._remove()
+                self._settled.set()
+        finally:
+            self.over.set()
 
     def _tell_end(self) -> None:
         self._ending.close()

@@ -8,11 +8,12 @@ taken when the job is admitted, or else the job is refused. So no restart change
 
 A note is a file of lines of JSON. The first line is the whole record; each further line has what
 changed since, without the request, which does not change. Zeros follow, up to the room that is set
-aside. Where that is used up and the disk gives no more, the last line takes the place of those
-before it, but the first. A line may be torn. Nothing calls fsync: after a power cut a note has what
-the file system has kept.
+aside. Where that is used up and the disk gives no more, or lines are many, the last line takes the
+place of those before it, but the first. A line may be torn. Nothing calls fsync: after a power cut
+a note has what the file system has kept.
 """
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ _TAIL_BYTES = 4 * _BLOCK_BYTES
 _RESERVED_BYTES = 3072
 """Room for what is still to be told: each line has some 600 bytes and MAX_DETAIL at the most."""
 _MAX_DETAIL = 1024
+_MANY_BYTES = 1 << 16
+"""Of lines behind the first: whoever asks for something again and again makes no note grow."""
 
 
 def make_note(spools: Path, record: JobRecord) -> None:
@@ -43,7 +46,7 @@ def make_note(spools: Path, record: JobRecord) -> None:
     """
     spec = "".join(spec_pieces(record.spec, summarize(record)))
     line = f'{{"spec":{spec},{_changes(record)[1:]}\n'.encode(errors="surrogatepass")
-    size = -(-(len(line) + _RESERVED_BYTES) // _BLOCK_BYTES) * _BLOCK_BYTES
+    size = _with_room(len(line))
     with disk_errors("create"):
         note = _open(spools, record.id, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -63,6 +66,11 @@ def write_note(spools: Path, record: JobRecord) -> None:
             _add_line(note, f"{_changes(record)}\n".encode(errors="surrogatepass"))
         finally:
             os.close(note)
+
+
+def _with_room(size: int) -> int:
+    """The size of a note that has `size` bytes of lines: whole blocks, with room for more."""
+    return -(-(size + _RESERVED_BYTES) // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _changes(record: JobRecord) -> str:
@@ -88,13 +96,19 @@ def _add_line(note: int, line: bytes) -> None:
     # A record that the history refuses is tried again and again: one line of it is enough.
     if os.pread(note, len(line), max(0, end - len(line))) == line:
         return
+    first = _first_line_bytes(note) if end > _MANY_BYTES else 0
     try:
+        if first and end - first > _MANY_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         _write_all(note, line, end)
     except OSError:
-        first = _first_line_bytes(note)
+        first = first or _first_line_bytes(note)
         if first + len(line) > size:
             raise
-        _write_all(note, line + bytes(max(0, end - first - len(line))), first)
+        keep = _with_room(first + len(line))
+        if keep < size:
+            os.ftruncate(note, keep)
+        _write_all(note, line + bytes(max(0, min(end, keep) - first - len(line))), first)
 
 
 def _first_line_bytes(note: int) -> int:

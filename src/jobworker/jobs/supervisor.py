@@ -12,7 +12,7 @@ import logging
 import shutil
 import signal
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -131,9 +131,10 @@ class Supervisor:
             await execution.run()
         except Exception:  # noqa: BLE001 - recorded
             incident = self._incidents.record("job", f"job {execution.record.id}")
-            with suppress(JobworkerError):
-                await self._link.remove(execution.record.id)
-            await execution.fail_internally(incident)
+            if not execution.ended.is_set():
+                with suppress(JobworkerError):
+                    await self._link.remove(execution.record.id)
+                await execution.fail_internally(incident)
         finally:
             try:
                 if execution.ended.is_set():
@@ -417,20 +418,39 @@ class Supervisor:
     async def shut_down(self, grace_seconds: float) -> None:
         """Take nothing more, stop every job and wait for the ends."""
         await self._close()
-        for execution in list(self._live.values()):
+        executions = list(self._live.values())
+        for execution in executions:
             self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
-        for execution in list(self._live.values()):
-            await execution.over.wait()
+        await self._all(execution.over for execution in executions)
 
     async def leave(self) -> None:
-        """Take nothing more, and let go of every job but those that start or are being stopped."""
+        """Take nothing more, and let go of every job.
+
+        Those that start get the time for it, and those that are being stopped the usual grace.
+        """
         await self._close()
         for waiting in self._pending:
             self._pending.remove(waiting)
             waiting.spool.close()
             self._forget(waiting)
-        for execution in list(self._live.values()):
-            await execution.decided.wait()
+        executions = list(self._live.values())
+        await self._all(execution.decided for execution in executions)
+        for execution in executions:
             execution.leave()
-        for execution in list(self._live.values()):
-            await execution.over.wait()
+        with trio.move_on_after(self._rules.stop_grace_seconds):
+            await self._all(execution.over for execution in executions)
+        for execution in executions:
+            execution.leave(anyway=True)
+        await self._all(execution.over for execution in executions)
+
+    async def _all(self, events: Iterable[trio.Event]) -> None:
+        """Wait for all events, as long as the launcher answers.
+
+        One that does not is given up: its jobs are as if it had ended, and waits for it end.
+        """
+        try:
+            for event in events:
+                await self._link.wait_unless_silent(event)
+        except LauncherSilent:
+            log.error("the launcher does not answer; it is left as it is")
+            self._link.give_up()

@@ -36,6 +36,7 @@ from attrs import Factory, define, evolve
 from jobworker.errors import JobworkerError, NotFound, OutputError
 from jobworker.jobs.adoption import adopted, jobs_in, later, read_notes, tell_adopted
 from jobworker.jobs.history import History
+from jobworker.jobs.job_note import make_note
 from jobworker.jobs.output_directory import NOTE
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
@@ -190,6 +191,8 @@ async def _open_spool(
     else:
         kept = await trio.to_thread.run_sync(_set_aside, directory)
     spool = await trio.to_thread.run_sync(Spool.create, directory)
+    with suppress(OutputError):  # it goes on without one
+        await trio.to_thread.run_sync(make_note, directory.parent, record)
     if removed:
         log.warning("job %s: its output was removed before its end was recorded", directory.name)
         return spool, evolve(record, output_removed_at=now)

@@ -304,13 +304,17 @@ class Link:
         except (OSError, JobworkerError):
             return  # reset: the same as its end
         finally:
-            self.gone.set()
-            for waiting in self._waiting.values():
-                waiting.answered.set()
-            self._waiting.clear()
-            for exits in self._exits.values():
-                exits.close()
-            self._exits.clear()
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Take the launcher as gone: every waiting request and every job hears of it."""
+        self.gone.set()
+        for waiting in self._waiting.values():
+            waiting.answered.set()
+        self._waiting.clear()
+        for exits in self._exits.values():
+            exits.close()
+        self._exits.clear()
 
     def _dispatch(self, message: channel.Message, descriptors: list[int]) -> None:
         if message.get("event") == "exit":
@@ -319,7 +323,8 @@ class Link:
             assert isinstance(job, int)
             exits = self._exits.pop(JobId(job), None)
             if exits is not None:
-                exits.send_nowait(exit_from(message))
+                with suppress(trio.BrokenResourceError):  # nobody wants to know any more
+                    exits.send_nowait(exit_from(message))
                 exits.close()
             return
         answered = message.get("id")

@@ -98,3 +98,11 @@ def test_torn_last_line_is_passed_over(spools: Path) -> None:
     end = len(data.rstrip(b"\0"))
     note_of(spools).write_bytes(data[: end - 20] + bytes(len(data) - end + 20))
     assert read_note(spools, JOB) == record()
+
+
+def test_note_does_not_grow_with_what_is_asked_again_and_again(spools: Path) -> None:
+    make_note(spools, record())
+    for number in range(400):
+        write_note(spools, record(state=State.RUNNING, discarded_bytes=number))
+    assert note_of(spools).stat().st_size < 100_000
+    assert read_note(spools, JOB) == record(state=State.RUNNING, discarded_bytes=399)

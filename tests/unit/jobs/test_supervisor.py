@@ -1,6 +1,7 @@
 """The supervisor: who runs when, over a launcher and a history that are not there."""
 
 import os
+import signal
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ import trio
 import trio.testing
 from attrs import Factory, define
 
+from jobworker.errors import LauncherSilent
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
@@ -39,6 +41,7 @@ class FakeLink:
 
     spawned: list[JobId] = Factory(list)
     silent: bool = False
+    given_up: bool = False
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
     async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
@@ -58,8 +61,17 @@ class FakeLink:
         send.close()
         return pipes
 
+    async def signal(self, *_: object) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
     async def wait_unless_silent(self, event: trio.Event) -> None:
+        if self.silent and not event.is_set():
+            raise LauncherSilent("cannot serve the request: the launcher does not answer")
         await event.wait()
+
+    def give_up(self) -> None:
+        self.given_up = True
 
     async def remove(self, _: JobId) -> None:
         await trio.lowlevel.checkpoint()
@@ -191,3 +203,30 @@ async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path:
     assert not history.records[JobId(1)].ended
     for pipe in pipes:
         os.close(pipe)
+
+
+async def test_service_that_leaves_does_not_wait_for_a_client_s_long_grace(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The stop is recorded, and the next service goes on with it."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        execution = await supervisor.submit(spec("stubborn"), "alice")
+        execution.request_stop(signal.SIGTERM, 1e6)
+        began = trio.current_time()
+        await supervisor.leave()
+        assert trio.current_time() - began < 60
+        pipes = link.finish(JobId(1), keep_pipes=True)
+    assert not execution.ended.is_set()
+    assert history.records[JobId(1)].stop_requested_at is not None
+    for pipe in pipes:
+        os.close(pipe)
+
+
+async def test_service_that_leaves_does_not_wait_for_a_silent_launcher(tmp_path: Path) -> None:
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        execution = await supervisor.submit(spec("left"), "alice")
+        link.silent = True
+        with trio.fail_after(20):
+            await supervisor.leave()
+        assert link.given_up
+        assert not execution.ended.is_set()
