@@ -44,6 +44,8 @@ WINDOW_SECONDS = 60.0
 MAX_ADDRESSES = 10_000
 """Whose failures are remembered at a time; at one more, the oldest are forgotten."""
 LOG_SECONDS = 1.0
+STALL_SECONDS = 0.5
+"""How long a handshake may take, once it could begin, where others wait for the place."""
 TURN_SECONDS = 0.0025
 """Between two handshakes of an address that is slowed down: the last of 256 waits 0.64 s."""
 
@@ -61,6 +63,8 @@ class Arrival:
     """Whether the client has shown a certificate of ours: then it is no failed handshake."""
     heard: bool = False
     """Whether it has said anything yet."""
+    turn_at: float = math.inf
+    """When its handshake could begin."""
     crowded_out: bool = field(default=False, init=False)
 
     def let_go(self) -> None:
@@ -143,15 +147,18 @@ class Admission:
         failures = self._slowed(arrival.network)
         if failures is None:
             await trio.lowlevel.checkpoint()
-            return
-        async with failures.turns:
-            await trio.sleep_until(max(failures.next_turn, trio.current_time()))
-            failures.next_turn = trio.current_time() + TURN_SECONDS
+        else:
+            async with failures.turns:
+                await trio.sleep_until(max(failures.next_turn, trio.current_time()))
+                failures.next_turn = trio.current_time() + TURN_SECONDS
+        arrival.turn_at = trio.current_time()
 
     def _make_room(self, network: str) -> None:
         """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
-        silent = (each for each in self._arriving if not each.heard)
-        given_up = next(silent, None)
+        # A client with a certificate is in within moments of its turn.
+        late = trio.current_time() - STALL_SECONDS
+        stalled = (each for each in self._arriving if not each.heard or each.turn_at < late)
+        given_up = next(stalled, None)
         if given_up is None and self._slowed(network) is not None:
             raise TooManyFailures(
                 f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from "

@@ -120,6 +120,27 @@ async def test_who_says_nothing_makes_room_before_who_waits_for_a_turn() -> None
         assert (first.crowded_out, third.crowded_out) == (True, False)
 
 
+async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
+    autojump_clock: object,
+) -> None:
+    """One byte on each of all connections keeps nobody of that address out."""
+    admission = small()
+    for _ in range(3):
+        fail(admission, "10.0.0.1")
+    with ExitStack() as stack:
+        for name in ("first", "second"):
+            stalled = stack.enter_context(admission.arrive(name, "10.0.0.1"))
+            await admission.take_turn(stalled)
+        with pytest.raises(TooManyFailures):
+            fail(admission, "10.0.0.1")
+        await trio.sleep(1)
+        began = trio.current_time()
+        with admission.arrive("honest", "10.0.0.1") as honest:
+            await admission.take_turn(honest)
+            honest.finish()
+        assert trio.current_time() - began < 0.1
+
+
 async def test_failures_may_be_unlimited() -> None:
     admission = small(max_failed_handshakes=0)
     for _ in range(1000):
