@@ -64,11 +64,11 @@ def at_commit_of(state: State, *, after: bool = False) -> None:
     """Die before, or after, a transaction with the victim in a state is committed."""
     name, put = sys.argv[1], History.put
 
-    async def patched(self: History, record: JobRecord) -> None:
+    async def patched(self: History, record: JobRecord, *, is_new: bool = False) -> None:
         concerned = record.spec.name == name and record.state is state
         if concerned and not after:
             die()
-        await put(self, record)
+        await put(self, record, is_new=is_new)
         if concerned:
             die()
 

@@ -185,9 +185,9 @@ def standing(site: Site) -> tuple[int, int, int]:
 
 
 async def settled(site: Site) -> tuple[int, int, int]:
-    """The same, once it no longer changes."""
+    """The same, once it no longer changes: an ended job is collected a second later."""
     seen = [standing(site)]
-    while len(seen) < 200 and (len(seen) < 6 or len(set(seen[-6:])) > 1):
+    while len(seen) < 200 and (len(seen) < 26 or len(set(seen[-26:])) > 1):
         await trio.sleep(0.05)
         seen.append(standing(site))
     return seen[-1]

@@ -172,5 +172,5 @@ async def test_viewer_may_not_touch_volumes(viewer: Wire) -> None:
         "volume.remove": {"name": "x"},
     }
     for method, params in calls.items():
-        with pytest.raises(Refused, match="may not volumes"):
+        with pytest.raises(Refused, match="may not use volumes"):
             await viewer.call(method, **params)
