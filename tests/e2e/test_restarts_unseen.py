@@ -80,6 +80,7 @@ class Commands:
                     "WORKER_CERT_PATH": str(certs / "admin-client-cert.pem"),
                     "WORKER_KEY_PATH": str(certs / "admin-client-key.pem"),
                     "WORKER_CA_PATH": str(certs / "ca-cert.pem"),
+                    "WORKER_PATIENCE": "60s",
                 },
             )
         self.started.append(Command(process, out, err))

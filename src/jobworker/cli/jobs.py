@@ -4,6 +4,7 @@ Each opens one connection, makes its calls and prints. What can be known without
 malformed option, an argument that is no text) is refused before it is dialled.
 """
 
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -18,7 +19,7 @@ from jobworker.cli import render
 from jobworker.cli.console import note_lost, say, tell
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
-from jobworker.cli.options import Invocation
+from jobworker.cli.options import Invocation, start_patience
 from jobworker.cli.parameters import Duration, JobNumber, Label, Size, json_option, pass_invocation
 from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import MEBIBYTE, in_options, make_spec
@@ -31,8 +32,6 @@ from jobworker.protocol.messages import MAX_LIST
 if TYPE_CHECKING:
     from jobworker.client.client import Client
 
-START_SECONDS = 30.0
-"""As long as a restart of the service takes, on a slow machine."""
 CALLS_AT_A_TIME = 64
 """Well below what a server takes in flight from one connection."""
 
@@ -42,7 +41,7 @@ def open_connection(
 ) -> "AbstractAsyncContextManager[Client]":
     """Connect to the server that options, environment and file name.
 
-    A service that is being restarted is waited for: START_SECONDS for the first connection, the
+    A service that is being restarted is waited for: `start_patience` for the first connection, the
     client's patience for later ones. Not so without `patient`. `quiet` says nothing of it; of the
     wait for the first one only a person at a terminal hears, since its end is told in any case.
     """
@@ -56,7 +55,7 @@ def open_connection(
         certificate=target.certificate,
         key=target.key,
         patience_seconds=PATIENCE_SECONDS if patient else 0,
-        start_patience_seconds=START_SECONDS if patient else 0,
+        start_patience_seconds=start_patience(os.environ) if patient else 0,
         on_lost=None if quiet else _tell_lost,
         on_refused=_tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
     )

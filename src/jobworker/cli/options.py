@@ -17,6 +17,7 @@ from attrs import define, field, frozen
 
 from jobworker.client.address import Address, parse_address
 from jobworker.errors import ConfigError
+from jobworker.model.units import parse_duration
 
 DIRECTORY = "~/.worker"
 
@@ -32,6 +33,10 @@ DEFAULTS = {
     KEY: f"{DIRECTORY}/client-key.pem",
     CA: f"{DIRECTORY}/ca-cert.pem",
 }
+
+PATIENCE = "WORKER_PATIENCE"
+DEFAULT_PATIENCE_SECONDS = 5.0
+"""As long as a restart of the service takes: more would only keep a person waiting."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -57,6 +62,20 @@ class Invocation:
     def target(self) -> Target:
         """The server to dial. Raises ConfigError that names where a bad value stands."""
         return resolve(self.options, os.environ, Path(os.path.expanduser(f"{DIRECTORY}/config")))
+
+
+def start_patience(environment: Mapping[str, str]) -> float:
+    """How many seconds a command waits for a server that nobody listens at. Raises ConfigError."""
+    text = environment.get(PATIENCE, "")
+    if not text:
+        return DEFAULT_PATIENCE_SECONDS
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"cannot use {PATIENCE} of the environment: {error}",
+            remedy="give it as 30s or 2m, or 0 for no waiting",
+        ) from None
 
 
 def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Path) -> Target:

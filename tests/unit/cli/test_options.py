@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, read_settings, resolve
+from jobworker.cli.options import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    SERVER,
+    read_settings,
+    resolve,
+    start_patience,
+)
 from jobworker.client.address import Address
 from jobworker.errors import ConfigError
 
@@ -106,3 +114,11 @@ def test_bad_address_is_refused_with_its_place(file: Path) -> None:
         resolve({}, {SERVER: "a:0"}, file)
     with pytest.raises(ConfigError, match="from its option"):
         resolve({SERVER: "a:b"}, {}, file)
+
+
+def test_patience_is_what_the_environment_says() -> None:
+    assert start_patience({}) == start_patience({"WORKER_PATIENCE": ""}) == 5
+    assert start_patience({"WORKER_PATIENCE": "1m"}) == 60
+    assert start_patience({"WORKER_PATIENCE": "0"}) == 0
+    with pytest.raises(ConfigError, match=r"WORKER_PATIENCE.*soon"):
+        start_patience({"WORKER_PATIENCE": "soon"})
