@@ -38,7 +38,7 @@ bench: $(STAMP)
 #: make soak    long runs of what the tests do shortly; half an hour
 soak: $(STAMP)
 	JOBWORKER_SOAK=1 $(BIN)/python -m pytest tests/security tests/e2e tests/integration/test_vanishing.py \
-		-q --timeout=3600
+		tests/integration/test_full_disk_steps.py -q --timeout=3600
 
 #: make mutants take one defence away at a time and see a test go red; ten minutes
 mutants: $(STAMP)

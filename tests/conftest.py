@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import os
 import shutil
 import signal
 import time
@@ -25,6 +26,16 @@ def compiler() -> str:
     if found is None:
         pytest.skip("needs gcc")
     return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what is marked `soak` to `make soak`: it repeats at length what others show shortly."""
+    if os.environ.get("JOBWORKER_SOAK"):
+        return
+    long = [item for item in items if item.get_closest_marker("soak")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
 
 
 def attached_disks() -> set[str]:

@@ -21,7 +21,7 @@ from .restarting import Site, open_site
 __all__ = ["_needs_root", "open_directory"]
 
 SOAK = bool(os.environ.get("JOBWORKER_SOAK"))
-ROUNDS = 200 if SOAK else 2
+ROUNDS = 200 if SOAK else 1
 JOBS = 60
 BYTES = 900_000
 """Less than a pipe holds: all of it may stand there when the service goes."""

@@ -134,7 +134,7 @@ async def check_told(site: Site, wire: Wire) -> None:
         assert {key: now[key] for key in TOLD} == {key: record[key] for key in TOLD}
 
 
-@pytest.mark.parametrize("restart", ["", "on the full disk"])
+@pytest.mark.parametrize("restart", [pytest.param("", marks=pytest.mark.soak), "on the full disk"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: str(step.__name__))
 async def test_disk_is_full(
     open_directory: Callable[[], Path],

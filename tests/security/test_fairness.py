@@ -18,7 +18,10 @@ def directory() -> Iterator[Path]:
         yield made
 
 
-@pytest.mark.parametrize("name", ["follows", "ends", "unread", "garbage", "connects"])
+LONG = [pytest.param(name, marks=pytest.mark.soak) for name in ("unread", "garbage", "connects")]
+
+
+@pytest.mark.parametrize("name", ["follows", "ends", *LONG])
 async def test_flood_leaves_a_quiet_client_in_peace(directory: Path, name: str) -> None:
     row = await flood(directory, name, 6 if name == "follows" else 1.5, idle_seconds=0.5)
     assert row.asked
