@@ -14,9 +14,11 @@ help:
 demo: $(DEMO_STAMP)
 	@$(BIN)/worker demo
 
-#: make test    everything: lint, types, import rules, all tests
+#: make test    everything: lint, types, import rules, all tests (the unit tests beside the others)
 test: lint
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/unit -q > $(VENV)/unit.log 2>&1 & unit=$$!; \
+	$(BIN)/python -m pytest tests/integration tests/security tests/e2e; failed=$$?; \
+	wait $$unit || failed=1; cat $(VENV)/unit.log; exit $$failed
 
 #: make check   in under a minute: lint, types, import rules, unit tests
 check: lint unit
@@ -38,7 +40,7 @@ bench: $(STAMP)
 #: make soak    long runs of what the tests do shortly; half an hour
 soak: $(STAMP)
 	JOBWORKER_SOAK=1 $(BIN)/python -m pytest tests/security tests/e2e tests/integration/test_vanishing.py \
-		tests/integration/test_full_disk_steps.py -q --timeout=3600
+		tests/integration/test_full_disk_steps.py tests/integration/test_lost_state.py -q --timeout=3600
 
 #: make mutants take one defence away at a time and see a test go red; ten minutes
 mutants: $(STAMP)

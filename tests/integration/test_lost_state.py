@@ -334,7 +334,7 @@ async def test_output_of_a_live_job_that_cannot_be_used_is_set_aside(
 
 
 @pytest.mark.parametrize("spoil", SPOILT_SPOOLS)
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.soak)])
 async def test_output_of_an_ended_job_that_cannot_be_used_stays(
     open_directory: Callable[[], Path], spoil: Callable[[Path], None], known: bool
 ) -> None:
