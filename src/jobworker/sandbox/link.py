@@ -84,6 +84,7 @@ class Link:
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    _given_up: bool = False
     silent: bool = False
     """Whether the launcher is there and has not answered for `silent_seconds`."""
     silent_seconds: float = SILENT_SECONDS
@@ -200,7 +201,7 @@ class Link:
         raises LauncherSilent where the launcher does neither; the rest, on which jobs' lives
         depend, goes on when it does.
         """
-        if self.gone.is_set():
+        if self._given_up:
             raise _launcher_gone()
         if not patient and self.silent:
             raise launcher_silent()
@@ -243,7 +244,7 @@ class Link:
         """
         while True:
             await trio.sleep(LOOK_SECONDS)
-            if not self._waiting or self.gone.is_set():
+            if not self._waiting or self._given_up:
                 continue
             with trio.move_on_after(self.silent_seconds):
                 await self._ping()
@@ -304,11 +305,12 @@ class Link:
         except (OSError, JobworkerError):
             return  # reset: the same as its end
         finally:
+            self.gone.set()
             self.give_up()
 
     def give_up(self) -> None:
-        """Take the launcher as gone: every waiting request and every job hears of it."""
-        self.gone.set()
+        """Ask nothing more: every waiting request and every job hears as if it were gone."""
+        self._given_up = True
         for waiting in self._waiting.values():
             waiting.answered.set()
         self._waiting.clear()
