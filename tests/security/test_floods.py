@@ -174,3 +174,25 @@ async def test_permission_comes_before_faults_of_the_parameters(bystander: Wire)
         with pytest.raises(Refused, match="'viewer' may not") as refused:
             await bystander.call("job.run", job=job)
         assert refused.value.code == 1002
+
+
+async def test_padded_wait_keeps_neither_its_connection_nor_the_place_of_a_large_request(
+    flooded: Embedded,
+) -> None:
+    """A request may wait for a job however long it is; what it says is small."""
+    async with open_wire(flooded) as wire, trio.open_nursery() as nursery:
+        job = await wire.start("sleep", "600")
+        padding = " " * 60_000
+        for number in range(-20, 0):
+            await wire.socket.send_message(
+                f'{{"jsonrpc":"2.0","id":{number},"method":"job.wait",{padding}'
+                f'"params":{{"id":{job}}}}}'
+            )
+        with trio.fail_after(20):
+            await wire.call("service.hello")
+            async with open_wire(flooded) as other:
+                big = {f"NAME{number}": "x" * 100 for number in range(500)}
+                await other.call("job.plan", job={"command": ["true"], "environment": big})
+        nursery.cancel_scope.cancel()
+    async with open_wire(flooded) as wire:
+        await wire.call("job.stop", id=job)

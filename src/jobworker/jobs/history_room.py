@@ -38,7 +38,8 @@ class Room:
     def ensure(self, connection: apsw.Connection) -> bool:
         """Make the room whole where half of it is gone and the disk has enough: whether it is.
 
-        Outside of a transaction.
+        Outside of a transaction. Raises BusyError where another has the database locked: that says
+        nothing of the room.
         """
         if self._is_enough(connection):
             return True
@@ -46,7 +47,11 @@ class Room:
             return False
         try:
             self._make(connection)
-        except apsw.Error:  # another was faster to fill the disk, or has the database locked
+        except apsw.BusyError:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        except apsw.Error:  # another was faster to fill the disk
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             return False

@@ -112,7 +112,11 @@ class Writer:
 
     def _commit(self, batch: Sequence[_Write]) -> list[BaseException | None]:
         """Commit a batch, as a whole if possible: the fault of each write, None where it stands."""
-        if not self._has_room() and any(write.is_new for write in batch):
+        try:
+            has_room = self._has_room()
+        except apsw.BusyError as busy:
+            return [busy] * len(batch)
+        if not has_room and any(write.is_new for write in batch):
             return [self._attempt_without_room(write) for write in batch]
         fault = self._attempt(batch)
         if fault is None or isinstance(fault, apsw.BusyError):
@@ -122,6 +126,8 @@ class Writer:
     def _has_room(self) -> bool:
         try:
             return self._room.ensure(self._connection)
+        except apsw.BusyError:
+            raise
         except (apsw.Error, OSError):  # each write will meet it again
             return True
 

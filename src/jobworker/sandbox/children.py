@@ -95,8 +95,8 @@ class Child:
         self.exit: Exit | None = None
         self.lost: list[str] = []
         """Where it lost what it wrote: names of volumes, "" for its own disk."""
-        self.inspected = False
-        """Whether its volumes are being written out for that."""
+        self.inspected, self.inspections = False, 0
+        """Whether its volumes are being written out for that, and how often that was tried."""
         self.end_is_known = False
         """Whether that, too, is known of its end."""
         self.doomed = False

@@ -46,6 +46,7 @@ REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
 LOOK_AGAIN_SECONDS = 0.1
 CLEAR_AGAIN_SECONDS = 0.005
+INSPECT_AGAIN_SECONDS, MAX_INSPECTIONS = 0.1, 20
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 _TOO_LITTLE_MEMORY: channel.Message = {
     "step": "limits",
@@ -191,6 +192,9 @@ class Jobs:
                 return
             except OSError as error:  # it has died while it waited
                 say(f"a spare is lost: {error}")
+        if self._must_wait(request.order):  # for the places of spares that were no good
+            self._late.appendleft((number, request))
+            return
         self._order_new(self._make(), number, request, errand)
 
     def plan(self, request: requests.PlanOf) -> list[tuple[str, str, str]]:
@@ -321,6 +325,7 @@ class Jobs:
         work = partial(_find_losses, dict(child.volume_roots))
         roots = list(child.volume_roots.values())
         child.inspected = True
+        child.inspections += 1
         try:
             self._inspectors.start(work, partial(self._on_inspected, child), roots)
         except OSError as error:
@@ -328,7 +333,11 @@ class Jobs:
 
     def _on_inspected(self, child: Child, outcome: channel.Message) -> None:
         lost = outcome.get("lost")
-        # What could not be looked at may be lost.
+        if not isinstance(lost, list) and child.inspections < MAX_INSPECTIONS:
+            # No process to be had, or it was killed: that says nothing of the volumes.
+            self._turns.call_in(INSPECT_AGAIN_SECONDS, partial(self._inspect_volumes, child))
+            return
+        # What could not be looked at at all may be lost.
         child.lost += list(child.volume_roots) if not isinstance(lost, list) else lost
         child.inspected = False
         self._nursery.give_back_volumes(child)

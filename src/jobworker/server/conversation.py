@@ -66,6 +66,8 @@ IN_ORDER = frozenset({"job.credit", "job.unfollow"})
 """Notifications that wait for nothing: what the client says next finds them done."""
 IN_TURN = frozenset({"job.list", "job.status", "job.plan", "volume.list", "rpc.discover"})
 """Calls that wait for nothing and may have long answers: one at a time of each connection."""
+LARGE_REQUESTS = frozenset({"job.run", "job.plan"})
+"""Methods whose parameters may be large; what else is large was padded."""
 MAX_REASON_BYTES = 120
 """Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
@@ -163,7 +165,11 @@ class Conversation:
             await self._socket.aclose(code, told)
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
-        """Serve a message, or have a task serve it. The reader waits for the end of large ones."""
+        """Serve a message, or have a task serve it.
+
+        The reader waits for the end of large ones, since they hold memory. One that was only
+        padded holds none any more, and may wait for a job: that is no reason to read no further.
+        """
         large = len(message) > LARGE_BYTES
         if large:
             self.intake.begin()
@@ -179,8 +185,9 @@ class Conversation:
                 await self._send(received.message)
         elif received.method.name in IN_ORDER and not received.answered:
             await self._outcome(received)
-        elif large and received.answered:
-            nursery.start_soon(self._deliver, await self._answer(received))
+        elif large and received.method.name in LARGE_REQUESTS:
+            serve = self._answer if received.answered else self._outcome
+            nursery.start_soon(self._deliver, await serve(received))
         elif received.answered:
             nursery.start_soon(self._serve_call, received)
         else:

@@ -338,6 +338,21 @@ async def test_lock_that_is_never_given_back_is_told_to_each_writer(
         assert ids_of(await latest(history, limit=10)) == [4]
 
 
+async def test_lock_of_another_is_not_told_as_a_full_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the room for ends has to be made anew, which needs the lock too."""
+    monkeypatch.setattr(history_writer, "BUSY_SECONDS", 0.05)
+    with opened(path) as history:
+        with write_lock(path) as other:
+            other.execute("COMMIT")
+            other.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(InternalError, match="another program has locked it"):
+                await history.put(record(history.take_id()), is_new=True)
+        await history.put(record(history.take_id()), is_new=True)
+
+
 async def _put_together(
     history: History, path: Path, stored: list[JobRecord]
 ) -> dict[int, InternalError]:

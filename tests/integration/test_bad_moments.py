@@ -1,0 +1,99 @@
+"""A launcher whose helpers fail for a moment: what could not be done then is done later."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobworker.sandbox import launch
+from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.policy import Policy
+
+from .conftest import child_of
+from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
+
+NO_PROCESS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import errno
+from jobworker.sandbox import launcher_jobs
+refusals = [errno.EAGAIN, errno.ENOMEM, errno.EMFILE]
+class Refusing(launcher_jobs.Chores):
+    def start(self, work, done, holding=()):
+        if refusals:
+            raise OSError(refusals.pop(), "on purpose")
+        super().start(work, done, holding)
+launcher_jobs.Chores = Refusing
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher that finds no process, three times, to look after a job's volumes."""
+
+BAD_SPARES = """
+import sys; sys.path.insert(0, sys.argv[1])
+from jobworker.sandbox import disk_images
+disk_images.lost_writes = lambda root: True
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher whose every spare has a disk that lost what was written to it."""
+
+
+@pytest.fixture
+def serving(
+    make_policy: Callable[..., Policy],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., Service]]:
+    """Starts a launcher by a program and with changes of its policy."""
+    made: list[Service] = []
+
+    def serve(bootstrap: str, **policy: object) -> Service:
+        monkeypatch.setattr(launch, "_BOOTSTRAP", bootstrap)
+        changed = make_policy()._replace(**policy)  # type: ignore[arg-type]
+        made.append(Service(start_launcher(changed), changed))
+        return made[-1]
+
+    yield serve
+    for service in made:
+        service.sock.close()
+        assert service.leaves() == 0
+
+
+def test_volumes_that_could_not_be_looked_at_at_once_are_looked_at_again(
+    serving: Callable[..., Service],
+) -> None:
+    service = serving(NO_PROCESS)
+    volume = {"name": "kept", "size_bytes": 16 << 20, "thin": False}
+    assert "ok" in service.ask("volume.create", 1, **volume)[0]
+    writes = ("sh", "-c", "echo kept > /volumes/kept/file")
+    _, descriptors = service.spawn(1, *writes, volumes=[["kept", "/volumes/kept"]])
+    end = service.exit_of(1)
+    assert (end["code"], end["lost"]) == (0, []), "nothing was lost"
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert "ok" in service.ask("remove", 1)[0]
+
+
+def test_start_waits_for_the_places_of_spares_that_are_no_good(
+    serving: Callable[..., Service],
+) -> None:
+    service = serving(BAD_SPARES, max_jobs=1, spares=1)
+    reply, descriptors = service.spawn(1, "sleep", "600")
+    assert "ok" in reply, reply
+    launcher = child_of(service.process.pid)
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    deadline = time.monotonic() + 20
+    # The job has one of the two places; the other one is a spare's, once there is one again.
+    while [_name_of(pid) for pid in children.read_text().split()].count("trampoline") < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    reply, more = service.spawn(2, "true")
+    assert "ok" in reply, reply
+    for descriptor in (*descriptors, *more):
+        os.close(descriptor)
+
+
+def _name_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
+    except OSError:  # it has ended
+        return ""
