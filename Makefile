@@ -18,7 +18,8 @@ demo: $(DEMO_STAMP)
 test: lint
 	@$(BIN)/python -m pytest tests/unit -q > $(VENV)/unit.log 2>&1 & unit=$$!; \
 	$(BIN)/python -m pytest tests/integration tests/security tests/e2e; failed=$$?; \
-	wait $$unit || failed=1; cat $(VENV)/unit.log; exit $$failed
+	wait $$unit || { failed=1; cat $(VENV)/unit.log; }; \
+	echo "unit tests beside them: $$(tail -n 1 $(VENV)/unit.log)"; exit $$failed
 
 #: make check   in under a minute: lint, types, import rules, unit tests
 check: lint unit

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+UNIT_TESTS = Path(__file__).parent / "unit"
+
 
 def pytest_configure() -> None:
     """Have Ctrl-C mean something: whoever runs the tests in the background ignores it.
@@ -44,8 +46,14 @@ def attached_disks() -> set[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _disks_go_with_their_jobs() -> Iterator[None]:
-    """No disk of any service stays: their files have no names by which to tell whose they are."""
+def _disks_go_with_their_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No disk of any service stays: their files have no names by which to tell whose they are.
+
+    Unit tests start no service, and `make test` runs them beside those that do.
+    """
+    if all(item.path.is_relative_to(UNIT_TESTS) for item in request.session.items):
+        yield
+        return
     before = attached_disks()
     yield
     deadline = time.monotonic() + 20
