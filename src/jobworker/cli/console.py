@@ -23,6 +23,7 @@ from jobworker.cli.render import error_as_json
 from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
 from jobworker.model.job import Stream
+from jobworker.threads import in_thread
 
 PROGRAM = "worker-cli"
 MOST_BYTES = 1 << 20
@@ -99,7 +100,7 @@ class Outlet:
         """Write all that was put in; what cancellation interrupts is written in part."""
         pieces, self._pieces, self._size = self._pieces, [], 0
         if pieces:
-            await trio.to_thread.run_sync(_write_all, pieces, abandon_on_cancel=True)
+            await in_thread(_write_all, pieces, abandon_on_cancel=True)
 
 
 def _write_all(pieces: Sequence[tuple[int, bytes]]) -> None:

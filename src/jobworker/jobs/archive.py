@@ -32,6 +32,7 @@ from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
+from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
@@ -136,7 +137,7 @@ class Archive:
         """The record of a job, with a note where it has ended and its output is missing."""
         if not record.ended or record.output_removed_at is not None:
             return record
-        if await trio.to_thread.run_sync(_exists, self._spools / str(record.id)):
+        if await in_thread(_exists, self._spools / str(record.id)):
             return record
         async with self._removing:
             with trio.CancelScope(shield=True):
@@ -179,7 +180,7 @@ class Archive:
 
     async def _open_spool(self, record: JobRecord) -> Spool:
         try:
-            spool = await trio.to_thread.run_sync(Spool.open, self._spools / str(record.id))
+            spool = await in_thread(Spool.open, self._spools / str(record.id))
         except NotFound:
             when = record.output_removed_at
             since = f" since {when:%Y-%m-%d %H:%M} UTC" if when else ""
@@ -267,7 +268,7 @@ class Archive:
             await self._history.remove(job)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work, limiter=self._thread)
+        return await in_thread(work, limiter=self._thread)
 
 
 def _exists(path: Path) -> bool:

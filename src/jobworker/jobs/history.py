@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import apsw
-import trio
 from attrs import define
 
 from jobworker.convert import dumps, loads, structure, unstructure
@@ -41,6 +40,7 @@ from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import summarize, whole
+from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")
 
@@ -104,10 +104,13 @@ class History:
         self._last_id.close()
 
     def take_id(self) -> JobId:
-        """The next id, never given before."""
+        """The next id, never given before; it may be told once it was kept (`keep_id`)."""
         taken, self._next_id = self._next_id, self._next_id + 1
-        self._last_id.write(taken)
         return JobId(taken)
+
+    def keep_id(self, job: JobId) -> None:
+        """Keep that this id was given, should the history get lost. Blocks; from any thread."""
+        self._last_id.write(job)
 
     def pass_over(self, job: JobId) -> None:
         """Never give `job` or a lower id: somebody may have seen it."""
@@ -184,7 +187,7 @@ class History:
                 log.error("%s: its row is lost: %s", error, rows)
             return
         try:
-            await trio.to_thread.run_sync(append_lines, self._path.with_name(FILE), rows)
+            await in_thread(append_lines, self._path.with_name(FILE), rows)
         except OSError as error:
             log.error("%d rows are in `worker audit` and not in %s: %s", len(rows), FILE, error)
 

@@ -19,6 +19,8 @@ import apsw
 import trio
 from attrs import Factory, define
 
+from jobworker.threads import in_thread
+
 T = TypeVar("T")
 
 LOOKUP_THREADS = 2
@@ -43,7 +45,7 @@ class Readers:
 
     async def look_up(self, question: Callable[[apsw.Connection], T]) -> T:
         """Ask for something that takes a few steps, in a thread. Raises apsw.Error."""
-        return await trio.to_thread.run_sync(partial(self._ask, question), limiter=self._lookups)
+        return await in_thread(partial(self._ask, question), limiter=self._lookups)
 
     async def search(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
         """Ask for something that takes longer, in a thread, one at a time. Raises apsw.Error.
@@ -55,7 +57,7 @@ class Readers:
             await trio.sleep_until(self._rests_until)
             began = trio.current_time()
             try:
-                return await trio.to_thread.run_sync(partial(self._ask, question))
+                return await in_thread(partial(self._ask, question))
             finally:
                 now = trio.current_time()
                 self._rests_until = now + min(now - began, MAX_REST_SECONDS)

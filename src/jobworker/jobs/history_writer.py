@@ -98,7 +98,12 @@ class Writer:
 
     def _serve(self) -> None:
         while batch := self._next_batch():
-            for write, fault in zip(batch, self._commit(batch), strict=True):
+            faults: list[BaseException | None]
+            try:
+                faults = self._commit(batch)
+            except BaseException as error:  # noqa: BLE001 - nobody would write after this thread
+                faults = [error] * len(batch)
+            for write, fault in zip(batch, faults, strict=True):
                 write.finish(fault)
 
     def _next_batch(self) -> list[_Write]:

@@ -6,10 +6,11 @@ disk refuses nothing, and without fsync: after a power cut the history alone cou
 """
 
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
-from attrs import define
+from attrs import Factory, define
 
 _DIGITS = 16
 """Enough for 2^53, beyond which JSON's numbers are not exact."""
@@ -21,6 +22,8 @@ class LastId:
     """A file with one number; without a file nothing is kept."""
 
     _file: int | None
+    _lock: threading.Lock = Factory(threading.Lock)
+    _kept: int = 0
 
     @classmethod
     def open(cls, path: Path) -> "LastId":
@@ -41,13 +44,17 @@ class LastId:
         return 0
 
     def write(self, number: int) -> None:
-        """Keep this number."""
-        if self._file is not None:
+        """Keep this number, unless a higher one is kept. Blocks for the disk; from any thread."""
+        with self._lock:
+            if self._file is None or number <= self._kept:
+                return
+            self._kept = number
             with suppress(OSError):
                 os.pwrite(self._file, f"{number:0{_DIGITS}}\n".encode(), 0)
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None

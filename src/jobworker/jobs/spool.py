@@ -34,6 +34,7 @@ from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
 from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
 from jobworker.model.job import Stream
+from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
@@ -158,7 +159,7 @@ class Spool:
             raise trio.ClosedResourceError("cannot write to a sealed spool")
         with self.in_use():
             try:
-                return await trio.to_thread.run_sync(work, limiter=self._writer)
+                return await in_thread(work, limiter=self._writer)
             finally:
                 self.wake()
 
@@ -218,7 +219,7 @@ class Spool:
             return Beginning(start.offset, start.starts)
         search = partial(find_start, self._files, start, streams, trio.from_thread.check_cancelled)
         with self.in_use():
-            return await trio.to_thread.run_sync(search, limiter=self._readers)
+            return await in_thread(search, limiter=self._readers)
 
     async def find(self, offset: int) -> Place:
         """The place of a merged offset."""
@@ -258,7 +259,7 @@ class Spool:
             return question(True)
         except BlockingIOError:
             with self.in_use():
-                return await trio.to_thread.run_sync(question, False, limiter=self._readers)
+                return await in_thread(question, False, limiter=self._readers)
 
     # --- users ------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from attrs import define, evolve, field
 from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
-from jobworker.jobs.execution import Clock, Execution, Rules
+from jobworker.jobs.execution import RECORD_AGAIN_SECONDS, Clock, Execution, Rules
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
@@ -41,6 +41,7 @@ from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
 from jobworker.sandbox.link import Link, launcher_silent
+from jobworker.threads import in_thread
 
 _NOT_YET = JobId(1)
 """Stands for the number that a job would get."""
@@ -141,10 +142,21 @@ class Supervisor:
                     await self._archive.add(execution)
                     await execution.settle()
                 if execution.refused:
-                    with suppress(JobworkerError):  # a later sweep finds it
-                        await self._archive.remove(execution.record.id, force=True)
+                    await self._take_back(execution.record.id)
             finally:
                 self._forget(execution)
+
+    async def _take_back(self, job: JobId) -> None:
+        """Remove what is left of a job that its client was told was not admitted.
+
+        The end of another job's record may have had the room that was refused to it, so that it
+        stands in the history: then it is there until the disk takes its removal.
+        """
+        while True:
+            with suppress(JobworkerError):
+                await self._archive.remove(job, force=True)
+                return
+            await trio.sleep(RECORD_AGAIN_SECONDS)
 
     def _forget(self, execution: Execution) -> None:
         del self._live[execution.record.id]
@@ -231,7 +243,7 @@ class Supervisor:
             record = evolve(record, state=advance(record.state, Event.ADMIT))
         self._arriving[job] = owner, spec.limits
         try:
-            spool = await trio.to_thread.run_sync(self._make_spool, record)
+            spool = await in_thread(self._make_spool, record)
         except BaseException:
             self._places_taken -= 1
             raise
@@ -254,6 +266,7 @@ class Supervisor:
 
     def _make_spool(self, record: JobRecord) -> Spool:
         """Make the place of a job's output, and note there whose it is: in a thread."""
+        self._history.keep_id(record.id)
         directory = self._spools / str(record.id)
         spool = Spool.create(directory)
         try:

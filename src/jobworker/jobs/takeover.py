@@ -43,6 +43,7 @@ from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.link import Exits, Link, Started
+from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     Raises InternalError where what is to be adopted cannot be recorded: a service that cannot tell
     what became of jobs does not start.
     """
-    there = await trio.to_thread.run_sync(jobs_in, spools)
+    there = await in_thread(jobs_in, spools)
     history.pass_over(JobId(max([*there, *link.inherited], default=0)))
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
@@ -142,7 +143,7 @@ async def _adopt(
     link: Link, history: History, spools: Path, jobs: Collection[JobId], now: datetime
 ) -> dict[JobId, JobRecord]:
     """Give each job that the history does not have a record there: those that have not ended."""
-    notes = await trio.to_thread.run_sync(read_notes, spools, jobs)
+    notes = await in_thread(read_notes, spools, jobs)
     records = []
     for job in sorted(jobs):
         lives, directory = job in link.inherited, spools / str(job)
@@ -162,7 +163,7 @@ async def _adopt(
 
 async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
     """What is unfinished, each job's record as the history or its note knows it better."""
-    notes = await trio.to_thread.run_sync(read_notes, spools, unfinished)
+    notes = await in_thread(read_notes, spools, unfinished)
     return {job: later(record, notes.get(job)) for job, record in unfinished.items()}
 
 
@@ -180,19 +181,19 @@ async def _open_spool(
     and the service may have been killed between the two. Raises OutputError.
     """
     try:
-        return await trio.to_thread.run_sync(Spool.open, directory), record
+        return await in_thread(Spool.open, directory), record
     except JobworkerError as error:
         missing, why = isinstance(error, NotFound), error.message
     # A removal takes the note first, and then the index.
     removed = ended and missing and not (directory / NOTE).exists()
     kept = None
     if removed:
-        await trio.to_thread.run_sync(partial(shutil.rmtree, directory, ignore_errors=True))
+        await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
     else:
-        kept = await trio.to_thread.run_sync(_set_aside, directory)
-    spool = await trio.to_thread.run_sync(Spool.create, directory)
+        kept = await in_thread(_set_aside, directory)
+    spool = await in_thread(Spool.create, directory)
     with suppress(OutputError):  # it goes on without one
-        await trio.to_thread.run_sync(make_note, directory.parent, record)
+        await in_thread(make_note, directory.parent, record)
     if removed:
         log.warning("job %s: its output was removed before its end was recorded", directory.name)
         return spool, evolve(record, output_removed_at=now)
@@ -239,7 +240,7 @@ def _let_go(started: Started, exits: Exits) -> None:
 
 async def _open_ended(spools: Path, record: JobRecord) -> Spool:
     try:
-        return await trio.to_thread.run_sync(Spool.open, spools / str(record.id))
+        return await in_thread(Spool.open, spools / str(record.id))
     except JobworkerError as error:
         if record.output_removed_at is None:
             log.warning("job %d: its output is lost: %s", record.id, error)

@@ -51,19 +51,29 @@ def pack(body: bytes, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, lis
         raise ProtocolError(f"cannot send a message of {len(body)} bytes: the bound is 4 MiB")
     packet, passed, mine = _INLINE + body, list(descriptors), []
     if len(body) > MAX_INLINE_BYTES:
-        memory = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        memory = _sealed(body)
         mine.append(memory)
         passed.insert(0, memory)
-        written = 0
-        while written < len(body):
-            written += os.write(memory, body[written:])
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
         packet = _ATTACHED
     ancillary: Ancillary = []
     if passed:
         rights = array.array("i", passed).tobytes()
         ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights))
     return packet, ancillary, mine
+
+
+def _sealed(body: bytes) -> int:
+    """A memfd with `body` that nobody can change any more."""
+    memory = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        written = 0
+        while written < len(body):
+            written += os.write(memory, body[written:])
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory
 
 
 class BadMessage(ProtocolError):

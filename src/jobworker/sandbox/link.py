@@ -32,6 +32,7 @@ from jobworker.sandbox.launch import (
 )
 from jobworker.sandbox.plan import Order
 from jobworker.sandbox.start_failures import explain
+from jobworker.threads import in_thread
 
 
 @frozen(kw_only=True)
@@ -374,7 +375,7 @@ async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
 async def _reap(process: subprocess.Popen[bytes]) -> None:
     """Wait for the launcher, which bounds its own farewell; kill it if it breaks its word."""
     with trio.move_on_after(20):
-        await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+        await in_thread(process.wait, abandon_on_cancel=True)
     if process.returncode is None:
         process.kill()
 

@@ -57,6 +57,7 @@ from jobworker.server.http_head import CLOSE_SECONDS
 from jobworker.server.intake import Intake
 from jobworker.server.slots import LARGE_BYTES
 from jobworker.server.subscriptions import Subscriptions
+from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
 
@@ -208,7 +209,7 @@ class Conversation:
             )
             return Refusal(error_message(None, error), error)
         async with self._context.reading:
-            request = await trio.to_thread.run_sync(read_request, message, self._denied)
+            request = await in_thread(read_request, message, self._denied)
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:

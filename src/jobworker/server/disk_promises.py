@@ -15,6 +15,7 @@ from jobworker.errors import ConfigError, JobworkerError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.model.units import format_size
 from jobworker.sandbox.link import Link
+from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
 
@@ -67,7 +68,7 @@ async def follow_promises(link: Link, budget: OutputBudget) -> None:
     while True:
         try:
             promised = await link.promised_bytes()
-            await trio.to_thread.run_sync(budget.promise, promised)
+            await in_thread(budget.promise, promised)
         except JobworkerError as error:
             log.debug("%s", error)
         await trio.sleep(LOOK_SECONDS)

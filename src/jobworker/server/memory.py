@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from jobworker.sandbox.syscalls import give_back_freed_memory
+from jobworker.threads import in_thread
 
 LOOK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 64.0
@@ -45,7 +46,7 @@ async def keep_small() -> None:
         if before > least + NOTABLE_BYTES:
             pause = LOOK_SECONDS
         if waited >= pause:
-            await trio.to_thread.run_sync(give_back_freed_memory)
+            await in_thread(give_back_freed_memory)
             waited, least = 0.0, resident_bytes()
             fruitful = before > least + NOTABLE_BYTES
             pause = LOOK_SECONDS if fruitful else min(2 * pause, LONGEST_PAUSE_SECONDS)

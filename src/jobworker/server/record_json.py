@@ -12,6 +12,7 @@ from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import summarize
+from jobworker.threads import in_thread
 
 LONG = 1000
 """Characters of a piece after which others get their turn."""
@@ -58,7 +59,7 @@ def with_spec(summary: JobRecord, spec: str) -> str:
 
 async def read_spec(text: str) -> JobSpec:
     """The request of which the history has JSON: in a thread, since it may be long."""
-    return await trio.to_thread.run_sync(partial(_read_spec, text))
+    return await in_thread(partial(_read_spec, text))
 
 
 def _read_spec(text: str) -> JobSpec:

@@ -26,6 +26,7 @@ from jobworker.server.door import Door, Fittings
 from jobworker.server.logs import set_up_logging
 from jobworker.server.notify import Notifier
 from jobworker.server.reader import NAME, Reader
+from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
 
@@ -70,9 +71,7 @@ async def reload(reloading: Reloading, before: Settings) -> Settings:
     settings, status = before, "reloaded"
     try:
         reading = await reloading.reader.read()
-        fittings = await trio.to_thread.run_sync(
-            Fittings.of, reading.files, reading.settings.security
-        )
+        fittings = await in_thread(Fittings.of, reading.files, reading.settings.security)
         reloading.door.refit(fittings, role_table(reading.settings.roles))
     except JobworkerError as error:
         status = REFUSED

@@ -606,3 +606,28 @@ def test_history_is_kept_as_a_crash_needs_it(path: Path) -> None:
         connection = apsw.Connection(str(path))
         assert connection.pragma("journal_mode") == "wal"
         connection.close()
+
+
+async def test_fault_of_the_writer_itself_is_told_and_does_not_end_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(path) as history:
+
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(history._writer, "_room", broken)  # has no `ensure`
+            told = await _put_three(history, record)
+        assert len(told) == 3
+        await history.put(record(history.take_id()))
+
+
+def test_highest_id_stays_kept_whichever_thread_comes_last(path: Path) -> None:
+    with opened(path) as history:
+        first, second = history.take_id(), history.take_id()
+        history.keep_id(second)
+        history.keep_id(first)
+    path.unlink()
+    with opened(path) as history:
+        assert history.take_id() == 3

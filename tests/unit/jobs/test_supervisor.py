@@ -88,6 +88,9 @@ class FakeHistory:
         self._last += 1
         return JobId(self._last)
 
+    def keep_id(self, job: JobId) -> None:
+        assert job <= self._last
+
     async def put(self, record: JobRecord, **_: object) -> None:
         await trio.lowlevel.checkpoint()
         self.records[record.id] = record

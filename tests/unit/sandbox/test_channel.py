@@ -350,3 +350,16 @@ def test_closing_goes_on_after_a_descriptor_that_is_closed_already() -> None:
     channel.close_all([first, second])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(second)
+
+
+def test_body_that_cannot_be_stored_leaves_nothing_open() -> None:
+    """Here by RLIMIT_FSIZE; it may be the memory of a control group as well."""
+    before = os.listdir("/proc/self/fd")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            channel.encode({"body": "x" * (1 << 20)}, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir("/proc/self/fd") == before
