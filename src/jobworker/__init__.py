@@ -15,6 +15,7 @@ _EXPORTS = {
     "JobOutput": "jobworker.client.job",
     "JobRecord": "jobworker.model.job",
     "JobSpec": "jobworker.model.job",
+    "JobStatus": "jobworker.model.job",
     "JobworkerError": "jobworker.errors",
     "Limits": "jobworker.model.job",
     "State": "jobworker.model.lifecycle",

@@ -8,6 +8,7 @@ from jobworker.client.opening import open_client as open_client
 from jobworker.errors import JobworkerError as JobworkerError
 from jobworker.model.job import JobRecord as JobRecord
 from jobworker.model.job import JobSpec as JobSpec
+from jobworker.model.job import JobStatus as JobStatus
 from jobworker.model.job import Limits as Limits
 from jobworker.model.job import Stream as Stream
 from jobworker.model.lifecycle import State as State

@@ -211,7 +211,7 @@ async def crash(site: Site, client: Client, point: str) -> JobId | None:
 async def outcome(client: Client, job: JobId) -> str:
     """What became of a victim: its log is whole where it came to its end."""
     try:
-        record = await client.job(job).status()
+        record: JobRecord = await client.job(job).status()
     except NotFound:
         return UNKNOWN
     if record.reason is Reason.LOST:

@@ -167,6 +167,30 @@ async def test_spare_whose_disk_lost_writes_becomes_no_job(open_directory: Direc
             channel.close_all(spawn(link.sock, 40, "true"))
 
 
+async def test_status_tells_what_the_host_cannot_cover(open_directory: Directory) -> None:
+    async with small_host(open_directory()) as (place, wire):
+        job = await wire.start("sleep", "600")
+
+        async def warned(wanted: bool) -> list[str]:
+            with trio.fail_after(20):
+                while True:
+                    record = await wire.call("job.status", id=job)
+                    warnings = record["warnings"]
+                    assert isinstance(warnings, list)
+                    if bool(warnings) == wanted:
+                        return warnings
+                    await trio.sleep(0.1)
+
+        await warned(False)
+        await trio.to_thread.run_sync(filled, place)
+        (warning,) = await warned(True)
+        assert "a job whose writes are lost is FAILED" in warning
+        (place / "filler").unlink()
+        await warned(False)
+        await wire.call("job.stop", id=job, signal="KILL")
+        assert (await wire.call("job.status", id=job))["warnings"] == []
+
+
 async def test_two_jobs_that_fill_the_disk_below_end_and_the_next_one_starts(
     open_directory: Directory,
 ) -> None:

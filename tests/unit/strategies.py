@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 
+from attrs import fields_dict
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from jobworker.model.job import (
     JobId,
     JobRecord,
     JobSpec,
+    JobStatus,
     Limits,
     OutputCut,
     Usage,
@@ -107,6 +109,14 @@ records = st.builds(
     discarded_bytes=counts,
     output_cut=st.none() | st.sampled_from(OutputCut),
     output_removed_at=st.none() | times,
+)
+
+statuses = st.builds(
+    lambda record, warnings: JobStatus(
+        **{name: getattr(record, name) for name in fields_dict(JobRecord)}, warnings=warnings
+    ),
+    records,
+    st.lists(texts, max_size=2).map(tuple),
 )
 
 plain_values: st.SearchStrategy[object] = st.recursive(

@@ -13,7 +13,15 @@ from datetime import UTC, datetime
 from jobworker.cli.failures import one_line as visible
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.model.job import KILLED_FOR_MEMORY, LOST_WRITES, JobRecord, JobSpec, OutputCut, Usage
+from jobworker.model.job import (
+    KILLED_FOR_MEMORY,
+    LOST_WRITES,
+    JobRecord,
+    JobSpec,
+    JobStatus,
+    OutputCut,
+    Usage,
+)
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_size
 
@@ -181,7 +189,7 @@ def _limit(value: int | None, words: str) -> str:
     return f"limit {words}" if value else "no limit"
 
 
-def status(record: JobRecord, now: datetime) -> str:
+def status(record: JobStatus, now: datetime) -> str:
     """All about a job, a line for each thing; `now` is for the age of one that runs."""
     spec, limits = record.spec, record.spec.limits
     usage = record.usage or Usage()
@@ -212,6 +220,7 @@ def status(record: JobRecord, now: datetime) -> str:
         ("Network", spec.network),
         ("Runtime", spec.runtime),
         ("Volumes", ", ".join(f"{mount.name} at {mount.place}" for mount in spec.volumes)),
+        *(("Warning", text) for text in record.warnings),
     ]
     return "\n".join(f"{label}: {visible(text)}" for label, text in lines if text)
 

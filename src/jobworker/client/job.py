@@ -19,7 +19,7 @@ from jobworker.errors import (
     JobworkerError,
     ShuttingDown,
 )
-from jobworker.model.job import JobId, JobRecord, Stream
+from jobworker.model.job import JobId, JobRecord, JobStatus, Stream
 from jobworker.protocol import messages as m
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ class Job:
     _first: Following | None = field(default=None, repr=False)
     """The subscription that came with the job, until someone takes it."""
 
-    async def status(self) -> JobRecord:
+    async def status(self) -> JobStatus:
         """Ask for all of the job's record, with what it uses at this moment.
 
         >>> (await job.status()).state
         <State.RUNNING: 'RUNNING'>
         """
-        return await self._told("job.status", checked("ask for the job", m.JobParams, id=self.id))
+        params = checked("ask for the job", m.JobParams, id=self.id)
+        self.record = told = await self._client.call("job.status", params, JobStatus)
+        return told
 
     async def wait(self) -> JobRecord:
         """Wait for the job's end: a summary of its final record.

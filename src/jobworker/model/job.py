@@ -300,6 +300,14 @@ class JobRecord:
         return self.state in TERMINAL
 
 
+@frozen(kw_only=True)
+class JobStatus(JobRecord):
+    """One job as it is at this moment, and how well its host can keep what it promised."""
+
+    warnings: tuple[str, ...] = ()
+    """What may go wrong for the job while it runs, through no fault of its own."""
+
+
 LOST_WRITES = "is lost: the host could not write it"
 """How `detail` ends of a job that lost some of what it wrote."""
 KILLED_FOR_MEMORY = "killed for memory"

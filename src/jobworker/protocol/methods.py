@@ -8,7 +8,7 @@ each row has its operation and each operation its row.
 from attrs import frozen
 
 from jobworker.model.access import Permission
-from jobworker.model.job import JobRecord
+from jobworker.model.job import JobRecord, JobStatus
 from jobworker.protocol import messages as m
 
 SUBPROTOCOL = "jobworker.v1"
@@ -32,7 +32,7 @@ _ROWS = (
     Method("service.hello", m.Nothing, m.Welcome, Permission.VIEW, "Tell who is who"),
     Method("job.run", m.RunParams, m.RunResult, Permission.RUN, "Run a command as a job"),
     Method("job.plan", m.PlanParams, m.Plan, Permission.RUN, "Tell how a command would be run"),
-    Method("job.status", m.JobParams, JobRecord, Permission.VIEW, "Tell about one job"),
+    Method("job.status", m.JobParams, JobStatus, Permission.VIEW, "Tell about one job"),
     Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
     Method("job.wait", m.JobParams, JobRecord, Permission.VIEW, "Answer at the job's end"),
     Method("job.stop", m.StopParams, JobRecord, Permission.STOP, "Stop a job, answer at its end"),

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import trio
+from attrs import define, field
 
 from jobworker.config import MEBIBYTE, Settings
 from jobworker.errors import ConfigError, JobworkerError
@@ -63,12 +64,38 @@ def promise_warnings(settings: Settings, directory: Path) -> tuple[str, ...]:
     return ()
 
 
-async def follow_promises(link: Link, budget: OutputBudget) -> None:
-    """Keep the budget of output informed of what live jobs' disks may still take; never returns."""
-    while True:
+@define(eq=False, kw_only=True)
+class DiskPromises:
+    """What live jobs' disks may still take of the disk below them, and whether it has that."""
+
+    _link: Link
+    _directory: Path
+    _budget: OutputBudget | None
+    """Of output, which is to leave room for the disks; None where it shall not."""
+    shortfall: str = field(default="", init=False)
+    """What is to be said to those whose jobs run; "" where all can be written."""
+
+    async def follow(self) -> None:
+        """Look again and again; never returns."""
+        while True:
+            try:
+                promised = await self._link.promised_bytes()
+                await in_thread(self._look, promised)
+            except JobworkerError as error:
+                log.debug("%s", error)
+            await trio.sleep(LOOK_SECONDS)
+
+    def _look(self, promised: int) -> None:
+        if self._budget is not None:
+            self._budget.promise(promised)
         try:
-            promised = await link.promised_bytes()
-            await in_thread(budget.promise, promised)
-        except JobworkerError as error:
-            log.debug("%s", error)
-        await trio.sleep(LOOK_SECONDS)
+            free = free_bytes(self._directory)
+        except OSError as error:
+            log.debug("%s: %s", self._directory, error.strerror)
+            return
+        self.shortfall = (
+            f"the host has {format_size(free)} free for {format_size(promised)} that live jobs "
+            "may still write to their disks; a job whose writes are lost is FAILED"
+            if promised > free
+            else ""
+        )

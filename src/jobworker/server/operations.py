@@ -37,6 +37,7 @@ from jobworker.sandbox.host import HostFacts
 from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
+from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
@@ -49,6 +50,7 @@ class Context:
 
     supervisor: Supervisor
     link: Link
+    promises: DiskPromises
     host: HostFacts
     runtimes: frozenset[str]
     """The names of those that the configuration has."""
@@ -172,20 +174,27 @@ def _check_against_host(job: JobSpec, host: HostFacts) -> None:
 
 
 async def _status(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
-    """The one method that tells all of a record, however long."""
     record = await context.supervisor.record(params.id)
     execution = context.supervisor.live(params.id)
     if execution is not None:
         record = evolve(record, usage=await execution.usage())
+    shortfall = context.promises.shortfall
+    warnings = [shortfall] if shortfall and record.state is State.RUNNING else []
+    text = await _whole_record(context, caller, record)
+    return Encoded(f'{text[:-1]},"warnings":{dumps(warnings)}}}')
+
+
+async def _whole_record(context: Context, caller: Caller, record: JobRecord) -> str:
+    """The JSON of all of a record, however long."""
     if not summarize(record).abridged:
-        return Encoded(await encode_record(caller.show(record)))
+        return await encode_record(caller.show(record))
     async with context.making.slot(caller.identity.common_name):
-        spec = await context.supervisor.spec_of(params.id) if record.abridged else None
+        spec = await context.supervisor.spec_of(record.id) if record.abridged else None
         if spec is not None:
             if caller.role.may(Permission.RUN):
-                return Encoded(with_spec(record, spec))
+                return with_spec(record, spec)
             record = whole(record, await read_spec(spec))
-        return Encoded(await encode_record(caller.show(record)))
+        return await encode_record(caller.show(record))
 
 
 async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encoded:

@@ -41,7 +41,7 @@ from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
-from jobworker.server.disk_promises import follow_promises, promise_warnings
+from jobworker.server.disk_promises import DiskPromises, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.memory import keep_small, settle
@@ -59,11 +59,11 @@ from jobworker.server.traffic import Traffic
 log = logging.getLogger("jobworker.server")
 
 FAREWELL_SECONDS = 1.0
+"""What connections get to take their last messages."""
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter's lock while the event loop waits for it."""
 FREE_BYTES = 16 << 20
 """What the service keeps of the memory that it has freed."""
-"""What connections get to take their last messages."""
 
 
 def _now() -> datetime:
@@ -134,11 +134,15 @@ async def serve(prepared: Prepared) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
                 nursery.start_soon(incidents.keep_running, "memory", keep_small)
-                if _counts_promises(prepared):
-                    follow = partial(follow_promises, link, archive.room.budget)
-                    nursery.start_soon(incidents.keep_running, "disks", follow)
+                promises = DiskPromises(
+                    link=link,
+                    directory=prepared.directory,
+                    budget=archive.room.budget if _leaves_room_for_disks(prepared) else None,
+                )
+                if _knows_promises(prepared):
+                    nursery.start_soon(incidents.keep_running, "disks", promises.follow)
                 auditor.service("service.start")
-                await _serve_until_signal(prepared, supervisor, link, auditor, incidents)
+                await _serve_until_signal(prepared, supervisor, link, auditor, incidents, promises)
                 auditor.service("service.end")
                 nursery.cancel_scope.cancel()
     finally:
@@ -152,12 +156,14 @@ async def _serve_until_signal(
     link: Link,
     auditor: Auditor,
     incidents: Incidents,
+    promises: DiskPromises,
 ) -> None:
     gate = Gate(role_table(prepared.settings.roles))
     door = Door(prepared.fittings, gate)
     context = Context(
         supervisor=supervisor,
         link=link,
+        promises=promises,
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),
         gate=gate,
@@ -214,7 +220,12 @@ def _max_running(prepared: Prepared) -> int:
     return min(wanted, room)
 
 
-def _counts_promises(prepared: Prepared) -> bool:
+def _knows_promises(prepared: Prepared) -> bool:
+    """Whether the launcher bounds disks, and tells what they may take: an earlier one does not."""
+    return prepared.launcher.bounds_disks and "overcommit" in prepared.launcher.policy
+
+
+def _leaves_room_for_disks(prepared: Prepared) -> bool:
     """Whether output is to leave room for what live jobs' disks may still take.
 
     Not where they are promised more than there is: nothing would be left for output then.
@@ -222,8 +233,7 @@ def _counts_promises(prepared: Prepared) -> bool:
     settings = prepared.settings
     return (
         settings.worker.keep_free > 0
-        and prepared.launcher.bounds_disks
-        and "overcommit" in prepared.launcher.policy  # an earlier launcher cannot tell
+        and _knows_promises(prepared)
         and not (
             settings.sandbox.overcommit_disk and promise_warnings(settings, prepared.directory)
         )

@@ -14,6 +14,7 @@ from jobworker.model.job import (
     JobId,
     JobRecord,
     JobSpec,
+    JobStatus,
     Limits,
     OutputCut,
     Usage,
@@ -21,7 +22,7 @@ from jobworker.model.job import (
 from jobworker.model.lifecycle import Reason, State
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 987654, tzinfo=UTC)
-RUNNING = JobRecord(
+RUNNING = JobStatus(
     id=JobId(7),
     spec=JobSpec(
         command=("echo", "a b"), limits=Limits(cpu_percent=50, memory_bytes=64 << 20, io_bps=0)
@@ -65,6 +66,11 @@ def test_status_tells_limits_and_usage() -> None:
     assert "Memory: 12.0 MiB now, 64.0 MiB peak, limit 64 MB" in lines
     assert "IO: 0 B read, 0 B written, no limit" in lines
     assert "Duration: 1m30s" in lines
+
+
+def test_status_tells_each_warning_on_a_line() -> None:
+    lines = render.status(evolve(RUNNING, warnings=("the host is\nfull",)), NOW).splitlines()
+    assert lines[-1] == r"Warning: the host is\x0afull"
 
 
 def test_status_tells_how_a_job_ended() -> None:
