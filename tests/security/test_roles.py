@@ -6,18 +6,24 @@ The control: the job's owner and the admin get an answer where the attacker gets
 
 import json
 import typing
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
 import attrs
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import NotFound, PermissionDenied
 from jobworker.model.access import BUILT_IN, Permission
 from jobworker.model.job import JobId, JobSpec
+from jobworker.pki.administration import init_authority
+from jobworker.pki.authority import Authority
+from jobworker.pki.files import write_new
 from jobworker.protocol.methods import METHODS, Method
 
 from ..integration.wire import Refused, Wire, open_wire
+from .conftest import ROLES
 
 NAMES_NO_JOB = {
     *("volume.create", "volume.list", "volume.remove"),
@@ -218,3 +224,21 @@ async def test_volumes_are_for_those_who_reach_all_jobs(tenants: Embedded, alice
                 await alice.call(method, **params)  # type: ignore[arg-type]
             assert refused.value.code == PermissionDenied.code, method
         await admin.call("volume.remove", name="shared")
+
+
+async def test_default_of_no_time_limit_is_not_for_who_may_not_ask_for_it(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    certs, now = directory / "certs", datetime.now(UTC)
+    init_authority(certs, [], now=now)
+    files = Authority.load(certs).issue_client("alice", "tenant", now=now).files("alice-client")
+    write_new(certs, files)
+    settings = {"worker": {"job_timeout": "0", "max_job_timeout": "1h"}, **ROLES}
+    async with open_embedded(directory, settings) as service:
+        for who, seconds in (("alice", 3600), ("admin", 0)):
+            async with open_wire(service, who) as wire:
+                result = await wire.call("job.run", job={"command": ["true"]})
+                job = result["job"]
+                assert isinstance(job, dict)
+                assert job["spec"]["timeout_seconds"] == seconds

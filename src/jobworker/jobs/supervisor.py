@@ -9,6 +9,7 @@ an incident id in the log, and nothing else.
 """
 
 import logging
+import math
 import shutil
 import signal
 from collections import deque
@@ -167,8 +168,17 @@ class Supervisor:
         reason = f" ({record.reason.value})" if record.reason else ""
         log.info("job %d: %s%s", record.id, record.state.value, reason)
 
-    async def submit(self, spec: JobSpec, owner: str, quota: Quota = NO_QUOTA) -> Execution:
+    async def submit(
+        self,
+        spec: JobSpec,
+        owner: str,
+        quota: Quota = NO_QUOTA,
+        *,
+        longest_seconds: float = math.inf,
+    ) -> Execution:
         """Admit a job. Returns once it is recorded and either runs, has failed to, or waits.
+
+        `longest_seconds` bounds the time that one gets which names none.
 
         Raises Busy if too many wait already, QuotaExceeded, ShuttingDown at the end of the service,
         and TooLarge. Once admitted the job goes on, whatever becomes of the caller.
@@ -187,7 +197,7 @@ class Supervisor:
         # have the last place.
         check_quota(quota, self._use_of(owner, old), spec.limits)
         with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
-            execution = await self._admit(spec, owner)
+            execution = await self._admit(spec, owner, longest_seconds)
         if execution.admitted_at_once:
             await self._hear_of(execution, execution.decided)
         return execution
@@ -232,12 +242,14 @@ class Supervisor:
         live += [limits for name, limits in self._arriving.values() if name == owner]
         return Use(tuple(live), self._archive.size_of(jobs) + output_of(mine, jobs))
 
-    async def _admit(self, spec: JobSpec, owner: str) -> Execution:
+    async def _admit(self, spec: JobSpec, owner: str, longest_seconds: float) -> Execution:
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
         self._promised += at_once
         job = self._history.take_id()
         default = self._rules.timeout_seconds
+        if longest_seconds < (default or math.inf):
+            default = longest_seconds
         record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
         if at_once:  # PENDING is what stands in the history of a job that has never run
             record = evolve(record, state=advance(record.state, Event.ADMIT))

@@ -6,6 +6,7 @@ parameters name is one that the caller may touch (`gate`); who answers with othe
 `Caller.only_owner`. The table at the end has a function for every row of the protocol's catalogue.
 """
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -101,8 +102,12 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         _require_volumes(caller, "job.run with volumes")
     _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
+    unbounded = caller.role.may(Permission.UNBOUNDED)
     execution = await context.supervisor.submit(
-        params.job, caller.identity.common_name, caller.role.quota
+        params.job,
+        caller.identity.common_name,
+        caller.role.quota,
+        longest_seconds=math.inf if unbounded else context.max_timeout_seconds,
     )
     if execution.start_error is not None:
         error = execution.start_error
