@@ -234,7 +234,8 @@ async def test_default_of_no_time_limit_is_not_for_who_may_not_ask_for_it(
     init_authority(certs, [], now=now)
     files = Authority.load(certs).issue_client("alice", "tenant", now=now).files("alice-client")
     write_new(certs, files)
-    settings = {"worker": {"job_timeout": "0", "max_job_timeout": "1h"}, **ROLES}
+    worker: dict[str, object] = {"job_timeout": "0", "max_job_timeout": "1h"}
+    settings = {"worker": worker, **ROLES}
     async with open_embedded(directory, settings) as service:
         for who, seconds in (("alice", 3600), ("admin", 0)):
             async with open_wire(service, who) as wire:
