@@ -22,6 +22,7 @@ from jobworker.pki.authority import Authority
 from jobworker.pki.files import write_new
 from jobworker.protocol.methods import METHODS, Method
 
+from ..integration.test_takeover import until_bigger
 from ..integration.wire import Refused, Wire, open_wire
 from .conftest import ROLES
 
@@ -153,6 +154,7 @@ async def test_subscription_belongs_to_its_connection(
     tenants: Embedded, alice: Wire, bob: Wire
 ) -> None:
     job = await alice.start("sh", "-c", "echo said; sleep 600")
+    await until_bigger(alice, job, 0)
     number = (await alice.call("job.log", id=job))["subscription"]
     await refusal(bob, "job.credit", {"subscription": number, "bytes": 1})
     await bob.call("job.unfollow", subscription=number)

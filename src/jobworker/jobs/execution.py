@@ -13,22 +13,24 @@ even if one before it failed, and its fault is logged; the record tells what cam
 
 import logging
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime, timedelta
 
 import trio
 from attrs import define, evolve, field, frozen
 
-from jobworker.errors import JobworkerError, LauncherGone, OutputError
+from jobworker.errors import InternalError, JobworkerError, LauncherGone, OutputError
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
+from jobworker.jobs.secrets import Secrets
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import (
     LOST_WRITES,
     JobRecord,
+    JobSpec,
     Limits,
     OutputCut,
     OutputPolicy,
@@ -36,6 +38,7 @@ from jobworker.model.job import (
     Usage,
 )
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
+from jobworker.model.summary import without_bulk
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Started
@@ -71,7 +74,7 @@ class Execution:
     _room: OutputRoom
     admitted_at_once: bool
     """Whether there was room for it when it came; else it waits its turn."""
-    _secret_environment: Mapping[str, str] = field(factory=dict, repr=False)
+    secrets: Secrets = field(factory=Secrets, repr=False)
     """The values that the record masks: here and in the job alone, never on the disk."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
@@ -197,14 +200,31 @@ class Execution:
             self.record = self._advanced(Event.ADMIT)
             await self.store()
         try:
-            spec = self.record.spec
-            order = order_of(spec, self.record.id, self._secret_environment)
+            spec = await self._whole_spec()
+            order = order_of(spec, self.record.id, await self.secrets.take())
             begun = await self._link.spawn(self.record.id, order, limits_of(spec))
         except JobworkerError as error:
             await self._end_unstarted(error)
             return None
+        self.shorten()
         self.record = self._advanced(Event.START, started_at=self._clock())
         return begun
+
+    async def _whole_spec(self) -> JobSpec:
+        """What was asked for, also where only the history has all of it. Raises JobworkerError."""
+        if not self.record.abridged:
+            return self.record.spec
+        stored = await self._history.get(self.record.id)
+        if stored is None or stored.abridged:
+            raise InternalError(
+                f"cannot start job {self.record.id}: the history has lost what was asked for",
+                remedy="run it again",
+            )
+        return stored.spec
+
+    def shorten(self) -> None:
+        """Keep of the request what is needed while the job lives: the history has it whole."""
+        self.record = without_bulk(self.record)
 
     def _output(self, started: Started) -> AbstractAsyncContextManager[None]:
         if self.spool.sealed:  # an earlier service came so far with the job's end

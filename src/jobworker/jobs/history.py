@@ -39,7 +39,7 @@ from jobworker.jobs.schema import damaged, migrate
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
-from jobworker.model.summary import summarize, whole
+from jobworker.model.summary import summarize, whole, without_bulk
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")
@@ -56,7 +56,8 @@ class History:
     _last_id: LastId
     _spools: Path | None = None
     unfinished: tuple[JobRecord, ...] = ()
-    """Jobs that an earlier service left waiting or alive, as they were when this was opened."""
+    """Jobs that an earlier service left waiting or alive, as they were when this was opened, each
+    without the bulk of its request (`without_bulk`)."""
 
     @classmethod
     def open(cls, path: Path, spools: Path | None = None) -> "History":
@@ -332,9 +333,14 @@ def _select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
         "SELECT record, spec FROM jobs LEFT JOIN specs ON job = id "  # noqa: S608
         f"WHERE state IN ({marks})"
     )
-    return [_whole(*row) for row in connection.execute(query, tuple(state.value for state in LIVE))]
+    rows = connection.execute(query, tuple(state.value for state in LIVE))
+    return [without_bulk(_whole(*row)) for row in rows]
 
 
 def _whole(text: object, spec: object) -> JobRecord:
     summary = structure(JobRecord, loads(str(text)))
-    return summary if spec is None else whole(summary, structure(JobSpec, loads(str(spec))))
+    return (
+        summary
+        if spec is None
+        else whole(summary, structure(JobSpec, loads(str(spec), bounded=True)))
+    )

@@ -28,13 +28,18 @@ def spec_pieces(spec: JobSpec, summary: JobRecord) -> Iterator[str]:
         if name not in summary.abridged:
             yield dumps(short)
         elif isinstance(value, Mapping):
-            entries = _batches(value.items(), lambda entry: len(entry[0]) + len(entry[1]))
-            yield from _joined("{", (dumps(dict(batch)) for batch in entries), "}")
+            yield from _joined("{", map(dumps, batches_of(value)), "}")
         elif name == "command":
             yield from _joined("[", (dumps(batch) for batch in _batches(value, len)), "]")
         else:
             yield dumps(unstructure(value))
     yield "}"
+
+
+def batches_of(variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Consecutive parts of a mapping, of which none takes long to encode."""
+    for batch in _batches(variables.items(), lambda entry: len(entry[0]) + len(entry[1])):
+        yield dict(batch)
 
 
 def _joined(opening: str, pieces: Iterable[str], closing: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.quota import Use, check_quota
 from jobworker.jobs.retention import Kept, Policy
+from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import Inheritance
 from jobworker.jobs.waiting_room import WaitingRoom
@@ -84,19 +85,19 @@ class Supervisor:
     def take_over(self, inheritance: Inheritance) -> None:
         """Go on with the jobs of an earlier service: before `serve`."""
         for running in inheritance.running:
-            execution = self._make_execution(running.record, running.spool, True, {})
+            execution = self._make_execution(running.record, running.spool, True)
             execution.inherit(running.started, running.exits)
             self._archive.count_live(running.spool)
             self._live[running.record.id] = execution
             self._placed.append(execution)
             self._places_taken += 1
         for ended in inheritance.ended:
-            execution = self._make_execution(ended.record, ended.spool, True, {})
+            execution = self._make_execution(ended.record, ended.spool, True)
             self._live[ended.record.id] = execution
             self._placed.append(execution)
             self._places_taken += 1
         for waiting in inheritance.waiting:
-            self._queue(self._make_execution(waiting.record, waiting.spool, False, {}))
+            self._queue(self._make_execution(waiting.record, waiting.spool, False))
             self._places_taken += 1
 
     async def serve(self) -> None:
@@ -187,6 +188,7 @@ class Supervisor:
         await trio.lowlevel.checkpoint()  # a request of a megabyte takes milliseconds for each step
         spec = evolve(spec, limits=spec.limits.or_defaults(self._rules.defaults))
         await trio.lowlevel.checkpoint()
+        secrets = await Secrets.of(spec.secret_environment)
         old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
@@ -196,8 +198,9 @@ class Supervisor:
         # From here to where the job is counted there is no checkpoint: two requests cannot both
         # have the last place.
         check_quota(quota, self._use_of(owner, old), spec.limits)
+        check_room(secrets, ((e.record.owner == owner, e.secrets) for e in self._live.values()))
         with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
-            execution = await self._admit(spec, owner, longest_seconds)
+            execution = await self._admit(spec, owner, longest_seconds, secrets)
         if execution.admitted_at_once:
             await self._hear_of(execution, execution.decided)
         return execution
@@ -242,7 +245,9 @@ class Supervisor:
         live += [limits for name, limits in self._arriving.values() if name == owner]
         return Use(tuple(live), self._archive.size_of(jobs) + output_of(mine, jobs))
 
-    async def _admit(self, spec: JobSpec, owner: str, longest_seconds: float) -> Execution:
+    async def _admit(
+        self, spec: JobSpec, owner: str, longest_seconds: float, secrets: Secrets
+    ) -> Execution:
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
         self._promised += at_once
@@ -265,7 +270,8 @@ class Supervisor:
             self._change.set()
             if not self._arriving:
                 self._all_arrived.set()
-        execution = self._make_execution(record, spool, at_once, spec.secret_environment)
+        execution = self._make_execution(record, spool, at_once)
+        execution.secrets = secrets
         self._queue(execution)
         try:
             # While the job starts: both take a while.
@@ -274,6 +280,8 @@ class Supervisor:
             execution.refuse()
             self._end_without_a_place(execution)
             raise
+        if not at_once:
+            execution.shorten()
         return execution
 
     def _make_spool(self, record: JobRecord) -> Spool:
@@ -289,12 +297,9 @@ class Supervisor:
             raise
         return spool
 
-    def _make_execution(
-        self, record: JobRecord, spool: Spool, at_once: bool, secrets: Mapping[str, str]
-    ) -> Execution:
+    def _make_execution(self, record: JobRecord, spool: Spool, at_once: bool) -> Execution:
         return Execution(
             record=record,
-            secret_environment=secrets,
             spool=spool,
             link=self._link,
             history=self._history,

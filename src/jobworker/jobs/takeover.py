@@ -41,6 +41,7 @@ from jobworker.jobs.output_directory import NOTE
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
+from jobworker.model.summary import without_bulk
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.link import Exits, Link, Started
 from jobworker.threads import in_thread
@@ -49,8 +50,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("jobworker.jobs")
 
-RECORDS_TOGETHER = 200
-"""How many adopted records go to the history at a time: they share transactions."""
+RECORDS_TOGETHER = 40
+"""How many adopted records go to the history at a time: they share transactions. Each may take
+five megabytes of memory until it is there."""
 
 
 @define(eq=False)
@@ -143,28 +145,33 @@ async def _adopt(
     link: Link, history: History, spools: Path, jobs: Collection[JobId], now: datetime
 ) -> dict[JobId, JobRecord]:
     """Give each job that the history does not have a record there: those that have not ended."""
-    notes = await in_thread(read_notes, spools, jobs)
-    records = []
-    for job in sorted(jobs):
-        lives, directory = job in link.inherited, spools / str(job)
-        record = adopted(job, notes.get(job), lives=lives, directory=directory, now=now)
-        if record is not None and record.ended and lives:
-            await _remove(link, job)
-        if record is not None:
-            # Lost until it is known better: a start that is cut short must not run a job again.
-            records.append(record if record.ended else evolve(record, state=State.INITIALIZING))
-    for page in _batched(records, RECORDS_TOGETHER):
+    records = list[JobRecord]()
+    for page in _batched(sorted(jobs), RECORDS_TOGETHER):
+        notes = await in_thread(read_notes, spools, page)
         async with trio.open_nursery() as nursery:
-            for record in page:
+            for job in page:
+                lives, directory = job in link.inherited, spools / str(job)
+                record = adopted(job, notes.get(job), lives=lives, directory=directory, now=now)
+                if record is None:
+                    continue
+                if record.ended and lives:
+                    await _remove(link, job)
+                if not record.ended:
+                    # Lost until it is known better: a start cut short must not run it again.
+                    record = evolve(record, state=State.INITIALIZING)
                 nursery.start_soon(history.put, record)
+                records.append(without_bulk(record))
     tell_adopted(records, link.inherited.keys())
     return {record.id: record for record in records if not record.ended}
 
 
 async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
     """What is unfinished, each job's record as the history or its note knows it better."""
-    notes = await in_thread(read_notes, spools, unfinished)
-    return {job: later(record, notes.get(job)) for job, record in unfinished.items()}
+    found = dict[JobId, JobRecord]()
+    for page in _batched(sorted(unfinished), RECORDS_TOGETHER):
+        notes = await in_thread(read_notes, spools, page)
+        found |= {job: without_bulk(later(unfinished[job], notes.get(job))) for job in page}
+    return found
 
 
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
@@ -223,7 +230,7 @@ def _cannot_wait_again(record: JobRecord) -> str:
     """Why a job that the launcher does not have is lost; "" where it merely waits."""
     if record.state not in WAITING:
         return "its launcher ended while the job was alive"
-    if record.spec.secret_environment:
+    if record.spec.secret_environment or "secret_environment" in record.abridged:
         return "the service ended while the job waited, and its secret variables with it"
     return ""
 

@@ -20,6 +20,8 @@ MAX_LABELS = 1024
 """Characters of all names and values of labels together."""
 MAX_VOLUMES = 1024
 """Characters of all names and places of volumes together."""
+MAX_KEPT = 4096
+"""Characters of a request that stay in memory while its job lives: a thousand may wait."""
 _CUT = "…"
 
 
@@ -42,6 +44,27 @@ def _sound_detail(detail: str) -> str:
     except UnicodeEncodeError:  # it quotes the name of a file that is none
         return detail.encode(errors="backslashreplace").decode()[:MAX_DETAIL]
     return detail
+
+
+def without_bulk(record: JobRecord) -> JobRecord:
+    """The record as it is kept in memory for as long as a job lives: its bulk is on the disk.
+
+    A request of a megabyte takes five in memory. Labels stay, by which jobs are searched.
+    """
+    if _size(record.spec) <= MAX_KEPT:
+        return record
+    changes = _changes(record.spec)
+    changes.pop("labels", None)
+    parts = tuple(sorted({*record.abridged, *changes}))
+    return evolve(record, spec=evolve(record.spec, **changes), abridged=parts)  # type: ignore[arg-type]
+
+
+def _size(spec: JobSpec) -> int:
+    """Characters of what may be long, variables' quotes and commas aside."""
+    size = sum(map(len, spec.command)) + len(spec.command) + len(spec.workdir)
+    for variables in (spec.environment, spec.secret_environment):
+        size += sum(map(len, variables)) + sum(map(len, variables.values())) + len(variables)
+    return size + sum(len(mount.name) + len(mount.path) for mount in spec.volumes)
 
 
 def whole(summary: JobRecord, spec: JobSpec) -> JobRecord:

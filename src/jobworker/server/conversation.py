@@ -234,10 +234,13 @@ class Conversation:
     async def _serve_notification(self, call: Call) -> None:
         with self._being_busy():
             outcome = await self._outcome(call)
+        del call
         await self._deliver(outcome)
 
     async def _serve_call(self, call: Call) -> None:
-        await self._deliver(await self._answer(call))
+        outcome = await self._answer(call)
+        del call  # what it asked for may be long, and delivery too
+        await self._deliver(outcome)
 
     async def _answer(self, call: Call) -> object:
         """Serve a call and reply to it; returns its outcome.
