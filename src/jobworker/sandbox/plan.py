@@ -61,11 +61,17 @@ DEVICE_LINKS = (
 MASKED = (
     "/proc/acpi",
     "/proc/asound",
+    "/proc/buddyinfo",
+    "/proc/bus",
     "/proc/cmdline",
     "/proc/config.gz",
+    "/proc/consoles",
     "/proc/diskstats",
+    "/proc/dma",
     "/proc/fs",
     "/proc/interrupts",
+    "/proc/iomem",
+    "/proc/ioports",
     "/proc/kallsyms",
     "/proc/kcore",
     "/proc/keys",
@@ -75,7 +81,10 @@ MASKED = (
     "/proc/kpagecount",
     "/proc/kpageflags",
     "/proc/latency_stats",
+    "/proc/locks",
     "/proc/mdstat",
+    "/proc/mtrr",
+    "/proc/pagetypeinfo",
     "/proc/partitions",
     "/proc/sched_debug",
     "/proc/scsi",
@@ -85,7 +94,7 @@ MASKED = (
     "/proc/timer_stats",
     "/proc/vmallocinfo",
 )
-READ_ONLY = ("/proc/bus", "/proc/irq", "/proc/pressure", "/proc/sys")
+READ_ONLY = ("/proc/irq", "/proc/pressure", "/proc/sys")
 
 KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
 """capabilities(7), over the job's own user namespace only: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,

@@ -39,12 +39,13 @@ print(json.dumps([masked, only, oom, os.path.islink("/dev/null")]))
 MASKED = [
     f"/proc/{name}"
     for name in (
-        "acpi asound cmdline config.gz diskstats fs interrupts kallsyms kcore keys key-users kmsg "
-        "kpagecgroup kpagecount kpageflags latency_stats mdstat partitions sched_debug scsi swaps "
+        "acpi asound buddyinfo bus cmdline config.gz consoles diskstats dma fs interrupts iomem "
+        "ioports kallsyms kcore keys key-users kmsg kpagecgroup kpagecount kpageflags "
+        "latency_stats locks mdstat mtrr pagetypeinfo partitions sched_debug scsi swaps "
         "sysrq-trigger timer_list timer_stats vmallocinfo"
     ).split()
 ]
-READ_ONLY = [f"/proc/{name}" for name in "bus irq pressure sys".split()]
+READ_ONLY = [f"/proc/{name}" for name in "irq pressure sys".split()]
 
 
 async def test_masks_hold_in_jobs_beside_one_that_exchanges_what_they_are_made_of(
