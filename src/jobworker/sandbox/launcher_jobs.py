@@ -46,6 +46,9 @@ REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
 LOOK_AGAIN_SECONDS = 0.1
 CLEAR_AGAIN_SECONDS = 0.005
+CLEAR_SELDOM_SECONDS = 0.08
+"""The pause doubles up to this, while none of those that are tried again lets go."""
+SWEEP_AGAIN_SECONDS = 0.5
 INSPECT_AGAIN_SECONDS, MAX_INSPECTIONS = 0.1, 20
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 _TOO_LITTLE_MEMORY: channel.Message = {
@@ -78,6 +81,7 @@ class Jobs:
         self._late: deque[tuple[int, requests.Spawn]] = deque()
         """Starts that wait for a place which an ended child still has."""
         self._uncleared: set[Child] = set()
+        self._clear_pause = CLEAR_AGAIN_SECONDS
         """Ended children whose scope could not be removed yet; tried again."""
         self._usual_limits = Limits()
         """Those of the latest job: spares are put under them, and most jobs ask for the same."""
@@ -424,8 +428,12 @@ class Jobs:
             self._nursery.clear(child)
         except OSError:
             # The kernel is still busy with the last of its processes.
+            is_first = child not in self._uncleared and self._clear_pause > CLEAR_AGAIN_SECONDS
+            if is_first:
+                self._clear_pause = CLEAR_AGAIN_SECONDS
             self._uncleared.add(child)
-            self._turns.call_in(CLEAR_AGAIN_SECONDS, self._clear_again)
+            if is_first or not self._turns.is_set(self._clear_again):
+                self._turns.call_in(self._clear_pause, self._clear_again)
             self._watch_sweepers()
             return
         if not child.inspected:
@@ -442,8 +450,12 @@ class Jobs:
             done()
 
     def _clear_again(self) -> None:
-        for child in list(self._uncleared):
+        before = list(self._uncleared)
+        self._clear_pause = min(2 * self._clear_pause, CLEAR_SELDOM_SECONDS)
+        for child in before:
             self._clear(child)
+        if len(self._uncleared) < len(before):
+            self._clear_pause = CLEAR_AGAIN_SECONDS
 
     def _forget(self, child: Child) -> None:
         """Let go of a job's number, its exit status and its pipes."""
@@ -456,6 +468,12 @@ class Jobs:
         for pidfd in self._nursery.sweepers.running:
             if not self._turns.watches(pidfd):
                 self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
+        if self._nursery.sweepers.stuck:
+            self._turns.call_in(SWEEP_AGAIN_SECONDS, self._sweep_again)
+
+    def _sweep_again(self) -> None:
+        self._nursery.sweepers.try_again()
+        self._watch_sweepers()
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)

@@ -60,13 +60,22 @@ class Sweepers:
         self.running.discard(pidfd)
         self._start()
 
+    @property
+    def stuck(self) -> bool:
+        """Whether something waits, and no process is under way whose end has it taken."""
+        return bool(self._disks or self._paths or self._others) and not self.running
+
+    def try_again(self) -> None:
+        """Start a process for what is stuck: the system had none to give."""
+        self._start()
+
     def _start(self) -> None:
         if not (self._disks or self._paths or self._others) or len(self.running) >= MAX_SWEEPERS:
             return
         try:
             pid, pidfd = give_away([*self._others, *self._disks])
         except OSError:
-            return  # no process to be had: the next one that ends makes room, or the next start
+            return  # no process to be had: see `stuck`
         if pid == 0:
             _sweep_and_exit(self._disks, self._paths)
         self._disks, self._paths, self._others = [], [], []
