@@ -402,7 +402,11 @@ async def ended_jobs_leave_no_groups(service: Embedded, client: Client) -> str:
     await until(lambda: scopes() <= 2, "only spares")
     # One disk each, that of the skeleton which all share, and the volumes, which stay attached.
     shared = 1 + len(await client.volumes())
-    await until(lambda: attached_disks() == scopes() + shared, "disks of spares only")
+    try:
+        await until(lambda: attached_disks() == scopes() + shared, "disks of spares only")
+    except AssertionError:
+        files = [p.read_text() for p in Path("/sys/block").glob("loop*/loop/backing_file")]
+        raise AssertionError(f"{scopes()} scopes, {shared} shared, {files}") from None
     return f"{scopes()} spares"
 
 

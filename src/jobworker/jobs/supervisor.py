@@ -42,6 +42,7 @@ from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
+from jobworker.model.made import altered
 from jobworker.sandbox.link import Link, launcher_silent
 from jobworker.threads import in_thread
 
@@ -186,7 +187,7 @@ class Supervisor:
         """
         spec.check_size()
         await trio.lowlevel.checkpoint()  # a request of a megabyte takes milliseconds for each step
-        spec = evolve(spec, limits=spec.limits.or_defaults(self._rules.defaults))
+        spec = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
         await trio.lowlevel.checkpoint()
         secrets = await Secrets.of(spec.secret_environment)
         old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
@@ -234,7 +235,7 @@ class Supervisor:
         """
         spec.check_size()
         await trio.lowlevel.checkpoint()
-        full = evolve(spec, limits=spec.limits.or_defaults(self._rules.defaults))
+        full = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
         steps = await self._link.plan(order_of(full, _NOT_YET, {}), limits_of(full))
         return full.limits, steps
 

@@ -19,7 +19,7 @@ from jobworker.model.bounds import states, within
 from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
-from jobworker.model.made import told
+from jobworker.model.made import altered, told
 from jobworker.model.volumes import VolumeMount, check_mounts
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
@@ -236,10 +236,10 @@ class JobSpec:
     def without_secrets(self, **changes: Any) -> "JobSpec":
         """The request as it may be shown and stored: values of secret variables are masked.
 
-        `changes` are other fields to set, at the same time: each copy checks every bound anew.
+        `changes` are other fields to set, whose values are sound.
         """
         masked = dict.fromkeys(self.secret_environment, MASK)
-        return attrs.evolve(self, secret_environment=masked, **changes)
+        return altered(self, secret_environment=masked, **changes)
 
 
 @frozen(kw_only=True)
@@ -292,7 +292,7 @@ class JobRecord:
     def masked(self) -> "JobRecord":
         """The record for those who may look and not run: values of variables may be secrets."""
         hidden = dict.fromkeys(self.spec.environment, MASK)
-        return attrs.evolve(self, spec=attrs.evolve(self.spec, environment=hidden))
+        return attrs.evolve(self, spec=altered(self.spec, environment=hidden))
 
     @property
     def ended(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from attrs import evolve
 
 from jobworker.model.job import MAX_DETAIL, JobRecord, JobSpec, Part
+from jobworker.model.made import altered
 from jobworker.model.volumes import VolumeMount
 
 MAX_COMMAND = 2048
@@ -30,7 +31,7 @@ def summarize(record: JobRecord) -> JobRecord:
     changes = _changes(record.spec)
     if changes:
         parts = tuple(sorted({*record.abridged, *changes}))
-        record = evolve(record, spec=evolve(record.spec, **changes), abridged=parts)  # type: ignore[arg-type]
+        record = evolve(record, spec=altered(record.spec, **changes), abridged=parts)
     detail = _sound_detail(record.detail)
     return record if detail is record.detail else evolve(record, detail=detail)
 
@@ -51,20 +52,24 @@ def without_bulk(record: JobRecord) -> JobRecord:
 
     A request of a megabyte takes five in memory. Labels stay, by which jobs are searched.
     """
-    if _size(record.spec) <= MAX_KEPT:
+    if not _is_large(record.spec):
         return record
     changes = _changes(record.spec)
     changes.pop("labels", None)
     parts = tuple(sorted({*record.abridged, *changes}))
-    return evolve(record, spec=evolve(record.spec, **changes), abridged=parts)  # type: ignore[arg-type]
+    return evolve(record, spec=altered(record.spec, **changes), abridged=parts)
 
 
-def _size(spec: JobSpec) -> int:
-    """Characters of what may be long, variables' quotes and commas aside."""
+def _is_large(spec: JobSpec) -> bool:
+    """Whether what may be long has more characters than is kept."""
+    variables_in_all = len(spec.environment) + len(spec.secret_environment)
+    if len(spec.command) + variables_in_all > MAX_KEPT:
+        return True  # each has one at least
     size = sum(map(len, spec.command)) + len(spec.command) + len(spec.workdir)
     for variables in (spec.environment, spec.secret_environment):
         size += sum(map(len, variables)) + sum(map(len, variables.values())) + len(variables)
-    return size + sum(len(mount.name) + len(mount.path) for mount in spec.volumes)
+    size += sum(len(mount.name) + len(mount.path) for mount in spec.volumes)
+    return size > MAX_KEPT
 
 
 def whole(summary: JobRecord, spec: JobSpec) -> JobRecord:

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from jobworker.convert import dumps, structure, unstructure
 from jobworker.model.job import JobRecord, JobSpec
-from jobworker.model.summary import MAX_COMMAND, summarize, whole
+from jobworker.model.summary import MAX_COMMAND, summarize, whole, without_bulk
 from jobworker.model.volumes import VolumeMount
 
 from ..strategies import examples, record, records
@@ -83,3 +83,31 @@ def test_detail_that_is_no_text_can_be_stored_all_the_same() -> None:
 def test_short_record_is_its_own_summary() -> None:
     stored = record(1, spec=JobSpec(command=("a",) * 1024, labels={"a": "b"}, name="n"))
     assert summarize(stored) is stored
+
+
+LARGE: dict[str, dict[str, object]] = {
+    "environment": {"environment": {f"V{n}": "x" for n in range(5000)}},
+    "secrets": {"secret_environment": {"S": "x" * 5000}},
+    "command": {"command": ("echo", *("x" for _ in range(3000)))},
+    "workdir": {"workdir": "/" + "x" * 5000},
+    "volumes": {
+        "volumes": tuple(VolumeMount(name=f"v{n}", path=f"/{'x' * 400}/{n}") for n in range(12))
+    },
+}
+
+
+@pytest.mark.parametrize("part", LARGE)
+def test_record_in_memory_is_short_and_says_what_is_left_out(part: str) -> None:
+    labels = {f"name{n}": "x" * 250 for n in range(20)}
+    spec = JobSpec(**{"command": ("true",), "labels": labels, **LARGE[part]})  # type: ignore[arg-type]
+    short = without_bulk(record(1, spec=spec))
+    assert short.abridged
+    assert short.spec.labels == labels
+    assert len(dumps(unstructure(short.spec))) < len(dumps(unstructure(spec))) - 2000
+    assert without_bulk(short) == short
+    assert summarize(short) == summarize(record(1, spec=spec))
+
+
+def test_small_record_stays_whole_in_memory() -> None:
+    whole_record = record(1, spec=JobSpec(command=("true",), environment={"A": "b"}))
+    assert without_bulk(whole_record) is whole_record
