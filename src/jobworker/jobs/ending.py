@@ -8,6 +8,7 @@ What is said of an end is the cause that came first. Whoever asks second, or ask
 job that has exited (its output may still be on its way), changes nothing about that.
 """
 
+import errno
 import logging
 import math
 import signal
@@ -17,7 +18,7 @@ from enum import Enum
 import trio
 from attrs import define, field
 
-from jobworker.errors import JobworkerError
+from jobworker.errors import JobworkerError, LauncherGone, NotFound
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.launch import Exit
@@ -26,6 +27,7 @@ from jobworker.sandbox.link import Link
 log = logging.getLogger("jobworker.jobs")
 
 MAX_PENDING_SIGNALS = 64
+KILL_AGAIN_SECONDS = 1.0
 
 
 class _Cause(Enum):
@@ -98,16 +100,29 @@ class Ending:
             async for number in self._wanted:
                 try:
                     delivered = await self._link.signal(self._job, number)
-                except JobworkerError:
-                    return  # it has ended
+                except JobworkerError as error:
+                    if _has_ended(error):
+                        return
+                    log.warning("job %d: cannot send it %s: %s", self._job, number.name, error)
+                    continue
                 self._reached = True
                 if not delivered:
                     break  # it would not even notice: waiting for it is in vain
-        try:
-            await self._link.kill(self._job)
-            self._reached = True
-        except JobworkerError as error:
-            log.debug("job %d: %s", self._job, error)
+        await self._kill()
+
+    async def _kill(self) -> None:
+        """Kill the job, however often that has to be tried."""
+        while True:
+            try:
+                await self._link.kill(self._job)
+            except JobworkerError as error:
+                if _has_ended(error):
+                    return
+                log.error("job %d: cannot kill it, trying again: %s", self._job, error)
+                await trio.sleep(KILL_AGAIN_SECONDS)
+            else:
+                self._reached = True
+                return
 
     def verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:
         """What is said of an end; None is a launcher that went under the job."""
@@ -136,6 +151,15 @@ class Ending:
         """The job has ended: whoever asks now asks in vain."""
         self._signals.close()
         self._wanted.close()
+
+
+def _has_ended(error: JobworkerError) -> bool:
+    """Whether a refusal of the launcher says that there is nobody to be reached any more.
+
+    Any other says that the launcher lacked something for a moment.
+    """
+    gone = isinstance(error, (LauncherGone, NotFound))
+    return gone or error.data.get("errno") == errno.ESRCH
 
 
 def _is_of_memory(ending: Exit) -> bool:

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 import trio
 from attrs import define, evolve, field, frozen
 
-from jobworker.errors import InternalError, JobworkerError, LauncherGone, OutputError
+from jobworker.errors import InternalError, JobworkerError, LauncherGone, NotFound, OutputError
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
@@ -401,7 +401,9 @@ class Execution:
             try:
                 await self._link.remove(self.record.id)
             except JobworkerError as error:
-                log.debug("job %d: %s", self.record.id, error)
+                gone = isinstance(error, (LauncherGone, NotFound))
+                level = logging.DEBUG if gone else logging.ERROR
+                log.log(level, "job %d: the launcher keeps it: %s", self.record.id, error)
 
     def _advanced(self, event: Event, **changes: object) -> JobRecord:
         state = advance(self.record.state, event)

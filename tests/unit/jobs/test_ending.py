@@ -1,12 +1,13 @@
 """What is said of an end: the cause that came first, if it reached the job before that ended."""
 
-from signal import SIGKILL, SIGTERM, Signals
+import errno
+from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from jobworker.errors import NotFound
+from jobworker.errors import NotFound, SandboxError
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
@@ -37,8 +38,49 @@ class OneJob:
         return True
 
 
+class ShortOfDescriptors(OneJob):
+    """A launcher that can do nothing for a while, and says so."""
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__()
+        self.refusals = refusals
+
+    async def _send(self, number: Signals) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            await trio.lowlevel.checkpoint()
+            raise SandboxError("cannot: no descriptor", data={"errno": errno.EMFILE})
+        return await super()._send(number)
+
+
 def ending_of(launcher: OneJob) -> Ending:
     return Ending(job=JobId(1), link=launcher, grace_seconds=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("refusals", [1, 2, 5])
+async def test_job_is_killed_though_the_launcher_refused_for_a_while(
+    autojump_clock: MockClock, refusals: int
+) -> None:
+    launcher = ShortOfDescriptors(refusals)
+    ending = ending_of(launcher)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ending.serve)
+        ending.stop(SIGTERM, None)
+        await wait_all_tasks_blocked()
+        ending.stop(SIGINT, None)
+        await trio.sleep(20)
+        nursery.cancel_scope.cancel()
+    assert launcher.got[-1] == SIGKILL
+    assert ending.verdict(KILLED) == (Event.STOP, None)
+
+
+async def test_job_that_has_ended_is_not_asked_for_again(autojump_clock: MockClock) -> None:
+    launcher = OneJob()
+    launcher.there = False
+    ending = ending_of(launcher)
+    ending.stop(SIGTERM, None)
+    with trio.fail_after(1):
+        await ending.serve()
 
 
 STOP, OUTPUT, TIMEOUT = "stop", "output", "timeout"
