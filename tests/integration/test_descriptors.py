@@ -165,3 +165,18 @@ def test_start_with_too_few_descriptors_is_refused_before_anything_is_touched(
     for words in ("descriptors", "2000", "LimitNOFILE", "worker.max_waiting_jobs"):
         assert words in done.stderr
     assert not (directory / "state").exists()
+
+
+async def test_jobs_that_wait_go_on_waiting_where_there_is_no_descriptor_for_them(
+    open_directory: Callable[[], Path],
+) -> None:
+    settings = {"worker": {"max_concurrent_jobs": 1}}
+    async with open_embedded(open_directory(), settings) as service, open_wire(service) as wire:
+        running = await wire.start("sleep", "600")
+        waiting = [await wire.start("echo", str(n)) for n in range(3)]
+        limit_descriptors(service.process.pid, 3)  # what the first job gives back is of no use
+        await wire.call("job.stop", id=running, signal="KILL")
+        await until(lambda: "is tried again" in service.log_text())
+        limit_descriptors(service.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        for job in waiting:
+            assert (await wire.call("job.wait", id=job))["state"] == "COMPLETED"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,3 +54,46 @@ async def test_disk_of_a_dead_job_goes_once_there_are_processes_again(
                 await trio.sleep(1)
                 assert disk in attached_disks(), "nobody could let go of it"
             await until(lambda: disk not in attached_disks(), seconds=5)
+
+
+ONE: Settings = {"worker": {"max_concurrent_jobs": 1}, "sandbox": {"spares": 0}}
+
+
+async def test_jobs_that_wait_go_on_waiting_where_there_is_no_process_for_them(
+    open_directory: Callable[[], Path],
+) -> None:
+    """They run once there is one; a stop reaches them meanwhile, and whoever comes is told."""
+    directory = open_directory()
+    with open_launcher(directory, ONE) as guard:
+        async with serving(directory, ONE) as service, open_wire(service) as wire:
+            running = await wire.start("sleep", "600")
+            waiting = [
+                await wire.start("sh", "-c", "echo $TOKEN", secret_environment={"TOKEN": str(n)})
+                for n in range(4)
+            ]
+            with no_more_processes(child_of(guard.pid)):
+                await wire.call("job.stop", id=running, signal="KILL")
+                await until(lambda: "is tried again" in service.log_text())
+                record = await wire.call("job.stop", id=waiting.pop(0))
+                assert record["state"] == "STOPPED"
+            for number, job in enumerate(waiting, 1):
+                record = await wire.call("job.wait", id=job)
+                assert record["state"] == "COMPLETED", record
+                out, _, _ = await wire.output((await wire.call("job.log", id=job))["subscription"])
+                assert out == f"{number}\n".encode()
+
+
+async def test_job_that_cannot_be_started_is_left_to_the_next_service(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory, ONE) as guard, ExitStack() as stack:
+        async with serving(directory, ONE) as service, open_wire(service) as wire:
+            running = await wire.start("sleep", "600")
+            waiting = await wire.start("echo", "at last")
+            stack.enter_context(no_more_processes(child_of(guard.pid)))
+            await wire.call("job.stop", id=running, signal="KILL")
+            await until(lambda: "is tried again" in service.log_text())
+        stack.close()
+        async with serving(directory, ONE) as service, open_wire(service) as wire:
+            assert (await wire.call("job.wait", id=waiting))["state"] == "COMPLETED"

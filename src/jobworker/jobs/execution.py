@@ -11,7 +11,9 @@ goes away, or a request that is cancelled, changes nothing about a job. Each ste
 even if one before it failed, and its fault is logged; the record tells what came of the job.
 """
 
+import errno
 import logging
+import math
 import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
@@ -20,7 +22,15 @@ from datetime import datetime, timedelta
 import trio
 from attrs import define, evolve, field, frozen
 
-from jobworker.errors import InternalError, JobworkerError, LauncherGone, NotFound, OutputError
+from jobworker.errors import (
+    InternalError,
+    JobworkerError,
+    LauncherGone,
+    NotFound,
+    OutOfDescriptors,
+    OutputError,
+    SandboxError,
+)
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
@@ -46,6 +56,9 @@ from jobworker.sandbox.link import Exits, Link, Started
 log = logging.getLogger("jobworker.jobs")
 
 RECORD_AGAIN_SECONDS = 1.0
+START_AGAIN_SECONDS = 1.0
+TELL_AGAIN_SECONDS = 60.0
+_SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 
 Clock = Callable[[], datetime]
 
@@ -85,6 +98,7 @@ class Execution:
     """Set once this task has nothing more to do with the job: it has ended, or was left."""
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
+    _waits_for_the_next: bool = field(default=False, init=False)
     refused: bool = field(default=False, init=False)
     """Whether its client was told that it could not be admitted."""
     start_error: JobworkerError | None = field(default=None, init=False)
@@ -146,6 +160,10 @@ class Execution:
         if anyway or not self._ending.under_way:
             self._company.cancel()
 
+    def wait_for_the_next(self) -> None:
+        """Leave a job that cannot be started at the moment to the next service."""
+        self._waits_for_the_next = True
+
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None where it never ran."""
         if self.record.state is State.RUNNING and not self.ended.is_set():
@@ -192,20 +210,37 @@ class Execution:
         """Have the job started, unless it was before; None where it could not be."""
         if self._inherited is not None:
             return self._inherited
-        if self.record.state is State.PENDING:
-            if self._ending.stopping:
-                self.record = self._advanced(Event.STOP)
-                await self._close()
-                return None
-            self.record = self._advanced(Event.ADMIT)
+        told_at = -math.inf
+        while True:
+            if self.record.state is State.PENDING:
+                if self._ending.stopping:
+                    self.record = self._advanced(Event.STOP)
+                    await self._close()
+                    return None
+                if self._waits_for_the_next:
+                    self.spool.close()
+                    self.decided.set()
+                    self.over.set()
+                    return None
+                self.record = self._advanced(Event.ADMIT)
+                await self.store()
+            try:
+                spec = await self._whole_spec()
+                order = order_of(spec, self.record.id, await self.secrets.values())
+                begun = await self._link.spawn(self.record.id, order, limits_of(spec))
+                break
+            except JobworkerError as error:
+                if self.admitted_at_once or not _may_pass(error):
+                    await self._end_unstarted(error)
+                    return None
+                if trio.current_time() > told_at + TELL_AGAIN_SECONDS:
+                    told_at = trio.current_time()
+                    log.error("job %d waits, and is tried again: %s", self.record.id, error)
+            # Nothing of it has run: it waits again, also for the next service.
+            self.record = evolve(self.record, state=State.PENDING)
             await self.store()
-        try:
-            spec = await self._whole_spec()
-            order = order_of(spec, self.record.id, await self.secrets.take())
-            begun = await self._link.spawn(self.record.id, order, limits_of(spec))
-        except JobworkerError as error:
-            await self._end_unstarted(error)
-            return None
+            await trio.sleep(START_AGAIN_SECONDS)
+        self.secrets.drop()
         self.shorten()
         self.record = self._advanced(Event.START, started_at=self._clock())
         return begun
@@ -410,3 +445,13 @@ class Execution:
         if state in TERMINAL:
             changes.setdefault("ended_at", self._clock())
         return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]
+
+
+def _may_pass(error: JobworkerError) -> bool:
+    """Whether a start failed for want of something that service or launcher lacked at the moment.
+
+    Not where the program may have run.
+    """
+    if isinstance(error, OutOfDescriptors):
+        return not error.data.get("may_have_run")
+    return type(error) is SandboxError and error.data.get("errno") in _SHORTAGES

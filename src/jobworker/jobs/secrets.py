@@ -42,11 +42,14 @@ class Secrets:
         size = sum(map(len, self._pieces))
         return size if size > SMALL_BYTES else 0
 
-    async def take(self) -> Mapping[str, str]:
-        """Take them out: for the job's start, after which nothing of them is kept."""
+    def drop(self) -> None:
+        """Keep nothing of them: the job has started."""
+        self._pieces = []
+
+    async def values(self) -> Mapping[str, str]:
+        """The variables, for the job's start; others get their turns."""
         found = dict[str, str]()
-        pieces, self._pieces = self._pieces, []
-        for piece in pieces:
+        for piece in self._pieces:
             found.update(loads(piece))  # type: ignore[call-overload]
             await trio.lowlevel.checkpoint()
         return found

@@ -465,6 +465,8 @@ class Supervisor:
             waiting.spool.close()
             self._forget(waiting)
         executions = list(self._live.values())
+        for execution in executions:
+            execution.wait_for_the_next()
         await self._all(execution.decided for execution in executions)
         for execution in executions:
             execution.leave()

@@ -6,6 +6,7 @@ of it at once (`LauncherGone`); nothing hangs.
 """
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -118,6 +119,7 @@ class Link:
         fails, and OutOfDescriptors where this process cannot take the job's pipes; then nothing
         of the job is left. Not to be cancelled: see `_ask`.
         """
+        _check_descriptors()
         send, receive = trio.open_memory_channel[Exit](1)
         self._exits[job] = send
         try:
@@ -127,6 +129,7 @@ class Link:
             self._exits.pop(job, send).close()
             receive.close()
             if isinstance(error, OutOfDescriptors):  # it may run, and nobody could read from it
+                error.data["may_have_run"] = True
                 with suppress(JobworkerError):
                     await self.remove(job)
             raise
@@ -388,6 +391,18 @@ def _order_fields(order: Order) -> dict[str, object]:
         "environment": dict(order.environment),
         "volumes": [list(volume) for volume in order.volumes],
     }
+
+
+def _check_descriptors() -> None:
+    """Raise OutOfDescriptors where there is no room for a job's pipes: before it is started."""
+    found = list[int]()
+    try:
+        while len(found) < 2:
+            found.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        raise _out_of_descriptors() from None
+    finally:
+        channel.close_all(found)
 
 
 def _out_of_descriptors() -> OutOfDescriptors:
