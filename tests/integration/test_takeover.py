@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -10,8 +11,9 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.sandbox.launch import connect_launcher
+from jobworker.server.descriptors import OWN
 
 from .conftest import left_behind, until
 from .outside import open_launcher, settings_with
@@ -308,3 +310,57 @@ async def test_waiting_jobs_survive_a_kill_with_a_launcher_of_the_services_own(
         assert (await wire.call("job.status", id=running))["reason"] == "lost"
         assert (await wire.call("job.wait", id=waiting))["exit_code"] == 9
     assert left_behind(directory) == []
+
+
+def failed_start(directory: Path, extra: Settings, descriptors: int) -> str:
+    """Start a service with so many descriptors, which refuses: what it says."""
+    config = write_configuration(directory, settings_with(directory, extra))
+    done = subprocess.run(
+        ["prlimit", f"--nofile={descriptors}", *program("worker"), "serve", "--config", config],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+async def test_start_that_cannot_keep_live_jobs_output_is_refused_and_harms_none(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    few: Settings = {
+        "worker": {"max_concurrent_jobs": 2, "max_waiting_jobs": 1},
+        "limits": {"max_connections": 20, "max_handshakes": 5},
+    }
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            jobs = [await start(wire, f"echo {n}; sleep 600") for n in range(40)]
+            for job in jobs:
+                await until_bigger(wire, job, 0)
+        enough_for_few = OWN + 5 * 2 + 3 * 1 + 25 + 16 * 3
+        said = failed_start(directory, few, enough_for_few)
+        assert "cannot serve by this configuration: 203 file descriptors" in said
+        # What is wrong with one job's place must not cost it its life.
+        state = directory / "state" / "service"
+        (state / "set-aside").touch()
+        index = state / "spool" / str(jobs[0]) / "index"
+        index.rename(directory / "index")
+        said = failed_start(directory, {}, 20_000)
+        assert f"cannot go on with job {jobs[0]}: cannot set aside" in said
+        (directory / "index").rename(index)
+        (state / "set-aside").unlink()
+        async with serving(directory) as service, open_wire(service) as wire:
+            for number, job in enumerate(jobs):
+                record = await wire.call("job.status", id=job)
+                assert (record["state"], record["detail"]) == ("RUNNING", "")
+                assert (await log_of_now(wire, job)) == f"{number}\n".encode()
+                await wire.call("job.stop", id=job, signal="KILL")
+        assert not (state / "set-aside").exists()
+
+
+async def log_of_now(wire: Wire, job: int) -> bytes:
+    result = await wire.call("job.log", id=job)
+    out, _, _ = await wire.output(result["subscription"])
+    return out

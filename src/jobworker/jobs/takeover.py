@@ -20,6 +20,7 @@ is in the pipes, which the launcher kept. A live job whose files are gone or unr
 new ones; what stood in their place is set aside.
 """
 
+import errno
 import logging
 import shutil
 import time
@@ -33,7 +34,14 @@ from typing import TypeVar
 import trio
 from attrs import Factory, define, evolve
 
-from jobworker.errors import JobworkerError, NotFound, OutputError
+from jobworker.errors import (
+    Busy,
+    InternalError,
+    JobworkerError,
+    NotFound,
+    OutOfDescriptors,
+    OutputError,
+)
 from jobworker.jobs.adoption import adopted, jobs_in, later, read_notes, tell_adopted
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
@@ -50,6 +58,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("jobworker.jobs")
 
+_OF_THE_HOST = frozenset(
+    {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.ENOLCK}
+)
 RECORDS_TOGETHER = 40
 """How many adopted records go to the history at a time: they share transactions. Each may take
 five megabytes of memory until it is there."""
@@ -99,8 +110,9 @@ class Inheritance:
 async def take_over(link: Link, history: History, spools: Path, now: datetime) -> Inheritance:
     """Put jobs, output and history in order after an earlier service.
 
-    Raises InternalError where what is to be adopted cannot be recorded: a service that cannot tell
-    what became of jobs does not start.
+    Raises InternalError where what is to be adopted cannot be recorded, or a live job's output not
+    be kept: a service that cannot tell what becomes of jobs does not start, and the launcher keeps
+    them.
     """
     there = await in_thread(jobs_in, spools)
     history.pass_over(JobId(max([*there, *link.inherited], default=0)))
@@ -127,9 +139,9 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
                 spools / str(job), record, now, lives=alive is not None, ended=_has_ended(alive)
             )
         except JobworkerError as error:  # what it writes could not be kept
-            log.error("job %d: %s", job, error)
             if alive is not None:
-                await _remove(link, job)
+                raise _cannot_go_on(job, error) from error
+            log.error("job %d: %s", job, error)
             inheritance.ended.append(await _lose(spools, record, now, str(error)))
             continue
         if alive is None:
@@ -185,11 +197,14 @@ async def _open_spool(
     """Open a job's output, or make it anew, which its record then says.
 
     Of one that has `ended` the output may have had to go for the disk to take the record of that,
-    and the service may have been killed between the two. Raises OutputError.
+    and the service may have been killed between the two. Raises OutputError, and InternalError
+    where it is the host that lacks something: output that may be whole is not set aside.
     """
     try:
         return await in_thread(Spool.open, directory), record
     except JobworkerError as error:
+        if _is_of_the_host(error):
+            raise _cannot_go_on(record.id, error) from error
         missing, why = isinstance(error, NotFound), error.message
     # A removal takes the note first, and then the index.
     removed = ended and missing and not (directory / NOTE).exists()
@@ -245,10 +260,27 @@ def _let_go(started: Started, exits: Exits) -> None:
     exits.close()
 
 
+def _is_of_the_host(error: JobworkerError) -> bool:
+    """Whether opening output failed for a reason that has nothing to do with what stands there."""
+    if isinstance(error, (OutOfDescriptors, Busy)):
+        return True
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _OF_THE_HOST
+
+
+def _cannot_go_on(job: JobId, error: JobworkerError) -> InternalError:
+    return InternalError(
+        f"cannot go on with job {job}: {error.message}; nothing of it was changed",
+        remedy=error.remedy or "see to the disk and the limits of the service, and start it again",
+    )
+
+
 async def _open_ended(spools: Path, record: JobRecord) -> Spool:
     try:
         return await in_thread(Spool.open, spools / str(record.id))
     except JobworkerError as error:
+        if _is_of_the_host(error):
+            raise _cannot_go_on(record.id, error) from error
         if record.output_removed_at is None:
             log.warning("job %d: its output is lost: %s", record.id, error)
         return Spool.gone()

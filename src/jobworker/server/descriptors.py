@@ -22,13 +22,15 @@ PER_RUNNING, PER_WAITING, PER_CONNECTION, PER_OUTPUT = 5, 3, 1, 3
 MIN_OUTPUTS = 16
 
 
-def outputs_within(settings: Settings, limit: int) -> int:
+def outputs_within(settings: Settings, limit: int, *, running: int = 0) -> int:
     """How many ended jobs' outputs may be read at a time where `limit` descriptors may be open.
 
-    Raises HostUnsupported where the rest of what is configured does not fit.
+    `running` jobs are there already, perhaps more than may be started. Raises HostUnsupported where
+    the rest of what is configured does not fit.
     """
     worker, limits = settings.worker, settings.limits
-    jobs = PER_RUNNING * worker.max_concurrent_jobs + PER_WAITING * worker.max_waiting_jobs
+    jobs = PER_RUNNING * max(worker.max_concurrent_jobs, running)
+    jobs += PER_WAITING * worker.max_waiting_jobs
     connections = PER_CONNECTION * (limits.max_connections + limits.max_handshakes)
     left = limit - OWN - jobs - connections
     if left < MIN_OUTPUTS * PER_OUTPUT:

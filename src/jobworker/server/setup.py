@@ -90,7 +90,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             remedy="set launcher.socket, and run `worker launcher`; or set jobs_on_exit to 'auto'",
         )
     limit = _raise_descriptor_limit()
-    max_open_outputs = outputs_within(settings, limit)
+    outputs_within(settings, limit)  # refuses what does not fit, before anything is made
     files = configured_files(settings.security)
     fittings = Fittings.of(files, settings.security)
     exposed = key_mode_warning(Path(settings.security.server_key))
@@ -108,6 +108,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         step_into_leaf()
         launcher, settings, differences = _open_launcher(settings, state)
         undo.callback(launcher.close)
+        max_open_outputs = outputs_within(settings, limit, running=len(launcher.jobs))
         uid, gid = service_ids(settings, _job_ids(launcher))
         make_service_directory(state, uid, gid)
         notifier = Notifier()
