@@ -194,6 +194,7 @@ REACHED = {
     "max_message_bytes": ("message_too_large", "closed with 1009"),
     "max_requests_in_flight": ("too_many_requests", "the request's error"),
     "max_follows": ("too_many_follows", "the request's error"),
+    "max_waits": ("too_many_requests", "the request's error; `too_many_follows` of a follow"),
     "ping_interval": ("", ""),
     "ping_timeout": ("ping_unanswered", "closed with 1013"),
 }

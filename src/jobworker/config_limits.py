@@ -43,6 +43,8 @@ class ConnectionLimits:
     """Requests of one connection that are not answered yet."""
     max_follows: int = field(default=256, validator=within(1, 65_536))
     """Subscriptions of one connection."""
+    max_waits: int = field(default=2000, validator=within(1, 1_000_000))
+    """Of one name, on all of its connections: subscriptions, and requests that wait for an end."""
     ping_interval: str = field(default="30s", validator=_duration)
     """Between pings to a client; "0" sends none."""
     ping_timeout: str = field(default="1m", validator=_positive_duration)

@@ -145,14 +145,14 @@ class TooManyConnections(Busy):
 
 
 class TooManyRequests(Busy):
-    """This connection has as many requests in flight as the limits allow."""
+    """This connection, or this name, has as many requests in flight as the limits allow."""
 
     code = 1007
     name = "too_many_requests"
 
 
 class TooManyFollows(Busy):
-    """This connection follows as many outputs as the limits allow."""
+    """This connection, or this name, follows as many outputs as the limits allow."""
 
     code = 1008
     name = "too_many_follows"

@@ -6,13 +6,14 @@ Counted are bytes of memory and the event loop's own processor time, never secon
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from bench.turns import Turns, watched_turns
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.embedded import Embedded, open_embedded
 
 from ..integration.conftest import running
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
@@ -196,3 +197,32 @@ async def test_padded_wait_keeps_neither_its_connection_nor_the_place_of_a_large
         nursery.cancel_scope.cancel()
     async with open_wire(flooded) as wire:
         await wire.call("job.stop", id=job)
+
+
+async def test_waits_and_follows_of_one_name_are_bounded_on_all_its_connections(
+    open_directory: Callable[[], Path],
+) -> None:
+    settings = {"limits": {"max_waits": 10}}
+    async with open_embedded(open_directory(), settings) as service, open_wire(service) as admin:
+        job = await admin.start("sleep", "600")
+        async with open_wire(service, "viewer") as one, open_wire(service, "viewer") as two:
+            async with trio.open_nursery() as nursery:
+                for wire in (one, two):
+                    for _ in range(3):
+                        nursery.start_soon(partial(wire.call, "job.wait", id=job))
+                    for _ in range(2):
+                        await wire.call("job.log", id=job, follow=True)
+                await trio.sleep(0.2)
+                for wire in (one, two):
+                    with pytest.raises(Refused, match="does so 10 times already") as caught:
+                        await wire.call("job.log", id=job, follow=True)
+                    assert isinstance(caught.value.data, dict)
+                    assert caught.value.data["name"] == "too_many_follows"
+                    with pytest.raises(Refused, match="does so 10 times already"):
+                        await wire.call("job.wait", id=job)
+                with trio.fail_after(10):
+                    await admin.call("job.stop", id=job, grace_seconds=0)
+            ended = await admin.start("true")
+            for wire in (one, two):
+                for _ in range(11):
+                    await wire.call("job.wait", id=ended)

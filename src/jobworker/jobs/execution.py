@@ -35,6 +35,7 @@ from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
+from jobworker.jobs.paced import PacedEvent
 from jobworker.jobs.secrets import Secrets
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import (
@@ -91,7 +92,7 @@ class Execution:
     """The values that the record masks: here and in the job alone, never on the disk."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
-    ended: trio.Event = field(factory=trio.Event, init=False)
+    ended: PacedEvent = field(factory=PacedEvent, init=False)
     archived: trio.Event = field(factory=trio.Event, init=False)
     """Set once its output is the archive's, which may remove it, whether the end is recorded."""
     over: trio.Event = field(factory=trio.Event, init=False)
@@ -249,13 +250,13 @@ class Execution:
         """What was asked for, also where only the history has all of it. Raises JobworkerError."""
         if not self.record.abridged:
             return self.record.spec
-        stored = await self._history.get(self.record.id)
-        if stored is None or stored.abridged:
+        stored = await self._history.request(self.record.id)
+        if stored is None:
             raise InternalError(
                 f"cannot start job {self.record.id}: the history has lost what was asked for",
                 remedy="run it again",
             )
-        return stored.spec
+        return stored
 
     def shorten(self) -> None:
         """Keep of the request what is needed while the job lives: the history has it whole."""

@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 
 import apsw
-from attrs import define
+import trio
+from attrs import Factory, define
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
@@ -55,6 +56,7 @@ class History:
     _next_id: int
     _last_id: LastId
     _spools: Path | None = None
+    _reading: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
     unfinished: tuple[JobRecord, ...] = ()
     """Jobs that an earlier service left waiting or alive, as they were when this was opened, each
     without the bulk of its request (`without_bulk`)."""
@@ -215,6 +217,17 @@ class History:
     async def spec(self, job: JobId) -> str | None:
         """The JSON of the whole request of a job, where its summary is abridged."""
         return await self._readers.look_up(partial(_select_spec, job))
+
+    async def request(self, job: JobId) -> JobSpec | None:
+        """The whole request of a job whose summary is abridged, or None.
+
+        That may take a thread a third of a second: one at a time, and no lookup waits for it.
+        """
+        text = await self.spec(job)
+        if text is None:
+            return None
+        read = partial(loads, text, bounded=True)
+        return await in_thread(lambda: structure(JobSpec, read()), limiter=self._reading)
 
     async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
         """At most `limit` summaries that fit, newest first, as JSON; see `history_search`.

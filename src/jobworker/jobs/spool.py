@@ -19,6 +19,7 @@ All but `create`, `open` and what `write` is given to run belong to Trio's threa
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
 from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
+from jobworker.jobs.paced import AT_A_TIME, in_turns
 from jobworker.model.job import Stream
 from jobworker.threads import in_thread
 
@@ -67,6 +69,9 @@ class Spool:
     _files: OutputFiles
     sealed: bool = False
     _idle: set[Follower] = field(factory=set)
+    _to_poke: deque[Follower] = field(factory=deque)
+    """Those of them that are to look again, in turns."""
+    _poking: bool = False
     _followers: int = 0
     _users: int = 1
     _when_unused: Callable[[], None] | None = None
@@ -131,7 +136,7 @@ class Spool:
             records=self._files.records,
             sealed=self.sealed,
             followers=self._followers,
-            idle_followers=len(self._idle),
+            idle_followers=len(self._idle) + len(self._to_poke),
         )
 
     # --- writing ----------------------------------------------------------------------------
@@ -176,9 +181,17 @@ class Spool:
 
     def wake(self) -> None:
         """Poke the idle followers: there is more to read, or nothing will come any more."""
-        idle, self._idle = self._idle, set()
-        for follower in idle:
-            follower.poke()
+        self._to_poke.extend(self._idle)
+        self._idle.clear()
+        if not self._poking:
+            self._poking = True
+            in_turns(self._poke_some)
+
+    def _poke_some(self) -> bool:
+        for _ in range(min(AT_A_TIME, len(self._to_poke))):
+            self._to_poke.popleft().poke()
+        self._poking = bool(self._to_poke)
+        return self._poking
 
     # --- reading ----------------------------------------------------------------------------
 

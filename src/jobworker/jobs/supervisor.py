@@ -33,6 +33,7 @@ from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
+from jobworker.jobs.paced import PacedEvent
 from jobworker.jobs.quota import Use, check_quota
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
@@ -206,7 +207,7 @@ class Supervisor:
             await self._hear_of(execution, execution.decided)
         return execution
 
-    async def _hear_of(self, execution: Execution, event: trio.Event) -> None:
+    async def _hear_of(self, execution: Execution, event: trio.Event | PacedEvent) -> None:
         """Wait for an event of a job's. Raises LauncherSilent where it may be long in coming."""
         try:
             await self._link.wait_unless_silent(event)

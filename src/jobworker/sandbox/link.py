@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from types import MappingProxyType
+from typing import Protocol
 
 import trio
 from attrs import Factory, define, frozen
@@ -55,6 +56,16 @@ LOOK_SECONDS = 1.0
 
 Exits = trio.MemoryReceiveChannel[Exit]
 """Gets a job's one `Exit`, or closes if the launcher goes."""
+
+
+class Waitable(Protocol):
+    """An event, such as trio.Event."""
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+
+    async def wait(self) -> None:
+        """Wait until it has."""
 
 
 PIECES_A_TURN = 2000
@@ -233,7 +244,7 @@ class Link:
         assert isinstance(ok, dict)
         return ok, waiting.descriptors
 
-    async def wait_unless_silent(self, event: trio.Event) -> None:
+    async def wait_unless_silent(self, event: Waitable) -> None:
         """Wait for what only a launcher that answers can bring about. Raises LauncherSilent."""
         while not event.is_set():
             if self.silent:

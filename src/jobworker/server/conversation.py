@@ -111,6 +111,8 @@ class Conversation:
             self._send,
             self._context.stall_seconds,
             limits.max_follows,
+            self._context.crowds,
+            self._visitor.identity.common_name,
         )
 
     async def serve(self) -> None:

@@ -38,6 +38,7 @@ from jobworker.sandbox.host import HostFacts
 from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
+from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
@@ -64,6 +65,7 @@ class Context:
     """The longest time limit of those without the permission `unbounded`."""
     admission: Admission
     traffic: Traffic
+    crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """For large ones, from their first bytes until they are served."""
     replies: Slots = field(factory=lambda: Slots(in_all=16, for_each=4))
@@ -215,13 +217,15 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
     return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 
 
-async def _wait(context: Context, _: Caller, params: m.JobParams) -> Encoded:
-    return Encoded(summary_of(await context.supervisor.wait(params.id))[1])
+async def _wait(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
+    with context.crowds.one_more(caller.identity.common_name):
+        return Encoded(summary_of(await context.supervisor.wait(params.id))[1])
 
 
-async def _stop(context: Context, _: Caller, params: m.StopParams) -> JobRecord:
+async def _stop(context: Context, caller: Caller, params: m.StopParams) -> JobRecord:
     number = parse_signal(params.signal)
-    return summarize(await context.supervisor.stop(params.id, number, params.grace_seconds))
+    with context.crowds.one_more(caller.identity.common_name):
+        return summarize(await context.supervisor.stop(params.id, number, params.grace_seconds))
 
 
 async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:

@@ -41,6 +41,7 @@ from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
+from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
@@ -173,6 +174,7 @@ async def _serve_until_signal(
         max_timeout_seconds=parse_duration(prepared.settings.worker.max_job_timeout),
         admission=Admission(prepared.settings.limits),
         traffic=Traffic(),
+        crowds=Crowds(prepared.settings.limits.max_waits),
     )
     listener = _Listener(prepared, door, context)
     settle()

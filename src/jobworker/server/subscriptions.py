@@ -35,6 +35,7 @@ from jobworker.protocol.frames import PIECE_BYTES, Frame, frame_text
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
+from jobworker.server.crowds import Crowds
 from jobworker.server.record_json import summary_of
 from jobworker.server.traffic import LEAST_BYTES, Traffic
 
@@ -167,6 +168,9 @@ class Subscriptions:
     _send: Send
     _stall_seconds: float
     _max_open: int
+    _crowds: Crowds
+    _name: str
+    """Of the client."""
     _open: dict[int, Subscription] = field(factory=dict)
     _last: int = 0
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
@@ -178,6 +182,7 @@ class Subscriptions:
                 f"cannot subscribe: this connection has {self._max_open} subscriptions",
                 remedy="end some of them, or open another connection",
             )
+        self._crowds.check(self._name, TooManyFollows)
 
     def open(
         self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
@@ -188,6 +193,7 @@ class Subscriptions:
         except TooManyFollows:
             follower.close()
             raise
+        self._crowds.take(self._name, TooManyFollows)
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
@@ -210,11 +216,16 @@ class Subscriptions:
 
     def cancel(self, number: int) -> None:
         """End a subscription without a word; one that has ended already is fine."""
-        subscription = self._open.pop(number, None)
+        subscription = self._open.get(number)
         if subscription is not None:
+            self._drop(number)
             subscription.scope.cancel()
             if not subscription.running:
                 subscription.follower.close()
+
+    def _drop(self, number: int) -> None:
+        if self._open.pop(number, None) is not None:
+            self._crowds.give_back(self._name)
 
     async def run(self, number: int) -> None:
         """Send a subscription's output to its end, and then how its job went."""
@@ -236,12 +247,13 @@ class Subscriptions:
                 await self._send(encode_output_end(end, told))
         finally:
             subscription.follower.close()
-            self._open.pop(number, None)
+            self._drop(number)
 
     def close(self) -> None:
         """Let go of what was opened and never run."""
-        for subscription in self._open.values():
+        for subscription in list(self._open.values()):
             subscription.follower.close()
+            self._drop(subscription.number)
 
     async def _final_record(
         self, subscription: Subscription, problem: Problem | None

@@ -1,0 +1,49 @@
+"""How many requests of each name wait for something, on all of its connections together.
+
+What one event answers, such as a job's end, costs the service so much work for each that waits.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attrs import define, field
+
+from jobworker.errors import Busy, TooManyRequests
+
+
+@define(eq=False)
+class Crowds:
+    """Requests that wait, and subscriptions, by the client's name."""
+
+    _most: int
+    _counts: Counter[str] = field(factory=Counter, init=False)
+
+    @contextmanager
+    def one_more(self, name: str) -> Iterator[None]:
+        """Count a request that waits while the block lasts. Raises TooManyRequests."""
+        self.take(name, TooManyRequests)
+        try:
+            yield
+        finally:
+            self.give_back(name)
+
+    def check(self, name: str, refusal: type[Busy]) -> None:
+        """Raise `refusal` where `take` would."""
+        if self._counts[name] >= self._most:
+            raise refusal(
+                f"cannot wait or follow: {name} does so {self._most} times already, on all of its "
+                "connections",
+                remedy="end some of that, or raise limits.max_waits",
+            )
+
+    def take(self, name: str, refusal: type[Busy]) -> None:
+        """Count one more. Raises `refusal` where there are as many as may be."""
+        self.check(name, refusal)
+        self._counts[name] += 1
+
+    def give_back(self, name: str) -> None:
+        """Count one less."""
+        self._counts[name] -= 1
+        if not self._counts[name]:
+            del self._counts[name]

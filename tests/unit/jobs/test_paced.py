@@ -1,0 +1,56 @@
+"""What wakes many tasks leaves turns to others."""
+
+import trio
+
+from jobworker.jobs.paced import AT_A_TIME, PacedEvent
+
+
+async def test_waiters_are_woken_a_few_in_each_turn() -> None:
+    event, turns = PacedEvent(), list[int]()
+    woken = 0
+
+    async def wait() -> None:
+        nonlocal woken
+        await event.wait()
+        woken += 1
+
+    async def count() -> None:
+        """What another task sees, in each of its turns."""
+        while woken < 1000:
+            before = woken
+            await trio.lowlevel.checkpoint()
+            turns.append(woken - before)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(1000):
+            nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not event.is_set()
+        event.set()
+        event.set()
+        nursery.start_soon(count)
+    assert woken == 1000
+    assert max(turns) <= 2 * AT_A_TIME
+    with trio.fail_after(1):
+        await event.wait()
+
+
+async def test_waiter_that_is_cancelled_holds_up_nobody() -> None:
+    event, woken = PacedEvent(), list[int]()
+
+    async def wait(number: int) -> None:
+        await event.wait()
+        woken.append(number)
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as others:
+                for number in range(100):
+                    others.start_soon(wait, number)
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+        for number in range(100, 200):
+            nursery.start_soon(wait, number)
+        await trio.testing.wait_all_tasks_blocked()
+        event.set()
+    assert sorted(woken) == list(range(100, 200))
