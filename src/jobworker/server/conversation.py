@@ -123,7 +123,10 @@ class Conversation:
                     nursery.start_soon(self._ping)
                     try:
                         while True:
-                            await self._take(await self._socket.get_message(), nursery)
+                            message = await self._socket.get_message()
+                            await self._context.turnstile.enter(self._visitor.identity.common_name)
+                            await self._take(message, nursery)
+                            del message
                     finally:
                         for send in self._sends:
                             send.cancel()

@@ -44,6 +44,7 @@ from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
 from jobworker.server.traffic import Traffic
+from jobworker.server.turnstile import Turnstile
 
 
 @frozen(kw_only=True)
@@ -65,6 +66,7 @@ class Context:
     """The longest time limit of those without the permission `unbounded`."""
     admission: Admission
     traffic: Traffic
+    turnstile: Turnstile = field(factory=Turnstile)
     crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """For large ones, from their first bytes until they are served."""
