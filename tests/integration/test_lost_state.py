@@ -15,11 +15,12 @@ import pytest
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import HostUnsupported
+from jobworker.sandbox.requests import MAX_JOB
 
 from .conftest import left_behind
 from .outside import open_launcher
 from .test_takeover import COUNTER, log_of, serving, start, until_bigger
-from .wire import Json, Wire, open_wire
+from .wire import Json, Refused, Wire, open_wire
 
 
 @asynccontextmanager
@@ -362,14 +363,35 @@ async def test_what_is_no_job_in_the_spool_directory_is_left_alone(
         job = await start(wire, "true")
         await wire.call("job.wait", id=job)
     spools = spool(directory, job).parent
-    for name in ("²", "007", "-1", "9" * 40, "lost+found", "0"):
+    high = (str(MAX_JOB), str(MAX_JOB + 1), "9007199254740991")
+    names = ("²", "007", "-1", "9" * 40, "lost+found", "0", *high)
+    for name in names:
         (spools / name).mkdir()
         (spools / name / "file").write_text(name)
-    (spools / "12").write_text("a file")
-    os.mkfifo(spools / "13")
-    (spools / "14").mkdir()
-    async with service_in(directory) as (_, wire):
-        assert await start(wire, "true") == 15
-    for name in ("²", "007", "-1", "9" * 40, "lost+found", "0"):
+    (spools / str(job + 1)).write_text("a file")
+    os.mkfifo(spools / str(job + 2))
+    (spools / str(job + 4)).mkdir()
+    async with service_in(directory) as (service, wire):
+        assert await start(wire, "true") == job + 3
+        assert await start(wire, "true") == job + 5
+        assert f"{MAX_JOB} is no job's output" in service.log_text()
+    for name in names:
         assert (spools / name / "file").read_text() == name
-    assert (spools / "12").read_text() == "a file"
+    assert (spools / str(job + 1)).read_text() == "a file"
+
+
+async def test_job_is_refused_where_ids_are_used_up_and_the_others_go_on(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    async with service_in(directory):
+        pass
+    history(directory).with_name("last-id").write_text(f"{MAX_JOB - 1}\n")
+    async with service_in(directory) as (_, wire):
+        last = await start(wire, COUNTER)
+        assert last == MAX_JOB
+        for _ in range(2):
+            with pytest.raises(Refused, match="none may be higher"):
+                await start(wire, "true")
+        assert (await told(wire, last))["state"] == "RUNNING"
+    assert left_behind(directory) == []

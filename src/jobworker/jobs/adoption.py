@@ -22,9 +22,9 @@ from pathlib import Path
 from attrs import evolve
 
 from jobworker.jobs.job_note import read_note
-from jobworker.jobs.last_id import MAX_ID
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import WAITING
+from jobworker.sandbox.requests import MAX_JOB
 
 log = logging.getLogger("jobworker.jobs")
 
@@ -39,7 +39,7 @@ def jobs_in(spools: Path) -> frozenset[JobId]:
 
 def _job_of(name: str) -> JobId | None:
     plain = name.isascii() and name.isdecimal() and not name.startswith("0")
-    return JobId(int(name)) if plain and len(name) < 17 and int(name) < MAX_ID else None
+    return JobId(int(name)) if plain and len(name) < 17 and int(name) <= MAX_JOB else None
 
 
 def read_notes(spools: Path, jobs: Iterable[JobId]) -> dict[JobId, JobRecord]:

@@ -41,6 +41,7 @@ from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import summarize, whole, without_bulk
+from jobworker.sandbox.requests import MAX_JOB
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")
@@ -60,6 +61,8 @@ class History:
     unfinished: tuple[JobRecord, ...] = ()
     """Jobs that an earlier service left waiting or alive, as they were when this was opened, each
     without the bulk of its request (`without_bulk`)."""
+    _never: set[JobId] = Factory(set)
+    """Ids of which something stands in the spool directory that is no job's."""
 
     @classmethod
     def open(cls, path: Path, spools: Path | None = None) -> "History":
@@ -107,13 +110,27 @@ class History:
         self._last_id.close()
 
     def take_id(self) -> JobId:
-        """The next id, never given before; it may be told once it was kept (`keep_id`)."""
-        taken, self._next_id = self._next_id, self._next_id + 1
-        return JobId(taken)
+        """The next id, never given before; it may be told once it was kept (`keep_id`).
+
+        Raises InternalError where ids are used up.
+        """
+        taken = self.next_id
+        if taken > MAX_JOB:
+            raise InternalError(
+                f"cannot give the job an id: the last one was {taken - 1}, and none may be higher",
+                remedy="stop the service and see what in its state directory has that number: "
+                "last-id, a directory in spool, or the history; remove it there",
+            )
+        self._next_id = taken + 1
+        return taken
 
     def keep_id(self, job: JobId) -> None:
         """Keep that this id was given, should the history get lost. Blocks; from any thread."""
         self._last_id.write(job)
+
+    def never_give(self, job: JobId) -> None:
+        """Give other ids than `job`, of which there is something that is no job's."""
+        self._never.add(job)
 
     def pass_over(self, job: JobId) -> None:
         """Never give `job` or a lower id: somebody may have seen it."""
@@ -123,7 +140,10 @@ class History:
     @property
     def next_id(self) -> JobId:
         """The id that the next job will get."""
-        return JobId(self._next_id)
+        job = JobId(self._next_id)
+        while job in self._never:
+            job = JobId(job + 1)
+        return job
 
     async def put(self, record: JobRecord, *, is_new: bool = False) -> None:
         """Store `record`, new or changed; returns once it is on the disk.

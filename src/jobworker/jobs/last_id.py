@@ -5,6 +5,7 @@ was told to a client must never mean another job. The number is written in place
 disk refuses nothing, and without fsync: after a power cut the history alone counts.
 """
 
+import logging
 import os
 import threading
 from contextlib import suppress
@@ -12,15 +13,18 @@ from pathlib import Path
 
 from attrs import Factory, define
 
-_DIGITS = 16
-"""Enough for 2^53, beyond which JSON's numbers are not exact."""
-MAX_ID = 1 << 53
+from jobworker.sandbox.requests import MAX_JOB
+
+log = logging.getLogger("jobworker.jobs")
+
+_DIGITS = len(str(MAX_JOB))
 
 
 @define(eq=False)
 class LastId:
     """A file with one number; without a file nothing is kept."""
 
+    _path: Path
     _file: int | None
     _lock: threading.Lock = Factory(threading.Lock)
     _kept: int = 0
@@ -30,9 +34,10 @@ class LastId:
         """Open or make the file at `path`."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return cls(os.open(path, flags, 0o600))
-        except OSError:
-            return cls(None)
+            return cls(path, os.open(path, flags, 0o600))
+        except OSError as error:
+            log.warning("cannot open %s: %s; only the history keeps ids", path, error.strerror)
+            return cls(path, None)
 
     def read(self) -> int:
         """The number; 0 where there is none."""
@@ -40,7 +45,9 @@ class LastId:
             return 0
         with suppress(OSError, ValueError):
             number = int(os.pread(self._file, _DIGITS + 1, 0))
-            return number if 0 <= number < MAX_ID else 0
+            if 0 <= number <= MAX_JOB:
+                return number
+            log.warning("%s holds %d, which is no job's id; it is not heeded", self._path, number)
         return 0
 
     def write(self, number: int) -> None:

@@ -250,10 +250,10 @@ class Supervisor:
     async def _admit(
         self, spec: JobSpec, owner: str, longest_seconds: float, secrets: Secrets
     ) -> Execution:
+        job = self._history.take_id()
         at_once = self._places_taken < self.max_running
         self._places_taken += 1
         self._promised += at_once
-        job = self._history.take_id()
         default = self._rules.timeout_seconds
         if longest_seconds < (default or math.inf):
             default = longest_seconds

@@ -115,7 +115,6 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     them.
     """
     there = await in_thread(jobs_in, spools)
-    history.pass_over(JobId(max([*there, *link.inherited], default=0)))
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
     for job in (link.inherited.keys() & known) - unfinished.keys():
@@ -165,6 +164,7 @@ async def _adopt(
                 lives, directory = job in link.inherited, spools / str(job)
                 record = adopted(job, notes.get(job), lives=lives, directory=directory, now=now)
                 if record is None:
+                    history.never_give(job)
                     continue
                 if record.ended and lives:
                     await _remove(link, job)
@@ -173,6 +173,7 @@ async def _adopt(
                     record = evolve(record, state=State.INITIALIZING)
                 nursery.start_soon(history.put, record)
                 records.append(without_bulk(record))
+    history.pass_over(max((record.id for record in records), default=JobId(0)))
     tell_adopted(records, link.inherited.keys())
     return {record.id: record for record in records if not record.ended}
 

@@ -26,6 +26,8 @@ MAX_ARGUMENTS = 16_384
 MAX_TEXT_BYTES = 131_071
 MAX_ORDER_BYTES = 1 << 20
 MAX_NUMBER = 1 << 52
+MAX_JOB = MAX_NUMBER
+"""The highest id of a job: the service gives none beyond, and a request with one is refused."""
 MAX_SIGNAL = 64
 MAX_ID = 65_535
 MAX_CORES_LENGTH = 1024
@@ -165,7 +167,7 @@ def _parse(message: Mapping[str, object]) -> tuple[int, Request]:
     general = _general_request(operation, message)
     if general is not None:
         return number, general
-    job = _integer(message, "job", 1)
+    job = _integer(message, "job", 1, MAX_JOB)
     if operation == "spawn":
         return number, Spawn(job, _order(message), _limits(message))
     if operation == "signal":

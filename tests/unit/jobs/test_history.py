@@ -28,6 +28,7 @@ from jobworker.jobs.history_search import Filter
 from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, State
+from jobworker.sandbox.requests import MAX_JOB
 
 from ..strategies import examples, record, records
 
@@ -272,6 +273,33 @@ def test_ids_that_are_passed_over_are_not_given(path: Path) -> None:
         assert history.take_id() == 8
         history.pass_over(JobId(3))
         assert history.take_id() == 9
+
+
+def test_id_of_which_there_is_something_else_is_left_out_alone(path: Path) -> None:
+    with opened(path) as history:
+        for strange in (2, 3, MAX_JOB):
+            history.never_give(JobId(strange))
+        assert [history.take_id() for _ in range(3)] == [1, 4, 5]
+
+
+def test_ids_that_are_used_up_are_refused_by_name(path: Path) -> None:
+    with opened(path) as history:
+        history.pass_over(JobId(MAX_JOB - 1))
+        assert history.take_id() == MAX_JOB
+        for _ in range(2):
+            with pytest.raises(InternalError, match="the last one was") as refused:
+                history.take_id()
+            assert "last-id" in refused.value.remedy
+
+
+@pytest.mark.parametrize("number", ["9007199254740991", str(MAX_JOB + 1), "9" * 40, "-1"])
+def test_number_that_is_no_id_is_not_heeded_and_told(
+    path: Path, number: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.with_name("last-id").write_text(f"{number}\n")
+    with opened(path) as history:
+        assert history.take_id() == 1
+    assert "which is no job's id" in caplog.text
 
 
 # --- writing --------------------------------------------------------------------------------
