@@ -151,6 +151,28 @@ async def test_older_copy_of_the_history_takes_nothing_along(
     assert left_behind(directory) == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a service that root starts is given its files")
+async def test_files_that_were_put_back_read_only_can_be_written_again(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job = await start(wire, "echo here")
+        await wire.call("job.wait", id=job)
+    for path in (*history(directory).parent.rglob("*"), history(directory).parent):
+        path.chmod(path.stat().st_mode & ~0o222)
+    other = directory / "other"
+    other.write_text("not the service's")
+    other.chmod(0o400)
+    os.link(other, history(directory).with_name("a second name"))
+    async with service_in(directory) as (service, wire):
+        assert await start(wire, "true") == job + 1
+        assert (await log_of(wire, job))[0] == b"here\n"
+        await wire.call("job.remove", id=job)
+        assert "ERROR" not in service.log_text()
+    assert (other.stat().st_mode & 0o777, other.stat().st_uid) == (0o400, 0)
+
+
 def newer(path: Path) -> None:
     connection = apsw.Connection(str(path))
     connection.pragma("user_version", 99)

@@ -15,6 +15,7 @@ WAL-reset fault (fixed in 3.51.3).
 """
 
 import logging
+import os
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
@@ -73,6 +74,7 @@ class History:
         _keep_orphan(path)
         with ExitStack() as undo:
             try:
+                _check_writable(path)
                 connection = apsw.Connection(str(path))
                 undo.callback(connection.close)
                 connection.set_busy_timeout(int(history_writer.BUSY_SECONDS * 1000))
@@ -255,6 +257,17 @@ class History:
         `who` asks: the searches of others take turns with theirs.
         """
         return await self._readers.search(partial(find_page, wanted, limit), who)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ConfigError where the history may only be read: SQLite itself would say so late."""
+    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        if file.exists() and not os.access(file, os.W_OK, effective_ids=True):
+            raise ConfigError(
+                f"cannot use the history {path}: user {os.geteuid()} may not write to {file}",
+                remedy=f"chown {os.geteuid()} {file}; chmod u+rw {file}; or mount what it is on "
+                "for writing",
+            )
 
 
 def _keep_orphan(path: Path) -> None:

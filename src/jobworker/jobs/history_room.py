@@ -17,6 +17,7 @@ This holds where a file system overwrites in place (ext4, XFS); one that copies 
 ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.
 """
 
+import errno
 import os
 from pathlib import Path
 
@@ -38,8 +39,8 @@ class Room:
     def ensure(self, connection: apsw.Connection) -> bool:
         """Make the room whole where half of it is gone and the disk has enough: whether it is.
 
-        Outside of a transaction. Raises BusyError where another has the database locked: that says
-        nothing of the room.
+        Outside of a transaction. Raises apsw.Error where something else is the matter than a full
+        disk, as BusyError where another has the database locked: that says nothing of the room.
         """
         if self._is_enough(connection):
             return True
@@ -47,13 +48,12 @@ class Room:
             return False
         try:
             self._make(connection)
-        except apsw.BusyError:
+        except apsw.Error as error:
+            full = _is_full(connection, error)  # another was faster to fill the disk
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            raise
-        except apsw.Error:  # another was faster to fill the disk
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            if not full:
+                raise
             return False
         return self._is_enough(connection)
 
@@ -82,6 +82,12 @@ class Room:
         connection.execute("COMMIT")
         connection.wal_checkpoint()  # or the pages would have no blocks in the file
         connection.execute("DROP TABLE room")
+
+
+def _is_full(connection: apsw.Connection, error: apsw.Error) -> bool:
+    """Whether the disk, or what a quota gives of it, is what has just refused."""
+    no_room = connection.system_errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, apsw.FullError) or (isinstance(error, apsw.IOError) and no_room)
 
 
 def make_log_start_anew(connection: apsw.Connection) -> None:

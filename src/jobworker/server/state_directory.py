@@ -47,7 +47,7 @@ def make_service_directory(state: Path, uid: int, gid: int) -> None:
     """Make the service's own part of it, and give the service all that is there.
 
     What an earlier service has left may belong to another user: to an earlier worker.user, or to
-    root where files were copied back. Raises ConfigError.
+    root where files were copied back, which may also be read-only then. Raises ConfigError.
     """
     with _state_errors(state):
         for own in (state / "service", state / "service" / "spool"):
@@ -57,12 +57,12 @@ def make_service_directory(state: Path, uid: int, gid: int) -> None:
 
 
 def _give(service: Path, uid: int, gid: int) -> None:
-    """Make this user the owner of the service's directory and of all below it.
+    """Make this user the owner of the service's directory and of all below it, who may write there.
 
-    A directory's owner changes after that of all in it: where it is right, so is the rest, and a
-    start need not look into the directory of each job. The user may have put anything there, and
-    may still change it: paths are not followed but descriptors, links are left alone, and a file
-    with a second name, which may be one of root's, stays as it is.
+    A directory's owner and mode change after those of all in it: where they are right, so is the
+    rest, and a start need not look into the directory of each job. The user may have put anything
+    there, and may still change it: paths are not followed but descriptors, links are left alone,
+    and a file with a second name, which may be one of root's, stays as it is.
     """
 
     def give_below(directory: int, *, whole: bool) -> None:
@@ -70,23 +70,41 @@ def _give(service: Path, uid: int, gid: int) -> None:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     status = entry.stat(follow_symlinks=False)
-                    right = (status.st_uid, status.st_gid) == (uid, gid)
-                    if stat.S_ISDIR(status.st_mode):
-                        if whole or not right:
-                            give_below(opened(entry.name, directory), whole=not right)
-                    elif not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                        continue
+                    right = is_right(status)
+                    if stat.S_ISDIR(status.st_mode) and (whole or not right):
+                        give_below(opened(entry.name, directory), whole=not right)
                     if not right:
-                        os.chown(entry.name, uid, gid, dir_fd=directory, follow_symlinks=False)
+                        give(entry.name, directory)
         finally:
             os.close(directory)
+
+    def is_right(status: os.stat_result) -> bool:
+        bits = _owner_bits(status)
+        return (status.st_uid, status.st_gid, status.st_mode & bits) == (uid, gid, bits)
+
+    def give(name: str | Path, directory: int | None = None) -> None:
+        file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status, path = os.fstat(file), f"/proc/self/fd/{file}"
+            if stat.S_ISDIR(status.st_mode) or (
+                stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            ):
+                os.chown(path, uid, gid)
+                os.chmod(path, (status.st_mode & 0o777) | _owner_bits(status))
+        finally:
+            os.close(file)
 
     def opened(name: str | Path, directory: int | None = None) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, dir_fd=directory)
 
     give_below(opened(service), whole=True)
-    os.chown(service, uid, gid, follow_symlinks=False)
+    give(service)
+
+
+def _owner_bits(status: os.stat_result) -> int:
+    """What the owner of a directory or file has to have of its mode."""
+    return 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
 
 
 def lock_for_service(state: Path) -> int:

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +25,7 @@ from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs import history_search, history_writer
 from jobworker.jobs.history import History
+from jobworker.jobs.history_room import Room
 from jobworker.jobs.history_search import Filter
 from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -381,6 +383,13 @@ async def test_lock_of_another_is_not_told_as_a_full_disk(
         await history.put(record(history.take_id()), is_new=True)
 
 
+def test_only_a_full_disk_counts_as_one(path: Path) -> None:
+    with opened(path):
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        with closing(connection), pytest.raises(apsw.ReadOnlyError):
+            Room(path.with_name("other")).ensure(connection)  # whose log has no room
+
+
 async def _put_together(
     history: History, path: Path, stored: list[JobRecord]
 ) -> dict[int, InternalError]:
@@ -616,6 +625,25 @@ def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
 
 def test_path_that_is_a_directory_is_refused(tmp_path: Path) -> None:
     assert "worker.state_dir" in refused(tmp_path).remedy
+
+
+@pytest.mark.parametrize("name", ["history.db", "history.db-wal", "history.db-shm"])
+def test_file_that_may_only_be_read_is_refused_by_name(name: str) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        path, file = Path(directory) / "history.db", Path(directory) / name
+        with opened(path):
+            file.chmod(0o400)
+            if user == 0:  # who may write to all
+                for each in (Path(directory), *Path(directory).iterdir()):
+                    os.chown(each, 65534, 65534)
+                os.seteuid(65534)
+            try:
+                told = refused(path)
+            finally:
+                os.seteuid(user)
+        assert f"may not write to {file}" in told.message
+        assert f"chmod u+rw {file}" in told.remedy
 
 
 def test_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
