@@ -21,7 +21,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from jobworker.jobs.job_note import read_note
+from jobworker.jobs.job_note import read_news, read_note
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import WAITING
 from jobworker.sandbox.requests import MAX_JOB
@@ -46,6 +46,11 @@ def read_notes(spools: Path, jobs: Iterable[JobId]) -> dict[JobId, JobRecord]:
     """The notes of these jobs, where there are any. Waits for the disk."""
     found = {job: read_note(spools, job) for job in jobs}
     return {job: note for job, note in found.items() if note is not None}
+
+
+def later_of(spools: Path, records: Iterable[JobRecord]) -> list[JobRecord]:
+    """These records, each as the history or the note knows more of the job. Waits for the disk."""
+    return [later(record, read_news(spools, record)) for record in records]
 
 
 def later(record: JobRecord, note: JobRecord | None) -> JobRecord:

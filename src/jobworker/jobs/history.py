@@ -41,11 +41,16 @@ from jobworker.jobs.schema import damaged, migrate
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
-from jobworker.model.summary import summarize, whole, without_bulk
+from jobworker.model.summary import MAX_KEPT, summarize, whole, with_labels, without_bulk
 from jobworker.sandbox.requests import MAX_JOB
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")
+
+MAX_READ_BYTES = 2 * MAX_KEPT
+"""Of the JSON of a request that is read when the history is opened: a larger one is read when its
+job starts, or when somebody asks for it."""
+MANY_UNFINISHED = 100
 
 
 @define(eq=False)
@@ -374,13 +379,38 @@ def _select_spec(job: JobId, connection: apsw.Connection) -> str | None:
 
 
 def _select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
-    marks = ", ".join("?" * len(LIVE))
+    states = tuple(state.value for state in LIVE)
+    marks = ", ".join("?" * len(states))
+    count = connection.execute(
+        f"SELECT count(*) FROM jobs WHERE state IN ({marks})",  # noqa: S608
+        states,
+    ).get
+    if int(str(count)) >= MANY_UNFINISHED:
+        log.info("reading %s jobs of the service before", count)
     query = (
-        "SELECT record, spec FROM jobs LEFT JOIN specs ON job = id "  # noqa: S608
+        "SELECT id, record, spec FROM jobs "  # noqa: S608
+        "LEFT JOIN specs ON job = id AND octet_length(spec) <= ? "
         f"WHERE state IN ({marks})"
     )
-    rows = connection.execute(query, tuple(state.value for state in LIVE))
-    return [without_bulk(_whole(*row)) for row in rows]
+    rows = connection.execute(query, (MAX_READ_BYTES, *states))
+    return [_without_bulk(connection, *row) for row in rows]
+
+
+def _without_bulk(
+    connection: apsw.Connection, job: object, text: object, spec: object
+) -> JobRecord:
+    """A record as it is kept in memory; `spec` is its request if that is small, else None.
+
+    A thousand jobs may wait with a megabyte each, which takes minutes to decode: of a large
+    request only the labels are taken, where the summary has not all of them.
+    """
+    record = _whole(text, spec)
+    if "labels" in record.abridged:
+        query = "SELECT spec -> '$.labels' FROM specs WHERE job = ?"
+        labels = connection.execute(query, (int(str(job)),)).get
+        if labels is not None:
+            record = with_labels(record, structure(dict[str, str], loads(str(labels))))
+    return without_bulk(record)
 
 
 def _whole(text: object, spec: object) -> JobRecord:

@@ -30,13 +30,15 @@ from jobworker.model.summary import summarize
 MAX_NOTE_BYTES = 16 << 20
 """More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
 _NO_SPEC = JobSpec(command=("unknown",))
+_NO_SPEC_JSON = unstructure(_NO_SPEC)
 _BLOCK_BYTES = 4096
 _TAIL_BYTES = 4 * _BLOCK_BYTES
 _RESERVED_BYTES = 3072
 """Room for what is still to be told: each line has some 600 bytes and MAX_DETAIL at the most."""
 _MAX_DETAIL = 1024
 _MANY_BYTES = 1 << 16
-"""Of lines behind the first: whoever asks for something again and again makes no note grow."""
+"""Of lines behind the first: whoever asks for something again and again makes no note grow. A line
+takes a tenth of it at most."""
 
 
 def make_note(spools: Path, record: JobRecord) -> None:
@@ -138,3 +140,26 @@ def read_note(spools: Path, job: JobId) -> JobRecord | None:
             fields.update(loads(line.decode()))  # type: ignore[call-overload]
             found = structure(JobRecord, fields)
     return found if found is not None and found.id == job else None
+
+
+def read_news(spools: Path, record: JobRecord) -> JobRecord | None:
+    """What the note of a job says last that the history knows; None where it says nothing so far.
+
+    The request is that of `record`: the note has all of it, up to a megabyte, which is not read.
+    """
+    try:
+        note = _open(spools, record.id, os.O_RDONLY)
+        try:
+            tail = os.pread(note, _MANY_BYTES, max(0, os.fstat(note).st_size - _MANY_BYTES))
+        finally:
+            os.close(note)
+    except OSError:
+        return None
+    lines = tail.partition(b"\0")[0].split(b"\n")[1:]  # behind the request, or what is left of it
+    for line in reversed(lines):
+        with suppress(JobworkerError, UnicodeDecodeError, TypeError, ValueError):
+            fields = {**loads(line.decode()), "spec": _NO_SPEC_JSON}  # type: ignore[dict-item]
+            found = structure(JobRecord, fields)
+            if found.id == record.id:
+                return evolve(found, spec=record.spec, abridged=record.abridged)
+    return None

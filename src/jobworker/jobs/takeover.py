@@ -42,7 +42,7 @@ from jobworker.errors import (
     OutOfDescriptors,
     OutputError,
 )
-from jobworker.jobs.adoption import adopted, jobs_in, later, read_notes, tell_adopted
+from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
 from jobworker.jobs.output_directory import NOTE
@@ -182,8 +182,8 @@ async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dic
     """What is unfinished, each job's record as the history or its note knows it better."""
     found = dict[JobId, JobRecord]()
     for page in _batched(sorted(unfinished), RECORDS_TOGETHER):
-        notes = await in_thread(read_notes, spools, page)
-        found |= {job: without_bulk(later(unfinished[job], notes.get(job))) for job in page}
+        records = await in_thread(later_of, spools, [unfinished[job] for job in page])
+        found |= {record.id: record for record in records}
     return found
 
 

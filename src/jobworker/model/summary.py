@@ -60,6 +60,12 @@ def without_bulk(record: JobRecord) -> JobRecord:
     return evolve(record, spec=altered(record.spec, **changes), abridged=parts)
 
 
+def with_labels(summary: JobRecord, labels: Mapping[str, str]) -> JobRecord:
+    """The summary with all of its job's labels."""
+    parts = tuple(part for part in summary.abridged if part != "labels")
+    return evolve(summary, spec=altered(summary.spec, labels=labels), abridged=parts)
+
+
 def _is_large(spec: JobSpec) -> bool:
     """Whether what may be long has more characters than is kept."""
     variables_in_all = len(spec.environment) + len(spec.secret_environment)

@@ -30,6 +30,7 @@ from jobworker.jobs.history_search import Filter
 from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, State
+from jobworker.model.summary import without_bulk
 from jobworker.sandbox.requests import MAX_JOB
 
 from ..strategies import examples, record, records
@@ -267,6 +268,31 @@ async def test_unfinished_records_are_told_as_they_are_and_no_others(path: Path)
         assert unfinished == {i: each for i, each in before.items() if each.state in LIVE}
         for id_, stored in before.items():
             assert await history.get(id_) == stored
+
+
+async def test_large_request_of_an_unfinished_job_is_not_read_at_the_start(path: Path) -> None:
+    many = {f"V{number}": "x" * 90 for number in range(100)}
+    labels = {f"z{number}": "é" * 255 for number in range(9, 0, -1)}
+    parts: list[dict[str, object]] = [
+        {"environment": many},
+        {"environment": many, "labels": labels},
+        {"secret_environment": {name * 20: "***" for name in many}, "name": "n"},
+        {"command": ("echo", "x" * 9000), "environment": {"A": "b"}},
+    ]
+    with opened(path) as history:
+        requests = [JobSpec(**{"command": ("true",), **part}) for part in parts]  # type: ignore[arg-type]
+        requests.append(JobSpec(command=("true",), environment={"A": "b"}, labels=labels))
+        stored = [record(history.take_id(), State.PENDING, spec=spec) for spec in requests]
+        for each in stored:
+            await history.put(each)
+    with closing(apsw.Connection(str(path))) as connection:  # it could not be read
+        query = "UPDATE specs SET spec = json_set(spec, '$.environment', ?) WHERE job < 5"
+        connection.execute(query, ("x" * 9000,))
+    with opened(path) as history:
+        assert history.unfinished == tuple(map(without_bulk, stored))
+        assert history.unfinished[1].spec.labels == labels
+        assert "secret_environment" in history.unfinished[2].abridged
+        assert history.unfinished[4] == stored[4]
 
 
 def test_ids_that_are_passed_over_are_not_given(path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from attrs import evolve
 
 from jobworker.errors import OutputError
-from jobworker.jobs.job_note import make_note, read_note, write_note
+from jobworker.jobs.job_note import make_note, read_news, read_note, write_note
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 
@@ -106,3 +106,35 @@ def test_note_does_not_grow_with_what_is_asked_again_and_again(spools: Path) -> 
         write_note(spools, record(state=State.RUNNING, discarded_bytes=number))
     assert note_of(spools).stat().st_size < 100_000
     assert read_note(spools, JOB) == record(state=State.RUNNING, discarded_bytes=399)
+
+
+# --- what is new to the history -------------------------------------------------------------
+
+KNOWN = record(spec=JobSpec(command=("kept",)), abridged=("environment",))
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_news_are_read_without_the_request(spools: Path, size: int) -> None:
+    made = record(spec=JobSpec(command=("sh",), environment={"A": "x" * size}))
+    make_note(spools, made)
+    assert read_news(spools, KNOWN) is None, "what it says was recorded with the admission"
+    for number in range(400):
+        write_note(spools, evolve(made, state=State.RUNNING, discarded_bytes=number))
+    write_note(spools, evolve(made, state=State.STOPPED, detail="\u20ac" * 1024))
+    expected = evolve(KNOWN, state=State.STOPPED, detail="\u20ac" * 1024)
+    assert read_news(spools, KNOWN) == expected
+    data = note_of(spools).read_bytes()
+    note_of(spools).write_bytes(b"[" + data[1:])  # no request that could be read
+    assert read_news(spools, KNOWN) == expected
+    end = len(data.rstrip(b"\0"))
+    note_of(spools).write_bytes(data[: end - 20] + bytes(len(data) - end + 20))
+    assert read_news(spools, KNOWN) == evolve(KNOWN, state=State.RUNNING, discarded_bytes=399)
+
+
+def test_note_of_another_job_has_no_news(spools: Path) -> None:
+    make_note(spools, record())
+    write_note(spools, record(state=State.RUNNING))
+    (spools / "8").mkdir()
+    (spools / "8" / "record").write_bytes(note_of(spools).read_bytes())
+    assert read_news(spools, evolve(KNOWN, id=JobId(8))) is None
+    assert read_news(spools, evolve(KNOWN, id=JobId(9))) is None
