@@ -13,7 +13,7 @@ import math
 import shutil
 import signal
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -74,8 +74,8 @@ class Supervisor:
     _change: trio.Event = field(factory=trio.Event, init=False)
     """Set when a job has come to wait, or a place has become free."""
     _places_taken: int = field(default=0, init=False)
-    _arriving: dict[JobId, tuple[str, Limits]] = field(factory=dict, init=False)
-    """Owner and limits of jobs that were admitted and are not live yet."""
+    _arriving: dict[JobId, tuple[str, Limits, Secrets]] = field(factory=dict, init=False)
+    """Owner, limits and secrets of jobs that were admitted and are not live yet."""
     _all_arrived: trio.Event = field(factory=trio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     removing: set[JobId] = field(factory=set, init=False)
@@ -200,7 +200,7 @@ class Supervisor:
         # From here to where the job is counted there is no checkpoint: two requests cannot both
         # have the last place.
         check_quota(quota, self._use_of(owner, old), spec.limits)
-        check_room(secrets, ((e.record.owner == owner, e.secrets) for e in self._live.values()))
+        check_room(secrets, self._secrets_beside(owner))
         with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
             execution = await self._admit(spec, owner, longest_seconds, secrets)
         if execution.admitted_at_once:
@@ -217,7 +217,7 @@ class Supervisor:
     def _check_room(self, owner: str) -> None:
         """Raise Busy where neither may a job of this owner run at once nor wait."""
         beyond = self._places_taken - self.max_running
-        arriving = sum(name == owner for name, _ in self._arriving.values())
+        arriving = sum(name == owner for name, _, _ in self._arriving.values())
         if beyond < 0 or self._pending.has_room_for(owner, taken=beyond, arriving=arriving):
             return
         if beyond >= self.max_waiting:
@@ -244,8 +244,15 @@ class Supervisor:
         """What an owner has; `jobs` are those whose output on disk counts, if it does."""
         mine = [e for e in self._live.values() if e.record.owner == owner]
         live = [e.record.spec.limits for e in mine if not e.ended.is_set()]
-        live += [limits for name, limits in self._arriving.values() if name == owner]
+        live += [limits for name, limits, _ in self._arriving.values() if name == owner]
         return Use(tuple(live), self._archive.size_of(jobs) + output_of(mine, jobs))
+
+    def _secrets_beside(self, owner: str) -> Iterator[tuple[bool, Secrets]]:
+        """The secrets of all jobs, each with whether they are this owner's."""
+        for execution in self._live.values():
+            yield execution.record.owner == owner, execution.secrets
+        for name, _, secrets in self._arriving.values():
+            yield name == owner, secrets
 
     async def _admit(
         self, spec: JobSpec, owner: str, longest_seconds: float, secrets: Secrets
@@ -260,7 +267,7 @@ class Supervisor:
         record = first_record(job, spec, owner, timeout_seconds=default, now=self._clock())
         if at_once:  # PENDING is what stands in the history of a job that has never run
             record = evolve(record, state=advance(record.state, Event.ADMIT))
-        self._arriving[job] = owner, spec.limits
+        self._arriving[job] = owner, spec.limits, secrets
         try:
             spool = await in_thread(self._make_spool, record)
         except BaseException:

@@ -13,8 +13,9 @@ import trio
 import trio.testing
 from attrs import Factory, define
 
-from jobworker.errors import LauncherSilent
+from jobworker.errors import Busy, LauncherSilent
 from jobworker.incidents import Incidents
+from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution, Rules
@@ -176,6 +177,38 @@ async def test_job_admitted_at_once_is_not_overtaken_while_its_output_is_made_re
             link.finish(JobId(2))
             await supervisor.wait(JobId(2))
     assert {record.state for record in history.records.values()} == {State.COMPLETED}
+
+
+async def test_secrets_of_a_job_whose_output_is_being_made_ready_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowFirst(Spool.create)
+    monkeypatch.setattr(Spool, "create", slow)
+    secret = {f"S{number}": "x" * 100_000 for number in range(9)}
+    request = JobSpec(command=("true",), secret_environment=secret)
+    refused: list[Busy] = []
+
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+
+        async def submit() -> None:
+            try:
+                await supervisor.submit(request, "alice")
+            except Busy as busy:
+                refused.append(busy)
+                slow.may.set()
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(submit)  # it waits for its output
+                await trio.to_thread.run_sync(slow.begun.wait)
+                monkeypatch.setattr(secrets, "MAX_OWNER_BYTES", 1 << 20)
+                nursery.start_soon(submit)
+                with trio.move_on_after(5):
+                    await trio.to_thread.run_sync(slow.may.wait, 5)
+                slow.may.set()
+            assert [("your waiting jobs" in busy.message) for busy in refused] == [True]
+            link.finish(JobId(1))
+            await supervisor.wait(JobId(1))
 
 
 async def test_place_of_a_job_whose_output_cannot_be_made_ready_is_free_again(
