@@ -109,6 +109,8 @@ class Execution:
     """Set once the end is on the disk, or the job was removed."""
     _settling: trio.Lock = field(factory=trio.Lock, init=False)
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
+    _runs_since: float | None = field(default=None, init=False)
+    """When its program began by Trio's clock, which nobody sets back."""
     _company: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _ending: Ending = field(init=False)
 
@@ -185,6 +187,7 @@ class Execution:
         if begun is None:
             return
         started, exits = begun
+        self._runs_since = trio.current_time() - started.age_seconds
         self.decided.set()
         ending: Exit | None = None
         with self._company:
@@ -354,7 +357,7 @@ class Execution:
             for place in ending.lost:
                 where = f"the volume {place}" if place else "its disk"
                 self._note(f"some of what it wrote to {where} {LOST_WRITES}")
-        ended_at = self._clock() - timedelta(seconds=ending.seconds_ago if ending else 0)
+        ended_at = self._ended_at(ending.seconds_ago if ending else 0)
         self.record = self._advanced(event, reason=reason, ended_at=ended_at)
         await self._close()
 
@@ -441,10 +444,21 @@ class Execution:
                 level = logging.DEBUG if gone else logging.ERROR
                 log.log(level, "job %d: the launcher keeps it: %s", self.record.id, error)
 
+    def _ended_at(self, seconds_ago: float) -> datetime:
+        """When the job ended, so long ago: not before it had run for as long as it did.
+
+        The time of day may have been set back since its start.
+        """
+        ended_at = self._clock() - timedelta(seconds=seconds_ago)
+        if self.record.started_at is None or self._runs_since is None:
+            return ended_at
+        ran_seconds = max(0.0, trio.current_time() - self._runs_since - seconds_ago)
+        return max(ended_at, self.record.started_at + timedelta(seconds=ran_seconds))
+
     def _advanced(self, event: Event, **changes: object) -> JobRecord:
         state = advance(self.record.state, event)
         if state in TERMINAL:
-            changes.setdefault("ended_at", self._clock())
+            changes.setdefault("ended_at", self._ended_at(0))
         return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]
 
 

@@ -294,12 +294,13 @@ async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> 
         state=advance(record.state, Event.FAIL),
         reason=Reason.LOST,
         detail="; ".join(filter(None, (record.detail, detail))),
-        ended_at=now,
     )
     spool = await _open_ended(spools, record)
+    ended_at = now
     if spool.sealed and spool.last_ns:
         ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
-        record = evolve(record, ended_at=max(ended_at, record.created_at))
+    # The time of day may have been set back since.
+    record = evolve(record, ended_at=max(ended_at, record.started_at or record.created_at))
     try:
         await spool.seal()
     except OutputError as error:

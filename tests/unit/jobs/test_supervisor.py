@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,11 @@ from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
-from jobworker.jobs.execution import Execution, Rules
+from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
+from jobworker.jobs.takeover import Inheritance, Running
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Usage
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.launch import Exit
@@ -99,13 +100,14 @@ class FakeHistory:
 
 @asynccontextmanager
 async def supervising(
-    spools: Path, *, max_running: int, max_waiting: int = 100
+    spools: Path,
+    *,
+    max_running: int,
+    max_waiting: int = 100,
+    clock: Clock = lambda: datetime.now(UTC),
+    inheritance: Inheritance | None = None,
 ) -> AsyncIterator[tuple[Supervisor, FakeLink, FakeHistory]]:
     link, history = FakeLink(), FakeHistory()
-
-    def clock() -> datetime:
-        return datetime.now(UTC)
-
     archive = Archive(
         spools=spools,
         history=history,  # type: ignore[arg-type]
@@ -124,6 +126,7 @@ async def supervising(
         max_running=max_running,
         max_waiting=max_waiting,
     )
+    supervisor.take_over(inheritance or Inheritance())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervisor.serve)
         yield supervisor, link, history
@@ -223,6 +226,42 @@ async def test_place_of_a_job_whose_output_cannot_be_made_ready_is_free_again(
             assert second.record.state is State.RUNNING
             link.finish(JobId(2))
             await supervisor.wait(JobId(2))
+
+
+@pytest.mark.parametrize("seconds_ago", [0.0, 2.0])
+async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_behind(
+    tmp_path: Path, seconds_ago: float
+) -> None:
+    now = datetime(2026, 11, 24, tzinfo=UTC)
+    record = JobRecord(
+        id=JobId(1),
+        spec=spec("taken over"),
+        owner="alice",
+        state=State.RUNNING,
+        created_at=now,
+        started_at=now + timedelta(minutes=1),
+    )
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    os.close(out_write)
+    os.close(err_write)
+    send, exits = trio.open_memory_channel[Exit](1)
+    send.send_nowait(Exit(code=0, signal=None, usage=Usage(), seconds_ago=seconds_ago))
+    send.close()
+    started = Started(pid=1, stdout=out, stderr=err, age_seconds=8)
+    taken = Inheritance(running=[Running(record, Spool.create(tmp_path / "1"), started, exits)])
+    behind = now - timedelta(days=1)
+    async with supervising(tmp_path, max_running=1, clock=lambda: behind, inheritance=taken) as (
+        supervisor,
+        _,
+        history,
+    ):
+        with trio.fail_after(20):
+            await supervisor.wait(JobId(1))
+    ended = history.records[JobId(1)]
+    assert ended.started_at is not None
+    assert ended.ended_at is not None
+    ran = (ended.ended_at - ended.started_at).total_seconds()
+    assert 0 <= ran - (8 - seconds_ago) < 5, "as long as the launcher says, and what passed since"
 
 
 async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:
