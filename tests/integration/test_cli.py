@@ -375,6 +375,19 @@ def test_output_that_is_refused_is_an_error_of_its_own(cli: Cli, command: str) -
     assert b"worker-cli: cannot print: No space left on device; " in done.stderr
 
 
+def test_refused_standard_error_is_told_of_a_jobs_bytes_alone(cli: Cli) -> None:
+    with Path("/dev/full").open("wb") as full:
+
+        def code(*arguments: str) -> int:
+            command = [*program("worker-cli"), *arguments]
+            environment = cli.environment()
+            return subprocess.run(command, env=environment, stderr=full, check=False).returncode
+
+        assert code("run", "-f", "sh", "-c", "echo e >&2; exit 3") == 83
+        assert code("run", "-f", "--timeout=50ms", "sleep", "60") == 124
+        assert code("status", "999999") == 66
+
+
 def test_key_that_others_can_read_is_told(cli: Cli, tmp_path: Path) -> None:
     key = tmp_path / "key.pem"
     key.write_bytes(Path(cli.environment()["WORKER_KEY_PATH"]).read_bytes())

@@ -11,8 +11,8 @@ import asyncclick as click
 
 import jobworker
 from jobworker.cli import jobs, output, session, volumes
-from jobworker.cli.console import PROGRAM, Notes, note, tell
-from jobworker.cli.failures import end_of_printing, leaves, one_line, run_program
+from jobworker.cli.console import PROGRAM, Notes, tell
+from jobworker.cli.failures import end_of_printing, leaves, one_line, print_note, run_program
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
 from jobworker.convert import dumps
@@ -64,9 +64,9 @@ def _told(misuse: click.UsageError) -> click.exceptions.Exit:
     remedy = f"see {misuse.ctx.command_path if misuse.ctx else PROGRAM} --help"
     if invocation is not None and invocation.json:
         told = {"name": "usage", "message": message, "remedy": remedy, "exit_code": 2}
-        note(dumps({"error": told}))
+        print_note(dumps({"error": told}))
     else:
-        note(f"{PROGRAM}: {one_line(message)}; {remedy}")
+        print_note(f"{PROGRAM}: {one_line(message)}; {remedy}")
     return click.exceptions.Exit(misuse.exit_code)
 
 

@@ -18,7 +18,7 @@ from typing import TextIO
 import asyncclick as click
 import trio
 
-from jobworker.cli.failures import one_line
+from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.render import error_as_json
 from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
@@ -36,14 +36,9 @@ def say(text: str) -> None:
     click.echo(text)
 
 
-def note(text: str) -> None:
-    """Print a line on standard error."""
-    click.echo(text, err=True)
-
-
 def tell(error: JobworkerError, *, json: bool) -> None:
     """Print an error on standard error: one line, in words or as JSON."""
-    note(error_as_json(error) if json else f"{PROGRAM}: {one_line(str(error))}")
+    print_note(error_as_json(error) if json else f"{PROGRAM}: {one_line(str(error))}")
 
 
 class Notes(logging.Handler):
@@ -51,13 +46,13 @@ class Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
-        note(f"{PROGRAM}: {one_line(record.getMessage())}")
+        print_note(f"{PROGRAM}: {one_line(record.getMessage())}")
 
 
 def note_lost(lost: JobworkerError, plan: str) -> None:
     """Say that a connection was lost, and what is done about it."""
     fact = lost.message.removeprefix("cannot go on: ")  # for it does go on
-    note(f"{PROGRAM}: {one_line(fact)}; {plan}")
+    print_note(f"{PROGRAM}: {one_line(fact)}; {plan}")
 
 
 class Outlet:

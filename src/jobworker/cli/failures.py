@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from typing import NoReturn, TextIO
 
 import asyncclick as click
 import trio
@@ -26,11 +27,20 @@ def run_program(program: str, command: click.Command) -> None:
     Usage errors exit with 2; a JobworkerError is told in one line, and exits with its code.
     """
     try:
+        _run(program, command)
+    finally:
+        _give_up_notes()
+
+
+def _run(program: str, command: click.Command) -> NoReturn:
+    """Run a command line to its end, and tell what failed; exit with its code."""
+    try:
         result: object = trio.run(partial(command.main, prog_name=program, standalone_mode=False))
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except click.ClickException as misuse:
-        misuse.show()
+        with suppress(OSError):
+            misuse.show()
         sys.exit(misuse.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
@@ -42,7 +52,7 @@ def run_program(program: str, command: click.Command) -> None:
             "needs and the client does not",
             remedy="pip install 'jobworker[server]' (in a clone: pip install '.[server]')",
         )
-        print(f"{program}: {absent}", file=sys.stderr)  # noqa: T201
+        print_note(f"{program}: {absent}")
         sys.exit(absent.exit_code)
     except (JobworkerError, BaseExceptionGroup) as raised:
         found = list(leaves(raised))
@@ -51,7 +61,7 @@ def run_program(program: str, command: click.Command) -> None:
                 raise
         error = found[0]
         if isinstance(error, JobworkerError):
-            print(f"{program}: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
+            print_note(f"{program}: {one_line(str(error))}")
             sys.exit(error.exit_code)
         sys.exit(INTERRUPTED)
     except OSError as error:
@@ -59,9 +69,15 @@ def run_program(program: str, command: click.Command) -> None:
             raise
         code, failed = end_of_printing(error)
         if failed is not None:
-            print(f"{program}: {one_line(str(failed))}", file=sys.stderr)  # noqa: T201
+            print_note(f"{program}: {one_line(str(failed))}")
         sys.exit(code)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def print_note(line: str) -> None:
+    """Print a line on standard error. One that is refused is lost: the exit code tells the rest."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 def one_line(text: str) -> str:
@@ -71,21 +87,31 @@ def one_line(text: str) -> str:
 
 def end_of_printing(error: OSError) -> tuple[int, PrintFailed | None]:
     """The exit code of a program whose output is refused, and what to say: nothing of a pipe."""
-    _discard_output()
+    _discard(sys.stdout)
     if error.errno == errno.EPIPE:
         return BROKEN_PIPE, None
     failed = PrintFailed(
         f"cannot print: {os.strerror(error.errno or 0)}",
-        remedy="see what standard output leads to; what was asked of the server is not undone",
+        remedy="see what standard output and standard error lead to; what was asked of the server "
+        "is not undone",
     )
     return failed.exit_code, failed
 
 
-def _discard_output() -> None:
-    """Let what is still buffered for standard output vanish, instead of failing at exit."""
+def _give_up_notes() -> None:
+    """Let notes vanish that standard error refused: Python would try again, and exit with 120."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(file: TextIO | None) -> None:
+    """Let what is still buffered for a standard stream vanish, instead of failing at exit."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, file.fileno())  # type: ignore[union-attr]
         os.close(null)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import define, frozen
 
 from jobworker.cli import render
-from jobworker.cli.console import Outlet, cancelled_by_interrupt, note, note_lost
-from jobworker.cli.failures import INTERRUPTED
+from jobworker.cli.console import Outlet, cancelled_by_interrupt, note_lost
+from jobworker.cli.failures import INTERRUPTED, print_note
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
@@ -53,7 +53,7 @@ async def follow_job(client: "Client", spec: JobSpec, look: Look) -> int:
     if record is not None:
         return shell_exit_code(record)
     if job is not None and not look.quiet:
-        note(
+        print_note(
             f"detached from job {job.id}; it goes on: "
             f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
         )
@@ -139,7 +139,7 @@ class Printer:
             await self.flush()
         elif not self._look.quiet:
             for line in (render.ending if self._look.ending else render.losses)(record):
-                note(line)
+                print_note(line)
 
     def _event(self, event: str, body: dict[str, object]) -> None:
         line = dumps({"event": event, **body}).encode() + b"\n"

@@ -116,6 +116,30 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         assert b": cannot print: No space left on device; " in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("name", "arguments", "code"),
+    [
+        ("worker-cli", ["list", "--limit", "0"], 2),
+        ("worker-cli", ["list", "--json"], 72),
+        ("worker-cli", ["--bogus"], 2),
+        ("worker", ["audit", "--bogus"], 2),
+        ("worker", ["audit", "--config", "/no/such/file"], 78),
+    ],
+)
+def test_failure_that_cannot_be_told_keeps_its_code(
+    name: str, arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*program(name), *arguments],
+            env={**os.environ, "HOME": str(tmp_path)},
+            stderr=full,
+            check=False,
+        )
+    assert done.returncode == code
+
+
 def test_client_needs_no_bindings_of_openssl() -> None:
     code = (
         "import sys, jobworker.cli.app, jobworker.client.client; "
