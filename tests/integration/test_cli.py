@@ -358,6 +358,15 @@ def test_volume_from_the_command_line(cli: Cli) -> None:
     fails(cli("run", "--runtime=nosuch", "true"), 65, "--runtime", "nosuch")
 
 
+def test_volumes_are_removed_though_one_cannot_be(cli: Cli) -> None:
+    for name in ("first", "last"):
+        assert cli("volume", "create", "--size=16", "--thin", name).returncode == 0
+    fails(cli("volume", "rm", "first", "nosuch", "last"), 66, "no such volume")
+    listed = cli("volume", "list").stdout
+    assert "first" not in listed
+    assert "last" not in listed
+
+
 @pytest.mark.parametrize("command", ["wait", "stop", "status", "log", "list"])
 def test_output_that_is_refused_is_an_error_of_its_own(cli: Cli, command: str) -> None:
     job = cli("run", "-q", "echo", "hello").stdout.strip()

@@ -2,13 +2,13 @@
 
 import asyncclick as click
 
-from jobworker.cli.console import say
+from jobworker.cli.console import say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
 from jobworker.cli.request import MEBIBYTE
 from jobworker.convert import dumps, unstructure
-from jobworker.errors import InvalidParams
+from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.model.units import format_size
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
@@ -59,13 +59,19 @@ async def list_volumes(invocation: Invocation) -> None:
 @volume.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @pass_invocation
-async def rm(invocation: Invocation, names: tuple[str, ...]) -> None:
-    """Remove volumes with all that is on them."""
+async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
+    """Remove volumes with all that is on them. Where one cannot be, the others are."""
+    code = 0
     for name in names:
         _check_name("remove", name)
     async with open_connection(invocation) as client:
-        for name in names:
-            await client.remove_volume(name)
+        for name in dict.fromkeys(names):
+            try:
+                await client.remove_volume(name)
+            except JobworkerError as error:
+                tell(error, json=invocation.json)
+                code = code or error.exit_code
+    return code
 
 
 def _check_name(what: str, name: str) -> None:
