@@ -20,7 +20,14 @@ from jobworker.cli.console import note_lost, say, tell
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation, start_patience
-from jobworker.cli.parameters import Duration, JobNumber, Label, Size, json_option, pass_invocation
+from jobworker.cli.parameters import (
+    Duration,
+    JobNumber,
+    LabelSought,
+    Size,
+    json_option,
+    pass_invocation,
+)
 from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import MEBIBYTE, in_options, make_spec
 from jobworker.convert import dumps, unstructure
@@ -246,7 +253,7 @@ async def _each(
     "-l",
     "labels",
     multiple=True,
-    type=Label(),
+    type=LabelSought(),
     metavar="NAME=VALUE",
     help="Only jobs with this label; may be repeated.",
 )

@@ -127,6 +127,13 @@ class VolumePlace(click.ParamType[dict[str, str]]):
         name, colon, path = str(value).partition(":")
         if colon and not path:
             self.fail(f"{str(value)!r} is not NAME or NAME:PATH", param, ctx)
+        if ":" in path:  # Docker's NAME:PATH:ro would be a mount that can be written to
+            self.fail(
+                f"{str(value)!r} has a second ':'; there is no read-only mount, and a path may "
+                "hold no ':'",
+                param,
+                ctx,
+            )
         return {"name": name, "path": path}
 
 
@@ -178,6 +185,23 @@ class Label(click.ParamType[tuple[str, str]]):
         except ValueError as fault:
             self.fail(str(fault), param, ctx)
         return name, content
+
+
+class LabelSought(Label):
+    """NAME=VALUE: the server finds jobs by both, so NAME alone would find an empty value only."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """See click.ParamType."""
+        if isinstance(value, str) and "=" not in value:
+            self.fail(
+                f"{value!r} is not NAME=VALUE: jobs are found by a label's name and value; "
+                "NAME= finds those without a value",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 class User(click.ParamType[tuple[int, int | None]]):

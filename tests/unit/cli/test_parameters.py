@@ -9,7 +9,15 @@ import pytest
 
 from jobworker.cli.admin import worker
 from jobworker.cli.app import worker_cli
-from jobworker.cli.parameters import Label, Moment, User, Variable, VariableFile
+from jobworker.cli.parameters import (
+    Label,
+    LabelSought,
+    Moment,
+    User,
+    Variable,
+    VariableFile,
+    VolumePlace,
+)
 
 
 def refusal(kind: click.ParamType[object], value: str) -> str:
@@ -36,6 +44,18 @@ def test_label_is_a_name_and_a_value() -> None:
     assert Label().convert("team=a=b", None, None) == ("team", "a=b")
     assert Label().convert("team", None, None) == ("team", "")
     assert "is not a name for a label" in refusal(Label(), "=x")
+
+
+def test_label_that_is_sought_has_a_value() -> None:
+    assert LabelSought().convert("team=", None, None) == ("team", "")
+    assert "'team' is not NAME=VALUE" in refusal(LabelSought(), "team")
+    (option,) = (each for each in worker_cli.commands["list"].params if each.name == "labels")
+    assert isinstance(option.type, LabelSought)
+
+
+def test_place_of_a_volume_says_nothing_of_how_it_is_mounted() -> None:
+    assert VolumePlace().convert("v:/srv/x", None, None) == {"name": "v", "path": "/srv/x"}
+    assert "there is no read-only mount" in refusal(VolumePlace(), "v:/srv/x:ro")
 
 
 def test_secret_comes_from_here_where_no_value_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
