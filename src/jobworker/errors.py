@@ -324,7 +324,7 @@ class LoopMissing(JobworkerError):
 
 
 class PrintFailed(JobworkerError):
-    """Standard output or standard error refuses what is printed: a full disk, say."""
+    """Standard output is closed, or it or standard error refuses bytes: a full disk, say."""
 
     code = 1042
     exit_code = 83

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -382,6 +383,16 @@ def test_output_that_is_refused_is_an_error_of_its_own(cli: Cli, command: str) -
     assert done.returncode == 83
     assert done.stderr.count(b"\n") == 1
     assert b"worker-cli: cannot print: No space left on device; " in done.stderr
+
+
+def test_closed_standard_output_is_told(cli: Cli) -> None:
+    def code(*arguments: str) -> int:
+        command = f"{shlex.join([*program('worker-cli'), *arguments])} >&-"
+        return subprocess.run(command, shell=True, env=cli.environment(), check=False).returncode
+
+    assert code("run", "-q", "true") == 83
+    assert code("run", "-f", "echo", "x") == 83
+    assert code("run", "-f", "true") == 0
 
 
 def test_refused_standard_error_is_told_of_a_jobs_bytes_alone(cli: Cli) -> None:

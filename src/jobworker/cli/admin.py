@@ -8,6 +8,7 @@ import asyncclick as click
 import jobworker
 from jobworker.cli.audit import audit
 from jobworker.cli.certs import certs
+from jobworker.cli.console import say
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
 from jobworker.places import default_configuration
@@ -119,7 +120,7 @@ def prune(
     """
     from jobworker.cli.prune import prune_here
 
-    click.echo(prune_here(config, older_than=older_than, keep=keep, max_size=max_size))
+    say(prune_here(config, older_than=older_than, keep=keep, max_size=max_size))
 
 
 @worker.command()

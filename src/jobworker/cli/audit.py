@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
+from jobworker.cli.console import say
 from jobworker.cli.failures import one_line as visible
 from jobworker.cli.parameters import JobNumber, Moment
 from jobworker.places import default_configuration
@@ -66,7 +67,7 @@ def audit(
     history = Path(settings.worker.state_dir) / "service" / "history.db"
     _become_owner(history.parent)
     for row in read_rows(history, since=since, name=who, job=job, limit=limit):
-        click.echo(row.line().rstrip("\n") if as_json else _line(row))
+        say(row.line().rstrip("\n") if as_json else _line(row))
 
 
 def _become_owner(directory: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 from jobworker.cli import render_certs
+from jobworker.cli.console import say
 from jobworker.cli.passphrases import ca_passphrase, new_passphrase, pkcs12_password
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def init(
     made = init_authority(
         directory, hosts, now=_now(), days=days, ca_days=ca_days, passphrase=passphrase
     )
-    click.echo(f"Certificates for {', '.join(made.hosts)}")
+    say(f"Certificates for {', '.join(made.hosts)}")
     for path in made.files:
-        click.echo(f"  {path}")
-    click.echo(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
+        say(f"  {path}")
+    say(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
 
 
 @certs.command("issue")
@@ -173,7 +174,7 @@ def _check_role(role: str | None) -> None:
         return
     if fault := role_name_fault(role):
         raise InvalidParams(f"cannot issue a certificate: the role {fault}")
-    click.echo(f"Note: the service must know the role: [roles.{role}] in its configuration.")
+    say(f"Note: the service must know the role: [roles.{role}] in its configuration.")
 
 
 def _write_pkcs12(path: Path, made: "Made", authority: "Authority") -> None:
@@ -182,15 +183,15 @@ def _write_pkcs12(path: Path, made: "Made", authority: "Authority") -> None:
     password, fresh = pkcs12_password()
     bundle = made.issued.pkcs12(made.entry.name, authority.root.certificate, password.encode())
     write_new(path.parent, {path.name: (bundle, KEY_MODE)})
-    click.echo(f"  {path}")
+    say(f"  {path}")
     if fresh:
-        click.echo(f"Its password is {password}")
+        say(f"Its password is {password}")
 
 
 def _tell(made: "Made") -> None:
-    click.echo(render_certs.issued(made.entry))
+    say(render_certs.issued(made.entry))
     for path in made.files:
-        click.echo(f"  {path}")
+        say(f"  {path}")
 
 
 @certs.command("renew")
@@ -212,7 +213,7 @@ def renew(
     made = renew_certificate(directory, authority, which, now=_now(), days=days, out=out)
     _tell(made)
     if made.entry.kind == "server":
-        click.echo(RELOAD)
+        say(RELOAD)
 
 
 @certs.command("revoke")
@@ -232,11 +233,11 @@ def revoke(which: str, directory: Path, reason: str, passphrase_file: Path | Non
         directory, authority, _serial_of(which), now=_now(), reason=reason
     )
     for entry in revoked:
-        click.echo(render_certs.revoked(entry))
+        say(render_certs.revoked(entry))
     if not revoked:
-        click.echo("It was revoked before; the list is written anew.")
-    click.echo(f"  {directory / registry.LIST}")
-    click.echo(RELOAD)
+        say("It was revoked before; the list is written anew.")
+    say(f"  {directory / registry.LIST}")
+    say(RELOAD)
 
 
 @certs.command("crl")
@@ -246,8 +247,8 @@ def crl(directory: Path, passphrase_file: Path | None) -> None:
     """Write the revocation list anew, as for an authority that has none yet."""
     from jobworker.pki.administration import write_list
 
-    click.echo(f"  {write_list(directory, _authority(directory, passphrase_file), now=_now())}")
-    click.echo(RELOAD)
+    say(f"  {write_list(directory, _authority(directory, passphrase_file), now=_now())}")
+    say(RELOAD)
 
 
 def _serial_of(which: str) -> str:
@@ -269,7 +270,7 @@ def list_certificates(directory: Path, as_json: bool) -> None:
 
     with locked(directory):
         entries = read_registry(directory).certificates
-    click.echo(render_certs.as_json(entries) if as_json else render_certs.table(entries, _now()))
+    say(render_certs.as_json(entries) if as_json else render_certs.table(entries, _now()))
 
 
 @certs.command("show")
@@ -287,4 +288,4 @@ def show(which: str, directory: Path, as_json: bool) -> None:
         entry = known[0] if known and known[0].fingerprint == entry.fingerprint else entry
     else:
         entry = read_registry(directory).find(which)
-    click.echo(render_certs.as_json([entry]) if as_json else render_certs.details(entry, _now()))
+    say(render_certs.as_json([entry]) if as_json else render_certs.details(entry, _now()))

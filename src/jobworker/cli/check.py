@@ -10,11 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import asyncclick as click
-
 from jobworker.cli import check_service
 from jobworker.cli.check_job import trial_ids, whole_jobs
 from jobworker.cli.check_service import nearest_directory
+from jobworker.cli.console import say
 from jobworker.cli.failures import one_line
 from jobworker.config import Settings, load
 from jobworker.convert import dumps
@@ -57,9 +56,9 @@ async def run_check(config: Path | None, *, json: bool) -> int:
     lacking = [finding for finding in found if finding.needed and not finding.supported]
     if json:
         rows = [finding._asdict() for finding in found]
-        click.echo(dumps({"ok": not lacking, "mode": _mode(), "findings": rows}))
+        say(dumps({"ok": not lacking, "mode": _mode(), "findings": rows}))
     else:
-        click.echo(table(found, _mode()))
+        say(table(found, _mode()))
     return 1 if lacking else 0
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -18,7 +19,7 @@ from typing import TextIO
 import asyncclick as click
 import trio
 
-from jobworker.cli.failures import one_line, print_note
+from jobworker.cli.failures import cannot_print, one_line, print_note
 from jobworker.cli.render import error_as_json
 from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
@@ -26,13 +27,16 @@ from jobworker.model.job import Stream
 from jobworker.threads import in_thread
 
 PROGRAM = "worker-cli"
+CLOSED = "standard output is closed"
 MOST_BYTES = 1 << 20
 MOST_PIECES = 1024
 """What is gathered for one write, at the least: some milliseconds' work."""
 
 
 def say(text: str) -> None:
-    """Print a line, or lines, on standard output."""
+    """Print a line, or lines, on standard output. Raises PrintFailed where it is closed."""
+    if sys.stdout is None:
+        raise cannot_print(CLOSED)
     click.echo(text)
 
 
@@ -81,9 +85,15 @@ class Outlet:
         return self._size < MOST_BYTES and len(self._pieces) < MOST_PIECES
 
     def put(self, stream: Stream, data: bytes, *, final: bool = False) -> None:
-        """Put in what is to be written; `final` takes what was held back for what follows."""
+        """Put in what is to be written; `final` takes what was held back for what follows.
+
+        Raises PrintFailed where standard output is closed. Who closes standard error wants to
+        have nothing of it.
+        """
         descriptor = self._descriptors.get(stream)
         if descriptor is None:
+            if data and stream is Stream.STDOUT:
+                raise cannot_print(CLOSED)
             return
         if stream in self._filters:
             data = self._filters[stream].feed(data, final=final)

@@ -90,12 +90,16 @@ def end_of_printing(error: OSError) -> tuple[int, PrintFailed | None]:
     _discard(sys.stdout)
     if error.errno == errno.EPIPE:
         return BROKEN_PIPE, None
-    failed = PrintFailed(
-        f"cannot print: {os.strerror(error.errno or 0)}",
-        remedy="see what standard output and standard error lead to; what was asked of the server "
-        "is not undone",
-    )
+    failed = cannot_print(os.strerror(error.errno or 0))
     return failed.exit_code, failed
+
+
+def cannot_print(why: str) -> PrintFailed:
+    """The error for what is to be printed, and cannot be."""
+    return PrintFailed(
+        f"cannot print: {why}",
+        remedy="see what standard output and standard error lead to; what was done is not undone",
+    )
 
 
 def _give_up_notes() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,13 @@ def test_failure_that_cannot_be_told_keeps_its_code(
             check=False,
         )
     assert done.returncode == code
+
+
+def test_closed_standard_output_is_an_error_of_its_own(tmp_path: Path) -> None:
+    worker = shlex.join([*program("worker"), "certs", "init", "--dir", str(tmp_path / "certs")])
+    done = subprocess.run(f"{worker} >&-", shell=True, capture_output=True, check=False)
+    assert done.returncode == 83
+    assert b"worker: cannot print: standard output is closed; " in done.stderr
 
 
 def test_client_needs_no_bindings_of_openssl() -> None:

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from jobworker.cli.console import Outlet, cancelled_by_interrupt
+from jobworker.errors import PrintFailed
 from jobworker.model.job import Stream
 
 
@@ -85,8 +86,10 @@ async def test_non_blocking_reader_gets_everything() -> None:
     assert got == data
 
 
-async def test_closed_stream_takes_everything() -> None:
-    await write(None, b"x", visible=True)
+async def test_closed_standard_output_is_told_where_something_is_printed() -> None:
+    await write(None, b"", visible=True)  # and what there is for standard error is nobody's
+    with pytest.raises(PrintFailed, match="standard output is closed"):
+        await write(None, b"x", visible=True)
 
 
 async def test_reader_that_takes_nothing_does_not_hold_up_an_interrupt() -> None:
