@@ -35,7 +35,7 @@ def missing(name: str) -> str:
     return ""
 
 
-async def start(service: Embedded, name: str, *command: str) -> trio.Process:
+async def start(service: Embedded, name: str, *command: str, **variables: str) -> trio.Process:
     if lacking := missing(name):
         pytest.skip(f"needs {lacking}")
     return await trio.lowlevel.open_process(
@@ -43,7 +43,7 @@ async def start(service: Embedded, name: str, *command: str) -> trio.Process:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **service.environment()},
+        env={**os.environ, **service.environment(), **variables},
     )
 
 
@@ -97,6 +97,52 @@ async def test_foreign_client_gets_all_of_a_long_output(service: Embedded, name:
         process.kill()
     assert said == "".join(f"{number}\n" for number in range(1, 20_001)).encode()
     assert process.returncode == 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+async def test_foreign_client_ends_where_its_reader_leaves(service: Embedded, name: str) -> None:
+    process = await start(service, name, "seq", "1", "200000")
+    assert process.stdout is not None
+    try:
+        with trio.fail_after(25):
+            await process.stdout.receive_some(2)
+            await process.stdout.aclose()
+            told = await everything(process, process.stderr)
+            await process.wait()
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert len(told.splitlines()) == 1, told.decode()  # the job's number
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "word"),
+    [
+        (
+            "WORKER_CERT_PATH",
+            "",
+            78,
+            "not set in the environment: WORKER_CERT_PATH",
+        ),
+        ("WORKER_CA_PATH", "/no/such/ca.pem", 72, "/no/such/ca.pem"),
+        ("WORKER_SERVER", "127.0.0.1:1", 69, "cannot go on: "),
+    ],
+)
+async def test_foreign_client_that_cannot_connect_says_why(
+    service: Embedded, name: str, variable: str, value: str, code: int, word: str
+) -> None:
+    process = await start(service, name, "true", **{variable: value})
+    try:
+        with trio.fail_after(25):
+            told = await everything(process, process.stderr)
+            await process.wait()
+    finally:
+        process.kill()
+    assert word in told.decode()
+    assert len(told.splitlines()) == 1, told.decode()
+    assert process.returncode == code
+    assert b"may have been started" not in told, "nothing was sent"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -7,6 +7,7 @@
 // connection is lost, the service is restarted, or this machine slept, it connects again and goes
 // on with the output where it stopped.
 import { readFileSync } from "node:fs";
+import { createSecureContext } from "node:tls";
 import { JSONRPCClient, JSONRPCServer, JSONRPCServerAndClient } from "json-rpc-2.0";
 import WebSocket from "ws";
 
@@ -19,6 +20,7 @@ const PATIENCE_MS = 120_000;
 // Closing codes after which the same would come of it: see docs/protocol.md, Closing.
 const IN_VAIN = new Set([1002, 1007, 1008, 1009, 1011]);
 
+let asked = false; // whether the server may have been told to start the job
 let job; // its number, once it was told
 let offset = 0; // of what was printed, in both streams together
 let stopping = false;
@@ -34,11 +36,35 @@ function fail(code, text) {
   process.exit(code);
 }
 
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on("error", (error) => {
+    if (error.code === "EPIPE") process.exit(141); // 128 + SIGPIPE; the job goes on
+    fail(83, `cannot print: ${error.message}`);
+  });
+}
+
+const unset = Object.entries({ WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH, WORKER_CA_PATH })
+  .filter(([, value]) => !value)
+  .map(([name]) => name);
+if (unset.length > 0) fail(78, `cannot connect: not set in the environment: ${unset.join(", ")}`);
+
+function credentials() {
+  try {
+    const files = {
+      cert: readFileSync(WORKER_CERT_PATH),
+      key: readFileSync(WORKER_KEY_PATH),
+      ca: readFileSync(WORKER_CA_PATH),
+    };
+    createSecureContext(files);
+    return files;
+  } catch (error) {
+    fail(72, `cannot use the certificates: ${error.message}`);
+  }
+}
+
 function connect() {
   const socket = new WebSocket(`wss://${WORKER_SERVER}/`, "jobworker.v1", {
-    cert: readFileSync(WORKER_CERT_PATH),
-    key: readFileSync(WORKER_KEY_PATH),
-    ca: readFileSync(WORKER_CA_PATH),
+    ...credentials(),
     perMessageDeflate: false,
   });
   const rpc = new JSONRPCServerAndClient(
@@ -87,7 +113,7 @@ function connect() {
   socket.on("close", (code, reason) => {
     if (code !== 1006) failure = `the server closed the connection (${code} ${reason})`;
     lostAt ??= Date.now();
-    if (job === undefined) failure += "; the job may have been started";
+    if (asked && job === undefined) failure += "; the job may have been started";
     if (job === undefined || IN_VAIN.has(code) || Date.now() - lostAt > PATIENCE_MS) {
       fail(69, `cannot go on: ${failure}`);
     }
@@ -98,6 +124,7 @@ function connect() {
     stop = () => job !== undefined && call("job.stop", { id: job });
     if (job === undefined) {
       const params = { job: { command: process.argv.slice(2) }, follow: DELIVERY };
+      asked = true;
       const result = await call("job.run", params);
       if (result === undefined) return;
       job = result.job.id;

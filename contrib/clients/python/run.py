@@ -17,7 +17,7 @@ import os
 import signal
 import ssl
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
@@ -27,6 +27,24 @@ WINDOW = 1 << 20
 PATIENCE_SECONDS = 120
 IN_VAIN = {1002, 1007, 1008, 1009, 1011}
 """Closing codes after which the same would come of it: see docs/protocol.md, Closing."""
+
+
+FILES = ("WORKER_CERT_PATH", "WORKER_KEY_PATH", "WORKER_CA_PATH")
+
+
+def check_environment() -> None:
+    """Exit with a word and a code of its own where a variable or a file is missing."""
+    if unset := [name for name in ("WORKER_SERVER", *FILES) if not os.environ.get(name)]:
+        print(f"cannot connect: not set in the environment: {', '.join(unset)}", file=sys.stderr)
+        sys.exit(78)
+    try:
+        for name in FILES:
+            with open(os.environ[name], "rb"):  # ssl's own words do not name the file
+                pass
+        tls()
+    except OSError as error:
+        print(f"cannot use the files of {', '.join(FILES)}: {error}", file=sys.stderr)
+        sys.exit(72)
 
 
 def tls() -> ssl.SSLContext:
@@ -40,6 +58,20 @@ class Refused(Exception):
     """The server answered a call with an error."""
 
 
+class Unprintable(Exception):
+    """A standard stream refused the job's bytes: its reader left, or the disk is full."""
+
+
+def write(stream: TextIO, data: bytes) -> None:
+    """Print bytes as they are. Raises Unprintable, which is no fault of the connection."""
+    try:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or it is tried again at exit
+        raise Unprintable from error
+
+
 class Run:
     """One job, over as many connections as it takes."""
 
@@ -48,6 +80,7 @@ class Run:
         self.ids = itertools.count(1)
         self.job: int | None = None
         self.offset = 0  # of what was printed, in both streams together
+        self.asked = False  # whether the server may have been told to start it
         self.stopping = False
         self.socket: ClientConnection | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -75,6 +108,7 @@ class Run:
         """Run the command, or go on with the output of the job that runs."""
         delivery = {"encoding": "base64", "credit_bytes": WINDOW}
         if self.job is None:
+            self.asked = True
             await self.call("job.run", {"job": {"command": self.command}, "follow": delivery})
             return
         follow = {"id": self.job, "offset": self.offset, "delivery": delivery}
@@ -96,9 +130,7 @@ class Run:
                 print(f"job {self.job}", file=sys.stderr, flush=True)
             elif message.get("method") == "job.output":
                 data = base64.b64decode(params["data"])
-                stream = sys.stderr if params["stream"] == "stderr" else sys.stdout
-                stream.buffer.write(data)
-                stream.buffer.flush()
+                write(sys.stderr if params["stream"] == "stderr" else sys.stdout, data)
                 self.offset = params["offset"] + len(data)
                 credit = {"subscription": params["subscription"], "bytes": len(data)}
                 await self.notify("job.credit", credit)
@@ -130,13 +162,18 @@ async def main(command: list[str]) -> int:
         except Refused as refused:
             print(refused, file=sys.stderr)
             return 70
+        except Unprintable as failed:
+            if isinstance(failed.__cause__, BrokenPipeError):
+                return 141  # 128 + SIGPIPE, as shells have it; the job goes on
+            print(f"cannot print: {failed.__cause__}", file=sys.stderr)
+            return 83
         except ConnectionClosed as closed:
             why, again = str(closed), closed.rcvd is None or closed.rcvd.code not in IN_VAIN
         except OSError as error:
             why, again = str(error), not isinstance(error, ssl.SSLCertVerificationError)
         lost_at = loop.time() if lost_at is None else lost_at
         if run.job is None or not again or loop.time() - lost_at > PATIENCE_SECONDS:
-            maybe = "" if run.job else "; the job may have been started"
+            maybe = "; the job may have been started" if run.asked and run.job is None else ""
             print(f"cannot go on: {why}{maybe}", file=sys.stderr)
             return 69
         await asyncio.sleep(0.5)
@@ -147,4 +184,5 @@ async def main(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    check_environment()
     sys.exit(asyncio.run(main(sys.argv[1:])))

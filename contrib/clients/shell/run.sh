@@ -8,6 +8,14 @@
 # is lost, the service is restarted, or this machine slept, it connects again and goes on.
 set -eu
 
+for name in WORKER_SERVER WORKER_CERT_PATH WORKER_KEY_PATH WORKER_CA_PATH; do
+    [ -n "${!name:-}" ] || { echo "cannot connect: not set in the environment: $name" >&2; exit 78; }
+    [ "$name" = WORKER_SERVER ] || [ -r "${!name}" ] || {
+        echo "cannot use $name: ${!name} cannot be read" >&2
+        exit 72
+    }
+done
+
 host=${WORKER_SERVER%:*}
 case $host in
 *:* | *[0-9].*[0-9].*[0-9].*[0-9]) name=-verify_ip ;;
@@ -112,7 +120,7 @@ request() { jq -cn --arg method "$1" --argjson id "$2" --argjson params "$3" \
     '{jsonrpc: "2.0", id: $id, method: $method, params: $params}'; }
 
 command=$(jq -cn '$ARGS.positional' --args -- "$@")
-job='' offset=0 stopping=''
+asked='' job='' offset=0 stopping=''
 
 stop() {
     stopping=1
@@ -123,9 +131,15 @@ stop() {
 trap 'stop' INT
 trap '' PIPE
 
+# print: the text of $message; where its reader has left, that is the end, and the job goes on.
+print() {
+    (trap - PIPE && exec jq -j .params.text <<<"$message") || exit $(($? == 141 ? 141 : 83))
+}
+
 # serve: run the command, or go on with its output; to the job's end, or the connection's.
 serve() {
     if [ -z "$job" ]; then
+        asked=1
         send "$(request job.run 1 "{\"job\": {\"command\": $command}, \"follow\": {\"encoding\": \"text\"}}")"
     else
         send "$(request job.log 3 "{\"id\": $job, \"offset\": $offset, \"delivery\": {\"encoding\": \"text\"}}")"
@@ -143,9 +157,9 @@ serve() {
             ;;
         job.output)
             if [ "$(jq -r .params.stream <<<"$message")" = stderr ]; then
-                jq -j .params.text <<<"$message" >&2
+                print >&2
             else
-                jq -j .params.text <<<"$message"
+                print
             fi
             offset=$(jq '.params | .offset + .bytes' <<<"$message")
             ;;
@@ -179,7 +193,9 @@ while :; do
     [ -n "$job" ] && [ $((SECONDS - lost_at)) -lt 120 ] || break
     sleep 0.5
 done
-if [ -z "$job" ]; then
+if [ -z "$asked" ]; then
+    echo "cannot go on: the connection to $WORKER_SERVER failed" >&2
+elif [ -z "$job" ]; then
     echo "cannot go on: the connection to $WORKER_SERVER failed; the job may have been started" >&2
 else
     echo "cannot go on: the server closed the connection ($closed)" >&2
