@@ -235,6 +235,13 @@ def test_absurd_option(cli: Cli, option: str, code: int) -> None:
     fails(cli("run", option, "true"), code, option.split("=", maxsplit=1)[0])
 
 
+def test_server_names_the_option_and_its_unit(cli: Cli) -> None:
+    done = cli("run", "--max-memory=999999999", "true")
+    fails(
+        done, 65, "command: --max-memory: 999999999 MiB is more than ", " MiB, all of this host's"
+    )
+
+
 @pytest.mark.parametrize("command", ["status", "stop", "wait", "log"])
 def test_unknown_job(cli: Cli, command: str) -> None:
     fails(cli(command, "999999"), 66, "999999", "no such job", "worker-cli list")

@@ -29,11 +29,12 @@ from jobworker.cli.parameters import (
     pass_invocation,
 )
 from jobworker.cli.render_plan import render_plan
-from jobworker.cli.request import MEBIBYTE, in_options, make_spec
+from jobworker.cli.request import in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.model.job import JobRecord, JobSpec, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
+from jobworker.model.units import MEBIBYTE
 from jobworker.protocol.messages import MAX_LIST
 
 if TYPE_CHECKING:
@@ -151,9 +152,7 @@ async def run(  # noqa: PLR0913 - each option is an argument
                 return await follow_job(client, spec, look)
             return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:
-        raise InvalidParams(
-            in_options(error.message), remedy=error.remedy, data=error.data
-        ) from None
+        raise in_options(error) from None
 
 
 async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool) -> int:

@@ -23,9 +23,8 @@ from jobworker.model.job import (
     Usage,
 )
 from jobworker.model.lifecycle import Reason, State
-from jobworker.model.units import format_duration, format_size
+from jobworker.model.units import MEBIBYTE, format_duration, format_size
 
-MEBIBYTE = 1 << 20
 MAX_TABLE_COMMAND = 200
 """Characters of a command line in a table, where no terminal's width says how many."""
 

@@ -5,11 +5,10 @@ Bounds stand with `JobSpec` alone; what they say of `limits.cpu_percent` is told
 
 import re
 
-from jobworker.convert import faults_of
+from jobworker.convert import structure
 from jobworker.errors import InvalidParams
-from jobworker.model.job import MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, JobSpec
-
-MEBIBYTE = 1 << 20
+from jobworker.model.job import JobSpec
+from jobworker.model.units import MEBIBYTE
 
 _OPTIONS = {
     "limits.cpu_percent": "--max-cpu",
@@ -33,9 +32,10 @@ _OPTIONS = {
     "workdir": "--workdir",
     "name": "--name",
 }
-_PATH = re.compile(r"\b(?:job\.)?(" + "|".join(map(re.escape, _OPTIONS)) + r")(?=[:\[])")
-_COMMAND = re.compile(r"(?<!the )\b(?:job\.)?command(?:\[(\d+)\])?: (?!argument)")
-_ARGUMENT = re.compile(r"(?<!the )\b(?:job\.)?command: (?=argument)")
+_IN_MEGABYTES = frozenset({"limits.memory_bytes", "limits.disk_bytes"})
+"""What is asked for in MB and counted in bytes."""
+_BOUNDS = re.compile(r"(?P<words>must be .*?)from (\d+) to (\d+), not (-?\d+)")
+"""As `model.bounds.within` puts it."""
 _SURROGATE = "must be Unicode text: it holds a lone surrogate"
 
 
@@ -50,35 +50,63 @@ def make_spec(
     `limits` are those of `Limits` by name, `fields` those of `JobSpec`; None where an option was
     not given.
     """
-    spec, faults = faults_of(
-        JobSpec,
-        {
-            "command": list(command),
-            "limits": {key: value for key, value in limits.items() if value is not None},
-            **{key: value for key, value in fields.items() if value is not None},
-        },
-    )
-    if faults or spec is None:
-        told = [_memory_fault(fault, limits.get("memory_bytes")) for fault in faults]
-        raise InvalidParams("cannot run the command: " + "; ".join(map(in_options, told)))
+    try:
+        spec = structure(
+            JobSpec,
+            {
+                "command": list(command),
+                "limits": {key: value for key, value in limits.items() if value is not None},
+                **{key: value for key, value in fields.items() if value is not None},
+            },
+        )
+    except InvalidParams as error:
+        raise in_options(error) from None
     spec.check_size()
     return spec
 
 
-def in_options(message: str) -> str:
-    """`message` with the paths of values replaced by the options that give them."""
-    message = _PATH.sub(lambda found: _OPTIONS[found[1]], message)
-    message = _ARGUMENT.sub("", message)
-    message = _COMMAND.sub(
-        lambda found: "the command " if found[1] is None else f"argument {found[1]} ", message
-    )
-    message = re.sub(r"(--env|--secret-env|--label)\['([^']*)'\]: ", r"\1 \2 ", message)
-    return message.replace(_SURROGATE, "is not UTF-8 text")
+def in_options(error: InvalidParams) -> InvalidParams:
+    """The error about a request, with the options in place of the paths of `data["faults"]`.
+
+    One without faults stays as it is. Values are the user's own words, and are not touched.
+    """
+    faults = error.data.get("faults")
+    if not isinstance(faults, list) or not faults:
+        return error
+    told = [
+        _told(str(fault.get("path")).removeprefix("job."), str(fault.get("problem")))
+        for fault in faults
+        if isinstance(fault, dict)
+    ]
+    message = "cannot run the command: " + "; ".join(told)
+    return InvalidParams(message, remedy=error.remedy, data=error.data)
 
 
-def _memory_fault(fault: str, asked_bytes: int | None) -> str:
-    if asked_bytes is None or not fault.startswith("limits.memory_bytes:"):
-        return fault
-    low, high = MIN_MEMORY_BYTES // MEBIBYTE, MAX_MEMORY_BYTES // MEBIBYTE
-    asked = asked_bytes // MEBIBYTE
-    return f"limits.memory_bytes: must be 0 (no limit) or from {low} to {high} MB, not {asked}"
+def _told(path: str, problem: str) -> str:
+    """A fault in words: the option, or the argument of the command, and what is wrong with it."""
+    if problem == _SURROGATE:
+        problem = "is not UTF-8 text"
+    if path in _IN_MEGABYTES:
+        problem = in_megabytes(problem)
+    if found := re.fullmatch(r"command\[(\d+)\]", path):
+        return f"argument {found[1]} {problem}"
+    if path == "command":
+        return problem if problem.startswith("argument ") else f"the command {problem}"
+    for place, option in _OPTIONS.items():
+        if path == place:
+            return f"{option}: {problem}"
+        if found := re.fullmatch(re.escape(place) + r"\['(.*)'\]", path):
+            return f"{option} {found[1]} {problem}"
+        if path.startswith((f"{place}[", f"{place}.")):
+            return f"{option}: {problem}"
+    return f"{path}: {problem}" if path else problem
+
+
+def in_megabytes(problem: str) -> str:
+    """A fault of a number in bytes, told in the MB that it was asked for in."""
+
+    def told(found: re.Match[str]) -> str:
+        low, high, asked = (int(number) // MEBIBYTE for number in found.groups()[1:])
+        return f"{found['words']}from {low} to {high} MB, not {asked}"
+
+    return _BOUNDS.sub(told, problem)

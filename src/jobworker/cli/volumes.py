@@ -6,10 +6,9 @@ from jobworker.cli.console import say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
-from jobworker.cli.request import MEBIBYTE
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.units import format_size
+from jobworker.model.units import MEBIBYTE, format_size
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 

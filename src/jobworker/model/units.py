@@ -77,6 +77,18 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+MEBIBYTE = 1 << 20
+
+
+def format_mebibytes(count: int) -> str:
+    """`count` bytes in the unit in which limits are given, rounded up: "64 MiB", "64.1 MiB".
+
+    So what is more than a limit also reads as more.
+    """
+    tenths = -(-count * 10 // MEBIBYTE)
+    return f"{tenths // 10}.{tenths % 10} MiB".replace(".0 ", " ")
+
+
 def format_size(count: float) -> str:
     """`count` bytes in binary units with one decimal: "512 B", "1.5 KiB", "64.0 MiB"."""
     if count < 1024:

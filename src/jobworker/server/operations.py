@@ -28,7 +28,13 @@ from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize, whole
-from jobworker.model.units import format_duration, from_nanoseconds, nanoseconds
+from jobworker.model.units import (
+    MEBIBYTE,
+    format_duration,
+    format_mebibytes,
+    from_nanoseconds,
+    nanoseconds,
+)
 from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
@@ -149,35 +155,47 @@ def _check_timeout(context: Context, caller: Caller, job: JobSpec, method: str) 
 
 def _check_runtime(name: str, known: frozenset[str]) -> None:
     if name and name not in known:
-        raise InvalidParams(
-            f"cannot run the command: runtime: there is no {name!r} here",
+        raise _refused(
+            "runtime",
+            f"there is no {name!r} here",
             remedy="ask for one of " + ", ".join(sorted(known))
             if known
             else "ask for none: the server's configuration has no [runtimes]",
         )
 
 
+def _refused(path: str, problem: str, *, remedy: str) -> InvalidParams:
+    """The error for a value of the job that this host cannot have, with its path as a fault."""
+    return InvalidParams(
+        f"cannot run the command: {path}: {problem}",
+        remedy=remedy,
+        data={"faults": [{"path": f"job.{path}", "problem": problem}]},
+    )
+
+
 def _check_against_host(job: JobSpec, host: HostFacts) -> None:
     limits = job.limits
     cpu, memory = limits.cpu_percent or 0, limits.memory_bytes or 0
     if cpu > 100 * host.cpus:
-        raise InvalidParams(
-            f"cannot run the command: limits.cpu_percent: {cpu} is more than "
-            f"{100 * host.cpus}, all of this host's {host.cpus} cores",
+        raise _refused(
+            "limits.cpu_percent",
+            f"{cpu} is more than {100 * host.cpus}, all of this host's {host.cpus} cores",
             remedy="ask for less, or for 0 (no limit)",
         )
     if memory > host.memory_bytes:
-        raise InvalidParams(
-            f"cannot run the command: limits.memory_bytes: {memory} is more than "
-            f"{host.memory_bytes}, all of this host's memory",
+        whole = host.memory_bytes - host.memory_bytes % MEBIBYTE
+        raise _refused(
+            "limits.memory_bytes",
+            f"{format_mebibytes(memory)} is more than {format_mebibytes(whole)}, all of this "
+            "host's memory",
             remedy="ask for less, or for 0 (no limit)",
         )
     missing = parse_cores(job.cpu_cores) - host.cores
     if missing:
         there = ", ".join(map(str, sorted(host.cores)))
-        raise InvalidParams(
-            f"cannot run the command: cpu_cores: this host has no core {min(missing)} for "
-            f"jobs; it has {there}",
+        raise _refused(
+            "cpu_cores",
+            f"this host has no core {min(missing)} for jobs; it has {there}",
             remedy="choose among them",
         )
 

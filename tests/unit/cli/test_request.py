@@ -62,8 +62,32 @@ def test_bad_variables_are_named() -> None:
 
 
 def test_what_the_server_says_is_told_of_options_too() -> None:
-    said = "cannot run the command: job.limits.cpu_percent: 900 is more than 200"
-    assert in_options(said) == "cannot run the command: --max-cpu: 900 is more than 200"
+    faults = [{"path": "job.limits.cpu_percent", "problem": "900 is more than 200"}]
+    said = InvalidParams("as the server has it", remedy="ask for less", data={"faults": faults})
+    told = in_options(said)
+    assert told.message == "cannot run the command: --max-cpu: 900 is more than 200"
+    assert (told.remedy, told.data) == (said.remedy, said.data)
+    other = InvalidParams("cannot subscribe: name: is empty")
+    assert in_options(other) is other
+
+
+def test_users_own_words_are_told_as_they_are() -> None:
+    with pytest.raises(InvalidParams) as caught:
+        make_spec(("a",), limits=NONE, workdir="name: x", volumes=[{"name": "a/b", "path": ""}])
+    volume, workdir = caught.value.message.removeprefix("cannot run the command: ").split("; ")
+    assert workdir.startswith("--workdir: ")
+    assert workdir.endswith("'name: x'")
+    assert volume.startswith("--volume: 'a/b' is no name")
+
+
+def test_what_is_asked_for_in_megabytes_is_told_in_megabytes() -> None:
+    with pytest.raises(InvalidParams) as caught:
+        make_spec(("a",), limits={"memory_bytes": 1 << 20, "disk_bytes": 15 << 20})
+    assert caught.value.message == (
+        "cannot run the command: "
+        "--max-memory: must be 0 (no limit) or from 4 to 1073741824 MB, not 1; "
+        "--max-disk: must be from 16 to 16777216 MB, not 15"
+    )
 
 
 def test_too_much_is_refused_before_it_is_sent() -> None:

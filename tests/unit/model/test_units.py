@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jobworker.model.units import (
     MAX_DURATION_SECONDS,
     format_duration,
+    format_mebibytes,
     format_size,
     parse_duration,
 )
@@ -134,3 +135,11 @@ def test_written_duration_is_read_back_to_its_last_unit(seconds: float) -> None:
 )
 def test_size_is_written_in_binary_units(count: int, text: str) -> None:
     assert format_size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 MiB"), (64 << 20, "64 MiB"), ((64 << 20) + 1, "64.1 MiB"), (3 << 19, "1.5 MiB")],
+)
+def test_what_is_more_than_a_limit_reads_as_more(count: int, text: str) -> None:
+    assert format_mebibytes(count) == text
