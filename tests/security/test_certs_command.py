@@ -199,4 +199,4 @@ def test_whoami_and_ping(tenants: Embedded) -> None:
 
 def test_quota_is_told_in_one_line(tenants: Embedded) -> None:
     done = cli(tenants, "quinn", "run", "--max-memory=100", "--max-output=1", "true")
-    fails(done, 75, "your quota is 67108864")
+    fails(done, 75, "your quota is 64 MiB")

@@ -14,11 +14,12 @@ from attrs import frozen
 from jobworker.errors import QuotaExceeded
 from jobworker.model.access import Quota
 from jobworker.model.job import Limits
+from jobworker.model.units import format_mebibytes
 
 _MEASURES = (
-    ("cpu_percent", "cpu", "percent of CPU", "--max-cpu"),
-    ("memory_bytes", "memory", "bytes of memory", "--max-memory"),
-    ("output_bytes", "output", "bytes of output", "--max-output"),
+    ("cpu_percent", "cpu", str, "percent of CPU", "--max-cpu"),
+    ("memory_bytes", "memory", format_mebibytes, "of memory", "--max-memory"),
+    ("output_bytes", "output", format_mebibytes, "of output", "--max-output"),
 )
 
 
@@ -43,7 +44,7 @@ def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
             remedy="wait for one to end, or stop it",
             data={"quota": "jobs", "limit": quota.jobs, "used": len(use.live), "asked": 1},
         )
-    for key, name, unit, option in _MEASURES:
+    for key, name, words, unit, option in _MEASURES:
         limit, asked = getattr(quota, key), getattr(wanted, key)
         if not limit:
             continue
@@ -52,14 +53,15 @@ def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
         data = {"quota": name, "limit": limit, "used": used, "asked": asked or None}
         if not asked:
             raise QuotaExceeded(
-                f"cannot run the command: it asks for no limit, and your quota is {limit} {unit}",
+                f"cannot run the command: it asks for no limit, and your quota is {words(limit)} "
+                f"{unit}",
                 remedy=f"give it a limit: {option}",
                 data=data,
             )
         if used + asked > limit:
             raise QuotaExceeded(
-                f"cannot run the command: it asks for {asked} {unit}, you have {used} already, "
-                f"and your quota is {limit}",
+                f"cannot run the command: it asks for {words(asked)} {unit}, you have "
+                f"{words(used)} already, and your quota is {words(limit)}",
                 remedy="remove old output" * (name == "output" and not use.live)
                 or f"wait for a job to end, or ask for less: {option}",
                 data=data,

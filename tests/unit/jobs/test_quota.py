@@ -43,6 +43,15 @@ def test_quota_is_told_with_its_use(quota: Quota, kept: int, told: dict[str, obj
     assert refusal(quota, Use((LIVE, LIVE), kept), LIVE) == told
 
 
+def test_sizes_are_told_in_the_unit_in_which_they_are_asked_for() -> None:
+    with pytest.raises(QuotaExceeded) as caught:
+        check_quota(Quota(output_bytes=3 * MB), Use((LIVE, LIVE), 1), LIVE)
+    assert caught.value.message == (
+        "cannot run the command: it asks for 1 MiB of output, you have 2.1 MiB already, and your "
+        "quota is 3 MiB"
+    )
+
+
 def test_what_just_fits_is_let_in() -> None:
     full = Quota(jobs=3, cpu_percent=150, memory_bytes=192 * MB, output_bytes=3 * MB + 7)
     check_quota(full, Use((LIVE, LIVE), 7), LIVE)
