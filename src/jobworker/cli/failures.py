@@ -38,6 +38,9 @@ def _run(program: str, command: click.Command) -> NoReturn:
         result: object = trio.run(partial(command.main, prog_name=program, standalone_mode=False))
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
+    except SystemExit as ended:
+        # Click's own, for standard output whose reader has left: with 1.
+        sys.exit(BROKEN_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except click.ClickException as misuse:
         with suppress(OSError):
             misuse.show()
@@ -56,9 +59,8 @@ def _run(program: str, command: click.Command) -> NoReturn:
         sys.exit(absent.exit_code)
     except (JobworkerError, BaseExceptionGroup) as raised:
         found = list(leaves(raised))
-        for leaf in found:
-            if not isinstance(leaf, JobworkerError | KeyboardInterrupt):
-                raise
+        if not all(isinstance(leaf, JobworkerError | KeyboardInterrupt) for leaf in found):
+            raise
         error = found[0]
         if isinstance(error, JobworkerError):
             print_note(f"{program}: {one_line(str(error))}")

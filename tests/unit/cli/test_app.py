@@ -148,6 +148,16 @@ def test_closed_standard_output_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert b"worker: cannot print: standard output is closed; " in done.stderr
 
 
+@pytest.mark.parametrize("name", ["worker", "worker-cli"])
+def test_program_whose_reader_left_ends_as_one_that_sigpipe_ends(name: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        command = [*program(name), "--help"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_client_needs_no_bindings_of_openssl() -> None:
     code = (
         "import sys, jobworker.cli.app, jobworker.client.client; "
