@@ -95,6 +95,10 @@ def table(found: Sequence[Finding], mode: str) -> str:
             lines.append(f"  {'':8}  {'':{width}}  → {one_line(finding.remedy)}")
     lacking = sum(finding.needed and not finding.supported for finding in found)
     absent = sum(not finding.needed and not finding.supported for finding in found)
-    verdict = f"{lacking} needed things are missing" if lacking else "All that is needed is there"
-    lines.append(f"\n{verdict}; {absent} optional ones are not.")
+    needed = _missing(lacking, "needed") if lacking else "All that is needed is there"
+    lines.append(f"\n{needed}; {_missing(absent, 'optional')}.")
     return "\n".join(lines)
+
+
+def _missing(count: int, kind: str) -> str:
+    return f"{count} {kind} {'thing is' if count == 1 else 'things are'} missing"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jobworker.config import Settings
 from jobworker.errors import ConfigError, JobworkerError
+from jobworker.pki.credentials import SERVER_REMEDY
 from jobworker.pki.expiry import WARN_BEFORE, expiry_warnings
 from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox.bpf import INSTRUCTION_BYTES
@@ -159,7 +160,12 @@ def _terms(settings: Settings) -> str:
 
 def _key_mode(settings: Settings) -> str:
     key = Path(settings.security.server_key)
-    mode = key.stat().st_mode & 0o777
+    try:
+        mode = key.stat().st_mode & 0o777
+    except OSError as error:
+        raise ConfigError(
+            f"cannot look at the key {key}: {error.strerror}", remedy=SERVER_REMEDY
+        ) from None
     if warning := key_mode_warning(key):
         raise ConfigError(warning)
     return f"{mode:04o}"

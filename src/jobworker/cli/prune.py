@@ -7,7 +7,7 @@ removed, at its start or when it looks at a job, and notes it in the jobs' recor
 from pathlib import Path
 
 from jobworker.config import Settings, load
-from jobworker.errors import ConfigError
+from jobworker.errors import ConfigError, OutputError
 from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.model.units import format_size
@@ -28,10 +28,11 @@ def prune_here(
     kept = KeptOutput(spools, clock_ns=ages.now_ns)
     try:
         kept.load()
-    except OSError as error:
+    except OutputError as error:
+        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.message
         raise ConfigError(
-            f"cannot prune {spools}: {error.strerror}",
-            remedy="run it as root, with the service's own configuration",
+            f"cannot prune {spools}: {why}",
+            remedy="run it as root, with the configuration of a service that has run once",
         ) from None
     ages.begin(max((each.ended_ns for each in kept.all.values()), default=0))
     gone = kept.prune(policy)
