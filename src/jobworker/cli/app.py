@@ -70,13 +70,35 @@ def _told(misuse: click.UsageError) -> click.exceptions.Exit:
     return click.exceptions.Exit(misuse.exit_code)
 
 
+def _given(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuse an option without a value: a script's own variable that is not set, most likely."""
+    if value == "":
+        raise click.BadParameter("it is empty; leave it out to take what is configured")
+    return value
+
+
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--server", metavar="HOST:PORT", help="The server [default: 127.0.0.1:50051].")
 @click.option(
-    "--cert", metavar="FILE", help="Our certificate [default: ~/.worker/client-cert.pem]."
+    "--server",
+    metavar="HOST:PORT",
+    callback=_given,
+    help="The server [default: 127.0.0.1:50051].",
 )
-@click.option("--key", metavar="FILE", help="Its key [default: ~/.worker/client-key.pem].")
-@click.option("--ca", metavar="FILE", help="The server's CA [default: ~/.worker/ca-cert.pem].")
+@click.option(
+    "--cert",
+    metavar="FILE",
+    callback=_given,
+    help="Our certificate [default: ~/.worker/client-cert.pem].",
+)
+@click.option(
+    "--key", metavar="FILE", callback=_given, help="Its key [default: ~/.worker/client-key.pem]."
+)
+@click.option(
+    "--ca",
+    metavar="FILE",
+    callback=_given,
+    help="The server's CA [default: ~/.worker/ca-cert.pem].",
+)
 @json_option()
 @click.version_option(jobworker.__version__, prog_name=PROGRAM)
 @pass_invocation

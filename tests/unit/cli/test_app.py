@@ -29,6 +29,8 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
     ("arguments", "words"),
     [
         (["--bogus"], "No such option '--bogus'; see worker-cli --help"),
+        (["--server", "", "list"], "'--server': it is empty"),
+        (["--ca=", "list"], "'--ca': it is empty"),
         (["nosuch"], "No such command 'nosuch'; see worker-cli --help"),
         (["run"], "Missing argument"),
         (["run", "--max-cpu=abc", "ls"], "'abc' is not a valid integer"),
