@@ -170,6 +170,31 @@ def test_interrupted_follow_detaches(cli: Cli) -> None:
     cli("stop", job[1])
 
 
+def test_interrupted_stop_says_that_the_server_goes_on(cli: Cli) -> None:
+    script = "trap 'echo asked' TERM; echo up; while :; do sleep 0.1; done"
+    number = cli("run", "-q", "sh", "-c", script).stdout.strip()
+    environment = cli.environment()
+    with subprocess.Popen(
+        [*program("worker-cli"), "log", "-f", number], env=environment, stdout=subprocess.PIPE
+    ) as log:
+        assert log.stdout is not None
+        assert log.stdout.readline() == b"up\n"
+        with subprocess.Popen(
+            [*program("worker-cli"), "stop", "--grace=1s", number],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as stop:
+            assert stop.stderr is not None
+            assert log.stdout.readline() == b"asked\n"
+            stop.send_signal(signal.SIGINT)
+            told = stop.stderr.read()
+        assert stop.returncode == 130
+        assert f"the server goes on to stop what it was asked to: worker-cli wait {number}" in told
+        log.stdout.read()  # to the job's end
+    assert "STOPPED" in cli("status", number).stdout
+
+
 def test_reader_that_leaves_ends_it_quietly(cli: Cli) -> None:
     with subprocess.Popen(
         [*program("worker-cli"), "run", "-f", "sh", "-c", "yes | head -c 3000000"],

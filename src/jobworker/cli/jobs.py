@@ -16,7 +16,8 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import note_lost, say, tell
+from jobworker.cli.console import cancelled_by_interrupt, note_lost, say, tell
+from jobworker.cli.failures import INTERRUPTED, print_note
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation, start_patience
@@ -185,14 +186,21 @@ async def status(invocation: Invocation, job: int) -> None:
 async def stop(
     invocation: Invocation, jobs: tuple[int, ...], signal: str, grace: float | None
 ) -> int:
-    """Stop each JOB and wait for its end: a signal, a grace period, then SIGKILL for all of it."""
+    """Stop each JOB and wait for its end: a signal, a grace period, then SIGKILL for all of it.
+
+    Ctrl-C ends the waiting; the server goes on with the stop.
+    """
     async with open_connection(invocation) as client:
-        _, failed = await _each(
-            jobs,
-            lambda job: client.job(job).stop(signal=signal, grace_seconds=grace),
-            json=invocation.json,
-        )
-    return failed
+        with cancelled_by_interrupt():
+            _, failed = await _each(
+                jobs,
+                lambda job: client.job(job).stop(signal=signal, grace_seconds=grace),
+                json=invocation.json,
+            )
+            return failed
+    names = " ".join(map(str, jobs))
+    print_note(f"the server goes on to stop what it was asked to: worker-cli wait {names}")
+    return INTERRUPTED
 
 
 @click.command()
