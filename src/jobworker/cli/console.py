@@ -53,8 +53,28 @@ class Notes(logging.Handler):
         print_note(f"{PROGRAM}: {one_line(record.getMessage())}")
 
 
-def note_lost(lost: JobworkerError, plan: str) -> None:
-    """Say that a connection was lost, and what is done about it."""
+class Losses:
+    """Says that a connection was lost and what is done about it: in one line for each loss.
+
+    The code that prints output hears of a loss, and then the client that makes a new connection.
+    """
+
+    def __init__(self) -> None:
+        self._told = ""
+
+    def going_on(self, lost: JobworkerError, offset: int) -> None:
+        """Say that output goes on from `offset` once there is a connection."""
+        self._told = lost.message
+        _note_lost(lost, f"going on from byte {offset}")
+
+    def trying_again(self, lost: JobworkerError) -> None:
+        """Say that a new connection is made, unless this loss was told."""
+        told, self._told = self._told, ""
+        if told != lost.message:
+            _note_lost(lost, "trying again")
+
+
+def _note_lost(lost: JobworkerError, plan: str) -> None:
     fact = lost.message.removeprefix("cannot go on: ")  # for it does go on
     print_note(f"{PROGRAM}: {one_line(fact)}; {plan}")
 

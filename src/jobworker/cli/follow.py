@@ -5,14 +5,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from jobworker.cli import render
-from jobworker.cli.console import Outlet, cancelled_by_interrupt, note_lost
+from jobworker.cli.console import Losses, Outlet, cancelled_by_interrupt
 from jobworker.cli.failures import INTERRUPTED, print_note
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
-from jobworker.errors import JobworkerError
 from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ class Look:
     """No word of our own about it."""
     ending: bool = False
     """Say how the job ended."""
+    losses: Losses = field(factory=Losses)
+    """Shared with the connection, or each loss would be told twice."""
 
 
 async def follow_job(client: "Client", spec: JobSpec, look: Look) -> int:
@@ -68,11 +69,7 @@ async def print_output(
     if started is not None:
         await printer.start(started)
 
-    def tell_break(lost: JobworkerError, offset: int) -> None:
-        if not look.quiet:
-            note_lost(lost, f"going on from byte {offset}")
-
-    with open_output(on_break=tell_break) as output:
+    with open_output(on_break=None if look.quiet else look.losses.going_on) as output:
         try:
             async for chunk in output:
                 printer.take(chunk)

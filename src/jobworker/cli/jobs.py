@@ -16,7 +16,7 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import cancelled_by_interrupt, note_lost, say, tell
+from jobworker.cli.console import Losses, cancelled_by_interrupt, say, tell
 from jobworker.cli.failures import INTERRUPTED, print_note
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
@@ -46,18 +46,24 @@ CALLS_AT_A_TIME = 64
 
 
 def open_connection(
-    invocation: Invocation, *, patient: bool = True, quiet: bool = False
+    invocation: Invocation,
+    *,
+    patient: bool = True,
+    quiet: bool = False,
+    losses: Losses | None = None,
 ) -> "AbstractAsyncContextManager[Client]":
     """Connect to the server that options, environment and file name.
 
     A service that is being restarted is waited for: `start_patience` for the first connection, the
     client's patience for later ones. Not so without `patient`. `quiet` says nothing of it; of the
     wait for the first one only a person at a terminal hears, since its end is told in any case.
+    `losses` are those that a printer of output tells of too.
     """
     from jobworker.client.client import PATIENCE_SECONDS
     from jobworker.client.opening import open_client
 
     target = invocation.target()
+    tell_lost = (losses or Losses()).trying_again
     return open_client(
         target.address,
         ca=target.ca,
@@ -65,13 +71,9 @@ def open_connection(
         key=target.key,
         patience_seconds=PATIENCE_SECONDS if patient else 0,
         start_patience_seconds=start_patience(os.environ) if patient else 0,
-        on_lost=None if quiet else _tell_lost,
-        on_refused=_tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
+        on_lost=None if quiet else tell_lost,
+        on_refused=tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
     )
-
-
-def _tell_lost(lost: JobworkerError) -> None:
-    note_lost(lost, "trying again")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -142,14 +144,14 @@ async def run(  # noqa: PLR0913 - each option is an argument
         workdir=workdir,
         name=name,
     )
+    look = Look(json=invocation.json, quiet=quiet, ending=True, visible=not raw)
     try:
-        async with open_connection(invocation, quiet=quiet) as client:
+        async with open_connection(invocation, quiet=quiet, losses=look.losses) as client:
             if dry_run:
                 plan = await client.plan(spec)
                 say(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
                 return 0
             if follow:
-                look = Look(json=invocation.json, quiet=quiet, ending=True, visible=not raw)
                 return await follow_job(client, spec, look)
             return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:

@@ -73,7 +73,7 @@ async def log(
     """
     streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
     look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
-    async with open_connection(invocation) as client:
+    async with open_connection(invocation, losses=look.losses) as client:
         output = partial(
             client.job(job).output,
             follow=follow,
