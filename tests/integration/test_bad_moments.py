@@ -18,7 +18,8 @@ NO_PROCESS = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
 from jobworker.sandbox import launcher_jobs
-refusals = [errno.EAGAIN, errno.ENOMEM, errno.EMFILE]
+refusals = [errno.EAGAIN, errno.ENOMEM, errno.EMFILE] * 10
+launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
 class Refusing(launcher_jobs.Chores):
     def start(self, work, done, holding=()):
         if refusals:
@@ -27,7 +28,17 @@ class Refusing(launcher_jobs.Chores):
 launcher_jobs.Chores = Refusing
 from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
 """
-"""A launcher that finds no process, three times, to look after a job's volumes."""
+"""A launcher that finds no process, many times, to look after a job's volumes."""
+
+KILLED_PROCESS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import os
+from jobworker.sandbox import launcher_jobs
+launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
+launcher_jobs._find_losses = lambda volumes: os._exit(9)
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher whose process that looks after a job's volumes is killed each time."""
 
 BAD_SPARES = """
 import sys; sys.path.insert(0, sys.argv[1])
@@ -58,16 +69,20 @@ def serving(
         assert service.leaves() == 0
 
 
-def test_volumes_that_could_not_be_looked_at_at_once_are_looked_at_again(
-    serving: Callable[..., Service],
+@pytest.mark.parametrize(
+    ("bootstrap", "unseen"),
+    [pytest.param(NO_PROCESS, [], id="none"), pytest.param(KILLED_PROCESS, ["kept"], id="killed")],
+)
+def test_volumes_that_could_not_be_looked_at_are_not_told_as_lost(
+    serving: Callable[..., Service], bootstrap: str, unseen: list[str]
 ) -> None:
-    service = serving(NO_PROCESS)
+    service = serving(bootstrap)
     volume = {"name": "kept", "size_bytes": 16 << 20, "thin": False}
     assert "ok" in service.ask("volume.create", 1, **volume)[0]
     writes = ("sh", "-c", "echo kept > /volumes/kept/file")
     _, descriptors = service.spawn(1, *writes, volumes=[["kept", "/volumes/kept"]])
     end = service.exit_of(1)
-    assert (end["code"], end["lost"]) == (0, []), "nothing was lost"
+    assert (end["code"], end["lost"], end["unseen"]) == (0, [], unseen)
     for descriptor in descriptors:
         os.close(descriptor)
     assert "ok" in service.ask("remove", 1)[0]

@@ -15,6 +15,7 @@ from jobworker.convert import dumps, unstructure
 from jobworker.errors import JobworkerError
 from jobworker.model.job import (
     KILLED_FOR_MEMORY,
+    LOSSES_UNKNOWN,
     LOST_WRITES,
     JobRecord,
     JobSpec,
@@ -108,7 +109,8 @@ def ending(record: JobRecord) -> list[str]:
     """Lines about an end that the job's output and exit code do not tell."""
     why = _why_ended(record)
     lines = [visible(f"job {record.id} {why}")] if why else []
-    grave = [words for words in (LOST_WRITES, KILLED_FOR_MEMORY) if words in record.detail]
+    told = (LOST_WRITES, LOSSES_UNKNOWN, KILLED_FOR_MEMORY)
+    grave = [words for words in told if words in record.detail]
     if any(words not in why for words in grave):
         lines.append(visible(f"job {record.id}: {record.detail}"))
     return [*lines, *_not_kept(record)]

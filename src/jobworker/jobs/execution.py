@@ -39,6 +39,7 @@ from jobworker.jobs.paced import PacedEvent
 from jobworker.jobs.secrets import Secrets
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import (
+    LOSSES_UNKNOWN,
     LOST_WRITES,
     JobRecord,
     JobSpec,
@@ -357,6 +358,10 @@ class Execution:
             for place in ending.lost:
                 where = f"the volume {place}" if place else "its disk"
                 self._note(f"some of what it wrote to {where} {LOST_WRITES}")
+            for name in ending.unseen:
+                self._note(
+                    f"whether all that it wrote to the volume {name} is kept {LOSSES_UNKNOWN}"
+                )
         ended_at = self._ended_at(ending.seconds_ago if ending else 0)
         self.record = self._advanced(event, reason=reason, ended_at=ended_at)
         await self._close()

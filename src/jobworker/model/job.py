@@ -310,6 +310,8 @@ class JobStatus(JobRecord):
 
 LOST_WRITES = "is lost: the host could not write it"
 """How `detail` ends of a job that lost some of what it wrote."""
+LOSSES_UNKNOWN = "is not known: the host could not look"
+"""How `detail` ends of a job that may have lost some of what it wrote to a volume."""
 KILLED_FOR_MEMORY = "killed for memory"
 """In `detail` where processes were killed for memory, and not for the job's own limit."""
 

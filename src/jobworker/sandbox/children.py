@@ -93,10 +93,11 @@ class Child:
         self.hoards = False
         """It was ended for kernel memory that no group counts: see `sandbox.kernel_watch`."""
         self.exit: Exit | None = None
-        self.lost: list[str] = []
-        """Where it lost what it wrote: names of volumes, "" for its own disk."""
+        self.lost, self.unseen = list[str](), list[str]()
+        """Where it lost what it wrote: names of volumes, "" for its own disk. And the volumes of
+        which that could not be found out."""
         self.inspected, self.inspections = False, 0
-        """Whether its volumes are being written out for that, and how often that was tried."""
+        """Whether its volumes are being written out for that, and how often that was begun."""
         self.end_is_known = False
         """Whether that, too, is known of its end."""
         self.doomed = False

@@ -41,6 +41,8 @@ class Exit:
     usage: Usage
     lost: tuple[str, ...] = ()
     """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
+    unseen: tuple[str, ...] = ()
+    """Names of volumes of which that could not be found out."""
     want: Want = ""
     """For want of what memory processes of it were killed."""
     seconds_ago: float = 0.0
@@ -280,14 +282,17 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     assert isinstance(code, int | None)
     assert isinstance(number, int | None)
     assert isinstance(usage, dict)
-    lost = message.get("lost", [])  # an earlier launcher does not tell
+    # An earlier launcher does not tell.
+    lost, unseen = message.get("lost", []), message.get("unseen", [])
     assert isinstance(lost, list)
+    assert isinstance(unseen, list)
     used = usage_from(usage)
     return Exit(
         code=code,
         signal=number,
         usage=used,
         lost=tuple(map(str, lost)),
+        unseen=tuple(map(str, unseen)),
         want=_want_from(message.get("want"), used),
     )
 

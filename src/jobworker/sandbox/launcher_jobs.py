@@ -6,7 +6,8 @@ reply to a spawn once the program runs or nothing of the failed start is left, a
 a job's end.
 
 An end is told with what the job lost of what it wrote (`disk_images.lost_writes`). That of its own
-disk is known at once; a volume is written out before, by a process of its own.
+disk is known at once; a volume is written out before, by a process of its own, and the end is told
+once the system has given one.
 
 An end has two halves. What a job held (disk, mounts, scope, range of ids, scratch) goes as soon
 as it has ended, whatever becomes of its record and whether or not a service is there. Its exit
@@ -49,7 +50,9 @@ CLEAR_AGAIN_SECONDS = 0.005
 CLEAR_SELDOM_SECONDS = 0.08
 """The pause doubles up to this, while none of those that are tried again lets go."""
 SWEEP_AGAIN_SECONDS = 0.5
-INSPECT_AGAIN_SECONDS, MAX_INSPECTIONS = 0.1, 20
+INSPECT_AGAIN_SECONDS = 0.1
+MAX_INSPECTIONS = 20
+"""Of those that began: a process that is killed each time is not started for ever."""
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 _TOO_LITTLE_MEMORY: channel.Message = {
     "step": "limits",
@@ -87,6 +90,8 @@ class Jobs:
         """Those of the latest job: spares are put under them, and most jobs ask for the same."""
         self._zombies = Zombies(turns)
         self._inspectors = Chores(turns, at_once=nursery.slots, waiting=0)
+        self._lacks_inspectors = False
+        """Whether the latest one could not be started; the log was told then."""
         self._oom_watch = OomWatch(turns, self.kill)
         self._kernel_watch = KernelWatch(turns, chores, self._running, self.kill)
         turns.call_in(0, self._refill)
@@ -329,20 +334,30 @@ class Jobs:
         work = partial(_find_losses, dict(child.volume_roots))
         roots = list(child.volume_roots.values())
         child.inspected = True
-        child.inspections += 1
         try:
             self._inspectors.start(work, partial(self._on_inspected, child), roots)
-        except OSError as error:
-            self._on_inspected(child, {"errno": error.errno})
+        except OSError as error:  # no process to be had: for how long, nobody knows
+            if not self._lacks_inspectors:
+                say(f"cannot look at the volumes of ended jobs, and tries again: {error}")
+            self._lacks_inspectors = True
+            if child.job is None:  # removed meanwhile: nobody is told of its end
+                self._on_inspected(child, {"lost": []})
+            else:
+                self._turns.call_in(INSPECT_AGAIN_SECONDS, partial(self._inspect_volumes, child))
+            return
+        self._lacks_inspectors = False
+        child.inspections += 1
 
     def _on_inspected(self, child: Child, outcome: channel.Message) -> None:
         lost = outcome.get("lost")
-        if not isinstance(lost, list) and child.inspections < MAX_INSPECTIONS:
-            # No process to be had, or it was killed: that says nothing of the volumes.
+        if isinstance(lost, list):
+            child.lost += lost
+        elif child.inspections < MAX_INSPECTIONS:  # it was killed: that says nothing of the volumes
             self._turns.call_in(INSPECT_AGAIN_SECONDS, partial(self._inspect_volumes, child))
             return
-        # What could not be looked at at all may be lost.
-        child.lost += list(child.volume_roots) if not isinstance(lost, list) else lost
+        else:
+            child.unseen += child.volume_roots
+            say(f"job {child.job}: cannot look at its volumes, and gives up: {outcome}")
         child.inspected = False
         self._nursery.give_back_volumes(child)
         self._watch_sweepers()
@@ -495,7 +510,8 @@ def listed(child: Child) -> channel.Message:
 
 def _end(child: Child) -> channel.Message:
     assert child.exit is not None
-    return {**child.exit._asdict(), "lost": child.lost, "want": child.final_want}
+    losses = {"lost": child.lost, "unseen": child.unseen}
+    return {**child.exit._asdict(), **losses, "want": child.final_want}
 
 
 def _find_losses(volumes: Mapping[str, int]) -> channel.Message:

@@ -10,6 +10,7 @@ from jobworker.cli import render
 from jobworker.errors import NotFound
 from jobworker.model.job import (
     KILLED_FOR_MEMORY,
+    LOSSES_UNKNOWN,
     LOST_WRITES,
     JobId,
     JobRecord,
@@ -134,6 +135,10 @@ def test_status_tells_how_a_job_ended() -> None:
         (
             evolve(OOM, reason=Reason.EXIT, exit_code=3, detail=f"it {LOST_WRITES}"),
             [f"job 7: it {LOST_WRITES}"],
+        ),
+        (
+            evolve(RUNNING, state=State.COMPLETED, exit_code=0, detail=f"it {LOSSES_UNKNOWN}"),
+            [f"job 7: it {LOSSES_UNKNOWN}"],
         ),
     ],
 )

@@ -54,12 +54,14 @@ class FakeLink:
         self.spawned.append(job)
         return Started(pid=1, stdout=out, stderr=err), receive
 
-    def finish(self, job: JobId, *, keep_pipes: bool = False) -> list[int]:
+    def finish(
+        self, job: JobId, *, keep_pipes: bool = False, unseen: tuple[str, ...] = ()
+    ) -> list[int]:
         """Have a job exit with 0: the ends of its pipes that somebody keeps."""
         send, pipes = self._jobs.pop(job)
         while pipes and not keep_pipes:
             os.close(pipes.pop())
-        send.send_nowait(Exit(code=0, signal=None, usage=Usage()))
+        send.send_nowait(Exit(code=0, signal=None, usage=Usage(), unseen=unseen))
         send.close()
         return pipes
 
@@ -278,6 +280,20 @@ async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path:
     assert not history.records[JobId(1)].ended
     for pipe in pipes:
         os.close(pipe)
+
+
+async def test_job_whose_volume_could_not_be_looked_at_is_not_told_as_failed(
+    tmp_path: Path,
+) -> None:
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        with trio.fail_after(20):
+            await supervisor.submit(spec("first"), "alice")
+            link.finish(JobId(1), unseen=("v",))
+            record = await supervisor.wait(JobId(1))
+    assert record.state is State.COMPLETED
+    assert record.detail == (
+        "whether all that it wrote to the volume v is kept is not known: the host could not look"
+    )
 
 
 async def test_service_that_leaves_does_not_wait_for_a_client_s_long_grace(
