@@ -12,7 +12,7 @@ from ..conftest import attached_disks
 from .conftest import child_of, until
 from .outside import open_launcher
 from .test_takeover import Settings, serving
-from .wire import open_wire
+from .wire import Refused, open_wire
 
 PIDS = Path("/sys/fs/cgroup/pids")
 SETTINGS: Settings = {"worker": {"max_concurrent_jobs": 2}, "sandbox": {"spares": 0}}
@@ -51,6 +51,8 @@ async def test_disk_of_a_dead_job_goes_once_there_are_processes_again(
             with no_more_processes(child_of(guard.pid)):
                 record = await wire.call("job.stop", id=job, signal="KILL")
                 assert record["state"] == "STOPPED"
+                with pytest.raises(Refused, match=r"list the volumes: the system gives .* process"):
+                    await wire.call("volume.list")
                 await trio.sleep(1)
                 assert disk in attached_disks(), "nobody could let go of it"
             await until(lambda: disk not in attached_disks(), seconds=5)

@@ -5,7 +5,7 @@ seconds, and even a look into a directory waits for the journal of a file system
 to. So such work is a function that runs in a cloned process and returns a message; the launcher
 goes on meanwhile, and hears of the outcome in a later turn.
 
-Few run at a time and some wait. More are refused with EAGAIN.
+Few run at a time and some wait. More are refused with `CROWDED`.
 
 Standard library only.
 """
@@ -24,6 +24,9 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disposal import close_all_but
 from jobworker.sandbox.turns import Turns
 
+CROWDED = errno.EUSERS
+"""Too much waits: an errno that the kernel has for nothing that a chore does."""
+
 Work = Callable[[], channel.Message]
 """Runs in the process; may raise OSError."""
 Done = Callable[[channel.Message], None]
@@ -39,7 +42,7 @@ class Chores:
         self._running = 0
 
     def start(self, work: Work, done: Done, holding: Sequence[int] = ()) -> None:
-        """Have the work done, now or later. Raises OSError, EAGAIN where too much waits.
+        """Have the work done, now or later. Raises OSError, `CROWDED` where too much waits.
 
         The process holds the descriptors in `holding`, which stay open here until it is done.
         """
@@ -48,7 +51,7 @@ class Chores:
         elif len(self._waiting) < self._room:
             self._waiting.append((work, done, holding))
         else:
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise OSError(CROWDED, "too much waits")
 
     def _run(self, work: Work, done: Done, holding: Sequence[int]) -> None:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -18,6 +18,7 @@ from jobworker.errors import (
     SandboxError,
     TooLarge,
 )
+from jobworker.sandbox.chores import CROWDED
 from jobworker.sandbox.private_network import WALL
 
 _REMEDIES = {
@@ -57,7 +58,14 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     ),
     errno.EEXIST: (InvalidParams, "it exists", "choose another name, or remove it first"),
     errno.EBUSY: (Busy, "a live job has it", "stop the job, or wait for its end"),
-    errno.EAGAIN: (Busy, "several are being made", "try again"),
+    CROWDED: (Busy, "several are being made, listed or removed", "try again"),
+    errno.EAGAIN: (
+        Busy,
+        "the system gives the launcher no process for it",
+        _SHORTAGES[errno.EAGAIN],
+    ),
+    errno.ENOMEM: (Busy, os.strerror(errno.ENOMEM), _SHORTAGES[errno.ENOMEM]),
+    errno.ENFILE: (Busy, os.strerror(errno.ENFILE), _SHORTAGES[errno.ENFILE]),
     errno.ENOSPC: (
         InvalidParams,
         "the server's disk has no room for it",
@@ -65,7 +73,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     ),
     errno.EMFILE: (
         Busy,
-        "live jobs have as many volumes as the launcher may have descriptors for",
+        "the launcher may open no more descriptors, and each volume of a live job takes one",
         "try again later, or raise the limit (LimitNOFILE=, ulimit -n)",
     ),
     errno.EOPNOTSUPP: (
@@ -110,7 +118,8 @@ def _explain_volume(code: int, name: str, data: Mapping[str, object]) -> Jobwork
     kind, why, remedy = _VOLUME_FAULTS.get(
         code, (SandboxError, os.strerror(code), "see `worker serve`'s log")
     )
-    return kind(f"cannot use the volume {name}: {why}", remedy=remedy, data=data)
+    what = f"use the volume {name}" if name else "list the volumes"
+    return kind(f"cannot {what}: {why}", remedy=remedy, data=data)
 
 
 def _explain_execute(

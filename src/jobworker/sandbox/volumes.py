@@ -78,7 +78,7 @@ class Volumes:
                 volume["jobs"] = self._users[volume["name"]]
             done(outcome)
 
-        _start(chores, partial(_list, self._workshop.directory), add_users, "all")
+        _start(chores, partial(_list, self._workshop.directory), add_users, "")
 
     def remove(self, chores: Chores, name: str, done: Done) -> None:
         """Remove a volume that no live job has, with all that is on it."""
@@ -108,7 +108,7 @@ class Volumes:
 
 
 def _start(chores: Chores, work: partial[Message], done: Done, name: str) -> None:
-    """Start a chore whose failure is told as that of a volume."""
+    """Start a chore whose failure is told as that of a volume; "" is all of them."""
 
     def told(outcome: Message) -> None:
         done({**outcome, "step": "volume", "detail": name} if "errno" in outcome else outcome)
@@ -116,7 +116,7 @@ def _start(chores: Chores, work: partial[Message], done: Done, name: str) -> Non
     try:
         chores.start(work, told)
     except OSError as error:
-        raise _refusal(error.errno or errno.EAGAIN, name) from error
+        raise _refusal(error.errno or errno.EIO, name) from error
 
 
 def _refusal(code: int, name: str) -> SandboxError:

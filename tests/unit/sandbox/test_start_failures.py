@@ -4,6 +4,7 @@ import errno
 
 import pytest
 
+from jobworker.sandbox.chores import CROWDED
 from jobworker.sandbox.start_failures import explain
 
 
@@ -30,6 +31,24 @@ def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -
     assert remedy in (error.remedy or "")
     others = {"allow user namespaces", "TasksMax=", "/dev/net/tun", "--max-memory"} - {remedy}
     assert not any(other in (error.remedy or "") for other in others)
+
+
+@pytest.mark.parametrize(
+    ("code", "why", "remedy"),
+    [
+        (CROWDED, "several are being made", "try again"),
+        (errno.EAGAIN, "no process", "TasksMax="),
+        (errno.ENOMEM, "memory", "end something"),
+        (errno.ENFILE, "open files", "fs.file-max"),
+        (errno.EMFILE, "descriptors", "LimitNOFILE="),
+    ],
+)
+def test_volumes_that_cannot_be_listed_now_are_told_why(code: int, why: str, remedy: str) -> None:
+    error = explain({"step": "volume", "errno": code, "detail": ""})
+    assert error.name == "busy"
+    assert error.message.startswith("cannot list the volumes: ")
+    assert why in error.message
+    assert remedy in (error.remedy or "")
 
 
 def test_volume_that_is_not_there_is_told_by_its_name() -> None:
