@@ -528,15 +528,16 @@ def deliver(child: Child, number: int) -> bool:
     (pid_namespaces(7)), where another process would end by the signal's default action. One
     that ignores the signal on purpose has said something, and gets its grace period; one that
     blocks it may be told of it otherwise (signalfd(2)). The masks in proc(5) tell. An init of ours
-    waits for all signals (sigwaitinfo(2), which no mask shows) and passes them on.
+    waits for all signals (sigwaitinfo(2), which no mask shows) and passes them on. Where the masks
+    cannot be read, the signal is sent: a stop is not refused for want of a descriptor.
     """
     if child.exit is not None:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     if child.report < 0 and number not in (signal.SIGKILL, signal.SIGSTOP):
-        with open(f"/proc/{child.pid}/status") as status:
+        with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status") as status:
             masks = [line.split()[1] for line in status if line.startswith(_HEEDED)]
-        if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
-            return False
+            if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
+                return False
     signal.pidfd_send_signal(child.pidfd, number)
     return True
 
