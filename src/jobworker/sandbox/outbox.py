@@ -1,7 +1,9 @@
 """Messages on their way to a reader that may be slow: sent at once, or kept until there is room.
 
 The sender never waits. Descriptors of a message that is kept are duplicated, since their owner
-may close them meanwhile. A reader that does not read at all is given up on after `MAX_UNSENT`.
+may close them meanwhile. A large reply that finds no descriptor to travel in becomes a refusal: it
+is no reason to end the connection, on which jobs' lives depend. A reader that does not read at all
+is given up on after `MAX_UNSENT`.
 
 Standard library only.
 """
@@ -15,6 +17,8 @@ from collections.abc import Sequence
 from jobworker.sandbox import channel
 
 MAX_UNSENT = 10_000
+_NO_MEMORY_FILE = frozenset({errno.EMFILE, errno.ENFILE})
+"""Why a large reply, which travels in a descriptor, cannot be sent; no small one fails so."""
 
 
 class Outbox:
@@ -33,7 +37,7 @@ class Outbox:
         """Send a message or keep it; raises OSError where the reader is gone or does not read."""
         if not self._unsent:
             try:
-                channel.send(self._sock, message, descriptors)
+                self._send(message, descriptors)
                 return
             except BlockingIOError:
                 pass
@@ -46,11 +50,20 @@ class Outbox:
         try:
             while self._unsent:
                 message, descriptors = self._unsent[0]
-                channel.send(self._sock, message, descriptors)
+                self._send(message, descriptors)
                 self._unsent.popleft()
                 channel.close_all(descriptors)
         except BlockingIOError:
             return
+
+    def _send(self, message: channel.Message, descriptors: Sequence[int]) -> None:
+        try:
+            channel.send(self._sock, message, descriptors)
+        except OSError as error:
+            if error.errno not in _NO_MEMORY_FILE or descriptors or "id" not in message:
+                raise
+            told = {"step": "reply", "errno": error.errno, "detail": os.strerror(error.errno)}
+            channel.send(self._sock, {"id": message["id"], "error": told})
 
     def close(self) -> None:
         """Drop what was kept."""

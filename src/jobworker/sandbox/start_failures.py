@@ -98,6 +98,9 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     data: dict[str, object] = {"step": step, "errno": code, "detail": str(detail)}
     if step == "execute":
         return _explain_execute(code, str(detail), reason, data)
+    if step == "reply":
+        why = f"the launcher's reply is large, and it could not send it: {reason}"
+        return Busy(f"cannot serve the request: {why}", remedy=_SHORTAGES.get(code, ""), data=data)
     if step == "job":
         return NotFound(f"cannot reach the job: {detail}", data=data)
     absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)

@@ -51,6 +51,13 @@ def test_volumes_that_cannot_be_listed_now_are_told_why(code: int, why: str, rem
     assert remedy in (error.remedy or "")
 
 
+def test_reply_that_could_not_be_sent_is_told_as_that() -> None:
+    error = explain({"step": "reply", "errno": errno.EMFILE, "detail": "Too many open files"})
+    assert error.name == "busy"
+    assert "the launcher's reply" in error.message
+    assert "LimitNOFILE=" in (error.remedy or "")
+
+
 def test_volume_that_is_not_there_is_told_by_its_name() -> None:
     error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "cache"})
     assert "there is no such volume" in str(error)
