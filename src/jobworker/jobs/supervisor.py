@@ -493,5 +493,6 @@ class Supervisor:
             for event in events:
                 await self._link.wait_unless_silent(event)
         except LauncherSilent:
-            log.error("the launcher does not answer; it is left as it is")
+            if not self._link.given_up:
+                log.error("the launcher does not answer; it is left as it is")
             self._link.give_up()

@@ -97,7 +97,8 @@ class Link:
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
-    _given_up: bool = False
+    given_up: bool = False
+    """Whether it is asked nothing more, as after `give_up`."""
     silent: bool = False
     """Whether the launcher is there and has not answered for `silent_seconds`."""
     silent_seconds: float = SILENT_SECONDS
@@ -216,7 +217,7 @@ class Link:
         raises LauncherSilent where the launcher does neither; the rest, on which jobs' lives
         depend, goes on when it does.
         """
-        if self._given_up:
+        if self.given_up:
             raise _launcher_gone()
         if not patient and self.silent:
             raise launcher_silent()
@@ -259,20 +260,21 @@ class Link:
         """
         while True:
             await trio.sleep(LOOK_SECONDS)
-            if not self._waiting or self._given_up:
+            if not self._waiting or self.given_up:
                 continue
             with trio.move_on_after(self.silent_seconds):
                 await self._ping()
                 continue
             await self._be_silent()
 
-    async def _ping(self) -> None:
-        """Ask for an answer, and nothing else; may be cancelled."""
+    async def _ping(self) -> bool:
+        """Ask for an answer, and nothing else: whether one came. May be cancelled."""
         number, self._next = self._next, self._next + 1
         waiting = self._waiting[number] = _Waiting("ping")
         try:
             await self._send({"id": number, "op": "ping"})
             await waiting.answered.wait()
+            return waiting.message is not None
         finally:
             self._waiting.pop(number, None)
 
@@ -282,8 +284,8 @@ class Link:
         )
         self.silent = True
         try:
-            await self._ping()
-            log.warning("the launcher answers again")
+            if await self._ping():  # else it is gone, or was given up
+                log.warning("the launcher answers again")
         finally:
             self.silent = False
 
@@ -325,7 +327,7 @@ class Link:
 
     def give_up(self) -> None:
         """Ask nothing more: every waiting request and every job hears as if it were gone."""
-        self._given_up = True
+        self.given_up = True
         for waiting in self._waiting.values():
             waiting.answered.set()
         self._waiting.clear()

@@ -313,7 +313,9 @@ async def test_service_that_leaves_does_not_wait_for_a_client_s_long_grace(
         os.close(pipe)
 
 
-async def test_service_that_leaves_does_not_wait_for_a_silent_launcher(tmp_path: Path) -> None:
+async def test_service_that_leaves_does_not_wait_for_a_silent_launcher(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
         execution = await supervisor.submit(spec("left"), "alice")
         link.silent = True
@@ -321,3 +323,4 @@ async def test_service_that_leaves_does_not_wait_for_a_silent_launcher(tmp_path:
             await supervisor.leave()
         assert link.given_up
         assert not execution.ended.is_set()
+    assert caplog.text.count("the launcher does not answer") == 1

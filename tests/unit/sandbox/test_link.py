@@ -1,0 +1,64 @@
+"""The service's side of its conversation with a launcher that the test plays."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from jobworker.errors import LauncherGone, LauncherSilent
+from jobworker.model.job import JobId
+from jobworker.sandbox import channel
+from jobworker.sandbox.link import Link
+
+AGAIN = "the launcher answers again"
+
+
+@asynccontextmanager
+async def open_silent() -> AsyncIterator[tuple[Link, socket.socket]]:
+    """A link whose launcher was found to answer nothing, and that launcher's end."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.setblocking(False)
+    with trio.socket.from_stdlib_socket(near) as sock, far:
+        link = Link(sock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.serve)
+            nursery.start_soon(link.listen)
+            with pytest.raises(LauncherSilent):
+                await link.promised_bytes()
+            yield link, far
+            nursery.cancel_scope.cancel()
+
+
+def answer_all(far: socket.socket) -> None:
+    while True:
+        try:
+            received = channel.receive(far)
+        except BlockingIOError:
+            return
+        assert received is not None
+        channel.send(far, {"id": received[0]["id"], "ok": {}})
+
+
+async def test_silent_launcher_that_answers_is_told_in_the_log(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_silent() as (link, far):
+        with trio.fail_after(60):
+            while link.silent:
+                answer_all(far)
+                await trio.sleep(0.1)
+    assert AGAIN in caplog.text
+
+
+async def test_silent_launcher_that_is_given_up_has_not_answered(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_silent() as (link, _):
+        link.give_up()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        with pytest.raises(LauncherGone):
+            await link.kill(JobId(1))
+    assert AGAIN not in caplog.text
