@@ -1,6 +1,7 @@
 """The control-group layer against the kernel of this host, whichever hierarchies it has."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -224,6 +225,25 @@ def test_directory_stands_in_the_groups_of_this_process() -> None:
         mount = found.legacy(name)
         assert mount is not None
         assert f"{found.own_path(mount, name)}/{NAME}" in paths
+
+
+def test_groups_in_hierarchies_that_are_not_used_any_more_are_swept() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    earlier = cgroups.open_tree(probes.ALL, NAME)
+    process = subprocess.Popen(["/bin/sleep", "600"])
+    for top in earlier.tops:
+        os.mkdir("left", dir_fd=top)
+        cgroup_files.write(top, "left/cgroup.procs", str(process.pid))
+    now = cgroups.open_tree((), NAME)
+    now.sweep()
+    cgroups.sweep_elsewhere(now)
+    assert process.wait(10) == -signal.SIGKILL
+    assert len(probes.leftovers(NAME)) == len(now.tops)
+    cgroups.sweep_elsewhere(now)
+    now.close()
+    earlier.close()
+    assert probes.leftovers(NAME) == []
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_sweep_ends_groups_that_a_job_made_below_its_own(tree: Tree) -> None:

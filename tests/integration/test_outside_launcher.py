@@ -20,7 +20,7 @@ from jobworker.sandbox.launch import Listed, OpenedLauncher, connect_launcher
 from jobworker.server.setup import instance_name
 
 from .conftest import child_of, left_behind
-from .outside import open_launcher
+from .outside import Extra, open_launcher
 
 Message = dict[str, object]
 
@@ -289,7 +289,8 @@ def test_killed_launcher_takes_its_jobs_along_and_the_next_one_sweeps(
         assert os.read(stdout, 1) == b""
         channel.close_all([stdout, stderr])
         opened.close()
-    with open_launcher(directory):
+    fewer: Extra = {"cgroup": {"enable_controllers": ["memory", "pids"]}}
+    with open_launcher(directory, {**fewer, "worker": {"default_cpu_limit": 0}}):
         opened = connect(directory)
         assert opened.jobs == ()
         opened.close()

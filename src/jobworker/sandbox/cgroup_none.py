@@ -4,6 +4,9 @@ A scope is nothing here. Every limit is refused by name (`Scope.arm`), nothing i
 job ends with its process namespace, which a group would only have helped to catch.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from jobworker.sandbox.cgroup_scope import Kind, Limits, Scope, Tree, Usage
 
 
@@ -30,12 +33,15 @@ class NoScope(Scope):
 
 
 class NoTree(Tree):
-    """The tree that has no directory anywhere; `why` there is none."""
+    """The tree that makes no directory anywhere; `why` there is none.
+
+    `left` are open directories of an earlier instance, by their paths: to be swept and closed.
+    """
 
     kind: Kind = "none"
 
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(name, {}, None)
+    def __init__(self, name: str, why: str, left: Mapping[str, int] = MappingProxyType({})) -> None:
+        super().__init__(name, dict(left), None)
         self._why = why
 
     def missing_features(self) -> tuple[str, ...]:

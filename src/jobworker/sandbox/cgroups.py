@@ -1,7 +1,7 @@
 """The control groups of jobs: one interface over cgroup v2, v1 and hybrid hosts.
 
     tree = open_tree(("cpu", "memory", "io", "pids"), "jobworker-1a2b3c4d")
-    tree.sweep()
+    tree.sweep(); sweep_elsewhere(tree)
     scope = tree.create("spare-1")
     ...                                   # the child is cloned into scope.clone_fd, attaches itself
     scope.arm(Limits(cpu_percent=50, memory_bytes=64 << 20))
@@ -11,22 +11,29 @@
 v2 is used where one cgroup2 mount offers all the controllers that are asked for; else v1, with
 the cgroup2 mount beside it, if there is one, for tracking processes (`kind` "hybrid").
 
-What must hold: open_tree() is the only function here that needs paths (/proc, /sys, the cgroup
-mounts); everything after it works through descriptors, in any mount namespace. Nothing
+What must hold: only open_tree() and sweep_elsewhere() need paths (/proc, /sys, the cgroup
+mounts); everything after them works through descriptors, in any mount namespace. Nothing
 is changed in a group that is not ours, but for enabling controllers above our directory on v2.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 
 from jobworker import errors
+from jobworker.sandbox import cgroup_cpuset
 from jobworker.sandbox import cgroup_delegation as delegation
 from jobworker.sandbox import cgroup_mounts as mounts
+from jobworker.sandbox.cgroup_files import DIRECTORY
 from jobworker.sandbox.cgroup_none import NoTree
 from jobworker.sandbox.cgroup_scope import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup_v1 import open_v1
 from jobworker.sandbox.cgroup_v2 import open_v2
 
-__all__ = ["Limits", "Scope", "Tree", "Usage", "open_tree", "step_into_leaf"]
+__all__ = ["Limits", "Scope", "Tree", "Usage", "open_tree", "step_into_leaf", "sweep_elsewhere"]
+
+_OURS = frozenset({*mounts.V1_NAMES.values(), "cpuacct", cgroup_cpuset.CONTROLLER})
+"""The v1 controllers in whose hierarchies a tree may have had a directory."""
 
 
 def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
@@ -60,6 +67,41 @@ def _open_tree(controllers: Sequence[str], name: str, parent: str) -> Tree:
     if absent is not None:
         raise mounts.missing(absent, found, offered)
     return open_v1(found, controllers, name, parent, has_swap)
+
+
+def sweep_elsewhere(tree: Tree, parent: str = "") -> None:
+    """Remove what an earlier instance of this name left in hierarchies that the tree does not use.
+
+    It may have been told of more controllers. Looks only where this instance would have its
+    directory: elsewhere the name may be that of another container's. Raises OSError.
+    """
+    left = dict[str, int]()
+    used = [os.fstat(top) for top in tree.tops]
+    try:
+        for path in _places(_hierarchies(), tree.name, parent):
+            with contextlib.suppress(FileNotFoundError):
+                left[path] = os.open(path, DIRECTORY)
+                status = os.fstat(left[path])
+                if any(os.path.samestat(status, other) for other in used):
+                    os.close(left.pop(path))
+                used.append(status)
+        remains = NoTree(tree.name, "it is another tree's", left)
+        remains.sweep()
+        remains.close()
+        left.clear()
+    finally:
+        for top in left.values():
+            os.close(top)
+
+
+def _places(found: mounts.Hierarchies, name: str, parent: str) -> Iterator[str]:
+    """Where a directory of ours may be; on cgroup2 also at the top: `cgroup_delegation`."""
+    for mount in found.mounts:
+        if mount.version == 2:
+            yield f"{mounts.base_path(found, mount, '', parent)}/{name}"
+            yield f"{mount.point}/{name}"
+        elif ours := sorted(mount.controllers & _OURS):
+            yield f"{mounts.base_path(found, mount, ours[0], parent)}/{name}"
 
 
 def step_into_leaf() -> None:

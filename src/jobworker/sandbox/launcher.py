@@ -23,7 +23,8 @@ from typing import NoReturn
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroups import Limits, Tree, open_tree
+from jobworker.sandbox.announce import say
+from jobworker.sandbox.cgroups import Limits, Tree, open_tree, sweep_elsewhere
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import Terms, rounded
 from jobworker.sandbox.launcher_loop import Launcher
@@ -178,6 +179,10 @@ def _prepare(
             f"cannot clear away what an earlier service left in control groups: {error}",
             remedy=f"see what still runs in the groups called {policy.instance}",
         ) from error
+    try:
+        sweep_elsewhere(tree, policy.cgroup_parent)
+    except OSError as error:  # it is empty, and in nobody's way
+        say(f"cannot clear away all groups that an earlier launcher left: {error}")
     shown = (policy.programs, policy.etc)
     if policy.runtimes and not has_rights:
         raise HostUnsupported(
