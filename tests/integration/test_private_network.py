@@ -199,10 +199,18 @@ async def test_gateway_that_dies_ends_the_network_and_not_the_job(
     job = await admin.start("sh", "-c", "read x < /tmp/fifo || sleep 60", network="private")
     (gateway,) = await only_gateway(service)
     os.kill(gateway, signal.SIGKILL)
-    await until(lambda: f"job {job}: the gateway of its network has ended" in service.log_text())
+    told = f"its private network ended: its {PROGRAM} ended by signal 9"
+    await until(lambda: f"WARNING job {job}: {told}" in service.log_text())
     result = await admin.call("job.status", id=job)
-    assert result["state"] == "RUNNING"
-    await admin.call("job.stop", id=job)
+    assert (result["state"], result["detail"]) == ("RUNNING", told)
+    result = await admin.call("job.stop", id=job)
+    assert result["detail"] == told
+
+
+async def test_job_that_is_killed_with_its_network_is_told_as_killed(admin: Wire) -> None:
+    job = await admin.start("sleep", "60", network="private")
+    result = await admin.call("job.stop", id=job, signal="KILL")
+    assert (result["state"], result["detail"]) == ("STOPPED", "")
 
 
 async def test_limit_on_processes_is_the_jobs_own(admin: Wire) -> None:

@@ -53,7 +53,7 @@ from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
-from jobworker.sandbox.link import Exits, Link, Started
+from jobworker.sandbox.link import Exits, Link, Notices, Started
 
 log = logging.getLogger("jobworker.jobs")
 
@@ -197,12 +197,16 @@ class Execution:
                 nursery.start_soon(self._ending.serve)
                 nursery.start_soon(self._ending.time_out, self._seconds_left(started))
                 nursery.start_soon(self._record_changes)
+                nursery.start_soon(self._take_notices, started.notices)
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
                 self._ending.exited = True
                 nursery.cancel_scope.cancel()
         # A job that was left is left, whatever is known of its end: output may stand in its pipes,
         # which the launcher keeps, with its exit status, until the next service has both.
+        with suppress(trio.WouldBlock, trio.EndOfChannel):  # told just before the end
+            while True:
+                self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
             if self._changed.is_set():
                 await self.store()
@@ -288,6 +292,17 @@ class Execution:
         log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
         if policy == "stop":
             self._ending.stop_for_output()
+
+    async def _take_notices(self, notices: Notices) -> None:
+        async for words in notices:
+            self._take_notice(words)
+
+    def _take_notice(self, words: str) -> None:
+        """Record what the launcher tells of the job while it runs."""
+        if words not in self.record.detail:  # else an earlier service was told
+            log.warning("job %d: %s", self.record.id, words)
+            self._note(words)
+            self._changed.set()
 
     def _policy_at(self, cut: OutputCut) -> OutputPolicy:
         if cut is OutputCut.LIMIT:

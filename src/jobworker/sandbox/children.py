@@ -86,8 +86,9 @@ class Child:
         self.gateway: int | None = None
         """The pidfd of its network's gateway, until that is reaped."""
         self.layout: Layout | None = None
-        self.wall = b""
-        """The program that keeps it away from the host, where it has a gateway."""
+        self.wall, self.network_end = b"", ""
+        """The program that keeps it away from the host, where it has a gateway. And why its network
+        has ended, where that came before its own end."""
         self.report = -1
         """What its init tells of the program's end; -1 where it has none."""
         self.hoards = False

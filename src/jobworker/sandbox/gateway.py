@@ -69,10 +69,13 @@ def start_gateway(means: Means) -> tuple[int, int]:
     return pidfd, near.detach()
 
 
-def reap(pidfd: int) -> None:
-    """Collect a gateway whose pidfd is readable, and close that."""
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+def reap(pidfd: int) -> str:
+    """Collect a gateway whose pidfd is readable, and close that: how it ended, in words."""
+    info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     os.close(pidfd)
+    assert info is not None
+    how = "with code" if info.si_code == os.CLD_EXITED else "by signal"
+    return f"its {PROGRAM} ended {how} {info.si_status}"
 
 
 def _become_gateway(means: Means, descriptor: int) -> NoReturn:

@@ -61,6 +61,8 @@ class Listed:
     """None while it lives."""
     stdout: int
     stderr: int
+    network_end: str = ""
+    """Why it lost its private network, if it did."""
 
 
 @frozen(kw_only=True)
@@ -265,7 +267,13 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
         assert isinstance(ago, float)
         exit_ = evolve(exit_, seconds_ago=ago)
     return Listed(
-        job=job, pid=pid, age_seconds=age_seconds, exit=exit_, stdout=stdout, stderr=stderr
+        job=job,
+        pid=pid,
+        age_seconds=age_seconds,
+        exit=exit_,
+        stdout=stdout,
+        stderr=stderr,
+        network_end=str(entry.get("network_end", "")),  # an earlier launcher does not tell
     )
 
 

@@ -2,8 +2,8 @@
 
 Spares are kept ready; `spawn` turns one into a job, or makes a child where none is left. Each
 child is watched: its last words, its end, its memory. What must be told goes to `tell`: the
-reply to a spawn once the program runs or nothing of the failed start is left, and the event of
-a job's end.
+reply to a spawn once the program runs or nothing of the failed start is left, and the events of
+a job's end and of its network's, where that comes first.
 
 An end is told with what the job lost of what it wrote (`disk_images.lost_writes`). That of its own
 disk is known at once; a volume is written out before, by a process of its own, and the end is told
@@ -46,6 +46,8 @@ from jobworker.sandbox.zombies import Zombies
 REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
 LOOK_AGAIN_SECONDS = 0.1
+TOGETHER_SECONDS = 0.1
+"""A kill of a whole control group ends a job and its gateway at most this far apart."""
 CLEAR_AGAIN_SECONDS = 0.005
 CLEAR_SELDOM_SECONDS = 0.08
 """The pause doubles up to this, while none of those that are tried again lets go."""
@@ -395,19 +397,26 @@ class Jobs:
         except ProcessLookupError:
             return  # it has ended, and its network with it
         except OSError as error:
-            say(f"job {child.job}: cannot close its network to the host's new addresses: {error}")
+            child.network_end = f"the host's new addresses could not be closed to it: {error}"
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
 
     def _on_gateway_exit(self, child: Child) -> None:
         assert child.gateway is not None
         self._turns.unwatch(child.gateway)
-        gateway.reap(child.gateway)
+        how = gateway.reap(child.gateway)
         child.gateway = None
-        if child.exit is None and child.job is not None and child.request is None:
-            say(f"job {child.job}: the gateway of its network has ended; it has none any more")
+        if child.exit is None:
+            self._turns.call_in(TOGETHER_SECONDS, partial(self._tell_network_end, child, how))
         if child.exit is not None:
             self._clear(child)
+
+    def _tell_network_end(self, child: Child, how: str) -> None:
+        """Tell that a job goes on without its network; a moment later, since all of it may end."""
+        if child.exit is None and child.job is not None and not child.doomed:
+            why = child.network_end = child.network_end or how
+            say(f"job {child.job}: its private network ended: {why}")
+            self._tell({"event": "network_ended", "job": child.job, "why": why}, ())
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -505,6 +514,7 @@ def listed(child: Child) -> channel.Message:
         "ended_seconds_ago": time.monotonic() - child.ended_at,
         "exit": _end(child) if child.end_is_known else None,
         "usage": child.usage()._asdict(),
+        "network_end": child.network_end,
     }
 
 

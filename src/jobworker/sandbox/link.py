@@ -36,6 +36,16 @@ from jobworker.sandbox.plan import Order
 from jobworker.sandbox.start_failures import explain
 from jobworker.threads import in_thread
 
+Notices = trio.MemoryReceiveChannel[str]
+"""What the launcher tells of a job while it runs, in words; closes with its end."""
+NOTICES_KEPT = 8
+
+
+def _no_notices() -> Notices:
+    send, receive = trio.open_memory_channel[str](0)
+    send.close()
+    return receive
+
 
 @frozen(kw_only=True)
 class Started:
@@ -46,6 +56,7 @@ class Started:
     stderr: int
     age_seconds: float = 0.0
     """How long it had run when this was told."""
+    notices: Notices = Factory(_no_notices)
 
 
 log = logging.getLogger("jobworker.sandbox")
@@ -93,6 +104,7 @@ class Link:
     _sock: trio.socket.SocketType
     _waiting: dict[int, _Waiting] = Factory(dict)
     _exits: dict[JobId, trio.MemorySendChannel[Exit]] = Factory(dict)
+    _notices: dict[JobId, trio.MemorySendChannel[str]] = Factory(dict)
     _next: int = 1
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
@@ -110,16 +122,21 @@ class Link:
         taken = {}
         for listed in jobs:
             send, receive = trio.open_memory_channel[Exit](1)
+            notices = self._open_notices(JobId(listed.job))
+            if listed.network_end:
+                self._on_network_end(JobId(listed.job), listed.network_end)
             if listed.exit is None:
                 self._exits[JobId(listed.job)] = send
             else:
                 send.send_nowait(listed.exit)
                 send.close()
+                self._notices.pop(JobId(listed.job)).close()
             started = Started(
                 pid=listed.pid,
                 stdout=listed.stdout,
                 stderr=listed.stderr,
                 age_seconds=listed.age_seconds,
+                notices=notices,
             )
             taken[JobId(listed.job)] = (started, receive)
         self.inherited = taken
@@ -133,12 +150,14 @@ class Link:
         """
         _check_descriptors()
         send, receive = trio.open_memory_channel[Exit](1)
-        self._exits[job] = send
+        self._exits[job], notices = send, self._open_notices(job)
         try:
             fields = {**_order_fields(order), **limits._asdict()}
             message, descriptors = await self._ask("spawn", job, fields)
         except BaseException as error:
             self._exits.pop(job, send).close()
+            if (unwanted := self._notices.pop(job, None)) is not None:
+                unwanted.close()
             receive.close()
             if isinstance(error, OutOfDescriptors):  # it may run, and nobody could read from it
                 error.data["may_have_run"] = True
@@ -148,7 +167,17 @@ class Link:
         stdout, stderr = descriptors
         pid = message["pid"]
         assert isinstance(pid, int)
-        return Started(pid=pid, stdout=stdout, stderr=stderr), receive
+        return Started(pid=pid, stdout=stdout, stderr=stderr, notices=notices), receive
+
+    def _open_notices(self, job: JobId) -> Notices:
+        self._notices[job], receive = trio.open_memory_channel[str](NOTICES_KEPT)
+        return receive
+
+    def _on_network_end(self, job: JobId, why: str) -> None:
+        notices = self._notices.get(job)
+        if notices is not None:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):  # nobody wants to know
+                notices.send_nowait(f"its private network ended: {why}")
 
     async def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
         """The steps by which a job would be started, each with its subject and what it does.
@@ -331,20 +360,29 @@ class Link:
         for waiting in self._waiting.values():
             waiting.answered.set()
         self._waiting.clear()
-        for exits in self._exits.values():
-            exits.close()
-        self._exits.clear()
+        for channels in (self._exits, self._notices):
+            for each in channels.values():
+                each.close()
+            channels.clear()
 
     def _dispatch(self, message: channel.Message, descriptors: list[int]) -> None:
         if message.get("event") == "exit":
             channel.close_all(descriptors)
             job = message["job"]
             assert isinstance(job, int)
+            if (notices := self._notices.pop(JobId(job), None)) is not None:
+                notices.close()
             exits = self._exits.pop(JobId(job), None)
             if exits is not None:
                 with suppress(trio.BrokenResourceError):  # nobody wants to know any more
                     exits.send_nowait(exit_from(message))
                 exits.close()
+            return
+        if message.get("event") == "network_ended":
+            channel.close_all(descriptors)
+            job = message["job"]
+            assert isinstance(job, int)
+            self._on_network_end(JobId(job), str(message["why"]))
             return
         answered = message.get("id")
         waiting = self._waiting.pop(answered, None) if isinstance(answered, int) else None

@@ -8,7 +8,8 @@ Standard library only.
 
 PROTOCOL = 2
 """Raise it with every change of a request, reply or event that an earlier service or launcher
-cannot do without; the rest has a default. Version 1 told none."""
+cannot do without; the rest has a default, and an unknown event is passed over. Version 1 told
+none."""
 
 
 def mismatch(launcher: object, service: object) -> str:

@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from attrs import evolve
 
 from jobworker.errors import LauncherGone, LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
+from jobworker.sandbox.launch import Listed
 from jobworker.sandbox.link import Link
 
 AGAIN = "the launcher answers again"
@@ -29,6 +31,30 @@ async def open_silent() -> AsyncIterator[tuple[Link, socket.socket]]:
             with pytest.raises(LauncherSilent):
                 await link.promised_bytes()
             yield link, far
+            nursery.cancel_scope.cancel()
+
+
+async def test_end_of_a_private_network_reaches_whoever_has_the_job(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Told while the service listens, or listed to the next one; unknown events are no fault."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listed = Listed(job=1, pid=5, age_seconds=1, exit=None, stdout=0, stderr=0)
+    with trio.socket.from_stdlib_socket(near) as sock, far:
+        link = Link(sock)
+        link.inherit([evolve(listed, network_end="it broke"), evolve(listed, job=2)])
+        channel.send(far, {"event": "of a later launcher", "job": 2})
+        channel.send(far, {"event": "network_ended", "job": 2, "why": "it died"})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.serve)
+            with trio.fail_after(20):
+                (one, exits), (two, _) = (link.inherited[JobId(n)] for n in (1, 2))
+                assert await one.notices.receive() == "its private network ended: it broke"
+                assert await two.notices.receive() == "its private network ended: it died"
+            assert not exits.statistics().current_buffer_used, "it lives"
+            link.give_up()
+            with pytest.raises(trio.EndOfChannel):
+                await two.notices.receive()
             nursery.cancel_scope.cancel()
 
 
