@@ -194,6 +194,7 @@ def status(record: JobStatus, now: datetime) -> str:
     """All about a job, a line for each thing; `now` is for the age of one that runs."""
     spec, limits = record.spec, record.spec.limits
     usage = record.usage or Usage()
+    unmeasured = record.usage is None and record.ended and record.started_at is not None
     lines = [("ID", str(record.id)), ("Name", spec.name), ("Command", command_line(record))]
     lines += [("Owner", record.owner), ("Status", state_words(record)), ("Detail", record.detail)]
     if record.exit_code is not None:
@@ -206,6 +207,7 @@ def status(record: JobStatus, now: datetime) -> str:
         ("Ended", timestamp(record.ended_at)),
         ("Duration", _duration(record, now)),
         ("Timeout", _timeout(spec.timeout_seconds)),
+        ("Usage", "not measured" if unmeasured else ""),
         ("CPU", f"{_cpu(usage)}, {_limit(limits.cpu_percent, f'{limits.cpu_percent}%')}"),
         ("Cores", spec.cpu_cores),
         ("Memory", ", ".join([*_memory(record, usage), _memory_limit(record)])),

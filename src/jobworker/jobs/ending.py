@@ -181,7 +181,7 @@ def memory_words(ending: Exit, reason: Reason | None) -> str:
         )
     if ending.want != "host":
         return ""
-    count = ending.usage.oom_kills
+    count = ending.usage.oom_kills if ending.usage is not None else "some"
     some = f"{count} of its processes {'was' if count == 1 else 'were'}"
     who = "it was" if reason is Reason.OOM else some
     return f"{who} {KILLED_FOR_MEMORY}: the host, or a control group above the job's, had none left"

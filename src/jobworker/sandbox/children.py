@@ -19,7 +19,6 @@ from typing import NamedTuple
 from jobworker.errors import SandboxError
 from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroup_scope import Want
 from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
@@ -152,15 +151,11 @@ class Child:
         return message
 
     def usage(self) -> Usage:
-        """What it has used; nothing where the kernel does not tell."""
+        """What it has used. Raises OSError where that cannot be read."""
         if self.final_usage is not None:
             return self.final_usage
-        try:
-            usage = self.scope.usage()
-            return usage._replace(oom_kills=max(1, usage.oom_kills)) if self.hoards else usage
-        except OSError as error:
-            say(f"cannot read {self.slot.name}'s usage: {error}")
-            return Usage()
+        usage = self.scope.usage()
+        return usage._replace(oom_kills=max(1, usage.oom_kills)) if self.hoards else usage
 
     def want(self) -> Want:
         """For want of what memory processes of it were killed; "" where none was."""

@@ -38,7 +38,8 @@ class Exit:
 
     code: int | None
     signal: int | None
-    usage: Usage
+    usage: Usage | None
+    """None where it could not be read."""
     lost: tuple[str, ...] = ()
     """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
     unseen: tuple[str, ...] = ()
@@ -261,7 +262,7 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
     assert isinstance(pid, int)
     assert isinstance(age_seconds, float)
     assert isinstance(end, dict | None)
-    exit_ = None if end is None else exit_from({**end, "usage": entry["usage"]})
+    exit_ = None if end is None else exit_from({**entry, **end})
     if exit_ is not None:
         ago = entry["ended_seconds_ago"]
         assert isinstance(ago, float)
@@ -298,7 +299,7 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     return Exit(
         code=code,
         signal=number,
-        usage=used,
+        usage=None if message.get("measured") is False else used,
         lost=tuple(map(str, lost)),
         unseen=tuple(map(str, unseen)),
         want=_want_from(message.get("want"), used),

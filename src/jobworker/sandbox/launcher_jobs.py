@@ -33,7 +33,7 @@ from functools import partial
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline, wall
 from jobworker.sandbox.announce import say
-from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.cgroups import Limits, Usage
 from jobworker.sandbox.children import Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.kernel_watch import KernelWatch
@@ -306,7 +306,11 @@ class Jobs:
         self._turns.unwatch(child.pidfd)
         child.exit, child.ended_at, child.doomed = status_of(child), time.monotonic(), True
         self._zombies.take(child.pidfd)
-        child.final_usage, child.final_want = child.usage(), child.want()
+        child.final_want = child.want()
+        try:
+            child.final_usage = child.usage()
+        except OSError as error:
+            say(f"cannot read what {child.slot.name} has used: {error}")
         if child.gateway is not None:
             signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
         if child.sock is not None:  # its last words come before its end
@@ -369,7 +373,7 @@ class Jobs:
         child.end_is_known = True
         if child.job is not None:
             event: channel.Message = {"event": "exit", "job": child.job}
-            self._tell({**event, **_end(child), "usage": child.usage()._asdict()}, ())
+            self._tell({**event, **_end(child), **_measured(child)}, ())
 
     def _on_addresses(self) -> None:
         """The host has other addresses: close them to the jobs that have a way out."""
@@ -513,9 +517,17 @@ def listed(child: Child) -> channel.Message:
         "age_seconds": time.monotonic() - child.started_at,
         "ended_seconds_ago": time.monotonic() - child.ended_at,
         "exit": _end(child) if child.end_is_known else None,
-        "usage": child.usage()._asdict(),
+        **_measured(child),
         "network_end": child.network_end,
     }
+
+
+def _measured(child: Child) -> channel.Message:
+    """What a job has used, and whether that could be read: earlier services take numbers only."""
+    try:
+        return {"usage": child.usage()._asdict(), "measured": True}
+    except OSError:
+        return {"usage": Usage()._asdict(), "measured": False}
 
 
 def _end(child: Child) -> channel.Message:

@@ -1,5 +1,6 @@
 """What the launcher does for a job also where it has no descriptor left."""
 
+import errno
 import os
 import resource
 import signal
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from jobworker.sandbox.cgroup_none import NoTree
-from jobworker.sandbox.children import Child
-from jobworker.sandbox.launcher_jobs import deliver
+from jobworker.sandbox.cgroups import Usage
+from jobworker.sandbox.children import Child, Exit
+from jobworker.sandbox.launch import exit_from
+from jobworker.sandbox.launcher_jobs import deliver, listed
 from jobworker.sandbox.plan import Slot
 
 
@@ -49,3 +52,19 @@ def test_signal_that_would_have_no_effect_is_not_sent(child: Child) -> None:
 def test_signal_is_sent_where_nothing_tells_whether_it_is_heeded(child: Child) -> None:
     with no_descriptors():
         assert deliver(child, signal.SIGTERM)
+
+
+def test_usage_that_cannot_be_read_is_none_and_not_zeros(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child.job, child.exit, child.end_is_known = 1, Exit(0, None), True
+
+    def refuse() -> Usage:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(child.scope, "usage", refuse)
+    told = listed(child)
+    assert told["usage"] == Usage()._asdict(), "an earlier service knows numbers only"
+    assert exit_from({**told, "code": 0, "signal": None}).usage is None
+    monkeypatch.undo()
+    assert exit_from({**listed(child), "code": 0, "signal": None}).usage is not None
