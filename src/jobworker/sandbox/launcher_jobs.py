@@ -249,14 +249,38 @@ class Jobs:
             child = self._nursery.make(order)
         finally:  # where it failed, a gateway of it may be on its way out
             self._watch_sweepers()
-        assert child.sock is not None
         self._children.add(child)
-        self._turns.watch(child.sock.fileno(), partial(self._on_word, child))
+        try:
+            self._watch(child)
+        except OSError:  # of epoll: no memory, or no more watches to be had
+            self.kill(child)
+            self._look_for_ends(child)
+            raise
+        return child
+
+    def _watch(self, child: Child) -> None:
+        assert child.sock is not None
         self._turns.watch(child.pidfd, partial(self._on_exit, child))
         if child.gateway is not None:
             self._turns.watch(child.gateway, partial(self._on_gateway_exit, child))
+        self._turns.watch(child.sock.fileno(), partial(self._on_word, child))
         self._oom_watch.watch(child)
-        return child
+
+    def _look_for_ends(self, child: Child) -> None:
+        """Take a killed child's end and its gateway's, as far as they are not watched."""
+        unwatched = False
+        for pidfd, on_end in (
+            (child.gateway, self._on_gateway_exit),
+            (child.pidfd if child.exit is None else None, self._on_exit),
+        ):
+            if pidfd is None or self._turns.watches(pidfd):
+                continue
+            if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                unwatched = True
+            else:
+                on_end(child)
+        if unwatched:
+            self._turns.call_in(CLEAR_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
         """Make one spare; more follow in later turns, so that requests are served between."""

@@ -52,9 +52,9 @@ class Turns:
         self._slowest_told = SLOW_SECONDS
 
     def watch(self, descriptor: int, call: Call) -> None:
-        """Call whenever the descriptor is readable, or at its end."""
-        self._sources[descriptor] = call
+        """Call whenever the descriptor is readable, or at its end. Raises OSError."""
         self._poll.register(descriptor, select.EPOLLIN)
+        self._sources[descriptor] = call
 
     def watch_room(self, descriptor: int, wanted: bool) -> None:
         """Call a watched descriptor's watcher also when it is writable, or no longer so."""
