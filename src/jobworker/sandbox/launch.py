@@ -25,6 +25,15 @@ from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.version import PROTOCOL, mismatch
 
 START_SECONDS = 30
+_SILENT = (
+    "it is there and does not answer: see what holds it (ps, systemctl status worker-launcher), "
+    "then start the service again"
+)
+_ABSENT = (
+    "see whether it runs (ps, systemctl status worker-launcher); if not, start it (worker "
+    "launcher, or systemctl start worker-launcher), and if so, its socket was removed: let its "
+    "jobs end and start it anew. Or leave launcher.socket empty for a launcher of the service's own"
+)
 NO_LOCKS: Mapping[str, int] = MappingProxyType({})
 _BOOTSTRAP = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -155,10 +164,10 @@ def connect_launcher(path: str) -> OpenedLauncher:
     except OSError as error:
         sock.close()
         channel.close_all(pipes)
+        silent = isinstance(error, TimeoutError)
+        why = f"no answer within {START_SECONDS} s" if silent else error.strerror or error
         raise LauncherGone(
-            f"cannot reach the launcher at {path}: {error.strerror or error}",
-            remedy="start it (worker launcher, or systemctl start worker-launcher), or leave "
-            "launcher.socket empty for a launcher of the service's own",
+            f"cannot reach the launcher at {path}: {why}", remedy=_SILENT if silent else _ABSENT
         ) from error
     except BaseException:
         sock.close()
