@@ -129,16 +129,16 @@ def _map_ids(step: s.MapIds, _: Means) -> None:
 
 def _mount_disk(step: s.MountDisk, means: Means) -> None:
     assert means.workshop is not None, "only a root of layers has a disk"
-    directory = root_mounts.mount_disk(step, means.workshop)
+    disk = root_mounts.mount_disk(step, means.workshop)
     # The launcher keeps the disk mounted until it has told the kernel to forget what is on it.
-    _hand_over({"disk": True}, directory)
+    _hand_over({"disk": True}, *disk)
 
 
-def _hand_over(message: channel.Message, descriptor: int) -> None:
-    """Give the launcher a descriptor, which is closed here."""
+def _hand_over(message: channel.Message, *descriptors: int) -> None:
+    """Give the launcher descriptors, which are closed here."""
     with socket.socket(fileno=os.dup(STATUS_DESCRIPTOR)) as status:
-        channel.send(status, message, [descriptor])
-    os.close(descriptor)
+        channel.send(status, message, descriptors)
+    channel.close_all(descriptors)
 
 
 def _mount_overlay(step: s.MountOverlay, _: Means) -> None:

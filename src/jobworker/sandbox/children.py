@@ -24,7 +24,7 @@ from jobworker.sandbox.cgroup_scope import Want
 from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
-from jobworker.sandbox.disk_images import rounded
+from jobworker.sandbox.disk_images import Disk, rounded
 from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.policy import Policy
@@ -60,8 +60,7 @@ class Child:
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope
         self.pid = self.pidfd = self.stdout = self.stderr = -1
-        self.disk: int | None = None
-        """The root of its disk, which stays mounted while this is open."""
+        self.disk: Disk | None = None
         self.root: int | None = None
         """The root that it sees, on its disk."""
         self.volume_roots: dict[str, int] = {}
@@ -139,8 +138,8 @@ class Child:
             return {"failed": trampoline.failure_from(packet, self._errand)}
         message, descriptors = channel.decode(packet, ancillary, flags)
         name = message.get("volume")
-        if "disk" in message and self.disk is None and descriptors:
-            self.disk = descriptors.pop()
+        if "disk" in message and self.disk is None and len(descriptors) == 2:
+            self.disk, descriptors = Disk(*descriptors), []
         elif "root" in message and self.root is None and descriptors:
             self.root = descriptors.pop()
         elif name in self.volumes and name not in self.volume_roots and descriptors:

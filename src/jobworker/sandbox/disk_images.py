@@ -3,8 +3,10 @@
 What a job writes is bounded by the size of its file system, bytes and inodes alike, on any host
 with loop devices and ext4: no quota has to be switched on, and what fills up is the job's own.
 The image is a file without a name, and the kernel frees it, device and all, once the last mount
-of it is gone, whoever was killed before. A sparse one takes what is written to it; one that is
-reserved takes its size when it is made, and no write to it can find the disk below full.
+of it is gone, whoever was killed before. A job that was given a descriptor of a file on it keeps
+it mounted; `discard` takes its blocks away all the same. A sparse image takes what is written to
+it; one that is reserved takes its size when it is made, and no write to it can find the disk below
+full.
 
 Where that disk is full, a job's write(2), close(2) and sync(2) succeed all the same: the kernel
 writes later, and forgets what it could not write. syncfs(2) tells of it, see `lost_writes`.
@@ -40,7 +42,8 @@ _FEATURES = (
 _BYTES_PER_INODE = 8192
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 
-_LOOP_CONFIGURE, _LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C0A, 0x4C05, 0x4C82
+_LOOP_CONFIGURE, _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C0A, 0x4C04, 0x4C05
+_LOOP_SET_CAPACITY, _LOOP_CTL_GET_FREE = 0x4C07, 0x4C82
 _LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 1, 4, 16
 # struct loop_info64: device, inode, rdevice, offset, sizelimit, number, encrypt_type,
 # encrypt_key_size, flags, file name, crypt name, encrypt key, init
@@ -75,6 +78,15 @@ class Workshop(NamedTuple):
     """Bytes that are to stay free on the disk below."""
     reserve: bool = False
     """Whether images take all of their size at once."""
+
+
+class Disk(NamedTuple):
+    """Descriptors of a job's disk."""
+
+    root: int
+    """Of its root, which stays mounted while this is open."""
+    image: int
+    """Of the file that it is in: see `open_again`."""
 
 
 class Terms(NamedTuple):
@@ -276,7 +288,11 @@ def mount_volume(path: str, target: str) -> bool:
 
 
 def mount_image(image: int, target: str) -> None:
-    """Mount an image at `target`, by a loop device of its own; it goes with the mount."""
+    """Mount an image at `target`, by a loop device of its own; it goes with the mount.
+
+    As long as it is there, a lock on `image` tells so: the device keeps the file open.
+    """
+    fcntl.flock(image, fcntl.LOCK_EX)
     device, path = attach(image)
     try:
         sc.mount(path, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOATIME, _OPTIONS)
@@ -314,13 +330,53 @@ def volume_lost_writes(root: int) -> bool:
     return lost_writes(root) or bool(os.fstatvfs(root).f_flag & os.ST_RDONLY)
 
 
-def discard(directory: int) -> None:
-    """Let go of a file system that nothing is to be kept of, by a descriptor of its root.
+def open_again(image: int) -> int:
+    """Open an image's file once more, for `discard`: a descriptor that has no part in its lock."""
+    return os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def discard(disk: Disk) -> None:
+    """Let go of a file system that nothing is to be kept of, and free what it takes below.
 
     Unmounting would write out first what is still in memory; shutting it down makes that
     unnecessary. May take long. Raises OSError.
     """
     try:
-        fcntl.ioctl(directory, _EXT4_IOC_SHUTDOWN, _WITHOUT_FLUSHING)
+        try:
+            fcntl.ioctl(disk.root, _EXT4_IOC_SHUTDOWN, _WITHOUT_FLUSHING)
+        finally:
+            os.close(disk.root)
+        if _is_attached(disk.image):
+            _take_blocks(disk.image)
     finally:
-        os.close(directory)
+        os.close(disk.image)
+
+
+def _is_attached(image: int) -> bool:
+    try:
+        fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _take_blocks(image: int) -> None:
+    """Free the blocks of an image whose file system was shut down and is still mounted.
+
+    The kernel may yet write what others than the file system have in memory for it: the device's
+    cache, and requests that were under way. So the device shrinks to nothing, which makes later
+    requests fail (EIO); then those under way are awaited; and what they wrote goes too.
+    """
+    found = find_attached(image)
+    if found is None:  # it has gone meanwhile
+        return
+    device, _ = found
+    try:
+        os.ftruncate(image, 0)
+        fcntl.ioctl(device, _LOOP_SET_CAPACITY)
+        told = bytearray(_LOOP_INFO.size)
+        fcntl.ioctl(device, _LOOP_GET_STATUS64, told)
+        fcntl.ioctl(device, _LOOP_SET_STATUS64, told)  # no change, but the kernel waits for it
+        os.ftruncate(image, 0)
+    finally:
+        os.close(device)

@@ -33,8 +33,9 @@ from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids
 from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 13
-"""Process, gateway, pipes, report, order, disk, root, socket, scope, user namespace, replies."""
+DESCRIPTORS_PER_CHILD = 14
+"""Process, gateway, pipes, report, order, disk and image, root, socket, scope, user namespace,
+replies."""
 
 
 def _warm_up(tree: Tree) -> None:

@@ -122,15 +122,18 @@ class Jobs:
 
     def promised_bytes(self) -> int:
         """How much more the disks of jobs and spares, and jobs' thin volumes, may take."""
-        disks = [child.disk for child in self._children if self._nursery.overcommits]
+        disks = [
+            child.disk.root
+            for child in self._children
+            if child.disk is not None and self._nursery.overcommits
+        ]
         thin = {
             name: root
             for child in self._children
             for name, root in child.volume_roots.items()
             if name in child.thin_volumes
         }
-        roots = [root for root in (*disks, *thin.values()) if root is not None]
-        return sum(disk_images.may_still_take(root) for root in roots)
+        return sum(disk_images.may_still_take(root) for root in (*disks, *thin.values()))
 
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""

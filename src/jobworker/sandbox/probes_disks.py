@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from jobworker.sandbox import disk_images
-from jobworker.sandbox.disk_images import MIN_BYTES, Workshop
+from jobworker.sandbox.disk_images import MIN_BYTES, Disk, Workshop
 from jobworker.sandbox.probes_mounts import on_stage
 from jobworker.sandbox.probing import Missing, Probe
 
@@ -52,7 +52,8 @@ def _filled(image: int, stage: str) -> str:
                 file.write(b"\1" * _MEBIBYTE)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            disk_images.discard(os.open(place, os.O_RDONLY | os.O_DIRECTORY))
+            root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            disk_images.discard(Disk(root, disk_images.open_again(image)))
             return "loop device, direct I/O, ext4"
         raise
     raise Missing("more fits in than its size")

@@ -28,12 +28,14 @@ def map_ids(step: s.MapIds, user_namespace: int) -> None:
     os.close(tree)
 
 
-def mount_disk(step: s.MountDisk, workshop: Workshop) -> int:
-    """Mount a new disk: a descriptor of its root."""
+def mount_disk(step: s.MountDisk, workshop: Workshop) -> disk_images.Disk:
+    """Mount a new disk."""
     image = disk_images.create(workshop, step.size_bytes)
     disk_images.mount_image(image, step.path)
+    again = disk_images.open_again(image)
     os.close(image)
-    return os.open(step.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    root = os.open(step.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return disk_images.Disk(root, again)
 
 
 def mount_overlay(step: s.MountOverlay) -> None:

@@ -27,13 +27,13 @@ class Sweepers:
     def __init__(self) -> None:
         self.running: set[int] = set()
         """pidfds, which somebody has to watch: see `reap`."""
-        self._disks: list[int] = []
+        self._disks: list[disk_images.Disk] = []
         self._paths: list[str] = []
         self._others: list[int] = []
 
-    def discard_disk(self, root: int, overlay: int | None) -> None:
-        """Let go of a disk and of the overlay on it, by descriptors of their roots, taken over."""
-        self._disks.append(root)
+    def discard_disk(self, disk: disk_images.Disk, overlay: int | None) -> None:
+        """Let go of a disk and of the overlay on it, whose root's descriptor is taken over, too."""
+        self._disks.append(disk)
         if overlay is not None:
             self._others.append(overlay)
         self._start()
@@ -73,7 +73,7 @@ class Sweepers:
         if not (self._disks or self._paths or self._others) or len(self.running) >= MAX_SWEEPERS:
             return
         try:
-            pid, pidfd = give_away([*self._others, *self._disks])
+            pid, pidfd = give_away([*self._others, *(n for disk in self._disks for n in disk)])
         except OSError:
             return  # no process to be had: see `stuck`
         if pid == 0:
@@ -82,10 +82,10 @@ class Sweepers:
         self.running.add(pidfd)
 
 
-def _sweep_and_exit(disks: list[int], paths: list[str]) -> NoReturn:
+def _sweep_and_exit(disks: list[disk_images.Disk], paths: list[str]) -> NoReturn:
     """In the process: what cannot be removed now is removed at the launcher's next start."""
     try:
-        close_all_but(disks)
+        close_all_but([descriptor for disk in disks for descriptor in disk])
         for disk in disks:
             _try(disk_images.discard, disk)
         for path in paths:

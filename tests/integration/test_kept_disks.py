@@ -1,0 +1,82 @@
+"""The disk of an ended job takes no room, whatever another job keeps of it."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.policy import Policy
+
+from .conftest import until
+from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
+from .test_launcher_waits import Disk
+
+MIB = 1 << 20
+
+KEEPER = """
+import mmap, os, socket
+door, near, far = socket.socket(socket.AF_UNIX), *socket.socketpair()
+door.bind("/srv/door")
+door.listen()
+print("open", flush=True)
+kept = []
+while True:
+    giver = door.accept()[0]
+    file, directory, other = socket.recv_fds(giver, 1, 3)[1]
+    kept.append(mmap.mmap(file, 0, prot=mmap.PROT_READ))
+    os.fchdir(directory)
+    socket.send_fds(near, [b"-"], [other])
+    for descriptor in (file, directory, other): os.close(descriptor)
+    giver.send(b"-")
+"""
+"""Keeps a mapped file, a working directory and a descriptor in flight."""
+
+GIVER = """
+import os, socket
+file = os.open("/tmp/big", os.O_RDWR | os.O_CREAT)
+os.write(file, os.urandom(1 << 20) * 40)
+os.fsync(file)
+keeper = socket.socket(socket.AF_UNIX)
+keeper.connect("/srv/door")
+socket.send_fds(keeper, [b"-"], [file, os.open("/tmp", os.O_RDONLY), os.open("/etc", os.O_RDONLY)])
+keeper.recv(1)
+"""
+
+
+@pytest.fixture(params=[True, False], ids=["sparse", "reserved"])
+def on_a_disk(
+    make_policy: Callable[..., Policy],  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> Iterator[Service]:
+    """A launcher that alone has the file system of its jobs' disks."""
+    policy = make_policy()._replace(overcommit=request.param)
+    scratch = Disk(policy.scratch)
+    service = Service(start_launcher(policy), policy)
+    yield service
+    service.sock.close()
+    assert service.leaves() == 0
+    scratch.close()
+
+
+async def test_ended_jobs_disk_takes_no_room_while_another_keeps_it(on_a_disk: Service) -> None:
+    service = on_a_disk
+    assert "ok" in service.ask("volume.create", 0, name="v", size_bytes=16 * MIB, thin=False)[0]
+    volumes = [["v", "/srv"]]
+    reply, pipes = service.spawn(1, "python3", "-c", KEEPER, volumes=volumes)
+    assert "ok" in reply
+    assert os.read(pipes[0], 5) == b"open\n"
+
+    def taken() -> int:
+        """MiB that disks take, in all."""
+        disk = os.statvfs(service.policy.scratch)
+        return (disk.f_blocks - disk.f_bfree) * disk.f_frsize // MIB
+
+    before = taken()
+    for job in (2, 3):
+        assert "ok" in service.spawn(job, "python3", "-c", GIVER, volumes=volumes)[0]
+        assert service.exit_of(job)["code"] == 0
+        assert service.ask("remove", job)[0]["ok"] == {}
+    await until(lambda: taken() <= before + 4)
+    assert "ok" in service.ask("kill", 1)[0]
+    service.exit_of(1)
