@@ -1,5 +1,6 @@
 """The disk of an ended job takes no room, whatever another job keeps of it."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 
@@ -7,9 +8,10 @@ import pytest
 
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.sweepers import MAX_KEPT_DISKS
 
 from .conftest import until
-from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
+from .test_launcher import Service, make_policy, service  # noqa: F401 - fixtures
 from .test_launcher_waits import Disk
 
 MIB = 1 << 20
@@ -52,31 +54,60 @@ def on_a_disk(
     """A launcher that alone has the file system of its jobs' disks."""
     policy = make_policy()._replace(overcommit=request.param)
     scratch = Disk(policy.scratch)
-    service = Service(start_launcher(policy), policy)
-    yield service
-    service.sock.close()
-    assert service.leaves() == 0
+    made = Service(start_launcher(policy), policy)
+    yield made
+    made.sock.close()
+    assert made.leaves() == 0
     scratch.close()
 
 
 async def test_ended_jobs_disk_takes_no_room_while_another_keeps_it(on_a_disk: Service) -> None:
-    service = on_a_disk
-    assert "ok" in service.ask("volume.create", 0, name="v", size_bytes=16 * MIB, thin=False)[0]
+    assert "ok" in on_a_disk.ask("volume.create", 0, name="v", size_bytes=16 * MIB, thin=False)[0]
     volumes = [["v", "/srv"]]
-    reply, pipes = service.spawn(1, "python3", "-c", KEEPER, volumes=volumes)
+    reply, pipes = on_a_disk.spawn(1, "python3", "-c", KEEPER, volumes=volumes)
     assert "ok" in reply
     assert os.read(pipes[0], 5) == b"open\n"
 
     def taken() -> int:
         """MiB that disks take, in all."""
-        disk = os.statvfs(service.policy.scratch)
+        disk = os.statvfs(on_a_disk.policy.scratch)
         return (disk.f_blocks - disk.f_bfree) * disk.f_frsize // MIB
 
     before = taken()
     for job in (2, 3):
-        assert "ok" in service.spawn(job, "python3", "-c", GIVER, volumes=volumes)[0]
+        assert "ok" in on_a_disk.spawn(job, "python3", "-c", GIVER, volumes=volumes)[0]
+        assert on_a_disk.exit_of(job)["code"] == 0
+        assert on_a_disk.ask("remove", job)[0]["ok"] == {}
+    await until(lambda: taken() <= before + 4)
+    assert "ok" in on_a_disk.ask("kill", 1)[0]
+    on_a_disk.exit_of(1)
+
+
+async def test_no_further_job_gets_a_volume_while_too_many_disks_are_kept(
+    service: Service,  # noqa: F811
+) -> None:
+    assert "ok" in service.ask("volume.create", 0, name="v", size_bytes=16 * MIB, thin=False)[0]
+    volumes = [["v", "/srv"]]
+    reply, pipes = service.spawn(1, "python3", "-c", KEEPER, volumes=volumes)
+    assert "ok" in reply
+    assert os.read(pipes[0], 5) == b"open\n"
+    giver = GIVER.replace("* 40", "")
+    for job in range(2, 2 + MAX_KEPT_DISKS):
+        assert "ok" in service.spawn(job, "python3", "-c", giver, volumes=volumes)[0]
         assert service.exit_of(job)["code"] == 0
         assert service.ask("remove", job)[0]["ok"] == {}
-    await until(lambda: taken() <= before + 4)
+
+    def refusal() -> object:
+        reply, _ = service.spawn(50, "true", volumes=volumes)
+        if "error" not in reply:
+            service.exit_of(50)
+            service.ask("remove", 50)
+        return reply.get("error")
+
+    await until(lambda: refusal() is not None)
+    assert refusal() == {"step": "volume", "errno": errno.EUSERS, "detail": "v"}
+    assert "ok" in service.spawn(51, "true")[0], "a job without volumes starts"
+    service.exit_of(51)
     assert "ok" in service.ask("kill", 1)[0]
     service.exit_of(1)
+    await until(lambda: refusal() is None)

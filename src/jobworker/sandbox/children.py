@@ -31,10 +31,10 @@ from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.private_network import Layout, Way
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.steps import Step, explain
-from jobworker.sandbox.sweepers import Sweepers
+from jobworker.sandbox.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.terminals import terminals_each
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
-from jobworker.sandbox.volumes import Volumes
+from jobworker.sandbox.volumes import Volumes, refusal
 
 PIPE_BYTES = 1 << 20
 """Room for output while nobody reads, such as between two turns of the service."""
@@ -73,8 +73,9 @@ class Child:
         """The job that it was ordered to become; None for a spare."""
         self.request: int | None = None
         """The request to answer once the program runs or the start has failed."""
-        self.ready = False
-        """It has said that it awaits its order: only then is the end of its socket a start."""
+        self.ready = self.shares = False
+        """It has said that it awaits its order: only then is the end of its socket a start. And it
+        has had volumes: through a socket there it may have given its descriptors to others."""
         self.started_at = self.ended_at = 0.0
         """When its program was executed and when it was reaped, by the monotonic clock."""
         self.order = -1
@@ -229,7 +230,10 @@ class Nursery:
             child = Child(slot, index, self._tree.create(name))
             undo.callback(child.scope.remove)
             if order is not None and order.volumes:
+                if self.sweepers.count_kept() >= MAX_KEPT_DISKS:
+                    raise refusal(errno.EUSERS, order.volumes[0][0])
                 child.volumes = tuple(name for name, _ in order.volumes)
+                child.shares = True
                 images = self.volumes.take(child.volumes)
                 undo.callback(self.volumes.give_back, child.volumes)
                 view = _with_volumes(view, order, images)
@@ -322,7 +326,7 @@ class Nursery:
         and this may be called again.
         """
         if child.disk is not None:
-            self.sweepers.discard_disk(child.disk, child.root)
+            self.sweepers.discard_disk(child.disk, child.root, shared=child.shares)
             child.disk = child.root = None
         if child.gateway is not None:
             raise OSError(errno.EBUSY, "its gateway has not been reaped")

@@ -346,13 +346,14 @@ def discard(disk: Disk) -> None:
             fcntl.ioctl(disk.root, _EXT4_IOC_SHUTDOWN, _WITHOUT_FLUSHING)
         finally:
             os.close(disk.root)
-        if _is_attached(disk.image):
+        if is_attached(disk.image):
             _take_blocks(disk.image)
     finally:
         os.close(disk.image)
 
 
-def _is_attached(image: int) -> bool:
+def is_attached(image: int) -> bool:
+    """Whether a disk is still mounted, by a descriptor of `open_again`. Waits for nothing."""
     try:
         fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

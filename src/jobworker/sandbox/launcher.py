@@ -33,9 +33,9 @@ from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids
 from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 14
+DESCRIPTORS_PER_CHILD = 15
 """Process, gateway, pipes, report, order, disk and image, root, socket, scope, user namespace,
-replies."""
+replies, and the image again after its end."""
 
 
 def _warm_up(tree: Tree) -> None:

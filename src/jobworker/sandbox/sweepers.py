@@ -8,6 +8,8 @@ rmdir(2) waits for the journal, and goes through every block of a directory that
 Standard library only.
 """
 
+import contextlib
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from jobworker.sandbox import disk_images, scratch
 from jobworker.sandbox.disposal import close_all_but, give_away
 
 MAX_SWEEPERS = 4
+MAX_KEPT_DISKS = 4
+"""While so many disks of ended jobs are kept by descriptors in others, no job gets a volume:
+through one they are passed. Each costs a loop device, and memory up to its job's limit."""
 
 T = TypeVar("T")
 
@@ -30,10 +35,22 @@ class Sweepers:
         self._disks: list[disk_images.Disk] = []
         self._paths: list[str] = []
         self._others: list[int] = []
+        self._watched: list[int] = []
+        """Images of disks that wait, where it matters whether they are really gone then."""
+        self._under_way: dict[int, list[int]] = {}
+        """Such images that a process is busy with, by its pidfd."""
+        self._kept: list[int] = []
+        """Such images whose disks were still there when their process had ended."""
 
-    def discard_disk(self, disk: disk_images.Disk, overlay: int | None) -> None:
-        """Let go of a disk and of the overlay on it, whose root's descriptor is taken over, too."""
+    def discard_disk(self, disk: disk_images.Disk, overlay: int | None, *, shared: bool) -> None:
+        """Let go of a disk and of the overlay on it, whose root's descriptor is taken over, too.
+
+        `shared` is for a job that could give descriptors to others, see `count_kept`.
+        """
         self._disks.append(disk)
+        if shared:
+            with contextlib.suppress(OSError):  # no descriptor left: it is not counted
+                self._watched.append(fcntl.fcntl(disk.image, fcntl.F_DUPFD_CLOEXEC, 0))
         if overlay is not None:
             self._others.append(overlay)
         self._start()
@@ -42,6 +59,14 @@ class Sweepers:
         """Close descriptors, where the last close may have a file system unmounted."""
         self._others += descriptors
         self._start()
+
+    def count_kept(self) -> int:
+        """How many disks of ended jobs are still mounted, by descriptors that other jobs have."""
+        gone = [image for image in self._kept if not disk_images.is_attached(image)]
+        if gone:
+            self._kept = [image for image in self._kept if image not in gone]
+            self.close(gone)
+        return len(self._kept)
 
     def remove(self, path: str) -> None:
         """Remove a directory and what it holds; one that is gone already is fine."""
@@ -58,6 +83,8 @@ class Sweepers:
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         os.close(pidfd)
         self.running.discard(pidfd)
+        self._kept += self._under_way.pop(pidfd, ())
+        self.count_kept()
         self._start()
 
     @property
@@ -78,7 +105,8 @@ class Sweepers:
             return  # no process to be had: see `stuck`
         if pid == 0:
             _sweep_and_exit(self._disks, self._paths)
-        self._disks, self._paths, self._others = [], [], []
+        self._under_way[pidfd] = self._watched
+        self._disks, self._paths, self._others, self._watched = [], [], [], []
         self.running.add(pidfd)
 
 

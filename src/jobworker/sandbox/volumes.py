@@ -49,9 +49,9 @@ class Volumes:
         paths = [self.path(name) for name in names]
         for name in names:
             if name in self._going:
-                raise _refusal(errno.ENOENT, name)
+                raise refusal(errno.ENOENT, name)
         if self._users.total() + len(names) > self._room:
-            raise _refusal(errno.EMFILE, names[0])
+            raise refusal(errno.EMFILE, names[0])
         self._users.update(names)
         return paths
 
@@ -62,7 +62,7 @@ class Volumes:
     def path(self, name: str) -> str:
         """The path of a volume's image, which need not be there."""
         if self._workshop is None:
-            raise _refusal(errno.EPERM, name)
+            raise refusal(errno.EPERM, name)
         return f"{self._workshop.directory}/{name}{_SUFFIX}"
 
     def list(self, chores: Chores, done: Done) -> None:
@@ -84,9 +84,9 @@ class Volumes:
         """Remove a volume that no live job has, with all that is on it."""
         path = self.path(name)
         if name in self._going:
-            raise _refusal(errno.ENOENT, name)
+            raise refusal(errno.ENOENT, name)
         if self._users[name] > 0:
-            raise _refusal(errno.EBUSY, name)
+            raise refusal(errno.EBUSY, name)
 
         def removed(outcome: Message) -> None:
             self._going.discard(name)
@@ -116,10 +116,11 @@ def _start(chores: Chores, work: partial[Message], done: Done, name: str) -> Non
     try:
         chores.start(work, told)
     except OSError as error:
-        raise _refusal(error.errno or errno.EIO, name) from error
+        raise refusal(error.errno or errno.EIO, name) from error
 
 
-def _refusal(code: int, name: str) -> SandboxError:
+def refusal(code: int, name: str) -> SandboxError:
+    """The error that the service explains as one of a volume."""
     return SandboxError(
         f"cannot use the volume {name}: {os.strerror(code)}",
         data={"step": "volume", "errno": code, "detail": name},
