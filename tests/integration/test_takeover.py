@@ -10,15 +10,17 @@ from pathlib import Path
 import apsw
 import pytest
 import trio
+import trio.testing
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.sandbox.launch import connect_launcher
 from jobworker.server.descriptors import OWN
 
+from ..security.raw_socket import open_raw
 from .conftest import left_behind, until
 from .outside import open_launcher, settings_with
 from .test_outside_launcher import spawn
-from .wire import Json, Wire, open_wire
+from .wire import Json, Refused, Wire, open_wire
 
 Settings = Mapping[str, Mapping[str, object]]
 
@@ -138,6 +140,51 @@ async def test_service_that_is_told_to_end_leaves_jobs_to_the_next(
             await wire.call("job.stop", id=running)
             ended = await wire.call("job.wait", id=waiting)
             assert (ended["exit_code"], (await log_of(wire, waiting))[0]) == (4, b"2\n")
+    assert left_behind(directory) == []
+
+
+async def end_with_clients(service: Embedded, wire: Wire, job: int) -> float:
+    """End the service while a client waits and follows: the seconds that it took."""
+    await wire.call("job.log", id=job, follow=True)
+    async with trio.open_nursery() as nursery:
+
+        async def ask(method: str) -> None:
+            with pytest.raises(Refused, match="is left to the next service"):
+                await wire.call(method, id=job)
+
+        nursery.start_soon(ask, "job.wait")
+        await trio.testing.wait_all_tasks_blocked()
+        await wire.call("job.status", id=job)  # what came before is being served
+        service.process.terminate()
+        before = trio.current_time()
+        await service.process.wait()
+        return trio.current_time() - before
+    raise AssertionError("unreachable")
+
+
+async def test_clients_that_wait_do_not_hold_up_the_end(
+    open_directory: Callable[[], Path],
+) -> None:
+    """They are told what becomes of the job and of the service; one that is silent is cut off."""
+    directory = open_directory()
+    with open_launcher(directory):
+        async with (
+            serving(directory) as service,
+            open_wire(service) as wire,
+            open_wire(service) as idle,
+        ):
+            job = await start(wire, COUNTER)
+            assert await end_with_clients(service, wire, job) < 0.9
+            for each in (wire, idle):
+                assert each.socket.closed is not None
+                assert each.socket.closed.code == 1001
+                assert str(each.socket.closed.reason).startswith("shutting_down: ")
+        async with (
+            serving(directory) as service,
+            open_wire(service) as wire,
+            open_raw(service),  # answers nothing, not the closing frame either
+        ):
+            assert await end_with_clients(service, wire, job) < 2
     assert left_behind(directory) == []
 
 

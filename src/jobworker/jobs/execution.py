@@ -93,7 +93,9 @@ class Execution:
     """The values that the record masks: here and in the job alone, never on the disk."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
-    ended: PacedEvent = field(factory=PacedEvent, init=False)
+    ended: trio.Event = field(factory=trio.Event, init=False)
+    parted: PacedEvent = field(factory=PacedEvent, init=False)
+    """Set once this service learns no more of the job: it has ended, or was left."""
     archived: trio.Event = field(factory=trio.Event, init=False)
     """Set once its output is the archive's, which may remove it, whether the end is recorded."""
     over: trio.Event = field(factory=trio.Event, init=False)
@@ -168,6 +170,12 @@ class Execution:
         """Leave a job that cannot be started at the moment to the next service."""
         self._waits_for_the_next = True
 
+    def part(self) -> None:
+        """Have nothing more to do with a job that is left."""
+        self.spool.close()
+        self.parted.set()
+        self.over.set()
+
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None where it never ran."""
         if self.record.state is State.RUNNING and not self.ended.is_set():
@@ -210,8 +218,7 @@ class Execution:
         if self._company.cancelled_caught:
             if self._changed.is_set():
                 await self.store()
-            self.spool.close()
-            self.over.set()
+            self.part()
         else:
             await self._finish(ending)
 
@@ -227,9 +234,8 @@ class Execution:
                     await self._close()
                     return None
                 if self._waits_for_the_next:
-                    self.spool.close()
+                    self.part()
                     self.decided.set()
-                    self.over.set()
                     return None
                 self.record = self._advanced(Event.ADMIT)
                 await self.store()
@@ -428,6 +434,7 @@ class Execution:
         self._ending.close()
         self.decided.set()
         self.ended.set()
+        self.parted.set()
 
     async def settle(self) -> None:
         """See the end recorded, however long the disk refuses, or the job removed."""

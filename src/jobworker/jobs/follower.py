@@ -103,6 +103,11 @@ class Follower:
         """Whether there is more in the log now, in whichever stream."""
         return self.offset < self._spool.size
 
+    @property
+    def ends(self) -> bool:
+        """Whether the log has an end: nothing is added any more."""
+        return self._spool.sealed
+
     async def wait_for_more(self) -> bool:
         """Wait until there is more in the log, in whichever stream; False is the sealed log's end.
 

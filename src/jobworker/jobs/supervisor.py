@@ -52,6 +52,10 @@ _NOT_YET = JobId(1)
 log = logging.getLogger("jobworker.jobs")
 
 
+def _left(job: JobId) -> ShuttingDown:
+    return ShuttingDown(f"cannot reach job {job}: it is left to the next service")
+
+
 @define(eq=False, kw_only=True)
 class Supervisor:
     """All jobs of this service."""
@@ -360,12 +364,12 @@ class Supervisor:
     ) -> JobRecord:
         """Stop a job and wait for its end; one that has ended is left as it is.
 
-        Raises NotFound.
+        Raises NotFound, and ShuttingDown where it is left to the next service meanwhile.
         """
         execution = self._live.get(job)
         if execution is not None:
             self._ask_to_end(execution, number, grace_seconds)
-            await self._hear_of(execution, execution.ended)
+            await self._hear_of(execution, execution.parted)
         return await self.wait(job)
 
     def _ask_to_end(
@@ -381,10 +385,12 @@ class Supervisor:
             self._change.set()
 
     async def wait(self, job: JobId) -> JobRecord:
-        """Wait for a job's end. Raises NotFound."""
+        """Wait for a job's end. Raises NotFound, and ShuttingDown where it is left meanwhile."""
         execution = self._live.get(job)
         if execution is not None:
-            await execution.ended.wait()
+            await execution.parted.wait()
+            if not execution.ended.is_set():
+                raise _left(job)
             return execution.record
         return await self._ended(job)
 
@@ -392,7 +398,7 @@ class Supervisor:
         """The record of a job that is not live. Raises NotFound."""
         record = await self.record(job)
         if not record.ended:
-            raise ShuttingDown(f"cannot reach job {job}: it is left to the next service")
+            raise _left(job)
         return record
 
     async def follow(
@@ -470,7 +476,7 @@ class Supervisor:
         await self._close()
         for waiting in self._pending:
             self._pending.remove(waiting)
-            waiting.spool.close()
+            waiting.part()
             self._forget(waiting)
         executions = list(self._live.values())
         for execution in executions:

@@ -98,6 +98,11 @@ class ServerSession:
     _max_in_flight: int = MAX_IN_FLIGHT
     _in_flight: set[CallId] = field(factory=set, init=False)
 
+    @property
+    def in_flight(self) -> int:
+        """Calls whose replies are not made yet."""
+        return len(self._in_flight)
+
     def receive(self, message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
         """What a message asks for, or the error to send back at once."""
         return self.admit(read_request(message, denied))

@@ -59,7 +59,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     """Serve one client to its end; raises nothing but cancellation."""
     peer, admission = _peer_name(tcp), context.admission
     stream: TLSStream | None = None
-    http, head = http_connection(), None
+    http, head, parted = http_connection(), None, False
     try:
         _keep_alive(tcp)
         fittings = door.fittings
@@ -78,15 +78,18 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
                 visitor = inside.enter_context(door.visit(who, certificates, peer, fittings.tls))
-                await _serve_websocket(PrefixStream(stream, raw), visitor, arrival, context)
+                parted = await _serve_websocket(
+                    PrefixStream(stream, raw), visitor, arrival, context
+                )
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
                 context.auditor.refused(peer, refused.error.message)
                 headless = head is not None and head.request.method == b"HEAD"
                 await reply(stream, http, refused, without_body=headless)
             finally:
-                with trio.move_on_after(CLOSE_SECONDS):
-                    await stream.linger()  # or what was said last might not arrive
+                if not parted:  # else it has what was said last: the server closes first
+                    with trio.move_on_after(CLOSE_SECONDS):
+                        await stream.linger()  # or what was said last might not arrive
     except* CertificateRefused as group:
         log.info("%s: refused: %s", peer, group.exceptions[0])
         context.auditor.refused(peer, str(group.exceptions[0]))
@@ -167,7 +170,12 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
 
 async def _serve_websocket(
     stream: PrefixStream, visitor: Visitor, arrival: Arrival, context: operations.Context
-) -> None:
+) -> bool:
+    """Serve to the end. Returns whether the client has answered the server's closing frame.
+
+    Then nothing follows from either, and the server closes first: RFC 6455, section 7.1.1.
+    """
+    parted = False
     who, peer = visitor.identity, visitor.peer
 
     async def leave_when_closed() -> None:
@@ -196,9 +204,10 @@ async def _serve_websocket(
         finally:
             if visitor.reason:
                 context.auditor.dismissed(peer, visitor.reason, who)
-            await conversation.say_goodbye()
+            parted = await conversation.say_goodbye()
             log.info("%s: disconnected", peer)
             nursery.cancel_scope.cancel()
+    return parted
 
 
 async def _check_parts(

@@ -53,7 +53,6 @@ from jobworker.server import operations
 from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
-from jobworker.server.http_head import CLOSE_SECONDS
 from jobworker.server.intake import Intake
 from jobworker.server.slots import LARGE_BYTES
 from jobworker.server.subscriptions import Subscriptions
@@ -87,7 +86,8 @@ class Conversation:
     """Messages that are being sent, each with the right to be sent whole."""
     _busy: int = 0
     """Replies that are being sent, and notifications that are being served."""
-    _less_busy: trio.Event = field(factory=trio.Event)
+    _less_busy: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
+    """Where tasks wait until less is to be sent."""
     intake: Intake = field(init=False)
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
@@ -143,32 +143,43 @@ class Conversation:
     async def end_when_dismissed(self) -> None:
         """End when the client has to leave, which is no limit's doing (`door`).
 
+        Where the service ends, the client first gets what it is owed: replies, and output whose
+        end is known. The service bounds that.
+
         What is being sent gets a moment: a message that is cut off breaks the stream, and then the
         reason could not be told.
         """
         await self._visitor.leaving.wait()
+        while not self._visitor.reason and self._owes:
+            await self._less_busy.park()
         self._leaving, self._quiet = True, trio.Event()
         if self._sends:
             with trio.move_on_after(DISMISSAL_SECONDS):
                 await self._quiet.wait()
         self._scope.cancel()
 
-    async def say_goodbye(self) -> None:
+    @property
+    def _owes(self) -> bool:
+        return bool(self._session.in_flight or self._busy or self._subscriptions.owe)
+
+    async def say_goodbye(self) -> bool:
         """Close, and tell the client by the code whether it may come back, and why by the reason.
 
-        A client that closed first, or broke the connection, is told nothing.
+        Returns whether the client answered in time: it says nothing more then.
+
+        A client that closed first, or broke the connection, is told nothing. One whose answer is
+        long on its way still gets the frame: the connection lingers.
         """
-        seconds = DISMISSAL_SECONDS
         if self._fault is not None:
             code, reason = TRY_AGAIN, f"{self._fault.name}: {self._fault.message}"
         elif self._visitor.reason:
             code, reason = REFUSED, f"{CertificateRefused.name}: {self._visitor.reason}"
         else:
             code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
-            seconds = CLOSE_SECONDS
         told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
-        with trio.move_on_after(seconds, shield=True):
+        with trio.move_on_after(DISMISSAL_SECONDS, shield=True) as bound:
             await self._socket.aclose(code, told)
+        return not bound.cancelled_caught
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
         """Serve a message, or have a task serve it.
@@ -183,8 +194,7 @@ class Conversation:
         del message
         # Requests that wait for a job do not count here, for credits must pass them.
         while self._busy >= self._context.admission.limits.max_requests_in_flight:
-            self._less_busy = trio.Event()
-            await self._less_busy.wait()
+            await self._less_busy.park()
         if isinstance(received, Refusal):
             self._note(received)
             if received.message is not None:
@@ -294,7 +304,7 @@ class Conversation:
             yield
         finally:
             self._busy -= 1
-            self._less_busy.set()
+            self._less_busy.unpark_all()
 
     async def _outcome(self, call: Call) -> object:
         """What a call results in: an error is a result like any other here."""
@@ -322,6 +332,7 @@ class Conversation:
         subscription = getattr(outcome, "subscription", None)
         if isinstance(subscription, int):
             await self._subscriptions.run(subscription)
+            self._less_busy.unpark_all()
 
     async def _send(self, message: str | Sequence[Frame]) -> None:
         """Send a message, or several; whole or not at all. Who takes nothing is let go."""

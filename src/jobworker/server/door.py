@@ -73,7 +73,7 @@ class Visitor:
     leaving: trio.Event = field(factory=trio.Event)
     """Set when it has to go."""
     reason: str = ""
-    """Why."""
+    """What is wrong with its certificate or role; empty where the service ends."""
 
     def dismiss(self, reason: str) -> None:
         """Have the connection ended."""
@@ -104,6 +104,7 @@ class Door:
     fittings: Fittings
     gate: Gate
     _inside: set[Visitor] = field(factory=set)
+    _closed: bool = False
 
     @contextmanager
     def visit(
@@ -118,6 +119,8 @@ class Door:
         if judged_by is not self.fittings.tls and (fault := self._fault(visitor)):
             raise CertificateRefused(f"cannot serve this certificate: {fault}")
         self._inside.add(visitor)
+        if self._closed:
+            visitor.leaving.set()
         try:
             yield visitor
         finally:
@@ -129,6 +132,12 @@ class Door:
         for visitor in tuple(self._inside):
             if fault := self._fault(visitor):
                 visitor.dismiss(fault)
+
+    def close(self) -> None:
+        """Have everyone leave, because the service ends: those too who come in from now on."""
+        self._closed = True
+        for visitor in self._inside:
+            visitor.leaving.set()
 
     def _fault(self, visitor: Visitor) -> str | None:
         if fault := self.fittings.verifier.fault(visitor.certificates.chain):

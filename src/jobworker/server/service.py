@@ -6,7 +6,7 @@
 
 Its start: take over what an earlier service has left, then open the port. Its end, on SIGTERM or
 SIGINT: stop accepting, stop every job (followers see their ends) or leave all to the next service
-(where the launcher outlives this one), give connections a moment, and go. SIGHUP reads
+(where the launcher outlives this one), have clients leave, and go. SIGHUP reads
 configuration and certificates again (`reload`). If the launcher is gone, no job can be run or
 stopped any more, so the service ends too, with an error, and whoever supervises it starts both
 anew.
@@ -60,7 +60,10 @@ from jobworker.server.traffic import Traffic
 log = logging.getLogger("jobworker.server")
 
 FAREWELL_SECONDS = 1.0
-"""What connections get to take their last messages."""
+"""What connections get to take what they are owed, the closing frame, and to close in turn.
+
+Those of clients that do so end much sooner.
+"""
 SWITCH_SECONDS = 0.0005
 """How long a thread may keep the interpreter's lock while the event loop waits for it."""
 FREE_BYTES = 16 << 20
@@ -206,6 +209,7 @@ async def _serve_until_signal(
                 await supervisor.leave()
             else:
                 await supervisor.shut_down(parse_duration(prepared.settings.worker.stop_grace))
+            door.close()
             with trio.move_on_after(FAREWELL_SECONDS):
                 await listener.idle.wait()
             nursery.cancel_scope.cancel()

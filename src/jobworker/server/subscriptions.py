@@ -227,6 +227,14 @@ class Subscriptions:
         if self._open.pop(number, None) is not None:
             self._crowds.give_back(self._name)
 
+    @property
+    def owe(self) -> bool:
+        """Whether something is to be sent whose end is known. What live jobs write is without."""
+        return any(
+            each.running and (each.until is not None or each.follower.ends)
+            for each in self._open.values()
+        )
+
     async def run(self, number: int) -> None:
         """Send a subscription's output to its end, and then how its job went."""
         subscription = self._open.get(number)
