@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jobworker.pki.authority import Authority
 
 DEFAULT_DIRECTORY = Path("/etc/jobworker/certs")
-RELOAD = "Have the service read it: systemctl reload jobworker, or kill -HUP PID."
+RELOAD = "Have the service read it: systemctl reload worker, or kill -HUP PID."
 
 _directory = click.option(
     "--dir",
