@@ -541,7 +541,11 @@ async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embe
     write_configuration(fresh.directory, {**ROLES, **visitor, "worker": {"max_waiting_jobs": 7}})
     await reload(fresh)
     assert "worker.max_waiting_jobs has changed" in fresh.log_text()
+    assert fresh.log_text().count("has changed; it takes effect") == 1  # not the ids found free
     assert await dialled(fresh, context) is None
+    write_configuration(fresh.directory, {**ROLES, **visitor})
+    await reload(fresh)
+    assert fresh.log_text().count("has changed; it takes effect") == 1  # it is as it was
 
     (fresh.directory / "worker.toml").write_text("[server]\nport = 'x'\n")
     await reload(fresh, "cannot reload, so all stays as it was: cannot use the configuration")

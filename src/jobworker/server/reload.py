@@ -53,22 +53,24 @@ async def serve_reloads(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Reload at each SIGHUP; never returns. `settings` are those in force."""
+    """Reload at each SIGHUP; never returns. `settings` are those that the service started with."""
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
         async for _ in signals:
-            settings = await reload(reloading, settings)
+            await reload(reloading, settings)
 
 
-async def reload(reloading: Reloading, before: Settings) -> Settings:
-    """Read all again and go by it: the settings in force from now on. Raises nothing.
+async def reload(reloading: Reloading, started_with: Settings) -> None:
+    """Read all again and go by it; what waits for a start differs from `started_with`.
+
+    Raises nothing.
 
     The boundary for faults stands here: without a receiver the next SIGHUP would end the process.
     """
     notifier, auditor = reloading.notifier, reloading.auditor
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
-    settings, status = before, "reloaded"
+    status = "reloaded"
     try:
         reading = await reloading.reader.read()
         fittings = await in_thread(Fittings.of, reading.files, reading.settings.security)
@@ -86,11 +88,10 @@ async def reload(reloading: Reloading, before: Settings) -> Settings:
         set_up_logging(settings.logging.level, settings.logging.format)
         auditor.service("service.reload")
         log.info("reloaded: certificates, revocation list, roles and logging")
-        for key in _waiting_for_a_start(before, settings):
+        for key in _waiting_for_a_start(started_with, settings):
             log.warning("%s has changed; it takes effect when the service is started anew", key)
         warn_of_expiry(reading.files)
     notifier.tell(READY="1", STATUS=status)
-    return settings
 
 
 def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:

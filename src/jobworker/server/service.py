@@ -200,7 +200,7 @@ async def _serve_until_signal(
                 auditor=auditor,
                 incidents=incidents,
             )
-            await nursery.start(serve_reloads, reloading, prepared.settings)
+            await nursery.start(serve_reloads, reloading, prepared.configured)
             _announce(prepared)
             log.info("ending: %s", signal.Signals(await anext(signals)).name)
             prepared.notifier.tell(STOPPING="1")

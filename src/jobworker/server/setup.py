@@ -64,6 +64,9 @@ class Prepared:
     """All that comes before the first client."""
 
     settings: Settings
+    """In force: with the ids that were free, where the configuration leaves them open."""
+    configured: Settings
+    """As they were read, for a reload to compare with."""
     fittings: Fittings
     reader: Reader
     listeners: tuple[socket.socket, ...]
@@ -106,6 +109,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         for listener in listeners:
             undo.callback(listener.close)
         step_into_leaf()
+        configured = settings
         launcher, settings, differences = _open_launcher(settings, state)
         undo.callback(launcher.close)
         max_open_outputs = outputs_within(settings, limit, running=len(launcher.jobs))
@@ -121,6 +125,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         undo.pop_all()
     return Prepared(
         settings=settings,
+        configured=configured,
         fittings=fittings,
         reader=reader,
         listeners=listeners,
