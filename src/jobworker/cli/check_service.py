@@ -155,7 +155,7 @@ def _terms(settings: Settings) -> str:
     if warnings := expiry_warnings(files, datetime.now(UTC)):
         warning, _, remedy = "; ".join(warnings).rpartition("; ")
         raise ConfigError(warning, remedy=remedy)
-    return f"more than {WARN_BEFORE.days} days from now"
+    return f"not soon: a third of the time left, or {WARN_BEFORE.days} days"
 
 
 def _key_mode(settings: Settings) -> str:

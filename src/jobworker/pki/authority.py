@@ -31,6 +31,7 @@ from jobworker.pki.host_names import general_name
 from jobworker.pki.identity import name_fault
 
 ORGANIZATION = "jobworker"
+_CA_NAME = "jobworker CA "
 
 CLOCK_SKEW = timedelta(minutes=5)  # a peer whose clock is behind takes a new certificate too
 
@@ -85,7 +86,7 @@ class Authority:
         public = key.public_key()
         # Own names keep two authorities apart, for people and for OpenSSL's look-up by name.
         mark = x509.SubjectKeyIdentifier.from_public_key(public).digest.hex()[:8]
-        name = _subject(f"jobworker CA {mark}")
+        name = _subject(f"{_CA_NAME}{mark}")
         usage = _key_usage(key_cert_sign=True, crl_sign=True)
         certificate = (
             _builder(name, name, public, public, _validity(now, days))
@@ -191,6 +192,14 @@ class Authority:
         if alternative is not None:
             builder = builder.add_extension(alternative, critical=False)
         return Issued(certificate=builder.sign(self.root.key, hashes.SHA256()), key=key)
+
+
+def is_made_here(authority: x509.Name) -> bool:
+    """Whether an authority of this name is one of `Authority.create`, by all appearance."""
+    found = {each.oid: str(each.value) for each in authority}
+    return found.get(NameOID.ORGANIZATION_NAME) == ORGANIZATION and found.get(
+        NameOID.COMMON_NAME, ""
+    ).startswith(_CA_NAME)
 
 
 def _load_key(file: PemFile, passphrase: Callable[[], bytes] | None) -> PrivateKeyTypes:

@@ -2,50 +2,91 @@
 
 from datetime import datetime, timedelta
 
+from attrs import frozen
 from cryptography import x509
 
+from jobworker.pki.authority import is_made_here
 from jobworker.pki.credentials import PemFile
 from jobworker.pki.material import ServerFiles
 from jobworker.pki.revocation import read_all, unproven_lists
 
 WARN_BEFORE = timedelta(days=30)
+WARN_FRACTION = 3
+"""What lasts less than thrice as long is warned about in the last third of its time."""
 
+_CERTIFICATE, _CA, _LIST = "server certificate", "CA certificate", "revocation list"
 _RENEW = {
-    "server certificate": "renew it with 'worker certs renew' and reload the service",
-    "CA certificate": "make a new CA in good time: every certificate ends with it",
-    "revocation list": "make a new one with 'worker certs crl' and reload the service",
+    (_CERTIFICATE, True): "renew it with 'worker certs renew server' and reload the service",
+    (_CA, True): "make a new CA in good time: every certificate ends with it",
+    (_LIST, True): "make a new one with 'worker certs crl' and reload the service",
+    (_CERTIFICATE, False): "get a new one from its CA and reload the service",
+    (_CA, False): "get the CA's next one in good time: every certificate ends with it",
+    (_LIST, False): "get that CA's next one, put it into the file and reload the service",
 }
+"""By whether the authority is one of `worker certs`."""
 
 
-def expiry_warnings(
-    files: ServerFiles, now: datetime, before: timedelta = WARN_BEFORE
-) -> tuple[str, ...]:
-    """One line for each certificate or list that ends within `before` of `now`, or has ended.
+@frozen(kw_only=True)
+class _Term:
+    """What comes to its end."""
+
+    what: str
+    path: str
+    name: x509.Name
+    """Whose: the bearer of a certificate, the issuer of a list."""
+    issuer: x509.Name
+    start: datetime
+    end: datetime
+
+
+def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
+    """One line for each certificate or list that ends soon, or has ended.
 
     And one for each unproven list. The files were judged before.
     """
     ends = [
-        *_certificates("server certificate", files.certificate),
-        *_certificates("CA certificate", files.ca),
+        *_certificates(_CERTIFICATE, files.certificate),
+        *_certificates(_CA, files.ca),
         *_lists(files.crl),
     ]
     warnings = []
-    for what, path, end in ends:
-        left = end - now
-        if left <= before:
+    for term in ends:
+        left = term.end - now
+        if left <= min(WARN_BEFORE, (term.end - term.start) / WARN_FRACTION):
             when = f"ends in {left.days} days, at" if left > timedelta() else "ended at"
-            moment = end.isoformat().replace("+00:00", "Z")
-            warnings.append(f"the {what} {path} {when} {moment}; {_RENEW[what]}")
+            moment = term.end.isoformat().replace("+00:00", "Z")
+            whose = term.name.rfc4514_string()
+            remedy = _RENEW[term.what, is_made_here(term.issuer)]
+            warnings.append(f"the {term.what} of {whose} in {term.path} {when} {moment}; {remedy}")
     return (*warnings, *unproven_lists(files, now))
 
 
-def _certificates(what: str, file: PemFile) -> list[tuple[str, str, datetime]]:
-    found = x509.load_pem_x509_certificates(file.content)
-    return [(what, str(file.path), each.not_valid_after_utc) for each in found]
+def _certificates(what: str, file: PemFile) -> list[_Term]:
+    return [
+        _Term(
+            what=what,
+            path=str(file.path),
+            name=each.subject,
+            issuer=each.issuer,
+            start=each.not_valid_before_utc,
+            end=each.not_valid_after_utc,
+        )
+        for each in x509.load_pem_x509_certificates(file.content)
+    ]
 
 
-def _lists(file: PemFile | None) -> list[tuple[str, str, datetime]]:
+def _lists(file: PemFile | None) -> list[_Term]:
     if file is None:
         return []
-    ends = [each.next_update_utc for each in read_all(file)]
-    return [("revocation list", str(file.path), end) for end in ends if end is not None]
+    return [
+        _Term(
+            what=_LIST,
+            path=str(file.path),
+            name=each.issuer,
+            issuer=each.issuer,
+            start=each.last_update_utc,
+            end=each.next_update_utc,
+        )
+        for each in read_all(file)
+        if each.next_update_utc is not None
+    ]

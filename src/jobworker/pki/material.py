@@ -17,8 +17,8 @@ from attrs import evolve, field, frozen
 from jobworker.pki.credentials import SERVER_REMEDY, PemFile, read_pem
 
 CRL_REMEDY = (
-    "make one where the CA's key is: worker certs crl --dir DIR; or set security.crl to '' to do "
-    "without"
+    "get one from the CA (of one's own: worker certs crl --dir DIR, where its key is), or set "
+    "security.crl to '' to do without"
 )
 
 

@@ -112,7 +112,7 @@ def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
 
 
 def warn_of_expiry(files: ServerFiles) -> None:
-    """Log what comes to its end within a month."""
+    """Log what comes to its end soon."""
     for warning in expiry_warnings(files, datetime.now(UTC)):
         log.warning("%s", warning)
 
