@@ -135,6 +135,38 @@ def test_revocation_is_for_good_even_if_the_index_is_lost(authority: Path) -> No
 
 def test_list_is_made_where_there_is_none_and_forgets_nothing(authority: Path) -> None:
     at = f"--dir={authority}"
+def test_certificate_that_the_index_has_lost_is_revoked_by_its_file(
+    authority: Path, tmp_path: Path
+) -> None:
+    at, file = f"--dir={authority}", str(authority / "viewer-client-cert.pem")
+    (authority / "issued.json").write_text("{")
+    fails(certs("revoke", file, at), 72, "is revoked by its file alone")
+    (authority / "issued.json").unlink()
+    done = certs("revoke", file, at)
+    assert done.returncode == 0, done.stderr
+    assert [each["name"] for each in listed(authority)] == ["viewer-client"]
+    assert revoked_serials(authority) == {str(listed(authority)[0]["serial"]).lstrip("0")}
+    certs("init", f"--dir={tmp_path}/other")
+    foreign = f"{tmp_path}/other/viewer-client-cert.pem"
+    fails(certs("revoke", foreign, at), 65, "this CA has not signed it")
+    fails(certs("revoke", str(authority / "ca-cert.pem"), at), 65, "it is the CA's own")
+    assert "\nKind: CA\n" in certs("show", str(authority / "ca-cert.pem"), at).stdout
+
+
+def test_server_gets_another_host_by_the_command_that_its_client_is_told(authority: Path) -> None:
+    refused = ssl.SSLCertVerificationError()
+    refused.verify_code, refused.verify_message = 62, "certificate is not valid for 'b.example'"
+    told = re.search(r"worker (certs .*DIR)", client_refusal(refused).remedy)
+    assert told is not None
+    words = told[1].replace("NAME", "b.example").replace("DIR", str(authority)).split()[1:]
+    done = certs(*words)
+    assert done.returncode == 0, done.stderr
+    made = x509.load_pem_x509_certificate((authority / "server-cert.pem").read_bytes())
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "a.example", "b.example"]
+    fails(certs("renew", "admin-client", f"--dir={authority}", "--host=x"), 65, "not a server's")
+
+
     (authority / "ca-crl.pem").unlink()
     assert certs("crl", at).returncode == 0
     assert revoked_serials(authority) == set()

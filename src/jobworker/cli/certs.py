@@ -197,11 +197,25 @@ def _tell(made: "Made") -> None:
 @certs.command("renew")
 @click.argument("which", metavar="NAME|SERIAL")
 @_directory
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME|IP",
+    help="A name or address that a server's certificate is to bear besides those that it bears; "
+    "may be repeated.",
+)
 @_days
 @_out
 @_passphrase_file
 def renew(
-    which: str, directory: Path, days: int, out: Path | None, passphrase_file: Path | None
+    *,
+    which: str,
+    directory: Path,
+    hosts: tuple[str, ...],
+    days: int,
+    out: Path | None,
+    passphrase_file: Path | None,
 ) -> None:
     """Issue a successor, with a new key, in place of the files of NAME ("server", say) or SERIAL.
 
@@ -210,7 +224,9 @@ def renew(
     from jobworker.pki.administration import renew as renew_certificate
 
     authority = _authority(directory, passphrase_file)
-    made = renew_certificate(directory, authority, which, now=_now(), days=days, out=out)
+    made = renew_certificate(
+        directory, authority, which, now=_now(), days=days, hosts=hosts, out=out
+    )
     _tell(made)
     if made.entry.kind == "server":
         say(RELOAD)

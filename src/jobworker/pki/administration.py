@@ -131,13 +131,14 @@ def renew(
     *,
     now: datetime,
     days: int = 365,
+    hosts: Sequence[str] = (),
     out: Path | None = None,
 ) -> Made:
     """Issue a successor, with a key of its own, to a certificate named by name or serial.
 
     Its files take the place of the old ones where they stand. The old certificate stays good until
-    it ends or is revoked. Raises `NotFound`, `InvalidParams` if it was revoked, and
-    `CredentialsUnusable`.
+    it ends or is revoked. A server's bears `hosts` besides those of the old one. Raises `NotFound`,
+    `InvalidParams` if it was revoked or `hosts` are for a client, and `CredentialsUnusable`.
     """
     with r.locked(directory):
         registry = r.read_registry(directory)
@@ -147,8 +148,13 @@ def renew(
                 f"cannot renew the certificate {old.serial} of {old.name!r}: it was revoked",
                 remedy="issue a new one, if it is to be: worker certs issue",
             )
+        if hosts and old.kind != "server":
+            raise errors.InvalidParams(
+                f"cannot renew the certificate of {old.name!r} with --host: it is not a server's",
+                remedy="renew it without",
+            )
         if old.kind == "server":
-            issued = authority.issue_server(old.hosts, now=now, days=days)
+            issued = authority.issue_server([*old.hosts, *hosts], now=now, days=days)
         else:
             issued = authority.issue_client(old.name, old.role, now=now, days=days)
         entry = r.entry_of(issued.certificate, old.kind, old.stem)

@@ -103,7 +103,10 @@ def _untrusted(error: ssl.SSLCertVerificationError) -> errors.ServerUntrusted:
     if code in _WRONG_NAME:
         # OpenSSL names what was dialled: "certificate is not valid for 'x'"
         why = f"its certificate bears another name ({error.verify_message.rstrip('.')})"
-        remedy = "dial a name that the certificate bears, or add one: worker certs init --host NAME"
+        remedy = (
+            "dial a name that the certificate bears, or add one where its CA's key is: "
+            "worker certs renew server --host NAME --dir DIR, and reload the service"
+        )
     elif code in FOREIGN:
         why = f"its certificate is not from the CA in --ca ({error.verify_message})"
         remedy = "copy ca-cert.pem from the server; if it should fit, someone is in between"
