@@ -9,6 +9,7 @@ A name is a tenant, so a second living certificate of a name is asked for by `ag
 by mistake; a name that differs from a living one only in case or form is refused in any case.
 """
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -232,5 +233,8 @@ def _folded(name: str) -> str:
 
 
 def _stem(name: str) -> str:
+    """What the files of a client's certificate are called: no two names share one."""
     stem = _UNFIT.sub("_", name).lstrip("-.")
-    return stem if stem and stem not in ("ca", "server") else f"client-{stem}"
+    if stem in ("ca", "server"):
+        stem = f"client-{stem}"
+    return stem if stem == name else f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

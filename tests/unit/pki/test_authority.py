@@ -12,7 +12,7 @@ from OpenSSL import crypto
 
 from jobworker import errors
 from jobworker.pki import authority, host_names
-from jobworker.pki.administration import init_authority
+from jobworker.pki.administration import init_authority, issue_client
 from jobworker.pki.authority import Authority
 
 from .certificates import CERTIFICATES, FILES, NOW, read, verify_strictly
@@ -254,3 +254,14 @@ def test_bad_host_makes_no_directory(tmp_path: Path) -> None:
 def test_private_keys_do_not_show_in_representations() -> None:
     root = Authority.create(now=NOW)
     assert "key" not in repr(root)
+
+
+def test_names_that_look_alike_in_ascii_have_files_of_their_own(tmp_path: Path) -> None:
+    init_authority(tmp_path, [], now=NOW)
+    authority = Authority.load(tmp_path)
+    made = [
+        issue_client(tmp_path, authority, name=name, role="viewer", now=NOW)
+        for name in ("ä", "ö", "a b", "a_b", "server", "alice")
+    ]
+    assert len({each.entry.stem for each in made}) == len(made)
+    assert made[-1].entry.stem == "alice"
