@@ -81,7 +81,7 @@ def load(
         context.load_verify_locations(cafile=ca.at)
     except ssl.SSLError as exc:
         raise _unusable(
-            ca.path, "CA certificate", f"it is damaged ({exc.reason})", remedy
+            ca.path, "CA certificate", f"it is damaged ({_reason(exc)})", remedy
         ) from None
 
     def passphrase() -> str:
@@ -110,9 +110,13 @@ def _pair_fault(
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate.at)
     except ssl.SSLError as exc:
-        damaged = f"it is damaged ({exc.reason})"
+        damaged = f"it is damaged ({_reason(exc)})"
         return _unusable(certificate.path, f"{side} certificate", damaged, remedy)
-    return _unusable(key.path, f"{side} key", f"it is damaged ({error.reason})", remedy)
+    return _unusable(key.path, f"{side} key", f"it is damaged ({_reason(error)})", remedy)
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return error.reason or "OpenSSL cannot decode it"  # there is none beyond Python's table
 
 
 def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.CredentialsUnusable:

@@ -116,8 +116,11 @@ def test_file_that_is_not_pem_is_named(files: Files, side: str, which: str, cont
 def test_damaged_pem_is_named(files: Files, side: str, which: str) -> None:
     path: Path = getattr(files, which)
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "MIIB", lines[-1], ""]))
-    assert "damaged" in files.fault(side, path)
+    for content in ("MIIB", "no base64 at all"):
+        path.write_text("\n".join([lines[0], content, lines[-1], ""]))
+        fault = files.fault(side, path)
+        assert "damaged" in fault
+        assert "None" not in fault
 
 
 @both_sides
