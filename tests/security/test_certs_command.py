@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import ssl
 import stat
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs12
 
 from jobworker.cli.embedded import Embedded, program
+from jobworker.pki.refusals import client_refusal
 
 Done = subprocess.CompletedProcess[str]
 PASSPHRASE = "correct horse battery"
@@ -133,8 +135,6 @@ def test_revocation_is_for_good_even_if_the_index_is_lost(authority: Path) -> No
     fails(certs("revoke", "eve", at, "--reason=whim"), 2, "keyCompromise")
 
 
-def test_list_is_made_where_there_is_none_and_forgets_nothing(authority: Path) -> None:
-    at = f"--dir={authority}"
 def test_certificate_that_the_index_has_lost_is_revoked_by_its_file(
     authority: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +167,8 @@ def test_server_gets_another_host_by_the_command_that_its_client_is_told(authori
     fails(certs("renew", "admin-client", f"--dir={authority}", "--host=x"), 65, "not a server's")
 
 
+def test_list_is_made_where_there_is_none_and_forgets_nothing(authority: Path) -> None:
+    at = f"--dir={authority}"
     (authority / "ca-crl.pem").unlink()
     assert certs("crl", at).returncode == 0
     assert revoked_serials(authority) == set()

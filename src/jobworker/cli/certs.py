@@ -245,9 +245,8 @@ def revoke(which: str, directory: Path, reason: str, passphrase_file: Path | Non
     if reason and reason not in registry.REASONS:
         raise click.UsageError(f"--reason is one of {', '.join(registry.REASONS)}")
     authority = _authority(directory, passphrase_file)
-    revoked = revoke_certificates(
-        directory, authority, _serial_of(which), now=_now(), reason=reason
-    )
+    wanted = Path(which) if _is_file(which) else which
+    revoked = revoke_certificates(directory, authority, wanted, now=_now(), reason=reason)
     for entry in revoked:
         say(render_certs.revoked(entry))
     if not revoked:
@@ -267,14 +266,9 @@ def crl(directory: Path, passphrase_file: Path | None) -> None:
     say(RELOAD)
 
 
-def _serial_of(which: str) -> str:
-    """A certificate's serial where a file is named; else what was said."""
-    path = Path(which)
-    if "/" not in which and not which.endswith(".pem"):
-        return which
-    from jobworker.pki.reading import read_certificate
-
-    return read_certificate(path).serial
+def _is_file(which: str) -> bool:
+    """Whether a file is named, and neither a name nor a serial."""
+    return "/" in which or which.endswith(".pem")
 
 
 @certs.command("list")
@@ -298,8 +292,8 @@ def show(which: str, directory: Path, as_json: bool) -> None:
     from jobworker.pki.reading import read_certificate
     from jobworker.pki.registry import read_registry
 
-    if "/" in which or which.endswith(".pem"):
-        entry = read_certificate(Path(which))
+    if _is_file(which):
+        _, entry = read_certificate(Path(which))
         known = [e for e in read_registry(directory).certificates if e.serial == entry.serial]
         entry = known[0] if known and known[0].fingerprint == entry.fingerprint else entry
     else:

@@ -17,11 +17,13 @@ from datetime import datetime
 from pathlib import Path
 
 from attrs import evolve, frozen
+from cryptography.exceptions import InvalidSignature
 
 from jobworker import errors
 from jobworker.pki import registry as r
 from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import replace, write_new
+from jobworker.pki.reading import read_certificate
 
 ALWAYS_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -163,14 +165,20 @@ def renew(
 
 
 def revoke(
-    directory: Path, authority: Authority, wanted: str, *, now: datetime, reason: str = ""
+    directory: Path, authority: Authority, wanted: str | Path, *, now: datetime, reason: str = ""
 ) -> tuple[r.Entry, ...]:
-    """Revoke a certificate by serial, or every living one of a name; write the list anew.
+    """Revoke a certificate by serial or file, or every living one of a name; write the list anew.
 
-    Those that were revoked before stay as they are. Raises `NotFound`, `CredentialsUnusable`.
+    Those that were revoked before stay as they are. Raises `NotFound`, `CredentialsUnusable`, and
+    `InvalidParams` for the file of a certificate that this authority has not signed.
     """
     with r.locked(directory):
         registry = r.read_registry(directory)
+        if isinstance(wanted, Path):
+            entry = _signed_here(authority, wanted)
+            wanted = entry.serial
+            if all(each.serial != wanted for each in registry.certificates):  # the index lost it
+                registry = registry.with_entry(entry)
         found = registry.find(wanted)
         same = [each for each in registry.certificates if each.name == found.name]
         revoked = []
@@ -180,6 +188,22 @@ def revoke(
                 registry = registry.with_entry(revoked[-1])
         replace(directory, r.files_of(registry, authority, directory / r.LIST, now=now))
         return tuple(revoked)
+
+
+def _signed_here(authority: Authority, path: Path) -> r.Entry:
+    certificate, entry = read_certificate(path)
+    root = authority.root.certificate
+    fault = "it is the CA's own" if certificate == root else None
+    try:
+        certificate.verify_directly_issued_by(root)
+    except (ValueError, TypeError, InvalidSignature):
+        fault = "this CA has not signed it"
+    if fault:
+        raise errors.InvalidParams(
+            f"cannot revoke the certificate {path}: {fault}",
+            remedy="name a certificate's file and the directory of the CA that issued it (--dir)",
+        )
+    return entry
 
 
 def write_list(directory: Path, authority: Authority, *, now: datetime) -> Path:

@@ -3,7 +3,8 @@
 An entry is on the disk before its certificate is, so no certificate exists that the index does not
 know. Index and revocation list are written whole under other names and renamed; a lock on the
 directory keeps two calls apart. The list is made of the index, and of what the list before it
-named: an index that was lost does not bring a revoked certificate back.
+named: an index that was lost does not bring a revoked certificate back. A certificate that it has
+lost comes into it again when it is revoked by its file.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ from jobworker.convert import dumps, faults_of, loads, unstructure
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE, replace
 
-Kind = Literal["server", "client"]
+Kind = Literal["server", "client", "CA"]
 
 INDEX, LIST = "issued.json", "ca-crl.pem"
 
@@ -81,7 +82,7 @@ class Registry:
                 return entry
         raise errors.NotFound(
             f"cannot find the certificate {wanted!r}: none of that name or serial was issued here",
-            remedy="see worker certs list",
+            remedy="see worker certs list; revoke takes the certificate's file too",
         )
 
     def with_entry(self, entry: Entry) -> "Registry":
@@ -141,7 +142,10 @@ def read_registry(directory: Path) -> Registry:
 
 def _unusable(path: Path, why: str) -> errors.CredentialsUnusable:
     return errors.CredentialsUnusable(
-        f"cannot use the index {path}: {why}", remedy="restore it from a backup, or move it away"
+        f"cannot use the index {path}: {why}",
+        remedy="restore it from a backup, or move it away: what was revoked stays revoked, but no "
+        "name or serial is known any more, so that a name may be given twice, nothing is renewed, "
+        "and a certificate is revoked by its file alone (worker certs revoke FILE)",
     )
 
 
