@@ -185,9 +185,10 @@ class Archive:
             when = record.output_removed_at
             since = f" since {when:%Y-%m-%d %H:%M} UTC" if when else ""
             raise NotFound(
-                f"cannot read the output of job {record.id}: it is not kept any more{since}",
-                remedy="worker.keep_output_age, keep_output_jobs and max_total_output "
-                "say what is kept",
+                f"cannot read the output of job {record.id}: it is not kept any more{since}; "
+                "it was removed on request or by the rules of the configuration",
+                remedy="run the command again; the rules are worker.keep_output_age, "
+                "keep_output_jobs and max_total_output",
             ) from None
         if not spool.sealed:  # a full disk may have refused that at the job's end
             await spool.seal()
