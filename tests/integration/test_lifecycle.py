@@ -232,6 +232,7 @@ async def test_killed_service_leaves_nothing_and_tells_what_was_lost(
         assert (lost["state"], lost["reason"]) == ("FAILED", "lost")
         result = await wire.call("job.log", id=job["id"])
         assert (await wire.output(result["subscription"]))[0] == b"before\n"
+    assert service.log_text().count(f"job {job['id']}: FAILED (lost)") == 1
 
 
 @pytest.mark.parametrize("inner", [True, False])

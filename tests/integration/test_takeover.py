@@ -134,6 +134,8 @@ async def test_service_that_is_told_to_end_leaves_jobs_to_the_next(
             running = await start(wire, COUNTER)
             waiting = await start(wire, "echo $JOBWORKER_JOB_ID; exit 4")
         assert service.process.returncode == 0
+        assert f"job {running}: left to the launcher" in service.log_text()
+        assert f"job {waiting}: left to the next service" in service.log_text()
         async with serving(directory, one) as service, open_wire(service) as wire:
             states = [(await wire.call("job.status", id=n))["state"] for n in (running, waiting)]
             assert states == ["RUNNING", "PENDING"]

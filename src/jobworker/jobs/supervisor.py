@@ -172,8 +172,12 @@ class Supervisor:
         execution.forgotten.set()
         self._places_taken -= 1
         record = execution.record
-        reason = f" ({record.reason.value})" if record.reason else ""
-        log.info("job %d: %s%s", record.id, record.state.value, reason)
+        if execution.ended.is_set():
+            reason = f" ({record.reason.value})" if record.reason else ""
+            log.info("job %d: %s%s", record.id, record.state.value, reason)
+        else:
+            heir = "launcher" if record.started_at is not None else "next service"
+            log.info("job %d: left to the %s", record.id, heir)
 
     async def submit(
         self,

@@ -312,7 +312,6 @@ async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> 
         stderr_bytes=sizes.stderr_bytes,
         discarded_bytes=sizes.discarded_bytes,
     )
-    log.info("job %d: FAILED (lost)", record.id)
     return Ended(record, spool)
 
 
