@@ -38,7 +38,7 @@ async def test_who_did_what_and_what_came_of_it(tenants: Embedded) -> None:
     await until(lambda: len(told(tenants, f"--job={job}")) >= len(want))
     rows = told(tenants, f"--job={job}")
     assert [(r["name"], r["role"], r["action"], r["outcome"]) for r in rows] == want
-    assert "sleep" in str(rows[0]["detail"])
+    assert rows[0]["detail"] == "sleep 600"
     assert all(str(row["peer"]).startswith("127.0.0.1:") for row in rows)
     assert all(row["serial"] for row in rows)
     assert told(tenants, "--who=bob", f"--job={job}") == [rows[1]]

@@ -16,6 +16,7 @@ about which jobs.
 
 import logging
 import math
+import shlex
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
@@ -262,7 +263,7 @@ class Auditor:
 
 
 def _subject(params: object) -> str:
-    return repr(short_command(params.job.command)) if isinstance(params, m.RunParams) else ""
+    return shlex.join(short_command(params.job.command)) if isinstance(params, m.RunParams) else ""
 
 
 def _job_of(params: object, outcome: object) -> int | None:
