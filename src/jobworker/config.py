@@ -20,7 +20,7 @@ from jobworker.config_roles import RoleSettings, check_names
 from jobworker.config_runtimes import RuntimeSettings, check_runtime_names
 from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
-from jobworker.model.access import BUILT_IN
+from jobworker.model.access import BUILT_IN, Permission, Scope
 from jobworker.model.bounds import within
 from jobworker.model.job import (
     MAX_CPU_PERCENT,
@@ -316,6 +316,12 @@ def _faults_between(settings: Settings) -> tuple[str, ...]:
         f"security.subjects: {entry!r} has the role {role!r}, which is none of {', '.join(known)}"
         for entry, role in settings.security.subjects.items()
         if role not in known
+    ]
+    faults += [
+        f"roles[{name!r}].scope: must be 'all' where 'volumes' is the one operation: all share the "
+        "volumes, so a role of the scope 'own' may do nothing with them"
+        for name, role in settings.roles.items()
+        if set(role.operations) == {Permission.VOLUMES} and role.scope is Scope.OWN
     ]
     worker, sandbox = settings.worker, settings.sandbox
     enabled = settings.cgroup.enable_controllers

@@ -199,6 +199,7 @@ def test_all_faults_are_told_at_once_with_their_keys(tmp_path: Path) -> None:
             "must be one of run, stop, remove, view, log, volumes, unbounded",
         ),
         ('[roles.x]\noperations = []\nscope = "mine"', "must be one of all, own"),
+        ('[roles.x]\noperations = ["volumes"]', "roles['x'].scope: must be 'all' where 'volumes'"),
         ("[roles.x]\noperations = []\nmax_jobs = -1", "max_jobs: must be from 0"),
     ],
 )
