@@ -34,7 +34,8 @@ def program_trees(programs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             trees.append(path)
     if not trees:
         raise HostUnsupported(
-            f"cannot show jobs any programs: none of {', '.join(programs)} is a directory",
+            "cannot show jobs any programs: "
+            + (f"none of {', '.join(programs)} is a directory" if programs else "none are named"),
             remedy="correct sandbox.programs in the configuration",
         )
     return trees, links

@@ -40,6 +40,8 @@ def test_no_program_directory_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HostUnsupported, match=r"none of .*/absent is a directory") as caught:
         program_trees([f"{tmp_path}/absent"])
     assert "sandbox.programs" in caught.value.remedy
+    with pytest.raises(HostUnsupported, match="none are named"):
+        program_trees([])
 
 
 # --- mounts below ---------------------------------------------------------------------------
