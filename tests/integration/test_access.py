@@ -1,6 +1,7 @@
 """Who gets in, who may do what, and what becomes of those who speak nonsense."""
 
 import json
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import write_new
 
 from .wire import Refused, Wire, context_for, open_socket, open_wire
+
+PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 VIEWER_MAY_NOT = [
     ("job.run", {"job": {"command": ["true"]}}),
@@ -188,9 +191,11 @@ async def test_odd_request_gets_an_answer(
     assert said.startswith(b"HTTP/1.1 " + status)
     error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
     assert error["message"].startswith("cannot serve")
+    assert not re.search(r"\bb'|bytearray", error["message"])
+    assert error["remedy"]
+    assert f"\n| {status.decode()} |" in PAGE
     if status != b"403":
         assert (error["code"], error["name"]) == (1050, "no_upgrade")
-        assert error["remedy"]
 
 
 async def test_head_gets_a_status_and_no_body(service: Embedded) -> None:

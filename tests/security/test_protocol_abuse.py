@@ -633,3 +633,5 @@ async def test_page_of_another_origin_or_of_a_rebound_name_is_refused(
     finally:
         await trio.aclose_forcefully(stream)
     assert said.startswith(b"HTTP/1.1 " + status)
+    if status != b"101":
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["remedy"]

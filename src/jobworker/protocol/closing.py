@@ -1,7 +1,8 @@
 """The codes of closing frames (RFC 6455, section 7.4), and what each asks of the client.
 
 The service closes with one code for each thing that a client can do about it. The reason begins
-with the name of an error (`errors`): `ping_unanswered: …`. A client that meets a code which stands
+with the name of an error (`errors`): `ping_unanswered: …`; that of TOO_BIG alone, with which
+trio-websocket closes, is the bound in words of its own. A client that meets a code which stands
 here neither, a proxy's say, takes it for a broken line.
 """
 

@@ -23,6 +23,9 @@ from jobworker.tls_stream import Data, TLSStream
 
 PATH, VERSION = b"/", b"13"
 _KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
+_QUOTED = re.compile(r"bytearray\(b(.*)\)", re.DOTALL)
+"""How h11 quotes a line."""
+TOO_LONG = 431
 MAX_HEAD_BYTES = 16_384
 CLOSE_SECONDS = 2.0
 
@@ -122,7 +125,10 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
         try:
             event = connection.next_event()
         except h11.RemoteProtocolError as error:
-            raise _no_upgrade(error.error_status_hint, f"it is not HTTP/1.1: {error}") from None
+            why = "it is not HTTP/1.1: " + _QUOTED.sub(r"\1", str(error))
+            if error.error_status_hint == TOO_LONG:
+                why = f"its head has more than {MAX_HEAD_BYTES} bytes"
+            raise _no_upgrade(error.error_status_hint, why) from None
         if isinstance(event, h11.Request):
             return raw, Head(event, connection)
         if event is not h11.NEED_DATA:
@@ -141,10 +147,17 @@ def admit(stream: TLSStream, head: Head, roles: Roles, fittings: Fittings) -> Id
         raise Refused(403, error) from None
     origin, host = head.value(b"origin"), head.value(b"host")
     if origin and origin != b"https://" + host:
-        raise Refused(403, PermissionDenied("cannot serve a page of another origin"))
+        told = PermissionDenied(
+            "cannot serve a page of another origin",
+            remedy="use a page of the same origin as this port, or a client that is no page",
+        )
+        raise Refused(403, told)
     if origin and not fittings.hosts.hold(host.decode("latin-1")):
         rebound = "cannot serve a page of a name that the server's certificate does not bear"
-        raise Refused(421, PermissionDenied(rebound))
+        remedy = (
+            "dial a name that it bears, or add one: worker certs renew server --host NAME --dir DIR"
+        )
+        raise Refused(421, PermissionDenied(rebound, remedy=remedy))
     _check_upgrade(head)
     if head.connection.trailing_data[0]:
         early = "cannot serve the request: more was sent before it was answered"
@@ -159,7 +172,8 @@ def _check_upgrade(head: Head) -> None:
     """
     request = head.request
     if request.target != PATH:
-        raise _no_upgrade(404, f"there is nothing at {request.target[:80]!r}, only at {PATH!r}")
+        target = request.target[:80].decode("latin-1")
+        raise _no_upgrade(404, f"there is nothing at {target!r}, only at {PATH.decode()!r}")
     upgrade = head.tokens(b"upgrade"), head.tokens(b"connection")
     if request.method != b"GET" or b"websocket" not in upgrade[0] or b"upgrade" not in upgrade[1]:
         raise _no_upgrade(426, "this port speaks WebSocket, and the request asks for no upgrade")
