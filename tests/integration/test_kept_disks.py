@@ -105,7 +105,7 @@ async def test_no_further_job_gets_a_volume_while_too_many_disks_are_kept(
         return reply.get("error")
 
     await until(lambda: refusal() is not None)
-    assert refusal() == {"step": "volume", "errno": errno.EUSERS, "detail": "v"}
+    assert refusal() == {"step": "volume", "errno": errno.ETOOMANYREFS, "detail": "v"}
     assert "ok" in service.spawn(51, "true")[0], "a job without volumes starts"
     service.exit_of(51)
     assert "ok" in service.ask("kill", 1)[0]

@@ -231,7 +231,7 @@ class Nursery:
             undo.callback(child.scope.remove)
             if order is not None and order.volumes:
                 if self.sweepers.count_kept() >= MAX_KEPT_DISKS:
-                    raise refusal(errno.EUSERS, order.volumes[0][0])
+                    raise refusal(errno.ETOOMANYREFS, order.volumes[0][0])
                 child.volumes = tuple(name for name, _ in order.volumes)
                 child.shares = True
                 images = self.volumes.take(child.volumes)

@@ -76,7 +76,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
         "the launcher may open no more descriptors, and each volume of a live job takes one",
         "try again later, or raise the limit (LimitNOFILE=, ulimit -n)",
     ),
-    errno.EUSERS: (
+    errno.ETOOMANYREFS: (
         Busy,
         "jobs that have volumes keep too many disks of ended jobs, by descriptors that those gave",
         "stop the jobs that keep them, or wait for their end",

@@ -24,7 +24,7 @@ from jobworker.sandbox.start_failures import explain
         ("change-directory", errno.ENOENT, "that exists"),
         ("change-directory", errno.EACCES, "let the job's user"),
         ("place", 0, "worker.max_concurrent_jobs"),
-        ("volume", errno.EUSERS, "stop the jobs that keep them"),
+        ("volume", errno.ETOOMANYREFS, "stop the jobs that keep them"),
     ],
 )
 def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -> None:
