@@ -3,13 +3,15 @@
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import channel
+from jobworker.sandbox import channel, kernel_memory, kernel_search
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 
+from .conftest import child_of
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 
 MIB = 1 << 20
@@ -33,7 +35,7 @@ print("full", flush=True)
 time.sleep(60)
 """
 """Each socket's buffer takes some 200 KB at least: net.core.rmem_default."""
-HIDDEN = NETLINK.replace(
+OF_A_THREAD = NETLINK.replace(
     "fill(900)",
     "import ctypes, os, threading\n"
     "def alone():\n"
@@ -43,14 +45,73 @@ HIDDEN = NETLINK.replace(
     "threading.Thread(target=alone).start()\n"
     "time.sleep(60)\n",
 )
+LEADERLESS = NETLINK.replace(
+    "fill(900)",
+    "import ctypes, threading\n"
+    "threading.Thread(target=lambda: (fill(900), time.sleep(60))).start()\n"
+    "ctypes.CDLL(None).pthread_exit(None)\n",  # a process lives on without its first thread
+)
+IN_FLIGHT = NETLINK.replace(
+    "fill(900)",
+    "pairs = []\n"
+    "for _ in range(45):\n"
+    "    pairs.append(socket.socketpair())\n"
+    "    fill(20)\n"
+    "    for one in held:\n"
+    "        socket.send_fds(pairs[-1][0], [b'x'], [one.fileno()])\n"
+    "        one.close()\n"
+    "    held.clear()\n",
+)
 LOCKS = """
-import fcntl, struct, time
-for number in range(1000):
-    file = open(f"/workspace/{number}", "w")
-    globals()[f"file{number}"] = file
-    for at in range(1000):
-        fcntl.fcntl(file, KIND, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * at, 1, 0))
-print("full", flush=True)
+import ctypes, fcntl, os, resource, socket, struct, threading, time
+libc = ctypes.CDLL(None)
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+SETLK, OFD_SETLK = fcntl.F_SETLK, 37
+held, pairs = [], [socket.socketpair()]
+def fill(hide=held.append, make=lambda: os.open("/workspace", os.O_RDWR | os.O_TMPFILE),
+         kind=OFD_SETLK, count=1_000_000, each=500, last=60):
+    for number in range(count // each):
+        file = make()
+        for at in range(each):
+            fcntl.fcntl(file, kind, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * at, 1, 0))
+        hide(file)
+    print("full", flush=True)
+    time.sleep(last)
+def memory():
+    os.ftruncate(file := os.memfd_create("locked"), 4096)
+    return file
+def in_shared_memory():
+    file = os.open("/dev/shm", os.O_RDWR | os.O_TMPFILE)
+    os.ftruncate(file, 4096)
+    return file
+libc.mmap.restype = ctypes.c_void_p
+def mapped(file):
+    assert libc.mmap(None, ctypes.c_size_t(4096), 1, 1, file, ctypes.c_long(0)) != 2**64 - 1
+    os.close(file)
+def in_flight(file):
+    if len(held) % 100 == 99:
+        pairs.append(socket.socketpair())
+    held.append(0)
+    socket.send_fds(pairs[-1][0], [b"x"], [file])
+    os.close(file)
+def of_a_thread(**how):
+    def run():
+        assert libc.unshare(0x400) == 0  # CLONE_FILES
+        fill(**how)
+    threading.Thread(target=run).start()
+def share(work=lambda: time.sleep(60)):  # all descriptors, with another process
+    if libc.syscall(CLONE, 0x400 | 17, 0, 0, 0, 0) == 0:  # CLONE_FILES | SIGCHLD
+        work()
+        os._exit(0)
+def leaderless(**how):
+    threading.Thread(target=fill, kwargs=how).start()
+    libc.pthread_exit(None)
+""".replace("CLONE, ", "56, " if os.uname().machine == "x86_64" else "220, ")
+OF_ENDED_PROCESSES = """
+for _ in range(200):
+    share(lambda: fill(kind=SETLK, count=5000, last=0))
+    os.wait()
 time.sleep(60)
 """
 DATAGRAMS = """
@@ -87,12 +148,18 @@ def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:  # noqa: F
     ("script", "network"),
     [
         (NETLINK, "none"),
-        (NETLINK, "host"),
-        (HIDDEN, "host"),
-        (LOCKS.replace("KIND", "fcntl.F_SETLK"), "host"),
-        (LOCKS.replace("KIND", "37"), "host"),  # F_OFD_SETLK
+        (LEADERLESS, "none"),
+        (OF_A_THREAD, "host"),
+        (IN_FLIGHT, "host"),
+        (LOCKS + OF_ENDED_PROCESSES, "none"),
     ],
-    ids=["netlink, own network", "netlink", "netlink of a thread", "locks", "locks of files"],
+    ids=[
+        "netlink, own network",
+        "netlink, own network, first thread ended",
+        "netlink of a thread",
+        "netlink in flight",
+        "locks of ended processes",
+    ],
 )
 def test_job_that_hoards_kernel_memory_ends_as_out_of_memory(
     service: Service, script: str, network: str
@@ -109,6 +176,67 @@ def test_job_that_hoards_kernel_memory_ends_as_out_of_memory(
     other = service.exit_of(1)["usage"]
     assert isinstance(other, dict)
     assert other["oom_kills"] == 0
+
+
+FEW = 6000
+HIDDEN = {  # by where the search, too, must find them
+    "of a thread": "of_a_thread()",
+    "first thread ended": "leaderless(kind=SETLK)",
+    "mapped": "fill(mapped, in_shared_memory)",
+    "in flight": "fill(in_flight)",
+    "of an ended process": "share(lambda: fill(kind=SETLK, last=0)); time.sleep(60)",
+    "memory": "fill(make=memory)",
+    "memory of a shared table": "share(); fill(make=memory)",
+    "memory, mapped": "fill(mapped, memory)",
+    "memory, in flight": "fill(in_flight, memory)",
+}
+"""Where a job hides locks; memory has no device of the job's own."""
+
+
+@pytest.mark.parametrize("names", [list(HIDDEN)[:3], list(HIDDEN)[3:6], list(HIDDEN)[6:]])
+def test_locks_are_found_wherever_jobs_hide_them(
+    service: Service, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_memory, "_SHORT_BYTES", 50 * FEW)
+    monkeypatch.setattr(kernel_memory, "_SAMPLES", 40)
+    monkeypatch.setattr(kernel_memory, "LOCKS_SECONDS", 20)
+    pids, outputs = {}, []
+    for job, name in enumerate(names, start=1):
+        script = LOCKS.replace("1_000_000", str(FEW)) + HIDDEN[name]
+        reply, pipes = service.spawn(job, "python3", "-c", script, network="none")
+        started = reply["ok"]
+        assert isinstance(started, dict)
+        pids[_outside(service, started["pid"])] = job
+        outputs.append(pipes)
+    for pipes in outputs:
+        assert os.read(pipes[0], 100) == b"full\n", os.read(pipes[1], 1000)
+        channel.close_all(pipes)
+
+    with open("/proc/locks") as file:
+        measured = kernel_memory.measure_locks(file.fileno(), pids)
+    bytes_each = FEW * kernel_memory.BYTES_PER_LOCK
+    for name, (pid, job) in zip(names, pids.items(), strict=True):
+        has_device = not name.startswith("memory")
+        assert (measured.held.get(job, 0) > bytes_each // 2) == has_device, (name, measured.held)
+        found = kernel_search.search(pid, measured.unknown)
+        assert found.is_all
+        assert (found.in_flight > 0) == name.endswith("in flight"), (name, found)
+        if "mapped" not in name and "flight" not in name:
+            assert found.locks == bytes_each, (name, found, "each is counted once")
+        elif name == "memory, mapped":
+            assert found.locks > bytes_each // 2, found
+    monkeypatch.setattr(kernel_search, "SEARCH_SECONDS", 0)
+    assert not any(kernel_search.search(pid, {}).is_all for pid in pids)
+
+
+def _outside(service: Service, pid: int) -> int:
+    """The pid that a job's first process has here, not in the launcher's namespace."""
+    launcher = child_of(service.process.pid)
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        found = re.search(r"NSpid:\t(.*)", Path(f"/proc/{child}/status").read_text())
+        if found is not None and str(pid) in found[1].split()[-2:-1]:
+            return int(child)
+    raise AssertionError("it has ended")
 
 
 def test_few_netlink_sockets_and_locks_end_nothing(service: Service) -> None:

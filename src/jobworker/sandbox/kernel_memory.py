@@ -6,107 +6,218 @@ Two kinds are charged to nobody, on cgroup v1 and v2 alike, and have no bound of
 - what waits in the receive buffers of netlink sockets: up to net.core.rmem_max, twice, for each;
 - locks on ranges of files: 192 bytes for each, as many as a process likes.
 
-`measure` finds them in /proc: sockets by network namespace, or by inode where a job is on the
-host's network; locks in fdinfo. The more descriptors jobs have the longer it takes, so it runs in a
-process of its own (`sandbox.chores`). What it does not find: sockets that a job on the host's
-network has sent to itself (SCM_RIGHTS) and not received; unix(7) bounds the number of those.
+Both are asked for where a job cannot hide them, and not by its descriptors, of which it has as
+many as it likes and which need not be in any table:
 
-Standard library only. Sources: proc_pid_fdinfo(5), proc_pid_net(5), netlink(7).
+- `measure_netlink` reads one file for each network. The host's tells nothing of whose a socket is.
+- `measure_locks` reads /proc/locks, which tells a lock's file and mostly not its owner: it belongs
+  to the job that alone has the file's device (its disk, its /dev/shm), else to nobody known. The
+  kernel makes each read from the list's beginning, so that a long list takes longer by the square
+  of its length (400,000 locks: a minute). So a list too short for the bound is not read, and of a
+  longer one a sample is.
+
+What neither can tell whose it is, is `unknown`: then `sandbox.kernel_search` looks at descriptors.
+
+Each runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
+proc_locks(5), proc_pid_mountinfo(5), proc_pid_net(5), netlink(7), fs/locks.c, fs/seq_file.c.
 """
 
 import contextlib
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
+from jobworker.sandbox.announce import say
+
+T = TypeVar("T")
+BOUND_BYTES = 64 << 20
+"""What a job may hold of each kind."""
 BYTES_PER_LOCK = 192
-_SOCKET = "socket:["
+NETLINK_SECONDS = 0.5
+"""For one job's networks: 250,000 sockets take less."""
+HOST_SECONDS = 1.0
+LOCKS_SECONDS = 3.0
+"""For all jobs: 12 samples of half a million locks take as long."""
+_LEAST_ROW_BYTES = 44
+"""Of a row in a list of some 100,000."""
+_SHORT_BYTES = BOUND_BYTES // BYTES_PER_LOCK * _LEAST_ROW_BYTES
+_SAMPLES, _SAMPLE_BYTES = 12, 4096
 
 
-def measure(first_processes: Mapping[int, int]) -> dict[int, int]:
-    """The bytes that each job holds; `first_processes` are the jobs' ids by their PID 1's pid."""
+class Measured(NamedTuple):
+    """What is known of all jobs, in bytes."""
+
+    held: dict[int, int]
+    """By job."""
+    unknown: dict[str, int]
+    """That of a job or of none, by file or socket."""
+    unfinished: frozenset[int] = frozenset()
+    """Jobs of which more is held than could be counted in time."""
+
+
+def open_locks() -> int:
+    """A descriptor for `measure_locks`, of the process namespace where this is called."""
+    try:
+        return os.open("/proc/locks", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        say(f"cannot read /proc/locks: {error}; how many locks on files a job takes is not bounded")
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def measure_netlink(first_processes: Mapping[int, int]) -> Measured:
+    """What waits in netlink sockets; `first_processes` are the jobs' ids by their PID 1's pid."""
+    own = os.stat("/proc/self/ns/net").st_ino
+    held: dict[int, int] = defaultdict(int)
+    unfinished, is_on_host = set(), False
+    for job, pids in _processes_of(first_processes).items():
+        end = time.process_time() + NETLINK_SECONDS
+        seen = {own}
+        for pid in pids:
+            for place in places_of(pid):
+                with contextlib.suppress(OSError):
+                    network = os.stat(f"{place}/ns/net").st_ino
+                    is_on_host |= network == own
+                    if network not in seen:
+                        seen.add(network)
+                        held[job] += sum(size for _, size in _until(end, netlink_buffers(place)))
+            if time.process_time() > end:
+                unfinished.add(job)
+                break
+    unknown: dict[str, int] = {}
+    if is_on_host:
+        end = time.process_time() + HOST_SECONDS
+        for inode, size in _until(end, netlink_buffers("/proc/self")):
+            if size:
+                unknown[str(inode)] = size
+        if time.process_time() > end:
+            unknown["more"] = BOUND_BYTES + 1
+    return Measured(dict(held), unknown, frozenset(unfinished))
+
+
+def measure_locks(file: int, first_processes: Mapping[int, int]) -> Measured:
+    """An estimate of the locks on files, where there are so many that a job may be over the bound.
+
+    Wrong by up to some 30 MiB. `file` is from `open_locks`. What is read through another process
+    namespace than the host's leaves out locks whose owner has ended, and those live on where its
+    descriptors are shared (clone(2) with CLONE_FILES). `first_processes` are as above.
+    """
+    held, unknown = defaultdict[int, float](float), defaultdict[str, float](float)
+    rows = list(_sample(file, LOCKS_SECONDS))
+    if rows:
+        devices = _own_devices(first_processes)
+        for row, stands_for in rows:
+            fields = row.replace(b"->", b"").split()
+            if len(fields) == 8:
+                locked = fields[5].decode()
+                job = devices.get(locked.rpartition(":")[0])
+                if job is None:
+                    unknown[locked] += stands_for * BYTES_PER_LOCK
+                else:
+                    held[job] += stands_for * BYTES_PER_LOCK
+    return Measured(
+        {job: int(size) for job, size in held.items()},
+        {locked: int(size) for locked, size in unknown.items()},
+    )
+
+
+def _sample(file: int, seconds: float) -> Iterator[tuple[bytes, float]]:
+    """Rows of a long file, and how many of it each stands for; none of a short one."""
+    end = time.process_time() + seconds
+    if not os.pread(file, 1, _SHORT_BYTES):
+        return
+    size = 2 * _SHORT_BYTES
+    while os.pread(file, 1, size) and time.process_time() < end - seconds / 2:
+        size *= 2  # a list of millions is sampled as far as one read of it takes no longer
+    width = size // _SAMPLES
+    taken = []
+    for number in random.sample(range(_SAMPLES), _SAMPLES):
+        at = int((number + random.random()) * width)  # noqa: S311 - no secret
+        taken.append(os.pread(file, _SAMPLE_BYTES, at))
+        if time.process_time() > end:
+            break
+    for part in taken:
+        rows = part.split(b"\n")[1:-1]  # without the halves
+        row_bytes = sum(map(len, rows)) + len(rows)
+        for row in rows:
+            yield row, width / row_bytes * _SAMPLES / len(taken)
+
+
+def _own_devices(first_processes: Mapping[int, int]) -> dict[str, int]:
+    """The jobs that alone have a device, by its number as /proc/locks writes it."""
+    others = _devices(["/proc/self"])
+    found = {job: _devices(places_of(pid)) - others for pid, job in first_processes.items()}
+    count = Counter(device for devices in found.values() for device in devices)
+    return {
+        device: job for job, devices in found.items() for device in devices if count[device] == 1
+    }
+
+
+def _devices(places: Iterable[str]) -> set[str]:
+    for place in places:
+        with contextlib.suppress(OSError), open(f"{place}/mountinfo") as file:
+            numbers = {tuple(line.split(maxsplit=3)[2].split(":")) for line in file}
+            return {f"{int(major):02x}:{int(minor):02x}" for major, minor in numbers}
+    return set()
+
+
+def _namespaces(first_processes: Mapping[int, int]) -> dict[int, int]:
     jobs = {}
     for pid, job in first_processes.items():
         with contextlib.suppress(OSError):  # it has just ended
-            jobs[_namespace(pid, "pid")] = job
-    processes = _processes_of(jobs)
-    held: dict[int, int] = defaultdict(int)
-    for job, pids in processes.items():
-        for pid in pids:
-            held[job] += BYTES_PER_LOCK * locks_of(pid)
-    for job, count in _netlink(processes).items():
-        held[job] += count
-    return dict(held)
+            jobs[os.stat(f"/proc/{pid}/ns/pid").st_ino] = job
+    return jobs
 
 
-def _processes_of(jobs: Mapping[int, int]) -> dict[int, list[int]]:
+def processes_of(first_process: int) -> Sequence[int]:
+    """The pids of the job whose PID 1 this is."""
+    return _processes_of({first_process: 1}).get(1, [])
+
+
+def _processes_of(first_processes: Mapping[int, int]) -> dict[int, list[int]]:
+    jobs = _namespaces(first_processes)
     found: dict[int, list[int]] = defaultdict(list)
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
-                job = jobs.get(_namespace(int(name), "pid"))
+                job = jobs.get(os.stat(f"/proc/{name}/ns/pid").st_ino)
                 if job is not None:
                     found[job].append(int(name))
     return found
 
 
-def _namespace(pid: int, kind: str) -> int:
-    return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
+def places_of(pid: int) -> Iterator[str]:
+    """Where /proc tells of a process that lives: of its first thread, which may have ended, else
+    of others."""
+    if os.path.exists(f"/proc/{pid}/ns/net"):
+        yield f"/proc/{pid}"
+        return
+    for thread in threads_of(pid):
+        yield f"/proc/{pid}/task/{thread}"
 
 
-def locks_of(pid: int) -> int:
-    """How many locks on files a process has."""
-    count = 0
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fdinfo"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{name}", "rb") as file:
-                count += sum(line.startswith(b"lock:") for line in file)
-    return count
-
-
-def _netlink(processes: Mapping[int, Iterable[int]]) -> dict[int, int]:
-    own = _namespace(os.getpid(), "net")
-    held: dict[int, int] = defaultdict(int)
-    on_host: dict[int, list[int]] = defaultdict(list)
-    for job, pids in processes.items():
-        seen: set[int] = set()
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                network = _namespace(pid, "net")
-                if network == own:
-                    on_host[job].append(pid)
-                elif network not in seen:
-                    seen.add(network)
-                    held[job] += sum(netlink_buffers(pid).values())
-    if on_host:
-        waiting = {inode: size for inode, size in netlink_buffers(os.getpid()).items() if size}
-        for job, pids in on_host.items() if waiting else ():
-            inodes = {inode for pid in pids for inode in _sockets_of(pid)}
-            held[job] += sum(waiting[inode] for inode in inodes & waiting.keys())
-    return held
-
-
-def netlink_buffers(pid: int) -> dict[int, int]:
-    """Bytes that wait in netlink sockets of a process's network, by the sockets' inodes."""
-    with open(f"/proc/{pid}/net/netlink") as file:
-        rows = (line.split() for line in file)
-        next(rows)
-        return {int(row[9]): int(row[4]) for row in rows if len(row) >= 10}
-
-
-def _sockets_of(pid: int) -> Iterator[int]:
-    """The inodes of a process's sockets, those of threads with descriptors of their own too."""
-    for thread in _listed(f"/proc/{pid}/task"):
-        place = f"/proc/{pid}/task/{thread}/fd"
-        for name in _listed(place):
-            with contextlib.suppress(OSError):
-                target = os.readlink(f"{place}/{name}")
-                if target.startswith(_SOCKET):
-                    yield int(target[len(_SOCKET) : -1])
-
-
-def _listed(directory: str) -> list[str]:
+def threads_of(pid: int) -> list[int]:
+    """The ids of a process's threads; none where it has ended."""
     try:
-        return os.listdir(directory)
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:
         return []
+
+
+def netlink_buffers(place: str) -> Iterator[tuple[int, int]]:
+    """Netlink sockets of a process's network: their inodes, and the bytes that wait in them."""
+    with open(f"{place}/net/netlink") as file:
+        next(file)
+        for row in map(str.split, file):
+            if len(row) >= 10:
+                yield int(row[9]), int(row[4])
+
+
+def _until(end: float, what: Iterable[T]) -> Iterator[T]:
+    """As long as this process has not used so much time of a processor."""
+    for one in what:
+        yield one
+        if time.process_time() > end:
+            return

@@ -2,34 +2,54 @@
 
 Measuring that takes a process a while (`sandbox.kernel_memory`), so it is done only when there is a
 reason: the kernel's memory that cannot be given back, which one line of /proc/meminfo tells for the
-whole host, has grown. Who holds more than `BOUND_BYTES` then is ended as out of memory.
+whole host, has grown. Who holds more than `BOUND_BYTES` then is ended as out of memory. Where so
+much is found that nothing tells whose it is, each job is searched (`sandbox.kernel_search`).
 
-What must hold: a job holds no more of such memory than the bound, what the host's grows by before
-it is looked at, and what the job can add meanwhile. Looking costs an idle launcher nothing.
+A job can have more to search than there is time for, or hide it in flight. One search tells little
+then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
+bound, is ended too.
+
+What must hold: a job holds no more of each kind than the bound, what the host's grows by before
+it is looked at, and what the job can add meanwhile. No job delays the others' measurement: each
+kind has a process of its own, with an end, and so has each job's search. Looking costs an idle
+launcher nothing.
 
 Standard library only.
 """
 
 import contextlib
+import errno
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 
-from jobworker.sandbox import channel, kernel_memory
+from jobworker.sandbox import channel, kernel_memory, kernel_search
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import Chores
+from jobworker.sandbox.kernel_memory import BOUND_BYTES, Measured
+from jobworker.sandbox.kernel_search import Found
 from jobworker.sandbox.turns import Turns
 
-BOUND_BYTES = 64 << 20
 STEP_BYTES = 32 << 20
 """Growth of the host's that is a reason to look."""
 LOOK_SECONDS = 0.2
 SELDOM_SECONDS = 30.0
 """Looked at in any case this often: what others give back may hide what a job takes."""
+AGAIN_SECONDS = 1.0
+"""And this often while there are doubts: a descriptor is in flight for a moment, usually."""
+DOUBTS = 3
+"""So many in a row end a job."""
+SEARCHES_AT_ONCE = 2
+ALARM_SECONDS = 60
+"""Ends a process that is stuck: those that use a processor end by themselves long before."""
 _FIELD = b"SUnreclaim:"
+
+Measure = Callable[[Mapping[int, int]], Measured]
 
 
 class KernelWatch:
@@ -38,15 +58,28 @@ class KernelWatch:
     def __init__(
         self,
         turns: Turns,
-        chores: Chores,
+        slots: int,
         running: Callable[[], dict[int, Child]],
         kill: Callable[[Child], None],
+        locks: int,
     ) -> None:
-        self._turns, self._chores = turns, chores
+        self._turns, self._locks = turns, locks
         self._running, self._kill = running, kill
+        self._measures: tuple[Measure, ...] = (
+            kernel_memory.measure_netlink,
+            partial(kernel_memory.measure_locks, locks),
+        )
+        self._measurers = Chores(turns, at_once=len(self._measures), waiting=0)
+        self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots)
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
         self._calm = self._unreclaimable()
-        self._measuring = False
+        self._due: set[Measure] = set()
+        self._measuring: set[Measure] = set()
+        self._searching: set[int] = set()
+        self._unsolved: dict[Measure, bool] = {}
+        """Whether it could not tell whose more than the bound is."""
+        self._doubts: Counter[tuple[int, object]] = Counter()
+        """How many in a row could not tell of a job, by job and measure; None is the search."""
         self._measured_at = time.monotonic()
 
     def wake(self) -> None:
@@ -62,29 +95,84 @@ class KernelWatch:
         self._turns.call_in(LOOK_SECONDS, self._look)
         now = self._unreclaimable()
         self._calm = min(self._calm, now)
-        overdue = time.monotonic() > self._measured_at + SELDOM_SECONDS
-        if self._measuring or not (overdue or now > self._calm + STEP_BYTES):
-            return
+        for doubt in [doubt for doubt in self._doubts if doubt[0] not in running]:
+            del self._doubts[doubt]
+        patience = AGAIN_SECONDS if self._doubts else SELDOM_SECONDS
+        overdue = time.monotonic() > self._measured_at + patience
+        if overdue or now > self._calm + STEP_BYTES:
+            self._due.update(self._measures)
+            self._calm, self._measured_at = now, time.monotonic()
         pids = {child.pid: job for job, child in running.items()}
-        try:
-            self._chores.start(partial(_measure, pids), self._judge)
-        except OSError:
-            return  # no process to be had: at the next look, then
-        self._measuring, self._calm, self._measured_at = True, now, time.monotonic()
+        for measure in self._due - self._measuring:
+            with contextlib.suppress(OSError):  # no process to be had: at the next look, then
+                work = partial(_in_its_own_proc, partial(measure, pids))
+                self._measurers.start(work, partial(self._judge, measure), [self._locks])
+                self._measuring.add(measure)
+                self._due.discard(measure)
 
-    def _judge(self, outcome: channel.Message) -> None:
-        self._measuring = False
+    def _judge(self, measure: Measure, outcome: channel.Message) -> None:
+        self._measuring.discard(measure)
         if "errno" in outcome:
             say(f"cannot measure jobs' kernel memory: {outcome}")
-        held = outcome.get("held", [])
+            return
+        held, unknown, unfinished = (outcome[name] for name in Measured._fields)
         assert isinstance(held, list)
-        running = self._running()
-        for job, count in held:
-            child = running.get(job)
-            if child is not None and count > BOUND_BYTES:
-                say(f"job {job} is ended: it holds {count >> 20} MiB of uncounted kernel memory")
-                child.hoards = True
-                self._kill(child)
+        assert isinstance(unknown, list)
+        assert isinstance(unfinished, list)
+        for job, size in held:
+            self._end_beyond(job, size)
+        for job in self._running():
+            self._doubt(job, measure, "it has too many sockets" if job in unfinished else "")
+        is_much = sum(size for _, size in unknown) > BOUND_BYTES
+        self._unsolved[measure] = is_much or bool(unfinished)
+        if is_much:
+            self._search(dict(unknown))
+        elif not any(self._unsolved.values()):
+            self._doubts.clear()
+
+    def _search(self, unknown: Mapping[str, int]) -> None:
+        for job, child in self._running().items():
+            if job not in self._searching:
+                with contextlib.suppress(OSError):
+                    work = partial(
+                        _in_its_own_proc, partial(kernel_search.search, child.pid, unknown)
+                    )
+                    self._searchers.start(work, partial(self._judge_found, job))
+                    self._searching.add(job)
+
+    def _judge_found(self, job: int, outcome: channel.Message) -> None:
+        self._searching.discard(job)
+        if "errno" in outcome:
+            say(f"cannot search job {job} for kernel memory: {outcome}")
+            if outcome["errno"] == errno.EINTR:  # it had to be ended
+                self._doubt(job, None, "a search of it does not end")
+            return
+        locks, netlink, in_flight, is_all = (outcome[name] for name in Found._fields)
+        assert isinstance(locks, int)
+        assert isinstance(netlink, int)
+        self._end_beyond(job, max(locks, netlink))
+        why = "it has descriptors in flight" if in_flight else ""
+        self._doubt(job, None, why if is_all else "it has too many descriptors")
+
+    def _doubt(self, job: int, source: Measure | None, why: str) -> None:
+        """Count one more in a row that could not tell, for this reason, or none that could."""
+        if not why:
+            del self._doubts[job, source]
+            return
+        self._doubts[job, source] += 1
+        if self._doubts[job, source] >= DOUBTS:
+            self._end(job, f"may hold too much uncounted kernel memory: {why}")
+
+    def _end_beyond(self, job: int, size: int) -> None:
+        if size > BOUND_BYTES:
+            self._end(job, f"holds {size >> 20} MiB of uncounted kernel memory")
+
+    def _end(self, job: int, why: str) -> None:
+        child = self._running().get(job)
+        if child is not None:
+            say(f"job {job} is ended: it {why}")
+            child.hoards = True
+            self._kill(child)
 
     def _unreclaimable(self) -> int:
         text = os.pread(self._meminfo, 8192, 0)
@@ -92,12 +180,19 @@ class KernelWatch:
         return int(text[at + len(_FIELD) :].split(maxsplit=1)[0]) << 10 if at >= 0 else 0
 
 
-def _measure(first_processes: dict[int, int]) -> channel.Message:
+def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
     """In a process: with a /proc of its own, which goes with it.
 
     What is looked up in the launcher's, the launcher would have to forget when it collects the job.
     """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(ALARM_SECONDS)
     with contextlib.suppress(OSError):  # a kernel that lets no ordinary user do it: slower, then
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
-    return {"held": list(kernel_memory.measure(first_processes).items())}
+    return {
+        name: list(value.items() if isinstance(value, dict) else value)
+        if isinstance(value, dict | frozenset)
+        else value
+        for name, value in work()._asdict().items()
+    }

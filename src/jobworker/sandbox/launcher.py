@@ -27,6 +27,7 @@ from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree, sweep_elsewhere
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import Terms, rounded
+from jobworker.sandbox.kernel_memory import open_locks
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.policy import Policy, policy_from
@@ -88,6 +89,7 @@ def main(descriptor: int) -> NoReturn:
             has_rights, ids = os.geteuid() == 0, Ids(policy.first_uid)
             if not has_rights:
                 ids = split(become_root(), policy.max_jobs + policy.spares)
+            locks = open_locks()  # the host's, not those of the process namespace to come
             _become_first_process([descriptor, *passed], on_its_own="listener" in carried)
             tree, nursery = _prepare(policy, ids, undo, has_rights=has_rights)
         except JobworkerError as error:
@@ -103,7 +105,7 @@ def main(descriptor: int) -> NoReturn:
         gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
         hello: channel.Message = {"ready": tree.kind, "gaps": gaps, "policy": message}
         hello["bounds_disks"] = has_rights
-        launcher = Launcher(nursery, policy.spares, hello)
+        launcher = Launcher(nursery, policy.spares, hello, locks)
         if "listener" not in carried:
             launcher.serve_one(link)
         else:

@@ -75,9 +75,7 @@ Tell = Callable[[channel.Message, Sequence[int]], None]
 class Jobs:
     """All children of the launcher."""
 
-    def __init__(
-        self, turns: Turns, nursery: Nursery, chores: Chores, spares: int, tell: Tell
-    ) -> None:
+    def __init__(self, turns: Turns, nursery: Nursery, spares: int, tell: Tell, locks: int) -> None:
         self._turns, self._nursery, self._tell = turns, nursery, tell
         self._wanted_spares = spares
         self._children: set[Child] = set()
@@ -95,7 +93,7 @@ class Jobs:
         self._lacks_inspectors = False
         """Whether the latest one could not be started; the log was told then."""
         self._oom_watch = OomWatch(turns, self.kill)
-        self._kernel_watch = KernelWatch(turns, chores, self._running, self.kill)
+        self._kernel_watch = KernelWatch(turns, nursery.slots, self._running, self.kill, locks)
         turns.call_in(0, self._refill)
         turns.watch(nursery.networks.changes.fileno(), self._on_addresses)
         self._watch_sweepers()

@@ -46,14 +46,14 @@ JOBS_PER_PAGE = channel.MAX_DESCRIPTORS // 2
 class Launcher:
     """The loop, and who is connected to it."""
 
-    def __init__(self, nursery: Nursery, spares: int, hello: channel.Message) -> None:
+    def __init__(self, nursery: Nursery, spares: int, hello: channel.Message, locks: int) -> None:
         self._turns = Turns()
         self._volumes = nursery.volumes
         self._disposal = Disposal(self._turns)
         self._makers = Chores(self._turns, at_once=4, waiting=0)
         """Apart from the rest, since formatting a large volume takes long."""
         self._chores = Chores(self._turns, at_once=4, waiting=256)
-        self._jobs = Jobs(self._turns, nursery, self._chores, spares, self._send)
+        self._jobs = Jobs(self._turns, nursery, spares, self._send, locks)
         self._hello = {**hello, "protocol": PROTOCOL}
         self._link: ServiceLink | None = None
         self._greeted = False

@@ -21,8 +21,14 @@ _libc.mount.argtypes = [
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "capset": 126, "keyctl": 250, "rt_sigaction": 13, "seccomp": 317},
-    "aarch64": {"pivot_root": 41, "capset": 91, "keyctl": 219, "rt_sigaction": 134, "seccomp": 277},
+    "x86_64": {
+        **{"pivot_root": 155, "capset": 126, "keyctl": 250, "rt_sigaction": 13, "seccomp": 317},
+        "kcmp": 312,
+    },
+    "aarch64": {
+        **{"pivot_root": 41, "capset": 91, "keyctl": 219, "rt_sigaction": 134, "seccomp": 277},
+        "kcmp": 272,
+    },
 }
 _machine = os.uname().machine
 if _machine not in _NUMBERS:
@@ -32,6 +38,7 @@ _CAPSET = _NUMBERS[_machine]["capset"]
 _KEYCTL = _NUMBERS[_machine]["keyctl"]
 _RT_SIGACTION = _NUMBERS[_machine]["rt_sigaction"]
 _SECCOMP = _NUMBERS[_machine]["seccomp"]
+_KCMP = _NUMBERS[_machine]["kcmp"]
 _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE = 428, 429, 435, 436
 _PIDFD_GETFD, _MOUNT_SETATTR = 438, 442
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
@@ -59,6 +66,8 @@ _MOUNT_ATTR_IDMAP = 0x100000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+# kcmp(2)
+KCMP_VM, KCMP_FILES = 1, 2
 # capabilities(7)
 CAP_SYS_ADMIN = 21
 
@@ -268,6 +277,15 @@ def pidfd_getfd(process: int, descriptor: int) -> int:
     """
     number, none = ctypes.c_long(_PIDFD_GETFD), ctypes.c_uint(0)
     return _check(_libc.syscall(number, ctypes.c_int(process), ctypes.c_int(descriptor), none))
+
+
+def kcmp(thread: int, other: int, kind: int) -> int:
+    """Compare what two threads have, `KCMP_FILES` or `KCMP_VM`: kcmp(2).
+
+    0 where they share it, 1 where the first one's comes first in an order of the kernel's, else 2.
+    """
+    threads, none = (ctypes.c_int(thread), ctypes.c_int(other)), ctypes.c_ulong(0)
+    return _check(_libc.syscall(ctypes.c_long(_KCMP), *threads, ctypes.c_int(kind), none, none))
 
 
 def is_tap(descriptor: int) -> bool:

@@ -1,0 +1,141 @@
+"""Whom the watch over kernel memory ends, by what is measured and found."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from jobworker.sandbox import kernel_watch
+from jobworker.sandbox.children import Child
+from jobworker.sandbox.kernel_memory import BOUND_BYTES
+from jobworker.sandbox.turns import Turns
+
+MUCH = BOUND_BYTES + 1
+NONE: dict[str, object] = {"held": [], "unknown": [], "unfinished": []}
+UNKNOWN = {**NONE, "unknown": [["00:01:7", MUCH]]}
+FOUND: dict[str, object] = {"locks": 0, "netlink": 0, "in_flight": 0, "is_all": True}
+
+
+class Processes:
+    """Chores that are done when the test says so."""
+
+    def __init__(self, _turns: Turns, **_bounds: int) -> None:
+        self.dones: list[Callable[[dict[str, object]], None]] = []
+
+    def start(
+        self, _work: object, done: Callable[[Any], None], _holding: Sequence[int] = ()
+    ) -> None:
+        self.dones.append(done)
+
+    def finish(self, *outcomes: dict[str, object]) -> None:
+        dones, self.dones = self.dones, []
+        assert len(dones) == len(outcomes)
+        for done, outcome in zip(dones, outcomes, strict=True):
+            done(outcome)
+
+
+class Watched:
+    """A watch over two jobs, by ids 1 and 2, whose looks the test takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernel_watch, "Chores", Processes)
+        monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
+        self.jobs = {n: cast("Child", SimpleNamespace(pid=10 + n, hoards=False)) for n in (1, 2)}
+        self.ended: list[Child] = []
+        self.watch = kernel_watch.KernelWatch(
+            Turns(), 4, lambda: self.jobs, self.ended.append, locks=-1
+        )
+        self.size = 0
+        monkeypatch.setattr(self.watch, "_unreclaimable", lambda: self.size)
+        self.watch.wake()
+        self.measurers = cast("Processes", self.watch._measurers)
+        self.searchers = cast("Processes", self.watch._searchers)
+
+    def grow(self) -> None:
+        self.size += kernel_watch.STEP_BYTES + 1
+        self.watch._look()
+
+    def search(self, *outcomes: dict[str, object]) -> None:
+        """Have it measured that much is nobody's, and each job searched."""
+        self.grow()
+        measures = len(self.measurers.dones)
+        self.measurers.finish(*[UNKNOWN, *[NONE] * (measures - 1)])
+        self.searchers.finish(*outcomes)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(monkeypatch)
+
+
+def test_nothing_is_measured_without_a_reason(watched: Watched) -> None:
+    watched.watch._look()
+    assert watched.measurers.dones == []
+
+
+def test_job_that_holds_too_much_is_ended(watched: Watched) -> None:
+    watched.grow()
+    watched.measurers.finish({**NONE, "held": [[1, MUCH - 1], [2, MUCH]]}, NONE)
+    assert watched.ended == [watched.jobs[2]]
+    assert watched.jobs[2].hoards
+    assert watched.searchers.dones == []
+
+
+def test_measurement_that_takes_long_delays_no_other(watched: Watched) -> None:
+    watched.grow()
+    one, slow = watched.measurers.dones
+    watched.measurers.dones = []
+    one(NONE)
+    watched.grow()
+    (again,) = watched.measurers.dones
+    again({**NONE, "held": [[1, MUCH]]})
+    assert watched.ended == [watched.jobs[1]]
+    watched.measurers.dones = []
+    slow(NONE)
+    watched.watch._look()
+    assert len(watched.measurers.dones) == 1, "what grew meanwhile is still to be measured"
+
+
+def test_search_that_takes_long_delays_no_other(watched: Watched) -> None:
+    watched.grow()
+    watched.measurers.finish(UNKNOWN, NONE)
+    _slow, other = watched.searchers.dones
+    watched.searchers.dones = []
+    other(FOUND)
+    watched.grow()
+    watched.measurers.finish(UNKNOWN, NONE)
+    watched.searchers.finish({**FOUND, "locks": MUCH})
+    assert watched.ended == [watched.jobs[2]]
+
+
+@pytest.mark.parametrize("doubt", [{"in_flight": 1}, {"is_all": False}])
+def test_job_of_which_searches_cannot_tell_is_ended(
+    watched: Watched, doubt: dict[str, object]
+) -> None:
+    for _ in range(kernel_watch.DOUBTS - 1):
+        watched.search({**FOUND, **doubt}, FOUND)
+    watched.search(FOUND, FOUND)
+    for _ in range(kernel_watch.DOUBTS - 1):
+        watched.search({**FOUND, **doubt}, FOUND)
+    assert watched.ended == [], "not often enough in a row"
+    watched.search({**FOUND, **doubt}, FOUND)
+    assert watched.ended == [watched.jobs[1]]
+
+
+def test_job_with_too_many_sockets_to_count_is_ended(watched: Watched) -> None:
+    for unfinished in ([1], [], [1], [1]):
+        watched.grow()
+        watched.measurers.finish({**NONE, "unfinished": unfinished}, NONE)
+        assert watched.ended == []
+    watched.grow()
+    watched.measurers.finish({**NONE, "unfinished": [1]}, NONE)
+    assert watched.ended == [watched.jobs[1]]
+
+
+def test_doubts_end_when_all_is_known_again(watched: Watched) -> None:
+    for _ in range(3 * kernel_watch.DOUBTS):
+        watched.search({**FOUND, "in_flight": 1}, FOUND)
+        watched.grow()
+        watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
+    assert watched.ended == []
