@@ -158,6 +158,13 @@ class TooManyFollows(Busy):
     name = "too_many_follows"
 
 
+class TooManyFrames(Busy):
+    """Control frames, or parts of messages that are nearly empty, came faster than is taken."""
+
+    code = 1034
+    name = "too_many_frames"
+
+
 class TooManyFailures(Busy):
     """Too many handshakes from this address failed in the last minute; too many wait for a turn."""
 

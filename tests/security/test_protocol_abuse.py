@@ -22,6 +22,7 @@ from .raw_socket import (
     BINARY,
     CONTINUATION,
     PING,
+    PONG,
     TEXT,
     UPGRADE,
     Frame,
@@ -320,6 +321,14 @@ async def test_message_beyond_the_limit_is_refused_by_name(
     )
 
 
+SMALL = {
+    "pongs": frame(PONG, b""),
+    "pings": frame(PING, b""),
+    "empty parts": frame(CONTINUATION, b"", first=0),
+    "parts of a byte": frame(CONTINUATION, b"x", first=0),
+}
+
+
 async def test_message_of_endless_empty_frames_is_ended(guarded: Embedded, bystander: Wire) -> None:
     with trio.fail_after(60):
         async with open_raw(guarded) as raw:
@@ -327,6 +336,15 @@ async def test_message_of_endless_empty_frames_is_ended(guarded: Embedded, bysta
             with suppress(trio.BrokenResourceError):
                 while True:
                     await raw.stream.send_all(frame(CONTINUATION, b"", first=0) * 1000)
+
+
+@pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
+async def test_flood_of_small_frames_is_ended_by_name(
+    guarded: Embedded, bystander: Wire, small: bytes
+) -> None:
+    async with closed_with(guarded, 1013) as raw:
+        await raw.send(frame(TEXT, b"{", first=0) + small * 1100)
+    assert "too_many_frames: cannot take more than 20 control frames" in guarded.log_text()
 
 
 async def test_compression_is_not_agreed_upon(guarded: Embedded) -> None:

@@ -43,7 +43,7 @@ VERDICTS = {
     1010: Verdict.FATAL,
     1011: Verdict.FATAL,  # it met a fault while it served this
     1012: Verdict.AGAIN,  # a restart, as a proxy tells it
-    TRY_AGAIN: Verdict.AGAIN,  # a limit: an unanswered ping, a client that took nothing
+    TRY_AGAIN: Verdict.AGAIN,  # a limit: an unanswered ping, too many pongs
     1014: Verdict.AGAIN,  # a proxy found no service
 }
 

@@ -32,6 +32,7 @@ from jobworker.model.summary import short_command
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
+from jobworker.server.bucket import Bucket
 from jobworker.server.gate import jobs_named
 
 log = logging.getLogger("jobworker.server")
@@ -54,24 +55,6 @@ MALFORMED = "request.refused"
 
 _Kind = tuple[str, str]
 """An action and its outcome."""
-
-
-@define
-class _Bucket:
-    """What may still be noted of vain attempts."""
-
-    filled_at: float
-    burst: float
-    per_second: float
-    tokens: float = Factory(lambda self: self.burst, takes_self=True)
-
-    def take(self, now: float) -> bool:
-        grown = self.tokens + (now - self.filled_at) * self.per_second
-        self.tokens, self.filled_at = min(self.burst, grown), now
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True
 
 
 @define
@@ -131,9 +114,9 @@ class Auditor:
     _arrival: trio.Event = field(factory=trio.Event)
     _suppressed: dict[str, _Suppressed] = field(factory=dict)
     """By the certificate's name, of which there are as many as the CA has given; "" is nobody's."""
-    _buckets: dict[str, _Bucket] = field(factory=dict)
+    _buckets: dict[str, Bucket] = field(factory=dict)
     """By name too."""
-    _kinds: dict[tuple[str, _Kind], _Bucket] = field(factory=dict)
+    _kinds: dict[tuple[str, _Kind], Bucket] = field(factory=dict)
     _refused: bool = False
     """Whether the disk took nothing of the last rows."""
 
@@ -196,10 +179,8 @@ class Auditor:
 
     def _note_vain(self, row: AuditRow) -> None:
         now, kind = trio.current_time(), (row.action, row.outcome)
-        of_name = self._buckets.setdefault(row.name, _Bucket(now, VAIN_BURST, VAIN_PER_SECOND))
-        of_kind = self._kinds.setdefault(
-            (row.name, kind), _Bucket(now, KIND_BURST, KIND_PER_SECOND)
-        )
+        of_name = self._buckets.setdefault(row.name, Bucket(now, VAIN_BURST, VAIN_PER_SECOND))
+        of_kind = self._kinds.setdefault((row.name, kind), Bucket(now, KIND_BURST, KIND_PER_SECOND))
         if of_name.take(now) or of_kind.take(now):
             self._note(row)
         else:

@@ -219,4 +219,4 @@ async def _check_parts(
     """
     if len(socket_._message_parts) > MAX_FRAGMENTS:
         raise trio.BrokenResourceError(f"a message of more than {MAX_FRAGMENTS} frames")
-    return await conversation.intake.wait_for_room(socket_._message_size)
+    return await conversation.wait_for_room(socket_._message_size)

@@ -34,6 +34,7 @@ from jobworker.errors import (
     SendStalled,
     ShuttingDown,
     TooManyFollows,
+    TooManyFrames,
     TooManyRequests,
 )
 from jobworker.model.access import Permission
@@ -50,6 +51,7 @@ from jobworker.protocol.session import (
     read_request,
 )
 from jobworker.server import operations
+from jobworker.server.bucket import Bucket
 from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
@@ -68,6 +70,11 @@ IN_TURN = frozenset({"job.list", "job.status", "job.plan", "volume.list", "rpc.d
 """Calls that wait for nothing and may have long answers: one at a time of each connection."""
 LARGE_REQUESTS = frozenset({"job.run", "job.plan"})
 """Methods whose parameters may be large; what else is large was padded."""
+SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND = 1000, 20
+"""Control frames, and parts of a message that are nearly empty: see `frame_scan`.
+
+Clients ping once a second at the most, and answer our pings, which come twice a minute.
+"""
 MAX_REASON_BYTES = 120
 """Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
@@ -88,6 +95,7 @@ class Conversation:
     """Replies that are being sent, and notifications that are being served."""
     _less_busy: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
     """Where tasks wait until less is to be sent."""
+    _small_frames: Bucket = field(init=False)
     intake: Intake = field(init=False)
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
@@ -100,6 +108,9 @@ class Conversation:
     def __attrs_post_init__(self) -> None:
         limits = self._context.admission.limits
         self._session = ServerSession(limits.max_requests_in_flight)
+        self._small_frames = Bucket(
+            trio.current_time(), SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
+        )
         self.intake = Intake(
             self._context.requests,
             self._visitor.identity.common_name,
@@ -114,6 +125,22 @@ class Conversation:
             self._context.crowds,
             self._visitor.identity.common_name,
         )
+
+    async def wait_for_room(self, size: int) -> float:
+        """Wait until more may be read of a message that has `size` so far; see `Intake`.
+
+        Where the client has sent what is not taken the conversation ends, and this never returns.
+        """
+        small = self._socket.take_small_frames()
+        if small and not self._small_frames.take(trio.current_time(), small):
+            self._end(
+                TooManyFrames(
+                    f"cannot take more than {SMALL_FRAMES_PER_SECOND} control frames and empty "
+                    f"parts of messages a second, after {SMALL_FRAMES_BURST} at once"
+                )
+            )
+            await trio.sleep_forever()
+        return await self.intake.wait_for_room(size)
 
     async def serve(self) -> None:
         """Answer calls until the client goes, or has to."""

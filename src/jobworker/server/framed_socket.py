@@ -53,6 +53,10 @@ class FramedSocket:
         """Ping the client and wait for its answer. Raises as `get_message`; breaks if cancelled."""
         await self._socket.ping()
 
+    def take_small_frames(self) -> int:
+        """See `FrameScanner.take_small`."""
+        return self._stream.frames.take_small()
+
     @property
     def taken_bytes(self) -> int:
         """See `TLSStream.taken_bytes`."""

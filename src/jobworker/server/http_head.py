@@ -19,6 +19,7 @@ from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server.door import Fittings
+from jobworker.server.frame_scan import FrameScanner
 from jobworker.tls_stream import Data, TLSStream
 
 PATH, VERSION = b"/", b"13"
@@ -33,12 +34,17 @@ CLOSE_SECONDS = 2.0
 class PrefixStream(trio.abc.Stream):
     """A stream that first gives back what was already read from it, and tells when it is closed.
 
+    What comes after that are frames, which it gives a few at a time (`frame_scan`).
+
     trio-websocket closes it without a word to its caller where a client breaks the protocol, and
     then leaves who waits for a message waiting for ever.
     """
 
     def __init__(self, inner: TLSStream, prefix: bytes) -> None:
         self._inner, self._prefix = inner, prefix
+        self._unread = b""
+        """Frames that have come and were not handed over yet."""
+        self.frames = FrameScanner()
         self.closed = trio.Event()
         self.check: Callable[[], Awaitable[float]] | None = None
         """Looks, before each read, at what became of the last, and waits until there may be more.
@@ -57,12 +63,20 @@ class PrefixStream(trio.abc.Stream):
         return await self._receive_some(max_bytes)
 
     async def _receive_some(self, max_bytes: int | None) -> bytes:
-        if not self._prefix:
-            return await self._inner.receive_some(max_bytes)
-        await trio.lowlevel.checkpoint()
-        size = len(self._prefix) if max_bytes is None else max_bytes
-        given, self._prefix = self._prefix[:size], self._prefix[size:]
-        return given
+        if self._prefix:
+            await trio.lowlevel.checkpoint()
+            size = len(self._prefix) if max_bytes is None else max_bytes
+            given, self._prefix = self._prefix[:size], self._prefix[size:]
+            return given
+        if self._unread:
+            await trio.lowlevel.checkpoint()
+            data, self._unread = self._unread, b""
+        else:
+            data = await self._inner.receive_some(max_bytes)
+        count = self.frames.slice(data)
+        if count < len(data):
+            data, self._unread = data[:count], data[count:]
+        return data
 
     async def send_all(self, data: Data, *more: Data) -> None:
         """See `TLSStream.send_all`. Raises SendStalled where that raises trio.TooSlowError."""

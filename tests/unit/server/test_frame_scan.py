@@ -1,0 +1,59 @@
+"""Frames are handed over a few at a time, and small ones are counted."""
+
+import pytest
+
+from jobworker.server.frame_scan import SLICE_FRAMES, FrameScanner
+
+MASK = b"\1\2\3\4"
+PONG = b"\x8a\x80" + MASK
+EMPTY_PART = b"\x00\x80" + MASK
+LAST_PART = b"\x80\x80" + MASK
+MESSAGE = b"\x81\x82" + MASK + b"{}"
+
+
+def part(size: int) -> bytes:
+    """An unfinished part of a message with a payload."""
+    if size < 126:
+        return bytes([0, 0x80 | size]) + MASK + bytes(size)
+    if size < 65_536:
+        return b"\x00\xfe" + size.to_bytes(2) + MASK + bytes(size)
+    return b"\x00\xff" + size.to_bytes(8) + MASK + bytes(size)
+
+
+@pytest.mark.parametrize("kind", [PONG, EMPTY_PART, LAST_PART, MESSAGE, part(125), part(126)])
+def test_many_frames_are_cut_into_slices(kind: bytes) -> None:
+    scanner, data = FrameScanner(), kind * 20
+    sizes = []
+    while data:
+        sizes.append(scanner.slice(data))
+        data = data[sizes[-1] :]
+    assert [size / len(kind) for size in sizes] == [SLICE_FRAMES, SLICE_FRAMES, 4]
+
+
+@pytest.mark.parametrize("size", [200, 16_000, 65_535, 65_536, 300_000])
+def test_large_frame_is_not_cut(size: int) -> None:
+    scanner, data = FrameScanner(), part(size) + MESSAGE
+    pieces = [data[at : at + 16_384] for at in range(0, len(data), 16_384)]
+    assert [scanner.slice(piece) for piece in pieces] == [len(piece) for piece in pieces]
+    assert scanner.take_small() == 0
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 11])
+def test_header_may_come_in_pieces(step: int) -> None:
+    scanner = FrameScanner()
+    data = (PONG + part(200) + MESSAGE + part(70_000) + EMPTY_PART + b"\x89\x00") * 2
+    for at in range(0, len(data), step):
+        piece = data[at : at + step]
+        while piece:
+            piece = piece[scanner.slice(piece) :]
+    assert scanner.take_small() == 6
+
+
+def test_small_are_control_frames_and_unfinished_parts_with_little_in_them() -> None:
+    scanner = FrameScanner()
+    for data in (LAST_PART, MESSAGE, part(126)):
+        scanner.slice(data)
+        assert scanner.take_small() == 0
+    for data in (PONG, EMPTY_PART, part(125), b"\x01\x81" + MASK + b"x"):
+        scanner.slice(data)
+        assert scanner.take_small() == 1
