@@ -163,7 +163,10 @@ async def test_large_request_of_a_role_that_runs_nothing_is_refused_unread(
         reply = json.loads(await socket.get_message())
         assert reply["id"] is None
         assert reply["error"]["data"]["name"] == "permission_denied"
-        assert "more than 32768 are for those who may run jobs" in reply["error"]["message"]
+        assert (
+            "of more than 32768 characters: such are for those who may run"
+            in reply["error"]["message"]
+        )
         await socket.send_message('{"jsonrpc":"2.0","id":8,"method":"service.hello"}')
         assert json.loads(await socket.get_message())["id"] == 8
     assert turns.longest_ms() < TURN_MS, turns.task()

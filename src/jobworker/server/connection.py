@@ -47,12 +47,16 @@ from jobworker.server.http_head import (
     read_head,
     reply,
 )
+from jobworker.server.slots import LARGE_BYTES
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
 log = logging.getLogger("jobworker.server")
 
 MAX_FRAGMENTS = 16_384
 """Frames of one message: empty ones add nothing to its size, and a place in memory each."""
+
+UNREAD = "\0" * (LARGE_BYTES + 1)
+"""Stands for a large message that was dropped: as large, and no JSON whatever follows it."""
 
 
 async def serve_connection(tcp: trio.SocketStream, door: Door, context: operations.Context) -> None:
@@ -215,8 +219,14 @@ async def _check_parts(
 ) -> float:
     """Wait until more of the message that is coming may be read. Returns how long that may take.
 
-    Raises BrokenResourceError for one that comes in more frames than are taken.
+    A large message of a client that may send none is dropped as it comes, so it needs no slot; what
+    is kept in its place is refused once it has ended. Raises BrokenResourceError for a message that
+    comes in more frames than are taken.
     """
-    if len(socket_._message_parts) > MAX_FRAGMENTS:
+    parts, size = socket_._message_parts, socket_._message_size
+    if len(parts) > MAX_FRAGMENTS:
         raise trio.BrokenResourceError(f"a message of more than {MAX_FRAGMENTS} frames")
-    return await conversation.wait_for_room(socket_._message_size)
+    if size > LARGE_BYTES and conversation.refuses_large():
+        parts[:] = [UNREAD if isinstance(parts[0], str) else UNREAD.encode()]
+        size = 0
+    return await conversation.wait_for_room(size)

@@ -36,6 +36,7 @@ from jobworker.errors import (
     TooManyFollows,
     TooManyFrames,
     TooManyRequests,
+    TooSlow,
 )
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
@@ -75,6 +76,8 @@ SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND = 1000, 20
 
 Clients ping once a second at the most, and answer our pings, which come twice a minute.
 """
+SERVE_SECONDS = 60.0
+"""How long a large request may take beyond `stall_seconds`; a job starts within seconds."""
 MAX_REASON_BYTES = 120
 """Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
@@ -140,7 +143,15 @@ class Conversation:
                 )
             )
             await trio.sleep_forever()
-        return await self.intake.wait_for_room(size)
+        try:
+            return await self.intake.wait_for_room(size)
+        except TooSlow as slow:
+            self._end(slow)
+            await trio.sleep_forever()
+
+    def refuses_large(self) -> bool:
+        """Whether the client may send no large message, since it may not run jobs."""
+        return self._denied(METHODS["job.run"]) is not None
 
     async def serve(self) -> None:
         """Answer calls until the client goes, or has to."""
@@ -216,7 +227,7 @@ class Conversation:
         """
         large = len(message) > LARGE_BYTES
         if large:
-            self.intake.begin()
+            nursery.start_soon(self._end_unless_served, self.intake.begin())
         received = await self._read(message)
         del message
         # Requests that wait for a job do not count here, for credits must pass them.
@@ -239,14 +250,22 @@ class Conversation:
         if large:
             self.intake.end()
 
+    async def _end_unless_served(self, served: trio.Event) -> None:
+        """End with a large request that is not served, since its client takes no replies."""
+        seconds = self._context.stall_seconds + SERVE_SECONDS
+        with trio.move_on_after(seconds):
+            await served.wait()
+            return
+        self._end(TooSlow(f"cannot go on: a large request was not served in {seconds:g} s"))
+
     async def _read(self, message: str | bytes) -> Call | Refusal:
         """Read a request: a long one in a thread, and only from a client that may run jobs."""
         if len(message) <= LONG_CHARACTERS:
             return self._session.receive(message, self._denied)
         if len(message) > LARGE_BYTES and (error := self._denied(METHODS["job.run"])) is not None:
             error = PermissionDenied(
-                f"cannot take a message of {len(message)} characters: more than {LARGE_BYTES} are "
-                "for those who may run jobs",
+                f"cannot take a message of more than {LARGE_BYTES} characters: such are for those "
+                "who may run jobs",
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
@@ -398,12 +417,18 @@ class Conversation:
                 nursery.cancel_scope.cancel()
 
     async def _end_in_silence(self, seconds: float) -> None:
-        """End the conversation once nothing is taken for so long; the ping too is something."""
-        before, taken = -1, self._socket.taken_bytes
-        while taken != before:
+        """End the conversation once nothing is taken for so long; the ping too is something.
+
+        While nothing is read from the client its answer may be among what was not.
+        """
+        before, now = None, self._signs_of_life()
+        while now != before or self.intake.paused:
             await trio.sleep(seconds)
-            before, taken = taken, self._socket.taken_bytes
+            before, now = now, self._signs_of_life()
         self._end(PingUnanswered(f"cannot go on: a ping was not answered in {seconds:g} s"))
+
+    def _signs_of_life(self) -> tuple[int, int]:
+        return self._socket.taken_bytes, self.intake.pauses
 
     def _end(self, fault: JobworkerError) -> None:
         if not self._scope.cancel_called:

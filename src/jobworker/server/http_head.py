@@ -49,17 +49,15 @@ class PrefixStream(trio.abc.Stream):
         self.check: Callable[[], Awaitable[float]] | None = None
         """Looks, before each read, at what became of the last, and waits until there may be more.
 
-        Returns the seconds that the read may take. Raises BrokenResourceError.
+        Returns the seconds after which it wants to look again. Raises BrokenResourceError.
         """
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See trio.abc.ReceiveStream."""
         if self.check is not None:
-            seconds = await self.check()
-            if seconds < math.inf:
+            while (seconds := await self.check()) < math.inf:
                 with trio.move_on_after(seconds):
                     return await self._receive_some(max_bytes)
-                raise trio.BrokenResourceError(f"nothing came for {seconds:g} s")
         return await self._receive_some(max_bytes)
 
     async def _receive_some(self, max_bytes: int | None) -> bytes:

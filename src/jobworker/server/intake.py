@@ -3,15 +3,21 @@
 The slot is taken when a message has grown large, before more of it is read, and given back when the
 request has been served. Until then nothing more is read from the client (TCP's backpressure makes
 it wait), so a connection holds one large request at the most. A client that has a slot and sends
-nothing for too long is let go.
+nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go: others wait for the slot.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 from attrs import define, field
 
+from jobworker.errors import TooSlow
 from jobworker.server.slots import LARGE_BYTES, Slots
+
+LEAST_BYTES_PER_SECOND = 65_536
+"""After the first `stall_seconds`: a message of 4 MiB has another 64 s."""
 
 
 @define(eq=False)
@@ -25,24 +31,58 @@ class Intake:
     _served: trio.Event | None = field(default=None, init=False)
     """Set once the large request that is being served has been; None where there is none."""
     _closed: bool = field(default=False, init=False)
+    _began: tuple[float, int] = field(default=(0.0, 0), init=False)
+    """When the slot was taken, and how much of the message there was."""
+    _grew: tuple[float, int] = field(default=(0.0, 0), init=False)
+    """When more of the message was seen last, and how much there was."""
+    paused: bool = field(default=False, init=False)
+    """Whether nothing is read from the client now, its answers to pings included."""
+    pauses: int = field(default=0, init=False)
+    """How many have ended."""
 
     async def wait_for_room(self, size: int) -> float:
         """Wait until more may be read of a message that has `size` so far.
 
-        Returns the seconds within which more has to come.
+        Returns the seconds within which more has to come. Raises TooSlow if it has not.
         """
         if self._served is not None:
-            await self._served.wait()
+            with self._pause():
+                await self._served.wait()
         if size > LARGE_BYTES and not self._holding:
-            await self._slots.take(self._name)
+            with self._pause():
+                await self._slots.take(self._name)
             self._holding = True
+            self._began = self._grew = trio.current_time(), size
             if self._closed:
                 self._give_back()
-        return self._stall_seconds if self._holding else math.inf
+        return self._seconds_left(size) if self._holding else math.inf
 
-    def begin(self) -> None:
-        """A large request has come whole and is being served."""
+    def _seconds_left(self, size: int) -> float:
+        now = trio.current_time()
+        if size != self._grew[1]:
+            self._grew = now, size
+        earned = (size - self._began[1]) / LEAST_BYTES_PER_SECOND
+        left = min(self._grew[0], self._began[0] + earned) + self._stall_seconds - now
+        if left <= 0:
+            raise TooSlow(
+                f"cannot wait for the rest of a large message: nothing came for "
+                f"{self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
+            )
+        return left
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+            self.pauses += 1
+
+    def begin(self) -> trio.Event:
+        """A large request has come whole and is being served. Returns what is set at its end."""
         self._served = trio.Event()
+        return self._served
 
     def end(self) -> None:
         """It has been."""

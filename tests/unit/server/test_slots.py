@@ -6,7 +6,8 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.server.intake import Intake
+from jobworker.errors import TooSlow
+from jobworker.server.intake import LEAST_BYTES_PER_SECOND, Intake
 from jobworker.server.slots import LARGE_BYTES, Slots, Statistics
 
 
@@ -96,3 +97,41 @@ async def test_slot_that_is_given_to_who_was_just_cancelled_is_not_lost() -> Non
         nursery.cancel_scope.cancel()
         slots.give_back("a")
     assert slots.take_nowait("a")
+
+
+async def test_slot_is_held_for_a_bounded_time(autojump_clock: object) -> None:
+    intake = Intake(Slots(1, 1), "a", 60)
+    began = trio.current_time()
+
+    async def trickle(size: int) -> None:
+        while True:
+            assert await intake.wait_for_room(size) <= 60
+            await trio.sleep(0.5)
+            size += LEAST_BYTES_PER_SECOND // 4
+
+    with pytest.raises(TooSlow, match="65536 bytes a second"):
+        await trickle(LARGE_BYTES + 1)
+    assert trio.current_time() - began == pytest.approx(120, abs=1)
+
+
+async def test_message_that_comes_at_a_rate_has_its_time(autojump_clock: object) -> None:
+    intake, size = Intake(Slots(1, 1), "a", 60), LARGE_BYTES + 1
+    for _ in range(1000):
+        assert await intake.wait_for_room(size) > 0
+        await trio.sleep(1)
+        size += LEAST_BYTES_PER_SECOND
+    await trio.sleep(60)  # and may not pause
+    with pytest.raises(TooSlow, match="nothing came for 60 s"):
+        await intake.wait_for_room(size - LEAST_BYTES_PER_SECOND)
+
+
+async def test_reading_is_paused_while_a_slot_is_waited_for(autojump_clock: object) -> None:
+    slots = Slots(1, 1)
+    await slots.take("a")
+    intake = Intake(slots, "a", 60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(intake.wait_for_room, LARGE_BYTES + 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (intake.paused, intake.pauses) == (True, 0)
+        slots.give_back("a")
+    assert (intake.paused, intake.pauses) == (False, 1)

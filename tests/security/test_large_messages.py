@@ -1,0 +1,82 @@
+"""Slots for large messages go to those who may send such, and to nobody for long."""
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio_websocket
+
+from jobworker.cli.embedded import Embedded
+
+from ..integration.conftest import running
+from ..integration.wire import open_socket, open_wire
+from .raw_socket import CONTINUATION, TEXT, frame
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "server": {"stall_timeout": "2s"},
+    "limits": {"ping_interval": "100ms", "ping_timeout": "300ms"},
+}
+BIG = {"command": ["true"], "environment": {f"V{n}": "x" * 1000 for n in range(100)}}
+SLOTS = 2
+"""Of one name."""
+
+
+@pytest.fixture(scope="module")
+def hasty(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A service that waits for nobody for long."""
+    with running(open_directory(), SETTINGS) as made:
+        yield made
+
+
+async def say(socket: trio_websocket.WebSocketConnection, data: bytes) -> None:
+    """Send frames as they are."""
+    async with socket._stream_lock:
+        await socket._stream.send_all(data)
+
+
+@asynccontextmanager
+async def begun(service: Embedded, role: str) -> AsyncIterator[trio_websocket.WebSocketConnection]:
+    """A client, alive, that has sent a part of a large message."""
+    async with open_socket(service, role) as socket:
+        await say(socket, frame(TEXT, b" " * 60_000, first=0))
+        yield socket
+
+
+async def test_client_that_may_run_nothing_takes_no_slot(hasty: Embedded) -> None:
+    request = {"jsonrpc": "2.0", "id": 1, "method": "job.run", "params": {"job": BIG}}
+    async with AsyncExitStack() as stack:
+        for _ in range(SLOTS):
+            await stack.enter_async_context(begun(hasty, "viewer"))
+        socket = await stack.enter_async_context(open_socket(hasty, "viewer"))
+        with trio.fail_after(1.5):  # before the others are let go for saying nothing more
+            await socket.send_message(json.dumps(request))
+            reply = json.loads(await socket.get_message())
+            assert reply["id"] is None
+            assert "more than 32768 characters" in reply["error"]["message"]
+            await socket.send_message('{"jsonrpc":"2.0","id":8,"method":"service.hello"}')
+            assert json.loads(await socket.get_message())["id"] == 8
+
+
+async def test_large_message_has_to_come_at_a_rate(hasty: Embedded) -> None:
+    async with begun(hasty, "admin") as socket:
+        with trio.fail_after(20):
+            while socket.closed is None:
+                await say(socket, frame(CONTINUATION, b" " * 126, first=0))
+                await trio.sleep(0.1)
+    assert socket.closed.code == 1013
+    assert socket.closed.reason is not None
+    assert socket.closed.reason.startswith("too_slow: cannot wait for the rest")
+
+
+async def test_client_that_waits_for_a_slot_is_not_silent(hasty: Embedded) -> None:
+    async with open_wire(hasty) as wire, AsyncExitStack() as stack:
+        for _ in range(SLOTS):
+            await stack.enter_async_context(begun(hasty, "admin"))
+        with trio.fail_after(20):  # the slots come free as the others are let go
+            began = trio.current_time()
+            await wire.call("job.plan", job=BIG)
+            assert trio.current_time() - began > 1
+            await wire.call("service.hello")
