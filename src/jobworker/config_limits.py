@@ -26,9 +26,9 @@ class ConnectionLimits:
     """How much of the service clients may take up."""
 
     max_connections: int = field(default=1000, validator=within(1, 1_000_000))
-    """Open connections in all."""
+    """Open connections in all; the last tenth is for names that have few."""
     max_connections_per_certificate: int = field(default=200, validator=within(1, 1_000_000))
-    """Open connections of one certificate."""
+    """Open connections of one name, with whichever of its certificates."""
     max_handshakes: int = field(default=256, validator=within(1, 1_000_000))
     """Connections that are not open yet; at one more, the oldest of them is let go."""
     handshake_timeout: str = field(default="10s", validator=_positive_duration)

@@ -138,7 +138,7 @@ class Busy(JobworkerError):
 
 
 class TooManyConnections(Busy):
-    """The service, or this certificate, has as many connections as the limits allow."""
+    """The service, or this name, has as many connections as the limits allow."""
 
     code = 1006
     name = "too_many_connections"

@@ -7,6 +7,7 @@ import statistics
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import trio
 import jobworker
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import TooManyConnections
+from jobworker.pki.authority import Authority
 
 from ..integration.conftest import running, until
-from ..integration.wire import Json, Refused, Wire, open_wire
+from ..integration.test_access import certificate_of
+from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
 from .raw_socket import (
     BINARY,
     CONTINUATION,
@@ -412,14 +415,18 @@ async def test_hostile_json_gets_an_error_and_the_connection_lives(
 # --- what clients may take up ----------------------------------------------------------------
 
 
-async def test_connections_of_one_certificate_are_bounded(
-    guarded: Embedded, bystander: Wire
+async def test_connections_of_one_name_are_bounded(
+    guarded: Embedded, bystander: Wire, open_directory: Callable[[], Path]
 ) -> None:
+    authority = Authority.load(guarded.directory / "certs")
+    issued = authority.issue_client("admin-client", "admin", now=datetime.now(UTC))
+    second = certificate_of(guarded, open_directory(), issued)
     files = guarded.environment("admin")
     async with AsyncExitStack() as stack:
-        for _ in range(12):
-            await stack.enter_async_context(open_wire(guarded))
-        with pytest.raises(TooManyConnections, match="12 are open with this certificate"):
+        for number in range(12):
+            context = second if number % 2 else None
+            await stack.enter_async_context(open_socket(guarded, context=context))
+        with pytest.raises(TooManyConnections, match="12 are open with certificates of this name"):
             async with jobworker.open_client(
                 guarded.address,
                 ca=files["WORKER_CA_PATH"],

@@ -4,8 +4,8 @@ Within one owner's jobs the first come is the first served. Between owners the n
 the one who has the fewest jobs running, and among those to the one who has waited longest. So a
 tenant with a thousand jobs delays another's first one by no more than the next free place.
 
-The room is bounded, and its last tenth is for owners who have only a few jobs waiting: one that
-fills the rest gets a refusal, and the others still get in.
+The room is bounded, and its last tenth is for owners who have only a few jobs waiting
+(`model/fair_room.py`).
 
 Pure but for what it holds: no clock, no task.
 """
@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from attrs import define, field
 
 from jobworker.jobs.execution import Execution
-
-KEPT_PART, FEW_PART = 10, 10
-"""A tenth of the room is kept, and a tenth of that is "few"."""
+from jobworker.model.fair_room import has_room
 
 
 @define(eq=False)
@@ -47,11 +45,8 @@ class WaitingRoom:
         `taken` places of the room are taken, those of jobs included that are on their way in;
         `arriving` of these are the owner's.
         """
-        kept = self._size // KEPT_PART
-        if taken < self._size - kept:
-            return True
         mine = len(self._waiting.get(owner, ())) + arriving
-        return taken < self._size and mine < max(1, kept // FEW_PART)
+        return has_room(self._size, taken=taken, mine=mine)
 
     def add(self, execution: Execution) -> None:
         """Have a job wait, behind the others of its owner."""

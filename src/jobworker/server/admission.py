@@ -35,6 +35,7 @@ from jobworker.errors import (
     TooManyFailures,
     TooManyHandshakes,
 )
+from jobworker.model.fair_room import has_room
 from jobworker.model.units import parse_duration
 from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED, Counters
 
@@ -175,32 +176,32 @@ class Admission:
         self._arriving.pop(arrival, None)
 
     @contextmanager
-    def enter(self, certificate: str) -> Iterator[None]:
-        """Count an open connection of a certificate while the block lasts.
+    def enter(self, name: str) -> Iterator[None]:
+        """Count an open connection of a name, with whichever certificate, while the block lasts.
 
         Raises TooManyConnections.
         """
-        limits = self.limits
-        if self._inside.total() >= limits.max_connections:
+        limits, mine, taken = self.limits, self._inside[name], self._inside.total()
+        if mine >= limits.max_connections_per_certificate:
             raise TooManyConnections(
-                f"cannot serve the connection: {limits.max_connections} are open, "
-                "as many as this service takes",
-                remedy="try again later",
-            )
-        if self._inside[certificate] >= limits.max_connections_per_certificate:
-            raise TooManyConnections(
-                f"cannot serve the connection: {limits.max_connections_per_certificate} are open "
-                "with this certificate",
+                f"cannot serve the connection: {mine} are open with certificates of this name",
                 remedy="close some of them, or make more calls on each",
             )
-        self._inside[certificate] += 1
+        if not has_room(limits.max_connections, taken=taken, mine=mine):
+            full = taken >= limits.max_connections
+            why = "as many as this service takes" if full else "and the rest is for names with few"
+            raise TooManyConnections(
+                f"cannot serve the connection: {taken} of {limits.max_connections} are open, {why}",
+                remedy="try again later",
+            )
+        self._inside[name] += 1
         self.counters.add(CONNECTIONS)
         try:
             yield
         finally:
-            self._inside[certificate] -= 1
-            if not self._inside[certificate]:
-                del self._inside[certificate]
+            self._inside[name] -= 1
+            if not self._inside[name]:
+                del self._inside[name]
 
     def tell(self, peer: str, error: JobworkerError) -> None:
         """Count that a limit was reached, and log it, at most once a second."""

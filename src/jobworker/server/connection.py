@@ -118,7 +118,7 @@ def _entered(admission: Admission, who: Identity, peer: str) -> Iterator[None]:
     """Take a place inside; raises Refused where there is none."""
     with ExitStack() as place:
         try:
-            place.enter_context(admission.enter(who.serial))
+            place.enter_context(admission.enter(who.common_name))
         except TooManyConnections as full:
             admission.tell(peer, full)
             raise Refused(503, full) from None

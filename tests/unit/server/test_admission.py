@@ -170,12 +170,12 @@ def test_addresses_are_counted_by_who_can_choose_them(one: str, other: str, same
     assert (network_of(one) == network_of(other)) is same
 
 
-def test_connections_are_bounded_in_all_and_by_certificate() -> None:
+def test_connections_are_bounded_in_all_and_by_name() -> None:
     admission = small()
     with ExitStack() as stack:
         stack.enter_context(admission.enter("A"))
         stack.enter_context(admission.enter("A"))
-        with pytest.raises(TooManyConnections, match="2 are open with this certificate"):
+        with pytest.raises(TooManyConnections, match="2 are open with certificates of this name"):
             stack.enter_context(admission.enter("A"))
         stack.enter_context(admission.enter("B"))
         with pytest.raises(TooManyConnections, match="as many as this service takes"):
@@ -183,6 +183,19 @@ def test_connections_are_bounded_in_all_and_by_certificate() -> None:
         assert admission.statistics().inside == 3
     assert admission.statistics().inside == 0
     assert admission.counters.value(CONNECTIONS) == 3
+
+
+def test_last_places_are_for_names_that_have_few() -> None:
+    admission = small(max_connections=200, max_connections_per_certificate=100)
+    with ExitStack() as stack:
+        for name in [*["A"] * 100, *["B"] * 80]:
+            stack.enter_context(admission.enter(name))
+        with pytest.raises(TooManyConnections, match="180 of 200 are open, and the rest is for"):
+            stack.enter_context(admission.enter("B"))
+        for number in range(20):
+            stack.enter_context(admission.enter(f"admin {number // 2}"))
+        with pytest.raises(TooManyConnections, match="as many as this service takes"):
+            stack.enter_context(admission.enter("C"))
 
 
 async def test_flood_of_refusals_is_no_flood_of_lines(
