@@ -210,12 +210,17 @@ async def test_address_that_fails_and_fails_keeps_no_certificate_out(
             nursery.cancel_scope.cancel()
 
 
-async def test_connects_without_a_byte_are_no_failures(open_directory: Callable[[], Path]) -> None:
+async def test_connects_without_a_whole_hello_are_no_failures(
+    open_directory: Callable[[], Path],
+) -> None:
     limits = {"max_failed_handshakes": 5}
     async with open_embedded(open_directory(), {"limits": limits}) as service:
         with trio.fail_after(30):
-            for _ in range(100):
+            hello = client_hello(service)
+            for number in range(120):
                 tcp = await dial(service)
+                if said := (b"", hello[:1], hello[:100], b"GET")[number % 4]:
+                    await tcp.send_all(said)
                 tcp.socket.close()
             async with open_wire(service) as wire:
                 await wire.call("service.hello")

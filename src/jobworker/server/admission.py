@@ -8,9 +8,10 @@ go, or the oldest of all: an honest client arrives within milliseconds, so that 
 that stalls (sshd's MaxStartups has the same aim and drops the newcomer by lot).
 
 An address from which handshakes keep failing is slowed down: its handshakes begin one after the
-other, `TURN_SECONDS` apart, so that it has no more than a part of the processor for signatures. It
+other, by lot (`turns`), so that it has no more than a part of the processor for signatures. It
 is not shut out, since a job on the host's network, or a program behind the same address, could
-then keep an administrator away. Who closes without having said a byte, as health checks do, has not
+then keep an administrator away: where there is no place for one more of them, one of those that
+wait is let go, by lot too. Who closes without having said its hello, as health checks do, has not
 failed.
 
 Every refusal has an error of its own name; it is counted, and logged at most once a second, since a
@@ -21,7 +22,7 @@ import ipaddress
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import trio
@@ -38,6 +39,7 @@ from jobworker.errors import (
 from jobworker.model.fair_room import has_room
 from jobworker.model.units import parse_duration
 from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED, Counters
+from jobworker.server.turns import Turns
 
 log = logging.getLogger("jobworker.server")
 
@@ -47,8 +49,6 @@ MAX_ADDRESSES = 10_000
 LOG_SECONDS = 1.0
 STALL_SECONDS = 0.5
 """How long a handshake may take, once it could begin, where others wait for the place."""
-TURN_SECONDS = 0.0025
-"""Between two handshakes of an address that is slowed down: the last of 256 waits 0.64 s."""
 
 
 @define(eq=False)
@@ -63,14 +63,19 @@ class Arrival:
     sound: bool = False
     """Whether the client has shown a certificate of ours: then it is no failed handshake."""
     heard: bool = False
-    """Whether it has said anything yet."""
+    """Whether it has said its hello."""
     turn_at: float = math.inf
     """When its handshake could begin."""
-    crowded_out: bool = field(default=False, init=False)
+    is_gone: Callable[[], bool] = field(kw_only=True)
+    """Whether the peer has closed."""
+    let_go_for: JobworkerError | None = field(default=None, init=False)
+    """Why it was let go before its time, where there is something to tell."""
+    was_let_go: bool = field(default=False, init=False)
 
-    def let_go(self) -> None:
-        """End it, for someone else's sake."""
-        self.crowded_out = True
+    def let_go(self, why: JobworkerError | None) -> None:
+        """End it, for someone else's sake, or because the peer has gone."""
+        self.was_let_go, self.let_go_for = True, why
+        self._admission.forget(self)
         self._scope.cancel()
 
     def finish(self) -> None:
@@ -94,9 +99,8 @@ class _Failures:
 
     since: float
     count: int = 0
-    next_turn: float = -math.inf
-    """When the next handshake from there may begin, once it is slowed down."""
-    turns: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
+    turns: Turns = field(factory=Turns)
+    """Of its handshakes, once it is slowed down."""
 
 
 @define(eq=False)
@@ -117,18 +121,20 @@ class Admission:
         return Statistics(arriving=len(self._arriving), inside=self._inside.total())
 
     @contextmanager
-    def arrive(self, peer: str, address: str) -> Iterator[Arrival]:
+    def arrive(
+        self, peer: str, address: str, is_gone: Callable[[], bool] = lambda: False
+    ) -> Iterator[Arrival]:
         """Serve a connection in the block, and end it where it is not open in time.
 
-        Raises TooManyFailures where there is no place for one more of an address that is slowed
-        down.
+        `is_gone` tells whether the peer has closed. Raises TooManyFailures where there is no place
+        for one more of an address that is slowed down.
         """
         network = network_of(address)
         if len(self._arriving) >= self.limits.max_handshakes:
             self._make_room(network)
         seconds = parse_duration(self.limits.handshake_timeout)
         scope = trio.move_on_after(seconds)
-        arrival = Arrival(peer, network, scope, self)
+        arrival = Arrival(peer, network, scope, self, is_gone=is_gone)
         self._arriving[arrival] = None
         try:
             with scope:
@@ -137,9 +143,9 @@ class Admission:
             self.forget(arrival)
             if arrival.heard and not arrival.sound:
                 self._count_failure(network)
-        if scope.cancelled_caught and arrival.crowded_out:
-            self.tell(peer, TooManyHandshakes("cannot wait for it: newer ones need its place"))
-        elif scope.cancelled_caught:
+        if arrival.let_go_for is not None:
+            self.tell(peer, arrival.let_go_for)
+        elif scope.cancelled_caught and not arrival.was_let_go:
             self.tell(peer, HandshakeTooSlow(f"cannot wait for it: {seconds:g} s are over"))
 
     async def take_turn(self, arrival: Arrival) -> None:
@@ -149,9 +155,7 @@ class Admission:
         if failures is None:
             await trio.lowlevel.checkpoint()
         else:
-            async with failures.turns:
-                await trio.sleep_until(max(failures.next_turn, trio.current_time()))
-                failures.next_turn = trio.current_time() + TURN_SECONDS
+            await failures.turns.take(arrival)
         arrival.turn_at = trio.current_time()
 
     def _make_room(self, network: str) -> None:
@@ -160,16 +164,19 @@ class Admission:
         late = trio.current_time() - STALL_SECONDS
         stalled = (each for each in self._arriving if not each.heard or each.turn_at < late)
         given_up = next(stalled, None)
-        if given_up is None and self._slowed(network) is not None:
-            raise TooManyFailures(
+        failures = self._slowed(network)
+        if given_up is None and failures is not None:
+            full = TooManyFailures(
                 f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from "
                 "there failed within a minute, and too many wait for their turn",
                 remedy="try again later",
             )
+            if failures.turns.drop(full):
+                return
+            raise full
         slowed = (each for each in self._arriving if self._slowed(each.network) is not None)
         given_up = given_up or next(slowed, None) or next(iter(self._arriving))
-        self.forget(given_up)
-        given_up.let_go()
+        given_up.let_go(TooManyHandshakes("cannot wait for it: newer ones need its place"))
 
     def forget(self, arrival: Arrival) -> None:
         """Count no longer what has arrived, or never will."""

@@ -55,6 +55,10 @@ log = logging.getLogger("jobworker.server")
 MAX_FRAGMENTS = 16_384
 """Frames of one message: empty ones add nothing to its size, and a place in memory each."""
 
+HANDSHAKE_3_X = b"\x16\3"
+RECORD_HEADER_BYTES = 5
+ESTABLISHED = 1
+"""TCP_ESTABLISHED of the kernel's net/tcp_states.h."""
 UNREAD = "\0" * (LARGE_BYTES + 1)
 """Stands for a large message that was dropped: as large, and no JSON whatever follows it."""
 
@@ -63,16 +67,19 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     """Serve one client to its end; raises nothing but cancellation."""
     peer, admission = _peer_name(tcp), context.admission
     stream: TLSStream | None = None
-    http, head, parted = http_connection(), None, False
+    parted = False
     try:
-        _keep_alive(tcp)
-        fittings = door.fittings
-        stream = TLSStream(tcp, fittings.tls, server_side=True)
-        with admission.arrive(peer, peer.rpartition(":")[0]) as arrival, ExitStack() as inside:
+        address, is_gone = peer.rpartition(":")[0], partial(_is_gone, tcp.socket)
+        with admission.arrive(peer, address, is_gone) as arrival, ExitStack() as inside:
+            # Little is made before this: a flood's connections come no further.
+            if not await _says_hello(tcp.socket):
+                return  # a health check
+            await admission.take_turn(arrival)
+            _keep_alive(tcp)
+            fittings = door.fittings
+            stream = TLSStream(tcp, fittings.tls, server_side=True)
+            http, head = http_connection(), None
             try:
-                if not await _says_anything(stream.socket):
-                    return  # a health check
-                await admission.take_turn(arrival)
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
                 raw, head = await read_head(stream, http)
@@ -147,13 +154,34 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
-async def _says_anything(tcp: socket.socket) -> bool:
-    """Wait for a client's first byte, without taking it; False where it closes before."""
-    await trio.lowlevel.wait_readable(tcp)
+async def _says_hello(tcp: trio.socket.SocketType) -> bool:
+    """Wait for a client's first TLS record, without taking it; False where it closes before.
+
+    So who sends less costs no turn of those that shake hands. What is no record of a handshake
+    (RFC 8446, section 5.1) is left to OpenSSL to refuse.
+    """
+    with suppress(OSError):
+        head = await _peek(tcp, RECORD_HEADER_BYTES)
+        length = int.from_bytes(head[3:])
+        if head[:2] == HANDSHAKE_3_X and length <= RECORD_BYTES:
+            await _peek(tcp, RECORD_HEADER_BYTES + length)
+        return not _is_gone(tcp)
+    return False
+
+
+async def _peek(tcp: trio.socket.SocketType, size: int) -> bytes:
+    """Wait until so much can be read: less at the end, or where the kernel is short of memory."""
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
     try:
-        return bool(tcp.recv(1, socket.MSG_PEEK))
-    except OSError:
-        return False
+        await trio.lowlevel.wait_readable(tcp)
+    finally:
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    return await tcp.recv(size, socket.MSG_PEEK)
+
+
+def _is_gone(tcp: trio.socket.SocketType) -> bool:
+    """Whether the peer has closed: tcpi_state of tcp_info, tcp(7)."""
+    return tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED
 
 
 async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:

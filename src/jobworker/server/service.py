@@ -40,6 +40,7 @@ from jobworker.sandbox.link import Link, open_link
 from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
+from jobworker.server.batch_listener import BatchListener
 from jobworker.server.connection import serve_connection
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, promise_warnings
@@ -290,10 +291,7 @@ class _Listener:
 
     async def serve(self) -> None:
         """Accept and serve."""
-        listeners = [
-            trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-            for listener in self._prepared.listeners
-        ]
+        listeners = [BatchListener(listener) for listener in self._prepared.listeners]
         async with trio.open_nursery() as connections:
             with self._accepting:
                 await trio.serve_listeners(self._serve_one, listeners, handler_nursery=connections)

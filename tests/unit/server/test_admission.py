@@ -1,16 +1,18 @@
 """Who comes in: by number, by certificate and by what an address did before."""
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import trio
+import trio.testing
 
 from jobworker.config_limits import ConnectionLimits
 from jobworker.errors import TooManyConnections, TooManyFailures
 from jobworker.server import admission as module
 from jobworker.server.admission import Admission, Statistics, network_of
 from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
+from jobworker.server.turns import TURN_SECONDS
 
 
 def small(**limits: object) -> Admission:
@@ -88,7 +90,7 @@ async def test_failures_of_an_address_slow_it_down_and_nobody_else(autojump_cloc
         assert await arrive("10.0.0.1") == 0
         fail(admission, "10.0.0.1")
     took = [await arrive("10.0.0.1") for _ in range(5)]
-    assert took == pytest.approx([number * module.TURN_SECONDS for number in range(5)])
+    assert took == pytest.approx([number * TURN_SECONDS for number in range(5)])
     assert await arrive("10.0.0.2") == took[-1]
     await trio.sleep(61)
     began = trio.current_time()
@@ -112,12 +114,12 @@ async def test_who_says_nothing_makes_room_before_who_waits_for_a_turn() -> None
         first.heard = True
         silent = stack.enter_context(admission.arrive("silent", "10.0.0.2"))
         third = stack.enter_context(admission.arrive("third", "10.0.0.2"))
-        assert (first.crowded_out, silent.crowded_out) == (False, True)
+        assert (first.was_let_go, silent.was_let_go) == (False, True)
         third.heard = True
         with pytest.raises(TooManyFailures, match=r"10\.0\.0\.1"):
             fail(admission, "10.0.0.1")
         stack.enter_context(admission.arrive("other", "10.0.0.3"))  # a good address has the place
-        assert (first.crowded_out, third.crowded_out) == (True, False)
+        assert (first.was_let_go, third.was_let_go) == (True, False)
 
 
 async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
@@ -139,6 +141,34 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
             await admission.take_turn(honest)
             honest.finish()
         assert trio.current_time() - began < 0.1
+
+
+@pytest.mark.parametrize("lot", ["newcomer", "waiting"])
+async def test_place_of_a_slowed_address_goes_by_lot(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch, lot: str
+) -> None:
+    admission = small(max_handshakes=3)
+    for _ in range(3):
+        fail(admission, "10.0.0.1")
+    let_in = list[str]()
+
+    async def arrive(name: str) -> None:
+        with suppress(TooManyFailures), admission.arrive(name, "10.0.0.1") as arrival:
+            await admission.take_turn(arrival)
+            let_in.append(name)
+            arrival.finish()
+
+    with admission.arrive("turn taken", "10.0.0.1") as first:
+        await admission.take_turn(first)
+        async with trio.open_nursery() as nursery:
+            for name in ("waiting", "other"):
+                nursery.start_soon(arrive, name)
+                await trio.testing.wait_all_tasks_blocked()
+            lots = {"newcomer": 2, "waiting": 0}
+            monkeypatch.setattr("random.randrange", lambda end: min(lots[lot], end - 1))
+            nursery.start_soon(arrive, "newcomer")
+    assert set(let_in) == {"waiting", "newcomer", "other"} - {lot}
+    assert admission.counters.value(LIMITS_REACHED, "too_many_failures") == (lot == "waiting")
 
 
 async def test_failures_may_be_unlimited() -> None:

@@ -1,0 +1,96 @@
+"""Turns are drawn by lot, and only those who are there take one."""
+
+import pytest
+import trio
+import trio.testing
+from attrs import define, field
+
+from jobworker.errors import JobworkerError, TooManyFailures
+from jobworker.server.turns import TURN_SECONDS, Turns
+
+
+@define(eq=False)
+class Client:
+    """Who waits."""
+
+    name: str
+    gone: bool = False
+    told: JobworkerError | None = None
+    had_turn_at: float | None = None
+    scope: trio.CancelScope = field(factory=trio.CancelScope)
+
+    def is_gone(self) -> bool:
+        return self.gone
+
+    def let_go(self, why: JobworkerError | None) -> None:
+        self.told = why
+        self.scope.cancel()
+
+    async def wait(self, turns: Turns) -> None:
+        with self.scope:
+            await turns.take(self)
+            self.had_turn_at = trio.current_time()
+
+
+async def waiting(turns: Turns, nursery: trio.Nursery, count: int) -> list[Client]:
+    """So many that have come one after the other, after a turn that has just been taken."""
+    await Client("before").wait(turns)
+    clients = [Client(str(number)) for number in range(count)]
+    for client in clients:
+        nursery.start_soon(client.wait, turns)
+        await trio.testing.wait_all_tasks_blocked()
+    return clients
+
+
+async def test_each_has_its_turn_alone(autojump_clock: object) -> None:
+    turns = Turns()
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        clients = await waiting(turns, nursery, 20)
+    had = sorted(client.had_turn_at or 0 for client in clients)
+    assert had == pytest.approx([began + TURN_SECONDS * (n + 1) for n in range(20)])
+
+
+async def test_last_may_be_the_first(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.randrange", lambda end: end - 1)
+    turns = Turns()
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        clients = await waiting(turns, nursery, 20)
+    assert clients[-1].had_turn_at == pytest.approx(began + TURN_SECONDS)
+
+
+async def test_who_has_gone_costs_no_turn(autojump_clock: object) -> None:
+    turns = Turns()
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        clients = await waiting(turns, nursery, 20)
+        for client in clients[:-1]:
+            client.gone = True
+    assert clients[-1].had_turn_at is not None
+    assert clients[-1].had_turn_at <= began + 2 * TURN_SECONDS
+    assert [client.had_turn_at for client in clients[:-1]] == [None] * 19
+
+
+async def test_one_that_waits_may_be_dropped(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, why = Turns(), TooManyFailures("too many")
+    async with trio.open_nursery() as nursery:
+        first, second = await waiting(turns, nursery, 2)
+        monkeypatch.setattr("random.randrange", lambda end: end - 1)
+        assert not turns.drop(why)  # but the newcomer
+        monkeypatch.setattr("random.randrange", lambda _: 0)
+        assert turns.drop(why)
+    assert (first.told, first.had_turn_at) == (why, None)
+    assert second.had_turn_at is not None
+
+
+async def test_turn_of_who_gives_up_is_not_lost(autojump_clock: object) -> None:
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        clients = await waiting(turns, nursery, 3)
+        clients[0].scope.cancel()  # it waits for the time of the next
+    assert all(client.had_turn_at for client in clients[1:])
