@@ -12,6 +12,11 @@ another's attempts, or its own under a name, behind a flood without one. Nor can
 kind of attempt behind a flood of another: each pair of action and outcome has a small rate besides.
 What was left out is told every ten seconds in a row for each name: how often each kind came, and
 about which jobs.
+
+Calls that succeed and change nothing (`job.log`, `job.plan`, a second `job.stop`) cost nothing
+either, so a name has a small rate of each kind about each job: the first are always noted, so that
+nobody reads a job's output unseen. Where too many jobs are kept in mind for that, such calls are
+bounded as those in vain are.
 """
 
 import logging
@@ -46,6 +51,10 @@ VAIN_BURST, VAIN_PER_SECOND = 100, 0.1
 """Rows of one name."""
 KIND_BURST, KIND_PER_SECOND = 5, 1 / 600
 """Rows of one kind of one name besides, of which there are a hundred at most."""
+MAX_REPEATED = 10_000
+"""Of how many (name, kind, job) the repetitions are counted at a time."""
+REPEATABLE = frozenset({"job.log", "job.plan", "job.stop", "job.prune"})
+"""Calls that may succeed again and again, and change nothing."""
 TELL_SECONDS = 10.0
 DETAIL_CHARACTERS = 200
 MAX_KINDS_TOLD = 12
@@ -117,6 +126,8 @@ class Auditor:
     _buckets: dict[str, Bucket] = field(factory=dict)
     """By name too."""
     _kinds: dict[tuple[str, _Kind], Bucket] = field(factory=dict)
+    _repeated: dict[tuple[str, str, int | None], Bucket] = field(factory=dict)
+    """By name, action and job, the one that came last at the end."""
     _refused: bool = False
     """Whether the disk took nothing of the last rows."""
 
@@ -136,10 +147,14 @@ class Auditor:
         self, who: Identity, peer: str, method: Method, params: object, result: object
     ) -> None:
         """Note a call that was answered, if it is of those that are noted."""
-        if method.permission is not Permission.VIEW:
-            self._note(
-                self._row(method.name, peer, who, "ok", _subject(params), _job_of(params, result))
-            )
+        if method.permission is Permission.VIEW:
+            return
+        row = self._row(method.name, peer, who, "ok", _subject(params), _job_of(params, result))
+        removed = isinstance(result, m.Removed) and result.jobs
+        if method.name in REPEATABLE and not removed:
+            self._note_repeatable(row)
+        else:
+            self._note(row)
 
     def failed(
         self, who: Identity, peer: str, method: Method, params: object, error: JobworkerError
@@ -182,6 +197,23 @@ class Auditor:
         of_name = self._buckets.setdefault(row.name, Bucket(now, VAIN_BURST, VAIN_PER_SECOND))
         of_kind = self._kinds.setdefault((row.name, kind), Bucket(now, KIND_BURST, KIND_PER_SECOND))
         if of_name.take(now) or of_kind.take(now):
+            self._note(row)
+        else:
+            self._suppress(row)
+
+    def _note_repeatable(self, row: AuditRow) -> None:
+        now, key = trio.current_time(), (row.name, row.action, row.job)
+        bucket = self._repeated.pop(key, None)
+        if bucket is None:
+            if len(self._repeated) >= MAX_REPEATED:
+                oldest = next(iter(self._repeated))
+                if not self._repeated[oldest].is_full(now):
+                    self._note_vain(row)
+                    return
+                del self._repeated[oldest]
+            bucket = Bucket(now, KIND_BURST, KIND_PER_SECOND)
+        self._repeated[key] = bucket
+        if bucket.take(now):
             self._note(row)
         else:
             self._suppress(row)

@@ -146,6 +146,58 @@ async def test_what_was_left_out_names_who_tried_what_and_upon_which_jobs(tmp_pa
     assert len(noted) < 300
 
 
+REPEATED: list[tuple[str, object, object]] = [
+    ("job.log", m.LogParams(id=JobId(7)), None),
+    ("job.stop", m.StopParams(id=JobId(7)), None),
+    ("job.prune", m.PruneParams(), m.Removed(jobs=(), bytes=0)),
+]
+
+
+@pytest.mark.parametrize(("method", "params", "result"), REPEATED)
+async def test_repeated_call_that_changes_nothing_is_bounded_and_counted(
+    tmp_path: Path, method: str, params: object, result: object
+) -> None:
+    def act(auditor: Auditor) -> None:
+        for _ in range(2000):
+            auditor.called(EVE, PEER, METHODS[method], params, result)
+        auditor.called(EVE, PEER, METHODS["job.log"], m.LogParams(id=JobId(8)), None)
+
+    rows = await written(tmp_path / "history.db", act)
+    noted = [row for row in rows if row.outcome == "ok"]
+    assert len(noted) == KIND_BURST + 1
+    assert noted[-1].job == 8, "the first of each job is noted"
+    told = [row.detail for row in rows if row.action == SUPPRESSED]
+    assert sum(int(detail.split()[0]) for detail in told) == 2000 - KIND_BURST
+    assert f"{method} (ok)" in told[0]
+
+
+async def test_each_call_that_changes_something_is_noted(tmp_path: Path) -> None:
+    def act(auditor: Auditor) -> None:
+        for number in range(300):
+            removed = m.Removed(jobs=(JobId(number + 1),), bytes=1)
+            auditor.called(EVE, PEER, METHODS["job.prune"], m.PruneParams(), removed)
+            volume = m.VolumeParams(name="cache")
+            auditor.called(EVE, PEER, METHODS["volume.remove"], volume, m.Nothing())
+
+    rows = await written(tmp_path / "history.db", act)
+    assert [row.action for row in rows] == ["job.prune", "volume.remove"] * 300
+
+
+async def test_calls_about_too_many_jobs_are_bounded_as_vain_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobworker.server.auditor.MAX_REPEATED", 10)
+
+    def act(auditor: Auditor) -> None:
+        for number in range(2000):
+            log = m.LogParams(id=JobId(number % 1000 + 1))
+            auditor.called(EVE, PEER, METHODS["job.log"], log, None)
+        assert len(auditor._repeated) <= 10
+
+    rows = await written(tmp_path / "history.db", act)
+    assert len(rows) < 10 * KIND_BURST + VAIN_BURST + KIND_BURST + 3
+
+
 async def test_rows_that_the_disk_refuses_wait_for_it(tmp_path: Path) -> None:
     path = tmp_path / "history.db"
     history = History.open(path)
