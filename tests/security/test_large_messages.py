@@ -17,7 +17,7 @@ from .raw_socket import CONTINUATION, TEXT, frame
 
 SETTINGS: dict[str, dict[str, object]] = {
     "server": {"stall_timeout": "2s"},
-    "limits": {"ping_interval": "100ms", "ping_timeout": "300ms"},
+    "limits": {"ping_interval": "100ms", "ping_timeout": "800ms"},
 }
 BIG = {"command": ["true"], "environment": {f"V{n}": "x" * 1000 for n in range(100)}}
 SLOTS = 2
@@ -42,6 +42,7 @@ async def begun(service: Embedded, role: str) -> AsyncIterator[trio_websocket.We
     """A client, alive, that has sent a part of a large message."""
     async with open_socket(service, role) as socket:
         await say(socket, frame(TEXT, b" " * 60_000, first=0))
+        await socket.ping()  # once it is answered the slot has been taken
         yield socket
 
 
