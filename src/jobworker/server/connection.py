@@ -161,12 +161,21 @@ async def _says_hello(tcp: trio.socket.SocketType) -> bool:
     (RFC 8446, section 5.1) is left to OpenSSL to refuse.
     """
     with suppress(OSError):
-        head = await _peek(tcp, RECORD_HEADER_BYTES)
-        length = int.from_bytes(head[3:])
-        if head[:2] == HANDSHAKE_3_X and length <= RECORD_BYTES:
-            await _peek(tcp, RECORD_HEADER_BYTES + length)
+        said = await tcp.recv(RECORD_HEADER_BYTES + RECORD_BYTES, socket.MSG_PEEK)  # all, mostly
+        for _ in ("header", "content"):
+            if len(said) < (size := _record_size(said)):
+                said = await _peek(tcp, size)
         return not _is_gone(tcp)
     return False
+
+
+def _record_size(said: bytes) -> int:
+    """How long the record is that begins so; 0 where it is none, or too long for one."""
+    if len(said) < RECORD_HEADER_BYTES:
+        return RECORD_HEADER_BYTES
+    length = int.from_bytes(said[3:RECORD_HEADER_BYTES])
+    sound = said[:2] == HANDSHAKE_3_X and length <= RECORD_BYTES
+    return RECORD_HEADER_BYTES + length if sound else 0
 
 
 async def _peek(tcp: trio.socket.SocketType, size: int) -> bytes:
