@@ -410,6 +410,6 @@ async def test_start_that_cannot_keep_live_jobs_output_is_refused_and_harms_none
 
 
 async def log_of_now(wire: Wire, job: int) -> bytes:
-    result = await wire.call("job.log", id=job)
+    result = await wire.call("job.log", id=job, follow=False)
     out, _, _ = await wire.output(result["subscription"])
     return out
