@@ -161,10 +161,7 @@ class Conversation:
                     nursery.start_soon(self._ping)
                     try:
                         while True:
-                            message = await self._socket.get_message()
-                            await self._context.turnstile.enter(self._visitor.identity.common_name)
-                            await self._take(message, nursery)
-                            del message
+                            await self._take(await self._next_message(), nursery)
                     finally:
                         for send in self._sends:
                             send.cancel()
@@ -218,6 +215,12 @@ class Conversation:
         with trio.move_on_after(DISMISSAL_SECONDS, shield=True) as bound:
             await self._socket.aclose(code, told)
         return not bound.cancelled_caught
+
+    async def _next_message(self) -> str | bytes:
+        """The next message, when a turn of the client's name has come."""
+        message = await self._socket.get_message()
+        await self._context.turnstile.enter(self._visitor.identity.common_name)
+        return message
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
         """Serve a message, or have a task serve it.
