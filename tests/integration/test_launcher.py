@@ -66,19 +66,32 @@ class Service:
         self.sock.setblocking(True)
         self.sock.settimeout(20)
         self._calls = 0
+        self._exits: dict[object, Message] = {}
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """The next message and its descriptors; a job's end is kept for `exit_of` as well."""
+        received = channel.receive(self.sock)
+        assert received is not None, "the launcher has left"
+        if received[0].get("event") == "exit":
+            self._exits[received[0]["job"]] = received[0]
+        return received
+
+    def reply_to(self, number: int) -> tuple[Message, list[int]]:
+        """The reply to the request of that number, other words of the launcher's aside."""
+        while True:
+            message, descriptors = self.receive()
+            if message.get("id") == number:
+                return message, descriptors
+            channel.close_all(descriptors)
 
     def ask(self, op: str, job: object, /, **fields: object) -> tuple[Message, list[int]]:
         """Send a request and take the reply to it, events aside."""
         self._calls += 1
         channel.send(self.sock, {"id": self._calls, "op": op, "job": job, **fields})
-        while True:
-            received = channel.receive(self.sock)
-            assert received is not None, "the launcher has left"
-            if received[0].get("id") == self._calls:
-                for descriptor in received[1]:
-                    os.set_blocking(descriptor, True)
-                return received
-            channel.close_all(received[1])
+        message, descriptors = self.reply_to(self._calls)
+        for descriptor in descriptors:
+            os.set_blocking(descriptor, True)
+        return message, descriptors
 
     def fields(self, *command: str) -> Message:
         """What a request for a job says, at its simplest."""
@@ -107,12 +120,10 @@ class Service:
         return self.ask("spawn", job, **{**fields, **changes})
 
     def exit_of(self, job: int) -> Message:
-        """Wait for the event of a job's end."""
-        while True:
-            received = channel.receive(self.sock)
-            assert received is not None
-            if received[0].get("event") == "exit" and received[0]["job"] == job:
-                return received[0]
+        """Wait for the event of a job's end, or take it where it has come before."""
+        while job not in self._exits:
+            channel.close_all(self.receive()[1])
+        return self._exits.pop(job)
 
     def leaves(self) -> int:
         """Wait for the launcher's end, and see that nothing of it is left: its exit code."""

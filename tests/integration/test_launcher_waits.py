@@ -68,16 +68,6 @@ def send(service: Service, number: int, operation: str, **fields: object) -> Non
     channel.send(service.sock, {"id": number, "op": operation, **fields})
 
 
-def reply_to(service: Service, number: int) -> dict[str, object]:
-    """The reply to `send`; other words of the launcher's are passed over."""
-    while True:
-        received = channel.receive(service.sock)
-        assert received is not None, "the launcher has left"
-        channel.close_all(received[1])
-        if received[0].get("id") == number:
-            return received[0]
-
-
 def test_volumes_disk_that_stands_still_keeps_no_job_waiting(
     on_disks: tuple[Service, Disk, Disk],
 ) -> None:
@@ -101,7 +91,7 @@ def test_volumes_disk_that_stands_still_keeps_no_job_waiting(
         error = service.ask("volume.remove", 0, name="old")[0]["error"]
         assert isinstance(error, dict)
         assert error["errno"] == 2, "it is on its way out"
-    replies = [reply_to(service, number) for number in (1000, 1001)]
+    replies = [service.reply_to(number)[0] for number in (1000, 1001)]
     assert all("ok" in reply for reply in replies), replies
     assert service.exit_of(2)["code"] == 0
     told = service.ask("volume.list", 0)[0]["ok"]
@@ -125,7 +115,7 @@ def test_jobs_disk_that_stands_still_keeps_no_other_job_waiting(
             service.exit_of(job)
             assert service.ask("remove", job)[0]["ok"] == {}
         assert "error" in service.ask("usage", 1)[0]
-    assert "ok" in reply_to(service, 1000)
+    assert "ok" in service.reply_to(1000)[0]
     assert service.exit_of(3)["code"] == 0
 
 
@@ -139,16 +129,14 @@ def test_jobs_have_one_volume_at_the_same_moment_by_one_device(
         send(service, 1000 + job, "spawn", job=job, **fields)
     devices = set()
     for _ in range(4):
-        received = channel.receive(service.sock)
-        assert received is not None
-        while "event" in received[0]:
-            received = channel.receive(service.sock)
-            assert received is not None
-        assert "ok" in received[0], received[0]
-        with open(received[1][0], encoding="utf-8") as out:
+        message, descriptors = service.receive()
+        while "event" in message:
+            message, descriptors = service.receive()
+        assert "ok" in message, message
+        with open(descriptors[0], encoding="utf-8") as out:
             os.set_blocking(out.fileno(), True)
             devices |= {line.split()[2] for line in out if " /srv " in line}
-        os.close(received[1][1])
+        os.close(descriptors[1])
     assert len(devices) == 1, "two devices before one file would ruin it"
 
 
