@@ -231,19 +231,19 @@ class History:
         A tenant with a quota of output asks for them at each start, so that this must not grow
         with the number of jobs ever run.
         """
-        return await self._readers.look_up(partial(_select_with_output_of, owner))
+        return await self._readers.look_up(partial(_select_with_output_of, owner), owner)
 
     async def get(self, job: JobId) -> JobRecord | None:
         """The record of one job, as it was put, or None."""
         return await self._readers.look_up(partial(_select_whole, job))
 
-    async def summary(self, job: JobId) -> JobRecord | None:
-        """The summary of one job's record (`model.summary`), or None."""
-        return await self._readers.look_up(partial(_select_summary, job))
+    async def summary(self, job: JobId, who: str = "") -> JobRecord | None:
+        """The summary of one job's record (`model.summary`), or None; `who` asks."""
+        return await self._readers.look_up(partial(_select_summary, job), who)
 
-    async def spec(self, job: JobId) -> str | None:
-        """The JSON of the whole request of a job, where its summary is abridged."""
-        return await self._readers.look_up(partial(_select_spec, job))
+    async def spec(self, job: JobId, who: str = "") -> str | None:
+        """The JSON of the whole request of a job, where its summary is abridged; `who` asks."""
+        return await self._readers.look_up(partial(_select_spec, job), who)
 
     async def request(self, job: JobId) -> JobSpec | None:
         """The whole request of a job whose summary is abridged, or None.

@@ -39,21 +39,20 @@ class Readers:
     _lookups: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(LOOKUP_THREADS))
     _turn: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     """Held by the one search that runs."""
-    _locks: WeakValueDictionary[str, trio.StrictFIFOLock] = Factory(WeakValueDictionary)
-    """By whoever asks, while they do."""
+    _searching: WeakValueDictionary[str, trio.StrictFIFOLock] = Factory(WeakValueDictionary)
+    _looking_up: WeakValueDictionary[str, trio.StrictFIFOLock] = Factory(WeakValueDictionary)
+    """By whoever asks, while they do: one question of theirs stands in line with those of others,
+    so that nobody waits for another's queue."""
     _rests_until: float = -math.inf
 
-    async def look_up(self, question: Callable[[apsw.Connection], T]) -> T:
+    async def look_up(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
         """Ask for something that takes a few steps, in a thread. Raises apsw.Error."""
-        return await in_thread(partial(self._ask, question), limiter=self._lookups)
+        async with self._looking_up.setdefault(who, trio.StrictFIFOLock()):
+            return await in_thread(partial(self._ask, question), limiter=self._lookups)
 
     async def search(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
-        """Ask for something that takes longer, in a thread, one at a time. Raises apsw.Error.
-
-        Of each `who` one search at a time waits for its turn with those of the others, so that
-        nobody waits for another's queue.
-        """
-        async with self._locks.setdefault(who, trio.StrictFIFOLock()), self._turn:
+        """Ask for something that takes longer, in a thread, one at a time. Raises apsw.Error."""
+        async with self._searching.setdefault(who, trio.StrictFIFOLock()), self._turn:
             await trio.sleep_until(self._rests_until)
             began = trio.current_time()
             try:

@@ -342,19 +342,22 @@ class Supervisor:
         """The execution of a job that has not ended."""
         return self._live.get(job)
 
-    async def record(self, job: JobId) -> JobRecord:
-        """A job's record as it is now; of one that has ended its summary. Raises NotFound."""
+    async def record(self, job: JobId, who: str = "") -> JobRecord:
+        """A job's record as it is now; of one that has ended its summary. Raises NotFound.
+
+        `who` asks, here and below: the questions of others take turns with theirs.
+        """
         execution = self._live.get(job)
         if execution is not None:
             return with_sizes(execution)
-        record = await self._history.summary(job)
+        record = await self._history.summary(job, who)
         if record is None:
             raise no_such_job(job)
         return await self._archive.look_after(record)
 
-    async def spec_of(self, job: JobId) -> str | None:
+    async def spec_of(self, job: JobId, who: str) -> str | None:
         """The JSON of the whole request of a job whose stored summary is abridged, or None."""
-        return await self._history.spec(job)
+        return await self._history.spec(job, who)
 
     async def latest(self, wanted: Filter, limit: int, who: str) -> Page:
         """At most `limit` summaries that fit, newest first, as JSON, and where to go on."""
@@ -364,7 +367,7 @@ class Supervisor:
         return await page_of({**before, **self._live}, stored, wanted, limit)
 
     async def stop(
-        self, job: JobId, number: signal.Signals, grace_seconds: float | None
+        self, job: JobId, number: signal.Signals, grace_seconds: float | None, who: str = ""
     ) -> JobRecord:
         """Stop a job and wait for its end; one that has ended is left as it is.
 
@@ -374,7 +377,7 @@ class Supervisor:
         if execution is not None:
             self._ask_to_end(execution, number, grace_seconds)
             await self._hear_of(execution, execution.parted)
-        return await self.wait(job)
+        return await self.wait(job, who)
 
     def _ask_to_end(
         self, execution: Execution, number: signal.Signals, grace_seconds: float | None
@@ -388,7 +391,7 @@ class Supervisor:
             self._placed.append(execution)
             self._change.set()
 
-    async def wait(self, job: JobId) -> JobRecord:
+    async def wait(self, job: JobId, who: str = "") -> JobRecord:
         """Wait for a job's end. Raises NotFound, and ShuttingDown where it is left meanwhile."""
         execution = self._live.get(job)
         if execution is not None:
@@ -396,11 +399,11 @@ class Supervisor:
             if not execution.ended.is_set():
                 raise _left(job)
             return execution.record
-        return await self._ended(job)
+        return await self._ended(job, who)
 
-    async def _ended(self, job: JobId) -> JobRecord:
+    async def _ended(self, job: JobId, who: str) -> JobRecord:
         """The record of a job that is not live. Raises NotFound."""
-        record = await self.record(job)
+        record = await self.record(job, who)
         if not record.ended:
             raise _left(job)
         return record
@@ -412,6 +415,7 @@ class Supervisor:
         *,
         streams: Collection[Stream] = BOTH,
         coalesce: bool = True,
+        who: str = "",
     ) -> Follower:
         """A follower of a job's output, live or ended; the caller closes it.
 
@@ -420,10 +424,10 @@ class Supervisor:
         execution = self._live.get(job)
         if execution is not None and not execution.ended.is_set():
             return await follow_from(execution.spool, start, streams, coalesce)
-        async with self._archive.reading(await self._ended(job)) as spool:
+        async with self._archive.reading(await self._ended(job, who)) as spool:
             return await follow_from(spool, start, streams, coalesce)
 
-    async def remove(self, job: JobId, *, force: bool) -> int:
+    async def remove(self, job: JobId, *, force: bool, who: str = "") -> int:
         """Remove an ended job, output and record: bytes freed. `force` kills a live one first.
 
         Raises NotFound, and Busy where it is alive or its output is being followed.
@@ -437,7 +441,7 @@ class Supervisor:
                 )
             await self.stop(job, signal.SIGKILL, 0)
             await execution.archived.wait()
-        await self.record(job)
+        await self.record(job, who)
         freed = await self._archive.remove(job, force=force)
         if execution is not None:
             await execution.forgotten.wait()

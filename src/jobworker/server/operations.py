@@ -10,6 +10,7 @@ import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import cast
 
 import trio
@@ -88,7 +89,8 @@ async def call(context: Context, caller: Caller, method: Method, params: object)
     """Run a method for a caller, and have it noted. Raises what the gate and the method raise."""
     who, peer = caller.identity, caller.peer
     try:
-        await context.gate.admit(who, method, params, context.supervisor.record)
+        find = partial(context.supervisor.record, who=who.common_name)
+        await context.gate.admit(who, method, params, find)
         result = await OPERATIONS[method.name](context, caller, params)
     except JobworkerError as error:
         context.auditor.failed(who, peer, method, params, error)
@@ -201,7 +203,7 @@ def _check_against_host(job: JobSpec, host: HostFacts) -> None:
 
 
 async def _status(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
-    record = await context.supervisor.record(params.id)
+    record = await context.supervisor.record(params.id, caller.identity.common_name)
     execution = context.supervisor.live(params.id)
     if execution is not None:
         record = evolve(record, usage=await execution.usage())
@@ -215,8 +217,9 @@ async def _whole_record(context: Context, caller: Caller, record: JobRecord) -> 
     """The JSON of all of a record, however long."""
     if not summarize(record).abridged:
         return await encode_record(caller.show(record))
-    async with context.making.slot(caller.identity.common_name):
-        spec = await context.supervisor.spec_of(record.id) if record.abridged else None
+    who = caller.identity.common_name
+    async with context.making.slot(who):
+        spec = await context.supervisor.spec_of(record.id, who) if record.abridged else None
         if spec is not None:
             if caller.role.may(Permission.RUN):
                 return with_spec(record, spec)
@@ -238,21 +241,24 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
 
 
 async def _wait(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
-    with context.crowds.one_more(caller.identity.common_name):
-        return Encoded(summary_of(await context.supervisor.wait(params.id))[1])
+    who = caller.identity.common_name
+    with context.crowds.one_more(who):
+        return Encoded(summary_of(await context.supervisor.wait(params.id, who))[1])
 
 
 async def _stop(context: Context, caller: Caller, params: m.StopParams) -> JobRecord:
     number = parse_signal(params.signal)
-    with context.crowds.one_more(caller.identity.common_name):
-        return summarize(await context.supervisor.stop(params.id, number, params.grace_seconds))
+    who = caller.identity.common_name
+    with context.crowds.one_more(who):
+        stopped = await context.supervisor.stop(params.id, number, params.grace_seconds, who)
+        return summarize(stopped)
 
 
 async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:
     if not params.streams:
         raise InvalidParams("cannot subscribe: streams: is empty; name stdout, stderr or both")
-    supervisor = context.supervisor
-    record = await supervisor.record(params.id)
+    supervisor, who = context.supervisor, caller.identity.common_name
+    record = await supervisor.record(params.id, who)
     until = None if params.follow else record.stdout_bytes + record.stderr_bytes
     since = params.since
     if params.since_seconds is not None:
@@ -265,7 +271,7 @@ async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogRe
         starts=tuple(map(_line_start, params.starts)),
     )
     follower = await supervisor.follow(
-        params.id, start, streams=params.streams, coalesce=params.coalesce
+        params.id, start, streams=params.streams, coalesce=params.coalesce, who=who
     )
     offset, starts = follower.offset, tuple(map(_stream_start, follower.starts))
     opened = caller.subscriptions.open(record, follower, params.delivery, until)
@@ -282,12 +288,12 @@ def _stream_start(start: LineStart) -> m.StreamStart:
     return m.StreamStart(stream=start.stream, offset=start.offset, since=since)
 
 
-async def _remove(context: Context, _: Caller, params: m.RemoveParams) -> m.Removed:
-    removing = context.supervisor.removing
+async def _remove(context: Context, caller: Caller, params: m.RemoveParams) -> m.Removed:
+    removing, who = context.supervisor.removing, caller.identity.common_name
     if params.force:
         removing.add(params.id)
     try:
-        freed = await context.supervisor.remove(params.id, force=params.force)
+        freed = await context.supervisor.remove(params.id, force=params.force, who=who)
     finally:
         removing.discard(params.id)
     return m.Removed(jobs=(params.id,), bytes=freed)

@@ -271,7 +271,7 @@ class Subscriptions:
         to_the_end = subscription.until is None and problem is None
         try:
             ask = self._supervisor.wait if to_the_end else self._supervisor.record
-            record = await ask(job)
+            record = await ask(job, self._name)
         except JobworkerError as error:
             record = subscription.record
             gone = isinstance(error, NotFound)

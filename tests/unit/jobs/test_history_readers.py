@@ -1,0 +1,47 @@
+"""Questions of one name stand in line behind each other, and not before those of others."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+
+import apsw
+import pytest
+import trio
+import trio.testing
+
+from jobworker.jobs.history_readers import LOOKUP_THREADS, Readers
+
+FLOOD = 50
+
+
+def ask_by_look_up(readers: Readers) -> Callable[..., Awaitable[object]]:
+    return readers.look_up
+
+
+def ask_by_search(readers: Readers) -> Callable[..., Awaitable[object]]:
+    return readers.search
+
+
+@pytest.mark.parametrize("ask", [ask_by_look_up, ask_by_search])
+async def test_nobody_waits_for_the_queue_of_another(
+    ask: Callable[[Readers], Callable[..., Awaitable[object]]], tmp_path: Path
+) -> None:
+    path = tmp_path / "some.db"
+    apsw.Connection(str(path)).close()
+    answered, go = list[str](), Event()
+
+    async def question(who: str) -> None:
+        await ask(readers)(lambda _: go.wait(20), who)
+        answered.append(who)
+
+    with closing(Readers(path)) as readers:
+        async with trio.open_nursery() as nursery:
+            for _ in range(FLOOD):
+                nursery.start_soon(question, "noisy")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(question, "quiet")
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+    assert len(answered) == FLOOD + 1
+    assert answered.index("quiet") <= LOOKUP_THREADS
