@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import trio
 
+from jobworker.server.local_user import FIRST_SHARED
 from jobworker.tls_stream import TLSStream
 
 UPGRADE = (
@@ -30,6 +31,7 @@ UPGRADE = (
 TEXT, PING = 1, 9
 MIB = 1 << 20
 CONNECTIONS = 4
+STANDING_SECONDS = 0.1
 LARGE = {f"V{n}": "x" * 30 for n in range(20_000)}
 """Nearly a megabyte of variables."""
 LONG_LOG = """
@@ -377,6 +379,27 @@ async def connects(target: Target) -> Stage:
     return lambda: _on_each(connect, 8)
 
 
+async def hellos(target: Target) -> Stage:
+    """Handshakes that are begun and never ended, as a job on the host's network may."""
+    outgoing = ssl.MemoryBIO()
+    tls = target.context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=target.host)
+    with suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    hello = outgoing.read()
+    os.setuid(FIRST_SHARED)
+
+    async def begin() -> None:
+        while True:
+            async with await target.dial() as tcp:
+                with suppress(trio.BrokenResourceError), trio.move_on_after(STANDING_SECONDS):
+                    await tcp.send_all(hello)
+                    while await tcp.receive_some():
+                        pass
+            target.asked += 1
+
+    return lambda: _on_each(begin, 300)
+
+
 class Flood(NamedTuple):
     """One of them."""
 
@@ -396,6 +419,7 @@ FLOODS = {
     "pings": Flood("pings", pings),
     "garbage": Flood("garbage", garbage),
     "connects": Flood("connects", connects),
+    "hellos": Flood("handshakes never ended", hellos),
 }
 
 

@@ -34,7 +34,8 @@ class ConnectionLimits:
     handshake_timeout: str = field(default="10s", validator=_positive_duration)
     """For TLS, HTTP request and upgrade together."""
     max_failed_handshakes: int = field(default=300, validator=within(1, 1_000_000, or_zero=True))
-    """A minute from one address (an IPv6 /64); then its handshakes take turns. 0 is no limit."""
+    """A minute from one address (an IPv6 /64), of this host from one user, jobs being one; then its
+    handshakes take turns. 0 is no limit."""
     max_message_bytes: int = field(
         default=4 << 20, validator=within(MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
     )

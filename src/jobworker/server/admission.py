@@ -9,10 +9,11 @@ that stalls (sshd's MaxStartups has the same aim and drops the newcomer by lot).
 
 An address from which handshakes keep failing is slowed down: its handshakes begin one after the
 other, by lot (`turns`), so that it has no more than a part of the processor for signatures. It
-is not shut out, since a job on the host's network, or a program behind the same address, could
-then keep an administrator away: where there is no place for one more of them, one of those that
-wait is let go, by lot too. Who closes without having said its hello, as health checks do, has not
-failed.
+is not shut out, since a program behind the same address could then keep an administrator away:
+where there is no place for one more of them, one of those that wait is let go, by lot too. On the
+service's own host each user is slowed down alone (`local_user`), and jobs as if they were one: none
+of them stands in the way of an account. Who closes without having said its hello, as health checks
+do, has not failed.
 
 Every refusal has an error of its own name; it is counted, and logged at most once a second, since a
 flood must not become a flood of log lines.
@@ -62,6 +63,7 @@ class Arrival:
     _admission: "Admission"
     sound: bool = False
     """Whether the client has shown a certificate of ours: then it is no failed handshake."""
+    came_at: float = field(factory=trio.current_time)
     heard: bool = False
     """Whether it has said its hello."""
     turn_at: float = math.inf
@@ -122,14 +124,14 @@ class Admission:
 
     @contextmanager
     def arrive(
-        self, peer: str, address: str, is_gone: Callable[[], bool] = lambda: False
+        self, peer: str, network: str, is_gone: Callable[[], bool] = lambda: False
     ) -> Iterator[Arrival]:
         """Serve a connection in the block, and end it where it is not open in time.
 
-        `is_gone` tells whether the peer has closed. Raises TooManyFailures where there is no place
-        for one more of an address that is slowed down.
+        `network` is what its failure is counted by (`network_of`). `is_gone` tells whether the peer
+        has closed. Raises TooManyFailures where there is no place for one more of a network that is
+        slowed down.
         """
-        network = network_of(address)
         if len(self._arriving) >= self.limits.max_handshakes:
             self._make_room(network)
         seconds = parse_duration(self.limits.handshake_timeout)
@@ -162,9 +164,15 @@ class Admission:
         """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
         # A client with a certificate is in within moments of its turn.
         late = trio.current_time() - STALL_SECONDS
-        stalled = (each for each in self._arriving if not each.heard or each.turn_at < late)
-        given_up = next(stalled, None)
         failures = self._slowed(network)
+        stalled = (
+            each
+            for each in self._arriving
+            if each.turn_at < late
+            # One that has just come leaves for nobody who is slowed down.
+            or (not each.heard and (failures is None or each.came_at < late))
+        )
+        given_up = next(stalled, None)
         if given_up is None and failures is not None:
             full = TooManyFailures(
                 f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from "
@@ -246,8 +254,13 @@ class Admission:
         return failures
 
 
-def network_of(address: str) -> str:
-    """What failures are counted by: an IPv4 address, or the /64 that an IPv6 host chooses from."""
+def network_of(address: str, user: str | None = None) -> str:
+    """What failures are counted by: an IPv4 address, or the /64 that an IPv6 host chooses from.
+
+    Of the service's own host each user counts alone, by whichever of its addresses.
+    """
+    if user is not None:
+        return f"this host ({user})"
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

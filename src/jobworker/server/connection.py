@@ -33,7 +33,7 @@ from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server import operations
-from jobworker.server.admission import Admission, Arrival
+from jobworker.server.admission import Admission, Arrival, network_of
 from jobworker.server.auditor import Auditor
 from jobworker.server.conversation import Conversation
 from jobworker.server.door import Door, PeerCertificates, Visitor
@@ -47,6 +47,7 @@ from jobworker.server.http_head import (
     read_head,
     reply,
 )
+from jobworker.server.local_user import local_user
 from jobworker.server.slots import LARGE_BYTES
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
@@ -70,7 +71,8 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     parted = False
     try:
         address, is_gone = peer.rpartition(":")[0], partial(_is_gone, tcp.socket)
-        with admission.arrive(peer, address, is_gone) as arrival, ExitStack() as inside:
+        network = network_of(address, local_user(tcp.socket))
+        with admission.arrive(peer, network, is_gone) as arrival, ExitStack() as inside:
             # Little is made before this: a flood's connections come no further.
             if not await _says_hello(tcp.socket):
                 return  # a health check

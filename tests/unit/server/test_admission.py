@@ -143,6 +143,24 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
         assert trio.current_time() - began < 0.1
 
 
+async def test_who_is_slowed_down_takes_no_place_of_one_that_has_just_come(
+    autojump_clock: object,
+) -> None:
+    admission = small()
+    for _ in range(3):
+        fail(admission, "10.0.0.1")
+    with ExitStack() as stack:
+        for name in ("honest", "silent"):
+            stack.enter_context(admission.arrive(name, "10.0.0.2"))
+        with pytest.raises(TooManyFailures):
+            fail(admission, "10.0.0.1")
+        assert admission.statistics().arriving == 2
+        await trio.sleep(1)
+        stack.enter_context(admission.arrive("slowed", "10.0.0.1"))
+        assert admission.counters.value(LIMITS_REACHED, "too_many_failures") == 0
+        assert admission.statistics().arriving == 2, "a silent one has left"
+
+
 @pytest.mark.parametrize("lot", ["newcomer", "waiting"])
 async def test_place_of_a_slowed_address_goes_by_lot(
     autojump_clock: object, monkeypatch: pytest.MonkeyPatch, lot: str
@@ -198,6 +216,12 @@ async def test_memory_of_failures_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_addresses_are_counted_by_who_can_choose_them(one: str, other: str, same: bool) -> None:
     assert (network_of(one) == network_of(other)) is same
+
+
+def test_users_of_this_host_are_counted_by_name_whatever_their_address() -> None:
+    assert network_of("127.0.0.1", "uid 7") == network_of("10.0.0.1", "uid 7")
+    assert network_of("127.0.0.1", "uid 7") != network_of("127.0.0.1", "uid 8")
+    assert network_of("127.0.0.1", "uid 7") != network_of("127.0.0.1")
 
 
 def test_connections_are_bounded_in_all_and_by_name() -> None:
