@@ -210,6 +210,38 @@ async def test_address_that_fails_and_fails_keeps_no_certificate_out(
             nursery.cancel_scope.cancel()
 
 
+FLOOD_OF_HELLOS = """
+import socket, sys
+hello, standing = bytes.fromhex(sys.argv[2]), []
+while True:
+    try:
+        standing.append(socket.create_connection(("127.0.0.1", int(sys.argv[1]))))
+        standing[-1].send(hello)
+    except OSError:
+        pass
+    del standing[:-50]
+"""
+
+
+async def test_job_that_floods_the_port_slows_down_jobs_alone(
+    open_directory: Callable[[], Path],
+) -> None:
+    limits = {"max_failed_handshakes": 5, "max_handshakes": 20}
+    async with open_embedded(open_directory(), {"limits": limits}) as service:
+        port, hello = service.address.rpartition(":")[2], client_hello(service).hex()
+        async with open_wire(service) as wire:
+            command = ["python3", "-c", FLOOD_OF_HELLOS, port, hello]
+            flood = await wire.start(*command, network="host")
+            await until(
+                lambda: "cannot serve this host (jobs and containers)" in service.log_text()
+            )
+            for _ in range(10):
+                async with open_wire(service) as other:
+                    await other.call("service.hello")
+            await wire.call("job.stop", id=flood, signal="KILL")
+        assert "cannot serve this host (uid" not in service.log_text()
+
+
 async def test_connects_without_a_whole_hello_are_no_failures(
     open_directory: Callable[[], Path],
 ) -> None:
