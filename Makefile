@@ -14,12 +14,9 @@ help:
 demo: $(DEMO_STAMP)
 	@$(BIN)/worker demo
 
-#: make test    everything: lint, types, import rules, all tests (the unit tests beside the others)
+#: make test    everything: lint, types, import rules, all tests (two files at a time)
 test: lint
-	@$(BIN)/python -m pytest tests/unit -q > $(VENV)/unit.log 2>&1 & unit=$$!; \
-	$(BIN)/python -m pytest tests/integration tests/security tests/e2e; failed=$$?; \
-	wait $$unit || { failed=1; cat $(VENV)/unit.log; }; \
-	echo "unit tests beside them: $$(tail -n 1 $(VENV)/unit.log)"; exit $$failed
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 #: make check   in under a minute: lint, types, import rules, unit tests
 check: lint unit

@@ -4,12 +4,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-UNIT_TESTS = Path(__file__).parent / "unit"
 
 
 def pytest_configure() -> None:
@@ -45,18 +42,23 @@ def attached_disks() -> set[str]:
     return {path.parts[3] for path in Path("/sys/block").glob("loop*/loop/backing_file")}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _disks_go_with_their_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No disk of any service stays: their files have no names by which to tell whose they are.
+BEFORE = pytest.StashKey[set[str]]()
 
-    Unit tests start no service, and `make test` runs them beside those that do.
-    """
-    if all(item.path.is_relative_to(UNIT_TESTS) for item in request.session.items):
-        yield
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remember which disks there are."""
+    session.config.stash[BEFORE] = attached_disks()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a disk of a service has stayed, once all workers of pytest-xdist have ended."""
+    if hasattr(session.config, "workerinput"):
         return
-    before = attached_disks()
-    yield
-    deadline = time.monotonic() + 20
-    while attached_disks() - before and time.monotonic() < deadline:
+    deadline, before = time.monotonic() + 20, session.config.stash[BEFORE]
+    while (left := attached_disks() - before) and time.monotonic() < deadline:
         time.sleep(0.05)  # the kernel lets go of them on its own
-    assert attached_disks() <= before
+    if left:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\ndisks that nobody has detached: {sorted(left)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

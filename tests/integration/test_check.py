@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -85,13 +86,20 @@ def missing(findings: dict[str, Finding]) -> set[str]:
 
 
 def test_this_host_has_all_that_is_needed_and_nothing_is_left() -> None:
-    mounts, children = Path("/proc/self/mountinfo").read_text(), _processes()
     findings = found()
     assert not [each for each in findings.values() if each.needed and not each.supported]
     assert len(findings) > 30
-    assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert _processes() <= children
-    assert not [path for path, *_ in os.walk("/sys/fs/cgroup") if "jobworker-check-" in path]
+    deadline = time.monotonic() + 20
+    while _left_by_checks() and time.monotonic() < deadline:
+        time.sleep(0.1)  # tests that run beside this one check as well
+    assert not _left_by_checks()
+
+
+def _left_by_checks() -> list[str]:
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    left = [line for line in mounts if "jobworker-check-" in line]
+    left += [path for path, *_ in os.walk("/sys/fs/cgroup") if "jobworker-check-" in path]
+    return left + sorted(_processes())
 
 
 def _processes() -> set[str]:

@@ -133,7 +133,8 @@ async def only_gateway(service: Embedded) -> list[int]:
 async def test_gateway_has_no_rights_no_descriptors_and_ends_with_its_job(
     admin: Wire, service: Embedded
 ) -> None:
-    job = await admin.start("sleep", "60", network="private")
+    seconds = f"60.{os.getpid()}"
+    job = await admin.start("sleep", seconds, network="private")
     (gateway,) = await only_gateway(service)
     at = Path(f"/proc/{gateway}")
     status = dict(re.findall(r"^(\w+):\s+(.*)$", (at / "status").read_text(), re.M))
@@ -141,7 +142,7 @@ async def test_gateway_has_no_rights_no_descriptors_and_ends_with_its_job(
         process
         for process in Path("/proc").glob("[0-9]*")
         if (process / "cmdline").exists()
-        and "sleep\0" in (process / "cmdline").read_text()
+        and (process / "cmdline").read_text() == f"sleep\0{seconds}\0"
         and (process / "ns" / "net").readlink() != Path("/proc/self/ns/net").readlink()
     ]
     uids = {int(uid) for uid in status["Uid"].split()}
