@@ -60,5 +60,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         time.sleep(0.05)  # the kernel lets go of them on its own
     if left:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        assert reporter is not None
         reporter.write_line(f"\ndisks that nobody has detached: {sorted(left)}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
