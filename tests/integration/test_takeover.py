@@ -19,6 +19,7 @@ from jobworker.server.descriptors import OWN
 from ..security.raw_socket import open_raw
 from .conftest import left_behind, until
 from .outside import open_launcher, settings_with
+from .test_cli import Cli
 from .test_outside_launcher import spawn
 from .wire import Json, Refused, Wire, open_wire
 
@@ -325,6 +326,13 @@ async def test_job_that_the_launcher_does_not_have_is_lost(
         async with serving(directory) as service, open_wire(service) as wire:
             data, record = await log_of(wire, job)
             assert (record["state"], record["reason"], data) == ("FAILED", "lost", b"kept\n")
+            cli, why = Cli(service), "its launcher ended while the job was alive"
+            note = f"job {job} was lost: {why}; the end of its output may be missing"
+            for options in ([], ["-f"]):
+                done = await trio.to_thread.run_sync(cli, "log", *options, str(job))
+                assert (done.stdout, done.stderr) == ("kept\n", f"{note}\n")
+            done = await trio.to_thread.run_sync(cli, "status", str(job))
+            assert {"Status: FAILED (lost)", f"Detail: {why}"} <= {*done.stdout.splitlines()}
     assert left_behind(directory) == []
 
 
