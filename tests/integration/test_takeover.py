@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -329,9 +330,9 @@ async def test_job_that_the_launcher_does_not_have_is_lost(
             cli, why = Cli(service), "its launcher ended while the job was alive"
             note = f"job {job} was lost: {why}; the end of its output may be missing"
             for options in ([], ["-f"]):
-                done = await trio.to_thread.run_sync(cli, "log", *options, str(job))
+                done = await trio.to_thread.run_sync(partial(cli, "log", *options, str(job)))
                 assert (done.stdout, done.stderr) == ("kept\n", f"{note}\n")
-            done = await trio.to_thread.run_sync(cli, "status", str(job))
+            done = await trio.to_thread.run_sync(partial(cli, "status", str(job)))
             assert {"Status: FAILED (lost)", f"Detail: {why}"} <= {*done.stdout.splitlines()}
     assert left_behind(directory) == []
 

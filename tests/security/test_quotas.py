@@ -103,7 +103,8 @@ async def test_output_of_ended_jobs_counts_until_it_is_removed(quinn: Wire) -> N
 async def test_tenant_that_fills_the_waiting_room_neither_shuts_out_nor_delays_another(
     open_directory: Callable[[], Path],
 ) -> None:
-    extra = {"worker": {"max_concurrent_jobs": 2, "max_waiting_jobs": 20}, **ROLES}
+    few: dict[str, object] = {"max_concurrent_jobs": 2, "max_waiting_jobs": 20}
+    extra = {"worker": few, **ROLES}
     async with (
         open_embedded(make_people(open_directory()), extra) as service,
         open_wire(service, "alice") as alice,
