@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 import jobworker
+from jobworker.cli import check_service
 from jobworker.cli.embedded import program, write_configuration
+from jobworker.config import load
 from jobworker.pki.administration import init_authority
 from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
 from jobworker.sandbox.probing import Finding
@@ -357,6 +359,35 @@ def test_exposed_key_busy_port_open_state_directory_and_bad_profile(site: Path) 
     assert "bad.toml" in findings["system-call profile"].detail
     assert "others may write" in findings["state directory"].detail
     assert f"chown {os.geteuid()}" in findings["state directory"].remedy
+
+
+@pytest.mark.parametrize("overcommits", [True, False])
+def test_jobs_whose_disks_cannot_all_be_filled(site: Path, overcommits: bool) -> None:
+    free = shutil.disk_usage(site).free >> 20
+    much = {"disk_limit": free // 3, "overcommit_disk": overcommits}
+    config = write_configuration(site, {"worker": {"max_concurrent_jobs": 4}, "sandbox": much})
+    room = room_of(config)
+    assert (room.supported, room.needed) == (False, False)
+    assert "the disks of 4 jobs may take " in room.detail
+    assert ("writes are lost is FAILED" in room.detail) == overcommits
+    assert ("without room is refused" in room.detail) != overcommits
+    assert "sandbox.disk_limit or worker.max_concurrent_jobs" in room.remedy
+    assert ("sandbox.overcommit_disk to false" in room.remedy) == overcommits
+
+
+def test_jobs_whose_disks_can_all_be_filled(site: Path) -> None:
+    few = {"worker": {"max_concurrent_jobs": 2, "keep_free": 16}, "sandbox": {"disk_limit": 16}}
+    room = room_of(write_configuration(site, few))
+    assert room.supported
+    assert room.detail.startswith("48.0 MiB at most, ")
+    assert room.remedy == ""
+
+
+def room_of(config: Path) -> Finding:
+    (room,) = [
+        each for each in check_service.findings(load(config)) if each.name == "room for jobs' disks"
+    ]
+    return room
 
 
 def test_state_directory_below_tmp_is_no_gap(tmp_path: Path) -> None:

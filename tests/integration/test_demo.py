@@ -1,32 +1,73 @@
-"""The demonstration takes its service along, however it is ended."""
+"""Demonstrations run beside each other, and each takes its service along, however it is ended."""
 
+import os
+import shlex
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
+import trio
 
 from jobworker.cli.embedded import program
 
 from .conftest import left_behind, until
 
+Demo = subprocess.Popen[str]
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_ended_demonstration_leaves_nothing(number: signal.Signals) -> None:
+
+async def test_demonstrations_share_no_ids_and_leave_nothing() -> None:
+    with ExitStack() as stack:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        demos = [stack.enter_context(demonstration()) for _ in numbers]  # both start at once
+        directories, ranges = [], []
+        for demo in demos:
+            names = await trio.to_thread.run_sync(names_from, demo)
+            directories.append(Path(names["WORKER_CA_PATH"]).parents[1])
+            ranges.append(await ids_of_a_job(names))
+        assert all(directory.is_dir() for directory in directories)
+        assert set(ranges[0]).isdisjoint(ranges[1])
+        for demo, number in zip(demos, numbers, strict=True):
+            demo.send_signal(number)
+        for demo, number in zip(demos, numbers, strict=True):
+            await until(lambda demo=demo: demo.poll() is not None)  # type: ignore[misc]
+            assert demo.returncode == 128 + number
+    for directory in directories:
+        assert not directory.exists()
+        directory.joinpath("state/scratch").mkdir(parents=True)  # where it looks for files
+        try:
+            assert left_behind(directory) == []
+        finally:
+            for path in (directory / "state/scratch", directory / "state", directory):
+                path.rmdir()
+
+
+@contextmanager
+def demonstration() -> Iterator[Demo]:
     command = [*program("worker"), "demo", "--serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: ASYNC220
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(4)]
-        (ca,) = [line for line in lines if "WORKER_CA_PATH" in line]
-        directory = Path(ca.strip().partition("=")[2]).parents[1]
-        assert directory.is_dir()
-        process.send_signal(number)
-        await until(lambda: process.poll() is not None)
-    assert process.returncode == 128 + number
-    assert not directory.exists()
-    directory.joinpath("state/scratch").mkdir(parents=True)  # where it looks for files
-    try:
-        assert left_behind(directory) == []
-    finally:
-        for path in (directory / "state/scratch", directory / "state", directory):
-            path.rmdir()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+        try:
+            yield demo
+        finally:
+            demo.terminate()
+
+
+def names_from(demo: Demo) -> dict[str, str]:
+    """The variables that a demonstration says are to be exported."""
+    assert demo.stdout is not None
+    lines = [demo.stdout.readline() for _ in range(4)]
+    told = [shlex.split(line)[1].partition("=") for line in lines]
+    return {name: value for name, _, value in told}
+
+
+async def ids_of_a_job(names: dict[str, str]) -> range:
+    """Which user ids of the host a job of that service has."""
+    done = await trio.run_process(
+        [*program("worker-cli"), "run", "--follow", "cat", "/proc/self/uid_map"],
+        env={**os.environ, **names},
+        capture_stdout=True,
+    )
+    inside, first, count = map(int, done.stdout.split())
+    assert inside == 0
+    return range(first, first + count)

@@ -18,9 +18,11 @@ from jobworker.errors import InternalError
 from jobworker.jobs.history import History
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
+from jobworker.model.units import format_size
 
 from .conftest import left_behind
 from .outside import open_launcher, settings_with
+from .test_cli import Cli
 from .wire import Json, Refused, Wire, open_wire
 
 Directory = Callable[[], Path]
@@ -232,16 +234,30 @@ async def test_service_that_takes_over_on_a_full_disk_lets_room_be_made(
             told = {job: await wire.call("job.wait", id=job) for job in (big, small)}
             assert told[big]["discarded_bytes"]
             await kill(service)
-        async with serving(directory) as (_, wire):
+        async with serving(directory) as (service, wire):
             with trio.fail_after(20):
                 for job in (big, small):
                     record = await wire.call("job.wait", id=job)
                     assert told[job] == record, "what was told stays as it was told"
+                await check_what_a_user_reads(service, big, told[big])
                 await wire.call("job.remove", id=big)
             await until_stored(place, {small: ("STOPPED", False)})
             result = await wire.call("job.log", id=small)
             out, _, again = await wire.output(result["subscription"])
             assert (out, again["state"]) == (b"small\n", "STOPPED")
+
+
+async def check_what_a_user_reads(service: Embedded, job: int, record: Json) -> None:
+    """Both `log` and `status` say what was not kept."""
+    cli, lost = Cli(service), record["discarded_bytes"]
+    assert isinstance(lost, int)
+    done = await trio.to_thread.run_sync(cli, "log", str(job))
+    assert (done.returncode, len(done.stdout)) == (0, record["stdout_bytes"])
+    why = "the server's disk is full, or refused to write"
+    assert done.stderr == f"job {job}: {format_size(lost)} of its output were not kept: {why}\n"
+    done = await trio.to_thread.run_sync(cli, "status", str(job))
+    assert "Status: STOPPED" in done.stdout.splitlines()
+    assert f"{format_size(lost)} not kept ({why})" in done.stdout
 
 
 # --- an end is always recordable ----------------------------------------------------------------

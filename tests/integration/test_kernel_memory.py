@@ -12,7 +12,7 @@ from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 
 from .conftest import child_of
-from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
+from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture
 
 MIB = 1 << 20
 
@@ -114,25 +114,48 @@ for _ in range(200):
     os.wait()
 time.sleep(60)
 """
-DATAGRAMS = """
-import socket
-held, taken = [], 0
-for _ in range(600):
-    held.append(one := socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-    one.bind(("127.0.0.1", 0))
-    other = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    for _ in range(100):
-        other.sendto(bytes(8000), one.getsockname())
-    other.close()
-for one in held:
-    one.setblocking(False)
+BUFFERS = """
+import resource, socket, time
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+V4, V6, UNIX = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX
+STREAM, DATAGRAM = socket.SOCK_STREAM, socket.SOCK_DGRAM
+def address(family):
+    return ("127.0.0.1" if family == V4 else "::1", 0)
+def datagrams(family):
+    to, other = socket.socket(family, DATAGRAM), socket.socket(family, DATAGRAM)
+    to.bind(address(family))
+    other.connect(to.getsockname())
+    return other, to
+def streams(family):
+    if family == UNIX:
+        return socket.socketpair()
+    server, other = socket.socket(family, STREAM), socket.socket(family, STREAM)
+    server.bind(address(family))
+    server.listen()
+    other.connect(server.getsockname())
+    return other, server.accept()[0]
+held, sent = [], 0
+for _ in range(400):
+    held.append(pair := make(family))
+    for each in pair:
+        each.setblocking(False)
     try:
-        while True:
-            taken += len(one.recv(9000))
+        for _ in range(100):
+            sent += pair[0].send(bytes(8000))
     except OSError:
         pass
-print(taken)
+if held[0][1].type == DATAGRAM:
+    sent = 0  # those that found no room were dropped
+    for _, to in held:
+        try:
+            while data := to.recv(9000):
+                sent += len(data)
+        except OSError:
+            pass
+print(sent)
 """
+"""What waits on either side of connections, or at the receiver of datagrams."""
 
 
 @pytest.fixture
@@ -247,19 +270,51 @@ def test_few_netlink_sockets_and_locks_end_nothing(service: Service) -> None:
     channel.close_all(pipes)
 
 
-def test_datagrams_in_buffers_are_within_the_memory_limit(service: Service) -> None:
-    def taken(limit: int) -> int:
-        job = limit // MIB + 1
-        reply, pipes = service.spawn(
-            job, "python3", "-c", DATAGRAMS, network="none", memory_bytes=limit
-        )
-        assert "ok" in reply
-        assert service.exit_of(job)["code"] == 0
-        text = os.read(pipes[0], 100)
-        channel.close_all(pipes)
-        assert re.fullmatch(rb"\d+\n", text), text
+@pytest.mark.parametrize(
+    ("kind", "beyond"),
+    [
+        ("datagrams(V4)", 0),
+        ("datagrams(V6)", 0),
+        ("streams(V4)", kernel_memory.BOUND_BYTES),
+        ("streams(V6)", kernel_memory.BOUND_BYTES),
+        ("streams(UNIX)", 0),
+    ],
+)
+def test_what_waits_in_buffers_of_sockets_is_within_the_memory_limit(
+    service: Service, kind: str, beyond: int
+) -> None:
+    def held(limit: int) -> int:
+        """How much a job holds; 0 where it ended as out of memory."""
+        job, script = limit // MIB + 1, BUFFERS.replace("make(family)", kind)
+        end, text = end_of(service, job, script, limit)
+        if end["signal"] == 9:
+            assert end["want"] == "limit"
+            return 0
+        assert end["code"] == 0, text
         return int(text)
 
-    free = taken(0)
-    assert free > 40 * MIB, "the control: nothing bounds it"
-    assert taken(16 * MIB) < 16 * MIB
+    assert held(0) > 35 * MIB, "the control: nothing bounds it"
+    assert held(16 * MIB) < 16 * MIB + beyond
+
+
+@pytest.mark.parametrize("family", ["V4", "V6"])
+def test_job_whose_connections_hold_more_than_the_limit_ends_as_out_of_memory(
+    service: Service, family: str
+) -> None:
+    """The kernel lets each have a piece, of 64 KB here, however many there are."""
+    script = BUFFERS.replace("make(family)", f"streams({family})")
+    script = script.replace("range(400)", "range(6000)").replace("8000", "65536")
+    end, text = end_of(service, 1, script.replace("print(", "time.sleep(60); print("), 64 * MIB)
+    usage = end["usage"]
+    assert isinstance(usage, dict)
+    assert (end["signal"], usage["oom_kills"]) == (9, 1), (end, text)
+
+
+def end_of(service: Service, job: int, script: str, limit: int) -> tuple[Message, str]:
+    """Run a script to its end: that, and what it wrote."""
+    reply, pipes = service.spawn(job, "python3", "-c", script, network="none", memory_bytes=limit)
+    assert "ok" in reply
+    end = service.exit_of(job)
+    text = b"".join(os.read(pipe, 10_000) for pipe in pipes).decode()
+    channel.close_all(pipes)
+    return end, text

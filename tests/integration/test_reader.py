@@ -1,15 +1,35 @@
-"""The process that reads the configuration again, when something ends it."""
+"""The process that reads the configuration again, and what is done each day with what it read."""
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from jobworker.cli import embedded
 from jobworker.cli.embedded import open_embedded
 from jobworker.server import reader
 
 from .conftest import until
 from .wire import open_wire
+
+DAILY = """
+from jobworker import incidents
+from jobworker.errors import ConfigError
+from jobworker.server import reload
+incidents.FIRST_PAUSE_SECONDS = reload.DAY_SECONDS = 0.01
+faults = [OSError(24, "first fault"), ValueError("second fault"), ConfigError("not good today")]
+def warnings(files, now):
+    if faults:
+        raise faults.pop(0)
+    return ["the next day's warning"]
+reload.expiry_warnings = warnings
+from jobworker.cli.admin import main; main()
+"""
+"""A service whose days are short, and whose look at its certificates fails at first."""
 
 
 async def test_end_of_the_reader_is_told_at_once_and_ends_nothing(
@@ -29,5 +49,20 @@ async def test_end_of_the_reader_is_told_at_once_and_ends_nothing(
         assert out == "on\n"
         service.process.send_signal(signal.SIGHUP)
         await until(lambda: "cannot reload" in service.log_text())
+        out, _, _ = await wire.run("echo", "on")
+        assert out == "on\n"
+
+
+async def test_daily_warning_that_fails_is_told_and_comes_again(
+    open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "program", lambda _: [sys.executable, "-c", DAILY])
+    async with open_embedded(open_directory()) as service, open_wire(service) as wire:
+        await until(lambda: "the next day's warning" in service.log_text())
+        text = service.log_text()
+        for words in ("OSError: [Errno 24] first fault", "ValueError: second fault"):
+            assert words in text
+        assert "not good today" in text
+        assert len(set(re.findall(r"incident (\w+): expiry", text))) == 2
         out, _, _ = await wire.run("echo", "on")
         assert out == "on\n"

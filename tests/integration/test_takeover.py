@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -19,6 +20,7 @@ from jobworker.server.descriptors import OWN
 from ..security.raw_socket import open_raw
 from .conftest import left_behind, until
 from .outside import open_launcher, settings_with
+from .test_cli import Cli
 from .test_outside_launcher import spawn
 from .wire import Json, Refused, Wire, open_wire
 
@@ -325,6 +327,13 @@ async def test_job_that_the_launcher_does_not_have_is_lost(
         async with serving(directory) as service, open_wire(service) as wire:
             data, record = await log_of(wire, job)
             assert (record["state"], record["reason"], data) == ("FAILED", "lost", b"kept\n")
+            cli, why = Cli(service), "its launcher ended while the job was alive"
+            note = f"job {job} was lost: {why}; the end of its output may be missing"
+            for options in ([], ["-f"]):
+                done = await trio.to_thread.run_sync(partial(cli, "log", *options, str(job)))
+                assert (done.stdout, done.stderr) == ("kept\n", f"{note}\n")
+            done = await trio.to_thread.run_sync(partial(cli, "status", str(job)))
+            assert {"Status: FAILED (lost)", f"Detail: {why}"} <= {*done.stdout.splitlines()}
     assert left_behind(directory) == []
 
 

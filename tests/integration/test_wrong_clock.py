@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import open_embedded
+from jobworker.cli.embedded import open_embedded, program
 from jobworker.errors import HostUnsupported
+from jobworker.jobs.age_clock import FILE
 
 from ..conftest import compiler
 from .conftest import left_behind
@@ -42,7 +43,10 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     return result;
 }
 """
+MONTH = 30 * 24 * 3600
 DAYS = 40 * 24 * 3600
+AGE = ["--older-than=30d"]
+NOTHING = "removed the output of 0 jobs, 0 B\n"
 EXTRA: dict[str, dict[str, object]] = {
     "worker": {"keep_output_age": "30d", "max_concurrent_jobs": 1, "job_timeout": "1h"}
 }
@@ -63,7 +67,17 @@ def moved_by(open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 
 
 async def prune(wire: Wire) -> object:
-    return (await wire.call("job.prune"))["jobs"]
+    """What goes by the configuration, and by an age that the caller names."""
+    gone = [await wire.call("job.prune"), await wire.call("job.prune", older_than_seconds=MONTH)]
+    return gone[0]["jobs"] or gone[1]["jobs"]
+
+
+def prune_beside(directory: Path, *options: str) -> str:
+    """Run `worker prune` on the service's files: what it says."""
+    command = [*program("worker"), "prune", "--config", str(directory / "worker.toml")]
+    return subprocess.run(
+        [*command, *options], stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    ).stdout
 
 
 @pytest.mark.parametrize("moved", [DAYS, -DAYS])
@@ -102,3 +116,21 @@ async def test_wrong_clock_deletes_and_ends_nothing(
             result = await wire.call("job.log", id=job)
             assert (await wire.output(result["subscription"]))[0] == words
     assert left_behind(directory) == []
+
+
+async def test_prune_in_its_own_process_doubts_the_clock_too(
+    open_directory: Callable[[], Path], moved_by: Path
+) -> None:
+    directory = open_directory()
+    async with open_embedded(directory, EXTRA) as service, open_wire(service) as wire:
+        job = await wire.start("echo", "kept")
+        await wire.call("job.wait", id=job)
+        moved_by.write_text(str(DAYS))
+        for options in ([], AGE):
+            said = await trio.to_thread.run_sync(prune_beside, directory, *options)
+            assert said == NOTHING
+    assert prune_beside(directory, *AGE) == NOTHING
+    (directory / "state" / "service" / FILE).unlink()  # then the newest record is the witness
+    assert prune_beside(directory, *AGE) == NOTHING
+    moved_by.write_text("0")
+    assert prune_beside(directory, "--older-than=0").startswith("removed the output of 1 jobs, ")

@@ -43,16 +43,21 @@ PEOPLE = {
 }
 
 
-@pytest.fixture(scope="session")
-def tenants(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
-    """A running service; `environment(NAME)` is that of each of PEOPLE, of admin and of viewer."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: namespaces and control groups")
-    directory = open_directory()
+def make_people(directory: Path) -> Path:
+    """Make an authority, and certificates of PEOPLE, for a service in `directory`."""
     certs, now = directory / "certs", datetime.now(UTC)
     init_authority(certs, [], now=now)
     authority = Authority.load(certs)
     for name, role in PEOPLE.items():
         write_new(certs, authority.issue_client(name, role, now=now).files(f"{name}-client"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tenants(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+    """A running service; `environment(NAME)` is that of each of PEOPLE, of admin and of viewer."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: namespaces and control groups")
+    directory = make_people(open_directory())
     with running(directory, {"worker": {"max_concurrent_jobs": 20}, **ROLES}) as made:
         yield made

@@ -234,6 +234,33 @@ async def test_role_is_what_the_table_says_of_exactly_what_is_borne(
             await is_refused(service, role)
 
 
+@pytest.mark.parametrize("kind", ["dns", "email"])
+async def test_alternative_name_in_the_table_gives_a_role_and_a_name(pki: Path, kind: str) -> None:
+    """Where the certificate has no CN, as with those that are made for hosts."""
+    bears = {"dns": "build1.example.org", "email": "alice@example.org"}
+    extensions = (
+        (pki / "extensions.cnf")
+        .read_text()
+        .replace(
+            "URI:spiffe://example.org/ci",
+            ",".join(f"{each}:{name}" for each, name in bears.items()),
+        )
+    )
+    (pki / "extensions.cnf").write_text(extensions.replace("dns:", "DNS:"))
+    shell(
+        pki,
+        "export CA=root\n"
+        "openssl req -new -key client-key.pem -out c.csr -config extensions.cnf -subj /O=Example\n"
+        "openssl x509 -req -in c.csr -CA root-cert.pem -CAkey root-key.pem -out nameless.pem "
+        "-days 90 -extfile extensions.cnf -extensions client\n",
+    )
+    async with serving(pki, ca=("root-cert.pem",), crl=()) as service:
+        await is_refused(service, "no OU", own="nameless.pem")
+        with_subjects(pki, {f"{kind}:{bears[kind]}": "viewer", "dns:other.example.org": "admin"})
+        await reload(service)
+        assert await who_am_i(service, own="nameless.pem") == (bears[kind], "viewer")
+
+
 async def test_whom_the_table_gives_another_role_has_to_connect_again(pki: Path) -> None:
     async with serving(pki, ca=("root-cert.pem",), crl=()) as service:
         with_subjects(pki, {"cn:client": "admin"})

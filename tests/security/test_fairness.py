@@ -3,11 +3,21 @@
 Times are those of a busy machine, so their bounds are generous.
 """
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from bench.fairness import MB, PEAK_BYTES, flood, percentile, place
+
+from jobworker.cli import embedded
+from jobworker.cli.embedded import open_embedded, program
+
+from ..integration.outside import open_launcher, settings_with
+from ..integration.wire import open_wire
 
 MANY_MS = 2000.0
 
@@ -32,3 +42,41 @@ async def test_flood_leaves_a_quiet_client_in_peace(directory: Path, name: str) 
         assert row.peak_bytes < row.start_bytes + 80 * MB
         assert row.after_bytes < row.start_bytes + 40 * MB
     assert row.descriptors_left <= 0
+
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@contextmanager
+def memory_group(size: int) -> Iterator[Path]:
+    """A control group of that many bytes of memory."""
+    if not (GROUPS / "memory.limit_in_bytes").exists():
+        pytest.skip("needs cgroup v1 with a memory hierarchy")
+    group = GROUPS / f"jobworker-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(size))
+        yield group
+    finally:
+        group.rmdir()
+
+
+async def test_service_in_a_small_group_outlives_many_followers(
+    open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory), memory_group(150 * MB) as group:
+        enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
+        monkeypatch.setattr(embedded, "program", lambda name: [*enter, *program(name)])
+        async with open_embedded(directory, settings_with(directory, {})) as service:
+            assert str(service.process.pid) in (group / "cgroup.procs").read_text().split()
+            certs = directory / "certs"
+            done = await trio.run_process(
+                [sys.executable, "-m", "bench.floods", "follows", service.address, certs, "6"],
+                capture_stdout=True,
+            )
+            begun = int(done.stdout.split()[1])
+            assert begun > 200, "some have read all of it, since there are never more at a time"
+            async with open_wire(service) as wire:
+                assert (await wire.run("echo", "on"))[0] == "on\n"
+        assert "oom_kill 0" in (group / "memory.oom_control").read_text().splitlines()

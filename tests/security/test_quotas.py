@@ -1,14 +1,16 @@
 """A tenant cannot have more than its quota, however its requests come; another's is untouched."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
-from jobworker.errors import QuotaExceeded
+from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.errors import Busy, QuotaExceeded
 
 from ..integration.wire import Refused, Wire, open_wire
+from .conftest import ROLES, make_people
 
 SMALL = {"cpu_percent": 10, "memory_bytes": 8 << 20, "output_bytes": 100_000}
 SLEEP = {"command": ["sleep", "600"]}
@@ -96,3 +98,25 @@ async def test_output_of_ended_jobs_counts_until_it_is_removed(quinn: Wire) -> N
     assert int(str(told["used"])) >= 1 << 20
     await quinn.call("job.remove", id=job)
     await quinn.start("true", limits=limits)
+
+
+async def test_tenant_that_fills_the_waiting_room_neither_shuts_out_nor_delays_another(
+    open_directory: Callable[[], Path],
+) -> None:
+    few: dict[str, object] = {"max_concurrent_jobs": 2, "max_waiting_jobs": 20}
+    extra = {"worker": few, **ROLES}
+    async with (
+        open_embedded(make_people(open_directory()), extra) as service,
+        open_wire(service, "alice") as alice,
+        open_wire(service, "bob") as bob,
+    ):
+        sleepers = [await alice.start("sleep", "600") for _ in range(2 + 18)]
+        with pytest.raises(Refused) as full:  # the last tenth is for others
+            await alice.start("sleep", "600")
+        assert full.value.code == Busy.code
+        quick = await bob.start("true")
+        assert (await bob.call("job.status", id=quick))["state"] == "PENDING"
+        await alice.call("job.stop", id=sleepers[0], signal="KILL")
+        with trio.fail_after(20):  # a sleeper in its place would run for ten minutes
+            ended = await bob.call("job.wait", id=quick)
+        assert ended["state"] == "COMPLETED"

@@ -177,7 +177,7 @@ def memory_words(ending: Exit, reason: Reason | None) -> str:
     if ending.want == "kernel" and reason is Reason.OOM:
         return (
             f"it was {KILLED_FOR_MEMORY}: it held more of the kernel's own than a job may, "
-            "of kinds that no memory limit counts"
+            "in sockets or locks on files that its memory limit does not count"
         )
     if ending.want != "host":
         return ""

@@ -153,7 +153,7 @@ class PruneParams:
     """
 
     older_than_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
-    """What ended before."""
+    """What ended longer ago. A time of day that has jumped counts after a day."""
     keep_jobs: int | None = field(default=None, validator=within(0, MAX_OFFSET))
     """All but that of the last so many."""
     keep_bytes: int | None = field(default=None, validator=within(0, MAX_OFFSET))

@@ -148,6 +148,13 @@ class Scope(ABC):
         """
         return self._limits_memory and self._own_oom_count() > self._own_ooms
 
+    def sockets_beyond_limit(self) -> int:
+        """Bytes in buffers of sockets beyond the memory limit, where they are counted apart.
+
+        The kernel grants each socket of a connection a piece or two whatever the limit is.
+        """
+        return 0
+
     def clear_oom(self) -> None:
         """Take what `oom_fd` has to say, so that it is not readable until the next time."""
         if self.oom_fd is not None:

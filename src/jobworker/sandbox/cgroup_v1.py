@@ -10,7 +10,8 @@ Meaning of the limits, kernel doc Documentation/admin-guide/cgroup-v1:
 - memory: limit_in_bytes, then memsw.limit_in_bytes, which must never be the lower one. A kernel
   that does not count swap has no memsw files: fine on a host without swap, refused on one with.
 - sockets: buffers of TCP and UDP are counted apart (memory.kmem.tcp, which is UDP's too): as much
-  again as the memory limit.
+  again as the memory limit, and beyond it a piece or two for each TCP socket, which the kernel
+  charges and does not refuse (net/ipv4/tcp_input.c, sk_forced_mem_schedule).
 - io: blkio.throttle counts and delays bios in the context that submits them. Buffered writes are
   submitted by kernel threads and so are neither delayed nor counted here: `missing_features`.
 - OOM: the kernel kills one process, not the group, so the launcher ends the rest. `oom_fd` is
@@ -109,6 +110,15 @@ class ScopeV1(Scope):
     def _own_oom_count(self) -> int:
         self.clear_oom()  # before those above are read: the kernel tells them first
         return self._oom_events - self._v1.ooms_above()
+
+    def sockets_beyond_limit(self) -> int:
+        if not self._limits_memory:
+            return 0
+        try:
+            held = self._number("memory", "memory.kmem.tcp.usage_in_bytes")
+            return max(0, held - self._number("memory", "memory.kmem.tcp.limit_in_bytes"))
+        except OSError:  # it has just ended, or this kernel does not count them
+            return 0
 
     def _restart_peak(self) -> None:
         if "memory" in self._tops:

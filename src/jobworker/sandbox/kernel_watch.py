@@ -5,6 +5,10 @@ reason: the kernel's memory that cannot be given back, which one line of /proc/m
 whole host, has grown. Who holds more than `BOUND_BYTES` then is ended as out of memory. Where so
 much is found that nothing tells whose it is, each job is searched (`sandbox.kernel_search`).
 
+Buffers of TCP sockets have a control group's limit of their own on cgroup v1, which the kernel lets
+each socket pass by a piece or two. What is beyond it counts like the rest: it is read from the
+jobs' groups where the host's number for TCP (/proc/net/sockstat) has grown.
+
 A job can have more to search than there is time for, or hide it in flight. One search tells little
 then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
 bound, is ended too.
@@ -20,6 +24,7 @@ Standard library only.
 import contextlib
 import errno
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -48,6 +53,8 @@ SEARCHES_AT_ONCE = 2
 ALARM_SECONDS = 60
 """Ends a process that is stuck: those that use a processor end by themselves long before."""
 _FIELD = b"SUnreclaim:"
+_TCP = re.compile(rb"^TCP:.* mem (\d+)", re.MULTILINE)
+_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 Measure = Callable[[Mapping[int, int]], Measured]
 
@@ -72,7 +79,9 @@ class KernelWatch:
         self._measurers = Chores(turns, at_once=len(self._measures), waiting=0)
         self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots)
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._sockets = _open_sockets()
         self._calm = self._unreclaimable()
+        self._calm_sockets = self._in_sockets()
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
         self._searching: set[int] = set()
@@ -86,6 +95,7 @@ class KernelWatch:
         """A job runs: look from now on, until none does."""
         if not self._turns.is_set(self._look):
             self._calm = min(self._calm, self._unreclaimable())
+            self._calm_sockets = min(self._calm_sockets, self._in_sockets())
             self._turns.call_in(LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
@@ -102,6 +112,7 @@ class KernelWatch:
         if overdue or now > self._calm + STEP_BYTES:
             self._due.update(self._measures)
             self._calm, self._measured_at = now, time.monotonic()
+        self._look_at_sockets(running, overdue=overdue)
         pids = {child.pid: job for job, child in running.items()}
         for measure in self._due - self._measuring:
             with contextlib.suppress(OSError):  # no process to be had: at the next look, then
@@ -109,6 +120,15 @@ class KernelWatch:
                 self._measurers.start(work, partial(self._judge, measure), [self._locks])
                 self._measuring.add(measure)
                 self._due.discard(measure)
+
+    def _look_at_sockets(self, running: Mapping[int, Child], *, overdue: bool) -> None:
+        now = self._in_sockets()
+        self._calm_sockets = min(self._calm_sockets, now)
+        if overdue or now > self._calm_sockets + STEP_BYTES:
+            self._calm_sockets = now
+            for job, child in running.items():
+                size = child.scope.sockets_beyond_limit()
+                self._end_beyond(job, size, "in buffers of sockets beyond its limit")
 
     def _judge(self, measure: Measure, outcome: channel.Message) -> None:
         self._measuring.discard(measure)
@@ -163,9 +183,9 @@ class KernelWatch:
         if self._doubts[job, source] >= DOUBTS:
             self._end(job, f"may hold too much uncounted kernel memory: {why}")
 
-    def _end_beyond(self, job: int, size: int) -> None:
+    def _end_beyond(self, job: int, size: int, what: str = "of uncounted kernel memory") -> None:
         if size > BOUND_BYTES:
-            self._end(job, f"holds {size >> 20} MiB of uncounted kernel memory")
+            self._end(job, f"holds {size >> 20} MiB {what}")
 
     def _end(self, job: int, why: str) -> None:
         child = self._running().get(job)
@@ -178,6 +198,18 @@ class KernelWatch:
         text = os.pread(self._meminfo, 8192, 0)
         at = text.find(_FIELD)
         return int(text[at + len(_FIELD) :].split(maxsplit=1)[0]) << 10 if at >= 0 else 0
+
+    def _in_sockets(self) -> int:
+        found = _TCP.search(os.pread(self._sockets, 4096, 0))
+        return int(found[1]) * _PAGE_BYTES if found else 0
+
+
+def _open_sockets() -> int:
+    """What the whole host holds in buffers of sockets, whatever network this is read in."""
+    try:
+        return os.open("/proc/net/sockstat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no network in this kernel
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:

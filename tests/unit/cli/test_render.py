@@ -146,6 +146,19 @@ def test_end_is_explained_where_the_exit_code_does_not(record: JobRecord, lines:
     assert render.ending(record) == lines
 
 
+@pytest.mark.parametrize("detail", ["", "its launcher ended while the job was alive"])
+def test_log_of_a_lost_job_says_that_its_end_may_be_missing(detail: str) -> None:
+    lost = evolve(RUNNING, state=State.FAILED, reason=Reason.LOST, detail=detail)
+    (line,) = render.losses(lost)
+    assert line.startswith("job 7 was lost: its launcher ended while ")
+    assert line.endswith("; the end of its output may be missing")
+    assert render.losses(evolve(lost, discarded_bytes=5)) == [
+        line,
+        "job 7: 5 B of its output were not kept",
+    ]
+    assert render.losses(evolve(lost, reason=Reason.SIGNAL)) == []
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -41,16 +41,22 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_watch, "Chores", Processes)
         monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
-        self.jobs = {n: cast("Child", SimpleNamespace(pid=10 + n, hoards=False)) for n in (1, 2)}
+        self.in_sockets = {1: 0, 2: 0}
+        self.jobs = {n: self._job(n) for n in self.in_sockets}
         self.ended: list[Child] = []
         self.watch = kernel_watch.KernelWatch(
             Turns(), 4, lambda: self.jobs, self.ended.append, locks=-1
         )
-        self.size = 0
+        self.size = self.sockets = 0
         monkeypatch.setattr(self.watch, "_unreclaimable", lambda: self.size)
+        monkeypatch.setattr(self.watch, "_in_sockets", lambda: self.sockets)
         self.watch.wake()
         self.measurers = cast("Processes", self.watch._measurers)
         self.searchers = cast("Processes", self.watch._searchers)
+
+    def _job(self, number: int) -> Child:
+        scope = SimpleNamespace(sockets_beyond_limit=lambda: self.in_sockets[number])
+        return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
 
     def grow(self) -> None:
         self.size += kernel_watch.STEP_BYTES + 1
@@ -139,3 +145,13 @@ def test_doubts_end_when_all_is_known_again(watched: Watched) -> None:
         watched.grow()
         watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
     assert watched.ended == []
+
+
+def test_job_whose_sockets_hold_too_much_beyond_its_limit_is_ended(watched: Watched) -> None:
+    watched.in_sockets.update({1: MUCH - 1, 2: MUCH})
+    watched.watch._look()
+    assert watched.ended == [], "there is no reason to look"
+    watched.sockets += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    assert watched.ended == [watched.jobs[2]]
+    assert watched.measurers.dones == [], "nothing else has grown"
