@@ -68,6 +68,19 @@ def disks_in(directory: Path) -> list[str]:
     return found
 
 
+def disks_of_size(size: int) -> int:
+    """How many disks of a size there are on this host: a job's, where the size is like no other.
+
+    The file behind a job's disk has no name.
+    """
+    sectors = str(size // 512)
+    found = 0
+    for path in Path("/sys/block").glob("loop*/size"):
+        with suppress(OSError):  # just detached
+            found += path.read_text().strip() == sectors
+    return found
+
+
 def left_behind(directory: Path) -> list[str]:
     """Control groups, disks and processes of a service that has ended."""
     name = instance_name(directory / "state")

@@ -14,7 +14,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 
-from .conftest import disks_in, left_behind
+from .conftest import disks_in, disks_of_size, left_behind
 from .outside import open_launcher, settings_with
 from .test_full_disk import kill
 from .test_lost_writes import WRITE, ended, filled, small_state, wait_in_job
@@ -106,15 +106,9 @@ STEPS = [
 ]
 
 
-def disks() -> int:
-    """How many disks of the size of our jobs' there are on this host."""
-    sizes = Path("/sys/block").glob("loop*/size")
-    return sum(size.read_text().strip() == str(DISK_BYTES // 512) for size in sizes)
-
-
 async def no_disk_is_left() -> None:
     with trio.fail_after(20):
-        while disks():  # noqa: ASYNC110
+        while disks_of_size(DISK_BYTES):  # noqa: ASYNC110
             await trio.sleep(0.02)
 
 

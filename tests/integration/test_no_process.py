@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from .conftest import child_of, disks_in, until
+from .conftest import child_of, disks_of_size, until
 from .outside import open_launcher
 from .test_takeover import Settings, serving
 from .wire import Refused, open_wire
 
 PIDS = Path("/sys/fs/cgroup/pids")
+DISK_BYTES = (44 << 20) + 13 * 4096
 SETTINGS: Settings = {"worker": {"max_concurrent_jobs": 2}, "sandbox": {"spares": 0}}
 
 
@@ -44,16 +45,16 @@ async def test_disk_of_a_dead_job_goes_once_there_are_processes_again(
     directory = open_directory()
     with open_launcher(directory, SETTINGS) as guard:
         async with serving(directory, SETTINGS) as service, open_wire(service) as wire:
-            job = await wire.start("sleep", "600")
-            assert len(disks_in(directory)) == 1
+            job = await wire.start("sleep", "600", limits={"disk_bytes": DISK_BYTES})
+            assert disks_of_size(DISK_BYTES) == 1
             with no_more_processes(child_of(guard.pid)):
                 record = await wire.call("job.stop", id=job, signal="KILL")
                 assert record["state"] == "STOPPED"
                 with pytest.raises(Refused, match=r"list the volumes: the system gives .* process"):
                     await wire.call("volume.list")
                 await trio.sleep(1)
-                assert disks_in(directory), "nobody could let go of it"
-            await until(lambda: not disks_in(directory), seconds=5)
+                assert disks_of_size(DISK_BYTES), "nobody could let go of it"
+            await until(lambda: not disks_of_size(DISK_BYTES), seconds=5)
 
 
 ONE: Settings = {"worker": {"max_concurrent_jobs": 1}, "sandbox": {"spares": 0}}

@@ -15,7 +15,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.launch import OpenedLauncher
 from jobworker.sandbox.private_network import PROGRAM
 
-from .conftest import child_of, left_behind, until
+from .conftest import child_of, disks_of_size, left_behind, until
 from .outside import open_launcher
 from .test_outside_launcher import ORDER, ask, connect, reconnect_when_free, spawn
 from .wire import Refused, open_wire
@@ -51,15 +51,9 @@ def ends(link: OpenedLauncher, job: int) -> None:
             return
 
 
-def disks() -> int:
-    """How many disks of the size of our jobs' there are on this host."""
-    sizes = Path("/sys/block").glob("loop*/size")
-    return sum(size.read_text().strip() == str(DISK_BYTES // 512) for size in sizes)
-
-
 def until_no_disk() -> None:
     deadline = time.monotonic() + 20
-    while disks():
+    while disks_of_size(DISK_BYTES):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -110,7 +104,7 @@ def test_disk_of_an_ended_job_goes_before_anybody_removes_the_job(
 def test_disk_goes_while_no_service_is_there(site: Path, link: OpenedLauncher) -> None:
     pipes = spawn(link.sock, 1, "sh", "-c", "echo; sleep 0.5; exit 7", disk_bytes=DISK_BYTES)
     assert os.read(pipes[0], 1) == b"\n"
-    assert disks() == 1
+    assert disks_of_size(DISK_BYTES) == 1
     link.close()
     until_no_disk()
     again = reconnect_when_free(site)
