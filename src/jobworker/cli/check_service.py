@@ -22,6 +22,7 @@ from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import check_promises
+from jobworker.server.id_ranges import own_id
 from jobworker.server.reader import configured_files
 from jobworker.server.setup import bind, descriptor_limit, listen, service_ids
 
@@ -76,9 +77,11 @@ def _profile(settings: Settings) -> str:
 
 
 def _user(settings: Settings) -> str:
-    uid, gid = service_ids(settings)
-    if os.geteuid() == 0 and not settings.sandbox.first_uid and settings.worker.user == "auto":
-        return "an id behind the jobs', without privileges"
+    ids = service_ids(settings)
+    if ids is None:
+        uid = own_id(Path(settings.worker.state_dir))
+        return f"uid {uid}, its own, without privileges"
+    uid, gid = ids
     return f"uid {uid}, gid {gid}, without privileges"
 
 
