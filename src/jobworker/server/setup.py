@@ -39,6 +39,7 @@ from jobworker.server.disk_promises import promise_warnings
 from jobworker.server.door import Fittings
 from jobworker.server.id_ranges import Span, job_ids, lock_ids, lock_own_id, own_id
 from jobworker.server.notify import Notifier
+from jobworker.server.overwriting import overwrite_warnings
 from jobworker.server.reader import Reader, configured_files, start_reader
 from jobworker.server.state_directory import (
     LEAVING_SECONDS,
@@ -150,6 +151,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             *([exposed] if exposed else []),
             *expiry_warnings(files, datetime.now(UTC)),
             *(promise_warnings(settings, state) if launcher.bounds_disks else ()),
+            *overwrite_warnings(state / "service"),
             *(f"this host: {gap}" for gap in launcher.gaps),
             *differences,
             *unusual,
