@@ -1,4 +1,8 @@
-"""Whether the room that the history sets aside for ends holds on the file system below it."""
+"""Whether the room that the history sets aside for ends holds on the file system below it.
+
+SQLite writes to a mapped file too (history.db-shm). Where btrfs has no new block for that page, the
+kernel ends the process that writes to it: seen on a full disk with Linux 6.
+"""
 
 from pathlib import Path
 
@@ -25,7 +29,7 @@ def check_overwrites(directory: Path) -> str:
         return "set aside in the history, for a disk that is full"
     raise ConfigError(
         f"cannot keep room for jobs' ends in {directory}: {kind} writes each block to a new place, "
-        "so a full disk may refuse an end until there is room",
+        "so a full disk may refuse an end, or end the service (SIGBUS), until there is room",
         remedy="put worker.state_dir on ext4 or XFS, or see that this disk never fills",
     )
 
