@@ -88,6 +88,7 @@ if [ "$what" = tests ]; then
     use 'command -v aarch64-linux-gnu-as || test "$(uname -m)" = aarch64' binutils-aarch64-linux-gnu
     use 'PATH=$PATH:/usr/sbin:/sbin; command -v capsh' libcap2-bin
     use 'command -v stress-ng' stress-ng
+    use 'PATH=$PATH:/usr/sbin:/sbin; command -v mkfs.btrfs' btrfs-progs
     # Jobs run in root trees of these.
     use 'command -v busybox' busybox-static
     use 'command -v mmdebstrap' mmdebstrap

@@ -39,7 +39,8 @@ MEBIBYTE = 1 << 20
 
 FIRST_UID = 1_879_048_192
 """Where the ranges for jobs begin: systemd's allotment of ids leaves what follows it free up to
-2,147,352,575 (its document UIDS-GIDS), which is room for 4,096 ranges of 65,536."""
+2,147,352,575 (its document UIDS-GIDS), which is room for 4,096 ranges of 65,536. The last 16 are
+left to services' own ids (`server.id_ranges`)."""
 LAST_UID = 2_147_352_575
 
 Controller = Literal["cpu", "memory", "io", "pids"]

@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +14,12 @@ import trio
 from attrs import evolve
 
 from jobworker.cli.embedded import Embedded, open_embedded
-from jobworker.errors import InternalError
+from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.history import History
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.units import format_size
+from jobworker.server.overwriting import check_overwrites
 
 from .conftest import left_behind, until
 from .outside import open_launcher, settings_with
@@ -31,18 +32,22 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sandbox": {"disk_limit": 16},
 }
 DISK_BYTES = 24 << 20
+MAKE_EXT4 = ("mkfs.ext4", "-q", "-m0", "-b4096")
+MAKE_BTRFS = ("mkfs.btrfs", "-q")
 NOW = datetime(2026, 2, 1, 9, 30, tzinfo=UTC)
 NO_LIMIT = {"output_bytes": 0}
 
 
 @asynccontextmanager
-async def small_disk(directory: Path) -> AsyncIterator[Path]:
-    """An ext4 of its own for all that the service keeps, mounted before it starts."""
+async def small_disk(
+    directory: Path, size: int = DISK_BYTES, make: Sequence[str] = MAKE_EXT4
+) -> AsyncIterator[Path]:
+    """A disk of its own for all that the service keeps, mounted before it starts."""
     image, place = directory / "small.img", directory / "state" / "service"
     place.mkdir(parents=True)
     with image.open("wb") as file:
-        file.truncate(DISK_BYTES)
-    await trio.run_process(["mkfs.ext4", "-q", "-m0", "-b4096", image])
+        file.truncate(size)
+    await trio.run_process([*make, image])
     await trio.run_process(["mount", "-o", "loop", image, place])
     try:
         place.chmod(0o700)
@@ -342,3 +347,18 @@ def record(kept: History, number: int) -> JobRecord:
     return JobRecord(
         id=kept.take_id(), spec=spec, owner="tester", state=State.INITIALIZING, created_at=NOW
     )
+
+
+@pytest.mark.skipif(
+    shutil.which("mkfs.btrfs") is None or "\tbtrfs\n" not in Path("/proc/filesystems").read_text(),
+    reason="needs btrfs and btrfs-progs",
+)
+async def test_disk_that_holds_no_room_for_ends_is_named(open_directory: Directory) -> None:
+    directory = open_directory()
+    async with small_disk(directory, 128 << 20, MAKE_BTRFS) as place:
+        async with open_embedded(directory) as service:
+            assert "cannot keep room for jobs' ends" in service.log_text()
+            assert "btrfs writes each block to a new place" in service.log_text()
+        with pytest.raises(ConfigError, match="btrfs"):
+            check_overwrites(place)
+    check_overwrites(directory)

@@ -5,7 +5,8 @@ each end that was told is the one that the next service tells, no disk outlives 
 start again as soon as there is room.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -13,17 +14,19 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.server.disk_promises import free_bytes
 
-from .conftest import disks_in, disks_of_size, left_behind
+from .conftest import disks_in, disks_of_size, left_behind, until
 from .outside import open_launcher, settings_with
-from .test_full_disk import kill
+from .test_full_disk import kill, told, until_stored
 from .test_lost_writes import WRITE, ended, filled, small_state, wait_in_job
 from .wire import Json, Refused, Wire, open_wire
 
 DISK_BYTES = (40 << 20) + 19 * 4096
 """Of a size that nobody else's disks have."""
 LIMITS = {"disk_bytes": DISK_BYTES, "output_bytes": 0}
-SETTINGS: Mapping[str, Mapping[str, object]] = {
+Settings = Mapping[str, Mapping[str, object]]
+SETTINGS: Settings = {
     "worker": {"keep_free": 0, "max_concurrent_jobs": 2, "on_disk_full": "discard-output"},
     "sandbox": {"disk_limit": 32, "spares": 1},
 }
@@ -33,14 +36,14 @@ TOLD = ("state", "reason", "exit_code", "signal")
 class Site:
     """A launcher, its services one after the other, and the disk below them."""
 
-    def __init__(self, directory: Path, place: Path) -> None:
-        self.directory, self.place = directory, place
+    def __init__(self, directory: Path, place: Path, settings: Settings = SETTINGS) -> None:
+        self.directory, self.place, self.settings = directory, place, settings
         self.told: dict[int, Json] = {}
         """The ends that somebody was told of."""
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[tuple[Embedded, Wire]]:
-        extra = settings_with(self.directory, SETTINGS)
+        extra = settings_with(self.directory, self.settings)
         async with open_embedded(self.directory, extra) as service, open_wire(service) as wire:
             yield service, wire
 
@@ -106,9 +109,9 @@ STEPS = [
 ]
 
 
-async def no_disk_is_left() -> None:
+async def no_disk_is_left(size: int = DISK_BYTES) -> None:
     with trio.fail_after(20):
-        while disks_of_size(DISK_BYTES):  # noqa: ASYNC110
+        while disks_of_size(size):  # noqa: ASYNC110
             await trio.sleep(0.02)
 
 
@@ -156,3 +159,93 @@ async def test_disk_is_full(
                 await starts_again(wire)
                 await no_disk_is_left()
         assert left_behind(directory) == below
+
+
+# --- two jobs that fill it together, each within its limit ---------------------------------------
+
+TOGETHER: Settings = {
+    "worker": {"keep_free": 16, "max_concurrent_jobs": 2, "on_disk_full": "discard-output"},
+    "sandbox": {"disk_limit": 128, "spares": 1},
+}
+HALF_BYTES = (128 << 20) + 19 * 4096
+SCRIPT = """
+pause() { until test -e /dev/shm/$1; do sleep 0.05; done; }
+echo begins; pause write
+yes abcdefg | head -c 115343360 > /workspace/x; sync; touch /dev/shm/written
+pause end; echo ends; exit 0
+"""
+
+
+class Writer:
+    """A job that is told when to write its part, which is half of the disk, and when to end."""
+
+    def __init__(self) -> None:
+        self.marker, self.job = os.urandom(8).hex(), 0
+
+    async def start(self, wire: Wire) -> None:
+        command = ("sh", "-c", SCRIPT, self.marker)
+        self.job = await wire.start(*command, limits={"disk_bytes": HALF_BYTES})
+
+    def shared(self) -> Iterator[Path]:
+        """Its /dev/shm, as the host sees it."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if self.marker.encode() in (process / "cmdline").read_bytes():
+                    yield process / "root/dev/shm"
+
+    def tell(self, name: str) -> None:
+        for place in self.shared():
+            with suppress(OSError):  # a child that has just ended
+                (place / name).touch()
+
+    async def write(self) -> None:
+        self.tell("write")
+        await until(lambda: any((place / "written").exists() for place in self.shared()), 60)
+
+
+@pytest.mark.parametrize("restart", ["", "on the full disk"])
+async def test_two_jobs_that_fill_it_together_end_as_they_did(
+    open_directory: Callable[[], Path], restart: str
+) -> None:
+    directory = open_directory()
+    first, second = Writer(), Writer()
+    async with small_state(directory) as place:
+        with open_launcher(directory, TOGETHER):
+            site = Site(directory, place, TOGETHER)
+            async with site.serving() as (service, wire):
+                for each in (first, second):
+                    await each.start(wire)
+                for each in (first, second):
+                    await each.write()
+                assert free_bytes(place) < 1 << 20
+                if not restart:
+                    await they_end(site, wire, first, second)
+                await kill(service)
+            if restart:
+                async with site.serving() as (service, wire):
+                    await they_end(site, wire, first, second)
+                    await kill(service)
+            async with site.serving() as (_, wire):
+                for job, record in site.told.items():
+                    assert told(await wire.call("job.status", id=job)) == told(record)
+                await starts_again(wire)
+
+
+async def they_end(site: Site, wire: Wire, first: Writer, second: Writer) -> None:
+    """The one that has lost something ends first, on the full disk."""
+    second.tell("end")
+    await site.end_of(wire, second.job)
+    lost = site.told[second.job]
+    assert (lost["state"], lost["reason"], lost["exit_code"]) == ("FAILED", "disk", 0)
+    assert "its disk is lost" in str(lost["detail"])
+    first.tell("end")
+    await site.end_of(wire, first.job)
+    whole = site.told[first.job]
+    assert (whole["state"], whole["exit_code"]) == ("COMPLETED", 0)
+    assert "is lost" not in str(whole["detail"])
+    await until_stored(
+        site.place / "service",
+        {job: (str(record["state"]), False) for job, record in site.told.items()},
+    )
+    await no_disk_is_left(HALF_BYTES)
+    await starts_again(wire)

@@ -2,22 +2,26 @@
 
 import itertools
 import os
+import pwd
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import trio
 from attrs import evolve
 
-from jobworker.cli.embedded import open_embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.config import SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import ConfigError
 from jobworker.sandbox import channel
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
-from jobworker.server.id_ranges import LOCK_FILE, lock_ids
+from jobworker.server.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
 
 from .conftest import child_of
 from .outside import open_launcher, settings_with
@@ -125,6 +129,87 @@ def test_launcher_without_a_lock_is_seen_by_its_jobs(
     finally:
         service.sock.close()
         service.process.wait()
+
+
+# --- the service's own id -----------------------------------------------------------------------
+
+
+def user_of(service: Embedded) -> int:
+    return os.stat(f"/proc/{service.process.pid}").st_uid
+
+
+async def test_own_id_is_that_of_nobody_else(
+    open_directory: Callable[[], Path],
+) -> None:
+    """Another service's jobs, its own jobs or a process take it; then it is free again."""
+    directory = open_directory()
+    own = own_id(directory / "state")
+    first = own - 70_000
+    theirs, ours = (Span(first, first + jobs * IDS_PER_JOB - 1) for jobs in (3 + 1, 3 + 2))
+    cases: tuple[tuple[AbstractContextManager[None], Span, dict[str, dict[str, object]]], ...] = (
+        (jobs_of_others(first), theirs, {}),
+        (nullcontext(), ours, extra(first)),
+        (process_of(own), Span(own, own), {}),
+    )
+    for taken, ids, numbers in cases:
+        with taken:
+            async with open_embedded(directory, numbers) as service, open_wire(service) as wire:
+                assert not ids.holds(user_of(service))
+                text = (directory / "log").read_text()
+                assert f"runs as user {user_of(service)}: its own id, {own}, is a user's" in text
+                assert (await wire.run("echo", "here"))[0] == "here\n"
+    async with open_embedded(directory) as service:
+        assert user_of(service) == own
+
+
+@contextmanager
+def jobs_of_others(first: int) -> Iterator[None]:
+    ids = lock_ids(with_first(first))
+    try:
+        yield
+    finally:
+        os.close(ids.descriptor)
+
+
+@contextmanager
+def process_of(uid: int) -> Iterator[None]:
+    with subprocess.Popen(["sleep", "1000"], user=uid) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+async def test_copied_state_directory_makes_nobody_elses_user_the_service(
+    open_directory: Callable[[], Path],
+) -> None:
+    """Whomever its files belong to: the first service, root, or a user of the host."""
+    directory, copy = open_directory(), open_directory()
+    async with open_embedded(directory) as service, open_wire(service) as wire:
+        assert (await wire.run("echo", "here"))[0] == "here\n"
+    for owner in (own_id(directory / "state"), 0, pwd.getpwnam("daemon").pw_uid):
+        shutil.rmtree(copy / "state", ignore_errors=True)
+        await trio.run_process(["cp", "-a", directory / "state", copy / "state"])
+        await trio.run_process(["chown", "-R", f"{owner}:{owner}", copy / "state/service"])
+        async with open_embedded(copy) as service, open_wire(service) as wire:
+            assert user_of(service) == own_id(copy / "state") != own_id(directory / "state")
+            result = await wire.call("job.log", id=1)
+            assert (await wire.output(result["subscription"]))[0] == b"here\n"
+            status = (copy / "state/service/history.db").stat()
+            assert (status.st_uid, status.st_gid) == (user_of(service), user_of(service))
+
+
+def test_own_ids_are_for_one_service_each(tmp_path: Path, free: int) -> None:
+    """Even where two come to the same number, or jobs of a launcher without a lock have it."""
+    own, jobs = own_id(tmp_path), Span(free, free + IDS_PER_JOB - 1)
+    several = [lock_own_id(tmp_path, jobs) for _ in range(3)]
+    channel.close_all([ids.descriptor for ids in several])
+    assert several[0].first == own
+    assert len({ids.first for ids in several}) == 3
+    around = Span(own - 1, own + IDS_PER_JOB - 2)
+    ids = lock_own_id(tmp_path, around)
+    os.close(ids.descriptor)
+    assert not around.holds(ids.first)
 
 
 def test_free_ranges_are_free_for_one_each() -> None:

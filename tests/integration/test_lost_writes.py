@@ -18,6 +18,7 @@ from jobworker.convert import structure
 from jobworker.model.job import JobRecord, shell_exit_code
 from jobworker.sandbox import channel
 from jobworker.sandbox.launch import OpenedLauncher
+from jobworker.server.disk_promises import free_bytes
 
 from .outside import open_launcher
 from .test_full_disk import fill
@@ -279,6 +280,26 @@ async def test_output_leaves_room_for_what_live_jobs_may_still_write(
         assert (await ended(wire, writer))["state"] == "COMPLETED"
         free = os.statvfs(place)
         assert free.f_bavail * free.f_frsize >= 16 * MIB
+
+
+async def test_large_disks_take_no_output_away_that_the_settings_leave(
+    open_directory: Directory,
+) -> None:
+    """Two jobs that ask for more disk than there is must not cost all others their output."""
+    usual: Mapping[str, Mapping[str, object]] = {
+        "worker": {"keep_free": 16, "max_concurrent_jobs": 3, "on_disk_full": "discard-output"},
+        "sandbox": {"disk_limit": 16, "spares": 0},
+    }
+    async with small_host(open_directory(), usual) as (place, wire):
+        for _ in range(2):
+            await wire.start("sleep", "600", limits={"disk_bytes": 128 * MIB})
+        script = "for n in $(seq 200); do head -c 1048576 /dev/zero; sleep 0.02; done"
+        talker = await wire.start("sh", "-c", script, limits={"output_bytes": 0})
+        record = await ended(wire, talker)
+        assert (record["state"], record["output_cut"]) == ("COMPLETED", "disk")
+        assert isinstance(record["stdout_bytes"], int)
+        assert record["stdout_bytes"] > 96 * MIB
+        assert free_bytes(place) > 48 * MIB, "the disks of three jobs, and keep_free"
 
 
 async def test_host_that_promises_too_much_says_so(open_directory: Directory) -> None:

@@ -6,13 +6,15 @@ for one start of a service; after a row that is refused the old settings work ag
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 
-from jobworker.cli.embedded import open_embedded
+from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import HostUnsupported
+from jobworker.server.id_ranges import own_id
 
 from .conftest import left_behind
 from .outside import open_launcher, settings_with
@@ -92,6 +94,21 @@ def merged(changes: Settings, directory: Path) -> dict[str, dict[str, object]]:
     return found
 
 
+def user_of(service: Embedded) -> int:
+    return os.stat(f"/proc/{service.process.pid}").st_uid
+
+
+def user_of_process(*command: str) -> int:
+    """Whose the one process with this command is, as the host sees it."""
+    users = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cmdline").read_text().split("\0")[:-1] == [*command]:
+                users.add(process.stat().st_uid)
+    (user,) = users
+    return user
+
+
 async def states(wire: Wire, *jobs: int) -> list[object]:
     return [(await wire.call("job.status", id=job))["state"] for job in jobs]
 
@@ -106,15 +123,17 @@ async def test_any_change_works_or_is_refused_by_name_and_jobs_go_on(
             async with open_wire(service) as wire:
                 running = await wire.start("sleep", "100000", timeout_seconds=0)
                 waiting = await wire.start("echo", "at last")
-            uid = os.stat(f"/proc/{service.process.pid}").st_uid
+            uid = user_of(service)
+            assert uid == own_id(directory / "state")
         for name, changes in WORKS.items():
             async with open_embedded(directory, merged(changes, directory)) as service:
                 async with open_wire(service) as wire:
                     assert await states(wire, running, waiting) == ["RUNNING", "PENDING"], name
-                own = os.stat(f"/proc/{service.process.pid}").st_uid
+                own = user_of(service)
                 assert own == uid or "user" in name, (name, own)
             assert "Traceback" not in (directory / "log").read_text(), name
-        special = {"AMONG": str(uid - 65_536), "ELSEWHERE": str(directory / "elsewhere")}
+        user = user_of_process("sleep", "100000")
+        special = {"AMONG": str(user), "ELSEWHERE": str(directory / "elsewhere")}
         for name, (changes, words) in REFUSED.items():
             named = {
                 section: {key: special.get(str(value), value) for key, value in keys.items()}
@@ -133,10 +152,9 @@ async def test_any_change_works_or_is_refused_by_name_and_jobs_go_on(
     assert left_behind(directory) == []
 
 
-async def test_service_of_its_own_launcher_starts_with_other_numbers(
+async def test_service_of_its_own_launcher_keeps_its_id_with_other_numbers(
     open_directory: Callable[[], Path],
 ) -> None:
-    """Its id is behind the jobs', so it changes; what belongs to it comes along."""
     directory = open_directory()
     first = (59_000 + os.getpid() % 400 * 8) * 65_536
     for jobs, spares, ids in ((3, 1, first), (5, 1, first), (1, 0, first), (3, 1, first + 65_536)):
@@ -145,6 +163,7 @@ async def test_service_of_its_own_launcher_starts_with_other_numbers(
             "sandbox": {"spares": spares, "first_uid": ids},
         }
         async with open_embedded(directory, changes) as service, open_wire(service) as wire:
+            assert user_of(service) == own_id(directory / "state")
             text, _, job = await wire.run("echo", "here")
             assert (text, job["state"]) == ("here\n", "COMPLETED")
             result = await wire.call("job.log", id=1)

@@ -22,6 +22,8 @@ from jobworker.sandbox.probing import Finding
 from jobworker.sandbox.seccomp_filter import load_filters
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import check_promises
+from jobworker.server.id_ranges import own_id
+from jobworker.server.overwriting import check_overwrites
 from jobworker.server.reader import configured_files
 from jobworker.server.setup import bind, descriptor_limit, listen, service_ids
 
@@ -39,6 +41,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield _try("state directory", lambda: _state(settings, running=running))
     if os.geteuid() == 0:
         yield _try("room for jobs' disks", lambda: _room(settings), needed=False)
+    yield _try("room for ends", lambda: _room_for_ends(settings), needed=False)
     yield _try("port", lambda: _port(settings, running=running))
     yield _try("certificates and key", lambda: _certificates(settings))
     yield _try("end of certificates", lambda: _terms(settings), needed=False)
@@ -76,9 +79,11 @@ def _profile(settings: Settings) -> str:
 
 
 def _user(settings: Settings) -> str:
-    uid, gid = service_ids(settings)
-    if os.geteuid() == 0 and not settings.sandbox.first_uid and settings.worker.user == "auto":
-        return "an id behind the jobs', without privileges"
+    ids = service_ids(settings)
+    if ids is None:
+        uid = own_id(Path(settings.worker.state_dir))
+        return f"uid {uid}, its own, without privileges"
+    uid, gid = ids
     return f"uid {uid}, gid {gid}, without privileges"
 
 
@@ -124,6 +129,10 @@ def _state(settings: Settings, *, running: bool) -> str:
 
 def _room(settings: Settings) -> str:
     return check_promises(settings, nearest_directory(Path(settings.worker.state_dir)))
+
+
+def _room_for_ends(settings: Settings) -> str:
+    return check_overwrites(nearest_directory(Path(settings.worker.state_dir)))
 
 
 def nearest_directory(path: Path) -> Path:

@@ -15,6 +15,7 @@ room here until there is space again; what it tells stands in jobs' notes (`job_
 
 This holds where a file system overwrites in place (ext4, XFS); one that copies on write (btrfs,
 ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.
+The administrator is told so (`server.overwriting`).
 """
 
 import errno

@@ -1,6 +1,7 @@
 """The door of a launcher that runs on its own: who may come in, one at a time.
 
-The socket's file belongs to the service's user, mode 0600; besides, each caller is asked who it
+The socket's file belongs to the service's user, mode 0600, or to root where the service has an id
+of its own, which it takes after it has called; besides, each caller is asked who it
 is (SO_PEERCRED, unix(7)): the service's user or root. One caller is served at a time. A newer
 one takes the place of one that has gone; while one is there, a second is refused by name.
 

@@ -341,6 +341,13 @@ def landlock_restrict_self(ruleset: int) -> None:
     _check(_libc.syscall(number, ctypes.c_int(ruleset), none))
 
 
+def file_system_type(path: str) -> int:
+    """Of what kind the file system that holds `path` is, as statfs(2) numbers them."""
+    status = (ctypes.c_long * 32)()  # of which it is the first field; struct statfs has 15
+    _check(_libc.statfs(os.fsencode(path), ctypes.byref(status)))
+    return int(status[0]) & 0xFFFFFFFF
+
+
 def keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
     """Have malloc keep up to `trim_bytes` that are free, and take what is below `mmap_bytes` there.
 

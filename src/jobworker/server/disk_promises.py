@@ -25,8 +25,12 @@ LOOK_SECONDS = 1.0
 
 def promised_bytes(settings: Settings) -> int:
     """What the disks of all jobs that run at a time, and what is to stay free, come to."""
-    worker, sandbox = settings.worker, settings.sandbox
-    return (worker.max_concurrent_jobs * sandbox.disk_limit + worker.keep_free) * MEBIBYTE
+    return disks_bytes(settings) + settings.worker.keep_free * MEBIBYTE
+
+
+def disks_bytes(settings: Settings) -> int:
+    """What the disks of all jobs that run at a time come to, if each asks for what is usual."""
+    return settings.worker.max_concurrent_jobs * settings.sandbox.disk_limit * MEBIBYTE
 
 
 def free_bytes(directory: Path) -> int:
@@ -72,6 +76,9 @@ class DiskPromises:
     _directory: Path
     _budget: OutputBudget | None
     """Of output, which is to leave room for the disks; None where it shall not."""
+    _most: int
+    """Output leaves no more than this: the settings have room for it, and it is not known whether
+    the host has any for larger disks, which clients may ask for as they like."""
     shortfall: str = field(default="", init=False)
     """What is to be said to those whose jobs run; "" where all can be written."""
 
@@ -87,7 +94,7 @@ class DiskPromises:
 
     def _look(self, promised: int) -> None:
         if self._budget is not None:
-            self._budget.promise(promised)
+            self._budget.promise(min(promised, self._most))
         try:
             free = free_bytes(self._directory)
         except OSError as error:

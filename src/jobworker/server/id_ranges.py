@@ -1,10 +1,14 @@
-"""The user ids of one service's jobs, locked against every other service of this host.
+"""The user ids of one service and of its jobs, locked against every other service of this host.
 
 Two services with overlapping ranges would run jobs of the same user ids: what the kernel counts by
 user would be shared, and one job's files would belong to another. So each launcher holds a write
 lock on its part of one file: byte N stands for the user id N, and the kernel itself finds overlaps.
 The lock belongs to an open file (F_OFD_SETLK, fcntl(2)), which the launcher and its children share:
 it ends with the last of them, however they end, and no stale lock can stay.
+
+A service that becomes no user of the host has an id of its own (`lock_own_id`), by the path of its
+state directory: no setting changes it, and no file has to tell it. What is copied or restored from
+elsewhere can name no wrong one then, whomever it belongs to. The service locks its id itself.
 
 Programs that take no such lock, such as an earlier version of this one, are found by the maps of
 their user namespaces and by their processes' own ids (/proc/PID/uid_map, user_namespaces(7)).
@@ -13,7 +17,10 @@ Ordinary users have no range of their own choice: see `sandbox.own_namespace`.
 """
 
 import fcntl
+import grp
+import hashlib
 import os
+import pwd
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -33,10 +40,6 @@ LEAVING_SECONDS = 15.0
 _LOCKED_SECONDS = 2.0
 """How long a launcher that is about to exit may keep its lock beyond that on its directory."""
 _PAUSE_SECONDS = 0.05
-_AREAS = ((FIRST_UID, LAST_UID), (1 << 31, (1 << 32) - 3))
-"""Where a free range is looked for: first the ids that systemd's allotment leaves free, then those
-that no allotment knows at all. The first is searched from its end, since services with a range of
-their configuration have theirs at its beginning."""
 _FLOCK = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
 
@@ -52,6 +55,20 @@ class Span:
         """Whether an id is in both."""
         return self.first <= other.last and other.first <= self.last
 
+    def holds(self, one: int) -> bool:
+        """Whether this id is one of them."""
+        return self.first <= one <= self.last
+
+
+_OWN = Span(LAST_UID - 16 * IDS_PER_JOB + 1, LAST_UID)
+"""Services' own ids: so many that hardly two state directories of a host come to the same one."""
+_OWN_ELSEWHERE = Span((1 << 32) - 2 - IDS_PER_JOB, (1 << 32) - 3)
+"""For a service whose jobs have all of the former."""
+_AREAS = ((FIRST_UID, _OWN.first - 1), (1 << 31, _OWN_ELSEWHERE.first - 1))
+"""Where a free range is looked for: first the ids that systemd's allotment leaves free, then those
+that no allotment knows at all. The first is searched from its end, since services with a range of
+their configuration have theirs at its beginning."""
+
 
 @frozen
 class LockedIds:
@@ -64,7 +81,8 @@ class LockedIds:
 def span_of(first: int, places: int) -> Span:
     """All ids of a service whose jobs have `places` ranges from `first` on.
 
-    Behind the jobs' ranges stand the service's own id and one for each job's gateway.
+    Behind the jobs' ranges stand the id that the service had in earlier versions, and one for each
+    job's gateway.
     """
     return Span(first, first + places * IDS_PER_JOB + places)
 
@@ -81,6 +99,64 @@ def lock_ids(settings: Settings) -> LockedIds:
         else:
             first = _lock_free(descriptor, places)
         return LockedIds(first, os.dup(descriptor))
+
+
+def lock_own_id(state: Path, jobs: Span) -> LockedIds:
+    """Lock the id that the service of this state directory has for its own.
+
+    It is always `own_id`, but where others have that, or the ranges of its own `jobs` lie there.
+    Root alone may call this. Raises ConfigError.
+    """
+    wanted = own_id(state)
+    places = (jobs.last - jobs.first + 1) // IDS_PER_JOB
+    own_jobs = span_of(jobs.first, places)
+    with _opened() as descriptor:
+        # What was killed, or its helpers, may be about to leave.
+        until = time.monotonic() + (0 if own_jobs.holds(wanted) else _LOCKED_SECONDS)
+        while True:
+            used = [own_jobs, *(span for _, span in _users())]
+            if _lock_id_of(descriptor, Span(wanted, wanted), used) is not None:
+                return LockedIds(wanted, os.dup(descriptor))
+            if time.monotonic() >= until:
+                break
+            time.sleep(_PAUSE_SECONDS)
+        for span in (Span(wanted, _OWN.last), Span(_OWN.first, wanted - 1), _OWN_ELSEWHERE):
+            found = _lock_id_of(descriptor, span, used)
+            if found is not None:
+                return LockedIds(found, os.dup(descriptor))
+    raise ConfigError(
+        "cannot find an id for the service's own: others of this host have all of "
+        f"{_OWN.first} to {_OWN.last}",
+        remedy="make it a user of its own (useradd --system jobworker)",
+    )
+
+
+def own_id(state: Path) -> int:
+    """The id of the service of this state directory, as long as nobody else has it."""
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(state))).digest()
+    return _OWN.first + int.from_bytes(digest[:8]) % (_OWN.last - _OWN.first + 1)
+
+
+def _lock_id_of(descriptor: int, span: Span, used: Sequence[Span]) -> int | None:
+    """Lock the first id of these that is free; None where none is."""
+    at = span.first
+    while at <= span.last:
+        taken = Span(at, at) if _is_known(at) else _taken(descriptor, Span(at, at), used)
+        if taken is None:
+            return at
+        at = taken.last + 1
+    return None
+
+
+def _is_known(uid: int) -> bool:
+    """Whether it is a user or group of this host."""
+    with suppress(KeyError):
+        pwd.getpwuid(uid)
+        return True
+    with suppress(KeyError):
+        grp.getgrgid(uid)
+        return True
+    return False
 
 
 def job_ids(settings: Settings) -> Span:
@@ -120,7 +196,7 @@ def _lock_these(descriptor: int, first: int, places: int) -> None:
         if time.monotonic() >= until:
             raise _in_use(wanted, f"another service has {holder.first} to {holder.last}")
         time.sleep(_PAUSE_SECONDS)
-    # Not the service's own id: the service of a launcher that has just ended may still live.
+    # Nothing behind them: a service of an earlier version, whose launcher has just ended, may live.
     ranges = Span(first, first + places * IDS_PER_JOB - 1)
     until = time.monotonic() + LEAVING_SECONDS
     while (found := _user_of(ranges)) is not None:

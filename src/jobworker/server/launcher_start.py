@@ -50,7 +50,7 @@ def become_launcher(settings: Settings) -> NoReturn:
     ids = lock_ids(settings)
     passed["ids"] = ids.descriptor
     settings = with_first_uid(settings, ids.first)
-    uid, gid = service_ids(settings)
+    uid, gid = service_ids(settings) or (0, 0)  # with an id of its own it calls before it has that
     passed["listener"] = _listen(path, uid, gid)
     notifier = Notifier()
     if notifier.descriptor is not None:

@@ -43,7 +43,7 @@ from jobworker.server.auditor import Auditor
 from jobworker.server.batch_listener import BatchListener
 from jobworker.server.connection import serve_connection
 from jobworker.server.crowds import Crowds
-from jobworker.server.disk_promises import DiskPromises, promise_warnings
+from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
 from jobworker.server.memory import keep_small, settle
@@ -143,6 +143,7 @@ async def serve(prepared: Prepared) -> None:
                     link=link,
                     directory=prepared.directory,
                     budget=archive.room.budget if _leaves_room_for_disks(prepared) else None,
+                    most=disks_bytes(settings),
                 )
                 if _knows_promises(prepared):
                     nursery.start_soon(incidents.keep_running, "disks", promises.follow)

@@ -37,8 +37,9 @@ from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import promise_warnings
 from jobworker.server.door import Fittings
-from jobworker.server.id_ranges import Span, job_ids, lock_ids
+from jobworker.server.id_ranges import Span, job_ids, lock_ids, lock_own_id, own_id
 from jobworker.server.notify import Notifier
+from jobworker.server.overwriting import overwrite_warnings
 from jobworker.server.reader import Reader, configured_files, start_reader
 from jobworker.server.state_directory import (
     LEAVING_SECONDS,
@@ -75,7 +76,8 @@ class Prepared:
     directory: Path
     """The service's own part of the state directory."""
     notifier: Notifier
-    lock: int
+    locks: tuple[int, ...]
+    """On the state directory and on the service's id, held to the end of this process."""
     warnings: tuple[str, ...]
     """What is worth a word in the log: an exposed key, what this host cannot enforce."""
     max_open_outputs: int
@@ -113,7 +115,19 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         launcher, settings, differences = _open_launcher(settings, state)
         undo.callback(launcher.close)
         max_open_outputs = outputs_within(settings, limit, running=len(launcher.jobs))
-        uid, gid = service_ids(settings, _job_ids(launcher))
+        jobs, locks, unusual = _job_ids(launcher), [lock], []
+        ids = service_ids(settings, jobs)
+        if ids is None:
+            own = lock_own_id(state, jobs)
+            undo.callback(os.close, own.descriptor)
+            locks.append(own.descriptor)
+            ids = own.first, own.first
+            if own.first != own_id(state):
+                unusual.append(
+                    f"the service runs as user {own.first}: its own id, {own_id(state)}, is a "
+                    "user's, another service's, or among those of jobs"
+                )
+        uid, gid = ids
         make_service_directory(state, uid, gid)
         notifier = Notifier()
         _give_up_root(uid, gid)
@@ -132,13 +146,15 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         launcher=launcher,
         directory=state / "service",
         notifier=notifier,
-        lock=lock,
+        locks=tuple(locks),
         warnings=(
             *([exposed] if exposed else []),
             *expiry_warnings(files, datetime.now(UTC)),
             *(promise_warnings(settings, state) if launcher.bounds_disks else ()),
+            *overwrite_warnings(state / "service"),
             *(f"this host: {gap}" for gap in launcher.gaps),
             *differences,
+            *unusual,
         ),
         max_open_outputs=max_open_outputs,
     )
@@ -224,8 +240,8 @@ def policy_for(settings: Settings, state: Path) -> Policy:
     )
 
 
-def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]:
-    """The user and group that the service becomes. Raises ConfigError.
+def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int] | None:
+    """The user and group that the service becomes; None is an id of its own. Raises ConfigError.
 
     `jobs` are the ids that the launcher gives to jobs, where it was started with other settings.
     """
@@ -234,31 +250,32 @@ def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]
         return _own_ids(wanted)
     is_known = jobs is not None or settings.sandbox.first_uid > 0  # else it is what will be free
     jobs = jobs or job_ids(settings)
-    uid, gid = _wanted_ids(wanted, jobs)
-    if is_known and jobs.first <= uid <= jobs.last:
+    ids = _wanted_ids(wanted)
+    if is_known and ids is not None and jobs.holds(ids[0]):
         raise ConfigError(
             f"cannot run the service as user {wanted}: jobs have the ids {jobs.first} to "
             f"{jobs.last}",
             remedy="set worker.user to another user or to 'auto', or sandbox.first_uid to ids that "
             "no user has",
         )
-    return uid, gid
+    return ids
 
 
-def _job_ids(launcher: OpenedLauncher) -> Span | None:
+def _job_ids(launcher: OpenedLauncher) -> Span:
     """The ids of the jobs of a launcher, which may have been started with older settings."""
-    first, jobs, spares = (launcher.policy.get(key) for key in ("first_uid", "max_jobs", "spares"))
-    if isinstance(first, int) and isinstance(jobs, int) and isinstance(spares, int):
-        return Span(first, first + (jobs + spares) * IDS_PER_JOB - 1)
-    return None
+    first, jobs, spares = (launcher.policy[key] for key in ("first_uid", "max_jobs", "spares"))
+    assert isinstance(first, int)
+    assert isinstance(jobs, int)
+    assert isinstance(spares, int)
+    return Span(first, first + (jobs + spares) * IDS_PER_JOB - 1)
 
 
-def _wanted_ids(wanted: str, jobs: Span) -> tuple[int, int]:
+def _wanted_ids(wanted: str) -> tuple[int, int] | None:
     if wanted == "auto":
         try:
             entry = pwd.getpwnam(SERVICE_USER)
         except KeyError:
-            return jobs.last + 1, jobs.last + 1
+            return None
         return entry.pw_uid, entry.pw_gid
     if wanted.isascii() and wanted.isdigit():
         if not 0 < int(wanted) < (1 << 32) - 2:
