@@ -34,7 +34,7 @@ import apsw
 import trio
 from attrs import frozen
 from bench.floods import FLOODS
-from bench.turns import Turns, watched_turns
+from bench.turns import watched_turns
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.client.client import Client
@@ -51,6 +51,7 @@ MB = 1_000_000
 RECORDS = 50_000
 IDLE_SECONDS = 3.0
 SETTLE_SECONDS = 5.0
+TURN_SECONDS = 2.0
 HELLOS = 10
 """For each run of `true`."""
 PAUSE_SECONDS = 0.005
@@ -83,8 +84,6 @@ class Row:
     peak_bytes: int
     after_bytes: int
     descriptors_left: int
-    longest_turn: str
-    """Of the service's event loop, in milliseconds of processor time, and whose it was."""
     asked: int
 
 
@@ -196,10 +195,39 @@ async def settle(service: Embedded, bound_bytes: float, descriptors_before: int)
             await trio.sleep(0.1)
 
 
-async def measure(
-    service: Embedded, turns: Turns, name: str, seconds: float, idle_seconds: float
-) -> Row:
-    """Flood a service."""
+@asynccontextmanager
+async def flooding(service: Embedded, name: str, seconds: float) -> AsyncIterator[list[bytes]]:
+    """Have a service flooded from the block's begin on; then how much was asked of it."""
+    certs, said = service.directory / "certs", list[bytes]()
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "bench.floods", name, service.address, certs, str(seconds)],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    begun = b""
+    while b"\n" not in begun:
+        piece = await process.stdout.receive_some()
+        assert piece, f"the flood {name} does not begin"
+        begun += piece
+    yield said
+    said.append(b"".join([piece async for piece in process.stdout]))
+    assert await process.wait() == 0, f"the flood {name} broke off"
+
+
+async def longest_turn(directory: Path, name: str, seconds: float) -> str:
+    """Of the event loop of a service that is flooded, in milliseconds, and whose it was.
+
+    The instrument takes a sixth of the loop's time, so it has a service of its own.
+    """
+    with watched_turns() as turns:
+        async with open_service(directory / f"{name}-turns", directory / "history.db") as service:
+            async with flooding(service, name, seconds):
+                turns.reset()
+            return f"{turns.longest_ms():.0f} ({turns.task().rpartition('.')[2]})"
+
+
+async def measure(service: Embedded, name: str, seconds: float, idle_seconds: float) -> Row:
+    """Flood a service, with a quiet client beside."""
     names = service.environment("quiet")
     ca, certificate, key = (Path(names[f"WORKER_{each}_PATH"]) for each in ("CA", "CERT", "KEY"))
     open_one = partial(open_client, service.address, ca=ca, certificate=certificate, key=key)
@@ -207,24 +235,8 @@ async def measure(
         idle = await quiet(client, open_one, idle_seconds)
         before, start = descriptors(service), status_bytes(service, "VmRSS")
         forget_peak(service)
-        certs = service.directory / "certs"
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "bench.floods", name, service.address, certs, str(seconds)],
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        said = b""
-        while b"\n" not in said:
-            piece = await process.stdout.receive_some()
-            assert piece, f"the flood {name} does not begin"
-            said += piece
-        turns.reset()
-        flooded = await quiet(client, open_one, seconds)
-        longest_turn = f"{turns.longest_ms():.0f} ({turns.task().rpartition('.')[2]})"
-        asked = b""
-        async for piece in process.stdout:
-            asked += piece
-        assert await process.wait() == 0, f"the flood {name} broke off"
+        async with flooding(service, name, seconds) as said:
+            flooded = await quiet(client, open_one, seconds)
         for job in await client.list(limit=1000):
             if not job.ended:
                 await client.job(job.id).stop(signal="KILL")
@@ -236,8 +248,7 @@ async def measure(
             peak_bytes=status_bytes(service, "VmHWM"),
             after_bytes=status_bytes(service, "VmRSS"),
             descriptors_left=descriptors(service) - before,
-            longest_turn=longest_turn,
-            asked=int(asked),
+            asked=int(said[0]),
         )
 
 
@@ -246,7 +257,7 @@ def _marked(value: float, aim: float, form: str = ".1f") -> str:
     return text if value <= aim else f"**{text}**"
 
 
-def line(what: str, row: Row) -> str:
+def line(what: str, row: Row, turn: str) -> str:
     """A row of the table."""
     hello, run, idle = row.flooded.hello, row.flooded.run, row.idle.run
     idle_p50, idle_p99 = statistics.median(idle), percentile(idle, 99)
@@ -263,7 +274,7 @@ def line(what: str, row: Row) -> str:
         _marked(row.peak_bytes / MB, PEAK_BYTES / MB, ".0f"),
         _marked(row.after_bytes / MB, AFTERWARDS * row.start_bytes / MB, ".0f"),
         _marked(row.descriptors_left, 0, "d"),
-        row.longest_turn,
+        turn,
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -289,9 +300,8 @@ async def flood(
     directory: Path, name: str, seconds: float, idle_seconds: float = IDLE_SECONDS
 ) -> Row:
     """Flood a service of its own in `directory`, that of `place`."""
-    with watched_turns() as turns:
-        async with open_service(directory / name, directory / "history.db") as service:
-            return await measure(service, turns, name, seconds, idle_seconds)
+    async with open_service(directory / name, directory / "history.db") as service:
+        return await measure(service, name, seconds, idle_seconds)
 
 
 def main(names: list[str], seconds: float) -> None:
@@ -300,7 +310,8 @@ def main(names: list[str], seconds: float) -> None:
     with place() as directory:
         for name in names:
             row = trio.run(flood, directory, name, seconds)
-            print(line(FLOODS[name].what, row), flush=True)
+            turn = trio.run(longest_turn, directory, name, TURN_SECONDS)
+            print(line(FLOODS[name].what, row, turn), flush=True)
 
 
 if __name__ == "__main__":

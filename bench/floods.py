@@ -309,22 +309,30 @@ async def unread(target: Target) -> Stage:
 
 
 async def pings(target: Target) -> Stage:
-    """Pings without end, each of which has to be answered."""
+    """Pings without end, on a new connection whenever the service has ended one for that."""
     many = frame(PING, b"x" * 100) * 100
 
     async def ping() -> None:
         async with target.peer() as peer, trio.open_nursery() as nursery:
 
             async def read() -> None:
-                while await peer.stream.receive_some():
-                    pass
+                with suppress(trio.BrokenResourceError):
+                    while await peer.stream.receive_some():
+                        pass
 
             nursery.start_soon(read)
-            while True:
-                await peer.send(many)
-                target.asked += 100
+            with suppress(trio.BrokenResourceError):  # it is ended: too_many_frames
+                while True:
+                    await peer.send(many)
+                    target.asked += 100
+            nursery.cancel_scope.cancel()
 
-    return lambda: _on_each(ping)
+    async def keep_pinging() -> None:
+        while True:
+            with suppress(trio.BrokenResourceError, EOFError):
+                await ping()
+
+    return lambda: _on_each(keep_pinging)
 
 
 async def garbage(target: Target) -> Stage:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import trio
 from attrs import define, field
 
-AT_A_TIME = 32
+AT_A_TIME = 8
 """Each does some 0.1 ms of work before it waits again."""
 
 

@@ -77,6 +77,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             if not await _says_hello(tcp.socket):
                 return  # a health check
             await admission.take_turn(arrival)
+            await context.handshakes.enter(network)
             _keep_alive(tcp)
             fittings = door.fittings
             stream = TLSStream(tcp, fittings.tls, server_side=True)
@@ -84,6 +85,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
+                await context.handshakes.enter(network)
                 raw, head = await read_head(stream, http)
                 arrival.sound = True
                 who = admit(stream, head, context.gate.roles, fittings)

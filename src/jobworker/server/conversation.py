@@ -219,7 +219,7 @@ class Conversation:
     async def _next_message(self) -> str | bytes:
         """The next message, when a turn of the client's name has come."""
         message = await self._socket.get_message()
-        await self._context.turnstile.enter(self._visitor.identity.common_name)
+        await self._context.messages.enter(self._visitor.identity.common_name)
         return message
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:

@@ -53,6 +53,11 @@ from jobworker.server.slots import Slots
 from jobworker.server.traffic import Traffic
 from jobworker.server.turnstile import Turnstile
 
+MESSAGES_A_TURN = 4
+"""Of one turn of the event loop: one to two milliseconds."""
+HANDSHAKES_A_TURN = 1
+"""Half of one: a signature, or what follows when the client has answered, is a millisecond."""
+
 
 @frozen(kw_only=True)
 class Context:
@@ -73,7 +78,8 @@ class Context:
     """The longest time limit of those without the permission `unbounded`."""
     admission: Admission
     traffic: Traffic
-    turnstile: Turnstile = field(factory=Turnstile)
+    messages: Turnstile = field(factory=lambda: Turnstile(MESSAGES_A_TURN))
+    handshakes: Turnstile = field(factory=lambda: Turnstile(HANDSHAKES_A_TURN))
     crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """For large ones, from their first bytes until they are served."""

@@ -287,14 +287,13 @@ class Subscriptions:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
-                async with self._taking_turns():
-                    with self._traffic.share() as share:
-                        frames, size = await subscription.take(min(room, share))
-                        began = trio.current_time()
-                        if frames:
-                            await self._send(frames)
-                        del frames  # or each that waits for its turn would hold what it sent last
-                        subscription.keep_pace(size, trio.current_time() - began)
+                async with self._taking_turns(), self._traffic.share(self._name) as share:
+                    frames, size = await subscription.take(min(room, share))
+                    began = trio.current_time()
+                    if frames:
+                        await self._send(frames)
+                    del frames  # or each that waits for its turn would hold what it sent last
+                    subscription.keep_pace(size, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await self._send(message)
         except JobworkerError as error:

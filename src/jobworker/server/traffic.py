@@ -3,18 +3,20 @@
 One follower is served fastest by large pieces, and a service by small ones: a piece holds the
 event loop for as long as it is encrypted, some 0.8 ms a mebibyte, and is held in memory for as long
 as its client lets it wait. So a turn's worth is divided among those that have a piece on its way,
-with those whose clients let it wait. Shares are the largest piece halved some times, so that
+with those whose clients let it wait; where many have the smallest piece, some of them wait for the
+next turn. Shares are the largest piece halved some times, so that
 followers at one place mostly have the same one, which is then encoded once.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from attrs import define
+from attrs import define, field
 
 from jobworker.protocol.frames import PIECE_BYTES
+from jobworker.server.turnstile import Turnstile
 
-TURN_BYTES = 16 * PIECE_BYTES
+TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16
 
 
@@ -23,15 +25,17 @@ class Traffic:
     """What is under way on all connections together."""
 
     _sending: int = 0
+    _turns: Turnstile = field(factory=lambda: Turnstile(TURN_BYTES), init=False)
 
-    @contextmanager
-    def share(self) -> Iterator[int]:
-        """Send a piece during the block: of how many bytes, at the most."""
+    @asynccontextmanager
+    async def share(self, name: str) -> AsyncIterator[int]:
+        """Send a piece to a client of that name in the block: of so many bytes, at the most."""
         self._sending += 1
         try:
             share = PIECE_BYTES
             while share > LEAST_BYTES and share * self._sending > TURN_BYTES:
                 share //= 2
+            await self._turns.enter(name, share)
             yield share
         finally:
             self._sending -= 1

@@ -1,20 +1,41 @@
 """Shares of a turn: large for few, small for many, and never more than is to be had."""
 
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
+
+import trio
 
 from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.server.traffic import LEAST_BYTES, TURN_BYTES, Traffic
 
 
-def test_few_send_large_pieces_and_many_small_ones() -> None:
+async def test_few_send_large_pieces_and_many_small_ones() -> None:
     traffic = Traffic()
-    with ExitStack() as sending:
-        shares = [sending.enter_context(traffic.share()) for _ in range(1000)]
+    async with AsyncExitStack() as sending:
+        shares = [
+            await sending.enter_async_context(traffic.share(str(number % 7)))
+            for number in range(1000)
+        ]
         assert shares == sorted(shares, reverse=True)
         assert shares[0] == PIECE_BYTES
         assert shares[-1] == LEAST_BYTES
         for number, share in enumerate(shares, 1):
             assert share == LEAST_BYTES or share * number <= TURN_BYTES
-        assert sum(shares) < 8 * TURN_BYTES
-    with traffic.share() as alone:
+    async with traffic.share("alone") as alone:
+        assert alone == PIECE_BYTES
+
+
+async def test_who_gives_up_counts_no_longer() -> None:
+    traffic = Traffic()
+
+    async def send() -> None:
+        async with traffic.share("name"):
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(1000):
+            nursery.start_soon(send)
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    async with traffic.share("alone") as alone:
         assert alone == PIECE_BYTES
