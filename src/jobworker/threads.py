@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
 import trio
+from attrs import frozen
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -20,6 +21,22 @@ AGAIN_SECONDS = 0.05
 TOLD_EVERY_SECONDS = 60.0
 REFUSED = "can't start new thread"
 """What `threading` says of EAGAIN: its RuntimeError has no errno."""
+
+
+@frozen
+class _Prompt:
+    """A limiter that takes no turn of the event loop where it has room, as trio's own does."""
+
+    _limiter: trio.CapacityLimiter
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(borrower)
+        except trio.WouldBlock:
+            await self._limiter.acquire_on_behalf_of(borrower)
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        self._limiter.release_on_behalf_of(borrower)
 
 
 async def in_thread(
@@ -43,7 +60,9 @@ async def in_thread(
     while True:
         try:
             return await trio.to_thread.run_sync(
-                begin, limiter=limiter, abandon_on_cancel=abandon_on_cancel
+                begin,
+                limiter=_Prompt(limiter or trio.to_thread.current_default_thread_limiter()),  # type: ignore[arg-type]
+                abandon_on_cancel=abandon_on_cancel,
             )
         except RuntimeError as error:
             if begun or str(error) != REFUSED:

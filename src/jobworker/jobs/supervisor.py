@@ -21,6 +21,7 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
+from jobworker.convert import LONG_CHARACTERS
 from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
@@ -194,10 +195,9 @@ class Supervisor:
         Raises Busy if too many wait already, QuotaExceeded, ShuttingDown at the end of the service,
         and TooLarge. Once admitted the job goes on, whatever becomes of the caller.
         """
-        spec.check_size()
-        await trio.lowlevel.checkpoint()  # a request of a megabyte takes milliseconds for each step
+        if spec.check_size() > LONG_CHARACTERS:
+            await trio.lowlevel.checkpoint()  # with a megabyte each step takes milliseconds
         spec = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
-        await trio.lowlevel.checkpoint()
         secrets = await Secrets.of(spec.secret_environment)
         old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
         if self._closing:

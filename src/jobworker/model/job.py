@@ -222,8 +222,8 @@ class JobSpec:
     at_max_output: OutputPolicy | None = None
     """What to do at `limits.output_bytes`; None stands for the server's default."""
 
-    def check_size(self) -> None:
-        """Raise TooLarge if arguments and environment are beyond `MAX_ARGUMENTS_BYTES`."""
+    def check_size(self) -> int:
+        """The bytes of arguments and environment. Raises TooLarge beyond `MAX_ARGUMENTS_BYTES`."""
         variables = {**self.environment, **self.secret_environment}
         total = _bytes_of(self.command) + _bytes_of(variables) + _bytes_of(variables.values())
         if total > MAX_ARGUMENTS_BYTES:
@@ -232,6 +232,7 @@ class JobSpec:
                 f"at most {MAX_ARGUMENTS_BYTES} are taken",
                 remedy="put the data into a file or read it from a program",
             )
+        return total
 
     def without_secrets(self, **changes: Any) -> "JobSpec":
         """The request as it may be shown and stored: values of secret variables are masked.

@@ -325,8 +325,14 @@ class Link:
         except OSError as error:  # a large message travels in a descriptor
             raise _out_of_descriptors() from error
         try:
-            async with self._sending:
+            try:
+                self._sending.acquire_nowait()  # a turn of the loop less
+            except trio.WouldBlock:
+                await self._sending.acquire()
+            try:
                 await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+            finally:
+                self._sending.release()
         except OSError:
             await self.gone.wait()  # the reader sees the end of the stream too
         finally:

@@ -219,7 +219,9 @@ class Conversation:
     async def _next_message(self) -> str | bytes:
         """The next message, when a turn of the client's name has come."""
         message = await self._socket.get_message()
-        await self._context.messages.enter(self._visitor.identity.common_name)
+        name = self._visitor.identity.common_name
+        self._context.presence.saw(name)
+        await self._context.messages.enter(name)
         return message
 
     async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
@@ -390,10 +392,8 @@ class Conversation:
         with trio.CancelScope(shield=True) as right:
             self._sends.add(right)
             try:
-                if isinstance(message, str):
-                    await self._socket.send_message(message)
-                else:
-                    await self._socket.send_frames(message)
+                frames = [frame_text(message)] if isinstance(message, str) else message
+                await self._socket.send_frames(frames)
             except SendStalled as stalled:
                 self._end(stalled)
             finally:

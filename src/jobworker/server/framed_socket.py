@@ -27,10 +27,6 @@ class FramedSocket:
         """Wait for the next message. Raises trio_websocket.ConnectionClosed."""
         return await self._socket.get_message()
 
-    async def send_message(self, message: str) -> None:
-        """Send a text message. Raises as `get_message`; breaks if cancelled."""
-        await self._socket.send_message(message)
-
     async def send_frames(self, frames: Sequence[Frame]) -> None:
         """Send messages one after the other. Raises as `get_message`; breaks if cancelled."""
         if self._socket.closed:

@@ -51,7 +51,7 @@ from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
 from jobworker.server.traffic import Traffic
-from jobworker.server.turnstile import Turnstile
+from jobworker.server.turnstile import Presence, Turnstile
 
 MESSAGES_A_TURN = 4
 """Of one turn of the event loop: one to two milliseconds."""
@@ -78,8 +78,9 @@ class Context:
     """The longest time limit of those without the permission `unbounded`."""
     admission: Admission
     traffic: Traffic
-    messages: Turnstile = field(factory=lambda: Turnstile(MESSAGES_A_TURN))
-    handshakes: Turnstile = field(factory=lambda: Turnstile(HANDSHAKES_A_TURN))
+    presence: Presence
+    messages: Turnstile = field(init=False)
+    handshakes: Turnstile = field(init=False)
     crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """For large ones, from their first bytes until they are served."""
@@ -89,6 +90,14 @@ class Context:
     """For the whole records of jobs with long requests, while they are made."""
     reading: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     """One long request is decoded at a time: it competes with the event loop."""
+
+    @messages.default
+    def _messages(self) -> Turnstile:
+        return Turnstile(MESSAGES_A_TURN, self.presence)
+
+    @handshakes.default
+    def _handshakes(self) -> Turnstile:
+        return Turnstile(HANDSHAKES_A_TURN, self.presence)
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
@@ -106,7 +115,7 @@ async def call(context: Context, caller: Caller, method: Method, params: object)
 
 
 async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
-    await trio.lowlevel.checkpoint()
+    await trio.lowlevel.checkpoint_if_cancelled()
     who = caller.identity
     return m.Welcome(version=jobworker.__version__, name=who.common_name, role=who.role)
 

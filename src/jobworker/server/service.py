@@ -57,6 +57,7 @@ from jobworker.server.reload import (
 )
 from jobworker.server.setup import Prepared, listen
 from jobworker.server.traffic import Traffic
+from jobworker.server.turnstile import Presence
 
 log = logging.getLogger("jobworker.server")
 
@@ -166,6 +167,7 @@ async def _serve_until_signal(
 ) -> None:
     gate = Gate(role_table(prepared.settings.roles))
     door = Door(prepared.fittings, gate)
+    presence = Presence()
     context = Context(
         supervisor=supervisor,
         link=link,
@@ -178,7 +180,8 @@ async def _serve_until_signal(
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
         max_timeout_seconds=parse_duration(prepared.settings.worker.max_job_timeout),
         admission=Admission(prepared.settings.limits),
-        traffic=Traffic(),
+        presence=presence,
+        traffic=Traffic(presence),
         crowds=Crowds(prepared.settings.limits.max_waits),
     )
     listener = _Listener(prepared, door, context)

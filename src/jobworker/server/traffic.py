@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from attrs import define, field
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.server.turnstile import Turnstile
+from jobworker.server.turnstile import Presence, Turnstile
 
 TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16
@@ -24,8 +24,13 @@ LEAST_BYTES = PIECE_BYTES // 16
 class Traffic:
     """What is under way on all connections together."""
 
-    _sending: int = 0
-    _turns: Turnstile = field(factory=lambda: Turnstile(TURN_BYTES), init=False)
+    _presence: Presence
+    _sending: int = field(default=0, init=False)
+    _turns: Turnstile = field(init=False)
+
+    @_turns.default
+    def _make_turns(self) -> Turnstile:
+        return Turnstile(TURN_BYTES, self._presence)
 
     @asynccontextmanager
     async def share(self, name: str) -> AsyncIterator[int]:

@@ -2,14 +2,41 @@
 
 Each connection has tasks of its own, and a turn of the loop runs all that are ready: whoever opens
 two hundred and asks on all of them would have two hundred requests served before anybody else's.
+
+A request of anybody takes several turns. So where some have to wait, and others are about who do
+not, those who wait rest after each turn for as long as it took: they have half of the loop at most,
+and the others find it idle every other moment. Who is alone has all of it.
 """
 
 from collections import Counter
+from collections.abc import Container
 
 import trio
 from attrs import define, field
 
 from jobworker.jobs.paced import in_turns
+
+RECENT_SECONDS = 0.5
+MAX_REST_SECONDS = 0.005
+"""After a turn that was long for another reason, such as a busy host."""
+
+
+@define(eq=False)
+class Presence:
+    """Who has asked for something a moment ago."""
+
+    _seen: dict[str, float] = field(factory=dict, init=False)
+
+    def saw(self, name: str) -> None:
+        """This client has asked."""
+        self._seen[name] = trio.current_time()
+
+    def of_others(self, than: Container[str]) -> bool:
+        """Whether there is somebody else."""
+        since = trio.current_time() - RECENT_SECONDS
+        for name in [name for name, at in self._seen.items() if at < since]:
+            del self._seen[name]
+        return any(name not in than for name in self._seen)
 
 
 @define(eq=False)
@@ -19,23 +46,25 @@ class Turnstile:
     _most: int
     """What may pass in a turn, by the costs that `enter` is told: the names share it, but one of
     each may always pass."""
+    _presence: Presence
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
     """By name, in their order, with their costs."""
-    _turning: bool = field(default=False, init=False)
+    _began: float | None = field(default=None, init=False)
+    """When the turn began, while one is counted."""
 
     async def enter(self, name: str, cost: int = 1) -> None:
         """Wait for a turn of this name. Without others of the name it is no checkpoint."""
         if self._passed[name] < self._part() and name not in self._waiting:
             self._passed[name] += cost
-            self._turn_on()
+            self._count()
         else:
             await self._wait(name, cost)
 
     async def _wait(self, name: str, cost: int) -> None:
         task, line = trio.lowlevel.current_task(), self._waiting.setdefault(name, {})
         line[task] = cost
-        self._turn_on()
+        self._count()
 
         def leave(_: object) -> trio.lowlevel.Abort:
             del line[task]
@@ -46,12 +75,28 @@ class Turnstile:
     def _part(self) -> int:
         return max(1, self._most // max(1, len(self._waiting)))
 
-    def _turn_on(self) -> None:
-        if not self._turning:
-            self._turning = True
-            trio.lowlevel.current_trio_token().run_sync_soon(in_turns, self._next_turn)
+    def _count(self) -> None:
+        if self._began is None:
+            self._began = trio.current_time()
+            trio.lowlevel.current_trio_token().run_sync_soon(in_turns, self._end_turn)
 
-    def _next_turn(self) -> bool:
+    def _end_turn(self) -> bool:
+        """Begin the next turn, at once or after a rest; whether it is to be ended at once."""
+        if self._waiting and self._presence.of_others(self._waiting):
+            assert self._began is not None
+            rest = min(trio.current_time() - self._began, MAX_REST_SECONDS)
+            trio.lowlevel.spawn_system_task(self._begin_after, rest)
+            return False
+        self._begin()
+        return self._began is not None
+
+    async def _begin_after(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+        self._begin()
+        if self._began is not None:
+            trio.lowlevel.current_trio_token().run_sync_soon(in_turns, self._end_turn)
+
+    def _begin(self) -> None:
         self._passed.clear()
         part = self._part()
         for name, line in tuple(self._waiting.items()):
@@ -61,5 +106,4 @@ class Turnstile:
                 trio.lowlevel.reschedule(task)
             if not line:
                 del self._waiting[name]
-        self._turning = bool(self._passed)
-        return self._turning
+        self._began = trio.current_time() if self._passed else None

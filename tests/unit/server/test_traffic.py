@@ -6,10 +6,11 @@ import trio
 
 from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.server.traffic import LEAST_BYTES, TURN_BYTES, Traffic
+from jobworker.server.turnstile import Presence
 
 
 async def test_few_send_large_pieces_and_many_small_ones() -> None:
-    traffic = Traffic()
+    traffic = Traffic(Presence())
     async with AsyncExitStack() as sending:
         shares = [
             await sending.enter_async_context(traffic.share(str(number % 7)))
@@ -25,7 +26,7 @@ async def test_few_send_large_pieces_and_many_small_ones() -> None:
 
 
 async def test_who_gives_up_counts_no_longer() -> None:
-    traffic = Traffic()
+    traffic = Traffic(Presence())
 
     async def send() -> None:
         async with traffic.share("name"):

@@ -4,13 +4,13 @@ from collections import Counter
 
 import trio
 
-from jobworker.server.turnstile import Turnstile
+from jobworker.server.turnstile import Presence, Turnstile
 
 MOST = 4
 
 
 async def test_many_of_one_name_leave_each_turn_to_others() -> None:
-    turnstile, order = Turnstile(MOST), list[str]()
+    turnstile, order = Turnstile(MOST, Presence()), list[str]()
 
     async def enter(name: str) -> None:
         await turnstile.enter(name)
@@ -37,7 +37,7 @@ class Turns(trio.abc.Instrument):
 
 
 async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_names() -> None:
-    turnstile, turns, passed = Turnstile(64), Turns(), Counter[tuple[int, str]]()
+    turnstile, turns, passed = Turnstile(64, Presence()), Turns(), Counter[tuple[int, str]]()
 
     async def enter(name: str, cost: int) -> None:
         await turnstile.enter(name, cost)
@@ -56,13 +56,13 @@ async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_na
 
 
 async def test_one_that_costs_more_than_all_may_passes_alone() -> None:
-    turnstile = Turnstile(MOST)
+    turnstile = Turnstile(MOST, Presence())
     for _ in range(10):
         await turnstile.enter("name", 100 * MOST)
 
 
 async def test_who_comes_alone_does_not_wait() -> None:
-    turnstile = Turnstile(MOST)
+    turnstile = Turnstile(MOST, Presence())
     for _ in range(3):
         with trio.CancelScope() as scope:
             scope.cancel()
@@ -71,7 +71,7 @@ async def test_who_comes_alone_does_not_wait() -> None:
 
 
 async def test_who_is_cancelled_holds_up_nobody() -> None:
-    turnstile, entered = Turnstile(MOST), list[int]()
+    turnstile, entered = Turnstile(MOST, Presence()), list[int]()
 
     async def enter(number: int) -> None:
         await turnstile.enter("name")
