@@ -54,7 +54,7 @@ CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
-START_PAUSE_SECONDS = 0.2
+START_PAUSE_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -354,7 +354,7 @@ class Client:
                 if self._on_refused is not None and not told:
                     self._on_refused(failed)
                 told = True
-            await trio.sleep(START_PAUSE_SECONDS)
+            await trio.sleep(START_PAUSE_SECONDS * random.uniform(0.5, 1))  # noqa: S311
 
     async def _serve_next_link(self, lost: JobworkerError) -> JobworkerError:
         """Dial until a connection stands, serve it: why it was lost. Raises when patience ends."""

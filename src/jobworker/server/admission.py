@@ -3,15 +3,17 @@
     accepted ─► arriving (half-open: TLS, HTTP request, upgrade) ─► inside (an open connection)
 
 Those who arrive are bounded apart from those who are inside, so that strangers who stall cannot
-take up the places of clients. At one too many the oldest of them that has not said a byte is let
-go, or the oldest of all: an honest client arrives within milliseconds, so that the oldest is one
-that stalls (sshd's MaxStartups has the same aim and drops the newcomer by lot).
+take up the places of clients. At one too many, of those networks that have most of the places the
+oldest that has not said a byte is let go, or the oldest of all: an honest client arrives within
+milliseconds, so that the oldest is one that stalls (sshd's MaxStartups has the same aim and drops
+the newcomer by lot).
 
 An address from which handshakes keep failing is slowed down: its handshakes begin one after the
 other, by lot (`turns`), so that it has no more than a part of the processor for signatures. It
 is not shut out, since a program behind the same address could then keep an administrator away:
-where there is no place for one more of them, one of those that wait is let go, by lot too. On the
-service's own host each user is slowed down alone (`local_user`), and jobs as if they were one: none
+every newcomer has the same chance that there is a place, and who has none is told at once by a
+closed connection, which costs next to nothing (`refusal`), and tries again. On the service's own
+host each user is slowed down alone (`local_user`), and jobs as if they were one: none
 of them stands in the way of an account. Who closes without having said its hello, as health checks
 do, has not failed.
 
@@ -48,6 +50,8 @@ WINDOW_SECONDS = 60.0
 MAX_ADDRESSES = 10_000
 """Whose failures are remembered at a time; at one more, the oldest are forgotten."""
 LOG_SECONDS = 1.0
+SLOWED_PART = 4
+"""Of the places a network that is slowed down has a quarter: more would only wait longer."""
 STALL_SECONDS = 0.5
 """How long a handshake may take, once it could begin, where others wait for the place."""
 
@@ -113,6 +117,8 @@ class Admission:
     counters: Counters = field(factory=Counters)
     _arriving: dict[Arrival, None] = field(factory=dict, init=False)
     """Oldest first."""
+    _arriving_of: Counter[str] = field(factory=Counter, init=False)
+    """How many of each network."""
     _inside: Counter[str] = field(factory=Counter, init=False)
     _failures: dict[str, _Failures] = field(factory=dict, init=False)
     """Oldest window first."""
@@ -132,12 +138,13 @@ class Admission:
         has closed. Raises TooManyFailures where there is no place for one more of a network that is
         slowed down.
         """
-        if len(self._arriving) >= self.limits.max_handshakes:
+        if not self._has_place(network):
             self._make_room(network)
         seconds = parse_duration(self.limits.handshake_timeout)
         scope = trio.move_on_after(seconds)
         arrival = Arrival(peer, network, scope, self, is_gone=is_gone)
         self._arriving[arrival] = None
+        self._arriving_of[network] += 1
         try:
             with scope:
                 yield arrival
@@ -160,35 +167,56 @@ class Admission:
             await failures.turns.take(arrival)
         arrival.turn_at = trio.current_time()
 
+    def refusal(self, network: str) -> TooManyFailures | None:
+        """Why there is no place for one more of a network, if there is none."""
+        if self._slowed(network) is None or self._has_place(network):
+            return None
+        if self._stalled(network) is not None:
+            return None
+        return TooManyFailures(
+            f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from there "
+            "failed within a minute, and too many wait for their turn",
+            remedy="try again later",
+        )
+
+    def _has_place(self, network: str) -> bool:
+        """Whether one more of a network has a place without that another leaves."""
+        most = self.limits.max_handshakes
+        if self._slowed(network) is not None and self._arriving_of[network] >= most / SLOWED_PART:
+            return False
+        return len(self._arriving) < most
+
     def _make_room(self, network: str) -> None:
         """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
-        # A client with a certificate is in within moments of its turn.
-        late = trio.current_time() - STALL_SECONDS
-        failures = self._slowed(network)
-        stalled = (
-            each
-            for each in self._arriving
-            if each.turn_at < late
-            # One that has just come leaves for nobody who is slowed down.
-            or (not each.heard and (failures is None or each.came_at < late))
-        )
-        given_up = next(stalled, None)
-        if given_up is None and failures is not None:
-            full = TooManyFailures(
-                f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from "
-                "there failed within a minute, and too many wait for their turn",
-                remedy="try again later",
-            )
-            if failures.turns.drop(full):
-                return
+        if (full := self.refusal(network)) is not None:
             raise full
         slowed = (each for each in self._arriving if self._slowed(each.network) is not None)
-        given_up = given_up or next(slowed, None) or next(iter(self._arriving))
+        given_up = self._stalled(network) or next(slowed, None) or self._crowd()[0]
         given_up.let_go(TooManyHandshakes("cannot wait for it: newer ones need its place"))
+
+    def _stalled(self, network: str) -> Arrival | None:
+        """The oldest of those with most of the places that has to leave for a newcomer."""
+        # A client with a certificate is in within moments of its turn.
+        late = trio.current_time() - STALL_SECONDS
+        # One that has just come leaves for nobody who is slowed down.
+        silent = late if self._slowed(network) is not None else math.inf
+        for each in self._crowd():
+            if each.turn_at < late or (not each.heard and each.came_at < silent):
+                return each
+        return None
+
+    def _crowd(self) -> list[Arrival]:
+        """Those that arrive from where most do, the oldest first."""
+        most = max(self._arriving_of.values())
+        return [each for each in self._arriving if self._arriving_of[each.network] == most]
 
     def forget(self, arrival: Arrival) -> None:
         """Count no longer what has arrived, or never will."""
-        self._arriving.pop(arrival, None)
+        if arrival in self._arriving:
+            del self._arriving[arrival]
+            self._arriving_of[arrival.network] -= 1
+            if not self._arriving_of[arrival.network]:
+                del self._arriving_of[arrival.network]
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:

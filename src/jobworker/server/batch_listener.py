@@ -5,33 +5,54 @@ busy host, the kernel's queue of them grows to seconds, and honest clients stand
 What is in excess can only be told from the rest, and let go, once it has been accepted.
 """
 
+import math
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
 
+from jobworker.server.turnstile import Presence
+
 A_TURN = 4
 """Together 1 to 2 ms with what each has done until its handshake begins: others wait for that."""
+TURNED_AWAY_A_TURN = 16
+"""Half a millisecond."""
 
 
 class BatchListener(trio.abc.Listener[trio.SocketStream]):
-    """Listens on a socket that it takes over."""
+    """Listens on a socket that it takes over; closes those that `turn_away` tells it to."""
 
-    def __init__(self, listening: socket.socket) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        turn_away: Callable[[socket.socket], bool],
+        presence: Presence,
+    ) -> None:
         self._socket = listening
         self._inner = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-        self._left = 0
-        """How many may still be accepted in this turn."""
+        self._turn_away, self._presence = turn_away, presence
+        self._left = self._to_turn_away = 0
+        """How many may still be accepted in this turn, and turned away."""
+        self._began = -math.inf
 
     async def accept(self) -> trio.SocketStream:
         """See trio.abc.Listener; but for one in `A_TURN`, it is no checkpoint."""
-        if self._left:
-            self._left -= 1
+        while self._left and self._to_turn_away:
             with suppress(OSError):  # there is none, or a fault, which is met again below
                 accepted, _ = self._socket.accept()
+                if self._turn_away(accepted):
+                    accepted.close()
+                    self._to_turn_away -= 1
+                    continue
+                self._left -= 1
                 return trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
+            break
+        else:  # there are more
+            await self._presence.rest_after(self._began)
         stream = await self._inner.accept()
-        self._left = A_TURN - 1
+        self._began = trio.current_time()
+        self._left, self._to_turn_away = A_TURN - 1, TURNED_AWAY_A_TURN
         return stream
 
     async def aclose(self) -> None:

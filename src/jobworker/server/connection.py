@@ -64,14 +64,22 @@ UNREAD = "\0" * (LARGE_BYTES + 1)
 """Stands for a large message that was dropped: as large, and no JSON whatever follows it."""
 
 
+def turn_away(accepted: socket.socket, admission: Admission) -> bool:
+    """Whether a connection is of a flood for which there is no place: little is spent on those."""
+    peer = _peer_name(accepted)
+    refusal = admission.refusal(_network(peer, accepted))
+    if refusal is not None:
+        admission.tell(peer, refusal)
+    return refusal is not None
+
+
 async def serve_connection(tcp: trio.SocketStream, door: Door, context: operations.Context) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
-    peer, admission = _peer_name(tcp), context.admission
+    peer, admission = _peer_name(tcp.socket), context.admission
     stream: TLSStream | None = None
     parted = False
     try:
-        address, is_gone = peer.rpartition(":")[0], partial(_is_gone, tcp.socket)
-        network = network_of(address, local_user(tcp.socket))
+        network, is_gone = _network(peer, tcp.socket), partial(_is_gone, tcp.socket)
         with admission.arrive(peer, network, is_gone) as arrival, ExitStack() as inside:
             # Little is made before this: a flood's connections come no further.
             if not await _says_hello(tcp.socket):
@@ -141,9 +149,13 @@ def _only(group: BaseExceptionGroup[JobworkerError]) -> JobworkerError:
     return _only(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-def _peer_name(tcp: trio.SocketStream) -> str:
+def _network(peer: str, tcp: socket.socket | trio.socket.SocketType) -> str:
+    return network_of(peer.rpartition(":")[0], local_user(tcp))
+
+
+def _peer_name(tcp: socket.socket | trio.socket.SocketType) -> str:
     with suppress(OSError):
-        host, port = tcp.socket.getpeername()[:2]
+        host, port = tcp.getpeername()[:2]
         host = host.removeprefix("::ffff:")  # an IPv4 client of a listener at "::"
         return f"{host}:{port}"
     return "a client that is gone"

@@ -32,7 +32,7 @@ FIRST_SHARED = 65_536
 """Ids from here on are no accounts: ranges of them belong to jobs, and to containers."""
 
 
-def local_user(tcp: trio.socket.SocketType) -> str | None:
+def local_user(tcp: socket.socket | trio.socket.SocketType) -> str | None:
     """Whose the other end of a connection is; None for one from elsewhere, or where unknown.
 
     An account is told by its "uid 1000". All that are none have one name, since a job has many ids.
@@ -46,7 +46,7 @@ def local_user(tcp: trio.socket.SocketType) -> str | None:
     return None
 
 
-def _owner_of_peer(tcp: trio.socket.SocketType) -> int | None:
+def _owner_of_peer(tcp: socket.socket | trio.socket.SocketType) -> int | None:
     family = tcp.family
     theirs, ours = tcp.getpeername(), tcp.getsockname()
     addresses = [_packed(family, name[0]) for name in (theirs, ours)]

@@ -41,7 +41,7 @@ from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.batch_listener import BatchListener
-from jobworker.server.connection import serve_connection
+from jobworker.server.connection import serve_connection, turn_away
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.door import Door
@@ -295,7 +295,11 @@ class _Listener:
 
     async def serve(self) -> None:
         """Accept and serve."""
-        listeners = [BatchListener(listener) for listener in self._prepared.listeners]
+        from_a_flood = partial(turn_away, admission=self._context.admission)
+        presence = self._context.presence
+        listeners = [
+            BatchListener(each, from_a_flood, presence) for each in self._prepared.listeners
+        ]
         async with trio.open_nursery() as connections:
             with self._accepting:
                 await trio.serve_listeners(self._serve_one, listeners, handler_nursery=connections)

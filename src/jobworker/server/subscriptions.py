@@ -244,6 +244,7 @@ class Subscriptions:
         try:
             with subscription.scope:
                 problem = await self._deliver(subscription)
+                await self._traffic.take_turn(self._name)
                 record, problem = await self._final_record(subscription, problem)
                 summary, told = summary_of(record)
                 end = OutputEnd(

@@ -18,6 +18,8 @@ from jobworker.server.turnstile import Presence, Turnstile
 
 TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16
+END_BYTES = TURN_BYTES // 8
+"""What telling an end costs, in bytes that are sent in the same time."""
 
 
 @define(eq=False)
@@ -31,6 +33,10 @@ class Traffic:
     @_turns.default
     def _make_turns(self) -> Turnstile:
         return Turnstile(TURN_BYTES, self._presence)
+
+    async def take_turn(self, name: str) -> None:
+        """Wait until the end of a subscription may be told to a client of that name."""
+        await self._turns.enter(name, END_BYTES)
 
     @asynccontextmanager
     async def share(self, name: str) -> AsyncIterator[int]:

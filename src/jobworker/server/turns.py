@@ -1,8 +1,8 @@
 """Turns for the handshakes of one address: one after the other, drawn by lot among those that wait.
 
 By lot, so that nobody has to wait for all who came before: an honest client amid a flood from its
-own address has the same chance as each of the flood's connections at every turn, and wherever one
-of them has to leave. Those whose peers have closed cost no turn.
+own address has the same chance as each of the flood's connections at every turn. Those whose peers
+have closed cost no turn.
 """
 
 import math
@@ -62,13 +62,6 @@ class Turns:
                 turn.cancel()
                 return
             waiter.let_go(None)
-
-    def drop(self, why: JobworkerError) -> bool:
-        """Let one go in a newcomer's favour. Returns False where the lot fell on the newcomer."""
-        if random.randrange(len(self._waiting) + 1) == len(self._waiting):  # noqa: S311
-            return False
-        self._take_out()[0].let_go(why)
-        return True
 
     def _take_out(self) -> tuple[Waiter, trio.CancelScope]:
         at, last = random.randrange(len(self._waiting)), self._waiting[-1]  # noqa: S311

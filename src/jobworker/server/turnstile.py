@@ -38,6 +38,17 @@ class Presence:
             del self._seen[name]
         return any(name not in than for name in self._seen)
 
+    def rest(self, began: float, than: Container[str] = ()) -> float:
+        """How long those `than` whom others are about shall rest after work that began then."""
+        if not self.of_others(than):
+            return 0
+        return min(trio.current_time() - began, MAX_REST_SECONDS)
+
+    async def rest_after(self, began: float) -> None:
+        """Rest where anybody is about."""
+        if seconds := self.rest(began):
+            await trio.sleep(seconds)
+
 
 @define(eq=False)
 class Turnstile:
@@ -82,9 +93,8 @@ class Turnstile:
 
     def _end_turn(self) -> bool:
         """Begin the next turn, at once or after a rest; whether it is to be ended at once."""
-        if self._waiting and self._presence.of_others(self._waiting):
-            assert self._began is not None
-            rest = min(trio.current_time() - self._began, MAX_REST_SECONDS)
+        assert self._began is not None
+        if self._waiting and (rest := self._presence.rest(self._began, self._waiting)):
             trio.lowlevel.spawn_system_task(self._begin_after, rest)
             return False
         self._begin()

@@ -10,7 +10,7 @@ import trio.testing
 from jobworker.config_limits import ConnectionLimits
 from jobworker.errors import TooManyConnections, TooManyFailures
 from jobworker.server import admission as module
-from jobworker.server.admission import Admission, Statistics, network_of
+from jobworker.server.admission import SLOWED_PART, Admission, Statistics, network_of
 from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
 from jobworker.server.turns import TURN_SECONDS
 
@@ -126,7 +126,7 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
     autojump_clock: object,
 ) -> None:
     """One byte on each of all connections keeps nobody of that address out."""
-    admission = small()
+    admission = small(max_handshakes=2 * SLOWED_PART)
     for _ in range(3):
         fail(admission, "10.0.0.1")
     with ExitStack() as stack:
@@ -161,11 +161,27 @@ async def test_who_is_slowed_down_takes_no_place_of_one_that_has_just_come(
         assert admission.statistics().arriving == 2, "a silent one has left"
 
 
-@pytest.mark.parametrize("lot", ["newcomer", "waiting"])
-async def test_place_of_a_slowed_address_goes_by_lot(
-    autojump_clock: object, monkeypatch: pytest.MonkeyPatch, lot: str
+async def test_flood_that_is_not_slowed_down_yet_takes_no_place_of_others(
+    autojump_clock: object,
 ) -> None:
     admission = small(max_handshakes=3)
+    with ExitStack() as stack:
+        honest = stack.enter_context(admission.arrive("honest", "10.0.0.2"))
+        await admission.take_turn(honest)
+        for number in range(100):
+            flood = stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
+            await admission.take_turn(flood)
+        assert not honest.was_let_go
+        quiet = stack.enter_context(admission.arrive("has said nothing yet", "10.0.0.3"))
+        stack.enter_context(admission.arrive("one more", "10.0.0.1"))
+        assert not quiet.was_let_go
+        assert admission.statistics().arriving == 3
+
+
+async def test_newcomer_of_a_slowed_network_leaves_where_there_is_no_place(
+    autojump_clock: object,
+) -> None:
+    admission = small(max_handshakes=3 * SLOWED_PART)
     for _ in range(3):
         fail(admission, "10.0.0.1")
     let_in = list[str]()
@@ -180,13 +196,13 @@ async def test_place_of_a_slowed_address_goes_by_lot(
         await admission.take_turn(first)
         async with trio.open_nursery() as nursery:
             for name in ("waiting", "other"):
+                assert admission.refusal("10.0.0.1") is None
                 nursery.start_soon(arrive, name)
                 await trio.testing.wait_all_tasks_blocked()
-            lots = {"newcomer": 2, "waiting": 0}
-            monkeypatch.setattr("random.randrange", lambda end: min(lots[lot], end - 1))
+            assert admission.refusal("10.0.0.1") is not None
+            assert admission.refusal("10.0.0.2") is None
             nursery.start_soon(arrive, "newcomer")
-    assert set(let_in) == {"waiting", "newcomer", "other"} - {lot}
-    assert admission.counters.value(LIMITS_REACHED, "too_many_failures") == (lot == "waiting")
+    assert set(let_in) == {"waiting", "other"}
 
 
 async def test_failures_may_be_unlimited() -> None:

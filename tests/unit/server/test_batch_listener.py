@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 import trio
 
-from jobworker.server.batch_listener import A_TURN, BatchListener
+from jobworker.server.batch_listener import A_TURN, TURNED_AWAY_A_TURN, BatchListener
+from jobworker.server.turnstile import Presence
 
 COUNT = 2 * A_TURN + 1
 
@@ -29,7 +30,7 @@ async def test_several_are_accepted_in_a_turn_and_no_more() -> None:
         listening.setblocking(False)
         for _ in range(COUNT):
             stack.enter_context(socket.create_connection(listening.getsockname()))
-        listener = BatchListener(listening)
+        listener = BatchListener(listening, lambda _: False, Presence())
 
         trio.lowlevel.add_instrument(turns)
         for _ in range(COUNT):
@@ -39,3 +40,33 @@ async def test_several_are_accepted_in_a_turn_and_no_more() -> None:
         trio.lowlevel.remove_instrument(turns)
         await listener.aclose()
     assert sorted(accepted.values()) == [1, A_TURN, A_TURN]
+
+
+async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn() -> None:
+    turns, turned_away = Turns(), Counter[int]()
+
+    def turn_away(_: socket.socket) -> bool:
+        turned_away[turns.now] += 1
+        return True
+
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=200))
+        listening.setblocking(False)
+        clients = [
+            stack.enter_context(socket.create_connection(listening.getsockname()))
+            for _ in range(100)
+        ]
+        listener, accepted = BatchListener(listening, turn_away, Presence()), 0
+        trio.lowlevel.add_instrument(turns)
+        with trio.move_on_after(5):
+            while accepted + turned_away.total() < len(clients):
+                stream = await listener.accept()
+                accepted += 1
+                stream.socket.close()
+        trio.lowlevel.remove_instrument(turns)
+        assert accepted + turned_away.total() == len(clients)
+        assert max(turned_away.values()) == TURNED_AWAY_A_TURN
+        for client in clients:
+            client.settimeout(5)
+            assert client.recv(1) == b"", "closed"
+        await listener.aclose()

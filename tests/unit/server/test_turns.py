@@ -5,7 +5,7 @@ import trio
 import trio.testing
 from attrs import define, field
 
-from jobworker.errors import JobworkerError, TooManyFailures
+from jobworker.errors import JobworkerError
 from jobworker.server.turns import TURN_SECONDS, Turns
 
 
@@ -72,20 +72,6 @@ async def test_who_has_gone_costs_no_turn(autojump_clock: object) -> None:
     assert clients[-1].had_turn_at is not None
     assert clients[-1].had_turn_at <= began + 2 * TURN_SECONDS
     assert [client.had_turn_at for client in clients[:-1]] == [None] * 19
-
-
-async def test_one_that_waits_may_be_dropped(
-    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    turns, why = Turns(), TooManyFailures("too many")
-    async with trio.open_nursery() as nursery:
-        first, second = await waiting(turns, nursery, 2)
-        monkeypatch.setattr("random.randrange", lambda end: end - 1)
-        assert not turns.drop(why)  # but the newcomer
-        monkeypatch.setattr("random.randrange", lambda _: 0)
-        assert turns.drop(why)
-    assert (first.told, first.had_turn_at) == (why, None)
-    assert second.had_turn_at is not None
 
 
 async def test_turn_of_who_gives_up_is_not_lost(autojump_clock: object) -> None:
