@@ -274,7 +274,7 @@ class Conversation:
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
-        async with self._context.reading:
+        async with self._context.reading.one(self._visitor.identity.common_name):
             request = await in_thread(read_request, message, self._denied)
         return self._session.admit(request)
 

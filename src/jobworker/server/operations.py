@@ -51,7 +51,7 @@ from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
 from jobworker.server.traffic import Traffic
-from jobworker.server.turnstile import Presence, Turnstile
+from jobworker.server.turnstile import Presence, Spells, Turnstile
 
 MESSAGES_A_TURN = 4
 """Of one turn of the event loop: one to two milliseconds."""
@@ -88,12 +88,16 @@ class Context:
     """For large ones, until they are taken."""
     making: Slots = field(factory=lambda: Slots(in_all=4, for_each=1))
     """For the whole records of jobs with long requests, while they are made."""
-    reading: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
+    reading: Spells = field(init=False)
     """One long request is decoded at a time: it competes with the event loop."""
 
     @messages.default
     def _messages(self) -> Turnstile:
         return Turnstile(MESSAGES_A_TURN, self.presence)
+
+    @reading.default
+    def _reading(self) -> Spells:
+        return Spells(self.presence)
 
     @handshakes.default
     def _handshakes(self) -> Turnstile:

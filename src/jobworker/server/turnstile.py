@@ -8,8 +8,10 @@ not, those who wait rest after each turn for as long as it took: they have half 
 and the others find it idle every other moment. Who is alone has all of it.
 """
 
+import math
 from collections import Counter
-from collections.abc import Container
+from collections.abc import AsyncIterator, Container
+from contextlib import asynccontextmanager
 
 import trio
 from attrs import define, field
@@ -19,6 +21,7 @@ from jobworker.jobs.paced import in_turns
 RECENT_SECONDS = 0.5
 MAX_REST_SECONDS = 0.005
 """After a turn that was long for another reason, such as a busy host."""
+MAX_LONG_REST_SECONDS = 0.2
 
 
 @define(eq=False)
@@ -48,6 +51,28 @@ class Presence:
         """Rest where anybody is about."""
         if seconds := self.rest(began):
             await trio.sleep(seconds)
+
+
+@define(eq=False)
+class Spells:
+    """Long work in threads, which compete with the event loop: one at a time, then a rest."""
+
+    _presence: Presence
+    _lock: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
+    _rests_until: float = field(default=-math.inf, init=False)
+
+    @asynccontextmanager
+    async def one(self, name: str) -> AsyncIterator[None]:
+        """Work for a client of that name in the block, when the time has come."""
+        async with self._lock:
+            await trio.sleep_until(self._rests_until)
+            began = trio.current_time()
+            try:
+                yield
+            finally:
+                now = trio.current_time()
+                if self._presence.of_others((name,)):
+                    self._rests_until = now + min(now - began, MAX_LONG_REST_SECONDS)
 
 
 @define(eq=False)
