@@ -142,7 +142,9 @@ class Follower:
             raise trio.ClosedResourceError("this follower was closed")
 
     def poke(self) -> None:
-        """Say that there is more to see: for `Spool.wake`."""
+        """Say that there is more to see: for `Spool.wake`, which may come late."""
+        if self._closed:
+            return
         with suppress(trio.WouldBlock):  # a token that nobody took yet says the same
             self._poke.send_nowait(None)
 

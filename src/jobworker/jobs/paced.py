@@ -4,18 +4,30 @@ Thousands of clients may wait for the end of one job. Woken at once, all of them
 one turn, for seconds.
 """
 
+import logging
 from collections.abc import Callable
 
 import trio
 from attrs import define, field
+
+log = logging.getLogger("jobworker")
 
 AT_A_TIME = 8
 """Each does some 0.1 ms of work before it waits again."""
 
 
 def in_turns(some: Callable[[], bool]) -> None:
-    """Call `some` now and, as long as it returns True, in the loop's next turn again."""
-    if some():
+    """Call `some` now and, as long as it returns True, in the loop's next turn again.
+
+    Each call takes away from what is to be done before it does anything that may fail: so after an
+    unexpected fault, which would end the whole event loop from here, the rest is done all the same.
+    """
+    try:
+        again = some()
+    except Exception:
+        log.exception("an internal fault while others were woken")
+        again = True
+    if again:
         token = trio.lowlevel.current_trio_token()
         token.run_sync_soon(in_turns, some)
 

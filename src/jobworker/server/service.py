@@ -14,6 +14,7 @@ anew.
 
 import logging
 import signal
+import socket
 import sys
 from datetime import UTC, datetime
 from functools import partial
@@ -295,15 +296,21 @@ class _Listener:
 
     async def serve(self) -> None:
         """Accept and serve."""
-        from_a_flood = partial(turn_away, admission=self._context.admission)
         presence = self._context.presence
         listeners = [
-            BatchListener(each, from_a_flood, presence) for each in self._prepared.listeners
+            BatchListener(each, self._turn_away, presence) for each in self._prepared.listeners
         ]
         async with trio.open_nursery() as connections:
             with self._accepting:
                 await trio.serve_listeners(self._serve_one, listeners, handler_nursery=connections)
         self.idle.set()
+
+    def _turn_away(self, accepted: socket.socket) -> bool:
+        try:
+            return turn_away(accepted, self._context.admission)
+        except Exception:  # noqa: BLE001 - recorded; here it would end the service
+            self._context.incidents.record("listener", "a connection that has just come")
+            return False
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
         await serve_connection(stream, self._door, self._context)

@@ -1,8 +1,9 @@
 """What wakes many tasks leaves turns to others."""
 
+import pytest
 import trio
 
-from jobworker.jobs.paced import AT_A_TIME, PacedEvent
+from jobworker.jobs.paced import AT_A_TIME, PacedEvent, in_turns
 
 
 async def test_waiters_are_woken_a_few_in_each_turn() -> None:
@@ -54,3 +55,21 @@ async def test_waiter_that_is_cancelled_holds_up_nobody() -> None:
         await trio.testing.wait_all_tasks_blocked()
         event.set()
     assert sorted(woken) == list(range(100, 200))
+
+
+async def test_fault_ends_neither_the_loop_nor_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    left, done = list(range(10)), list[int]()
+
+    def some() -> bool:
+        number = left.pop(0)
+        if number == 3:
+            raise ValueError("unexpected")
+        done.append(number)
+        return bool(left)
+
+    trio.lowlevel.current_trio_token().run_sync_soon(in_turns, some)
+    with trio.fail_after(5):
+        while left:
+            await trio.lowlevel.checkpoint()
+    assert done == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert "unexpected" in caplog.text

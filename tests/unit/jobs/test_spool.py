@@ -6,7 +6,7 @@ import resource
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from jobworker.errors import Busy, InvalidParams, NotFound, OutputError
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import RECORD, Chunk, Place, View
+from jobworker.jobs.paced import AT_A_TIME
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
 
@@ -344,6 +345,31 @@ async def test_closing_a_follower_ends_its_wait(spool: Spool) -> None:
         statistics = spool.statistics()
         assert (statistics.followers, statistics.idle_followers) == (0, 0)
         spool.wake()  # before the waiting task could run: it must not poke the closed one
+
+
+async def test_followers_that_close_before_they_are_woken_hold_up_nobody(spool: Spool) -> None:
+    """Many are woken a few in each turn of the loop; some leave meanwhile."""
+    followers = [spool.follow() for _ in range(5 * AT_A_TIME)]
+    ended = 0
+
+    async def follow(follower: Follower) -> None:
+        nonlocal ended
+        with suppress(trio.ClosedResourceError):
+            while await follower.receive():
+                pass
+            ended += 1
+
+    async with trio.open_nursery() as nursery:
+        for follower in followers:
+            nursery.start_soon(follow, follower)
+        await trio.testing.wait_all_tasks_blocked()
+        spool.wake()
+        for follower in followers[::2]:
+            follower.close()
+        await spool.seal()
+    assert ended == len(followers) // 2
+    for follower in followers:
+        follower.close()
 
 
 async def test_second_task_at_a_follower_is_refused(spool: Spool) -> None:
