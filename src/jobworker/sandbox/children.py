@@ -182,6 +182,7 @@ class Nursery:
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
+        self._scope_ahead: Scope | None = None
         self._terminals = terminals_each(self.slots)
         self._landlock = landlock.open_scope()
         self._trampoline, self._init = trampoline.open_program(), init_program.open_init()
@@ -213,6 +214,27 @@ class Nursery:
         """Whether another child can be made."""
         return bool(self._free)
 
+    def make_scope_ahead(self) -> bool:
+        """Make the control group of the next child, if there is none: whether there was none.
+
+        The kernel has one lock for all control groups, which may take ten milliseconds: a turn of
+        the launcher's of its own. Raises SandboxError.
+        """
+        if self._scope_ahead is not None:
+            return False
+        self._scope_ahead = self._new_scope()
+        return True
+
+    def remove_scope_ahead(self) -> None:
+        """Remove it: no child is made any more. Raises OSError."""
+        if self._scope_ahead is not None:
+            self._scope_ahead.remove()
+            self._scope_ahead = None
+
+    def _new_scope(self) -> Scope:
+        self._made += 1
+        return self._tree.create(f"job-{self._start}-{self._made}")
+
     def make(self, order: Order | None = None) -> Child:
         """Clone a child that prepares itself, for `order` or as a spare.
 
@@ -221,13 +243,12 @@ class Nursery:
         view = self._stage.view_for(order)
         if not self._free:
             raise SandboxError("every range of ids is in use", data={"step": "place"})
-        self._made += 1
         index = self._free.pop()
-        name = f"job-{self._start}-{self._made}"
-        slot = Slot(name, self._ids.first_of(index), self._ids.each)
         with contextlib.ExitStack() as undo:
             undo.callback(self._free.append, index)
-            child = Child(slot, index, self._tree.create(name))
+            scope, self._scope_ahead = self._scope_ahead or self._new_scope(), None
+            slot = Slot(scope.name, self._ids.first_of(index), self._ids.each)
+            child = Child(slot, index, scope)
             undo.callback(child.scope.remove)
             if order is not None and order.volumes:
                 if self.sweepers.count_kept() >= MAX_KEPT_DISKS:

@@ -147,6 +147,7 @@ class Jobs:
         """End every child, for good."""
         self._wanted_spares = 0
         self._turns.cancel(self._refill)
+        self._nursery.remove_scope_ahead()
         self._late.clear()
         for child in [*self._children, *self._jobs.values()]:
             self.remove(child)
@@ -284,11 +285,12 @@ class Jobs:
             self._turns.call_in(CLEAR_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
-        """Make one spare; more follow in later turns, so that requests are served between."""
+        """Make one spare, in two turns; more follow, so that requests are served between."""
         if len(self._spares) >= self._wanted_spares or not self._nursery.has_room():
             return
         try:
-            self._spares.append(self._make())
+            if not self._nursery.make_scope_ahead():
+                self._spares.append(self._make())
             self._turns.call_in(0, self._refill)
         except (OSError, JobworkerError) as error:
             # The next request tries again and has the reason told to who asked.
