@@ -14,9 +14,15 @@ help:
 demo: $(DEMO_STAMP)
 	@$(BIN)/worker demo
 
-#: make test    everything: lint, types, import rules, all tests (two files at a time)
+#: make test    everything: lint, types, import rules, all tests (two at a time, but for some)
+WITH_SERVICES := tests/integration tests/security tests/e2e
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest tests/unit -q > $(VENV)/unit.log 2>&1 & unit=$$!; failed=0; \
+	$(BIN)/python -m pytest $(WITH_SERVICES) -m alone || failed=1; \
+	wait $$unit || { failed=1; cat $(VENV)/unit.log; }; \
+	echo "unit tests beside them: $$(tail -n 1 $(VENV)/unit.log)"; \
+	$(BIN)/python -m pytest $(WITH_SERVICES) -m "not alone" -n 2 --dist loadfile || failed=1; \
+	exit $$failed
 
 #: make check   in under a minute: lint, types, import rules, unit tests
 check: lint unit

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+UNIT_TESTS = Path(__file__).parent / "unit"
+
 
 def pytest_configure() -> None:
     """Have Ctrl-C mean something: whoever runs the tests in the background ignores it.
@@ -52,8 +54,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail where a disk of a service has stayed, once all workers of pytest-xdist have ended."""
-    if hasattr(session.config, "workerinput"):
+    """Fail where a disk of a service has stayed, once all workers of pytest-xdist have ended.
+
+    Unit tests start no service, and `make test` runs them beside some that do.
+    """
+    items = getattr(session, "items", ())
+    unit_tests_only = items and all(item.path.is_relative_to(UNIT_TESTS) for item in items)
+    if unit_tests_only or hasattr(session.config, "workerinput"):
         return
     deadline, before = time.monotonic() + 20, session.config.stash[BEFORE]
     while (left := attached_disks() - before) and time.monotonic() < deadline:

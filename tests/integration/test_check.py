@@ -27,6 +27,8 @@ from jobworker.pki.administration import init_authority
 from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
 from jobworker.sandbox.probing import Finding
 
+pytestmark = pytest.mark.alone
+
 SOURCE = str(Path(jobworker.__file__).parent.parent)
 WANTED = Wanted(("cpu", "memory", "io", "pids"), "", ("/usr",), "/var/tmp", 2_100_000_000, 2)
 PREAMBLE = f"""

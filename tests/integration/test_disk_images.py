@@ -11,6 +11,8 @@ from jobworker.sandbox.disk_images import MIN_BYTES, Workshop, rounded
 
 from .conftest import disks_in, until
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def workshop(open_directory: Callable[[], Path]) -> Workshop:

@@ -29,6 +29,8 @@ from .test_launcher import Service, make_policy
 from .test_startup import fails_with, serve, site
 from .wire import open_wire
 
+pytestmark = pytest.mark.alone
+
 __all__ = ["make_policy", "site"]
 
 FEW = Settings(

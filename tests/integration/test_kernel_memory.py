@@ -14,6 +14,8 @@ from jobworker.sandbox.policy import Policy
 from .conftest import child_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.alone
+
 MIB = 1 << 20
 
 NETLINK = """

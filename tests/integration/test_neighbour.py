@@ -11,6 +11,8 @@ from bench.neighbour import ATTACKS, Neighbourhood, neighbourhood
 
 from jobworker.sandbox.terminals import MOST
 
+pytestmark = pytest.mark.alone
+
 MANY_MS = 2000.0
 
 

@@ -20,6 +20,8 @@ from .conftest import left_behind
 from .outside import open_launcher, settings_with
 from .wire import Wire, open_wire
 
+pytestmark = pytest.mark.alone
+
 Settings = Mapping[str, Mapping[str, object]]
 
 BASE: dict[str, dict[str, object]] = {

@@ -19,6 +19,8 @@ from jobworker.cli.embedded import open_embedded, program
 from ..integration.outside import open_launcher, settings_with
 from ..integration.wire import open_wire
 
+pytestmark = pytest.mark.alone
+
 MANY_MS = 2000.0
 
 
