@@ -19,6 +19,7 @@ COUNT = ["sh", "-c", SCRIPT, "sh", *["x"] * 900]
 MIB = 1 << 20
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["environment", "secret_environment"])
 async def test_waiting_job_costs_little_and_gets_all_of_its_request(
     open_directory: Callable[[], Path], kind: str

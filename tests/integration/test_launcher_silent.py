@@ -14,7 +14,7 @@ from jobworker.sandbox import channel, launch, version
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 
-from .conftest import child_of
+from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 from .wire import Refused, open_wire
 
@@ -50,10 +50,10 @@ async def test_launcher_that_is_stopped_is_told_and_goes_on(
         with trio.fail_after(30):
             ended = await wire.call("job.wait", id=job)
         assert (ended["state"], ended["exit_code"], ended["stdout_bytes"]) == ("COMPLETED", 0, 5)
+        await until(lambda: "the launcher answers again" in service.log_text())
         after = (await wire.call("job.run", job={"command": ["true"]}))["job"]
         assert isinstance(after, dict)
         assert after["id"] == job + 1, "what was refused at once took no number"
-        assert "the launcher answers again" in service.log_text()
 
 
 def test_launcher_of_another_version_is_refused_by_both_versions(

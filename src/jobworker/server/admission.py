@@ -206,9 +206,13 @@ class Admission:
         return None
 
     def _crowd(self) -> list[Arrival]:
-        """Those that arrive from where most do, the oldest first."""
+        """Those that arrive from where most do, the oldest first.
+
+        Who has shown a certificate is among them only where all have.
+        """
         most = max(self._arriving_of.values())
-        return [each for each in self._arriving if self._arriving_of[each.network] == most]
+        crowd = [each for each in self._arriving if self._arriving_of[each.network] == most]
+        return [each for each in crowd if not each.sound] or crowd
 
     def forget(self, arrival: Arrival) -> None:
         """Count no longer what has arrived, or never will."""

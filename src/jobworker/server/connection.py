@@ -93,9 +93,9 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
+                arrival.sound = True
                 await context.handshakes.enter(network)
                 raw, head = await read_head(stream, http)
-                arrival.sound = True
                 who = admit(stream, head, context.gate.roles, fittings)
                 inside.enter_context(_entered(admission, who, peer))
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)

@@ -178,6 +178,18 @@ async def test_flood_that_is_not_slowed_down_yet_takes_no_place_of_others(
         assert admission.statistics().arriving == 3
 
 
+async def test_who_has_shown_a_certificate_leaves_for_nobody_else(autojump_clock: object) -> None:
+    admission = small(max_handshakes=3)
+    with ExitStack() as stack:
+        honest = stack.enter_context(admission.arrive("honest", "10.0.0.1"))
+        await admission.take_turn(honest)
+        honest.sound = True
+        await trio.sleep(1)
+        for number in range(10):
+            stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
+        assert not honest.was_let_go
+
+
 async def test_newcomer_of_a_slowed_network_leaves_where_there_is_no_place(
     autojump_clock: object,
 ) -> None:
