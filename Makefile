@@ -21,7 +21,8 @@ test: lint
 	$(BIN)/python -m pytest $(WITH_SERVICES) -m alone || failed=1; \
 	wait $$unit || { failed=1; cat $(VENV)/unit.log; }; \
 	echo "unit tests beside them: $$(tail -n 1 $(VENV)/unit.log)"; \
-	$(BIN)/python -m pytest $(WITH_SERVICES) -m "not alone" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest $(WITH_SERVICES) -m "not alone" -n 2 --dist loadfile \
+		2> $(VENV)/workers.log || failed=1; cat $(VENV)/workers.log >&2; \
 	exit $$failed
 
 #: make check   in under a minute: lint, types, import rules, unit tests
