@@ -299,8 +299,7 @@ async def test_large_disks_take_no_output_away_that_the_settings_leave(
         assert (record["state"], record["output_cut"]) == ("COMPLETED", "disk")
         assert isinstance(record["stdout_bytes"], int)
         assert record["stdout_bytes"] > 96 * MIB
-        # It would be 64 MiB, those of three jobs and keep_free; a busy host looks late.
-        assert free_bytes(place) > 24 * MIB
+        assert free_bytes(place) > 48 * MIB, "the disks of three jobs, and keep_free"
 
 
 async def test_host_that_promises_too_much_says_so(open_directory: Directory) -> None:

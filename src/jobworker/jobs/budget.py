@@ -26,8 +26,8 @@ class OutputBudget:
     max_bytes: int = 0
     keep_free_bytes: int = 0
     used_bytes: int = field(default=0, init=False)
-    _promised: tuple[int, int] = field(default=(0, 0), init=False)
-    """What disks might still take when that was told last, and what was free then."""
+    _promised: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
+    """What disks might still take when that was told last, and what was free and used then."""
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
 
     def take(self, wanted: int) -> int:
@@ -62,7 +62,7 @@ class OutputBudget:
 
     def promise(self, count: int) -> None:
         """Note what live jobs' disks may still take. It asks the file system, as `take` does."""
-        self._promised = (count, self._disk_bytes())
+        self._promised = (count, self._disk_bytes(), self.used_bytes)
 
     def give_back(self, count: int) -> None:
         """Give back what was taken and not written, or has been removed."""
@@ -76,9 +76,11 @@ class OutputBudget:
 
     def _free_bytes(self) -> int:
         free = self._disk_bytes()
-        promised, free_then = self._promised
-        # What is gone since then may be what the disks have taken: no output is cut for nothing.
-        promised = max(0, promised - max(0, free_then - free))
+        promised, free_then, used_then = self._promised
+        # What is gone since then, but for output, may be what the disks have taken: no output is
+        # cut for nothing, and none takes their room.
+        gone = free_then - free - (self.used_bytes - used_then)
+        promised = max(0, promised - max(0, gone))
         return free - promised - self.keep_free_bytes
 
     def _disk_bytes(self) -> int:
