@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 
 from jobworker.patient_json import MAX_STRING_CHARACTERS, PatientDecoder
 
-VALUES = st.recursive(
+PLAIN = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    | st.text(max_size=8)
+)
+VALUES = st.recursive(
+    PLAIN,
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=20,
 )
@@ -87,6 +90,30 @@ def test_values_and_levels_are_counted_as_they_come() -> None:
         decode("[[1],[2]]", max_values=4)
     with pytest.raises(ValueError, match="nested deeper than 32"):
         decode("[" * 4_000_000, max_depth=32)
+
+
+@given(
+    st.lists(PLAIN, min_size=60, max_size=140)
+    | st.dictionaries(st.text(max_size=3), PLAIN, min_size=60, max_size=140),
+    st.integers(0, 1000),
+    st.sampled_from(["", ",", '"', "\\", "{", "]", "x", "\n", "0", "1e999", ":", "{}", "[[]],"]),
+    st.integers(0, 2),
+)
+def test_many_plain_entries_are_taken_as_python_takes_them(
+    value: object, at: int, more: str, less: int
+) -> None:
+    text = json.dumps(value)
+    text = text[:at] + more + text[at + less :]
+    assert repr(outcome(decode, text)) == repr(outcome(plain, text))
+
+
+@pytest.mark.parametrize("text", ["[" + "1," * 200 + "1]", "[" + "[]," * 200 + "[]]"])
+def test_each_of_many_plain_entries_counts(text: str) -> None:
+    assert decode(text, max_values=202, max_depth=2) == json.loads(text)
+    with pytest.raises(ValueError, match="more than 201 values"):
+        decode(text, max_values=201)
+    with pytest.raises(ValueError, match="nested deeper than 1 levels"):
+        decode(f"[{text}]", max_depth=1)
 
 
 def test_long_string_is_read_within_a_bound() -> None:

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from jobworker.convert import dumps, loads
 from jobworker.errors import Busy
-from jobworker.jobs.spec_json import batches_of
+from jobworker.json_pieces import batches_of
 from jobworker.model.units import format_size
 
 SMALL_BYTES = 4096

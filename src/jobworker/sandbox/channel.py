@@ -18,6 +18,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 
+from jobworker import json_pieces
 from jobworker.errors import ProtocolError
 
 MAX_DESCRIPTORS = 16
@@ -42,7 +43,7 @@ def encode(message: Message, descriptors: Sequence[int]) -> tuple[bytes, Ancilla
 
 def pieces(message: Message) -> Iterator[str]:
     """The body of a message in small pieces, for a sender that does other things in between."""
-    return _ENCODER.iterencode(message)
+    return json_pieces.pieces(message, _ENCODER.encode)
 
 
 def pack(body: bytes, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, list[int]]:

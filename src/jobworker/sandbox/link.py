@@ -12,7 +12,6 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from itertools import islice
 from types import MappingProxyType
 from typing import Protocol
 
@@ -79,8 +78,8 @@ class Waitable(Protocol):
         """Wait until it has."""
 
 
-PIECES_A_TURN = 2000
-"""Pieces of a request that are encoded before other tasks have their turn: about a millisecond."""
+LONG_PIECE = 1000
+"""Characters of a piece of a request after which other tasks have their turn."""
 _LARGE_REPLIES = frozenset({"plan", "volume.list"})
 """Operations whose reply may be too large for a packet, and then travels in a descriptor."""
 
@@ -486,10 +485,10 @@ def launcher_silent(job: JobId | None = None) -> LauncherSilent:
 
 async def _body_of(message: channel.Message) -> bytes:
     """Encode a message; other tasks have turns meanwhile where it is long."""
-    body, left = list[str](), channel.pieces(message)
-    while some := list(islice(left, PIECES_A_TURN)):
-        body += some
-        if len(some) == PIECES_A_TURN:
+    body = list[str]()
+    for piece in channel.pieces(message):
+        body.append(piece)
+        if len(piece) > LONG_PIECE:
             await trio.lowlevel.checkpoint()
     return "".join(body).encode()
 

@@ -8,6 +8,7 @@ not, those who wait rest after each turn for as long as it took: they have half 
 and the others find it idle every other moment. Who is alone has all of it.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Container
@@ -15,12 +16,15 @@ from contextlib import asynccontextmanager
 
 import trio
 from attrs import define, field
+from trio.testing import wait_all_tasks_blocked
 
-from jobworker.jobs.paced import in_turns
+
+log = logging.getLogger("jobworker")
 
 RECENT_SECONDS = 0.5
 MAX_REST_SECONDS = 0.005
 """After a turn that was long for another reason, such as a busy host."""
+MAX_BUSY_SECONDS = 0.02
 MAX_LONG_REST_SECONDS = 0.2
 
 
@@ -29,6 +33,9 @@ class Presence:
     """Who has asked for something a moment ago."""
 
     _seen: dict[str, float] = field(factory=dict, init=False)
+    _resting: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
+    _rested: float = field(default=-math.inf, init=False)
+    """When the last rest ended."""
 
     def saw(self, name: str) -> None:
         """This client has asked."""
@@ -41,16 +48,18 @@ class Presence:
             del self._seen[name]
         return any(name not in than for name in self._seen)
 
-    def rest(self, began: float, than: Container[str] = ()) -> float:
-        """How long those `than` whom others are about shall rest after work that began then."""
-        if not self.of_others(than):
-            return 0
-        return min(trio.current_time() - began, MAX_REST_SECONDS)
+    async def rest_after(self, began: float, than: Container[str] = ()) -> None:
+        """Rest after work that began then, where others `than` those who wait are about.
 
-    async def rest_after(self, began: float) -> None:
-        """Rest where anybody is about."""
-        if seconds := self.rest(began):
-            await trio.sleep(seconds)
+        What the work has set going ends first, and counts.
+        """
+        if self.of_others(than):
+            async with self._resting:
+                with trio.move_on_after(MAX_BUSY_SECONDS):
+                    await wait_all_tasks_blocked()
+                worked = trio.current_time() - max(began, self._rested)
+                await trio.sleep(min(worked, MAX_REST_SECONDS))
+                self._rested = trio.current_time()
 
 
 @define(eq=False)
@@ -88,6 +97,7 @@ class Turnstile:
     """By name, in their order, with their costs."""
     _began: float | None = field(default=None, init=False)
     """When the turn began, while one is counted."""
+    _keeper: trio.lowlevel.Task | None = field(default=None, init=False)
 
     async def enter(self, name: str, cost: int = 1) -> None:
         """Wait for a turn of this name. Without others of the name it is no checkpoint."""
@@ -114,22 +124,23 @@ class Turnstile:
     def _count(self) -> None:
         if self._began is None:
             self._began = trio.current_time()
-            trio.lowlevel.current_trio_token().run_sync_soon(in_turns, self._end_turn)
+            if self._keeper is None:
+                self._keeper = trio.lowlevel.spawn_system_task(self._keep)
+            else:
+                trio.lowlevel.reschedule(self._keeper)
 
-    def _end_turn(self) -> bool:
-        """Begin the next turn, at once or after a rest; whether it is to be ended at once."""
-        assert self._began is not None
-        if self._waiting and (rest := self._presence.rest(self._began, self._waiting)):
-            trio.lowlevel.spawn_system_task(self._begin_after, rest)
-            return False
-        self._begin()
-        return self._began is not None
-
-    async def _begin_after(self, seconds: float) -> None:
-        await trio.sleep(seconds)
-        self._begin()
-        if self._began is not None:
-            trio.lowlevel.current_trio_token().run_sync_soon(in_turns, self._end_turn)
+    async def _keep(self) -> None:
+        """Begin one turn after the other, for as long as somebody passes."""
+        while True:
+            while self._began is not None:
+                await trio.lowlevel.checkpoint()
+                try:
+                    if self._waiting:
+                        await self._presence.rest_after(self._began, self._waiting)
+                    self._begin()
+                except Exception:  # it would end the whole event loop
+                    log.exception("an internal fault between two turns")
+            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
 
     def _begin(self) -> None:
         self._passed.clear()

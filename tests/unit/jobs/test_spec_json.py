@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 
 from jobworker.convert import unstructure
-from jobworker.jobs.spec_json import PIECE_CHARACTERS, spec_pieces
+from jobworker.jobs.spec_json import spec_pieces
+from jobworker.json_pieces import PIECE_CHARACTERS
 from jobworker.model.job import MAX_ARGUMENT_BYTES, JobRecord, JobSpec
 from jobworker.model.summary import summarize
 
