@@ -22,11 +22,11 @@ def pieces(value: object, encode: Encode) -> Iterator[str]:
     Lists and objects are taken apart, and what they hold that is neither is encoded many at a time.
     """
     if isinstance(value, Mapping):
-        batches = _batches(value.items(), lambda entry: entry[1])
-        yield from _joined("{", (_members(batch, encode) for batch in batches), "}")
+        entries = _batches(value.items(), lambda entry: entry[1])
+        yield from _joined("{", (_members(batch, encode) for batch in entries), "}")
     elif isinstance(value, list | tuple):
-        batches = _batches(value, lambda entry: entry)
-        yield from _joined("[", (_items(batch, encode) for batch in batches), "]")
+        parts = (_items(batch, encode) for batch in _batches(value, lambda entry: entry))
+        yield from _joined("[", parts, "]")
     else:
         yield encode(value)
 

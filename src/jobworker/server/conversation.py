@@ -15,12 +15,13 @@ that takes nothing for too long, cancels what is being sent.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import trio
-import trio_websocket
 from attrs import define, field
+from trio_websocket import ConnectionClosed
 
 from jobworker.convert import LONG_CHARACTERS
 from jobworker.errors import (
@@ -38,6 +39,7 @@ from jobworker.errors import (
     TooManyRequests,
     TooSlow,
 )
+from jobworker.jobs.paced import AT_A_TIME
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
@@ -94,6 +96,8 @@ class Conversation:
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
     _sends: set[trio.CancelScope] = field(factory=set)
     """Messages that are being sent, each with the right to be sent whole."""
+    _calls: set[trio.CancelScope] = field(factory=set)
+    """Of the tasks that serve them."""
     _busy: int = 0
     """Replies that are being sent, and notifications that are being served."""
     _less_busy: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
@@ -149,6 +153,25 @@ class Conversation:
             self._end(slow)
             await trio.sleep_forever()
 
+    async def _let_go(self) -> None:
+        """End the calls that are being served, some at a time: all at once would hold the loop."""
+        self._leaving = True
+        with trio.CancelScope(shield=True):
+            for scopes in (self._sends, self._calls):
+                while some := tuple(islice(scopes, AT_A_TIME)):
+                    for scope in some:
+                        scope.cancel()
+                    scopes.difference_update(some)
+                    await trio.lowlevel.checkpoint()
+
+    async def _in_scope(self, serve: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        with trio.CancelScope() as scope:
+            self._calls.add(scope)
+            try:
+                await serve(*arguments)
+            finally:
+                self._calls.discard(scope)
+
     def refuses_large(self) -> bool:
         """Whether the client may send no large message, since it may not run jobs."""
         return self._denied(METHODS["job.run"]) is not None
@@ -156,16 +179,17 @@ class Conversation:
     async def serve(self) -> None:
         """Answer calls until the client goes, or has to."""
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._ping)
-                    try:
-                        while True:
-                            await self._take(await self._next_message(), nursery)
-                    finally:
-                        for send in self._sends:
-                            send.cancel()
-        except* trio_websocket.ConnectionClosed:
+            async with trio.open_nursery() as calls:
+                try:
+                    with self._scope:
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(self._ping)
+                            while True:
+                                await self._take(await self._next_message(), calls)
+                finally:
+                    await self._let_go()
+                    calls.cancel_scope.cancel()
+        except* ConnectionClosed:
             closed = self._socket.closed
             if closed is not None and closed.code == TOO_BIG:
                 limit = self._context.admission.limits.max_message_bytes
@@ -224,7 +248,7 @@ class Conversation:
         await self._context.messages.enter(name)
         return message
 
-    async def _take(self, message: str | bytes, nursery: trio.Nursery) -> None:
+    async def _take(self, message: str | bytes, calls: trio.Nursery) -> None:
         """Serve a message, or have a task serve it.
 
         The reader waits for the end of large ones, since they hold memory. One that was only
@@ -232,7 +256,7 @@ class Conversation:
         """
         large = len(message) > LARGE_BYTES
         if large:
-            nursery.start_soon(self._end_unless_served, self.intake.begin())
+            calls.start_soon(self._end_unless_served, self.intake.begin())
         received = await self._read(message)
         del message
         # Requests that wait for a job do not count here, for credits must pass them.
@@ -246,11 +270,11 @@ class Conversation:
             await self._outcome(received)
         elif large and received.method.name in LARGE_REQUESTS:
             serve = self._answer if received.answered else self._outcome
-            nursery.start_soon(self._deliver, await serve(received))
+            calls.start_soon(self._in_scope, self._deliver, await serve(received))
         elif received.answered:
-            nursery.start_soon(self._serve_call, received)
+            calls.start_soon(self._in_scope, self._serve_call, received)
         else:
-            nursery.start_soon(self._serve_notification, received)
+            calls.start_soon(self._in_scope, self._serve_notification, received)
 
         if large:
             self.intake.end()
@@ -389,18 +413,25 @@ class Conversation:
         """Send a message, or several; whole or not at all. Who takes nothing is let go."""
         if self._leaving:
             await trio.sleep_forever()  # until the connection has ended
+        sent = False
         with trio.CancelScope(shield=True) as right:
             self._sends.add(right)
             try:
                 frames = [frame_text(message)] if isinstance(message, str) else message
                 await self._socket.send_frames(frames)
+                sent = True
             except SendStalled as stalled:
                 self._end(stalled)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed) as broken:
+                log.debug("%s: cannot send: %r", self._visitor.peer, broken)
+                self._scope.cancel()
             finally:
                 self._sends.discard(right)
                 if not self._sends:
                     self._quiet.set()
         await trio.lowlevel.checkpoint_if_cancelled()
+        if not sent:
+            await trio.sleep_forever()  # until it is let go
 
     async def _ping(self) -> None:
         """Ping the client from time to time; one that neither answers nor takes anything has to go.

@@ -67,7 +67,7 @@ FAREWELL_SECONDS = 1.0
 
 Those of clients that do so end much sooner.
 """
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 """How long a thread may keep the interpreter's lock while the event loop waits for it."""
 FREE_BYTES = 16 << 20
 """What the service keeps of the memory that it has freed."""

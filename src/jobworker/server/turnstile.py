@@ -18,11 +18,12 @@ import trio
 from attrs import define, field
 from trio.testing import wait_all_tasks_blocked
 
-
 log = logging.getLogger("jobworker")
 
 RECENT_SECONDS = 0.5
-MAX_REST_SECONDS = 0.005
+REST = 2
+"""How long floods rest, of the time that they took."""
+MAX_REST_SECONDS = 0.01
 """After a turn that was long for another reason, such as a busy host."""
 MAX_BUSY_SECONDS = 0.02
 MAX_LONG_REST_SECONDS = 0.2
@@ -58,7 +59,7 @@ class Presence:
                 with trio.move_on_after(MAX_BUSY_SECONDS):
                     await wait_all_tasks_blocked()
                 worked = trio.current_time() - max(began, self._rested)
-                await trio.sleep(min(worked, MAX_REST_SECONDS))
+                await trio.sleep(min(REST * worked, MAX_REST_SECONDS))
                 self._rested = trio.current_time()
 
 
