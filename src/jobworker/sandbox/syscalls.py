@@ -48,7 +48,7 @@ _TUNGETIFF, _TUNATTACHFILTER = 0x800454D2, 0x401054D5
 _IFREQ_BYTES = 40
 _SOL_SOCKET, _SO_ATTACH_FILTER = 1, 26
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 # mount(2)
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -351,12 +351,16 @@ def file_system_type(path: str) -> int:
 def keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
     """Have malloc keep up to `trim_bytes` that are free, and take what is below `mmap_bytes` there.
 
+    Threads that are started afterwards have no arenas of their own: of such, malloc_trim(3) gives
+    back nothing that lies at the end.
+
     mallopt(3), of glibc; with another C library nothing is done.
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, trim_bytes)
         mallopt(_M_MMAP_THRESHOLD, mmap_bytes)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:

@@ -22,6 +22,8 @@ from jobworker.threads import in_thread
 LOOK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 64.0
 NOTABLE_BYTES = 4 << 20
+MANY_TASKS = 500
+"""With so many a search for cycles may take more than 5 ms."""
 _OWN = Path("/proc/self/statm")
 
 
@@ -46,6 +48,8 @@ async def keep_small() -> None:
         if before > least + NOTABLE_BYTES:
             pause = LOOK_SECONDS
         if waited >= pause:
+            if trio.lowlevel.current_statistics().tasks_living < MANY_TASKS:
+                gc.collect()  # what a broken connection had, up to a megabyte each
             await in_thread(give_back_freed_memory)
             waited, least = 0.0, resident_bytes()
             fruitful = before > least + NOTABLE_BYTES

@@ -3,25 +3,49 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
+import gc
 import trio
+from threading import Barrier
 from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.memory import keep_small, resident_bytes
 
+def below_a_block_in_use():
+    held = [bytes([1]) * 300_000 for _ in range(300)]
+    yield held.pop()  # it lies above the others and stays
+
+async def in_threads():
+    met = Barrier(8)
+    def work():
+        held = [bytes([1]) * 20_000 for _ in range(600)]
+        met.wait()
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(trio.to_thread.run_sync, work)
+
+def in_cycles():
+    for _ in range(300):
+        cycle = [bytes([1]) * 300_000]
+        cycle.append(cycle)
+
 async def main():
+    gc.disable()  # nothing else is made that would start a search
+    await trio.to_thread.run_sync(int)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keep_small)
         await trio.testing.wait_all_tasks_blocked()
         before = resident_bytes()
-        held = [bytes([1]) * 300_000 for _ in range(300)]
-        last = held.pop()  # it lies above the others and stays
-        assert resident_bytes() > before + 80_000_000
-        held.clear()
-        with trio.fail_after(30):
+        {made}
+        assert resident_bytes() > before + 60_000_000, "the control"
+        {freed}
+        with trio.move_on_after(20):
             while resident_bytes() > before + 20_000_000:
                 await trio.sleep(0.05)
+        kept = resident_bytes() - before
+        assert kept < 20_000_000, kept
         nursery.cancel_scope.cancel()
-        assert last
 
 import trio.testing
 keep_freed_memory(16 << 20, 2 << 20)  # as the service does
@@ -29,8 +53,18 @@ trio.run(main)
 """
 
 
-def test_memory_that_was_freed_below_a_block_in_use_is_given_back() -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)
+@pytest.mark.parametrize(
+    ("made", "freed"),
+    [
+        ("made = below_a_block_in_use(); last = next(made)", "made.close()"),
+        ("await in_threads()", ""),
+        ("in_cycles()", ""),
+    ],
+    ids=["below a block in use", "in threads", "in cycles"],
+)
+def test_memory_that_was_freed_is_given_back(made: str, freed: str) -> None:
+    program = PROGRAM.format(made=made, freed=freed)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 SEARCHED = """
