@@ -13,6 +13,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox.disk_images import label_of
 from jobworker.server import reader
 from jobworker.server.setup import instance_name
 
@@ -59,13 +60,24 @@ def child_of(pid: int) -> int:
 
 
 def disks_in(directory: Path) -> list[str]:
-    """The loop devices that are attached to files in a directory, deleted ones included."""
+    """The loop devices of a service's directory: of volumes by their file, of jobs by their label.
+
+    `directory` is that of the service, or the one for its jobs' disks.
+    """
+    labels = {label_of(str(each)) for each in (directory, directory / "state" / "scratch")}
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        name = backing.parts[3]
         with suppress(OSError):  # just detached
-            if backing.read_text().startswith(f"{directory}/"):
-                found.append(backing.parts[3])
+            if backing.read_text().startswith(f"{directory}/") or _label(name) in labels:
+                found.append(name)
     return found
+
+
+def _label(device: str) -> str:
+    """The label of the ext4 on a device: s_volume_name of its superblock."""
+    with open(f"/dev/{device}", "rb", buffering=0) as file:
+        return os.pread(file.fileno(), 16, 1024 + 0x78).rstrip(b"\0").decode(errors="replace")
 
 
 def disks_of_size(size: int) -> int:

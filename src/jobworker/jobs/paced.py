@@ -1,4 +1,4 @@
-"""Wakes many tasks a few at a time, so that others get their turns of the event loop in between.
+"""Wakes or cancels many tasks a few at a time: others get their turns of the event loop in between.
 
 Thousands of clients may wait for the end of one job. Woken at once, all of them do their work in
 one turn, for seconds.
@@ -6,6 +6,7 @@ one turn, for seconds.
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 
 import trio
 from attrs import define, field
@@ -30,6 +31,19 @@ def in_turns(some: Callable[[], bool]) -> None:
     if again:
         token = trio.lowlevel.current_trio_token()
         token.run_sync_soon(in_turns, some)
+
+
+async def cancel_in_turns(scopes: set[trio.CancelScope]) -> None:
+    """Cancel all of them, a few in each turn of the loop, and leave the set empty.
+
+    That is never cut short: those who wait for them have no other way out.
+    """
+    with trio.CancelScope(shield=True):
+        while some := tuple(islice(scopes, AT_A_TIME)):
+            for scope in some:
+                scope.cancel()
+            scopes.difference_update(some)
+            await trio.lowlevel.checkpoint()
 
 
 @define(eq=False)

@@ -21,6 +21,7 @@ does to the control group of whoever caused it, so that I/O limits on the disk b
 Standard library only. Sources: loop(4), ext4(5), mke2fs(8), Documentation/filesystems/ext4.
 """
 
+import binascii
 import errno
 import fcntl
 import os
@@ -78,6 +79,8 @@ class Workshop(NamedTuple):
     """Bytes that are to stay free on the disk below."""
     reserve: bool = False
     """Whether images take all of their size at once."""
+    label: str = ""
+    """What file systems are called: lsblk(8) shows it."""
 
 
 class Disk(NamedTuple):
@@ -96,6 +99,11 @@ class Terms(NamedTuple):
     """Of those of jobs that ask for no other."""
     keep_free: int
     reserve: bool
+
+
+def label_of(directory: str) -> str:
+    """What the disks of jobs are called whose service has this directory for them."""
+    return f"jobs-{binascii.crc32(os.fsencode(directory)):08x}"
 
 
 def rounded(size: int) -> int:
@@ -191,7 +199,7 @@ def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> 
         os.set_inheritable(image, True)
         options = ["-q", "-F", "-t", "ext4", "-O", features, "-b", str(BLOCK), "-I", "256"]
         options += ["-i", str(_BYTES_PER_INODE), "-m", "0"]
-        options += ["-E", "lazy_itable_init=1,nodiscard"]
+        options += ["-E", "lazy_itable_init=1,nodiscard", "-L", workshop.label]
         name = f"/proc/self/fd/{image}"
         if program is not None:
             arguments = [_MKE2FS, *options, name, f"{size >> 10}k"]

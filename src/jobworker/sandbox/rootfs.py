@@ -92,7 +92,12 @@ def enter(
         for number, name in enumerate(runtimes, start=len(trees))
     }
     for_volumes = Workshop(VOLUMES, {}, f"{BASE}/root", shown, disks.keep_free)
-    workshop = for_volumes._replace(directory=SCRATCH, blanks=blanks, reserve=disks.reserve)
+    workshop = for_volumes._replace(
+        directory=SCRATCH,
+        blanks=blanks,
+        reserve=disks.reserve,
+        label=disk_images.label_of(scratch),
+    )
     return Stage(view, workshop, (), others, for_volumes)
 
 
@@ -121,7 +126,7 @@ def _try_mapping(mounts: Mapping[str, str]) -> None:
 
 def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
     """Empty file systems of the sizes that are needed often. Raises HostUnsupported."""
-    here = Workshop(scratch, {}, "", ())
+    here = Workshop(scratch, {}, "", (), label=disk_images.label_of(scratch))
     try:
         return {size: disk_images.make_blank(here, size) for size in (_BASE_BYTES, disk_bytes)}
     except OSError as error:

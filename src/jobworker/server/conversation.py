@@ -17,7 +17,6 @@ that takes nothing for too long, cancels what is being sent.
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 import trio
 from attrs import define, field
@@ -39,7 +38,7 @@ from jobworker.errors import (
     TooManyRequests,
     TooSlow,
 )
-from jobworker.jobs.paced import AT_A_TIME
+from jobworker.jobs.paced import cancel_in_turns
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
@@ -156,13 +155,8 @@ class Conversation:
     async def _let_go(self) -> None:
         """End the calls that are being served, some at a time: all at once would hold the loop."""
         self._leaving = True
-        with trio.CancelScope(shield=True):
-            for scopes in (self._sends, self._calls):
-                while some := tuple(islice(scopes, AT_A_TIME)):
-                    for scope in some:
-                        scope.cancel()
-                    scopes.difference_update(some)
-                    await trio.lowlevel.checkpoint()
+        await cancel_in_turns(self._sends)
+        await cancel_in_turns(self._calls)
 
     async def _in_scope(self, serve: Callable[..., Awaitable[None]], *arguments: object) -> None:
         with trio.CancelScope() as scope:

@@ -4,8 +4,9 @@ Each connection has tasks of its own, and a turn of the loop runs all that are r
 two hundred and asks on all of them would have two hundred requests served before anybody else's.
 
 A request of anybody takes several turns. So where some have to wait, and others are about who do
-not, those who wait rest after each turn for as long as it took: they have half of the loop at most,
-and the others find it idle every other moment. Who is alone has all of it.
+not, the next turn of those who wait begins when the loop has nothing else to do and has then been
+left alone for some time: a flood has a third of the loop at most, and the others find it idle
+mostly. Who is alone has all of it.
 """
 
 import logging
@@ -22,10 +23,11 @@ log = logging.getLogger("jobworker")
 
 RECENT_SECONDS = 0.5
 REST = 2
-"""How long floods rest, of the time that they took."""
+"""For so many times as long as a turn took, all that it has set going included, floods rest."""
 MAX_REST_SECONDS = 0.01
 """After a turn that was long for another reason, such as a busy host."""
 MAX_BUSY_SECONDS = 0.02
+"""Others may keep the loop busy: those who wait go on after so long."""
 MAX_LONG_REST_SECONDS = 0.2
 
 
@@ -34,9 +36,6 @@ class Presence:
     """Who has asked for something a moment ago."""
 
     _seen: dict[str, float] = field(factory=dict, init=False)
-    _resting: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
-    _rested: float = field(default=-math.inf, init=False)
-    """When the last rest ended."""
 
     def saw(self, name: str) -> None:
         """This client has asked."""
@@ -55,12 +54,10 @@ class Presence:
         What the work has set going ends first, and counts.
         """
         if self.of_others(than):
-            async with self._resting:
-                with trio.move_on_after(MAX_BUSY_SECONDS):
-                    await wait_all_tasks_blocked()
-                worked = trio.current_time() - max(began, self._rested)
-                await trio.sleep(min(REST * worked, MAX_REST_SECONDS))
-                self._rested = trio.current_time()
+            with trio.move_on_after(MAX_BUSY_SECONDS):
+                await wait_all_tasks_blocked()
+            worked = trio.current_time() - began
+            await trio.sleep(min(REST * worked, MAX_REST_SECONDS))
 
 
 @define(eq=False)

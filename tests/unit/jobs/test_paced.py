@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from jobworker.jobs.paced import AT_A_TIME, PacedEvent, in_turns
+from jobworker.jobs.paced import AT_A_TIME, PacedEvent, cancel_in_turns, in_turns
 
 
 async def test_waiters_are_woken_a_few_in_each_turn() -> None:
@@ -73,3 +73,32 @@ async def test_fault_ends_neither_the_loop_nor_the_work(caplog: pytest.LogCaptur
             await trio.lowlevel.checkpoint()
     assert done == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert "unexpected" in caplog.text
+
+
+async def test_scopes_are_cancelled_a_few_in_each_turn_and_all_of_them() -> None:
+    scopes, turns, ended = set[trio.CancelScope](), list[int](), 0
+
+    async def wait() -> None:
+        nonlocal ended
+        with trio.CancelScope() as scope:
+            scopes.add(scope)
+            await trio.sleep_forever()
+        ended += 1
+
+    async def count() -> None:
+        while ended < 200:
+            before = ended
+            await trio.lowlevel.checkpoint()
+            turns.append(ended - before)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(200):
+            nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(count)
+        with trio.CancelScope() as impatient:
+            impatient.cancel()
+            await cancel_in_turns(scopes)
+    assert ended == 200
+    assert not scopes
+    assert max(turns) <= 2 * AT_A_TIME

@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+import pytest
 import trio
+import trio.testing
 
-from jobworker.server.turnstile import Presence, Turnstile
+from jobworker.server.turnstile import REST, Presence, Turnstile
 
 MOST = 4
 
@@ -86,3 +88,90 @@ async def test_who_is_cancelled_holds_up_nobody() -> None:
         for number in range(100, 150):
             nursery.start_soon(enter, number)
     assert set(range(100, 150)) <= set(entered)
+
+
+async def test_what_a_turn_has_set_going_ends_before_the_next_begins(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    presence = Presence()
+    turnstile, active, most_active = Turnstile(MOST, presence), 0, 0
+    presence.saw("quiet")
+
+    async def request() -> None:
+        nonlocal active, most_active
+        await turnstile.enter("flood")
+        active += 1
+        most_active = max(most_active, active)
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
+        active -= 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10 * MOST):
+            nursery.start_soon(request)
+    assert mock_clock.current_time() == 0, "the control: the bound on a busy loop was not reached"
+    assert most_active == MOST
+
+
+async def test_who_is_alone_waits_for_nothing(mock_clock: trio.testing.MockClock) -> None:
+    presence, turns = Presence(), Turns()
+    turnstile = Turnstile(MOST, presence)
+    presence.saw("flood")
+
+    async def request() -> None:
+        await turnstile.enter("flood")
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
+
+    trio.lowlevel.add_instrument(turns)
+    async with trio.open_nursery() as nursery:
+        for _ in range(10 * MOST):
+            nursery.start_soon(request)
+    trio.lowlevel.remove_instrument(turns)
+    assert turns.now < 10 + 3 * 10
+
+
+async def test_a_busy_loop_keeps_nobody_waiting_for_good(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    presence = Presence()
+    turnstile = Turnstile(MOST, presence)
+
+    async def be_busy() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            autojump_clock.jump(0.001)
+            presence.saw("quiet")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(be_busy)
+        async with trio.open_nursery() as flood:
+            for _ in range(10 * MOST):
+                flood.start_soon(turnstile.enter, "flood")
+        nursery.cancel_scope.cancel()
+    assert autojump_clock.current_time() < 10 * 0.04 + 0.1
+
+
+async def test_floods_of_several_kinds_rest_together(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    presence = Presence()
+    turnstiles = [Turnstile(1, presence), Turnstile(1, presence)]
+    worked = 0.0
+    presence.saw("quiet")
+
+    async def request(turnstile: Turnstile, steps: int) -> None:
+        nonlocal worked
+        await turnstile.enter("flood")
+        for _ in range(steps):
+            autojump_clock.jump(0.0002)
+            worked += 0.0002
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        for turnstile, steps in zip(turnstiles, (1, 5), strict=True):
+            for _ in range(200):
+                nursery.start_soon(request, turnstile, steps)
+        await trio.sleep(0.2)
+        assert worked == pytest.approx(0.2 / (1 + REST), rel=0.1)
+        nursery.cancel_scope.cancel()
