@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import trio
 
-from jobworker.server.local_user import FIRST_SHARED
+from jobworker.config import FIRST_UID
 from jobworker.tls_stream import TLSStream
 
 UPGRADE = (
@@ -394,7 +394,7 @@ async def hellos(target: Target) -> Stage:
     with suppress(ssl.SSLWantReadError):
         tls.do_handshake()
     hello = outgoing.read()
-    os.setuid(FIRST_SHARED)
+    os.setuid(FIRST_UID)
 
     async def begin() -> None:
         while True:

@@ -19,6 +19,8 @@ from typing import Any
 from attrs import define, field
 
 FIRST_PIECE = 4096
+ESCAPE_CHARACTERS = 12
+"""Of one character, as two UTF-16 units are written."""
 MAX_STRING_CHARACTERS = 6 * 131_072
 """Of one string as it is written: a job's longest argument with every character escaped."""
 
@@ -29,8 +31,8 @@ _WORD = re.compile(r"null|true|false")
 _CONSTANT = re.compile(r"NaN|Infinity|-Infinity")
 
 _SHORT_STRING = (
-    r'"[^"\\\x00-\x1f]{0,1000}+'
-    r'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]{0,100}+){0,100}+"'
+    r'"[^"\\\x00-\x1f]{0,200}+'
+    r'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]{0,20}+){0,8}+"'
 )
 _PLAIN = (
     rf"[ \t\n\r]{{0,9}}+(?:{_SHORT_STRING}|-?(?:0|[1-9][0-9]{{0,30}}+)"
@@ -160,7 +162,9 @@ class PatientDecoder:
             try:
                 value, used = scanstring(piece, 0, True)
             except JSONDecodeError as fault:
-                if len(piece) < size or "control character" in fault.msg:
+                # Only at its end may it be the piece that is at fault.
+                whole = len(piece) < size or fault.pos + ESCAPE_CHARACTERS < size
+                if (whole and "Unterminated" not in fault.msg) or len(piece) < size:
                     raise JSONDecodeError(fault.msg, self.text, start + fault.pos) from None
                 if size >= MAX_STRING_CHARACTERS:
                     raise ValueError(

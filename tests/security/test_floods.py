@@ -4,18 +4,20 @@ Counted are bytes of memory and the event loop's own processor time, never secon
 """
 
 import json
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from bench.turns import Turns, watched_turns
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from jobworker.cli.embedded import Embedded, open_embedded
 
-from ..integration.conftest import running
+from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
 from .raw_socket import TEXT, frame, open_raw
 
@@ -229,3 +231,50 @@ async def test_waits_and_follows_of_one_name_are_bounded_on_all_its_connections(
             for wire in (one, two):
                 for _ in range(11):
                     await wire.call("job.wait", id=ended)
+
+
+async def test_client_that_takes_no_refusal_holds_up_no_end_of_the_service(
+    open_directory: Callable[[], Path],
+) -> None:
+    async with open_embedded(open_directory(), {}) as service, AsyncExitStack() as stack:
+        raw = await stack.enter_async_context(open_raw(service, buffer=2048))
+        sent = 0
+        with trio.move_on_after(3):
+            while True:  # what is refused says what was asked for, so that replies are longer
+                request = {"jsonrpc": "2.0", "id": sent, "method": f"{sent}{'x' * 400}"}
+                await raw.send(frame(TEXT, json.dumps(request).encode()))
+                sent += 1
+        assert sent > 20, "the control: nothing more is read from it, since it takes nothing"
+        service.process.send_signal(signal.SIGTERM)
+        # server.stall_timeout is a minute
+        await until(lambda: "INFO ended" in service.log_text())
+
+
+def _is_told(service: Embedded, times: int) -> bool:
+    return service.log_text().count("message_too_large") == times
+
+
+async def test_too_large_a_message_is_told_also_while_output_is_sent(
+    open_directory: Callable[[], Path],
+) -> None:
+    async with open_embedded(open_directory(), {}) as service:
+        for number in range(1, 4):
+            async with open_socket(service) as socket, trio.open_nursery() as nursery:
+                job = {"command": ["head", "-c", "60000000", "/dev/zero"]}
+                call = {"jsonrpc": "2.0", "id": 1, "method": "job.run"}
+                await socket.send_message(
+                    json.dumps({**call, "params": {"job": job, "follow": {}}})
+                )
+
+                async def take(socket: WebSocketConnection = socket) -> None:
+                    with suppress(ConnectionClosed):
+                        while True:
+                            await socket.get_message()
+
+                nursery.start_soon(take)
+                await trio.sleep(0.05)
+                with suppress(ConnectionClosed):
+                    await socket.send_message("x" * (5 * MEBIBYTE))
+                await until(partial(_is_told, service, number))
+                nursery.cancel_scope.cancel()
+            await trio.sleep(1.1)  # the log has one of a kind in a second

@@ -122,3 +122,14 @@ def test_long_string_is_read_within_a_bound() -> None:
     for too_long in ("a" * MAX_STRING_CHARACTERS, "\\n" * MAX_STRING_CHARACTERS):
         with pytest.raises(ValueError, match="a string in it has more than"):
             decode(f'["{too_long}"]')
+
+
+@pytest.mark.parametrize("wrong", ['"\\x"', '"\\u12x4"', '"a\nb"'])
+def test_wrong_string_is_told_as_python_tells_it_however_long_the_text(wrong: str) -> None:
+    for before in (0, 5000):
+        text = f'["{"a" * before}",{wrong},"{"b" * MAX_STRING_CHARACTERS}"]'
+        with pytest.raises(json.JSONDecodeError) as told:
+            decode(text)
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads(text)
+        assert told.value.msg == expected.value.msg

@@ -47,6 +47,8 @@ SELDOM_SECONDS = 30.0
 """Looked at in any case this often: what others give back may hide what a job takes."""
 AGAIN_SECONDS = 1.0
 """And this often while there are doubts: a descriptor is in flight for a moment, usually."""
+GROUPS_A_TURN = 50
+"""Two files each: a few milliseconds."""
 DOUBTS = 3
 """So many in a row end a job."""
 SEARCHES_AT_ONCE = 2
@@ -85,6 +87,8 @@ class KernelWatch:
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
         self._searching: set[int] = set()
+        self._unseen: list[int] = []
+        """Jobs whose sockets are still to be looked at."""
         self._unsolved: dict[Measure, bool] = {}
         """Whether it could not tell whose more than the bound is."""
         self._doubts: Counter[tuple[int, object]] = Counter()
@@ -126,9 +130,19 @@ class KernelWatch:
         self._calm_sockets = min(self._calm_sockets, now)
         if overdue or now > self._calm_sockets + STEP_BYTES:
             self._calm_sockets = now
-            for job, child in running.items():
+            self._unseen = list(running)
+            self._look_at_some()
+
+    def _look_at_some(self) -> None:
+        """Read the groups of a few jobs in this turn: thousands would keep all others waiting."""
+        running = self._running()
+        for job in self._unseen[:GROUPS_A_TURN]:
+            if (child := running.get(job)) is not None:
                 size = child.scope.sockets_beyond_limit()
                 self._end_beyond(job, size, "in buffers of sockets beyond its limit")
+        del self._unseen[:GROUPS_A_TURN]
+        if self._unseen:
+            self._turns.call_in(0, self._look_at_some)
 
     def _judge(self, measure: Measure, outcome: channel.Message) -> None:
         self._measuring.discard(measure)

@@ -147,7 +147,10 @@ class Jobs:
         """End every child, for good."""
         self._wanted_spares = 0
         self._turns.cancel(self._refill)
-        self._nursery.remove_scope_ahead()
+        try:
+            self._nursery.remove_scope_ahead()
+        except OSError as error:  # the next launcher removes what is left
+            say(f"cannot remove a control group: {error}")
         self._late.clear()
         for child in [*self._children, *self._jobs.values()]:
             self.remove(child)

@@ -4,9 +4,9 @@
 
 Those who arrive are bounded apart from those who are inside, so that strangers who stall cannot
 take up the places of clients. At one too many, of those networks that have most of the places the
-oldest that has not said a byte is let go, or the oldest of all: an honest client arrives within
-milliseconds, so that the oldest is one that stalls (sshd's MaxStartups has the same aim and drops
-the newcomer by lot).
+oldest is let go that stalls (it has not said a byte, or does not go on), or else the oldest without
+a certificate: an honest client arrives within milliseconds (sshd's MaxStartups has the same aim and
+drops the newcomer by lot).
 
 An address from which handshakes keep failing is slowed down: its handshakes begin one after the
 other, by lot (`turns`), so that it has no more than a part of the processor for signatures. It
@@ -25,7 +25,7 @@ import ipaddress
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 import trio
@@ -71,12 +71,20 @@ class Arrival:
     heard: bool = False
     """Whether it has said its hello."""
     turn_at: float = math.inf
-    """When its handshake could begin."""
+    """Since when it has been the client's turn; infinite while it waits for the service."""
     is_gone: Callable[[], bool] = field(kw_only=True)
     """Whether the peer has closed."""
     let_go_for: JobworkerError | None = field(default=None, init=False)
     """Why it was let go before its time, where there is something to tell."""
     was_let_go: bool = field(default=False, init=False)
+
+    def has_turn(self) -> None:
+        """It is for the client now to go on."""
+        self.turn_at = trio.current_time()
+
+    def has_shown_certificate(self) -> None:
+        """It is sound, and waits for the service."""
+        self.sound, self.turn_at = True, math.inf
 
     def let_go(self, why: JobworkerError | None) -> None:
         """End it, for someone else's sake, or because the peer has gone."""
@@ -115,6 +123,8 @@ class Admission:
 
     limits: ConnectionLimits = field(factory=ConnectionLimits)
     counters: Counters = field(factory=Counters)
+    job_ids: Container[int] = ()
+    """Of users of this host: those that jobs have."""
     _arriving: dict[Arrival, None] = field(factory=dict, init=False)
     """Oldest first."""
     _arriving_of: Counter[str] = field(factory=Counter, init=False)
@@ -122,6 +132,7 @@ class Admission:
     _inside: Counter[str] = field(factory=Counter, init=False)
     _failures: dict[str, _Failures] = field(factory=dict, init=False)
     """Oldest window first."""
+    _slows_until: float = field(default=-math.inf, init=False)
     _logged: dict[str, tuple[float, int]] = field(factory=dict, init=False)
 
     def statistics(self) -> Statistics:
@@ -165,13 +176,12 @@ class Admission:
             await trio.lowlevel.checkpoint()
         else:
             await failures.turns.take(arrival)
-        arrival.turn_at = trio.current_time()
 
     def refusal(self, network: str) -> TooManyFailures | None:
         """Why there is no place for one more of a network, if there is none."""
         if self._slowed(network) is None or self._has_place(network):
             return None
-        if self._stalled(network) is not None:
+        if self._stalled(self._candidates(network), network) is not None:
             return None
         return TooManyFailures(
             f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from there "
@@ -179,40 +189,49 @@ class Admission:
             remedy="try again later",
         )
 
+    def slows_anybody(self) -> bool:
+        """Whether there may be a network that is slowed down."""
+        return trio.current_time() < self._slows_until
+
     def _has_place(self, network: str) -> bool:
         """Whether one more of a network has a place without that another leaves."""
-        most = self.limits.max_handshakes
-        if self._slowed(network) is not None and self._arriving_of[network] >= most / SLOWED_PART:
-            return False
-        return len(self._arriving) < most
+        return not self._has_its_part(network) and len(self._arriving) < self.limits.max_handshakes
+
+    def _has_its_part(self, network: str) -> bool:
+        """Whether a network is slowed down and has all places that such may have."""
+        part = self.limits.max_handshakes / SLOWED_PART
+        return self._slowed(network) is not None and self._arriving_of[network] >= part
 
     def _make_room(self, network: str) -> None:
         """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
         if (full := self.refusal(network)) is not None:
             raise full
-        slowed = (each for each in self._arriving if self._slowed(each.network) is not None)
-        given_up = self._stalled(network) or next(slowed, None) or self._crowd()[0]
+        crowd = self._candidates(network)
+        slowed = [each for each in self._arriving if self._slowed(each.network) is not None]
+        given_up = self._stalled(crowd, network) or _oldest(slowed) or _oldest(crowd)
+        assert given_up is not None
         given_up.let_go(TooManyHandshakes("cannot wait for it: newer ones need its place"))
 
-    def _stalled(self, network: str) -> Arrival | None:
-        """The oldest of those with most of the places that has to leave for a newcomer."""
+    def _candidates(self, network: str) -> list[Arrival]:
+        """Who may have to leave for a newcomer of a network, the oldest first.
+
+        Those from where most arrive; of a network that has all it may have, its own.
+        """
+        if self._has_its_part(network):
+            return [each for each in self._arriving if each.network == network]
+        most = max(self._arriving_of.values())
+        return [each for each in self._arriving if self._arriving_of[each.network] == most]
+
+    def _stalled(self, crowd: list[Arrival], network: str) -> Arrival | None:
+        """The oldest of a crowd that takes too long, so that it has to leave for a newcomer."""
         # A client with a certificate is in within moments of its turn.
         late = trio.current_time() - STALL_SECONDS
         # One that has just come leaves for nobody who is slowed down.
         silent = late if self._slowed(network) is not None else math.inf
-        for each in self._crowd():
+        for each in crowd:
             if each.turn_at < late or (not each.heard and each.came_at < silent):
                 return each
         return None
-
-    def _crowd(self) -> list[Arrival]:
-        """Those that arrive from where most do, the oldest first.
-
-        Who has shown a certificate is among them only where all have.
-        """
-        most = max(self._arriving_of.values())
-        crowd = [each for each in self._arriving if self._arriving_of[each.network] == most]
-        return [each for each in crowd if not each.sound] or crowd
 
     def forget(self, arrival: Arrival) -> None:
         """Count no longer what has arrived, or never will."""
@@ -276,6 +295,8 @@ class Admission:
                 del self._failures[next(iter(self._failures))]
             failures = self._failures[network] = _Failures(trio.current_time())
         failures.count += 1
+        if failures.count == self.limits.max_failed_handshakes:
+            self._slows_until = max(self._slows_until, failures.since + WINDOW_SECONDS)
 
     def _failures_of(self, network: str) -> _Failures | None:
         """Those of the minute that runs for it, if one does."""
@@ -284,6 +305,11 @@ class Admission:
             del self._failures[network]
             return None
         return failures
+
+
+def _oldest(crowd: list[Arrival]) -> Arrival | None:
+    """Who leaves where nobody stalls: of those that have not shown a certificate, if there are."""
+    return next((each for each in crowd if not each.sound), crowd[0] if crowd else None)
 
 
 def network_of(address: str, user: str | None = None) -> str:

@@ -7,6 +7,7 @@ What is in excess can only be told from the rest, and let go, once it has been a
 
 import math
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -16,8 +17,12 @@ from jobworker.server.turnstile import Presence
 
 A_TURN = 4
 """Together 1 to 2 ms with what each has done until its handshake begins: others wait for that."""
-TURNED_AWAY_A_TURN = 16
-"""Half a millisecond."""
+TURNED_AWAY_A_TURN = 64
+"""A millisecond, where they have closed already."""
+MANY_WAIT = 64
+"""With so many in the kernel's queue there is no rest: honest clients stand in it too."""
+_UNACKED = slice(24, 28)
+"""Of struct tcp_info."""
 
 
 class BatchListener(trio.abc.Listener[trio.SocketStream]):
@@ -49,11 +54,17 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
                 return trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
             break
         else:  # there are more
-            await self._presence.rest_after(self._began)
+            if self._waiting() < MANY_WAIT:
+                await self._presence.rest_after(self._began)
         stream = await self._inner.accept()
         self._began = trio.current_time()
         self._left, self._to_turn_away = A_TURN - 1, TURNED_AWAY_A_TURN
         return stream
+
+    def _waiting(self) -> int:
+        """How many the kernel's queue has: tcpi_unacked of a listening socket, tcp(7)."""
+        told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKED.stop)
+        return int.from_bytes(told[_UNACKED], sys.byteorder)
 
     async def aclose(self) -> None:
         """See trio.abc.AsyncResource."""

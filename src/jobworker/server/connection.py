@@ -65,9 +65,16 @@ UNREAD = "\0" * (LARGE_BYTES + 1)
 
 
 def turn_away(accepted: socket.socket, admission: Admission) -> bool:
-    """Whether a connection is of a flood for which there is no place: little is spent on those."""
+    """Whether there is nothing to do for a connection that has just come, or no place.
+
+    Little is spent on such, for they come in floods.
+    """
+    if _is_gone(accepted):
+        return True
+    if not admission.slows_anybody():
+        return False
     peer = _peer_name(accepted)
-    refusal = admission.refusal(_network(peer, accepted))
+    refusal = admission.refusal(_network(peer, accepted, admission))
     if refusal is not None:
         admission.tell(peer, refusal)
     return refusal is not None
@@ -79,13 +86,14 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     stream: TLSStream | None = None
     parted = False
     try:
-        network, is_gone = _network(peer, tcp.socket), partial(_is_gone, tcp.socket)
+        network, is_gone = _network(peer, tcp.socket, admission), partial(_is_gone, tcp.socket)
         with admission.arrive(peer, network, is_gone) as arrival, ExitStack() as inside:
             # Little is made before this: a flood's connections come no further.
             if not await _says_hello(tcp.socket):
                 return  # a health check
             await admission.take_turn(arrival)
             await context.handshakes.enter(network)
+            arrival.has_turn()
             _keep_alive(tcp)
             fittings = door.fittings
             stream = TLSStream(tcp, fittings.tls, server_side=True)
@@ -93,8 +101,9 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
-                arrival.sound = True
-                await context.handshakes.enter(network)
+                arrival.has_shown_certificate()
+                await context.handshakes.enter(f"{network}, known")
+                arrival.has_turn()
                 raw, head = await read_head(stream, http)
                 who = admit(stream, head, context.gate.roles, fittings)
                 inside.enter_context(_entered(admission, who, peer))
@@ -149,8 +158,8 @@ def _only(group: BaseExceptionGroup[JobworkerError]) -> JobworkerError:
     return _only(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-def _network(peer: str, tcp: socket.socket | trio.socket.SocketType) -> str:
-    return network_of(peer.rpartition(":")[0], local_user(tcp))
+def _network(peer: str, tcp: socket.socket | trio.socket.SocketType, admission: Admission) -> str:
+    return network_of(peer.rpartition(":")[0], local_user(tcp, admission.job_ids))
 
 
 def _peer_name(tcp: socket.socket | trio.socket.SocketType) -> str:
@@ -204,7 +213,7 @@ async def _peek(tcp: trio.socket.SocketType, size: int) -> bytes:
     return await tcp.recv(size, socket.MSG_PEEK)
 
 
-def _is_gone(tcp: trio.socket.SocketType) -> bool:
+def _is_gone(tcp: socket.socket | trio.socket.SocketType) -> bool:
     """Whether the peer has closed: tcpi_state of tcp_info, tcp(7)."""
     return tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED
 

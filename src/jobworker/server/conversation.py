@@ -152,11 +152,14 @@ class Conversation:
             self._end(slow)
             await trio.sleep_forever()
 
-    async def _let_go(self) -> None:
-        """End the calls that are being served, some at a time: all at once would hold the loop."""
-        self._leaving = True
-        await cancel_in_turns(self._sends)
-        await cancel_in_turns(self._calls)
+    def _cancel(self) -> None:
+        """Have the conversation end; no message is sent any further, those of the reader too."""
+        self._scope.cancel()
+        self._cancel_sends()
+
+    def _cancel_sends(self) -> None:
+        for send in tuple(self._sends):
+            send.cancel()
 
     async def _in_scope(self, serve: Callable[..., Awaitable[None]], *arguments: object) -> None:
         with trio.CancelScope() as scope:
@@ -181,15 +184,15 @@ class Conversation:
                             while True:
                                 await self._take(await self._next_message(), calls)
                 finally:
-                    await self._let_go()
+                    self._leaving = True
+                    self._cancel_sends()
+                    await cancel_in_turns(self._calls)
                     calls.cancel_scope.cancel()
-        except* ConnectionClosed:
+        finally:
             closed = self._socket.closed
             if closed is not None and closed.code == TOO_BIG:
                 limit = self._context.admission.limits.max_message_bytes
                 self._tell(MessageTooLarge(f"cannot take a message of more than {limit} bytes"))
-            raise
-        finally:
             self._subscriptions.close()
             self.intake.close()
 
@@ -202,14 +205,16 @@ class Conversation:
         What is being sent gets a moment: a message that is cut off breaks the stream, and then the
         reason could not be told.
         """
-        await self._visitor.leaving.wait()
-        while not self._visitor.reason and self._owes:
-            await self._less_busy.park()
-        self._leaving, self._quiet = True, trio.Event()
-        if self._sends:
-            with trio.move_on_after(DISMISSAL_SECONDS):
-                await self._quiet.wait()
-        self._scope.cancel()
+        try:
+            await self._visitor.leaving.wait()
+            while not self._visitor.reason and self._owes:
+                await self._less_busy.park()
+            self._leaving, self._quiet = True, trio.Event()
+            if self._sends:
+                with trio.move_on_after(DISMISSAL_SECONDS):
+                    await self._quiet.wait()
+        finally:  # also where there is no time for that
+            self._cancel()
 
     @property
     def _owes(self) -> bool:
@@ -292,8 +297,9 @@ class Conversation:
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
-        async with self._context.reading.one(self._visitor.identity.common_name):
-            request = await in_thread(read_request, message, self._denied)
+        with self.intake.pause():
+            async with self._context.reading.one(self._visitor.identity.common_name):
+                request = await in_thread(read_request, message, self._denied)
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:
@@ -418,7 +424,7 @@ class Conversation:
                 self._end(stalled)
             except (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed) as broken:
                 log.debug("%s: cannot send: %r", self._visitor.peer, broken)
-                self._scope.cancel()
+                self._cancel()
             finally:
                 self._sends.discard(right)
                 if not self._sends:
@@ -462,7 +468,7 @@ class Conversation:
         if not self._scope.cancel_called:
             self._fault = fault
             self._tell(fault)
-            self._scope.cancel()
+            self._cancel()
 
     def _tell(self, error: JobworkerError) -> None:
         self._context.admission.tell(

@@ -55,9 +55,8 @@ class Span:
         """Whether an id is in both."""
         return self.first <= other.last and other.first <= self.last
 
-    def holds(self, one: int) -> bool:
-        """Whether this id is one of them."""
-        return self.first <= one <= self.last
+    def __contains__(self, one: object) -> bool:
+        return isinstance(one, int) and self.first <= one <= self.last
 
 
 _OWN = Span(LAST_UID - 16 * IDS_PER_JOB + 1, LAST_UID)
@@ -112,7 +111,7 @@ def lock_own_id(state: Path, jobs: Span) -> LockedIds:
     own_jobs = span_of(jobs.first, places)
     with _opened() as descriptor:
         # What was killed, or its helpers, may be about to leave.
-        until = time.monotonic() + (0 if own_jobs.holds(wanted) else _LOCKED_SECONDS)
+        until = time.monotonic() + (0 if wanted in own_jobs else _LOCKED_SECONDS)
         while True:
             used = [own_jobs, *(span for _, span in _users())]
             if _lock_id_of(descriptor, Span(wanted, wanted), used) is not None:

@@ -46,10 +46,10 @@ class Intake:
         Returns the seconds within which more has to come. Raises TooSlow if it has not.
         """
         if self._served is not None:
-            with self._pause():
+            with self.pause():
                 await self._served.wait()
         if size > LARGE_BYTES and not self._holding:
-            with self._pause():
+            with self.pause():
                 await self._slots.take(self._name)
             self._holding = True
             self._began = self._grew = trio.current_time(), size
@@ -71,7 +71,8 @@ class Intake:
         return left
 
     @contextmanager
-    def _pause(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
+        """Nothing is read in the block."""
         self.paused = True
         try:
             yield

@@ -11,7 +11,9 @@ may be. What modules made at the start is most of that, takes 35 ms a time, and 
 """
 
 import gc
+import math
 import mmap
+import time
 from pathlib import Path
 
 import trio
@@ -22,8 +24,8 @@ from jobworker.threads import in_thread
 LOOK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 64.0
 NOTABLE_BYTES = 4 << 20
-MANY_TASKS = 500
-"""With so many a search for cycles may take more than 5 ms."""
+MAX_SEARCH_SECONDS = 0.005
+"""A search for cycles that took longer is the last for as long as the longest pause."""
 _OWN = Path("/proc/self/statm")
 
 
@@ -41,6 +43,7 @@ def resident_bytes() -> int:
 async def keep_small() -> None:
     """Give memory back after the process has grown; never returns."""
     pause, waited, least = LOOK_SECONDS, 0.0, resident_bytes()
+    search_at = -math.inf
     while True:
         await trio.sleep(LOOK_SECONDS)
         waited += LOOK_SECONDS
@@ -48,8 +51,10 @@ async def keep_small() -> None:
         if before > least + NOTABLE_BYTES:
             pause = LOOK_SECONDS
         if waited >= pause:
-            if trio.lowlevel.current_statistics().tasks_living < MANY_TASKS:
+            if (began := time.monotonic()) >= search_at:
                 gc.collect()  # what a broken connection had, up to a megabyte each
+                if (now := time.monotonic()) - began > MAX_SEARCH_SECONDS:
+                    search_at = now + LONGEST_PAUSE_SECONDS
             await in_thread(give_back_freed_memory)
             waited, least = 0.0, resident_bytes()
             fruitful = before > least + NOTABLE_BYTES

@@ -55,8 +55,10 @@ from jobworker.server.turnstile import Presence, Spells, Turnstile
 
 MESSAGES_A_TURN = 4
 """Of one turn of the event loop: one to two milliseconds."""
-HANDSHAKES_A_TURN = 1
-"""Half of one: a signature, or what follows when the client has answered, is a millisecond."""
+HANDSHAKES_A_TURN = 2
+"""Of one: a signature, or what follows when the client has answered, is a millisecond."""
+HANDSHAKE_REST_SECONDS = 0.002
+"""Honest clients of a flood's network stand in line with it, and hundreds may."""
 
 
 @frozen(kw_only=True)
@@ -101,7 +103,7 @@ class Context:
 
     @handshakes.default
     def _handshakes(self) -> Turnstile:
-        return Turnstile(HANDSHAKES_A_TURN, self.presence)
+        return Turnstile(HANDSHAKES_A_TURN, self.presence, HANDSHAKE_REST_SECONDS)
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:

@@ -56,7 +56,7 @@ from jobworker.server.reload import (
     tell_of_readers_end,
     warn_of_expiry_daily,
 )
-from jobworker.server.setup import Prepared, listen
+from jobworker.server.setup import Prepared, launcher_ids, listen
 from jobworker.server.traffic import Traffic
 from jobworker.server.turnstile import Presence
 
@@ -180,7 +180,7 @@ async def _serve_until_signal(
         incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
         max_timeout_seconds=parse_duration(prepared.settings.worker.max_job_timeout),
-        admission=Admission(prepared.settings.limits),
+        admission=Admission(prepared.settings.limits, job_ids=launcher_ids(prepared.launcher)),
         presence=presence,
         traffic=Traffic(presence),
         crowds=Crowds(prepared.settings.limits.max_waits),

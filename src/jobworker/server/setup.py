@@ -115,7 +115,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         launcher, settings, differences = _open_launcher(settings, state)
         undo.callback(launcher.close)
         max_open_outputs = outputs_within(settings, limit, running=len(launcher.jobs))
-        jobs, locks, unusual = _job_ids(launcher), [lock], []
+        jobs, locks, unusual = launcher_ids(launcher), [lock], []
         ids = service_ids(settings, jobs)
         if ids is None:
             own = lock_own_id(state, jobs)
@@ -251,7 +251,7 @@ def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]
     is_known = jobs is not None or settings.sandbox.first_uid > 0  # else it is what will be free
     jobs = jobs or job_ids(settings)
     ids = _wanted_ids(wanted)
-    if is_known and ids is not None and jobs.holds(ids[0]):
+    if is_known and ids is not None and ids[0] in jobs:
         raise ConfigError(
             f"cannot run the service as user {wanted}: jobs have the ids {jobs.first} to "
             f"{jobs.last}",
@@ -261,7 +261,7 @@ def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]
     return ids
 
 
-def _job_ids(launcher: OpenedLauncher) -> Span:
+def launcher_ids(launcher: OpenedLauncher) -> Span:
     """The ids of the jobs of a launcher, which may have been started with older settings."""
     first, jobs, spares = (launcher.policy[key] for key in ("first_uid", "max_jobs", "spares"))
     assert isinstance(first, int)

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 import trio
 from attrs import define, field
@@ -25,9 +26,8 @@ RECENT_SECONDS = 0.5
 REST = 2
 """For so many times as long as a turn took, all that it has set going included, floods rest."""
 MAX_REST_SECONDS = 0.01
-"""After a turn that was long for another reason, such as a busy host."""
-MAX_BUSY_SECONDS = 0.02
-"""Others may keep the loop busy: those who wait go on after so long."""
+"""After a turn that was long for another reason, such as a busy host; and for so long at the most
+it is waited until nobody else has anything to do."""
 MAX_LONG_REST_SECONDS = 0.2
 
 
@@ -48,30 +48,39 @@ class Presence:
             del self._seen[name]
         return any(name not in than for name in self._seen)
 
-    async def rest_after(self, began: float, than: Container[str] = ()) -> None:
+    async def rest_after(
+        self, began: float, than: Container[str] = (), most_seconds: float = MAX_REST_SECONDS
+    ) -> None:
         """Rest after work that began then, where others `than` those who wait are about.
 
-        What the work has set going ends first, and counts.
+        What the work has set going ends first, and counts; not for longer than twice
+        `most_seconds` in all.
         """
         if self.of_others(than):
-            with trio.move_on_after(MAX_BUSY_SECONDS):
+            with trio.move_on_after(most_seconds):
                 await wait_all_tasks_blocked()
             worked = trio.current_time() - began
-            await trio.sleep(min(REST * worked, MAX_REST_SECONDS))
+            await trio.sleep(min(REST * worked, most_seconds))
 
 
 @define(eq=False)
 class Spells:
-    """Long work in threads, which compete with the event loop: one at a time, then a rest."""
+    """Long work in threads, which compete with the event loop: one at a time, then a rest.
+
+    One of each client's name stands in line with those of others.
+    """
 
     _presence: Presence
+    _lines: WeakValueDictionary[str, trio.StrictFIFOLock] = field(
+        factory=WeakValueDictionary, init=False
+    )
     _lock: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
     _rests_until: float = field(default=-math.inf, init=False)
 
     @asynccontextmanager
     async def one(self, name: str) -> AsyncIterator[None]:
         """Work for a client of that name in the block, when the time has come."""
-        async with self._lock:
+        async with self._lines.setdefault(name, trio.StrictFIFOLock()), self._lock:
             await trio.sleep_until(self._rests_until)
             began = trio.current_time()
             try:
@@ -90,6 +99,8 @@ class Turnstile:
     """What may pass in a turn, by the costs that `enter` is told: the names share it, but one of
     each may always pass."""
     _presence: Presence
+    _most_seconds: float = MAX_REST_SECONDS
+    """Of a rest."""
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
     """By name, in their order, with their costs."""
@@ -134,7 +145,9 @@ class Turnstile:
                 await trio.lowlevel.checkpoint()
                 try:
                     if self._waiting:
-                        await self._presence.rest_after(self._began, self._waiting)
+                        await self._presence.rest_after(
+                            self._began, self._waiting, self._most_seconds
+                        )
                     self._begin()
                 except Exception:  # it would end the whole event loop
                     log.exception("an internal fault between two turns")

@@ -155,3 +155,27 @@ def test_job_whose_sockets_hold_too_much_beyond_its_limit_is_ended(watched: Watc
     watched.watch._look()
     assert watched.ended == [watched.jobs[2]]
     assert watched.measurers.dones == [], "nothing else has grown"
+
+
+def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
+    looked = list[int]()
+
+    def job(number: int) -> Child:
+        def beyond() -> int:
+            looked.append(number)
+            return MUCH
+
+        scope = SimpleNamespace(sockets_beyond_limit=beyond)
+        return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
+
+    many = kernel_watch.GROUPS_A_TURN * 2 + 1
+    watched.jobs.update({number: job(number) for number in range(100, 100 + many)})
+    watched.sockets += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    assert 0 < len(looked) <= kernel_watch.GROUPS_A_TURN
+    for _ in range(2):
+        before = len(looked)
+        watched.watch._turns.turn()
+        assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
+    assert looked == [*range(100, 100 + many)]
+    assert len(watched.ended) == many

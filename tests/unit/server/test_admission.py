@@ -133,6 +133,7 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
         for name in ("first", "second"):
             stalled = stack.enter_context(admission.arrive(name, "10.0.0.1"))
             await admission.take_turn(stalled)
+            stalled.has_turn()
         with pytest.raises(TooManyFailures):
             fail(admission, "10.0.0.1")
         await trio.sleep(1)
@@ -183,11 +184,68 @@ async def test_who_has_shown_a_certificate_leaves_for_nobody_else(autojump_clock
     with ExitStack() as stack:
         honest = stack.enter_context(admission.arrive("honest", "10.0.0.1"))
         await admission.take_turn(honest)
-        honest.sound = True
-        await trio.sleep(1)
+        honest.has_turn()
+        honest.has_shown_certificate()
+        await trio.sleep(1)  # it waits for the service
         for number in range(10):
             stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
         assert not honest.was_let_go
+
+
+async def test_who_stalls_after_its_certificate_leaves_before_an_honest_one(
+    autojump_clock: object,
+) -> None:
+    admission = small(max_handshakes=3)
+    with ExitStack() as stack:
+        stalled = [stack.enter_context(admission.arrive(name, "10.0.0.1")) for name in "abc"]
+        for each in stalled:
+            each.heard = True
+            each.has_shown_certificate()
+            each.has_turn()
+        await trio.sleep(1)
+        honest = stack.enter_context(admission.arrive("honest", "10.0.0.1"))
+        await admission.take_turn(honest)
+        honest.has_turn()
+        stack.enter_context(admission.arrive("newcomer", "10.0.0.1"))
+        assert not honest.was_let_go
+        assert [each.was_let_go for each in stalled] == [True, True, False]
+
+
+async def test_slowed_network_with_all_its_places_takes_none_of_others(
+    autojump_clock: object,
+) -> None:
+    admission = small(max_handshakes=4 * SLOWED_PART)
+    for _ in range(3):
+        fail(admission, "10.0.0.1")
+    with ExitStack() as stack:
+        office = [stack.enter_context(admission.arrive(str(n), "10.0.0.2")) for n in range(6)]
+        flood = [stack.enter_context(admission.arrive(str(n), "10.0.0.1")) for n in range(4)]
+        for each in (*office, *flood):
+            each.heard = True
+            each.has_turn()
+        with pytest.raises(TooManyFailures):
+            fail(admission, "10.0.0.1")
+        await trio.sleep(1)  # the office is slow
+        for number in range(20):
+            newcomer = stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
+            newcomer.has_turn()
+            await trio.sleep(1)
+        assert not any(each.was_let_go for each in office)
+        assert all(each.was_let_go for each in flood)
+
+
+async def test_full_service_lets_none_go_of_a_slowed_network_that_is_sound() -> None:
+    admission = small(max_handshakes=4)
+    with ExitStack() as stack:
+        known, other = (stack.enter_context(admission.arrive(n, "10.0.0.1")) for n in "ab")
+        known.heard = other.heard = True
+        known.has_shown_certificate()
+        for _ in range(3):
+            fail(admission, "10.0.0.1")
+        for number in range(2, 5):
+            each = stack.enter_context(admission.arrive(str(number), f"10.0.0.{number}"))
+            each.heard = True
+        assert (known.was_let_go, other.was_let_go) == (False, True)
 
 
 async def test_newcomer_of_a_slowed_network_leaves_where_there_is_no_place(

@@ -4,9 +4,12 @@ import socket
 from collections import Counter
 from contextlib import ExitStack
 
+import pytest
 import trio
 
-from jobworker.server.batch_listener import A_TURN, TURNED_AWAY_A_TURN, BatchListener
+from jobworker.server.admission import Admission
+from jobworker.server.batch_listener import A_TURN, MANY_WAIT, TURNED_AWAY_A_TURN, BatchListener
+from jobworker.server.connection import turn_away
 from jobworker.server.turnstile import Presence
 
 COUNT = 2 * A_TURN + 1
@@ -70,3 +73,45 @@ async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn() -> None:
             client.settimeout(5)
             assert client.recv(1) == b"", "closed"
         await listener.aclose()
+
+
+class Rests(Presence):
+    """Counts them."""
+
+    count = 0
+
+    async def rest_after(self, *_: object) -> None:
+        """See Presence."""
+        self.count += 1
+        await trio.lowlevel.checkpoint()
+
+
+async def test_no_rest_is_taken_where_many_wait() -> None:
+    presence = Rests()
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=200))
+        listening.setblocking(False)
+        for _ in range(MANY_WAIT + 20 * A_TURN):
+            stack.enter_context(socket.create_connection(listening.getsockname()))
+        listener = BatchListener(listening, lambda _: False, presence)
+        for _ in range(19 * A_TURN):
+            (await listener.accept()).socket.close()
+        assert presence.count == 0
+        for _ in range(MANY_WAIT):
+            (await listener.accept()).socket.close()
+        assert presence.count > MANY_WAIT / A_TURN - 3
+        await listener.aclose()
+
+
+@pytest.mark.parametrize("reset", [True, False])
+async def test_connection_that_was_closed_meanwhile_is_turned_away(reset: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for closes in (True, False):
+            with socket.create_connection(listening.getsockname()) as client:
+                if reset:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                if closes:
+                    client.close()
+                accepted, _ = listening.accept()
+                with accepted:
+                    assert turn_away(accepted, Admission()) is closes

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import trio
 
-from jobworker.server.local_user import FIRST_SHARED, local_user
+from jobworker.server.local_user import IDS_TOGETHER, local_user
 
-ACCOUNT, JOB, OTHER_JOB = 1234, FIRST_SHARED, 3_000_000_000
+ACCOUNT, CONTAINER, JOBS = 1234, 5 * IDS_TOGETHER, range(8 * IDS_TOGETHER, 16 * IDS_TOGETHER)
 
 
 @contextmanager
@@ -46,10 +46,46 @@ def connected(listening: str, host: str, uid: int) -> Iterator[trio.socket.Socke
 )
 async def test_user_is_found_by_the_kernel_whatever_the_address(listening: str, host: str) -> None:
     with connected(listening, host, ACCOUNT) as tcp:
-        assert local_user(tcp) == f"uid {ACCOUNT}"
-    with connected(listening, host, JOB) as tcp, connected(listening, host, OTHER_JOB) as other:
-        assert local_user(tcp) == local_user(other)
-        assert "uid" not in str(local_user(tcp))
+        assert local_user(tcp, JOBS) == f"uid {ACCOUNT}"
+    with connected(listening, host, JOBS[0]) as tcp, connected(listening, host, JOBS[-1]) as other:
+        assert local_user(tcp, JOBS) == local_user(other, JOBS) == "jobs"
+    with connected(listening, host, CONTAINER) as tcp:
+        of_one_container = local_user(tcp, JOBS)
+    with connected(listening, host, CONTAINER + IDS_TOGETHER - 1) as tcp:
+        assert local_user(tcp, JOBS) == of_one_container == "uids 327680 to 393215"
+    with connected(listening, host, CONTAINER + IDS_TOGETHER) as tcp:
+        assert local_user(tcp, JOBS) != of_one_container
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: another network namespace")
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+async def test_who_listens_at_a_clients_port_is_not_taken_for_the_client(
+    family: socket.AddressFamily,
+) -> None:
+    """The client is elsewhere: the kernel knows no such connection here, but tells of listeners."""
+    with ExitStack() as stack:
+        host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
+        listener = stack.enter_context(socket.create_server((host, 0), family=family))
+        theirs = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
+        ours = stack.enter_context(listener.accept()[0])
+        port = theirs.getsockname()[1]
+        anywhere = "::" if family == socket.AF_INET6 else "0.0.0.0"
+        theirs.close()
+        bystander = stack.enter_context(socket.socket(family))
+        bystander.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer = ours.getpeername(), ours.getsockname()
+        ours.close()  # by a reset: nothing is left of the connection
+        bystander.bind((anywhere, port))
+        bystander.listen()
+        assert local_user(_Told(family, *peer), JOBS) is None  # type: ignore[arg-type]
+
+
+class _Told:
+    """A connection's addresses, where there is no connection."""
+
+    def __init__(self, family: int, theirs: tuple[str, int], ours: tuple[str, int]) -> None:
+        self.family, self.getpeername, self.getsockname = family, lambda: theirs, lambda: ours
 
 
 async def test_peer_that_has_gone_is_nobody_of_this_host() -> None:
@@ -59,4 +95,4 @@ async def test_peer_that_has_gone_is_nobody_of_this_host() -> None:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         theirs.close()  # by a reset
         with trio.socket.from_stdlib_socket(ours) as tcp:
-            assert local_user(tcp) is None
+            assert local_user(tcp, JOBS) is None

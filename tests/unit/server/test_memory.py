@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from time import sleep
 
 import pytest
+import trio
+
+from jobworker.server.memory import LONGEST_PAUSE_SECONDS, MAX_SEARCH_SECONDS, keep_small
 
 PROGRAM = """
 import gc
@@ -64,6 +68,22 @@ trio.run(main)
 def test_memory_that_was_freed_is_given_back(made: str) -> None:
     program = PROGRAM.format(made=made)
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+async def test_search_for_cycles_that_takes_long_is_not_repeated_soon(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    searches = 0
+
+    def slow() -> None:
+        nonlocal searches
+        searches += 1
+        sleep(2 * MAX_SEARCH_SECONDS)
+
+    monkeypatch.setattr("gc.collect", slow)
+    with trio.move_on_after(20 * LONGEST_PAUSE_SECONDS):
+        await keep_small()
+    assert searches == 1, "by the clock that the search was measured by no minute has passed"
 
 
 SEARCHED = """

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.server.turnstile import REST, Presence, Turnstile
+from jobworker.server.turnstile import MAX_REST_SECONDS, REST, Presence, Spells, Turnstile
 
 MOST = 4
 
@@ -149,7 +149,7 @@ async def test_a_busy_loop_keeps_nobody_waiting_for_good(
             for _ in range(10 * MOST):
                 flood.start_soon(turnstile.enter, "flood")
         nursery.cancel_scope.cancel()
-    assert autojump_clock.current_time() < 10 * 0.04 + 0.1
+    assert autojump_clock.current_time() < 10 * 2 * MAX_REST_SECONDS + 0.1
 
 
 async def test_floods_of_several_kinds_rest_together(
@@ -175,3 +175,21 @@ async def test_floods_of_several_kinds_rest_together(
         await trio.sleep(0.2)
         assert worked == pytest.approx(0.2 / (1 + REST), rel=0.1)
         nursery.cancel_scope.cancel()
+
+
+async def test_who_asks_for_one_spell_stands_behind_one_of_each_name() -> None:
+    spells, order = Spells(Presence()), list[str]()
+
+    async def work(name: str) -> None:
+        async with spells.one(name):
+            order.append(name)
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        for name in ("flood", "other flood"):
+            for _ in range(50):
+                nursery.start_soon(work, name)
+        await trio.lowlevel.checkpoint()
+        nursery.start_soon(work, "quiet")
+    assert len(order) == 101
+    assert order.index("quiet") <= 4
