@@ -120,13 +120,17 @@ async def test_what_cannot_be_shown_with_ids_of_the_job_is_refused_at_the_start(
 
 
 async def test_disk_of_a_job_is_gone_with_it(admin: Wire, service: Embedded) -> None:
+    def disks() -> int:
+        return len(disks_in(service.directory))
+
+    idle = disks()  # the skeleton's, and those of spares
     job = await admin.start("sh", "-c", "head -c 100000000 /dev/zero > x; echo; sleep 60")
-    before = len(disks_in(service.directory))
+    await until(lambda: disks() == idle + 1)
     mounts = Path("/proc/self/mounts").read_text()
     assert str(service.directory) not in mounts
     await admin.call("job.stop", id=job)
     with trio.fail_after(20):
-        await until(lambda: len(disks_in(service.directory)) <= before)
+        await until(lambda: disks() == idle)
     assert os.listdir(service.directory / "state" / "scratch") == []
 
 
