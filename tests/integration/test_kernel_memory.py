@@ -116,6 +116,35 @@ for _ in range(200):
     os.wait()
 time.sleep(60)
 """
+UNACCEPTED = """
+import socket, struct, time
+held = []
+def fill(family, address, close=False, reset=False, each=3900, size=60_000):
+    for number in range(20 * each):
+        if number % each == 0:
+            held.append(server := socket.socket(family))
+            server.bind((address, 0))
+            server.listen(4096)
+        other = socket.socket(family)
+        other.connect(server.getsockname())
+        other.setblocking(False)
+        if size:
+            other.send(bytes(size))
+        if reset:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if close or reset:
+            other.close()
+        else:
+            held.append(other)
+        if number * max(size, 4096) > 400 << 20:
+            break
+    print("full", flush=True)
+    time.sleep(60)
+import resource
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+"""
+"""Connections that nobody accepts hold what they have received, and are in no control group."""
 BUFFERS = """
 import resource, socket, time
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -177,6 +206,12 @@ def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:  # noqa: F
         (OF_A_THREAD, "host"),
         (IN_FLIGHT, "host"),
         (LOCKS + OF_ENDED_PROCESSES, "none"),
+        (UNACCEPTED + "fill(socket.AF_INET, '127.0.0.1')", "none"),
+        (UNACCEPTED + "fill(socket.AF_INET6, '::1', close=True)", "none"),
+        (UNACCEPTED + "fill(socket.AF_INET, '127.0.0.1', reset=True)", "none"),
+        (UNACCEPTED + "fill(socket.AF_INET, '127.0.0.1', close=True)", "host"),
+        (UNACCEPTED + "fill(socket.AF_INET, '127.0.0.1', reset=True)", "host"),
+        (UNACCEPTED + "fill(socket.AF_INET, '127.0.0.1', reset=True, size=0)", "none"),
     ],
     ids=[
         "netlink, own network",
@@ -184,6 +219,12 @@ def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:  # noqa: F
         "netlink of a thread",
         "netlink in flight",
         "locks of ended processes",
+        "connections not accepted",
+        "connections not accepted, closed, IPv6",
+        "connections not accepted, reset",
+        "connections not accepted, closed, host's network",
+        "connections not accepted, reset, host's network",
+        "connections not accepted, reset, empty",
     ],
 )
 def test_job_that_hoards_kernel_memory_ends_as_out_of_memory(

@@ -1,12 +1,13 @@
 """Kernel memory that jobs hold and that no control group counts, measured from outside.
 
 What the kernel charges to a job is bounded by its memory limit (docs/threat-model.md has the list).
-Two kinds are charged to nobody, on cgroup v1 and v2 alike, and have no bound of their own:
+Three kinds are charged to nobody, on cgroup v1 and v2 alike, and have no bound of their own:
 
 - what waits in the receive buffers of netlink sockets: up to net.core.rmem_max, twice, for each;
-- locks on ranges of files: 192 bytes for each, as many as a process likes.
+- locks on ranges of files: 192 bytes for each, as many as a process likes;
+- connections that nobody has accepted: see `sandbox.kernel_connections`.
 
-Both are asked for where a job cannot hide them, and not by its descriptors, of which it has as
+They are asked for where a job cannot hide them, and not by its descriptors, of which it has as
 many as it likes and which need not be in any table:
 
 - `measure_netlink` reads one file for each network. The host's tells nothing of whose a socket is.
@@ -72,7 +73,7 @@ def measure_netlink(first_processes: Mapping[int, int]) -> Measured:
     own = os.stat("/proc/self/ns/net").st_ino
     held: dict[int, int] = defaultdict(int)
     unfinished, is_on_host = set(), False
-    for job, pids in _processes_of(first_processes).items():
+    for job, pids in processes_by_job(first_processes).items():
         end = time.process_time() + NETLINK_SECONDS
         seen = {own}
         for pid in pids:
@@ -173,10 +174,11 @@ def _namespaces(first_processes: Mapping[int, int]) -> dict[int, int]:
 
 def processes_of(first_process: int) -> Sequence[int]:
     """The pids of the job whose PID 1 this is."""
-    return _processes_of({first_process: 1}).get(1, [])
+    return processes_by_job({first_process: 1}).get(1, [])
 
 
-def _processes_of(first_processes: Mapping[int, int]) -> dict[int, list[int]]:
+def processes_by_job(first_processes: Mapping[int, int]) -> dict[int, list[int]]:
+    """The pids of each job's processes."""
     jobs = _namespaces(first_processes)
     found: dict[int, list[int]] = defaultdict(list)
     for name in os.listdir("/proc"):

@@ -7,7 +7,8 @@ much is found that nothing tells whose it is, each job is searched (`sandbox.ker
 
 Buffers of TCP sockets have a control group's limit of their own on cgroup v1, which the kernel lets
 each socket pass by a piece or two. What is beyond it counts like the rest: it is read from the
-jobs' groups where the host's number for TCP (/proc/net/sockstat) has grown.
+jobs' groups where the host's number for TCP (/proc/net/sockstat) has grown. The same is a reason to
+measure what nobody has accepted (`sandbox.kernel_connections`), which no group counts.
 
 A job can have more to search than there is time for, or hide it in flight. One search tells little
 then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
@@ -24,14 +25,13 @@ Standard library only.
 import contextlib
 import errno
 import os
-import re
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from jobworker.sandbox import channel, kernel_memory, kernel_search
+from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
@@ -55,8 +55,6 @@ SEARCHES_AT_ONCE = 2
 ALARM_SECONDS = 60
 """Ends a process that is stuck: those that use a processor end by themselves long before."""
 _FIELD = b"SUnreclaim:"
-_TCP = re.compile(rb"^TCP:.* mem (\d+)", re.MULTILINE)
-_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 Measure = Callable[[Mapping[int, int]], Measured]
 
@@ -77,6 +75,7 @@ class KernelWatch:
         self._measures: tuple[Measure, ...] = (
             kernel_memory.measure_netlink,
             partial(kernel_memory.measure_locks, locks),
+            kernel_connections.measure,
         )
         self._measurers = Chores(turns, at_once=len(self._measures), waiting=0)
         self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots)
@@ -130,6 +129,7 @@ class KernelWatch:
         self._calm_sockets = min(self._calm_sockets, now)
         if overdue or now > self._calm_sockets + STEP_BYTES:
             self._calm_sockets = now
+            self._due.add(kernel_connections.measure)
             self._unseen = list(running)
             self._look_at_some()
 
@@ -214,8 +214,7 @@ class KernelWatch:
         return int(text[at + len(_FIELD) :].split(maxsplit=1)[0]) << 10 if at >= 0 else 0
 
     def _in_sockets(self) -> int:
-        found = _TCP.search(os.pread(self._sockets, 4096, 0))
-        return int(found[1]) * _PAGE_BYTES if found else 0
+        return kernel_connections.tcp_bytes(os.pread(self._sockets, 4096, 0))
 
 
 def _open_sockets() -> int:

@@ -1,4 +1,4 @@
-"""The few routing requests that a private network takes, spoken to the kernel: rtnetlink(7).
+"""The few requests that networks of jobs take, spoken to the kernel: rtnetlink(7), sock_diag(7).
 
 A message is a header (length, kind, flags, sequence, port), a fixed body and attributes (length,
 kind, value, padded to four bytes). The kernel answers each request with an error of 0, or each dump
@@ -18,6 +18,8 @@ from jobworker.sandbox import syscalls as sc
 _ERROR, _DONE = 2, 3
 _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _NEW_RULE = 20, 22, 24, 32
 _REQUEST, _ACKNOWLEDGE, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
+SOCK_DIAG, SOCKETS = 4, 20
+"""A protocol, and its one request (SOCK_DIAG_BY_FAMILY): sock_diag(7)."""
 _MAIN_TABLE = 254
 _LOCAL_ADDRESS, _DESTINATION, _PRIORITY, _PROTOCOL, _PORTS = 2, 1, 6, 22, 24
 _ROUTE_UNREACHABLE, _RULE_LOOKUP, _RULE_UNREACHABLE = 7, 1, 7
@@ -30,7 +32,7 @@ def addresses() -> list[tuple[str, int]]:
     """The IPv4 addresses of this network namespace, each with the length of its prefix."""
     body = struct.pack("BBBBi", socket.AF_INET, 0, 0, 0, 0)
     found = []
-    for message in _dump(_GET_ADDRESS, body):
+    for message in dump(_GET_ADDRESS, body):
         family, prefix = message[0], message[1]
         local = dict(_attributes(message[8:])).get(_LOCAL_ADDRESS)
         if family == socket.AF_INET and local is not None:
@@ -45,7 +47,7 @@ def local_networks() -> list[tuple[str, int]]:
     """
     body = struct.pack("BBBBBBBBI", socket.AF_INET, 0, 0, 0, _LOCAL_TABLE, 0, 0, 0, 0)
     found = []
-    for message in _dump(_GET_ROUTE, body, strict=True):
+    for message in dump(_GET_ROUTE, body, strict=True):
         if message[0] == socket.AF_INET and message[4] == _LOCAL_TABLE:
             destination = dict(_attributes(message[12:])).get(_DESTINATION, bytes(4))
             found.append((socket.inet_ntoa(destination), message[1]))
@@ -133,8 +135,8 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[(length + 3) & ~3 :]
 
 
-def _open() -> socket.socket:
-    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+def _open(protocol: int = 0) -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
 
 
 def _message(kind: int, flags: int, body: bytes) -> bytes:
@@ -149,16 +151,16 @@ def _ask(kind: int, body: bytes) -> None:
         raise OSError(-code, os.strerror(-code))
 
 
-def _dump(kind: int, body: bytes, *, strict: bool = False) -> Iterator[bytes]:
+def dump(kind: int, body: bytes, *, strict: bool = False, protocol: int = 0) -> Iterator[bytes]:
     """The messages of a dump; a strict one is of those alone that the body's fields ask for."""
-    with _open() as kernel:
+    with _open(protocol) as kernel:
         kernel.setsockopt(_NETLINK, _STRICT, strict)
         kernel.sendto(_message(kind, _DUMP, body), (0, 0))
         while True:
-            packet = kernel.recv(65_536)
-            while packet:
-                length, answered = struct.unpack_from("IH", packet)
+            packet, at = kernel.recv(65_536), 0
+            while at < len(packet):
+                length, answered = struct.unpack_from("IH", packet, at)
                 if answered in (_DONE, _ERROR):
                     return
-                yield packet[16:length]
-                packet = packet[(length + 3) & ~3 :]
+                yield packet[at + 16 : at + length]
+                at += (length + 3) & ~3

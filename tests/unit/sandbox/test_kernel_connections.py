@@ -1,0 +1,67 @@
+"""Connections that nobody has accepted, found among a network's sockets."""
+
+import os
+import socket
+import struct
+
+import pytest
+
+from jobworker.sandbox import kernel_connections
+from jobworker.sandbox.kernel_connections import CONNECTION_BYTES, Connection, Waiting
+
+SENT = 50_000
+
+
+def of_port(port: int) -> list[Connection]:
+    wanted = port.to_bytes(2)
+    return [one for one in kernel_connections.connections() if one.port == wanted]
+
+
+@pytest.mark.parametrize(
+    ("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+def test_what_waits_to_be_accepted_is_counted(family: int, address: str) -> None:
+    with socket.socket(family) as server:
+        server.bind((address, 0))
+        server.listen(10)
+        port = server.getsockname()[1]
+        others = [socket.create_connection((address, port)) for _ in range(4)]
+        others[0].sendall(bytes(SENT))
+        others[1].sendall(bytes(SENT))
+        others[1].close()
+        others[2].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        others[2].close()
+        found = of_port(port)
+        (listening,) = (one for one in found if one.state == 10)
+        assert (listening.queue, listening.uid) == (4, os.getuid())
+        waiting = kernel_connections.waiting_in(found)
+        assert waiting.unseen == 1, "the one that was reset"
+        assert waiting.memory_bytes >= 2 * SENT + 4 * CONNECTION_BYTES
+        with server.accept()[0] as accepted:
+            assert accepted.fileno() >= 0
+            assert kernel_connections.waiting_in(of_port(port)).memory_bytes < (
+                waiting.memory_bytes - SENT
+            )
+        others[0].close()
+        others[3].close()
+
+
+def test_on_the_hosts_network_a_connection_is_the_listening_jobs() -> None:
+    def row(state: int, address: bytes, queue: int = 0, uid: int = 0, inode: int = 0) -> Connection:
+        return Connection(state, b"\x1f\x90", address, queue, uid, inode, 100)
+
+    here, there, anywhere = b"here".ljust(16, b"\0"), b"there".ljust(16, b"\0"), bytes(16)
+    sockets = [
+        row(10, here, queue=2, uid=1005, inode=1),
+        row(10, anywhere, queue=1, uid=2005, inode=2),
+        row(1, here),
+        row(8, there),
+        row(1, here, inode=3),
+        row(4, here),
+    ]
+    ranges = {range(1000, 2000): 7, range(2000, 3000): 8, range(3000, 4000): 9}
+    found = kernel_connections._by_job(sockets, ranges)
+    assert {job: kernel_connections.waiting_in(each) for job, each in found.items()} == {
+        7: Waiting(100 + 2 * CONNECTION_BYTES, 1),
+        8: Waiting(100 + CONNECTION_BYTES, 0),
+    }
