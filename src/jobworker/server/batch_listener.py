@@ -13,14 +13,15 @@ from contextlib import suppress
 
 import trio
 
-from jobworker.server.turnstile import Presence
+from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
 
 A_TURN = 4
 """Together 1 to 2 ms with what each has done until its handshake begins: others wait for that."""
-TURNED_AWAY_A_TURN = 64
-"""A millisecond, where they have closed already."""
+TURN_SECONDS = 0.002
+"""For those that are turned away: a hundred that have closed already, or ten of a flood's."""
 MANY_WAIT = 64
-"""With so many in the kernel's queue there is no rest: honest clients stand in it too."""
+"""With so many in the kernel's queue rests are short: honest clients stand in it too."""
+SHORT_REST_SECONDS = 0.002
 _UNACKED = slice(24, 28)
 """Of struct tcp_info."""
 
@@ -37,28 +38,28 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
         self._socket = listening
         self._inner = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
         self._turn_away, self._presence = turn_away, presence
-        self._left = self._to_turn_away = 0
-        """How many may still be accepted in this turn, and turned away."""
+        self._left = 0
+        """How many may still be accepted in this turn."""
         self._began = -math.inf
 
     async def accept(self) -> trio.SocketStream:
         """See trio.abc.Listener; but for one in `A_TURN`, it is no checkpoint."""
-        while self._left and self._to_turn_away:
+        while self._left and trio.current_time() < self._began + TURN_SECONDS:
             with suppress(OSError):  # there is none, or a fault, which is met again below
                 accepted, _ = self._socket.accept()
                 if self._turn_away(accepted):
                     accepted.close()
-                    self._to_turn_away -= 1
                     continue
                 self._left -= 1
                 return trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
             break
         else:  # there are more
-            if self._waiting() < MANY_WAIT:
-                await self._presence.rest_after(self._began)
+            many = self._waiting() >= MANY_WAIT
+            rest = SHORT_REST_SECONDS if many else MAX_REST_SECONDS
+            await self._presence.rest_after(self._began, most_seconds=rest)
         stream = await self._inner.accept()
         self._began = trio.current_time()
-        self._left, self._to_turn_away = A_TURN - 1, TURNED_AWAY_A_TURN
+        self._left = A_TURN - 1
         return stream
 
     def _waiting(self) -> int:

@@ -55,9 +55,9 @@ from jobworker.server.turnstile import Presence, Spells, Turnstile
 
 MESSAGES_A_TURN = 4
 """Of one turn of the event loop: one to two milliseconds."""
-HANDSHAKES_A_TURN = 2
-"""Of one: a signature, or what follows when the client has answered, is a millisecond."""
-HANDSHAKE_REST_SECONDS = 0.002
+HANDSHAKES_A_TURN = 1
+"""Half of one: a signature, or what follows when the client has answered, is a millisecond."""
+HANDSHAKE_REST_SECONDS = 0.003
 """Honest clients of a flood's network stand in line with it, and hundreds may."""
 
 

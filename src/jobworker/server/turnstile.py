@@ -88,7 +88,7 @@ class Spells:
             finally:
                 now = trio.current_time()
                 if self._presence.of_others((name,)):
-                    self._rests_until = now + min(now - began, MAX_LONG_REST_SECONDS)
+                    self._rests_until = now + min(REST * (now - began), MAX_LONG_REST_SECONDS)
 
 
 @define(eq=False)

@@ -2,15 +2,23 @@
 
 import socket
 from collections import Counter
+from collections.abc import Container
 from contextlib import ExitStack
 
 import pytest
 import trio
+import trio.testing
 
 from jobworker.server.admission import Admission
-from jobworker.server.batch_listener import A_TURN, MANY_WAIT, TURNED_AWAY_A_TURN, BatchListener
+from jobworker.server.batch_listener import (
+    A_TURN,
+    MANY_WAIT,
+    SHORT_REST_SECONDS,
+    TURN_SECONDS,
+    BatchListener,
+)
 from jobworker.server.connection import turn_away
-from jobworker.server.turnstile import Presence
+from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
 
 COUNT = 2 * A_TURN + 1
 
@@ -45,11 +53,14 @@ async def test_several_are_accepted_in_a_turn_and_no_more() -> None:
     assert sorted(accepted.values()) == [1, A_TURN, A_TURN]
 
 
-async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn() -> None:
+async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn(
+    mock_clock: trio.testing.MockClock,
+) -> None:
     turns, turned_away = Turns(), Counter[int]()
 
     def turn_away(_: socket.socket) -> bool:
         turned_away[turns.now] += 1
+        mock_clock.jump(TURN_SECONDS / 9.5)
         return True
 
     with ExitStack() as stack:
@@ -68,7 +79,7 @@ async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn() -> None:
                 stream.socket.close()
         trio.lowlevel.remove_instrument(turns)
         assert accepted + turned_away.total() == len(clients)
-        assert max(turned_away.values()) == TURNED_AWAY_A_TURN
+        assert max(turned_away.values()) == 10
         for client in clients:
             client.settimeout(5)
             assert client.recv(1) == b"", "closed"
@@ -76,17 +87,24 @@ async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn() -> None:
 
 
 class Rests(Presence):
-    """Counts them."""
+    """Notes how long they may be."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = list[float]()
 
-    async def rest_after(self, *_: object) -> None:
+    async def rest_after(
+        self,
+        began: float,  # noqa: ARG002 - as the listener calls it
+        than: Container[str] = (),  # noqa: ARG002
+        most_seconds: float = 0,
+    ) -> None:
         """See Presence."""
-        self.count += 1
+        self.most.append(most_seconds)
         await trio.lowlevel.checkpoint()
 
 
-async def test_no_rest_is_taken_where_many_wait() -> None:
+async def test_rests_are_short_where_many_wait() -> None:
     presence = Rests()
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=200))
@@ -94,13 +112,11 @@ async def test_no_rest_is_taken_where_many_wait() -> None:
         for _ in range(MANY_WAIT + 20 * A_TURN):
             stack.enter_context(socket.create_connection(listening.getsockname()))
         listener = BatchListener(listening, lambda _: False, presence)
-        for _ in range(19 * A_TURN):
+        for _ in range(MANY_WAIT + 20 * A_TURN):
             (await listener.accept()).socket.close()
-        assert presence.count == 0
-        for _ in range(MANY_WAIT):
-            (await listener.accept()).socket.close()
-        assert presence.count > MANY_WAIT / A_TURN - 3
         await listener.aclose()
+    assert set(presence.most[:19]) == {SHORT_REST_SECONDS}
+    assert set(presence.most[-10:]) == {MAX_REST_SECONDS}
 
 
 @pytest.mark.parametrize("reset", [True, False])
