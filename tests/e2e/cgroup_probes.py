@@ -10,6 +10,7 @@ it runs all of them, prints what was measured and exits with 1 if one failed.
 """
 
 import argparse
+import errno
 import os
 import select
 import subprocess
@@ -138,7 +139,7 @@ def job(tree: Tree, limits: Limits = UNLIMITED) -> Iterator[Scope]:
     finally:
         scope.kill()
         wait_empty(tree, scope)
-        scope.remove()
+        remove_soon(scope)
 
 
 @contextmanager
@@ -168,6 +169,20 @@ def wait_dead(pid: int) -> None:
         assert select.select([descriptor], [], [], 20)[0], f"process {pid} lives on"
     finally:
         os.close(descriptor)
+
+
+def remove_soon(scope: Scope) -> None:
+    """Remove a scope whose processes have ended: the kernel lets go of it a moment later."""
+    end = time.monotonic() + 20
+    while True:
+        try:
+            scope.remove()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.005)
+        else:
+            return
 
 
 def is_readable(descriptor: int) -> bool:
@@ -298,7 +313,7 @@ def kill_reaches_daemons(tree: Tree, _: Path) -> str:
         assert child.wait(20) == -9
         for pid in pids:
             wait_dead(pid)
-        scope.remove()
+        remove_soon(scope)
         scope.remove()
         return f"{len(pids)} daemons"
 
