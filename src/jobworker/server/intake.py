@@ -35,10 +35,14 @@ class Intake:
     """When the slot was taken, and how much of the message there was."""
     _grew: tuple[float, int] = field(default=(0.0, 0), init=False)
     """When more of the message was seen last, and how much there was."""
-    paused: bool = field(default=False, init=False)
-    """Whether nothing is read from the client now, its answers to pings included."""
+    _pausing: int = field(default=0, init=False)
     pauses: int = field(default=0, init=False)
     """How many have ended."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is read from the client now, its answers to pings included."""
+        return self._pausing > 0
 
     async def wait_for_room(self, size: int) -> float:
         """Wait until more may be read of a message that has `size` so far.
@@ -72,12 +76,12 @@ class Intake:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Nothing is read in the block."""
-        self.paused = True
+        """Nothing is read in the block; it may overlap with another."""
+        self._pausing += 1
         try:
             yield
         finally:
-            self.paused = False
+            self._pausing -= 1
             self.pauses += 1
 
     def begin(self) -> trio.Event:
