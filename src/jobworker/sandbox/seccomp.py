@@ -81,7 +81,7 @@ class Refuse:
     why: str = ""
     calls: tuple[str, ...] = field(validator=_not_empty)
     when: tuple[Condition, ...] = ()
-    error: Literal["EPERM", "ENOSYS"] = "EPERM"
+    error: Literal["EPERM", "ENOSYS", "EPROTONOSUPPORT"] = "EPERM"
     quiet: bool = False
 
 

@@ -249,6 +249,13 @@ def _open_each() -> None:
         ("netlink_netfilter", 16, socket.SOCK_RAW, 12),
         ("netlink_uevent", 16, socket.SOCK_RAW, 15),
         ("xdp", 44, socket.SOCK_RAW, 0),
+        ("multipath_tcp", 2, socket.SOCK_STREAM, 262),
+        ("multipath_tcp_with_high_bits", 10, socket.SOCK_STREAM, 262 | 1 << 32),
+        ("sctp", 2, socket.SOCK_STREAM, 132),
+        ("dccp", 2, 6, 33),
+        ("smc", 2, socket.SOCK_STREAM, 256),
+        ("l2tp", 2, socket.SOCK_DGRAM, 115),
+        ("udp_lite", 2, socket.SOCK_DGRAM, 136),
     ):
 
         def try_it(family: int = family, kind: int = kind, protocol: int = protocol) -> None:

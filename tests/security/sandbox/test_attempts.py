@@ -15,6 +15,12 @@ assert attempts_calls, attempts_files  # they fill the table of attempts
 REFUSED = {"EPERM", "EACCES", "ENOENT", "ESRCH", "ENXIO", "EROFS", "masked", "ENOTSUP"}
 """The last one by the overlay, which has no handles of files to give."""
 DENIED = {"EPERM", "ENOSYS"}
+OF_A_PROTOCOL = {
+    *("open_socket_multipath_tcp", "open_socket_multipath_tcp_with_high_bits"),
+    *("open_socket_sctp", "open_socket_dccp", "open_socket_smc"),
+    *("open_socket_l2tp", "open_socket_udp_lite"),
+}
+"""They are answered as by a kernel without the protocol."""
 
 BY_THE_FILTER_ALONE = {
     # A user namespace is for everyone to make; inside one of its own a job would have rights.
@@ -25,6 +31,7 @@ BY_THE_FILTER_ALONE = {
     *("paste_into_a_terminal_with_high_bits", "set_a_line_discipline"),
     *("open_socket_vsock", "open_socket_vsock_with_high_bits", "open_socket_alg"),
     *("open_socket_netlink_audit", "open_socket_netlink_netfilter", "open_socket_netlink_uevent"),
+    *OF_A_PROTOCOL,
     # Calls with arguments that mean nothing: the kernel's word about those comes first.
     *(f"call_{name}" for name in attempts_calls.RAW),
     *("call_the_next_number_to_come", "call_socketpair_of_another_family"),
@@ -43,6 +50,7 @@ NEEDS = {
     "open_socket_xdp": "CONFIG_XDP_SOCKETS",
     "open_socket_packet": "CONFIG_PACKET",
     "open_socket_packet_datagram": "CONFIG_PACKET",
+    **dict.fromkeys(OF_A_PROTOCOL, "the protocol"),
     "read_kernel_configuration": "CONFIG_IKCONFIG_PROC",
     "call_the_next_number_to_come": "a call newer than the profile",
     "mount_control_groups_of_version_1": "CONFIG_CGROUPS_V1",
@@ -50,7 +58,10 @@ NEEDS = {
 }
 """What the host has to have for the control; what it lacks cannot be attacked there."""
 
-LACKING = {"ENOSYS", "ENOENT", "EAFNOSUPPORT", "EPERM", "EACCES", "ENODEV", "EPROTONOSUPPORT"}
+LACKING = {
+    *("ENOSYS", "ENOENT", "EAFNOSUPPORT", "EPERM", "EACCES", "ENODEV"),
+    *("EPROTONOSUPPORT", "ESOCKTNOSUPPORT"),
+}
 
 
 def test_the_program_made_every_attempt(outcomes: Outcomes) -> None:
@@ -62,6 +73,9 @@ def test_the_program_made_every_attempt(outcomes: Outcomes) -> None:
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_attempt_fails_inside(outcomes: Outcomes, name: str) -> None:
     """Whatever the host: first of all, it fails."""
+    if name in OF_A_PROTOCOL:
+        assert outcomes.inside[name] == "EPROTONOSUPPORT"
+        return
     allowed = DENIED if name.startswith("call_") else REFUSED | DENIED
     assert outcomes.inside[name] in allowed
     if name not in BY_THE_FILTER_ALONE:
@@ -88,8 +102,8 @@ def _is_argument_error(name: str, outcome: str) -> bool:
 @pytest.mark.parametrize("name", sorted(BY_THE_FILTER_ALONE))
 def test_what_the_filter_alone_refuses_is_refused_by_it(outcomes: Outcomes, name: str) -> None:
     """Where nothing else would have refused it, the difference is the filter's."""
-    assert outcomes.inside[name] in DENIED
+    assert outcomes.inside[name] in (DENIED if name not in OF_A_PROTOCOL else {"EPROTONOSUPPORT"})
     without = outcomes.unfiltered[name]
-    if without in ("ENOSYS", "EAFNOSUPPORT"):
+    if without in ("ENOSYS", "EAFNOSUPPORT", "EPROTONOSUPPORT", "ESOCKTNOSUPPORT"):
         pytest.skip(f"this kernel lacks {NEEDS[name]}")
     assert without != outcomes.inside[name] or without == "EPERM", "EPERM: by another layer too"
