@@ -26,6 +26,7 @@ from jobworker.cli.parameters import (
     JobNumber,
     LabelSought,
     Size,
+    all_sought,
     json_option,
     pass_invocation,
 )
@@ -263,8 +264,9 @@ async def _each(
     "labels",
     multiple=True,
     type=LabelSought(),
+    callback=all_sought,
     metavar="NAME=VALUE",
-    help="Only jobs with this label; may be repeated.",
+    help="Only jobs with this label; may be repeated, for jobs that have all of them.",
 )
 @click.option("--name", default="", help="Only jobs of this name.")
 @click.option(
@@ -280,7 +282,7 @@ async def _each(
 async def list_jobs(
     invocation: Invocation,
     states: tuple[str, ...],
-    labels: Sequence[tuple[str, str]],
+    labels: dict[str, str],
     name: str,
     limit: int,
 ) -> None:
@@ -292,7 +294,7 @@ async def list_jobs(
             asked = min(limit - len(found), MAX_LIST)
             before = found[-1].id if found else None
             page = await client.list(
-                states=chosen, labels=dict(labels), name=name, limit=asked, before=before
+                states=chosen, labels=labels, name=name, limit=asked, before=before
             )
             found.extend(page)
             if not page:  # a shorter one is no end: the server bounds a page's size too

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -202,6 +203,24 @@ class LabelSought(Label):
                 ctx,
             )
         return super().convert(value, param, ctx)
+
+
+def all_sought(
+    ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """The labels that a job has together; a callback of click.
+
+    Raises click.BadParameter for two values of one label.
+    """
+    sought: dict[str, str] = {}
+    for name, content in pairs:
+        if sought.setdefault(name, content) != content:
+            raise click.BadParameter(
+                f"no job has both {name}={sought[name]} and {name}={content}: ask for one of them",
+                ctx,
+                param,
+            )
+    return sought
 
 
 class User(click.ParamType[tuple[int, int | None]]):

@@ -53,6 +53,17 @@ def test_label_that_is_sought_has_a_value() -> None:
     assert isinstance(option.type, LabelSought)
 
 
+def test_labels_that_no_job_has_together_are_refused() -> None:
+    """And not answered by the jobs that have the last of them."""
+    (option,) = (each for each in worker_cli.commands["list"].params if each.name == "labels")
+    assert option.callback is not None
+    context = click.Context(worker_cli.commands["list"])
+    pairs = (("team", "a"), ("x", ""), ("team", "a"))
+    assert option.callback(context, option, pairs) == {"team": "a", "x": ""}
+    with pytest.raises(click.BadParameter, match="no job has both team=a and team=b"):
+        option.callback(context, option, (("team", "a"), ("team", "b")))
+
+
 def test_place_of_a_volume_says_nothing_of_how_it_is_mounted() -> None:
     assert VolumePlace().convert("v:/srv/x", None, None) == {"name": "v", "path": "/srv/x"}
     assert "there is no read-only mount" in refusal(VolumePlace(), "v:/srv/x:ro")
