@@ -65,13 +65,17 @@ IN_FLIGHT = NETLINK.replace(
     "    held.clear()\n",
 )
 LOCKS = """
-import ctypes, fcntl, os, resource, socket, struct, threading, time
+import ctypes, fcntl, os, resource, socket, struct, tempfile, threading, time
 libc = ctypes.CDLL(None)
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 SETLK, OFD_SETLK = fcntl.F_SETLK, 37
 held, pairs = [], [socket.socketpair()]
-def fill(hide=held.append, make=lambda: os.open("/workspace", os.O_RDWR | os.O_TMPFILE),
+def on_disk():  # an overlay of Linux 6.1 has no O_TMPFILE
+    file, name = tempfile.mkstemp(dir="/workspace")
+    os.unlink(name)
+    return file
+def fill(hide=held.append, make=on_disk,
          kind=OFD_SETLK, count=1_000_000, each=500, last=60):
     for number in range(count // each):
         file = make()
