@@ -173,6 +173,8 @@ def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> C
                 f"cannot call {name}: {error.message}", data=error.data
             ) from None
     except JobworkerError as error:
+        # In the frames where it was raised are the message, and in a thread what it results in.
+        error.__traceback__ = error.__context__ = None
         return Refusal(error_message(id_, error) if answered else None, error, method, id_)
     return Call(id_, method, params, answered)
 

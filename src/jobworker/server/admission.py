@@ -179,10 +179,14 @@ class Admission:
 
     def refusal(self, network: str) -> TooManyFailures | None:
         """Why there is no place for one more of a network, if there is none."""
+        return self._too_many(network) if self._is_full(network) else None
+
+    def _is_full(self, network: str) -> bool:
         if self._slowed(network) is None or self._has_place(network):
-            return None
-        if self._stalled(self._candidates(network), network) is not None:
-            return None
+            return False
+        return self._stalled(self._candidates(network), network) is None
+
+    def _too_many(self, network: str) -> TooManyFailures:
         return TooManyFailures(
             f"cannot serve {network}: {self.limits.max_failed_handshakes} handshakes from there "
             "failed within a minute, and too many wait for their turn",
@@ -204,8 +208,8 @@ class Admission:
 
     def _make_room(self, network: str) -> None:
         """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
-        if (full := self.refusal(network)) is not None:
-            raise full
+        if self._is_full(network):
+            raise self._too_many(network)
         crowd = self._candidates(network)
         slowed = [each for each in self._arriving if self._slowed(each.network) is not None]
         given_up = self._stalled(crowd, network) or _oldest(slowed) or _oldest(crowd)

@@ -272,6 +272,7 @@ async def _serve_websocket(
                 context.auditor.dismissed(peer, visitor.reason, who)
             parted = await conversation.say_goodbye()
             log.info("%s: disconnected", peer)
+            stream.check = None  # a cycle, which would stay with all that the connection holds
             nursery.cancel_scope.cancel()
     return parted
 

@@ -16,7 +16,7 @@ that takes nothing for too long, cancels what is being sent.
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import trio
 from attrs import define, field
@@ -125,7 +125,6 @@ class Conversation:
         self._subscriptions = Subscriptions(
             self._context.supervisor,
             self._context.traffic,
-            self._send,
             self._context.stall_seconds,
             limits.max_follows,
             self._context.crowds,
@@ -181,8 +180,12 @@ class Conversation:
                     with self._scope:
                         async with trio.open_nursery() as nursery:
                             nursery.start_soon(self._ping)
-                            while True:
-                                await self._take(await self._next_message(), calls)
+                            # Not by an exception through nurseries: what a group of them has in
+                            # its frames stays until Python searches for cycles.
+                            with suppress(ConnectionClosed):
+                                while True:
+                                    await self._take(await self._next_message(), calls)
+                            nursery.cancel_scope.cancel()
                 finally:
                     self._leaving = True
                     self._cancel_sends()
@@ -406,7 +409,7 @@ class Conversation:
         """Send the output of the subscription that a call has opened, if it has."""
         subscription = getattr(outcome, "subscription", None)
         if isinstance(subscription, int):
-            await self._subscriptions.run(subscription)
+            await self._subscriptions.run(subscription, self._send)
             self._less_busy.unpark_all()
 
     async def _send(self, message: str | Sequence[Frame]) -> None:

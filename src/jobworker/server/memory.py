@@ -25,7 +25,7 @@ LOOK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 64.0
 NOTABLE_BYTES = 4 << 20
 MAX_SEARCH_SECONDS = 0.005
-"""A search for cycles that took longer is the last for as long as the longest pause."""
+"""Of the processor; a search for cycles that took longer is the last for the longest pause."""
 _OWN = Path("/proc/self/statm")
 
 
@@ -51,10 +51,11 @@ async def keep_small() -> None:
         if before > least + NOTABLE_BYTES:
             pause = LOOK_SECONDS
         if waited >= pause:
-            if (began := time.monotonic()) >= search_at:
-                gc.collect()  # what a broken connection had, up to a megabyte each
-                if (now := time.monotonic()) - began > MAX_SEARCH_SECONDS:
-                    search_at = now + LONGEST_PAUSE_SECONDS
+            if time.monotonic() >= search_at:
+                began = time.thread_time()
+                gc.collect()
+                if time.thread_time() - began > MAX_SEARCH_SECONDS:
+                    search_at = time.monotonic() + LONGEST_PAUSE_SECONDS
             await in_thread(give_back_freed_memory)
             waited, least = 0.0, resident_bytes()
             fruitful = before > least + NOTABLE_BYTES

@@ -165,7 +165,6 @@ class Subscriptions:
 
     _supervisor: Supervisor
     _traffic: Traffic
-    _send: Send
     _stall_seconds: float
     _max_open: int
     _crowds: Crowds
@@ -235,7 +234,7 @@ class Subscriptions:
             for each in self._open.values()
         )
 
-    async def run(self, number: int) -> None:
+    async def run(self, number: int, send: Send) -> None:
         """Send a subscription's output to its end, and then how its job went."""
         subscription = self._open.get(number)
         if subscription is None:  # ended before it began
@@ -243,7 +242,7 @@ class Subscriptions:
         subscription.running = True
         try:
             with subscription.scope:
-                problem = await self._deliver(subscription)
+                problem = await self._deliver(subscription, send)
                 await self._traffic.take_turn(self._name)
                 record, problem = await self._final_record(subscription, problem)
                 summary, told = summary_of(record)
@@ -253,7 +252,7 @@ class Subscriptions:
                     job=summary,
                     error=problem,
                 )
-                await self._send(encode_output_end(end, told))
+                await send(encode_output_end(end, told))
         finally:
             subscription.follower.close()
             self._drop(number)
@@ -284,7 +283,7 @@ class Subscriptions:
             problem = _told(NotFound(f"cannot follow job {job} any more: it was removed"))
         return record, problem
 
-    async def _deliver(self, subscription: Subscription) -> Problem | None:
+    async def _deliver(self, subscription: Subscription, send: Send) -> Problem | None:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
@@ -292,11 +291,11 @@ class Subscriptions:
                     frames, size = await subscription.take(min(room, share))
                     began = trio.current_time()
                     if frames:
-                        await self._send(frames)
+                        await send(frames)
                     del frames  # or each that waits for its turn would hold what it sent last
                     subscription.keep_pace(size, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
-                await self._send(message)
+                await send(message)
         except JobworkerError as error:
             return _told(error)
         return None
