@@ -185,6 +185,27 @@ async def test_older_tls(house: Embedded, forger: Forger, version: str) -> None:
     )
 
 
+CURVES = ["X25519", "P-256", "X448", "P-521", "P-384"]
+FINITE_FIELDS = ["ffdhe2048", "ffdhe3072", "ffdhe4096", "ffdhe6144", "ffdhe8192"]
+
+
+@pytest.mark.parametrize("group", [*CURVES, *FINITE_FIELDS])
+async def test_key_exchange_that_costs_the_service_much(house: Embedded, group: str) -> None:
+    """Before it knows anything of a client: 170 ms of its loop for the longest."""
+    certs = house.directory / "certs"
+    named = ["-cert", certs / "admin-client-cert.pem", "-key", certs / "admin-client-key.pem"]
+    said = await trio.run_process(
+        ["openssl", "s_client", "-connect", house.address, "-groups", group, "-brief", *named],
+        stdin=b"",
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    told = said.stderr.decode()
+    assert ("CONNECTION ESTABLISHED" in told) is (group in CURVES), told
+    assert ("handshake failure" in told) is (group in FINITE_FIELDS), told
+
+
 @pytest.mark.parametrize("fault", ["not valid yet: it begins at", "RSA key has 1024 bits"])
 def test_user_of_worker_cli_is_told_which_of_the_causes_it_is(
     house: Embedded, forger: Forger, fault: str

@@ -28,6 +28,19 @@ def test_tls_12_passes_where_it_is_allowed(site: Site) -> None:
     assert (result.reply, result.version) == (b"pong", "TLSv1.2")
 
 
+def test_python_whose_openssl_cannot_be_reached_serves_by_one_curve(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("ctypes.CDLL", out_of_reach)
+    server, other = site.server(), site.client()
+    assert talk(site.client(), server).reply == b"pong"
+    other.set_ecdh_curve("secp384r1")
+    assert talk(other, server).client_error is not None
+
+
 def test_server_hands_out_no_ticket_to_resume_by(site: Site) -> None:
     client, server = site.client(), site.server()
     first = talk(client, server)
