@@ -35,9 +35,9 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
 chain with an RSA key below 2,048 bits or a curve below 224, and none that is signed by SHA-1."""
 
 _GROUPS = "X25519:P-256:X448:P-521:P-384"
-"""For the key exchange, by preference: elliptic curves, 0.1 to 2 ms each on a server. Without a list
-OpenSSL also takes ffdhe2048 to ffdhe8192 of RFC 7919 from whoever asks: 170 ms, before anything is
-known of a client."""
+"""For the key exchange, by preference: elliptic curves, 0.1 to 2 ms each on a server. Without a
+list OpenSSL also takes ffdhe2048 to ffdhe8192 of RFC 7919 from whoever asks: 170 ms, before
+anything is known of a client."""
 _SET_GROUPS_LIST = 92
 """SSL_CTRL_SET_GROUPS_LIST of openssl/ssl.h."""
 _HYBRID = "X25519MLKEM768:"

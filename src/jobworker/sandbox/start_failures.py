@@ -32,7 +32,11 @@ _REMEDIES = {
     "place": "stop a job, or raise worker.max_concurrent_jobs",
 }
 """By the step alone, where the kernel's reason is none of those below."""
+ENOTSUPP = 524
+"""The kernel's own, and no errno of the C library: linux/errno.h."""
 _SHORTAGES = {
+    ENOTSUPP: "the programs of the host have filled net.core.bpf_jit_limit with filters: raise it by "
+    "sysctl, or end those with many (Seccomp_filters in /proc/PID/status)",
     errno.EAGAIN: "the launcher may have no more processes: raise TasksMax= of its unit, pids.max "
     "of its control group, or the host's kernel.pid_max and kernel.threads-max",
     errno.ENOMEM: "the kernel has no memory for it: end something on the host, or run fewer jobs "
@@ -99,7 +103,7 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     step, code, detail = problem.get("step"), problem.get("errno"), problem.get("detail")
     assert isinstance(step, str)
     assert isinstance(code, int)
-    reason = os.strerror(code) if code else str(detail)
+    reason = _reason(code) if code else str(detail)
     data: dict[str, object] = {"step": step, "errno": code, "detail": str(detail)}
     if step == "execute":
         return _explain_execute(code, str(detail), reason, data)
@@ -120,6 +124,10 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
         remedy=remedy,
         data=data,
     )
+
+
+def _reason(code: int) -> str:
+    return os.strerror(code) if code != ENOTSUPP else "the kernel has no room for another filter"
 
 
 def _explain_volume(code: int, name: str, data: Mapping[str, object]) -> JobworkerError:

@@ -268,6 +268,24 @@ def _open_each() -> None:
 _open_each()
 
 
+def _attach_filter(option: int) -> None:
+    """A program of one instruction, "take all of it": socket(7)."""
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))
+    attached = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(program)))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mine:
+        call("setsockopt", mine.fileno(), 1, option, attached, len(attached.raw) - 1)
+
+
+@attempt
+def attach_a_filter_to_a_socket() -> None:
+    _attach_filter(26)
+
+
+@attempt
+def attach_a_filter_with_high_bits() -> None:
+    _attach_filter(26 | 1 << 32)
+
+
 @attempt
 def call_socketpair_of_another_family() -> None:
     call("socketpair", 2, 1, 0, 0)

@@ -32,6 +32,7 @@ BY_THE_FILTER_ALONE = {
     *("open_socket_vsock", "open_socket_vsock_with_high_bits", "open_socket_alg"),
     *("open_socket_netlink_audit", "open_socket_netlink_netfilter", "open_socket_netlink_uevent"),
     *OF_A_PROTOCOL,
+    *("attach_a_filter_to_a_socket", "attach_a_filter_with_high_bits"),
     # Calls with arguments that mean nothing: the kernel's word about those comes first.
     *(f"call_{name}" for name in attempts_calls.RAW),
     *("call_the_next_number_to_come", "call_socketpair_of_another_family"),

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from jobworker.sandbox.chores import CROWDED
-from jobworker.sandbox.start_failures import explain
+from jobworker.sandbox.start_failures import ENOTSUPP, explain
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from jobworker.sandbox.start_failures import explain
         ("spawn", errno.EAGAIN, "TasksMax="),
         ("spawn", errno.EMFILE, "LimitNOFILE="),
         ("spawn", errno.ENFILE, "fs.file-max"),
+        ("filter-system-calls", ENOTSUPP, "net.core.bpf_jit_limit"),
         ("enter-network", errno.ENOMEM, "no memory"),
         ("enter-network", errno.ENODEV, "/dev/net/tun"),
         ("limits", errno.ENOMEM, "--max-memory"),
