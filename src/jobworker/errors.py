@@ -159,7 +159,7 @@ class TooManyFollows(Busy):
 
 
 class TooManyFrames(Busy):
-    """Control frames, or parts of messages that are nearly empty, came faster than is taken."""
+    """Control frames, or short parts of messages, came faster than is taken."""
 
     code = 1034
     name = "too_many_frames"

@@ -35,7 +35,7 @@ _REMEDIES = {
 ENOTSUPP = 524
 """The kernel's own, and no errno of the C library: linux/errno.h."""
 _SHORTAGES = {
-    ENOTSUPP: "the programs of the host have filled net.core.bpf_jit_limit with filters: raise it by "
+    ENOTSUPP: "the host's programs have filled net.core.bpf_jit_limit with filters: raise it by "
     "sysctl, or end those with many (Seccomp_filters in /proc/PID/status)",
     errno.EAGAIN: "the launcher may have no more processes: raise TasksMax= of its unit, pids.max "
     "of its control group, or the host's kernel.pid_max and kernel.threads-max",

@@ -319,7 +319,7 @@ def _oldest(crowd: list[Arrival]) -> Arrival | None:
 def network_of(address: str, user: str | None = None) -> str:
     """What failures are counted by: an IPv4 address, or the /64 that an IPv6 host chooses from.
 
-    Of the service's own host each user counts alone, by whichever of its addresses.
+    Of 127.0.0.0/8 a program may have any, so all are one. Of the service's own host each user counts alone, by whichever of its addresses.
     """
     if user is not None:
         return f"this host ({user})"
@@ -328,7 +328,7 @@ def network_of(address: str, user: str | None = None) -> str:
     except ValueError:
         return address
     if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.IPv6Network((parsed, 64), strict=False))
-    return str(parsed)
+        if parsed.ipv4_mapped is None:
+            return str(ipaddress.IPv6Network((parsed, 64), strict=False))
+        parsed = parsed.ipv4_mapped
+    return "127.0.0.0/8" if parsed.is_loopback else str(parsed)

@@ -5,6 +5,8 @@ busy host, the kernel's queue of them grows to seconds, and honest clients stand
 What is in excess can only be told from the rest, and let go, once it has been accepted.
 """
 
+import errno
+import logging
 import math
 import socket
 import sys
@@ -15,6 +17,8 @@ import trio
 
 from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
 
+log = logging.getLogger("jobworker")
+
 A_TURN = 4
 """Together 1 to 2 ms with what each has done until its handshake begins: others wait for that."""
 TURN_SECONDS = 0.002
@@ -22,6 +26,15 @@ TURN_SECONDS = 0.002
 MANY_WAIT = 64
 """With so many in the kernel's queue rests are short: honest clients stand in it too."""
 SHORT_REST_SECONDS = 0.002
+SHORTAGES = {
+    errno.EMFILE: "raise LimitNOFILE= of the service",
+    errno.ENFILE: "raise the host's fs.file-max",
+    errno.ENOMEM: "the kernel has no memory for it",
+    errno.ENOBUFS: "the kernel has no memory for it",
+}
+"""For which accept(2) fails though a connection waits."""
+SHORTAGE_SECONDS = 0.1
+TELL_SECONDS = 60.0
 _UNACKED = slice(24, 28)
 """Of struct tcp_info."""
 
@@ -40,7 +53,7 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
         self._turn_away, self._presence = turn_away, presence
         self._left = 0
         """How many may still be accepted in this turn."""
-        self._began = -math.inf
+        self._began = self._told = -math.inf
 
     async def accept(self) -> trio.SocketStream:
         """See trio.abc.Listener; but for one in `A_TURN`, it is no checkpoint."""
@@ -57,10 +70,23 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
             many = self._waiting() >= MANY_WAIT
             rest = SHORT_REST_SECONDS if many else MAX_REST_SECONDS
             await self._presence.rest_after(self._began, most_seconds=rest)
-        stream = await self._inner.accept()
+        stream = await self._accept()
         self._began = trio.current_time()
         self._left = A_TURN - 1
         return stream
+
+    async def _accept(self) -> trio.SocketStream:
+        while True:
+            try:
+                return await self._inner.accept()
+            except OSError as fault:
+                if fault.errno not in SHORTAGES:
+                    raise
+                if trio.current_time() >= self._told + TELL_SECONDS:
+                    self._told = trio.current_time()
+                    remedy = SHORTAGES[fault.errno]
+                    log.warning("cannot accept connections: %s; %s", fault.strerror, remedy)
+            await trio.sleep(SHORTAGE_SECONDS)
 
     def _waiting(self) -> int:
         """How many the kernel's queue has: tcpi_unacked of a listening socket, tcp(7)."""

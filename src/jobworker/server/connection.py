@@ -92,7 +92,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             if not await _says_hello(tcp.socket):
                 return  # a health check
             await admission.take_turn(arrival)
-            await context.handshakes.enter(network)
+            await context.hellos.enter(network)
             arrival.has_turn()
             _keep_alive(tcp)
             fittings = door.fittings
@@ -102,7 +102,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
                 arrival.has_shown_certificate()
-                await context.handshakes.enter(f"{network}, known")
+                await context.handshakes.enter(network)
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
                 who = admit(stream, head, context.gate.roles, fittings)
@@ -272,8 +272,8 @@ async def _serve_websocket(
                 context.auditor.dismissed(peer, visitor.reason, who)
             parted = await conversation.say_goodbye()
             log.info("%s: disconnected", peer)
-            stream.check = None  # a cycle, which would stay with all that the connection holds
             nursery.cancel_scope.cancel()
+    stream.check = None  # it refers to the stream, by way of the conversation
     return parted
 
 

@@ -22,7 +22,7 @@ import trio
 from attrs import define, field
 from trio_websocket import ConnectionClosed
 
-from jobworker.convert import LONG_CHARACTERS
+from jobworker.convert import takes_long
 from jobworker.errors import (
     Busy,
     CertificateRefused,
@@ -73,7 +73,7 @@ IN_TURN = frozenset({"job.list", "job.status", "job.plan", "volume.list", "rpc.d
 LARGE_REQUESTS = frozenset({"job.run", "job.plan"})
 """Methods whose parameters may be large; what else is large was padded."""
 SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND = 1000, 20
-"""Control frames, and parts of a message that are nearly empty: see `frame_scan`.
+"""Control frames, and short parts of a message: see `frame_scan`.
 
 Clients ping once a second at the most, and answer our pings, which come twice a minute.
 """
@@ -140,7 +140,7 @@ class Conversation:
         if small and not self._small_frames.take(trio.current_time(), small):
             self._end(
                 TooManyFrames(
-                    f"cannot take more than {SMALL_FRAMES_PER_SECOND} control frames and empty "
+                    f"cannot take more than {SMALL_FRAMES_PER_SECOND} control frames and short "
                     f"parts of messages a second, after {SMALL_FRAMES_BURST} at once"
                 )
             )
@@ -237,6 +237,8 @@ class Conversation:
             code, reason = REFUSED, f"{CertificateRefused.name}: {self._visitor.reason}"
         else:
             code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
+        if self._socket.closed is not None:
+            return False
         told = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         with trio.move_on_after(DISMISSAL_SECONDS, shield=True) as bound:
             await self._socket.aclose(code, told)
@@ -291,7 +293,7 @@ class Conversation:
 
     async def _read(self, message: str | bytes) -> Call | Refusal:
         """Read a request: a long one in a thread, and only from a client that may run jobs."""
-        if len(message) <= LONG_CHARACTERS:
+        if not takes_long(message):
             return self._session.receive(message, self._denied)
         if len(message) > LARGE_BYTES and (error := self._denied(METHODS["job.run"])) is not None:
             error = PermissionDenied(

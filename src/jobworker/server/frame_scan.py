@@ -5,7 +5,7 @@ that make it wait: 2,700 pongs of 6 bytes are 45 ms in which nobody else is serv
 a few frames at a time. Only the headers are looked at here: one large frame, as honest clients send
 them, costs as much as a small one and is not cut.
 
-Small frames are counted besides. Control frames, and parts of a message that are nearly empty, cost
+Small frames are counted besides. Control frames, and short parts of a message, cost
 the service as much as a request does and ask for nothing, so they have a rate (`conversation`).
 
 Sans-IO. What breaks the protocol is left to wsproto, which refuses it.
@@ -15,8 +15,8 @@ from attrs import define, field
 
 SLICE_FRAMES = 8
 """Some 0.15 ms for wsproto: with twenty such clients a turn of the loop is 3 ms."""
-SMALL_BYTES = 126
-"""A part of less has a header of the shortest kind. No client cuts a message so small."""
+SMALL_BYTES = 1024
+"""No client cuts a message so small: those that cut at all have buffers of 4 KiB and more."""
 _HEADER_BYTES = 2
 _MASK_BYTES = 4
 _LONGEST_HEADER_BYTES = 14

@@ -34,6 +34,7 @@ _TIMEOUT_SECONDS = 0.01
 """The kernel answers within the call that asks; this is for one that never does."""
 _WHOLE_MAP = [0, 0, 0xFFFFFFFF]
 """uid_map of the initial user namespace: user_namespaces(7)."""
+_CLOSED = -1
 IDS_TOGETHER = 65_536
 """Ids from here on belong to containers, by ranges of so many, and to directory services."""
 
@@ -42,12 +43,16 @@ def local_user(tcp: socket.socket | trio.socket.SocketType, jobs: Container[int]
     """Whose the other end of a connection is; None for one from elsewhere, or where unknown.
 
     All that have an id of `jobs` have one name, since each job has many. An account of the host has
-    one of its own, and so has each range of other ids that one container may have.
+    one of its own, and so has each range of other ids that one container may have. All whose
+    program has closed them have one as well: who may have an address of the host's for each
+    connection would have a name for each.
     """
     with suppress(OSError, ValueError, struct.error):
         uid = _owner_of_peer(tcp)
         if uid is None:
             return None
+        if uid == _CLOSED:
+            return "closed"
         if uid in jobs or (uid and not _sees_all_ids()):
             return "jobs"
         if uid < IDS_TOGETHER:
@@ -58,6 +63,7 @@ def local_user(tcp: socket.socket | trio.socket.SocketType, jobs: Container[int]
 
 
 def _owner_of_peer(tcp: socket.socket | trio.socket.SocketType) -> int | None:
+    """The id, `_CLOSED` where it belongs to nobody any more, None where it is not here."""
     family = tcp.family
     theirs, ours = tcp.getpeername(), tcp.getsockname()
     addresses = [_packed(family, name[0]) for name in (theirs, ours)]
@@ -78,9 +84,9 @@ def _owner_of_peer(tcp: socket.socket | trio.socket.SocketType) -> int | None:
     # Where there is no such connection, the kernel tells of whoever listens at that port.
     uid, inode = _OWNER.unpack_from(reply, _OWNER_AT)
     mapped = _PORTS.pack(theirs[1], ours[1]) + b"".join(_MAPPED + each for each in addresses)
-    if reply[_PLACE] not in (place, mapped) or not inode:  # closed, it belongs to nobody any more
+    if reply[_PLACE] not in (place, mapped):
         return None
-    return int(uid)
+    return int(uid) if inode else _CLOSED
 
 
 def _packed(family: int, host: str) -> bytes:

@@ -14,6 +14,7 @@ import gc
 import math
 import mmap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -47,7 +48,10 @@ async def keep_small() -> None:
     while True:
         await trio.sleep(LOOK_SECONDS)
         waited += LOOK_SECONDS
-        before = resident_bytes()
+        try:
+            before = resident_bytes()
+        except OSError:  # the host has no descriptor for it
+            continue
         if before > least + NOTABLE_BYTES:
             pause = LOOK_SECONDS
         if waited >= pause:
@@ -57,6 +61,7 @@ async def keep_small() -> None:
                 if time.thread_time() - began > MAX_SEARCH_SECONDS:
                     search_at = time.monotonic() + LONGEST_PAUSE_SECONDS
             await in_thread(give_back_freed_memory)
-            waited, least = 0.0, resident_bytes()
+            with suppress(OSError):
+                waited, least = 0.0, resident_bytes()
             fruitful = before > least + NOTABLE_BYTES
             pause = LOOK_SECONDS if fruitful else min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -37,7 +37,7 @@ from jobworker.protocol.session import encode_output, encode_output_end, frame_o
 from jobworker.protocol.text_output import TextOutput
 from jobworker.server.crowds import Crowds
 from jobworker.server.record_json import summary_of
-from jobworker.server.traffic import LEAST_BYTES, Traffic
+from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES, Traffic
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
 """Sends a text message, or messages in their frames, one after the other."""
@@ -50,8 +50,6 @@ _MOST_BYTES = {
     Encoding.TEXT: PIECE_BYTES // 8,  # up to six for one
 }
 """Output in one message, which has less than a mebibyte in any case."""
-MAX_FRAMES = 256
-"""Messages that are sent together, at the most."""
 SLOW_SECONDS = 0.5
 
 
@@ -109,10 +107,13 @@ class Subscription:
             self._pace = min(PIECE_BYTES, self._pace * 2)
 
     async def take(self, limit: int) -> tuple[list[Frame], int]:
-        """Messages for what there is now, of `limit` bytes together, and how many those are."""
+        """Messages for what there is now, and of how many bytes.
+
+        They have `limit` bytes together, or cost as much to make.
+        """
         frames: list[Frame] = []
-        size = 0
-        while size < limit and len(frames) < MAX_FRAMES:
+        size = cost = 0
+        while cost < limit:
             try:
                 chunk = await self.follower.read(limit - size)
             except JobworkerError:
@@ -123,6 +124,7 @@ class Subscription:
                 break
             frames.append(self._frame(chunk))
             size += len(chunk.data)
+            cost += max(len(chunk.data), FRAME_BYTES)
             if not self.unfinished:
                 break
         if self._credit is not None:

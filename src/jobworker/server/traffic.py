@@ -20,6 +20,10 @@ TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16
 END_BYTES = TURN_BYTES // 8
 """What telling an end costs, in bytes that are sent in the same time."""
+WAKE_BYTES = TURN_BYTES // 16
+"""What a follower costs that has to be woken, however little there is for it."""
+FRAME_BYTES = TURN_BYTES // 128
+"""What a message costs, however short it is."""
 
 
 @define(eq=False)
@@ -46,7 +50,7 @@ class Traffic:
             share = PIECE_BYTES
             while share > LEAST_BYTES and share * self._sending > TURN_BYTES:
                 share //= 2
-            await self._turns.enter(name, share)
+            await self._turns.enter(name, max(share, WAKE_BYTES))
             yield share
         finally:
             self._sending -= 1

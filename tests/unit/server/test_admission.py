@@ -305,6 +305,7 @@ def test_addresses_are_counted_by_who_can_choose_them(one: str, other: str, same
 
 
 def test_users_of_this_host_are_counted_by_name_whatever_their_address() -> None:
+    assert network_of("127.0.0.1") == network_of("127.3.2.1") == network_of("::ffff:127.0.0.9")
     assert network_of("127.0.0.1", "uid 7") == network_of("10.0.0.1", "uid 7")
     assert network_of("127.0.0.1", "uid 7") != network_of("127.0.0.1", "uid 8")
     assert network_of("127.0.0.1", "uid 7") != network_of("127.0.0.1")

@@ -1,5 +1,6 @@
 """Connections that wait are accepted several in a turn of the event loop, and no more."""
 
+import resource
 import socket
 from collections import Counter
 from collections.abc import Container
@@ -13,6 +14,7 @@ from jobworker.server.admission import Admission
 from jobworker.server.batch_listener import (
     A_TURN,
     MANY_WAIT,
+    SHORTAGE_SECONDS,
     SHORT_REST_SECONDS,
     TURN_SECONDS,
     BatchListener,
@@ -131,3 +133,37 @@ async def test_connection_that_was_closed_meanwhile_is_turned_away(reset: bool) 
                 accepted, _ = listening.accept()
                 with accepted:
                     assert turn_away(accepted, Admission()) is closes
+
+
+async def test_descriptors_that_run_out_are_told_once_and_waited_for(
+    caplog: pytest.LogCaptureFixture, mock_clock: trio.testing.MockClock
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    accepted: list[trio.SocketStream] = []
+
+    async def accept() -> None:
+        accepted.append(await listener.accept())
+
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listening.setblocking(False)
+        stack.enter_context(socket.create_connection(listening.getsockname()))
+        listener = BatchListener(listening, lambda _: False, Presence())
+        with socket.socket() as lowest:
+            least = lowest.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            for _ in range(20):
+                await trio.testing.wait_all_tasks_blocked()
+                mock_clock.jump(SHORTAGE_SECONDS)
+            assert not accepted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            mock_clock.jump(SHORTAGE_SECONDS)
+        accepted[0].socket.close()
+        await listener.aclose()
+    (told,) = caplog.messages
+    assert (
+        told == "cannot accept connections: Too many open files; raise LimitNOFILE= of the service"
+    )

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress, contextmanager
 
 import pytest
 import trio
@@ -86,6 +86,23 @@ class _Told:
 
     def __init__(self, family: int, theirs: tuple[str, int], ours: tuple[str, int]) -> None:
         self.family, self.getpeername, self.getsockname = family, lambda: theirs, lambda: ours
+
+
+async def test_all_that_were_closed_with_something_unsent_have_one_name() -> None:
+    """The end of such a connection cannot come before what nobody reads."""
+    names = set()
+    for host in ("127.0.0.1", "127.0.0.2"):
+        with socket.create_server((host, 0)) as listener:
+            theirs = socket.create_connection(listener.getsockname())
+            ours, _ = listener.accept()
+            theirs.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    theirs.send(bytes(100_000))
+            theirs.close()
+            with trio.socket.from_stdlib_socket(ours) as tcp:
+                names.add(local_user(tcp, JOBS))
+    assert names == {"closed"}
 
 
 async def test_peer_that_has_gone_is_nobody_of_this_host() -> None:
