@@ -193,7 +193,7 @@ FINITE_FIELDS = ["ffdhe2048", "ffdhe3072", "ffdhe4096", "ffdhe6144", "ffdhe8192"
 async def test_key_exchange_that_costs_the_service_much(house: Embedded, group: str) -> None:
     """Before it knows anything of a client: 170 ms of its loop for the longest."""
     certs = house.directory / "certs"
-    named = ["-cert", certs / "admin-client-cert.pem", "-key", certs / "admin-client-key.pem"]
+    named = ["-cert", f"{certs}/admin-client-cert.pem", "-key", f"{certs}/admin-client-key.pem"]
     said = await trio.run_process(
         ["openssl", "s_client", "-connect", house.address, "-groups", group, "-brief", *named],
         stdin=b"",

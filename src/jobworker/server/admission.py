@@ -319,7 +319,8 @@ def _oldest(crowd: list[Arrival]) -> Arrival | None:
 def network_of(address: str, user: str | None = None) -> str:
     """What failures are counted by: an IPv4 address, or the /64 that an IPv6 host chooses from.
 
-    Of 127.0.0.0/8 a program may have any, so all are one. Of the service's own host each user counts alone, by whichever of its addresses.
+    Of 127.0.0.0/8 a program may have any, so all are one. Of the service's own host each user
+    counts alone, by whichever of its addresses.
     """
     if user is not None:
         return f"this host ({user})"

@@ -92,7 +92,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             if not await _says_hello(tcp.socket):
                 return  # a health check
             await admission.take_turn(arrival)
-            await context.hellos.enter(network)
+            await context.handshakes.enter(network)
             arrival.has_turn()
             _keep_alive(tcp)
             fittings = door.fittings
@@ -102,7 +102,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
                 arrival.has_shown_certificate()
-                await context.handshakes.enter(network)
+                await context.handshakes.enter(f"{network}, known")
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
                 who = admit(stream, head, context.gate.roles, fittings)

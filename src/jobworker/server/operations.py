@@ -82,10 +82,7 @@ class Context:
     traffic: Traffic
     presence: Presence
     messages: Turnstile = field(init=False)
-    hellos: Turnstile = field(init=False)
-    """For who shakes hands, by network."""
     handshakes: Turnstile = field(init=False)
-    """For who has shown a certificate, by network."""
     crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """For large ones, from their first bytes until they are served."""
@@ -103,13 +100,6 @@ class Context:
     @reading.default
     def _reading(self) -> Spells:
         return Spells(self.presence)
-
-    @hellos.default
-    def _hellos(self) -> Turnstile:
-        # Together: who is unknown yet may come from any number of addresses.
-        return Turnstile(
-            HANDSHAKES_A_TURN, self.presence, HANDSHAKE_REST_SECONDS, of_strangers=True
-        )
 
     @handshakes.default
     def _handshakes(self) -> Turnstile:

@@ -97,12 +97,10 @@ class Turnstile:
 
     _most: int
     """What may pass in a turn, by the costs that `enter` is told: the names share it, but one of
-    each may always pass, unless they are of strangers."""
+    each may always pass."""
     _presence: Presence
     _most_seconds: float = MAX_REST_SECONDS
     """Of a rest."""
-    _of_strangers: bool = False
-    """Whether anybody may have as many names as he likes, so that they wait for each other."""
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
     """By name, in their order, with their costs."""
@@ -112,7 +110,7 @@ class Turnstile:
 
     async def enter(self, name: str, cost: int = 1) -> None:
         """Wait for a turn of this name. Without others of the name it is no checkpoint."""
-        if self._passed[name] < self._part() and name not in self._waiting and not self._full():
+        if self._passed[name] < self._part() and name not in self._waiting:
             self._passed[name] += cost
             self._count()
         else:
@@ -128,9 +126,6 @@ class Turnstile:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(leave)
-
-    def _full(self) -> bool:
-        return self._of_strangers and self._passed.total() >= self._most
 
     def _part(self) -> int:
         return max(1, self._most // max(1, len(self._waiting)))
@@ -162,13 +157,10 @@ class Turnstile:
         self._passed.clear()
         part = self._part()
         for name, line in tuple(self._waiting.items()):
-            if self._full():
-                break
             while line and self._passed[name] < part:
                 task = next(iter(line))
                 self._passed[name] += line.pop(task)
                 trio.lowlevel.reschedule(task)
-            del self._waiting[name]
-            if line:
-                self._waiting[name] = line  # behind the others
+            if not line:
+                del self._waiting[name]
         self._began = trio.current_time() if self._passed else None

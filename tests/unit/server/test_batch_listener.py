@@ -14,8 +14,8 @@ from jobworker.server.admission import Admission
 from jobworker.server.batch_listener import (
     A_TURN,
     MANY_WAIT,
-    SHORTAGE_SECONDS,
     SHORT_REST_SECONDS,
+    SHORTAGE_SECONDS,
     TURN_SECONDS,
     BatchListener,
 )

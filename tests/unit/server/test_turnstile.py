@@ -57,29 +57,6 @@ async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_na
     assert sum(passed.values()) == 3200
 
 
-async def test_strangers_have_a_turn_together_however_many_names_they_take() -> None:
-    turnstile, turns = Turnstile(2, Presence(), of_strangers=True), Turns()
-    passed, order = Counter[int](), list[str]()
-
-    async def enter(name: str) -> None:
-        await turnstile.enter(name)
-        passed[turns.now] += 1
-        order.append(name)
-
-    trio.lowlevel.add_instrument(turns)
-    async with trio.open_nursery() as nursery:
-        for _ in range(3):  # so that some names have a line
-            for number in range(100):
-                nursery.start_soon(enter, f"stranger {number}")
-        for _ in range(3):
-            await trio.lowlevel.checkpoint()
-        nursery.start_soon(enter, "quiet")
-    trio.lowlevel.remove_instrument(turns)
-    assert max(passed.values()) <= 2
-    assert len(order) == 301
-    assert order.index("quiet") <= 110, "not behind the second of each"
-
-
 async def test_one_that_costs_more_than_all_may_passes_alone() -> None:
     turnstile = Turnstile(MOST, Presence())
     for _ in range(10):
