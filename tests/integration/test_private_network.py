@@ -77,7 +77,7 @@ def test_no_way_of_a_socket_leads_to_the_host(seen: dict[str, Any]) -> None:
     """Also not to addresses that it got, or made its own by a route, while the job was running."""
     private, host = seen["private by all ways"], seen["host by all ways"]
     for tried in (private["tried"], host["tried"]):
-        assert sum(line.endswith(" sent") for line in tried) > 1000, "attempts that the kernel took"
+        assert sum(line.endswith(" sent") for line in tried) > 900, "attempts that the kernel took"
     assert private["at the host"] == []
     there = set(host["at the host"])
     assert there >= {
@@ -180,7 +180,7 @@ async def test_gateway_is_out_of_the_jobs_sight_and_reach(admin: Wire) -> None:
     lines = out.splitlines()
     assert int(lines[0]) <= 3, "sh, ps and wc"
     assert out.count("Operation not permitted") >= 2, (out, err)
-    assert "4" in lines, "the rules are all there"
+    assert "6" in lines, "the rules are all there"
 
 
 async def test_job_that_is_killed_or_fails_takes_its_gateway_along(

@@ -311,7 +311,7 @@ class Nursery:
                     theirs.append(link)
                     undo.callback(self.sweepers.end, child.gateway)
                     child.layout, child.wall = layout, self.networks.wall_for(layout)
-                    way = Way(link, child.gateway, child.wall)
+                    way = Way(link, child.gateway, child.wall, layout.neighbours)
                 report = -1
                 if order is not None and order.init:
                     child.report, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -23,7 +23,7 @@ from jobworker.sandbox import channel, netlink, network
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
 from jobworker.sandbox.plan import View
-from jobworker.sandbox.private_network import PROGRAM, Layout
+from jobworker.sandbox.private_network import PROGRAM, TAP, Layout
 from jobworker.sandbox.stage import ROOT
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
@@ -105,7 +105,7 @@ def _run(means: Means, link: socket.socket) -> None:
         null = os.open("/dev/null", os.O_RDWR)
         _arrange_descriptors((null, null, said, namespace, tell))
         arguments = [PROGRAM, *_OPTIONS, f"--cidr={means.layout.prefix}.0/24", "/proc/self/fd/3"]
-        os.execve(means.program, [*arguments, "tap0"], {"PATH": "/usr/bin:/bin"})  # noqa: S606
+        os.execve(means.program, [*arguments, TAP], {"PATH": "/usr/bin:/bin"})  # noqa: S606
     except OSError as error:
         channel.send(link, {"errno": error.errno or 0, "detail": str(error.filename or error)})
 
@@ -174,8 +174,10 @@ def _make_and_send(layout: Layout, user_namespace: int, far: socket.socket) -> N
         _become_root_of(user_namespace)
         sc.unshare(sc.CLONE_NEWNET)
         network.bring_up("lo")
+        network.keep_to_ipv4()
         netlink.refuse_connections(layout.resolver, 100, port_left=53)
         netlink.refuse_connections(layout.gateway, 102)
+        netlink.refuse_connections(f"{layout.prefix}.0", 104, length=24)
         for address in layout.host_addresses:
             netlink.refuse_destination(address)
         namespace = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)

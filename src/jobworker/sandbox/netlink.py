@@ -17,13 +17,16 @@ from jobworker.sandbox import syscalls as sc
 
 _ERROR, _DONE = 2, 3
 _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _NEW_RULE = 20, 22, 24, 32
-_REQUEST, _ACKNOWLEDGE, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
+_REQUEST, _ACKNOWLEDGE, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 SOCK_DIAG, SOCKETS = 4, 20
 """A protocol, and its one request (SOCK_DIAG_BY_FAMILY): sock_diag(7)."""
 _MAIN_TABLE = 254
 _LOCAL_ADDRESS, _DESTINATION, _PRIORITY, _PROTOCOL, _PORTS = 2, 1, 6, 22, 24
 _ROUTE_UNREACHABLE, _RULE_LOOKUP, _RULE_UNREACHABLE = 7, 1, 7
 _GET_ROUTE, _LOCAL_TABLE = 26, 255
+_NEW_NEIGHBOUR, _SET_NEIGHBOUR_TABLE = 28, 67
+_NEIGHBOUR, _HARDWARE_ADDRESS, _PERMANENT, _USE = 1, 2, 0x80, 0x01
+_TABLE, _PARAMETERS, _INTERFACE, _PROBES_BY_PROGRAM, _PROBES = 1, 6, 1, 9, 11
 _NETLINK, _STRICT = 270, 12  # SOL_NETLINK, NETLINK_GET_STRICT_CHK
 _IPV4_ADDRESSES, _IPV4_ROUTES = 0x10, 0x40  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE
 
@@ -89,19 +92,46 @@ def refuse_destination(address: str) -> None:
     _ask(_NEW_ROUTE, body + _attribute(_DESTINATION, socket.inet_aton(address)))
 
 
-def refuse_connections(address: str, priority: int, port_left: int | None = None) -> None:
+def refuse_connections(
+    address: str, priority: int, port_left: int | None = None, length: int = 32
+) -> None:
     """Add rules by which `address` is reached by TCP or UDP at one port, or at none: ip-rule(8).
 
-    They come before all routes, and leave the address to be a router. They take the priorities from
-    `priority` to `priority` + 1.
+    With a `length` it is a network. The rules come before all routes but the local ones, and leave
+    the address to be a router. They take the priorities from `priority` to `priority` + 1.
     """
     destination = _attribute(_DESTINATION, socket.inet_aton(address))
     for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
         wanted = destination + _attribute(_PROTOCOL, bytes([protocol]))
         if port_left is not None:
             ports = _attribute(_PORTS, struct.pack("HH", port_left, port_left))
-            _rule(_RULE_LOOKUP, priority, wanted + ports)
-        _rule(_RULE_UNREACHABLE, priority + 1, wanted)
+            _rule(_RULE_LOOKUP, priority, wanted + ports, length)
+        _rule(_RULE_UNREACHABLE, priority + 1, wanted, length)
+
+
+def look_for_neighbour(interface: int, address: str) -> None:
+    """Ask for a neighbour by ARP, and wait for nothing: NTF_USE of ip-neighbour(8).
+
+    Whoever hears it learns the hardware address of this side.
+    """
+    body = struct.pack("BxxxiHBB", socket.AF_INET, interface, 0, _USE, 0)
+    _ask(_NEW_NEIGHBOUR, body + _attribute(_NEIGHBOUR, socket.inet_aton(address)))
+
+
+def keep_neighbour(interface: int, address: str, hardware: bytes) -> None:
+    """Add or make a neighbour one that nobody has to look for: ip-neighbour(8)."""
+    body = struct.pack("BxxxiHBB", socket.AF_INET, interface, _PERMANENT, 0, 0)
+    known = _attribute(_NEIGHBOUR, socket.inet_aton(address))
+    _ask(_NEW_NEIGHBOUR, body + known + _attribute(_HARDWARE_ADDRESS, hardware), _REPLACE)
+
+
+def ask_for_no_neighbours(interface: int) -> None:
+    """Have the kernel look for no neighbour there: no request by ARP, and none to a program."""
+    settings = _attribute(_INTERFACE, struct.pack("I", interface))
+    for kind in (_PROBES_BY_PROGRAM, _PROBES):
+        settings += _attribute(kind, struct.pack("I", 0))
+    body = struct.pack("Bxxx", socket.AF_INET) + _attribute(_TABLE, b"arp_cache\0")
+    _ask(_SET_NEIGHBOUR_TABLE, body + _attribute(_PARAMETERS, settings))
 
 
 def _changes_wanted() -> bytes:
@@ -119,8 +149,8 @@ def _changes_wanted() -> bytes:
     return b"".join(struct.pack("=HBBI", *each) for each in instructions)
 
 
-def _rule(action: int, priority: int, attributes: bytes) -> None:
-    body = struct.pack("BBBBBBBBI", socket.AF_INET, 32, 0, 0, _MAIN_TABLE, 0, 0, action, 0)
+def _rule(action: int, priority: int, attributes: bytes, length: int) -> None:
+    body = struct.pack("BBBBBBBBI", socket.AF_INET, length, 0, 0, _MAIN_TABLE, 0, 0, action, 0)
     _ask(_NEW_RULE, body + attributes + _attribute(_PRIORITY, struct.pack("I", priority)))
 
 
@@ -143,9 +173,9 @@ def _message(kind: int, flags: int, body: bytes) -> bytes:
     return struct.pack("IHHII", 16 + len(body), kind, flags | _REQUEST, 1, 0) + body
 
 
-def _ask(kind: int, body: bytes) -> None:
+def _ask(kind: int, body: bytes, flags: int = 0) -> None:
     with _open() as kernel:
-        kernel.sendto(_message(kind, _ACKNOWLEDGE | _CREATE, body), (0, 0))
+        kernel.sendto(_message(kind, _ACKNOWLEDGE | _CREATE | flags, body), (0, 0))
         code = struct.unpack_from("i", kernel.recv(65_536), 16)[0]
     if code:
         raise OSError(-code, os.strerror(-code))

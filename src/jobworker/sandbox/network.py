@@ -8,12 +8,14 @@ A network namespace belongs to the user namespace that makes it (network_namespa
 made before the job's own user namespace is entered, so whatever the job is root of, this is not:
 no capability of it reaches the interfaces, routes and settings of even its own network.
 
-Settings below /proc/sys/net are each namespace's own. One is changed while the launcher's /proc is
-at hand: every port may be listened at, as there is no one else there to take it from.
+Settings below /proc/sys/net are each namespace's own. They are changed while a /proc is at hand
+that may be written to. Every port may be listened at, as there is no one else there to take it
+from. In a private network only the loopback has IPv6, as the wall lets none of it through.
 
 Standard library only.
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -26,6 +28,7 @@ _IFF_UP = 1
 _STAGE = "/run/.jobworker"
 """A place to mount for a moment: /run is the job's own and empty."""
 _PORTS = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+_WITHOUT_IPV6 = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
 
 
 def unshare_network() -> None:
@@ -39,6 +42,16 @@ def open_ports() -> None:
     """Let every port be listened at, low ones too: ip(7)."""
     with open(_PORTS, "w", encoding="ascii") as file:
         file.write("0")
+
+
+def keep_to_ipv4() -> None:
+    """Have interfaces that are made later do without IPv6: ip-sysctl.rst of the kernel."""
+    # Bytes and no text: a gateway's root has no module for an encoding that is not loaded yet.
+    with (
+        contextlib.suppress(FileNotFoundError),  # a kernel without IPv6
+        open(_WITHOUT_IPV6, "wb", buffering=0) as file,
+    ):
+        file.write(b"1")
 
 
 def bring_up(interface: str) -> None:

@@ -13,6 +13,14 @@ it (`sandbox.wall`): every address that the host has (the loopback is the job's 
 and the resolver's but at port 53. slirp4netns would map the gateway to the host's loopback, and
 some versions also whatever port of a resolver that is there. Only IPv4 goes through.
 
+The kernel has one table of neighbours for the host and all its namespaces, with room for 1,024
+entries (gc_thresh3 of arp(7)). For a socket that is bound to the device and uses no route, each
+address is a neighbour's. While the kernel asks for a neighbour by ARP, nothing removes its entry,
+for some 3 s. So a job could fill the table. Here the kernel knows the two neighbours that there
+are, and asks for no other (`_settle_neighbours`): it marks a new entry as failed at once, and
+removes failed entries when the table is full. Rejected: an interface without ARP (IFF_NOARP), as
+slirp4netns would not learn the job's hardware address.
+
 Routes and rules refuse the same addresses, for a plain attempt to fail at once instead of after a
 time-out. They hold nobody back: a socket that is bound to the device passes them by.
 
@@ -28,16 +36,20 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import channel, network, wall
+from jobworker.sandbox import channel, netlink, network, wall
 from jobworker.sandbox import syscalls as sc
 
 PROGRAM = "slirp4netns"
+TAP = "tap0"
+"""The interface inside."""
 PROCESSES = 2
 """What slirp4netns takes at its start; one of them stays."""
 START_SECONDS = 20.0
 WALL = "its wall"
 """What a failed start names where the wall could not be built."""
 
+_OF_SLIRP = bytes.fromhex("5255")
+"""What its hardware addresses begin with; the IPv4 address follows."""
 _DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin")
 _PREFIXES = ("10.0.2", "10.213.47", "172.29.101")
 
@@ -63,6 +75,11 @@ class Layout(NamedTuple):
         """Where the host's first resolver answers."""
         return f"{self.prefix}.3"
 
+    @property
+    def neighbours(self) -> tuple[str, str]:
+        """All that is there beside the job."""
+        return self.gateway, self.resolver
+
 
 def find_program(trees: Mapping[str, str]) -> str | None:
     """The path of slirp4netns; None where the host lacks it.
@@ -86,6 +103,8 @@ class Way(NamedTuple):
     """The gateway's pidfd."""
     wall: bytes
     """The program of its wall."""
+    neighbours: Sequence[str]
+    """The addresses that slirp4netns answers for."""
 
 
 def choose_layout(addresses: Sequence[tuple[str, int]]) -> Layout:
@@ -137,7 +156,22 @@ def enter(way: Way) -> None:
         said_text = os.pread(said, 4096, 0).decode("utf-8", "replace")
         words = [line for line in said_text.splitlines() if not line.startswith("WARNING")]
         raise OSError(0, "failed", ": ".join([PROGRAM, *(words or ["ended"])]))
+    _settle_neighbours(way.neighbours)
     try:
         wall.build(way.process, way.wall)
     except OSError as error:
         raise OSError(error.errno, error.strerror, WALL) from error
+
+
+def _settle_neighbours(addresses: Sequence[str]) -> None:
+    """Make these the only neighbours in this namespace, for good.
+
+    The hardware addresses are those that slirp4netns gives for ARP; it reads frames to any other as
+    well. The job's it learns from the first request, which it reads before any packet of the job:
+    some versions lose an answer that comes while they do not know whom to send it.
+    """
+    tap = socket.if_nametoindex(TAP)
+    netlink.look_for_neighbour(tap, addresses[0])
+    netlink.ask_for_no_neighbours(tap)
+    for address in addresses:
+        netlink.keep_neighbour(tap, address, _OF_SLIRP + socket.inet_aton(address))
