@@ -358,9 +358,11 @@ def test_job_whose_connections_hold_more_than_the_limit_ends_as_out_of_memory(
     assert (end["signal"], usage["oom_kills"]) == (9, 1), (end, text)
 
 
-def end_of(service: Service, job: int, script: str, limit: int) -> tuple[Message, str]:
+def end_of(
+    service: Service, job: int, script: str, limit: int, network: str = "none"
+) -> tuple[Message, str]:
     """Run a script to its end: that, and what it wrote."""
-    reply, pipes = service.spawn(job, "python3", "-c", script, network="none", memory_bytes=limit)
+    reply, pipes = service.spawn(job, "python3", "-c", script, network=network, memory_bytes=limit)
     assert "ok" in reply
     end = service.exit_of(job)
     text = b"".join(os.read(pipe, 10_000) for pipe in pipes).decode()

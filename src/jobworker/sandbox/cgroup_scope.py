@@ -76,7 +76,7 @@ class Scope(ABC):
         self._baseline = Usage()
         self._ahead: Limits | None = None
         self._cores = ""
-        self._limits_memory = False
+        self._memory_limit_bytes = 0
         self._own_ooms = self._oom_events = 0
         self._removed = False
         if tree.unified is not None:
@@ -114,7 +114,7 @@ class Scope(ABC):
         self._tree.check_controllers(limits)
         try:
             self._baseline, self._own_ooms = self._counters(), self._own_oom_count()
-            self._limits_memory = bool(limits.memory_bytes)
+            self._memory_limit_bytes = limits.memory_bytes
             self._write_limits(limits)
             if limits.cores != self._cores:
                 top = self._tree.by_controller["cpuset"]
@@ -146,7 +146,7 @@ class Scope(ABC):
 
         Else a kill was for want of memory in a group above, or on the host. Clears `oom_fd`.
         """
-        return self._limits_memory and self._own_oom_count() > self._own_ooms
+        return bool(self._memory_limit_bytes) and self._own_oom_count() > self._own_ooms
 
     def sockets_beyond_limit(self) -> int:
         """Bytes in buffers of sockets beyond the memory limit, where they are counted apart.
@@ -154,6 +154,15 @@ class Scope(ABC):
         The kernel grants each socket of a connection a piece or two whatever the limit is.
         """
         return 0
+
+    def sockets_uncounted(self, held_bytes: int) -> tuple[int, int]:
+        """How much of what the job's sockets held, since the last call, its group does not count.
+
+        At least, and at most. Where it is not told how much a group counts, that is taken to be the
+        memory limit. A job without one may hold what it likes.
+        """
+        uncounted = max(0, held_bytes - self._memory_limit_bytes) if self._memory_limit_bytes else 0
+        return uncounted, uncounted
 
     def clear_oom(self) -> None:
         """Take what `oom_fd` has to say, so that it is not readable until the next time."""

@@ -41,6 +41,7 @@ _NEEDED = {
 }
 _UNLIMITED = 2**62  # bytes; the kernel shows its largest number of pages
 _THROTTLES = ("blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device")
+_SOCKETS = "memory.kmem.tcp"
 _IO_COUNTERS = "blkio.throttle.io_service_bytes_recursive"
 
 
@@ -112,13 +113,24 @@ class ScopeV1(Scope):
         return self._oom_events - self._v1.ooms_above()
 
     def sockets_beyond_limit(self) -> int:
-        if not self._limits_memory:
+        if not self._memory_limit_bytes:
             return 0
         try:
-            held = self._number("memory", "memory.kmem.tcp.usage_in_bytes")
-            return max(0, held - self._number("memory", "memory.kmem.tcp.limit_in_bytes"))
+            held = self._number("memory", f"{_SOCKETS}.usage_in_bytes")
+            return max(0, held - self._number("memory", f"{_SOCKETS}.limit_in_bytes"))
         except OSError:  # it has just ended, or this kernel does not count them
             return 0
+
+    def sockets_uncounted(self, held_bytes: int) -> tuple[int, int]:
+        if not self._memory_limit_bytes:
+            return 0, 0
+        try:
+            most = self._number("memory", f"{_SOCKETS}.max_usage_in_bytes")
+            now = self._number("memory", f"{_SOCKETS}.usage_in_bytes")
+            files.write(self._tops["memory"], f"{self.name}/{_SOCKETS}.max_usage_in_bytes", "0")
+        except OSError:
+            return super().sockets_uncounted(held_bytes)
+        return max(0, held_bytes - most), max(0, held_bytes - now)
 
     def _restart_peak(self) -> None:
         if "memory" in self._tops:
@@ -173,7 +185,7 @@ class TreeV1(Tree):
 
     def _counts_sockets(self) -> bool:
         top = self.by_controller["memory"]
-        return files.exists(top, "memory.kmem.tcp.limit_in_bytes")
+        return files.exists(top, f"{_SOCKETS}.limit_in_bytes")
 
     def close(self) -> None:
         super().close()
@@ -310,7 +322,7 @@ def _limit_memory(top: int, name: str, memory_bytes: int) -> None:
         raise files.refused(plain, value, f"the kernel kept {kept.strip()!r}")
     if counts_swap:
         files.set_limit(top, swap, value, kept_in_pages)
-    sockets = f"{name}/memory.kmem.tcp.limit_in_bytes"
+    sockets = f"{name}/{_SOCKETS}.limit_in_bytes"
     if files.exists(top, sockets):
         files.set_limit(top, sockets, value, kept_in_pages)
 

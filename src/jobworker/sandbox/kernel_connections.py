@@ -1,9 +1,10 @@
-"""TCP connections of jobs that nobody has accepted: the kernel charges their memory to no group.
+"""What sockets over IP hold of jobs, measured network by network.
 
-A connection that comes in belongs to no control group until accept(2) gives it to a process, on
-cgroup v1 and v2 alike. What it has received waits outside of every limit, and so does its own
-structure, however many there are: a queue has up to net.core.somaxconn, and a job as many queues as
-it likes. Measured on Linux 6.1: 218 MiB in 4,000 connections of a job that was charged 5 MiB.
+Connections that nobody has accepted: the kernel charges their memory to no group. A connection
+that comes in belongs to no control group until accept(2) gives it to a process, on cgroup v1 and v2
+alike. What it has received waits outside of every limit, and so does its own structure, however
+many there are: a queue has up to net.core.somaxconn, and a job as many queues as it likes. Measured
+on Linux 6.1: 218 MiB in 4,000 connections of a job that was charged 5 MiB.
 
 sock_diag(7) tells of each connection what it holds, and an inode of 0 where it is not accepted.
 But one that its sender has reset is in no list any more and keeps what it has received, until it is
@@ -11,25 +12,32 @@ accepted. It still counts in the length of the queue that the listening socket t
 kernel has more in TCP than all connections that can be seen, a job with many that cannot be seen is
 in doubt.
 
+Buffers of the jobs' other sockets: the kernel charges what they have received and what TCP is to
+send, but neither what waits in error queues nor what UDP has sent or keeps open (MSG_MORE). The
+list tells the sum of each socket, and the job's group what of all is charged. So the sums go to the
+launcher, which takes that off (`sandbox.kernel_watch`).
+
 Runs in a process of its own (`sandbox.chores`), which enters each network. On the host's network a
-connection is whose the listening socket of its address is, by the range of ids that a job has.
+socket is the job's that has its user among its ids, and a connection that is not accepted is whose
+the listening socket is (`sandbox.kernel_listeners`).
 Standard library only. Sources: sock_diag(7), linux/inet_diag.h, net/ipv4/inet_connection_sock.c
-(inet_csk_accept, mem_cgroup_sk_alloc), tcp(7).
+(inet_csk_accept, mem_cgroup_sk_alloc), net/core/skbuff.c (sock_queue_err_skb), tcp(7), udp(7).
 """
 
 import contextlib
 import os
 import re
 import socket
-import struct
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import kernel_memory, netlink
+from jobworker.sandbox import kernel_memory, kernel_sockets
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.kernel_listeners import Listeners, Owners
 from jobworker.sandbox.kernel_memory import BOUND_BYTES, Measured
+from jobworker.sandbox.kernel_sockets import CLOSE_WAIT, ESTABLISHED, LISTEN, Socket
 
 CONNECTION_BYTES = 4096
 """The structure of one, with what belongs to it: 3.8 KB measured on Linux 6.1."""
@@ -38,29 +46,8 @@ MOST_RECEIVED_BYTES = 2 * 212_992
 JOB_SECONDS = 1.0
 HOST_SECONDS = 1.0
 """Of a processor: some 250,000 sockets."""
-_ESTABLISHED, _SYN_RECEIVED, _TIME_WAIT, _CLOSE_WAIT, _LISTEN = 1, 3, 6, 8, 10
-_STATES = 0xFFE & ~(1 << _SYN_RECEIVED | 1 << _TIME_WAIT)
-"""Those of sockets that have buffers."""
-_MEMORY = 7
-"""INET_DIAG_SKMEMINFO: received, bound, sent, bound, ahead, queued, options, backlog, drops."""
-_ROW = struct.Struct("=BBxx2s2x16s32xI4xII")
-"""struct inet_diag_msg: family, state, port, address, queue, user, inode."""
-_ATTRIBUTE, _SIZES = struct.Struct("=HH"), struct.Struct("=8I")
 _TCP = re.compile(rb"^TCP:.* mem (\d+)", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
-
-
-class Connection(NamedTuple):
-    """A TCP socket."""
-
-    state: int
-    port: bytes
-    address: bytes
-    queue: int
-    """How many connections wait in it, where it listens."""
-    uid: int
-    inode: int
-    memory_bytes: int
 
 
 class Waiting(NamedTuple):
@@ -71,14 +58,65 @@ class Waiting(NamedTuple):
     """Those that were reset."""
 
 
-def measure(first_processes: Mapping[int, int]) -> Measured:
-    """What waits to be accepted; `first_processes` as in `sandbox.kernel_memory`.
+class _Network(NamedTuple):
+    """The sockets of one network, as far as there was time."""
 
-    `unfinished` are also jobs of which connections that cannot be seen may be over the bound.
+    tcp: list[Socket]
+    buffers: list[tuple[int, int]]
+    """What each holds that is no connection to be accepted, after its user."""
+    is_all: bool
+
+    @property
+    def tcp_bytes(self) -> int:
+        return sum(one.memory_bytes for one in self.tcp)
+
+
+def measure(first_processes: Mapping[int, int]) -> Measured:
+    """What sockets over IP hold; `first_processes` as in `sandbox.kernel_memory`.
+
+    `held` is what waits to be accepted. `unfinished` are also jobs of which connections that cannot
+    be seen may be over the bound.
     """
     held: dict[int, int] = defaultdict(int)
     unseen: dict[int, int] = defaultdict(int)
-    unfinished, own, most = set(), os.stat("/proc/self/ns/net").st_ino, _most_received()
+    in_sockets: dict[int, int] = defaultdict(int)
+    unfinished, most = set(), _most_received()
+    owners, networks = _networks(first_processes)
+
+    def count(job: int, sockets: Iterable[Socket]) -> None:
+        waiting = waiting_in(sockets)
+        held[job] += waiting.memory_bytes
+        unseen[job] += waiting.unseen
+
+    on_host = _read("/proc/self", HOST_SECONDS)
+    known_bytes = on_host.tcp_bytes
+    for owner, sockets in _by_job(on_host.tcp, owners).items():
+        if owner is None:
+            known_bytes -= sum(one.memory_bytes for one in sockets)
+        else:
+            count(owner, sockets)
+    for uid, size in on_host.buffers:
+        in_sockets[owners.of(uid)] += size
+    for job, place in networks:
+        with contextlib.suppress(OSError):
+            _enter(place)
+            network = _read(place, JOB_SECONDS)
+            known_bytes += network.tcp_bytes
+            count(job, network.tcp)
+            in_sockets[job] += sum(size for _, size in network.buffers)
+            if not network.is_all:
+                unfinished.add(job)
+    with open("/proc/net/sockstat", "rb") as file:
+        is_much = tcp_bytes(file.read()) - known_bytes > BOUND_BYTES
+    if is_much:
+        unfinished.update(job for job, number in unseen.items() if number * most > BOUND_BYTES)
+    held.pop(0, None)  # no job's
+    return Measured(dict(held), {}, frozenset(unfinished - {0}), dict(in_sockets))
+
+
+def _networks(first_processes: Mapping[int, int]) -> tuple[Owners, list[tuple[int, str]]]:
+    """The jobs on the host's network, and each job's own networks, by a process there."""
+    own = os.stat("/proc/self/ns/net").st_ino
     ranges: dict[range, int] = {}
     networks: dict[int, tuple[int, str]] = {}
     for job, pids in kernel_memory.processes_by_job(first_processes).items():
@@ -87,33 +125,12 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
                 with contextlib.suppress(OSError, ValueError):  # it has just ended
                     network = os.stat(f"{place}/ns/net").st_ino
                     if network == own:
-                        ranges[_ids_at(place)] = job
+                        ids = _ids_at(place)
+                        if os.getuid() not in ids:  # else the user has the sockets of others, too
+                            ranges[ids] = job
                     else:
                         networks.setdefault(network, (job, place))
-
-    def count(job: int, sockets: Iterable[Connection]) -> None:
-        waiting = waiting_in(sockets)
-        held[job] += waiting.memory_bytes
-        unseen[job] += waiting.unseen
-
-    on_host = _read(HOST_SECONDS)[0]
-    known_bytes = sum(one.memory_bytes for one in on_host)
-    for job, sockets in _by_job(on_host, ranges).items():
-        count(job, sockets)
-    for job, place in networks.values():
-        with contextlib.suppress(OSError):
-            _enter(place)
-            sockets, is_all = _read(JOB_SECONDS)
-            known_bytes += sum(one.memory_bytes for one in sockets)
-            count(job, sockets)
-            if not is_all:
-                unfinished.add(job)
-    with open("/proc/net/sockstat", "rb") as file:
-        is_much = tcp_bytes(file.read()) - known_bytes > BOUND_BYTES
-    for job, number in unseen.items():
-        if is_much and number * most > BOUND_BYTES:
-            unfinished.add(job)
-    return Measured(dict(held), {}, frozenset(unfinished))
+    return Owners(ranges), list(networks.values())
 
 
 def tcp_bytes(sockstat: bytes) -> int:
@@ -128,11 +145,11 @@ def _most_received() -> int:
     return MOST_RECEIVED_BYTES
 
 
-def waiting_in(sockets: Iterable[Connection]) -> Waiting:
+def waiting_in(sockets: Iterable[Socket]) -> Waiting:
     """What waits to be accepted among the sockets of one network, or of one job in it."""
     queued = seen = memory_bytes = 0
     for one in sockets:
-        if one.state == _LISTEN:
+        if one.state == LISTEN:
             queued += one.queue
         elif _is_waiting(one):
             seen += 1
@@ -140,31 +157,19 @@ def waiting_in(sockets: Iterable[Connection]) -> Waiting:
     return Waiting(memory_bytes + max(queued, seen) * CONNECTION_BYTES, max(0, queued - seen))
 
 
-def _is_waiting(one: Connection) -> bool:
-    return not one.inode and one.state in {_ESTABLISHED, _CLOSE_WAIT}
+def _is_waiting(one: Socket) -> bool:
+    return not one.inode and one.state in {ESTABLISHED, CLOSE_WAIT}
 
 
-def _by_job(
-    sockets: Iterable[Connection], ranges: Mapping[range, int]
-) -> dict[int, list[Connection]]:
-    """The listening sockets of the jobs, and what waits in them, on the host's network."""
-    found: dict[int, list[Connection]] = defaultdict(list)
-    owners: dict[tuple[bytes, bytes], int] = {}
-    rest = []
-    for one in sockets:
-        if one.state == _LISTEN:
-            for ids, job in ranges.items():
-                if one.uid in ids:
-                    found[job].append(one)
-                    owners[one.port, one.address] = job
-        elif _is_waiting(one):
-            rest.append(one)
-    for one in rest:
-        for address in (one.address, bytes(16)):
-            job = owners.get((one.port, address), 0)
-            if job:
-                found[job].append(one)
-                break
+def _by_job(sockets: Sequence[Socket], owners: Owners) -> dict[int | None, list[Socket]]:
+    """The listening sockets on the host's network, and what waits in them, as `Listeners` tells."""
+    found: dict[int | None, list[Socket]] = defaultdict(list)
+    listening = [one for one in sockets if one.state == LISTEN]
+    for one in listening:
+        found[owners.of(one.uid)].append(one)
+    listeners = Listeners(listening, owners)
+    for one in filter(_is_waiting, sockets):
+        found[listeners.owner_of(one)].append(one)
     return found
 
 
@@ -182,33 +187,17 @@ def _enter(place: str) -> None:
         os.close(network)
 
 
-def _read(seconds: float) -> tuple[list[Connection], bool]:
-    """The TCP sockets of this process's network, and whether there was time for all of them."""
+def _read(place: str, seconds: float) -> _Network:
+    """The sockets of this process's network, which is that of `place` as well."""
     end = time.process_time() + seconds
-    found = []
-    for one in connections():
-        found.append(one)
-        if time.process_time() > end:
-            return found, False
-    return found, True
-
-
-def connections() -> Iterator[Connection]:
-    """The TCP sockets of this process's network. Raises OSError."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        wanted = 1 << (_MEMORY - 1)
-        body = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, wanted, _STATES)
-        for row in netlink.dump(netlink.SOCKETS, body, protocol=netlink.SOCK_DIAG):
-            _, state, port, address, queue, uid, inode = _ROW.unpack_from(row)
-            yield Connection(state, port, address, queue, uid, inode, _memory_bytes(row))
-
-
-def _memory_bytes(row: bytes) -> int:
-    at = _ROW.size
-    while at < len(row):
-        length, kind = _ATTRIBUTE.unpack_from(row, at)
-        if kind == _MEMORY:
-            received, _, _, _, ahead, queued, options, backlog = _SIZES.unpack_from(row, at + 4)
-            return int(received + ahead + queued + options + backlog)
-        at += (length + 3) & ~3
-    return 0
+    found = _Network([], [], is_all=True)
+    for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
+        for one in kernel_sockets.sockets(protocol):
+            if protocol == socket.IPPROTO_TCP:
+                found.tcp.append(one)
+            if one.memory_bytes and not (protocol == socket.IPPROTO_TCP and _is_waiting(one)):
+                found.buffers.append((one.uid, one.memory_bytes))
+            if time.process_time() > end:
+                return found._replace(is_all=False)
+    found.buffers.extend(kernel_sockets.ping_sockets(place))
+    return found

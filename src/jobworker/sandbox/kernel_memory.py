@@ -57,6 +57,8 @@ class Measured(NamedTuple):
     """That of a job or of none, by file or socket."""
     unfinished: frozenset[int] = frozenset()
     """Jobs of which more is held than could be counted in time."""
+    in_sockets: dict[int, int] = {}  # noqa: RUF012 - never changed
+    """By job, with what its group counts; by 0 what is no job's."""
 
 
 def open_locks() -> int:

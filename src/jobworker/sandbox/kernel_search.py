@@ -2,7 +2,8 @@
 
 `sandbox.kernel_memory` knows of such memory, and not whose it is: netlink sockets on the host's
 network, and locks on files of which a job has not the device to itself (memfds, pipes, volumes
-that others have too, files of the host). Here is found what descriptors show, and mapped memfds.
+that others have too, files of the host), and sockets over IP that are in no list
+(`sandbox.kernel_sockets`). Here is found what descriptors show, and mapped memfds.
 What is in flight over UNIX sockets cannot be seen: fdinfo tells only how much is (`scm_fds`).
 
 A job can have more descriptors than anyone can look at (tables of its threads, each charged to its
@@ -14,16 +15,17 @@ proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import kernel_memory
+from jobworker.sandbox import kernel_memory, kernel_sockets
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.kernel_memory import BYTES_PER_LOCK
 
 SEARCH_SECONDS = 2.0
-"""Of a processor: some 200,000 descriptors."""
+"""Of a processor: some 200,000 descriptors, or 60,000 sockets over IP."""
 _SOCKET = "socket:["
 _IN_FLIGHT = b"scm_fds:"
 
@@ -37,11 +39,18 @@ class Found(NamedTuple):
     """Descriptors that wait in its sockets."""
     is_all: bool = True
     """Whether there was time to look at everything."""
+    in_sockets: int = 0
+    """In those over IP, with what the job's group counts."""
 
 
-def search(first_process: int, unknown_locks: Mapping[str, int]) -> Found:
-    """Look at the job of this PID 1; `unknown_locks` are bytes by file, as in /proc/locks."""
-    locks = in_flight = 0
+def search(
+    first_process: int, unknown_locks: Mapping[str, int], *, sockets_too: bool = False
+) -> Found:
+    """Look at the job of this PID 1; `unknown_locks` are bytes by file, as in /proc/locks.
+
+    `sockets_too`: tell what sockets over IP hold.
+    """
+    locks = in_flight = in_sockets = 0
     sockets: set[int] = set()
     end = time.process_time() + SEARCH_SECONDS
     is_all = False
@@ -50,9 +59,12 @@ def search(first_process: int, unknown_locks: Mapping[str, int]) -> Found:
         for pid in kernel_memory.processes_of(first_process)
         for thread in kernel_memory.threads_of(pid)
     ]
-    for target, lines in _descriptors(threads):
+    for thread, name, target, lines in _descriptors(threads):
         if target.startswith(_SOCKET):
-            sockets.add(int(target[len(_SOCKET) : -1]))
+            inode = int(target[len(_SOCKET) : -1])
+            if sockets_too and inode not in sockets:
+                in_sockets += _held_by(thread, int(name))
+            sockets.add(inode)
         for line in lines:
             if line.startswith(b"lock:"):
                 locks += BYTES_PER_LOCK
@@ -73,7 +85,7 @@ def search(first_process: int, unknown_locks: Mapping[str, int]) -> Found:
     if sockets and _is_on_host(first_process):
         buffers = kernel_memory.netlink_buffers("/proc/self")
         netlink = sum(size for inode, size in buffers if inode in sockets)
-    return Found(locks, netlink, in_flight, is_all)
+    return Found(locks, netlink, in_flight, is_all, in_sockets)
 
 
 def _is_on_host(first_process: int) -> bool:
@@ -84,8 +96,22 @@ def _is_on_host(first_process: int) -> bool:
     return False
 
 
-def _descriptors(threads: Iterable[int]) -> Iterator[tuple[str, list[bytes]]]:
-    """What each descriptor is, and what its fdinfo tells."""
+def _held_by(thread: int, number: int) -> int:
+    """What a descriptor's socket holds; 0 where that is not over IP, or cannot be told."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        try:
+            process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
+        except OSError:  # before Linux 6.9 only a process's first thread can be opened
+            process = os.pidfd_open(thread)
+        opened.callback(os.close, process)
+        one = opened.enter_context(socket.socket(fileno=sc.pidfd_getfd(process, number)))
+        if one.family in {socket.AF_INET, socket.AF_INET6}:
+            return kernel_sockets.held_by(one)
+    return 0
+
+
+def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str, list[bytes]]]:
+    """Each by its thread and name: what it is, and what its fdinfo tells."""
     for thread in _distinct(threads, sc.KCMP_FILES):
         for name in _listed(f"/proc/{thread}/fd"):
             target, lines = "", list[bytes]()
@@ -93,7 +119,7 @@ def _descriptors(threads: Iterable[int]) -> Iterator[tuple[str, list[bytes]]]:
                 target = os.readlink(f"/proc/{thread}/fd/{name}")
                 with open(f"/proc/{thread}/fdinfo/{name}", "rb") as file:
                     lines = file.readlines()
-            yield target, lines
+            yield thread, name, target, lines
 
 
 def _mapped_memory_files(threads: Iterable[int]) -> Iterator[str]:

@@ -6,15 +6,17 @@ import struct
 
 import pytest
 
-from jobworker.sandbox import kernel_connections
-from jobworker.sandbox.kernel_connections import CONNECTION_BYTES, Connection, Waiting
+from jobworker.sandbox import kernel_connections, kernel_sockets
+from jobworker.sandbox.kernel_connections import CONNECTION_BYTES, Waiting
+from jobworker.sandbox.kernel_listeners import Owners
+from jobworker.sandbox.kernel_sockets import Socket
 
 SENT = 50_000
 
 
-def of_port(port: int) -> list[Connection]:
+def of_port(port: int) -> list[Socket]:
     wanted = port.to_bytes(2)
-    return [one for one in kernel_connections.connections() if one.port == wanted]
+    return [one for one in kernel_sockets.sockets(socket.IPPROTO_TCP) if one.port == wanted]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +49,8 @@ def test_what_waits_to_be_accepted_is_counted(family: int, address: str) -> None
 
 
 def test_on_the_hosts_network_a_connection_is_the_listening_jobs() -> None:
-    def row(state: int, address: bytes, queue: int = 0, uid: int = 0, inode: int = 0) -> Connection:
-        return Connection(state, b"\x1f\x90", address, queue, uid, inode, 100)
+    def row(state: int, address: bytes, queue: int = 0, uid: int = 0, inode: int = 0) -> Socket:
+        return Socket(socket.AF_INET, state, b"\x1f\x90", address, 0, queue, uid, inode, 100)
 
     here, there, anywhere = b"here".ljust(16, b"\0"), b"there".ljust(16, b"\0"), bytes(16)
     sockets = [
@@ -60,7 +62,7 @@ def test_on_the_hosts_network_a_connection_is_the_listening_jobs() -> None:
         row(4, here),
     ]
     ranges = {range(1000, 2000): 7, range(2000, 3000): 8, range(3000, 4000): 9}
-    found = kernel_connections._by_job(sockets, ranges)
+    found = kernel_connections._by_job(sockets, Owners(ranges))
     assert {job: kernel_connections.waiting_in(each) for job, each in found.items()} == {
         7: Waiting(100 + 2 * CONNECTION_BYTES, 1),
         8: Waiting(100 + CONNECTION_BYTES, 0),

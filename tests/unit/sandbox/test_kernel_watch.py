@@ -12,9 +12,30 @@ from jobworker.sandbox.kernel_memory import BOUND_BYTES
 from jobworker.sandbox.turns import Turns
 
 MUCH = BOUND_BYTES + 1
-NONE: dict[str, object] = {"held": [], "unknown": [], "unfinished": []}
+NONE: dict[str, object] = {"held": [], "unknown": [], "unfinished": [], "in_sockets": []}
 UNKNOWN = {**NONE, "unknown": [["00:01:7", MUCH]]}
-FOUND: dict[str, object] = {"locks": 0, "netlink": 0, "in_flight": 0, "is_all": True}
+FOUND: dict[str, object] = {
+    "locks": 0,
+    "netlink": 0,
+    "in_flight": 0,
+    "is_all": True,
+    "in_sockets": 0,
+}
+
+
+class Host:
+    """The host's figures, as the test sets them."""
+
+    slabs = tcp = other = 0
+
+    def unreclaimable(self) -> int:
+        return self.slabs
+
+    def in_tcp(self) -> int:
+        return self.tcp
+
+    def unnamed(self) -> int:
+        return self.other
 
 
 class Processes:
@@ -40,26 +61,33 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_watch, "Chores", Processes)
+        self.host = Host()
+        monkeypatch.setattr(kernel_watch, "HostMemory", lambda: self.host)
         monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
         self.in_sockets = {1: 0, 2: 0}
+        self.counted: dict[int, tuple[int, int]] = {}
+        """What a job's group counts in sockets: now, and at most."""
         self.jobs = {n: self._job(n) for n in self.in_sockets}
         self.ended: list[Child] = []
         self.watch = kernel_watch.KernelWatch(
             Turns(), 4, lambda: self.jobs, self.ended.append, locks=-1
         )
-        self.size = self.sockets = 0
-        monkeypatch.setattr(self.watch, "_unreclaimable", lambda: self.size)
-        monkeypatch.setattr(self.watch, "_in_sockets", lambda: self.sockets)
         self.watch.wake()
         self.measurers = cast("Processes", self.watch._measurers)
         self.searchers = cast("Processes", self.watch._searchers)
 
     def _job(self, number: int) -> Child:
-        scope = SimpleNamespace(sockets_beyond_limit=lambda: self.in_sockets[number])
+        def uncounted(size: int) -> tuple[int, int]:
+            now, most = self.counted.get(number, (0, 0))
+            return size - most, size - now
+
+        scope = SimpleNamespace(
+            sockets_beyond_limit=lambda: self.in_sockets[number], sockets_uncounted=uncounted
+        )
         return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
 
     def grow(self) -> None:
-        self.size += kernel_watch.STEP_BYTES + 1
+        self.host.slabs += kernel_watch.STEP_BYTES + 1
         self.watch._look()
 
     def search(self, *outcomes: dict[str, object]) -> None:
@@ -153,7 +181,7 @@ def test_job_whose_sockets_hold_too_much_beyond_its_limit_is_ended(watched: Watc
     watched.in_sockets.update({1: MUCH - 1, 2: MUCH})
     watched.watch._look()
     assert watched.ended == [], "there is no reason to look"
-    watched.sockets += kernel_watch.STEP_BYTES + 1
+    watched.host.tcp += kernel_watch.STEP_BYTES + 1
     watched.watch._look()
     assert watched.ended == [watched.jobs[2]]
     assert len(watched.measurers.dones) == 1, "what waits to be accepted; nothing else has grown"
@@ -172,7 +200,7 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
 
     many = kernel_watch.GROUPS_A_TURN * 2 + 1
     watched.jobs.update({number: job(number) for number in range(100, 100 + many)})
-    watched.sockets += kernel_watch.STEP_BYTES + 1
+    watched.host.tcp += kernel_watch.STEP_BYTES + 1
     watched.watch._look()
     assert 0 < len(looked) <= kernel_watch.GROUPS_A_TURN
     for _ in range(2):
@@ -181,3 +209,49 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
         assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
     assert looked == [*range(100, 100 + many)]
     assert len(watched.ended) == many
+
+
+def measure_sockets(watched: Watched, *in_sockets: tuple[int, int]) -> None:
+    """Have the host's memory grow for no reason that it names, and the sockets measured."""
+    watched.host.other += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    watched.measurers.finish({**NONE, "in_sockets": [*in_sockets]})
+
+
+def test_job_whose_sockets_hold_more_than_its_group_counts_is_ended(watched: Watched) -> None:
+    watched.counted.update({1: (MUCH, MUCH), 2: (MUCH, MUCH)})
+    measure_sockets(watched, (0, 4 * MUCH), (1, 2 * MUCH - 1), (2, 2 * MUCH))
+    assert watched.ended == [watched.jobs[2]]
+    assert watched.jobs[2].hoards
+
+
+def test_what_a_group_has_counted_since_the_last_time_may_be_what_sockets_held(
+    watched: Watched,
+) -> None:
+    watched.counted[1] = (0, MUCH)
+    measure_sockets(watched, (1, MUCH))
+    assert watched.ended == []
+    watched.counted[1] = (0, 0)
+    watched.watch._look()
+    watched.measurers.finish({**NONE, "in_sockets": [(1, MUCH)]})
+    assert watched.ended == [watched.jobs[1]], "it is measured again at once"
+    watched.watch._look()
+    assert len(watched.measurers.dones) <= 1, "and not without end"
+
+
+def test_job_with_sockets_in_no_list_is_found_by_its_descriptors(watched: Watched) -> None:
+    watched.host.other += MUCH
+    measure_sockets(watched, (0, MUCH))
+    assert watched.searchers.dones == [], "what was measured explains it"
+    watched.host.other += MUCH
+    measure_sockets(watched, (0, MUCH))
+    watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "in_sockets": MUCH})
+    assert watched.ended == [watched.jobs[2]]
+
+
+def test_memory_of_the_hosts_own_puts_no_job_in_doubt(watched: Watched) -> None:
+    for _ in range(3 * kernel_watch.DOUBTS):
+        watched.host.other += MUCH
+        measure_sockets(watched)
+        watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "is_all": False})
+    assert watched.ended == []

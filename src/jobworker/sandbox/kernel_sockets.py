@@ -1,0 +1,99 @@
+"""The sockets of a network over IP, and what each holds, as the kernel tells it.
+
+sock_diag(7) tells of TCP and UDP, of this process's network. Of ping sockets (icmp(7)) a file of
+/proc tells. What waits in a socket's error queue (time stamps, IP_RECVERR) counts as received, and
+a datagram that MSG_MORE keeps open counts as sent.
+
+A list has the sockets that the kernel can find by their port. A socket that is not bound any more
+is in none and keeps what it has: one of UDP after a connect(2) to AF_UNSPEC, and one of TCP that
+its peer has reset. `held_by` asks such a one by a descriptor of it.
+
+Standard library only. Sources: sock_diag(7), linux/inet_diag.h, net/ipv4/inet_diag.c, ping.c,
+include/uapi/linux/sock_diag.h, socket(7).
+"""
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jobworker.sandbox import netlink
+
+ESTABLISHED, CLOSE_WAIT, LISTEN = 1, 8, 10
+_SYN_RECEIVED, _TIME_WAIT = 3, 6
+_STATES = 0xFFE & ~(1 << _SYN_RECEIVED | 1 << _TIME_WAIT)
+"""Those of sockets that have buffers."""
+_MEMORY, _ONLY_IPV6 = 7, 11
+"""INET_DIAG_SKMEMINFO, INET_DIAG_SKV6ONLY."""
+_ROW = struct.Struct("=BBxx2s2x16s16xI12xI4xII")
+"""struct inet_diag_msg: family, state, port, address, device, queue, user, inode."""
+_ATTRIBUTE, _SIZES = struct.Struct("=HH"), struct.Struct("=4Ii3I")
+"""Received, its bound, sent, its bound, ahead, queued, options, backlog; then drops."""
+_MEMINFO = 55  # SO_MEMINFO
+
+
+class Socket(NamedTuple):
+    """A socket of TCP or UDP."""
+
+    family: int
+    state: int
+    port: bytes
+    address: bytes
+    device: int
+    """The index of the network device that it is bound to, or 0."""
+    queue: int
+    """How many connections wait in it, where it listens."""
+    uid: int
+    inode: int
+    """0 where it has no descriptor: not accepted yet, or closed."""
+    memory_bytes: int
+    only_ipv6: bool = False
+    """Whether it listens on IPv6 and not on IPv4 as well."""
+
+
+def sockets(protocol: int) -> Iterator[Socket]:
+    """The sockets of IPPROTO_TCP or IPPROTO_UDP in this process's network. Raises OSError."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        wanted = 1 << (_MEMORY - 1)
+        body = struct.pack("=BBBxI48x", family, protocol, wanted, _STATES)
+        for row in netlink.dump(netlink.SOCKETS, body, protocol=netlink.SOCK_DIAG):
+            _, state, port, address, device, queue, uid, inode = _ROW.unpack_from(row)
+            memory_bytes, only_ipv6 = 0, False
+            at = _ROW.size
+            while at < len(row):
+                length, kind = _ATTRIBUTE.unpack_from(row, at)
+                if kind == _MEMORY:
+                    memory_bytes = _held(row, at + 4, protocol)
+                elif kind == _ONLY_IPV6:
+                    only_ipv6 = bool(row[at + 4])
+                at += (length + 3) & ~3
+            yield Socket(
+                family, state, port, address, device, queue, uid, inode, memory_bytes, only_ipv6
+            )
+
+
+def ping_sockets(place: str) -> Iterator[tuple[int, int]]:
+    """Ping sockets of a process's network: whose each is, and how many bytes it holds.
+
+    `place` is a directory of /proc, as `kernel_memory.places_of` tells it. Raises OSError.
+    """
+    for name in ("icmp", "icmp6"):
+        with contextlib.suppress(FileNotFoundError), open(f"{place}/net/{name}") as file:
+            next(file)
+            for row in map(str.split, file):
+                sent, _, received = row[4].partition(":")
+                yield int(row[7]), int(sent, 16) + int(received, 16)
+
+
+def held_by(one: socket.socket) -> int:
+    """How many bytes a socket of TCP or UDP holds, in a list or not. Raises OSError."""
+    protocol = one.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+    return _held(one.getsockopt(socket.SOL_SOCKET, _MEMINFO, 36), 0, protocol)
+
+
+def _held(sizes: bytes, at: int, protocol: int) -> int:
+    """What TCP has sent is copies of what it has queued; other protocols queue nothing."""
+    received, _, sent, _, ahead, queued, options, backlog = _SIZES.unpack_from(sizes, at)
+    outgoing = queued if protocol == socket.IPPROTO_TCP else sent
+    return int(received + outgoing + max(ahead, 0) + options + backlog)

@@ -1,0 +1,154 @@
+"""What a job's sockets hold is bounded, where its control group does not count that, too."""
+
+import pytest
+
+from .test_kernel_memory import MIB, end_of, service  # noqa: F401 - a fixture
+from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.alone
+
+UNCOUNTED = """
+import ctypes, resource, socket, struct, time
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+V4, V6, DATAGRAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_DGRAM
+STAMPS = 1 << 1 | 1 << 4  # SOF_TIMESTAMPING_TX_SOFTWARE, SOFTWARE
+DATA, held = bytes(60_000), []
+connect = ctypes.CDLL(None).connect
+def address(family):
+    return ("127.0.0.1" if family == V4 else "::1", 0)
+def of_udp(family, bound=True):
+    to = socket.socket(family, DATAGRAM)
+    to.bind(address(family))
+    name = to.getsockname()
+    held.append(to)
+    if not bound:
+        to.close()
+    while True:
+        held.append(one := socket.socket(family, DATAGRAM))
+        one.setblocking(False)
+        one.connect(name)
+        yield one
+def stamps(family):
+    for one in of_udp(family):
+        one.setsockopt(socket.SOL_SOCKET, 37, STAMPS)
+        yield [one.send(DATA) for _ in range(3)]
+def stamps_by_message(family):
+    for one in of_udp(family):
+        asked = [(socket.SOL_SOCKET, 37, struct.pack("i", 1 << 1))]
+        one.setsockopt(socket.SOL_SOCKET, 37, 1 << 4)
+        yield [one.sendmsg([DATA], asked) for _ in range(3)]
+def refusals(family):
+    for one in of_udp(family, bound=False):
+        one.setsockopt(*((0, 11) if family == V4 else (41, 25)), 1)  # IP_RECVERR, IPV6_RECVERR
+        for _ in range(300):
+            try:
+                one.send(DATA[:1000])
+            except OSError:
+                pass
+        yield
+def corks(family):
+    for one in of_udp(family):
+        yield one.send(DATA, socket.MSG_MORE)
+def unbound(family):
+    for number, one in enumerate(of_udp(family)):
+        one.setsockopt(socket.SOL_SOCKET, 37, STAMPS)
+        yield [one.send(DATA) for _ in range(3)]
+        connect(one.fileno(), bytes(16), 16)  # to AF_UNSPEC
+def reset(family):
+    server = socket.socket(family)
+    server.bind(address(family))
+    server.listen()
+    while True:
+        held.append(one := socket.create_connection(server.getsockname()))
+        other = server.accept()[0]
+        one.setsockopt(socket.SOL_SOCKET, 37, STAMPS)
+        for _ in range(20):
+            one.send(DATA)
+            other.recv(1 << 20)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        other.close()
+        yield
+def fill(of, most=4000):
+    for number, _ in enumerate(of, start=1):
+        if number == most:
+            break
+    print("full", flush=True)
+    time.sleep(3)
+"""
+"""Sockets that are accepted, in order, and read where it matters, and hold what no group counts."""
+READS = """
+import resource, socket, time
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+held, data = [], bytes(60_000)
+def pair(family, kind):
+    to, one = socket.socket(family, kind), socket.socket(family, kind)
+    to.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+    if kind == socket.SOCK_STREAM:
+        to.listen()
+    one.connect(to.getsockname())
+    one.setsockopt(socket.SOL_SOCKET, 37, 1 << 1 | 1 << 4)
+    one.setblocking(False)
+    to = to.accept()[0] if kind == socket.SOCK_STREAM else to
+    to.setblocking(False)
+    return one, to
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    held += [pair(family, kind) for family in (socket.AF_INET, socket.AF_INET6) for _ in range(200)]
+end, taken, number = time.monotonic() + 4, 0, 0
+def all_of(take):
+    try:
+        while data := take():
+            yield len(data)
+    except OSError:
+        pass
+while time.monotonic() < end:
+    for one, to in held:
+        try:
+            one.send(data)
+            one.send(data)
+        except OSError:
+            pass
+        for _ in all_of(lambda: one.recvmsg(1 << 20, 1000, socket.MSG_ERRQUEUE)[0]):
+            pass
+        if (number := number + 1) % 3 == 0:
+            taken += sum(all_of(lambda: to.recv(1 << 20)))
+print(taken >> 20)
+"""
+"""800 sockets, both ways, that fill and are read at once: the group counts what waits."""
+
+
+@pytest.mark.parametrize(
+    ("hoard", "network"),
+    [
+        ("stamps(V4)", "none"),
+        ("stamps_by_message(V6)", "host"),
+        ("refusals(V4)", "host"),
+        ("refusals(V6)", "none"),
+        ("corks(V4)", "host"),
+        ("corks(V6)", "none"),
+        ("unbound(V6)", "none"),
+        ("unbound(V4)", "host"),
+        ("reset(V4)", "none"),
+    ],
+)
+def test_job_whose_sockets_hold_what_is_not_counted_ends_as_out_of_memory(
+    service: Service,  # noqa: F811 - the fixture
+    hoard: str,
+    network: str,
+) -> None:
+    script = UNCOUNTED + f"fill({hoard})"
+    end, text = end_of(service, 1, script, 64 * MIB, network)
+    usage = end["usage"]
+    assert isinstance(usage, dict)
+    assert (end["signal"], usage["oom_kills"]) == (9, 1), (end, text)
+
+
+@pytest.mark.parametrize("network", ["none", "host"])
+def test_job_that_reads_what_it_is_sent_is_not_ended(
+    service: Service,  # noqa: F811 - the fixture
+    network: str,
+) -> None:
+    end, text = end_of(service, 1, READS, 256 * MIB, network)
+    assert end["code"] == 0, (end, text)
+    assert int(text) > 200, "many times what it may hold"
