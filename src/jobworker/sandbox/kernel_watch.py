@@ -50,7 +50,9 @@ from jobworker.sandbox.turns import Turns
 STEP_BYTES = 32 << 20
 """Growth of the host's that is a reason to look."""
 LOOK_SECONDS = 0.05
-"""In 0.2 s a job fills 600 MiB of error queues. A look takes 0.2 ms."""
+"""In 0.2 s a job fills 600 MiB of error queues. A look takes 0.2 ms with two processors."""
+LOOK_SHARE = 0.01
+"""Of a processor, at the most: with hundreds of them a look takes milliseconds."""
 SELDOM_SECONDS = 30.0
 """Looked at in any case this often: what others give back may hide what a job takes."""
 AGAIN_SECONDS = 1.0
@@ -104,6 +106,7 @@ class KernelWatch:
         self._doubts: Counter[tuple[int, object]] = Counter()
         """How many in a row could not tell of a job, by job and measure; None is the search."""
         self._measured_at = time.monotonic()
+        self._pause = LOOK_SECONDS
 
     def wake(self) -> None:
         """A job runs: look from now on, until none does."""
@@ -117,17 +120,20 @@ class KernelWatch:
         running = self._running()
         if not running:
             return
-        self._turns.call_in(LOOK_SECONDS, self._look)
+        self._turns.call_in(self._pause, self._look)
         for doubt in [doubt for doubt in self._doubts if doubt[0] not in running]:
             del self._doubts[doubt]
         patience = AGAIN_SECONDS if self._doubts else SELDOM_SECONDS
         overdue = time.monotonic() > self._measured_at + patience
-        if self._slabs.has_grown() or overdue:
+        began = time.thread_time()
+        slabs, unnamed, tcp = (each.has_grown() for each in (self._slabs, self._unnamed, self._tcp))
+        self._pause = max(LOOK_SECONDS, (time.thread_time() - began) / LOOK_SHARE)
+        if slabs or overdue:
             self._due.update(self._measures)
             self._measured_at = time.monotonic()
-        if self._unnamed.has_grown():
+        if unnamed:
             self._due.add(kernel_connections.measure)
-        if self._tcp.has_grown() or overdue:
+        if tcp or overdue:
             self._due.add(kernel_connections.measure)
             self._unseen = list(running)
             self._look_at_some()
