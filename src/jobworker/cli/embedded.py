@@ -54,8 +54,8 @@ class Embedded:
 
 def program(name: str) -> list[str]:
     """The command for `worker` or `worker-cli` with this very Python and package."""
-    module = {"worker": "admin", "worker-cli": "app"}[name]
-    return [sys.executable, "-c", f"from jobworker.cli.{module} import main; main()"]
+    begin = name.replace("-", "_")
+    return [sys.executable, "-c", f"from jobworker.cli.start import {begin}; {begin}()"]
 
 
 def write_configuration(directory: Path, extra: Mapping[str, Mapping[str, object]]) -> Path:
