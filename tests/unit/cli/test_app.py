@@ -55,6 +55,44 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert words in lines[0]
 
 
+@pytest.mark.parametrize("arguments", [["bogus"], ["--bogus"], ["certs", "renew"], ["demo", "x"]])
+def test_misuse_of_the_administration_is_told_the_same_way(arguments: list[str]) -> None:
+    done = subprocess.run([*program("worker"), *arguments], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("worker: ")
+    assert "; see worker " in line
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("worker-cli", []), ("worker-cli", ["volume"]), ("worker", ["certs"])]
+)
+def test_group_without_a_command_shows_its_help(name: str, arguments: list[str]) -> None:
+    done = subprocess.run([*program(name), *arguments], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"Usage: ")
+    assert b"\nCommands:\n" in done.stderr
+
+
+def test_group_without_a_command_is_json_where_json_is_asked_for(tmp_path: Path) -> None:
+    done = call("--json", "volume", home=tmp_path)
+    assert done.returncode == 2
+    told = json.loads(done.stderr)["error"]
+    assert (told["message"], told["remedy"]) == ("Missing command", "see worker-cli volume --help")
+
+
+@pytest.mark.parametrize("name", ["worker-cli", "worker"])
+@pytest.mark.parametrize("asked", ["--help", "--version", "prune --help"])
+def test_help_that_cannot_be_printed_is_a_failure(name: str, asked: str) -> None:
+    command = shlex.join([*program(name), *asked.split()])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, check=False, timeout=60
+    )
+    assert done.returncode == 83
+    assert b"cannot print: standard output is closed" in done.stderr
+
+
 def test_error_is_one_line_with_a_remedy_and_its_exit_code(tmp_path: Path) -> None:
     done = call("list", home=tmp_path)
     assert done.returncode == 72
