@@ -391,6 +391,14 @@ def test_volume_from_the_command_line(cli: Cli) -> None:
     fails(cli("run", "--runtime=nosuch", "true"), 65, "--runtime", "nosuch")
 
 
+def test_volume_is_made_and_removed_in_json(cli: Cli) -> None:
+    made = cli("volume", "create", "--json", "--size=16", "of-json")
+    assert json.loads(made.stdout) == {"name": "of-json", "size_bytes": 16 << 20, "thin": False}
+    assert json.loads(cli("volume", "rm", "--json", "of-json").stdout) == {"name": "of-json"}
+    gone = cli("volume", "rm", "of-json", "--json")
+    assert json.loads(gone.stderr)["error"]["exit_code"] == gone.returncode == 66
+
+
 def test_volumes_are_removed_though_one_cannot_be(cli: Cli) -> None:
     for name in ("first", "last"):
         assert cli("volume", "create", "--size=16", "--thin", name).returncode == 0

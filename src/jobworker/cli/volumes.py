@@ -20,6 +20,7 @@ def volume() -> None:
 @volume.command()
 @click.option("--size", type=int, metavar="MB", required=True, help="Its size.")
 @click.option("--thin", is_flag=True, help="Take from the disk what is written, no more.")
+@json_option()
 @click.argument("name")
 @pass_invocation
 async def create(invocation: Invocation, name: str, size: int, thin: bool) -> None:
@@ -34,6 +35,8 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
         raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
     async with open_connection(invocation) as client:
         await client.make_volume(name, size * MEBIBYTE, thin=thin)
+    if invocation.json:
+        say(dumps({"name": name, "size_bytes": size * MEBIBYTE, "thin": thin}))
 
 
 @volume.command(name="list")
@@ -56,6 +59,7 @@ async def list_volumes(invocation: Invocation) -> None:
 
 
 @volume.command()
+@json_option()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @pass_invocation
 async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
@@ -70,6 +74,9 @@ async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
             except JobworkerError as error:
                 tell(error, json=invocation.json)
                 code = code or error.exit_code
+            else:
+                if invocation.json:
+                    say(dumps({"name": name}))
     return code
 
 

@@ -1,6 +1,7 @@
 """Values on the command line: what they come to, and what is a usage error."""
 
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +19,24 @@ from jobworker.cli.parameters import (
     VariableFile,
     VolumePlace,
 )
+
+
+def commands_below(group: click.Group) -> Iterator[click.Command]:
+    """All commands of a program that are no group."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from commands_below(command)
+        else:
+            yield command
+
+
+def test_all_commands_of_the_client_take_json() -> None:
+    without = [
+        command.name
+        for command in commands_below(worker_cli)
+        if not any("--json" in option.opts for option in command.params)
+    ]
+    assert without == []
 
 
 def refusal(kind: click.ParamType[object], value: str) -> str:
