@@ -41,7 +41,8 @@ class Cli:
     def environment(self, role: str = "admin", drop: str = "") -> dict[str, str]:
         names = self.service.environment(role)
         names.pop(drop, None)
-        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8", **names}
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        return {**kept, "HOME": str(self.home), "LANG": "C.UTF-8", **names}
 
 
 @pytest.fixture
@@ -393,6 +394,7 @@ def test_volume_from_the_command_line(cli: Cli) -> None:
 
 def test_volume_is_made_and_removed_in_json(cli: Cli) -> None:
     made = cli("volume", "create", "--json", "--size=16", "of-json")
+    assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout) == {"name": "of-json", "size_bytes": 16 << 20, "thin": False}
     assert json.loads(cli("volume", "rm", "--json", "of-json").stdout) == {"name": "of-json"}
     gone = cli("volume", "rm", "of-json", "--json")
