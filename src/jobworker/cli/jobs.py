@@ -4,7 +4,6 @@ Each opens one connection, makes its calls and prints. What can be known without
 malformed option, an argument that is no text) is refused before it is dialled.
 """
 
-import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -20,7 +19,7 @@ from jobworker.cli.console import Losses, cancelled_by_interrupt, say, tell
 from jobworker.cli.failures import INTERRUPTED, print_note
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
-from jobworker.cli.options import Invocation, start_patience
+from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
     Duration,
     JobNumber,
@@ -55,7 +54,7 @@ def open_connection(
 ) -> "AbstractAsyncContextManager[Client]":
     """Connect to the server that options, environment and file name.
 
-    A service that is being restarted is waited for: `start_patience` for the first connection, the
+    A service that is being restarted is waited for: WORKER_PATIENCE for the first connection, the
     client's patience for later ones. Not so without `patient`. `quiet` says nothing of it; of the
     wait for the first one only a person at a terminal hears, since its end is told in any case.
     `losses` are those that a printer of output tells of too.
@@ -71,7 +70,7 @@ def open_connection(
         certificate=target.certificate,
         key=target.key,
         patience_seconds=PATIENCE_SECONDS if patient else 0,
-        start_patience_seconds=start_patience(os.environ) if patient else 0,
+        start_patience_seconds=target.start_patience_seconds if patient else 0,
         on_lost=None if quiet else tell_lost,
         on_refused=tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
     )
