@@ -16,6 +16,7 @@ _EXPORTS = {
     "JobStatus": "jobworker.model.job",
     "JobworkerError": "jobworker.errors",
     "Limits": "jobworker.model.job",
+    "PruneParams": "jobworker.protocol.messages",
     "State": "jobworker.model.lifecycle",
     "Stream": "jobworker.model.job",
     "VolumeMount": "jobworker.model.volumes",
