@@ -24,6 +24,8 @@ from jobworker.cli.parameters import (
     Duration,
     JobNumber,
     LabelSought,
+    Megabytes,
+    Percent,
     Size,
     all_sought,
     json_option,
@@ -35,7 +37,6 @@ from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.model.job import JobRecord, JobSpec, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
-from jobworker.model.units import MEBIBYTE
 from jobworker.protocol.messages import MAX_LIST
 
 if TYPE_CHECKING:
@@ -77,13 +78,31 @@ def open_connection(
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--max-cpu", type=int, metavar="PERCENT", help="CPU limit; 200 is two cores.")
-@click.option("--max-memory", type=int, metavar="MB", help="Memory limit, swap included.")
-@click.option("--max-iobps", type=int, metavar="BYTES", help="Disk limit in bytes per second.")
-@click.option("--max-disk", type=int, metavar="MB", help="Room for what it writes to disk.")
+@click.option("--max-cpu", type=Percent(), metavar="PERCENT", help="CPU limit; 200 is two cores.")
+@click.option(
+    "--max-memory",
+    type=Megabytes(),
+    metavar="SIZE",
+    help="Memory limit, swap included: 64M, 2G; a number alone is MB of 2^20 bytes.",
+)
+@click.option(
+    "--max-iobps",
+    type=Size(),
+    metavar="SIZE",
+    help="Disk limit per second: 500K, 10M; a number alone is bytes.",
+)
+@click.option(
+    "--max-disk",
+    type=Megabytes(),
+    metavar="SIZE",
+    help="Room for what it writes to disk: 64M, 2G; a number alone is MB.",
+)
 @click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
 @click.option(
-    "--max-output", type=Size(), metavar="SIZE", help="Limit on kept output: 500K, 64M, 2G."
+    "--max-output",
+    type=Size(),
+    metavar="SIZE",
+    help="Limit on kept output: 500K, 64M, 2G; a number alone is bytes.",
 )
 @click.option(
     "--at-max-output",
@@ -132,10 +151,10 @@ async def run(  # noqa: PLR0913 - each option is an argument
         command,
         limits={
             "cpu_percent": max_cpu,
-            "memory_bytes": None if max_memory is None else max_memory * MEBIBYTE,
+            "memory_bytes": max_memory,
             "io_bps": max_iobps,
             "processes": max_pids,
-            "disk_bytes": None if max_disk is None else max_disk * MEBIBYTE,
+            "disk_bytes": max_disk,
             "output_bytes": max_output,
         },
         timeout_seconds=timeout,

@@ -13,7 +13,7 @@ import asyncclick as click
 from jobworker.cli.options import Invocation
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
-from jobworker.model.units import parse_duration, parse_size
+from jobworker.model.units import MEBIBYTE, parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
 
 if TYPE_CHECKING:
@@ -85,6 +85,43 @@ class Size(click.ParamType[int]):
             return value if isinstance(value, int) else parse_size(str(value))
         except ValueError as fault:
             self.fail(str(fault), param, ctx)
+
+
+class Megabytes(click.ParamType[int]):
+    """Bytes that a number with a binary unit stands for; a number alone is of 2^20 bytes each."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """See click.ParamType."""
+        text = str(value)
+        try:
+            if re.fullmatch(r"[0-9]{1,12}", text):
+                return int(text) * MEBIBYTE
+            return parse_size(text)
+        except ValueError:
+            self.fail(
+                f"{text!r} is not a size up to 1024T such as 64M or 2G; a number alone is MB",
+                param,
+                ctx,
+            )
+
+
+class Percent(click.ParamType[int]):
+    """A whole number of percent, with or without the sign: 50, 200%."""
+
+    name = "percent"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """See click.ParamType."""
+        found = re.fullmatch(r"(-?[0-9]{1,12})%?", str(value))
+        if found is None:
+            self.fail(f"{str(value)!r} is not a whole number of percent such as 50", param, ctx)
+        return int(found[1])
 
 
 class Variable(click.ParamType[tuple[str, str]]):
@@ -253,7 +290,10 @@ def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
     """What `prune` shall not keep."""
     for option in (
         click.option(
-            "--max-size", type=Size(), metavar="SIZE", help="As much as is over a size: 500M, 10G."
+            "--max-size",
+            type=Size(),
+            metavar="SIZE",
+            help="As much as is over a size: 500M, 10G; a number alone is bytes.",
         ),
         click.option("--keep", type=click.IntRange(0), metavar="N", help="All but the last N."),
         click.option("--older-than", type=Duration(), help="What ended longer ago: 12h, 30d."),

@@ -5,10 +5,10 @@ import asyncclick as click
 from jobworker.cli.console import say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import json_option, pass_invocation
+from jobworker.cli.parameters import Megabytes, json_option, pass_invocation
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.units import MEBIBYTE, format_size
+from jobworker.model.units import format_limit, format_size
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 
@@ -18,7 +18,13 @@ def volume() -> None:
 
 
 @volume.command()
-@click.option("--size", type=int, metavar="MB", required=True, help="Its size.")
+@click.option(
+    "--size",
+    type=Megabytes(),
+    metavar="SIZE",
+    required=True,
+    help="Its size: 100M, 10G; a number alone is MB of 2^20 bytes.",
+)
 @click.option("--thin", is_flag=True, help="Take from the disk what is written, no more.")
 @json_option()
 @click.argument("name")
@@ -30,13 +36,13 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
     while that disk is full loses what it writes, and FAILs.
     """
     _check_name("create", name)
-    if not MIN_DISK_BYTES <= size * MEBIBYTE <= MAX_DISK_BYTES:
-        bounds = f"{MIN_DISK_BYTES // MEBIBYTE} to {MAX_DISK_BYTES // MEBIBYTE} MB"
+    if not MIN_DISK_BYTES <= size <= MAX_DISK_BYTES:
+        bounds = f"{format_limit(MIN_DISK_BYTES)} to {format_limit(MAX_DISK_BYTES)}"
         raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
     async with open_connection(invocation) as client:
-        await client.make_volume(name, size * MEBIBYTE, thin=thin)
+        await client.make_volume(name, size, thin=thin)
     if invocation.json:
-        say(dumps({"name": name, "size_bytes": size * MEBIBYTE, "thin": thin}))
+        say(dumps({"name": name, "size_bytes": size, "thin": thin}))
 
 
 @volume.command(name="list")

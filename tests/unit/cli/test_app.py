@@ -33,7 +33,7 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
         (["--ca=", "list"], "'--ca': it is empty"),
         (["nosuch"], "No such command 'nosuch'; see worker-cli --help"),
         (["run"], "Missing argument"),
-        (["run", "--max-cpu=abc", "ls"], "'abc' is not a valid integer"),
+        (["run", "--max-cpu=abc", "ls"], "'abc' is not a whole number of percent"),
         (["run", "--timeout", "12 parsecs", "ls"], "'12 parsecs' is not a duration"),
         (["run", "--env", "A", "ls"], "'A' is not NAME=VALUE"),
         (["status", "0"], "'0' is no job's id"),
