@@ -116,6 +116,19 @@ def test_follow_says_how_it_ended(
     assert says in done.stderr
 
 
+def test_status_of_several_jobs_goes_on_where_one_is_unknown(cli: Cli) -> None:
+    first, last = (cli("run", "-q", "true").stdout.strip() for _ in range(2))
+    done = cli("status", first, "999999", last)
+    assert done.returncode == 66
+    assert [part.splitlines()[0] for part in done.stdout.split("\n\n") if part.strip()] == [
+        f"ID: {first}",
+        f"ID: {last}",
+    ]
+    assert done.stderr.startswith("worker-cli: cannot find job 999999")
+    told = cli("status", "--json", first, last).stdout.splitlines()
+    assert [str(json.loads(line)["id"]) for line in told] == [first, last]
+
+
 def test_status_tells_limits_and_usage(cli: Cli) -> None:
     job = cli("run", "-q", "--max-cpu=50", "--max-memory=64", "sleep", "60").stdout.strip()
     done = cli("status", job)

@@ -11,7 +11,14 @@ from typing import TypeVar
 
 import asyncclick as click
 
-from jobworker.cli.parameters import Label, User, Variable, VariableFile, VolumePlace
+from jobworker.cli.parameters import (
+    Label,
+    User,
+    Variable,
+    VariableFile,
+    VolumePlace,
+    one_of_each,
+)
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -70,8 +77,9 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         "-l",
         multiple=True,
         type=Label(),
-        metavar="NAME=VALUE",
-        help="A label to find the job by; may be repeated.",
+        callback=one_of_each,
+        metavar="NAME[=VALUE]",
+        help="A label to find the job by, empty without VALUE; may be repeated.",
     ),
 )
 _NAMES = (
@@ -104,7 +112,7 @@ def _fields(  # noqa: PLR0913 - each option is an argument
     env: Sequence[tuple[str, str]],
     env_file: Sequence[Sequence[tuple[str, str]]],
     secret_env: Sequence[tuple[str, str]],
-    label: Sequence[tuple[str, str]],
+    label: Mapping[str, str],
 ) -> Mapping[str, object]:
     uid, gid = user or (0, None)
     variables = [variable for file in env_file for variable in file]
@@ -118,5 +126,5 @@ def _fields(  # noqa: PLR0913 - each option is an argument
         "gid": gid,
         "environment": {**dict(variables), **dict(env)},
         "secret_environment": dict(secret_env),
-        "labels": dict(label),
+        "labels": label,
     }

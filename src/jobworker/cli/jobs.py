@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import asyncclick as click
 import trio
@@ -21,6 +21,7 @@ from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
+    Count,
     Duration,
     JobNumber,
     LabelSought,
@@ -35,12 +36,14 @@ from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.job import JobRecord, JobSpec, OutputPolicy, shell_exit_code
+from jobworker.model.job import JobRecord, JobSpec, JobStatus, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
 from jobworker.protocol.messages import MAX_LIST
 
 if TYPE_CHECKING:
     from jobworker.client.client import Client
+
+Told = TypeVar("Told", bound=JobRecord)
 
 CALLS_AT_A_TIME = 64
 """Well below what a server takes in flight from one connection."""
@@ -189,13 +192,20 @@ async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool)
 
 @click.command()
 @json_option()
-@click.argument("job", type=JobNumber())
+@click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
 @pass_invocation
-async def status(invocation: Invocation, job: int) -> None:
-    """Tell how JOB is: state, limits, usage, times."""
+async def status(invocation: Invocation, jobs: tuple[int, ...]) -> int:
+    """Tell how each JOB is: state, limits, usage, times."""
+    apart = "\n" * (len(jobs) > 1)
+
+    def show(record: JobStatus) -> str:
+        return render.status(record, _now()) + apart
+
     async with open_connection(invocation) as client:
-        record = await client.job(job).status()
-    say(render.as_json(record) if invocation.json else render.status(record, _now()))
+        _, failed = await _each(
+            jobs, lambda job: client.job(job).status(), show, json=invocation.json
+        )
+    return failed
 
 
 @click.command()
@@ -216,6 +226,7 @@ async def stop(
             _, failed = await _each(
                 jobs,
                 lambda job: client.job(job).stop(signal=signal, grace_seconds=grace),
+                render.outcome,
                 json=invocation.json,
             )
             return failed
@@ -231,15 +242,21 @@ async def stop(
 async def wait(invocation: Invocation, jobs: tuple[int, ...]) -> int:
     """Wait for the end of each JOB; exit with the code of the last one."""
     async with open_connection(invocation) as client:
-        last, failed = await _each(jobs, lambda job: client.job(job).wait(), json=invocation.json)
+        last, failed = await _each(
+            jobs, lambda job: client.job(job).wait(), render.outcome, json=invocation.json
+        )
     return failed if failed or last is None else shell_exit_code(last)
 
 
 async def _each(
-    jobs: Sequence[int], call: Callable[[int], Awaitable[JobRecord]], *, json: bool
-) -> tuple[JobRecord | None, int]:
+    jobs: Sequence[int],
+    call: Callable[[int], Awaitable[Told]],
+    show: Callable[[Told], str],
+    *,
+    json: bool,
+) -> tuple[Told | None, int]:
     """Call for all jobs at once, print in their order: the last record, the first error's code."""
-    outcomes: dict[int, JobRecord | JobworkerError] = {}
+    outcomes: dict[int, Told | JobworkerError] = {}
     ended = {job: trio.Event() for job in jobs}
     limiter = trio.CapacityLimiter(CALLS_AT_A_TIME)
 
@@ -251,7 +268,8 @@ async def _each(
                 outcomes[job] = error
         ended[job].set()
 
-    last, code = None, 0
+    last: Told | None = None
+    code = 0
     async with trio.open_nursery() as nursery:
         for job in ended:
             nursery.start_soon(call_one, job)
@@ -263,7 +281,7 @@ async def _each(
                 code = code or outcome.exit_code
             else:
                 last = outcome
-                say(render.as_json(outcome) if json else render.outcome(outcome))
+                say(render.as_json(outcome) if json else show(outcome))
     return last, code
 
 
@@ -289,7 +307,7 @@ async def _each(
 @click.option("--name", default="", help="Only jobs of this name.")
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     default=100,
     show_default=True,
     metavar="N",

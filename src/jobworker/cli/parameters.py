@@ -31,8 +31,14 @@ class JobNumber(click.ParamType[int]):
         """See click.ParamType."""
         text = str(value)
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= MAX_OFFSET:
-            self.fail(f"{text!r} is no job's id: ids are positive integers", param, ctx)
+            self.fail(f"{text!r} is no job's id: an integer from 1 to {MAX_OFFSET}", param, ctx)
         return int(text)
+
+
+class Count(click.IntRange):
+    """A whole number within bounds."""
+
+    name = "integer"  # click would say that 'abc' is no "valid integer range"
 
 
 class Duration(click.ParamType[float]):
@@ -242,6 +248,18 @@ class LabelSought(Label):
         return super().convert(value, param, ctx)
 
 
+def one_of_each(
+    ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """The labels of a job; a callback of click.
+
+    Raises click.BadParameter for two values of one label.
+    """
+    return _together(
+        pairs, "a label has one value, not both {0} and {1}: leave one out", ctx, param
+    )
+
+
 def all_sought(
     ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
@@ -249,15 +267,18 @@ def all_sought(
 
     Raises click.BadParameter for two values of one label.
     """
-    sought: dict[str, str] = {}
+    return _together(pairs, "no job has both {0} and {1}: ask for one of them", ctx, param)
+
+
+def _together(
+    pairs: Sequence[tuple[str, str]], fault: str, ctx: click.Context, param: click.Parameter
+) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, content in pairs:
-        if sought.setdefault(name, content) != content:
-            raise click.BadParameter(
-                f"no job has both {name}={sought[name]} and {name}={content}: ask for one of them",
-                ctx,
-                param,
-            )
-    return sought
+        if found.setdefault(name, content) != content:
+            both = f"{name}={found[name]}", f"{name}={content}"
+            raise click.BadParameter(fault.format(*both), ctx, param)
+    return found
 
 
 class User(click.ParamType[tuple[int, int | None]]):
@@ -295,7 +316,7 @@ def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
             metavar="SIZE",
             help="As much as is over a size: 500M, 10G; a number alone is bytes.",
         ),
-        click.option("--keep", type=click.IntRange(0), metavar="N", help="All but the last N."),
+        click.option("--keep", type=Count(0), metavar="N", help="All but the last N."),
         click.option("--older-than", type=Duration(), help="What ended longer ago: 12h, 30d."),
     ):
         command = option(command)
