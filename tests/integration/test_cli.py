@@ -116,6 +116,20 @@ def test_follow_says_how_it_ended(
     assert says in done.stderr
 
 
+def test_arguments_are_utf8_in_a_locale_that_knows_none(cli: Cli) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    given = ("--name=é", "--label=a=ü", "--env=A=ß", "--secret-env=B")
+    done = cli("run", "-f", *given, "sh", "-c", "printf 'ö %s %s' $A $B", B="ä", **locale)
+    assert (done.stdout, done.stderr) == ("ö ß ä", "")
+    found = cli("list", "--json", "--name=é", "--label=a=ü", **locale)
+    assert len(json.loads(found.stdout)) == 1
+
+
+def test_bytes_that_are_no_text_are_refused_with_a_remedy(cli: Cli) -> None:
+    refused = cli("run", "echo", "\udcff")
+    assert "argument 1 is not UTF-8 text; convert it to UTF-8" in refused.stderr
+
+
 def test_status_of_several_jobs_goes_on_where_one_is_unknown(cli: Cli) -> None:
     first, last = (cli("run", "-q", "true").stdout.strip() for _ in range(2))
     done = cli("status", first, "999999", last)

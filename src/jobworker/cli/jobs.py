@@ -28,6 +28,7 @@ from jobworker.cli.parameters import (
     Megabytes,
     Percent,
     Size,
+    Typed,
     all_sought,
     json_option,
     pass_invocation,
@@ -113,16 +114,16 @@ def open_connection(
     help="At that limit: go on without, or stop the job.",
 )
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
-@click.option("--workdir", "-w", default="", metavar="PATH", help="Directory to start in.")
-@click.option("--name", default="", help="A name to tell the job by.")
+@click.option(
+    "--workdir", "-w", type=Typed(), default="", metavar="PATH", help="Directory to start in."
+)
+@click.option("--name", type=Typed(), default="", help="A name to tell the job by.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
 @click.option("--raw", is_flag=True, help="With -f: exact bytes on a terminal too, as log --raw.")
 @click.option("--dry-run", is_flag=True, help="Print limits and steps of the start; run nothing.")
 @json_option()
-@click.argument(
-    "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARG]..."
-)
+@click.argument("command", nargs=-1, required=True, type=Typed(), metavar="COMMAND [ARG]...")
 @pass_invocation
 @job_options
 async def run(  # noqa: PLR0913 - each option is an argument
@@ -304,7 +305,7 @@ async def _each(
     metavar="NAME=VALUE",
     help="Only jobs with this label; may be repeated, for jobs that have all of them.",
 )
-@click.option("--name", default="", help="Only jobs of this name.")
+@click.option("--name", type=Typed(), default="", help="Only jobs of this name.")
 @click.option(
     "--limit",
     type=Count(min=1),

@@ -20,6 +20,33 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+def as_typed(text: str) -> str:
+    """An argument or a variable of the environment as the UTF-8 that its bytes are.
+
+    Python has decoded them as the locale says, which may know no UTF-8 (LC_ALL=C). What is no
+    UTF-8 stays as it is. Not for names of files here, which Python encodes as it has decoded them.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+class Typed(click.ParamType[str]):
+    """Text that goes to the server."""
+
+    name = "text"
+
+    def convert(
+        self,
+        value: object,
+        param: click.Parameter | None,  # noqa: ARG002 - see click.ParamType
+        ctx: click.Context | None,  # noqa: ARG002
+    ) -> str:
+        """See click.ParamType."""
+        return as_typed(str(value))
+
+
 class JobNumber(click.ParamType[int]):
     """A job's id: a positive integer."""
 
@@ -147,14 +174,14 @@ class Variable(click.ParamType[tuple[str, str]]):
         """See click.ParamType."""
         if isinstance(value, tuple):
             return str(value[0]), str(value[1])
-        name, equals, content = str(value).partition("=")
+        name, equals, content = as_typed(str(value)).partition("=")
         if equals:
             return name, content
         if not self._from_environment:
             self.fail(f"{name!r} is not NAME=VALUE", param, ctx)
         if name not in os.environ:
             self.fail(f"the variable {name!r} is not set here; give it as NAME=VALUE", param, ctx)
-        return name, os.environ[name]
+        return name, as_typed(os.environ[name])
 
 
 class VolumePlace(click.ParamType[dict[str, str]]):
@@ -223,7 +250,9 @@ class Label(click.ParamType[tuple[str, str]]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, str]:
         """See click.ParamType."""
-        name, _, content = value if isinstance(value, tuple) else str(value).partition("=")
+        name, _, content = (
+            value if isinstance(value, tuple) else as_typed(str(value)).partition("=")
+        )
         try:
             check_labels(None, None, {name: content})
         except ValueError as fault:

@@ -38,6 +38,7 @@ _SIZES = frozenset(
 """What is asked for with a unit and counted in bytes."""
 _BOUNDS = re.compile(r"(?P<words>must be .*?)from (\d+) to (\d+), not (-?\d+)")
 """As `model.bounds.within` puts it."""
+_NO_TEXT = "is not UTF-8 text"
 _SURROGATE = "must be Unicode text: it holds a lone surrogate"
 
 
@@ -81,13 +82,16 @@ def in_options(error: InvalidParams) -> InvalidParams:
         if isinstance(fault, dict)
     ]
     message = "cannot run the command: " + "; ".join(told)
-    return InvalidParams(message, remedy=error.remedy, data=error.data)
+    remedy = error.remedy
+    if not remedy and any(words.endswith(_NO_TEXT) for words in told):
+        remedy = "convert it to UTF-8; bytes that are no text may go encoded, as base64 say"
+    return InvalidParams(message, remedy=remedy, data=error.data)
 
 
 def _told(path: str, problem: str) -> str:
     """A fault in words: the option, or the argument of the command, and what is wrong with it."""
     if problem == _SURROGATE:
-        problem = "is not UTF-8 text"
+        problem = _NO_TEXT
     if path in _SIZES:
         problem = _with_units(problem)
     if found := re.fullmatch(r"command\[(\d+)\]", path):
