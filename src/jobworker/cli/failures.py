@@ -11,6 +11,7 @@ from typing import NoReturn, TextIO
 import asyncclick as click
 import trio
 
+from jobworker.cli.hints import hint
 from jobworker.errors import ConfigError, JobworkerError, PrintFailed
 
 CLOSED = "standard output is closed"
@@ -93,6 +94,8 @@ def words_of(misuse: click.ClickException, program: str) -> tuple[str, str]:
     remedy = f"see {program if context is None else context.command_path} --help"
     if isinstance(misuse, click.exceptions.NoArgsIsHelpError):
         return "Missing command", remedy
+    if context is not None and (meant := hint(context.command_path, misuse.message)):
+        return misuse.message.rstrip("."), meant
     return misuse.format_message().rstrip("."), remedy
 
 

@@ -198,6 +198,13 @@ class VolumePlace(click.ParamType[dict[str, str]]):
         name, colon, path = str(value).partition(":")
         if colon and not path:
             self.fail(f"{str(value)!r} is not NAME or NAME:PATH", param, ctx)
+        if name.startswith(("/", ".", "~")):
+            self.fail(
+                f"{name!r} is no volume's name, and directories of the host are never mounted; "
+                "make a volume: worker-cli volume create",
+                param,
+                ctx,
+            )
         if ":" in path:  # Docker's NAME:PATH:ro would be a mount that can be written to
             self.fail(
                 f"{str(value)!r} has a second ':'; there is no read-only mount, and a path may "
