@@ -45,7 +45,8 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
         "--init",
         is_flag=True,
-        help="Put an init in front of the program: it reaps orphans and forwards signals.",
+        help="Put an init in front of the program: it reaps orphans and forwards signals. Without "
+        "it the program is PID 1, which no signal of its own ends: kill -9 $$ does nothing.",
     ),
     click.option(
         "--user", "-u", type=User(), metavar="UID[:GID]", help="Who it is inside; 0 is root there."
