@@ -4,8 +4,6 @@ The client's names are loaded when they are first asked for: the launcher import
 with nothing but the standard library. Their types stand in `__init__.pyi`.
 """
 
-from importlib import import_module
-
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -18,6 +16,7 @@ _EXPORTS = {
     "JobStatus": "jobworker.model.job",
     "JobworkerError": "jobworker.errors",
     "Limits": "jobworker.model.job",
+    "PruneParams": "jobworker.protocol.messages",
     "State": "jobworker.model.lifecycle",
     "Stream": "jobworker.model.job",
     "VolumeMount": "jobworker.model.volumes",
@@ -33,5 +32,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> object:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     found: object = getattr(import_module(_EXPORTS[name]), name)
     return found

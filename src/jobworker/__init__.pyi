@@ -13,6 +13,7 @@ from jobworker.model.job import Limits as Limits
 from jobworker.model.job import Stream as Stream
 from jobworker.model.lifecycle import State as State
 from jobworker.model.volumes import VolumeMount as VolumeMount
+from jobworker.protocol.messages import PruneParams as PruneParams
 
 __version__: str
 __all__: list[str]

@@ -258,6 +258,60 @@ def unstructure(value: object) -> Any:
     return _converter.unstructure(value)
 
 
+def as_plain(value: object) -> object:
+    """A value of Python as it would come out of JSON; what JSON has no form for, itself.
+
+    What Python has several forms for is taken in each: a sequence or another iterable, a member of
+    an enumeration or its value.
+    """
+    if isinstance(value, str | bytes | bytearray | int | float | None):
+        return value
+    if isinstance(value, Mapping):
+        return {name: as_plain(content) for name, content in value.items()}
+    if isinstance(value, Iterable):
+        return [as_plain(content) for content in value]
+    simple = unstructure(value)
+    return simple if simple is value else as_plain(simple)
+
+
+def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str, ...]:
+    """What is wrong with the values of Python that a class of attrs was to be made of.
+
+    Told as by `faults_of`: types by the fields' annotations, and then bounds by their validators.
+    """
+    fields: dict[str, Any] = {each.name: each for each in attrs.fields(cls)}
+    faults = [f"unknown name {name!r}" for name in values if name not in fields]
+    for name, attribute in fields.items():
+        if name not in values:
+            missing = attribute.default is attrs.NOTHING
+            faults.extend([f"{name}: is missing"] * missing)
+            continue
+        made, found = _made_or_faults(attribute.type, as_plain(values[name]))
+        faults.extend(_below(name, path, what) for path, what in found)
+        if not found and attribute.validator is not None:
+            try:
+                attribute.validator(None, attribute, made)
+            except (ValueError, TypeError) as fault:
+                faults.append(f"{name}: {fault}")
+            else:
+                faults.extend(_refused_as_it_is(attribute, values[name]))
+    return tuple(faults[:MAX_REPORTED_FAULTS])
+
+
+def _refused_as_it_is(attribute: Any, value: object) -> list[str]:
+    """A fault of a value that is sound only after it was made plain, such as a set for a list."""
+    try:
+        attribute.validator(None, attribute, value)
+    except Exception:  # noqa: BLE001 - a validator may fail in any way over a wrong type
+        return [f"{attribute.name}: cannot be made of a {type(value).__name__}"]
+    return []
+
+
+def _below(name: str, path: str, what: str) -> str:
+    """A fault of a value that is called `name`: paths in it begin with a bracket or a name."""
+    return f"{name}{path if path.startswith('[') or not path else f'.{path}'}: {what}"
+
+
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) != len(pairs):

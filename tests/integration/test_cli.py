@@ -41,7 +41,8 @@ class Cli:
     def environment(self, role: str = "admin", drop: str = "") -> dict[str, str]:
         names = self.service.environment(role)
         names.pop(drop, None)
-        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8", **names}
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        return {**kept, "HOME": str(self.home), "LANG": "C.UTF-8", **names}
 
 
 @pytest.fixture
@@ -113,6 +114,33 @@ def test_follow_says_how_it_ended(
     done = cli("run", "-f", *options, "bash", "-c", script)
     assert done.returncode == code, done.stderr
     assert says in done.stderr
+
+
+def test_arguments_are_utf8_in_a_locale_that_knows_none(cli: Cli) -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    given = ("--name=é", "--label=a=ü", "--env=A=ß", "--secret-env=B")
+    done = cli("run", "-f", *given, "sh", "-c", "printf 'ö %s %s' $A $B", B="ä", **locale)
+    assert (done.stdout, done.stderr) == ("ö ß ä", "")
+    found = cli("list", "--json", "--name=é", "--label=a=ü", **locale)
+    assert len(json.loads(found.stdout)) == 1
+
+
+def test_bytes_that_are_no_text_are_refused_with_a_remedy(cli: Cli) -> None:
+    refused = cli("run", "echo", "\udcff")
+    assert "argument 1 is not UTF-8 text; convert it to UTF-8" in refused.stderr
+
+
+def test_status_of_several_jobs_goes_on_where_one_is_unknown(cli: Cli) -> None:
+    first, last = (cli("run", "-q", "true").stdout.strip() for _ in range(2))
+    done = cli("status", first, "999999", last)
+    assert done.returncode == 66
+    assert [part.splitlines()[0] for part in done.stdout.split("\n\n") if part.strip()] == [
+        f"ID: {first}",
+        f"ID: {last}",
+    ]
+    assert done.stderr.startswith("worker-cli: cannot find job 999999")
+    told = cli("status", "--json", first, last).stdout.splitlines()
+    assert [str(json.loads(line)["id"]) for line in told] == [first, last]
 
 
 def test_status_tells_limits_and_usage(cli: Cli) -> None:
@@ -245,7 +273,7 @@ def test_two_megabytes_of_arguments(cli: Cli) -> None:
     [
         ("--max-cpu=-1", 65),
         ("--max-cpu=99999999", 65),
-        ("--max-memory=-64", 65),
+        ("--max-memory=-64", 2),
         ("--max-memory=1", 65),
         ("--max-memory=999999999", 65),
         ("--max-iobps=1", 65),
@@ -374,7 +402,7 @@ def test_errors_as_json(cli: Cli) -> None:
 def test_volume_from_the_command_line(cli: Cli) -> None:
     assert cli("volume", "create", "--size=16", "of-cli").returncode == 0
     fails(cli("volume", "create", "--size=16", "of-cli"), 65, "of-cli: it exists")
-    fails(cli("volume", "create", "--size=1", "tiny"), 65, "--size must be from 16")
+    fails(cli("volume", "create", "--size=1", "tiny"), 65, "--size must be from 16 MiB")
     write = cli("run", "-f", "--volume=of-cli:/srv/x", "sh", "-c", "echo kept > /srv/x/file")
     assert write.returncode == 0, write.stderr
     read = cli("run", "-f", "--volume", "of-cli", "--max-disk=20", "cat", "/volumes/of-cli/file")
@@ -389,6 +417,15 @@ def test_volume_from_the_command_line(cli: Cli) -> None:
     fails(cli("run", "--volume=of-cli:/proc", "true"), 65, "--volume", "/proc")
     fails(cli("run", "--max-disk=1", "true"), 65, "--max-disk")
     fails(cli("run", "--runtime=nosuch", "true"), 65, "--runtime", "nosuch")
+
+
+def test_volume_is_made_and_removed_in_json(cli: Cli) -> None:
+    made = cli("volume", "create", "--json", "--size=16", "of-json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout) == {"name": "of-json", "size_bytes": 16 << 20, "thin": False}
+    assert json.loads(cli("volume", "rm", "--json", "of-json").stdout) == {"name": "of-json"}
+    gone = cli("volume", "rm", "of-json", "--json")
+    assert json.loads(gone.stderr)["error"]["exit_code"] == gone.returncode == 66
 
 
 def test_volumes_are_removed_though_one_cannot_be(cli: Cli) -> None:

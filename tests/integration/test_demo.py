@@ -19,7 +19,7 @@ Demo = subprocess.Popen[str]
 
 async def test_demonstrations_share_no_ids_and_leave_nothing() -> None:
     with ExitStack() as stack:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         demos = [stack.enter_context(demonstration()) for _ in numbers]  # both start at once
         directories, ranges = [], []
         for demo in demos:
@@ -29,24 +29,53 @@ async def test_demonstrations_share_no_ids_and_leave_nothing() -> None:
         assert all(directory.is_dir() for directory in directories)
         assert set(ranges[0]).isdisjoint(ranges[1])
         for demo, number in zip(demos, numbers, strict=True):
-            demo.send_signal(number)
+            os.killpg(demo.pid, number)  # as a terminal does
         for demo, number in zip(demos, numbers, strict=True):
             await until(lambda demo=demo: demo.poll() is not None)  # type: ignore[misc]
             assert demo.returncode == 128 + number
     for directory in directories:
-        assert not directory.exists()
-        directory.joinpath("state/scratch").mkdir(parents=True)  # where it looks for files
-        try:
-            assert left_behind(directory) == []
-        finally:
-            for path in (directory / "state/scratch", directory / "state", directory):
-                path.rmdir()
+        assert nothing_left(directory)
+
+
+async def test_killed_demonstration_takes_its_service_and_jobs_along() -> None:
+    with demonstration() as demo:
+        names = await trio.to_thread.run_sync(names_from, demo)
+        directory = Path(names["WORKER_CA_PATH"]).parents[1]
+        await trio.run_process(
+            [*program("worker-cli"), "run", "sleep", "1000"],
+            env={**os.environ, **names},
+            capture_stdout=True,
+        )
+        demo.kill()
+        await until(lambda: not directory.exists())
+    assert nothing_left(directory)
+
+
+async def test_ignored_hangup_leaves_the_demonstration_alone() -> None:
+    with demonstration("nohup") as demo:
+        names = await trio.to_thread.run_sync(names_from, demo)
+        os.killpg(demo.pid, signal.SIGHUP)
+        assert await ids_of_a_job(names)
+        assert demo.poll() is None
+
+
+def nothing_left(directory: Path) -> bool:
+    """Whether the directory is gone, and all that its service had elsewhere."""
+    assert not directory.exists()
+    directory.joinpath("state/scratch").mkdir(parents=True)  # where it looks for files
+    try:
+        return left_behind(directory) == []
+    finally:
+        for path in (directory / "state/scratch", directory / "state", directory):
+            path.rmdir()
 
 
 @contextmanager
-def demonstration() -> Iterator[Demo]:
-    command = [*program("worker"), "demo", "--serve"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
+def demonstration(*before: str) -> Iterator[Demo]:
+    command = [*before, *program("worker"), "demo", "--serve"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as demo:
         try:
             yield demo
         finally:

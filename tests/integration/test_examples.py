@@ -5,8 +5,11 @@ import contextlib
 import doctest
 import inspect
 import io
+import re
+import shutil
 import sys
 import traceback
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -97,3 +100,18 @@ def test_every_public_call_has_an_example() -> None:
         }
         internal = {"call", "open_following", "serve", "aclose"}
         assert public - internal <= shown
+
+
+async def test_program_of_the_readme_runs(service: Embedded, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert program.count("worker.example.org:50051") == 1
+    files = service.environment()
+    for name, variable in (("ca-cert", "CA"), ("cert", "CERT"), ("key", "KEY")):
+        shutil.copy(files[f"WORKER_{variable}_PATH"], tmp_path / f"{name}.pem")
+    done = await trio.run_process(
+        [sys.executable, "-c", program.replace("worker.example.org:50051", service.address)],
+        cwd=tmp_path,
+        capture_stdout=True,
+    )
+    assert done.stdout == b"stdout b'hello\\n'\nCOMPLETED\n"

@@ -80,7 +80,7 @@ async def test_limit_of_its_own_ends_the_job_as_a_whole(wire: Wire, init: bool) 
     limits = {"memory_bytes": 32 * MIB}
     _, _, job = await wire.run("sh", "-c", script, limits=limits, init=init)
     assert (job["reason"], job["detail"]) == ("oom", "")
-    assert "it went over its memory limit of 32 MB" in said(job)
+    assert "it went over its memory limit of 32 MiB" in said(job)
 
 
 @pytest.mark.parametrize("init", [False, True])

@@ -112,7 +112,10 @@ def test_renewed_certificate_takes_the_place_of_the_old_one(authority: Path) -> 
     assert key != (authority / "server-key.pem").read_bytes()
     assert stat.S_IMODE((authority / "server-key.pem").stat().st_mode) == 0o600
     assert [each["name"] for each in listed(authority)].count("server") == 2
-    fails(certs("renew", "nobody", at), 66, "'nobody'")
+    fails(certs("renew", "nobody", at), 66, "'nobody': none of that name or serial was issued")
+    assert "file" not in certs("renew", "nobody", at).stderr
+    for command in ("revoke", "show"):
+        fails(certs(command, "nobody", at), 66, "certs list, or name the certificate's file")
 
 
 def revoked_serials(directory: Path) -> set[str]:

@@ -12,7 +12,7 @@ import asyncclick as click
 import jobworker
 from jobworker.cli import jobs, output, session, volumes
 from jobworker.cli.console import PROGRAM, Notes, tell
-from jobworker.cli.failures import end_of_printing, leaves, one_line, print_note, run_program
+from jobworker.cli.failures import end_of_printing, leaves, print_note, run_program, words_of
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
 from jobworker.convert import dumps
@@ -29,20 +29,20 @@ class _Program(click.Group):
         parent: click.Context | None = None,
         **extra: object,
     ) -> click.Context:
-        """See click.Command; misuse of global options is told in one line."""
+        """See click.Command; misuse of global options is told as JSON where that is asked."""
         try:
             return await super().make_context(info_name, args, parent, **extra)
-        except click.exceptions.NoArgsIsHelpError:
-            raise  # shows the help, which is many lines
         except click.UsageError as misuse:
-            raise _told(misuse) from None
+            _tell_as_json(misuse)
+            raise
 
     async def invoke(self, ctx: click.Context) -> object:
-        """See click.Command; what fails is told in one line and becomes an exit code."""
+        """See click.Command; what fails is told, as JSON where that is asked, with its code."""
         try:
             return await super().invoke(ctx)
         except click.UsageError as misuse:
-            raise _told(misuse) from None
+            _tell_as_json(misuse)
+            raise
         except JobworkerError as error:
             tell(error, json=ctx.ensure_object(Invocation).json)
             raise click.exceptions.Exit(error.exit_code) from None
@@ -58,16 +58,14 @@ class _Program(click.Group):
             raise click.exceptions.Exit(code) from None
 
 
-def _told(misuse: click.UsageError) -> click.exceptions.Exit:
+def _tell_as_json(misuse: click.UsageError) -> None:
+    """Tell misuse as a program wants it, and end; return where it asked for no JSON."""
     invocation = misuse.ctx.find_object(Invocation) if misuse.ctx else None
-    message = misuse.format_message().rstrip(".")
-    remedy = f"see {misuse.ctx.command_path if misuse.ctx else PROGRAM} --help"
     if invocation is not None and invocation.json:
+        message, remedy = words_of(misuse, PROGRAM)
         told = {"name": "usage", "message": message, "remedy": remedy, "exit_code": 2}
         print_note(dumps({"error": told}))
-    else:
-        print_note(f"{PROGRAM}: {one_line(message)}; {remedy}")
-    return click.exceptions.Exit(misuse.exit_code)
+        raise click.exceptions.Exit(misuse.exit_code) from None
 
 
 def _given(_: click.Context, __: click.Parameter, value: str | None) -> str | None:

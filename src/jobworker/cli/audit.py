@@ -13,7 +13,7 @@ import asyncclick as click
 
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line as visible
-from jobworker.cli.parameters import JobNumber, Moment
+from jobworker.cli.parameters import Count, JobNumber, Moment
 from jobworker.places import default_configuration
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _default_config() -> Path | None:
 @click.option("--job", type=JobNumber(), help="Only what was done to this job.")
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     default=1000,
     show_default=True,
     metavar="N",

@@ -297,5 +297,5 @@ def show(which: str, directory: Path, as_json: bool) -> None:
         known = [e for e in read_registry(directory).certificates if e.serial == entry.serial]
         entry = known[0] if known and known[0].fingerprint == entry.fingerprint else entry
     else:
-        entry = read_registry(directory).find(which)
+        entry = read_registry(directory).find(which, or_file=True)
     say(render_certs.as_json([entry]) if as_json else render_certs.details(entry, _now()))

@@ -19,7 +19,7 @@ from typing import TextIO
 import asyncclick as click
 import trio
 
-from jobworker.cli.failures import cannot_print, one_line, print_note
+from jobworker.cli.failures import CLOSED, cannot_print, one_line, print_note
 from jobworker.cli.render import error_as_json
 from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
@@ -27,7 +27,6 @@ from jobworker.model.job import Stream
 from jobworker.threads import in_thread
 
 PROGRAM = "worker-cli"
-CLOSED = "standard output is closed"
 MOST_BYTES = 1 << 20
 MOST_PIECES = 1024
 """What is gathered for one write, at the least: some milliseconds' work."""

@@ -14,11 +14,13 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import FrameType
 
 import trio
 from attrs import define, field
 
 from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.cli.guard import ENDING
 from jobworker.config import CONTROLLERS
 from jobworker.convert import loads
 from jobworker.sandbox.cgroup_files import groups_called
@@ -179,12 +181,16 @@ class _Demo:
             env={**os.environ, **self.service.environment()},
         )
         assert process.stdout is not None
-        async with process.stdout:
-            async for piece in process.stdout:
-                for line in piece.decode().splitlines():
-                    moments.append(time.monotonic())
-                    _say(f"{line:10} (after {moments[-1] - moments[0]:.1f} s)")
-        await process.wait()
+        try:
+            async with process.stdout:
+                async for piece in process.stdout:
+                    for line in piece.decode().splitlines():
+                        moments.append(time.monotonic())
+                        _say(f"{line:10} (after {moments[-1] - moments[0]:.1f} s)")
+            await process.wait()
+        finally:
+            if process.returncode is None:  # it would try for minutes to reach its service again
+                process.kill()
         spread = moments[-1] - moments[0] if moments else 0
         self.check("five lines came one by one", len(moments) == 5 and spread > 0.8)
 
@@ -225,13 +231,27 @@ def _left_behind(service: Embedded) -> list[str]:
 async def run_demo(*, stay: bool) -> int:
     """Run the demonstration (or, with `stay`, just the service until Ctrl-C): an exit code.
 
-    SIGTERM ends it too, and takes the service along.
+    Each signal that asks for its end ends it, and takes the service along: of a closed terminal,
+    too. One that is ignored stays so, as nohup(1) wants it.
     """
     token = trio.lowlevel.current_trio_token()
+    received: list[int] = []
     with trio.CancelScope() as scope:
-        signal.signal(signal.SIGTERM, lambda *_: token.run_sync_soon(scope.cancel))
-        return await _demonstrate(stay=stay)
-    return 128 + signal.SIGTERM
+
+        def end(number: int, _: FrameType | None) -> None:
+            received.append(number)
+            token.run_sync_soon(scope.cancel)
+
+        before = {number: signal.getsignal(number) for number in ENDING}
+        try:
+            for number, action in before.items():
+                if action is not signal.SIG_IGN:
+                    signal.signal(number, end)
+            return await _demonstrate(stay=stay)
+        finally:
+            for number, action in before.items():
+                signal.signal(number, action)
+    return 128 + received[0]
 
 
 async def _demonstrate(*, stay: bool) -> int:
@@ -239,7 +259,7 @@ async def _demonstrate(*, stay: bool) -> int:
     missing = await _missing_controllers()
     directory = Path(tempfile.mkdtemp(prefix="jobworker-demo-", dir="/var/tmp"))
     try:
-        async with open_embedded(directory, _settings(missing)) as service:
+        async with open_embedded(directory, _settings(missing), guarded=True) as service:
             if stay:
                 await _stay(service)
                 return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
+from jobworker.cli import guard
 from jobworker.convert import dumps
 from jobworker.errors import HostUnsupported
 from jobworker.pki.administration import init_authority
@@ -53,8 +54,8 @@ class Embedded:
 
 def program(name: str) -> list[str]:
     """The command for `worker` or `worker-cli` with this very Python and package."""
-    module = {"worker": "admin", "worker-cli": "app"}[name]
-    return [sys.executable, "-c", f"from jobworker.cli.{module} import main; main()"]
+    begin = name.replace("-", "_")
+    return [sys.executable, "-c", f"from jobworker.cli.start import {begin}; {begin}()"]
 
 
 def write_configuration(directory: Path, extra: Mapping[str, Mapping[str, object]]) -> Path:
@@ -89,12 +90,17 @@ def _toml(value: object) -> str:
 
 @asynccontextmanager
 async def open_embedded(
-    directory: Path, extra: Mapping[str, Mapping[str, object]] | None = None
+    directory: Path,
+    extra: Mapping[str, Mapping[str, object]] | None = None,
+    *,
+    guarded: bool = False,
 ) -> AsyncIterator[Embedded]:
     """Run a service in `directory`; at exit it is asked to end and waited for.
 
-    `extra` are settings by section and key. Raises HostUnsupported with the service's own last
-    words where it does not start.
+    `extra` are settings by section and key. A `guarded` service is in a session of its own, where
+    a terminal's signals do not reach it, and ends when this process dies (`guard`); `process` is
+    then the guard. Raises HostUnsupported with the service's own last words where it does not
+    start.
     """
     directory.chmod(0o755)
     if not (directory / "certs").exists():
@@ -103,13 +109,15 @@ async def open_embedded(
     path = str(directory / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as plain:
         plain.bind(path)
+        command = [*program("worker"), "serve", "--config", str(config)]
         with (directory / "log").open("ab") as log:
             process = await trio.lowlevel.open_process(
-                [*program("worker"), "serve", "--config", str(config)],
-                stdin=subprocess.DEVNULL,
+                guard.command(str(directory), command) if guarded else command,
+                stdin=subprocess.PIPE if guarded else subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "NOTIFY_SOCKET": path},
+                start_new_session=guarded,
             )
         try:
             plain.setblocking(False)
@@ -120,6 +128,8 @@ async def open_embedded(
             yield Embedded(address=address, directory=directory, process=process)
         finally:
             await _end(process)
+            if process.stdin is not None:
+                await process.stdin.aclose()
             os.unlink(path)
 
 

@@ -11,8 +11,10 @@ from typing import NoReturn, TextIO
 import asyncclick as click
 import trio
 
+from jobworker.cli.hints import hint
 from jobworker.errors import ConfigError, JobworkerError, PrintFailed
 
+CLOSED = "standard output is closed"
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 SERVER_MODULES = frozenset({"apsw"})
@@ -34,6 +36,7 @@ def run_program(program: str, command: click.Command) -> None:
 
 def _run(program: str, command: click.Command) -> NoReturn:
     """Run a command line to its end, and tell what failed; exit with its code."""
+    _watch_for_closed_output(command)
     try:
         result: object = trio.run(partial(command.main, prog_name=program, standalone_mode=False))
     except click.exceptions.Exit as ended:
@@ -42,8 +45,7 @@ def _run(program: str, command: click.Command) -> NoReturn:
         # Click's own, for standard output whose reader has left: with 1.
         sys.exit(BROKEN_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except click.ClickException as misuse:
-        with suppress(OSError):
-            misuse.show()
+        _tell_misuse(program, misuse)
         sys.exit(misuse.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
@@ -74,6 +76,45 @@ def _run(program: str, command: click.Command) -> NoReturn:
             print_note(f"{program}: {one_line(str(failed))}")
         sys.exit(code)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _tell_misuse(program: str, misuse: click.ClickException) -> None:
+    """Tell misuse in one line; a group's name alone has the group's help shown, in many."""
+    if isinstance(misuse, click.exceptions.NoArgsIsHelpError):
+        with suppress(OSError):
+            misuse.show()
+        return
+    message, remedy = words_of(misuse, program)
+    print_note(f"{program}: {one_line(message)}; {remedy}")
+
+
+def words_of(misuse: click.ClickException, program: str) -> tuple[str, str]:
+    """What is wrong with a command line, and where to read how it is meant."""
+    context = getattr(misuse, "ctx", None)
+    remedy = f"see {program if context is None else context.command_path} --help"
+    if isinstance(misuse, click.exceptions.NoArgsIsHelpError):
+        return "Missing command", remedy
+    if context is not None and (meant := hint(context.command_path, misuse.message)):
+        return misuse.message.rstrip("."), meant
+    return misuse.format_message().rstrip("."), remedy
+
+
+class _Context(click.Context):
+    """A command's context. Click ends through `aexit` when it has printed a help or a version."""
+
+    async def aexit(self, code: int = 0) -> NoReturn:
+        """See click.Context. Raises PrintFailed where nothing was printed: click says nothing."""
+        if code == 0 and sys.stdout is None:
+            raise cannot_print(CLOSED)
+        await super().aexit(code)
+
+
+def _watch_for_closed_output(command: click.Command) -> None:
+    """Have a command, and all below it, fail where help is asked for and cannot be printed."""
+    command.context_class = _Context
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _watch_for_closed_output(each)
 
 
 def print_note(line: str) -> None:

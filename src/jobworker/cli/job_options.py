@@ -11,7 +11,14 @@ from typing import TypeVar
 
 import asyncclick as click
 
-from jobworker.cli.parameters import Label, User, Variable, VariableFile, VolumePlace
+from jobworker.cli.parameters import (
+    Label,
+    User,
+    Variable,
+    VariableFile,
+    VolumePlace,
+    one_of_each,
+)
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -38,7 +45,8 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
         "--init",
         is_flag=True,
-        help="Put an init in front of the program: it reaps orphans and forwards signals.",
+        help="Put an init in front of the program: it reaps orphans and forwards signals. Without "
+        "it the program is PID 1, which no signal of its own ends: kill -9 $$ does nothing.",
     ),
     click.option(
         "--user", "-u", type=User(), metavar="UID[:GID]", help="Who it is inside; 0 is root there."
@@ -70,8 +78,9 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         "-l",
         multiple=True,
         type=Label(),
-        metavar="NAME=VALUE",
-        help="A label to find the job by; may be repeated.",
+        callback=one_of_each,
+        metavar="NAME[=VALUE]",
+        help="A label to find the job by, empty without VALUE; may be repeated.",
     ),
 )
 _NAMES = (
@@ -104,7 +113,7 @@ def _fields(  # noqa: PLR0913 - each option is an argument
     env: Sequence[tuple[str, str]],
     env_file: Sequence[Sequence[tuple[str, str]]],
     secret_env: Sequence[tuple[str, str]],
-    label: Sequence[tuple[str, str]],
+    label: Mapping[str, str],
 ) -> Mapping[str, object]:
     uid, gid = user or (0, None)
     variables = [variable for file in env_file for variable in file]
@@ -118,5 +127,5 @@ def _fields(  # noqa: PLR0913 - each option is an argument
         "gid": gid,
         "environment": {**dict(variables), **dict(env)},
         "secret_environment": dict(secret_env),
-        "labels": dict(label),
+        "labels": label,
     }

@@ -4,13 +4,12 @@ Each opens one connection, makes its calls and prints. What can be known without
 malformed option, an argument that is no text) is refused before it is dialled.
 """
 
-import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import asyncclick as click
 import trio
@@ -20,12 +19,16 @@ from jobworker.cli.console import Losses, cancelled_by_interrupt, say, tell
 from jobworker.cli.failures import INTERRUPTED, print_note
 from jobworker.cli.follow import Look, follow_job
 from jobworker.cli.job_options import job_options
-from jobworker.cli.options import Invocation, start_patience
+from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
+    Count,
     Duration,
     JobNumber,
     LabelSought,
+    Megabytes,
+    Percent,
     Size,
+    Typed,
     all_sought,
     json_option,
     pass_invocation,
@@ -34,13 +37,14 @@ from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import in_options, make_spec
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.job import JobRecord, JobSpec, OutputPolicy, shell_exit_code
+from jobworker.model.job import JobRecord, JobSpec, JobStatus, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
-from jobworker.model.units import MEBIBYTE
 from jobworker.protocol.messages import MAX_LIST
 
 if TYPE_CHECKING:
     from jobworker.client.client import Client
+
+Told = TypeVar("Told", bound=JobRecord)
 
 CALLS_AT_A_TIME = 64
 """Well below what a server takes in flight from one connection."""
@@ -55,7 +59,7 @@ def open_connection(
 ) -> "AbstractAsyncContextManager[Client]":
     """Connect to the server that options, environment and file name.
 
-    A service that is being restarted is waited for: `start_patience` for the first connection, the
+    A service that is being restarted is waited for: WORKER_PATIENCE for the first connection, the
     client's patience for later ones. Not so without `patient`. `quiet` says nothing of it; of the
     wait for the first one only a person at a terminal hears, since its end is told in any case.
     `losses` are those that a printer of output tells of too.
@@ -71,20 +75,38 @@ def open_connection(
         certificate=target.certificate,
         key=target.key,
         patience_seconds=PATIENCE_SECONDS if patient else 0,
-        start_patience_seconds=start_patience(os.environ) if patient else 0,
+        start_patience_seconds=target.start_patience_seconds if patient else 0,
         on_lost=None if quiet else tell_lost,
         on_refused=tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
     )
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--max-cpu", type=int, metavar="PERCENT", help="CPU limit; 200 is two cores.")
-@click.option("--max-memory", type=int, metavar="MB", help="Memory limit, swap included.")
-@click.option("--max-iobps", type=int, metavar="BYTES", help="Disk limit in bytes per second.")
-@click.option("--max-disk", type=int, metavar="MB", help="Room for what it writes to disk.")
+@click.option("--max-cpu", type=Percent(), metavar="PERCENT", help="CPU limit; 200 is two cores.")
+@click.option(
+    "--max-memory",
+    type=Megabytes(),
+    metavar="SIZE",
+    help="Memory limit, swap included: 64M, 2G; a number alone is MB of 2^20 bytes.",
+)
+@click.option(
+    "--max-iobps",
+    type=Size(),
+    metavar="SIZE",
+    help="Disk limit per second: 500K, 10M; a number alone is bytes.",
+)
+@click.option(
+    "--max-disk",
+    type=Megabytes(),
+    metavar="SIZE",
+    help="Room for what it writes to disk: 64M, 2G; a number alone is MB.",
+)
 @click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
 @click.option(
-    "--max-output", type=Size(), metavar="SIZE", help="Limit on kept output: 500K, 64M, 2G."
+    "--max-output",
+    type=Size(),
+    metavar="SIZE",
+    help="Limit on kept output: 500K, 64M, 2G; a number alone is bytes.",
 )
 @click.option(
     "--at-max-output",
@@ -92,16 +114,16 @@ def open_connection(
     help="At that limit: go on without, or stop the job.",
 )
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
-@click.option("--workdir", "-w", default="", metavar="PATH", help="Directory to start in.")
-@click.option("--name", default="", help="A name to tell the job by.")
+@click.option(
+    "--workdir", "-w", type=Typed(), default="", metavar="PATH", help="Directory to start in."
+)
+@click.option("--name", type=Typed(), default="", help="A name to tell the job by.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
 @click.option("--raw", is_flag=True, help="With -f: exact bytes on a terminal too, as log --raw.")
 @click.option("--dry-run", is_flag=True, help="Print limits and steps of the start; run nothing.")
 @json_option()
-@click.argument(
-    "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARG]..."
-)
+@click.argument("command", nargs=-1, required=True, type=Typed(), metavar="COMMAND [ARG]...")
 @pass_invocation
 @job_options
 async def run(  # noqa: PLR0913 - each option is an argument
@@ -133,10 +155,10 @@ async def run(  # noqa: PLR0913 - each option is an argument
         command,
         limits={
             "cpu_percent": max_cpu,
-            "memory_bytes": None if max_memory is None else max_memory * MEBIBYTE,
+            "memory_bytes": max_memory,
             "io_bps": max_iobps,
             "processes": max_pids,
-            "disk_bytes": None if max_disk is None else max_disk * MEBIBYTE,
+            "disk_bytes": max_disk,
             "output_bytes": max_output,
         },
         timeout_seconds=timeout,
@@ -171,13 +193,20 @@ async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool)
 
 @click.command()
 @json_option()
-@click.argument("job", type=JobNumber())
+@click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
 @pass_invocation
-async def status(invocation: Invocation, job: int) -> None:
-    """Tell how JOB is: state, limits, usage, times."""
+async def status(invocation: Invocation, jobs: tuple[int, ...]) -> int:
+    """Tell how each JOB is: state, limits, usage, times."""
+    apart = "\n" * (len(jobs) > 1)
+
+    def show(record: JobStatus) -> str:
+        return render.status(record, _now()) + apart
+
     async with open_connection(invocation) as client:
-        record = await client.job(job).status()
-    say(render.as_json(record) if invocation.json else render.status(record, _now()))
+        _, failed = await _each(
+            jobs, lambda job: client.job(job).status(), show, json=invocation.json
+        )
+    return failed
 
 
 @click.command()
@@ -198,6 +227,7 @@ async def stop(
             _, failed = await _each(
                 jobs,
                 lambda job: client.job(job).stop(signal=signal, grace_seconds=grace),
+                render.outcome,
                 json=invocation.json,
             )
             return failed
@@ -213,15 +243,21 @@ async def stop(
 async def wait(invocation: Invocation, jobs: tuple[int, ...]) -> int:
     """Wait for the end of each JOB; exit with the code of the last one."""
     async with open_connection(invocation) as client:
-        last, failed = await _each(jobs, lambda job: client.job(job).wait(), json=invocation.json)
+        last, failed = await _each(
+            jobs, lambda job: client.job(job).wait(), render.outcome, json=invocation.json
+        )
     return failed if failed or last is None else shell_exit_code(last)
 
 
 async def _each(
-    jobs: Sequence[int], call: Callable[[int], Awaitable[JobRecord]], *, json: bool
-) -> tuple[JobRecord | None, int]:
+    jobs: Sequence[int],
+    call: Callable[[int], Awaitable[Told]],
+    show: Callable[[Told], str],
+    *,
+    json: bool,
+) -> tuple[Told | None, int]:
     """Call for all jobs at once, print in their order: the last record, the first error's code."""
-    outcomes: dict[int, JobRecord | JobworkerError] = {}
+    outcomes: dict[int, Told | JobworkerError] = {}
     ended = {job: trio.Event() for job in jobs}
     limiter = trio.CapacityLimiter(CALLS_AT_A_TIME)
 
@@ -233,7 +269,8 @@ async def _each(
                 outcomes[job] = error
         ended[job].set()
 
-    last, code = None, 0
+    last: Told | None = None
+    code = 0
     async with trio.open_nursery() as nursery:
         for job in ended:
             nursery.start_soon(call_one, job)
@@ -245,7 +282,7 @@ async def _each(
                 code = code or outcome.exit_code
             else:
                 last = outcome
-                say(render.as_json(outcome) if json else render.outcome(outcome))
+                say(render.as_json(outcome) if json else show(outcome))
     return last, code
 
 
@@ -268,10 +305,10 @@ async def _each(
     metavar="NAME=VALUE",
     help="Only jobs with this label; may be repeated, for jobs that have all of them.",
 )
-@click.option("--name", default="", help="Only jobs of this name.")
+@click.option("--name", type=Typed(), default="", help="Only jobs of this name.")
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     default=100,
     show_default=True,
     metavar="N",

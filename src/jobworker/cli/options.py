@@ -4,7 +4,8 @@ The file is `~/.worker/config`, lines as a shell would source them: `export NAME
 without `export`, `#` comments, quotes as in sh(1), `$NAME` and `${NAME}` outside of single quotes,
 from the lines above or the environment; nothing else. A leading `~` of a path is the home
 directory, quoted or not. Names that are not ours are passed over, so that a shell may source the
-same file. The file is read only where option and environment leave something open.
+same file; one that begins with WORKER or looks like one of ours is refused, unless a later line
+uses it. The file is read only where option and environment leave open which server or files.
 """
 
 import os
@@ -35,8 +36,10 @@ DEFAULTS = {
 }
 
 PATIENCE = "WORKER_PATIENCE"
-DEFAULT_PATIENCE_SECONDS = 5.0
+DEFAULT_PATIENCE = "5s"
 """As long as a restart of the service takes: more would only keep a person waiting."""
+
+_OURS = (*DEFAULTS, PATIENCE)
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -49,6 +52,8 @@ class Target:
     certificate: Path
     key: Path
     ca: Path
+    start_patience_seconds: float
+    """How long a command waits for a server that nobody listens at."""
 
 
 @define(eq=False)
@@ -64,16 +69,12 @@ class Invocation:
         return resolve(self.options, os.environ, Path(os.path.expanduser(f"{DIRECTORY}/config")))
 
 
-def start_patience(environment: Mapping[str, str]) -> float:
-    """How many seconds a command waits for a server that nobody listens at. Raises ConfigError."""
-    text = environment.get(PATIENCE, "")
-    if not text:
-        return DEFAULT_PATIENCE_SECONDS
+def _start_patience(text: str, place: str) -> float:
     try:
         return parse_duration(text)
     except ValueError as error:
         raise ConfigError(
-            f"cannot use {PATIENCE} of the environment: {error}",
+            f"cannot use {PATIENCE} of {place}: {error}",
             remedy="give it as 30s or 2m, or 0 for no waiting",
         ) from None
 
@@ -83,7 +84,7 @@ def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Pa
     places = [("its option", options), ("the environment", environment)]
     if any(not options.get(name) and not environment.get(name) for name in DEFAULTS):
         places.append((str(file), read_settings(file)))
-    places.append(("the defaults", DEFAULTS))
+    places.append(("the defaults", {**DEFAULTS, PATIENCE: DEFAULT_PATIENCE}))
 
     def find(name: str) -> tuple[str, str]:
         return next((place, held[name]) for place, held in places if held.get(name))
@@ -99,7 +100,14 @@ def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Pa
             f"cannot tell which server to dial: {fault} (from {place})",
             remedy="give --server or WORKER_SERVER as HOST, HOST:PORT or [IPv6]:PORT",
         ) from None
-    return Target(address=address, certificate=path(CERTIFICATE), key=path(KEY), ca=path(CA))
+    patience, patience_text = find(PATIENCE)
+    return Target(
+        address=address,
+        certificate=path(CERTIFICATE),
+        key=path(KEY),
+        ca=path(CA),
+        start_patience_seconds=_start_patience(patience_text, patience),
+    )
 
 
 def read_settings(file: Path) -> dict[str, str]:
@@ -114,12 +122,37 @@ def read_settings(file: Path) -> dict[str, str]:
     except UnicodeDecodeError:
         raise ConfigError(f"cannot read {file}: it is not UTF-8 text") from None
     found: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
-        found.update(_settings_of(line, f"{file}, line {number}", {**os.environ, **found}))
+        where = f"{file}, line {number}"
+        names, used = _settings_of(line, where, {**os.environ, **found})
+        found.update(names)
+        unknown.update({name: where for name in names if name not in _OURS})
+        for name in used:
+            unknown.pop(name, None)
+    for name, where in unknown.items():
+        _refuse_misspelt(name, where)
     return found
 
 
-def _settings_of(line: str, where: str, variables: Mapping[str, str]) -> dict[str, str]:
+def _refuse_misspelt(name: str, where: str) -> None:
+    """Raise ConfigError for a name that was meant to be one of ours."""
+    from difflib import get_close_matches
+
+    likely = get_close_matches(name.upper(), _OURS, n=1, cutoff=0.8)
+    if not likely and not name.upper().startswith("WORKER"):
+        return
+    raise ConfigError(
+        f"cannot read {where}: {name} is no name that is known here",
+        remedy=f"write {likely[0]}" if likely else f"give one of {', '.join(_OURS)}",
+    )
+
+
+def _settings_of(
+    line: str, where: str, variables: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The variables that a line sets, and the names of those that it uses."""
+
     def malformed(why: str) -> ConfigError:
         return ConfigError(
             f"cannot read {where}: {why}", remedy='write lines such as export NAME="value"'
@@ -138,10 +171,10 @@ def _settings_of(line: str, where: str, variables: Mapping[str, str]) -> dict[st
         if not equals or not _NAME.fullmatch(name):
             raise malformed(f"{word!r} is not NAME=value")
         value, unknown = _fill_in(value, names, variables)
-        if unknown and name in DEFAULTS:
+        if unknown and name in _OURS:
             raise malformed(f"{unknown} in the value of {name} is no variable that is set here")
         found[name] = value
-    return found
+    return found, names
 
 
 _MARK = "\ue000"

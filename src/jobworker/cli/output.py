@@ -11,6 +11,7 @@ from jobworker.cli.follow import Look, print_output
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
+    Count,
     JobNumber,
     Moment,
     json_option,
@@ -29,7 +30,7 @@ from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
 @click.option(
     "--tail",
     "-n",
-    type=click.IntRange(0, MAX_TAIL_LINES),
+    type=Count(0, MAX_TAIL_LINES),
     metavar="N",
     help="Only the last N lines, and those that begin from now on.",
 )

@@ -13,11 +13,38 @@ import asyncclick as click
 from jobworker.cli.options import Invocation
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
-from jobworker.model.units import parse_duration, parse_size
+from jobworker.model.units import MEBIBYTE, parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def as_typed(text: str) -> str:
+    """An argument or a variable of the environment as the UTF-8 that its bytes are.
+
+    Python has decoded them as the locale says, which may know no UTF-8 (LC_ALL=C). What is no
+    UTF-8 stays as it is. Not for names of files here, which Python encodes as it has decoded them.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+class Typed(click.ParamType[str]):
+    """Text that goes to the server."""
+
+    name = "text"
+
+    def convert(
+        self,
+        value: object,
+        param: click.Parameter | None,  # noqa: ARG002 - see click.ParamType
+        ctx: click.Context | None,  # noqa: ARG002
+    ) -> str:
+        """See click.ParamType."""
+        return as_typed(str(value))
 
 
 class JobNumber(click.ParamType[int]):
@@ -31,8 +58,14 @@ class JobNumber(click.ParamType[int]):
         """See click.ParamType."""
         text = str(value)
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= MAX_OFFSET:
-            self.fail(f"{text!r} is no job's id: ids are positive integers", param, ctx)
+            self.fail(f"{text!r} is no job's id: an integer from 1 to {MAX_OFFSET}", param, ctx)
         return int(text)
+
+
+class Count(click.IntRange):
+    """A whole number within bounds."""
+
+    name = "integer"  # click would say that 'abc' is no "valid integer range"
 
 
 class Duration(click.ParamType[float]):
@@ -87,6 +120,43 @@ class Size(click.ParamType[int]):
             self.fail(str(fault), param, ctx)
 
 
+class Megabytes(click.ParamType[int]):
+    """Bytes that a number with a binary unit stands for; a number alone is of 2^20 bytes each."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """See click.ParamType."""
+        text = str(value)
+        try:
+            if re.fullmatch(r"[0-9]{1,12}", text):
+                return int(text) * MEBIBYTE
+            return parse_size(text)
+        except ValueError:
+            self.fail(
+                f"{text!r} is not a size up to 1024T such as 64M or 2G; a number alone is MB",
+                param,
+                ctx,
+            )
+
+
+class Percent(click.ParamType[int]):
+    """A whole number of percent, with or without the sign: 50, 200%."""
+
+    name = "percent"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """See click.ParamType."""
+        found = re.fullmatch(r"(-?[0-9]{1,12})%?", str(value))
+        if found is None:
+            self.fail(f"{str(value)!r} is not a whole number of percent such as 50", param, ctx)
+        return int(found[1])
+
+
 class Variable(click.ParamType[tuple[str, str]]):
     """NAME=VALUE; the value may hold anything, further equal signs too.
 
@@ -104,14 +174,14 @@ class Variable(click.ParamType[tuple[str, str]]):
         """See click.ParamType."""
         if isinstance(value, tuple):
             return str(value[0]), str(value[1])
-        name, equals, content = str(value).partition("=")
+        name, equals, content = as_typed(str(value)).partition("=")
         if equals:
             return name, content
         if not self._from_environment:
             self.fail(f"{name!r} is not NAME=VALUE", param, ctx)
         if name not in os.environ:
             self.fail(f"the variable {name!r} is not set here; give it as NAME=VALUE", param, ctx)
-        return name, os.environ[name]
+        return name, as_typed(os.environ[name])
 
 
 class VolumePlace(click.ParamType[dict[str, str]]):
@@ -128,6 +198,13 @@ class VolumePlace(click.ParamType[dict[str, str]]):
         name, colon, path = str(value).partition(":")
         if colon and not path:
             self.fail(f"{str(value)!r} is not NAME or NAME:PATH", param, ctx)
+        if name.startswith(("/", ".", "~")):
+            self.fail(
+                f"{name!r} is no volume's name, and directories of the host are never mounted; "
+                "make a volume: worker-cli volume create",
+                param,
+                ctx,
+            )
         if ":" in path:  # Docker's NAME:PATH:ro would be a mount that can be written to
             self.fail(
                 f"{str(value)!r} has a second ':'; there is no read-only mount, and a path may "
@@ -180,7 +257,9 @@ class Label(click.ParamType[tuple[str, str]]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, str]:
         """See click.ParamType."""
-        name, _, content = value if isinstance(value, tuple) else str(value).partition("=")
+        name, _, content = (
+            value if isinstance(value, tuple) else as_typed(str(value)).partition("=")
+        )
         try:
             check_labels(None, None, {name: content})
         except ValueError as fault:
@@ -205,6 +284,18 @@ class LabelSought(Label):
         return super().convert(value, param, ctx)
 
 
+def one_of_each(
+    ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """The labels of a job; a callback of click.
+
+    Raises click.BadParameter for two values of one label.
+    """
+    return _together(
+        pairs, "a label has one value, not both {0} and {1}: leave one out", ctx, param
+    )
+
+
 def all_sought(
     ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
@@ -212,15 +303,18 @@ def all_sought(
 
     Raises click.BadParameter for two values of one label.
     """
-    sought: dict[str, str] = {}
+    return _together(pairs, "no job has both {0} and {1}: ask for one of them", ctx, param)
+
+
+def _together(
+    pairs: Sequence[tuple[str, str]], fault: str, ctx: click.Context, param: click.Parameter
+) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, content in pairs:
-        if sought.setdefault(name, content) != content:
-            raise click.BadParameter(
-                f"no job has both {name}={sought[name]} and {name}={content}: ask for one of them",
-                ctx,
-                param,
-            )
-    return sought
+        if found.setdefault(name, content) != content:
+            both = f"{name}={found[name]}", f"{name}={content}"
+            raise click.BadParameter(fault.format(*both), ctx, param)
+    return found
 
 
 class User(click.ParamType[tuple[int, int | None]]):
@@ -253,9 +347,12 @@ def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
     """What `prune` shall not keep."""
     for option in (
         click.option(
-            "--max-size", type=Size(), metavar="SIZE", help="As much as is over a size: 500M, 10G."
+            "--max-size",
+            type=Size(),
+            metavar="SIZE",
+            help="As much as is over a size: 500M, 10G; a number alone is bytes.",
         ),
-        click.option("--keep", type=click.IntRange(0), metavar="N", help="All but the last N."),
+        click.option("--keep", type=Count(0), metavar="N", help="All but the last N."),
         click.option("--older-than", type=Duration(), help="What ended longer ago: 12h, 30d."),
     ):
         command = option(command)

@@ -24,7 +24,7 @@ from jobworker.model.job import (
     Usage,
 )
 from jobworker.model.lifecycle import Reason, State
-from jobworker.model.units import MEBIBYTE, format_duration, format_size
+from jobworker.model.units import format_duration, format_limit, format_size
 
 MAX_TABLE_COMMAND = 200
 """Characters of a command line in a table, where no terminal's width says how many."""
@@ -136,7 +136,8 @@ def _why_cut(record: JobRecord) -> str:
     """Why output was not kept, as far as that is known."""
     limit = record.spec.limits.output_bytes
     words = {
-        OutputCut.LIMIT: "it reached its limit" + (f" of {format_size(limit)}" if limit else ""),
+        OutputCut.LIMIT: "it reached its limit on output"
+        + (f" of {format_limit(limit)}" if limit else ""),
         OutputCut.TOTAL: "all jobs' output together reached the server's limit",
         OutputCut.DISK: "the server's disk is full, or refused to write",
     }
@@ -167,7 +168,7 @@ def _why_out_of_memory(record: JobRecord) -> str:
     limit = record.spec.limits.memory_bytes
     if limit == 0:  # the record is of a release that did not tell more
         return f"it was {KILLED_FOR_MEMORY}"
-    return "it went over its memory limit" + (f" of {_megabytes(limit)}" if limit else "")
+    return "it went over its memory limit" + (f" of {format_limit(limit)}" if limit else "")
 
 
 def _signal(number: int | None) -> str:
@@ -175,13 +176,6 @@ def _signal(number: int | None) -> str:
         return f"signal {number} ({signal.Signals(number or 0).name})"
     except ValueError:
         return f"signal {number}"
-
-
-def _megabytes(count: int | None) -> str:
-    """A limit on memory in the unit in which it is asked for."""
-    if count is None or count % MEBIBYTE:
-        return format_size(count or 0)
-    return f"{count // MEBIBYTE} MB"
 
 
 def _limit(value: int | None, words: str) -> str:
@@ -211,8 +205,8 @@ def status(record: JobStatus, now: datetime) -> str:
         ("CPU", f"{_cpu(usage)}, {_limit(limits.cpu_percent, f'{limits.cpu_percent}%')}"),
         ("Cores", spec.cpu_cores),
         ("Memory", ", ".join([*_memory(record, usage), _memory_limit(record)])),
-        ("IO", f"{_io(usage)}, {_limit(limits.io_bps, f'{limits.io_bps} B/s')}"),
-        ("Disk", "" if limits.disk_bytes is None else f"limit {_megabytes(limits.disk_bytes)}"),
+        ("IO", f"{_io(usage)}, {_limit(limits.io_bps, f'{format_limit(limits.io_bps or 0)}/s')}"),
+        ("Disk", "" if limits.disk_bytes is None else f"limit {format_limit(limits.disk_bytes)}"),
         ("Processes", _processes(record, usage)),
         ("Output", _output(record)),
         ("Workdir", spec.workdir),
@@ -259,7 +253,7 @@ def _memory(record: JobRecord, usage: Usage) -> list[str]:
 
 def _memory_limit(record: JobRecord) -> str:
     count = record.spec.limits.memory_bytes
-    return _limit(count, _megabytes(count))
+    return _limit(count, format_limit(count or 0))
 
 
 def _io(usage: Usage) -> str:
@@ -280,7 +274,7 @@ def _output(record: JobRecord) -> str:
     if record.output_removed_at:
         words += f", removed {timestamp(record.output_removed_at)}"
     limit = record.spec.limits.output_bytes
-    return f"{words}, {_limit(limit, format_size(limit or 0))}"
+    return f"{words}, {_limit(limit, format_limit(limit or 0))}"
 
 
 def table(

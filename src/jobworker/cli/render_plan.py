@@ -4,7 +4,7 @@ from itertools import groupby
 
 from jobworker.cli.failures import one_line as visible
 from jobworker.model.job import Limits
-from jobworker.model.units import format_size
+from jobworker.model.units import format_limit
 from jobworker.protocol.messages import Plan
 
 
@@ -28,9 +28,9 @@ def _limits(limits: Limits) -> list[str]:
     memory, disk, output = limits.memory_bytes, limits.disk_bytes, limits.output_bytes
     return [
         f"CPU: {told(limits.cpu_percent, f'{limits.cpu_percent} % of a core')}",
-        f"Memory: {told(memory, format_size(memory or 0))}",
-        f"I/O: {told(limits.io_bps, f'{format_size(limits.io_bps or 0)}/s')}",
+        f"Memory: {told(memory, format_limit(memory or 0))}",
+        f"I/O: {told(limits.io_bps, f'{format_limit(limits.io_bps or 0)}/s')}",
         f"Processes: {told(limits.processes, str(limits.processes))}",
-        f"Disk: {told(disk, format_size(disk or 0))}",
-        f"Output: {told(output, format_size(output or 0))}",
+        f"Disk: {told(disk, format_limit(disk or 0))}",
+        f"Output: {told(output, format_limit(output or 0))}",
     ]

@@ -8,7 +8,7 @@ import re
 from jobworker.convert import structure
 from jobworker.errors import InvalidParams
 from jobworker.model.job import JobSpec
-from jobworker.model.units import MEBIBYTE
+from jobworker.model.units import format_limit
 
 _OPTIONS = {
     "limits.cpu_percent": "--max-cpu",
@@ -32,10 +32,13 @@ _OPTIONS = {
     "workdir": "--workdir",
     "name": "--name",
 }
-_IN_MEGABYTES = frozenset({"limits.memory_bytes", "limits.disk_bytes"})
-"""What is asked for in MB and counted in bytes."""
+_SIZES = frozenset(
+    {"limits.memory_bytes", "limits.disk_bytes", "limits.output_bytes", "limits.io_bps"}
+)
+"""What is asked for with a unit and counted in bytes."""
 _BOUNDS = re.compile(r"(?P<words>must be .*?)from (\d+) to (\d+), not (-?\d+)")
 """As `model.bounds.within` puts it."""
+_NO_TEXT = "is not UTF-8 text"
 _SURROGATE = "must be Unicode text: it holds a lone surrogate"
 
 
@@ -79,15 +82,18 @@ def in_options(error: InvalidParams) -> InvalidParams:
         if isinstance(fault, dict)
     ]
     message = "cannot run the command: " + "; ".join(told)
-    return InvalidParams(message, remedy=error.remedy, data=error.data)
+    remedy = error.remedy
+    if not remedy and any(words.endswith(_NO_TEXT) for words in told):
+        remedy = "convert it to UTF-8; bytes that are no text may go encoded, as base64 say"
+    return InvalidParams(message, remedy=remedy, data=error.data)
 
 
 def _told(path: str, problem: str) -> str:
     """A fault in words: the option, or the argument of the command, and what is wrong with it."""
     if problem == _SURROGATE:
-        problem = "is not UTF-8 text"
-    if path in _IN_MEGABYTES:
-        problem = in_megabytes(problem)
+        problem = _NO_TEXT
+    if path in _SIZES:
+        problem = _with_units(problem)
     if found := re.fullmatch(r"command\[(\d+)\]", path):
         return f"argument {found[1]} {problem}"
     if path == "command":
@@ -102,11 +108,11 @@ def _told(path: str, problem: str) -> str:
     return f"{path}: {problem}" if path else problem
 
 
-def in_megabytes(problem: str) -> str:
-    """A fault of a number in bytes, told in the MB that it was asked for in."""
+def _with_units(problem: str) -> str:
+    """A fault of a number of bytes, told as sizes are."""
 
     def told(found: re.Match[str]) -> str:
-        low, high, asked = (int(number) // MEBIBYTE for number in found.groups()[1:])
-        return f"{found['words']}from {low} to {high} MB, not {asked}"
+        low, high, asked = (format_limit(int(number)) for number in found.groups()[1:])
+        return f"{found['words']}from {low} to {high}, not {asked}"
 
     return _BOUNDS.sub(told, problem)

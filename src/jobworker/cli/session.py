@@ -8,7 +8,7 @@ from jobworker.cli.console import say
 from jobworker.cli.failures import one_line
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import json_option, pass_invocation
+from jobworker.cli.parameters import Count, json_option, pass_invocation
 from jobworker.convert import dumps, unstructure
 
 
@@ -31,7 +31,7 @@ async def whoami(invocation: Invocation) -> None:
 @click.option(
     "--count",
     "-c",
-    type=click.IntRange(min=1, max=1_000_000),
+    type=Count(min=1, max=1_000_000),
     default=1,
     show_default=True,
     metavar="N",

@@ -5,10 +5,10 @@ import asyncclick as click
 from jobworker.cli.console import say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import json_option, pass_invocation
+from jobworker.cli.parameters import Megabytes, json_option, pass_invocation
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.model.units import MEBIBYTE, format_size
+from jobworker.model.units import format_limit, format_size
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 
@@ -18,8 +18,15 @@ def volume() -> None:
 
 
 @volume.command()
-@click.option("--size", type=int, metavar="MB", required=True, help="Its size.")
+@click.option(
+    "--size",
+    type=Megabytes(),
+    metavar="SIZE",
+    required=True,
+    help="Its size: 100M, 10G; a number alone is MB of 2^20 bytes.",
+)
 @click.option("--thin", is_flag=True, help="Take from the disk what is written, no more.")
+@json_option()
 @click.argument("name")
 @pass_invocation
 async def create(invocation: Invocation, name: str, size: int, thin: bool) -> None:
@@ -29,11 +36,13 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
     while that disk is full loses what it writes, and FAILs.
     """
     _check_name("create", name)
-    if not MIN_DISK_BYTES <= size * MEBIBYTE <= MAX_DISK_BYTES:
-        bounds = f"{MIN_DISK_BYTES // MEBIBYTE} to {MAX_DISK_BYTES // MEBIBYTE} MB"
+    if not MIN_DISK_BYTES <= size <= MAX_DISK_BYTES:
+        bounds = f"{format_limit(MIN_DISK_BYTES)} to {format_limit(MAX_DISK_BYTES)}"
         raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
     async with open_connection(invocation) as client:
-        await client.make_volume(name, size * MEBIBYTE, thin=thin)
+        await client.make_volume(name, size, thin=thin)
+    if invocation.json:
+        say(dumps({"name": name, "size_bytes": size, "thin": thin}))
 
 
 @volume.command(name="list")
@@ -56,6 +65,7 @@ async def list_volumes(invocation: Invocation) -> None:
 
 
 @volume.command()
+@json_option()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @pass_invocation
 async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
@@ -70,6 +80,9 @@ async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
             except JobworkerError as error:
                 tell(error, json=invocation.json)
                 code = code or error.exit_code
+            else:
+                if invocation.json:
+                    say(dumps({"name": name}))
     return code
 
 

@@ -230,6 +230,11 @@ class Client:
         >>> (await client.prune(PruneParams(older_than_seconds=86400))).jobs
         ()
         """
+        if not isinstance(params, m.PruneParams):
+            raise InvalidParams(
+                f"cannot prune: what is to go must be PruneParams, not {params!r}",
+                remedy="such as PruneParams(older_than_seconds=86400)",
+            )
         sound = checked("prune", m.PruneParams, **asdict(params))
         return await self.call("job.prune", sound, m.Removed)
 

@@ -44,7 +44,7 @@ async def open_client(
     Where the block is cancelled, its `finally` clauses may still make calls, in a shielded scope
     that they bound.
 
-    Raises LoopMissing outside of Trio, InvalidParams for the address, CredentialsUnusable,
+    Raises LoopMissing outside of Trio, InvalidParams for the arguments, CredentialsUnusable,
     HostUnknown, ConnectionFailed (after 10 s at the latest), ServerUntrusted, CertificateRefused
     and PermissionDenied.
 
@@ -61,10 +61,9 @@ async def open_client(
     """
     _check_loop()
     where = address if isinstance(address, Address) else _parsed(address)
-    try:
-        credentials = Credentials(Path(ca), Path(certificate), Path(key))
-    except TypeError as fault:
-        raise InvalidParams(f"cannot connect: ca, certificate, key: {fault}") from None
+    credentials = Credentials(_file("ca", ca), _file("certificate", certificate), _file("key", key))
+    _check_seconds("patience_seconds", patience_seconds)
+    _check_seconds("start_patience_seconds", start_patience_seconds)
     credentials.read()
     client = Client(
         address=where,
@@ -138,6 +137,18 @@ async def _dial(
 ) -> None:
     tls = await credentials.renewed()
     await serve_connection(where, tls, own=credentials.certificate, task_status=task_status)
+
+
+def _file(name: str, path: object) -> Path:
+    if not isinstance(path, str | PathLike):
+        raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {path!r}")
+    return Path(path)
+
+
+def _check_seconds(name: str, seconds: object) -> None:
+    """Raise InvalidParams for what is no time to wait; infinity is one."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise InvalidParams(f"cannot connect: {name}: must be 0 or more seconds, not {seconds!r}")
 
 
 def _parsed(address: str) -> Address:

@@ -62,10 +62,19 @@ def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
             raise QuotaExceeded(
                 f"cannot run the command: it asks for {words(asked)} {unit}, you have "
                 f"{words(used)} already, and your quota is {words(limit)}",
-                remedy="remove old output" * (name == "output" and not use.live)
-                or f"wait for a job to end, or ask for less: {option}",
+                remedy=_remedy(use, asked > limit, name == "output", option),
                 data=data,
             )
+
+
+def _remedy(use: Use, never: bool, is_output: bool, option: str) -> str:
+    """What makes room for a job. `never`: the quota has not enough room even when it is unused."""
+    less = f"ask for less: {option}"
+    if never:
+        return less
+    ways = ["wait for a job to end"] * bool(use.live)
+    ways += ["remove old output"] * bool(is_output and use.kept_output_bytes)
+    return ", ".join([*ways, f"or {less}"])
 
 
 def _sizes(values: Iterable[int | None]) -> Iterable[int]:

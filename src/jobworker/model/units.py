@@ -61,6 +61,7 @@ def format_duration(seconds: float) -> str:
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_UNITS = {0: "B", 10: "KiB", 20: "MiB", 30: "GiB", 40: "TiB"}
 
 
 def parse_size(text: str) -> int:
@@ -87,6 +88,15 @@ def format_mebibytes(count: int) -> str:
     """
     tenths = -(-count * 10 // MEBIBYTE)
     return f"{tenths // 10}.{tenths % 10} MiB".replace(".0 ", " ")
+
+
+def format_limit(count: int) -> str:
+    """`count` bytes as a bound, exactly: "512 MiB", "1 GiB", "1100 MiB", "1500 B".
+
+    In the largest binary unit in which it is a whole number.
+    """
+    shift = max(n for n in _UNITS if count % (1 << n) == 0) if count else 0
+    return f"{count >> shift} {_UNITS[shift]}"
 
 
 def format_size(count: float) -> str:

@@ -179,7 +179,7 @@ def revoke(
             wanted = entry.serial
             if all(each.serial != wanted for each in registry.certificates):  # the index lost it
                 registry = registry.with_entry(entry)
-        found = registry.find(wanted)
+        found = registry.find(wanted, or_file=True)
         same = [each for each in registry.certificates if each.name == found.name]
         revoked = []
         for entry in same if found.name == wanted else [found]:

@@ -102,7 +102,11 @@ def _pair_fault(
     """Find out which of the two files OpenSSL did not take."""
     # A key of another type lands in another slot of the context, where no certificate is.
     if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-        alien = f"it does not belong to {certificate.path}"
+        if certificate.content.count(b"-----BEGIN CERTIFICATE-----") > 1:
+            alien = f"it does not belong to the first certificate of {certificate.path}"
+            remedy = "put the key's own certificate first there, and those of its CAs after it"
+        else:
+            alien = f"it does not belong to {certificate.path}"
         return _unusable(key.path, f"{side} key", alien, remedy)
     if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
         weak = f"OpenSSL holds it for too weak ({words(error.reason)})"

@@ -71,10 +71,10 @@ class Registry:
     """The number of the latest revocation list."""
     certificates: tuple[Entry, ...] = ()
 
-    def find(self, wanted: str) -> Entry:
+    def find(self, wanted: str, *, or_file: bool = False) -> Entry:
         """The certificate of that serial number, or the latest one of that name.
 
-        Raises `NotFound`.
+        Raises `NotFound`, whose remedy names a file where the caller takes one (`or_file`).
         """
         plain = wanted.replace(":", "").upper().lstrip("0")
         for entry in reversed(self.certificates):
@@ -82,7 +82,7 @@ class Registry:
                 return entry
         raise errors.NotFound(
             f"cannot find the certificate {wanted!r}: none of that name or serial was issued here",
-            remedy="see worker certs list; revoke takes the certificate's file too",
+            remedy="see worker certs list" + ", or name the certificate's file" * or_file,
         )
 
     def with_entry(self, entry: Entry) -> "Registry":

@@ -33,12 +33,24 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
         (["--ca=", "list"], "'--ca': it is empty"),
         (["nosuch"], "No such command 'nosuch'; see worker-cli --help"),
         (["run"], "Missing argument"),
-        (["run", "--max-cpu=abc", "ls"], "'abc' is not a valid integer"),
+        (["run", "--max-cpu=abc", "ls"], "'abc' is not a whole number of percent"),
         (["run", "--timeout", "12 parsecs", "ls"], "'12 parsecs' is not a duration"),
         (["run", "--env", "A", "ls"], "'A' is not NAME=VALUE"),
-        (["status", "0"], "'0' is no job's id"),
+        (["status", "0"], "'0' is no job's id: an integer from 1 to 4611686018427387904"),
+        (["status", "9" * 23], "' is no job's id: an integer from 1 to 4611686018427387904"),
+        (["log", "-n", "abc", "1"], "'abc' is not a valid integer;"),
+        (["run", "-l", "team=a", "-l", "team=b", "x"], "not both team=a and team=b: leave one out"),
         (["status", "1_0"], "'1_0' is no job's id"),
         (["wait"], "Missing argument"),
+        (["ps"], "No such command 'ps'; write worker-cli list"),
+        (["kill", "1"], "No such command 'kill'; write worker-cli stop"),
+        (["cancel", "1"], "; write worker-cli stop"),
+        (["inspect", "1"], "; write worker-cli status"),
+        (["run", "--memory=1G", "x"], "No such option '--memory'; write --max-memory"),
+        (["run", "-m", "1G", "x"], "No such option '-m'; write --max-memory"),
+        (["run", "--cpus", "2", "x"], "; write --max-cpu, in percent"),
+        (["stop", "-m", "1"], "No such option '-m'; see worker-cli stop --help"),
+        (["run", "-v", "/tmp:/tmp", "x"], "directories of the host are never mounted"),
         (["list", "--status", "DONE"], "'DONE' is not one of"),
         (["list", "--limit", "0"], "0 is not in the range"),
     ],
@@ -53,6 +65,44 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert len(lines) == 1
     assert lines[0].startswith("worker-cli: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["bogus"], ["--bogus"], ["certs", "renew"], ["demo", "x"]])
+def test_misuse_of_the_administration_is_told_the_same_way(arguments: list[str]) -> None:
+    done = subprocess.run([*program("worker"), *arguments], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("worker: ")
+    assert "; see worker " in line
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("worker-cli", []), ("worker-cli", ["volume"]), ("worker", ["certs"])]
+)
+def test_group_without_a_command_shows_its_help(name: str, arguments: list[str]) -> None:
+    done = subprocess.run([*program(name), *arguments], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"Usage: ")
+    assert b"\nCommands:\n" in done.stderr
+
+
+def test_group_without_a_command_is_json_where_json_is_asked_for(tmp_path: Path) -> None:
+    done = call("--json", "volume", home=tmp_path)
+    assert done.returncode == 2
+    told = json.loads(done.stderr)["error"]
+    assert (told["message"], told["remedy"]) == ("Missing command", "see worker-cli volume --help")
+
+
+@pytest.mark.parametrize("name", ["worker-cli", "worker"])
+@pytest.mark.parametrize("asked", ["--help", "--version", "prune --help"])
+def test_help_that_cannot_be_printed_is_a_failure(name: str, asked: str) -> None:
+    command = shlex.join([*program(name), *asked.split()])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, check=False, timeout=60
+    )
+    assert done.returncode == 83
+    assert b"cannot print: standard output is closed" in done.stderr
 
 
 def test_error_is_one_line_with_a_remedy_and_its_exit_code(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from jobworker.cli.options import (
     SERVER,
     read_settings,
     resolve,
-    start_patience,
 )
 from jobworker.client.address import Address
 from jobworker.errors import ConfigError
@@ -116,9 +115,39 @@ def test_bad_address_is_refused_with_its_place(file: Path) -> None:
         resolve({SERVER: "a:b"}, {}, file)
 
 
-def test_patience_is_what_the_environment_says() -> None:
-    assert start_patience({}) == start_patience({"WORKER_PATIENCE": ""}) == 5
-    assert start_patience({"WORKER_PATIENCE": "1m"}) == 60
-    assert start_patience({"WORKER_PATIENCE": "0"}) == 0
-    with pytest.raises(ConfigError, match=r"WORKER_PATIENCE.*soon"):
-        start_patience({"WORKER_PATIENCE": "soon"})
+@pytest.mark.parametrize(("text", "seconds"), [("", 5), ("1m", 60), ("0", 0)])
+def test_patience_is_what_environment_or_file_says(file: Path, text: str, seconds: float) -> None:
+    assert resolve({}, {"WORKER_PATIENCE": text}, file).start_patience_seconds == seconds
+    file.write_text(f"export WORKER_PATIENCE={text}\n")
+    assert resolve({}, {}, file).start_patience_seconds == seconds
+    assert resolve({}, {"WORKER_PATIENCE": "7"}, file).start_patience_seconds == 7
+
+
+def test_patience_that_is_no_duration_is_refused_with_its_place(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"WORKER_PATIENCE of the environment.*soon"):
+        resolve({}, {"WORKER_PATIENCE": "soon"}, file)
+    file.write_text("export WORKER_PATIENCE=soon\n")
+    with pytest.raises(ConfigError, match=r"WORKER_PATIENCE of .*config.*soon"):
+        resolve({}, {}, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("WORKER_SEVER", "write WORKER_SERVER"),
+        ("WOKER_SERVER", "write WORKER_SERVER"),
+        ("worker_server", "write WORKER_SERVER"),
+        ("WORKER_CERTPATH", "write WORKER_CERT_PATH"),
+        ("WORKER_TOKEN", "give one of WORKER_SERVER, WORKER_CERT_PATH"),
+    ],
+)
+def test_misspelt_name_is_refused_with_what_was_meant(file: Path, name: str, remedy: str) -> None:
+    file.write_text(f"export A=b\nexport {name}=x\n")
+    with pytest.raises(ConfigError, match=f"config, line 2: {name} is no name") as caught:
+        read_settings(file)
+    assert caught.value.remedy.startswith(remedy)
+
+
+def test_name_of_ones_own_is_taken_where_a_later_line_uses_it(file: Path) -> None:
+    file.write_text("WORKER_HOME=/w\nexport WORKER_CA_PATH=$WORKER_HOME/ca.pem\n")
+    assert resolve({}, {}, file).ca == Path("/w/ca.pem")

@@ -1,6 +1,7 @@
 """Values on the command line: what they come to, and what is a usage error."""
 
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,12 +13,33 @@ from jobworker.cli.app import worker_cli
 from jobworker.cli.parameters import (
     Label,
     LabelSought,
+    Megabytes,
     Moment,
+    Percent,
+    Size,
     User,
     Variable,
     VariableFile,
     VolumePlace,
 )
+
+
+def commands_below(group: click.Group) -> Iterator[click.Command]:
+    """All commands of a program that are no group."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from commands_below(command)
+        else:
+            yield command
+
+
+def test_all_commands_of_the_client_take_json() -> None:
+    without = [
+        command.name
+        for command in commands_below(worker_cli)
+        if not any("--json" in option.opts for option in command.params)
+    ]
+    assert without == []
 
 
 def refusal(kind: click.ParamType[object], value: str) -> str:
@@ -38,6 +60,36 @@ def test_user_of_another_form_is_refused(text: str) -> None:
     assert "is not UID or UID:GID" in refusal(User(), text)
     assert "beyond 65535" in refusal(User(), "65536")
     assert "beyond 65535" in refusal(User(), "1:999999999")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("64", 64 << 20), ("0", 0), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("500K", 500 << 10)],
+)
+def test_size_without_a_unit_is_of_megabytes(text: str, count: int) -> None:
+    assert Megabytes().convert(text, None, None) == count
+
+
+@pytest.mark.parametrize("text", ["", "-1", "64 parsecs", "1e3", "2000T", "9" * 400])
+def test_size_of_another_form_is_refused_with_the_unit(text: str) -> None:
+    assert "such as 64M or 2G; a number alone is MB" in refusal(Megabytes(), text)
+
+
+def test_percent_may_have_its_sign() -> None:
+    assert [Percent().convert(text, None, None) for text in ("50", "200%", "0")] == [50, 200, 0]
+    for text in ("", "50 %%", "1.5", "half", "1_0"):
+        assert "is not a whole number of percent" in refusal(Percent(), text)
+
+
+def test_every_size_says_its_unit_in_the_help() -> None:
+    told = {
+        option.name: option.help
+        for command in commands_below(worker_cli)
+        for option in command.params
+        if isinstance(option, click.Option) and isinstance(option.type, Size | Megabytes)
+    }
+    assert set(told) == {"max_memory", "max_disk", "max_iobps", "max_output", "max_size", "size"}
+    assert [name for name, text in told.items() if "a number alone is" not in (text or "")] == []
 
 
 def test_label_is_a_name_and_a_value() -> None:

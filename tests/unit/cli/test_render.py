@@ -64,7 +64,7 @@ def test_status_tells_limits_and_usage() -> None:
     lines = render.status(RUNNING, NOW + timedelta(seconds=90)).splitlines()
     assert "Status: RUNNING" in lines
     assert "CPU: 1.2s used, limit 50%" in lines
-    assert "Memory: 12.0 MiB now, 64.0 MiB peak, limit 64 MB" in lines
+    assert "Memory: 12.0 MiB now, 64.0 MiB peak, limit 64 MiB" in lines
     assert "IO: 0 B read, 0 B written, no limit" in lines
     assert "Duration: 1m30s" in lines
 
@@ -78,14 +78,14 @@ def test_status_tells_how_a_job_ended() -> None:
     lines = render.status(OOM, NOW).splitlines()
     assert "Status: FAILED (oom)" in lines
     assert "Signal: 9 (SIGKILL)" in lines
-    assert "Memory: 64.0 MiB peak, limit 64 MB" in lines
+    assert "Memory: 64.0 MiB peak, limit 64 MiB" in lines
     assert "Duration: 2.0s" in lines
 
 
 @pytest.mark.parametrize(
     ("record", "lines"),
     [
-        (OOM, ["job 7 was ended: it went over its memory limit of 64 MB"]),
+        (OOM, ["job 7 was ended: it went over its memory limit of 64 MiB"]),
         (
             evolve(OOM, spec=evolve(OOM.spec, limits=Limits(memory_bytes=0))),
             ["job 7 was ended: it was killed for memory"],  # of a record that tells no more
@@ -118,7 +118,7 @@ def test_status_tells_how_a_job_ended() -> None:
         ),
         (
             evolve(RUNNING, discarded_bytes=2048, output_cut=OutputCut.LIMIT),
-            ["job 7: 2.0 KiB of its output were not kept: it reached its limit"],
+            ["job 7: 2.0 KiB of its output were not kept: it reached its limit on output"],
         ),
         (
             evolve(RUNNING, discarded_bytes=2048, output_cut=OutputCut.DISK),

@@ -48,8 +48,8 @@ def test_all_bad_limits_are_named_by_their_options() -> None:
     assert caught.value.message == (
         "cannot run the command: "
         "--max-cpu: must be 0 (no limit) or from 1 to 819200, not -1; "
-        "--max-memory: must be 0 (no limit) or from 4 to 1073741824 MB, not 1; "
-        "--max-iobps: must be 0 (no limit) or from 4096 to 1125899906842624, not 1; "
+        "--max-memory: must be 0 (no limit) or from 4 MiB to 1024 TiB, not 1 MiB; "
+        "--max-iobps: must be 0 (no limit) or from 4 KiB to 1024 TiB, not 1 B; "
         "--max-pids: must be 0 (no limit) or from 1 to 4194304, not 1099511627776"
     )
 
@@ -80,13 +80,13 @@ def test_users_own_words_are_told_as_they_are() -> None:
     assert volume.startswith("--volume: 'a/b' is no name")
 
 
-def test_what_is_asked_for_in_megabytes_is_told_in_megabytes() -> None:
+def test_bounds_of_sizes_are_told_with_units() -> None:
     with pytest.raises(InvalidParams) as caught:
         make_spec(("a",), limits={"memory_bytes": 1 << 20, "disk_bytes": 15 << 20})
     assert caught.value.message == (
         "cannot run the command: "
-        "--max-memory: must be 0 (no limit) or from 4 to 1073741824 MB, not 1; "
-        "--max-disk: must be from 16 to 16777216 MB, not 15"
+        "--max-memory: must be 0 (no limit) or from 4 MiB to 1024 TiB, not 1 MiB; "
+        "--max-disk: must be from 16 MiB to 16 TiB, not 15 MiB"
     )
 
 

@@ -1,10 +1,12 @@
 """Whatever a caller gives, what is wrong with it is one kind of error, and nothing is sent."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -75,10 +77,11 @@ async def test_bad_value_is_an_error_of_the_parameters_and_is_not_sent(use: Use)
     [
         (lambda: jobworker.Limits(cpu_percent=-1), "cannot make a Limits: cpu_percent: must be"),
         (lambda: JobSpec(command=()), "cannot make a JobSpec: command: is empty"),
-        (lambda: JobSpec(command=("a", 1)), "cannot make a JobSpec: command: "),  # type: ignore[arg-type]
+        (lambda: JobSpec(command=("a", 1)), r"JobSpec: command\[1\]: must be a string"),  # type: ignore[arg-type]
         (lambda: JobSpec(command=("a",), labels={"": "x"}), "labels: "),
-        (JobSpec, "cannot make a JobSpec: "),
-        (lambda: JobSpec(command=("a",), bogus=1), "cannot make a JobSpec: "),  # type: ignore[call-arg]
+        (JobSpec, "cannot make a JobSpec: command: is missing"),
+        (lambda: JobSpec(["ls"]), "cannot make a JobSpec: give its values by name"),  # type: ignore[call-arg, arg-type]
+        (lambda: JobSpec(command=("a",), bogus=1), "cannot make a JobSpec: unknown name 'bogus'"),  # type: ignore[call-arg]
         (lambda: jobworker.VolumeMount(name=".."), "cannot make a VolumeMount: name: "),
         (lambda: m.PruneParams(keep_jobs=-1), "cannot make a PruneParams: keep_jobs: "),
     ],
@@ -88,6 +91,58 @@ def test_what_cannot_be_made_is_an_error_of_the_same_kind(
 ) -> None:
     with pytest.raises(InvalidParams, match=words):
         make()
+
+
+WRONG: tuple[object, ...] = (
+    *(None, 5, -1, "x", b"x", 1.5, True, [5], ["x"], [["x"]], {"A": 5}, {5: "A"}, {"A": None}),
+    *({"x"}, object(), datetime.now(UTC), 1 << 80, float("nan"), print, (None,)),
+)
+LEAKS = re.compile(
+    r"object of type|has no |not iterable|not subscriptable|expected|__init__|bytes-like"
+)
+"""Words of Python about code that the caller never saw."""
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (cls, field.name)
+        for cls in (JobSpec, jobworker.Limits, jobworker.VolumeMount, jobworker.PruneParams)
+        for field in attrs.fields(cls)
+    ],
+)
+async def test_value_of_any_kind_is_taken_or_refused_in_our_words(
+    cls: type, name: str, value: object
+) -> None:
+    needed: dict[str, object] = {"command": ("a",)} if cls is JobSpec else {}
+    needed |= {"name": "a"} if cls is jobworker.VolumeMount else {}
+    told = f": {name}"
+    try:
+        made = cls(**{**needed, name: value})
+        if isinstance(made, JobSpec):
+            async with connected() as (client, _):
+                with trio.move_on_after(0):
+                    await client.run(made)
+    except InvalidParams as refused:
+        told = refused.message
+    assert f": {name}" in told
+    assert not LEAKS.search(told)
+
+
+async def test_pruning_takes_its_own_parameters_alone() -> None:
+    async with connected() as (client, _):
+        with pytest.raises(InvalidParams, match=r"cannot prune: .* must be PruneParams, not 5"):
+            await client.prune(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", ["x", -1, float("nan"), None, True])
+@pytest.mark.parametrize("name", ["patience_seconds", "start_patience_seconds"])
+async def test_patience_that_is_no_time_is_refused(name: str, seconds: object) -> None:
+    opened = jobworker.open_client("host", ca="a", certificate="b", key="c", **{name: seconds})  # type: ignore[arg-type]
+    with pytest.raises(InvalidParams, match=f"{name}: must be 0 or more seconds, not"):
+        async with opened:
+            pass
 
 
 async def test_values_may_be_given_in_the_forms_that_python_has() -> None:

@@ -52,6 +52,26 @@ def test_sizes_are_told_in_the_unit_in_which_they_are_asked_for() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("use", "asked", "remedy"),
+    [
+        (Use(()), 2000, "ask for less: --max-output"),
+        (Use((LIVE,), 5), 2000, "ask for less: --max-output"),
+        (Use((LIVE,)), 1024, "wait for a job to end, or ask for less: --max-output"),
+        (Use((), 5), 1024, "remove old output, or ask for less: --max-output"),
+        (
+            Use((LIVE,), 5),
+            1024,
+            "wait for a job to end, remove old output, or ask for less: --max-output",
+        ),
+    ],
+)
+def test_remedy_is_one_that_helps(use: Use, asked: int, remedy: str) -> None:
+    with pytest.raises(QuotaExceeded) as caught:
+        check_quota(Quota(output_bytes=1024 * MB), use, Limits(output_bytes=asked * MB))
+    assert caught.value.remedy == remedy
+
+
 def test_what_just_fits_is_let_in() -> None:
     full = Quota(jobs=3, cpu_percent=150, memory_bytes=192 * MB, output_bytes=3 * MB + 7)
     check_quota(full, Use((LIVE, LIVE), 7), LIVE)

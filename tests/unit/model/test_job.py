@@ -133,7 +133,7 @@ BAD: dict[str, Callable[[], JobSpec]] = {
     "at most 128 printable": lambda: JobSpec(command=("a",), name="x" * 129),
     "128 printable": lambda: JobSpec(command=("a",), name="a\x1b[2J"),
     "must be from 0 to 3153": lambda: JobSpec(command=("a",), timeout_seconds=-1),
-    "not nan": lambda: JobSpec(command=("a",), timeout_seconds=float("nan")),
+    "must be a finite number": lambda: JobSpec(command=("a",), timeout_seconds=float("nan")),
 }
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from jobworker.model.units import (
     MAX_DURATION_SECONDS,
     format_duration,
+    format_limit,
     format_mebibytes,
     format_size,
     parse_duration,
@@ -135,6 +136,17 @@ def test_written_duration_is_read_back_to_its_last_unit(seconds: float) -> None:
 )
 def test_size_is_written_in_binary_units(count: int, text: str) -> None:
     assert format_size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((0, "0 B"), (1, "1 B"), (1500, "1500 B"), (1024, "1 KiB"), (64 << 20, "64 MiB")),
+        *((1100 << 20, "1100 MiB"), (1 << 30, "1 GiB"), (1 << 50, "1024 TiB")),
+    ],
+)
+def test_limit_is_told_exactly(count: int, text: str) -> None:
+    assert format_limit(count) == text
 
 
 @pytest.mark.parametrize(

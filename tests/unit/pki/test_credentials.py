@@ -76,6 +76,15 @@ def test_unspoilt_files_make_a_context(files: Files, side: str) -> None:
 
 
 @both_sides
+def test_certificate_after_that_of_its_authority_is_told_the_order(files: Files, side: str) -> None:
+    files.certificate.write_bytes(files.ca.read_bytes() + files.certificate.read_bytes())
+    with pytest.raises(errors.CredentialsUnusable) as caught:
+        files.make(side)
+    assert f"to the first certificate of {files.certificate}" in caught.value.message
+    assert "put the key's own certificate first there" in caught.value.remedy
+
+
+@both_sides
 @each_file
 def test_missing_file_is_named(files: Files, side: str, which: str) -> None:
     path: Path = getattr(files, which)
