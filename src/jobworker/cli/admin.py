@@ -45,10 +45,14 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare
+    from jobworker.server.standard_error import be_patient
 
+    stderr = be_patient()
     settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
-    await serve_until_signal(prepare(settings, config))
+    prepared = prepare(settings, config)
+    stderr.start_thread()
+    await serve_until_signal(prepared)
 
 
 @worker.command()
@@ -71,7 +75,9 @@ async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
     configuration.
     """
     from jobworker.server.launcher_start import become_launcher
+    from jobworker.server.standard_error import be_patient
 
+    be_patient()  # the launcher itself has `sandbox.announce`
     become_launcher(_settings(config, launcher_socket))
 
 
