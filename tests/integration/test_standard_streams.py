@@ -16,7 +16,7 @@ from jobworker.cli.embedded import program, write_configuration
 from jobworker.pki.administration import init_authority
 from jobworker.server.notify import ADDRESS_FIELD
 
-from .conftest import left_behind
+from .conftest import child_of, left_behind
 
 
 @pytest.fixture
@@ -129,3 +129,29 @@ def test_start_that_fails_with_a_stopped_reader_ends(site: Path) -> None:
         assert done.returncode == 78
     os.close(read)
     os.close(write)
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    return {
+        int(link.name): os.readlink(link)
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if link.is_symlink()
+    }
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_never_the_number_of_another_file(site: Path, closed: str) -> None:
+    shell = f'exec "$@" {closed}'
+    ids = Path("/run/jobworker.ids")
+    before = ids.read_bytes() if ids.exists() else b""
+    with started(site, "launcher", shell) as launcher:
+        with started(site, "serve", shell) as service:
+            assert run(service, "run", "-f", "echo", "hi") == "hi\n"
+            guard = launcher.process.pid
+            for pid in (guard, child_of(guard), service.process.pid):
+                held = descriptors(pid)
+                assert [held[number] for number in range(3)] == ["/dev/null"] * 3
+        with started(site, "serve", shell):  # each end of a service is told in the launcher's log
+            pass
+    assert (site / "state" / "launcher.lock").read_bytes() == b""
+    assert ids.read_bytes() == before

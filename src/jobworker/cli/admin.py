@@ -12,6 +12,7 @@ from jobworker.cli.console import say
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
 from jobworker.places import default_configuration
+from jobworker.standard_streams import fill_standard_streams
 
 if TYPE_CHECKING:
     from jobworker.config import Settings
@@ -140,4 +141,5 @@ async def demo(stay: bool) -> int:
 
 def main() -> None:
     """Run `worker` with the process's arguments."""
+    fill_standard_streams()
     run_program("worker", worker)

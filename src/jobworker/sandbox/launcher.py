@@ -32,6 +32,7 @@ from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids
+from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
 DESCRIPTORS_PER_CHILD = 15
@@ -76,6 +77,7 @@ def main(descriptor: int) -> NoReturn:
     would otherwise be the one that it serves; `notify` leads to whoever supervises it
     (sd_notify(3)).
     """
+    fill_standard_streams()
     os.set_inheritable(descriptor, False)
     open_log()
     link = socket.socket(fileno=descriptor)
