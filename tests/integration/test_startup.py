@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.pki.administration import init_authority
@@ -29,6 +32,18 @@ def site(open_directory: Callable[[], Path]) -> Iterator[Path]:
 def serve(config: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [*program("worker"), "serve", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def run_hi(service: Embedded) -> "subprocess.CompletedProcess[str]":
+    """A job that says hi."""
+    return subprocess.run(
+        [*program("worker-cli"), "run", "-f", "echo", "hi"],
+        env={**os.environ, **service.environment()},
         capture_output=True,
         text=True,
         timeout=60,
@@ -136,7 +151,36 @@ def test_state_directory_that_others_may_write(site: Path) -> None:
 def test_state_directory_behind_a_closed_one(site: Path) -> None:
     (site / "closed").mkdir(mode=0o700)
     config = write_configuration(site, {"worker": {"state_dir": str(site / "closed" / "state")}})
-    fails_with(serve(config), 78, "cannot reach it", "chmod o+x")
+    fails_with(serve(config), 78, "cannot reach it", f"chmod o+x {site}/closed")
+
+
+def test_state_directory_that_is_closed_itself(site: Path) -> None:
+    """As an earlier service left it that was started under a umask of 077."""
+    (site / "state").mkdir(mode=0o700)
+    config = write_configuration(site, {})
+    fails_with(serve(config), 78, "cannot reach it", f"chmod o+x {site}/state")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o777, 0o000])
+async def test_umask_of_whoever_starts_it_is_not_the_services(site: Path, umask: int) -> None:
+    shutil.rmtree(site / "certs")
+    state = site / "new" / "above" / "state"
+    before = os.umask(umask)
+    try:
+        init_authority(site / "keys" / "certs", [], now=datetime.now(UTC))
+        os.umask(0o022)
+        (site / "keys" / "certs").rename(site / "certs")
+        config = {"worker": {"state_dir": str(state)}}
+        os.umask(umask)
+        async with open_embedded(site, config) as started:
+            done = await trio.to_thread.run_sync(run_hi, started)
+    finally:
+        os.umask(before)
+    assert done.stdout == "hi\n", done.stderr
+    for path in (state, state.parent, state.parent.parent, site / "keys"):
+        assert path.stat().st_mode & 0o777 == 0o755
+    for path in (site / "certs", *(state / name for name in ("stage", "scratch", "volumes"))):
+        assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_state_directory_that_jobs_could_read(site: Path) -> None:
@@ -203,3 +247,40 @@ def test_service_user_has_no_way_to_the_keys(service: Embedded) -> None:
     assert int(capabilities, 16) == 0
     held = [os.readlink(link) for link in Path(f"/proc/{service.process.pid}/fd").iterdir()]
     assert not [path for path in held if "certs" in path]
+
+
+def test_reload_is_no_end_whenever_it_is_asked_for(site: Path) -> None:
+    """SIGHUP from the first moment to the last, and of those before the start one reload is left."""
+    config = write_configuration(site, {})
+    command = [*program("worker"), "serve", "--config", str(config)]
+    with (site / "log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+    status = Path(f"/proc/{process.pid}/status")
+    try:
+        while not handles(status.read_text(), signal.SIGHUP):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGHUP)
+        wait_for_text(site / "log", "listening on", process)
+        wait_for_text(site / "log", "reloaded: ", process)
+        process.terminate()
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.0005)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def handles(status: str, number: int) -> bool:
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def wait_for_text(log: Path, text: str, process: "subprocess.Popen[bytes]") -> str:
+    for _ in range(6000):
+        if text in (found := log.read_text()):
+            return found
+        assert process.poll() is None, found
+        time.sleep(0.01)
+    raise AssertionError(found)

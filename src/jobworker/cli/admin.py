@@ -43,17 +43,22 @@ def worker() -> None:
 )
 async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
+    from jobworker.server.beginning import begin, ignore_hangups
+
+    stderr = begin()  # before the rest is imported, which takes a while
+
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare
-    from jobworker.server.standard_error import be_patient
 
-    stderr = be_patient()
     settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
     prepared = prepare(settings, config)
     stderr.start_thread()
-    await serve_until_signal(prepared)
+    try:
+        await serve_until_signal(prepared)
+    finally:
+        ignore_hangups()
 
 
 @worker.command()
@@ -75,10 +80,13 @@ async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
     A service uses it where its configuration names the socket (launcher.socket). Both read the same
     configuration.
     """
-    from jobworker.server.launcher_start import become_launcher
-    from jobworker.server.standard_error import be_patient
+    from jobworker.server.beginning import begin, ignore_hangups
 
-    be_patient()  # the launcher itself has `sandbox.announce`
+    begin()
+    ignore_hangups()  # it reloads nothing
+
+    from jobworker.server.launcher_start import become_launcher
+
     become_launcher(_settings(config, launcher_socket))
 
 

@@ -132,10 +132,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         notifier = Notifier()
         _give_up_root(uid, gid)
         if not os.access(state / "service", os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"cannot use worker.state_dir {state}: the service, as user {uid}, cannot reach it",
-                remedy="let others pass through the directories above it (chmod o+x)",
-            )
+            raise _unreachable(state, uid)
         undo.pop_all()
     return Prepared(
         settings=settings,
@@ -157,6 +154,18 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             *unusual,
         ),
         max_open_outputs=max_open_outputs,
+    )
+
+
+def _unreachable(state: Path, uid: int) -> ConfigError:
+    """Name the directory on the way to the state directory that keeps this user out."""
+    real = Path(os.path.realpath(state))
+    closed = [each for each in (*reversed(real.parents), real) if not os.access(each, os.X_OK)]
+    where = closed[0] if closed else real / "service"
+    return ConfigError(
+        f"cannot use worker.state_dir {state}: the service, as user {uid}, cannot reach it: it may "
+        f"not pass through {where}",
+        remedy=f"let others pass: chmod o+x {where}",
     )
 
 

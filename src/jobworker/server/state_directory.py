@@ -32,7 +32,8 @@ def make_state_directory(state: Path) -> None:
     own = os.geteuid()
     with _state_errors(state):
         # The unprivileged service has to pass; where there is no other user, nobody has to.
-        state.mkdir(mode=0o700 if own else 0o755, parents=True, exist_ok=True)
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.mkdir(mode=0o700 if own else 0o755, exist_ok=True)
         status = state.stat(follow_symlinks=False)
         if status.st_uid != own or status.st_mode & 0o022:
             raise ConfigError(
