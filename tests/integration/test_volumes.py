@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 
@@ -230,7 +230,7 @@ async def test_reserved_volume_of_an_earlier_version_gets_a_mark_that_lasts(
     image = directory / "state" / "volumes" / "kept.img"
     async with open_embedded(directory) as service, open_wire(service) as admin:
         await admin.call("volume.create", name="kept", size_bytes=20 * MIB)
-    subprocess.run(["tune2fs", "-L", "", str(image)], check=True, capture_output=True)
+    await trio.run_process(["tune2fs", "-L", "", str(image)], capture_stdout=True)
     async with open_embedded(directory) as service, open_wire(service) as admin:
         assert not (await listed(admin))["kept"]["thin"]
         await admin.run("true", volumes=having("kept"))
@@ -262,12 +262,12 @@ async def test_volume_whose_image_was_spoilt_has_a_remedy_that_fits(
     async with open_embedded(open_directory()) as service, open_wire(service) as admin:
         await admin.call("volume.create", name="v", size_bytes=20 * MIB)
         image = service.directory / "state" / "volumes" / "v.img"
-        subprocess.run(["sh", "-c", spoil.format(image)], check=True)
+        await trio.run_process(["sh", "-c", spoil.format(image)])
         try:
             _, _, record = await admin.run("true", volumes=having("v"))
             told = str(record)
         except Refused as error:
             told = f"{error} {error.data}"
         finally:
-            subprocess.run(["chattr", "-i", str(image)], check=False, capture_output=True)
+            await trio.run_process(["chattr", "-f", "-i", str(image)], check=False)
         assert remedy in told
