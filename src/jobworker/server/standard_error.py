@@ -30,6 +30,7 @@ ROOM_BYTES = 1 << 20
 BATCH_BYTES = 1 << 16
 PIECE_BYTES = 4096
 """PIPE_BUF: a pipe that poll(2) calls writable takes that much at once; pipe(7)."""
+AGAIN_SECONDS = 0.1
 END_SECONDS = 1.0
 """How long the end of the process waits for a reader of the log."""
 
@@ -141,15 +142,22 @@ class StandardError(io.TextIOBase):
 
     def _serve(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._is_idle())
-                batch, told = self._take_batch()
-                self._writing = True
-            problem = self._write_out(batch)
-            with self._changed:
+            try:
+                self._serve_batch()
+            except MemoryError:  # what was taken is lost, and the log goes on
                 self._writing = False
-                self._note_outcome(batch, told, problem)
-                self._changed.notify_all()
+                time.sleep(AGAIN_SECONDS)
+
+    def _serve_batch(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_idle())
+            batch, told = self._take_batch()
+            self._writing = True
+        problem = self._write_out(batch)
+        with self._changed:
+            self._writing = False
+            self._note_outcome(batch, told, problem)
+            self._changed.notify_all()
 
     def _take_batch(self) -> tuple[bytes, int]:
         """What to write next, and how many lost lines it tells of."""

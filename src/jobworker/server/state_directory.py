@@ -82,8 +82,11 @@ def _refuse_link(state: Path, name: str) -> None:
     if (state / name).is_symlink():
         raise ConfigError(
             f"cannot use worker.state_dir {state}: {name} in it is a link, and it is not followed",
-            remedy=f"put what it leads to at {state / name} itself; a directory on another disk "
-            "can be mounted there (mount --bind)",
+            remedy=(
+                f"remove {state / name}: the lock is made anew"
+                if name.endswith("lock")
+                else f"put the directory itself at {state / name}, or mount it there (mount --bind)"
+            ),
         )
 
 

@@ -71,10 +71,11 @@ def test_log_that_takes_nothing_ends_nothing(full: bool) -> None:
 
 
 def test_line_has_the_form_of_the_services_own() -> None:
-    with start(subprocess.PIPE) as process:
+    program = "\n".join(MANY.splitlines()[:2]) + "\nsay('a word')\n"
+    with start(subprocess.PIPE, program=program) as process:
         _, told = process.communicate(b"", timeout=20)
-    form = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING launcher: room again"
-    assert re.fullmatch(form, told.splitlines()[-1])
+    form = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING launcher: a word\n"
+    assert re.fullmatch(form, told)
 
 
 def test_uncaught_exception_is_told_and_ends_the_process_whether_or_not_there_is_room() -> None:
