@@ -1,5 +1,12 @@
 """`worker`: the service and its administration."""
 
+import sys
+
+from jobworker.server.beginning import keep_hangups
+
+if sys.argv[1:2] in (["serve"], ["launcher"]):
+    keep_hangups()  # the imports below take some tenths of a second, in which one may come
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 

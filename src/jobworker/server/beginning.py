@@ -21,8 +21,13 @@ class _Hangup:
 def begin() -> StandardError:
     """Take a known umask, keep SIGHUP for later, and never wait for standard error."""
     os.umask(UMASK)
-    signal.signal(signal.SIGHUP, _keep_hangup)
+    keep_hangups()
     return be_patient()
+
+
+def keep_hangups() -> None:
+    """Let SIGHUP end nothing, and note it for `take_hangup`."""
+    signal.signal(signal.SIGHUP, _keep_hangup)
 
 
 def take_hangup() -> bool:
