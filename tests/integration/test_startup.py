@@ -1,14 +1,21 @@
 """`worker serve` and `worker certs` with what is wrong: one line, an exit code, nothing left."""
 
 import os
+import resource
 import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
+import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.pki.administration import init_authority
@@ -29,6 +36,18 @@ def site(open_directory: Callable[[], Path]) -> Iterator[Path]:
 def serve(config: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [*program("worker"), "serve", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def run_hi(service: Embedded) -> "subprocess.CompletedProcess[str]":
+    """A job that says hi."""
+    return subprocess.run(
+        [*program("worker-cli"), "run", "-f", "echo", "hi"],
+        env={**os.environ, **service.environment()},
         capture_output=True,
         text=True,
         timeout=60,
@@ -136,7 +155,36 @@ def test_state_directory_that_others_may_write(site: Path) -> None:
 def test_state_directory_behind_a_closed_one(site: Path) -> None:
     (site / "closed").mkdir(mode=0o700)
     config = write_configuration(site, {"worker": {"state_dir": str(site / "closed" / "state")}})
-    fails_with(serve(config), 78, "cannot reach it", "chmod o+x")
+    fails_with(serve(config), 78, "cannot reach it", f"chmod o+x {site}/closed")
+
+
+def test_state_directory_that_is_closed_itself(site: Path) -> None:
+    """As an earlier service left it that was started under a umask of 077."""
+    (site / "state").mkdir(mode=0o700)
+    config = write_configuration(site, {})
+    fails_with(serve(config), 78, "cannot reach it", f"chmod o+x {site}/state")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o777, 0o000])
+async def test_umask_of_whoever_starts_it_is_not_the_services(site: Path, umask: int) -> None:
+    shutil.rmtree(site / "certs")
+    state = site / "new" / "above" / "state"
+    before = os.umask(umask)
+    try:
+        init_authority(site / "keys" / "certs", [], now=datetime.now(UTC))
+        os.umask(0o022)
+        (site / "keys" / "certs").rename(site / "certs")
+        config = {"worker": {"state_dir": str(state)}}
+        os.umask(umask)
+        async with open_embedded(site, config) as started:
+            done = await trio.to_thread.run_sync(run_hi, started)
+    finally:
+        os.umask(before)
+    assert done.stdout == "hi\n", done.stderr
+    for path in (state, state.parent, state.parent.parent, site / "keys"):
+        assert path.stat().st_mode & 0o777 == 0o755
+    for path in (site / "certs", *(state / name for name in ("stage", "scratch", "volumes"))):
+        assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_state_directory_that_jobs_could_read(site: Path) -> None:
@@ -203,3 +251,186 @@ def test_service_user_has_no_way_to_the_keys(service: Embedded) -> None:
     assert int(capabilities, 16) == 0
     held = [os.readlink(link) for link in Path(f"/proc/{service.process.pid}/fd").iterdir()]
     assert not [path for path in held if "certs" in path]
+
+
+def test_reload_is_no_end_whenever_it_is_asked_for(site: Path) -> None:
+    """SIGHUP from the first moment to the last; of those before the start one reload is left."""
+    config = write_configuration(site, {})
+    command = [*program("worker"), "serve", "--config", str(config)]
+    with (site / "log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+    status = Path(f"/proc/{process.pid}/status")
+    try:
+        while not handles(status.read_text(), signal.SIGHUP):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGHUP)
+        wait_for_text(site / "log", "listening on", process)
+        wait_for_text(site / "log", "reloaded: ", process)
+        process.terminate()
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.0005)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def handles(status: str, number: int) -> bool:
+    caught = int(status.split("SigCgt:")[1].split(maxsplit=1)[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def wait_for_text(log: Path, text: str, process: "subprocess.Popen[bytes]") -> str:
+    for _ in range(6000):
+        if text in (found := log.read_text()):
+            return found
+        assert process.poll() is None, found
+        time.sleep(0.01)
+    raise AssertionError(found)
+
+
+def test_supervisor_that_cannot_be_reached_is_told_of_in_the_log(site: Path) -> None:
+    """A NOTIFY_SOCKET of a supervisor that has gone."""
+    config = write_configuration(site, {})
+    environment = {**os.environ, "NOTIFY_SOCKET": str(site / "none")}
+    with serving(site, config, env=environment) as log:
+        assert "NOTIFY_SOCKET" in log.read_text()
+
+
+@contextmanager
+def serving(site: Path, config: Path, **more: Any) -> Iterator[Path]:
+    """A service that listens, and its log; it ends by SIGTERM."""
+    with (site / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*program("worker"), "serve", "--config", str(config)], stderr=log, **more
+        )
+    try:
+        wait_for_text(site / "log", "listening on", process)
+        yield site / "log"
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_state_directory_may_be_a_link_of_roots(site: Path) -> None:
+    (site / "disk").mkdir(mode=0o755)
+    (site / "state").symlink_to(site / "disk")
+    async with open_embedded(site) as service:
+        done = await trio.to_thread.run_sync(run_hi, service)
+        assert done.stdout == "hi\n", done.stderr
+    assert (site / "disk" / "service" / "history.db").exists()
+
+
+def test_state_directory_is_no_link_of_another_user_and_none_to_nowhere(site: Path) -> None:
+    config = write_configuration(site, {})
+    (site / "state").symlink_to(site / "disk")
+    fails_with(serve(config), 78, "a link to", "there is nothing")
+    (site / "disk").mkdir(mode=0o755)
+    os.chown(site / "state", 12345, 12345, follow_symlinks=False)
+    fails_with(serve(config), 78, "a link of user 12345", "chown -h")
+
+
+@pytest.mark.parametrize("name", ["lock", "launcher.lock", "service"])
+def test_link_in_the_state_directory_is_told_as_one(site: Path, name: str) -> None:
+    (site / "state").mkdir(mode=0o755)
+    (site / "state" / name).symlink_to(site / "elsewhere")
+    config = write_configuration(site, {})
+    remedy = "remove " if "lock" in name else "mount --bind"
+    fails_with(serve(config), 78, f"{name} in it is a link", remedy, f"state/{name}")
+
+
+def test_state_directory_where_nothing_can_be_made(site: Path) -> None:
+    config = write_configuration(site, {"worker": {"state_dir": "/proc"}})
+    fails_with(serve(config), 78, "/proc", "name a directory on a disk")
+
+
+def test_history_that_another_program_holds(site: Path) -> None:
+    config = write_configuration(site, {})
+    with serving(site, config):
+        pass
+    history = site / "state" / "service" / "history.db"
+    with closing(sqlite3.connect(history, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        done = serve(config)
+        assert "free space" not in done.stderr
+        fails_with(done, 78, "another program holds it", "fuser")
+
+
+def test_address_that_stands_for_nothing(site: Path) -> None:
+    config = write_configuration(site, {"server": {"address": "no.such.host.invalid"}})
+    done = serve(config)
+    assert "Errno" not in done.stderr
+    fails_with(done, 73, "no.such.host.invalid", "server.address")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_launcher_socket_where_something_else_stands(site: Path, kind: str) -> None:
+    path = site / "launcher.sock"
+    if kind == "file":
+        path.touch()
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(site / "elsewhere")
+    config = write_configuration(site, {"launcher": {"socket": str(path)}})
+    command = [*program("worker"), "launcher", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    fails_with(done, 78, "stands there that is no socket", "move it away")
+    assert os.path.lexists(path)
+
+
+async def test_limit_on_the_size_of_files_is_lifted(site: Path) -> None:
+    """Below it (ulimit -f) each job was refused, and the disk called full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        async with open_embedded(site) as service:
+            done = await trio.to_thread.run_sync(run_hi, service)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.stdout == "hi\n", done.stderr
+
+
+def test_limit_on_the_size_of_files_that_stays_is_named(site: Path) -> None:
+    """The hard limit, where even root may not raise it; the disks of jobs do not fit."""
+    config = write_configuration(site, {})
+    command = [*program("worker"), "serve", "--config", str(config)]
+    limited = ["setpriv", "--bounding-set=-sys_resource", "prlimit", "--fsize=1000000", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert "e2fsprogs" not in done.stderr
+    fails_with(done, done.returncode, "File too large", "LimitFSIZE=")
+
+
+def test_unusable_server_certificate_is_no_reason_for_a_new_ca(site: Path) -> None:
+    config = write_configuration(site, {})
+    certificate = site / "certs" / "server-cert.pem"
+    shutil.copy(site / "certs" / "admin-client-cert.pem", certificate)
+    mismatched = serve(config)
+    certificate.write_text("-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n")
+    damaged = serve(config)
+    certificate.unlink()
+    absent = serve(config)
+    for done in (mismatched, damaged, absent):
+        fails_with(done, 72, "worker certs renew server")
+        assert "certs init" not in done.stderr
+
+
+async def test_renewed_server_certificate_is_what_the_remedy_for_an_expired_one_makes(
+    site: Path,
+) -> None:
+    certs = site / "certs"
+    shutil.rmtree(certs)
+    init_authority(certs, [], now=datetime.now(UTC) - timedelta(days=10), days=5)
+    fails_with(
+        await trio.to_thread.run_sync(serve, write_configuration(site, {})),
+        *(72, "expired", "worker certs renew server"),
+    )
+    for which in ("server", "admin-client"):
+        command = [*program("worker"), "certs", "renew", which, f"--dir={certs}"]
+        await trio.run_process(command, capture_stdout=True)
+    async with open_embedded(site) as service:
+        hi = await trio.to_thread.run_sync(run_hi, service)
+    assert hi.stdout == "hi\n", hi.stderr

@@ -1,10 +1,12 @@
 """Volumes: what one job leaves in one, the next one finds; their sizes hold; none is half-made."""
 
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 
@@ -174,3 +176,98 @@ async def test_viewer_may_not_touch_volumes(viewer: Wire) -> None:
     for method, params in calls.items():
         with pytest.raises(Refused, match="may not use volumes"):
             await viewer.call(method, **params)
+
+
+async def test_strange_files_among_the_images_hide_no_volume(
+    open_directory: Callable[[], Path],
+) -> None:
+    async with open_embedded(open_directory()) as service, open_wire(service) as admin:
+        await admin.call("volume.create", name="good", size_bytes=32 * MIB)
+        images = service.directory / "state" / "volumes"
+        (images / "zero.img").touch()
+        (images / "short.img").write_bytes(30 * b"x")
+        (images / "lost+found.img").write_bytes(30 * b"x")
+        (images / f"{100 * 'x'}.img").write_bytes(30 * b"x")
+        (images / os.fsdecode(b"\xff\n.img")).touch()
+        (images / "directory.img").mkdir()
+        (images / "link.img").symlink_to(images / "good.img")
+        (images / "nowhere.img").symlink_to("nowhere")
+        os.mkfifo(images / "fifo.img")
+        for _ in range(2):
+            assert list(await listed(admin)) == ["good"]
+        told = [line for line in service.log_text().splitlines() if "passed over" in line]
+        assert len(told) == 9, told
+        assert len([line for line in told if "'zero.img'" in line and "0 bytes" in line]) == 1
+        assert "incident" not in service.log_text()
+        (images / "zero.img").write_bytes(b"")
+        out, _, _ = await admin.run("ls", "-d", "/volumes/good", volumes=having("good"))
+        assert out == "/volumes/good\n"
+
+
+async def test_reserved_volume_stays_so_in_a_copy_that_keeps_no_modes(
+    open_directory: Callable[[], Path],
+) -> None:
+    """As `cp -r`, and `rsync` without -p, copy a state directory."""
+    directory = open_directory()
+    async with open_embedded(directory) as service, open_wire(service) as admin:
+        await admin.call("volume.create", name="kept", size_bytes=20 * MIB)
+        await admin.call("volume.create", name="thin", size_bytes=20 * MIB, thin=True)
+    copy_without_modes(directory / "state" / "volumes")
+    async with open_embedded(directory) as service, open_wire(service) as admin:
+        assert {name: each["thin"] for name, each in (await listed(admin)).items()} == {
+            "kept": False,
+            "thin": True,
+        }
+        script = "cd /volumes/kept; head -c 12M /dev/zero > x; sync; rm x; sync"
+        await admin.run("sh", "-c", script, volumes=having("kept"))
+        assert (await listed(admin))["kept"]["used_bytes"] >= 20 * MIB
+
+
+async def test_reserved_volume_of_an_earlier_version_gets_a_mark_that_lasts(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    image = directory / "state" / "volumes" / "kept.img"
+    async with open_embedded(directory) as service, open_wire(service) as admin:
+        await admin.call("volume.create", name="kept", size_bytes=20 * MIB)
+    await trio.run_process(["tune2fs", "-L", "", str(image)], capture_stdout=True)
+    async with open_embedded(directory) as service, open_wire(service) as admin:
+        assert not (await listed(admin))["kept"]["thin"]
+        await admin.run("true", volumes=having("kept"))
+    copy_without_modes(image.parent)
+    async with open_embedded(directory) as service, open_wire(service) as admin:
+        assert not (await listed(admin))["kept"]["thin"]
+
+
+def copy_without_modes(images: Path) -> None:
+    copied = images.with_name("copied")
+    copied.mkdir(0o700)
+    for image in images.iterdir():
+        shutil.copyfile(image, copied / image.name)
+    shutil.rmtree(images)
+    copied.rename(images)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "remedy"),
+    [
+        ("truncate -s 18M {}", "cut short or damaged"),
+        ("mv {0} {0}.away; ln -s {0}.away {0}", "is a link"),
+        ("chattr +i {}", "chattr -i"),
+    ],
+)
+async def test_volume_whose_image_was_spoilt_has_a_remedy_that_fits(
+    open_directory: Callable[[], Path], spoil: str, remedy: str
+) -> None:
+    async with open_embedded(open_directory()) as service, open_wire(service) as admin:
+        await admin.call("volume.create", name="v", size_bytes=20 * MIB)
+        image = service.directory / "state" / "volumes" / "v.img"
+        await trio.run_process(["sh", "-c", spoil.format(image)])
+        try:
+            _, _, record = await admin.run("true", volumes=having("v"))
+            told = str(record)
+        except Refused as error:
+            told = f"{error} {error.data}"
+        finally:
+            await trio.run_process(["chattr", "-f", "-i", str(image)], check=False)
+        assert remedy in told

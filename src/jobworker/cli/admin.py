@@ -1,5 +1,12 @@
 """`worker`: the service and its administration."""
 
+import sys
+
+from jobworker.server.beginning import keep_hangups
+
+if sys.argv[1:2] in (["serve"], ["launcher"]):
+    keep_hangups()  # the imports below take some tenths of a second, in which one may come
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +19,7 @@ from jobworker.cli.console import say
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
 from jobworker.places import default_configuration
+from jobworker.standard_streams import fill_standard_streams
 
 if TYPE_CHECKING:
     from jobworker.config import Settings
@@ -42,13 +50,22 @@ def worker() -> None:
 )
 async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
+    from jobworker.server.beginning import begin, ignore_hangups
+
+    stderr = begin()  # before the rest is imported, which takes a while
+
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare
 
     settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
-    await serve_until_signal(prepare(settings, config))
+    prepared = prepare(settings, config)
+    stderr.start_thread()
+    try:
+        await serve_until_signal(prepared)
+    finally:
+        ignore_hangups()
 
 
 @worker.command()
@@ -70,6 +87,11 @@ async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
     A service uses it where its configuration names the socket (launcher.socket). Both read the same
     configuration.
     """
+    from jobworker.server.beginning import begin, ignore_hangups
+
+    begin()
+    ignore_hangups()  # it reloads nothing
+
     from jobworker.server.launcher_start import become_launcher
 
     become_launcher(_settings(config, launcher_socket))
@@ -134,4 +156,5 @@ async def demo(stay: bool) -> int:
 
 def main() -> None:
     """Run `worker` with the process's arguments."""
+    fill_standard_streams()
     run_program("worker", worker)

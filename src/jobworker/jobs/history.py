@@ -94,9 +94,15 @@ class History:
                 raise damaged(path, str(error)) from error
             except (apsw.Error, OSError) as error:
                 why = "it is a directory" if path.is_dir() else str(error)
+                remedy = "check worker.state_dir in the configuration, its owner and free space"
+                if isinstance(error, apsw.BusyError | apsw.LockedError):
+                    why = "another program holds it locked"
+                    remedy = f"let that program end: see who has it open (fuser {path})"
+                elif path.is_symlink():
+                    why = f"it is a link ({why})"
+                    remedy = "put the file itself there, with those beside it (-wal, -shm)"
                 raise ConfigError(
-                    f"cannot open the history {path}: {why}",
-                    remedy="check worker.state_dir in the configuration, its owner and free space",
+                    f"cannot open the history {path}: {why}", remedy=remedy
                 ) from error
             except (InvalidParams, MalformedJSON) as error:
                 raise damaged(path, f"a record of it cannot be read: {error.message}") from error

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 
 SERVER_REMEDY = "make a set with 'worker certs init --dir DIR' and name it in the configuration"
+"""Where there is no usable CA: its clients' certificates are of no use without it either."""
+RENEWAL = (
+    "make the server a new certificate and key of the same CA, which keeps its clients: 'worker "
+    "certs renew server --dir DIR' (--host NAME for another name), where the CA's key is"
+)
 PEM_BYTES_MAX = 1024 * 1024  # far above any chain; a wrong path may name a disk image
 
 
@@ -72,9 +77,11 @@ def load(
     ca: PemFile,
     certificate: PemFile,
     key: PemFile,
+    pair_remedy: str = "",
 ) -> None:
     """Put the three files into `context`, whose `side` ("server", "client") the faults name.
 
+    `pair_remedy` is for certificate and key, where it is another than for the CA.
     Nobody is asked for a passphrase. Raises `CredentialsUnusable`.
     """
     try:
@@ -93,7 +100,9 @@ def load(
         decrypt = f"decrypt it: openssl pkey -in {key.path} -out NEW"
         raise _unusable(key.path, f"{side} key", "it is encrypted", decrypt) from None
     except ssl.SSLError as exc:
-        raise _pair_fault(exc, side, remedy, certificate=certificate, key=key) from None
+        raise _pair_fault(
+            exc, side, pair_remedy or remedy, certificate=certificate, key=key
+        ) from None
 
 
 def _pair_fault(
@@ -178,7 +187,7 @@ def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
         unusable = _server_use_fault(leaf)
     except ValueError as exc:
         both = f"it or {ca.path} is damaged ({exc})"
-        raise _unusable(certificate.path, what, both, SERVER_REMEDY) from None
+        raise _unusable(certificate.path, what, both, RENEWAL) from None
     between = [crypto.X509.from_cryptography(other) for other in others]
     own = crypto.X509.from_cryptography(leaf)
     try:
@@ -189,7 +198,7 @@ def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
         code, _, text = exc.errors
         raise _chain_fault(int(code), str(text), culprit, owner, ca.path) from None
     if unusable:
-        raise _unusable(certificate.path, what, unusable, SERVER_REMEDY)
+        raise _unusable(certificate.path, what, unusable, RENEWAL)
 
 
 def _server_use_fault(leaf: "x509.Certificate") -> str | None:
@@ -224,4 +233,5 @@ def _chain_fault(
     else:
         why = text
     subject = culprit.subject.rfc4514_string()
-    return _unusable(owner, what, f"{why} [{subject}]", SERVER_REMEDY)
+    remedy = SERVER_REMEDY if owner == ca else RENEWAL
+    return _unusable(owner, what, f"{why} [{subject}]", remedy)

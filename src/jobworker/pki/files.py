@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobworker import errors
 
-KEY_MODE, CERTIFICATE_MODE, DIRECTORY_MODE = 0o600, 0o644, 0o700
+KEY_MODE, CERTIFICATE_MODE, DIRECTORY_MODE, PARENT_MODE = 0o600, 0o644, 0o700, 0o755
 
 
 def write_new(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
@@ -86,9 +86,10 @@ def _directory(path: Path) -> Iterator[int]:
     fresh = False
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_above(path.parent)
             path.mkdir(mode=DIRECTORY_MODE)
             fresh = True
+            path.chmod(DIRECTORY_MODE)
             _sync_entry(path)
         at = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as exc:
@@ -102,6 +103,17 @@ def _directory(path: Path) -> Iterator[int]:
         raise
     finally:
         os.close(at)
+
+
+def _make_above(path: Path) -> None:
+    """Make directories that are missing, with their mode whatever the umask is.
+
+    All pass through them to certificates; who could write there could put other keys in place.
+    """
+    if not path.exists():
+        _make_above(path.parent)
+        path.mkdir(exist_ok=True)  # another call may make it meanwhile
+        path.chmod(PARENT_MODE)
 
 
 def _sync_entry(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attrs import evolve, field, frozen
 
-from jobworker.pki.credentials import SERVER_REMEDY, PemFile, read_pem
+from jobworker.pki.credentials import RENEWAL, SERVER_REMEDY, PemFile, read_pem
 
 CRL_REMEDY = (
     "get one from the CA (of one's own: worker certs crl --dir DIR, where its key is), or set "
@@ -38,8 +38,8 @@ class ServerFiles:
         """Read the files. Raises `CredentialsUnusable` that names the one which is unusable."""
         return cls(
             ca=read_pem(ca, "CA certificate", "CERTIFICATE", SERVER_REMEDY),
-            certificate=read_pem(certificate, "server certificate", "CERTIFICATE", SERVER_REMEDY),
-            key=read_pem(key, "server key", "PRIVATE KEY", SERVER_REMEDY),
+            certificate=read_pem(certificate, "server certificate", "CERTIFICATE", RENEWAL),
+            key=read_pem(key, "server key", "PRIVATE KEY", RENEWAL),
             crl=None if crl is None else read_pem(crl, "revocation list", "X509 CRL", CRL_REMEDY),
         )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jobworker.pki.credentials import (
+    RENEWAL,
     SERVER_REMEDY,
     check_authorities,
     check_server_certificate,
@@ -71,7 +72,13 @@ def server_context(
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     with files.placed() as at:
-        load(context, "server", SERVER_REMEDY, ca=at.ca, certificate=at.certificate, key=at.key)
+        load(
+            *(context, "server", SERVER_REMEDY),
+            ca=at.ca,
+            certificate=at.certificate,
+            key=at.key,
+            pair_remedy=RENEWAL,
+        )
         check_authorities(files.ca)
         check_server_certificate(files.ca, files.certificate)
         if at.crl is not None:

@@ -22,6 +22,7 @@ Standard library only. Sources: loop(4), ext4(5), mke2fs(8), Documentation/files
 """
 
 import binascii
+import contextlib
 import errno
 import fcntl
 import os
@@ -53,8 +54,16 @@ _EXT4_IOC_SHUTDOWN = 0x8004587D
 _WITHOUT_FLUSHING = struct.pack("=I", 2)
 _ATTEMPTS = 64
 _VOLUME_OPTIONS = "errors=remount-ro"
-_RESERVED = stat.S_ISVTX
-"""Marks the image of a volume that is to stay reserved, whatever was punched out of it."""
+RESERVED_LABEL = "jobs-reserved"
+"""The label of a volume's file system marks it: it is to stay reserved, whatever was punched out of
+its image. A label stands in the image itself, so every copy has it, and no job can change it."""
+_RESERVED_MODE = stat.S_ISVTX
+"""What marked images in earlier versions: a mode, which `cp -r` and `rsync` without -p lose."""
+_SUPERBLOCK, _SUPERBLOCK_BYTES = 1024, 1024
+_MAGIC_AT, _MAGIC = 0x38, b"\x53\xef"
+_LABEL_AT, _LABEL_BYTES = 0x78, 16
+_FS_IOC_SETFSLABEL = 0x41009432
+_LABEL_ARGUMENT = struct.Struct("256s")
 _OPTIONS = "noinit_itable,nobarrier,noauto_da_alloc,errors=continue"
 
 
@@ -161,13 +170,31 @@ def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
 
 
 def mark_reserved(image: int) -> None:
-    """Have a volume's image stay reserved, for as long as there is one."""
-    os.fchmod(image, 0o600 | _RESERVED)
+    """Have a volume's image stay reserved, also by a launcher of an earlier version."""
+    os.fchmod(image, 0o600 | _RESERVED_MODE)
 
 
-def is_reserved(status: os.stat_result) -> bool:
-    """Whether a volume's image is marked so."""
-    return bool(status.st_mode & _RESERVED)
+def is_reserved(image: int) -> bool:
+    """Whether a volume's image is marked so. Raises OSError."""
+    return _is_labelled(image) or bool(os.fstat(image).st_mode & _RESERVED_MODE)
+
+
+def _is_labelled(image: int) -> bool:
+    block = os.pread(image, _SUPERBLOCK_BYTES, _SUPERBLOCK)
+    label = block[_LABEL_AT : _LABEL_AT + _LABEL_BYTES].rstrip(b"\0")
+    is_ext4 = block[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
+    return is_ext4 and label == RESERVED_LABEL.encode()
+
+
+def _label_reserved(target: str) -> None:
+    """Label a mounted volume of an earlier version, so that the mark outlives its mode."""
+    root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Not before Linux 5.17 (ENOTTY); the mode marks it on.
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(root, _FS_IOC_SETFSLABEL, _LABEL_ARGUMENT.pack(RESERVED_LABEL.encode()))
+    finally:
+        os.close(root)
 
 
 def _format(image: int, size: int, workshop: Workshop, *, journal: bool) -> None:
@@ -278,7 +305,7 @@ def mount_volume(path: str, target: str) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status = os.fstat(image)
-        options, thin = _VOLUME_OPTIONS, not is_reserved(status)
+        options, thin = _VOLUME_OPTIONS, not is_reserved(image)
         if thin:
             options += ",discard"
         else:
@@ -289,6 +316,8 @@ def mount_volume(path: str, target: str) -> bool:
             sc.mount(name, target, "ext4", sc.MS_NOSUID | sc.MS_NODEV, options)
         finally:
             os.close(device)
+        if not thin and not _is_labelled(image):
+            _label_reserved(target)
         return thin
     finally:
         os.close(lock)

@@ -23,7 +23,7 @@ from typing import NoReturn
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.announce import say
+from jobworker.sandbox.announce import open_log, say, say_last
 from jobworker.sandbox.cgroups import Limits, Tree, open_tree, sweep_elsewhere
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import Terms, rounded
@@ -32,6 +32,7 @@ from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids
+from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
 DESCRIPTORS_PER_CHILD = 15
@@ -76,7 +77,9 @@ def main(descriptor: int) -> NoReturn:
     would otherwise be the one that it serves; `notify` leads to whoever supervises it
     (sd_notify(3)).
     """
+    fill_standard_streams()
     os.set_inheritable(descriptor, False)
+    open_log()
     link = socket.socket(fileno=descriptor)
     received = channel.receive(link)
     if received is None:
@@ -94,7 +97,7 @@ def main(descriptor: int) -> NoReturn:
             tree, nursery = _prepare(policy, ids, undo, has_rights=has_rights)
         except JobworkerError as error:
             if "listener" in carried:
-                print(f"worker: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                say_last(str(error))
                 sys.exit(error.exit_code)
             problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
             channel.send(link, {"error": problem})
@@ -112,6 +115,7 @@ def main(descriptor: int) -> NoReturn:
             link.close()
             listener = socket.socket(fileno=carried["listener"])
             launcher.serve_callers(listener, {0, _service_uid(message)})
+            say(f"listening at {listener.getsockname()}", "INFO")
             _notify(carried.get("notify"), b"READY=1")
         launcher.run()
     sys.exit(0)

@@ -119,7 +119,7 @@ class Launcher:
         if self._doorway is None:
             self._leave(reason)  # the descriptors are left open: they end with the process
             return
-        say(f"the service has gone{': ' if reason else ''}{reason}")
+        say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._disposal.take(descriptors)
         self._jobs.undo_starts()
 
@@ -220,7 +220,7 @@ class Launcher:
         if self._leave_by is not None:
             return
         if reason:
-            say(f"leaving: {reason}")
+            say(f"leaving: {reason}", "INFO")
         self._leave_by = time.monotonic() + FAREWELL_SECONDS
         self._turns.call_in(FAREWELL_SECONDS, self._be_late)
         if self._link is not None:

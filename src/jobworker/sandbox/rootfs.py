@@ -137,6 +137,8 @@ def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
             remedy = f"make room where worker.state_dir is: {room} MB at least"
             if disk_bytes > _BASE_BYTES:
                 remedy += ", or lower sandbox.disk_limit"
+        if error.errno == errno.EFBIG:
+            remedy = "raise the limit on the size of files (LimitFSIZE=, ulimit -f)"
         raise HostUnsupported(f"cannot make disks for jobs: {reason}", remedy=remedy) from error
 
 

@@ -24,7 +24,8 @@ from jobworker.sandbox.private_network import WALL
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
     "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk (--max-disk)",
-    "open-volume": "make room where worker.state_dir is, and see whether the image is whole",
+    "open-volume": "see whether the image, volumes/NAME.img below worker.state_dir, is whole: "
+    "e2fsck -f -n",
     "limits": "see `worker serve`'s log and this host's control groups",
     "network": "install the package slirp4netns, or choose --network=host or --network=none",
     "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
@@ -45,7 +46,24 @@ _SHORTAGES = {
     errno.ENFILE: "raise the host's fs.file-max",
 }
 """What a host runs out of, whatever the step that notices."""
+_DAMAGED = (
+    "the image, volumes/NAME.img below worker.state_dir, is cut short or damaged: put a whole copy "
+    "back, or try e2fsck -f"
+)
 _SPECIAL = {
+    ("open-volume", errno.ENOSPC): "make room where worker.state_dir is: a reserved volume takes "
+    "its whole size again",
+    ("open-volume", errno.EINVAL): _DAMAGED,
+    ("open-volume", errno.EUCLEAN): _DAMAGED,
+    ("open-volume", errno.EBADMSG): _DAMAGED,
+    ("open-volume", errno.EIO): _DAMAGED,
+    ("open-volume", errno.ELOOP): "volumes/NAME.img below worker.state_dir is a link: put the file "
+    "itself there",
+    ("open-volume", errno.EPERM): "allow writes to volumes/NAME.img below worker.state_dir: "
+    "chattr -i, chattr -a",
+    ("open-volume", errno.EROFS): "mount the disk that holds worker.state_dir read-write",
+    ("open-volume", errno.EFBIG): "raise the limit on the size of files that the launcher has "
+    "(LimitFSIZE=, ulimit -f)",
     ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from jobworker.sandbox import disk_images, scratch
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.disposal import close_all_but, give_away
 
 MAX_SWEEPERS = 4
@@ -126,5 +127,4 @@ def _try(remove: Callable[[T], None], what: T) -> None:
     try:
         remove(what)
     except OSError as error:
-        told = f"launcher: cannot clear away what a job left on disk: {error}\n"
-        os.write(2, told.encode("utf-8", "replace"))
+        say(f"cannot clear away what a job left on disk: {error}")

@@ -19,17 +19,22 @@ Standard library only. Raises SandboxError with the step "volume", the errno and
 
 import errno
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import disk_images
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores, Done
 from jobworker.sandbox.disk_images import Workshop
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 _SUFFIX = ".img"
+_MAX_TOLD = 32
+"""Strange files that one reply names, which has a bound in bytes."""
 
 
 class Volumes:
@@ -43,6 +48,8 @@ class Volumes:
         self._users: Counter[str] = Counter()
         self._going: set[str] = set()
         """Those that are being removed."""
+        self._told: set[str] = set()
+        """Files among the images that are none, of which the log has told."""
 
     def take(self, names: Sequence[str]) -> list[str]:
         """The paths of the images of volumes that a job is about to have; `give_back` them."""
@@ -76,9 +83,19 @@ class Volumes:
             assert isinstance(volumes, list)
             for volume in volumes:
                 volume["jobs"] = self._users[volume["name"]]
+            self._tell(outcome.pop("strange", []))
             done(outcome)
 
         _start(chores, partial(_list, self._workshop.directory), add_users, "")
+
+    def _tell(self, strange: object) -> None:
+        """Tell once of each file that stands among the images and is no volume."""
+        assert isinstance(strange, list)
+        self._told &= {name for name, _ in strange}  # one that comes again is told again
+        for name, why in strange:
+            if name not in self._told:
+                self._told.add(name)
+                say(f"{name} among the volumes is none and is passed over: {why}")
 
     def remove(self, chores: Chores, name: str, done: Done) -> None:
         """Remove a volume that no live job has, with all that is on it."""
@@ -131,20 +148,45 @@ def refusal(code: int, name: str) -> SandboxError:
 
 
 def _list(directory: str) -> Message:
+    """All volumes, and some of the files that stand among them and are none.
+
+    Others than the launcher may have put files there: a backup that broke off, a new disk's
+    lost+found. One of them must not keep the rest from being listed.
+    """
     found: list[dict[str, object]] = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            name = entry.name.removesuffix(_SUFFIX)
-            if name == entry.name:
-                continue
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # just removed
-                continue
-            sizes = {"size_bytes": status.st_size, "used_bytes": status.st_blocks * 512}
-            thin = not disk_images.is_reserved(status)
-            found.append({"name": name, **sizes, "thin": thin})
-    return {"volumes": sorted(found, key=lambda volume: str(volume["name"]))}
+    strange: list[tuple[str, str]] = []
+    for file in sorted(os.listdir(directory)):
+        name = file.removesuffix(_SUFFIX)
+        if name == file:
+            continue
+        listed = "its name is none" if name_fault(name) else _look_at(directory, name)
+        if isinstance(listed, str):
+            strange.append((ascii(file), listed))
+        elif listed is not None:
+            found.append(listed)
+    return {"volumes": found, "strange": strange[:_MAX_TOLD]}
+
+
+def _look_at(directory: str, name: str) -> dict[str, object] | str | None:
+    """What is to be told of a volume, or why it is none; None where it was just removed."""
+    path = f"{directory}/{name}{_SUFFIX}"
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening it may wait, or do something
+            return "it is no regular file"
+        if not MIN_DISK_BYTES <= status.st_size <= MAX_DISK_BYTES:
+            return f"it has {status.st_size} bytes, which no volume has"
+        image = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            thin = not disk_images.is_reserved(image)
+        finally:
+            os.close(image)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return os.strerror(error.errno or errno.EIO)
+    sizes = {"size_bytes": status.st_size, "used_bytes": status.st_blocks * 512}
+    return {"name": name, **sizes, "thin": thin}
 
 
 def _remove(path: str) -> Message:
@@ -156,7 +198,8 @@ def _make(workshop: Workshop, path: str, size: int) -> Message:
     """Make an image and give it its name."""
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    image = disk_images.create(workshop, size, journal=True)
+    label = disk_images.RESERVED_LABEL if workshop.reserve else ""
+    image = disk_images.create(workshop._replace(label=label), size, journal=True)
     if workshop.reserve:
         disk_images.mark_reserved(image)
     os.fsync(image)

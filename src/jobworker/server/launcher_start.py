@@ -17,12 +17,13 @@ from typing import NoReturn
 from jobworker.config import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
+from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import step_into_leaf
 from jobworker.sandbox.launch import launcher_command
 from jobworker.sandbox.policy import policy_message
 from jobworker.server.id_ranges import lock_ids
 from jobworker.server.notify import Notifier
-from jobworker.server.setup import policy_for, service_ids
+from jobworker.server.setup import lift_file_size_limit, policy_for, service_ids
 from jobworker.server.state_directory import lock_for_launcher, make_state_directory
 
 BACKLOG = 8
@@ -43,6 +44,8 @@ def become_launcher(settings: Settings) -> NoReturn:
             remedy="give --socket=PATH, or set launcher.socket in the configuration",
         )
     service_ids(settings)  # refuses a user that there is not
+    if small_files := lift_file_size_limit():
+        say(small_files)
     state = Path(settings.worker.state_dir)
     make_state_directory(state)
     step_into_leaf()
@@ -53,6 +56,8 @@ def become_launcher(settings: Settings) -> NoReturn:
     uid, gid = service_ids(settings) or (0, 0)  # with an id of its own it calls before it has that
     passed["listener"] = _listen(path, uid, gid)
     notifier = Notifier()
+    if notifier.fault:
+        say(notifier.fault)
     if notifier.descriptor is not None:
         passed["notify"] = notifier.descriptor
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -79,8 +84,13 @@ def _listen(path: str, uid: int, gid: int) -> int:
     try:
         _check_directory(path)
         with suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.lstat(path).st_mode):
-                os.unlink(path)
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise ConfigError(
+                    f"cannot listen at launcher.socket {path}: something stands there that is no "
+                    "socket",
+                    remedy="move it away, or name another path",
+                )
+            os.unlink(path)
         before = os.umask(0o177)
         try:
             listener.bind(path)
@@ -91,7 +101,7 @@ def _listen(path: str, uid: int, gid: int) -> int:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"cannot listen at launcher.socket {path}: {error.strerror}",
+            f"cannot listen at launcher.socket {path}: {error.strerror or error}",
             remedy="name a path below a directory that exists and only root may write to",
         ) from error
     return listener.detach()

@@ -10,9 +10,11 @@ import logging
 import sys
 import textwrap
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 from jobworker.convert import dumps
+from jobworker.server.standard_error import StandardError
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _ESCAPES |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -44,10 +46,20 @@ class _Formatter(logging.Formatter):
         return f"{line}\n{trace}" if trace else line
 
 
+def _note_of_loss(formatter: logging.Formatter, lines: int) -> str:
+    message = f"standard error took nothing for a while: {lines} lines before this one were lost"
+    record = logging.LogRecord(
+        *("jobworker.server", logging.WARNING, __file__, 0), message, args=None, exc_info=None
+    )
+    return f"{formatter.format(record)}\n"
+
+
 def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
     """Send the records of `jobworker` to standard error; `level` as the configuration has it."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(form))
+    handler, formatter = logging.StreamHandler(sys.stderr), _Formatter(form)
+    handler.setFormatter(formatter)
+    if isinstance(sys.stderr, StandardError):
+        sys.stderr.note = partial(_note_of_loss, formatter)
     root = logging.getLogger("jobworker")
     root.handlers[:] = [handler]
     root.propagate = False

@@ -18,10 +18,22 @@ class Notifier:
         self._socket: socket.socket | None = None
         self.watchdog_seconds = _watchdog_seconds()
         """How often somebody wants to hear that the service is alive, by WATCHDOG="1"; or never."""
+        self.fault = ""
+        """Why nobody can be told, though somebody wants to be; else ""."""
         if path:
             # Connected at once: later the path may be out of the service's reach.
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            self._socket.connect("\0" + path[1:] if path.startswith("@") else path)
+            notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            try:
+                notify.connect("\0" + path[1:] if path.startswith("@") else path)
+            except (OSError, ValueError) as error:  # a stale one; one that is too long, or has NULs
+                notify.close()
+                reason = error.strerror if isinstance(error, OSError) else None
+                self.fault = (
+                    f"cannot tell the supervisor at NOTIFY_SOCKET {path[:200]!r} how the service "
+                    f"stands: {reason or error}"
+                )
+            else:
+                self._socket = notify
 
     @property
     def descriptor(self) -> int | None:

@@ -22,6 +22,7 @@ from jobworker.incidents import Incidents
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.material import ServerFiles
 from jobworker.server.auditor import Auditor
+from jobworker.server.beginning import take_hangup
 from jobworker.server.door import Door, Fittings
 from jobworker.server.logs import set_up_logging
 from jobworker.server.notify import Notifier
@@ -53,9 +54,14 @@ async def serve_reloads(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Reload at each SIGHUP; never returns. `settings` are those that the service started with."""
+    """Reload at each SIGHUP; never returns. `settings` are those that the service started with.
+
+    One that came while the service started, which may have read its files before, counts too.
+    """
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
+        if take_hangup():
+            await reload(reloading, settings)
         async for _ in signals:
             await reload(reloading, settings)
 

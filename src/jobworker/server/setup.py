@@ -95,6 +95,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             remedy="set launcher.socket, and run `worker launcher`; or set jobs_on_exit to 'auto'",
         )
     limit = _raise_descriptor_limit()
+    small_files = lift_file_size_limit()
     outputs_within(settings, limit)  # refuses what does not fit, before anything is made
     files = configured_files(settings.security)
     fittings = Fittings.of(files, settings.security)
@@ -132,10 +133,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         notifier = Notifier()
         _give_up_root(uid, gid)
         if not os.access(state / "service", os.R_OK | os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"cannot use worker.state_dir {state}: the service, as user {uid}, cannot reach it",
-                remedy="let others pass through the directories above it (chmod o+x)",
-            )
+            raise _unreachable(state, uid)
         undo.pop_all()
     return Prepared(
         settings=settings,
@@ -155,8 +153,21 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             *(f"this host: {gap}" for gap in launcher.gaps),
             *differences,
             *unusual,
+            *(fault for fault in (notifier.fault, small_files) if fault),
         ),
         max_open_outputs=max_open_outputs,
+    )
+
+
+def _unreachable(state: Path, uid: int) -> ConfigError:
+    """Name the directory on the way to the state directory that keeps this user out."""
+    real = Path(os.path.realpath(state))
+    closed = [each for each in (*reversed(real.parents), real) if not os.access(each, os.X_OK)]
+    where = closed[0] if closed else real / "service"
+    return ConfigError(
+        f"cannot use worker.state_dir {state}: the service, as user {uid}, cannot reach it: it may "
+        f"not pass through {where}",
+        remedy=f"let others pass: chmod o+x {where}",
     )
 
 
@@ -324,7 +335,7 @@ def bind(address: str, port: int) -> tuple[socket.socket, ...]:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise AddressUnavailable(
-            f"cannot listen at {address!r}: {error}",
+            f"cannot listen at {address!r}: {getattr(error, 'strerror', None) or error}",
             remedy="set server.address to an address of this host, such as 0.0.0.0",
         ) from None
     listeners: list[socket.socket] = []
@@ -370,6 +381,28 @@ def _raise_descriptor_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return descriptor_limit()
+
+
+def lift_file_size_limit() -> str:
+    """Let this process and those it starts write files of any size; say what limit stays, or "".
+
+    Where a file grows to the limit write(2) fails with EFBIG, which looks like a full disk to all
+    that stands above.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY:
+        return ""
+    unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    except (OSError, ValueError):  # not without the right to (CAP_SYS_RESOURCE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        if hard != resource.RLIM_INFINITY:
+            return (
+                f"no file can have more than {hard} bytes, neither jobs' output nor their disks: "
+                "raise the limit (LimitFSIZE=, ulimit -f)"
+            )
+    return ""
 
 
 def descriptor_limit() -> int:

@@ -12,6 +12,7 @@ Two locks, since a launcher may outlive services: each lock is flock(2) on an op
 ends with the last process that holds it, however that one ends.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -25,22 +26,68 @@ from jobworker.errors import ConfigError
 LEAVING_SECONDS = 15.0
 """How long the launcher of a service that was killed may take to end its jobs and leave."""
 _PAUSE_SECONDS = 0.02
+_REMEDIES = {
+    errno.ENOENT: "name a directory on a disk: the file system there takes no files",
+    errno.EEXIST: "move away what stands there",
+    errno.ENOTDIR: "move away what stands there",
+    errno.EISDIR: "move away what stands there",
+    errno.ELOOP: "put the file itself where the link stands",
+    errno.EROFS: "mount that file system read-write, or name a directory on another one",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+}
 
 
 def make_state_directory(state: Path) -> None:
     """Make what is missing of it, for this user alone. Raises ConfigError."""
     own = os.geteuid()
     with _state_errors(state):
+        _check_link(state, own)
         # The unprivileged service has to pass; where there is no other user, nobody has to.
-        state.mkdir(mode=0o700 if own else 0o755, parents=True, exist_ok=True)
-        status = state.stat(follow_symlinks=False)
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.mkdir(mode=0o700 if own else 0o755, exist_ok=True)
+        status = state.stat()
         if status.st_uid != own or status.st_mode & 0o022:
             raise ConfigError(
                 f"cannot use worker.state_dir {state}: others than user {own} may write to it",
                 remedy=f"chown {own} {state}; chmod 755 {state}",
             )
+        for name in ("service", "lock", "launcher.lock"):
+            _refuse_link(state, name)
         for name in ("stage", "scratch", "volumes"):
             (state / name).mkdir(mode=0o700, exist_ok=True)
+
+
+def _check_link(state: Path, own: int) -> None:
+    """See that a link at the state directory's place is one that nobody else can lead elsewhere."""
+    if not state.is_symlink():
+        return
+    owner = state.lstat().st_uid
+    if owner not in (0, own):
+        raise ConfigError(
+            f"cannot use worker.state_dir {state}: it is a link of user {owner}'s, who may lead it "
+            "elsewhere",
+            remedy=f"set worker.state_dir to the directory itself, or: chown -h {own} {state}",
+        )
+    if not state.exists():
+        raise ConfigError(
+            f"cannot use worker.state_dir {state}: it is a link to {os.readlink(state)}, and there "
+            "is nothing",
+            remedy="make that directory, or mount the disk that holds it",
+        )
+
+
+def _refuse_link(state: Path, name: str) -> None:
+    """Refuse a link by name where the code that opens the file follows none."""
+    if (state / name).is_symlink():
+        raise ConfigError(
+            f"cannot use worker.state_dir {state}: {name} in it is a link, and it is not followed",
+            remedy=(
+                f"remove {state / name}: the lock is made anew"
+                if name.endswith("lock")
+                else f"put the directory itself at {state / name}, or mount it there (mount --bind)"
+            ),
+        )
 
 
 def make_service_directory(state: Path, uid: int, gid: int) -> None:
@@ -160,5 +207,7 @@ def _state_errors(state: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"cannot use worker.state_dir {state}: {error.strerror} ({error.filename})",
-            remedy="name a directory that root owns and only root may write to",
+            remedy=_REMEDIES.get(
+                error.errno or 0, "name a directory that root owns and only root may write to"
+            ),
         ) from error

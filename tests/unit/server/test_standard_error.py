@@ -1,0 +1,171 @@
+"""The service's standard error: its writer waits for nothing, and a fast reader misses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import jobworker
+
+SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
+BEGIN = (
+    f"import logging, sys; sys.path.insert(0, {SOURCE!r})\n"
+    "from jobworker.server.logs import set_up_logging\n"
+    "from jobworker.server.standard_error import be_patient\n"
+    "stream = be_patient()\n"
+    "set_up_logging('INFO', 'text')\n"
+    "log = logging.getLogger('jobworker.test')\n"
+)
+THREAD = "stream.start_thread()\n"
+NO_THREAD = (  # as under a limit of processes (RLIMIT_NPROC)
+    "import threading\n"
+    'def refuse(self): raise RuntimeError("can\'t start new thread")\n'
+    "threading.Thread.start = refuse\n"
+    "stream.start_thread()\n"
+)
+MANY = 12_000
+LOG_MANY = f"for number in range({MANY}): log.info('line %d %s', number, 100 * 'x')\n"
+GO_ON = "print('went on', flush=True)\nsys.stdin.readline()\n"
+
+
+def start(program: str, stderr: int) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-c", BEGIN + program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+    )
+
+
+def numbers(log: bytes) -> list[int]:
+    return [int(line.split()[3]) for line in log.splitlines() if b" INFO line " in line]
+
+
+@pytest.mark.parametrize("before", ["", THREAD, NO_THREAD])
+def test_reader_that_has_stopped_holds_nothing_up_and_is_told_what_it_missed(before: str) -> None:
+    read, write = os.pipe()
+    with start(f"{before}{LOG_MANY}{GO_ON}log.info('line {MANY} is the last')\n", write) as process:
+        os.close(write)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"went on\n"
+        with open(read, "rb") as log:
+            told = b""
+            while before == THREAD and b"were lost" not in told:  # without one it writes no more
+                told += log.readline()
+            assert process.stdin is not None
+            process.stdin.close()
+            told += log.read()
+    assert process.returncode == 0
+    lines, seen = told.splitlines(), numbers(told)
+    (note,) = [line for line in lines if b" lines before this one were lost" in line]
+    lost = MANY + 1 - len(seen)
+    assert f" WARNING standard error took nothing for a while: {lost} lines".encode() in note
+    assert seen[: lines.index(note)] == list(range(lines.index(note)))
+    assert seen[lines.index(note) :] == ([MANY] if before == THREAD else [])
+
+
+@pytest.mark.parametrize("before", [THREAD, NO_THREAD])
+def test_fast_reader_gets_every_line_in_order(before: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        write = os.dup(file.fileno())
+    pause = "import time\n" + LOG_MANY.replace(
+        "log.info", "number % 1500 or time.sleep(0.02); log.info"
+    )
+    with start(f"{before}{pause}", write) as process:
+        os.close(write)
+        process.communicate(timeout=60)
+    assert numbers((tmp_path / "log").read_bytes()) == list(range(MANY))
+
+
+def test_reader_that_comes_back_at_the_end_gets_what_was_logged() -> None:
+    read, write = os.pipe()
+    with start(f"{THREAD}{LOG_MANY.replace(str(MANY), '3000')}{GO_ON}", write) as process:
+        os.close(write)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"went on\n"
+        process.stdin.close()  # type: ignore[union-attr]
+        time.sleep(0.2)
+        with open(read, "rb") as log:
+            seen = numbers(log.read())
+    assert seen == list(range(3000))
+
+
+@pytest.mark.parametrize("before", ["", THREAD])
+@pytest.mark.parametrize("end", ["", "sys.exit('a reason')\n", "raise ValueError('a fault')\n"])
+def test_end_waits_for_a_stopped_reader_a_bounded_moment(before: str, end: str) -> None:
+    read, write = os.pipe()
+    with start(f"{before}{LOG_MANY}{end}", write) as process:
+        os.close(write)
+        process.communicate(timeout=20)
+    os.close(read)
+    assert process.returncode == (1 if end else 0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_log_that_refuses_writes_ends_nothing(full: bool) -> None:
+    if full:
+        write = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, write = os.pipe()
+        os.close(read)
+    with start(f"{THREAD}{LOG_MANY}{GO_ON}", write) as process:
+        os.close(write)
+        assert process.communicate(b"", timeout=20)[0] == b"went on\n"
+    assert process.returncode == 0
+
+
+def test_file_on_a_disk_that_has_room_again_tells_what_is_missing(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for the full disk: it too makes write(2) fail."""
+    limit = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n"
+    )
+    program = (
+        f"{limit}{THREAD}log.info('before')\nstream.drain(5)\nlimit(10)\n"
+        "log.info('lost')\nlog.info('lost')\nstream.drain(5)\nlimit(-1)\nlog.info('after')\n"
+    )
+    with (tmp_path / "log").open("ab") as file, start(program, file.fileno()) as process:
+        process.communicate(timeout=20)
+    before, note, after = (tmp_path / "log").read_text().splitlines()
+    assert before.endswith("before")
+    assert "2 lines before this one were lost" in note
+    assert after.endswith("after")
+
+
+def test_descriptor_keeps_its_mode_for_all_who_share_it() -> None:
+    read, write = os.pipe()
+    with start(f"{THREAD}{GO_ON}", write) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"went on\n"
+        assert os.get_blocking(write)
+        process.communicate(b"", timeout=20)
+    os.close(read)
+    os.close(write)
+
+
+def test_warnings_and_tracebacks_of_python_go_the_same_way() -> None:
+    read, write = os.pipe()
+    program = f"import warnings\n{THREAD}warnings.warn('careful')\nraise ValueError('a fault')\n"
+    with start(program, write) as process:
+        os.close(write)
+        process.communicate(timeout=20)
+    with open(read, "rb") as log:
+        told = log.read()
+    assert b"careful" in told
+    assert told.endswith(b"ValueError: a fault\n")
+
+
+def test_signal_ends_a_process_whose_log_is_held() -> None:
+    read, write = os.pipe()
+    with start(f"{THREAD}{LOG_MANY}{GO_ON}", write) as process:
+        os.close(write)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"went on\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
+    os.close(read)
