@@ -35,15 +35,6 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
 """Those of TLS 1.2; of 1.3 all are good. Level 2 of SSL_CTX_set_security_level(3), for both: no
 chain with an RSA key below 2,048 bits or a curve below 224, and none that is signed by SHA-1."""
 
-_GROUPS = "X25519:P-256:X448:P-521:P-384"
-"""For the key exchange, by preference: elliptic curves, 0.1 to 2 ms each on a server. Without a
-list OpenSSL also takes ffdhe2048 to ffdhe8192 of RFC 7919 from whoever asks: 170 ms, before
-anything is known of a client."""
-_SET_GROUPS_LIST = 92
-"""SSL_CTRL_SET_GROUPS_LIST of openssl/ssl.h."""
-_HYBRID = "X25519MLKEM768:"
-"""Before them where OpenSSL knows it, from 3.5 on: secret also from who records for later."""
-
 _CLIENT_REMEDY = (
     "copy ca-cert.pem and a client's two files from the directory of 'worker certs init', "
     "or name others with --ca, --cert and --key"
@@ -60,13 +51,14 @@ def server_context(
     `CredentialsUnusable`, naming the file and the reason.
     """
     from jobworker.pki.revocation import read_lists
+    from jobworker.pki.tls_groups import set_groups
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = (
         ssl.TLSVersion.TLSv1_3 if min_version == "1.3" else ssl.TLSVersion.TLSv1_2
     )
     context.set_ciphers(_CIPHERS)
-    _set_groups(context)
+    set_groups(context)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.num_tickets = 0
     context.verify_mode = ssl.CERT_REQUIRED
@@ -89,30 +81,6 @@ def server_context(
                 context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
                 context.verify_flags &= ~ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
-
-
-def _set_groups(context: ssl.SSLContext) -> None:
-    """Take no other groups: SSL_CTX_set1_groups_list(3), which Python has from 3.15 on.
-
-    Where this Python's OpenSSL cannot be reached, only P-256 is taken, which Python itself can say.
-    """
-    import _ssl
-    import ctypes
-
-    try:
-        control = ctypes.CDLL(getattr(_ssl, "__file__", None)).SSL_CTX_ctrl
-    except (OSError, AttributeError):
-        context.set_ecdh_curve("prime256v1")
-        return
-    control.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p)
-    control.restype = ctypes.c_long
-    # The first member of CPython's PySSLContext, behind what every object begins with.
-    inner = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
-    if not any(
-        control(inner, _SET_GROUPS_LIST, 0, groups.encode())
-        for groups in (_HYBRID + _GROUPS, _GROUPS)
-    ):
-        context.set_ecdh_curve("prime256v1")
 
 
 def client_context(*, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
