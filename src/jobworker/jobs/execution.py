@@ -119,7 +119,10 @@ class Execution:
 
     def __attrs_post_init__(self) -> None:
         self._ending = Ending(
-            job=self.record.id, link=self._link, grace_seconds=self._rules.stop_grace_seconds
+            job=self.record.id,
+            link=self._link,
+            grace_seconds=self._rules.stop_grace_seconds,
+            told=self._on_told,
         )
 
     @property
@@ -136,8 +139,14 @@ class Execution:
             return
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
-            self._changed.set()
         self._ending.stop(number, grace_seconds)
+        if not self._link.keeps_asks:  # then the record alone tells the next service
+            self._changed.set()
+
+    def _on_told(self) -> None:
+        """Record a stop: the launcher has it, so that the next service finds all of it there."""
+        if self.record.stop_requested_at is not None:
+            self._changed.set()
 
     def refuse(self) -> None:
         """Take back a job whose admission could not be recorded: its client is told that.
@@ -151,11 +160,21 @@ class Execution:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
         self.spool.restore_discarded(self.record.discarded_bytes)
+        if started.asked is not None:
+            self._ending.resume(started.asked)
+            if self._ending.stopping and self.record.stop_requested_at is None:
+                ago = timedelta(seconds=started.asked.seconds_ago)
+                self.record = evolve(self.record, stop_requested_at=self._clock() - ago)
+                self._changed.set()
+            return
+        # The launcher was not told, or is one of before, which was told and did not keep it.
         if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
-            self._ending.go_on()
+            if not self._link.keeps_asks:
+                self._ending.go_on()
             self._ending.stop_for_output()
-        if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
-            self._ending.go_on()
+        if self.record.stop_requested_at is not None:
+            if not self._link.keeps_asks:
+                self._ending.go_on()
             self.request_stop(signal.SIGTERM, None)
 
     def leave(self, *, anyway: bool = False) -> None:
@@ -216,7 +235,7 @@ class Execution:
             while True:
                 self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
-            if self._changed.is_set():
+            if self._changed.is_set() or self._ending.stopping:
                 await self.store()
             self.part()
         else:

@@ -33,6 +33,7 @@ from functools import partial
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline, wall
 from jobworker.sandbox.announce import say
+from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroups import Limits, Usage
 from jobworker.sandbox.children import Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
@@ -549,7 +550,20 @@ def listed(child: Child) -> channel.Message:
         "exit": _end(child) if child.end_is_known else None,
         **_measured(child),
         "network_end": child.network_end,
+        "asked": None if child.asked is None else child.asked.told(time.monotonic()),
     }
+
+
+def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = False) -> None:
+    """Keep why a live job was sent a signal; `at_once` where only its kill is left to be done."""
+    if ask is None or child.exit is not None:
+        return
+    if at_once:
+        ask = ask._replace(kill_in_ms=0)
+    now = time.monotonic()
+    if child.asked is None:
+        child.asked = Asked(ask, now)
+    child.asked.add(ask, number, now)
 
 
 def _measured(child: Child) -> channel.Message:

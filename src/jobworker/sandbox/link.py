@@ -22,8 +22,10 @@ from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, OutOf
 from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
+from jobworker.sandbox.asks import Ask
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.launch import (
+    AskedBefore,
     Exit,
     LauncherProcess,
     Listed,
@@ -56,6 +58,8 @@ class Started:
     age_seconds: float = 0.0
     """How long it had run when this was told."""
     notices: Notices = Factory(_no_notices)
+    asked: AskedBefore | None = None
+    """What an earlier service has asked for of its end."""
 
 
 log = logging.getLogger("jobworker.sandbox")
@@ -108,6 +112,8 @@ class Link:
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    keeps_asks: bool = False
+    """Whether the launcher keeps why a job was sent a signal, for the next service."""
     given_up: bool = False
     """Whether it is asked nothing more, as after `give_up`."""
     silent: bool = False
@@ -136,6 +142,7 @@ class Link:
                 stderr=listed.stderr,
                 age_seconds=listed.age_seconds,
                 notices=notices,
+                asked=listed.asked,
             )
             taken[JobId(listed.job)] = (started, receive)
         self.inherited = taken
@@ -189,14 +196,20 @@ class Link:
         assert isinstance(steps, list)
         return [(str(name), str(subject), str(what)) for name, subject, what in steps]
 
-    async def signal(self, job: JobId, number: signal.Signals) -> bool:
-        """Send a signal to the job's first process; False if that has no handler for it."""
-        message, _ = await self._ask("signal", job, {"signal": int(number)})
+    async def signal(self, job: JobId, number: signal.Signals, ask: Ask | None = None) -> bool:
+        """Send a signal to the job's first process; False if that has no handler for it.
+
+        The launcher keeps `ask` for the next service, if it can.
+        """
+        message, _ = await self._ask("signal", job, {"signal": int(number), **self._kept(ask)})
         return message["delivered"] is True
 
-    async def kill(self, job: JobId) -> None:
-        """End every process of the job with SIGKILL; its `Exit` follows."""
-        await self._ask("kill", job)
+    async def kill(self, job: JobId, ask: Ask | None = None) -> None:
+        """End every process of the job with SIGKILL, and have `ask` kept; its `Exit` follows."""
+        await self._ask("kill", job, self._kept(ask))
+
+    def _kept(self, ask: Ask | None) -> Mapping[str, object]:
+        return ask._asdict() if ask is not None and self.keeps_asks else {}
 
     async def remove(self, job: JobId) -> None:
         """Have the launcher forget a job, with its scope and files; a live one is killed."""
@@ -413,7 +426,7 @@ class Link:
 async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
     """Talk to a launcher; at exit one of our own ends with its jobs, and is waited for."""
     sock = trio.socket.from_stdlib_socket(launcher.sock)
-    link = Link(sock)
+    link = Link(sock, keeps_asks=launcher.keeps_asks)
     link.inherit(launcher.jobs)
     try:
         async with trio.open_nursery() as nursery:

@@ -44,6 +44,7 @@ class FakeLink:
     spawned: list[JobId] = Factory(list)
     silent: bool = False
     given_up: bool = False
+    keeps_asks: bool = True
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
     async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
