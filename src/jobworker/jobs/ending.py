@@ -24,7 +24,7 @@ from enum import Enum
 import trio
 from attrs import define, field
 
-from jobworker.errors import JobworkerError, LauncherGone, NotFound
+from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFound
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.asks import OUTPUT, STOP, TIMEOUT, Ask
@@ -190,11 +190,12 @@ class Ending:
 
 
 def _has_ended(error: JobworkerError) -> bool:
-    """Whether a refusal of the launcher says that there is nobody to be reached any more.
+    """Whether a refusal says that there is nobody to be reached any more: the job or the launcher
+    has ended, or this service ends.
 
     Any other says that the launcher lacked something for a moment.
     """
-    gone = isinstance(error, (LauncherGone, NotFound))
+    gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
     return gone or error.data.get("errno") == errno.ESRCH
 
 

@@ -26,6 +26,7 @@ from jobworker.errors import (
     InternalError,
     JobworkerError,
     LauncherGone,
+    LauncherSilent,
     NotFound,
     OutOfDescriptors,
     OutputError,
@@ -51,15 +52,19 @@ from jobworker.model.job import (
 )
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
+from jobworker.sandbox import cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Notices, Started
+from jobworker.sandbox.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 
 RECORD_AGAIN_SECONDS = 1.0
 START_AGAIN_SECONDS = 1.0
 TELL_AGAIN_SECONDS = 60.0
+START_PATIENCE_SECONDS = 1.0
+"""What a start still gets once nobody wants it any more: most are through by then."""
 _SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 
 Clock = Callable[[], datetime]
@@ -103,6 +108,10 @@ class Execution:
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     _waits_for_the_next: bool = field(default=False, init=False)
+    _left: bool = field(default=False, init=False)
+    """Whether nothing of it is waited for any more: this service ends."""
+    _unwanted: trio.Event = field(factory=trio.Event, init=False)
+    """Set once its start is not waited for any longer."""
     refused: bool = field(default=False, init=False)
     """Whether its client was told that it could not be admitted."""
     start_error: JobworkerError | None = field(default=None, init=False)
@@ -140,6 +149,7 @@ class Execution:
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
         self._ending.stop(number, grace_seconds)
+        self._unwanted.set()
         if not self._link.keeps_asks:  # then the record alone tells the next service
             self._changed.set()
 
@@ -155,6 +165,7 @@ class Execution:
         """
         self.refused = True
         self._ending.stop(signal.SIGKILL, 0)
+        self._unwanted.set()
 
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
@@ -180,8 +191,11 @@ class Execution:
     def leave(self, *, anyway: bool = False) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end.
 
-        With `anyway` that one too: the stop is recorded, and the next service goes on with it.
+        A start under way is given up, and the job waits for the next service. With `anyway` nothing
+        is waited for: a stop is recorded, and the next service goes on with it.
         """
+        self._left = self._left or anyway
+        self._unwanted.set()
         if anyway or not self._ending.under_way:
             self._company.cancel()
 
@@ -261,9 +275,17 @@ class Execution:
             try:
                 spec = await self._whole_spec()
                 order = order_of(spec, self.record.id, await self.secrets.values())
-                begun = await self._link.spawn(self.record.id, order, limits_of(spec))
+                begun = await self._spawn(order, limits_of(spec))
                 break
             except JobworkerError as error:
+                if self._left:  # what became of the start, the next service will see
+                    self.part()
+                    self.decided.set()
+                    return None
+                if _is_given_up(error):
+                    self.record = evolve(self.record, state=State.PENDING)
+                    await self.store()
+                    continue
                 if self.admitted_at_once or not _may_pass(error):
                     await self._end_unstarted(error)
                     return None
@@ -278,6 +300,24 @@ class Execution:
         self.shorten()
         self.record = self._advanced(Event.START, started_at=self._clock())
         return begun
+
+    async def _spawn(self, order: Order, limits: cgroups.Limits) -> tuple[Started, Exits]:
+        """Have the launcher start the job, or give that up where it is not wanted any more."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_up_unwanted)
+            try:
+                return await self._link.spawn(self.record.id, order, limits)
+            except JobworkerError as error:
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+        raise failure
+
+    async def _give_up_unwanted(self) -> None:
+        await self._unwanted.wait()
+        await trio.sleep(START_PATIENCE_SECONDS)
+        with suppress(JobworkerError):
+            await self._link.give_up_start(self.record.id)
 
     async def _whole_spec(self) -> JobSpec:
         """What was asked for, also where only the history has all of it. Raises JobworkerError."""
@@ -486,7 +526,7 @@ class Execution:
             try:
                 await self._link.remove(self.record.id)
             except JobworkerError as error:
-                gone = isinstance(error, (LauncherGone, NotFound))
+                gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
                 level = logging.DEBUG if gone else logging.ERROR
                 log.log(level, "job %d: the launcher keeps it: %s", self.record.id, error)
 
@@ -506,6 +546,11 @@ class Execution:
         if state in TERMINAL:
             changes.setdefault("ended_at", self._ended_at(0))
         return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]
+
+
+def _is_given_up(error: JobworkerError) -> bool:
+    """Whether a start failed because we asked for that: the program has not run."""
+    return error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
 
 
 def _may_pass(error: JobworkerError) -> bool:

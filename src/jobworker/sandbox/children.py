@@ -60,6 +60,8 @@ class Child:
 
     asked: Asked | None = None
     """What was asked for of its end, for the next service."""
+    start_by = 0
+    """When its start is given up: at which look at starts (`launcher_jobs`)."""
 
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope

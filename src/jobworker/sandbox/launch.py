@@ -103,7 +103,8 @@ class OpenedLauncher:
     bounds_disks: bool
     """Whether each job has a disk of its own."""
     keeps_asks: bool = False
-    """Whether it takes and keeps why a job is sent a signal: one of before does not."""
+    """Whether it takes and keeps why a job is sent a signal, and gives up starts that nobody wants
+    any more: one of before does not."""
     jobs: tuple[Listed, ...] = ()
 
     def close(self) -> None:

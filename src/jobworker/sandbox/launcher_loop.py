@@ -165,6 +165,9 @@ class Launcher:
         if isinstance(request, requests.Spawn):
             self._jobs.spawn(number, request)
             return
+        if isinstance(request, requests.GiveUpStart):
+            self._reply(number, {"given_up": self._jobs.give_up_start(request.job)})
+            return
         child = self._jobs.find(request.job)
         if child is None:
             gone: channel.Message = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}

@@ -67,6 +67,12 @@ class Kill(NamedTuple):
     ask: Ask | None = None
 
 
+class GiveUpStart(NamedTuple):
+    """Kill what is to become a job, unless its program runs already: the spawn is refused then."""
+
+    job: int
+
+
 class Remove(NamedTuple):
     """Forget a job, with its scope and its files; one that has not ended is killed."""
 
@@ -122,11 +128,12 @@ class ListVolumes(NamedTuple):
 
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
-OfAJob = Spawn | Signal | Kill | Remove | UsageOf
+OfAJob = Spawn | GiveUpStart | Signal | Kill | Remove | UsageOf
 Question = PlanOf | ListJobs | TimesOfTurns | PromisedBytes | Ping
 Request = VolumeRequest | OfAJob | Question | Hello
 
-_OF_A_JOB: dict[str, type[Remove | UsageOf]] = {
+_OF_A_JOB: dict[str, type[GiveUpStart | Remove | UsageOf]] = {
+    "give_up": GiveUpStart,
     "remove": Remove,
     "usage": UsageOf,
 }

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 from attrs import evolve
 
-from jobworker.errors import LauncherGone, LauncherSilent
+from jobworker.errors import LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
 from jobworker.sandbox.asks import Ask
@@ -86,7 +86,7 @@ async def test_silent_launcher_that_is_given_up_has_not_answered(
     async with open_silent() as (link, _):
         link.give_up()
         await trio.testing.wait_all_tasks_blocked(0.01)
-        with pytest.raises(LauncherGone):
+        with pytest.raises(LauncherSilent, match="shutting down"):
             await link.kill(JobId(1))
     assert AGAIN not in caplog.text
 

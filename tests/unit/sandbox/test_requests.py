@@ -63,6 +63,7 @@ def test_spawn_is_taken_as_it_stands() -> None:
     [
         ("signal", r.Signal(3, 15)),
         ("kill", r.Kill(3)),
+        ("give_up", r.GiveUpStart(3)),
         ("remove", r.Remove(3)),
         ("usage", r.UsageOf(3)),
     ],
