@@ -42,6 +42,7 @@ from jobworker.jobs.spool import Spool
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,
+    JobId,
     JobRecord,
     JobSpec,
     Limits,
@@ -279,6 +280,7 @@ class Execution:
                 break
             except JobworkerError as error:
                 if self._left:  # what became of the start, the next service will see
+                    self.start_error = _undecided(self.record.id)
                     self.part()
                     self.decided.set()
                     return None
@@ -546,6 +548,15 @@ class Execution:
         if state in TERMINAL:
             changes.setdefault("ended_at", self._ended_at(0))
         return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]
+
+
+def _undecided(job: JobId) -> LauncherSilent:
+    return LauncherSilent(
+        f"cannot tell what becomes of job {job}: the service is shutting down, and the launcher "
+        "has not answered",
+        remedy=f"do not run it again before `worker-cli status {job}` tells what became of it",
+        data={"job": job},
+    )
 
 
 def _is_given_up(error: JobworkerError) -> bool:
