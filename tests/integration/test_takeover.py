@@ -218,15 +218,14 @@ async def test_stop_that_a_kill_cut_short_is_seen_to_its_end(
 
                 async def stop() -> None:
                     with pytest.raises(trio.EndOfChannel):
-                        await wire.call("job.stop", id=job, grace_seconds=600)
+                        await wire.call("job.stop", id=job, grace_seconds=3)
 
                 nursery.start_soon(stop)
                 with trio.fail_after(20):
                     while not await is_recorded(directory, job, '"stop_requested_at":"'):  # noqa: ASYNC110
                         await trio.sleep(0.02)
                 await kill(service)
-        short: Settings = {"worker": {"stop_grace": "200ms"}}
-        async with serving(directory, short) as service, open_wire(service) as wire:
+        async with serving(directory) as service, open_wire(service) as wire:
             ended = await wire.call("job.wait", id=job)
             assert (ended["state"], ended["signal"]) == ("STOPPED", signal.SIGKILL)
     assert left_behind(directory) == []
@@ -237,9 +236,9 @@ async def test_policy_at_the_limit_of_output_and_what_was_lost_outlive_a_kill(
 ) -> None:
     directory = open_directory()
     script = "trap '' TERM; head -c 3000000 /dev/zero; while :; do echo x; sleep 0.05; done"
-    long: Settings = {"worker": {"stop_grace": "600s"}}
+    grace: Settings = {"worker": {"stop_grace": "6s"}}
     with open_launcher(directory):
-        async with serving(directory, long) as service, open_wire(service) as wire:
+        async with serving(directory, grace) as service, open_wire(service) as wire:
             job = await start(wire, script, limits={"output_bytes": 50_000}, at_max_output="stop")
             with trio.fail_after(20):
                 while not await is_recorded(directory, job, '"output_cut":"limit"'):  # noqa: ASYNC110
@@ -247,8 +246,7 @@ async def test_policy_at_the_limit_of_output_and_what_was_lost_outlive_a_kill(
                 while (await lost_of(wire, job)) < 2_900_000:  # noqa: ASYNC110
                     await trio.sleep(0.02)
             await kill(service)
-        short: Settings = {"worker": {"stop_grace": "200ms"}}
-        async with serving(directory, short) as service, open_wire(service) as wire:
+        async with serving(directory) as service, open_wire(service) as wire:
             with trio.fail_after(20):
                 ended = await wire.call("job.wait", id=job)
             assert (ended["state"], ended["reason"]) == ("FAILED", "output")

@@ -6,36 +6,48 @@ A job that would not even notice the signal is killed at once (`sandbox.launcher
 
 What is said of an end is the cause that came first. Whoever asks second, or asks for the end of a
 job that has exited (its output may still be on its way), changes nothing about that.
+
+The cause and the deadline go to the launcher together with the signal (`sandbox.asks`), and no disk
+is asked before. So the next service knows both (`resume`): it sends no signal of its own, and kills
+when this one would have done so. A client whose connection broke asks it for the same stop again;
+for a while a signal that the job has got already is not sent a second time.
 """
 
 import errno
 import logging
 import math
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 
 import trio
 from attrs import define, field
 
-from jobworker.errors import JobworkerError, LauncherGone, NotFound
+from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFound
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
-from jobworker.sandbox.launch import Exit
+from jobworker.sandbox.asks import OUTPUT, STOP, TIMEOUT, Ask
+from jobworker.sandbox.launch import AskedBefore, Exit
 from jobworker.sandbox.link import Link
 
 log = logging.getLogger("jobworker.jobs")
 
 MAX_PENDING_SIGNALS = 64
+_MAX_GRACE_SECONDS = 1e12
+"""What the launcher counts, in milliseconds."""
 KILL_AGAIN_SECONDS = 1.0
+REPEATS_SECONDS = 120.0
+"""How long after a restart a stop by the same signal is taken for the earlier one, asked for again:
+a client that lost its connection does so as soon as it has another."""
 
 
 class _Cause(Enum):
     """Who asked for an end."""
 
-    STOP = "stop"
-    TIMEOUT = "timeout"
-    OUTPUT = "output"
+    STOP = STOP
+    TIMEOUT = TIMEOUT
+    OUTPUT = OUTPUT
 
 
 @define(eq=False, kw_only=True)
@@ -46,6 +58,8 @@ class Ending:
     _link: Link
     _grace_seconds: float
     """What a request that names no grace period gives."""
+    _told: Callable[[], None] = lambda: None
+    """Called when the launcher was told of what was asked for, or could not be."""
     exited: bool = field(default=False, init=False)
     """Whether its end is known: what is asked for now is too late."""
     stopping: bool = field(default=False, init=False)
@@ -54,6 +68,9 @@ class Ending:
     """What was asked for first."""
     _reached: bool = field(default=False, init=False)
     """Whether a signal reached the job for it; else it ended by itself meanwhile."""
+    _sent_before: frozenset[int] = field(default=frozenset(), init=False)
+    """Signals that an earlier service has sent."""
+    _repeats_until: float = field(default=-math.inf, init=False)
     _grace: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _signals: trio.MemorySendChannel[signal.Signals] = field(init=False)
     _wanted: trio.MemoryReceiveChannel[signal.Signals] = field(init=False)
@@ -79,6 +96,14 @@ class Ending:
         """Take what is asked for next as what an earlier service saw to, as far as it came."""
         self._reached = True
 
+    def resume(self, asked: AskedBefore) -> None:
+        """Go on with what an earlier service asked for: its cause, its deadline, no new signal."""
+        self._cause, self._reached = _Cause(asked.cause), True
+        self.stopping = self._cause is _Cause.STOP
+        now = trio.current_time()
+        self._grace.deadline = now + max(0.0, asked.kill_in_seconds)
+        self._sent_before, self._repeats_until = asked.signals, now + REPEATS_SECONDS
+
     async def time_out(self, seconds: float | None) -> None:
         """Ask for the end after so many seconds; None or 0 is never."""
         await trio.sleep(math.inf if not seconds else max(0.0, seconds))
@@ -90,6 +115,8 @@ class Ending:
         self._cause = self._cause or cause
         grace = self._grace_seconds if grace_seconds is None else grace_seconds
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
+        if number in self._sent_before and trio.current_time() < self._repeats_until:
+            return
         # It may have been told often enough, or have ended.
         with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             self._signals.send_nowait(number)
@@ -99,12 +126,14 @@ class Ending:
         with self._grace:
             async for number in self._wanted:
                 try:
-                    delivered = await self._link.signal(self._job, number)
+                    delivered = await self._link.signal(self._job, number, self._as_ask())
                 except JobworkerError as error:
                     if _has_ended(error):
                         return
                     log.warning("job %d: cannot send it %s: %s", self._job, number.name, error)
                     continue
+                finally:
+                    self._told()
                 self._reached = True
                 if not delivered:
                     break  # it would not even notice: waiting for it is in vain
@@ -114,7 +143,7 @@ class Ending:
         """Kill the job, however often that has to be tried."""
         while True:
             try:
-                await self._link.kill(self._job)
+                await self._link.kill(self._job, self._as_ask())
             except JobworkerError as error:
                 if _has_ended(error):
                     return
@@ -123,6 +152,13 @@ class Ending:
             else:
                 self._reached = True
                 return
+            finally:
+                self._told()
+
+    def _as_ask(self) -> Ask:
+        assert self._cause is not None
+        seconds = min(self._grace.deadline - trio.current_time(), _MAX_GRACE_SECONDS)
+        return Ask(self._cause.value, max(0, math.ceil(seconds * 1000)))
 
     def verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:
         """What is said of an end; None is a launcher that went under the job."""
@@ -154,11 +190,12 @@ class Ending:
 
 
 def _has_ended(error: JobworkerError) -> bool:
-    """Whether a refusal of the launcher says that there is nobody to be reached any more.
+    """Whether a refusal says that there is nobody to be reached any more: the job or the launcher
+    has ended, or this service ends.
 
     Any other says that the launcher lacked something for a moment.
     """
-    gone = isinstance(error, (LauncherGone, NotFound))
+    gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
     return gone or error.data.get("errno") == errno.ESRCH
 
 

@@ -26,6 +26,7 @@ from jobworker.errors import (
     InternalError,
     JobworkerError,
     LauncherGone,
+    LauncherSilent,
     NotFound,
     OutOfDescriptors,
     OutputError,
@@ -41,6 +42,7 @@ from jobworker.jobs.spool import Spool
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,
+    JobId,
     JobRecord,
     JobSpec,
     Limits,
@@ -51,15 +53,19 @@ from jobworker.model.job import (
 )
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
+from jobworker.sandbox import cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Notices, Started
+from jobworker.sandbox.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 
 RECORD_AGAIN_SECONDS = 1.0
 START_AGAIN_SECONDS = 1.0
 TELL_AGAIN_SECONDS = 60.0
+START_PATIENCE_SECONDS = 1.0
+"""What a start still gets once nobody wants it any more: most are through by then."""
 _SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE})
 
 Clock = Callable[[], datetime]
@@ -103,6 +109,10 @@ class Execution:
     forgotten: trio.Event = field(factory=trio.Event, init=False)
     """Set once the supervisor knows it no more: all that is left is on the disk."""
     _waits_for_the_next: bool = field(default=False, init=False)
+    _left: bool = field(default=False, init=False)
+    """Whether nothing of it is waited for any more: this service ends."""
+    _unwanted: trio.Event = field(factory=trio.Event, init=False)
+    """Set once its start is not waited for any longer."""
     refused: bool = field(default=False, init=False)
     """Whether its client was told that it could not be admitted."""
     start_error: JobworkerError | None = field(default=None, init=False)
@@ -119,7 +129,10 @@ class Execution:
 
     def __attrs_post_init__(self) -> None:
         self._ending = Ending(
-            job=self.record.id, link=self._link, grace_seconds=self._rules.stop_grace_seconds
+            job=self.record.id,
+            link=self._link,
+            grace_seconds=self._rules.stop_grace_seconds,
+            told=self._on_told,
         )
 
     @property
@@ -136,8 +149,15 @@ class Execution:
             return
         if self.record.stop_requested_at is None:
             self.record = evolve(self.record, stop_requested_at=self._clock())
-            self._changed.set()
         self._ending.stop(number, grace_seconds)
+        self._unwanted.set()
+        if not self._link.keeps_asks:  # then the record alone tells the next service
+            self._changed.set()
+
+    def _on_told(self) -> None:
+        """Record a stop: the launcher has it, so that the next service finds all of it there."""
+        if self.record.stop_requested_at is not None:
+            self._changed.set()
 
     def refuse(self) -> None:
         """Take back a job whose admission could not be recorded: its client is told that.
@@ -146,23 +166,37 @@ class Execution:
         """
         self.refused = True
         self._ending.stop(signal.SIGKILL, 0)
+        self._unwanted.set()
 
     def inherit(self, started: Started, exits: Exits) -> None:
         """Go on with a job that an earlier service has started: before `run`."""
         self._inherited = (started, exits)
         self.spool.restore_discarded(self.record.discarded_bytes)
+        if started.asked is not None:
+            self._ending.resume(started.asked)
+            if self._ending.stopping and self.record.stop_requested_at is None:
+                ago = timedelta(seconds=started.asked.seconds_ago)
+                self.record = evolve(self.record, stop_requested_at=self._clock() - ago)
+                self._changed.set()
+            return
+        # The launcher was not told, or is one of before, which was told and did not keep it.
         if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
-            self._ending.go_on()
+            if not self._link.keeps_asks:
+                self._ending.go_on()
             self._ending.stop_for_output()
-        if self.record.stop_requested_at is not None:  # it may not have been told, or not killed
-            self._ending.go_on()
+        if self.record.stop_requested_at is not None:
+            if not self._link.keeps_asks:
+                self._ending.go_on()
             self.request_stop(signal.SIGTERM, None)
 
     def leave(self, *, anyway: bool = False) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end.
 
-        With `anyway` that one too: the stop is recorded, and the next service goes on with it.
+        A start under way is given up, and the job waits for the next service. With `anyway` nothing
+        is waited for: a stop is recorded, and the next service goes on with it.
         """
+        self._left = self._left or anyway
+        self._unwanted.set()
         if anyway or not self._ending.under_way:
             self._company.cancel()
 
@@ -216,7 +250,7 @@ class Execution:
             while True:
                 self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
-            if self._changed.is_set():
+            if self._changed.is_set() or self._ending.stopping:
                 await self.store()
             self.part()
         else:
@@ -242,9 +276,18 @@ class Execution:
             try:
                 spec = await self._whole_spec()
                 order = order_of(spec, self.record.id, await self.secrets.values())
-                begun = await self._link.spawn(self.record.id, order, limits_of(spec))
+                begun = await self._spawn(order, limits_of(spec))
                 break
             except JobworkerError as error:
+                if self._left:  # what became of the start, the next service will see
+                    self.start_error = _undecided(self.record.id)
+                    self.part()
+                    self.decided.set()
+                    return None
+                if _is_given_up(error):
+                    self.record = evolve(self.record, state=State.PENDING)
+                    await self.store()
+                    continue
                 if self.admitted_at_once or not _may_pass(error):
                     await self._end_unstarted(error)
                     return None
@@ -259,6 +302,24 @@ class Execution:
         self.shorten()
         self.record = self._advanced(Event.START, started_at=self._clock())
         return begun
+
+    async def _spawn(self, order: Order, limits: cgroups.Limits) -> tuple[Started, Exits]:
+        """Have the launcher start the job, or give that up where it is not wanted any more."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_up_unwanted)
+            try:
+                return await self._link.spawn(self.record.id, order, limits)
+            except JobworkerError as error:
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+        raise failure
+
+    async def _give_up_unwanted(self) -> None:
+        await self._unwanted.wait()
+        await trio.sleep(START_PATIENCE_SECONDS)
+        with suppress(JobworkerError):
+            await self._link.give_up_start(self.record.id)
 
     async def _whole_spec(self) -> JobSpec:
         """What was asked for, also where only the history has all of it. Raises JobworkerError."""
@@ -467,7 +528,7 @@ class Execution:
             try:
                 await self._link.remove(self.record.id)
             except JobworkerError as error:
-                gone = isinstance(error, (LauncherGone, NotFound))
+                gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
                 level = logging.DEBUG if gone else logging.ERROR
                 log.log(level, "job %d: the launcher keeps it: %s", self.record.id, error)
 
@@ -487,6 +548,20 @@ class Execution:
         if state in TERMINAL:
             changes.setdefault("ended_at", self._ended_at(0))
         return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]
+
+
+def _undecided(job: JobId) -> LauncherSilent:
+    return LauncherSilent(
+        f"cannot tell what becomes of job {job}: the service is shutting down, and the launcher "
+        "has not answered",
+        remedy=f"do not run it again before `worker-cli status {job}` tells what became of it",
+        data={"job": job},
+    )
+
+
+def _is_given_up(error: JobworkerError) -> bool:
+    """Whether a start failed because we asked for that: the program has not run."""
+    return error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
 
 
 def _may_pass(error: JobworkerError) -> bool:

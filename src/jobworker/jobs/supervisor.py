@@ -45,9 +45,15 @@ from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
 from jobworker.model.made import altered
-from jobworker.sandbox.link import Link, launcher_silent
+from jobworker.sandbox.link import Link, Waitable, launcher_silent
 from jobworker.threads import in_thread
 
+DECIDE_SECONDS = 5.0
+"""What starts under way get at the end of the service, and the launcher to give them up."""
+KILL_SECONDS = 10.0
+"""What jobs get to be gone after SIGKILL: as the launcher gives them at its own end."""
+REMOVE_SECONDS = 3.0
+"""What the launcher gets to take back what ended jobs had."""
 _NOT_YET = JobId(1)
 """Stands for the number that a job would get."""
 log = logging.getLogger("jobworker.jobs")
@@ -469,17 +475,19 @@ class Supervisor:
             await self._all_arrived.wait()
 
     async def shut_down(self, grace_seconds: float) -> None:
-        """Take nothing more, stop every job and wait for the ends."""
+        """Take nothing more, stop every job and wait for the ends, if they come in time."""
         await self._close()
         executions = list(self._live.values())
         for execution in executions:
             self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
-        await self._all(execution.over for execution in executions)
+        await self._all((each.parted for each in executions), grace_seconds + KILL_SECONDS)
+        await self._let_go(executions)
 
     async def leave(self) -> None:
         """Take nothing more, and let go of every job.
 
-        Those that start get the time for it, and those that are being stopped the usual grace.
+        Those that start get some time for it, and those that are being stopped the usual grace.
+        What is undecided then is left to the next service.
         """
         await self._close()
         for waiting in self._pending:
@@ -489,24 +497,33 @@ class Supervisor:
         executions = list(self._live.values())
         for execution in executions:
             execution.wait_for_the_next()
-        await self._all(execution.decided for execution in executions)
+        await self._all((each.decided for each in executions), DECIDE_SECONDS)
         for execution in executions:
             execution.leave()
-        with trio.move_on_after(self._rules.stop_grace_seconds):
-            await self._all(execution.over for execution in executions)
+        await self._all((each.decided for each in executions), DECIDE_SECONDS)
+        await self._all((each.parted for each in executions), self._rules.stop_grace_seconds)
+        await self._let_go(executions)
+
+    async def _let_go(self, executions: Collection[Execution]) -> None:
+        """Have nothing more to do with jobs and launcher, whatever is still open between them.
+
+        An end that was told is recorded, and what the launcher has not forgotten by then is removed
+        by the next service.
+        """
         for execution in executions:
             execution.leave(anyway=True)
-        await self._all(execution.over for execution in executions)
+        await self._all((each.over for each in executions), REMOVE_SECONDS)
+        open_ones = [str(each.record.id) for each in executions if not each.over.is_set()]
+        if self._link.silent:
+            log.error("the launcher does not answer; it is left as it is")
+        elif open_ones:
+            log.error("left with the launcher still busy with them: jobs %s", ", ".join(open_ones))
+        self._link.give_up()
+        for execution in executions:
+            await execution.over.wait()
 
-    async def _all(self, events: Iterable[trio.Event]) -> None:
-        """Wait for all events, as long as the launcher answers.
-
-        One that does not is given up: its jobs are as if it had ended, and waits for it end.
-        """
-        try:
+    async def _all(self, events: Iterable[Waitable], seconds: float) -> None:
+        """Wait for all events for so many seconds at most, and as long as the launcher answers."""
+        with trio.move_on_after(seconds), suppress(LauncherSilent):
             for event in events:
                 await self._link.wait_unless_silent(event)
-        except LauncherSilent:
-            if not self._link.given_up:
-                log.error("the launcher does not answer; it is left as it is")
-            self._link.give_up()

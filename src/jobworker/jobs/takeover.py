@@ -253,7 +253,7 @@ def _cannot_wait_again(record: JobRecord) -> str:
 
 async def _remove(link: Link, job: JobId) -> None:
     _let_go(*link.inherited[job])
-    await link.remove(job)
+    await link.begin_to_remove(job)  # a start waits for its place, where it needs that
 
 
 def _let_go(started: Started, exits: Exits) -> None:

@@ -20,6 +20,7 @@ from jobworker.errors import SandboxError
 from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
+from jobworker.sandbox.asks import Asked
 from jobworker.sandbox.cgroup_scope import Want
 from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
 from jobworker.sandbox.channel import Message, close_all
@@ -56,6 +57,11 @@ NO_ERRAND = trampoline.Errand(b"", "", "", ())
 
 class Child:
     """A process on its way to becoming a job, or a job."""
+
+    asked: Asked | None = None
+    """What was asked for of its end, for the next service."""
+    start_by = 0
+    """When its start is given up: at which look at starts (`launcher_jobs`)."""
 
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope

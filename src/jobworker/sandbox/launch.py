@@ -60,6 +60,19 @@ class Exit:
 
 
 @frozen(kw_only=True)
+class AskedBefore:
+    """What an earlier service has asked for of a job's end: see `sandbox.asks`."""
+
+    cause: str
+    seconds_ago: float
+    """How long ago that was asked for first."""
+    kill_in_seconds: float
+    """When the job is to be killed; negative where that was due already."""
+    signals: frozenset[int]
+    """The signals that were sent for it."""
+
+
+@frozen(kw_only=True)
 class Listed:
     """A job that the launcher has kept, and the read ends of its pipes."""
 
@@ -73,6 +86,8 @@ class Listed:
     stderr: int
     network_end: str = ""
     """Why it lost its private network, if it did."""
+    asked: AskedBefore | None = None
+    """None where nobody asked for its end, or an earlier launcher did not keep that."""
 
 
 @frozen(kw_only=True)
@@ -87,6 +102,9 @@ class OpenedLauncher:
     """What it was told at its start, as `policy_message` writes it."""
     bounds_disks: bool
     """Whether each job has a disk of its own."""
+    keeps_asks: bool = False
+    """Whether it takes and keeps why a job is sent a signal, and gives up starts that nobody wants
+    any more: one of before does not."""
     jobs: tuple[Listed, ...] = ()
 
     def close(self) -> None:
@@ -220,6 +238,7 @@ def _check_version(problem: str) -> None:
 
 
 class _Facts(TypedDict):
+    keeps_asks: bool
     cgroup_kind: str
     gaps: tuple[str, ...]
     policy: Mapping[str, object]
@@ -235,6 +254,7 @@ def _facts(hello: channel.Message) -> _Facts:
         "gaps": tuple(gaps),
         "policy": policy,
         "bounds_disks": hello["bounds_disks"] is True,
+        "keeps_asks": hello.get("keeps_asks") is True,
     }
 
 
@@ -284,6 +304,18 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
         stdout=stdout,
         stderr=stderr,
         network_end=str(entry.get("network_end", "")),  # an earlier launcher does not tell
+        asked=_asked_from(entry.get("asked")),
+    )
+
+
+def _asked_from(told: object) -> AskedBefore | None:
+    if not isinstance(told, dict):
+        return None
+    return AskedBefore(
+        cause=str(told["cause"]),
+        seconds_ago=float(told["seconds_ago"]),
+        kill_in_seconds=float(told["kill_in_seconds"]),
+        signals=frozenset(map(int, told["signals"])),
     )
 
 

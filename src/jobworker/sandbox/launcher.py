@@ -107,7 +107,7 @@ def main(descriptor: int) -> NoReturn:
         gc.disable()
         gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
         hello: channel.Message = {"ready": tree.kind, "gaps": gaps, "policy": message}
-        hello["bounds_disks"] = has_rights
+        hello["bounds_disks"], hello["keeps_asks"] = has_rights, True
         launcher = Launcher(nursery, policy.spares, hello, locks)
         if "listener" not in carried:
             launcher.serve_one(link)

@@ -33,6 +33,7 @@ from functools import partial
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline, wall
 from jobworker.sandbox.announce import say
+from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroups import Limits, Usage
 from jobworker.sandbox.children import Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
@@ -45,6 +46,12 @@ from jobworker.sandbox.zombies import Zombies
 
 REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""
+START_SECONDS = 30.0
+"""A start that takes longer is given up: what holds it may hold it for ever."""
+GIVE_UP_SECONDS = 3.0
+"""How long what is left of a failed start may delay the word of that."""
+LOOK_AT_STARTS_SECONDS = 0.5
+"""The time of a start is counted in looks: a launcher that was stopped itself gives nothing up."""
 LOOK_AGAIN_SECONDS = 0.1
 TOGETHER_SECONDS = 0.1
 """A kill of a whole control group ends a job and its gateway at most this far apart."""
@@ -67,6 +74,12 @@ _NO_MEMORY_ABOVE: channel.Message = {
     "detail": "the host, or a control group above the job's, has none left",
 }
 
+_GIVEN_UP: channel.Message = {
+    "step": "start",
+    "errno": errno.ECANCELED,
+    "detail": "its start was given up, and its program was not executed",
+}
+
 _HEEDED = ("SigBlk:", "SigIgn:", "SigCgt:")
 
 Tell = Callable[[channel.Message, Sequence[int]], None]
@@ -81,8 +94,9 @@ class Jobs:
         self._children: set[Child] = set()
         self._spares: deque[Child] = deque()
         self._jobs: dict[int, Child] = {}
-        self._late: deque[tuple[int, requests.Spawn]] = deque()
-        """Starts that wait for a place which an ended child still has."""
+        self._late: deque[tuple[int, requests.Spawn, int]] = deque()
+        """Starts that wait for a place which an ended child still has, and until which look."""
+        self._looks = 0
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
         """Ended children whose scope could not be removed yet; tried again."""
@@ -136,9 +150,8 @@ class Jobs:
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""
         self._late.clear()
-        for child in self._children:
+        for child in list(self._children):
             child.when_cleared = None
-        for child in list(self._jobs.values()):
             if child.request is not None:
                 child.request = None
                 self.remove(child)
@@ -166,14 +179,69 @@ class Jobs:
             raise SandboxError(
                 "every place is in use, by jobs that were not removed", data={"step": "place"}
             )
-        if request.job in self._jobs or any(late.job == request.job for _, late in self._late):
+        if request.job in self._jobs or self._is_late(request.job):
             raise SandboxError(
                 "the job's id is in use", data={"step": "job", "errno": errno.EEXIST}
             )
+        if not self._turns.is_set(self._look_at_starts):
+            self._turns.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
+        by = self._looks + round(START_SECONDS / LOOK_AT_STARTS_SECONDS)
         if self._late or self._must_wait(request.order):
-            self._late.append((number, request))
+            self._late.append((number, request, by))
         else:
-            self._start(number, request)
+            self._start(number, request, by)
+
+    def _is_late(self, job: int) -> bool:
+        return any(request.job == job for _, request, _ in self._late)
+
+    def give_up_start(self, job: int) -> bool:
+        """Kill what is to become a job: False where nothing is, or its program runs.
+
+        The spawn is refused then, as soon as nothing of it is left.
+        """
+        if self._is_late(job):
+            self._refuse_late(lambda request, _: request.job == job, _GIVEN_UP)
+            return True
+        child = self._jobs.get(job)
+        return child is not None and self._give_up(child, _GIVEN_UP)
+
+    def _give_up(self, child: Child, why: channel.Message) -> bool:
+        if child.request is not None and child.sock is not None:
+            self._on_word(child)  # its program may run by now
+        if child.request is None:
+            return False
+        child.failure = child.failure or why
+        child.start_by = min(child.start_by, self._looks)
+        self.kill(child)
+        return True
+
+    def _look_at_starts(self) -> None:
+        """Give up starts that take too long, and tell of those that cannot even be ended."""
+        self._looks += 1
+        self._refuse_late(lambda _, by: by <= self._looks, _too_long("no place became free"))
+        starting = [child for child in self._children if child.request is not None]
+        patience = round(GIVE_UP_SECONDS / LOOK_AT_STARTS_SECONDS)
+        for child in starting:
+            if child.start_by + patience <= self._looks:
+                self._abandon(child)
+            elif child.start_by <= self._looks and child.failure is None:
+                held = "its program was not executed" if child.ready else "its sandbox was not made"
+                self._give_up(child, _too_long(held))
+        if starting or self._late:
+            self._turns.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
+
+    def _refuse_late(
+        self, applies: Callable[[requests.Spawn, int], bool], why: channel.Message
+    ) -> None:
+        for late in [each for each in self._late if applies(each[1], each[2])]:
+            self._late.remove(late)
+            self._tell({"id": late[0], "error": why}, ())
+
+    def _abandon(self, child: Child) -> None:
+        """Tell that a start has failed though something of it is left: its place stays taken."""
+        say(f"{child.slot.name} cannot be cleared away: its start failed: {child.failure}")
+        self._tell_failure(child, None)
+        self._forget(child)
 
     def _must_wait(self, order: Order) -> bool:
         """Whether an order needs a place, and the last ones are about to become free."""
@@ -185,18 +253,18 @@ class Jobs:
 
     def _start_late(self) -> None:
         while self._late and not self._must_wait(self._late[0][1].order):
-            number, request = self._late.popleft()
+            number, request, by = self._late.popleft()
             try:
-                self._start(number, request)
+                self._start(number, request, by)
             except (OSError, JobworkerError) as error:
                 self._tell({"id": number, "error": problem("spawn", error)}, ())
 
-    def _start(self, number: int, request: requests.Spawn) -> None:
+    def _start(self, number: int, request: requests.Spawn, by: int) -> None:
         errand = trampoline.errand(*finish(request.order))
         if not self._turns.is_set(self._refill):
             self._turns.call_in(REFILL_SECONDS, self._refill)
         if not fits_spare(request.order, self._nursery.usual_disk_bytes):
-            self._order_new(self._make(request.order), number, request, errand)
+            self._order_new(self._make(request.order), number, request, errand, by)
             return
         while self._spares:
             spare = self._spares.popleft()
@@ -204,31 +272,36 @@ class Jobs:
                 self.kill(spare)
                 continue
             try:
-                self._order(spare, number, request, errand)
+                self._order(spare, number, request, errand, by)
                 return
             except OSError as error:  # it has died while it waited
                 say(f"a spare is lost: {error}")
         if self._must_wait(request.order):  # for the places of spares that were no good
-            self._late.appendleft((number, request))
+            self._late.appendleft((number, request, by))
             return
-        self._order_new(self._make(), number, request, errand)
+        self._order_new(self._make(), number, request, errand, by)
 
     def plan(self, request: requests.PlanOf) -> list[tuple[str, str, str]]:
         """The steps of a start, as `plan.explain` tells them. Raises what would refuse it."""
         return self._nursery.plan(request.order, request.limits)
 
     def _order_new(
-        self, child: Child, number: int, request: requests.Spawn, errand: trampoline.Errand
+        self,
+        child: Child,
+        number: int,
+        request: requests.Spawn,
+        errand: trampoline.Errand,
+        by: int,
     ) -> None:
         """Have a child that was made for this become the job.
 
         It may have failed already: then its own words, which come with its end, say why.
         """
         try:
-            self._order(child, number, request, errand)
+            self._order(child, number, request, errand, by)
         except (ProcessLookupError, BrokenPipeError, ConnectionResetError):
             self._jobs[request.job] = child
-            child.job, child.request = request.job, number
+            child.job, child.request, child.start_by = request.job, number, by
 
     def _order(
         self,
@@ -236,6 +309,7 @@ class Jobs:
         number: int,
         request: requests.Spawn,
         errand: trampoline.Errand,
+        by: int,
     ) -> None:
         """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
         try:
@@ -247,7 +321,7 @@ class Jobs:
             self.kill(child)
             raise
         self._jobs[request.job] = child
-        child.job, child.request = request.job, number
+        child.job, child.request, child.start_by = request.job, number, by
 
     def _make(self, order: Order | None = None) -> Child:
         try:
@@ -346,11 +420,11 @@ class Jobs:
         if child.sock is not None:  # its last words come before its end
             self._on_word(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
-            number, failure = child.request, child.failure or _DIED
             if child.final_want:
                 over = child.final_want == "limit"
-                failure = _TOO_LITTLE_MEMORY if over else _NO_MEMORY_ABOVE
-            child.when_cleared = partial(self._tell, {"id": number, "error": failure}, ())
+                child.failure = _TOO_LITTLE_MEMORY if over else _NO_MEMORY_ABOVE
+            child.start_by = min(child.start_by, self._looks)
+            child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
             self._forget(child)
         elif child.job is None:
             if child.failure is not None:
@@ -361,6 +435,13 @@ class Jobs:
                 child.lost.append("")
             self._inspect_volumes(child)
         self._clear(child)
+
+    def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
+        if child.request is not None:  # else it was told already, or nobody waits for it
+            self._tell({"id": child.request, "error": child.failure or _DIED}, ())
+            child.request = None
+        if removed is not None:  # it was told to be, while it started
+            removed()
 
     def _inspect_volumes(self, child: Child) -> None:
         """Find out whether what the job wrote to its volumes is there, and tell its end."""
@@ -539,6 +620,14 @@ class Jobs:
         self._watch_sweepers()
 
 
+def _too_long(held: str) -> channel.Message:
+    return {
+        "step": "start",
+        "errno": errno.ETIMEDOUT,
+        "detail": f"{held} within {START_SECONDS:.0f} s",
+    }
+
+
 def listed(child: Child) -> channel.Message:
     """What a service that takes a job over has to know of it, its pipes aside."""
     return {
@@ -549,7 +638,20 @@ def listed(child: Child) -> channel.Message:
         "exit": _end(child) if child.end_is_known else None,
         **_measured(child),
         "network_end": child.network_end,
+        "asked": None if child.asked is None else child.asked.told(time.monotonic()),
     }
+
+
+def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = False) -> None:
+    """Keep why a live job was sent a signal; `at_once` where only its kill is left to be done."""
+    if ask is None or child.exit is not None:
+        return
+    if at_once:
+        ask = ask._replace(kill_in_ms=0)
+    now = time.monotonic()
+    if child.asked is None:
+        child.asked = Asked(ask, now)
+    child.asked.add(ask, number, now)
 
 
 def _measured(child: Child) -> channel.Message:

@@ -31,7 +31,7 @@ from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.doorway import Doorway
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed, problem
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, keep_ask, listed, problem
 from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
 from jobworker.sandbox.version import PROTOCOL, mismatch
@@ -165,13 +165,19 @@ class Launcher:
         if isinstance(request, requests.Spawn):
             self._jobs.spawn(number, request)
             return
+        if isinstance(request, requests.GiveUpStart):
+            self._reply(number, {"given_up": self._jobs.give_up_start(request.job)})
+            return
         child = self._jobs.find(request.job)
         if child is None:
             gone: channel.Message = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
             self._refuse(number, gone)
         elif isinstance(request, requests.Signal):
-            self._reply(number, {"delivered": deliver(child, request.number)})
+            delivered = deliver(child, request.number)
+            keep_ask(child, request.ask, request.number, at_once=not delivered)
+            self._reply(number, {"delivered": delivered})
         elif isinstance(request, requests.Kill):
+            keep_ask(child, request.ask, signal.SIGKILL, at_once=True)
             self._jobs.kill(child)
             self._reply(number, {})
         elif isinstance(request, requests.UsageOf):

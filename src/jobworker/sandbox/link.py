@@ -22,8 +22,10 @@ from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, OutOf
 from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
+from jobworker.sandbox.asks import Ask
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.launch import (
+    AskedBefore,
     Exit,
     LauncherProcess,
     Listed,
@@ -56,6 +58,8 @@ class Started:
     age_seconds: float = 0.0
     """How long it had run when this was told."""
     notices: Notices = Factory(_no_notices)
+    asked: AskedBefore | None = None
+    """What an earlier service has asked for of its end."""
 
 
 log = logging.getLogger("jobworker.sandbox")
@@ -108,6 +112,9 @@ class Link:
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    keeps_asks: bool = False
+    """Whether the launcher keeps why a job was sent a signal, for the next service, and gives up
+    starts."""
     given_up: bool = False
     """Whether it is asked nothing more, as after `give_up`."""
     silent: bool = False
@@ -136,6 +143,7 @@ class Link:
                 stderr=listed.stderr,
                 age_seconds=listed.age_seconds,
                 notices=notices,
+                asked=listed.asked,
             )
             taken[JobId(listed.job)] = (started, receive)
         self.inherited = taken
@@ -189,18 +197,37 @@ class Link:
         assert isinstance(steps, list)
         return [(str(name), str(subject), str(what)) for name, subject, what in steps]
 
-    async def signal(self, job: JobId, number: signal.Signals) -> bool:
-        """Send a signal to the job's first process; False if that has no handler for it."""
-        message, _ = await self._ask("signal", job, {"signal": int(number)})
+    async def signal(self, job: JobId, number: signal.Signals, ask: Ask | None = None) -> bool:
+        """Send a signal to the job's first process; False if that has no handler for it.
+
+        The launcher keeps `ask` for the next service, if it can.
+        """
+        message, _ = await self._ask("signal", job, {"signal": int(number), **self._kept(ask)})
         return message["delivered"] is True
 
-    async def kill(self, job: JobId) -> None:
-        """End every process of the job with SIGKILL; its `Exit` follows."""
-        await self._ask("kill", job)
+    async def kill(self, job: JobId, ask: Ask | None = None) -> None:
+        """End every process of the job with SIGKILL, and have `ask` kept; its `Exit` follows."""
+        await self._ask("kill", job, self._kept(ask))
+
+    def _kept(self, ask: Ask | None) -> Mapping[str, object]:
+        return ask._asdict() if ask is not None and self.keeps_asks else {}
+
+    async def give_up_start(self, job: JobId) -> None:
+        """Have a start under way fail, if the launcher can; a program that runs goes on."""
+        if self.keeps_asks:
+            await self._ask("give_up", job)
 
     async def remove(self, job: JobId) -> None:
-        """Have the launcher forget a job, with its scope and files; a live one is killed."""
+        """Have the launcher forget a job, with its scope and files; a live one is killed.
+
+        Returns when its place is free.
+        """
         await self._ask("remove", job)
+
+    async def begin_to_remove(self, job: JobId) -> None:
+        """As `remove`, but return at once: what holds its place holds up nothing here."""
+        number, self._next = self._next, self._next + 1
+        await self._send({"id": number, "op": "remove", "job": job})
 
     async def usage(self, job: JobId) -> Usage:
         """What the job has used so far."""
@@ -240,13 +267,13 @@ class Link:
     ) -> tuple[Mapping[str, object], list[int]]:
         """Send a request and wait for its reply.
 
-        A request that went out has its effect, so whoever waits is shielded: the launcher
-        answers every request or ends, and both wake the waiter. A request that is not `patient`
+        A request that went out has its effect, so whoever waits is shielded, until the launcher
+        answers or ends, or is given up at the end of this service. A request that is not `patient`
         raises LauncherSilent where the launcher does neither; the rest, on which jobs' lives
         depend, goes on when it does.
         """
         if self.given_up:
-            raise _launcher_gone()
+            raise self._unanswered()
         if not patient and self.silent:
             raise launcher_silent()
         number, self._next = self._next, self._next + 1
@@ -265,7 +292,7 @@ class Link:
         if waiting.descriptors_lost:
             raise _out_of_descriptors()
         if waiting.message is None:
-            raise _launcher_gone()
+            raise self._unanswered()
         problem = waiting.message.get("error")
         if isinstance(problem, dict):
             raise explain(problem)
@@ -359,8 +386,23 @@ class Link:
             self.gone.set()
             self.give_up()
 
+    def _unanswered(self) -> JobworkerError:
+        if self.gone.is_set():
+            return LauncherGone(
+                "cannot serve the request: the launcher has ended", remedy="restart the service"
+            )
+        return LauncherSilent(
+            "cannot tell what becomes of the request: the service is shutting down, and the "
+            "launcher has not answered",
+            remedy="see what became of it once the next service is there",
+        )
+
     def give_up(self) -> None:
-        """Ask nothing more: every waiting request and every job hears as if it were gone."""
+        """Ask nothing more: no request waits longer, and no job's end is told any more.
+
+        For the end of the launcher, and for that of a service, which no request may hold up:
+        whoever waits gets LauncherSilent then.
+        """
         self.given_up = True
         for waiting in self._waiting.values():
             waiting.answered.set()
@@ -413,7 +455,7 @@ class Link:
 async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
     """Talk to a launcher; at exit one of our own ends with its jobs, and is waited for."""
     sock = trio.socket.from_stdlib_socket(launcher.sock)
-    link = Link(sock)
+    link = Link(sock, keeps_asks=launcher.keeps_asks)
     link.inherit(launcher.jobs)
     try:
         async with trio.open_nursery() as nursery:
@@ -493,9 +535,3 @@ async def _body_of(message: channel.Message) -> bytes:
             made = 0
             await trio.lowlevel.checkpoint()
     return "".join(body).encode()
-
-
-def _launcher_gone() -> LauncherGone:
-    return LauncherGone(
-        "cannot serve the request: the launcher has ended", remedy="restart the service"
-    )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jobworker.errors import ProtocolError
+from jobworker.sandbox.asks import CAUSES, Ask
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.plan import Order
 from jobworker.storage import (
@@ -55,10 +56,19 @@ class Signal(NamedTuple):
 
     job: int
     number: int
+    ask: Ask | None = None
+    """Why, which the launcher keeps; a service of before does not tell."""
 
 
 class Kill(NamedTuple):
     """End every process of a job."""
+
+    job: int
+    ask: Ask | None = None
+
+
+class GiveUpStart(NamedTuple):
+    """Kill what is to become a job, unless its program runs already: the spawn is refused then."""
 
     job: int
 
@@ -118,12 +128,12 @@ class ListVolumes(NamedTuple):
 
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
-OfAJob = Spawn | Signal | Kill | Remove | UsageOf
+OfAJob = Spawn | GiveUpStart | Signal | Kill | Remove | UsageOf
 Question = PlanOf | ListJobs | TimesOfTurns | PromisedBytes | Ping
 Request = VolumeRequest | OfAJob | Question | Hello
 
-_OF_A_JOB: dict[str, type[Kill | Remove | UsageOf]] = {
-    "kill": Kill,
+_OF_A_JOB: dict[str, type[GiveUpStart | Remove | UsageOf]] = {
+    "give_up": GiveUpStart,
     "remove": Remove,
     "usage": UsageOf,
 }
@@ -140,7 +150,8 @@ _FIELDS: dict[str, frozenset[str]] = {
     "list": frozenset({"after"}),
     "plan": _START,
     "spawn": _START,
-    "signal": frozenset({"signal"}),
+    "kill": frozenset(Ask._fields),
+    "signal": frozenset({"signal", *Ask._fields}),
     "volume.create": frozenset({"name", "size_bytes", "thin"}),
     "volume.remove": frozenset({"name"}),
 }
@@ -171,7 +182,9 @@ def _parse(message: Mapping[str, object]) -> tuple[int, Request]:
     if operation == "spawn":
         return number, Spawn(job, _order(message), _limits(message))
     if operation == "signal":
-        return number, Signal(job, _integer(message, "signal", 1, MAX_SIGNAL))
+        return number, Signal(job, _integer(message, "signal", 1, MAX_SIGNAL), _ask(message))
+    if operation == "kill":
+        return number, Kill(job, _ask(message))
     if type(operation) is str and operation in _OF_A_JOB:
         return number, _OF_A_JOB[operation](job)
     raise ProtocolError("cannot take the request: op is none of the launcher's operations")
@@ -230,6 +243,17 @@ def _text(value: object, key: str) -> str:
     if size > MAX_TEXT_BYTES:
         raise ProtocolError(f"cannot take the request: {key} is too long or no Unicode")
     return value
+
+
+def _ask(message: Mapping[str, object]) -> Ask | None:
+    if not any(field in message for field in Ask._fields):
+        return None
+    cause = _text(message.get("cause"), "cause")
+    if cause not in CAUSES:
+        raise ProtocolError(
+            f"cannot take the request: cause is none of {', '.join(sorted(CAUSES))}"
+        )
+    return Ask(cause, _integer(message, "kill_in_ms", 0))
 
 
 def _order(message: Mapping[str, object]) -> Order:

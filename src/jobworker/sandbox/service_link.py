@@ -6,6 +6,9 @@ connection, since only a broken or hostile service sends one. Descriptors that c
 handed on unclosed: closing them may block (SO_LINGER), and so may closing the socket
 itself, which may hold more of them unread. `Disposal` does both elsewhere.
 
+What a service said before it was killed is served to the last request, though no reply reaches it:
+the signal that it sent for a client, say, with the reason for it.
+
 Standard library only.
 """
 
@@ -18,6 +21,8 @@ from jobworker.sandbox.outbox import Outbox
 from jobworker.sandbox.turns import Turns
 
 Serve = Callable[[int, requests.Request], None]
+_GONE = (BrokenPipeError, ConnectionResetError)
+"""Nobody reads what is sent any more; what the service said before may still wait to be read."""
 Lost = Callable[[str, list[int]], None]
 """Told once, when the connection has ended: why ("" where the service merely went), and the
 descriptors that are to be closed elsewhere."""
@@ -42,9 +47,8 @@ class ServiceLink:
         """Take one request, if there is one; whether there was."""
         strangers: list[int] = []
         try:
-            self._outbox.flush()
-            self._await_room()
-            received = channel.receive(self._sock)
+            self._flush()
+            received = self._receive()
             if received is None:
                 self._end("", [])
                 return False
@@ -69,10 +73,25 @@ class ServiceLink:
             return
         try:
             self._outbox.send(message, descriptors)
+        except _GONE:
+            self._outbox.close()  # its last words are heard all the same
         except OSError as error:
             self._end(str(error), [])
             return
         self._await_room()
+
+    def _flush(self) -> None:
+        try:
+            self._outbox.flush()
+        except _GONE:
+            self._outbox.close()
+        self._await_room()
+
+    def _receive(self) -> tuple[channel.Message, list[int]] | None:
+        try:
+            return channel.receive(self._sock)
+        except ConnectionResetError:  # told once, and before what waits to be read
+            return channel.receive(self._sock)
 
     def mute(self) -> None:
         """Take and send nothing more; the other side sees the end with this process's."""

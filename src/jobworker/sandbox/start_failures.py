@@ -67,6 +67,7 @@ _SPECIAL = {
     ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
+_HELD = "see what holds the launcher's processes (ps), and the disk below worker.state_dir"
 _WALL_REMEDY = (
     "let the launcher look into its own processes (kernel.yama.ptrace_scope below 3), "
     "or choose --network=host or --network=none"
@@ -123,6 +124,12 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     assert isinstance(code, int)
     reason = _reason(code) if code else str(detail)
     data: dict[str, object] = {"step": step, "errno": code, "detail": str(detail)}
+    if step == "start":
+        return SandboxError(
+            f"cannot start the job: {detail}",
+            remedy=_HELD if code == errno.ETIMEDOUT else "run it again",
+            data=data,
+        )
     if step == "execute":
         return _explain_execute(code, str(detail), reason, data)
     if step == "reply":

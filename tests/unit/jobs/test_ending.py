@@ -11,8 +11,9 @@ from jobworker.errors import NotFound, SandboxError
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
+from jobworker.sandbox.asks import OUTPUT, STOP, TIMEOUT, Ask
 from jobworker.sandbox.cgroup_scope import Want
-from jobworker.sandbox.launch import Exit, exit_from
+from jobworker.sandbox.launch import AskedBefore, Exit, exit_from
 
 EXITED = Exit(code=0, signal=None, usage=Usage())
 KILLED = Exit(code=None, signal=9, usage=Usage())
@@ -22,12 +23,14 @@ class OneJob:
     """A launcher with one job that heeds no signal but is there, or has ended."""
 
     def __init__(self) -> None:
-        self.there, self.got = True, list[int]()
+        self.there, self.got, self.asks = True, list[int](), list[Ask]()
 
-    async def signal(self, _: JobId, number: Signals) -> bool:
+    async def signal(self, _: JobId, number: Signals, ask: Ask) -> bool:
+        self.asks.append(ask)
         return await self._send(number)
 
-    async def kill(self, _: JobId) -> None:
+    async def kill(self, _: JobId, ask: Ask) -> None:
+        self.asks.append(ask)
         await self._send(SIGKILL)
 
     async def _send(self, number: Signals) -> bool:
@@ -81,9 +84,6 @@ async def test_job_that_has_ended_is_not_asked_for_again(autojump_clock: MockClo
     ending.stop(SIGTERM, None)
     with trio.fail_after(1):
         await ending.serve()
-
-
-STOP, OUTPUT, TIMEOUT = "stop", "output", "timeout"
 
 
 @pytest.mark.parametrize(
@@ -218,3 +218,61 @@ def test_launcher_of_another_release_need_not_tell_what_memory_was_wanted(
 ) -> None:
     message = {"code": None, "signal": 9, "usage": {"pids": 0, "oom_kills": kills}, **told}
     assert exit_from(message).want == want
+
+
+async def test_cause_and_deadline_go_with_the_signal(autojump_clock: MockClock) -> None:
+    launcher = OneJob()
+    ending = ending_of(launcher)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ending.serve)
+        await ending.time_out(1)
+        await wait_all_tasks_blocked()
+        ending.stop(SIGINT, 600)
+        await trio.sleep(20)
+        nursery.cancel_scope.cancel()
+    assert launcher.got == [SIGTERM, SIGINT, SIGKILL]
+    assert launcher.asks == [Ask(TIMEOUT, 5000), Ask(TIMEOUT, 5000), Ask(TIMEOUT, 0)]
+
+
+@pytest.mark.parametrize(
+    ("cause", "verdict"),
+    [
+        (STOP, (Event.STOP, None)),
+        (TIMEOUT, (Event.FAIL, Reason.TIMEOUT)),
+        (OUTPUT, (Event.FAIL, Reason.OUTPUT)),
+    ],
+)
+async def test_end_that_an_earlier_service_asked_for_is_gone_on_with(
+    autojump_clock: MockClock, cause: str, verdict: tuple[Event, Reason | None]
+) -> None:
+    """The same cause, the same deadline, and no signal that the job has got already."""
+    launcher = OneJob()
+    ending = ending_of(launcher)
+    asked = AskedBefore(
+        cause=cause, seconds_ago=50, kill_in_seconds=10, signals=frozenset({SIGINT})
+    )
+    ending.resume(asked)
+    ending.stop(SIGINT, 60)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ending.serve)
+        await trio.sleep(9)
+        assert launcher.got == []
+        await trio.sleep(2)
+    assert launcher.got == [SIGKILL]
+    assert ending.verdict(EXITED) == verdict
+
+
+async def test_later_stop_by_the_same_signal_is_a_new_one(autojump_clock: MockClock) -> None:
+    launcher = OneJob()
+    ending = ending_of(launcher)
+    ending.resume(
+        AskedBefore(cause=STOP, seconds_ago=0, kill_in_seconds=900, signals=frozenset({SIGINT}))
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ending.serve)
+        ending.stop(SIGTERM, 600)
+        await trio.sleep(300)
+        ending.stop(SIGINT, 600)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert launcher.got == [SIGTERM, SIGINT]

@@ -44,10 +44,18 @@ class FakeLink:
     spawned: list[JobId] = Factory(list)
     silent: bool = False
     given_up: bool = False
+    keeps_asks: bool = True
+    stuck: bool = False
+    """Whether no start is ever answered."""
+    let_go: trio.Event = Factory(trio.Event)
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
     async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
         await trio.lowlevel.checkpoint()
+        if self.stuck:
+            with trio.CancelScope(shield=True):
+                await self.let_go.wait()
+            raise LauncherSilent("cannot tell what becomes of the request")
         send, receive = trio.open_memory_channel[Exit](1)
         (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
         self._jobs[job] = send, [out_write, err_write]
@@ -76,6 +84,10 @@ class FakeLink:
 
     def give_up(self) -> None:
         self.given_up = True
+        self.let_go.set()
+
+    async def give_up_start(self, _: JobId) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def remove(self, _: JobId) -> None:
         await trio.lowlevel.checkpoint()
@@ -324,3 +336,21 @@ async def test_service_that_leaves_does_not_wait_for_a_silent_launcher(
         assert link.given_up
         assert not execution.ended.is_set()
     assert caplog.text.count("the launcher does not answer") == 1
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_service_that_ends_does_not_wait_for_a_start_that_is_never_answered(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, leaves: bool
+) -> None:
+    """It is the next service's to find out what became of it: no end is made up."""
+    async with (
+        supervising(tmp_path, max_running=1) as (supervisor, link, history),
+        trio.open_nursery() as nursery,
+    ):
+        link.stuck = True
+        nursery.start_soon(supervisor.submit, spec("held"), "alice")
+        while JobId(1) not in history.records:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        with trio.fail_after(30):
+            await (supervisor.leave() if leaves else supervisor.shut_down(5))
+    assert history.records[JobId(1)].state is State.INITIALIZING

@@ -9,9 +9,10 @@ import trio
 import trio.testing
 from attrs import evolve
 
-from jobworker.errors import LauncherGone, LauncherSilent
+from jobworker.errors import LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
+from jobworker.sandbox.asks import Ask
 from jobworker.sandbox.launch import Listed
 from jobworker.sandbox.link import Link
 
@@ -85,6 +86,26 @@ async def test_silent_launcher_that_is_given_up_has_not_answered(
     async with open_silent() as (link, _):
         link.give_up()
         await trio.testing.wait_all_tasks_blocked(0.01)
-        with pytest.raises(LauncherGone):
+        with pytest.raises(LauncherSilent, match="shutting down"):
             await link.kill(JobId(1))
     assert AGAIN not in caplog.text
+
+
+@pytest.mark.parametrize("keeps_asks", [False, True])
+async def test_launcher_of_before_is_not_told_what_it_cannot_keep(
+    autojump_clock: trio.testing.MockClock, keeps_asks: bool
+) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with trio.socket.from_stdlib_socket(near) as sock, far:
+        link = Link(sock, keeps_asks=keeps_asks)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.serve)
+            nursery.start_soon(link.kill, JobId(3), Ask("stop", 7))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            received = channel.receive(far)
+            assert received is not None
+            channel.send(far, {"id": 1, "ok": {}})
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.cancel_scope.cancel()
+    told = {"cause": "stop", "kill_in_ms": 7} if keeps_asks else {}
+    assert received[0] == {"id": 1, "op": "kill", "job": 3, **told}

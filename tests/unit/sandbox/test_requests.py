@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import requests as r
+from jobworker.sandbox.asks import CAUSES, Ask
 from jobworker.sandbox.cgroups import Limits
 from jobworker.sandbox.plan import Order
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
@@ -62,6 +63,7 @@ def test_spawn_is_taken_as_it_stands() -> None:
     [
         ("signal", r.Signal(3, 15)),
         ("kill", r.Kill(3)),
+        ("give_up", r.GiveUpStart(3)),
         ("remove", r.Remove(3)),
         ("usage", r.UsageOf(3)),
     ],
@@ -69,6 +71,20 @@ def test_spawn_is_taken_as_it_stands() -> None:
 def test_other_operations_name_a_job(operation: str, expected: r.Request) -> None:
     fields = {"signal": 15} if operation == "signal" else {}
     assert r.parse({"id": 0, "op": operation, "job": 3, **fields}) == (0, expected)
+
+
+@pytest.mark.parametrize("operation", ["signal", "kill"])
+def test_ask_for_an_end_is_checked(operation: str) -> None:
+    asked = {"id": 0, "op": operation, "job": 3, "cause": "timeout", "kill_in_ms": 5000}
+    asked |= {"signal": 15} if operation == "signal" else {}
+    _, request = r.parse(asked)
+    assert isinstance(request, r.Signal | r.Kill)
+    assert request.ask == Ask("timeout", 5000)
+    assert "cause is none of output, stop, timeout" in refused({**asked, "cause": "mine"})
+    for value in (-1, 1.5, None, True):
+        assert "kill_in_ms is no integer" in refused({**asked, "kill_in_ms": value})
+    del asked["kill_in_ms"]
+    assert "kill_in_ms is no integer" in refused(asked)
 
 
 def test_plan_is_asked_like_a_start_and_names_no_job() -> None:
@@ -212,7 +228,7 @@ near_texts: st.SearchStrategy[dict[str, object]] = st.builds(
     any_text.map(lambda text: f"/{text}"),
 )
 anything: st.SearchStrategy[dict[str, object]] = st.dictionaries(
-    st.sampled_from([*SPAWN, "signal"]) | any_text, plain_values
+    st.sampled_from([*SPAWN, "signal", "cause", "kill_in_ms"]) | any_text, plain_values
 )
 
 
@@ -238,6 +254,9 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
         return
     job = 1 if isinstance(request, r.PlanOf) else request.job
     numbers = [number, job]
+    if isinstance(request, r.Signal | r.Kill) and request.ask is not None:
+        assert request.ask.cause in CAUSES
+        numbers.append(request.ask.kill_in_ms)
     if isinstance(request, r.Signal):
         numbers.append(request.number)
         assert 1 <= request.number <= 64

@@ -1,0 +1,187 @@
+"""One request that the launcher cannot answer holds up neither a stop nor the service's end."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+
+from .conftest import child_of, left_behind, until
+from .outside import open_launcher
+from .test_ends_over_restarts import end, has_written
+from .test_takeover import processes, serving, start
+from .wire import Json, Refused, Wire, open_wire
+
+END_SECONDS = 20
+"""Well below the 60 s that systemd gives the service."""
+
+
+def children(pid: int) -> dict[int, str]:
+    """The children of a process, and their names."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):
+            found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
+    return found
+
+
+async def stop_spares(launcher: int) -> list[int]:
+    """Stop the processes that wait for a job, once there are two of them."""
+
+    def spares() -> list[int]:
+        return [pid for pid, name in children(launcher).items() if name.startswith("memfd:tramp")]
+
+    await until(lambda: len(spares()) == 2)
+    for pid in spares():
+        os.kill(pid, signal.SIGSTOP)
+    return spares()
+
+
+async def state_of(wire: Wire, job: int) -> object:
+    return (await wire.call("job.status", id=job))["state"]
+
+
+async def until_starting(wire: Wire, count: int) -> None:
+    with trio.fail_after(20):
+        while True:
+            jobs = (await wire.call("job.list"))["jobs"]
+            assert isinstance(jobs, list)
+            if [job["state"] for job in jobs].count("INITIALIZING") == count:
+                return
+            await trio.sleep(0.02)
+
+
+async def test_start_that_is_held_can_be_stopped_and_waits_for_the_next_service(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    told: list[Json] = []
+    with open_launcher(directory) as launcher:
+        async with serving(directory) as service, open_wire(service) as wire:
+            await stop_spares(child_of(launcher.pid))
+
+            async def run() -> None:
+                with suppress(trio.EndOfChannel, Refused):
+                    told.append(await wire.call("job.run", job={"command": ["echo", "x"]}))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+                await until_starting(wire, 1)
+                nursery.start_soon(run)
+                await until_starting(wire, 2)
+                with trio.fail_after(10):
+                    stopped = await wire.call("job.stop", id=1)
+                assert (stopped["state"], stopped["started_at"]) == ("STOPPED", None)
+                assert await state_of(wire, 2) == "INITIALIZING"
+                with trio.fail_after(END_SECONDS):
+                    await end(service, signal.SIGTERM)
+            assert service.process.returncode == 0
+            assert "job 2: left to the next service" in service.log_text()
+        async with serving(directory) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=2)
+            assert (ended["state"], ended["stdout_bytes"]) == ("COMPLETED", 2)
+    assert left_behind(directory) == []
+
+
+@pytest.mark.timeout(120)
+async def test_start_that_is_held_fails_by_name(open_directory: Callable[[], Path]) -> None:
+    directory = open_directory()
+    with open_launcher(directory) as launcher:
+        async with serving(directory) as service, open_wire(service) as wire:
+            await stop_spares(child_of(launcher.pid))
+            with (
+                trio.fail_after(60),
+                pytest.raises(Refused, match="its program was not executed within 30 s"),
+            ):
+                await start(wire, "echo x")
+            failed = await wire.call("job.status", id=1)
+            assert (failed["state"], failed["reason"]) == ("FAILED", "start")
+    assert left_behind(directory) == []
+
+
+async def test_remains_that_cannot_be_cleared_away_do_not_hold_the_end(
+    open_directory: Callable[[], Path],
+) -> None:
+    """A process that goes on stands in the group of a job that ended: here one of the host's."""
+    directory = open_directory()
+    mark = f"remains-{os.getpid()}"
+    with open_launcher(directory), a_process() as stranger:
+        async with serving(directory) as service, open_wire(service) as wire:
+            script = "trap 'exit 3' USR1; echo; while :; do sleep 0.05; done"
+            job = await start(wire, f"{script}; : {mark}")
+            await until(lambda: has_written(directory, job, "\n"))
+            pid = min(processes(mark))  # beside what it forks
+            move_beside(pid, stranger)
+            os.kill(pid, signal.SIGUSR1)
+            assert (await wire.call("job.wait", id=job))["exit_code"] == 3
+            with trio.fail_after(END_SECONDS):
+                await end(service, signal.SIGTERM)
+            assert service.process.returncode == 0
+            assert f"still busy with them: jobs {job}" in service.log_text()
+        async with serving(directory) as service, open_wire(service) as wire:
+            assert (await wire.call("job.status", id=job))["exit_code"] == 3
+            after = await wire.call("job.wait", id=await start(wire, "exit 4"))
+            assert after["exit_code"] == 4
+    assert left_behind(directory) == []
+
+
+@contextmanager
+def a_process() -> Iterator[int]:
+    """A process of this host, until the block ends."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def move_beside(job: int, stranger: int) -> None:
+    """Move a process into a control group of a job."""
+    for line in Path(f"/proc/{job}/cgroup").read_text().splitlines():
+        name = Path(line.split(":", 2)[2]).name
+        if name.startswith("job-"):
+            for group in Path("/sys/fs/cgroup").glob(f"**/{name}/cgroup.procs"):
+                group.write_text(str(stranger))
+                return
+    raise AssertionError("no control group of the job's own")
+
+
+async def test_volume_that_is_never_made_does_not_hold_the_end(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    refusals: list[str] = []
+    with open_launcher(directory) as guard:
+        launcher = child_of(guard.pid)
+        async with serving(directory) as service, open_wire(service) as wire:
+            await until(lambda: len(children(launcher)) == 2)
+
+            async def make(name: str) -> None:
+                with suppress(trio.EndOfChannel):
+                    try:
+                        await wire.call("volume.create", name=name, size_bytes=1 << 30)
+                    except Refused as refusal:
+                        refusals.append(str(refusal))
+
+            async with trio.open_nursery() as nursery:
+                spares, maker = set(children(launcher)), 0
+                nursery.start_soon(make, "v")
+                with trio.fail_after(20):
+                    while not maker:
+                        maker = next(iter(children(launcher).keys() - spares), 0)
+                        await trio.lowlevel.checkpoint()
+                os.kill(maker, signal.SIGSTOP)
+                try:
+                    with trio.fail_after(END_SECONDS):
+                        await end(service, signal.SIGTERM)
+                finally:
+                    os.kill(maker, signal.SIGCONT)
+            assert service.process.returncode == 0
+            assert len(refusals) == 1
+            assert "the service is shutting down" in refusals[0]
+        await until(lambda: maker not in children(launcher))
+    assert left_behind(directory) == []
