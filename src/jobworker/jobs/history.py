@@ -31,7 +31,7 @@ from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
 from jobworker.jobs import history_writer
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
-from jobworker.jobs.history_readers import Readers
+from jobworker.jobs.history_readers import Readers, unreadable
 from jobworker.jobs.history_room import Room
 from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
@@ -254,7 +254,12 @@ class History:
         if text is None:
             return None
         read = partial(loads, text, bounded=True)
-        return await in_thread(lambda: structure(JobSpec, read()), limiter=self._reading)
+        try:
+            return await in_thread(lambda: structure(JobSpec, read()), limiter=self._reading)
+        except (InvalidParams, MalformedJSON) as error:
+            raise unreadable(
+                self._path, f"the request of job {job} cannot be read: {error.message}"
+            ) from error
 
     async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
         """At most `limit` summaries that fit, newest first, as JSON; see `history_search`.
