@@ -31,7 +31,7 @@ from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobId, JobRecord
+from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -179,8 +179,10 @@ class Archive:
         return spool
 
     async def _open_spool(self, record: JobRecord) -> Spool:
+        directory = self._spools / str(record.id)
+        written = {Stream.STDOUT: record.stdout_bytes, Stream.STDERR: record.stderr_bytes}
         try:
-            spool = await in_thread(Spool.open, self._spools / str(record.id))
+            spool = await in_thread(Spool.open_ended, directory, written)
         except NotFound:
             when = record.output_removed_at
             since = f" since {when:%Y-%m-%d %H:%M} UTC" if when else ""
@@ -190,8 +192,8 @@ class Archive:
                 remedy="run the command again; the rules are worker.keep_output_age, "
                 "keep_output_jobs and max_total_output",
             ) from None
-        if not spool.sealed:  # a full disk may have refused that at the job's end
-            await spool.seal()
+        if spool.missing:
+            log.warning("job %d: %s are missing in %s", record.id, spool.missing, directory)
         return spool
 
     async def make_room(self) -> bool:

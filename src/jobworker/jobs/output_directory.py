@@ -82,10 +82,11 @@ def create_files(directory: Path) -> list[int]:
     return fds
 
 
-def open_files(directory: Path, *, writable: bool) -> list[int]:
+def open_files(directory: Path, *, writable: bool, partial: bool = False) -> list[int]:
     """Open the files in the order of NAMES; locked for this process where they are `writable`.
 
-    Raises NotFound where one is missing, Busy where another has the lock, OutputError otherwise.
+    With `partial` an empty file stands for one that is missing. Raises NotFound where one is
+    missing, Busy where another has the lock, OutputError otherwise.
     """
     mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW
     fds: list[int] = []
@@ -94,7 +95,12 @@ def open_files(directory: Path, *, writable: bool) -> list[int]:
             dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             undo.callback(os.close, dir_fd)
             for name in NAMES:
-                fds.append(os.open(name, mode, dir_fd=dir_fd))
+                try:
+                    fds.append(os.open(name, mode, dir_fd=dir_fd))
+                except FileNotFoundError:
+                    if not partial:
+                        raise
+                    fds.append(os.memfd_create(f"no {name}"))
                 undo.callback(os.close, fds[-1])
         except FileNotFoundError:
             raise NotFound("cannot open the job's output: none is kept") from None

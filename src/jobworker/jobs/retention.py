@@ -96,7 +96,7 @@ class KeptOutput:
         try:
             if self._seals:  # what a full disk refused at the job's end
                 with suppress(Busy):  # it is being read, and was refused
-                    seal_output(directory)
+                    seal_output(directory, ends_now=ends_now)
             ended_ns, size = describe_output(directory, ended=self._seals)
         except OutOfDescriptors:
             raise

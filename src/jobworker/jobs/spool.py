@@ -20,7 +20,7 @@ All but `create`, `open` and what `write` is given to run belong to Trio's threa
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Self, TypeVar
 import trio
 from attrs import define, field, frozen
 
-from jobworker.errors import InvalidParams
+from jobworker.errors import InvalidParams, OutputError
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
@@ -68,6 +68,8 @@ class Spool:
 
     _files: OutputFiles
     sealed: bool = False
+    missing: str = ""
+    """What an ended job has written and its files do not have, in words."""
     _idle: set[Follower] = field(factory=set)
     _to_poke: deque[Follower] = field(factory=deque)
     """Those of them that are to look again, in turns."""
@@ -102,9 +104,30 @@ class Spool:
         return cls(files, sealed=files.sealed)
 
     @classmethod
+    def open_ended(cls, directory: Path, written: Mapping[Stream, int]) -> Self:
+        """Open what there is of an ended job's output to read it. Call it in a thread.
+
+        Nothing of it is changed. `written` is how many bytes of each stream the job's record tells
+        of: `check_whole` raises where the files have fewer. Raises NotFound, OutputError.
+        """
+        files = OutputFiles.open_ended(directory)
+        lost = list[str]()
+        for stream in Stream:
+            there = files.last.length_of(stream)
+            told = max(written.get(stream, 0), there + files.lost[stream])
+            if told > there:
+                lost.append(f"{told - there} of {told} bytes of {stream.value}")
+        return cls(files, sealed=True, missing=" and ".join(lost))
+
+    @classmethod
     def gone(cls) -> Self:
         """The spool of an ended job whose files are not there: sealed, with nothing to read."""
         return cls(OutputFiles({}, -1, time.time_ns), sealed=True)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes that the log had when it was written last, and that were gone when it was opened."""
+        return sum(self._files.lost.values())
 
     @property
     def size(self) -> int:
@@ -220,10 +243,21 @@ class Spool:
 
     def check_offset(self, offset: int) -> None:
         """Raise InvalidParams where the log is shorter than `offset`."""
+        if offset > self.size:
+            self.check_whole()
         if not 0 <= offset <= self.size:
             raise InvalidParams(
                 f"cannot follow from byte {offset}: the output has {self.size} bytes",
                 remedy="follow from an offset that was received, or from 0",
+            )
+
+    def check_whole(self) -> None:
+        """Raise OutputError where an ended job has written more than its files have."""
+        if self.missing:
+            raise OutputError(
+                f"cannot read all of the job's output: {self.missing} are missing on the server",
+                remedy="its files have become shorter since the job's end; they stay as they are, "
+                "and can be put back from a copy",
             )
 
     async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> Beginning:

@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from jobworker.errors import Busy, InvalidParams, NotFound, OutputError
+from jobworker.jobs.ended_output import seal_output
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import RECORD, Chunk, Place, View
@@ -678,3 +679,75 @@ def test_that_output_was_discarded_survives_the_process(tmp_path: Path) -> None:
     assert files.discarded_bytes == 12
     assert joined(read_all(files)) == MERGED
     files.close()
+
+
+# --- ended jobs' files that another hand has changed ----------------------------------------
+
+
+def tree_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "there", "missing"),
+    [
+        ({}, (b"out one out two ", b"err one err two "), ""),
+        ({"stdout": 5}, (b"out o", b"err one err two "), "11 of 16 bytes of stdout"),
+        ({"stderr": 0}, (b"out one out two ", b""), "16 of 16 bytes of stderr"),
+        ({"index": 0}, (b"out one out two ", b"err one err two "), ""),
+        ({"index": RECORD.size + 3}, (b"out one out two ", b"err one err two "), ""),
+        ({"index": None}, (b"out one out two ", b"err one err two "), ""),
+        ({"stdout": None}, (b"", b"err one err two "), "16 of 16 bytes of stdout"),
+        (
+            {"stdout": 0, "stderr": 0, "index": 0},
+            (b"", b""),
+            "16 of 16 bytes of stdout and 16 of 16 bytes of stderr",
+        ),
+    ],
+)
+async def test_what_there_is_of_an_ended_log_is_read_and_what_is_missing_told(
+    tmp_path: Path, sizes: dict[str, int | None], there: tuple[bytes, bytes], missing: str
+) -> None:
+    directory = tmp_path / "job"
+    files = OutputFiles.create(directory)
+    for words in (b"one ", b"two "):
+        append(files, OUT, b"out " + words)
+        append(files, ERR, b"err " + words)
+    files.seal()
+    files.close()
+    for name, size in sizes.items():
+        if size is None:
+            (directory / name).unlink()
+        else:
+            os.truncate(directory / name, size)
+    before = tree_of(directory)
+    if None not in sizes.values():
+        seal_output(directory)  # as a service does at its start
+    spool = Spool.open_ended(directory, {OUT: 16, ERR: 16})
+    with spool.follow() as follower:
+        chunks = await everything(follower)
+        assert (joined(chunks, OUT), joined(chunks, ERR)) == there
+        if missing:
+            with pytest.raises(OutputError, match=missing):
+                follower.check_whole()
+        else:
+            follower.check_whole()
+    spool.close()
+    if missing:
+        assert tree_of(directory) == before
+
+
+def test_live_log_that_has_become_shorter_says_by_how_much(tmp_path: Path) -> None:
+    files = OutputFiles.create(tmp_path / "job")
+    append(files, OUT, b"kept and lost")
+    append(files, ERR, b"err")
+    files.close()
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    spool = Spool.open(tmp_path / "job")
+    assert spool.lost_bytes == spool.statistics().discarded_bytes == 9
+    append(spool, OUT, b" on")
+    spool.close()
+    again = Spool.open(tmp_path / "job")
+    assert (again.lost_bytes, again.statistics().discarded_bytes) == (0, 9)
+    assert again.statistics().stdout_bytes == len(b"kept on")
+    again.close()
