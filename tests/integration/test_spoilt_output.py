@@ -6,13 +6,19 @@ services over real launchers, and in between another hand has been at the files.
 
 import base64
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import trio
+
+from jobworker.cli.embedded import Embedded
 
 from .outside import open_launcher
 from .test_lost_state import service_in, spool, told
 from .test_takeover import COUNTER, log_of, serving, start, until_bigger
-from .wire import Json, Wire, open_wire
+from .wire import Json, Refused, Wire, open_wire
 
 Directory = Callable[[], Path]
 
@@ -79,3 +85,81 @@ async def test_live_output_that_became_shorter_is_told_with_the_job(
             await wire.call("job.stop", id=job)
             assert (await log_of(wire, job))[0].startswith(b"0\n1\n2\n3")
             assert (await told(wire, job))["discarded_bytes"] == lost
+
+
+async def until_missing(service: Embedded, count: int) -> None:
+    with trio.fail_after(20):
+        while f"the output of {count} ended jobs is missing" not in service.log_text():  # noqa: ASYNC110
+            await trio.sleep(0.05)
+
+
+async def assert_missing(wire: Wire, jobs: list[int]) -> None:
+    for job in jobs:
+        record = await told(wire, job)
+        assert record["output_removed_at"] is None
+        assert "missing on the server" in str(record["detail"])
+        with pytest.raises(Refused, match=r"missing on the server; no request and no rule"):
+            await wire.call("job.log", id=job)
+
+
+async def assert_back(wire: Wire, jobs: list[int]) -> None:
+    for job in jobs:
+        assert (await log_of(wire, job))[0] == b"kept\n"
+        record = await told(wire, job)
+        assert (record["output_removed_at"], record["detail"]) == (None, "")
+
+
+async def pruned(wire: Wire) -> list[object]:
+    jobs = (await wire.call("job.prune", keep_jobs=0))["jobs"]
+    assert isinstance(jobs, list)
+    return sorted(jobs)
+
+
+async def kept_jobs(wire: Wire) -> list[int]:
+    jobs = [await start(wire, "echo kept") for _ in range(3)]
+    for job in jobs:
+        await wire.call("job.wait", id=job)
+    return jobs
+
+
+async def test_spool_that_was_away_at_a_start_is_whole_when_it_is_back(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    spools, away = spool(directory, 1).parent, directory / "away"
+    async with service_in(directory) as (_, wire):
+        jobs = await kept_jobs(wire)
+    spools.rename(away)  # as if its disk were not mounted
+    async with service_in(directory) as (service, wire):
+        await until_missing(service, 3)
+        await assert_missing(wire, jobs)
+    spools.rmdir()
+    away.rename(spools)
+    async with service_in(directory) as (_, wire):
+        await assert_back(wire, jobs)
+        assert await pruned(wire) == jobs
+        for job in jobs:
+            assert (await told(wire, job))["output_removed_at"] is not None
+        assert list(spools.iterdir()) == []
+
+
+async def test_spool_that_is_moved_beside_the_service_is_whole_when_it_is_back(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    spools, away = spool(directory, 1).parent, directory / "away"
+    async with service_in(directory) as (service, wire):
+        jobs = await kept_jobs(wire)
+        spools.rename(away)
+        await assert_missing(wire, jobs)
+        assert await pruned(wire) == []
+        await until_missing(service, 3)
+        away.rename(spools)
+        await assert_back(wire, jobs)
+        shutil.rmtree(spool(directory, jobs[0]))
+        await assert_missing(wire, jobs[:1])
+        assert await pruned(wire) == jobs[1:]
+        await wire.call("job.remove", id=jobs[0])
+        with pytest.raises(Refused, match="no such job"):
+            await told(wire, jobs[0])
+        assert "incident" not in service.log_text()

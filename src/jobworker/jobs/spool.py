@@ -126,7 +126,7 @@ class Spool:
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes that the log had when it was written last, and that were gone when it was opened."""
+        """Bytes that the log once had and that were gone when it was opened."""
         return sum(self._files.lost.values())
 
     @property

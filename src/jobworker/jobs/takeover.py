@@ -45,7 +45,7 @@ from jobworker.errors import (
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import NOTE
+from jobworker.jobs.output_directory import NOTE, mark_of
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
@@ -208,8 +208,7 @@ async def _open_spool(
         if _is_of_the_host(error):
             raise _cannot_go_on(record.id, error) from error
         missing, why = isinstance(error, NotFound), error.message
-    # A removal takes the note first, and then the index.
-    removed = ended and missing and not (directory / NOTE).exists()
+    removed = ended and missing and await in_thread(_was_removed, directory)
     kept = None
     if removed:
         await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
@@ -227,6 +226,12 @@ async def _open_spool(
         return spool, record
     note = f"output from before {now:%F %T} UTC is missing"
     return spool, evolve(record, detail="; ".join(filter(None, (record.detail, note))))
+
+
+def _was_removed(directory: Path) -> bool:
+    """A removal leaves a mark; where the disk refuses that, the note goes first, then the index."""
+    cut_short = directory.exists() and not (directory / NOTE).exists()
+    return cut_short or mark_of(directory).exists()
 
 
 def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:

@@ -71,6 +71,6 @@ async def test_error_of_reading_is_named_and_the_next_question_is_answered(
         with pytest.raises(InternalError, match=f"cannot read the history {path}: .*malformed"):
             await ask(readers)(count_rows)
         path.write_bytes(whole)
-        with pytest.raises(InternalError, match="a record of it cannot be read: .*owner"):
+        with pytest.raises(InternalError, match=r"a record of it cannot be read: .*owner"):
             await ask(readers)(read_record)
         assert await ask(readers)(lambda connection: connection.execute("SELECT 7").get) == 7
