@@ -16,6 +16,7 @@ import trio
 from jobworker.cli.embedded import Embedded
 
 from .outside import open_launcher
+from .test_full_disk import small_disk
 from .test_lost_state import service_in, spool, told
 from .test_takeover import COUNTER, log_of, serving, start, until_bigger
 from .wire import Json, Refused, Wire, open_wire
@@ -163,3 +164,28 @@ async def test_spool_that_is_moved_beside_the_service_is_whole_when_it_is_back(
         with pytest.raises(Refused, match="no such job"):
             await told(wire, jobs[0])
         assert "incident" not in service.log_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+async def test_output_of_an_end_that_was_told_outlives_a_power_cut(
+    open_directory: Directory, tmp_path: Path
+) -> None:
+    """What the disk has at that moment is a copy of the image below the file system."""
+    directory = open_directory()
+    copy, place = tmp_path / "copy.img", tmp_path / "place"
+    place.mkdir()
+    async with small_disk(directory, size=256 << 20), service_in(directory) as (_, wire):
+        jobs = [await start(wire, "seq 1 20000; echo err >&2") for _ in range(3)]
+        for job in jobs:
+            await wire.call("job.wait", id=job)
+        await trio.to_thread.run_sync(shutil.copy, directory / "small.img", copy)
+        whole = {job: tree(spool(directory, job)) for job in jobs}
+    await trio.run_process(["mount", "-o", "loop", copy, place])
+    try:
+        for job in jobs:
+            there = tree(place / "spool" / str(job))
+            for name in ("stdout", "stderr", "index"):
+                assert there[name] == whole[job][name], name
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.run_process(["umount", place])

@@ -18,7 +18,8 @@ end of the index (see `output_index`). What holds:
 - What the disk refuses stays in the pipe. Where it refuses only the record, the bytes wait in
   their file, unseen, and the next write tries the record again.
 
-Nothing calls fsync: after a power cut the log is as long as what the file system has kept.
+No write waits for the disk. What a power cut may take is what was written since the file system's
+last write-back, until the job's end: then the spool has the disk take it all (`Spool.synced`).
 
 One process writes, and a lock keeps others out; within it the caller makes one call at a time
 among those that write. Any number of threads may read. Every call may wait for the disk, and
@@ -170,6 +171,11 @@ class OutputFiles:
         self._data = {}
         for fd in fds:
             os.close(fd)
+
+    def to_sync(self) -> list[int]:
+        """The files that hold output, which the disk may not have: none where there is none."""
+        data = [fd for stream, fd in self._data.items() if self._written[stream]]
+        return [*data, self._index] if data else []
 
     @property
     def last(self) -> Record:

@@ -18,10 +18,12 @@ The files are closed when the last user is gone: the owner, each follower, each 
 All but `create`, `open` and what `write` is given to run belong to Trio's thread.
 """
 
+import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -40,8 +42,35 @@ from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
+log = logging.getLogger("jobworker.jobs")
+
 RECENT_BYTES, MAX_RECENT = 1 << 20, 256
 READER_THREADS = 4  # a spool: those who read what is not cached do not crowd out the others
+
+
+SYNC_SECONDS = 5.0
+"""How long an end may wait for the disk to take the job's output."""
+SYNC_THREADS = 16
+"""Of all spools: ends side by side share the file system's commits, and a disk that hangs takes no
+thread from others."""
+_syncers = trio.lowlevel.RunVar[trio.CapacityLimiter]("syncers")
+
+
+def _sync_limiter() -> trio.CapacityLimiter:
+    try:
+        return _syncers.get()
+    except LookupError:
+        _syncers.set(limiter := trio.CapacityLimiter(SYNC_THREADS))
+        return limiter
+
+
+def _taken(share: list[int]) -> bool:
+    """Take what one of two threads may take: whether this one has."""
+    try:
+        share.pop()
+    except IndexError:
+        return False
+    return True
 
 
 @frozen(kw_only=True)
@@ -70,6 +99,8 @@ class Spool:
     sealed: bool = False
     missing: str = ""
     """What an ended job has written and its files do not have, in words."""
+    sync_fault: str = ""
+    """Why the disk may not have the output, after `synced`."""
     _idle: set[Follower] = field(factory=set)
     _to_poke: deque[Follower] = field(factory=deque)
     """Those of them that are to look again, in turns."""
@@ -215,6 +246,55 @@ class Spool:
             self._to_poke.popleft().poke()
         self._poking = bool(self._to_poke)
         return self._poking
+
+    @asynccontextmanager
+    async def synced(self) -> AsyncIterator[None]:
+        """Have the disk take the output (fdatasync(2)) beside what the block does.
+
+        Returns once both are done, or SYNC_SECONDS after its start: a slow disk goes on by itself.
+        `sync_fault` says where the disk refused. Without output this costs nothing.
+        """
+        files = self._files.to_sync()
+        if not files:
+            yield
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sync, files)
+            yield
+
+    async def _sync(self, files: list[int]) -> None:
+        with trio.move_on_after(SYNC_SECONDS) as scope:
+            # One thread for each: file systems with a journal commit them together.
+            async with trio.open_nursery() as nursery:
+                for file in files:
+                    nursery.start_soon(self._sync_file, file)
+        if scope.cancelled_caught:
+            log.warning(
+                "the disk has not taken a job's output of %d bytes after %g s; its end is told",
+                self.size,
+                SYNC_SECONDS,
+            )
+
+    async def _sync_file(self, file: int) -> None:
+        token = trio.lowlevel.current_trio_token()
+        share = [file]  # taken by the thread, or by this task where none begins
+        self._users += 1
+
+        def sync() -> None:
+            if _taken(share):
+                try:
+                    os.fdatasync(file)
+                finally:
+                    with suppress(trio.RunFinishedError):
+                        token.run_sync_soon(self._release)
+
+        try:
+            await in_thread(sync, limiter=_sync_limiter(), abandon_on_cancel=True)
+        except OSError as error:
+            self.sync_fault = f"its output may not be on the disk: {error.strerror}"
+        finally:
+            if _taken(share):
+                self._release()
 
     # --- reading ----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The spool: what a job wrote is what its followers get, and what a crash leaves."""
 
+import errno
 import os
 import random
 import resource
@@ -751,3 +752,67 @@ def test_live_log_that_has_become_shorter_says_by_how_much(tmp_path: Path) -> No
     assert (again.lost_bytes, again.statistics().discarded_bytes) == (0, 9)
     assert again.statistics().stdout_bytes == len(b"kept on")
     again.close()
+
+
+# --- on the disk ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that the disk was asked to take."""
+    seen: list[str] = []
+
+    def fdatasync(file: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return seen
+
+
+async def test_nothing_is_synced_where_there_is_no_output(spool: Spool, synced: list[str]) -> None:
+    await spool.seal()
+    async with spool.synced():
+        pass
+    assert synced == []
+
+
+async def test_each_file_with_output_is_synced_beside_what_the_caller_does(
+    spool: Spool, synced: list[str]
+) -> None:
+    append(spool, ERR, b"text")
+    await spool.seal()
+    async with spool.synced():
+        with trio.fail_after(5):
+            while len(synced) < 2:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert (sorted(synced), spool.sync_fault) == (["index", "stderr"], "")
+
+
+async def test_disk_that_hangs_delays_no_end_for_long_and_keeps_the_files_open(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda _: go_on.wait(20))
+    monkeypatch.setattr("jobworker.jobs.spool.SYNC_SECONDS", 0.1)
+    append(spool, OUT, b"text")
+    await spool.seal()
+    with trio.fail_after(5):
+        async with spool.synced():
+            pass
+    spool.close()
+    assert any(path.endswith("/job/stdout") for path in open_fds().values())
+    go_on.set()
+    with trio.fail_after(5):
+        while any(path.endswith("/job/stdout") for path in open_fds().values()):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+async def test_disk_that_refuses_is_told(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    append(spool, OUT, b"text")
+    async with spool.synced():
+        pass
+    assert spool.sync_fault == "its output may not be on the disk: Input/output error"
