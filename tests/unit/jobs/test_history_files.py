@@ -70,16 +70,18 @@ async def test_log_that_another_program_uses_stays_as_it_is(path: Path) -> None:
         assert await history.known([JobId(1)]) == {1}
 
 
-async def test_index_that_a_kill_left_is_not_believed(path: Path, tmp_path: Path) -> None:
+async def test_index_that_an_earlier_service_left_is_not_believed(
+    path: Path, tmp_path: Path
+) -> None:
     killed = tmp_path / "killed"
     killed.mkdir()
     with opened(path) as history:
         await history.put(record(1))
-        for name in ("", "-wal", "-shm"):
+        shutil.copy(f"{path}-shm", killed / "history.db-shm")  # which does not know of the second
+        await history.put(record(2))
+        for name in ("", "-wal"):
             shutil.copy(f"{path}{name}", killed / f"history.db{name}")
-    index = killed / "history.db-shm"
-    index.write_bytes(index.read_bytes()[:-1000] + b"\xff" * 1000)
     before = blocks(killed / "history.db")
     with opened(killed / "history.db") as history:
-        assert await history.known([JobId(1)]) == {1}
+        assert await history.known([JobId(1), JobId(2)]) == {1, 2}
         assert blocks(killed / "history.db") == before
