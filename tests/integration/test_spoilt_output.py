@@ -16,7 +16,7 @@ import trio
 from jobworker.cli.embedded import Embedded
 
 from .outside import open_launcher
-from .test_full_disk import small_disk
+from .test_full_disk import small_disk, until_status
 from .test_lost_state import service_in, spool, told
 from .test_takeover import COUNTER, log_of, serving, start, until_bigger
 from .wire import Json, Refused, Wire, open_wire
@@ -96,9 +96,10 @@ async def until_missing(service: Embedded, count: int) -> None:
 
 async def assert_missing(wire: Wire, jobs: list[int]) -> None:
     for job in jobs:
-        record = await told(wire, job)
+        record = await until_status(  # its end may only just be recorded
+            wire, job, lambda record: "missing on the server" in str(record["detail"])
+        )
         assert record["output_removed_at"] is None
-        assert "missing on the server" in str(record["detail"])
         with pytest.raises(Refused, match=r"missing on the server; no request and no rule"):
             await wire.call("job.log", id=job)
 

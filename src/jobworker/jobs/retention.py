@@ -120,6 +120,10 @@ class KeptOutput:
             ended_ns, size = describe_output(directory, ended=self._seals)
         except OutOfDescriptors:
             raise
+        except NotFound:
+            if ends_now:
+                self._missing.add(job)
+            return
         except JobworkerError:
             return  # live, gone, or unreadable: nothing that may be removed
         with suppress(OSError):
