@@ -18,12 +18,10 @@ The files are closed when the last user is gone: the owner, each follower, each 
 All but `create`, `open` and what `write` is given to run belong to Trio's thread.
 """
 
-import logging
-import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -36,41 +34,15 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
 from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
+from jobworker.jobs.output_sync import OutputSync
 from jobworker.jobs.paced import AT_A_TIME, in_turns
 from jobworker.model.job import Stream
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
-log = logging.getLogger("jobworker.jobs")
-
 RECENT_BYTES, MAX_RECENT = 1 << 20, 256
 READER_THREADS = 4  # a spool: those who read what is not cached do not crowd out the others
-
-
-SYNC_SECONDS = 5.0
-"""How long an end may wait for the disk to take the job's output."""
-SYNC_THREADS = 16
-"""Of all spools: ends side by side share the file system's commits, and a disk that hangs takes no
-thread from others."""
-_syncers = trio.lowlevel.RunVar[trio.CapacityLimiter]("syncers")
-
-
-def _sync_limiter() -> trio.CapacityLimiter:
-    try:
-        return _syncers.get()
-    except LookupError:
-        _syncers.set(limiter := trio.CapacityLimiter(SYNC_THREADS))
-        return limiter
-
-
-def _taken(share: list[int]) -> bool:
-    """Take what one of two threads may take: whether this one has."""
-    try:
-        share.pop()
-    except IndexError:
-        return False
-    return True
 
 
 @frozen(kw_only=True)
@@ -258,43 +230,11 @@ class Spool:
         if not files:
             yield
             return
+        sync = OutputSync(files, self._hold, self._release)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._sync, files)
+            nursery.start_soon(sync.run)
             yield
-
-    async def _sync(self, files: list[int]) -> None:
-        with trio.move_on_after(SYNC_SECONDS) as scope:
-            # One thread for each: file systems with a journal commit them together.
-            async with trio.open_nursery() as nursery:
-                for file in files:
-                    nursery.start_soon(self._sync_file, file)
-        if scope.cancelled_caught:
-            log.warning(
-                "the disk has not taken a job's output of %d bytes after %g s; its end is told",
-                self.size,
-                SYNC_SECONDS,
-            )
-
-    async def _sync_file(self, file: int) -> None:
-        token = trio.lowlevel.current_trio_token()
-        share = [file]  # taken by the thread, or by this task where none begins
-        self._users += 1
-
-        def sync() -> None:
-            if _taken(share):
-                try:
-                    os.fdatasync(file)
-                finally:
-                    with suppress(trio.RunFinishedError):
-                        token.run_sync_soon(self._release)
-
-        try:
-            await in_thread(sync, limiter=_sync_limiter(), abandon_on_cancel=True)
-        except OSError as error:
-            self.sync_fault = f"its output may not be on the disk: {error.strerror}"
-        finally:
-            if _taken(share):
-                self._release()
+        self.sync_fault = sync.fault
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -423,11 +363,14 @@ class Spool:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep the files open while the block lasts."""
-        self._users += 1
+        self._hold()
         try:
             yield
         finally:
             self._release()
+
+    def _hold(self) -> None:
+        self._users += 1
 
     def _release(self) -> None:
         self._users -= 1

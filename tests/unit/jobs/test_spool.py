@@ -793,7 +793,7 @@ async def test_disk_that_hangs_delays_no_end_for_long_and_keeps_the_files_open(
 ) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(os, "fdatasync", lambda _: go_on.wait(20))
-    monkeypatch.setattr("jobworker.jobs.spool.SYNC_SECONDS", 0.1)
+    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", 0.1)
     append(spool, OUT, b"text")
     await spool.seal()
     with trio.fail_after(5):
