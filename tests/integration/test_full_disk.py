@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -362,3 +363,50 @@ async def test_disk_that_holds_no_room_for_ends_is_named(open_directory: Directo
         with pytest.raises(ConfigError, match="btrfs"):
             check_overwrites(place)
     check_overwrites(directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and be another user")
+@pytest.mark.parametrize("option", ["-b4096", "-b1024", "-O^has_journal"])
+@pytest.mark.parametrize("clean", [False, True], ids=["killed", "ended"])
+async def test_history_opens_where_none_but_root_may_have_a_block(
+    open_directory: Directory, option: str, clean: bool
+) -> None:
+    """Jobs' disks are written by the kernel, which may use what ext4 keeps for root."""
+    make = ("mkfs.ext4", "-q", "-m50", option)
+    async with small_disk(open_directory(), make=make) as place:
+        os.chown(place, 65534, 65534)
+        await run_as_user(place, "kill" if not clean else "close", job=1)
+        fill(place)
+        for job in (2, 3):
+            await run_as_user(place, "kill" if not clean else "close", job=job)
+        with history(place) as connection:
+            assert [row[0] for row in connection.execute("SELECT id FROM jobs")] == [1, 2, 3]
+
+
+USER = """
+import os, signal, sys, trio
+from datetime import datetime, UTC
+from pathlib import Path
+from jobworker.jobs.history import History
+from jobworker.model.job import JobRecord, JobSpec
+from jobworker.model.lifecycle import State
+
+place, end, job = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+history = History.open(place / "history.db")
+record = JobRecord(id=job, spec=JobSpec(command=("true",)), owner="a", state=State.COMPLETED,
+                   created_at=datetime.now(UTC))
+trio.run(history.put, record)
+if end == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+history.close()
+"""
+
+
+async def run_as_user(place: Path, end: str, job: int) -> None:
+    """Put one record as a user who is not root, and end."""
+    words = [sys.executable, "-c", USER, str(place), end, str(job)]
+    done = await trio.run_process(words, capture_stderr=True, check=False)
+    assert done.returncode == (-signal.SIGKILL if end == "kill" else 0), done.stderr.decode()

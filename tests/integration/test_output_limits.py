@@ -137,7 +137,9 @@ async def test_limit_on_all_output_first_removes_what_is_old(open_directory: Dir
 
 def spools(service: Embedded) -> list[int]:
     return sorted(
-        int(entry.name) for entry in (service.directory / "state/service/spool").iterdir()
+        int(entry.name)
+        for entry in (service.directory / "state/service/spool").iterdir()
+        if not entry.name.endswith(".removed")
     )
 
 

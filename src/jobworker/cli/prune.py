@@ -1,7 +1,8 @@
 """`worker prune`: retention on this host, in a process of its own, whether the service runs or not.
 
-Locks on the files say what is in use (see `retention`). The service finds out by itself what was
-removed, at its start or when it looks at a job, and notes it in the jobs' records.
+Locks on the files say what is in use (see `retention`). An empty directory `7.removed` is left for
+each job: the service finds it at its start, when it applies its policy or looks at the job, notes
+the removal in the job's record and takes the directory away.
 """
 
 from pathlib import Path

@@ -2,8 +2,12 @@
 
 The policy is applied at start, when a job ends, from time to time (age), and where live jobs want
 room that the limit on all output does not leave. What was removed is noted in the job's record,
-which stays; only `remove` takes a job away altogether. What another hand has removed, such as
-`worker prune`, is noted at start, when the policy is applied, and when the job is looked at.
+which stays; only `remove` takes a job away altogether. What `worker prune` has removed, in a
+process of its own, is noted at start, when the policy is applied, and when the job is looked at.
+
+Output that is not there without the mark of a removal is missing: its disk may not be mounted, or
+somebody has moved or deleted the directory. That is told to who asks, and recorded nowhere: when
+the directory is back, so is the output.
 
 A job whose end a full disk refuses to record is taken up all the same: it is its output that must
 go for the disk to have room again. Its record is its execution's until then.
@@ -26,18 +30,19 @@ from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
-from jobworker.jobs.output_directory import disk_errors
+from jobworker.jobs.output_directory import disk_errors, mark_of
 from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
-from jobworker.jobs.retention import Kept, KeptOutput, Policy
+from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobId, JobRecord
+from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
 
 log = logging.getLogger("jobworker.jobs")
 
+MISSING = "its output is missing on the server"
 SWEEP_SECONDS = 300.0
 PAUSE_SECONDS = 1.0
 HEADROOM = 0.9
@@ -66,6 +71,7 @@ class Archive:
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
     """Held while output goes and records follow: no note shall bring a removed job back."""
+    _missing_told: int = field(default=0, init=False)
     _due: trio.Event = field(factory=trio.Event, init=False)
     _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
 
@@ -87,7 +93,7 @@ class Archive:
         await self._in_thread(partial(self._ages.begin, newest))
         self._budget.count(sum(kept.size for kept in self._kept.all.values()))
         with_output = await self._history.with_output()
-        await self._note_removals(await self._in_thread(partial(self._kept.missing, with_output)))
+        await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
 
     def size_of(self, jobs: Iterable[JobId]) -> int:
@@ -137,14 +143,18 @@ class Archive:
         """The record of a job, with a note where it has ended and its output is missing."""
         if not record.ended or record.output_removed_at is not None:
             return record
-        if await in_thread(_exists, self._spools / str(record.id)):
+        directory = self._spools / str(record.id)
+        if await in_thread(_exists, directory):
             return record
+        removed = await in_thread(_exists, mark_of(directory))
         async with self._removing:
             with trio.CancelScope(shield=True):
-                dropped = await self._in_thread(partial(self._kept.drop, record.id))
-                self._budget.give_back(dropped)
-                when = await self._note_removals([record.id])
-        return evolve(record, output_removed_at=when)
+                drop = partial(self._kept.drop, record.id, removed=removed)
+                self._budget.give_back(await self._in_thread(drop))
+                if removed:
+                    when = await self._note_removals([record.id])
+                    return evolve(record, output_removed_at=when)
+        return evolve(record, detail="; ".join(filter(None, (record.detail, MISSING))))
 
     @asynccontextmanager
     async def reading(self, record: JobRecord) -> AsyncIterator[Spool]:
@@ -179,19 +189,27 @@ class Archive:
         return spool
 
     async def _open_spool(self, record: JobRecord) -> Spool:
+        directory = self._spools / str(record.id)
+        written = {Stream.STDOUT: record.stdout_bytes, Stream.STDERR: record.stderr_bytes}
         try:
-            spool = await in_thread(Spool.open, self._spools / str(record.id))
+            spool = await in_thread(Spool.open_ended, directory, written)
         except NotFound:
             when = record.output_removed_at
-            since = f" since {when:%Y-%m-%d %H:%M} UTC" if when else ""
+            if when is None:
+                raise NotFound(
+                    f"cannot read the output of job {record.id}: {MISSING}; no request and no rule "
+                    "has removed it",
+                    remedy=f"see whether {self._spools} is mounted, or put {record.id} back there",
+                ) from None
             raise NotFound(
-                f"cannot read the output of job {record.id}: it is not kept any more{since}; "
+                f"cannot read the output of job {record.id}: it is not kept any more since "
+                f"{when:%Y-%m-%d %H:%M} UTC; "
                 "it was removed on request or by the rules of the configuration",
                 remedy="run the command again; the rules are worker.keep_output_age, "
                 "keep_output_jobs and max_total_output",
             ) from None
-        if not spool.sealed:  # a full disk may have refused that at the job's end
-            await spool.seal()
+        if spool.missing:
+            log.warning("job %d: %s are missing in %s", record.id, spool.missing, directory)
         return spool
 
     async def make_room(self) -> bool:
@@ -217,22 +235,36 @@ class Archive:
         """What another hand has removed, and what the policy has."""
         async with self._removing:
             with trio.CancelScope(shield=True):  # what was removed must be noted
-                missing, gone = await self._in_thread(partial(self._prune, policy, only))
-                await self._note_removals([kept.job for kept in (*missing, *gone)])
-        return missing, gone
+                changes, gone = await self._in_thread(partial(self._prune, policy, only))
+                self._tell_missing()
+                await self._note_removals([*changes.marked, *(kept.job for kept in gone)])
+        return changes.gone, gone
+
+    def _tell_missing(self) -> None:
+        if self._kept.missing > self._missing_told:
+            log.warning(
+                "the output of %d ended jobs is missing in %s; that is recorded as no removal, "
+                "since it may come back",
+                self._kept.missing,
+                self._spools,
+            )
+        self._missing_told = self._kept.missing
 
     def _prune(
         self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[list[Kept], list[Kept]]:
+    ) -> tuple[Changes, list[Kept]]:
         live = self._budget.used_bytes - sum(kept.size for kept in self._kept.all.values())
-        missing = self._kept.drop_missing()
+        changes = self._kept.look()
+        self._budget.count(sum(kept.size for kept in changes.back))
         gone = self._kept.prune(policy, only=only, live_bytes=max(0, live))
-        self._budget.give_back(sum(kept.size for kept in (*missing, *gone)))
-        return missing, gone
+        self._budget.give_back(sum(kept.size for kept in (*changes.gone, *gone)))
+        return changes, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
         """Note what was removed, wherever the records are now: when that was."""
         now = self._clock()
+        if not jobs:
+            return now
         unsettled = [self._unsettled[job] for job in jobs if job in self._unsettled]
         records = [execution.note_removal(now) for execution in unsettled]
         recorded = [job for job in jobs if job not in self._unsettled]
@@ -241,8 +273,10 @@ class Archive:
                 await self._history.note_removed(recorded, now)
             for record in records:
                 await self._history.put(record)
-        except JobworkerError as error:  # executions try again
+        except JobworkerError as error:  # the marks stay: the next look meets them again
             log.error("the output of %d jobs was removed: %s", len(jobs), error)
+        else:
+            await self._in_thread(partial(self._kept.clear_marks, jobs))
         return now
 
     async def remove(self, job: JobId, *, force: bool) -> int:
@@ -259,6 +293,7 @@ class Archive:
                 except JobworkerError:  # the disk is full still: the job stays, without output
                     await self._note_removals([job])
                     raise
+                await self._in_thread(partial(self._kept.clear_marks, [job]))
         return freed
 
     async def _remove_record(self, job: JobId) -> None:

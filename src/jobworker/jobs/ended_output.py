@@ -11,16 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobworker.errors import Busy
+from jobworker.jobs.output_directory import NOTE
 from jobworker.jobs.output_files import OutputFiles
 
 
-def seal_output(directory: Path) -> None:
-    """End the log in `directory` if it has not ended; raises as `OutputFiles.open` does."""
-    files = OutputFiles.open(directory)
+def seal_output(directory: Path, *, ends_now: bool = False) -> None:
+    """End the log in `directory` if it has not ended; raises as `OutputFiles.open` does.
+
+    Where a record would have to be cut for that, the files have become shorter since the job's
+    end, and stay as they are: they may be put back. So do empty ones, unless the job `ends_now`.
+    """
+    files = OutputFiles.look_at(directory)
     try:
-        files.seal()
+        seal = files.can_be_sealed and (ends_now or files.size_on_disk() > 0)
     finally:
         files.close()
+    if seal:
+        files = OutputFiles.open(directory)
+        try:
+            files.seal()
+        finally:
+            files.close()
 
 
 def describe_output(directory: Path, *, ended: bool = False) -> tuple[int, int]:
@@ -46,7 +57,9 @@ def remove_output(directory: Path, *, force: bool = False, ended: bool = False) 
 
 @contextmanager
 def _ended_files(directory: Path, ended: bool) -> Iterator[OutputFiles]:
-    files = OutputFiles.look_at(directory)
+    # A note is ours alone: where one stands, so does a job's output, or what is left of it.
+    partial = ended and (directory / NOTE).is_file()
+    files = OutputFiles.look_at(directory, partial=partial)
     try:
         if not (files.sealed or ended):
             raise Busy("cannot remove the job's output: it has not ended")

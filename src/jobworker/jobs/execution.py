@@ -480,7 +480,11 @@ class Execution:
                     stderr_bytes=sizes.stderr_bytes,
                     discarded_bytes=sizes.discarded_bytes,
                 )
-                recorded = await self.store()
+                async with self.spool.synced():  # whoever is told of the end finds its output
+                    recorded = await self.store()
+                if self.spool.sync_fault:
+                    self._note(self.spool.sync_fault)
+                    recorded = await self.store()
         finally:
             self.spool.close()
             self._tell_end()

@@ -108,6 +108,10 @@ class Follower:
         """Whether the log has an end: nothing is added any more."""
         return self._spool.sealed
 
+    def check_whole(self) -> None:
+        """Raise OutputError where the log has less than its job has written: at its end."""
+        self._spool.check_whole()
+
     async def wait_for_more(self) -> bool:
         """Wait until there is more in the log, in whichever stream; False is the sealed log's end.
 

@@ -31,7 +31,8 @@ from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
 from jobworker.jobs import history_writer
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
-from jobworker.jobs.history_readers import Readers
+from jobworker.jobs.history_files import HistoryFiles
+from jobworker.jobs.history_readers import Readers, unreadable
 from jobworker.jobs.history_room import Room
 from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
@@ -77,12 +78,16 @@ class History:
         Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
         """
         _keep_orphan(path)
+        files = HistoryFiles(path)
         with ExitStack() as undo:
             try:
                 _check_writable(path)
+                undo.callback(files.release)
                 connection = apsw.Connection(str(path))
                 undo.callback(connection.close)
                 connection.set_busy_timeout(int(history_writer.BUSY_SECONDS * 1000))
+                with files.kept():
+                    connection.pragma("user_version")  # the first read takes log and index
                 migrate(connection, path)
                 connection.pragma("journal_mode", "wal")
                 connection.pragma("synchronous", "full")
@@ -112,7 +117,9 @@ class History:
         if told > int(last or 0):
             log.warning("the history ends at job %d, and %d were started", int(last or 0), told)
         next_id = max(int(last or 0), told) + 1
-        history = cls(Writer(connection, room), Readers(path), path, next_id, last_id, spools)
+        history = cls(
+            Writer(connection, room, files), Readers(path), path, next_id, last_id, spools
+        )
         history.unfinished = tuple(unfinished)
         return history
 
@@ -260,7 +267,12 @@ class History:
         if text is None:
             return None
         read = partial(loads, text, bounded=True)
-        return await in_thread(lambda: structure(JobSpec, read()), limiter=self._reading)
+        try:
+            return await in_thread(lambda: structure(JobSpec, read()), limiter=self._reading)
+        except (InvalidParams, MalformedJSON) as error:
+            raise unreadable(
+                self._path, f"the request of job {job} cannot be read: {error.message}"
+            ) from error
 
     async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
         """At most `limit` summaries that fit, newest first, as JSON; see `history_search`.
@@ -286,7 +298,7 @@ def _keep_orphan(path: Path) -> None:
     orphan = path.with_name(f"{path.name}-wal")
     with suppress(OSError):
         gone = not path.exists() or path.stat().st_size == 0
-        if gone and orphan.stat().st_size:
+        if gone and not HistoryFiles(path).log_is_empty():
             kept = path.with_name(f"{orphan.name}.orphan-{time.time_ns()}")
             orphan.rename(kept)
             log.warning("the history is missing; its write-ahead log is set aside as %s", kept)

@@ -6,6 +6,8 @@ together take of the host. Lookups of one record have threads of their own: sear
 more, cannot keep them waiting. One search runs at a time, since Python runs one thread at a time
 anyway, and after each the next waits for as long as it took: a flood of searches takes half of a
 processor at most, and the event loop has the other half.
+
+SQLite's errors, and records that cannot be decoded, end here: callers get InternalError.
 """
 
 import math
@@ -19,6 +21,7 @@ import apsw
 import trio
 from attrs import Factory, define
 
+from jobworker.errors import InternalError, InvalidParams, MalformedJSON
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -46,12 +49,15 @@ class Readers:
     _rests_until: float = -math.inf
 
     async def look_up(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
-        """Ask for something that takes a few steps, in a thread. Raises apsw.Error."""
+        """Ask for something that takes a few steps, in a thread. Raises InternalError."""
         async with self._looking_up.setdefault(who, trio.StrictFIFOLock()):
             return await in_thread(partial(self._ask, question), limiter=self._lookups)
 
     async def search(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
-        """Ask for something that takes longer, in a thread, one at a time. Raises apsw.Error."""
+        """Ask for something that takes longer, in a thread, one at a time.
+
+        Raises InternalError.
+        """
         async with self._searching.setdefault(who, trio.StrictFIFOLock()), self._turn:
             await trio.sleep_until(self._rests_until)
             began = trio.current_time()
@@ -67,13 +73,28 @@ class Readers:
             self._free.pop().close()
 
     def _ask(self, question: Callable[[apsw.Connection], T]) -> T:
-        connection = self._free.pop() if self._free else self._open()
         try:
-            return question(connection)
-        finally:
-            self._free.append(connection)
+            connection = self._free.pop() if self._free else self._open()
+            try:
+                return question(connection)
+            finally:
+                self._free.append(connection)
+        except apsw.Error as error:
+            raise unreadable(self._path, str(error)) from error
+        except (InvalidParams, MalformedJSON) as error:  # a record is damaged, not the question
+            why = f"a record of it cannot be read: {error.message}"
+            raise unreadable(self._path, why) from error
 
     def _open(self) -> apsw.Connection:
         connection = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
         connection.set_busy_timeout(int(_BUSY_SECONDS * 1000))
         return connection
+
+
+def unreadable(path: Path, why: str) -> InternalError:
+    """The error of a history that is open and cannot be read at some place."""
+    return InternalError(
+        f"cannot read the history {path}: {why}",
+        remedy="check the disk that holds worker.state_dir; if the file is damaged, stop the "
+        "service and put a copy back",
+    )

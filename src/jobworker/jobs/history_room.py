@@ -9,9 +9,8 @@ What is new (a start, an audit row) may use half of the free pages at most, and 
 the room is whole again. The rest is for what must be told of jobs that there are already: each
 takes a page or two at most.
 
-The log goes with a clean stop, as SQLite has it: one that stayed would be played into an older copy
-of the database that an administrator puts back. So a service that is started on a full disk has no
-room here until there is space again; what it tells stands in jobs' notes (`job_note`).
+The room outlives the service: the free pages are the database's, and the log keeps its blocks over
+a stop (`history_files`). So a service that is started on a full disk can record ends too.
 
 This holds where a file system overwrites in place (ext4, XFS); one that copies on write (btrfs,
 ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.

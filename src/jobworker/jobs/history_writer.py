@@ -25,6 +25,7 @@ import apsw
 import trio
 from attrs import Factory, define, field
 
+from jobworker.jobs.history_files import HistoryFiles
 from jobworker.jobs.history_room import Room, make_log_start_anew
 
 BUSY_SECONDS = 10.0
@@ -58,6 +59,7 @@ class Writer:
 
     _connection: apsw.Connection
     _room: Room
+    _files: HistoryFiles
     _waiting: deque[_Write] = field(factory=deque, init=False)
     _arrival: threading.Condition = field(factory=threading.Condition, init=False)
     _closing: bool = field(default=False, init=False)
@@ -92,7 +94,7 @@ class Writer:
             self._closing = True
             self._arrival.notify()
         self._thread.join()
-        self._connection.close()
+        self._files.close(self._connection)
 
     # --- in the thread ----------------------------------------------------------------------
 

@@ -5,6 +5,12 @@ only, and never through a link (O_NOFOLLOW): who can rename the directory cannot
 write elsewhere. They are made anew or not at all (O_EXCL), mode 0600. The lock of the one writer
 is flock(2) on the index, which ends with the process; readers of sealed files share one, so that
 what is read is not removed.
+
+A directory that goes is renamed first, `7` to `7.removed`, and stays under that name, empty, until
+the history has noted the removal. So whoever finds no `7` can tell a removal by this program, in
+whichever process, from a directory that another hand moved or that a disk which is not mounted has.
+A rename needs no block on most file systems: it works on a full disk. Where the disk refuses it,
+the files go all the same.
 """
 
 import errno
@@ -20,6 +26,26 @@ from jobworker.model.job import OutputCut
 NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
 """See `job_note`: it may stand beside the three, and goes with them."""
+_REMOVED = ".removed"
+
+
+def mark_of(directory: Path) -> Path:
+    """Where an empty directory says that the output in `directory` was removed."""
+    return directory.with_name(f"{directory.name}{_REMOVED}")
+
+
+def marked_job(name: str) -> str:
+    """The name of the directory that was removed, where `name` is that of a mark; else ""."""
+    return name.removesuffix(_REMOVED) if name.endswith(_REMOVED) else ""
+
+
+def clear_mark(directory: Path) -> None:
+    """Remove the mark, which the history has noted; one that is not there is fine."""
+    mark = mark_of(directory)
+    with suppress(OSError):
+        _unlink_files(mark)  # a removal that a kill cut short
+    with suppress(OSError):
+        os.rmdir(mark)
 
 
 @contextmanager
@@ -82,10 +108,11 @@ def create_files(directory: Path) -> list[int]:
     return fds
 
 
-def open_files(directory: Path, *, writable: bool) -> list[int]:
+def open_files(directory: Path, *, writable: bool, partial: bool = False) -> list[int]:
     """Open the files in the order of NAMES; locked for this process where they are `writable`.
 
-    Raises NotFound where one is missing, Busy where another has the lock, OutputError otherwise.
+    With `partial` an empty file stands for one that is missing. Raises NotFound where one is
+    missing, Busy where another has the lock, OutputError otherwise.
     """
     mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW
     fds: list[int] = []
@@ -94,7 +121,12 @@ def open_files(directory: Path, *, writable: bool) -> list[int]:
             dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             undo.callback(os.close, dir_fd)
             for name in NAMES:
-                fds.append(os.open(name, mode, dir_fd=dir_fd))
+                try:
+                    fds.append(os.open(name, mode, dir_fd=dir_fd))
+                except FileNotFoundError:
+                    if not partial:
+                        raise
+                    fds.append(os.memfd_create(f"no {name}"))
                 undo.callback(os.close, fds[-1])
         except FileNotFoundError:
             raise NotFound("cannot open the job's output: none is kept") from None
@@ -115,9 +147,9 @@ def lock_to_read(index: int) -> None:
 
 
 def remove_files(directory: Path, index: int, *, force: bool) -> None:
-    """Remove the files and their directory. Raises Busy where somebody reads them (not if forced).
+    """Remove the files and leave the mark. Raises Busy where somebody reads them (not if forced).
 
-    The index, which readers need first, goes before the rest: none finds half of a log.
+    The directory's name, which readers need first, goes before the rest: none finds half of a log.
     """
     with disk_errors("remove"):
         try:
@@ -127,13 +159,28 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
                 raise Busy("cannot remove the job's output: it is being read") from None
         dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            for name in (NOTE, *reversed(NAMES)):
-                with suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=dir_fd)
+            with suppress(OSError):
+                os.rename(directory, mark_of(directory))
+            _unlink_below(dir_fd)
         finally:
             os.close(dir_fd)
         with suppress(FileNotFoundError):
             os.rmdir(directory)
+
+
+def _unlink_files(directory: Path) -> None:
+    dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        _unlink_below(dir_fd)
+    finally:
+        os.close(dir_fd)
+
+
+def _unlink_below(dir_fd: int) -> None:
+    """Remove the note and the files; the index before the data, where the name could not go."""
+    for name in (NOTE, *reversed(NAMES)):
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=dir_fd)
 
 
 def _lock(fd: int) -> None:

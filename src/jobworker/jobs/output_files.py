@@ -8,11 +8,18 @@ end of the index (see `output_index`). What holds:
 - `OutputFiles.open` makes good what a crash left. A torn record is cut. Records that claim more
   than the data files hold are cut. Bytes without a record get one: stdout's, then stderr's,
   stamped with their file's last change. So every byte on disk is in the log; only how the two
-  streams interleave within that last range may be lost.
+  streams interleave within that last range may be lost. A crash of this process alone cuts no
+  record but a torn one: where others have to go, the data files have become shorter since
+  (a power cut, a repair, a copy put back). `lost` says by how much, and the log counts it as
+  discarded.
+- `OutputFiles.open_ended` changes nothing. Nobody writes to an ended job's files any more, so what
+  is wrong with them is no crash of a writer's, and may be put right by another hand. The records
+  that `open` would write stand in memory.
 - What the disk refuses stays in the pipe. Where it refuses only the record, the bytes wait in
   their file, unseen, and the next write tries the record again.
 
-Nothing calls fsync: after a power cut the log is as long as what the file system has kept.
+No write waits for the disk. What a power cut may take is what was written since the file system's
+last write-back, until the job's end: then the spool has the disk take it all (`Spool.synced`).
 
 One process writes, and a lock keeps others out; within it the caller makes one call at a time
 among those that write. Any number of threads may read. Every call may wait for the disk, and
@@ -64,6 +71,12 @@ class OutputFiles:
     _written: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
     discarded_bytes: int = 0
     sealed: bool = False
+    lost: dict[Stream, int] = field(factory=lambda: dict.fromkeys(Stream, 0))
+    """Bytes that records speak of and the data files do not have."""
+    _cut_records: int = 0
+    """Records at the end of the index that are not borne out."""
+    _unwritten: tuple[Record, ...] = ()
+    """The log's last records where the index does not have them: of an ended job."""
     _cache_can_be_asked: bool = True
 
     @classmethod
@@ -98,8 +111,15 @@ class OutputFiles:
         return files
 
     @classmethod
-    def _open(cls, directory: Path, writable: bool, clock: Callable[[], int]) -> Self:
-        *data, index = open_files(directory, writable=writable)
+    def _open(
+        cls,
+        directory: Path,
+        writable: bool,
+        clock: Callable[[], int],
+        *,
+        partial: bool = False,
+    ) -> Self:
+        *data, index = open_files(directory, writable=writable, partial=partial)
         files = cls(dict(zip(Stream, data, strict=True)), index, clock)
         with ExitStack() as undo, disk_errors("open"):
             undo.callback(files.close)
@@ -108,12 +128,34 @@ class OutputFiles:
         return files
 
     @classmethod
-    def look_at(cls, directory: Path) -> Self:
+    def open_ended(cls, directory: Path) -> Self:
+        """Open what there is of an ended job's files to read; `lost` says what the index misses.
+
+        An empty file stands for one that is missing. Raises NotFound where the directory is
+        missing, OutputError where the disk fails.
+        """
+        files = cls._open(directory, False, time.time_ns, partial=True)
+        with ExitStack() as undo, disk_errors("open"):
+            undo.callback(files.close)
+            if not files.sealed:
+                files._complete()
+                files.sealed = True
+            lock_to_read(files._index)
+            undo.pop_all()
+        return files
+
+    @classmethod
+    def look_at(cls, directory: Path, *, partial: bool = False) -> Self:
         """Open what stands in `directory` as it is: nothing is recovered, nothing locked.
 
-        Raises NotFound, OutputError.
+        With `partial` an empty file stands for one that is missing. Raises NotFound, OutputError.
         """
-        return cls._open(directory, False, time.time_ns)
+        return cls._open(directory, False, time.time_ns, partial=partial)
+
+    @property
+    def can_be_sealed(self) -> bool:
+        """Whether a seal may be added: no record has to be cut for it."""
+        return not (self.sealed or self._cut_records)
 
     def size_on_disk(self) -> int:
         """Bytes of the three files."""
@@ -130,6 +172,11 @@ class OutputFiles:
         for fd in fds:
             os.close(fd)
 
+    def to_sync(self) -> list[int]:
+        """The files that hold output, which the disk may not have: none where there is none."""
+        data = [fd for stream, fd in self._data.items() if self._written[stream]]
+        return [*data, self._index] if data else []
+
     @property
     def last(self) -> Record:
         """The state of the log: what readers can see of it."""
@@ -142,7 +189,7 @@ class OutputFiles:
 
     @property
     def records(self) -> int:
-        """How many records the index holds."""
+        """How many records the log has."""
         return self._log[0]
 
     # --- writing ----------------------------------------------------------------------------
@@ -226,19 +273,36 @@ class OutputFiles:
 
     def _load(self) -> None:
         """Find the last record that its predecessor and the data files bear out."""
-        sizes = {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
+        sizes = self._sizes()
         number = os.fstat(self._index).st_size // RECORD.size
+        found = number
         record = self._read_record(number - 1)
+        told = EMPTY  # by the last record that its predecessor bears out
         while number:
             before = self._read_record(number - 2)
-            fits = all(record.length_of(stream) <= sizes[stream] for stream in Stream)
-            if fits and record.follows(before):
-                self.sealed = record.seals(before)
-                break
+            if record.follows(before):
+                told = told if told.time_ns else record
+                if all(record.length_of(stream) <= sizes[stream] for stream in Stream):
+                    self.sealed = record.seals(before)
+                    break
             number, record = number - 1, before
         self._log = (number, record)
+        self._cut_records = found - number
         self._written = {stream: record.length_of(stream) for stream in Stream}
+        self.lost = {stream: max(0, told.length_of(stream) - sizes[stream]) for stream in Stream}
         self.discarded_bytes = record.discarded_bytes
+
+    def _sizes(self) -> dict[Stream, int]:
+        return {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
+
+    def _complete(self) -> None:
+        """Give bytes that have no record one in memory."""
+        for stream, fd in self._data.items():
+            status = os.fstat(fd)
+            if status.st_size > self.last.length_of(stream):
+                record = self.last.with_length(stream, status.st_size, status.st_mtime_ns)
+                self._unwritten += (record,)
+                self._log = (self.records + 1, record)
 
     def record(self, number: int) -> Record:
         """The state of the log after record `number`; before the first one (-1) it is empty."""
@@ -255,12 +319,22 @@ class OutputFiles:
     def _read_record(self, number: int, nowait: bool = False) -> Record:
         if number < 0:
             return EMPTY
+        if self._unwritten and number >= self._in_index:
+            return self._unwritten[number - self._in_index]
         offset = number * RECORD.size  # never across two pages, so never read in part
         return Record(*RECORD.unpack(self._read(self._index, RECORD.size, offset, nowait)))
+
+    @property
+    def _in_index(self) -> int:
+        """How many of the records can be read from the index."""
+        return self.records - len(self._unwritten)
 
     def _recover(self) -> None:
         with disk_errors("recover"):
             os.ftruncate(self._index, self.records * RECORD.size)
+            if lost := sum(self.lost.values()):
+                self.discarded_bytes += lost
+                self._try_to_record_discarded()
             for stream, fd in self._data.items():
                 status = os.fstat(fd)
                 self._written[stream] = status.st_size
@@ -286,11 +360,10 @@ class OutputFiles:
         With `nowait` nothing but the page cache is read (preadv(2), RWF_NOWAIT), and
         BlockingIOError says that a thread is needed.
         """
-        count = min(BLOCK_RECORDS, self.records - place.number)
-        if not count:
+        if place.number >= self.records:
             return None, place
         with disk_errors("read"):
-            block = self._read(self._index, count * RECORD.size, place.number * RECORD.size, nowait)
+            block = self._read_records(place.number, nowait)
             whole = len(block) // RECORD.size * RECORD.size
             try:
                 span, after = plan_read(memoryview(block)[:whole], place, view)
@@ -303,6 +376,13 @@ class OutputFiles:
             after = span.start.plus(len(data))
         chunk = Chunk(stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data)
         return chunk, after
+
+    def _read_records(self, first: int, nowait: bool) -> bytes | bytearray:
+        """At most BLOCK_RECORDS records as they stand in the file."""
+        count = min(BLOCK_RECORDS, self._in_index - first)
+        if count > 0:
+            return self._read(self._index, count * RECORD.size, first * RECORD.size, nowait)
+        return b"".join(record.pack() for record in self._unwritten[first - self._in_index :])
 
     def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes | bytearray:
         """All `size` bytes, or with `nowait` at least one of them."""

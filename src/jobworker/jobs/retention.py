@@ -8,6 +8,9 @@ The disk has the last word about what may go. Output that is not sealed is a job
 ended, but where the service itself knows better: a full disk may refuse the seal, and its output
 must go for there to be room. Output that somebody reads is locked (flock(2), shared), also against
 `worker prune` in a process of its own. Both are left for a later time.
+
+What is not there any more and has no mark of a removal (`output_directory`) is missing: it counts
+for nothing, and is taken up again when it is back.
 """
 
 import os
@@ -21,8 +24,11 @@ from attrs import define, field, frozen
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
-from jobworker.jobs.output_directory import disk_errors
+from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job
 from jobworker.model.job import JobId
+
+_MAX_DIGITS = 16
+"""No job's id has more."""
 
 
 @frozen
@@ -33,6 +39,18 @@ class Kept:
     ended_ns: int
     size: int
     """Bytes of its three files."""
+
+
+@frozen
+class Changes:
+    """What another process, or another hand, has done to the directory since the last look."""
+
+    marked: frozenset[JobId]
+    """Those that have the mark of a removal, which the history may not have noted."""
+    gone: list[Kept]
+    """Those that are not there any more, for whichever reason."""
+    back: list[Kept]
+    """Those that were missing and are there again."""
 
 
 @frozen(kw_only=True)
@@ -72,6 +90,8 @@ class KeptOutput:
     _steady_ns: Callable[[], int] | None = None
     """When a job that ends now ends; its own records may say otherwise, by a clock set back."""
     _kept: dict[JobId, Kept] = field(factory=dict, init=False)
+    _missing: set[JobId] = field(factory=set, init=False)
+    """Ended jobs whose output was or should be there, is not, and was not removed by us."""
 
     @property
     def all(self) -> Mapping[JobId, Kept]:
@@ -96,10 +116,14 @@ class KeptOutput:
         try:
             if self._seals:  # what a full disk refused at the job's end
                 with suppress(Busy):  # it is being read, and was refused
-                    seal_output(directory)
+                    seal_output(directory, ends_now=ends_now)
             ended_ns, size = describe_output(directory, ended=self._seals)
         except OutOfDescriptors:
             raise
+        except NotFound:
+            if ends_now:
+                self._missing.add(job)
+            return
         except JobworkerError:
             return  # live, gone, or unreadable: nothing that may be removed
         with suppress(OSError):
@@ -129,31 +153,69 @@ class KeptOutput:
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
         self._kept.pop(job, None)
+        self._missing.discard(job)
         return freed
 
-    def missing(self, jobs: Iterable[JobId]) -> list[JobId]:
-        """Those of `jobs` whose output is not there, whether it was taken up or not.
+    @property
+    def missing(self) -> int:
+        """The number of ended jobs whose output is not there and was not removed by us."""
+        return len(self._missing)
+
+    def expect(self, jobs: Iterable[JobId]) -> None:
+        """Count those of `jobs` that were not taken up as missing, until they are there.
 
         Raises OutputError, OutOfDescriptors.
         """
         names = self._names()
-        return [job for job in jobs if str(job) not in names]
+        self._missing.update(job for job in jobs if str(job) not in names)
+
+    def look(self) -> Changes:
+        """Drop what is not there any more, and take up what is there again.
+
+        Raises OutputError, OutOfDescriptors.
+        """
+        names = self._names()
+        marked = frozenset(
+            JobId(int(job))
+            for job in map(marked_job, names)
+            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS
+        )
+        gone = [kept for job, kept in self._kept.items() if str(job) not in names]
+        for kept in gone:
+            del self._kept[kept.job]
+        self._missing.update(kept.job for kept in gone)
+        self._missing -= marked
+        back = list[Kept]()
+        for job in [job for job in self._missing if str(job) in names]:
+            self.add(job)
+            self._missing.discard(job)
+            if job in self._kept:
+                back.append(self._kept[job])
+        return Changes(marked, gone, back)
 
     def _names(self) -> frozenset[str]:
+        """What stands in the directory: nothing where it is missing itself."""
         with disk_errors("look for"):
-            return frozenset(os.listdir(self._spools))
+            try:
+                return frozenset(os.listdir(self._spools))
+            except FileNotFoundError:
+                if not self._seals:
+                    raise
+                return frozenset()
 
-    def drop(self, job: JobId) -> int:
-        """Count the output of a job as removed by another hand: the bytes that it had."""
+    def drop(self, job: JobId, *, removed: bool) -> int:
+        """Count the output of a job as removed, or as missing: the bytes that it had."""
         kept = self._kept.pop(job, None)
+        if removed:
+            self._missing.discard(job)
+        else:
+            self._missing.add(job)
         return kept.size if kept is not None else 0
 
-    def drop_missing(self) -> list[Kept]:
-        """Drop what another hand has removed: what that was. Raises as `missing` does."""
-        gone = [self._kept[job] for job in self.missing(self._kept)]
-        for kept in gone:
-            self.drop(kept.job)
-        return gone
+    def clear_marks(self, jobs: Iterable[JobId]) -> None:
+        """Forget that the output of these jobs was removed: the history knows."""
+        for job in jobs:
+            clear_mark(self._spools / str(job))
 
     def prune(
         self, policy: Policy, *, only: Callable[[JobId], bool] | None = None, live_bytes: int = 0
@@ -163,8 +225,12 @@ class KeptOutput:
         gone = []
         for each in choose(among, policy, now_ns=self._clock_ns(), live_bytes=live_bytes):
             try:
-                self.remove(each.job)
+                remove_output(self._spools / str(each.job), ended=self._seals)
+            except NotFound:
+                self.drop(each.job, removed=False)
+                continue
             except JobworkerError:
                 continue  # followed, or the disk refuses: another time
+            del self._kept[each.job]
             gone.append(each)
         return gone

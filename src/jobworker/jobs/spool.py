@@ -20,8 +20,8 @@ All but `create`, `open` and what `write` is given to run belong to Trio's threa
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -29,11 +29,12 @@ from typing import Self, TypeVar
 import trio
 from attrs import define, field, frozen
 
-from jobworker.errors import InvalidParams
+from jobworker.errors import InvalidParams, OutputError
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
 from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
+from jobworker.jobs.output_sync import OutputSync
 from jobworker.jobs.paced import AT_A_TIME, in_turns
 from jobworker.model.job import Stream
 from jobworker.threads import in_thread
@@ -68,6 +69,10 @@ class Spool:
 
     _files: OutputFiles
     sealed: bool = False
+    missing: str = ""
+    """What an ended job has written and its files do not have, in words."""
+    sync_fault: str = ""
+    """Why the disk may not have the output, after `synced`."""
     _idle: set[Follower] = field(factory=set)
     _to_poke: deque[Follower] = field(factory=deque)
     """Those of them that are to look again, in turns."""
@@ -102,9 +107,30 @@ class Spool:
         return cls(files, sealed=files.sealed)
 
     @classmethod
+    def open_ended(cls, directory: Path, written: Mapping[Stream, int]) -> Self:
+        """Open what there is of an ended job's output to read it. Call it in a thread.
+
+        Nothing of it is changed. `written` is how many bytes of each stream the job's record tells
+        of: `check_whole` raises where the files have fewer. Raises NotFound, OutputError.
+        """
+        files = OutputFiles.open_ended(directory)
+        lost = list[str]()
+        for stream in Stream:
+            there = files.last.length_of(stream)
+            told = max(written.get(stream, 0), there + files.lost[stream])
+            if told > there:
+                lost.append(f"{told - there} of {told} bytes of {stream.value}")
+        return cls(files, sealed=True, missing=" and ".join(lost))
+
+    @classmethod
     def gone(cls) -> Self:
         """The spool of an ended job whose files are not there: sealed, with nothing to read."""
         return cls(OutputFiles({}, -1, time.time_ns), sealed=True)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes that the log once had and that were gone when it was opened."""
+        return sum(self._files.lost.values())
 
     @property
     def size(self) -> int:
@@ -193,6 +219,23 @@ class Spool:
         self._poking = bool(self._to_poke)
         return self._poking
 
+    @asynccontextmanager
+    async def synced(self) -> AsyncIterator[None]:
+        """Have the disk take the output (fdatasync(2)) beside what the block does.
+
+        Returns once both are done, or SYNC_SECONDS after its start: a slow disk goes on by itself.
+        `sync_fault` says where the disk refused. Without output this costs nothing.
+        """
+        files = self._files.to_sync()
+        if not files:
+            yield
+            return
+        sync = OutputSync(files, self._hold, self._release)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync.run)
+            yield
+        self.sync_fault = sync.fault
+
     # --- reading ----------------------------------------------------------------------------
 
     def follow(
@@ -220,10 +263,21 @@ class Spool:
 
     def check_offset(self, offset: int) -> None:
         """Raise InvalidParams where the log is shorter than `offset`."""
+        if offset > self.size:
+            self.check_whole()
         if not 0 <= offset <= self.size:
             raise InvalidParams(
                 f"cannot follow from byte {offset}: the output has {self.size} bytes",
                 remedy="follow from an offset that was received, or from 0",
+            )
+
+    def check_whole(self) -> None:
+        """Raise OutputError where an ended job has written more than its files have."""
+        if self.missing:
+            raise OutputError(
+                f"cannot read all of the job's output: {self.missing} are missing on the server",
+                remedy="its files have become shorter since the job's end; they stay as they are, "
+                "and can be put back from a copy",
             )
 
     async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> Beginning:
@@ -309,11 +363,14 @@ class Spool:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep the files open while the block lasts."""
-        self._users += 1
+        self._hold()
         try:
             yield
         finally:
             self._release()
+
+    def _hold(self) -> None:
+        self._users += 1
 
     def _release(self) -> None:
         self._users -= 1

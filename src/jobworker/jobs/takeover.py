@@ -45,7 +45,7 @@ from jobworker.errors import (
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import NOTE
+from jobworker.jobs.output_directory import NOTE, mark_of
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
@@ -202,13 +202,13 @@ async def _open_spool(
     where it is the host that lacks something: output that may be whole is not set aside.
     """
     try:
-        return await in_thread(Spool.open, directory), record
+        spool = await in_thread(Spool.open, directory)
+        return spool, _with_losses(record, spool, now)
     except JobworkerError as error:
         if _is_of_the_host(error):
             raise _cannot_go_on(record.id, error) from error
         missing, why = isinstance(error, NotFound), error.message
-    # A removal takes the note first, and then the index.
-    removed = ended and missing and not (directory / NOTE).exists()
+    removed = ended and missing and await in_thread(_was_removed, directory)
     kept = None
     if removed:
         await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
@@ -226,6 +226,21 @@ async def _open_spool(
         return spool, record
     note = f"output from before {now:%F %T} UTC is missing"
     return spool, evolve(record, detail="; ".join(filter(None, (record.detail, note))))
+
+
+def _was_removed(directory: Path) -> bool:
+    """A removal leaves a mark; where the disk refuses that, the note goes first, then the index."""
+    cut_short = directory.exists() and not (directory / NOTE).exists()
+    return cut_short or mark_of(directory).exists()
+
+
+def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
+    """The record of a job that goes on, with a word about output that is gone since it was kept."""
+    if not spool.lost_bytes:
+        return record
+    note = f"{spool.lost_bytes} bytes of output from before {now:%F %T} UTC are missing"
+    log.warning("job %d: %s: its files have become shorter", record.id, note)
+    return evolve(record, detail="; ".join(filter(None, (record.detail, note))))
 
 
 def _set_aside(directory: Path) -> Path | None:
@@ -277,8 +292,11 @@ def _cannot_go_on(job: JobId, error: JobworkerError) -> InternalError:
 
 
 async def _open_ended(spools: Path, record: JobRecord) -> Spool:
+    """The output of a job that the launcher does not have: to read, if its end is known."""
+    directory = spools / str(record.id)
+    open_it = partial(Spool.open_ended, written={}) if record.ended else Spool.open
     try:
-        return await in_thread(Spool.open, spools / str(record.id))
+        return await in_thread(open_it, directory)
     except JobworkerError as error:
         if _is_of_the_host(error):
             raise _cannot_go_on(record.id, error) from error
@@ -289,13 +307,14 @@ async def _open_ended(spools: Path, record: JobRecord) -> Spool:
 
 async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:
     """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
+    spool = await _open_ended(spools, record)
+    record = _with_losses(record, spool, now)
     record = evolve(
         record,
         state=advance(record.state, Event.FAIL),
         reason=Reason.LOST,
         detail="; ".join(filter(None, (record.detail, detail))),
     )
-    spool = await _open_ended(spools, record)
     ended_at = now
     if spool.sealed and spool.last_ns:
         ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)

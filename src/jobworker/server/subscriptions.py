@@ -298,6 +298,7 @@ class Subscriptions:
                     subscription.keep_pace(size, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await send(message)
+            subscription.follower.check_whole()
         except JobworkerError as error:
             return _told(error)
         return None

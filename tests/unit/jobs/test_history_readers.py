@@ -10,7 +10,10 @@ import pytest
 import trio
 import trio.testing
 
+from jobworker.convert import loads, structure
+from jobworker.errors import InternalError
 from jobworker.jobs.history_readers import LOOKUP_THREADS, Readers
+from jobworker.model.job import JobRecord
 
 FLOOD = 50
 
@@ -45,3 +48,29 @@ async def test_nobody_waits_for_the_queue_of_another(
             go.set()
     assert len(answered) == FLOOD + 1
     assert answered.index("quiet") <= LOOKUP_THREADS
+
+
+def count_rows(connection: apsw.Connection) -> object:
+    return connection.execute("SELECT count(*) FROM filled").get
+
+
+def read_record(connection: apsw.Connection) -> object:
+    return structure(JobRecord, loads(str(connection.execute("SELECT '{}'").get)))
+
+
+@pytest.mark.parametrize("ask", [ask_by_look_up, ask_by_search])
+async def test_error_of_reading_is_named_and_the_next_question_is_answered(
+    ask: Callable[[Readers], Callable[..., Awaitable[object]]], tmp_path: Path
+) -> None:
+    path = tmp_path / "some.db"
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.execute("CREATE TABLE filled (row); INSERT INTO filled VALUES (zeroblob(99999))")
+    whole = path.read_bytes()
+    with closing(Readers(path)) as readers:
+        path.write_bytes(whole[:4096])  # a disk that has lost the rest
+        with pytest.raises(InternalError, match=f"cannot read the history {path}: .*malformed"):
+            await ask(readers)(count_rows)
+        path.write_bytes(whole)
+        with pytest.raises(InternalError, match=r"a record of it cannot be read: .*owner"):
+            await ask(readers)(read_record)
+        assert await ask(readers)(lambda connection: connection.execute("SELECT 7").get) == 7

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jobworker.errors import Busy, OutputError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.retention import Kept, KeptOutput, Policy, choose
+from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy, choose
 from jobworker.model.job import JobId, OutputCut, Stream
 
 from .test_spool import append
@@ -72,6 +72,7 @@ def test_what_is_left_keeps_the_policy_and_no_more_goes(
 
 
 def write_log(directory: Path, data: bytes, *, seal: bool = True) -> OutputFiles:
+    directory.parent.mkdir(exist_ok=True)
     files = OutputFiles.create(directory)
     append(files, Stream.STDOUT, data)
     if seal:
@@ -86,6 +87,9 @@ def test_output_goes_with_its_directory_and_its_size_is_told(tmp_path: Path) -> 
     size = sum(file.stat().st_size for file in (tmp_path / "1").iterdir())
     assert [(k.job, k.size) for k in kept.all.values()] == [(1, size)]
     assert kept.remove(JobId(1)) == size
+    (mark,) = tmp_path.iterdir()
+    assert (mark.name, list(mark.iterdir())) == ("1.removed", [])
+    kept.clear_marks([JobId(1)])
     assert list(tmp_path.iterdir()) == []
     assert kept.remove(JobId(1)) == 0
 
@@ -145,14 +149,43 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path / "elsewhere")) == 3
 
 
-def test_what_another_hand_removed_is_dropped(tmp_path: Path) -> None:
+def test_what_another_process_removed_is_dropped_and_known_until_that_is_noted(
+    tmp_path: Path,
+) -> None:
     write_log(tmp_path / "1", b"x").close()
     kept, other = KeptOutput(tmp_path), KeptOutput(tmp_path)
     kept.load()
     other.load()
     other.prune(Policy(max_jobs=0))
-    assert [gone.job for gone in kept.drop_missing()] == [1]
+    for gone in ([1], []):
+        changes = kept.look()
+        assert [each.job for each in changes.gone] == gone
+        assert list(changes.marked) == [1]
+    assert (not kept.all, kept.missing) == (True, 0)
+    kept.clear_marks(changes.marked)
+    assert kept.look() == Changes(frozenset(), [], [])
+
+
+def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path) -> None:
+    spools, away = tmp_path / "spool", tmp_path / "away"
+    for name in ("1", "2"):
+        write_log(spools / name, b"x").close()
+    kept = KeptOutput(spools, seals=True)
+    kept.load()
+    spools.rename(away)
+    changes = kept.look()
+    assert (len(changes.gone), changes.marked, kept.missing) == (2, frozenset(), 2)
     assert not kept.all
+    kept.add(JobId(3), ends_now=True)
+    assert kept.missing == 3
+    late = KeptOutput(spools, seals=True)  # of a service that is started meanwhile
+    late.load()
+    late.expect([JobId(1), JobId(2)])
+    away.rename(spools)
+    for each in (kept, late):
+        assert [back.job for back in each.look().back] == [1, 2]
+        assert list(each.all) == [1, 2]
+    assert (kept.missing, late.missing) == (1, 0)
 
 
 def test_budget_gives_what_is_left_and_then_refuses(tmp_path: Path) -> None:

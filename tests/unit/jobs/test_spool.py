@@ -1,5 +1,6 @@
 """The spool: what a job wrote is what its followers get, and what a crash leaves."""
 
+import errno
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ import trio
 import trio.testing
 
 from jobworker.errors import Busy, InvalidParams, NotFound, OutputError
+from jobworker.jobs.ended_output import seal_output
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import RECORD, Chunk, Place, View
@@ -678,3 +680,139 @@ def test_that_output_was_discarded_survives_the_process(tmp_path: Path) -> None:
     assert files.discarded_bytes == 12
     assert joined(read_all(files)) == MERGED
     files.close()
+
+
+# --- ended jobs' files that another hand has changed ----------------------------------------
+
+
+def tree_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "there", "missing"),
+    [
+        ({}, (b"out one out two ", b"err one err two "), ""),
+        ({"stdout": 5}, (b"out o", b"err one err two "), "11 of 16 bytes of stdout"),
+        ({"stderr": 0}, (b"out one out two ", b""), "16 of 16 bytes of stderr"),
+        ({"index": 0}, (b"out one out two ", b"err one err two "), ""),
+        ({"index": RECORD.size + 3}, (b"out one out two ", b"err one err two "), ""),
+        ({"index": None}, (b"out one out two ", b"err one err two "), ""),
+        ({"stdout": None}, (b"", b"err one err two "), "16 of 16 bytes of stdout"),
+        (
+            {"stdout": 0, "stderr": 0, "index": 0},
+            (b"", b""),
+            "16 of 16 bytes of stdout and 16 of 16 bytes of stderr",
+        ),
+    ],
+)
+async def test_what_there_is_of_an_ended_log_is_read_and_what_is_missing_told(
+    tmp_path: Path, sizes: dict[str, int | None], there: tuple[bytes, bytes], missing: str
+) -> None:
+    directory = tmp_path / "job"
+    files = OutputFiles.create(directory)
+    for words in (b"one ", b"two "):
+        append(files, OUT, b"out " + words)
+        append(files, ERR, b"err " + words)
+    files.seal()
+    files.close()
+    for name, size in sizes.items():
+        if size is None:
+            (directory / name).unlink()
+        else:
+            os.truncate(directory / name, size)
+    before = tree_of(directory)
+    if None not in sizes.values():
+        seal_output(directory)  # as a service does at its start
+    spool = Spool.open_ended(directory, {OUT: 16, ERR: 16})
+    with spool.follow() as follower:
+        chunks = await everything(follower)
+        assert (joined(chunks, OUT), joined(chunks, ERR)) == there
+        if missing:
+            with pytest.raises(OutputError, match=missing):
+                follower.check_whole()
+        else:
+            follower.check_whole()
+    spool.close()
+    if missing:
+        assert tree_of(directory) == before
+
+
+def test_live_log_that_has_become_shorter_says_by_how_much(tmp_path: Path) -> None:
+    files = OutputFiles.create(tmp_path / "job")
+    append(files, OUT, b"kept and lost")
+    append(files, ERR, b"err")
+    files.close()
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    spool = Spool.open(tmp_path / "job")
+    assert spool.lost_bytes == spool.statistics().discarded_bytes == 9
+    append(spool, OUT, b" on")
+    spool.close()
+    again = Spool.open(tmp_path / "job")
+    assert (again.lost_bytes, again.statistics().discarded_bytes) == (0, 9)
+    assert again.statistics().stdout_bytes == len(b"kept on")
+    again.close()
+
+
+# --- on the disk ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that the disk was asked to take."""
+    seen: list[str] = []
+
+    def fdatasync(file: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return seen
+
+
+async def test_nothing_is_synced_where_there_is_no_output(spool: Spool, synced: list[str]) -> None:
+    await spool.seal()
+    async with spool.synced():
+        pass
+    assert synced == []
+
+
+async def test_each_file_with_output_is_synced_beside_what_the_caller_does(
+    spool: Spool, synced: list[str]
+) -> None:
+    append(spool, ERR, b"text")
+    await spool.seal()
+    async with spool.synced():
+        with trio.fail_after(5):
+            while len(synced) < 2:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert (sorted(synced), spool.sync_fault) == (["index", "stderr"], "")
+
+
+async def test_disk_that_hangs_delays_no_end_for_long_and_keeps_the_files_open(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda _: go_on.wait(20))
+    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", 0.1)
+    append(spool, OUT, b"text")
+    await spool.seal()
+    with trio.fail_after(5):
+        async with spool.synced():
+            pass
+    spool.close()
+    assert any(path.endswith("/job/stdout") for path in open_fds().values())
+    go_on.set()
+    with trio.fail_after(5):
+        while any(path.endswith("/job/stdout") for path in open_fds().values()):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+async def test_disk_that_refuses_is_told(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    append(spool, OUT, b"text")
+    async with spool.synced():
+        pass
+    assert spool.sync_fault == "its output may not be on the disk: Input/output error"
