@@ -10,7 +10,8 @@ The descriptor is not made non-blocking: O_NONBLOCK belongs to the open file des
 others share (the shell's terminal, the launcher's log).
 
 Until `start_thread`, writes go out at once if the descriptor takes them (poll(2), in pieces that a
-writable pipe takes whole), and stay in the queue otherwise. So it is where no thread can be had.
+writable pipe takes whole), and stay in the queue otherwise. So it is where no thread can be had,
+and for a regular file always: no reader can hold that up, and a line is there once it is told.
 """
 
 import atexit
@@ -18,6 +19,7 @@ import errno
 import io
 import os
 import select
+import stat
 import sys
 import threading
 import time
@@ -96,6 +98,9 @@ class StandardError(io.TextIOBase):
 
         fork(2) must not find other threads, and prctl(2) changes the calling thread alone.
         """
+        with suppress(OSError):
+            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                return
         with self._changed:
             self._wants_thread = True
             self._try_thread()
