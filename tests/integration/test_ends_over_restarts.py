@@ -73,6 +73,7 @@ async def test_cause_of_an_end_outlives_a_kill_of_the_service(
         async with serving(directory) as service, open_wire(service) as wire:
             job = await start(wire, SLOW_END, **spec)
             history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
+            history.set_busy_timeout(5000)  # the service writes too
             history.execute("BEGIN IMMEDIATE")
             await until(lambda: has_written(directory, job, "up"))
             async with trio.open_nursery() as nursery:

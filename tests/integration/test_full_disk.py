@@ -205,10 +205,10 @@ async def test_true_end_is_told_though_the_output_went_before_it_was_recorded(
         (place / "filler").unlink()
         async with serving(directory) as (_, wire):
             record = await wire.call("job.wait", id=big)
-            assert (record["reason"], record["signal"]) == ("signal", signal.SIGKILL)
+            assert (record["state"], record["signal"]) == ("STOPPED", signal.SIGKILL)
             assert record["output_removed_at"] is not None
             assert (await wire.call("job.wait", id=small))["state"] == "STOPPED"
-            await until_stored(place, {small: ("STOPPED", False), big: ("FAILED", True)})
+            await until_stored(place, {small: ("STOPPED", False), big: ("STOPPED", True)})
 
 
 async def test_job_that_the_disk_does_not_let_go_stays_whole_without_its_output(

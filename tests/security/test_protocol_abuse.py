@@ -197,6 +197,22 @@ async def test_address_that_fails_and_fails_keeps_no_certificate_out(
         while True:
             await fail(b"\x16\x03\x01\x00\x05aaaaa")
 
+    async def get_in() -> None:
+        # On a busy host those whose ends are under way have the address's places as well, and the
+        # library waits for ever where a connection is closed before it is upgraded.
+        served = False
+        for _ in range(5):
+            try:
+                with trio.move_on_after(5):
+                    async with open_wire(guarded) as wire:
+                        await wire.call("service.hello")
+                        served = True
+            except* trio.BrokenResourceError:
+                pass
+            if served:
+                return
+        pytest.fail("no attempt of five came in")
+
     with trio.fail_after(60):
         for number in range(120):  # of 50 that are no reason to slow anybody down
             await fail(b"GET / HTTP/1.0\r\n\r\n" if number % 2 else b"")
@@ -205,8 +221,7 @@ async def test_address_that_fails_and_fails_keeps_no_certificate_out(
             for _ in range(8):
                 nursery.start_soon(keep_failing)
             for _ in range(3):
-                async with open_wire(guarded) as wire:
-                    await wire.call("service.hello")
+                await get_in()
             nursery.cancel_scope.cancel()
 
 

@@ -95,6 +95,8 @@ class History:
                 unfinished = _select_unfinished(connection)
                 room = Room(path)
                 room.ensure(connection)  # the first thing that changes the file
+                connection.execute("BEGIN IMMEDIATE")  # or another program holds it locked
+                connection.execute("ROLLBACK")
             except (apsw.CorruptError, apsw.NotADBError) as error:
                 raise damaged(path, str(error)) from error
             except (apsw.Error, OSError) as error:
