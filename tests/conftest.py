@@ -12,13 +12,15 @@ UNIT_TESTS = Path(__file__).parent / "unit"
 
 
 def pytest_configure() -> None:
-    """Have Ctrl-C mean something: whoever runs the tests in the background ignores it.
+    r"""Have Ctrl-C and Ctrl-\ mean something: who runs the tests in the background ignores them.
 
     An ignored signal stays ignored through execve(2), so that neither the service nor
     a client that a test starts could be interrupted.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def compiler() -> str:
