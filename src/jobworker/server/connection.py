@@ -249,31 +249,33 @@ async def _serve_websocket(
         await trio.sleep(CLOSE_SECONDS)  # what came before may still be answered
         nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(leave_when_closed)
-        nursery.start_soon(visitor.leave_at_expiry)
-        request = await trio_websocket.wrap_server_stream(
-            nursery,
-            stream,
-            message_queue_size=0,  # what waits for its turn stays with the client
-            max_message_size=context.admission.limits.max_message_bytes,
-            receive_buffer_size=RECORD_BYTES,
-        )
-        socket_ = await request.accept(subprotocol=SUBPROTOCOL)
-        arrival.finish()
-        log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
-        conversation = Conversation(FramedSocket(socket_, stream), visitor, context)
-        stream.check = partial(_check_parts, socket_, conversation)
-        nursery.start_soon(conversation.end_when_dismissed)
-        try:
-            await conversation.serve()
-        finally:
-            if visitor.reason:
-                context.auditor.dismissed(peer, visitor.reason, who)
-            parted = await conversation.say_goodbye()
-            log.info("%s: disconnected", peer)
-            nursery.cancel_scope.cancel()
-    stream.check = None  # it refers to the stream, by way of the conversation
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leave_when_closed)
+            nursery.start_soon(visitor.leave_at_expiry)
+            request = await trio_websocket.wrap_server_stream(
+                nursery,
+                stream,
+                message_queue_size=0,  # what waits for its turn stays with the client
+                max_message_size=context.admission.limits.max_message_bytes,
+                receive_buffer_size=RECORD_BYTES,
+            )
+            socket_ = await request.accept(subprotocol=SUBPROTOCOL)
+            arrival.finish()
+            log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
+            conversation = Conversation(FramedSocket(socket_, stream), visitor, context)
+            stream.check = partial(_check_parts, socket_, conversation)
+            nursery.start_soon(conversation.end_when_dismissed)
+            try:
+                await conversation.serve()
+            finally:
+                if visitor.reason:
+                    context.auditor.dismissed(peer, visitor.reason, who)
+                parted = await conversation.say_goodbye()
+                log.info("%s: disconnected", peer)
+                nursery.cancel_scope.cancel()
+    finally:
+        stream.check = None  # it refers to the stream, by way of the conversation
     return parted
 
 
