@@ -676,6 +676,22 @@ async def test_nothing_that_a_client_says_makes_a_line_of_the_log(
         assert "\x1b" not in line
 
 
+@pytest.mark.parametrize("request_line", [b"GET / HTTP/1.1", b"POST /x HTTP/1.0"])
+async def test_plain_http_is_told_that_the_port_speaks_tls(
+    guarded: Embedded, request_line: bytes
+) -> None:
+    said = b""
+    async with await dial(guarded) as tcp:
+        with trio.fail_after(10):
+            await tcp.send_all(request_line + b"\r\nHost: x\r\n\r\n")
+            while more := await tcp.receive_some():
+                said += more
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close" in head.lower()
+    assert "speaks TLS" in json.loads(body)["error"]["message"]
+
+
 # --- browsers --------------------------------------------------------------------------------
 
 

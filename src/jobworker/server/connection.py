@@ -8,7 +8,7 @@ runs before the head has been read and checked here, under a deadline, and `serv
 one of the two places that catch everything: a fault ends its own connection and no other.
 
 A refusal is always sent: OpenSSL's alert while the handshake goes on, and after it an HTTP reply
-that says why.
+that says why. Who speaks HTTP without TLS gets such a reply too.
 """
 
 import logging
@@ -44,6 +44,7 @@ from jobworker.server.http_head import (
     Refused,
     admit,
     http_connection,
+    plain_reply,
     read_head,
     reply,
 )
@@ -227,6 +228,9 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
         if not isinstance(cause, ssl.SSLError):
             log.info("%s: TLS refused: the client went away", peer)
             return False
+        if cause.reason == "HTTP_REQUEST":  # openssl/sslerr.h: no alert would be understood
+            with suppress(OSError):  # it fits into an empty buffer
+                stream.socket.send(plain_reply())
         why = explain_server_side(cause)
         log.info("%s: TLS refused: %s", peer, why)
         auditor.refused(peer, why)

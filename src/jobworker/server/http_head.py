@@ -207,10 +207,23 @@ def _no_upgrade(status: int, why: str) -> Refused:
     return Refused(status, NoUpgrade(f"cannot serve the request: {why}", remedy=remedy))
 
 
+def plain_reply() -> bytes:
+    """The answer to a request that came without TLS, to be sent without it."""
+    told = NoUpgrade(
+        "cannot serve the request: this port speaks TLS, and it came in plain HTTP",
+        remedy="dial wss:// with a client certificate, or use worker-cli: see docs/protocol.md",
+    )
+    return _written(http_connection(), Refused(400, told))
+
+
 async def reply(
     stream: TLSStream, connection: h11.Connection, refused: Refused, *, without_body: bool
 ) -> None:
     """Answer a request that is refused, as JSON that says why and what to do."""
+    await stream.send_all(_written(connection, refused, without_body=without_body))
+
+
+def _written(connection: h11.Connection, refused: Refused, *, without_body: bool = False) -> bytes:
     error = refused.error
     told = {
         "code": error.code,
@@ -230,4 +243,4 @@ async def reply(
     if not without_body:  # as the answer to HEAD has to be: RFC 9110, section 9.3.2
         events += [h11.Data(data=body), h11.EndOfMessage()]
     data = [connection.send(event) for event in events]
-    await stream.send_all(b"".join(piece for piece in data if piece))
+    return b"".join(piece for piece in data if piece)
