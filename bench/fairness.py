@@ -1,6 +1,6 @@
 """What a client's flood does to a quiet client of its own certificate: a table, a row each.
 
-    python -m bench.fairness [NAME…] [--seconds 5]
+    python -m bench.fairness [NAME…] [--seconds 5] [--apart]
 
 Each flood (`bench.floods`) comes from a process of its own and meets a service of its own, with the
 default limits and 50,000 ended jobs in its history. Beside it a quiet client says `hello` ten
@@ -14,10 +14,15 @@ has gone), how many descriptors are left over, and the longest turn of the event
     connect  p99 at most a second: the new connection's `hello` included
     memory   peak at most 256 MB, and afterwards at most a fifth above that at the start
     fds      none left
+
+What a flood's own process takes of the machine is in these figures. `--apart` leaves it out, as
+with clients on other machines: service, launcher, jobs and quiet client have the first processor,
+on the idle service as well, and the flood has the others.
 """
 
 import argparse
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -33,7 +38,7 @@ from pathlib import Path
 import apsw
 import trio
 from attrs import frozen
-from bench.floods import FLOODS
+from bench.floods import FLOODS, PROCESSORS
 from bench.turns import watched_turns
 
 from jobworker.cli.embedded import Embedded, open_embedded
@@ -310,8 +315,19 @@ async def flood(
         return await measure(service, name, seconds, idle_seconds)
 
 
-def main(names: list[str], seconds: float) -> None:
+def keep_apart() -> None:
+    """Keep to one processor from now on, and have the floods keep to the others."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        raise SystemExit("--apart needs a machine with two processors at least")
+    os.sched_setaffinity(0, [first])
+    os.environ[PROCESSORS] = " ".join(map(str, others))
+
+
+def main(names: list[str], seconds: float, *, apart: bool) -> None:
     """Run the floods and print the table."""
+    if apart:
+        keep_apart()
     print(HEAD)
     with place() as directory:
         for name in names:
@@ -324,5 +340,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=[*FLOODS, []])
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--apart", action="store_true")
     arguments = parser.parse_args()
-    main(arguments.names or list(FLOODS), arguments.seconds)
+    main(arguments.names or list(FLOODS), arguments.seconds, apart=arguments.apart)

@@ -32,6 +32,8 @@ TEXT, PING = 1, 9
 MIB = 1 << 20
 CONNECTIONS = 4
 STANDING_SECONDS = 0.1
+PROCESSORS = "JOBWORKER_BENCH_FLOOD_PROCESSORS"
+"""Names, in the environment, the processors that a flood is to keep to; the machine's else."""
 LARGE = {f"V{n}": "x" * 30 for n in range(20_000)}
 """Nearly a megabyte of variables."""
 LONG_LOG = """
@@ -434,6 +436,8 @@ FLOODS = {
 async def main(name: str, address: str, certs: Path, seconds: float) -> None:
     """Flood."""
     os.nice(10)  # it is the service's fairness that is asked for, not the processor's
+    if apart := os.environ.get(PROCESSORS):
+        os.sched_setaffinity(0, map(int, apart.split()))
     target = Target(address, certs)
     flood = await FLOODS[name].begin(target)
     print("ready", flush=True)
