@@ -9,6 +9,7 @@ import pty
 import socket
 import struct
 import termios
+from contextlib import suppress
 
 from .attempt import (
     GIVEN,
@@ -253,6 +254,8 @@ def _open_each() -> None:
         ("multipath_tcp_with_high_bits", 10, socket.SOCK_STREAM, 262 | 1 << 32),
         ("sctp", 2, socket.SOCK_STREAM, 132),
         ("dccp", 2, 6, 33),
+        ("sctp_by_its_kind", 2, socket.SOCK_SEQPACKET, 0),
+        ("dccp_by_its_kind", 10, 6 | socket.SOCK_CLOEXEC, 0),
         ("smc", 2, socket.SOCK_STREAM, 256),
         ("l2tp", 2, socket.SOCK_DGRAM, 115),
         ("udp_lite", 2, socket.SOCK_DGRAM, 136),
@@ -266,6 +269,13 @@ def _open_each() -> None:
 
 
 _open_each()
+
+
+@attempt
+def take_other_code_above_tcp() -> None:
+    """TCP_ULP of linux/tcp.h: where the kernel looks for the name, it would find a real one."""
+    with socket.socket() as mine, suppress(FileNotFoundError):
+        mine.setsockopt(socket.IPPROTO_TCP, 31, b"nosuch")
 
 
 def _attach_filter(option: int) -> None:

@@ -19,6 +19,7 @@ OF_A_PROTOCOL = {
     *("open_socket_multipath_tcp", "open_socket_multipath_tcp_with_high_bits"),
     *("open_socket_sctp", "open_socket_dccp", "open_socket_smc"),
     *("open_socket_l2tp", "open_socket_udp_lite"),
+    *("open_socket_sctp_by_its_kind", "open_socket_dccp_by_its_kind"),
 }
 """They are answered as by a kernel without the protocol."""
 
@@ -33,6 +34,7 @@ BY_THE_FILTER_ALONE = {
     *("open_socket_netlink_audit", "open_socket_netlink_netfilter", "open_socket_netlink_uevent"),
     *OF_A_PROTOCOL,
     *("attach_a_filter_to_a_socket", "attach_a_filter_with_high_bits"),
+    "take_other_code_above_tcp",
     # Calls with arguments that mean nothing: the kernel's word about those comes first.
     *(f"call_{name}" for name in attempts_calls.RAW),
     *("call_the_next_number_to_come", "call_socketpair_of_another_family"),
