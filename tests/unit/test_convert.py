@@ -17,6 +17,7 @@ from jobworker.convert import (
     faults_of,
     loads,
     structure,
+    takes_long,
     unstructure,
 )
 from jobworker.errors import InvalidParams, MalformedJSON
@@ -290,3 +291,18 @@ def test_shape_that_strangers_may_not_send_is_refused_before_it_is_parsed(
 )
 def test_what_stands_in_strings_counts_for_nothing(value: object) -> None:
     assert loads(dumps(value), bounded=True) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "takes"),
+    [
+        ("x" * 16_000, False),
+        ("x" * 17_000, True),
+        ("[" * 400 + "]" * 400, False),
+        ("[" + "{}," * 600 + "{}]", True),
+        ("[" + "1e9," * 3000 + "1]", True),
+        ("[" + "1e9," * 300 + "1]", False),
+    ],
+)
+def test_text_takes_long_by_its_length_and_by_its_values(text: str, takes: bool) -> None:
+    assert takes_long(text) == takes

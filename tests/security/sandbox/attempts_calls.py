@@ -278,6 +278,22 @@ def take_other_code_above_tcp() -> None:
         mine.setsockopt(socket.IPPROTO_TCP, 31, b"nosuch")
 
 
+@attempt
+def sign_connections() -> None:
+    """TCP_MD5SIG of linux/tcp.h, with a key for 127.0.0.1."""
+    key = struct.pack("=HH4s120xBBHI80s", 2, 0, b"\x7f\0\0\1", 0, 0, 4, 0, b"test")
+    with socket.socket() as mine:
+        mine.setsockopt(socket.IPPROTO_TCP, 14, key)
+
+
+@attempt
+def name_the_senders_of_a_group() -> None:
+    """IP_ADD_SOURCE_MEMBERSHIP of ip(7), on the loopback device."""
+    wanted = b"".join(map(socket.inet_aton, ("239.1.2.3", "127.0.0.1", "127.0.0.2")))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mine:
+        mine.setsockopt(socket.IPPROTO_IP, 39, wanted)
+
+
 def _attach_filter(option: int) -> None:
     """A program of one instruction, "take all of it": socket(7)."""
     program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))
