@@ -1,5 +1,6 @@
 """The supervisor: who runs when, over a launcher and a history that are not there."""
 
+import math
 import os
 import signal
 import threading
@@ -61,6 +62,11 @@ class FakeLink:
         self._jobs[job] = send, [out_write, err_write]
         self.spawned.append(job)
         return Started(pid=1, stdout=out, stderr=err), receive
+
+    def write(self, job: JobId, data: bytes) -> None:
+        """Have a job write to both of its streams."""
+        for pipe in self._jobs[job][1]:
+            os.write(pipe, data)
 
     def finish(
         self, job: JobId, *, keep_pipes: bool = False, unseen: tuple[str, ...] = ()
@@ -276,6 +282,48 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     assert ended.ended_at is not None
     ran = (ended.ended_at - ended.started_at).total_seconds()
     assert 0 <= ran - (8 - seconds_ago) < 5, "as long as the launcher says, and what passed since"
+
+
+async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    synced: list[str] = []
+    noisy = [JobId(number) for number in range(1, 9)]
+
+    def fdatasync(file: int) -> None:
+        directory = Path(os.readlink(f"/proc/self/fd/{file}")).parent.name
+        if int(directory) in noisy:
+            assert go_on.wait(20)
+        synced.append(directory)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+    async with supervising(tmp_path, max_running=20) as (supervisor, link, _):
+
+        async def run(owner: str) -> Execution:
+            execution = await supervisor.submit(spec("job"), owner)
+            link.write(execution.record.id, b"text")
+            link.finish(execution.record.id)
+            return execution
+
+        with trio.fail_after(10):
+            loud = [await run("alice") for _ in noisy]
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            quiet = (await run("bob")).record.id
+            assert (await supervisor.wait(quiet)).ended
+            assert synced == [str(quiet)] * 3
+            assert not any(each.ended.is_set() for each in loud)
+            monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", 0)
+            late = (await run("alice")).record.id
+            assert (await supervisor.wait(late)).ended, "though it had no place"
+            assert f"job {late}: the disk has not taken its output" in caplog.text
+            go_on.set()
+            for each in loud:
+                await supervisor.wait(each.record.id)
+            assert len(synced) == 3 * (1 + len(noisy))
+            monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+            await supervisor.wait((await run("alice")).record.id)
 
 
 async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:
