@@ -142,7 +142,8 @@ class KeptOutput:
         directory = self._spools / str(job)
         try:
             if self._seals:  # what a full disk refused at the job's end
-                with suppress(Busy):  # it is being read, and was refused
+                # It is being read, and was refused; or part of it is gone, and the rest must go.
+                with suppress(Busy, NotFound):
                     seal_output(directory, ends_now=ends_now)
             ended_ns, size = describe_output(directory, ended=self._seals)
         except OutOfDescriptors:
