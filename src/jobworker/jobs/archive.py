@@ -145,7 +145,8 @@ class Archive:
 
     async def _look_for_output(self, job: JobId, directory: Path) -> JobRecord:
         """See whether output was removed or is missing, while nothing is being removed here."""
-        record = await self._history.summary(job)
+        unsettled = self._unsettled.get(job)
+        record = unsettled.record if unsettled else await self._history.summary(job)
         if record is None:
             raise no_such_job(job)
         # The mark after the directory: `worker prune`, which renames, may come between the two.
@@ -297,6 +298,7 @@ class Archive:
         execution = self._unsettled.get(job)
         if execution is not None:
             await execution.remove_record()
+            self.forget(execution)
         else:
             await self._history.remove(job)
 

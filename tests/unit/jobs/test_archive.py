@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -41,6 +42,7 @@ class Ground:
         *,
         lost_to: Path | None = None,
         at_end: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - stateless
+        recorded: bool = True,
     ) -> JobId:
         """Have a job live, write and end; meanwhile somebody may have moved its output away."""
         job = self.history.take_id()
@@ -51,11 +53,17 @@ class Ground:
         spool.close()
         if lost_to is not None:
             (self.spools / str(job)).rename(lost_to)
-        await self.history.put(ended := record(job))
-        execution = SimpleNamespace(record=ended, spool=spool, archived=trio.Event())
+        execution = SimpleNamespace(
+            record=record(job),
+            spool=spool,
+            archived=trio.Event(),
+            remove_record=partial(self.history.remove, job),
+        )
         with at_end:
             await self.archive.add(cast("Execution", execution))
-        self.archive.forget(cast("Execution", execution))
+        if recorded:
+            await self.history.put(execution.record)
+            self.archive.forget(cast("Execution", execution))
         return job
 
     async def stored(self, job: JobId) -> JobRecord:
@@ -110,6 +118,22 @@ async def test_output_that_goes_while_somebody_asks_is_told_as_removed(tmp_path:
                 async with here.archive.reading(each):
                     pass
         assert here.archive._kept.missing == 0
+
+
+async def test_output_of_a_job_that_a_full_disk_does_not_record_is_told_as_missing_or_removed(
+    tmp_path: Path,
+) -> None:
+    async with ground(tmp_path) as here:
+        job = await here.end_job(lost_to=tmp_path / "away", recorded=False)
+        told = await here.archive.look_after(record(job))
+        assert (told.id, MISSING in told.detail) == (job, True)
+        (tmp_path / "away").rename(here.spools / str(job))
+        await here.archive.prune()
+        assert here.check() > 0
+        await here.archive.remove(job, force=False)
+        with pytest.raises(NotFound, match="no such job"):
+            await here.archive.look_after(record(job))
+        assert (here.check(), here.archive._kept.missing) == (0, 0)
 
 
 async def test_output_that_another_hand_took_is_told_as_missing_until_it_is_back(
