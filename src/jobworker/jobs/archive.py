@@ -25,16 +25,16 @@ from typing import TypeVar
 import trio
 from attrs import define, evolve, field
 
-from jobworker.errors import JobworkerError, NotFound, OutOfDescriptors, TooManyFollows
+from jobworker.errors import JobworkerError, NotFound, TooManyFollows
 from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
 from jobworker.jobs.output_directory import disk_errors, mark_of
-from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
+from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread
 
@@ -63,8 +63,6 @@ class Archive:
     _open: dict[JobId, Spool] = field(factory=dict, init=False)
     """Those that are being read, each once for all of its followers."""
     _opening: int = field(default=0, init=False)
-    _not_taken_up: set[JobId] = field(factory=set, init=False)
-    """Ended jobs whose output could not be looked at for want of descriptors."""
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
@@ -78,7 +76,11 @@ class Archive:
     def __attrs_post_init__(self) -> None:
         self._ages = AgeClock(self._spools.with_name(FILE))
         self._kept = KeptOutput(
-            self._spools, seals=True, clock_ns=self._ages.now_ns, steady_ns=self._ages.steady_ns
+            self._spools,
+            seals=True,
+            clock_ns=self._ages.now_ns,
+            steady_ns=self._ages.steady_ns,
+            count=self._budget.keep,
         )
 
     @property
@@ -91,7 +93,6 @@ class Archive:
         await self._in_thread(partial(self._kept.load, live))
         newest = max((kept.ended_ns for kept in self._kept.all.values()), default=0)
         await self._in_thread(partial(self._ages.begin, newest))
-        self._budget.count(sum(kept.size for kept in self._kept.all.values()))
         with_output = await self._history.with_output()
         await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
@@ -102,9 +103,8 @@ class Archive:
         return sum(found.size for job in jobs if (found := kept.get(job)) is not None)
 
     def count_live(self, spool: Spool) -> None:
-        """Count what a job that goes on has written under an earlier service."""
-        records = spool.statistics().records
-        self._budget.count(spool.written_bytes + records * RECORD.size)
+        """Count what a job has written under an earlier service: before it is taken up."""
+        self._budget.count(_live_bytes(spool))
 
     async def serve(self) -> None:
         """Apply the policy whenever that may change something; never returns."""
@@ -112,8 +112,6 @@ class Archive:
             with trio.move_on_after(SWEEP_SECONDS):
                 await self._due.wait()
             self._due = trio.Event()
-            for job in tuple(self._not_taken_up):
-                await self._take_up(job)
             await self.prune()
             await trio.sleep(PAUSE_SECONDS)  # many jobs may end at once
 
@@ -123,37 +121,42 @@ class Archive:
         self._unsettled[job] = execution
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
-                await self._take_up(job)
+                await self._in_thread(partial(self._kept.end, job, _live_bytes(execution.spool)))
         finally:
             execution.archived.set()
             self._due.set()
-
-    async def _take_up(self, job: JobId) -> None:
-        self._not_taken_up.discard(job)
-        try:
-            await self._in_thread(partial(self._kept.add, job, ends_now=True))
-        except OutOfDescriptors:
-            self._not_taken_up.add(job)
 
     def forget(self, execution: Execution) -> None:
         """Look for the record of a job in the history from now on."""
         self._unsettled.pop(execution.record.id, None)
 
     async def look_after(self, record: JobRecord) -> JobRecord:
-        """The record of a job, with a note where it has ended and its output is missing."""
+        """The record of a job, with a note where it has ended and its output is missing.
+
+        Raises NotFound where the job was removed since `record` was read.
+        """
         if not record.ended or record.output_removed_at is not None:
             return record
         directory = self._spools / str(record.id)
         if await in_thread(_exists, directory):
             return record
-        removed = await in_thread(_exists, mark_of(directory))
         async with self._removing:
-            with trio.CancelScope(shield=True):
-                drop = partial(self._kept.drop, record.id, removed=removed)
-                self._budget.give_back(await self._in_thread(drop))
-                if removed:
-                    when = await self._note_removals([record.id])
-                    return evolve(record, output_removed_at=when)
+            return await self._look_for_output(record.id, directory)
+
+    async def _look_for_output(self, job: JobId, directory: Path) -> JobRecord:
+        """See whether output was removed or is missing, while nothing is being removed here."""
+        unsettled = self._unsettled.get(job)
+        record = unsettled.record if unsettled else await self._history.summary(job)
+        if record is None:
+            raise no_such_job(job)
+        # The mark after the directory: `worker prune`, which renames, may come between the two.
+        if record.output_removed_at is not None or await in_thread(_exists, directory):
+            return record
+        removed = await in_thread(_exists, mark_of(directory))
+        with trio.CancelScope(shield=True):
+            await self._in_thread(partial(self._kept.drop, job, removed=removed))
+            if removed:
+                return evolve(record, output_removed_at=await self._note_removals([job]))
         return evolve(record, detail="; ".join(filter(None, (record.detail, MISSING))))
 
     @asynccontextmanager
@@ -193,8 +196,8 @@ class Archive:
         written = {Stream.STDOUT: record.stdout_bytes, Stream.STDERR: record.stderr_bytes}
         try:
             spool = await in_thread(Spool.open_ended, directory, written)
-        except NotFound:
-            when = record.output_removed_at
+        except NotFound:  # the record may be of a moment before its removal
+            when = (await self.look_after(record)).output_removed_at
             if when is None:
                 raise NotFound(
                     f"cannot read the output of job {record.id}: {MISSING}; no request and no rule "
@@ -253,12 +256,8 @@ class Archive:
     def _prune(
         self, policy: Policy, only: Callable[[JobId], bool] | None
     ) -> tuple[Changes, list[Kept]]:
-        live = self._budget.used_bytes - sum(kept.size for kept in self._kept.all.values())
         changes = self._kept.look()
-        self._budget.count(sum(kept.size for kept in changes.back))
-        gone = self._kept.prune(policy, only=only, live_bytes=max(0, live))
-        self._budget.give_back(sum(kept.size for kept in (*changes.gone, *gone)))
-        return changes, gone
+        return changes, self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
         """Note what was removed, wherever the records are now: when that was."""
@@ -287,7 +286,6 @@ class Archive:
         async with self._removing:
             with trio.CancelScope(shield=True):  # its output and its record go together
                 freed = await self._in_thread(partial(self._kept.remove, job, force=force))
-                self._budget.give_back(freed)
                 try:
                     await self._remove_record(job)
                 except JobworkerError:  # the disk is full still: the job stays, without output
@@ -300,11 +298,17 @@ class Archive:
         execution = self._unsettled.get(job)
         if execution is not None:
             await execution.remove_record()
+            self.forget(execution)
         else:
             await self._history.remove(job)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await in_thread(work, limiter=self._thread)
+
+
+def _live_bytes(spool: Spool) -> int:
+    """What a job's output counts while it lives, at the most."""
+    return spool.written_bytes + spool.index_bytes
 
 
 def _exists(path: Path) -> bool:

@@ -4,7 +4,8 @@ Two bounds, both looked at before each write: the bytes of all output together, 
 must stay free on its file system for everything else (the history, the start of other jobs). What
 live jobs' disks may still take there belongs to that, as far as anybody tells (`promise`). Room is
 taken before a write and what was not used is given back, so writers in several threads never go
-over together what each of them may. What retention removes is given back as well.
+over together what each of them may. What live jobs have taken is what ended jobs have from then on
+(`keep`): retention tells of each change of that.
 """
 
 import os
@@ -25,10 +26,18 @@ class OutputBudget:
     _directory: Path
     max_bytes: int = 0
     keep_free_bytes: int = 0
-    used_bytes: int = field(default=0, init=False)
+    live_bytes: int = field(default=0, init=False)
+    """What live jobs have taken."""
+    kept_bytes: int = field(default=0, init=False)
+    """What ended jobs have."""
     _promised: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
     """What disks might still take when that was told last, and what was free and used then."""
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
+
+    @property
+    def used_bytes(self) -> int:
+        """What all output takes of the bound."""
+        return self.live_bytes + self.kept_bytes
 
     def take(self, wanted: int) -> int:
         """Take room for up to `wanted` bytes (at least 1): how many, never none.
@@ -57,7 +66,7 @@ class OutputBudget:
                     remedy="make room there, or lower worker.keep_free",
                     data={"cut": OutputCut.DISK.value},
                 )
-            self.used_bytes += room
+            self.live_bytes += room
         return room
 
     def promise(self, count: int) -> None:
@@ -65,14 +74,21 @@ class OutputBudget:
         self._promised = (count, self._disk_bytes(), self.used_bytes)
 
     def give_back(self, count: int) -> None:
-        """Give back what was taken and not written, or has been removed."""
+        """Give back what was taken and not written."""
         with self._lock:
-            self.used_bytes = max(0, self.used_bytes - count)
+            self.live_bytes = max(0, self.live_bytes - count)
 
     def count(self, count: int) -> None:
-        """Count what stands on the disk already."""
+        """Count what a live job has on the disk already."""
         with self._lock:
-            self.used_bytes += count
+            self.live_bytes += count
+
+    def keep(self, count: int, was_live: int) -> None:
+        """Count `count` bytes more as ended jobs', or fewer, and `was_live` no longer as live."""
+        with self._lock:
+            self.kept_bytes += count
+            # Of a job's last records no writer told: they are among what it leaves.
+            self.live_bytes = max(0, self.live_bytes - was_live)
 
     def _free_bytes(self) -> int:
         free = self._disk_bytes()

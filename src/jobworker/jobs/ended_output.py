@@ -5,7 +5,6 @@ itself, and may say so (`ended`): a full disk can have refused the seal, and the
 go for there to be room.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +36,11 @@ def seal_output(directory: Path, *, ends_now: bool = False) -> None:
 def describe_output(directory: Path, *, ended: bool = False) -> tuple[int, int]:
     """When the log in `directory` ended (ns since the epoch), and the bytes of its files.
 
-    It must be sealed, unless the caller knows that it has `ended`. Raises NotFound, Busy where it
-    is not, OutputError.
+    The time is 0 where no record is left to tell it. The log must be sealed, unless the caller
+    knows that it has `ended`. Raises NotFound, Busy where it is not, OutputError.
     """
     with _ended_files(directory, ended) as files:
-        return files.last.time_ns or time.time_ns(), files.size_on_disk()
+        return files.last.time_ns, files.size_on_disk()
 
 
 def remove_output(directory: Path, *, force: bool = False, ended: bool = False) -> int:

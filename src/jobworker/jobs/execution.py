@@ -480,7 +480,8 @@ class Execution:
                     stderr_bytes=sizes.stderr_bytes,
                     discarded_bytes=sizes.discarded_bytes,
                 )
-                async with self.spool.synced():  # whoever is told of the end finds its output
+                # Whoever is told of the end finds its output.
+                async with self.spool.synced(self.record.id, self.record.owner):
                     recorded = await self.store()
                 if self.spool.sync_fault:
                     self._note(self.spool.sync_fault)

@@ -32,7 +32,7 @@ from jobworker.errors import ConfigError, InternalError, InvalidParams, Malforme
 from jobworker.jobs import history_writer
 from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.history_files import HistoryFiles
-from jobworker.jobs.history_readers import Readers, unreadable
+from jobworker.jobs.history_readers import NO_DESCRIPTOR, Readers, lacks_descriptors, unreadable
 from jobworker.jobs.history_room import Room
 from jobworker.jobs.history_search import NAME, Filter, Page, find_page
 from jobworker.jobs.history_writer import Work, Writer
@@ -79,6 +79,7 @@ class History:
         """
         _keep_orphan(path)
         files = HistoryFiles(path)
+        connection = None
         with ExitStack() as undo:
             try:
                 _check_writable(path)
@@ -105,6 +106,8 @@ class History:
                 if isinstance(error, apsw.BusyError | apsw.LockedError):
                     why = "another program holds it locked"
                     remedy = f"let that program end: see who has it open (fuser {path})"
+                elif lacks_descriptors(error, connection):
+                    why, remedy = NO_DESCRIPTOR, "raise the service's LimitNOFILE"
                 elif path.is_symlink():
                     why = f"it is a link ({why})"
                     remedy = "put the file itself there, with those beside it (-wal, -shm)"

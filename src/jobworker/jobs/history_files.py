@@ -55,12 +55,14 @@ class HistoryFiles:
         with suppress(OSError):
             self._index = self._open_index()
             _lock(self._index, fcntl.F_WRLCK)  # or another process uses it
-            status = os.fstat(self._index)
-            if status.st_blocks * 512 >= status.st_size:
-                os.pwrite(self._index, bytes(status.st_size), 0)
-                _lock(self._index, fcntl.F_RDLCK)
-            else:
-                _lock(self._index, fcntl.F_UNLCK)
+            lock = fcntl.F_UNLCK
+            try:
+                status = os.fstat(self._index)
+                if status.st_blocks * 512 >= status.st_size:
+                    os.pwrite(self._index, bytes(status.st_size), 0)
+                    lock = fcntl.F_RDLCK
+            finally:
+                _lock(self._index, lock)
         try:
             yield
         finally:

@@ -24,7 +24,7 @@ from attrs import define, field, frozen
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
-from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job
+from jobworker.jobs.output_directory import clear_mark, disk_errors, mark_of, marked_job
 from jobworker.model.job import JobId
 
 _MAX_DIGITS = 16
@@ -49,8 +49,6 @@ class Changes:
     """Those that have the mark of a removal, which the history may not have noted."""
     gone: list[Kept]
     """Those that are not there any more, for whichever reason."""
-    back: list[Kept]
-    """Those that were missing and are there again."""
 
 
 @frozen(kw_only=True)
@@ -89,7 +87,12 @@ class KeptOutput:
     _clock_ns: Callable[[], int] = time.time_ns
     _steady_ns: Callable[[], int] | None = None
     """When a job that ends now ends; its own records may say otherwise, by a clock set back."""
+    _count: Callable[[int, int], None] = lambda _size, _was_live: None
+    """Told with each change how many more bytes are kept, or fewer, and how many of a job were
+    counted while it lived."""
     _kept: dict[JobId, Kept] = field(factory=dict, init=False)
+    _ending: dict[JobId, int] = field(factory=dict, init=False)
+    """Jobs that have just ended and are not taken up yet, with what was counted of each."""
     _missing: set[JobId] = field(factory=set, init=False)
     """Ended jobs whose output was or should be there, is not, and was not removed by us."""
 
@@ -107,15 +110,40 @@ class KeptOutput:
             if name.isascii() and name.isdigit() and int(name) not in live:
                 self.add(JobId(int(name)))
 
-    def add(self, job: JobId, *, ends_now: bool = False) -> None:
-        """Take up a job that has ended (`ends_now`: just so), where it left output.
+    def add(self, job: JobId) -> None:
+        """Take up a job that ended before, where it left output. Raises OutOfDescriptors."""
+        self._set(job, self._measure(job))
 
-        Raises OutOfDescriptors: then it has to be taken up later.
+    def end(self, job: JobId, live_bytes: int = 0) -> None:
+        """Take up a job that has just ended, of which so much was counted while it lived.
+
+        Where descriptors are short, the next `look` does.
         """
+        self._ending[job] = live_bytes
+        with suppress(OutOfDescriptors):
+            self._take_up_ended()
+
+    def _take_up_ended(self) -> None:
+        for job in list(self._ending):
+            self._set(job, self._measure(job, ends_now=True))
+
+    def _set(self, job: JobId, kept: Kept | None) -> None:
+        """Change what is kept of a job; what is counted changes in the same step, and only here."""
+        before = self._kept.get(job)
+        if kept is not None:
+            self._kept[job] = kept
+        else:
+            self._kept.pop(job, None)
+        more = (kept.size if kept else 0) - (before.size if before else 0)
+        self._count(more, self._ending.pop(job, 0))
+
+    def _measure(self, job: JobId, *, ends_now: bool = False) -> Kept | None:
+        """What a job has left that may be removed. Raises OutOfDescriptors."""
         directory = self._spools / str(job)
         try:
             if self._seals:  # what a full disk refused at the job's end
-                with suppress(Busy):  # it is being read, and was refused
+                # It is being read, and was refused; or part of it is gone, and the rest must go.
+                with suppress(Busy, NotFound):
                     seal_output(directory, ends_now=ends_now)
             ended_ns, size = describe_output(directory, ended=self._seals)
         except OutOfDescriptors:
@@ -123,12 +151,12 @@ class KeptOutput:
         except NotFound:
             if ends_now:
                 self._missing.add(job)
-            return
-        except JobworkerError:
-            return  # live, gone, or unreadable: nothing that may be removed
+            return None
+        except (JobworkerError, OSError):
+            return None  # live, gone, or unreadable: nothing that may be removed
         with suppress(OSError):
             ended_ns = max(ended_ns, self._second_witness(directory, ended_ns, ends_now))
-        self._kept[job] = Kept(job, ended_ns, size)
+        return Kept(job, ended_ns, size)
 
     def _second_witness(self, directory: Path, ended_ns: int, ends_now: bool) -> int:
         """When a directory was changed last, which no end comes before.
@@ -152,7 +180,7 @@ class KeptOutput:
             freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
-        self._kept.pop(job, None)
+        self._set(job, None)
         self._missing.discard(job)
         return freed
 
@@ -174,6 +202,7 @@ class KeptOutput:
 
         Raises OutputError, OutOfDescriptors.
         """
+        self._take_up_ended()
         names = self._names()
         marked = frozenset(
             JobId(int(job))
@@ -182,16 +211,13 @@ class KeptOutput:
         )
         gone = [kept for job, kept in self._kept.items() if str(job) not in names]
         for kept in gone:
-            del self._kept[kept.job]
+            self._set(kept.job, None)
         self._missing.update(kept.job for kept in gone)
         self._missing -= marked
-        back = list[Kept]()
         for job in [job for job in self._missing if str(job) in names]:
             self.add(job)
             self._missing.discard(job)
-            if job in self._kept:
-                back.append(self._kept[job])
-        return Changes(marked, gone, back)
+        return Changes(marked, gone)
 
     def _names(self) -> frozenset[str]:
         """What stands in the directory: nothing where it is missing itself."""
@@ -203,14 +229,13 @@ class KeptOutput:
                     raise
                 return frozenset()
 
-    def drop(self, job: JobId, *, removed: bool) -> int:
-        """Count the output of a job as removed, or as missing: the bytes that it had."""
-        kept = self._kept.pop(job, None)
+    def drop(self, job: JobId, *, removed: bool) -> None:
+        """Count the output of a job as removed, or as missing."""
+        self._set(job, None)
         if removed:
             self._missing.discard(job)
         else:
             self._missing.add(job)
-        return kept.size if kept is not None else 0
 
     def clear_marks(self, jobs: Iterable[JobId]) -> None:
         """Forget that the output of these jobs was removed: the history knows."""
@@ -224,13 +249,14 @@ class KeptOutput:
         among = [each for each in self._kept.values() if only is None or only(each.job)]
         gone = []
         for each in choose(among, policy, now_ns=self._clock_ns(), live_bytes=live_bytes):
+            directory = self._spools / str(each.job)
             try:
-                remove_output(self._spools / str(each.job), ended=self._seals)
-            except NotFound:
-                self.drop(each.job, removed=False)
+                remove_output(directory, ended=self._seals)
+            except NotFound:  # another process may have been faster
+                self.drop(each.job, removed=os.path.lexists(mark_of(directory)))
                 continue
             except JobworkerError:
                 continue  # followed, or the disk refuses: another time
-            del self._kept[each.job]
+            self._set(each.job, None)
             gone.append(each)
         return gone

@@ -36,7 +36,7 @@ from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, V
 from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
 from jobworker.jobs.output_sync import OutputSync
 from jobworker.jobs.paced import AT_A_TIME, in_turns
-from jobworker.model.job import Stream
+from jobworker.model.job import JobId, Stream
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -220,8 +220,10 @@ class Spool:
         return self._poking
 
     @asynccontextmanager
-    async def synced(self) -> AsyncIterator[None]:
+    async def synced(self, job: JobId, owner: str) -> AsyncIterator[None]:
         """Have the disk take the output (fdatasync(2)) beside what the block does.
+
+        The output is that of `job`, and shares threads with that of the same `owner` alone.
 
         Returns once both are done, or SYNC_SECONDS after its start: a slow disk goes on by itself.
         `sync_fault` says where the disk refused. Without output this costs nothing.
@@ -230,7 +232,7 @@ class Spool:
         if not files:
             yield
             return
-        sync = OutputSync(files, self._hold, self._release)
+        sync = OutputSync(job=job, owner=owner, files=files, hold=self._hold, release=self._release)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sync.run)
             yield

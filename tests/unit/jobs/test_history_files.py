@@ -1,5 +1,7 @@
 """Log and index of the history stay with their blocks, and an empty log says nothing."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -85,3 +87,25 @@ async def test_index_that_an_earlier_service_left_is_not_believed(
     with opened(killed / "history.db") as history:
         assert await history.known([JobId(1), JobId(2)]) == {1, 2}
         assert blocks(killed / "history.db") == before
+
+
+async def test_index_that_takes_no_zeros_is_left_to_sqlite(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file system copies on write, or a quota is used up."""
+    with opened(path) as history:
+        await history.put(record(1))
+        shutil.copy(f"{path}-shm", tmp_path / "killed")
+    shutil.copy(tmp_path / "killed", f"{path}-shm")
+    refused = list[str]()
+
+    def pwrite(file: int, *_: object) -> int:
+        refused.append(os.readlink(f"/proc/self/fd/{file}"))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        history = History.open(path)
+    with closing(history):
+        assert f"{path}-shm" in refused
+        assert await history.known([JobId(1)]) == {1}

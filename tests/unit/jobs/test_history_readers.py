@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 
@@ -11,9 +12,13 @@ import trio
 import trio.testing
 
 from jobworker.convert import loads, structure
-from jobworker.errors import InternalError
+from jobworker.errors import ConfigError, InternalError, OutOfDescriptors
+from jobworker.jobs.history import History
 from jobworker.jobs.history_readers import LOOKUP_THREADS, Readers
 from jobworker.model.job import JobRecord
+
+from ..strategies import record
+from .descriptors import descriptors_left
 
 FLOOD = 50
 
@@ -74,3 +79,44 @@ async def test_error_of_reading_is_named_and_the_next_question_is_answered(
         with pytest.raises(InternalError, match=r"a record of it cannot be read: .*owner"):
             await ask(readers)(read_record)
         assert await ask(readers)(lambda connection: connection.execute("SELECT 7").get) == 7
+
+
+async def test_want_of_descriptors_is_told_as_that_and_keeps_nobody_from_writing(
+    tmp_path: Path,
+) -> None:
+    path, written = tmp_path / "history.db", record(1)
+    for count in (0, 1):  # of the two that a new connection needs
+        with closing(History.open(path)) as history:
+            await history.put(written)
+            with descriptors_left(count):
+                for ask in (history.summary, history.get, history.spec):
+                    with pytest.raises(OutOfDescriptors, match="no file descriptor left"):
+                        await ask(written.id)
+                with pytest.raises(OutOfDescriptors):
+                    await history.with_output()
+                await history.note_removed([written.id], datetime.now(UTC))
+                await history.put(written)
+            assert await history.summary(written.id) == written
+    for count in range(4):
+        with descriptors_left(count), pytest.raises(ConfigError, match="descriptor left") as told:
+            History.open(path)
+        assert "LimitNOFILE" in told.value.remedy
+    with closing(History.open(path)) as history:
+        assert await history.summary(written.id) == written
+
+
+async def test_want_of_descriptors_that_has_passed_meanwhile_is_told_as_that(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "some.db"
+    with closing(apsw.Connection(str(path))) as connection:
+        connection.execute("PRAGMA journal_mode = wal; CREATE TABLE filled (row)").fetchall()
+
+    def read_in_want(connection: apsw.Connection) -> object:
+        with descriptors_left(0):
+            return count_rows(connection)
+
+    with closing(Readers(path)) as readers:
+        with pytest.raises(OutOfDescriptors):
+            await readers.look_up(read_in_want)
+        assert await readers.look_up(count_rows) == 0

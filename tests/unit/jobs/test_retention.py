@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jobworker.errors import Busy, OutputError
 from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output_directory import NAMES, NOTE
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy, choose
 from jobworker.model.job import JobId, OutputCut, Stream
@@ -124,6 +125,27 @@ def test_log_that_a_full_disk_did_not_let_end_is_ended_by_the_service(tmp_path: 
     assert [each.job for each in kept.prune(Policy(max_jobs=0))] == [1]
 
 
+@pytest.mark.parametrize("lost", [["stderr"], ["index"], ["stdout", "stderr", "index"]])
+def test_what_is_left_of_output_is_kept_and_goes_like_any_other(
+    tmp_path: Path, lost: list[str]
+) -> None:
+    write_log(tmp_path / "1", b"x" * 1000).close()
+    (tmp_path / "1" / NOTE).write_text("{}")
+    for name in lost:
+        (tmp_path / "1" / name).unlink()
+    late, kept = KeptOutput(tmp_path, seals=True), KeptOutput(tmp_path, seals=True)
+    late.load()  # of a service that is started later
+    kept.end(JobId(1))
+    left = sum((tmp_path / "1" / name).stat().st_size for name in {*NAMES} - {*lost})
+    for each in (late, kept):
+        assert [(k.job, k.size) for k in each.all.values()] == [(1, left)]
+        each.look()
+        assert each.missing == 0
+    assert late.all == kept.all, "age counts from the end, and not from a look"
+    assert [each.job for each in kept.prune(Policy(max_jobs=0))] == [1]
+    assert os.listdir(tmp_path) == ["1.removed"]
+
+
 def test_log_that_is_read_stays_unless_forced(tmp_path: Path) -> None:
     write_log(tmp_path / "1", b"read on").close()
     reader = OutputFiles.open(tmp_path / "1")
@@ -163,7 +185,7 @@ def test_what_another_process_removed_is_dropped_and_known_until_that_is_noted(
         assert list(changes.marked) == [1]
     assert (not kept.all, kept.missing) == (True, 0)
     kept.clear_marks(changes.marked)
-    assert kept.look() == Changes(frozenset(), [], [])
+    assert kept.look() == Changes(frozenset(), [])
 
 
 def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path) -> None:
@@ -176,15 +198,15 @@ def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path)
     changes = kept.look()
     assert (len(changes.gone), changes.marked, kept.missing) == (2, frozenset(), 2)
     assert not kept.all
-    kept.add(JobId(3), ends_now=True)
+    kept.end(JobId(3))
     assert kept.missing == 3
     late = KeptOutput(spools, seals=True)  # of a service that is started meanwhile
     late.load()
     late.expect([JobId(1), JobId(2)])
     away.rename(spools)
     for each in (kept, late):
-        assert [back.job for back in each.look().back] == [1, 2]
-        assert list(each.all) == [1, 2]
+        each.look()
+        assert sorted(each.all) == [1, 2]
     assert (kept.missing, late.missing) == (1, 0)
 
 

@@ -21,7 +21,7 @@ from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import RECORD, Chunk, Place, View
 from jobworker.jobs.paced import AT_A_TIME
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import Stream
+from jobworker.model.job import JobId, Stream
 
 OUT, ERR = Stream.STDOUT, Stream.STDERR
 PIECES = [(OUT, b"one\n"), (ERR, b"\x00\xff"), (OUT, b"two"), (OUT, b"3"), (ERR, b"end")]
@@ -771,7 +771,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 async def test_nothing_is_synced_where_there_is_no_output(spool: Spool, synced: list[str]) -> None:
     await spool.seal()
-    async with spool.synced():
+    async with spool.synced(JobId(1), "alice"):
         pass
     assert synced == []
 
@@ -781,7 +781,7 @@ async def test_each_file_with_output_is_synced_beside_what_the_caller_does(
 ) -> None:
     append(spool, ERR, b"text")
     await spool.seal()
-    async with spool.synced():
+    async with spool.synced(JobId(1), "alice"):
         with trio.fail_after(5):
             while len(synced) < 2:  # noqa: ASYNC110
                 await trio.sleep(0.01)
@@ -797,7 +797,7 @@ async def test_disk_that_hangs_delays_no_end_for_long_and_keeps_the_files_open(
     append(spool, OUT, b"text")
     await spool.seal()
     with trio.fail_after(5):
-        async with spool.synced():
+        async with spool.synced(JobId(1), "alice"):
             pass
     spool.close()
     assert any(path.endswith("/job/stdout") for path in open_fds().values())
@@ -813,6 +813,6 @@ async def test_disk_that_refuses_is_told(spool: Spool, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fdatasync", refuse)
     append(spool, OUT, b"text")
-    async with spool.synced():
+    async with spool.synced(JobId(1), "alice"):
         pass
     assert spool.sync_fault == "its output may not be on the disk: Input/output error"

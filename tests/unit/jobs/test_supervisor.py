@@ -1,5 +1,6 @@
 """The supervisor: who runs when, over a launcher and a history that are not there."""
 
+import math
 import os
 import signal
 import threading
@@ -22,11 +23,14 @@ from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.jobs.takeover import Inheritance, Running
-from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Usage
+from jobworker.jobs.takeover import Ended, Inheritance, Running
+from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream, Usage
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Started
+
+from ..strategies import record
+from .test_spool import append
 
 RULES = Rules(
     defaults=Limits(cpu_percent=0, memory_bytes=0, io_bps=0, processes=0, output_bytes=0),
@@ -61,6 +65,11 @@ class FakeLink:
         self._jobs[job] = send, [out_write, err_write]
         self.spawned.append(job)
         return Started(pid=1, stdout=out, stderr=err), receive
+
+    def write(self, job: JobId, data: bytes) -> None:
+        """Have a job write to both of its streams."""
+        for pipe in self._jobs[job][1]:
+            os.write(pipe, data)
 
     def finish(
         self, job: JobId, *, keep_pipes: bool = False, unseen: tuple[str, ...] = ()
@@ -276,6 +285,76 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     assert ended.ended_at is not None
     ran = (ended.ended_at - ended.started_at).total_seconds()
     assert 0 <= ran - (8 - seconds_ago) < 5, "as long as the launcher says, and what passed since"
+
+
+async def test_output_that_was_taken_over_counts_as_what_stands_on_the_disk(
+    tmp_path: Path,
+) -> None:
+    """That of a job that goes on, and that of one whose end has to be recorded still."""
+    spools = [Spool.create(tmp_path / name) for name in ("1", "2")]
+    for spool, size in zip(spools, (1000, 9000), strict=True):
+        append(spool, Stream.STDOUT, b"x" * size)
+    await spools[1].seal()
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    _send, exits = trio.open_memory_channel[Exit](1)
+    started = Started(pid=1, stdout=out, stderr=err)
+    taken = Inheritance(
+        running=[Running(record(1, State.RUNNING), spools[0], started, exits)],
+        ended=[Ended(record(2), spools[1])],
+    )
+    async with supervising(tmp_path, max_running=2, inheritance=taken) as (supervisor, _, history):
+        budget = supervisor._archive.room.budget
+        with trio.fail_after(20):
+            while JobId(2) not in history.records:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        there = [
+            sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("1", "2")
+        ]
+        assert [budget.live_bytes, budget.kept_bytes] == there
+    os.close(out_write)
+    os.close(err_write)
+
+
+async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    synced: list[str] = []
+    noisy = [JobId(number) for number in range(1, 9)]
+
+    def fdatasync(file: int) -> None:
+        directory = Path(os.readlink(f"/proc/self/fd/{file}")).parent.name
+        if int(directory) in noisy:
+            assert go_on.wait(20)
+        synced.append(directory)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+    async with supervising(tmp_path, max_running=20) as (supervisor, link, _):
+
+        async def run(owner: str) -> Execution:
+            execution = await supervisor.submit(spec("job"), owner)
+            link.write(execution.record.id, b"text")
+            link.finish(execution.record.id)
+            return execution
+
+        with trio.fail_after(10):
+            loud = [await run("alice") for _ in noisy]
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            quiet = await run("bob")
+            await quiet.ended.wait()
+            assert synced == [str(quiet.record.id)] * 3
+            assert not any(each.ended.is_set() for each in loud)
+            monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", 0)
+            late = await run("alice")
+            await late.ended.wait()
+            assert f"job {late.record.id}: the disk has not taken its output" in caplog.text
+            go_on.set()
+            for each in loud:
+                await each.ended.wait()
+            assert len(synced) == 3 * (1 + len(noisy))
+            monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+            await (await run("alice")).ended.wait()
 
 
 async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:

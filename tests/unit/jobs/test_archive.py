@@ -1,0 +1,217 @@
+"""The archive: what it tells of output that goes, and what the limit on all output counts."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import trio
+from attrs import frozen
+
+from jobworker.errors import NotFound, OutOfDescriptors
+from jobworker.jobs.archive import MISSING, Archive
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.execution import Execution
+from jobworker.jobs.history import History
+from jobworker.jobs.retention import KeptOutput, Policy
+from jobworker.jobs.spool import Spool
+from jobworker.model.job import JobId, JobRecord, Stream
+
+from ..strategies import record
+from .descriptors import descriptors_left
+from .test_spool import append
+
+NOTHING = Policy(max_jobs=0)
+
+
+@frozen
+class Ground:
+    """An archive over a history and a directory that are there."""
+
+    spools: Path
+    history: History
+    budget: OutputBudget
+    archive: Archive
+
+    async def end_job(
+        self,
+        *,
+        lost_to: Path | None = None,
+        at_end: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - stateless
+        recorded: bool = True,
+    ) -> JobId:
+        """Have a job live, write and end; meanwhile somebody may have moved its output away."""
+        job = self.history.take_id()
+        spool = Spool.create(self.spools / str(job))
+        append(spool, Stream.STDOUT, b"x" * 1000)
+        self.archive.count_live(spool)
+        await spool.seal()
+        spool.close()
+        if lost_to is not None:
+            (self.spools / str(job)).rename(lost_to)
+        execution = SimpleNamespace(
+            record=record(job),
+            spool=spool,
+            archived=trio.Event(),
+            remove_record=partial(self.history.remove, job),
+        )
+        with at_end:
+            await self.archive.add(cast("Execution", execution))
+        if recorded:
+            await self.history.put(execution.record)
+            self.archive.forget(cast("Execution", execution))
+        return job
+
+    async def stored(self, job: JobId) -> JobRecord:
+        """What the history says of a job."""
+        found = await self.history.summary(job)
+        assert found is not None
+        return found
+
+    def check(self) -> int:
+        """That just what stands on the disk counts: so many bytes."""
+        there = sum(
+            file.stat().st_size for each in self.spools.iterdir() for file in each.iterdir()
+        )
+        assert self.budget.used_bytes == there
+        return there
+
+
+@asynccontextmanager
+async def ground(directory: Path) -> AsyncIterator[Ground]:
+    spools = directory / "spool"
+    spools.mkdir(exist_ok=True)
+    history = History.open(directory / "history.db", spools)
+    try:
+        budget = OutputBudget(spools)
+        archive = Archive(
+            spools=spools,
+            history=history,
+            policy=Policy(),
+            budget=budget,
+            clock=lambda: datetime.now(UTC),
+        )
+        await archive.load()
+        yield Ground(spools, history, budget, archive)
+    finally:
+        history.close()
+
+
+async def test_output_that_goes_while_somebody_asks_is_told_as_removed(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        removed, pruned = await here.end_job(), await here.end_job()
+        # Who asks has read the records, and gets no further for a moment.
+        before = [await here.stored(job) for job in (removed, pruned)]
+        await here.archive.remove(removed, force=False)
+        assert [each.job for each in await here.archive.prune(NOTHING)] == [pruned]
+
+        with pytest.raises(NotFound, match="no such job"):
+            await here.archive.look_after(before[0])
+        told = await here.archive.look_after(before[1])
+        assert (told.output_removed_at is not None, told.detail) == (True, "")
+        for each, words in zip(before, ("no such job", "it is not kept any more"), strict=True):
+            with pytest.raises(NotFound, match=words):
+                async with here.archive.reading(each):
+                    pass
+        assert here.archive._kept.missing == 0
+
+
+async def test_output_of_a_job_that_a_full_disk_does_not_record_is_told_as_missing_or_removed(
+    tmp_path: Path,
+) -> None:
+    async with ground(tmp_path) as here:
+        job = await here.end_job(lost_to=tmp_path / "away", recorded=False)
+        told = await here.archive.look_after(record(job))
+        assert (told.id, MISSING in told.detail) == (job, True)
+        (tmp_path / "away").rename(here.spools / str(job))
+        await here.archive.prune()
+        assert here.check() > 0
+        await here.archive.remove(job, force=False)
+        with pytest.raises(NotFound, match="no such job"):
+            await here.archive.look_after(record(job))
+        assert (here.check(), here.archive._kept.missing) == (0, 0)
+
+
+async def test_output_that_another_hand_took_is_told_as_missing_until_it_is_back(
+    tmp_path: Path,
+) -> None:
+    async with ground(tmp_path) as here:
+        job = await here.end_job()
+        size = here.check()
+        (here.spools / str(job)).rename(tmp_path / "away")
+        assert MISSING in (await here.archive.look_after(await here.stored(job))).detail
+        with pytest.raises(NotFound, match="no request and no rule has removed it"):
+            async with here.archive.reading(await here.stored(job)):
+                pass
+        assert (here.archive._kept.missing, here.check()) == (1, 0)
+        (tmp_path / "away").rename(here.spools / str(job))
+        await here.archive.prune()
+        assert (here.archive._kept.missing, here.check()) == (0, size)
+
+
+async def test_what_worker_prune_removes_meanwhile_counts_no_longer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ground(tmp_path) as here:
+        jobs = [await here.end_job() for _ in range(3)]
+        here.check()
+        other = KeptOutput(here.spools)
+        other.load()
+
+        def only(job: JobId) -> bool:  # asked after the look, and before the removal
+            other.remove(job) if job == jobs[1] else None
+            return True
+
+        gone = await here.archive.prune(NOTHING, only=only)
+        assert [each.job for each in gone] == [jobs[0], jobs[2]]
+        assert here.check() == 0
+        await here.archive.prune()
+        assert (here.check(), here.archive._kept.missing) == (0, 0)
+        assert (await here.stored(jobs[1])).output_removed_at is not None
+        assert "missing" not in caplog.text
+
+
+async def test_what_a_live_job_wrote_counts_once_and_not_where_it_is_lost(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        await here.end_job()
+        size = here.check()
+        lost = await here.end_job(lost_to=tmp_path / "away")
+        assert (here.check(), here.archive._kept.missing) == (size, 1)
+        (tmp_path / "away").rename(here.spools / str(lost))
+        await here.archive.prune()
+        assert (here.check(), here.archive._kept.missing) == (2 * size, 0)
+        await here.archive.remove(lost, force=False)
+        assert here.check() == size
+    async with ground(tmp_path) as here:
+        assert here.check() == size
+
+
+async def test_want_of_descriptors_leaves_nothing_uncounted(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        size = await here.end_job() and here.check()
+        late = await here.end_job(at_end=descriptors_left(1))
+        assert here.budget.live_bytes > 0, "it is not taken up yet"
+        await here.archive.prune()
+        assert (here.budget.live_bytes, here.check()) == (0, 2 * size)
+
+        # One is away and comes back, and another goes.
+        (here.spools / "1").rename(tmp_path / "away")
+        await here.archive.prune()
+        (tmp_path / "away").rename(here.spools / "1")
+        KeptOutput(here.spools).remove(late)
+        with descriptors_left(1), pytest.raises(OutOfDescriptors):  # enough to list a directory
+            await here.archive.prune()
+        await here.archive.prune()
+        assert (here.check(), here.archive._kept.missing) == (size, 0)
+
+
+async def test_job_removed_before_it_was_taken_up_counts_no_longer(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        late = await here.end_job(at_end=descriptors_left(1))
+        await here.archive.remove(late, force=False)
+        await here.archive.prune()
+        assert (here.check(), here.archive._kept.missing) == (0, 0)
