@@ -152,7 +152,7 @@ class KernelWatch:
         for job in self._unseen[:GROUPS_A_TURN]:
             if (child := running.get(job)) is not None:
                 size = child.scope.sockets_beyond_limit()
-                self._end_beyond(job, size, "in buffers of sockets beyond its limit")
+                self._end_beyond(child, size, "in buffers of sockets beyond its limit")
         del self._unseen[:GROUPS_A_TURN]
         if self._unseen:
             self._turns.call_in(0, self._look_at_some)
@@ -167,12 +167,16 @@ class KernelWatch:
         assert isinstance(unknown, list)
         assert isinstance(unfinished, list)
         assert isinstance(in_sockets, list)
+        running, uncounted = self._running(), frozenset(unfinished)
         for job, size in held:
-            self._end_beyond(job, size)
+            if job in running:
+                self._end_beyond(running[job], size)
         for job, size in in_sockets:
-            self._judge_sockets(job, size)
-        for job in self._running():
-            self._doubt(job, measure, "it has too many sockets" if job in unfinished else "")
+            if job in running:
+                self._judge_sockets(running[job], size)
+        for job, child in running.items():
+            why = "it has too many sockets" if job in uncounted else ""
+            self._doubt(job, child, measure, why)
         is_much = sum(size for _, size in unknown) > BOUND_BYTES
         self._unsolved[measure] = is_much or bool(unfinished)
         is_hidden = False
@@ -184,12 +188,11 @@ class KernelWatch:
         elif not any(self._unsolved.values()):
             self._doubts.clear()
 
-    def _judge_sockets(self, job: int, size: int) -> None:
+    def _judge_sockets(self, child: Child, size: int) -> None:
         """What the job's group counts comes off, and is only surely known of a time to come."""
-        child = self._running().get(job)
-        if child is not None and size > BOUND_BYTES:
+        if size > BOUND_BYTES:
             least, most = child.scope.sockets_uncounted(size)
-            self._end_beyond(job, least, "in sockets that its control group does not count")
+            self._end_beyond(child, least, "in sockets that its control group does not count")
             if most > BOUND_BYTES:
                 self._due.add(kernel_connections.measure)
 
@@ -206,40 +209,43 @@ class KernelWatch:
 
     def _judge_found(self, job: int, outcome: channel.Message, *, doubts: bool) -> None:
         self._searching.discard(job)
+        child = self._running().get(job)
+        if child is None:
+            return
         if "errno" in outcome:
             say(f"cannot search job {job} for kernel memory: {outcome}")
             if outcome["errno"] == errno.EINTR:  # it had to be ended
-                self._doubt(job, None, "a search of it does not end")
+                self._doubt(job, child, None, "a search of it does not end")
             return
         locks, netlink, in_flight, is_all, in_sockets = (outcome[name] for name in Found._fields)
         assert isinstance(locks, int)
         assert isinstance(in_sockets, int)
         assert isinstance(netlink, int)
-        self._end_beyond(job, max(locks, netlink))
-        self._judge_sockets(job, in_sockets)
+        self._end_beyond(child, max(locks, netlink))
+        self._judge_sockets(child, in_sockets)
         if doubts:  # not where the host's memory alone is a reason: much else takes of that
             why = "it has descriptors in flight" if in_flight else ""
-            self._doubt(job, None, why if is_all else "it has too many descriptors")
+            self._doubt(job, child, None, why if is_all else "it has too many descriptors")
 
-    def _doubt(self, job: int, source: Measure | None, why: str) -> None:
+    def _doubt(self, job: int, child: Child, source: Measure | None, why: str) -> None:
         """Count one more in a row that could not tell, for this reason, or none that could."""
         if not why:
             del self._doubts[job, source]
             return
         self._doubts[job, source] += 1
         if self._doubts[job, source] >= DOUBTS:
-            self._end(job, f"may hold too much uncounted kernel memory: {why}")
+            self._end(child, f"may hold too much uncounted kernel memory: {why}")
 
-    def _end_beyond(self, job: int, size: int, what: str = "of uncounted kernel memory") -> None:
+    def _end_beyond(
+        self, child: Child, size: int, what: str = "of uncounted kernel memory"
+    ) -> None:
         if size > BOUND_BYTES:
-            self._end(job, f"holds {size >> 20} MiB {what}")
+            self._end(child, f"holds {size >> 20} MiB {what}")
 
-    def _end(self, job: int, why: str) -> None:
-        child = self._running().get(job)
-        if child is not None:
-            say(f"job {job} is ended: it {why}")
-            child.hoards = True
-            self._kill(child)
+    def _end(self, child: Child, why: str) -> None:
+        say(f"job {child.job} is ended: it {why}")
+        child.hoards = True
+        self._kill(child)
 
 
 class _Figure:

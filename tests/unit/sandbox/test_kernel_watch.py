@@ -56,6 +56,10 @@ class Processes:
             done(outcome)
 
 
+def child_of(number: int, scope: SimpleNamespace) -> Child:
+    return cast("Child", SimpleNamespace(job=number, pid=10 + number, hoards=False, scope=scope))
+
+
 class Watched:
     """A watch over two jobs, by ids 1 and 2, whose looks the test takes."""
 
@@ -69,12 +73,18 @@ class Watched:
         """What a job's group counts in sockets: now, and at most."""
         self.jobs = {n: self._job(n) for n in self.in_sockets}
         self.ended: list[Child] = []
+        self.asked = 0
+        """How often the watch has asked which jobs run, for which all of them are looked at."""
         self.watch = kernel_watch.KernelWatch(
-            Turns(), 4, lambda: self.jobs, self.ended.append, locks=-1
+            Turns(), 4, self._running, self.ended.append, locks=-1
         )
         self.watch.wake()
         self.measurers = cast("Processes", self.watch._measurers)
         self.searchers = cast("Processes", self.watch._searchers)
+
+    def _running(self) -> dict[int, Child]:
+        self.asked += 1
+        return self.jobs
 
     def _job(self, number: int) -> Child:
         def uncounted(size: int) -> tuple[int, int]:
@@ -84,7 +94,7 @@ class Watched:
         scope = SimpleNamespace(
             sockets_beyond_limit=lambda: self.in_sockets[number], sockets_uncounted=uncounted
         )
-        return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
+        return child_of(number, scope)
 
     def grow(self) -> None:
         self.host.slabs += kernel_watch.STEP_BYTES + 1
@@ -196,7 +206,7 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
             return MUCH
 
         scope = SimpleNamespace(sockets_beyond_limit=beyond)
-        return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
+        return child_of(number, scope)
 
     many = kernel_watch.GROUPS_A_TURN * 2 + 1
     watched.jobs.update({number: job(number) for number in range(100, 100 + many)})
@@ -209,6 +219,31 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
         assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
     assert looked == [*range(100, 100 + many)]
     assert len(watched.ended) == many
+
+
+class Id(int):
+    """A job's, which counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Id.compared += 1
+        return int(self) == other
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
+
+def test_a_judgement_does_not_grow_with_the_square_of_the_jobs(watched: Watched) -> None:
+    ids = [Id(number) for number in range(100, 400)]
+    watched.jobs.update({number: watched._job(number) for number in ids})
+    watched.grow()
+    Id.compared = watched.asked = 0
+    sizes = [(number, 4096) for number in ids]
+    outcome = {"held": sizes, "unknown": [], "unfinished": ids[::-1], "in_sockets": sizes}
+    watched.measurers.finish(NONE, NONE, outcome)
+    assert watched.asked <= 3
+    assert Id.compared <= 10 * len(ids)
 
 
 def measure_sockets(watched: Watched, *in_sockets: tuple[int, int]) -> None:
