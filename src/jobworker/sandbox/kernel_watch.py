@@ -12,10 +12,10 @@ measure what nobody has accepted (`sandbox.kernel_connections`), which no group 
 
 A third number of the host's, pages that it has no name for (`sandbox.host_memory`), is a reason to
 measure all sockets over IP: error queues and open datagrams are in no group either. The group may
-count part of what a job's sockets hold. Both change meanwhile, so the highest count since the last
-measurement comes off: what is left was surely held and not counted. Where the number stays higher
-than all sockets that can be listed explain, each job's descriptors are searched for others. Nobody
-is in doubt for that number alone: drivers and the host's programs change it, too.
+count part of what a job's sockets hold. Both change meanwhile, so the highest count since the
+measurement began comes off: what is left was surely held and not counted. Where the number stays
+higher than all sockets that can be listed explain, each job's descriptors are searched for others.
+Nobody is in doubt for that number alone: drivers and the host's programs change it, too.
 
 A job can have more to search than there is time for, or hide it in flight. One search tells little
 then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
@@ -99,6 +99,12 @@ class KernelWatch:
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
         self._searching: set[int] = set()
+        self._counted: dict[Measure | None, dict[int, int]] = {
+            kernel_connections.measure: {},
+            None: {},
+        }
+        """What jobs' groups counted in sockets at most since the list, or each job's search, began.
+        A read sets the kernel's own figure back, whichever of the two it is for."""
         self._unseen: list[int] = []
         """Jobs whose sockets are still to be looked at."""
         self._unsolved: dict[Measure, bool] = {}
@@ -123,6 +129,8 @@ class KernelWatch:
         self._turns.call_in(self._pause, self._look)
         for doubt in [doubt for doubt in self._doubts if doubt[0] not in running]:
             del self._doubts[doubt]
+        for job in self._counted[None].keys() - running.keys():
+            del self._counted[None][job]
         patience = AGAIN_SECONDS if self._doubts else SELDOM_SECONDS
         overdue = time.monotonic() > self._measured_at + patience
         began = time.thread_time()
@@ -144,6 +152,7 @@ class KernelWatch:
                 work = partial(_in_its_own_proc, partial(measure, pids))
                 self._measurers.start(work, partial(self._judge, measure), [self._locks])
                 self._measuring.add(measure)
+                self._counted.get(measure, {}).clear()
                 self._due.discard(measure)
 
     def _look_at_some(self) -> None:
@@ -173,7 +182,7 @@ class KernelWatch:
                 self._end_beyond(running[job], size)
         for job, size in in_sockets:
             if job in running:
-                self._judge_sockets(running[job], size)
+                self._judge_sockets(job, running[job], measure, size)
         for job, child in running.items():
             why = "it has too many sockets" if job in uncounted else ""
             self._doubt(job, child, measure, why)
@@ -188,12 +197,15 @@ class KernelWatch:
         elif not any(self._unsolved.values()):
             self._doubts.clear()
 
-    def _judge_sockets(self, child: Child, size: int) -> None:
+    def _judge_sockets(self, job: int, child: Child, source: Measure | None, size: int) -> None:
         """What the job's group counts comes off, and is only surely known of a time to come."""
         if size > BOUND_BYTES:
-            least, most = child.scope.sockets_uncounted(size)
-            self._end_beyond(child, least, "in sockets that its control group does not count")
-            if most > BOUND_BYTES:
+            most, now = child.scope.sockets_counted()
+            for counted in self._counted.values():
+                counted[job] = max(counted.get(job, 0), most)
+            uncounted = size - self._counted[source][job]
+            self._end_beyond(child, uncounted, "in sockets that its control group does not count")
+            if size - now > BOUND_BYTES:
                 self._due.add(kernel_connections.measure)
 
     def _search(self, unknown: Mapping[str, int], *, sockets_too: bool, doubts: bool) -> None:
@@ -206,6 +218,7 @@ class KernelWatch:
                     work = partial(_in_its_own_proc, search)
                     self._searchers.start(work, partial(self._judge_found, job, doubts=doubts))
                     self._searching.add(job)
+                    self._counted[None].pop(job, None)
 
     def _judge_found(self, job: int, outcome: channel.Message, *, doubts: bool) -> None:
         self._searching.discard(job)
@@ -222,7 +235,7 @@ class KernelWatch:
         assert isinstance(in_sockets, int)
         assert isinstance(netlink, int)
         self._end_beyond(child, max(locks, netlink))
-        self._judge_sockets(child, in_sockets)
+        self._judge_sockets(job, child, None, in_sockets)
         if doubts:  # not where the host's memory alone is a reason: much else takes of that
             why = "it has descriptors in flight" if in_flight else ""
             self._doubt(job, child, None, why if is_all else "it has too many descriptors")

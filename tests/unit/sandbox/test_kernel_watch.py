@@ -70,7 +70,7 @@ class Watched:
         monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
         self.in_sockets = {1: 0, 2: 0}
         self.counted: dict[int, tuple[int, int]] = {}
-        """What a job's group counts in sockets: now, and at most."""
+        """What a job's group counts in sockets: now, and at most since that was read."""
         self.jobs = {n: self._job(n) for n in self.in_sockets}
         self.ended: list[Child] = []
         self.asked = 0
@@ -87,12 +87,13 @@ class Watched:
         return self.jobs
 
     def _job(self, number: int) -> Child:
-        def uncounted(size: int) -> tuple[int, int]:
+        def counted() -> tuple[int, int]:
             now, most = self.counted.get(number, (0, 0))
-            return size - most, size - now
+            self.counted[number] = (now, now)
+            return most, now
 
         scope = SimpleNamespace(
-            sockets_beyond_limit=lambda: self.in_sockets[number], sockets_uncounted=uncounted
+            sockets_beyond_limit=lambda: self.in_sockets[number], sockets_counted=counted
         )
         return child_of(number, scope)
 
@@ -266,7 +267,6 @@ def test_what_a_group_has_counted_since_the_last_time_may_be_what_sockets_held(
     watched.counted[1] = (0, MUCH)
     measure_sockets(watched, (1, MUCH))
     assert watched.ended == []
-    watched.counted[1] = (0, 0)
     watched.watch._look()
     watched.measurers.finish({**NONE, "in_sockets": [(1, MUCH)]})
     assert watched.ended == [watched.jobs[1]], "it is measured again at once"
@@ -282,6 +282,29 @@ def test_job_with_sockets_in_no_list_is_found_by_its_descriptors(watched: Watche
     measure_sockets(watched, (0, MUCH))
     watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "in_sockets": MUCH})
     assert watched.ended == [watched.jobs[2]]
+
+
+@pytest.mark.parametrize("list_is_first", [True, False])
+def test_what_was_counted_while_a_list_and_a_search_went_on_counts_for_both(
+    watched: Watched, *, list_is_first: bool
+) -> None:
+    """All that the job's sockets held was counted, and is read before either is judged."""
+    watched.host.other += MUCH
+    measure_sockets(watched)
+    watched.host.other += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    listed = {**NONE, "in_sockets": [(1, MUCH)]}
+    found = {**FOUND, "in_sockets": MUCH}
+    watched.counted[1] = (0, MUCH)
+    for is_list in (list_is_first, not list_is_first):
+        if is_list:
+            watched.measurers.finish(listed)
+        else:
+            watched.searchers.finish(found, FOUND)
+    assert watched.ended == []
+    watched.watch._look()
+    watched.measurers.finish(listed)
+    assert watched.ended == [watched.jobs[1]], "it was counted before that list began"
 
 
 def test_memory_of_the_hosts_own_puts_no_job_in_doubt(watched: Watched) -> None:
