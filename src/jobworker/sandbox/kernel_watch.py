@@ -32,6 +32,7 @@ Standard library only.
 import contextlib
 import errno
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -265,20 +266,29 @@ class _Figure:
     """One of the host's: whether it has grown since it was calm."""
 
     def __init__(self, read: Callable[[], int], step_bytes: int = STEP_BYTES) -> None:
-        self._read, self._calm, self._step_bytes = read, read(), step_bytes
+        self._read, self._step_bytes = read, step_bytes
+        self._calm = sys.maxsize
+        self.wake()
 
     def wake(self) -> None:
         """It may have been less meanwhile."""
-        self._calm = min(self._calm, self._read())
+        self._calm = min(self._calm, self._now())
 
     def has_grown(self) -> bool:
         """Whether that is a reason to look; the same growth is one once."""
-        now = self._read()
+        now = self._now()
         self._calm = min(self._calm, now)
         if now <= self._calm + self._step_bytes:
             return False
         self._calm = now
         return True
+
+    def _now(self) -> int:
+        """What it is; as calm as it was where the kernel cannot tell just now."""
+        try:
+            return self._read()
+        except OSError:
+            return self._calm
 
 
 def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:

@@ -137,6 +137,10 @@ class Launcher:
                 self._tell(number, request)
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(type(request).__name__.lower(), error))
+        except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+            incident = self._turns.record(type(request).__name__)
+            why = f"an unexpected fault; the launcher's log has it as incident {incident}"
+            self._refuse(number, {"step": "launcher", "errno": 0, "detail": why})
 
     def _greet(self, number: int, protocol: int) -> None:
         why = mismatch(PROTOCOL, protocol)

@@ -1,5 +1,6 @@
 """Whom the watch over kernel memory ends, by what is measured and found."""
 
+import errno
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,15 +28,21 @@ class Host:
     """The host's figures, as the test sets them."""
 
     slabs = tcp = other = 0
+    fails = False
 
     def unreclaimable(self) -> int:
-        return self.slabs
+        return self._tell(self.slabs)
 
     def in_tcp(self) -> int:
-        return self.tcp
+        return self._tell(self.tcp)
 
     def unnamed(self) -> int:
-        return self.other
+        return self._tell(self.other)
+
+    def _tell(self, figure: int) -> int:
+        if self.fails:
+            raise OSError(errno.ENOMEM, "the kernel has no memory to tell")
+        return figure
 
 
 class Processes:
@@ -117,6 +124,27 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 def test_nothing_is_measured_without_a_reason(watched: Watched) -> None:
     watched.watch._look()
     assert watched.measurers.dones == []
+
+
+def test_figure_that_cannot_be_read_has_not_grown(watched: Watched) -> None:
+    watched.host.fails = True
+    watched.host.slabs += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    assert watched.measurers.dones == []
+    watched.host.fails = False
+    watched.watch._look()
+    assert len(watched.measurers.dones) == 3, "it has not been forgotten"
+
+
+def test_watch_begins_though_nothing_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "fails", True)
+    monkeypatch.setattr(Host, "slabs", kernel_watch.STEP_BYTES + 1)
+    watched = Watched(monkeypatch)
+    watched.host.fails = False
+    watched.watch._look()
+    assert watched.measurers.dones == [], "what was there before is no growth"
+    watched.grow()
+    assert len(watched.measurers.dones) == 3
 
 
 def test_job_that_holds_too_much_is_ended(watched: Watched) -> None:
