@@ -32,7 +32,6 @@ Standard library only.
 import contextlib
 import errno
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -43,7 +42,7 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import Chores
-from jobworker.sandbox.host_memory import HostMemory
+from jobworker.sandbox.host_memory import Figure, HostMemory
 from jobworker.sandbox.kernel_memory import BOUND_BYTES, Measured
 from jobworker.sandbox.kernel_search import Found
 from jobworker.sandbox.turns import Turns
@@ -94,9 +93,9 @@ class KernelWatch:
         self._in_lists = 0
         """What sockets hold that a list of the kernel's has, when that was measured."""
         self._slabs, self._tcp, self._unnamed = (
-            _Figure(read) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
+            Figure(read, STEP_BYTES) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
         )
-        self._hidden = _Figure(lambda: host.unnamed() - self._in_lists, BOUND_BYTES)
+        self._hidden = Figure(lambda: host.unnamed() - self._in_lists, BOUND_BYTES)
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
         self._searching: set[int] = set()
@@ -260,35 +259,6 @@ class KernelWatch:
         say(f"job {child.job} is ended: it {why}")
         child.hoards = True
         self._kill(child)
-
-
-class _Figure:
-    """One of the host's: whether it has grown since it was calm."""
-
-    def __init__(self, read: Callable[[], int], step_bytes: int = STEP_BYTES) -> None:
-        self._read, self._step_bytes = read, step_bytes
-        self._calm = sys.maxsize
-        self.wake()
-
-    def wake(self) -> None:
-        """It may have been less meanwhile."""
-        self._calm = min(self._calm, self._now())
-
-    def has_grown(self) -> bool:
-        """Whether that is a reason to look; the same growth is one once."""
-        now = self._now()
-        self._calm = min(self._calm, now)
-        if now <= self._calm + self._step_bytes:
-            return False
-        self._calm = now
-        return True
-
-    def _now(self) -> int:
-        """What it is; as calm as it was where the kernel cannot tell just now."""
-        try:
-            return self._read()
-        except OSError:
-            return self._calm
 
 
 def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
