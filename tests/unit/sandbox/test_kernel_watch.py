@@ -10,10 +10,17 @@ import pytest
 from jobworker.sandbox import kernel_watch
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.kernel_memory import BOUND_BYTES
+from jobworker.sandbox.kernel_pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.turns import Turns
 
 MUCH = BOUND_BYTES + 1
-NONE: dict[str, object] = {"held": [], "unknown": [], "unfinished": [], "in_sockets": []}
+NONE: dict[str, object] = {
+    "held": [],
+    "unknown": [],
+    "unfinished": [],
+    "in_sockets": [],
+    "used_seconds": 0.0,
+}
 UNKNOWN = {**NONE, "unknown": [["00:01:7", MUCH]]}
 FOUND: dict[str, object] = {
     "locks": 0,
@@ -21,6 +28,7 @@ FOUND: dict[str, object] = {
     "in_flight": 0,
     "is_all": True,
     "in_sockets": 0,
+    "used_seconds": 0.0,
 }
 
 
@@ -74,6 +82,10 @@ class Watched:
         monkeypatch.setattr(kernel_watch, "Chores", Processes)
         self.host = Host()
         monkeypatch.setattr(kernel_watch, "HostMemory", lambda: self.host)
+        self.now = self.used = 0.0
+        """The time, and what this thread has used of a processor."""
+        clock = SimpleNamespace(monotonic=lambda: self.now, thread_time=lambda: self.used)
+        monkeypatch.setattr(kernel_watch, "time", clock)
         monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
         self.in_sockets = {1: 0, 2: 0}
         self.counted: dict[int, tuple[int, int]] = {}
@@ -248,6 +260,68 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
         assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
     assert looked == [*range(100, 100 + many)]
     assert len(watched.ended) == many
+
+
+LONG = {"used_seconds": 2.0}
+
+
+def test_measurement_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> None:
+    watched.grow()
+    watched.measurers.finish({**NONE, **LONG}, NONE, {"errno": errno.EINTR})
+    watched.grow()
+    assert len(watched.measurers.dones) == 1, "the one that took little"
+    watched.measurers.finish(NONE)
+    watched.watch._look()
+    assert watched.measurers.dones == []
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+    assert len(watched.measurers.dones) == 2
+    watched.measurers.finish({**NONE, "held": [[1, MUCH]]}, NONE)
+    assert watched.ended == [watched.jobs[1]]
+
+
+def test_search_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> None:
+    watched.search({**FOUND, **LONG}, FOUND)
+    watched.search(FOUND)
+    watched.watch._look()
+    assert watched.searchers.dones == [], "the job whose search took much is not searched again"
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+    watched.searchers.finish({**FOUND, "locks": MUCH})
+    assert watched.ended == [watched.jobs[1]]
+
+
+@pytest.mark.parametrize("seconds_each", [0, 0.01])
+def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
+    watched: Watched, seconds_each: float
+) -> None:
+    looked = list[int]()
+
+    def job(number: int) -> Child:
+        def beyond() -> int:
+            looked.append(number)
+            watched.used += seconds_each
+            return 0
+
+        return child_of(number, SimpleNamespace(sockets_beyond_limit=beyond))
+
+    def grow() -> None:
+        watched.host.tcp += kernel_watch.STEP_BYTES + 1
+        watched.watch._look()
+
+    many = kernel_watch.GROUPS_A_TURN * 2
+    watched.jobs.clear()
+    watched.jobs.update({number: job(number) for number in range(many)})
+    grow()
+    grow()
+    watched.watch._turns.cancel(watched.watch._look_at_some)
+    watched.watch._look_at_some()
+    assert looked == [*range(many)]
+    watched.watch._look()
+    assert (len(looked) == many) == bool(seconds_each), "they rest"
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+    assert len(looked) > many
 
 
 class Id(int):
