@@ -64,6 +64,14 @@ def say_last(text: str) -> None:
     _write(f"worker: {text}")
 
 
+def say_fault(what: str) -> None:
+    """Say the exception that is being handled, and where it came from; raises nothing."""
+    kind, error, trace = sys.exc_info()
+    if kind is not None and error is not None:
+        say(what, "ERROR")
+        _say_exception(kind, error, trace)
+
+
 def _write(text: str) -> None:
     told = f" ({_Log.dropped} lines before this one were lost)" if _Log.dropped else ""
     line = f"{text}{told}".encode("utf-8", "replace")[:_MAX_LINE_BYTES] + b"\n"

@@ -16,6 +16,7 @@ no directory is left in any hierarchy.
 
 import contextlib
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
@@ -155,14 +156,14 @@ class Scope(ABC):
         """
         return 0
 
-    def sockets_uncounted(self, held_bytes: int) -> tuple[int, int]:
-        """How much of what the job's sockets held, since the last call, its group does not count.
+    def sockets_counted(self) -> tuple[int, int]:
+        """Bytes that the job's group counts in its sockets: at most since the last call, and now.
 
-        At least, and at most. Where it is not told how much a group counts, that is taken to be the
-        memory limit. A job without one may hold what it likes.
+        Where that is not told, it is taken to be the memory limit. A job without one may hold what
+        it likes.
         """
-        uncounted = max(0, held_bytes - self._memory_limit_bytes) if self._memory_limit_bytes else 0
-        return uncounted, uncounted
+        counted = self._memory_limit_bytes or sys.maxsize
+        return counted, counted
 
     def clear_oom(self) -> None:
         """Take what `oom_fd` has to say, so that it is not readable until the next time."""

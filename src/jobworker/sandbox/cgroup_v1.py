@@ -121,16 +121,16 @@ class ScopeV1(Scope):
         except OSError:  # it has just ended, or this kernel does not count them
             return 0
 
-    def sockets_uncounted(self, held_bytes: int) -> tuple[int, int]:
+    def sockets_counted(self) -> tuple[int, int]:
         if not self._memory_limit_bytes:
-            return 0, 0
+            return super().sockets_counted()
         try:
             most = self._number("memory", f"{_SOCKETS}.max_usage_in_bytes")
             now = self._number("memory", f"{_SOCKETS}.usage_in_bytes")
             files.write(self._tops["memory"], f"{self.name}/{_SOCKETS}.max_usage_in_bytes", "0")
         except OSError:
-            return super().sockets_uncounted(held_bytes)
-        return max(0, held_bytes - most), max(0, held_bytes - now)
+            return super().sockets_counted()
+        return most, now
 
     def _restart_peak(self) -> None:
         if "memory" in self._tops:

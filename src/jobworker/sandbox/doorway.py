@@ -3,7 +3,8 @@
 The socket's file belongs to the service's user, mode 0600, or to root where the service has an id
 of its own, which it takes after it has called; besides, each caller is asked who it
 is (SO_PEERCRED, unix(7)): the service's user or root. One caller is served at a time. A newer
-one takes the place of one that has gone; while one is there, a second is refused by name.
+one takes the place of one that has gone, and waits until all that this one said is done; while one
+is there, a second is refused by name.
 
 Standard library only.
 """
@@ -34,15 +35,17 @@ class Doorway:
         *,
         allowed_uids: Collection[int],
         occupied: Callable[[], bool],
+        about_to_be_free: Callable[[], bool],
         admit: Callable[[socket.socket], None],
     ) -> None:
         self._listener, self._turns, self._disposal = listener, turns, disposal
         self._allowed_uids, self._occupied, self._admit = allowed_uids, occupied, admit
+        self._about_to_be_free = about_to_be_free
         listener.setblocking(False)
         turns.watch(listener.fileno(), self._on_caller)
 
     def _on_caller(self) -> None:
-        if self._disposal.overloaded:
+        if self._disposal.overloaded or self._about_to_be_free():
             self._pause()
             return
         try:
@@ -80,12 +83,20 @@ class Doorway:
             )
 
     def _pause(self) -> None:
-        """Leave callers waiting for a moment: there are no descriptors, or too much is going on."""
+        """Leave callers waiting for a moment: there are no descriptors, or too much is going on.
+
+        Or the service before them still has to be heard to its end.
+        """
         self._turns.unwatch(self._listener.fileno())
         self._turns.call_in(AGAIN_SECONDS, self._resume)
 
     def _resume(self) -> None:
         self._turns.watch(self._listener.fileno(), self._on_caller)
+
+    def go_on(self) -> None:
+        """Let callers in that wait: the service before them has been heard to its end."""
+        if self._turns.is_set(self._resume):
+            self._turns.call_in(0, self._resume)
 
     def close(self) -> None:
         """Let nobody in any more."""

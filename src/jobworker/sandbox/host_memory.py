@@ -16,6 +16,8 @@ mm/show_mem.c, mm/vmstat.c (zoneinfo_show_print), fs/proc/meminfo.c, net/ipv4/pr
 """
 
 import os
+import sys
+from collections.abc import Callable
 
 from jobworker.sandbox.kernel_connections import tcp_bytes
 
@@ -51,6 +53,35 @@ class HostMemory:
     def in_tcp(self) -> int:
         """What all sockets of TCP have in buffers."""
         return tcp_bytes(_text(self._sockets))
+
+
+class Figure:
+    """One of them: whether it has grown since it was calm."""
+
+    def __init__(self, read: Callable[[], int], step_bytes: int) -> None:
+        self._read, self._step_bytes = read, step_bytes
+        self._calm = sys.maxsize
+        self.wake()
+
+    def wake(self) -> None:
+        """It may have been less meanwhile."""
+        self._calm = min(self._calm, self._now())
+
+    def has_grown(self) -> bool:
+        """Whether that is a reason to look; the same growth is one once."""
+        now = self._now()
+        self._calm = min(self._calm, now)
+        if now <= self._calm + self._step_bytes:
+            return False
+        self._calm = now
+        return True
+
+    def _now(self) -> int:
+        """What it is; as calm as it was where the kernel cannot tell just now."""
+        try:
+            return self._read()
+        except OSError:
+            return self._calm
 
 
 def _of_kind(meminfo: bytes, kind: bytes) -> int:

@@ -12,10 +12,10 @@ measure what nobody has accepted (`sandbox.kernel_connections`), which no group 
 
 A third number of the host's, pages that it has no name for (`sandbox.host_memory`), is a reason to
 measure all sockets over IP: error queues and open datagrams are in no group either. The group may
-count part of what a job's sockets hold. Both change meanwhile, so the highest count since the last
-measurement comes off: what is left was surely held and not counted. Where the number stays higher
-than all sockets that can be listed explain, each job's descriptors are searched for others. Nobody
-is in doubt for that number alone: drivers and the host's programs change it, too.
+count part of what a job's sockets hold. Both change meanwhile, so the highest count since the
+measurement began comes off: what is left was surely held and not counted. Where the number stays
+higher than all sockets that can be listed explain, each job's descriptors are searched for others.
+Nobody is in doubt for that number alone: drivers and the host's programs change it, too.
 
 A job can have more to search than there is time for, or hide it in flight. One search tells little
 then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
@@ -23,8 +23,10 @@ bound, is ended too.
 
 What must hold: a job holds no more of each kind than the bound, what the host's grows by before
 it is looked at, and what the job can add meanwhile. No job delays the others' measurement: each
-kind has a process of its own, with an end, and so has each job's search. Looking costs an idle
-launcher nothing.
+kind has a process of its own, with an end, and so has each job's search. None of them takes more of
+a processor than its pace (`sandbox.kernel_pace`), though a job can give a reason for each at any
+time: what is to be measured while it rests is measured afterwards. Looking costs an idle launcher
+nothing.
 
 Standard library only.
 """
@@ -33,17 +35,19 @@ import contextlib
 import errno
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import Chores
-from jobworker.sandbox.host_memory import HostMemory
+from jobworker.sandbox.host_memory import Figure, HostMemory
 from jobworker.sandbox.kernel_memory import BOUND_BYTES, Measured
+from jobworker.sandbox.kernel_pace import Pace
 from jobworker.sandbox.kernel_search import Found
 from jobworker.sandbox.turns import Turns
 
@@ -67,6 +71,15 @@ ALARM_SECONDS = 60
 _FIELD = b"SUnreclaim:"
 
 Measure = Callable[[Mapping[int, int]], Measured]
+
+
+class _Wanted(NamedTuple):
+    """What a search of a job is to look for."""
+
+    unknown: Mapping[str, int]
+    sockets_too: bool
+    doubts: bool
+    """Whether one that cannot tell counts against the job: there is what is nobody's."""
 
 
 class KernelWatch:
@@ -93,14 +106,26 @@ class KernelWatch:
         self._in_lists = 0
         """What sockets hold that a list of the kernel's has, when that was measured."""
         self._slabs, self._tcp, self._unnamed = (
-            _Figure(read) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
+            Figure(read, STEP_BYTES) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
         )
-        self._hidden = _Figure(lambda: host.unnamed() - self._in_lists, BOUND_BYTES)
+        self._hidden = Figure(lambda: host.unnamed() - self._in_lists, BOUND_BYTES)
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
+        self._paces: dict[Measure, Pace] = {measure: Pace() for measure in self._measures}
+        self._wanted: dict[int, _Wanted] = {}
+        """Jobs that are to be searched, and for what."""
         self._searching: set[int] = set()
+        self._search_paces: defaultdict[int, Pace] = defaultdict(Pace)
+        self._counted: dict[Measure | None, dict[int, int]] = {
+            kernel_connections.measure: {},
+            None: {},
+        }
+        """What jobs' groups counted in sockets at most since the list, or each job's search, began.
+        A read sets the kernel's own figure back, whichever of the two it is for."""
+        self._groups_due = False
+        self._groups_pace = Pace()
         self._unseen: list[int] = []
-        """Jobs whose sockets are still to be looked at."""
+        """Jobs whose groups are still to be looked at, for what their sockets hold."""
         self._unsolved: dict[Measure, bool] = {}
         """Whether it could not tell whose more than the bound is."""
         self._doubts: Counter[tuple[int, object]] = Counter()
@@ -123,6 +148,10 @@ class KernelWatch:
         self._turns.call_in(self._pause, self._look)
         for doubt in [doubt for doubt in self._doubts if doubt[0] not in running]:
             del self._doubts[doubt]
+        for ended in self._counted[None].keys() - running.keys():
+            del self._counted[None][ended]
+        for ended in self._search_paces.keys() - running.keys():
+            del self._search_paces[ended]
         patience = AGAIN_SECONDS if self._doubts else SELDOM_SECONDS
         overdue = time.monotonic() > self._measured_at + patience
         began = time.thread_time()
@@ -135,30 +164,44 @@ class KernelWatch:
             self._due.add(kernel_connections.measure)
         if tcp or overdue:
             self._due.add(kernel_connections.measure)
+            self._groups_due = True
+        self._start_due(running)
+
+    def _start_due(self, running: Mapping[int, Child]) -> None:
+        """Begin what is due, as far as it is not under way and does not rest."""
+        now = time.monotonic()
+        is_looking = self._turns.is_set(self._look_at_some)
+        if self._groups_due and not is_looking and not self._groups_pace.rests(now):
+            self._groups_due = False
             self._unseen = list(running)
             self._look_at_some()
-        due = self._due - self._measuring
+        self._search_wanted(running)
+        due = {each for each in self._due - self._measuring if not self._paces[each].rests(now)}
         pids = {child.pid: job for job, child in running.items()} if due else {}
         for measure in due:
             with contextlib.suppress(OSError):  # no process to be had: at the next look, then
                 work = partial(_in_its_own_proc, partial(measure, pids))
                 self._measurers.start(work, partial(self._judge, measure), [self._locks])
                 self._measuring.add(measure)
+                self._counted.get(measure, {}).clear()
                 self._due.discard(measure)
 
     def _look_at_some(self) -> None:
         """Read the groups of a few jobs in this turn: thousands would keep all others waiting."""
+        began = time.thread_time()
         running = self._running()
         for job in self._unseen[:GROUPS_A_TURN]:
             if (child := running.get(job)) is not None:
                 size = child.scope.sockets_beyond_limit()
-                self._end_beyond(job, size, "in buffers of sockets beyond its limit")
+                self._end_beyond(child, size, "in buffers of sockets beyond its limit")
         del self._unseen[:GROUPS_A_TURN]
+        self._groups_pace.add(time.monotonic(), time.thread_time() - began)
         if self._unseen:
             self._turns.call_in(0, self._look_at_some)
 
     def _judge(self, measure: Measure, outcome: channel.Message) -> None:
         self._measuring.discard(measure)
+        self._paces[measure].add(time.monotonic(), _used_by(outcome))
         if "errno" in outcome:
             say(f"cannot measure jobs' kernel memory: {outcome}")
             return
@@ -167,12 +210,16 @@ class KernelWatch:
         assert isinstance(unknown, list)
         assert isinstance(unfinished, list)
         assert isinstance(in_sockets, list)
+        running, uncounted = self._running(), frozenset(unfinished)
         for job, size in held:
-            self._end_beyond(job, size)
+            if job in running:
+                self._end_beyond(running[job], size)
         for job, size in in_sockets:
-            self._judge_sockets(job, size)
-        for job in self._running():
-            self._doubt(job, measure, "it has too many sockets" if job in unfinished else "")
+            if job in running:
+                self._judge_sockets(job, running[job], measure, size)
+        for job, child in running.items():
+            why = "it has too many sockets" if job in uncounted else ""
+            self._doubt(job, child, measure, why)
         is_much = sum(size for _, size in unknown) > BOUND_BYTES
         self._unsolved[measure] = is_much or bool(unfinished)
         is_hidden = False
@@ -180,86 +227,89 @@ class KernelWatch:
             self._in_lists = sum(size for _, size in [*held, *in_sockets])
             is_hidden = self._hidden.has_grown()
         if is_much or is_hidden:
-            self._search(dict(unknown), sockets_too=is_hidden, doubts=is_much)
+            for job in running:
+                others = self._wanted.get(job)
+                self._wanted[job] = _Wanted(
+                    dict(unknown),
+                    sockets_too=is_hidden or (others is not None and others.sockets_too),
+                    doubts=is_much,
+                )
+            self._search_wanted(running)
         elif not any(self._unsolved.values()):
             self._doubts.clear()
 
-    def _judge_sockets(self, job: int, size: int) -> None:
+    def _judge_sockets(self, job: int, child: Child, source: Measure | None, size: int) -> None:
         """What the job's group counts comes off, and is only surely known of a time to come."""
-        child = self._running().get(job)
-        if child is not None and size > BOUND_BYTES:
-            least, most = child.scope.sockets_uncounted(size)
-            self._end_beyond(job, least, "in sockets that its control group does not count")
-            if most > BOUND_BYTES:
+        if size > BOUND_BYTES:
+            most, now = child.scope.sockets_counted()
+            for counted in self._counted.values():
+                counted[job] = max(counted.get(job, 0), most)
+            uncounted = size - self._counted[source][job]
+            self._end_beyond(child, uncounted, "in sockets that its control group does not count")
+            if size - now > BOUND_BYTES:
                 self._due.add(kernel_connections.measure)
 
-    def _search(self, unknown: Mapping[str, int], *, sockets_too: bool, doubts: bool) -> None:
-        for job, child in self._running().items():
-            if job not in self._searching:
-                with contextlib.suppress(OSError):
-                    search = partial(
-                        kernel_search.search, child.pid, unknown, sockets_too=sockets_too
-                    )
-                    work = partial(_in_its_own_proc, search)
-                    self._searchers.start(work, partial(self._judge_found, job, doubts=doubts))
+    def _search_wanted(self, running: Mapping[int, Child]) -> None:
+        now = time.monotonic()
+        for job, wanted in list(self._wanted.items()):
+            child = running.get(job)
+            if child is None:
+                del self._wanted[job]
+            elif job not in self._searching and not self._search_paces[job].rests(now):
+                search = partial(
+                    kernel_search.search,
+                    child.pid,
+                    wanted.unknown,
+                    sockets_too=wanted.sockets_too,
+                )
+                work = partial(_in_its_own_proc, search)
+                judge = partial(self._judge_found, job, doubts=wanted.doubts)
+                with contextlib.suppress(OSError):  # no process to be had: at the next look, then
+                    self._searchers.start(work, judge)
                     self._searching.add(job)
+                    self._counted[None].pop(job, None)
+                    del self._wanted[job]
 
     def _judge_found(self, job: int, outcome: channel.Message, *, doubts: bool) -> None:
         self._searching.discard(job)
+        self._search_paces[job].add(time.monotonic(), _used_by(outcome))
+        child = self._running().get(job)
+        if child is None:
+            return
         if "errno" in outcome:
             say(f"cannot search job {job} for kernel memory: {outcome}")
             if outcome["errno"] == errno.EINTR:  # it had to be ended
-                self._doubt(job, None, "a search of it does not end")
+                self._doubt(job, child, None, "a search of it does not end")
             return
         locks, netlink, in_flight, is_all, in_sockets = (outcome[name] for name in Found._fields)
         assert isinstance(locks, int)
         assert isinstance(in_sockets, int)
         assert isinstance(netlink, int)
-        self._end_beyond(job, max(locks, netlink))
-        self._judge_sockets(job, in_sockets)
+        self._end_beyond(child, max(locks, netlink))
+        self._judge_sockets(job, child, None, in_sockets)
         if doubts:  # not where the host's memory alone is a reason: much else takes of that
             why = "it has descriptors in flight" if in_flight else ""
-            self._doubt(job, None, why if is_all else "it has too many descriptors")
+            self._doubt(job, child, None, why if is_all else "it has too many descriptors")
 
-    def _doubt(self, job: int, source: Measure | None, why: str) -> None:
+    def _doubt(self, job: int, child: Child, source: Measure | None, why: str) -> None:
         """Count one more in a row that could not tell, for this reason, or none that could."""
         if not why:
             del self._doubts[job, source]
             return
         self._doubts[job, source] += 1
         if self._doubts[job, source] >= DOUBTS:
-            self._end(job, f"may hold too much uncounted kernel memory: {why}")
+            self._end(child, f"may hold too much uncounted kernel memory: {why}")
 
-    def _end_beyond(self, job: int, size: int, what: str = "of uncounted kernel memory") -> None:
+    def _end_beyond(
+        self, child: Child, size: int, what: str = "of uncounted kernel memory"
+    ) -> None:
         if size > BOUND_BYTES:
-            self._end(job, f"holds {size >> 20} MiB {what}")
+            self._end(child, f"holds {size >> 20} MiB {what}")
 
-    def _end(self, job: int, why: str) -> None:
-        child = self._running().get(job)
-        if child is not None:
-            say(f"job {job} is ended: it {why}")
-            child.hoards = True
-            self._kill(child)
-
-
-class _Figure:
-    """One of the host's: whether it has grown since it was calm."""
-
-    def __init__(self, read: Callable[[], int], step_bytes: int = STEP_BYTES) -> None:
-        self._read, self._calm, self._step_bytes = read, read(), step_bytes
-
-    def wake(self) -> None:
-        """It may have been less meanwhile."""
-        self._calm = min(self._calm, self._read())
-
-    def has_grown(self) -> bool:
-        """Whether that is a reason to look; the same growth is one once."""
-        now = self._read()
-        self._calm = min(self._calm, now)
-        if now <= self._calm + self._step_bytes:
-            return False
-        self._calm = now
-        return True
+    def _end(self, child: Child, why: str) -> None:
+        say(f"job {child.job} is ended: it {why}")
+        child.hoards = True
+        self._kill(child)
 
 
 def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
@@ -272,9 +322,17 @@ def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
     with contextlib.suppress(OSError):  # a kernel that lets no ordinary user do it: slower, then
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
-    return {
+    outcome: channel.Message = {
         name: list(value.items() if isinstance(value, dict) else value)
         if isinstance(value, dict | frozenset)
         else value
         for name, value in work()._asdict().items()
     }
+    return {**outcome, "used_seconds": time.process_time()}
+
+
+def _used_by(outcome: channel.Message) -> float:
+    """What a process has used of a processor; one that had to be ended, as long as it could."""
+    used = outcome.get("used_seconds", ALARM_SECONDS)
+    assert isinstance(used, int | float)
+    return used

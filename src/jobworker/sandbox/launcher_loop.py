@@ -38,8 +38,6 @@ from jobworker.sandbox.version import PROTOCOL, mismatch
 
 FAREWELL_SECONDS = 10.0
 """Bound on ending all jobs once the launcher is to leave."""
-MAX_LAST_WORDS = 4096
-"""Requests that are still heard of a service that may have gone, before it is looked at again."""
 JOBS_PER_PAGE = channel.MAX_DESCRIPTORS // 2
 
 
@@ -73,7 +71,8 @@ class Launcher:
             self._turns,
             self._disposal,
             allowed_uids=allowed_uids,
-            occupied=self._is_occupied,
+            occupied=lambda: self._link is not None,
+            about_to_be_free=lambda: self._link is not None and self._link.is_at_its_end,
             admit=self._connect,
         )
 
@@ -107,13 +106,6 @@ class Launcher:
         self._link = ServiceLink(sock, self._turns, self._serve, self._on_lost)
         self._link.send(self._hello)
 
-    def _is_occupied(self) -> bool:
-        """Whether a service is there; the last words of one that has gone are heard first."""
-        for _ in range(MAX_LAST_WORDS):
-            if self._link is None or not self._link.take():
-                break
-        return self._link is not None
-
     def _on_lost(self, reason: str, descriptors: list[int]) -> None:
         self._link = None
         if self._doorway is None:
@@ -122,6 +114,7 @@ class Launcher:
         say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._disposal.take(descriptors)
         self._jobs.undo_starts()
+        self._doorway.go_on()
 
     def _serve(self, number: int, request: requests.Request) -> None:
         try:
@@ -137,6 +130,10 @@ class Launcher:
                 self._tell(number, request)
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(type(request).__name__.lower(), error))
+        except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+            incident = self._turns.record(type(request).__name__)
+            why = f"an unexpected fault; the launcher's log has it as incident {incident}"
+            self._refuse(number, {"step": "launcher", "errno": 0, "detail": why})
 
     def _greet(self, number: int, protocol: int) -> None:
         why = mismatch(PROTOCOL, protocol)

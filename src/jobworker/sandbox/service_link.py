@@ -7,11 +7,13 @@ handed on unclosed: closing them may block (SO_LINGER), and so may closing the s
 itself, which may hold more of them unread. `Disposal` does both elsewhere.
 
 What a service said before it was killed is served to the last request, though no reply reaches it:
-the signal that it sent for a client, say, with the reason for it.
+the signal that it sent for a client, say, with the reason for it. Each request has a turn of its
+own: a start takes milliseconds.
 
 Standard library only.
 """
 
+import select
 import socket
 from collections.abc import Callable, Sequence
 
@@ -40,32 +42,35 @@ class ServiceLink:
         self.open = True
         turns.watch(sock.fileno(), self._on_ready)
 
-    def _on_ready(self) -> None:
-        self.take()
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether the service has gone, though its last words may not all have been taken yet."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
-    def take(self) -> bool:
-        """Take one request, if there is one; whether there was."""
+    def _on_ready(self) -> None:
+        """Take one request, if there is one."""
         strangers: list[int] = []
         try:
             self._flush()
             received = self._receive()
             if received is None:
                 self._end("", [])
-                return False
+                return
             message, strangers = received
             if strangers:
                 raise ProtocolError("cannot take the request: it carries descriptors")
             number, request = requests.parse(message)
         except BlockingIOError:
-            return False
+            return
         except channel.BadMessage as error:
             self._end(str(error), error.descriptors)
-            return False
+            return
         except (ProtocolError, OSError) as error:
             self._end(str(error), strangers)
-            return False
+            return
         self._serve(number, request)
-        return self.open
 
     def send(self, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
         """Send a message now or as soon as there is room; dropped where the connection ended."""

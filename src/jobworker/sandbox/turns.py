@@ -4,6 +4,10 @@ One epoll(7) and a handful of alarms. An alarm is known by the function that it 
 there is one of each: setting it again moves it. A watched descriptor is closed by its owner, after
 `unwatch`; one that was closed by an earlier call of the same turn is not called any more.
 
+An unexpected exception ends the call that it struck and no more: the log has it, it is counted, and
+what raised it is called again a while later, where it is still watched. All jobs would end with the
+launcher otherwise.
+
 A turn takes few events, so that one with many of them keeps nobody waiting, and is timed: all jobs
 wait for the longest one. What counts is how long the thread ran or waited for the kernel; the time
 for which it was ready and had no CPU is the scheduler's (/proc/PID/schedstat, proc(5)) and not
@@ -19,12 +23,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from jobworker.sandbox.announce import say
+from jobworker.sandbox.announce import say, say_fault
 
 Call = Callable[[], None]
 EVENTS_A_TURN = 16
 SLOW_SECONDS = 0.02
 """The promise: no turn is longer. One that is, is told in the log."""
+AGAIN_SECONDS = 1.0
+"""What has raised an exception rests this long: it may raise one each time."""
 _LOOK_SECONDS = 0.002
 """A shorter turn is not looked at more closely."""
 
@@ -38,6 +44,8 @@ class TurnTimes(NamedTuple):
     """What was called in the longest one, by name."""
     over_bound: int
     """How many took longer than `SLOW_SECONDS`."""
+    incidents: int
+    """How many unexpected exceptions there were."""
 
 
 class Turns:
@@ -46,23 +54,33 @@ class Turns:
     def __init__(self) -> None:
         self._poll = select.epoll()
         self._sources: dict[int, Call] = {}
+        self._events: dict[int, int] = {}
+        """What each source is watched for."""
+        self._resting: set[int] = set()
+        """Sources that have raised an exception, and are not in the kernel's list meanwhile."""
         self._alarms: dict[Call, float] = {}
         self._delays = _open_delays()
-        self._times = TurnTimes(0, 0.0, "", 0)
+        self._times = TurnTimes(0, 0.0, "", 0, 0)
         self._slowest_told = SLOW_SECONDS
 
     def watch(self, descriptor: int, call: Call) -> None:
         """Call whenever the descriptor is readable, or at its end. Raises OSError."""
         self._poll.register(descriptor, select.EPOLLIN)
-        self._sources[descriptor] = call
+        self._sources[descriptor], self._events[descriptor] = call, select.EPOLLIN
 
     def watch_room(self, descriptor: int, wanted: bool) -> None:
         """Call a watched descriptor's watcher also when it is writable, or no longer so."""
-        self._poll.modify(descriptor, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+        self._events[descriptor] = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
+        if descriptor not in self._resting:
+            self._poll.modify(descriptor, self._events[descriptor])
 
     def unwatch(self, descriptor: int) -> None:
         """Stop watching; nothing happens where it is not watched."""
-        if self._sources.pop(descriptor, None) is not None:
+        if self._sources.pop(descriptor, None) is None:
+            return
+        if descriptor in self._resting:
+            self._resting.discard(descriptor)
+        else:
             self._poll.unregister(descriptor)
 
     def watches(self, descriptor: int) -> bool:
@@ -90,24 +108,53 @@ class Turns:
         for descriptor, _ in ready:
             source = self._sources.get(descriptor)
             if source is not None:
-                source()
+                if not self._survive(source) and self._sources.get(descriptor) is source:
+                    self._rest(descriptor)
                 now = time.monotonic()
                 slowest, last = max(slowest, (now - last, source), key=_seconds), now
         for call, moment in list(self._alarms.items()):
             if moment <= last and self._alarms.get(call) == moment:
                 del self._alarms[call]
-                call()
+                if not self._survive(call):
+                    self.call_in(AGAIN_SECONDS, call)
                 now = time.monotonic()
                 slowest, last = max(slowest, (now - last, call), key=_seconds), now
         self._note(last - began, delayed, slowest[1])
 
     def take_times(self) -> TurnTimes:
         """What turns have taken since this was last called."""
-        times, self._times = self._times, TurnTimes(0, 0.0, "", 0)
+        times, self._times = self._times, TurnTimes(0, 0.0, "", 0, 0)
         return times
 
+    def record(self, struck: str) -> str:
+        """Log and count the exception that is being handled. Returns the incident's number."""
+        number = os.urandom(4).hex()
+        say_fault(f"incident {number}: {struck}")
+        self._times = self._times._replace(incidents=self._times.incidents + 1)
+        return number
+
+    def _survive(self, call: Call) -> bool:
+        """Call, and tell whether it has returned."""
+        try:
+            call()
+        except Exception:  # noqa: BLE001 - recorded; here it would end all jobs
+            self.record(_name(call))
+            return False
+        return True
+
+    def _rest(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        self._resting.add(descriptor)
+        if not self.is_set(self._end_rests):
+            self.call_in(AGAIN_SECONDS, self._end_rests)
+
+    def _end_rests(self) -> None:
+        for descriptor in list(self._resting):
+            self._poll.register(descriptor, self._events[descriptor])
+            self._resting.discard(descriptor)
+
     def _note(self, seconds: float, delayed: bytes, slowest: Call | None) -> None:
-        turns, longest_ms, name, over = self._times
+        turns, longest_ms, name, over, incidents = self._times
         if seconds > _LOOK_SECONDS and slowest is not None:
             seconds -= max(0.0, _nanoseconds(self._delay()) - _nanoseconds(delayed)) / 1e9
             if seconds * 1000 > longest_ms:
@@ -116,10 +163,13 @@ class Turns:
             if seconds > self._slowest_told:  # each time that it grew by half, not at each turn
                 self._slowest_told = 1.5 * seconds
                 say(f"a turn took {seconds * 1000:.0f} ms, most of it {_name(slowest)}")
-        self._times = TurnTimes(turns + 1, longest_ms, name, over)
+        self._times = TurnTimes(turns + 1, longest_ms, name, over, incidents)
 
     def _delay(self) -> bytes:
-        return b"" if self._delays is None else os.pread(self._delays, 96, 0)
+        try:
+            return b"" if self._delays is None else os.pread(self._delays, 96, 0)
+        except OSError:  # the kernel has no memory for it just now
+            return b""
 
     def _patience(self) -> float | None:
         if not self._alarms:

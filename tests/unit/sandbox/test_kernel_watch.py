@@ -1,5 +1,6 @@
 """Whom the watch over kernel memory ends, by what is measured and found."""
 
+import errno
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,10 +10,17 @@ import pytest
 from jobworker.sandbox import kernel_watch
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.kernel_memory import BOUND_BYTES
+from jobworker.sandbox.kernel_pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.turns import Turns
 
 MUCH = BOUND_BYTES + 1
-NONE: dict[str, object] = {"held": [], "unknown": [], "unfinished": [], "in_sockets": []}
+NONE: dict[str, object] = {
+    "held": [],
+    "unknown": [],
+    "unfinished": [],
+    "in_sockets": [],
+    "used_seconds": 0.0,
+}
 UNKNOWN = {**NONE, "unknown": [["00:01:7", MUCH]]}
 FOUND: dict[str, object] = {
     "locks": 0,
@@ -20,6 +28,7 @@ FOUND: dict[str, object] = {
     "in_flight": 0,
     "is_all": True,
     "in_sockets": 0,
+    "used_seconds": 0.0,
 }
 
 
@@ -27,15 +36,21 @@ class Host:
     """The host's figures, as the test sets them."""
 
     slabs = tcp = other = 0
+    fails = False
 
     def unreclaimable(self) -> int:
-        return self.slabs
+        return self._tell(self.slabs)
 
     def in_tcp(self) -> int:
-        return self.tcp
+        return self._tell(self.tcp)
 
     def unnamed(self) -> int:
-        return self.other
+        return self._tell(self.other)
+
+    def _tell(self, figure: int) -> int:
+        if self.fails:
+            raise OSError(errno.ENOMEM, "the kernel has no memory to tell")
+        return figure
 
 
 class Processes:
@@ -56,6 +71,10 @@ class Processes:
             done(outcome)
 
 
+def child_of(number: int, scope: SimpleNamespace) -> Child:
+    return cast("Child", SimpleNamespace(job=number, pid=10 + number, hoards=False, scope=scope))
+
+
 class Watched:
     """A watch over two jobs, by ids 1 and 2, whose looks the test takes."""
 
@@ -63,28 +82,39 @@ class Watched:
         monkeypatch.setattr(kernel_watch, "Chores", Processes)
         self.host = Host()
         monkeypatch.setattr(kernel_watch, "HostMemory", lambda: self.host)
+        self.now = self.used = 0.0
+        """The time, and what this thread has used of a processor."""
+        clock = SimpleNamespace(monotonic=lambda: self.now, thread_time=lambda: self.used)
+        monkeypatch.setattr(kernel_watch, "time", clock)
         monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
         self.in_sockets = {1: 0, 2: 0}
         self.counted: dict[int, tuple[int, int]] = {}
-        """What a job's group counts in sockets: now, and at most."""
+        """What a job's group counts in sockets: now, and at most since that was read."""
         self.jobs = {n: self._job(n) for n in self.in_sockets}
         self.ended: list[Child] = []
+        self.asked = 0
+        """How often the watch has asked which jobs run, for which all of them are looked at."""
         self.watch = kernel_watch.KernelWatch(
-            Turns(), 4, lambda: self.jobs, self.ended.append, locks=-1
+            Turns(), 4, self._running, self.ended.append, locks=-1
         )
         self.watch.wake()
         self.measurers = cast("Processes", self.watch._measurers)
         self.searchers = cast("Processes", self.watch._searchers)
 
+    def _running(self) -> dict[int, Child]:
+        self.asked += 1
+        return self.jobs
+
     def _job(self, number: int) -> Child:
-        def uncounted(size: int) -> tuple[int, int]:
+        def counted() -> tuple[int, int]:
             now, most = self.counted.get(number, (0, 0))
-            return size - most, size - now
+            self.counted[number] = (now, now)
+            return most, now
 
         scope = SimpleNamespace(
-            sockets_beyond_limit=lambda: self.in_sockets[number], sockets_uncounted=uncounted
+            sockets_beyond_limit=lambda: self.in_sockets[number], sockets_counted=counted
         )
-        return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
+        return child_of(number, scope)
 
     def grow(self) -> None:
         self.host.slabs += kernel_watch.STEP_BYTES + 1
@@ -106,6 +136,27 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 def test_nothing_is_measured_without_a_reason(watched: Watched) -> None:
     watched.watch._look()
     assert watched.measurers.dones == []
+
+
+def test_figure_that_cannot_be_read_has_not_grown(watched: Watched) -> None:
+    watched.host.fails = True
+    watched.host.slabs += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    assert watched.measurers.dones == []
+    watched.host.fails = False
+    watched.watch._look()
+    assert len(watched.measurers.dones) == 3, "it has not been forgotten"
+
+
+def test_watch_begins_though_nothing_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "fails", True)
+    monkeypatch.setattr(Host, "slabs", kernel_watch.STEP_BYTES + 1)
+    watched = Watched(monkeypatch)
+    watched.host.fails = False
+    watched.watch._look()
+    assert watched.measurers.dones == [], "what was there before is no growth"
+    watched.grow()
+    assert len(watched.measurers.dones) == 3
 
 
 def test_job_that_holds_too_much_is_ended(watched: Watched) -> None:
@@ -196,7 +247,7 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
             return MUCH
 
         scope = SimpleNamespace(sockets_beyond_limit=beyond)
-        return cast("Child", SimpleNamespace(pid=10 + number, hoards=False, scope=scope))
+        return child_of(number, scope)
 
     many = kernel_watch.GROUPS_A_TURN * 2 + 1
     watched.jobs.update({number: job(number) for number in range(100, 100 + many)})
@@ -209,6 +260,93 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
         assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
     assert looked == [*range(100, 100 + many)]
     assert len(watched.ended) == many
+
+
+LONG = {"used_seconds": 2.0}
+
+
+def test_measurement_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> None:
+    watched.grow()
+    watched.measurers.finish({**NONE, **LONG}, NONE, {"errno": errno.EINTR})
+    watched.grow()
+    assert len(watched.measurers.dones) == 1, "the one that took little"
+    watched.measurers.finish(NONE)
+    watched.watch._look()
+    assert watched.measurers.dones == []
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+    assert len(watched.measurers.dones) == 2
+    watched.measurers.finish({**NONE, "held": [[1, MUCH]]}, NONE)
+    assert watched.ended == [watched.jobs[1]]
+
+
+def test_search_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> None:
+    watched.search({**FOUND, **LONG}, FOUND)
+    watched.search(FOUND)
+    watched.watch._look()
+    assert watched.searchers.dones == [], "the job whose search took much is not searched again"
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+    watched.searchers.finish({**FOUND, "locks": MUCH})
+    assert watched.ended == [watched.jobs[1]]
+
+
+@pytest.mark.parametrize("seconds_each", [0, 0.01])
+def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
+    watched: Watched, seconds_each: float
+) -> None:
+    looked = list[int]()
+
+    def job(number: int) -> Child:
+        def beyond() -> int:
+            looked.append(number)
+            watched.used += seconds_each
+            return 0
+
+        return child_of(number, SimpleNamespace(sockets_beyond_limit=beyond))
+
+    def grow() -> None:
+        watched.host.tcp += kernel_watch.STEP_BYTES + 1
+        watched.watch._look()
+
+    many = kernel_watch.GROUPS_A_TURN * 2
+    watched.jobs.clear()
+    watched.jobs.update({number: job(number) for number in range(many)})
+    grow()
+    grow()
+    watched.watch._turns.cancel(watched.watch._look_at_some)
+    watched.watch._look_at_some()
+    assert looked == [*range(many)]
+    watched.watch._look()
+    assert (len(looked) == many) == bool(seconds_each), "they rest"
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+    assert len(looked) > many
+
+
+class Id(int):
+    """A job's, which counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Id.compared += 1
+        return int(self) == other
+
+    def __hash__(self) -> int:
+        return hash(int(self))
+
+
+def test_a_judgement_does_not_grow_with_the_square_of_the_jobs(watched: Watched) -> None:
+    ids = [Id(number) for number in range(100, 400)]
+    watched.jobs.update({number: watched._job(number) for number in ids})
+    watched.grow()
+    Id.compared = watched.asked = 0
+    sizes = [(number, 4096) for number in ids]
+    outcome = {"held": sizes, "unknown": [], "unfinished": ids[::-1], "in_sockets": sizes}
+    watched.measurers.finish(NONE, NONE, outcome)
+    assert watched.asked <= 3
+    assert Id.compared <= 10 * len(ids)
 
 
 def measure_sockets(watched: Watched, *in_sockets: tuple[int, int]) -> None:
@@ -231,7 +369,6 @@ def test_what_a_group_has_counted_since_the_last_time_may_be_what_sockets_held(
     watched.counted[1] = (0, MUCH)
     measure_sockets(watched, (1, MUCH))
     assert watched.ended == []
-    watched.counted[1] = (0, 0)
     watched.watch._look()
     watched.measurers.finish({**NONE, "in_sockets": [(1, MUCH)]})
     assert watched.ended == [watched.jobs[1]], "it is measured again at once"
@@ -247,6 +384,29 @@ def test_job_with_sockets_in_no_list_is_found_by_its_descriptors(watched: Watche
     measure_sockets(watched, (0, MUCH))
     watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "in_sockets": MUCH})
     assert watched.ended == [watched.jobs[2]]
+
+
+@pytest.mark.parametrize("list_is_first", [True, False])
+def test_what_was_counted_while_a_list_and_a_search_went_on_counts_for_both(
+    watched: Watched, *, list_is_first: bool
+) -> None:
+    """All that the job's sockets held was counted, and is read before either is judged."""
+    watched.host.other += MUCH
+    measure_sockets(watched)
+    watched.host.other += kernel_watch.STEP_BYTES + 1
+    watched.watch._look()
+    listed = {**NONE, "in_sockets": [(1, MUCH)]}
+    found = {**FOUND, "in_sockets": MUCH}
+    watched.counted[1] = (0, MUCH)
+    for is_list in (list_is_first, not list_is_first):
+        if is_list:
+            watched.measurers.finish(listed)
+        else:
+            watched.searchers.finish(found, FOUND)
+    assert watched.ended == []
+    watched.watch._look()
+    watched.measurers.finish(listed)
+    assert watched.ended == [watched.jobs[1]], "it was counted before that list began"
 
 
 def test_memory_of_the_hosts_own_puts_no_job_in_doubt(watched: Watched) -> None:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from jobworker.sandbox import turns as turns_module
 from jobworker.sandbox.turns import EVENTS_A_TURN, SLOW_SECONDS, Turns
 
 
@@ -41,4 +42,61 @@ def test_long_turn_is_counted_by_the_name_of_what_took_long(
     assert times.longest_ms >= 1000 * SLOW_SECONDS
     assert times.slowest == "wait_long"
     assert "most of it wait_long" in capfd.readouterr().err
-    assert turns.take_times() == (0, 0.0, "", 0)
+    assert turns.take_times() == (0, 0.0, "", 0, 0)
+
+
+def test_unexpected_exception_ends_its_call_alone_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
+    turns, called = Turns(), list[str]()
+
+    def fail_once() -> None:
+        called.append("first")
+        if len(called) == 1:
+            raise KeyError("unforeseen")
+
+    turns.call_in(0, fail_once)
+    turns.call_in(0, lambda: called.append("second"))
+    turns.turn()
+    assert called == ["first", "second"]
+    turns.turn()
+    assert called == ["first", "second", "first"]
+    assert turns.take_times().incidents == 1
+    log = capfd.readouterr().err
+    assert "fail_once" in log
+    assert "KeyError: 'unforeseen'" in log
+
+
+def test_source_that_raises_each_time_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 3600)
+    turns, failed, heard = Turns(), [], []
+    (bad, bad_end), (good, good_end) = os.pipe(), os.pipe()
+
+    def fail() -> None:
+        failed.append(turns)
+        raise ZeroDivisionError
+
+    turns.watch(bad, fail)
+    turns.watch(good, lambda: heard.append(os.read(good, 1)))
+    os.write(bad_end, b"x")
+    for number in range(5):
+        os.write(good_end, b"x")
+        turns.turn()
+        assert len(heard) == number + 1
+    assert len(failed) == 1
+    assert turns.watches(bad)
+    turns.watch_room(bad, wanted=False)
+    turns.call_in(0, turns._end_rests)
+    turns.turn()
+    turns.turn()
+    assert len(failed) == 2, "it is tried again"
+
+    turns.unwatch(bad)
+    turns.watch(bad, lambda: heard.append(os.read(bad, 1)))
+    turns.turn()
+    assert len(heard) == 6, "another one, by the same number, has nothing to do with it"
+    for descriptor in (bad, good):
+        turns.unwatch(descriptor)
+    for descriptor in (bad, bad_end, good, good_end):
+        os.close(descriptor)

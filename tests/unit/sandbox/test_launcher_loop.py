@@ -1,0 +1,115 @@
+"""The launcher's loop, with a service at a real socket and jobs that are none."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from jobworker.sandbox import channel, doorway, launcher_loop
+from jobworker.sandbox.children import Child, Nursery
+from jobworker.sandbox.launcher_loop import Launcher
+from jobworker.sandbox.version import PROTOCOL
+
+
+class NoJobs:
+    """What the loop asks of jobs, where that can be answered without any."""
+
+    def __init__(self, *_: object) -> None:
+        self.asked = 0
+
+    def promised_bytes(self) -> int:
+        self.asked += 1
+        raise KeyError("unforeseen")
+
+    def started_after(self, _job: int) -> list[Child]:
+        self.asked += 1
+        return []
+
+    def undo_starts(self) -> None: ...
+
+
+def make_launcher(monkeypatch: pytest.MonkeyPatch) -> tuple[Launcher, NoJobs]:
+    monkeypatch.setattr(launcher_loop, "Jobs", NoJobs)
+    monkeypatch.setattr(Launcher, "_leave_on_signals", lambda _: None)
+    launcher = Launcher(cast("Nursery", SimpleNamespace(volumes=None)), 0, {}, locks=-1)
+    return launcher, cast("NoJobs", launcher._jobs)
+
+
+class Service:
+    """A launcher, by turns that the test takes, and its service."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.near, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.setblocking(False)
+        self.launcher.serve_one(self.near)
+        self.hello = self.hear()
+        self.ask("hello", protocol=PROTOCOL)
+
+    def ask(self, op: str, **fields: object) -> channel.Message:
+        channel.send(self.sock, {"id": 7, "op": op, **fields})
+        self.launcher._turns.turn()
+        return self.hear()
+
+    def hear(self) -> channel.Message:
+        received = channel.receive(self.sock)
+        assert received is not None
+        return received[0]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    service = Service(make_launcher(monkeypatch)[0])
+    with service.near, service.sock:
+        yield service
+
+
+def test_request_that_meets_an_unexpected_fault_is_refused_and_counted(
+    service: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = service.ask("promised")["error"]
+    assert isinstance(error, dict)
+    assert "launcher's log has it as incident" in error["detail"]
+    assert f"{error['detail'].split()[-1]}: PromisedBytes" in capfd.readouterr().err
+    assert service.ask("turns")["ok"]["incidents"] == 1  # type: ignore[index]
+
+
+def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doorway, "AGAIN_SECONDS", 3600)
+    launcher, jobs = make_launcher(monkeypatch)
+    listener, first, second = (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)
+    )
+    with listener, second:
+        listener.bind(str(tmp_path / "launcher.sock"))
+        listener.listen()
+        launcher.serve_callers(listener, {os.getuid()})
+        with first:
+            first.connect(listener.getsockname())
+            launcher._turns.turn()
+            channel.send(first, {"id": 1, "op": "hello", "protocol": PROTOCOL})
+            for number in range(2, 50):
+                channel.send(first, {"id": number, "op": "list", "after": 0})
+        second.connect(listener.getsockname())
+        second.setblocking(False)
+        heard = None
+        while heard is None:
+            before = jobs.asked
+            launcher._turns.turn()
+            assert jobs.asked <= before + 1
+            try:
+                heard = channel.receive(second)
+            except BlockingIOError:
+                assert launcher._link is None or launcher._link.is_at_its_end
+        assert heard[0]["protocol"] == PROTOCOL, "it is let in at once, and not an hour later"
+        assert jobs.asked == 48
+        while launcher._disposal._processes:
+            launcher._turns.turn()
+        assert launcher._link is not None
+        launcher._link._sock.close()
