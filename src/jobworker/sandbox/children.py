@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -184,7 +185,7 @@ class Nursery:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
         self.sweepers = Sweepers()
         self.volumes = Volumes(stage.volumes, room_for_volumes)
-        self._free = list(range(self.slots))[::-1]
+        self._free = deque(range(self.slots))
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
@@ -249,9 +250,9 @@ class Nursery:
         view = self._stage.view_for(order)
         if not self._free:
             raise SandboxError("every range of ids is in use", data={"step": "place"})
-        index = self._free.pop()
+        index = self._free.popleft()  # the one that has rested longest
         with contextlib.ExitStack() as undo:
-            undo.callback(self._free.append, index)
+            undo.callback(self._free.appendleft, index)
             scope, self._scope_ahead = self._scope_ahead or self._new_scope(), None
             slot = Slot(scope.name, self._ids.first_of(index), self._ids.each)
             child = Child(slot, index, scope)

@@ -17,6 +17,10 @@ send, but neither what waits in error queues nor what UDP has sent or keeps open
 list tells the sum of each socket, and the job's group what of all is charged. So the sums go to the
 launcher, which takes that off (`sandbox.kernel_watch`).
 
+A socket that is closed lives on until its peer has taken what was sent, for minutes where the peer
+takes nothing: an orphan, tcp(7). It has its user still, and on the host's network outlives the job,
+whose ids another job may have by then. So orphans there are told apart.
+
 Runs in a process of its own (`sandbox.chores`), which enters each network. On the host's network a
 socket is the job's that has its user among its ids, and a connection that is not accepted is whose
 the listening socket is (`sandbox.kernel_listeners`).
@@ -64,6 +68,8 @@ class _Network(NamedTuple):
     tcp: list[Socket]
     buffers: list[tuple[int, int]]
     """What each holds that is no connection to be accepted, after its user."""
+    orphans: list[tuple[int, int]]
+    """The same of those that nobody has open."""
     is_all: bool
 
     @property
@@ -80,6 +86,7 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
     held: dict[int, int] = defaultdict(int)
     unseen: dict[int, int] = defaultdict(int)
     in_sockets: dict[int, int] = defaultdict(int)
+    orphans: dict[int, int] = defaultdict(int)
     unfinished, most = set(), _most_received()
     owners, networks = _networks(first_processes)
 
@@ -97,13 +104,16 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
             count(owner, sockets)
     for uid, size in on_host.buffers:
         in_sockets[owners.of(uid)] += size
+    for uid, size in on_host.orphans:
+        in_sockets[owners.of(uid)] += size
+        orphans[owners.of(uid)] += size
     for job, place in networks:
         with contextlib.suppress(OSError):
             _enter(place)
             network = _read(place, JOB_SECONDS)
             known_bytes += network.tcp_bytes
             count(job, network.tcp)
-            in_sockets[job] += sum(size for _, size in network.buffers)
+            in_sockets[job] += sum(size for _, size in network.buffers + network.orphans)
             if not network.is_all:
                 unfinished.add(job)
     with open("/proc/net/sockstat", "rb") as file:
@@ -111,7 +121,7 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
     if is_much:
         unfinished.update(job for job, number in unseen.items() if number * most > BOUND_BYTES)
     held.pop(0, None)  # no job's
-    return Measured(dict(held), {}, frozenset(unfinished - {0}), dict(in_sockets))
+    return Measured(dict(held), {}, frozenset(unfinished - {0}), dict(in_sockets), dict(orphans))
 
 
 def _networks(first_processes: Mapping[int, int]) -> tuple[Owners, list[tuple[int, str]]]:
@@ -190,13 +200,15 @@ def _enter(place: str) -> None:
 def _read(place: str, seconds: float) -> _Network:
     """The sockets of this process's network, which is that of `place` as well."""
     end = time.process_time() + seconds
-    found = _Network([], [], is_all=True)
+    found = _Network([], [], [], is_all=True)
     for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
         for one in kernel_sockets.sockets(protocol):
             if protocol == socket.IPPROTO_TCP:
                 found.tcp.append(one)
-            if one.memory_bytes and not (protocol == socket.IPPROTO_TCP and _is_waiting(one)):
+            if one.memory_bytes and one.inode:
                 found.buffers.append((one.uid, one.memory_bytes))
+            elif one.memory_bytes and not _is_waiting(one):
+                found.orphans.append((one.uid, one.memory_bytes))
             if time.process_time() > end:
                 return found._replace(is_all=False)
     found.buffers.extend(kernel_sockets.ping_sockets(place))

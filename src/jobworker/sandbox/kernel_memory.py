@@ -59,6 +59,8 @@ class Measured(NamedTuple):
     """Jobs of which more is held than could be counted in time."""
     in_sockets: dict[int, int] = {}  # noqa: RUF012 - never changed
     """By job, with what its group counts; by 0 what is no job's."""
+    orphans: dict[int, int] = {}  # noqa: RUF012 - never changed
+    """What of that is in sockets which nobody has open: an ended job may have left them."""
 
 
 def open_locks() -> int:

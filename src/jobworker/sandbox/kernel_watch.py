@@ -122,6 +122,11 @@ class KernelWatch:
         }
         """What jobs' groups counted in sockets at most since the list, or each job's search, began.
         A read sets the kernel's own figure back, whichever of the two it is for."""
+        self._inherited: dict[int, int] = {}
+        """What orphans with a job's ids held when that was measured for the first time: those of an
+        ended job that had them before may be among these, and are not the job's doing."""
+        self._asked: frozenset[int] = frozenset()
+        """The jobs whose sockets are being measured."""
         self._groups_due = False
         self._groups_pace = Pace()
         self._unseen: list[int] = []
@@ -150,8 +155,9 @@ class KernelWatch:
             del self._doubts[doubt]
         for ended in self._counted[None].keys() - running.keys():
             del self._counted[None][ended]
-        for ended in self._search_paces.keys() - running.keys():
-            del self._search_paces[ended]
+        for of_jobs in (self._search_paces, self._inherited):
+            for ended in of_jobs.keys() - running.keys():
+                del of_jobs[ended]
         patience = AGAIN_SECONDS if self._doubts else SELDOM_SECONDS
         overdue = time.monotonic() > self._measured_at + patience
         began = time.thread_time()
@@ -184,6 +190,8 @@ class KernelWatch:
                 self._measurers.start(work, partial(self._judge, measure), [self._locks])
                 self._measuring.add(measure)
                 self._counted.get(measure, {}).clear()
+                if measure is kernel_connections.measure:
+                    self._asked = frozenset(running)
                 self._due.discard(measure)
 
     def _look_at_some(self) -> None:
@@ -205,18 +213,25 @@ class KernelWatch:
         if "errno" in outcome:
             say(f"cannot measure jobs' kernel memory: {outcome}")
             return
-        held, unknown, unfinished, in_sockets = (outcome[name] for name in Measured._fields)
+        held, unknown, unfinished, in_sockets, orphans = (
+            outcome[name] for name in Measured._fields
+        )
         assert isinstance(held, list)
         assert isinstance(unknown, list)
         assert isinstance(unfinished, list)
         assert isinstance(in_sockets, list)
+        assert isinstance(orphans, list)
         running, uncounted = self._running(), frozenset(unfinished)
         for job, size in held:
             if job in running:
                 self._end_beyond(running[job], size)
+        in_orphans = dict(orphans)
+        for job in self._asked if measure is kernel_connections.measure else ():
+            self._inherited.setdefault(job, in_orphans.get(job, 0))
         for job, size in in_sockets:
             if job in running:
-                self._judge_sockets(job, running[job], measure, size)
+                inherited = min(in_orphans.get(job, 0), self._inherited[job])
+                self._judge_sockets(job, running[job], measure, size - inherited)
         for job, child in running.items():
             why = "it has too many sockets" if job in uncounted else ""
             self._doubt(job, child, measure, why)

@@ -1,5 +1,6 @@
 """Connections that nobody has accepted, found among a network's sockets."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -46,6 +47,28 @@ def test_what_waits_to_be_accepted_is_counted(family: int, address: str) -> None
             )
         others[0].close()
         others[3].close()
+
+
+def test_socket_that_is_closed_and_sends_on_is_an_orphan() -> None:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        client = socket.create_connection(server.getsockname())
+        with server.accept()[0]:
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.send(bytes(SENT))
+            before = kernel_connections._read("/proc/self", 5.0)
+            client.close()
+            after = kernel_connections._read("/proc/self", 5.0)
+    assert _most(before.buffers) >= SENT
+    assert _most(after.orphans) >= max(SENT, _most(before.orphans))
+
+
+def _most(sizes: list[tuple[int, int]]) -> int:
+    return max((size for uid, size in sizes if uid == os.getuid()), default=0)
 
 
 def test_on_the_hosts_network_a_connection_is_the_listening_jobs() -> None:

@@ -1,8 +1,8 @@
 """Whom the watch over kernel memory ends, by what is measured and found."""
 
 import errno
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +19,7 @@ NONE: dict[str, object] = {
     "unknown": [],
     "unfinished": [],
     "in_sockets": [],
+    "orphans": [],
     "used_seconds": 0.0,
 }
 UNKNOWN = {**NONE, "unknown": [["00:01:7", MUCH]]}
@@ -343,17 +344,23 @@ def test_a_judgement_does_not_grow_with_the_square_of_the_jobs(watched: Watched)
     watched.grow()
     Id.compared = watched.asked = 0
     sizes = [(number, 4096) for number in ids]
-    outcome = {"held": sizes, "unknown": [], "unfinished": ids[::-1], "in_sockets": sizes}
+    told = {"held": sizes, "unfinished": ids[::-1], "in_sockets": sizes, "orphans": sizes}
+    outcome = {**NONE, **told}
     watched.measurers.finish(NONE, NONE, outcome)
     assert watched.asked <= 3
     assert Id.compared <= 10 * len(ids)
 
 
-def measure_sockets(watched: Watched, *in_sockets: tuple[int, int]) -> None:
+def measure_sockets(
+    watched: Watched,
+    *in_sockets: tuple[int, int],
+    orphans: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     """Have the host's memory grow for no reason that it names, and the sockets measured."""
     watched.host.other += kernel_watch.STEP_BYTES + 1
     watched.watch._look()
-    watched.measurers.finish({**NONE, "in_sockets": [*in_sockets]})
+    told = {**NONE, "in_sockets": [*in_sockets], "orphans": [*orphans.items()]}
+    watched.measurers.finish(told)
 
 
 def test_job_whose_sockets_hold_more_than_its_group_counts_is_ended(watched: Watched) -> None:
@@ -383,6 +390,16 @@ def test_job_with_sockets_in_no_list_is_found_by_its_descriptors(watched: Watche
     watched.host.other += MUCH
     measure_sockets(watched, (0, MUCH))
     watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "in_sockets": MUCH})
+    assert watched.ended == [watched.jobs[2]]
+
+
+def test_orphans_that_were_there_before_a_job_are_not_its_doing(watched: Watched) -> None:
+    """Sockets of an ended job, whose ids it has: as many as were there at the first measurement."""
+    for size in (2 * MUCH, MUCH, 2 * MUCH):
+        measure_sockets(watched, (1, size), (2, size), orphans={1: size, 2: size})
+        assert watched.ended == []
+    more = {1: 2 * MUCH, 2: 3 * MUCH}
+    measure_sockets(watched, *more.items(), orphans=more)
     assert watched.ended == [watched.jobs[2]]
 
 
