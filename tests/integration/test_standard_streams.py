@@ -155,3 +155,46 @@ def test_closed_streams_are_never_the_number_of_another_file(site: Path, closed:
             pass
     assert (site / "state" / "launcher.lock").read_bytes() == b""
     assert ids.read_bytes() == before
+
+
+@contextmanager
+def disk(directory: Path) -> Iterator[Path]:
+    """A disk of its own."""
+    image, place = directory / "log.img", directory / "disk"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+        image.unlink()
+        place.rmdir()
+
+
+@contextmanager
+def frozen(place: Path) -> Iterator[None]:
+    """Where each write waits until the end of the block: fsfreeze(8)."""
+    subprocess.run(["fsfreeze", "-f", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "-u", place], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_service_whose_log_is_on_a_frozen_disk_serves(site: Path) -> None:
+    with (
+        disk(site) as place,
+        (place / "log").open("ab") as log,
+        started(site, "launcher", stderr=log.fileno()),
+        started(site, "serve", stderr=log.fileno()) as service,
+    ):
+        with frozen(place):
+            for _ in range(2):
+                service.process.send_signal(signal.SIGHUP)
+                assert run(service, "run", "-f", "echo", "hi") == "hi\n"
+        assert run(service, "run", "-f", "echo", "hi") == "hi\n"
+        assert (place / "log").read_text().count(": connected: ") == 3

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from attrs import define, field, frozen
 
-from jobworker.convert import LONG_CHARACTERS, dumps, loads, structure, unstructure
+from jobworker.convert import dumps, loads, structure, takes_long, unstructure
 from jobworker.errors import (
     InternalError,
     InvalidParams,
@@ -164,7 +164,7 @@ def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> C
         answered = "id" in request
         method = _method_called(name)
         refused = denied(method)
-        if refused is not None and len(message) > LONG_CHARACTERS:
+        if refused is not None and takes_long(message):
             raise refused
         try:
             params: object = structure(method.params, request.get("params", {}))

@@ -8,6 +8,9 @@ poll(2) alone does not promise that a write returns: the service writes to the s
 take the room in between. So the launcher opens the log once more (`open_log`), and that open file
 description does not block. Where it cannot be opened, poll(2) has to do.
 
+A regular file on a disk that hangs holds the launcher up all the same: poll(2) calls it writable,
+O_NONBLOCK does nothing for it, and RWF_NOWAIT (pwritev2(2)) is refused by ext4.
+
 Standard library only.
 """
 

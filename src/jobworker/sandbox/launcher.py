@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from jobworker import sd_notify
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
@@ -116,7 +117,7 @@ def main(descriptor: int) -> NoReturn:
             listener = socket.socket(fileno=carried["listener"])
             launcher.serve_callers(listener, {0, _service_uid(message)})
             say(f"listening at {listener.getsockname()}", "INFO")
-            _notify(carried.get("notify"), b"READY=1")
+            _notify(carried.get("notify"), "READY=1")
         launcher.run()
     sys.exit(0)
 
@@ -134,10 +135,10 @@ def _service_uid(message: channel.Message) -> int:
     return uid
 
 
-def _notify(descriptor: int | None, text: bytes) -> None:
+def _notify(descriptor: int | None, text: str) -> None:
     if descriptor is not None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as notify:
-            notify.send(text, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sd_notify.send(notify, text, sd_notify.PATIENCE_SECONDS)
 
 
 def _become_first_process(links: Sequence[int], *, on_its_own: bool) -> None:

@@ -23,6 +23,16 @@ class Bucket:
         self._tokens -= count
         return True
 
+    def draw(self, now: float, count: float) -> None:
+        """Take so many tokens, whether there are as many or not."""
+        self._fill(now)
+        self._tokens -= count
+
+    def is_overdrawn(self, now: float) -> bool:
+        """Whether more was drawn than there was, and has not been filled again."""
+        self._fill(now)
+        return self._tokens < 0
+
     def is_full(self, now: float) -> bool:
         """Whether it is as good as a new one."""
         self._fill(now)

@@ -60,7 +60,6 @@ from jobworker.server.gate import Caller
 from jobworker.server.intake import Intake
 from jobworker.server.slots import LARGE_BYTES
 from jobworker.server.subscriptions import Subscriptions
-from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
 
@@ -303,8 +302,9 @@ class Conversation:
             )
             return Refusal(error_message(None, error), error)
         with self.intake.pause():
-            async with self._context.reading.one(self._visitor.identity.common_name):
-                request = await in_thread(read_request, message, self._denied)
+            request = await self._context.reading.run(
+                self._visitor.identity.common_name, read_request, message, self._denied
+            )
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:

@@ -6,6 +6,8 @@ systemd listens, and so do `worker demo` and the tests, which need to know the p
 import os
 import socket
 
+from jobworker.sd_notify import PATIENCE_SECONDS, send
+
 ADDRESS_FIELD = "X_JOBWORKER_ADDRESS"
 """A field of our own (names that begin with X_ are free): HOST:PORT of the listener."""
 
@@ -17,7 +19,7 @@ class Notifier:
         path = os.environ.pop("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
         self.watchdog_seconds = _watchdog_seconds()
-        """How often somebody wants to hear that the service is alive, by WATCHDOG="1"; or never."""
+        """How often somebody wants to hear that the service is alive, by `tell_alive`; or never."""
         self.fault = ""
         """Why nobody can be told, though somebody wants to be; else ""."""
         if path:
@@ -41,14 +43,20 @@ class Notifier:
         return None if self._socket is None else self._socket.fileno()
 
     def tell(self, **fields: str) -> None:
-        """Send fields such as READY="1"; a listener that is gone is no fault of ours."""
-        if self._socket is not None:
-            message = "\n".join(f"{name}={value}" for name, value in fields.items())
-            try:
-                self._socket.send(message.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError:
-                self._socket.close()
-                self._socket = None
+        """Send fields such as READY="1"; a listener that is gone is no fault of ours.
+
+        Where it has no room for them, this waits up to PATIENCE_SECONDS.
+        """
+        self._send("\n".join(f"{name}={value}" for name, value in fields.items()))
+
+    def tell_alive(self) -> None:
+        """Send WATCHDOG="1" if there is room for it: the next one follows soon."""
+        self._send("WATCHDOG=1", 0)
+
+    def _send(self, message: str, seconds: float = PATIENCE_SECONDS) -> None:
+        if self._socket is not None and not send(self._socket, message, seconds):
+            self._socket.close()
+            self._socket = None
 
 
 def _watchdog_seconds() -> float | None:

@@ -91,7 +91,7 @@ class Context:
     making: Slots = field(factory=lambda: Slots(in_all=4, for_each=1))
     """For the whole records of jobs with long requests, while they are made."""
     reading: Spells = field(init=False)
-    """One long request is decoded at a time: it competes with the event loop."""
+    """For long requests, while they are decoded."""
 
     @messages.default
     def _messages(self) -> Turnstile:

@@ -279,7 +279,7 @@ async def _tell_watchdog(notifier: Notifier) -> None:
     if not notifier.watchdog_seconds:
         await trio.sleep_forever()
     while True:
-        notifier.tell(WATCHDOG="1")
+        notifier.tell_alive()
         await trio.sleep(notifier.watchdog_seconds / 3)
 
 

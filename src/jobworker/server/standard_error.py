@@ -1,22 +1,26 @@
 """Standard error of the service: a stream that never makes its writer wait.
 
 The log may lead to a pipe whose reader has stopped, to a terminal that is held (Ctrl-S), or to a
-full disk. write(2) then waits or fails, and the event loop must do neither. So a write puts its
-text into a bounded queue, and a daemon thread writes the queue out, in order. What finds no room
-in the queue is dropped and counted; the number is told as soon as there is room again. The end of
-the process waits a bounded moment for the queue (`drain`).
+disk that is full, frozen or gone. write(2) then waits or fails, and the event loop must do neither.
+So a write puts its text into a bounded queue, and a daemon thread writes the queue out, in order.
+What finds no room in the queue is dropped and counted; the number is told as soon as there is room
+again. The end of the process waits a bounded moment for the queue (`drain`).
 
 The descriptor is not made non-blocking: O_NONBLOCK belongs to the open file description, which
 others share (the shell's terminal, the launcher's log).
 
 Until `start_thread`, writes go out at once if the descriptor takes them (poll(2), in pieces that a
-writable pipe takes whole), and stay in the queue otherwise. So it is where no thread can be had,
-and for a regular file always: no reader can hold that up, and a line is there once it is told.
+writable pipe takes whole), and stay in the queue otherwise. So it is where no thread can be had:
+only there a disk may hold the writer up, since poll(2) calls every regular file writable.
+
+Whoever is told something looks for the line in a regular file. So a write to one gives the thread
+a moment, as long as the disk is quick.
 """
 
 import atexit
 import errno
 import io
+import math
 import os
 import select
 import stat
@@ -33,6 +37,10 @@ BATCH_BYTES = 1 << 16
 PIECE_BYTES = 4096
 """PIPE_BUF: a pipe that poll(2) calls writable takes that much at once; pipe(7)."""
 AGAIN_SECONDS = 0.1
+PROMPT_SECONDS = 0.05
+"""How long a write to a regular file waits for the thread, which mostly has it there in 0.1 ms."""
+PROMPT_AGAIN_SECONDS = 1.0
+"""Where that was not enough no write waits for so long: a slow disk has a twentieth of the time."""
 END_SECONDS = 1.0
 """How long the end of the process waits for a reader of the log."""
 
@@ -42,7 +50,10 @@ def _plain_note(lines: int) -> str:
 
 
 class StandardError(io.TextIOBase):
-    """A text stream to a file descriptor; none of its methods but `drain` waits or raises."""
+    """A text stream to a file descriptor; none of its methods raises.
+
+    `drain` waits, and a write to a regular file a moment (PROMPT_SECONDS); nothing else does.
+    """
 
     def __init__(self, descriptor: int = 2) -> None:
         self._descriptor = descriptor
@@ -55,6 +66,8 @@ class StandardError(io.TextIOBase):
         """Whether the last write failed."""
         self._writing = False
         self._wants_thread = self._has_thread = False
+        self._prompt_from = math.inf
+        """From when on a write gives the thread a moment."""
         self.note: Callable[[int], str] = _plain_note
         """Says how many lines were lost, in a line of the log's form."""
 
@@ -81,27 +94,34 @@ class StandardError(io.TextIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, text: str, /) -> int:
-        """Put text into the queue, or drop it where there is no room. Waits for nothing."""
+        """Put text into the queue, or drop it where there is no room."""
         data = text.encode(self.encoding, self.errors)
         with self._changed:
+            was_idle = self._is_idle()
             self._put(data)
             if self._wants_thread and not self._has_thread:
                 self._try_thread()
             if self._has_thread:
                 self._changed.notify_all()
+                if was_idle and time.monotonic() >= self._prompt_from:
+                    self._give_a_moment()
             else:
                 self._write_at_once(0)
         return len(text)
+
+    def _give_a_moment(self) -> None:
+        if not self._changed.wait_for(self._is_idle, PROMPT_SECONDS):
+            self._prompt_from = time.monotonic() + PROMPT_AGAIN_SECONDS
 
     def start_thread(self) -> None:
         """Have a thread write from now on. Call once the process has become what it is to be.
 
         fork(2) must not find other threads, and prctl(2) changes the calling thread alone.
         """
-        with suppress(OSError):
-            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-                return
         with self._changed:
+            with suppress(OSError):
+                if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                    self._prompt_from = -math.inf
             self._wants_thread = True
             self._try_thread()
 
@@ -149,8 +169,11 @@ class StandardError(io.TextIOBase):
         while True:
             try:
                 self._serve_batch()
-            except MemoryError:  # what was taken is lost, and the log goes on
-                self._writing = False
+            except Exception:  # noqa: BLE001 - such as MemoryError; what was taken is lost
+                with self._changed:
+                    self._writing = False
+                    self._queued_bytes = sum(map(len, self._queue))
+                    self._changed.notify_all()
                 time.sleep(AGAIN_SECONDS)
 
     def _serve_batch(self) -> None:
@@ -187,13 +210,14 @@ class StandardError(io.TextIOBase):
     def _write_out(self, batch: bytes) -> bool:
         """Write, however long it takes; whether it failed."""
         rest = memoryview(batch)
-        while rest:
-            try:
-                rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # someone who shares the file has made it non-blocking
-                select.select([], [self._descriptor], [])
-            except OSError:
-                return True
+        try:
+            while rest:
+                try:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                except BlockingIOError:  # someone who shares the file has made it non-blocking
+                    select.select([], [self._descriptor], [])
+        except OSError:
+            return True
         return False
 
     def _write_at_once(self, seconds: float) -> bool:

@@ -95,21 +95,21 @@ class Subscription:
             )
         return min(self._credit, most)
 
-    def keep_pace(self, size: int, seconds: float) -> None:
-        """Send smaller pieces where the last one took long, and larger ones where it did not.
+    def keep_pace(self, cost: int, seconds: float) -> None:
+        """Send less at once where the last messages took long, and more where they did not.
 
         What is cut off with its connection is sent again, so a slow line that often breaks has to
         get small ones to get anywhere.
         """
         if seconds > SLOW_SECONDS:
             self._pace = max(LEAST_BYTES, self._pace // 2)
-        elif size >= self._pace:
+        elif cost >= self._pace:
             self._pace = min(PIECE_BYTES, self._pace * 2)
 
     async def take(self, limit: int) -> tuple[list[Frame], int]:
-        """Messages for what there is now, and of how many bytes.
+        """Messages for what there is now, and what they cost, in bytes sent in the same time.
 
-        They have `limit` bytes together, or cost as much to make.
+        They end where they cost `limit`; they have no more bytes together than that.
         """
         frames: list[Frame] = []
         size = cost = 0
@@ -129,7 +129,7 @@ class Subscription:
                 break
         if self._credit is not None:
             self._credit -= size
-        return frames, size
+        return frames, cost
 
     @property
     def unfinished(self) -> bool:
@@ -290,12 +290,12 @@ class Subscriptions:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
                 async with self._taking_turns(), self._traffic.share(self._name) as share:
-                    frames, size = await subscription.take(min(room, share))
+                    frames, cost = await subscription.take(min(room, share))
                     began = trio.current_time()
                     if frames:
                         await send(frames)
                     del frames  # or each that waits for its turn would hold what it sent last
-                    subscription.keep_pace(size, trio.current_time() - began)
+                    subscription.keep_pace(cost, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await send(message)
             subscription.follower.check_whole()

@@ -11,14 +11,21 @@ mostly. Who is alone has all of it.
 
 import logging
 import math
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Container
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Container
+from typing import TypeVar, TypeVarTuple
 from weakref import WeakValueDictionary
 
 import trio
 from attrs import define, field
 from trio.testing import wait_all_tasks_blocked
+
+from jobworker.server.bucket import Bucket
+from jobworker.threads import in_thread
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 log = logging.getLogger("jobworker")
 
@@ -29,6 +36,12 @@ MAX_REST_SECONDS = 0.01
 """After a turn that was long for another reason, such as a busy host; and for so long at the most
 it is waited until nobody else has anything to do."""
 MAX_LONG_REST_SECONDS = 2.0
+SPELL_BURST_SECONDS, SPELL_SHARE = 0.1, 0.05
+"""What a name may use of a processor for long work before that stands in line: so much at once,
+with the rest of the work that it ends with, and that share in the long run."""
+MAX_SPELL_THREADS = 20
+"""Of these too, so that no flood takes the threads that jobs need. The largest requests (`slots`)
+leave most of them to others."""
 
 
 @define(eq=False)
@@ -65,30 +78,63 @@ class Presence:
 
 @define(eq=False)
 class Spells:
-    """Long work in threads, which compete with the event loop: one at a time, then a rest.
+    """Long work in threads, which compete with the event loop: of each client's name one at a time.
 
-    One of each client's name stands in line with those of others.
+    Each name has an account of a thread's time. While it is in credit its work begins at once,
+    beside that of others. Else it stands in the one line of those whose account is overdrawn: one
+    of them works at a time, and a rest follows. That is not charged to the account.
     """
 
     _presence: Presence
     _lines: WeakValueDictionary[str, trio.StrictFIFOLock] = field(
         factory=WeakValueDictionary, init=False
     )
+    """Of each name that has work."""
     _lock: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
     _rests_until: float = field(default=-math.inf, init=False)
+    _accounts: dict[str, Bucket] = field(factory=dict, init=False)
+    """Of those that have worked of late, in seconds."""
+    _threads: trio.CapacityLimiter = field(
+        factory=lambda: trio.CapacityLimiter(MAX_SPELL_THREADS), init=False
+    )
 
-    @asynccontextmanager
-    async def one(self, name: str) -> AsyncIterator[None]:
-        """Work for a client of that name in the block, when the time has come."""
-        async with self._lines.setdefault(name, trio.StrictFIFOLock()), self._lock:
-            await trio.sleep_until(self._rests_until)
-            began = trio.current_time()
+    async def run(self, name: str, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
+        """Do work for a client of that name in a thread, when the time has come."""
+        async with self._lines.setdefault(name, trio.StrictFIFOLock()):
+            account = self._accounts.get(name)
+            if account is None or not account.is_overdrawn(trio.current_time()):
+                return await self._run_on_account(name, work, *arguments)
+            async with self._lock:
+                await trio.sleep_until(self._rests_until)
+                began = trio.current_time()
+                try:
+                    return await in_thread(work, *arguments, limiter=self._threads)
+                finally:
+                    now = trio.current_time()
+                    if self._presence.of_others((name,)):
+                        self._rests_until = now + min(REST * (now - began), MAX_LONG_REST_SECONDS)
+
+    async def _run_on_account(
+        self, name: str, work: Callable[[*Arguments], T], *arguments: *Arguments
+    ) -> T:
+        spent = 0.0
+
+        def timed() -> T:
+            nonlocal spent
+            began = time.thread_time()  # the time of day would count what others' threads take
             try:
-                yield
+                return work(*arguments)
             finally:
-                now = trio.current_time()
-                if self._presence.of_others((name,)):
-                    self._rests_until = now + min(REST * (now - began), MAX_LONG_REST_SECONDS)
+                spent = time.thread_time() - began
+
+        try:
+            return await in_thread(timed, limiter=self._threads)
+        finally:
+            now = trio.current_time()
+            for rested in [who for who, one in self._accounts.items() if one.is_full(now)]:
+                del self._accounts[rested]
+            new = Bucket(now, SPELL_BURST_SECONDS, SPELL_SHARE)
+            self._accounts.setdefault(name, new).draw(now, spent)
 
 
 @define(eq=False)

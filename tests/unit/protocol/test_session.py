@@ -14,6 +14,7 @@ from jobworker.errors import (
     JobworkerError,
     MalformedJSON,
     NotFound,
+    PermissionDenied,
     ProtocolError,
     SandboxError,
     TooManyRequests,
@@ -35,6 +36,7 @@ from jobworker.protocol.session import (
     encode_output,
     encode_output_end,
     frame_output,
+    read_request,
 )
 
 from ..strategies import any_text, examples, objects_with, plain_values, texts
@@ -471,3 +473,17 @@ def test_messages_are_json_rpc_to_the_letter() -> None:
         "data": {"name": "not_found", "x": 1, "remedy": "look"},
     }
     assert unstructure(m.Nothing()) == {}
+
+
+@pytest.mark.parametrize("command", [["x" * 20_000], [{}] * 501], ids=["characters", "containers"])
+def test_who_may_not_call_has_no_long_parameters_looked_at(
+    monkeypatch: pytest.MonkeyPatch, command: list[object]
+) -> None:
+    def structure(*_: object) -> object:
+        pytest.fail("they were looked at")
+
+    monkeypatch.setattr("jobworker.protocol.session.structure", structure)
+    body = {"jsonrpc": "2.0", "id": 1, "method": "job.run", "params": {"job": {"command": command}}}
+    refused = read_request(json.dumps(body), lambda _: PermissionDenied("no"))
+    assert isinstance(refused, Refusal)
+    assert isinstance(refused.error, PermissionDenied)

@@ -169,3 +169,74 @@ def test_signal_ends_a_process_whose_log_is_held() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == -signal.SIGTERM
     os.close(read)
+
+
+def test_line_is_in_a_regular_file_once_it_is_told(tmp_path: Path) -> None:
+    program = (
+        "from jobworker.server import standard_error\n"
+        f"standard_error.PROMPT_SECONDS = 20\n{THREAD}"
+        "for number in range(300):\n"
+        "    log.info('line %d', number)\n"
+        f"    assert ' line %d\\n' % number in open({str(tmp_path / 'log')!r}).read()\n"
+    )
+    with (tmp_path / "log").open("ab") as file, start(program, file.fileno()) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0, (tmp_path / "log").read_text()
+
+
+def test_disk_that_does_not_answer_holds_up_one_write_for_a_moment(tmp_path: Path) -> None:
+    """In the file's place stands a write(2) that waits; `test_standard_streams` has a real disk."""
+    program = (
+        "import os, threading, time\n"
+        "gate, real = threading.Event(), os.write\n"
+        "os.write = lambda *of: (gate.wait(), real(*of))[1]\n"
+        f"{THREAD}{LOG_MANY.replace(str(MANY), '3000')}{GO_ON}gate.set()\n"
+    )
+    with (tmp_path / "log").open("ab") as file, start(program, file.fileno()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"went on\n"
+        process.communicate(timeout=60)
+    assert numbers((tmp_path / "log").read_bytes()) == list(range(3000))
+
+
+def test_select_that_fails_does_not_end_the_log() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    program = (
+        "import select\n"
+        "def fail(*_): raise OSError(12, 'no memory')\n"
+        f"select.select, wait = fail, select.select\n{THREAD}{LOG_MANY}{GO_ON}"
+        f"select.select = wait\nlog.info('line {MANY} is the last')\nstream.drain(20)\n"
+    )
+    with start(program, write) as process:
+        os.close(write)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"went on\n"
+        assert process.stdin is not None
+        with open(read, "rb") as log:
+            process.stdin.close()
+            told = log.read()
+    assert f"line {MANY} is the last\n".encode() in told
+    assert b"were lost" in told
+
+
+def test_want_of_memory_takes_no_room_from_the_log() -> None:
+    read, write = os.pipe()
+    program = (
+        "import time\n"
+        "from collections import deque\n"
+        "class Short(deque):\n"
+        "    def popleft(self):\n"
+        "        piece = super().popleft()\n"
+        "        if b'taken' in piece: raise MemoryError\n"
+        "        return piece\n"
+        f"stream._queue = Short()\n{THREAD}"
+        "log.info('taken %s', 900_000 * 'x')\n"
+        "while stream._queued_bytes: time.sleep(0.01)\n"
+        "log.info('line 1 %s', 900_000 * 'x')\n"
+    )
+    with start(program, write) as process:
+        os.close(write)
+        with open(read, "rb") as log:
+            assert numbers(log.read()) == [1]
+        process.communicate(timeout=60)

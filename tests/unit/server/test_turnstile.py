@@ -1,14 +1,26 @@
 """Of one name a few pass at a time; others pass by."""
 
+import threading
+import time
 from collections import Counter
 
 import pytest
 import trio
 import trio.testing
 
-from jobworker.server.turnstile import MAX_REST_SECONDS, REST, Presence, Spells, Turnstile
+from jobworker.server.turnstile import (
+    MAX_REST_SECONDS,
+    REST,
+    SPELL_BURST_SECONDS,
+    SPELL_SHARE,
+    Presence,
+    Spells,
+    Turnstile,
+)
 
 MOST = 4
+SOON = 20
+"""Seconds of real time: more than a busy host takes."""
 
 
 async def test_many_of_one_name_leave_each_turn_to_others() -> None:
@@ -177,13 +189,20 @@ async def test_floods_of_several_kinds_rest_together(
         nursery.cancel_scope.cancel()
 
 
+def burn() -> None:
+    """Use twice as much of a processor as a name may at once."""
+    until = time.thread_time() + 2 * SPELL_BURST_SECONDS
+    while time.thread_time() < until:
+        pass
+
+
 async def test_who_asks_for_one_spell_stands_behind_one_of_each_name() -> None:
     spells, order = Spells(Presence()), list[str]()
+    for name in ("flood", "other flood", "quiet"):
+        await spells.run(name, burn)
 
     async def work(name: str) -> None:
-        async with spells.one(name):
-            order.append(name)
-            await trio.lowlevel.checkpoint()
+        await spells.run(name, order.append, name)
 
     async with trio.open_nursery() as nursery:
         for name in ("flood", "other flood"):
@@ -193,3 +212,61 @@ async def test_who_asks_for_one_spell_stands_behind_one_of_each_name() -> None:
         nursery.start_soon(work, "quiet")
     assert len(order) == 101
     assert order.index("quiet") <= 4
+
+
+async def test_who_has_worked_little_waits_neither_for_others_work_nor_for_their_rest(
+    mock_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    presence, begun, end = Presence(), threading.Event(), threading.Event()
+    spells = Spells(presence)
+    await spells.run("flood", burn)
+
+    def work() -> None:
+        begun.set()
+        end.wait(2 * SOON)
+
+    async def check_begins_at_once(name: str) -> None:
+        done = threading.Event()
+        nursery.start_soon(spells.run, name, done.set)
+        assert await trio.to_thread.run_sync(done.wait, SOON)
+
+    nursery.start_soon(spells.run, "flood", work)
+    assert await trio.to_thread.run_sync(begun.wait, SOON)
+    await check_begins_at_once("quiet")
+    mock_clock.jump(1)
+    presence.saw("quiet")
+    begun.clear()
+    nursery.start_soon(spells.run, "flood", begun.set)  # after a rest, which only a jump can end
+    end.set()
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    await check_begins_at_once("quiet")
+    assert not begun.is_set()
+    mock_clock.jump(1 + REST)
+    assert await trio.to_thread.run_sync(begun.wait, SOON)
+
+
+async def test_one_name_has_one_spell_at_a_time() -> None:
+    spells, active, most = Spells(Presence()), 0, 0
+
+    def work() -> None:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        time.sleep(0.002)
+        active -= 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(spells.run, "name", work)
+    assert most == 1
+
+
+async def test_names_that_have_rested_are_forgotten(autojump_clock: trio.testing.MockClock) -> None:
+    assert autojump_clock is not None
+    spells = Spells(Presence())
+    for number in range(3):
+        await spells.run(f"name {number}", burn)
+    assert len(spells._accounts) == 3
+    await trio.sleep(3 * SPELL_BURST_SECONDS / SPELL_SHARE)
+    await spells.run("quiet", int)
+    assert list(spells._accounts) == ["quiet"]
