@@ -279,15 +279,15 @@ class Execution:
                 begun = await self._spawn(order, limits_of(spec))
                 break
             except JobworkerError as error:
+                if _has_not_run(error):
+                    self.record = evolve(self.record, state=State.PENDING)
+                    await self.store()
+                    continue
                 if self._left:  # what became of the start, the next service will see
                     self.start_error = _undecided(self.record.id)
                     self.part()
                     self.decided.set()
                     return None
-                if _is_given_up(error):
-                    self.record = evolve(self.record, state=State.PENDING)
-                    await self.store()
-                    continue
                 if self.admitted_at_once or not _may_pass(error):
                     await self._end_unstarted(error)
                     return None
@@ -563,9 +563,13 @@ def _undecided(job: JobId) -> LauncherSilent:
     )
 
 
-def _is_given_up(error: JobworkerError) -> bool:
-    """Whether a start failed because we asked for that: the program has not run."""
-    return error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
+def _has_not_run(error: JobworkerError) -> bool:
+    """Whether a start failed because nobody wants it any more, and its program has not run.
+
+    It was given up by the launcher, which we asked for that, or was never sent there.
+    """
+    given_up = error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
+    return given_up or error.data.get("sent") is False
 
 
 def _may_pass(error: JobworkerError) -> bool:
