@@ -38,7 +38,7 @@ from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.paced import PacedEvent
 from jobworker.jobs.secrets import Secrets
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.spool import Spool, with_sizes
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,
@@ -210,6 +210,10 @@ class Execution:
         self.parted.set()
         self.over.set()
 
+    def record_now(self) -> JobRecord:
+        """Its record, with what it has written so far where it has not ended."""
+        return self.record if self.record.ended else with_sizes(self.record, self.spool)
+
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None where it never ran."""
         if self.record.state is State.RUNNING and not self.ended.is_set():
@@ -250,11 +254,22 @@ class Execution:
             while True:
                 self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
-            if self._changed.is_set() or self._ending.stopping:
-                await self.store()
+            await self._leave_behind()
             self.part()
         else:
             await self._finish(ending)
+
+    async def _leave_behind(self) -> None:
+        """See that the next service finds what was told of a job that is left.
+
+        One that was refused is not left: its client was told that it is none.
+        """
+        if self.refused:
+            await self._remove()
+            return
+        is_counted = await self.spool.record_discarded()
+        if self._changed.is_set() or self._ending.stopping or not is_counted:
+            await self.store()
 
     async def _begin(self) -> tuple[Started, Exits] | None:
         """Have the job started, unless it was before; None where it could not be."""
@@ -389,7 +404,7 @@ class Execution:
         if self.refused:
             return True
         try:
-            await self._history.put(self.record)
+            await self._history.put(self.record_now())
         except JobworkerError as error:
             log.error("%s", error)
             return False
@@ -406,9 +421,8 @@ class Execution:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            discarded = self.spool.statistics().discarded_bytes
             try:
-                await self._history.put(evolve(self.record, discarded_bytes=discarded))
+                await self._history.put(self.record_now())
             except JobworkerError as error:
                 log.debug("%s", error)
                 self._changed.set()
@@ -472,13 +486,9 @@ class Execution:
                 except Exception as error:
                     log.exception("job %d: its output is not sealed", self.record.id)
                     self._note(f"its output could not be sealed: {error}")
-                sizes = self.spool.statistics()
                 self.record = evolve(
-                    self.record,
+                    with_sizes(self.record, self.spool),
                     ended_at=self.record.ended_at or self._clock(),
-                    stdout_bytes=sizes.stdout_bytes,
-                    stderr_bytes=sizes.stderr_bytes,
-                    discarded_bytes=sizes.discarded_bytes,
                 )
                 async with self.spool.synced():  # whoever is told of the end finds its output
                     recorded = await self.store()

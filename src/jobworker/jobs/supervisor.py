@@ -30,7 +30,7 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
+from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
@@ -355,7 +355,7 @@ class Supervisor:
         """
         execution = self._live.get(job)
         if execution is not None:
-            return with_sizes(execution)
+            return execution.record_now()
         record = await self._history.summary(job, who)
         if record is None:
             raise no_such_job(job)
