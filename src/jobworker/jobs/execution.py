@@ -82,6 +82,12 @@ class Rules:
     on_disk_full: OutputPolicy
 
 
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
 @define(eq=False, kw_only=True)
 class Execution:
     """A live job. `record` is always its latest state; `ended` is set when it is final."""
@@ -97,6 +103,8 @@ class Execution:
     """Whether there was room for it when it came; else it waits its turn."""
     secrets: Secrets = field(factory=Secrets, repr=False)
     """The values that the record masks: here and in the job alone, never on the disk."""
+    admission: trio.Event = field(factory=_set_event, init=False)
+    """Set once its first record is on the disk, or the job is `refused`."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
@@ -247,6 +255,9 @@ class Execution:
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
                 self._ending.exited = True
+                await self.admission.wait()
+                if self.refused:  # before another record is waited for: the service may be ending
+                    await self._remove()
                 nursery.cancel_scope.cancel()
         # A job that was left is left, whatever is known of its end: output may stand in its pipes,
         # which the launcher keeps, with its exit status, until the next service has both.
