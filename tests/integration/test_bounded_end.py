@@ -150,6 +150,38 @@ def move_beside(job: int, stranger: int) -> None:
     raise AssertionError("no control group of the job's own")
 
 
+async def test_launcher_that_reads_nothing_does_not_hold_the_end(
+    open_directory: Callable[[], Path],
+) -> None:
+    """Its socket is full. What was never sent waits for the next service; the rest may have run."""
+    directory, count = open_directory(), 20
+    with open_launcher(directory) as guard:
+        launcher = child_of(guard.pid)
+        async with serving(directory) as service, open_wire(service) as wire:
+
+            async def run() -> None:
+                with suppress(trio.EndOfChannel, Refused):
+                    await wire.call("job.run", job={"command": ["true", "x" * 30_000]})
+
+            os.kill(launcher, signal.SIGSTOP)
+            try:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(count):
+                        nursery.start_soon(run)
+                    await until_starting(wire, count)
+                    with trio.fail_after(END_SECONDS):
+                        await end(service, signal.SIGTERM)
+            finally:
+                os.kill(launcher, signal.SIGCONT)
+            assert service.process.returncode == 0
+        async with serving(directory) as service, open_wire(service) as wire:
+            ends = [await wire.call("job.wait", id=job) for job in range(1, count + 1)]
+            states = [(ended["state"], ended["reason"]) for ended in ends]
+            assert set(states) <= {("COMPLETED", None), ("FAILED", "lost")}
+            assert ("COMPLETED", None) in states
+    assert left_behind(directory) == []
+
+
 async def test_volume_that_is_never_made_does_not_hold_the_end(
     open_directory: Callable[[], Path],
 ) -> None:

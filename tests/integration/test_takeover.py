@@ -256,6 +256,82 @@ async def test_policy_at_the_limit_of_output_and_what_was_lost_outlive_a_kill(
     assert left_behind(directory) == []
 
 
+@pytest.mark.parametrize("stopping", [False, True])
+async def test_what_was_discarded_counts_as_much_after_a_clean_restart(
+    open_directory: Callable[[], Path], stopping: bool
+) -> None:
+    """Also what neither index nor history was told of so far, since it is not twice as much."""
+    directory, marker = open_directory(), f"marker-{os.getpid()}"
+    wait = "while [ -z $go ]; do sleep 0.02; done; go="
+    write = f"head -c 2000 /dev/zero; {wait}; head -c 500 /dev/zero; {wait}"
+    script = f"trap '' TERM; trap go=1 USR1; : {marker}; {write}; exit 3"
+    grace: Settings = {"worker": {"stop_grace": "1s"}}
+    limited: dict[str, object] = {
+        "limits": {"output_bytes": 1000},
+        "at_max_output": "discard-output",
+    }
+
+    async def until_lost(wire: Wire, job: int, count: int) -> None:
+        with trio.fail_after(20):
+            while await lost_of(wire, job) != count:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+
+    with open_launcher(directory):
+        async with serving(directory, grace) as service, open_wire(service) as wire:
+            job = await start(wire, script, **limited)
+            await until_lost(wire, job, 1000)
+            (pid,) = processes(marker)
+            async with trio.open_nursery() as nursery:
+
+                async def stop() -> None:
+                    with pytest.raises((trio.EndOfChannel, Refused)):
+                        await wire.call("job.stop", id=job, grace_seconds=300)
+
+                if stopping:
+                    nursery.start_soon(stop)
+                    with trio.fail_after(20):
+                        while not await is_recorded(directory, job, '"stop_requested_at":"'):  # noqa: ASYNC110
+                            await trio.sleep(0.02)
+                os.kill(pid, signal.SIGUSR1)
+                await until_lost(wire, job, 1500)
+                service.process.send_signal(signal.SIGTERM)
+                await service.process.wait()
+        async with serving(directory) as service, open_wire(service) as wire:
+            assert await lost_of(wire, job) == 1500
+            os.kill(pid, signal.SIGUSR1)
+            ended = await wire.call("job.wait", id=job)
+            assert (ended["exit_code"], ended["discarded_bytes"]) == (3, 1500)
+    assert left_behind(directory) == []
+
+
+async def test_job_that_is_refused_while_the_service_ends_is_not_left_to_the_next(
+    open_directory: Callable[[], Path],
+) -> None:
+    """Another program has locked the history for too long; the job runs already."""
+    directory, marker = open_directory(), f"marker-{os.getpid()}"
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
+            history.set_busy_timeout(5000)  # the service writes too
+            history.execute("BEGIN IMMEDIATE")
+            async with trio.open_nursery() as nursery:
+
+                async def run() -> None:
+                    with pytest.raises(Refused, match="another program has locked it"):
+                        await start(wire, f"sleep 600; : {marker}")
+                    history.close()
+
+                nursery.start_soon(run)
+                await until(lambda: processes(marker))
+                service.process.send_signal(signal.SIGTERM)
+            with trio.fail_after(40):
+                await service.process.wait()
+            assert processes(marker) == []
+        async with serving(directory) as service, open_wire(service) as wire:
+            assert (await wire.call("job.list"))["jobs"] == []
+    assert left_behind(directory) == []
+
+
 async def lost_of(wire: Wire, job: int) -> int:
     lost = (await wire.call("job.status", id=job))["discarded_bytes"]
     assert isinstance(lost, int)

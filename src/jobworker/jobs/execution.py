@@ -38,7 +38,7 @@ from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.paced import PacedEvent
 from jobworker.jobs.secrets import Secrets
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.spool import Spool, with_sizes
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,
@@ -82,6 +82,12 @@ class Rules:
     on_disk_full: OutputPolicy
 
 
+def _set_event() -> trio.Event:
+    event = trio.Event()
+    event.set()
+    return event
+
+
 @define(eq=False, kw_only=True)
 class Execution:
     """A live job. `record` is always its latest state; `ended` is set when it is final."""
@@ -97,6 +103,8 @@ class Execution:
     """Whether there was room for it when it came; else it waits its turn."""
     secrets: Secrets = field(factory=Secrets, repr=False)
     """The values that the record masks: here and in the job alone, never on the disk."""
+    admission: trio.Event = field(factory=_set_event, init=False)
+    """Set once its first record is on the disk, or the job is `refused`."""
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
@@ -210,6 +218,10 @@ class Execution:
         self.parted.set()
         self.over.set()
 
+    def record_now(self) -> JobRecord:
+        """Its record, with what it has written so far where it has not ended."""
+        return self.record if self.record.ended else with_sizes(self.record, self.spool)
+
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None where it never ran."""
         if self.record.state is State.RUNNING and not self.ended.is_set():
@@ -243,6 +255,9 @@ class Execution:
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
                 self._ending.exited = True
+                await self.admission.wait()
+                if self.refused:  # before another record is waited for: the service may be ending
+                    await self._remove()
                 nursery.cancel_scope.cancel()
         # A job that was left is left, whatever is known of its end: output may stand in its pipes,
         # which the launcher keeps, with its exit status, until the next service has both.
@@ -250,11 +265,22 @@ class Execution:
             while True:
                 self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
-            if self._changed.is_set() or self._ending.stopping:
-                await self.store()
+            await self._leave_behind()
             self.part()
         else:
             await self._finish(ending)
+
+    async def _leave_behind(self) -> None:
+        """See that the next service finds what was told of a job that is left.
+
+        One that was refused is not left: its client was told that it is none.
+        """
+        if self.refused:
+            await self._remove()
+            return
+        is_counted = await self.spool.record_discarded()
+        if self._changed.is_set() or self._ending.stopping or not is_counted:
+            await self.store()
 
     async def _begin(self) -> tuple[Started, Exits] | None:
         """Have the job started, unless it was before; None where it could not be."""
@@ -279,15 +305,15 @@ class Execution:
                 begun = await self._spawn(order, limits_of(spec))
                 break
             except JobworkerError as error:
+                if _has_not_run(error):
+                    self.record = evolve(self.record, state=State.PENDING)
+                    await self.store()
+                    continue
                 if self._left:  # what became of the start, the next service will see
                     self.start_error = _undecided(self.record.id)
                     self.part()
                     self.decided.set()
                     return None
-                if _is_given_up(error):
-                    self.record = evolve(self.record, state=State.PENDING)
-                    await self.store()
-                    continue
                 if self.admitted_at_once or not _may_pass(error):
                     await self._end_unstarted(error)
                     return None
@@ -389,7 +415,7 @@ class Execution:
         if self.refused:
             return True
         try:
-            await self._history.put(self.record)
+            await self._history.put(self.record_now())
         except JobworkerError as error:
             log.error("%s", error)
             return False
@@ -406,9 +432,8 @@ class Execution:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            discarded = self.spool.statistics().discarded_bytes
             try:
-                await self._history.put(evolve(self.record, discarded_bytes=discarded))
+                await self._history.put(self.record_now())
             except JobworkerError as error:
                 log.debug("%s", error)
                 self._changed.set()
@@ -472,13 +497,9 @@ class Execution:
                 except Exception as error:
                     log.exception("job %d: its output is not sealed", self.record.id)
                     self._note(f"its output could not be sealed: {error}")
-                sizes = self.spool.statistics()
                 self.record = evolve(
-                    self.record,
+                    with_sizes(self.record, self.spool),
                     ended_at=self.record.ended_at or self._clock(),
-                    stdout_bytes=sizes.stdout_bytes,
-                    stderr_bytes=sizes.stderr_bytes,
-                    discarded_bytes=sizes.discarded_bytes,
                 )
                 # Whoever is told of the end finds its output.
                 async with self.spool.synced(self.record.id, self.record.owner):
@@ -564,9 +585,13 @@ def _undecided(job: JobId) -> LauncherSilent:
     )
 
 
-def _is_given_up(error: JobworkerError) -> bool:
-    """Whether a start failed because we asked for that: the program has not run."""
-    return error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
+def _has_not_run(error: JobworkerError) -> bool:
+    """Whether a start failed because nobody wants it any more, and its program has not run.
+
+    It was given up by the launcher, which we asked for that, or was never sent there.
+    """
+    given_up = error.data.get("step") == "start" and error.data.get("errno") == errno.ECANCELED
+    return given_up or error.data.get("sent") is False
 
 
 def _may_pass(error: JobworkerError) -> bool:

@@ -7,7 +7,6 @@ for the spool that is searched.
 from collections.abc import Collection, Iterable, Mapping
 
 import trio
-from attrs import evolve
 
 from jobworker.convert import dumps, unstructure
 from jobworker.jobs.execution import Execution
@@ -15,7 +14,7 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.history_search import MAX_PAGE_BYTES, Filter, Page
 from jobworker.jobs.output_search import Start
 from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobId, JobRecord, Stream
+from jobworker.model.job import JobId, Stream
 from jobworker.model.summary import summarize
 
 LIVE_AT_A_TIME = 20
@@ -36,7 +35,7 @@ async def page_of(
     for number in sorted(merged, reverse=True)[:limit]:
         one = merged[number]
         if isinstance(one, Execution):
-            one = dumps(unstructure(summarize(with_sizes(one))))
+            one = dumps(unstructure(summarize(one.record_now())))
             if len(found) % LIVE_AT_A_TIME == 0:
                 await trio.lowlevel.checkpoint()
         found.append((number, one))
@@ -44,19 +43,6 @@ async def page_of(
         if size > MAX_PAGE_BYTES:
             break
     return Page(found, found[-1][0] if len(found) < len(merged) else stored.next)
-
-
-def with_sizes(execution: Execution) -> JobRecord:
-    """A live job's record with what it has written so far."""
-    if execution.record.ended:
-        return execution.record
-    sizes = execution.spool.statistics()
-    return evolve(
-        execution.record,
-        stdout_bytes=sizes.stdout_bytes,
-        stderr_bytes=sizes.stderr_bytes,
-        discarded_bytes=sizes.discarded_bytes,
-    )
 
 
 async def follow_from(

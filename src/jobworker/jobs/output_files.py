@@ -223,21 +223,22 @@ class OutputFiles:
         """
         self.discarded_bytes += count
         if self.discarded_bytes >= 2 * self.last.discarded_bytes:
-            self._try_to_record_discarded()
+            self.record_discarded()
 
     def seal(self) -> None:
         """End the log. Where the disk refuses the last record, a later `open` will recover."""
         if self.sealed:
             return
         try:
-            if self._try_to_record_discarded():
+            if self.record_discarded():
                 with disk_errors("seal"):
                     self._write(evolve(self.last, time_ns=self._clock()))
         except OutputError:
             pass
         self.sealed = True
 
-    def _try_to_record_discarded(self) -> bool:
+    def record_discarded(self) -> bool:
+        """Have the index say how much was thrown away: whether the disk took that."""
         try:
             with disk_errors("write"):
                 self._record_written()
@@ -334,7 +335,7 @@ class OutputFiles:
             os.ftruncate(self._index, self.records * RECORD.size)
             if lost := sum(self.lost.values()):
                 self.discarded_bytes += lost
-                self._try_to_record_discarded()
+                self.record_discarded()
             for stream, fd in self._data.items():
                 status = os.fstat(fd)
                 self._written[stream] = status.st_size

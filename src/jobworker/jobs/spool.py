@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import trio
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from jobworker.errors import InvalidParams, OutputError
 from jobworker.jobs.follower import Follower
@@ -36,7 +36,7 @@ from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, V
 from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
 from jobworker.jobs.output_sync import OutputSync
 from jobworker.jobs.paced import AT_A_TIME, in_turns
-from jobworker.model.job import JobId, Stream
+from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -178,7 +178,8 @@ class Spool:
     def restore_discarded(self, count: int) -> None:
         """Count as thrown away what an earlier service has told of, if the index knows of less."""
         if not self.sealed:
-            self._files.discarded_bytes = max(self._files.discarded_bytes, count)
+            known = self._files.discarded_bytes
+            self._files.discarded_bytes = max(known, count + self.lost_bytes)
 
     async def write(self, work: Callable[[], T]) -> T:
         """Run `work`, which writes to this spool, in a thread; then wake those who wait for it.
@@ -193,6 +194,15 @@ class Spool:
                 return await in_thread(work, limiter=self._writer)
             finally:
                 self.wake()
+
+    async def record_discarded(self) -> bool:
+        """Have the index say exactly how much was thrown away: whether it does.
+
+        For a writer that goes on under the next service. Cancelled like `write`.
+        """
+        if self.sealed or self._files.discarded_bytes == self._files.last.discarded_bytes:
+            return True
+        return await self.write(self._files.record_discarded)
 
     async def seal(self) -> None:
         """End the log, and every follower with its last byte; a second call does nothing.
@@ -381,3 +391,14 @@ class Spool:
         elif self._users == 1 and self._when_unused is not None and not self._closed:
             self.close()
             self._when_unused()
+
+
+def with_sizes(record: JobRecord, spool: Spool) -> JobRecord:
+    """A job's record with what its spool has, and what was thrown away, at this moment."""
+    sizes = spool.statistics()
+    return evolve(
+        record,
+        stdout_bytes=sizes.stdout_bytes,
+        stderr_bytes=sizes.stderr_bytes,
+        discarded_bytes=sizes.discarded_bytes,
+    )

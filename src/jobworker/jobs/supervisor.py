@@ -30,7 +30,7 @@ from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.lookup import follow_from, output_of, page_of, with_sizes
+from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output_index import BOTH
 from jobworker.jobs.output_search import Start
@@ -87,7 +87,9 @@ class Supervisor:
     _places_taken: int = field(default=0, init=False)
     _arriving: dict[JobId, tuple[str, Limits, Secrets]] = field(factory=dict, init=False)
     """Owner, limits and secrets of jobs that were admitted and are not live yet."""
-    _all_arrived: trio.Event = field(factory=trio.Event, init=False)
+    _undecided: int = field(default=0, init=False)
+    """Admissions under way: until the first record of each is on the disk, or was refused."""
+    _all_decided: trio.Event = field(factory=trio.Event, init=False)
     _closing: bool = field(default=False, init=False)
     removing: set[JobId] = field(factory=set, init=False)
     """Those that somebody is removing by force: their followers shall know."""
@@ -156,9 +158,10 @@ class Supervisor:
             try:
                 if execution.ended.is_set():
                     await self._archive.add(execution)
-                    await execution.settle()
                 if execution.refused:
                     await self._take_back(execution.record.id)
+                elif execution.ended.is_set():
+                    await execution.settle()
             finally:
                 self._forget(execution)
 
@@ -169,7 +172,8 @@ class Supervisor:
         stands in the history: then it is there until the disk takes its removal.
         """
         while True:
-            with suppress(JobworkerError):
+            # Once at least, also where the service ends: the next would take it for a job.
+            with suppress(JobworkerError), trio.CancelScope(shield=True):
                 await self._archive.remove(job, force=True)
                 return
             await trio.sleep(RECORD_AGAIN_SECONDS)
@@ -183,6 +187,8 @@ class Supervisor:
         if execution.ended.is_set():
             reason = f" ({record.reason.value})" if record.reason else ""
             log.info("job %d: %s%s", record.id, record.state.value, reason)
+        elif execution.refused:
+            log.info("job %d: refused, and removed", record.id)
         else:
             heir = "launcher" if record.started_at is not None else "next service"
             log.info("job %d: left to the %s", record.id, heir)
@@ -216,8 +222,14 @@ class Supervisor:
         # have the last place.
         check_quota(quota, self._use_of(owner, old), spec.limits)
         check_room(secrets, self._secrets_beside(owner))
-        with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
-            execution = await self._admit(spec, owner, longest_seconds, secrets)
+        self._undecided += 1
+        try:
+            with trio.CancelScope(shield=True):  # bounded by the disk; a job is admitted or not
+                execution = await self._admit(spec, owner, longest_seconds, secrets)
+        finally:
+            self._undecided -= 1
+            if not self._undecided:
+                self._all_decided.set()
         if execution.admitted_at_once:
             await self._hear_of(execution, execution.decided)
         return execution
@@ -292,10 +304,9 @@ class Supervisor:
             del self._arriving[job]  # it is live, or will not be
             self._promised -= at_once
             self._change.set()
-            if not self._arriving:
-                self._all_arrived.set()
         execution = self._make_execution(record, spool, at_once)
         execution.secrets = secrets
+        execution.admission = trio.Event()
         self._queue(execution)
         try:
             # While the job starts: both take a while.
@@ -304,6 +315,8 @@ class Supervisor:
             execution.refuse()
             self._end_without_a_place(execution)
             raise
+        finally:
+            execution.admission.set()
         if not at_once:
             execution.shorten()
         return execution
@@ -356,7 +369,7 @@ class Supervisor:
         """
         execution = self._live.get(job)
         if execution is not None:
-            return with_sizes(execution)
+            return execution.record_now()
         record = await self._history.summary(job, who)
         if record is None:
             raise no_such_job(job)
@@ -469,11 +482,14 @@ class Supervisor:
         return await self._archive.prune(policy, only=own.__contains__)
 
     async def _close(self) -> None:
-        """Take nothing more; returns once what was admitted before is queued."""
+        """Take nothing more; returns once it is known of each job whether it was admitted.
+
+        A refused one is then on its way to its end. Bounded by the disk.
+        """
         self._closing = True
-        if self._arriving:
-            self._all_arrived = trio.Event()
-            await self._all_arrived.wait()
+        if self._undecided:
+            self._all_decided = trio.Event()
+            await self._all_decided.wait()
 
     async def shut_down(self, grace_seconds: float) -> None:
         """Take nothing more, stop every job and wait for the ends, if they come in time."""

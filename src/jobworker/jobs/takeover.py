@@ -46,7 +46,7 @@ from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
 from jobworker.jobs.output_directory import NOTE, mark_of
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.spool import Spool, with_sizes
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
@@ -308,6 +308,7 @@ async def _open_ended(spools: Path, record: JobRecord) -> Spool:
 async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:
     """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
     spool = await _open_ended(spools, record)
+    spool.restore_discarded(record.discarded_bytes)
     record = _with_losses(record, spool, now)
     record = evolve(
         record,
@@ -324,14 +325,7 @@ async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> 
         await spool.seal()
     except OutputError as error:
         log.warning("job %d: %s", record.id, error)
-    sizes = spool.statistics()
-    record = evolve(
-        record,
-        stdout_bytes=sizes.stdout_bytes,
-        stderr_bytes=sizes.stderr_bytes,
-        discarded_bytes=sizes.discarded_bytes,
-    )
-    return Ended(record, spool)
+    return Ended(with_sizes(record, spool), spool)
 
 
 def _as_running(record: JobRecord, started: Started, now: datetime) -> JobRecord:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, disk_images, gateway, requests, trampoline, wall
+from jobworker.sandbox import channel, disk_images, gateway, held_starts, requests, trampoline, wall
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroups import Limits, Usage
@@ -78,6 +78,11 @@ _GIVEN_UP: channel.Message = {
     "step": "start",
     "errno": errno.ECANCELED,
     "detail": "its start was given up, and its program was not executed",
+}
+_MAY_HAVE_RUN: channel.Message = {
+    "step": "start",
+    "errno": errno.ETIMEDOUT,
+    "detail": "its start was given up; its program may have begun to run",
 }
 
 _HEEDED = ("SigBlk:", "SigIgn:", "SigCgt:")
@@ -206,11 +211,16 @@ class Jobs:
         return child is not None and self._give_up(child, _GIVEN_UP)
 
     def _give_up(self, child: Child, why: channel.Message) -> bool:
-        if child.request is not None and child.sock is not None:
-            self._on_word(child)  # its program may run by now
+        """Kill a child that starts, for a reason which says that its program was not executed."""
         if child.request is None:
             return False
-        child.failure = child.failure or why
+        is_held = held_starts.hold(child)
+        if child.sock is not None:
+            self._on_word(child)  # its program may run by now
+        if child.request is None:
+            held_starts.go_on(child)
+            return False
+        child.failure = child.failure or (why if is_held else _MAY_HAVE_RUN)
         child.start_by = min(child.start_by, self._looks)
         self.kill(child)
         return True

@@ -110,6 +110,8 @@ class Link:
     _notices: dict[JobId, trio.MemorySendChannel[str]] = Factory(dict)
     _next: int = 1
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
+    _unsent: dict[trio.CancelScope, bool] = Factory(dict)
+    """Of what waits for its turn to be sent, or for room in the socket: whether it is patient."""
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
     keeps_asks: bool = False
@@ -272,16 +274,13 @@ class Link:
         raises LauncherSilent where the launcher does neither; the rest, on which jobs' lives
         depend, goes on when it does.
         """
-        if self.given_up:
-            raise self._unanswered()
-        if not patient and self.silent:
-            raise launcher_silent()
         number, self._next = self._next, self._next + 1
         waiting = self._waiting[number] = _Waiting(operation)
         with trio.CancelScope(shield=True):
             of_job = {} if job is None else {"job": job}
             try:
-                await self._send({"id": number, "op": operation, **of_job, **fields})
+                message = {"id": number, "op": operation, **of_job, **fields}
+                await self._send(message, patient=patient)
             except JobworkerError:  # nothing went out
                 self._waiting.pop(number, None)
                 raise
@@ -330,6 +329,8 @@ class Link:
             await self._send({"id": number, "op": "ping"})
             await waiting.answered.wait()
             return waiting.message is not None
+        except JobworkerError:  # it was given up before that was sent
+            return False
         finally:
             self._waiting.pop(number, None)
 
@@ -338,31 +339,47 @@ class Link:
             "the launcher has not answered for %.0f s: see what holds it", self.silent_seconds
         )
         self.silent = True
+        for unsent, patient in self._unsent.items():
+            if not patient:
+                unsent.cancel()
         try:
             if await self._ping():  # else it is gone, or was given up
                 log.warning("the launcher answers again")
         finally:
             self.silent = False
 
-    async def _send(self, message: channel.Message) -> None:
+    async def _send(self, message: channel.Message, *, patient: bool = True) -> None:
+        """Send a message as soon as there is room for it.
+
+        Raises LauncherSilent or LauncherGone where the launcher is given up before, or is silent
+        and the message not `patient`. Nothing of it went out then: the socket takes a packet as a
+        whole.
+        """
         body = await _body_of(message)
+        if self.given_up or (self.silent and not patient):
+            raise self._not_sent()
         try:
             packet, ancillary, mine = channel.pack(body, ())
         except OSError as error:  # a large message travels in a descriptor
             raise _out_of_descriptors() from error
-        try:
+        with trio.CancelScope() as scope:
+            self._unsent[scope] = patient
             try:
-                self._sending.acquire_nowait()  # a turn of the loop less
-            except trio.WouldBlock:
-                await self._sending.acquire()
-            try:
-                await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+                try:
+                    self._sending.acquire_nowait()  # a turn of the loop less
+                except trio.WouldBlock:
+                    await self._sending.acquire()
+                try:
+                    await self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+                finally:
+                    self._sending.release()
+            except OSError:
+                await self.gone.wait()  # the reader sees the end of the stream too
             finally:
-                self._sending.release()
-        except OSError:
-            await self.gone.wait()  # the reader sees the end of the stream too
-        finally:
-            channel.close_all(mine)
+                del self._unsent[scope]
+                channel.close_all(mine)
+        if scope.cancelled_caught:
+            raise self._not_sent()
 
     async def serve(self) -> None:
         """Hand out what the launcher sends; returns once it is gone, everyone woken."""
@@ -386,11 +403,20 @@ class Link:
             self.gone.set()
             self.give_up()
 
+    def _not_sent(self) -> JobworkerError:
+        if self.gone.is_set():
+            return _launcher_gone()
+        if not self.given_up:
+            return launcher_silent()
+        return LauncherSilent(
+            "cannot serve the request: the service is shutting down, and the launcher takes none",
+            remedy="try again once the next service is there",
+            data={"sent": False},
+        )
+
     def _unanswered(self) -> JobworkerError:
         if self.gone.is_set():
-            return LauncherGone(
-                "cannot serve the request: the launcher has ended", remedy="restart the service"
-            )
+            return _launcher_gone()
         return LauncherSilent(
             "cannot tell what becomes of the request: the service is shutting down, and the "
             "launcher has not answered",
@@ -398,12 +424,15 @@ class Link:
         )
 
     def give_up(self) -> None:
-        """Ask nothing more: no request waits longer, and no job's end is told any more.
+        """Ask nothing more: no request waits longer, be it for an answer or to be sent, and no
+        job's end is told any more.
 
         For the end of the launcher, and for that of a service, which no request may hold up:
         whoever waits gets LauncherSilent then.
         """
         self.given_up = True
+        for unsent in self._unsent:
+            unsent.cancel()
         for waiting in self._waiting.values():
             waiting.answered.set()
         self._waiting.clear()
@@ -507,6 +536,12 @@ def _out_of_descriptors() -> OutOfDescriptors:
     return OutOfDescriptors(
         "cannot serve the request: the service has no file descriptor left for it",
         remedy="try again later, or raise the service's LimitNOFILE",
+    )
+
+
+def _launcher_gone() -> LauncherGone:
+    return LauncherGone(
+        "cannot serve the request: the launcher has ended", remedy="restart the service"
     )
 
 

@@ -682,6 +682,32 @@ def test_that_output_was_discarded_survives_the_process(tmp_path: Path) -> None:
     files.close()
 
 
+async def test_all_that_was_discarded_survives_a_service_that_leaves(tmp_path: Path) -> None:
+    with written(tmp_path / "job") as files:
+        spool = Spool(files)
+        for count in (5, 4):
+            spool.count_discarded(count)
+        assert await spool.record_discarded()
+        records = files.records
+        assert await spool.record_discarded()
+        assert files.records == records, "that costs nothing where the index says it"
+    files = OutputFiles.open(tmp_path / "job")
+    assert files.discarded_bytes == 9
+    files.close()
+
+
+def test_what_was_discarded_and_what_is_missing_both_count(tmp_path: Path) -> None:
+    with written(tmp_path / "job"):
+        pass
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    spool = Spool.open(tmp_path / "job")
+    lost = spool.lost_bytes
+    assert lost
+    spool.restore_discarded(100)  # by the record, which is of before
+    assert spool.statistics().discarded_bytes == 100 + lost
+    spool.close()
+
+
 # --- ended jobs' files that another hand has changed ----------------------------------------
 
 

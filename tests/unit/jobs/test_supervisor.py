@@ -14,12 +14,13 @@ import trio
 import trio.testing
 from attrs import Factory, define
 
-from jobworker.errors import Busy, LauncherSilent
+from jobworker.errors import Busy, InternalError, LauncherSilent
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Clock, Execution, Rules
+from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
@@ -46,11 +47,14 @@ class FakeLink:
     """Starts nothing; a job runs until `finish`."""
 
     spawned: list[JobId] = Factory(list)
+    removed: list[JobId] = Factory(list)
     silent: bool = False
     given_up: bool = False
     keeps_asks: bool = True
     stuck: bool = False
     """Whether no start is ever answered."""
+    sends: bool = True
+    """Whether starts reach the launcher."""
     let_go: trio.Event = Factory(trio.Event)
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
@@ -59,7 +63,8 @@ class FakeLink:
         if self.stuck:
             with trio.CancelScope(shield=True):
                 await self.let_go.wait()
-            raise LauncherSilent("cannot tell what becomes of the request")
+            data = {} if self.sends else {"sent": False}
+            raise LauncherSilent("cannot tell what becomes of the request", data=data)
         send, receive = trio.open_memory_channel[Exit](1)
         (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
         self._jobs[job] = send, [out_write, err_write]
@@ -72,13 +77,19 @@ class FakeLink:
             os.write(pipe, data)
 
     def finish(
-        self, job: JobId, *, keep_pipes: bool = False, unseen: tuple[str, ...] = ()
+        self,
+        job: JobId,
+        *,
+        keep_pipes: bool = False,
+        unseen: tuple[str, ...] = (),
+        signal: int | None = None,
     ) -> list[int]:
-        """Have a job exit with 0: the ends of its pipes that somebody keeps."""
+        """Have a job exit with 0, or end by a signal: the ends of its pipes that somebody keeps."""
         send, pipes = self._jobs.pop(job)
         while pipes and not keep_pipes:
             os.close(pipes.pop())
-        send.send_nowait(Exit(code=0, signal=None, usage=Usage(), unseen=unseen))
+        code = 0 if signal is None else None
+        send.send_nowait(Exit(code=code, signal=signal, usage=Usage(), unseen=unseen))
         send.close()
         return pipes
 
@@ -98,8 +109,16 @@ class FakeLink:
     async def give_up_start(self, _: JobId) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def remove(self, _: JobId) -> None:
+    async def kill(self, job: JobId, *_: object) -> None:
         await trio.lowlevel.checkpoint()
+        if self.given_up or self.silent:
+            raise LauncherSilent("cannot tell what becomes of the request")
+        self.finish(job, signal=signal.SIGKILL)
+
+    async def remove(self, job: JobId) -> None:
+        with trio.CancelScope(shield=True):  # what was asked of a launcher has its effect
+            await trio.lowlevel.checkpoint()
+        self.removed.append(job)
 
 
 @define(eq=False)
@@ -116,9 +135,24 @@ class FakeHistory:
     def keep_id(self, job: JobId) -> None:
         assert job <= self._last
 
-    async def put(self, record: JobRecord, **_: object) -> None:
+    held: trio.Event | None = None
+    """Set when a job that is being admitted is refused, if that waits for something."""
+    slow: trio.Event | None = None
+    """Set when what changes of a job is recorded, if that waits for something."""
+
+    async def put(self, record: JobRecord, *, is_new: bool = False) -> None:
+        if is_new and self.held is not None:
+            await self.held.wait()
+            raise InternalError("cannot record the job: another program has locked the history")
+        if self.slow is not None:
+            with trio.CancelScope(shield=True):
+                await self.slow.wait()
         await trio.lowlevel.checkpoint()
         self.records[record.id] = record
+
+    async def remove(self, job: JobId) -> None:
+        await trio.lowlevel.checkpoint()
+        self.records.pop(job, None)
 
 
 @asynccontextmanager
@@ -433,3 +467,93 @@ async def test_service_that_ends_does_not_wait_for_a_start_that_is_never_answere
         with trio.fail_after(30):
             await (supervisor.leave() if leaves else supervisor.shut_down(5))
     assert history.records[JobId(1)].state is State.INITIALIZING
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize(("max_running", "exits"), [(0, False), (1, False), (1, True)])
+async def test_job_that_is_refused_while_the_service_ends_is_taken_back(
+    tmp_path: Path, leaves: bool, max_running: int, exits: bool
+) -> None:
+    """It waits, runs already, or has exited; its client is told that there is no such job."""
+    async with supervising(tmp_path, max_running=max_running) as (supervisor, link, history):
+        history.held, history.slow = trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def submit() -> None:
+                with pytest.raises(InternalError, match="locked the history"):
+                    await supervisor.submit(spec("refused"), "alice")
+
+            nursery.start_soon(submit)
+            while supervisor.live(JobId(1)) is None:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            refused = supervisor.live(JobId(1))
+            assert refused is not None
+            if max_running:
+                while not link.spawned:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            if exits:
+                link.finish(JobId(1))
+            nursery.start_soon(supervisor.leave if leaves else lambda: supervisor.shut_down(5))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            history.held.set()
+            try:
+                with trio.fail_after(20):
+                    while max_running and not link.removed:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+            finally:  # not before the launcher was told
+                history.slow.set()
+        with trio.fail_after(20):
+            await refused.forgotten.wait()
+    assert set(link.removed) == {JobId(1)} if max_running else not link.removed
+    assert history.records == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_job_that_was_refused_is_removed_though_it_cannot_be_killed_in_time(
+    tmp_path: Path,
+) -> None:
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        execution = await supervisor.submit(spec("stuck"), "alice")
+        link.silent = True
+        execution.refuse()
+        await supervisor.leave()
+        with trio.fail_after(20):
+            await execution.forgotten.wait()
+        pipes = link.finish(JobId(1), keep_pipes=True)
+    assert link.removed == [JobId(1)]
+    assert history.records == {}
+    for pipe in pipes:
+        os.close(pipe)
+
+
+async def test_what_was_discarded_is_recorded_where_its_index_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, say, which is why it was discarded. The history has room set aside."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        execution = await supervisor.submit(spec("left"), "alice")
+        monkeypatch.setattr(OutputFiles, "record_discarded", lambda _: False)
+        execution.spool.count_discarded(9)
+        with trio.fail_after(20):
+            await supervisor.leave()
+        pipes = link.finish(JobId(1), keep_pipes=True)
+    assert not execution.ended.is_set()
+    assert history.records[JobId(1)].discarded_bytes == 9
+    for pipe in pipes:
+        os.close(pipe)
+
+
+async def test_start_that_was_never_sent_waits_for_the_next_service(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with (
+        supervising(tmp_path, max_running=1) as (supervisor, link, history),
+        trio.open_nursery() as nursery,
+    ):
+        link.stuck, link.sends = True, False
+        nursery.start_soon(supervisor.submit, spec("held"), "alice")
+        while JobId(1) not in history.records:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        with trio.fail_after(30):
+            await supervisor.leave()
+    assert history.records[JobId(1)].state is State.PENDING

@@ -1,7 +1,7 @@
 """The service's side of its conversation with a launcher that the test plays."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,7 +9,7 @@ import trio
 import trio.testing
 from attrs import evolve
 
-from jobworker.errors import LauncherSilent
+from jobworker.errors import LauncherGone, LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
 from jobworker.sandbox.asks import Ask
@@ -89,6 +89,70 @@ async def test_silent_launcher_that_is_given_up_has_not_answered(
         with pytest.raises(LauncherSilent, match="shutting down"):
             await link.kill(JobId(1))
     assert AGAIN not in caplog.text
+
+
+@pytest.mark.parametrize("operation", [Link.kill, Link.begin_to_remove])
+async def test_requests_that_wait_for_room_in_the_socket_end_with_the_rest(
+    operation: Callable[[Link, JobId], Awaitable[None]],
+) -> None:
+    """A launcher that reads nothing: the service's end must not wait for it."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ended: list[JobId] = []
+    refused: list[object] = []
+    many = 2000  # the kernel takes some 300 packets
+    with trio.socket.from_stdlib_socket(near) as sock, far:
+        link = Link(sock)
+
+        async def ask(job: JobId) -> None:
+            try:
+                await operation(link, job)
+            except LauncherSilent as silent:
+                refused.append(silent.data.get("sent"))
+            except LauncherGone:  # too late
+                return
+            ended.append(job)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.serve)
+            nursery.start_soon(link.listen)
+            async with trio.open_nursery() as asking:
+                for job in range(1, many + 1):
+                    asking.start_soon(ask, JobId(job))
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert len(ended) < many
+                link.give_up()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                far.close()
+            with pytest.raises((LauncherSilent, LauncherGone)):
+                await operation(link, JobId(1))
+            nursery.cancel_scope.cancel()
+    assert len(ended) == many
+    assert refused.count(False) > many // 2
+
+
+async def test_questions_that_wait_for_room_in_the_socket_are_refused_by_a_silent_launcher(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_silent() as (link, far):
+        answer_all(far)
+        with trio.fail_after(60):
+            while link.silent:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        refused: list[LauncherSilent] = []
+        many = 2000
+
+        async def ask() -> None:
+            with pytest.raises(LauncherSilent) as caught:
+                await link.promised_bytes()
+            refused.append(caught.value)
+
+        async with trio.open_nursery() as asking:
+            for _ in range(many):
+                asking.start_soon(ask)
+            await trio.sleep(60)
+            in_time = len(refused)
+            link.give_up()
+        assert in_time == many
 
 
 @pytest.mark.parametrize("keeps_asks", [False, True])

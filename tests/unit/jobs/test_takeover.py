@@ -1,0 +1,62 @@
+"""What a service that starts makes of earlier jobs, over a launcher and a history that it plays."""
+
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+
+from attrs import define
+
+from jobworker.jobs.spool import Spool
+from jobworker.jobs.takeover import take_over
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import Reason, State
+from jobworker.sandbox.link import Exits, Started
+
+NOW = datetime(2026, 11, 24, tzinfo=UTC)
+
+
+@define(eq=False)
+class NoJobs:
+    """A launcher that was started anew."""
+
+    inherited: dict[JobId, tuple[Started, Exits]]
+
+
+@define(eq=False)
+class OneJob:
+    """A history with one job that had not ended."""
+
+    unfinished: tuple[JobRecord, ...]
+
+    async def known(self, _: Collection[JobId]) -> frozenset[JobId]:
+        return frozenset(record.id for record in self.unfinished)
+
+    def pass_over(self, _: JobId) -> None:
+        return
+
+
+async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> None:
+    """The index has it whenever it doubles; the record may know of more."""
+    spool = Spool.create(tmp_path / "1")
+    for count in (5, 4):
+        spool.count_discarded(count)
+    spool.close()
+    record = JobRecord(
+        id=JobId(1),
+        spec=JobSpec(command=("true",)),
+        owner="alice",
+        state=State.RUNNING,
+        created_at=NOW,
+        started_at=NOW,
+        discarded_bytes=9,
+    )
+    taken = await take_over(
+        NoJobs({}),  # type: ignore[arg-type]
+        OneJob((record,)),  # type: ignore[arg-type]
+        tmp_path,
+        NOW,
+    )
+    (ended,) = taken.ended
+    ended.spool.close()
+    assert ended.record.reason is Reason.LOST
+    assert ended.record.discarded_bytes == 9
