@@ -13,7 +13,7 @@ import asyncclick as click
 from jobworker.cli.options import Invocation
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
-from jobworker.model.units import MEBIBYTE, parse_duration, parse_size
+from jobworker.model.units import parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
 
 if TYPE_CHECKING:
@@ -109,37 +109,22 @@ class Size(click.ParamType[int]):
     """Bytes, or a number with a binary unit: 4096, 500K, 64M, 2G."""
 
     name = "size"
+    _alone, _told = "B", "bytes"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """See click.ParamType."""
         try:
-            return value if isinstance(value, int) else parse_size(str(value))
+            return parse_size(str(value), alone=self._alone)
         except ValueError as fault:
-            self.fail(str(fault), param, ctx)
+            self.fail(f"{fault}; a number alone is {self._told}", param, ctx)
 
 
-class Megabytes(click.ParamType[int]):
-    """Bytes that a number with a binary unit stands for; a number alone is of 2^20 bytes each."""
+class Megabytes(Size):
+    """A number with a binary unit; one alone is of 2^20 bytes each."""
 
-    name = "size"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """See click.ParamType."""
-        text = str(value)
-        try:
-            if re.fullmatch(r"[0-9]{1,12}", text):
-                return int(text) * MEBIBYTE
-            return parse_size(text)
-        except ValueError:
-            self.fail(
-                f"{text!r} is not a size up to 1024T such as 64M or 2G; a number alone is MB",
-                param,
-                ctx,
-            )
+    _alone, _told = "M", "MB"
 
 
 class Percent(click.ParamType[int]):

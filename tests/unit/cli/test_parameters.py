@@ -64,15 +64,24 @@ def test_user_of_another_form_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("64", 64 << 20), ("0", 0), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("500K", 500 << 10)],
+    [
+        *(("64", 64 << 20), ("0", 0), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("500K", 500 << 10)),
+        *(("1.5", 3 << 19), (" 64", 64 << 20), ("0" * 13 + "1", 1 << 20), ("5000000B", 5_000_000)),
+    ],
 )
 def test_size_without_a_unit_is_of_megabytes(text: str, count: int) -> None:
     assert Megabytes().convert(text, None, None) == count
 
 
-@pytest.mark.parametrize("text", ["", "-1", "64 parsecs", "1e3", "2000T", "9" * 400])
+@pytest.mark.parametrize("text", ["", "-1", "64 parsecs", "1e3", "64iB"])
 def test_size_of_another_form_is_refused_with_the_unit(text: str) -> None:
-    assert "such as 64M or 2G; a number alone is MB" in refusal(Megabytes(), text)
+    assert "such as 500K, 64M or 2G; a number alone is MB" in refusal(Megabytes(), text)
+    assert "such as 500K, 64M or 2G; a number alone is bytes" in refusal(Size(), text)
+
+
+@pytest.mark.parametrize("text", ["2000T", "1000000000000", "9" * 13, "9" * 400])
+def test_size_that_is_too_large_is_refused_as_such(text: str) -> None:
+    assert "is more than 1024T; a number alone is MB" in refusal(Megabytes(), text)
 
 
 def test_percent_may_have_its_sign() -> None:
