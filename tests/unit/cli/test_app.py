@@ -53,6 +53,10 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
         (["run", "-v", "/tmp:/tmp", "x"], "directories of the host are never mounted"),
         (["list", "--status", "DONE"], "'DONE' is not one of"),
         (["list", "--limit", "0"], "0 is not in the range"),
+        (["log", "1", "--tail"], "'--tail' requires an argument; see worker-cli log --help"),
+        (["volume", "create", "--size"], "an argument; see worker-cli volume create --help"),
+        (["log", "1", "--follow=yes"], "'--follow' does not take a value; see worker-cli log -"),
+        (["--server"], "'--server' requires an argument; see worker-cli --help"),
     ],
 )
 def test_misuse_is_one_line_and_exit_code_2(
@@ -124,9 +128,10 @@ def test_error_is_one_json_object_where_json_is_asked_for(
 
 
 def test_misuse_is_json_too(tmp_path: Path) -> None:
-    done = call("--json", "status", "x", home=tmp_path)
-    assert done.returncode == 2
-    assert json.loads(done.stderr)["error"]["exit_code"] == 2
+    for arguments in (["status", "x"], ["log", "1", "--tail"]):
+        done = call("--json", *arguments, home=tmp_path)
+        assert done.returncode == 2
+        assert json.loads(done.stderr)["error"]["exit_code"] == 2
 
 
 def test_control_characters_in_an_error_are_made_visible(tmp_path: Path) -> None:
