@@ -167,15 +167,20 @@ def _explain_execute(
     code: int, detail: str, reason: str, data: Mapping[str, object]
 ) -> JobworkerError:
     if code in (errno.ENOENT, errno.ENOTDIR):
+        check = "check the spelling"
+        if any(map(str.isspace, detail)):
+            check = "give program and arguments apart, or a line to a shell: sh -c 'LINE'"
+        elif "/" in detail:
+            check = "check the path: files of the client's machine are not there"
         return CommandNotFound(
-            f"cannot run {detail}: no such program inside the job's root",
-            remedy="check the spelling; programs are those of the host's /usr, by name or path",
+            f"cannot run {detail!r}: no such program inside the job's root",
+            remedy=f"{check}; programs are those of the host's /usr, by name or path",
             data=data,
         )
     if code == errno.E2BIG:
-        return TooLarge(f"cannot run {detail}: {reason}", data=data)
+        return TooLarge(f"cannot run {detail!r}: {reason}", data=data)
     return CommandNotExecutable(
-        f"cannot run {detail}: {reason}",
+        f"cannot run {detail!r}: {reason}",
         remedy="name an executable file, or run it through its interpreter",
         data=data,
     )

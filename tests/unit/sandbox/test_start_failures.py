@@ -36,6 +36,21 @@ def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -
 
 
 @pytest.mark.parametrize(
+    ("program", "remedy"),
+    [
+        ("nosuch", "check the spelling; programs are"),
+        ("echo hello", "give program and arguments apart"),
+        (" ", "give program and arguments apart"),
+        ("./x", "files of the client's machine are not there; programs are"),
+    ],
+)
+def test_program_that_is_not_there_is_told_in_quotes(program: str, remedy: str) -> None:
+    error = explain({"step": "execute", "errno": errno.ENOENT, "detail": program})
+    assert error.message == f"cannot run '{program}': no such program inside the job's root"
+    assert remedy in error.remedy
+
+
+@pytest.mark.parametrize(
     ("code", "why", "remedy"),
     [
         (CROWDED, "several are being made", "try again"),
