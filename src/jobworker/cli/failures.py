@@ -97,6 +97,8 @@ def words_of(misuse: click.ClickException, program: str) -> tuple[str, str]:
         return "Missing command", remedy
     if context is not None and (meant := hint(context.command_path, misuse.message)):
         return misuse.message.rstrip("."), meant
+    if alike := getattr(misuse, "possibilities", None):
+        return misuse.message.rstrip("."), f"perhaps {', '.join(alike)}; {remedy}"
     return misuse.format_message().rstrip("."), remedy
 
 

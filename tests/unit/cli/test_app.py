@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import asyncclick as click
 import pytest
 
+from jobworker.cli.app import worker_cli
 from jobworker.cli.embedded import program
+from jobworker.cli.hints import HINTS
 
 
 def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[bytes]":
@@ -50,6 +53,16 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
         (["run", "-m", "1G", "x"], "No such option '-m'; write --max-memory"),
         (["run", "--cpus", "2", "x"], "; write --max-cpu, in percent"),
         (["stop", "-m", "1"], "No such option '-m'; see worker-cli stop --help"),
+        (["top"], "No such command 'top'; write worker-cli status or worker-cli list"),
+        (["run", "-it", "x"], "No such option '-i'; leave it out: a job has no terminal"),
+        (["run", "--mem=1G", "x"], "No such option '--mem'; write --max-memory"),
+        (["run", "--net=host", "x"], "No such option '--net'; write --network"),
+        (["list", "-a"], "No such option '-a'; leave it out: ended jobs are listed too"),
+        (["rm", "-f", "1"], "No such option '-f'; write --force"),
+        (["stop", "-s", "KILL", "1"], "No such option '-s'; write --signal"),
+        (["volume", "prune"], "No such command 'prune'; write worker-cli volume rm"),
+        (["rmi"], "No such command 'rmi'; perhaps rm; see worker-cli --help"),
+        (["list", "--labl=a"], "; perhaps --label; see worker-cli list --help"),
         (["run", "-v", "/tmp:/tmp", "x"], "directories of the host are never mounted"),
         (["list", "--status", "DONE"], "'DONE' is not one of"),
         (["list", "--limit", "0"], "0 is not in the range"),
@@ -69,6 +82,19 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert len(lines) == 1
     assert lines[0].startswith("worker-cli: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("path", HINTS)
+def test_hints_are_for_words_that_mean_nothing_here(path: str) -> None:
+    command: click.Command = worker_cli
+    for name in path.split()[1:]:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    known = {word for each in command.params for word in each.opts}
+    known |= set(command.commands) if isinstance(command, click.Group) else set()
+    words = " ".join(HINTS[path].values()).split()
+    assert known.isdisjoint(words)
+    assert len(words) == len(set(words))
 
 
 @pytest.mark.parametrize("arguments", [["bogus"], ["--bogus"], ["certs", "renew"], ["demo", "x"]])
