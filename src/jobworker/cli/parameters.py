@@ -138,7 +138,8 @@ class Percent(click.ParamType[int]):
         """See click.ParamType."""
         found = re.fullmatch(r"(-?[0-9]{1,12})%?", str(value))
         if found is None:
-            self.fail(f"{str(value)!r} is not a whole number of percent such as 50", param, ctx)
+            fault = f"{str(value)!r} is not a whole number of percent; half a core is 50"
+            self.fail(fault, param, ctx)
         return int(found[1])
 
 

@@ -67,6 +67,7 @@ def test_user_of_another_form_is_refused(text: str) -> None:
     [
         *(("64", 64 << 20), ("0", 0), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("500K", 500 << 10)),
         *(("1.5", 3 << 19), (" 64", 64 << 20), ("0" * 13 + "1", 1 << 20), ("5000000B", 5_000_000)),
+        *(("64Mi", 64 << 20), ("1.5gi", 3 << 29), ("500Ki", 500 << 10), ("1Ti", 1 << 40)),
     ],
 )
 def test_size_without_a_unit_is_of_megabytes(text: str, count: int) -> None:
@@ -86,8 +87,8 @@ def test_size_that_is_too_large_is_refused_as_such(text: str) -> None:
 
 def test_percent_may_have_its_sign() -> None:
     assert [Percent().convert(text, None, None) for text in ("50", "200%", "0")] == [50, 200, 0]
-    for text in ("", "50 %%", "1.5", "half", "1_0"):
-        assert "is not a whole number of percent" in refusal(Percent(), text)
+    for text in ("", "50 %%", "1.5", "half", "1_0", "500m"):
+        assert "is not a whole number of percent; half a core is 50" in refusal(Percent(), text)
 
 
 def test_every_size_says_its_unit_in_the_help() -> None:
