@@ -402,14 +402,14 @@ def test_errors_as_json(cli: Cli) -> None:
 def test_volume_from_the_command_line(cli: Cli) -> None:
     assert cli("volume", "create", "--size=16", "of-cli").returncode == 0
     fails(cli("volume", "create", "--size=16", "of-cli"), 65, "of-cli: it exists")
-    fails(cli("volume", "create", "--size=1", "tiny"), 65, "--size must be from 16 MiB")
+    fails(cli("volume", "create", "--size=1", "tiny"), 65, "from 16 MiB to 16 TiB, not 1 MiB")
     write = cli("run", "-f", "--volume=of-cli:/srv/x", "sh", "-c", "echo kept > /srv/x/file")
     assert write.returncode == 0, write.stderr
     read = cli("run", "-f", "--volume", "of-cli", "--max-disk=20", "cat", "/volumes/of-cli/file")
     assert read.stdout == "kept\n", read.stderr
     listed = cli("volume", "list").stdout.splitlines()
     assert listed[0].split() == ["NAME", "SIZE", "ON", "DISK", "JOBS", "KIND"]
-    assert listed[1].split()[0] == "of-cli"
+    assert listed[1].split()[:3] == ["of-cli", "16", "MiB"]
     assert cli("volume", "rm", "of-cli").returncode == 0
     gone = cli("run", "--volume=of-cli", "true")
     assert "there is no such volume" in gone.stderr

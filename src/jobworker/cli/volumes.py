@@ -38,7 +38,8 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
     _check_name("create", name)
     if not MIN_DISK_BYTES <= size <= MAX_DISK_BYTES:
         bounds = f"{format_limit(MIN_DISK_BYTES)} to {format_limit(MAX_DISK_BYTES)}"
-        raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
+        fault = f"--size must be from {bounds}, not {format_limit(size)}"
+        raise InvalidParams(f"cannot create the volume {name}: {fault}")
     async with open_connection(invocation) as client:
         await client.make_volume(name, size, thin=thin)
     if invocation.json:
@@ -57,7 +58,7 @@ async def list_volumes(invocation: Invocation) -> None:
         return
     rows = [("NAME", "SIZE", "ON DISK", "JOBS", "KIND")]
     for each in found:
-        sizes = (format_size(each.size_bytes), format_size(each.used_bytes))
+        sizes = (format_limit(each.size_bytes), format_size(each.used_bytes))
         rows.append((each.name, *sizes, str(each.jobs), "thin" if each.thin else "reserved"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

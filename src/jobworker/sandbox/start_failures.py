@@ -74,13 +74,13 @@ _WALL_REMEDY = (
 )
 
 _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
-    errno.ENOENT: (
-        NotFound,
-        "there is no such volume",
-        "see `worker-cli volume list`, or create it",
-    ),
+    errno.ENOENT: (NotFound, "there is no such volume", "see `worker-cli volume list`"),
     errno.EEXIST: (InvalidParams, "it exists", "choose another name, or remove it first"),
-    errno.EBUSY: (Busy, "a live job has it", "stop the job, or wait for its end"),
+    errno.EBUSY: (
+        Busy,
+        "a live job has it",
+        "stop the job, or wait for its end (`worker-cli list --json` tells the volumes of each)",
+    ),
     CROWDED: (Busy, "several are being made, listed or removed", "try again"),
     errno.EAGAIN: (
         Busy,
@@ -159,6 +159,8 @@ def _explain_volume(code: int, name: str, data: Mapping[str, object]) -> Jobwork
     kind, why, remedy = _VOLUME_FAULTS.get(
         code, (SandboxError, os.strerror(code), "see `worker serve`'s log")
     )
+    if data["step"] == "open-volume" and code == errno.ENOENT:
+        remedy += ", or create it"
     what = f"use the volume {name}" if name else "list the volumes"
     return kind(f"cannot {what}: {why}", remedy=remedy, data=data)
 

@@ -26,6 +26,7 @@ from jobworker.sandbox.start_failures import ENOTSUPP, explain
         ("change-directory", errno.EACCES, "let the job's user"),
         ("place", 0, "worker.max_concurrent_jobs"),
         ("volume", errno.ETOOMANYREFS, "stop the jobs that keep them"),
+        ("volume", errno.EBUSY, "`worker-cli list --json` tells the volumes of each"),
     ],
 )
 def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -> None:
@@ -77,6 +78,10 @@ def test_reply_that_could_not_be_sent_is_told_as_that() -> None:
 
 def test_volume_that_is_not_there_is_told_by_its_name() -> None:
     error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "cache"})
-    assert "there is no such volume" in str(error)
+    assert str(error).endswith(
+        "there is no such volume; see `worker-cli volume list`, or create it"
+    )
+    error = explain({"step": "volume", "errno": errno.ENOENT, "detail": "cache"})  # to remove it
+    assert str(error).endswith("there is no such volume; see `worker-cli volume list`")
     error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "/dev/loop-control"})
     assert "no such volume" not in str(error)
