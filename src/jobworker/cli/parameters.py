@@ -47,6 +47,18 @@ class Typed(click.ParamType[str]):
         return as_typed(str(value))
 
 
+class Filled(Typed):
+    """Text that goes to the server, and some: none is a script's variable that is not set."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """See click.ParamType."""
+        return super().convert(value, param, ctx) or self.fail(
+            "it is empty; give a value, or leave it out", param, ctx
+        )
+
+
 class JobNumber(click.ParamType[int]):
     """A job's id: a positive integer."""
 

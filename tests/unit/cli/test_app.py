@@ -32,6 +32,9 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
     ("arguments", "words"),
     [
         (["--bogus"], "No such option '--bogus'; see worker-cli --help"),
+        (["list", "--name="], "'--name': it is empty; give a value, or leave it out"),
+        (["run", "--cpu-cores=", "ls"], "'--cpu-cores': it is empty"),
+        (["run", "--runtime", "", "ls"], "'--runtime': it is empty"),
         (["--server", "", "list"], "'--server': it is empty"),
         (["--ca=", "list"], "'--ca': it is empty"),
         (["nosuch"], "No such command 'nosuch'; see worker-cli --help"),

@@ -11,12 +11,14 @@ import pytest
 from jobworker.cli.admin import worker
 from jobworker.cli.app import worker_cli
 from jobworker.cli.parameters import (
+    Filled,
     Label,
     LabelSought,
     Megabytes,
     Moment,
     Percent,
     Size,
+    Typed,
     User,
     Variable,
     VariableFile,
@@ -100,6 +102,19 @@ def test_every_size_says_its_unit_in_the_help() -> None:
     }
     assert set(told) == {"max_memory", "max_disk", "max_iobps", "max_output", "max_size", "size"}
     assert [name for name, text in told.items() if "a number alone is" not in (text or "")] == []
+
+
+def test_no_text_of_an_option_is_taken_for_nothing() -> None:
+    """Any may be a variable that a script has not set."""
+    lax = [
+        f"{command.name} {option.name}"
+        for command in [*commands_below(worker_cli), worker.commands["audit"]]
+        for option in command.params
+        if isinstance(option, click.Option) and not option.is_flag
+        if type(option.type) in (type(click.STRING), Typed)
+    ]
+    assert lax == []
+    assert "it is empty; give a value, or leave it out" in refusal(Filled(), "")
 
 
 def test_label_is_a_name_and_a_value() -> None:
