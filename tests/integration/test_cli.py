@@ -123,6 +123,12 @@ def test_arguments_are_utf8_in_a_locale_that_knows_none(cli: Cli) -> None:
     assert (done.stdout, done.stderr) == ("ö ß ä", "")
     found = cli("list", "--json", "--name=é", "--label=a=ü", **locale)
     assert len(json.loads(found.stdout)) == 1
+    assert cli("volume", "create", "--size=16", "of-locale").returncode == 0
+    done = cli("run", "-f", "--volume=of-locale:/srv/ü", "ls", "/srv", **locale)
+    assert (done.stdout, done.stderr) == ("ü\n", "")
+    assert cli("volume", "rm", "of-locale").returncode == 0
+    for refused in (["run", "--runtime=ü", "x"], ["volume", "create", "--size=16", "ü"]):
+        assert "'ü' is no name" in cli(*refused, **locale).stderr
 
 
 def test_bytes_that_are_no_text_are_refused_with_a_remedy(cli: Cli) -> None:

@@ -193,9 +193,10 @@ class VolumePlace(click.ParamType[dict[str, str]]):
         """See click.ParamType."""
         if isinstance(value, dict):
             return value
-        name, colon, path = str(value).partition(":")
+        text = as_typed(str(value))
+        name, colon, path = text.partition(":")
         if colon and not path:
-            self.fail(f"{str(value)!r} is not NAME or NAME:PATH", param, ctx)
+            self.fail(f"{text!r} is not NAME or NAME:PATH", param, ctx)
         if name.startswith(("/", ".", "~")):
             self.fail(
                 f"{name!r} is no volume's name, and directories of the host are never mounted; "
@@ -205,7 +206,7 @@ class VolumePlace(click.ParamType[dict[str, str]]):
             )
         if ":" in path:  # Docker's NAME:PATH:ro would be a mount that can be written to
             self.fail(
-                f"{str(value)!r} has a second ':'; there is no read-only mount, and a path may "
+                f"{text!r} has a second ':'; there is no read-only mount, and a path may "
                 "hold no ':'",
                 param,
                 ctx,
