@@ -30,7 +30,7 @@ from jobworker.sandbox.host_check import findings as host_findings
 from jobworker.sandbox.probes import Wanted
 from jobworker.server.setup import instance_name
 
-LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64", "io": "--max-iobps=1000000"}
+LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64M", "io": "--max-iobps=1000000"}
 _DEFAULT_LIMITS = {
     "cpu": "default_cpu_limit",
     "memory": "default_memory_limit",
