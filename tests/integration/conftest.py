@@ -50,10 +50,10 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
 
 def child_of(pid: int) -> int:
     """The one child of a process, the service's reader aside: the guard, below it the launcher."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     (child,) = [
         int(each)
-        for each in children
+        for children in Path(f"/proc/{pid}/task").glob("*/children")
+        for each in children.read_text().split()
         if Path(f"/proc/{each}/comm").read_text().strip() != reader.NAME
     ]
     return child

@@ -123,6 +123,12 @@ def test_arguments_are_utf8_in_a_locale_that_knows_none(cli: Cli) -> None:
     assert (done.stdout, done.stderr) == ("ö ß ä", "")
     found = cli("list", "--json", "--name=é", "--label=a=ü", **locale)
     assert len(json.loads(found.stdout)) == 1
+    assert cli("volume", "create", "--size=16", "of-locale").returncode == 0
+    done = cli("run", "-f", "--volume=of-locale:/srv/ü", "ls", "/srv", **locale)
+    assert (done.stdout, done.stderr) == ("ü\n", "")
+    assert cli("volume", "rm", "of-locale").returncode == 0
+    for refused in (["run", "--runtime=ü", "x"], ["volume", "create", "--size=16", "ü"]):
+        assert "'ü' is no name" in cli(*refused, **locale).stderr
 
 
 def test_bytes_that_are_no_text_are_refused_with_a_remedy(cli: Cli) -> None:
@@ -402,14 +408,14 @@ def test_errors_as_json(cli: Cli) -> None:
 def test_volume_from_the_command_line(cli: Cli) -> None:
     assert cli("volume", "create", "--size=16", "of-cli").returncode == 0
     fails(cli("volume", "create", "--size=16", "of-cli"), 65, "of-cli: it exists")
-    fails(cli("volume", "create", "--size=1", "tiny"), 65, "--size must be from 16 MiB")
+    fails(cli("volume", "create", "--size=1", "tiny"), 65, "from 16 MiB to 16 TiB, not 1 MiB")
     write = cli("run", "-f", "--volume=of-cli:/srv/x", "sh", "-c", "echo kept > /srv/x/file")
     assert write.returncode == 0, write.stderr
     read = cli("run", "-f", "--volume", "of-cli", "--max-disk=20", "cat", "/volumes/of-cli/file")
     assert read.stdout == "kept\n", read.stderr
     listed = cli("volume", "list").stdout.splitlines()
     assert listed[0].split() == ["NAME", "SIZE", "ON", "DISK", "JOBS", "KIND"]
-    assert listed[1].split()[0] == "of-cli"
+    assert listed[1].split()[:3] == ["of-cli", "16", "MiB"]
     assert cli("volume", "rm", "of-cli").returncode == 0
     gone = cli("run", "--volume=of-cli", "true")
     assert "there is no such volume" in gone.stderr

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 import trio
 
 from jobworker.cli.embedded import program
 
-from .conftest import left_behind, until
+from .conftest import child_of, left_behind, until
 
 Demo = subprocess.Popen[str]
 
@@ -48,7 +49,24 @@ async def test_killed_demonstration_takes_its_service_and_jobs_along() -> None:
         )
         demo.kill()
         await until(lambda: not directory.exists())
-    assert nothing_left(directory)
+    await until(lambda: nothing_left(directory))  # the guard has yet to end
+
+
+@pytest.mark.parametrize("generation", [1, 2], ids=["guard", "service"])
+async def test_demonstration_whose_service_is_lost_says_so(generation: int) -> None:
+    with demonstration() as demo:
+        names = await trio.to_thread.run_sync(names_from, demo)
+        victim = demo.pid
+        for _ in range(generation):
+            victim = child_of(victim)
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: demo.poll() is not None, 60)
+        assert demo.returncode == 1
+        assert demo.stderr is not None
+        assert "cannot keep the service running: it or its guard ended with code 137" in (
+            demo.stderr.read()
+        )
+    assert nothing_left(Path(names["WORKER_CA_PATH"]).parents[1])
 
 
 async def test_ignored_hangup_leaves_the_demonstration_alone() -> None:
@@ -74,7 +92,11 @@ def nothing_left(directory: Path) -> bool:
 def demonstration(*before: str) -> Iterator[Demo]:
     command = [*before, *program("worker"), "demo", "--serve"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as demo:
         try:
             yield demo

@@ -154,5 +154,5 @@ async def test_foreign_client_tells_why_it_was_refused(service: Embedded, name: 
             await process.wait()
     finally:
         process.kill()
-    assert "cannot run no-such-program" in told.decode()
+    assert "cannot run 'no-such-program'" in told.decode()
     assert process.returncode == 70

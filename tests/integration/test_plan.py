@@ -52,6 +52,9 @@ def test_plan_for_people_shows_what_the_job_asks_for(service: Embedded) -> None:
     assert "CPU: 100 % of a core" in done.stdout
     assert "unshare-network" in done.stdout
     assert "set-user" in done.stdout
+    assert "/proc/kcore" in done.stdout
+    paths = [line for line in done.stdout.splitlines() if line.startswith(" " * 20)]
+    assert max(map(len, paths)) <= 100
     plain = dry_run(service, "true")
     assert "unshare-network" not in plain.stdout
     assert "set-user" not in plain.stdout

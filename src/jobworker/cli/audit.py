@@ -13,7 +13,7 @@ import asyncclick as click
 
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line as visible
-from jobworker.cli.parameters import Count, JobNumber, Moment
+from jobworker.cli.parameters import Count, Filled, JobNumber, Moment
 from jobworker.places import default_configuration
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def _default_config() -> Path | None:
     metavar="TIME|DURATION",
     help="Only what came later: 10m, 2026-01-31T12:00 (local time where no zone is named).",
 )
-@click.option("--who", metavar="NAME", help="Only what certificates of this name did.")
+@click.option(
+    "--who", type=Filled(), metavar="NAME", help="Only what certificates of this name did."
+)
 @click.option("--job", type=JobNumber(), help="Only what was done to this job.")
 @click.option(
     "--limit",

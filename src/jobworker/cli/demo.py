@@ -20,6 +20,7 @@ import trio
 from attrs import define, field
 
 from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.guard import ENDING
 from jobworker.config import CONTROLLERS
 from jobworker.convert import loads
@@ -29,7 +30,7 @@ from jobworker.sandbox.host_check import findings as host_findings
 from jobworker.sandbox.probes import Wanted
 from jobworker.server.setup import instance_name
 
-LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64", "io": "--max-iobps=1000000"}
+LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64M", "io": "--max-iobps=1000000"}
 _DEFAULT_LIMITS = {
     "cpu": "default_cpu_limit",
     "memory": "default_memory_limit",
@@ -262,7 +263,7 @@ async def _demonstrate(*, stay: bool) -> int:
         async with open_embedded(directory, _settings(missing), guarded=True) as service:
             if stay:
                 await _stay(service)
-                return 0
+                return 1
             broken = await _scenes(service, missing)
         left = _left_behind(service)
     finally:
@@ -310,8 +311,12 @@ async def _scenes(service: Embedded, missing: Mapping[str, str]) -> list[str]:
 
 
 async def _stay(service: Embedded) -> None:
+    """Say how to connect; return, having said so, when the service has ended unasked."""
     for name, value in service.environment().items():
         _say(f"export {name}={shlex.quote(value)}")
     _say("\n# Paste these lines into another terminal, then try: worker-cli run ps aux")
     _say(f"# worker-cli stands in {Path(sys.executable).parent}. Ctrl-C ends the service.")
-    await service.process.wait()
+    code = await service.process.wait()
+    told = f"it or its guard ended with code {code if code >= 0 else 128 - code}"
+    last = one_line("".join(service.log_text().splitlines()[-1:]))
+    print_note(f"worker: cannot keep the service running: {told}; its log ends with: {last}")

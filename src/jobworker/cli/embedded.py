@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -128,6 +128,8 @@ async def open_embedded(
             yield Embedded(address=address, directory=directory, process=process)
         finally:
             await _end(process)
+            if guarded and process.returncode and process.returncode < 0:  # it ended nothing
+                await _end_group(process.pid)
             if process.stdin is not None:
                 await process.stdin.aclose()
             os.unlink(path)
@@ -163,3 +165,17 @@ async def _end(process: trio.Process) -> None:
         process.kill()
         with trio.CancelScope(shield=True):
             await process.wait()
+
+
+async def _end_group(group: int) -> None:
+    """Ask the processes of a group to end, and kill them where they do not; what has gone is gone.
+
+    PID 1 may leave what has ended unreaped, so it waits no longer than END_SECONDS.
+    """
+    with suppress(ProcessLookupError):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.killpg(group, number)
+            with trio.move_on_after(END_SECONDS, shield=True):
+                while True:
+                    await trio.sleep(0.05)
+                    os.killpg(group, 0)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from types import TracebackType
 from typing import NoReturn, TextIO
 
 import asyncclick as click
@@ -96,11 +97,24 @@ def words_of(misuse: click.ClickException, program: str) -> tuple[str, str]:
         return "Missing command", remedy
     if context is not None and (meant := hint(context.command_path, misuse.message)):
         return misuse.message.rstrip("."), meant
+    if alike := getattr(misuse, "possibilities", None):
+        return misuse.message.rstrip("."), f"perhaps {', '.join(alike)}; {remedy}"
     return misuse.format_message().rstrip("."), remedy
 
 
 class _Context(click.Context):
     """A command's context. Click ends through `aexit` when it has printed a help or a version."""
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> bool | None:
+        """See click.Context. Misuse that click's parser finds gets its command: it names none."""
+        if isinstance(exc_value, click.UsageError) and exc_value.ctx is None:
+            exc_value.ctx = self
+        return await super().__aexit__(exc_type, exc_value, tb)
 
     async def aexit(self, code: int = 0) -> NoReturn:
         """See click.Context. Raises PrintFailed where nothing was printed: click says nothing."""

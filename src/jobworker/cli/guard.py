@@ -4,7 +4,8 @@ A demonstration that is killed (SIGKILL, want of memory) can end nothing itself.
 below a guard, whose standard input is a pipe that only the demonstration holds open: end of file
 says that the demonstration is dead. The guard then ends the service and removes the directory,
 which holds the key of a CA. SIGTERM has the guard end the service and leave the directory to the
-demonstration, which looks for what was left behind.
+demonstration, which looks for what was left behind. A guard that is killed ends nothing, but it
+leads a session, all of which the demonstration then ends.
 
 PR_SET_PDEATHSIG (prctl(2)) was rejected. The kernel sends it when the thread that started the
 process ends: here a thread of Trio's, which ends when it is idle. And a change of user clears it,

@@ -5,34 +5,53 @@ Hints alone: there is one name for each thing, so that scripts and documents rea
 
 import re
 
-_COMMANDS = {
-    "ps": "list",
-    "ls": "list",
-    "kill": "stop",
-    "cancel": "stop",
-    "inspect": "status",
-    "show": "status",
-    "logs": "log",
-    "delete": "rm",
+HINTS = {
+    "worker-cli": {
+        "write worker-cli list": "ps ls get squeue",
+        "write worker-cli status or worker-cli list": "top",
+        "write worker-cli status": "inspect show describe",
+        "write worker-cli stop": "kill cancel scancel",
+        "write worker-cli log": "logs",
+        "write worker-cli log --follow": "attach",
+        "write worker-cli rm": "delete",
+        "write worker-cli run": "start submit sbatch",
+        "write worker-cli --help": "help",
+        "nothing can enter a running job yet": "exec",
+    },
+    "worker-cli run": {
+        "write --max-memory": "-m --memory --mem --max-mem",
+        "write --max-cpu, in percent of one core": "--cpus --cpu",
+        "write --max-pids": "--pids-limit",
+        "write --max-memory, --max-cpu and the like": "-p --property",
+        "write --timeout": "--time",
+        "write --name": "--unit",
+        "write --network": "--net",
+        "write --user": "--uid",
+        "write --env": "-E --setenv",
+        "write --follow, or wait for it with worker-cli wait": "--wait",
+        "leave it out: a job is detached as it is": "-d --detach",
+        "leave it out: a job has no terminal and no input yet": "-i -t --interactive --tty",
+        "leave it out: a job cannot choose its host name": "--hostname",
+        "leave it out: no job has rights over the host": "--privileged",
+        "leave it out: worker-cli rm and worker-cli prune remove what has ended": "--rm",
+    },
+    "worker-cli list": {
+        "leave it out: ended jobs are listed too": "-a --all",
+        "take the ids from --json": "-q --quiet",
+    },
+    "worker-cli stop": {"write --signal": "-s", "write --grace": "-t --time --timeout"},
+    "worker-cli rm": {"write --force": "-f"},
+    "worker-cli volume": {
+        "write worker-cli volume list": "ls inspect",
+        "write worker-cli volume rm": "remove delete prune",
+    },
 }
-_OPTIONS = {
-    "--memory": "--max-memory",
-    "-m": "--max-memory",
-    "--cpus": "--max-cpu, in percent of one core",
-    "--cpu": "--max-cpu, in percent of one core",
-    "--pids-limit": "--max-pids",
-}
-_RUN = "worker-cli run"
+"""By command: what to do, and the words that ask for it elsewhere."""
 _UNKNOWN = re.compile(r"No such (?:command|option):? '?(?P<name>[^\s'.]+)'?")
 
 
 def hint(command_path: str, message: str) -> str:
     """What to write instead of a command or option that there is not; "" if nobody can tell."""
     found = _UNKNOWN.match(message)
-    if found is None:
-        return ""
-    if command_path == "worker-cli" and (command := _COMMANDS.get(found["name"])):
-        return f"write worker-cli {command}"
-    if command_path == _RUN and (option := _OPTIONS.get(found["name"])):
-        return f"write {option}"
-    return ""
+    meant = HINTS.get(command_path, {}).items()
+    return next((todo for todo, words in meant if found and found["name"] in words.split()), "")

@@ -12,6 +12,7 @@ from typing import TypeVar
 import asyncclick as click
 
 from jobworker.cli.parameters import (
+    Filled,
     Label,
     User,
     Variable,
@@ -24,7 +25,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 _OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
-        "--runtime", metavar="NAME", help="A root tree of the server's instead of its programs."
+        "--runtime",
+        type=Filled(),
+        metavar="NAME",
+        help="A root tree of the server's instead of its programs.",
     ),
     click.option(
         "--volume",
@@ -41,7 +45,12 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         show_default=True,
         help="The host's network; nothing but a loopback; or outbound connections only.",
     ),
-    click.option("--cpu-cores", metavar="LIST", help="Processor cores to run on, such as 0-3,5."),
+    click.option(
+        "--cpu-cores",
+        type=Filled(),
+        metavar="LIST",
+        help="Processor cores to run on, such as 0-3,5.",
+    ),
     click.option(
         "--init",
         is_flag=True,

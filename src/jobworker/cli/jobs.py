@@ -23,6 +23,7 @@ from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
     Count,
     Duration,
+    Filled,
     JobNumber,
     LabelSought,
     Megabytes,
@@ -114,10 +115,8 @@ def open_connection(
     help="At that limit: go on without, or stop the job.",
 )
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
-@click.option(
-    "--workdir", "-w", type=Typed(), default="", metavar="PATH", help="Directory to start in."
-)
-@click.option("--name", type=Typed(), default="", help="A name to tell the job by.")
+@click.option("--workdir", "-w", type=Filled(), metavar="PATH", help="Directory to start in.")
+@click.option("--name", type=Filled(), help="A name to tell the job by.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
 @click.option("--raw", is_flag=True, help="With -f: exact bytes on a terminal too, as log --raw.")
@@ -139,8 +138,8 @@ async def run(  # noqa: PLR0913 - each option is an argument
     at_max_output: str | None,
     timeout: float | None,  # noqa: ASYNC109 - the job's, not this function's
     fields: Mapping[str, object],
-    workdir: str,
-    name: str,
+    workdir: str | None,
+    name: str | None,
     follow: bool,
     quiet: bool,
     raw: bool,
@@ -210,7 +209,9 @@ async def status(invocation: Invocation, jobs: tuple[int, ...]) -> int:
 
 
 @click.command()
-@click.option("--signal", default="TERM", show_default=True, help="What to ask it with.")
+@click.option(
+    "--signal", type=Filled(), default="TERM", show_default=True, help="What to ask it with."
+)
 @click.option("--grace", type=Duration(), help="How long to wait before SIGKILL.")
 @json_option()
 @click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
@@ -305,7 +306,7 @@ async def _each(
     metavar="NAME=VALUE",
     help="Only jobs with this label; may be repeated, for jobs that have all of them.",
 )
-@click.option("--name", type=Typed(), default="", help="Only jobs of this name.")
+@click.option("--name", type=Filled(), help="Only jobs of this name.")
 @click.option(
     "--limit",
     type=Count(min=1),
@@ -320,7 +321,7 @@ async def list_jobs(
     invocation: Invocation,
     states: tuple[str, ...],
     labels: dict[str, str],
-    name: str,
+    name: str | None,
     limit: int,
 ) -> None:
     """List jobs, newest first. Long commands are cut; `status` shows all of a job."""
@@ -331,7 +332,7 @@ async def list_jobs(
             asked = min(limit - len(found), MAX_LIST)
             before = found[-1].id if found else None
             page = await client.list(
-                states=chosen, labels=labels, name=name, limit=asked, before=before
+                states=chosen, labels=labels, name=name or "", limit=asked, before=before
             )
             found.extend(page)
             if not page:  # a shorter one is no end: the server bounds a page's size too

@@ -118,9 +118,13 @@ def read_settings(file: Path) -> dict[str, str]:
         return {}
     except OSError as error:
         why = os.strerror(error.errno or 0)
-        raise ConfigError(f"cannot read {file}: {why}", remedy="let this user read it") from None
+        allow = "let this user read it"
+        remedy = allow if isinstance(error, PermissionError) else "put a file of text there"
+        raise ConfigError(f"cannot read {file}: {why}", remedy=remedy) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"cannot read {file}: it is not UTF-8 text") from None
+        raise ConfigError(
+            f"cannot read {file}: it is not UTF-8 text", remedy="convert it to UTF-8"
+        ) from None
     found: dict[str, str] = {}
     unknown: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):

@@ -13,7 +13,7 @@ import asyncclick as click
 from jobworker.cli.options import Invocation
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
-from jobworker.model.units import MEBIBYTE, parse_duration, parse_size
+from jobworker.model.units import parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
 
 if TYPE_CHECKING:
@@ -45,6 +45,18 @@ class Typed(click.ParamType[str]):
     ) -> str:
         """See click.ParamType."""
         return as_typed(str(value))
+
+
+class Filled(Typed):
+    """Text that goes to the server, and some: none is a script's variable that is not set."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """See click.ParamType."""
+        return super().convert(value, param, ctx) or self.fail(
+            "it is empty; give a value, or leave it out", param, ctx
+        )
 
 
 class JobNumber(click.ParamType[int]):
@@ -109,37 +121,22 @@ class Size(click.ParamType[int]):
     """Bytes, or a number with a binary unit: 4096, 500K, 64M, 2G."""
 
     name = "size"
+    _alone, _told = "B", "bytes"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """See click.ParamType."""
         try:
-            return value if isinstance(value, int) else parse_size(str(value))
+            return parse_size(str(value), alone=self._alone)
         except ValueError as fault:
-            self.fail(str(fault), param, ctx)
+            self.fail(f"{fault}; a number alone is {self._told}", param, ctx)
 
 
-class Megabytes(click.ParamType[int]):
-    """Bytes that a number with a binary unit stands for; a number alone is of 2^20 bytes each."""
+class Megabytes(Size):
+    """A number with a binary unit; one alone is of 2^20 bytes each."""
 
-    name = "size"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """See click.ParamType."""
-        text = str(value)
-        try:
-            if re.fullmatch(r"[0-9]{1,12}", text):
-                return int(text) * MEBIBYTE
-            return parse_size(text)
-        except ValueError:
-            self.fail(
-                f"{text!r} is not a size up to 1024T such as 64M or 2G; a number alone is MB",
-                param,
-                ctx,
-            )
+    _alone, _told = "M", "MB"
 
 
 class Percent(click.ParamType[int]):
@@ -153,7 +150,8 @@ class Percent(click.ParamType[int]):
         """See click.ParamType."""
         found = re.fullmatch(r"(-?[0-9]{1,12})%?", str(value))
         if found is None:
-            self.fail(f"{str(value)!r} is not a whole number of percent such as 50", param, ctx)
+            fault = f"{str(value)!r} is not a whole number of percent; half a core is 50"
+            self.fail(fault, param, ctx)
         return int(found[1])
 
 
@@ -195,9 +193,10 @@ class VolumePlace(click.ParamType[dict[str, str]]):
         """See click.ParamType."""
         if isinstance(value, dict):
             return value
-        name, colon, path = str(value).partition(":")
+        text = as_typed(str(value))
+        name, colon, path = text.partition(":")
         if colon and not path:
-            self.fail(f"{str(value)!r} is not NAME or NAME:PATH", param, ctx)
+            self.fail(f"{text!r} is not NAME or NAME:PATH", param, ctx)
         if name.startswith(("/", ".", "~")):
             self.fail(
                 f"{name!r} is no volume's name, and directories of the host are never mounted; "
@@ -207,7 +206,7 @@ class VolumePlace(click.ParamType[dict[str, str]]):
             )
         if ":" in path:  # Docker's NAME:PATH:ro would be a mount that can be written to
             self.fail(
-                f"{str(value)!r} has a second ':'; there is no read-only mount, and a path may "
+                f"{text!r} has a second ':'; there is no read-only mount, and a path may "
                 "hold no ':'",
                 param,
                 ctx,

@@ -1,6 +1,7 @@
 """A job's plan as text: its limits, and the steps of its start. Pure."""
 
 from itertools import groupby
+from textwrap import wrap
 
 from jobworker.cli.failures import one_line as visible
 from jobworker.model.job import Limits
@@ -16,8 +17,15 @@ def render_plan(plan: Plan) -> str:
     for number, ((name, explanation), group) in enumerate(kinds, start=1):
         lines.append(f"  {number:2}. {name:{width}}  {explanation}")
         subjects = ", ".join(step.subject for step in group if step.subject)
-        if subjects:
-            lines.append(f"      {'':{width}}  ({visible(subjects)})")
+        margin = " " * (width + 8)
+        lines += wrap(
+            f"({visible(subjects)})" if subjects else "",
+            max(100, width + 48),
+            initial_indent=margin,
+            subsequent_indent=f"{margin} ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ import asyncclick as click
 from jobworker.cli.console import say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import Megabytes, json_option, pass_invocation
+from jobworker.cli.parameters import Megabytes, Typed, json_option, pass_invocation
 from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.model.units import format_limit, format_size
@@ -27,7 +27,7 @@ def volume() -> None:
 )
 @click.option("--thin", is_flag=True, help="Take from the disk what is written, no more.")
 @json_option()
-@click.argument("name")
+@click.argument("name", type=Typed())
 @pass_invocation
 async def create(invocation: Invocation, name: str, size: int, thin: bool) -> None:
     """Make the volume NAME.
@@ -38,7 +38,8 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
     _check_name("create", name)
     if not MIN_DISK_BYTES <= size <= MAX_DISK_BYTES:
         bounds = f"{format_limit(MIN_DISK_BYTES)} to {format_limit(MAX_DISK_BYTES)}"
-        raise InvalidParams(f"cannot create the volume {name}: --size must be from {bounds}")
+        fault = f"--size must be from {bounds}, not {format_limit(size)}"
+        raise InvalidParams(f"cannot create the volume {name}: {fault}")
     async with open_connection(invocation) as client:
         await client.make_volume(name, size, thin=thin)
     if invocation.json:
@@ -57,7 +58,7 @@ async def list_volumes(invocation: Invocation) -> None:
         return
     rows = [("NAME", "SIZE", "ON DISK", "JOBS", "KIND")]
     for each in found:
-        sizes = (format_size(each.size_bytes), format_size(each.used_bytes))
+        sizes = (format_limit(each.size_bytes), format_size(each.used_bytes))
         rows.append((each.name, *sizes, str(each.jobs), "thin" if each.thin else "reserved"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -66,7 +67,7 @@ async def list_volumes(invocation: Invocation) -> None:
 
 @volume.command()
 @json_option()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, type=Typed(), metavar="NAME...")
 @pass_invocation
 async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
     """Remove volumes with all that is on them. Where one cannot be, the others are."""

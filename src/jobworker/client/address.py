@@ -4,6 +4,8 @@ An IPv6 address with a port stands in brackets (RFC 3986, section 3.2.2); alone 
 bare, since nothing else has two colons.
 """
 
+import socket
+
 from attrs import frozen
 
 DEFAULT_PORT = 50051
@@ -30,13 +32,21 @@ def parse_address(text: str) -> Address:
 
     Raises ValueError that says what is wrong.
     """
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        told = rest.partition("/")[0] or "HOST:PORT"
+        raise ValueError(f"{text!r} is a URL: write {told}, without {scheme}://")
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
-        if not bracket or ":" not in host or (rest and not rest.startswith(":")):
+        if not bracket or not _is_ipv6(host) or (rest and not rest.startswith(":")):
             raise ValueError(f"{text!r} is not an address such as [::1]:{DEFAULT_PORT}")
         port = rest[1:] if rest else str(DEFAULT_PORT)
     elif text.count(":") > 1:
         host, port = text, str(DEFAULT_PORT)
+        if not _is_ipv6(host):
+            before, _, last = text.rpartition(":")
+            told = f"[{before}]:{last}" if _is_ipv6(before) else f"HOST:PORT or [::1]:{port}"
+            raise ValueError(f"{text!r} is not an IPv6 address: with a port, write {told}")
     else:
         host, colon, port = text.partition(":")
         port = port if colon else str(DEFAULT_PORT)
@@ -45,3 +55,11 @@ def parse_address(text: str) -> Address:
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
         raise ValueError(f"{text!r} names the port {port!r}; it must be from 1 to 65535")
     return Address(host, int(port))
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    except (OSError, ValueError):
+        return False
+    return True

@@ -157,7 +157,7 @@ class Client:
 
         >>> await client.run(["no-such-program"])
         Traceback (most recent call last):
-        jobworker.errors.CommandNotFound: cannot run no-such-program: ...
+        jobworker.errors.CommandNotFound: cannot run 'no-such-program': ...
         """
         params = m.RunParams(job=_spec(spec), follow=DELIVERY if follow else None)
         uncertain = "the job may have been started: see the list before running it again"

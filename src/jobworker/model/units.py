@@ -59,20 +59,21 @@ def format_duration(seconds: float) -> str:
     raise AssertionError("the table ends with days")
 
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_SIZE_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]i?B?|B)?", re.IGNORECASE)
+_SIZE_UNITS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _UNITS = {0: "B", 10: "KiB", 20: "MiB", 30: "GiB", 40: "TiB"}
 
 
-def parse_size(text: str) -> int:
-    """Bytes that `text` stands for: "4096", "500K", "64M", "1.5GiB"; units are binary.
+def parse_size(text: str, *, alone: str = "B") -> int:
+    """Bytes that `text` stands for: "4096", "500K", "64Mi", "1.5GiB"; units are binary.
 
-    Raises ValueError for anything else, and for more than 1024 TiB.
+    `alone` is the unit of a number that names none: B, K, M, G or T. Raises ValueError for
+    anything else, and for more than 1024 TiB.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is not a size such as 4096, 500K, 64M or 2G")
-    size = float(found[1]) * (1 << _SIZE_UNITS[found[2].upper()])
+        raise ValueError(f"{text!r} is not a size such as 500K, 64M or 2G")
+    size = float(found[1]) * (1 << _SIZE_UNITS[(found[2] or alone)[0].upper()])
     if size > 1 << 50:
         raise ValueError(f"{text!r} is more than 1024T")
     return int(size)

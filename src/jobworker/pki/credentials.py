@@ -58,7 +58,8 @@ def read_pem(path: Path, what: str, label: str, remedy: str) -> PemFile:
     except FileNotFoundError:
         raise _unusable(path, what, "there is no such file", remedy) from None
     except PermissionError:
-        allow = f"let this user (and nobody else) read {path}"
+        who = "this user" if label == "CERTIFICATE" else "this user (and nobody else)"
+        allow = f"let {who} read {path}"
         raise _unusable(path, what, "this user may not read it", allow) from None
     except OSError as exc:
         raise _unusable(path, what, os.strerror(exc.errno or 0), remedy) from None

@@ -74,13 +74,13 @@ _WALL_REMEDY = (
 )
 
 _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
-    errno.ENOENT: (
-        NotFound,
-        "there is no such volume",
-        "see `worker-cli volume list`, or create it",
-    ),
+    errno.ENOENT: (NotFound, "there is no such volume", "see `worker-cli volume list`"),
     errno.EEXIST: (InvalidParams, "it exists", "choose another name, or remove it first"),
-    errno.EBUSY: (Busy, "a live job has it", "stop the job, or wait for its end"),
+    errno.EBUSY: (
+        Busy,
+        "a live job has it",
+        "stop the job, or wait for its end (`worker-cli list --json` tells the volumes of each)",
+    ),
     CROWDED: (Busy, "several are being made, listed or removed", "try again"),
     errno.EAGAIN: (
         Busy,
@@ -159,6 +159,8 @@ def _explain_volume(code: int, name: str, data: Mapping[str, object]) -> Jobwork
     kind, why, remedy = _VOLUME_FAULTS.get(
         code, (SandboxError, os.strerror(code), "see `worker serve`'s log")
     )
+    if data["step"] == "open-volume" and code == errno.ENOENT:
+        remedy += ", or create it"
     what = f"use the volume {name}" if name else "list the volumes"
     return kind(f"cannot {what}: {why}", remedy=remedy, data=data)
 
@@ -167,15 +169,20 @@ def _explain_execute(
     code: int, detail: str, reason: str, data: Mapping[str, object]
 ) -> JobworkerError:
     if code in (errno.ENOENT, errno.ENOTDIR):
+        check = "check the spelling"
+        if any(map(str.isspace, detail)):
+            check = "give program and arguments apart, or a line to a shell: sh -c 'LINE'"
+        elif "/" in detail:
+            check = "check the path: files of the client's machine are not there"
         return CommandNotFound(
-            f"cannot run {detail}: no such program inside the job's root",
-            remedy="check the spelling; programs are those of the host's /usr, by name or path",
+            f"cannot run {detail!r}: no such program inside the job's root",
+            remedy=f"{check}; programs are those of the host's /usr, by name or path",
             data=data,
         )
     if code == errno.E2BIG:
-        return TooLarge(f"cannot run {detail}: {reason}", data=data)
+        return TooLarge(f"cannot run {detail!r}: {reason}", data=data)
     return CommandNotExecutable(
-        f"cannot run {detail}: {reason}",
+        f"cannot run {detail!r}: {reason}",
         remedy="name an executable file, or run it through its interpreter",
         data=data,
     )

@@ -157,7 +157,7 @@ def _image(directory: str, execute: Execute, paths: Sequence[str]) -> bytes:
     words += [*map(place, arguments), 0, *map(place, variables), 0]
     if at > IMAGE + MAX_IMAGE_BYTES:
         raise TooLarge(
-            f"cannot run {arguments[0]:.64}: its arguments, environment and PATH take over 16 MiB",
+            f"cannot run {arguments[0][:64]!r}: arguments, environment and PATH take over 16 MiB",
             data={"step": "execute", "errno": errno.E2BIG, "detail": arguments[0][:64]},
         )
     return struct.pack(f"<{pointers}Q", *words) + b"".join(texts)

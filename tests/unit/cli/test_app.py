@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import asyncclick as click
 import pytest
 
+from jobworker.cli.app import worker_cli
 from jobworker.cli.embedded import program
+from jobworker.cli.hints import HINTS
 
 
 def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[bytes]":
@@ -29,6 +32,9 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
     ("arguments", "words"),
     [
         (["--bogus"], "No such option '--bogus'; see worker-cli --help"),
+        (["list", "--name="], "'--name': it is empty; give a value, or leave it out"),
+        (["run", "--cpu-cores=", "ls"], "'--cpu-cores': it is empty"),
+        (["run", "--runtime", "", "ls"], "'--runtime': it is empty"),
         (["--server", "", "list"], "'--server': it is empty"),
         (["--ca=", "list"], "'--ca': it is empty"),
         (["nosuch"], "No such command 'nosuch'; see worker-cli --help"),
@@ -50,9 +56,23 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
         (["run", "-m", "1G", "x"], "No such option '-m'; write --max-memory"),
         (["run", "--cpus", "2", "x"], "; write --max-cpu, in percent"),
         (["stop", "-m", "1"], "No such option '-m'; see worker-cli stop --help"),
+        (["top"], "No such command 'top'; write worker-cli status or worker-cli list"),
+        (["run", "-it", "x"], "No such option '-i'; leave it out: a job has no terminal"),
+        (["run", "--mem=1G", "x"], "No such option '--mem'; write --max-memory"),
+        (["run", "--net=host", "x"], "No such option '--net'; write --network"),
+        (["list", "-a"], "No such option '-a'; leave it out: ended jobs are listed too"),
+        (["rm", "-f", "1"], "No such option '-f'; write --force"),
+        (["stop", "-s", "KILL", "1"], "No such option '-s'; write --signal"),
+        (["volume", "prune"], "No such command 'prune'; write worker-cli volume rm"),
+        (["rmi"], "No such command 'rmi'; perhaps rm; see worker-cli --help"),
+        (["list", "--labl=a"], "; perhaps --label; see worker-cli list --help"),
         (["run", "-v", "/tmp:/tmp", "x"], "directories of the host are never mounted"),
         (["list", "--status", "DONE"], "'DONE' is not one of"),
         (["list", "--limit", "0"], "0 is not in the range"),
+        (["log", "1", "--tail"], "'--tail' requires an argument; see worker-cli log --help"),
+        (["volume", "create", "--size"], "an argument; see worker-cli volume create --help"),
+        (["log", "1", "--follow=yes"], "'--follow' does not take a value; see worker-cli log -"),
+        (["--server"], "'--server' requires an argument; see worker-cli --help"),
     ],
 )
 def test_misuse_is_one_line_and_exit_code_2(
@@ -65,6 +85,19 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert len(lines) == 1
     assert lines[0].startswith("worker-cli: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("path", HINTS)
+def test_hints_are_for_words_that_mean_nothing_here(path: str) -> None:
+    command: click.Command = worker_cli
+    for name in path.split()[1:]:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    known = {word for each in command.params for word in each.opts}
+    known |= set(command.commands) if isinstance(command, click.Group) else set()
+    words = " ".join(HINTS[path].values()).split()
+    assert known.isdisjoint(words)
+    assert len(words) == len(set(words))
 
 
 @pytest.mark.parametrize("arguments", [["bogus"], ["--bogus"], ["certs", "renew"], ["demo", "x"]])
@@ -124,9 +157,10 @@ def test_error_is_one_json_object_where_json_is_asked_for(
 
 
 def test_misuse_is_json_too(tmp_path: Path) -> None:
-    done = call("--json", "status", "x", home=tmp_path)
-    assert done.returncode == 2
-    assert json.loads(done.stderr)["error"]["exit_code"] == 2
+    for arguments in (["status", "x"], ["log", "1", "--tail"]):
+        done = call("--json", *arguments, home=tmp_path)
+        assert done.returncode == 2
+        assert json.loads(done.stderr)["error"]["exit_code"] == 2
 
 
 def test_control_characters_in_an_error_are_made_visible(tmp_path: Path) -> None:

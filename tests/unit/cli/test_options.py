@@ -98,13 +98,13 @@ def test_variable_that_is_not_set_is_named_and_no_command_is_run(file: Path, val
 
 def test_file_that_is_no_text_is_refused(file: Path) -> None:
     file.write_bytes(b"\xff\n")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8 text; convert it to UTF-8"):
         read_settings(file)
 
 
 def test_file_that_cannot_be_read_is_refused(file: Path) -> None:
     file.mkdir()
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory; put a file of text there"):
         read_settings(file)
 
 

@@ -11,12 +11,14 @@ import pytest
 from jobworker.cli.admin import worker
 from jobworker.cli.app import worker_cli
 from jobworker.cli.parameters import (
+    Filled,
     Label,
     LabelSought,
     Megabytes,
     Moment,
     Percent,
     Size,
+    Typed,
     User,
     Variable,
     VariableFile,
@@ -64,21 +66,31 @@ def test_user_of_another_form_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("64", 64 << 20), ("0", 0), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("500K", 500 << 10)],
+    [
+        *(("64", 64 << 20), ("0", 0), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("500K", 500 << 10)),
+        *(("1.5", 3 << 19), (" 64", 64 << 20), ("0" * 13 + "1", 1 << 20), ("5000000B", 5_000_000)),
+        *(("64Mi", 64 << 20), ("1.5gi", 3 << 29), ("500Ki", 500 << 10), ("1Ti", 1 << 40)),
+    ],
 )
 def test_size_without_a_unit_is_of_megabytes(text: str, count: int) -> None:
     assert Megabytes().convert(text, None, None) == count
 
 
-@pytest.mark.parametrize("text", ["", "-1", "64 parsecs", "1e3", "2000T", "9" * 400])
+@pytest.mark.parametrize("text", ["", "-1", "64 parsecs", "1e3", "64iB"])
 def test_size_of_another_form_is_refused_with_the_unit(text: str) -> None:
-    assert "such as 64M or 2G; a number alone is MB" in refusal(Megabytes(), text)
+    assert "such as 500K, 64M or 2G; a number alone is MB" in refusal(Megabytes(), text)
+    assert "such as 500K, 64M or 2G; a number alone is bytes" in refusal(Size(), text)
+
+
+@pytest.mark.parametrize("text", ["2000T", "1000000000000", "9" * 13, "9" * 400])
+def test_size_that_is_too_large_is_refused_as_such(text: str) -> None:
+    assert "is more than 1024T; a number alone is MB" in refusal(Megabytes(), text)
 
 
 def test_percent_may_have_its_sign() -> None:
     assert [Percent().convert(text, None, None) for text in ("50", "200%", "0")] == [50, 200, 0]
-    for text in ("", "50 %%", "1.5", "half", "1_0"):
-        assert "is not a whole number of percent" in refusal(Percent(), text)
+    for text in ("", "50 %%", "1.5", "half", "1_0", "500m"):
+        assert "is not a whole number of percent; half a core is 50" in refusal(Percent(), text)
 
 
 def test_every_size_says_its_unit_in_the_help() -> None:
@@ -90,6 +102,19 @@ def test_every_size_says_its_unit_in_the_help() -> None:
     }
     assert set(told) == {"max_memory", "max_disk", "max_iobps", "max_output", "max_size", "size"}
     assert [name for name, text in told.items() if "a number alone is" not in (text or "")] == []
+
+
+def test_no_text_of_an_option_is_taken_for_nothing() -> None:
+    """Any may be a variable that a script has not set."""
+    lax = [
+        f"{command.name} {option.name}"
+        for command in [*commands_below(worker_cli), worker.commands["audit"]]
+        for option in command.params
+        if isinstance(option, click.Option) and not option.is_flag
+        if type(option.type) in (type(click.STRING), Typed)
+    ]
+    assert lax == []
+    assert "it is empty; give a value, or leave it out" in refusal(Filled(), "")
 
 
 def test_label_is_a_name_and_a_value() -> None:

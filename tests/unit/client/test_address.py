@@ -1,5 +1,7 @@
 """Addresses as people write them."""
 
+import re
+
 import pytest
 
 from jobworker.client.address import Address, parse_address
@@ -14,6 +16,7 @@ from jobworker.client.address import Address, parse_address
         ("[::1]", "::1", 50051),
         ("[::1]:65535", "::1", 65535),
         ("fe80::1", "fe80::1", 50051),
+        ("fe80::1%eth0", "fe80::1%eth0", 50051),
     ],
 )
 def test_host_and_port_are_told_apart(text: str, host: str, port: int) -> None:
@@ -25,10 +28,26 @@ def test_host_and_port_are_told_apart(text: str, host: str, port: int) -> None:
     [
         "", ":50051", "a:", "a:0", "a:65536", "a:99999999", "a:-1", "a:٣", "a:http",
         "[::1", "[::1]50051", "[localhost]:1", ".a:1", "a b:1", "u@h:1", "h/x", "a\n:1",
+        "a:1:2", "[a::g]:1", "::1\0", "\ud800::1",
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not|port"):
+        parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("::1:45819", "[::1]:45819"),
+        ("2001:db8::1:50051", "[2001:db8::1]:50051"),
+        ("https://worker1:1/x/", "worker1:1, without https://"),
+        ("wss://worker1", "worker1, without wss://"),
+        ("https://[::1]:1", "[::1]:1, without https://"),
+    ],
+)
+def test_address_of_another_form_is_told_as_it_is_written_here(text: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"write {meant}")):
         parse_address(text)
 
 

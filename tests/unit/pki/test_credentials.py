@@ -51,7 +51,7 @@ class Files:
         assert str(spoilt) in told.message
         assert told.remedy
         assert "\n" not in str(told)
-        return told.message
+        return str(told)
 
 
 @pytest.fixture
@@ -188,6 +188,7 @@ def test_file_that_may_not_be_read_is_named(
     finally:
         os.seteuid(user)
     assert "may not read it" in fault
+    assert ("(and nobody else)" in fault) == (which == "key")
 
 
 def server_fault(site: Site, stem: str) -> errors.CredentialsUnusable:

@@ -26,6 +26,7 @@ from jobworker.sandbox.start_failures import ENOTSUPP, explain
         ("change-directory", errno.EACCES, "let the job's user"),
         ("place", 0, "worker.max_concurrent_jobs"),
         ("volume", errno.ETOOMANYREFS, "stop the jobs that keep them"),
+        ("volume", errno.EBUSY, "`worker-cli list --json` tells the volumes of each"),
     ],
 )
 def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -> None:
@@ -33,6 +34,21 @@ def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -
     assert remedy in (error.remedy or "")
     others = {"allow user namespaces", "TasksMax=", "/dev/net/tun", "--max-memory"} - {remedy}
     assert not any(other in (error.remedy or "") for other in others)
+
+
+@pytest.mark.parametrize(
+    ("program", "remedy"),
+    [
+        ("nosuch", "check the spelling; programs are"),
+        ("echo hello", "give program and arguments apart"),
+        (" ", "give program and arguments apart"),
+        ("./x", "files of the client's machine are not there; programs are"),
+    ],
+)
+def test_program_that_is_not_there_is_told_in_quotes(program: str, remedy: str) -> None:
+    error = explain({"step": "execute", "errno": errno.ENOENT, "detail": program})
+    assert error.message == f"cannot run '{program}': no such program inside the job's root"
+    assert remedy in error.remedy
 
 
 @pytest.mark.parametrize(
@@ -62,6 +78,10 @@ def test_reply_that_could_not_be_sent_is_told_as_that() -> None:
 
 def test_volume_that_is_not_there_is_told_by_its_name() -> None:
     error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "cache"})
-    assert "there is no such volume" in str(error)
+    assert str(error).endswith(
+        "there is no such volume; see `worker-cli volume list`, or create it"
+    )
+    error = explain({"step": "volume", "errno": errno.ENOENT, "detail": "cache"})  # to remove it
+    assert str(error).endswith("there is no such volume; see `worker-cli volume list`")
     error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "/dev/loop-control"})
     assert "no such volume" not in str(error)
