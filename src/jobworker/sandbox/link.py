@@ -66,6 +66,8 @@ log = logging.getLogger("jobworker.sandbox")
 
 SILENT_SECONDS = 10.0
 """The launcher's turns take milliseconds (`sandbox.turns`)."""
+FAREWELL_SECONDS = 20.0
+"""How long a launcher of the service's own may take to end."""
 LOOK_SECONDS = 1.0
 
 Exits = trio.MemoryReceiveChannel[Exit]
@@ -503,11 +505,21 @@ async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
 
 
 async def _reap(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the launcher, which bounds its own farewell; kill it if it breaks its word."""
-    with trio.move_on_after(20):
+    """Wait for the launcher, which bounds its own farewell; kill it if it breaks its word.
+
+    A service that has given up root's rights may not: then it says what it leaves behind.
+    """
+    with trio.move_on_after(FAREWELL_SECONDS):
         await in_thread(process.wait, abandon_on_cancel=True)
     if process.returncode is None:
-        process.kill()
+        try:
+            process.kill()
+        except PermissionError:
+            log.error(
+                "the launcher has not ended in %g s and is left with its jobs: process %d",
+                FAREWELL_SECONDS,
+                process.pid,
+            )
 
 
 def _order_fields(order: Order) -> dict[str, object]:

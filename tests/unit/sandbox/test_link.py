@@ -1,8 +1,12 @@
 """The service's side of its conversation with a launcher that the test plays."""
 
+import errno
 import socket
+import subprocess
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import pytest
 import trio
@@ -11,7 +15,7 @@ from attrs import evolve
 
 from jobworker.errors import LauncherGone, LauncherSilent
 from jobworker.model.job import JobId
-from jobworker.sandbox import channel
+from jobworker.sandbox import channel, link
 from jobworker.sandbox.asks import Ask
 from jobworker.sandbox.launch import Listed
 from jobworker.sandbox.link import Link
@@ -173,3 +177,26 @@ async def test_launcher_of_before_is_not_told_what_it_cannot_keep(
             nursery.cancel_scope.cancel()
     told = {"cause": "stop", "kill_in_ms": 7} if keeps_asks else {}
     assert received[0] == {"id": 1, "op": "kill", "job": 3, **told}
+
+
+async def test_launcher_that_does_not_end_and_may_not_be_killed_is_left(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a service that is root no more finds a guard that is stopped."""
+    del autojump_clock
+    has_ended = threading.Event()
+
+    class Guard:
+        pid, returncode = 4711, None
+
+        def wait(self) -> None:
+            has_ended.wait()
+
+        def kill(self) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    try:
+        await link._reap(cast("subprocess.Popen[bytes]", Guard()))
+    finally:
+        has_ended.set()
+    assert "process 4711" in caplog.text
