@@ -15,10 +15,12 @@ T = TypeVar("T")
 
 def checked(doing: str, cls: type[T], **values: object) -> T:
     """A `cls` of these values. Raises InvalidParams: "cannot DOING: path: what is wrong"."""
-    try:
-        plain = {name: as_plain(value) for name, value in values.items()}
-    except (TypeError, ValueError, AttributeError, OverflowError) as fault:
-        raise InvalidParams(f"cannot {doing}: {fault}") from None
+    plain = {}
+    for name, value in values.items():
+        try:
+            plain[name] = as_plain(value)
+        except ValueError as fault:
+            raise InvalidParams(f"cannot {doing}: {name}: {fault}") from None
     made, faults = faults_of(cls, plain)
     if made is None or faults:
         raise InvalidParams(f"cannot {doing}: " + "; ".join(faults))

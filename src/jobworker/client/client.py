@@ -45,6 +45,7 @@ from jobworker.errors import (
     ProtocolError,
     ShuttingDown,
 )
+from jobworker.exact import kind
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.volumes import Volume
@@ -232,7 +233,7 @@ class Client:
         """
         if not isinstance(params, m.PruneParams):
             raise InvalidParams(
-                f"cannot prune: what is to go must be PruneParams, not {params!r}",
+                f"cannot prune: what is to go must be PruneParams, not {kind(params)}",
                 remedy="such as PruneParams(older_than_seconds=86400)",
             )
         sound = checked("prune", m.PruneParams, **asdict(params))

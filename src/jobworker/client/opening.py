@@ -14,6 +14,7 @@ from jobworker.client.client import PATIENCE_SECONDS, Client
 from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
+from jobworker.exact import kind
 
 
 @asynccontextmanager
@@ -141,19 +142,27 @@ async def _dial(
 
 def _file(name: str, path: object) -> Path:
     if not isinstance(path, str | PathLike):
-        raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {path!r}")
+        raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {kind(path)}")
     return Path(path)
 
 
 def _check_seconds(name: str, seconds: object) -> None:
     """Raise InvalidParams for what is no time to wait; infinity is one."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
-        raise InvalidParams(f"cannot connect: {name}: must be 0 or more seconds, not {seconds!r}")
+    wrong: object = kind(seconds)
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool):
+        try:
+            wrong = float(seconds)
+        except OverflowError:
+            wrong = "one of hundreds of digits"
+        else:
+            if wrong >= 0:
+                return
+    raise InvalidParams(f"cannot connect: {name}: must be 0 or more seconds, not {wrong}")
 
 
 def _parsed(address: str) -> Address:
     if not isinstance(address, str):
-        raise InvalidParams(f"cannot connect: the address is no string but {address!r}")
+        raise InvalidParams(f"cannot connect: the address is no string but {kind(address)}")
     try:
         return parse_address(address)
     except ValueError as fault:
