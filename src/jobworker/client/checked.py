@@ -9,8 +9,15 @@ from typing import TypeVar
 
 from jobworker.convert import as_plain, faults_of
 from jobworker.errors import InvalidParams
+from jobworker.exact import kind
 
 T = TypeVar("T")
+
+
+def check_callback(doing: str, name: str, value: object) -> None:
+    """Raise InvalidParams for what is neither None nor to be called."""
+    if value is not None and not callable(value):
+        raise InvalidParams(f"cannot {doing}: {name}: must be a function, not {kind(value)}")
 
 
 def checked(doing: str, cls: type[T], **values: object) -> T:

@@ -160,7 +160,12 @@ class Client:
         Traceback (most recent call last):
         jobworker.errors.CommandNotFound: cannot run no-such-program: ...
         """
-        params = m.RunParams(job=_spec(spec), follow=DELIVERY if follow else None)
+        job = _spec(spec)
+        if type(follow) is not bool:
+            raise InvalidParams(
+                f"cannot run the command: follow: must be true or false, not {kind(follow)}"
+            )
+        params = m.RunParams(job=job, follow=DELIVERY if follow else None)
         uncertain = "the job may have been started: see the list before running it again"
         link, result = await self._call_once("job.run", params, m.RunResult, uncertain)
         first = None if result.subscription is None else link.following(result.subscription, 0)

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Self
 
 from attrs import define, evolve, field
 
-from jobworker.client.checked import checked
+from jobworker.client.checked import check_callback, checked
 from jobworker.client.following import DELIVERY, Chunk, Following
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,
     FollowerStalled,
+    InvalidParams,
     JobworkerError,
     ShuttingDown,
 )
-from jobworker.model.job import JobId, JobRecord, JobStatus, Stream
+from jobworker.exact import kind
+from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobStatus, Stream
 from jobworker.protocol import messages as m
 
 if TYPE_CHECKING:
@@ -118,7 +120,13 @@ class Job:
         ...     print(chunk.data)
         b'hello\\n'
         """
+        check_callback("follow the job", "on_break", on_break)
         ago = since.total_seconds() if isinstance(since, timedelta) else None
+        if not isinstance(since, datetime | timedelta | None):
+            told = f"must be a datetime or a timedelta, not {kind(since)}"
+            raise InvalidParams(f"cannot follow the job: since: {told}")
+        if not 0 <= (ago or 0) <= MAX_TIMEOUT_SECONDS:
+            raise InvalidParams("cannot follow the job: since: must be from 0 to 3650 days ago")
         params = checked(
             "follow the job",
             m.LogParams,

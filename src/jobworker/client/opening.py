@@ -10,6 +10,7 @@ import trio
 from attrs import define
 
 from jobworker.client.address import Address, parse_address
+from jobworker.client.checked import check_callback
 from jobworker.client.client import PATIENCE_SECONDS, Client
 from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
@@ -65,6 +66,8 @@ async def open_client(
     credentials = Credentials(_file("ca", ca), _file("certificate", certificate), _file("key", key))
     _check_seconds("patience_seconds", patience_seconds)
     _check_seconds("start_patience_seconds", start_patience_seconds)
+    check_callback("connect", "on_lost", on_lost)
+    check_callback("connect", "on_refused", on_refused)
     credentials.read()
     client = Client(
         address=where,

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,8 @@ BAD: dict[str, Use] = {
     "output(since='10m')": lambda client: anext(client.job(7).output(since="10m")),  # type: ignore[arg-type]
     "output(since=-1s)": lambda client: anext(client.job(7).output(since=timedelta(seconds=-1))),
     "run(['\\udcff'])": lambda client: client.run(["\udcff"]),
+    "output(on_break=5)": lambda client: anext(client.job(7).output(on_break=5)),  # type: ignore[arg-type]
+    "run(follow='x')": lambda client: client.run(["true"], follow="x"),  # type: ignore[arg-type]
     "run([b'ls'])": lambda client: client.run([b"ls"]),  # type: ignore[list-item]
     "run([1])": lambda client: client.run(["sleep", 1]),  # type: ignore[list-item]
     "run(5)": lambda client: client.run(5),  # type: ignore[arg-type]
@@ -181,6 +183,20 @@ async def test_value_of_any_kind_is_taken_or_refused_in_our_words(
     assert not LEAKS.search(told)
 
 
+@pytest.mark.parametrize(
+    "since",
+    ["x", "2026-01-01", 5, date(2026, 1, 1), timedelta(days=-1), timedelta(days=4000)],
+    ids=str,
+)
+async def test_time_to_begin_at_is_refused_by_its_own_name(since: Any) -> None:
+    async with connected() as (client, _):
+        with pytest.raises(
+            InvalidParams,
+            match=r"job: since: must be (a datetime or a timedelta,|from 0 to 3650 days)",
+        ):
+            client.job(7).output(since=since)
+
+
 async def test_pruning_takes_its_own_parameters_alone() -> None:
     async with connected() as (client, _):
         with pytest.raises(
@@ -243,6 +259,14 @@ def test_asyncio_is_told_in_words(tmp_path: Path) -> None:
 async def test_address_that_is_no_string(address: object) -> None:
     with pytest.raises(InvalidParams, match="cannot connect"):
         async with jobworker.open_client(address, ca="a", certificate="b", key="c"):  # type: ignore[arg-type]
+            pass
+
+
+@pytest.mark.parametrize("name", ["on_lost", "on_refused"])
+async def test_what_is_to_hear_of_it_and_cannot_be_called(name: str) -> None:
+    opened = jobworker.open_client("host", ca="a", certificate="b", key="c", **{name: 5})  # type: ignore[arg-type]
+    with pytest.raises(InvalidParams, match=f"{name}: must be a function, not an integer"):
+        async with opened:
             pass
 
 
