@@ -192,7 +192,7 @@ class JobSpec:
     command: tuple[str, ...] = field(validator=_check_command)
     """The program, a path or a name looked up in the job's PATH, and its arguments."""
     environment: Mapping[str, str] = field(factory=dict, validator=_check_environment)
-    """Variables besides the sandbox's own (PATH, HOME, USER, LANG, TERM…), which these replace."""
+    """Variables besides the sandbox's own (PATH, HOME, USER, LANG…), which these replace."""
     secret_environment: Mapping[str, str] = field(
         factory=dict, validator=_check_environment, repr=False
     )
