@@ -247,7 +247,7 @@ async def test_killed_launcher_ends_the_service_with_a_reason(
         with trio.fail_after(20):
             await service.process.wait()
         assert service.process.returncode == 71
-        assert "the launcher has ended" in service.log_text()
+        assert "the launcher has ended; see its last words above" in service.log_text()
         await until(lambda: processes("sleep\x007654322") == [])
     async with open_embedded(directory) as service, open_wire(service) as wire:
         await wire.run("true")
