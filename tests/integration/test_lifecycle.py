@@ -205,6 +205,7 @@ async def test_restart_keeps_history_output_and_ids(open_directory: Callable[[],
         assert await wire.call("job.status", id=before["id"]) == {**before, "warnings": []}
         stopped = await wire.call("job.status", id=running)
         assert stopped["state"] == "STOPPED", "an orderly end stops what runs"
+        assert stopped["detail"] == "its service ended"
         result = await wire.call("job.log", id=before["id"])
         out, err, job = await wire.output(result["subscription"])
         assert (out, err, job) == (b"kept\n", b"", before)
