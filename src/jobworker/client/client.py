@@ -248,7 +248,8 @@ class Client:
         """Make a volume: a disk of that size which outlives jobs, at least 16 MiB.
 
         The server's disk has it reserved. A thin one takes what is written to it, and a job that
-        writes to it while that disk is full loses what it writes, and is FAILED.
+        writes to it while that disk is full loses what it writes, and is FAILED. Either must fit
+        into what is free there when it is made.
 
         Raises InvalidParams where it exists, or the server's disk has no room for it.
 

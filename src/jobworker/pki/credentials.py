@@ -25,8 +25,8 @@ SERVER_REMEDY = "make a set with 'worker certs init --dir DIR' and name it in th
 """Where there is no usable CA: its clients' certificates are of no use without it either."""
 RENEWAL = (
     "get the server a new certificate and key of the same CA, which keeps its clients: from those "
-    "who run it, or, where that is 'worker certs', by 'worker certs renew server --dir DIR' (--host "
-    "NAME for another name)"
+    "who run it, or, where that is 'worker certs', by 'worker certs renew server --dir DIR' "
+    "(--host NAME for another name)"
 )
 PEM_BYTES_MAX = 1024 * 1024  # far above any chain; a wrong path may name a disk image
 
