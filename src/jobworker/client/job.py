@@ -112,7 +112,8 @@ class Job:
         With `tail_lines` or `since` (a moment, or so long ago by the server's clock) each stream
         begins later, with a whole line: at the latest of all. A moment without a zone is local
         time. With `follow` it goes on to the job's last byte, else it ends with what there is now.
-        Without `coalesce` no chunk joins what was written at two times. `on_break` hears of each
+        Without `coalesce` no chunk joins what was written at two times. What is written to both
+        streams one shortly after the other may come in the other order. `on_break` hears of each
         lost connection, and of the offset at which it goes on.
 
         >>> job = await client.run(["sh", "-c", "echo hello; echo oops >&2"])
