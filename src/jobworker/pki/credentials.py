@@ -46,8 +46,10 @@ class _Encrypted(Exception):
     """OpenSSL asked for a passphrase."""
 
 
-def read_pem(path: Path, what: str, label: str, remedy: str) -> PemFile:
+def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = "") -> PemFile:
     """Read a PEM file of at most `PEM_BYTES_MAX`; `label` is what its BEGIN line must hold.
+
+    `absent` is the remedy where there is no such file, if it is another.
 
     Raises `CredentialsUnusable`.
     """
@@ -57,8 +59,7 @@ def read_pem(path: Path, what: str, label: str, remedy: str) -> PemFile:
         with path.open("rb") as file:
             content = file.read(PEM_BYTES_MAX + 1)
     except FileNotFoundError:
-        mend = f"name the file that is meant, or {remedy}"
-        raise _unusable(path, what, "there is no such file", mend) from None
+        raise _unusable(path, what, "there is no such file", absent or remedy) from None
     except PermissionError:
         allow = f"let this user (and nobody else) read {path}"
         raise _unusable(path, what, "this user may not read it", allow) from None
