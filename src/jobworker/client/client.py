@@ -464,5 +464,6 @@ def _connecting(address: Address) -> Iterator[None]:
     except trio.TooSlowError:
         raise ConnectionFailed(
             f"cannot connect to {address}: no answer within {CONNECT_SECONDS:.0f} s",
-            remedy="is a firewall in between? check --server or WORKER_SERVER",
+            remedy="is a firewall in between? check the address (of worker-cli: --server or "
+            "WORKER_SERVER)",
         ) from None
