@@ -262,16 +262,28 @@ def as_plain(value: object) -> object:
     """A value of Python as it would come out of JSON; what JSON has no form for, itself.
 
     What Python has several forms for is taken in each: a sequence or another iterable, a member of
-    an enumeration or its value.
+    an enumeration or its value. Raises ValueError for what is nested deeper than `MAX_DEPTH`, as
+    what holds itself is, and where the value's own code fails.
     """
+    try:
+        return _as_plain(value, MAX_DEPTH)
+    except Exception as fault:
+        raise ValueError(f"cannot be read: {_short(str(fault) or type(fault).__name__)}") from fault
+
+
+def _as_plain(value: object, depth: int) -> object:
+    if depth < 0:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Enum):  # before str and int, which a member may be as well
+        return _as_plain(value.value, depth - 1)
     if isinstance(value, str | bytes | bytearray | int | float | None):
         return value
     if isinstance(value, Mapping):
-        return {name: as_plain(content) for name, content in value.items()}
+        return {name: _as_plain(content, depth - 1) for name, content in value.items()}
     if isinstance(value, Iterable):
-        return [as_plain(content) for content in value]
+        return [_as_plain(content, depth - 1) for content in value]
     simple = unstructure(value)
-    return simple if simple is value else as_plain(simple)
+    return simple if simple is value else _as_plain(simple, depth - 1)
 
 
 def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str, ...]:
@@ -286,7 +298,12 @@ def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str,
             missing = attribute.default is attrs.NOTHING
             faults.extend([f"{name}: is missing"] * missing)
             continue
-        made, found = _made_or_faults(attribute.type, as_plain(values[name]))
+        try:
+            plain = as_plain(values[name])
+        except ValueError as fault:
+            faults.append(f"{name}: {fault}")
+            continue
+        made, found = _made_or_faults(attribute.type, plain)
         faults.extend(_below(name, path, what) for path, what in found)
         if not found and attribute.validator is not None:
             try:

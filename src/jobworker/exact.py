@@ -86,7 +86,11 @@ def member(value: object, cls: type[Enum]) -> Enum:
 
 def moment(value: object, _: object) -> datetime:
     """Take an ISO 8601 date and time that carries its zone."""
-    found = datetime.fromisoformat(string(value, str))
+    text = string(value, str)
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("must be a date and time, such as 2026-01-31T12:00:00Z") from None
     if found.tzinfo is None:
         raise ValueError("must carry a time zone, such as 2026-01-31T12:00:00Z")
     try:

@@ -283,7 +283,7 @@ async def test_silent_server_is_given_up(site: Site, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.2)
     async with listening(stay_silent) as address:
-        with pytest.raises(ConnectionFailed, match="no answer within"):
+        with pytest.raises(ConnectionFailed, match=r"no answer within .* check the address \("):
             async with jobworker.open_client(address, **site.files()):
                 raise AssertionError("the connection was made")
 
@@ -292,6 +292,14 @@ async def test_bad_address_is_refused(site: Site) -> None:
     with pytest.raises(InvalidParams, match="port"):
         async with jobworker.open_client("host:0", **site.files()):
             raise AssertionError("the connection was made")
+
+
+@pytest.mark.parametrize("address", ["no.such.host.invalid", "127.0.0.1:1"])
+async def test_remedy_of_an_address_is_for_every_caller(site: Site, address: str) -> None:
+    with pytest.raises(ConnectionFailed) as caught:
+        async with jobworker.open_client(address, **site.files()):
+            raise AssertionError("the connection was made")
+    assert "the address (of worker-cli: --server or " in caught.value.remedy
 
 
 async def echo(websocket: trio_websocket.WebSocketConnection) -> None:

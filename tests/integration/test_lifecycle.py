@@ -205,6 +205,7 @@ async def test_restart_keeps_history_output_and_ids(open_directory: Callable[[],
         assert await wire.call("job.status", id=before["id"]) == {**before, "warnings": []}
         stopped = await wire.call("job.status", id=running)
         assert stopped["state"] == "STOPPED", "an orderly end stops what runs"
+        assert stopped["detail"] == "its service ended"
         result = await wire.call("job.log", id=before["id"])
         out, err, job = await wire.output(result["subscription"])
         assert (out, err, job) == (b"kept\n", b"", before)
@@ -247,7 +248,7 @@ async def test_killed_launcher_ends_the_service_with_a_reason(
         with trio.fail_after(20):
             await service.process.wait()
         assert service.process.returncode == 71
-        assert "the launcher has ended" in service.log_text()
+        assert "the launcher has ended; see its last words above" in service.log_text()
         await until(lambda: processes("sleep\x007654322") == [])
     async with open_embedded(directory) as service, open_wire(service) as wire:
         await wire.run("true")

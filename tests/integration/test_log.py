@@ -50,6 +50,8 @@ async def test_since_begins_with_what_was_written_then(admin: Wire) -> None:
     assert await log_of(admin, job, since=between.isoformat()) == (b"", b"")
     assert await log_of(admin, job, since="2020-01-01T00:00:00Z") == (b"one\n", b"")
     assert await log_of(admin, job, since_seconds=3600) == (b"one\n", b"")
+    with pytest.raises(Refused, match="cannot follow the job: streams: is empty"):
+        await admin.call("job.log", id=job, streams=[])
 
 
 async def test_job_may_end_or_go_whenever_somebody_asks_for_it(admin: Wire) -> None:

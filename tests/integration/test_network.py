@@ -101,6 +101,21 @@ async def test_none_has_a_loopback_and_nothing_else(admin: Wire) -> None:
     assert out == "['lo']\nconnected\nconnected\n127.0.0.1\n", err
 
 
+@pytest.mark.parametrize("uid", [0, 1000])
+@pytest.mark.parametrize("network", ["none", "private"])
+async def test_job_pings_in_a_network_of_its_own(admin: Wire, network: str, uid: int) -> None:
+    script = """
+import socket
+for family, protocol, host, echo in ((2, 1, "127.0.0.1", 8), (10, 58, "::1", 128)):
+    with socket.socket(family, socket.SOCK_DGRAM, protocol) as sock:
+        sock.settimeout(20)
+        sock.sendto(bytes([echo, *bytes(7)]) + b"anyone?", (host, 0))
+        print(sock.recv(100)[8:])
+"""
+    out, err, _ = await admin.run("python3", "-c", script, network=network, uid=uid)
+    assert out == "b'anyone?'\n" * 2, err
+
+
 async def test_none_has_names_of_its_own(admin: Wire) -> None:
     out, _, job = await admin.run(
         "sh", "-c", "cat /etc/hosts; echo --; cat /etc/resolv.conf; ls -A /run", network="none"

@@ -275,6 +275,9 @@ def test_sigterm_ends_the_launcher_and_all_of_its_jobs(open_directory: Callable[
         assert channel.receive(opened.sock) is None
         channel.close_all([stdout, stderr])
         opened.close()
+    told = (directory / "launcher-log").read_text()
+    assert told.count("INFO launcher: a service has come") == 1
+    assert "INFO launcher: leaving: SIGTERM; jobs killed: 1\n" in told
     assert left_behind(directory) == []
 
 

@@ -96,6 +96,7 @@ def test_ways_lead_to_the_outside(seen: dict[str, Any]) -> None:
         "udp device 10.77.0.2",
         "udp ifindex ::ffff:10.77.0.2",
         "udp unicast-if 10.77.0.2",
+        "ping plain 10.77.0.2",
         "message pktinfo-0.0.0.0 10.77.0.2",
         "message pktinfo6-::ffff:10.0.2.100 ::ffff:10.77.0.2",
         "parts 10.77.0.2",

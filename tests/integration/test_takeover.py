@@ -396,7 +396,8 @@ async def test_job_that_the_launcher_does_not_have_is_lost(
             with trio.fail_after(20):
                 await service.process.wait()
             assert service.process.returncode == 71
-            assert "the launcher has ended" in service.log_text()
+            why = "the launcher has ended; see the log of `worker launcher` for why"
+            assert why in service.log_text()
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
             data, record = await log_of(wire, job)

@@ -122,7 +122,10 @@ async def test_volumes_outlive_the_service(open_directory: Callable[[], Path]) -
     ("call", "words"),
     [
         ({"name": "cache", "size_bytes": 16 * MIB}, "it exists"),
-        ({"name": "huge", "size_bytes": 1 << 43}, "no room for it"),
+        *(
+            ({"name": "huge", "size_bytes": 1 << 43, "thin": thin}, r"directory has \d+ MiB for it")
+            for thin in (False, True)
+        ),
         ({"name": "small", "size_bytes": 1000}, "size_bytes"),
         ({"name": "../x", "size_bytes": 16 * MIB}, "is no name"),
         ({"name": ".x", "size_bytes": 16 * MIB}, "is no name"),

@@ -88,6 +88,7 @@ def faults(value: object) -> tuple[str, ...]:
         ("colour", "green", "must be one of red, blue"),
         ("colour", 0, "must be a string, not an integer"),
         ("time", "2026-01-31T12:00:00", "must carry a time zone, such as 2026-01-31T12:00:00Z"),
+        ("time", "x", "must be a date and time, such as 2026-01-31T12:00:00Z"),
         ("time", "9999-12-31T23:59:59-01:00", "must lie between the years 1 and 9999 in UTC"),
         ("choice", "c", "must be one of a, b"),
         ("choice", ["a"], "must be one of a, b"),

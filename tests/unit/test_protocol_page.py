@@ -9,6 +9,7 @@ from pathlib import Path
 from jobworker.convert import structure
 from jobworker.protocol.methods import METHODS
 from jobworker.protocol.session import ClientSession
+from jobworker.sandbox.plan import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -38,3 +39,8 @@ def test_every_example_of_a_request_and_its_reply_is_sound() -> None:
             assert session.receive(json.dumps(reply)) is not None
             seen.add(method.name)
     assert seen == set(METHODS)
+
+
+def test_variables_that_are_named_are_those_of_a_job() -> None:
+    (named,) = re.findall(r"the sandbox's own \((.*)…\)", PAGE)
+    assert set(named.split(", ")) <= set(ENVIRONMENT)

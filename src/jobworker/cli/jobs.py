@@ -148,7 +148,8 @@ async def run(  # noqa: PLR0913 - each option is an argument
     """Run COMMAND as a job. All that comes after COMMAND is its own, dashes included.
 
     With --follow Ctrl-C detaches: the job goes on; on a terminal, control characters are shown and
-    not acted upon. A limit of 0 asks for none.
+    not acted upon. A limit of 0 asks for none. What the job writes to its two outputs one shortly
+    after the other may be kept in the other order; `exec 2>&1` in its shell makes them one.
     """
     spec = make_spec(
         command,

@@ -70,7 +70,8 @@ async def log(
     """Print the output of JOB, its standard error on standard error.
 
     On a terminal, control characters are shown and not acted upon. Where the connection breaks, it
-    is made anew and the output goes on where it stopped.
+    is made anew and the output goes on where it stopped. What a job writes to its two outputs one
+    shortly after the other may be kept in the other order; `exec 2>&1` in its shell makes them one.
     """
     streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
     look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)

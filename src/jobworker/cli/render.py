@@ -17,6 +17,7 @@ from jobworker.model.job import (
     KILLED_FOR_MEMORY,
     LOSSES_UNKNOWN,
     LOST_WRITES,
+    SERVICE_ENDED,
     JobRecord,
     JobSpec,
     JobStatus,
@@ -157,7 +158,7 @@ def _why_ended(record: JobRecord) -> str:
         Reason.LOST: f"was lost{detail or ': its launcher ended while it ran'}",
     }
     if record.state is State.STOPPED:
-        return "was stopped"
+        return "was stopped" + (f": {SERVICE_ENDED}" if SERVICE_ENDED in record.detail else "")
     return "" if record.reason is None else words.get(record.reason, "")
 
 

@@ -25,7 +25,7 @@ def volume() -> None:
     required=True,
     help="Its size: 100M, 10G; a number alone is MB of 2^20 bytes.",
 )
-@click.option("--thin", is_flag=True, help="Take from the disk what is written, no more.")
+@click.option("--thin", is_flag=True, help="Take from the disk only what is written.")
 @json_option()
 @click.argument("name", type=Typed())
 @pass_invocation
@@ -33,7 +33,9 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
     """Make the volume NAME.
 
     Its size is reserved on the server's disk. With --thin it is not: a job that writes to it
-    while that disk is full loses what it writes, and FAILs.
+    while that disk is full loses what it writes, and FAILs. The size must fit into what is free
+    there in both cases; an empty thin volume takes what its file system needs, such as 257 MiB
+    of 60 GiB.
     """
     _check_name("create", name)
     if not MIN_DISK_BYTES <= size <= MAX_DISK_BYTES:

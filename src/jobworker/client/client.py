@@ -45,6 +45,7 @@ from jobworker.errors import (
     ProtocolError,
     ShuttingDown,
 )
+from jobworker.exact import kind
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.volumes import Volume
@@ -159,7 +160,12 @@ class Client:
         Traceback (most recent call last):
         jobworker.errors.CommandNotFound: cannot run 'no-such-program': ...
         """
-        params = m.RunParams(job=_spec(spec), follow=DELIVERY if follow else None)
+        job = _spec(spec)
+        if type(follow) is not bool:
+            raise InvalidParams(
+                f"cannot run the command: follow: must be true or false, not {kind(follow)}"
+            )
+        params = m.RunParams(job=job, follow=DELIVERY if follow else None)
         uncertain = "the job may have been started: see the list before running it again"
         link, result = await self._call_once("job.run", params, m.RunResult, uncertain)
         first = None if result.subscription is None else link.following(result.subscription, 0)
@@ -232,7 +238,7 @@ class Client:
         """
         if not isinstance(params, m.PruneParams):
             raise InvalidParams(
-                f"cannot prune: what is to go must be PruneParams, not {params!r}",
+                f"cannot prune: what is to go must be PruneParams, not {kind(params)}",
                 remedy="such as PruneParams(older_than_seconds=86400)",
             )
         sound = checked("prune", m.PruneParams, **asdict(params))
@@ -242,7 +248,8 @@ class Client:
         """Make a volume: a disk of that size which outlives jobs, at least 16 MiB.
 
         The server's disk has it reserved. A thin one takes what is written to it, and a job that
-        writes to it while that disk is full loses what it writes, and is FAILED.
+        writes to it while that disk is full loses what it writes, and is FAILED. Either must fit
+        into what is free there when it is made.
 
         Raises InvalidParams where it exists, or the server's disk has no room for it.
 
@@ -457,5 +464,6 @@ def _connecting(address: Address) -> Iterator[None]:
     except trio.TooSlowError:
         raise ConnectionFailed(
             f"cannot connect to {address}: no answer within {CONNECT_SECONDS:.0f} s",
-            remedy="is a firewall in between? check --server or WORKER_SERVER",
+            remedy="is a firewall in between? check the address (of worker-cli: --server or "
+            "WORKER_SERVER)",
         ) from None

@@ -153,14 +153,15 @@ async def _reach(address: Address) -> trio.SocketStream:
         why = error.strerror if isinstance(error, OSError) else "it is no host name"
         raise HostUnknown(
             f"cannot connect to {address}: cannot resolve {address.host!r}: {why}",
-            remedy="check the name in --server or WORKER_SERVER",
+            remedy="check the name in the address (of worker-cli: --server or WORKER_SERVER)",
         ) from None
     except OSError as error:
         # For several addresses trio gives a group of what each attempt met.
         why = _system_reason(error.__cause__) or _system_reason(error) or str(error)
         raise ConnectionFailed(
             f"cannot connect to {address}: {why}",
-            remedy="is `worker serve` running there? check --server or WORKER_SERVER",
+            remedy="is `worker serve` running there? check the address (of worker-cli: --server or "
+            "WORKER_SERVER)",
         ) from None
     _keep_alive(stream)
     return stream
@@ -184,7 +185,7 @@ def _refusal(address: Address, failure: BaseException | None) -> JobworkerError:
     why = _system_reason(failure) or "the connection broke"
     return ConnectionFailed(
         f"cannot connect to {address}: the server broke off ({why})",
-        remedy="its log may say why; check --cert and --key as well",
+        remedy="its log may say why; check the certificate and the key as well",
     )
 
 
@@ -194,7 +195,7 @@ def _other_server(
     return cls(
         f"cannot connect to {address}: the server closed the connection, "
         f"or does not speak {SUBPROTOCOL} ({why})",
-        remedy="check that --server names a jobworker service, and its log",
+        remedy="check that a jobworker service has this address, and its log",
     )
 
 
@@ -211,7 +212,7 @@ def _rejection(address: Address, rejected: Rejected) -> JobworkerError:
     return NoService(
         f"cannot connect to {address}: the server answered HTTP {rejected.status}"
         + (f": {excerpt}" if excerpt else ""),
-        remedy="check that --server names a jobworker service",
+        remedy="check that a jobworker service has this address",
     )
 
 

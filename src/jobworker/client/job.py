@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Self
 
 from attrs import define, evolve, field
 
-from jobworker.client.checked import checked
+from jobworker.client.checked import check_callback, checked
 from jobworker.client.following import DELIVERY, Chunk, Following
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,
     FollowerStalled,
+    InvalidParams,
     JobworkerError,
     ShuttingDown,
 )
-from jobworker.model.job import JobId, JobRecord, JobStatus, Stream
+from jobworker.exact import kind
+from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobStatus, Stream
 from jobworker.protocol import messages as m
 
 if TYPE_CHECKING:
@@ -110,7 +112,8 @@ class Job:
         With `tail_lines` or `since` (a moment, or so long ago by the server's clock) each stream
         begins later, with a whole line: at the latest of all. A moment without a zone is local
         time. With `follow` it goes on to the job's last byte, else it ends with what there is now.
-        Without `coalesce` no chunk joins what was written at two times. `on_break` hears of each
+        Without `coalesce` no chunk joins what was written at two times. What is written to both
+        streams one shortly after the other may come in the other order. `on_break` hears of each
         lost connection, and of the offset at which it goes on.
 
         >>> job = await client.run(["sh", "-c", "echo hello; echo oops >&2"])
@@ -118,7 +121,13 @@ class Job:
         ...     print(chunk.data)
         b'hello\\n'
         """
+        check_callback("follow the job", "on_break", on_break)
         ago = since.total_seconds() if isinstance(since, timedelta) else None
+        if not isinstance(since, datetime | timedelta | None):
+            told = f"must be a datetime or a timedelta, not {kind(since)}"
+            raise InvalidParams(f"cannot follow the job: since: {told}")
+        if not 0 <= (ago or 0) <= MAX_TIMEOUT_SECONDS:
+            raise InvalidParams("cannot follow the job: since: must be from 0 to 3650 days ago")
         params = checked(
             "follow the job",
             m.LogParams,

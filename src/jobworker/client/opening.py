@@ -10,10 +10,12 @@ import trio
 from attrs import define
 
 from jobworker.client.address import Address, parse_address
+from jobworker.client.checked import check_callback
 from jobworker.client.client import PATIENCE_SECONDS, Client
 from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
+from jobworker.exact import kind
 
 
 @asynccontextmanager
@@ -64,6 +66,8 @@ async def open_client(
     credentials = Credentials(_file("ca", ca), _file("certificate", certificate), _file("key", key))
     _check_seconds("patience_seconds", patience_seconds)
     _check_seconds("start_patience_seconds", start_patience_seconds)
+    check_callback("connect", "on_lost", on_lost)
+    check_callback("connect", "on_refused", on_refused)
     credentials.read()
     client = Client(
         address=where,
@@ -141,19 +145,27 @@ async def _dial(
 
 def _file(name: str, path: object) -> Path:
     if not isinstance(path, str | PathLike):
-        raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {path!r}")
+        raise InvalidParams(f"cannot connect: {name}: must be the path of a file, not {kind(path)}")
     return Path(path)
 
 
 def _check_seconds(name: str, seconds: object) -> None:
     """Raise InvalidParams for what is no time to wait; infinity is one."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
-        raise InvalidParams(f"cannot connect: {name}: must be 0 or more seconds, not {seconds!r}")
+    wrong: object = kind(seconds)
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool):
+        try:
+            wrong = float(seconds)
+        except OverflowError:
+            wrong = "one of hundreds of digits"
+        else:
+            if wrong >= 0:
+                return
+    raise InvalidParams(f"cannot connect: {name}: must be 0 or more seconds, not {wrong}")
 
 
 def _parsed(address: str) -> Address:
     if not isinstance(address, str):
-        raise InvalidParams(f"cannot connect: the address is no string but {address!r}")
+        raise InvalidParams(f"cannot connect: the address is no string but {kind(address)}")
     try:
         return parse_address(address)
     except ValueError as fault:

@@ -42,6 +42,7 @@ from jobworker.jobs.spool import Spool, with_sizes
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,
+    SERVICE_ENDED,
     JobId,
     JobRecord,
     JobSpec,
@@ -121,6 +122,8 @@ class Execution:
     """Whether nothing of it is waited for any more: this service ends."""
     _unwanted: trio.Event = field(factory=trio.Event, init=False)
     """Set once its start is not waited for any longer."""
+    _ends_with_service: bool = field(default=False, init=False)
+    """Whether nobody asked for its end before this service, which ends, did."""
     refused: bool = field(default=False, init=False)
     """Whether its client was told that it could not be admitted."""
     start_error: JobworkerError | None = field(default=None, init=False)
@@ -161,6 +164,11 @@ class Execution:
         self._unwanted.set()
         if not self._link.keeps_asks:  # then the record alone tells the next service
             self._changed.set()
+
+    def end_with_service(self, grace_seconds: float) -> None:
+        """Ask for the end as `request_stop` does, since this service ends: the record tells why."""
+        self._ends_with_service = not self._ending.stopping
+        self.request_stop(signal.SIGTERM, grace_seconds)
 
     def _on_told(self) -> None:
         """Record a stop: the launcher has it, so that the next service finds all of it there."""
@@ -571,6 +579,8 @@ class Execution:
 
     def _advanced(self, event: Event, **changes: object) -> JobRecord:
         state = advance(self.record.state, event)
+        if event is Event.STOP and self._ends_with_service:
+            self._note(SERVICE_ENDED)
         if state in TERMINAL:
             changes.setdefault("ended_at", self._ended_at(0))
         return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]

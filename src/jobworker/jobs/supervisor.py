@@ -395,15 +395,10 @@ class Supervisor:
         """
         execution = self._live.get(job)
         if execution is not None:
-            self._ask_to_end(execution, number, grace_seconds)
+            execution.request_stop(number, grace_seconds)
+            self._end_without_a_place(execution)
             await self._hear_of(execution, execution.parted)
         return await self.wait(job, who)
-
-    def _ask_to_end(
-        self, execution: Execution, number: signal.Signals, grace_seconds: float | None
-    ) -> None:
-        execution.request_stop(number, grace_seconds)
-        self._end_without_a_place(execution)
 
     def _end_without_a_place(self, execution: Execution) -> None:
         if execution in self._pending:
@@ -496,7 +491,8 @@ class Supervisor:
         await self._close()
         executions = list(self._live.values())
         for execution in executions:
-            self._ask_to_end(execution, signal.SIGTERM, grace_seconds)
+            execution.end_with_service(grace_seconds)
+            self._end_without_a_place(execution)
         await self._all((each.parted for each in executions), grace_seconds + KILL_SECONDS)
         await self._let_go(executions)
 

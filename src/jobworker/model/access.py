@@ -151,5 +151,6 @@ def role_name_fault(name: str) -> str | None:
 def no_such_job(job: int) -> NotFound:
     """What is told of a job that does not exist, and of one that the caller may not know of."""
     return NotFound(
-        f"cannot find job {job}: no such job", remedy="see the ids in `worker-cli list`"
+        f"cannot find job {job}: no such job",
+        remedy="see the ids in the list of jobs (`worker-cli list`)",
     )

@@ -192,7 +192,7 @@ class JobSpec:
     command: tuple[str, ...] = field(validator=_check_command)
     """The program, a path or a name looked up in the job's PATH, and its arguments."""
     environment: Mapping[str, str] = field(factory=dict, validator=_check_environment)
-    """Variables besides the sandbox's own (PATH, HOME, USER, LANG, TERM…), which these replace."""
+    """Variables besides the sandbox's own (PATH, HOME, USER, LANG…), which these replace."""
     secret_environment: Mapping[str, str] = field(
         factory=dict, validator=_check_environment, repr=False
     )
@@ -313,6 +313,8 @@ LOST_WRITES = "is lost: the host could not write it"
 """How `detail` ends of a job that lost some of what it wrote."""
 LOSSES_UNKNOWN = "is not known: the host could not look"
 """How `detail` ends of a job that may have lost some of what it wrote to a volume."""
+SERVICE_ENDED = "its service ended"
+"""In `detail` of a job that was stopped since its service ended, and nobody else asked for that."""
 KILLED_FOR_MEMORY = "killed for memory"
 """In `detail` where processes were killed for memory, and not for the job's own limit."""
 

@@ -2,9 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from types import UnionType
-from typing import Literal, TypeVar, cast, get_args, get_origin
+from typing import Literal, TypeVar, Union, cast, get_args, get_origin
 
 import attrs
 from attrs import AttrsInstance
@@ -18,16 +19,21 @@ T = TypeVar("T")
 def told(cls: type[T]) -> type[T]:
     """Have a class of attrs, with keywords alone, raise InvalidParams that names the value."""
     make = cast("Callable[..., None]", cls.__init__)
-    simple = _simple_fields(cls)
+    takes = _checked_fields(cls)
 
     @wraps(make)
     def init(self: T, *args: object, **values: object) -> None:
         if args:
             raise InvalidParams(f"cannot make a {cls.__name__}: give its values by name")
         try:
-            for name, kinds in simple.items():
-                if name in values and type(values[name]) not in kinds:
-                    raise TypeError(f"{name} is of a wrong type")
+            for name, (kinds, choices) in takes.items():
+                if name not in values:
+                    continue
+                value = values[name]
+                if isinstance(value, Enum) and type(value) not in kinds:
+                    value = values[name] = value.value
+                if type(value) not in kinds or (choices and value not in choices):
+                    raise TypeError(f"{name}: cannot be made of a {type(value).__name__}")
             make(self, **values)
         except InvalidParams:
             raise
@@ -39,24 +45,27 @@ def told(cls: type[T]) -> type[T]:
     return cls
 
 
-def _simple_fields(cls: type) -> dict[str, set[type]]:
-    """The fields that hold one text, number or boolean, and the types that each takes.
+def _checked_fields(cls: type) -> dict[str, tuple[set[type], set[object]]]:
+    """The fields that hold one text, number, boolean or object of attrs: the types that each takes,
+    and the values where they are few.
 
-    Looked at before all else: validators of numbers pass over what is none.
+    Looked at before all else: validators of numbers pass over what is none, and others are absent.
     """
     found = {}
     for each in attrs.fields(cast("type[AttrsInstance]", cls)):
-        origin, parts = get_origin(each.type), get_args(each.type)
-        if origin is Literal:
-            kinds = {type(value) for value in parts}
-        elif origin is None or origin is UnionType:
-            kinds = set(parts) or {cast("type", each.type)}
-        else:
+        union = get_origin(each.type) in (Union, UnionType)
+        parts = get_args(each.type) if union else (each.type,)
+        literals = [part for part in parts if get_origin(part) is Literal]
+        classes = {part for part in parts if isinstance(part, type)}
+        if len(literals) + len(classes) < len(parts):
             continue
+        choices = {value for literal in literals for value in get_args(literal)}
+        kinds = classes | set(map(type, choices))
+        if choices and type(None) in kinds:
+            choices.add(None)
         if float in kinds:
             kinds.add(int)
-        if kinds <= {str, int, float, bool, type(None)}:
-            found[each.name] = kinds
+        found[each.name] = kinds, choices
     return found
 
 

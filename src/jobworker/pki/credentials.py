@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 SERVER_REMEDY = "make a set with 'worker certs init --dir DIR' and name it in the configuration"
 """Where there is no usable CA: its clients' certificates are of no use without it either."""
 RENEWAL = (
-    "make the server a new certificate and key of the same CA, which keeps its clients: 'worker "
-    "certs renew server --dir DIR' (--host NAME for another name), where the CA's key is"
+    "get the server a new certificate and key of the same CA, which keeps its clients: from those "
+    "who run it, or, where that is 'worker certs', by 'worker certs renew server --dir DIR' "
+    "(--host NAME for another name)"
 )
 PEM_BYTES_MAX = 1024 * 1024  # far above any chain; a wrong path may name a disk image
 
@@ -45,8 +46,10 @@ class _Encrypted(Exception):
     """OpenSSL asked for a passphrase."""
 
 
-def read_pem(path: Path, what: str, label: str, remedy: str) -> PemFile:
+def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = "") -> PemFile:
     """Read a PEM file of at most `PEM_BYTES_MAX`; `label` is what its BEGIN line must hold.
+
+    `absent` is the remedy where there is no such file, if it is another.
 
     Raises `CredentialsUnusable`.
     """
@@ -56,7 +59,7 @@ def read_pem(path: Path, what: str, label: str, remedy: str) -> PemFile:
         with path.open("rb") as file:
             content = file.read(PEM_BYTES_MAX + 1)
     except FileNotFoundError:
-        raise _unusable(path, what, "there is no such file", remedy) from None
+        raise _unusable(path, what, "there is no such file", absent or remedy) from None
     except PermissionError:
         who = "this user" if label == "CERTIFICATE" else "this user (and nobody else)"
         allow = f"let {who} read {path}"
@@ -112,7 +115,7 @@ def _pair_fault(
     """Find out which of the two files OpenSSL did not take."""
     # A key of another type lands in another slot of the context, where no certificate is.
     if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-        if certificate.content.count(b"-----BEGIN CERTIFICATE-----") > 1:
+        if _belongs_to_a_later_one(certificate, key):
             alien = f"it does not belong to the first certificate of {certificate.path}"
             remedy = "put the key's own certificate first there, and those of its CAs after it"
         else:
@@ -127,6 +130,19 @@ def _pair_fault(
         damaged = f"it is damaged ({_reason(exc)})"
         return _unusable(certificate.path, f"{side} certificate", damaged, remedy)
     return _unusable(key.path, f"{side} key", f"it is damaged ({_reason(error)})", remedy)
+
+
+def _belongs_to_a_later_one(certificate: PemFile, key: PemFile) -> bool:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        own = load_pem_private_key(key.content, None).public_key()
+        later = x509.load_pem_x509_certificates(certificate.content)[1:]
+        return any(each.public_key() == own for each in later)
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # then nobody can tell
+        return False
 
 
 def _reason(error: ssl.SSLError) -> str:

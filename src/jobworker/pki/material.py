@@ -37,10 +37,10 @@ class ServerFiles:
     ) -> "ServerFiles":
         """Read the files. Raises `CredentialsUnusable` that names the one which is unusable."""
         return cls(
-            ca=read_pem(ca, "CA certificate", "CERTIFICATE", SERVER_REMEDY),
-            certificate=read_pem(certificate, "server certificate", "CERTIFICATE", RENEWAL),
-            key=read_pem(key, "server key", "PRIVATE KEY", RENEWAL),
-            crl=None if crl is None else read_pem(crl, "revocation list", "X509 CRL", CRL_REMEDY),
+            ca=_read(ca, "CA certificate", "CERTIFICATE", SERVER_REMEDY),
+            certificate=_read(certificate, "server certificate", "CERTIFICATE", RENEWAL),
+            key=_read(key, "server key", "PRIVATE KEY", RENEWAL),
+            crl=None if crl is None else _read(crl, "revocation list", "X509 CRL", CRL_REMEDY),
         )
 
     @contextmanager
@@ -60,3 +60,8 @@ class ServerFiles:
                 key=place(self.key),
                 crl=None if self.crl is None else place(self.crl),
             )
+
+
+def _read(path: Path, what: str, label: str, remedy: str) -> PemFile:
+    absent = f"name the file that is meant in the configuration, or {remedy}"
+    return read_pem(path, what, label, remedy, absent=absent)

@@ -37,7 +37,7 @@ chain with an RSA key below 2,048 bits or a curve below 224, and none that is si
 
 _CLIENT_REMEDY = (
     "copy ca-cert.pem and a client's two files from the directory of 'worker certs init', "
-    "or name others with --ca, --cert and --key"
+    "or name others (for worker-cli: with --ca, --cert and --key)"
 )
 
 

@@ -207,13 +207,13 @@ def _pivot_root(step: s.PivotRoot, _: Means) -> None:
     os.chdir("/")
 
 
-def _unshare_network(_: s.UnshareNetwork, __: Means) -> None:
-    network.unshare_network()
+def _unshare_network(step: s.UnshareNetwork, _: Means) -> None:
+    network.unshare_network(range(step.first_gid, step.first_gid + step.ids))
 
 
-def _enter_network(_: s.EnterNetwork, means: Means) -> None:
+def _enter_network(step: s.EnterNetwork, means: Means) -> None:
     assert means.way is not None, "a network with a gateway has a way to it"
-    private_network.enter(means.way)
+    private_network.enter(means.way, range(step.first_gid, step.first_gid + step.ids))
 
 
 def _write_names(step: s.WriteNames, _: Means) -> None:

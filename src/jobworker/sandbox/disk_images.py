@@ -152,8 +152,10 @@ def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
     image = os.open(workshop.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         disk = os.fstatvfs(image)
-        if disk.f_bavail * disk.f_frsize < size + workshop.keep_free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the service's state directory")
+        free = max(0, disk.f_bavail * disk.f_frsize - workshop.keep_free)
+        if free < size:
+            where = f"the service's state directory has {free >> 20} MiB for it"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
         os.ftruncate(image, size)
         blank = None if journal else workshop.blanks.get(size)
         if blank is None:

@@ -94,8 +94,7 @@ class Launcher:
             signal.signal(number, lambda *_: None)
 
         def on_signal() -> None:
-            os.read(awake, 64)
-            self._leave("")
+            self._leave(signal.Signals(os.read(awake, 64)[0]).name)
 
         self._turns.watch(awake, on_signal)
 
@@ -141,6 +140,8 @@ class Launcher:
             self._refuse_version(number, why)
             return
         self._greeted = True
+        if self._doorway is not None:
+            say("a service has come", "INFO")
         self._reply(number, {})
 
     def _refuse_version(self, number: int, why: str) -> None:
@@ -223,7 +224,8 @@ class Launcher:
         if self._leave_by is not None:
             return
         if reason:
-            say(f"leaving: {reason}", "INFO")
+            killed = sum(child.exit is None for child in self._jobs.started_after(0))
+            say(f"leaving: {reason}{f'; jobs killed: {killed}' if killed else ''}", "INFO")
         self._leave_by = time.monotonic() + FAREWELL_SECONDS
         self._turns.call_in(FAREWELL_SECONDS, self._be_late)
         if self._link is not None:

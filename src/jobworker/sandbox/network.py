@@ -10,7 +10,8 @@ no capability of it reaches the interfaces, routes and settings of even its own 
 
 Settings below /proc/sys/net are each namespace's own. They are changed while a /proc is at hand
 that may be written to. Every port may be listened at, as there is no one else there to take it
-from. In a private network only the loopback has IPv6, as the wall lets none of it through.
+from, and a job may ping. In a private network only the loopback has IPv6, as the wall lets none of
+it through.
 
 Standard library only.
 """
@@ -28,20 +29,26 @@ _IFF_UP = 1
 _STAGE = "/run/.jobworker"
 """A place to mount for a moment: /run is the job's own and empty."""
 _PORTS = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+_PINGS = "/proc/sys/net/ipv4/ping_group_range"
+"""Of IPv6 as well. A new network lets no group send any."""
 _WITHOUT_IPV6 = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
 
 
-def unshare_network() -> None:
-    """Enter a network namespace of one's own, with its loopback up."""
+def unshare_network(groups: range) -> None:
+    """Enter a network namespace of one's own, with its loopback up; see `allow` for `groups`."""
     sc.unshare(sc.CLONE_NEWNET)
     bring_up("lo")
-    open_ports()
+    allow(groups)
 
 
-def open_ports() -> None:
-    """Let every port be listened at, low ones too: ip(7)."""
-    with open(_PORTS, "w", encoding="ascii") as file:
-        file.write("0")
+def allow(groups: range) -> None:
+    """Let every port be listened at, low ones too (ip(7)), and `groups` send pings (icmp(7)).
+
+    The groups are the job's, as this process's user namespace numbers them.
+    """
+    for path, text in ((_PORTS, "0"), (_PINGS, f"{groups[0]} {groups[-1]}")):
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
 
 
 def keep_to_ipv4() -> None:

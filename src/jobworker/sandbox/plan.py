@@ -208,7 +208,9 @@ def prepare(
     owner = slot.first_uid
     return (
         s.AttachScope(),
-        *_network(own_network),  # before the domain, which would keep it away from its gateway
+        *_network(
+            own_network, slot
+        ),  # before the domain, which would keep it away from its gateway
         s.ScopeSocketsAndSignals(),
         s.KeepOwnDescriptors(view.null),
         s.UnshareCgroupNamespace(),
@@ -280,10 +282,11 @@ def finish(order: Order) -> tuple[s.ChangeDirectory, s.Execute]:
     )
 
 
-def _network(own: OwnNetwork | None) -> tuple[s.Step, ...]:
+def _network(own: OwnNetwork | None, slot: Slot) -> tuple[s.Step, ...]:
     if own is None:
         return ()
-    return (s.EnterNetwork(),) if own.has_gateway else (s.UnshareNetwork(),)
+    step = s.EnterNetwork if own.has_gateway else s.UnshareNetwork
+    return (step(slot.first_uid, slot.ids),)
 
 
 def _names(own: OwnNetwork | None) -> tuple[s.Step, ...]:

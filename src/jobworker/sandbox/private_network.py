@@ -130,8 +130,10 @@ def _overlap(one: int, one_length: int, two: int, two_length: int) -> bool:
     return one >> shift == two >> shift
 
 
-def enter(way: Way) -> None:
+def enter(way: Way, groups: range) -> None:
     """In the process that becomes the job: enter the network, wait until it is up, and wall it in.
+
+    `groups` are those of the job: see `network.allow`.
 
     It must not be in a Landlock domain yet, which would keep it from the gateway's descriptors.
     Raises OSError: the kernel's, or one with errno 0 whose file name is what slirp4netns said.
@@ -147,7 +149,7 @@ def enter(way: Way) -> None:
         raise OSError(code, os.strerror(code), str(detail))
     namespace, ready, said = descriptors
     sc.setns(namespace, sc.CLONE_NEWNET)
-    network.open_ports()
+    network.allow(groups)
     poll = select.poll()
     poll.register(ready, select.POLLIN)
     if not poll.poll(START_SECONDS * 1000):

@@ -139,7 +139,7 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
         return NotFound(f"cannot reach the job: {detail}", data=data)
     absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)
     if step == "volume" or absent:
-        return _explain_volume(code, str(detail), data)
+        return _explain_volume(code, str(detail), str(problem.get("why") or ""), data)
     subject = f" ({detail})" if detail and code else ""
     remedy = _SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, "")
     if detail == WALL and code == errno.EPERM:
@@ -155,12 +155,14 @@ def _reason(code: int) -> str:
     return os.strerror(code) if code != ENOTSUPP else "the kernel has no room for another filter"
 
 
-def _explain_volume(code: int, name: str, data: Mapping[str, object]) -> JobworkerError:
+def _explain_volume(code: int, name: str, more: str, data: Mapping[str, object]) -> JobworkerError:
     kind, why, remedy = _VOLUME_FAULTS.get(
         code, (SandboxError, os.strerror(code), "see `worker serve`'s log")
     )
     if data["step"] == "open-volume" and code == errno.ENOENT:
         remedy += ", or create it"
+    if code == errno.ENOSPC and more:
+        why = f"{why}: {more}"
     what = f"use the volume {name}" if name else "list the volumes"
     return kind(f"cannot {what}: {why}", remedy=remedy, data=data)
 

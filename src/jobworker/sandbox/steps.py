@@ -150,9 +150,17 @@ class PivotRoot(NamedTuple):
 class UnshareNetwork(NamedTuple):
     """Leave the host's network for one with nothing but a loopback: network_namespaces(7)."""
 
+    first_gid: int
+    """The job's first group, as the launcher numbers it, which may ping there as the rest may."""
+    ids: int
+
 
 class EnterNetwork(NamedTuple):
     """Enter the network that a gateway has made, once it is up."""
+
+    first_gid: int
+    """See `UnshareNetwork`."""
+    ids: int
 
 
 class WriteNames(NamedTuple):

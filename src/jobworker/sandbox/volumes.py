@@ -128,7 +128,9 @@ def _start(chores: Chores, work: partial[Message], done: Done, name: str) -> Non
     """Start a chore whose failure is told as that of a volume; "" is all of them."""
 
     def told(outcome: Message) -> None:
-        done({**outcome, "step": "volume", "detail": name} if "errno" in outcome else outcome)
+        if "errno" in outcome:
+            outcome = {**outcome, "step": "volume", "detail": name, "why": outcome.get("detail")}
+        done(outcome)
 
     try:
         chores.start(work, told)

@@ -277,7 +277,7 @@ async def _stop(context: Context, caller: Caller, params: m.StopParams) -> JobRe
 
 async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:
     if not params.streams:
-        raise InvalidParams("cannot subscribe: streams: is empty; name stdout, stderr or both")
+        raise InvalidParams("cannot follow the job: streams: is empty; name stdout, stderr or both")
     supervisor, who = context.supervisor, caller.identity.common_name
     record = await supervisor.record(params.id, who)
     until = None if params.follow else record.stdout_bytes + record.stderr_bytes

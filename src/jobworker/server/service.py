@@ -191,7 +191,7 @@ async def _serve_until_signal(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
-            nursery.start_soon(_watch, link)
+            nursery.start_soon(_watch, link, not prepared.settings.launcher.socket)
             tell_watchdog = partial(_tell_watchdog, prepared.notifier)
             nursery.start_soon(incidents.keep_running, "watchdog", tell_watchdog)
             nursery.start_soon(listener.serve)
@@ -267,10 +267,12 @@ def _announce(prepared: Prepared) -> None:
     prepared.notifier.tell(READY="1", STATUS=f"listening on {address}", **{ADDRESS_FIELD: address})
 
 
-async def _watch(link: Link) -> None:
+async def _watch(link: Link, is_own: bool) -> None:
     await link.gone.wait()
+    where = "its last words above" if is_own else "the log of `worker launcher` for why"
     raise LauncherGone(
-        "cannot go on: the launcher has ended", remedy="see its last words above, and start again"
+        "cannot go on: the launcher has ended",
+        remedy=f"see {where}, and start {'again' if is_own else 'both again'}",
     )
 
 

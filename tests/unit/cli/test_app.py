@@ -191,6 +191,8 @@ def test_values_stand_after_a_blank_or_an_equal_sign(tmp_path: Path) -> None:
 def test_version_and_help_are_told(tmp_path: Path) -> None:
     assert b"0." in call("--version", home=tmp_path).stdout
     assert b"--max-memory" in call("run", "--help", home=tmp_path).stdout
+    for command in ("run", "log"):
+        assert b"exec 2>&1" in call(command, "--help", home=tmp_path).stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

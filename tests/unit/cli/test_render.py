@@ -12,6 +12,7 @@ from jobworker.model.job import (
     KILLED_FOR_MEMORY,
     LOSSES_UNKNOWN,
     LOST_WRITES,
+    SERVICE_ENDED,
     JobId,
     JobRecord,
     JobSpec,
@@ -128,6 +129,10 @@ def test_status_tells_how_a_job_ended() -> None:
             ],
         ),
         (evolve(RUNNING, state=State.STOPPED, signal=15), ["job 7 was stopped"]),
+        (
+            evolve(RUNNING, state=State.STOPPED, detail=f"a word; {SERVICE_ENDED}"),
+            ["job 7 was stopped: its service ended"],
+        ),
         (
             evolve(OOM, reason=Reason.DISK, exit_code=0, detail=f"it {LOST_WRITES}"),
             [f"job 7 ended with code 0, but cannot be trusted: it {LOST_WRITES}"],

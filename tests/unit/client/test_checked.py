@@ -2,9 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -21,6 +24,28 @@ from jobworker.protocol import messages as m
 from .test_client import RECORD, connected
 
 Use = Callable[[Client], Awaitable[object]]
+
+ENDLESS: list[object] = []
+ENDLESS.append(ENDLESS)
+LOOP: dict[str, Any] = {}
+LOOP["x"] = LOOP
+
+
+class Failing:
+    """What cannot be looked through, by a fault of its own."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("boo")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("boo")
+
+
+class Net(StrEnum):
+    """A caller's own enumeration."""
+
+    PRIVATE = "private"
+
 
 BAD: dict[str, Use] = {
     "list(limit=0)": lambda client: client.list(limit=0),
@@ -45,9 +70,14 @@ BAD: dict[str, Use] = {
     "output(since='10m')": lambda client: anext(client.job(7).output(since="10m")),  # type: ignore[arg-type]
     "output(since=-1s)": lambda client: anext(client.job(7).output(since=timedelta(seconds=-1))),
     "run(['\\udcff'])": lambda client: client.run(["\udcff"]),
+    "output(on_break=5)": lambda client: anext(client.job(7).output(on_break=5)),  # type: ignore[arg-type]
+    "run(follow='x')": lambda client: client.run(["true"], follow="x"),  # type: ignore[arg-type]
     "run([b'ls'])": lambda client: client.run([b"ls"]),  # type: ignore[list-item]
     "run([1])": lambda client: client.run(["sleep", 1]),  # type: ignore[list-item]
     "run(5)": lambda client: client.run(5),  # type: ignore[arg-type]
+    "run(what holds itself)": lambda client: client.run(ENDLESS),  # type: ignore[arg-type]
+    "run(what fails)": lambda client: client.run(Failing()),  # type: ignore[arg-type]
+    "list(labels that hold themselves)": lambda client: client.list(labels=LOOP),
     "run('ls -l')": lambda client: client.run("ls -l"),
     "run(JobSpec of surrogates)": lambda client: client.run(JobSpec(command=("a", "\udcff"))),
     "run(JobSpec of a string)": lambda client: client.run(JobSpec(command="ls")),  # type: ignore[arg-type]
@@ -79,7 +109,19 @@ async def test_bad_value_is_an_error_of_the_parameters_and_is_not_sent(use: Use)
         (lambda: JobSpec(command=()), "cannot make a JobSpec: command: is empty"),
         (lambda: JobSpec(command=("a", 1)), r"JobSpec: command\[1\]: must be a string"),  # type: ignore[arg-type]
         (lambda: JobSpec(command=("a",), labels={"": "x"}), "labels: "),
+        (lambda: JobSpec(command=Failing()), "cannot make a JobSpec: command: cannot be read: boo"),  # type: ignore[arg-type]
         (JobSpec, "cannot make a JobSpec: command: is missing"),
+        *(
+            (partial(JobSpec, command=("a",), **{name: value}), f"make a JobSpec: {name}: {told}")  # type: ignore[arg-type]
+            for name, value, told in [
+                ("limits", None, "must be an object"),
+                ("limits", "x", "must be an object"),
+                ("limits", {"cpu_percent": 50}, "cannot be made of a dict"),
+                ("network", "bridge", "must be one of host, none, private"),
+                ("at_max_output", "boom", "must be one of discard-output, stop"),
+                ("timeout_seconds", "60", "must be a number"),
+            ]
+        ),
         (lambda: JobSpec(["ls"]), "cannot make a JobSpec: give its values by name"),  # type: ignore[call-arg, arg-type]
         (lambda: JobSpec(command=("a",), bogus=1), "cannot make a JobSpec: unknown name 'bogus'"),  # type: ignore[call-arg]
         (lambda: jobworker.VolumeMount(name=".."), "cannot make a VolumeMount: name: "),
@@ -95,7 +137,18 @@ def test_what_cannot_be_made_is_an_error_of_the_same_kind(
 
 WRONG: tuple[object, ...] = (
     *(None, 5, -1, "x", b"x", 1.5, True, [5], ["x"], [["x"]], {"A": 5}, {5: "A"}, {"A": None}),
-    *({"x"}, object(), datetime.now(UTC), 1 << 80, float("nan"), print, (None,)),
+    *(
+        {"x"},
+        object(),
+        datetime.now(UTC),
+        1 << 80,
+        float("nan"),
+        print,
+        (None,),
+        ENDLESS,
+        LOOP,
+        Failing(),
+    ),
 )
 LEAKS = re.compile(
     r"object of type|has no |not iterable|not subscriptable|expected|__init__|bytes-like"
@@ -103,7 +156,7 @@ LEAKS = re.compile(
 """Words of Python about code that the caller never saw."""
 
 
-@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize(
     ("cls", "name"),
     [
@@ -130,13 +183,29 @@ async def test_value_of_any_kind_is_taken_or_refused_in_our_words(
     assert not LEAKS.search(told)
 
 
+@pytest.mark.parametrize(
+    "since",
+    ["x", "2026-01-01", 5, date(2026, 1, 1), timedelta(days=-1), timedelta(days=4000)],
+    ids=str,
+)
+async def test_time_to_begin_at_is_refused_by_its_own_name(since: Any) -> None:
+    async with connected() as (client, _):
+        with pytest.raises(
+            InvalidParams,
+            match=r"job: since: must be (a datetime or a timedelta,|from 0 to 3650 days)",
+        ):
+            client.job(7).output(since=since)
+
+
 async def test_pruning_takes_its_own_parameters_alone() -> None:
     async with connected() as (client, _):
-        with pytest.raises(InvalidParams, match=r"cannot prune: .* must be PruneParams, not 5"):
+        with pytest.raises(
+            InvalidParams, match=r"cannot prune: .* must be PruneParams, not an integer"
+        ):
             await client.prune(5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seconds", ["x", -1, float("nan"), None, True])
+@pytest.mark.parametrize("seconds", ["x", -1, float("nan"), None, True, 10**400], ids=type)
 @pytest.mark.parametrize("name", ["patience_seconds", "start_patience_seconds"])
 async def test_patience_that_is_no_time_is_refused(name: str, seconds: object) -> None:
     opened = jobworker.open_client("host", ca="a", certificate="b", key="c", **{name: seconds})  # type: ignore[arg-type]
@@ -151,7 +220,7 @@ async def test_values_may_be_given_in_the_forms_that_python_has() -> None:
     async with connected() as (client, peer), trio.open_nursery() as nursery:
 
         async def serve() -> None:
-            for _ in range(3):
+            for _ in range(4):
                 call = await peer.call()
                 seen.append(call.params)
                 if call.method.name == "job.list":
@@ -163,8 +232,10 @@ async def test_values_may_be_given_in_the_forms_that_python_has() -> None:
         await client.list(states={"RUNNING"})
         await client.list(states=iter([State.RUNNING]))
         await client.run(word for word in ("echo", "x"))  # type: ignore[arg-type]
+        await client.run(JobSpec(command=("echo",), network=Net.PRIVATE))  # type: ignore[arg-type]
     running = m.ListParams(states=(State.RUNNING,))
-    assert seen == [running, running, m.RunParams(job=JobSpec(command=("echo", "x")))]
+    specs = JobSpec(command=("echo", "x")), JobSpec(command=("echo",), network="private")
+    assert seen == [running, running, *(m.RunParams(job=spec) for spec in specs)]
 
 
 async def test_moment_without_a_zone_is_local_time() -> None:
@@ -188,6 +259,14 @@ def test_asyncio_is_told_in_words(tmp_path: Path) -> None:
 async def test_address_that_is_no_string(address: object) -> None:
     with pytest.raises(InvalidParams, match="cannot connect"):
         async with jobworker.open_client(address, ca="a", certificate="b", key="c"):  # type: ignore[arg-type]
+            pass
+
+
+@pytest.mark.parametrize("name", ["on_lost", "on_refused"])
+async def test_what_is_to_hear_of_it_and_cannot_be_called(name: str) -> None:
+    opened = jobworker.open_client("host", ca="a", certificate="b", key="c", **{name: 5})  # type: ignore[arg-type]
+    with pytest.raises(InvalidParams, match=f"{name}: must be a function, not an integer"):
+        async with opened:
             pass
 
 

@@ -85,10 +85,25 @@ def test_certificate_after_that_of_its_authority_is_told_the_order(files: Files,
 
 
 @both_sides
+def test_key_of_no_certificate_in_a_chain_is_not_told_the_order(
+    files: Files, site: Site, side: str
+) -> None:
+    files.certificate.write_bytes(files.certificate.read_bytes() + files.ca.read_bytes())
+    shutil.copy(site.path("admin-client-key"), files.key)
+    with pytest.raises(errors.CredentialsUnusable) as caught:
+        files.make(side)
+    assert f"it does not belong to {files.certificate}" in caught.value.message
+    assert "first" not in str(caught.value)
+
+
+@both_sides
 @each_file
 def test_missing_file_is_named(files: Files, side: str, which: str) -> None:
     path: Path = getattr(files, which)
     path.unlink()
+    where = "name the file that is meant in the config" if side == "server" else "copy ca-cert.pem"
+    with pytest.raises(errors.CredentialsUnusable, match=f"no such file; {where}"):
+        files.make(side)
     assert "no such file" in files.fault(side, path)
 
 
