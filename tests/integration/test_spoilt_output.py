@@ -117,8 +117,8 @@ async def pruned(wire: Wire) -> list[object]:
     return sorted(jobs)
 
 
-async def kept_jobs(wire: Wire) -> list[int]:
-    jobs = [await start(wire, "echo kept") for _ in range(3)]
+async def kept_jobs(wire: Wire, count: int = 3) -> list[int]:
+    jobs = [await start(wire, "echo kept") for _ in range(count)]
     for job in jobs:
         await wire.call("job.wait", id=job)
     return jobs
@@ -190,3 +190,26 @@ async def test_output_of_an_end_that_was_told_outlives_a_power_cut(
     finally:
         with trio.CancelScope(shield=True):
             await trio.run_process(["umount", place])
+
+
+@pytest.mark.parametrize("what", ["a job's directory", "all of them"])
+async def test_job_that_was_removed_while_its_output_was_missing_stays_removed(
+    open_directory: Directory, what: str
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job, other = await kept_jobs(wire, 2)
+    output, away = spool(directory, job), directory / "away"
+    moved = output.parent if what == "all of them" else output
+    moved.rename(away)
+    async with service_in(directory) as (_, wire):
+        await wire.call("job.remove", id=job)
+    if moved.exists():
+        moved.rmdir()
+    away.rename(moved)
+    async with service_in(directory) as (service, wire):
+        with pytest.raises(Refused, match="no such job"):
+            await told(wire, job)
+        assert not output.exists()
+        assert f"job {job} was removed while its output was missing" in service.log_text()
+        await assert_back(wire, [other])

@@ -282,16 +282,22 @@ class Archive:
     async def remove(self, job: JobId, *, force: bool) -> int:
         """Remove an ended job, output and record: the bytes that its output had.
 
-        Raises Busy where its output is being followed (with `force` followers go on to its end).
+        Where its output is missing the history keeps that, so that the job stays removed when the
+        output is back (`takeover`). Raises Busy where its output is being followed (with `force`
+        followers go on to its end).
         """
         async with self._removing:
             with trio.CancelScope(shield=True):  # its output and its record go together
                 freed = await self._in_thread(partial(self._kept.remove, job, force=force))
                 self._budget.give_back(freed)
+                missing = self._kept.misses(job)
                 try:
+                    if missing:
+                        await self._history.note_missing(job)
                     await self._remove_record(job)
                 except JobworkerError:  # the disk is full still: the job stays, without output
-                    await self._note_removals([job])
+                    if not missing:
+                        await self._note_removals([job])
                     raise
                 await self._in_thread(partial(self._kept.clear_marks, [job]))
         return freed

@@ -213,6 +213,18 @@ class History:
         """
         await self._write(partial(_delete, job), f"cannot remove job {job} from the history")
 
+    async def note_missing(self, job: JobId) -> None:
+        """Keep that a job which is to be removed had output that was not there to be removed.
+
+        A record that says that its output was removed, or none, leaves all as it is. Raises
+        InternalError where the disk refuses.
+        """
+        await self._write(partial(_note_missing, job), f"cannot remove job {job} from the history")
+
+    async def removed_without_output(self, jobs: Collection[JobId]) -> frozenset[JobId]:
+        """Those of `jobs` that were removed while their output was missing."""
+        return await self._readers.search(partial(_select_removed, jobs))
+
     async def note(self, rows: Sequence[AuditRow]) -> None:
         """Add rows to the audit log: its table, then its file.
 
@@ -357,6 +369,14 @@ def _delete(job: JobId, connection: apsw.Connection) -> None:
         connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
 
+def _note_missing(job: JobId, connection: apsw.Connection) -> None:
+    connection.execute(
+        "INSERT OR IGNORE INTO removed SELECT id FROM jobs "
+        "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",
+        (job,),
+    )
+
+
 def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
     marks = ", ".join("?" * len(TERMINAL))
     rows = connection.execute(
@@ -369,6 +389,12 @@ def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
 
 def _select_known(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
     query = "SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(query, (dumps(list(jobs)),))
+    return frozenset(JobId(int(str(row[0]))) for row in rows)
+
+
+def _select_removed(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
+    query = "SELECT job FROM removed WHERE job IN (SELECT value FROM json_each(?))"
     rows = connection.execute(query, (dumps(list(jobs)),))
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 

@@ -24,7 +24,7 @@ from attrs import define, field, frozen
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
-from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job
+from jobworker.jobs.output_directory import clear_mark, disk_errors, mark_of, marked_job
 from jobworker.model.job import JobId
 
 _MAX_DIGITS = 16
@@ -148,13 +148,20 @@ class KeptOutput:
         Raises Busy where it is written, or read (not with `force`: readers go on to its end), and
         OutputError.
         """
+        directory = self._spools / str(job)
+        self._missing.discard(job)
         try:
-            freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
+            freed = remove_output(directory, force=force, ended=self._seals)
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
+            if not mark_of(directory).exists():
+                self._missing.add(job)
         self._kept.pop(job, None)
-        self._missing.discard(job)
         return freed
+
+    def misses(self, job: JobId) -> bool:
+        """Whether a job's output is not there, and was not removed by us."""
+        return job in self._missing
 
     @property
     def missing(self) -> int:
@@ -213,8 +220,9 @@ class KeptOutput:
         return kept.size if kept is not None else 0
 
     def clear_marks(self, jobs: Iterable[JobId]) -> None:
-        """Forget that the output of these jobs was removed: the history knows."""
+        """Forget that the output of these jobs was removed or missing: the history knows."""
         for job in jobs:
+            self._missing.discard(job)
             clear_mark(self._spools / str(job))
 
     def prune(

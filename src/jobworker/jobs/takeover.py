@@ -5,6 +5,7 @@
     started             no                     is FAILED, lost
     waiting             no                     waits again, unless it had secrets: no disk has them
     ended               yes                    is removed, and killed if it lives
+    removed, no output  either                 stays removed, and what it left goes
     nothing             either                 is adopted (`adoption`)
 
 Where a job's note knows more (`job_note`), which a full disk or an older copy of the history may be
@@ -24,7 +25,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -43,9 +44,10 @@ from jobworker.errors import (
     OutputError,
 )
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
+from jobworker.jobs.ended_output import remove_output
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import NOTE, mark_of
+from jobworker.jobs.output_directory import NOTE, clear_mark, mark_of
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
@@ -119,7 +121,12 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     unfinished = {record.id: record for record in history.unfinished}
     for job in (link.inherited.keys() & known) - unfinished.keys():
         await _remove(link, job)
-    unfinished |= await _adopt(link, history, spools, (there | link.inherited.keys()) - known, now)
+    unknown = (there | link.inherited.keys()) - known
+    removed = await history.removed_without_output(unknown)
+    for job in removed & link.inherited.keys():
+        await _remove(link, job)
+    await in_thread(partial(_finish_removals, spools, removed))
+    unfinished |= await _adopt(link, history, spools, unknown - removed, now)
     unfinished = await _ask_notes(spools, unfinished)
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
@@ -176,6 +183,18 @@ async def _adopt(
     history.pass_over(max((record.id for record in records), default=JobId(0)))
     tell_adopted(records, link.inherited.keys())
     return {record.id: record for record in records if not record.ended}
+
+
+def _finish_removals(spools: Path, jobs: Iterable[JobId]) -> None:
+    """Remove the output of jobs that were removed while it was missing."""
+    for job in sorted(jobs):
+        try:
+            remove_output(spools / str(job), force=True, ended=True)
+            clear_mark(spools / str(job))
+        except JobworkerError as error:
+            log.warning("job %d was removed, and what is in %s stays: %s", job, spools, error)
+        else:
+            log.warning("job %d was removed while its output was missing: that goes now", job)
 
 
 async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
