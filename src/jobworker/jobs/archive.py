@@ -15,7 +15,7 @@ go for the disk to have room again. Its record is its execution's until then.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -30,7 +30,7 @@ from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
-from jobworker.jobs.output_directory import disk_errors, mark_of
+from jobworker.jobs.output_directory import disk_errors, was_removed
 from jobworker.jobs.output_index import RECORD
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
@@ -67,6 +67,8 @@ class Archive:
     """Ended jobs whose output could not be looked at for want of descriptors."""
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
+    _live: set[JobId] = field(factory=set, init=False)
+    """Jobs of an earlier service that have not ended here yet: their records are not ours."""
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
@@ -86,8 +88,9 @@ class Archive:
         """What live jobs write within."""
         return OutputRoom(budget=self._budget, make_room=self.make_room)
 
-    async def load(self, live: Container[JobId] = ()) -> None:
+    async def load(self, live: Collection[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
+        self._live.update(live)
         await self._in_thread(partial(self._kept.load, live))
         newest = max((kept.ended_ns for kept in self._kept.all.values()), default=0)
         await self._in_thread(partial(self._ages.begin, newest))
@@ -121,6 +124,7 @@ class Archive:
         """Take up a job that has just ended, recorded or not, until `forget` with its record."""
         job = execution.record.id
         self._unsettled[job] = execution
+        self._live.discard(job)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
                 await self._take_up(job)
@@ -146,7 +150,7 @@ class Archive:
         directory = self._spools / str(record.id)
         if await in_thread(_exists, directory):
             return record
-        removed = await in_thread(_exists, mark_of(directory))
+        removed = await in_thread(was_removed, directory)
         async with self._removing:
             with trio.CancelScope(shield=True):
                 drop = partial(self._kept.drop, record.id, removed=removed)
@@ -237,7 +241,8 @@ class Archive:
             with trio.CancelScope(shield=True):  # what was removed must be noted
                 changes, gone = await self._in_thread(partial(self._prune, policy, only))
                 self._tell_missing()
-                await self._note_removals([*changes.marked, *(kept.job for kept in gone)])
+                marked = changes.marked - self._live
+                await self._note_removals([*marked, *(kept.job for kept in gone)])
         return changes.gone, gone
 
     def _tell_missing(self) -> None:

@@ -24,7 +24,7 @@ from attrs import define, field, frozen
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
-from jobworker.jobs.output_directory import clear_mark, disk_errors, mark_of, marked_job
+from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job, was_removed
 from jobworker.model.job import JobId
 
 _MAX_DIGITS = 16
@@ -154,7 +154,7 @@ class KeptOutput:
             freed = remove_output(directory, force=force, ended=self._seals)
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
-            if not mark_of(directory).exists():
+            if not was_removed(directory):
                 self._missing.add(job)
         self._kept.pop(job, None)
         return freed
@@ -182,11 +182,7 @@ class KeptOutput:
         Raises OutputError, OutOfDescriptors.
         """
         names = self._names()
-        marked = frozenset(
-            JobId(int(job))
-            for job in map(marked_job, names)
-            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS
-        )
+        marked = self._marked(names)
         gone = [kept for job, kept in self._kept.items() if str(job) not in names]
         for kept in gone:
             del self._kept[kept.job]
@@ -199,6 +195,17 @@ class KeptOutput:
             if job in self._kept:
                 back.append(self._kept[job])
         return Changes(marked, gone, back)
+
+    def _marked(self, names: Iterable[str]) -> frozenset[JobId]:
+        """The jobs that have the mark of a removal; one beside output that was put back goes."""
+        marked = set[JobId]()
+        for job in map(marked_job, names):
+            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS:
+                if was_removed(self._spools / job):
+                    marked.add(JobId(int(job)))
+                elif os.path.lexists(self._spools / job):
+                    clear_mark(self._spools / job)
+        return frozenset(marked)
 
     def _names(self) -> frozenset[str]:
         """What stands in the directory: nothing where it is missing itself."""

@@ -23,7 +23,6 @@ new ones; what stood in their place is set aside.
 
 import errno
 import logging
-import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -47,7 +46,7 @@ from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell
 from jobworker.jobs.ended_output import remove_output
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import NOTE, clear_mark, mark_of
+from jobworker.jobs.output_directory import clear_mark, was_removed
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
@@ -135,7 +134,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
             log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
             if alive is not None:
                 _let_go(*alive)
-            inheritance.ended.append(Ended(record, await _open_ended(spools, record)))
+            inheritance.ended.append(await _end_as_told(spools, record, now))
             continue
         if alive is None and (problem := _cannot_wait_again(record)):
             inheritance.ended.append(await _lose(spools, record, now, problem))
@@ -227,30 +226,19 @@ async def _open_spool(
         if _is_of_the_host(error):
             raise _cannot_go_on(record.id, error) from error
         missing, why = isinstance(error, NotFound), error.message
-    removed = ended and missing and await in_thread(_was_removed, directory)
-    kept = None
-    if removed:
-        await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
-    else:
-        kept = await in_thread(_set_aside, directory)
+    if ended and missing and await in_thread(was_removed, directory):
+        log.warning("job %s: its output was removed before its end was recorded", directory.name)
+        return Spool.gone(), evolve(record, output_removed_at=now)
+    kept = await in_thread(_set_aside, directory)
     spool = await in_thread(Spool.create, directory)
     with suppress(OutputError):  # it goes on without one
         await in_thread(make_note, directory.parent, record)
-    if removed:
-        log.warning("job %s: its output was removed before its end was recorded", directory.name)
-        return spool, evolve(record, output_removed_at=now)
     where = f"; it is set aside as {kept}" if kept else ""
     log.warning("job %s: its output so far is missing: %s%s", directory.name, why, where)
     if not lives:  # it has written nothing yet
         return spool, record
     note = f"output from before {now:%F %T} UTC is missing"
     return spool, evolve(record, detail="; ".join(filter(None, (record.detail, note))))
-
-
-def _was_removed(directory: Path) -> bool:
-    """A removal leaves a mark; where the disk refuses that, the note goes first, then the index."""
-    cut_short = directory.exists() and not (directory / NOTE).exists()
-    return cut_short or mark_of(directory).exists()
 
 
 def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
@@ -322,6 +310,13 @@ async def _open_ended(spools: Path, record: JobRecord) -> Spool:
         if record.output_removed_at is None:
             log.warning("job %d: its output is lost: %s", record.id, error)
         return Spool.gone()
+
+
+async def _end_as_told(spools: Path, record: JobRecord, now: datetime) -> Ended:
+    """The end of a job as its note tells it: its output may have had to go meanwhile."""
+    if await in_thread(was_removed, spools / str(record.id)):
+        record = evolve(record, output_removed_at=record.output_removed_at or now)
+    return Ended(record, await _open_ended(spools, record))
 
 
 async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:

@@ -137,7 +137,7 @@ def _give(service: Path, uid: int, gid: int) -> None:
                 stat.S_ISREG(status.st_mode) and status.st_nlink == 1
             ):
                 os.chown(path, uid, gid)
-                os.chmod(path, (status.st_mode & 0o777) | _owner_bits(status))
+                os.chmod(path, (status.st_mode & 0o1777) | _owner_bits(status))
         finally:
             os.close(file)
 
