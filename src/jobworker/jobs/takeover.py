@@ -2,6 +2,7 @@
 
     the history says    the launcher has it    so the job
     started             yes                    goes on: its pipes are read on, its end is awaited
+    being started       was to, and did not    waits again, as below
     started             no                     is FAILED, lost
     waiting             no                     waits again, unless it had secrets: no disk has them
     ended               yes                    is removed, and killed if it lives
@@ -118,6 +119,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     there = await in_thread(jobs_in, spools)
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
+    undone = unfinished.keys() & link.unstarted
     for job in (link.inherited.keys() & known) - unfinished.keys():
         await _remove(link, job)
     unknown = (there | link.inherited.keys()) - known
@@ -127,6 +129,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     await in_thread(partial(_finish_removals, spools, removed))
     unfinished |= await _adopt(link, history, spools, unknown - removed, now)
     unfinished = await _ask_notes(spools, unfinished)
+    unfinished |= await _take_back_starts(history, [unfinished[job] for job in sorted(undone)])
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
         alive = link.inherited.get(job)
@@ -205,6 +208,25 @@ async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dic
     return found
 
 
+async def _take_back_starts(
+    history: History, undone: Sequence[JobRecord]
+) -> dict[JobId, JobRecord]:
+    """Those of `undone` that were being started wait again: their programs were not executed."""
+    back = [evolve(r, state=State.PENDING) for r in undone if r.state is State.INITIALIZING]
+    for page in _batched(back, RECORDS_TOGETHER):
+        async with trio.open_nursery() as nursery:
+            for record in page:
+                nursery.start_soon(_put, history, record)
+    return {record.id: record for record in back}
+
+
+async def _put(history: History, record: JobRecord) -> None:
+    try:
+        await history.put(record)
+    except InternalError as error:  # this service knows it all the same
+        log.error("%s", error)
+
+
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
     """Whether the launcher has a job's end already."""
     return alive is not None and alive[1].statistics().current_buffer_used > 0
@@ -266,6 +288,8 @@ def _set_aside(directory: Path) -> Path | None:
 
 def _cannot_wait_again(record: JobRecord) -> str:
     """Why a job that the launcher does not have is lost; "" where it merely waits."""
+    if record.state is State.INITIALIZING:
+        return "its start was cut short, by the end of the service or of its launcher"
     if record.state not in WAITING:
         return "its launcher ended while the job was alive"
     if record.spec.secret_environment or "secret_environment" in record.abridged:

@@ -106,6 +106,8 @@ class OpenedLauncher:
     """Whether it takes and keeps why a job is sent a signal, and gives up starts that nobody wants
     any more: one of before does not."""
     jobs: tuple[Listed, ...] = ()
+    unstarted: frozenset[int] = frozenset()
+    """Jobs that it was to start and whose program was not executed: the latest that it knows."""
 
     def close(self) -> None:
         """Close our end of the socket and the jobs' pipes: for a start that fails."""
@@ -176,9 +178,9 @@ def connect_launcher(path: str) -> OpenedLauncher:
         sock.connect(path)
         _check_is_roots(sock, path)
         hello = _hello(sock)
-        jobs = _list(sock, pipes)
+        jobs, unstarted = _list(sock, pipes)
         sock.setblocking(False)
-        return OpenedLauncher(sock=sock, jobs=jobs, **_facts(hello))
+        return OpenedLauncher(sock=sock, jobs=jobs, unstarted=unstarted, **_facts(hello))
     except OSError as error:
         sock.close()
         channel.close_all(pipes)
@@ -258,9 +260,13 @@ def _facts(hello: channel.Message) -> _Facts:
     }
 
 
-def _list(sock: socket.socket, pipes: list[int]) -> tuple[Listed, ...]:
-    """Ask for all jobs, page by page; every pipe that comes along is also put into `pipes`."""
+def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], frozenset[int]]:
+    """Ask for all jobs, page by page, and for those whose program was not executed.
+
+    Every pipe that comes along is also put into `pipes`.
+    """
     jobs: dict[int, Listed] = {}
+    unstarted = frozenset[int]()
     number, more = 0, True
     while more:
         number += 1
@@ -282,7 +288,8 @@ def _list(sock: socket.socket, pipes: list[int]) -> tuple[Listed, ...]:
         ):
             jobs[entry["job"]] = _listed(entry, stdout, stderr)
         more = bool(reply["more"])
-    return tuple(jobs.values())
+        unstarted = frozenset(reply.get("unstarted", []))  # an earlier launcher does not tell
+    return tuple(jobs.values()), unstarted
 
 
 def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:

@@ -55,6 +55,8 @@ LOOK_AT_STARTS_SECONDS = 0.5
 LOOK_AGAIN_SECONDS = 0.1
 TOGETHER_SECONDS = 0.1
 """A kill of a whole control group ends a job and its gateway at most this far apart."""
+UNSTARTED_KEPT = 1000
+"""Starts that are remembered: their ids fit a packet, with a page of jobs."""
 CLEAR_AGAIN_SECONDS = 0.005
 CLEAR_SELDOM_SECONDS = 0.08
 """The pause doubles up to this, while none of those that are tried again lets go."""
@@ -96,6 +98,8 @@ class Jobs:
         self._jobs: dict[int, Child] = {}
         self._late: deque[tuple[int, requests.Spawn, int]] = deque()
         """Starts that wait for a place which an ended child still has, and until which look."""
+        self._unstarted: dict[int, None] = {}
+        """Jobs that were to be started and whose program was not executed, so far or at all."""
         self._looks = 0
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
@@ -129,6 +133,11 @@ class Jobs:
             if number > job and child.request is None
         ]
 
+    @property
+    def unstarted(self) -> list[int]:
+        """The latest jobs that were to be started and whose program was not executed."""
+        return list(self._unstarted)
+
     def _running(self) -> dict[int, Child]:
         return {job: child for job, child in self._jobs.items() if child.exit is None}
 
@@ -152,6 +161,8 @@ class Jobs:
         self._late.clear()
         for child in list(self._children):
             child.when_cleared = None
+            if child.request is not None and child.sock is not None:
+                self._on_word(child)  # its program may run by now: then it goes on
             if child.request is not None:
                 child.request = None
                 self.remove(child)
@@ -175,13 +186,17 @@ class Jobs:
 
         Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
         """
-        if len(self._jobs) + len(self._late) >= self._nursery.slots:
-            raise SandboxError(
-                "every place is in use, by jobs that were not removed", data={"step": "place"}
-            )
         if request.job in self._jobs or self._is_late(request.job):
             raise SandboxError(
                 "the job's id is in use", data={"step": "job", "errno": errno.EEXIST}
+            )
+        self._unstarted.pop(request.job, None)
+        self._unstarted[request.job] = None
+        if len(self._unstarted) > UNSTARTED_KEPT:
+            del self._unstarted[next(iter(self._unstarted))]
+        if len(self._jobs) + len(self._late) >= self._nursery.slots:
+            raise SandboxError(
+                "every place is in use, by jobs that were not removed", data={"step": "place"}
             )
         if not self._turns.is_set(self._look_at_starts):
             self._turns.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
@@ -402,6 +417,7 @@ class Jobs:
         if child.failure is None and child.job is not None and child.request is not None:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
             child.request, child.started_at = None, time.monotonic()
+            self._unstarted.pop(child.job, None)
             self._kernel_watch.wake()
             self._wall_in(child)
             self._tell(started, (child.stdout, child.stderr))
