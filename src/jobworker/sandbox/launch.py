@@ -298,16 +298,11 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
     assert isinstance(pid, int)
     assert isinstance(age_seconds, float)
     assert isinstance(end, dict | None)
-    exit_ = None if end is None else exit_from({**entry, **end})
-    if exit_ is not None:
-        ago = entry["ended_seconds_ago"]
-        assert isinstance(ago, float)
-        exit_ = evolve(exit_, seconds_ago=ago)
     return Listed(
         job=job,
         pid=pid,
         age_seconds=age_seconds,
-        exit=exit_,
+        exit=None if end is None else exit_from({**entry, **end}),
         stdout=stdout,
         stderr=stderr,
         network_end=str(entry.get("network_end", "")),  # an earlier launcher does not tell
@@ -341,8 +336,10 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     assert isinstance(usage, dict)
     # An earlier launcher does not tell.
     lost, unseen = message.get("lost", []), message.get("unseen", [])
+    ago = message.get("ended_seconds_ago", 0.0)
     assert isinstance(lost, list)
     assert isinstance(unseen, list)
+    assert isinstance(ago, float)
     used = usage_from(usage)
     return Exit(
         code=code,
@@ -351,6 +348,7 @@ def exit_from(message: Mapping[str, object]) -> Exit:
         lost=tuple(map(str, lost)),
         unseen=tuple(map(str, unseen)),
         want=_want_from(message.get("want"), used),
+        seconds_ago=ago,
     )
 
 

@@ -500,7 +500,7 @@ class Jobs:
         child.end_is_known = True
         if child.job is not None:
             event: channel.Message = {"event": "exit", "job": child.job}
-            self._tell({**event, **_end(child), **_measured(child)}, ())
+            self._tell({**event, **_since_end(child), **_end(child), **_measured(child)}, ())
 
     def _on_addresses(self) -> None:
         """The host has other addresses: close them to the jobs that have a way out."""
@@ -650,7 +650,7 @@ def listed(child: Child) -> channel.Message:
         "job": child.job,
         "pid": child.pid,
         "age_seconds": time.monotonic() - child.started_at,
-        "ended_seconds_ago": time.monotonic() - child.ended_at,
+        **_since_end(child),
         "exit": _end(child) if child.end_is_known else None,
         **_measured(child),
         "network_end": child.network_end,
@@ -676,6 +676,11 @@ def _measured(child: Child) -> channel.Message:
         return {"usage": child.usage()._asdict(), "measured": True}
     except OSError:
         return {"usage": Usage()._asdict(), "measured": False}
+
+
+def _since_end(child: Child) -> channel.Message:
+    """How long ago a job ended: its end is told once its volumes were written out."""
+    return {"ended_seconds_ago": time.monotonic() - child.ended_at}
 
 
 def _end(child: Child) -> channel.Message:

@@ -2,7 +2,7 @@
 
     request   {"id", "op", "job", …}        reply  {"id", "ok": {…}} + descriptors
                                                    {"id", "error": {"step", "errno", "detail"}}
-    event     {"event": "exit", "job", "code", "signal", "usage"}
+    event     {"event": "exit", "job", "code", "signal", "usage", …}
               {"event": "network_ended", "job", "why"}
 
 A launcher has one of two lives. One that a service has started serves that service: when it
