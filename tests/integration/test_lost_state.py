@@ -5,6 +5,7 @@ there may be destroyed, and no id may be given twice.
 """
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -265,6 +266,30 @@ def tree(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file() and not path.name.endswith(("-wal", "-shm", ".jsonl"))
     }
+
+
+async def test_history_that_a_kill_left_and_that_is_damaged_since_stays_as_it_is(
+    open_directory: Callable[[], Path],
+) -> None:
+    """What its write-ahead log has may be all that can be saved."""
+    directory = open_directory()
+    async with service_in(directory):
+        pass  # what is damaged is no more in the log
+    async with service_in(directory) as (service, wire):
+        await wire.call("job.wait", id=await start(wire, "echo here"))
+        service.process.kill()
+        await service.process.wait()
+    path = history(directory)
+    with path.open("r+b") as file:
+        file.seek(16)
+        file.write(b"\xff" * 20)
+    kept = [path, path.with_name("history.db-wal")]
+    before = [each.read_bytes() for each in kept]
+    assert before[1]
+    with pytest.raises(HostUnsupported, match=re.escape(str(path))):
+        async with service_in(directory):
+            pass
+    assert [each.read_bytes() for each in kept] == before
 
 
 async def test_write_ahead_log_without_its_database_is_set_aside(

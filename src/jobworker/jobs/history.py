@@ -84,7 +84,7 @@ class History:
                 _check_writable(path)
                 undo.callback(files.release)
                 connection = apsw.Connection(str(path))
-                undo.callback(connection.close)
+                undo.callback(files.leave, connection)
                 connection.set_busy_timeout(int(history_writer.BUSY_SECONDS * 1000))
                 with files.kept():
                     connection.pragma("user_version")  # the first read takes log and index
