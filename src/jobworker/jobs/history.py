@@ -14,8 +14,10 @@ SQLite comes from apsw: the one in Python's standard library may be old enough t
 WAL-reset fault (fixed in 3.51.3).
 """
 
+import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
@@ -52,6 +54,15 @@ MAX_READ_BYTES = 2 * MAX_KEPT
 """Of the JSON of a request that is read when the history is opened: a larger one is read when its
 job starts, or when somebody asks for it."""
 MANY_UNFINISHED = 100
+_WITHOUT = {
+    "": "move it away, and put a copy back; without one the service makes a new history, of what "
+    "it finds of jobs and their output",
+    "-wal": "move it away, and put the file itself back; without it, what was recorded last is "
+    "missing",
+    "-shm": "move it away: it is made anew",
+}
+"""What to do where something else stands at the place of the history or of a file beside it."""
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO"}
 
 
 @define(eq=False)
@@ -77,11 +88,11 @@ class History:
 
         Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
         """
-        _keep_orphan(path)
         files = HistoryFiles(path)
         with ExitStack() as undo:
             try:
-                _check_writable(path)
+                _check_files(path)
+                _keep_orphan(path)
                 undo.callback(files.release)
                 connection = apsw.Connection(str(path))
                 undo.callback(files.leave, connection)
@@ -100,7 +111,7 @@ class History:
             except (apsw.CorruptError, apsw.NotADBError) as error:
                 raise damaged(path, str(error)) from error
             except (apsw.Error, OSError) as error:
-                why = "it is a directory" if path.is_dir() else str(error)
+                why = str(error)
                 remedy = "check worker.state_dir in the configuration, its owner and free space"
                 if isinstance(error, apsw.BusyError | apsw.LockedError):
                     why = "another program holds it locked"
@@ -117,7 +128,12 @@ class History:
         last_id = LastId.open(path.with_name("last-id"))
         told = last_id.read()
         if told > int(last or 0):
-            log.warning("the history ends at job %d, and %d were started", int(last or 0), told)
+            log.info(
+                "the history ends at job %d, and ids up to %d were given: to jobs that were "
+                "refused, if it is no older copy",
+                int(last or 0),
+                told,
+            )
         next_id = max(int(last or 0), told) + 1
         history = cls(
             Writer(connection, room, files), Readers(path), path, next_id, last_id, spools
@@ -296,15 +312,34 @@ class History:
         return await self._readers.search(partial(find_page, wanted, limit), who)
 
 
-def _check_writable(path: Path) -> None:
-    """Raise ConfigError where the history may only be read: SQLite itself would say so late."""
-    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
-        if file.exists() and not os.access(file, os.W_OK, effective_ids=True):
+def _check_files(path: Path) -> None:
+    """Raise ConfigError where one of the history's files is none, or may not be written to.
+
+    SQLite itself would say the one by other words, and the other late.
+    """
+    for end, remedy in _WITHOUT.items():
+        file = path.with_name(f"{path.name}{end}")
+        try:
+            status = file.stat() if not end else file.lstat()
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+            raise ConfigError(f"cannot use the history {path}: {file} is {kind}", remedy=remedy)
+        try:
+            os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))  # access(2) sees no append-only file
+        except OSError as error:
+            own = os.geteuid()
+            remedies = {
+                errno.EACCES: f"chown {own} {file}; chmod u+rw {file}",
+                errno.EPERM: f"see lsattr {file}, and let it be written: chattr -i -a {file}",
+                errno.EROFS: "mount what it is on for writing",
+            }
             raise ConfigError(
-                f"cannot use the history {path}: user {os.geteuid()} may not write to {file}",
-                remedy=f"chown {os.geteuid()} {file}; chmod u+rw {file}; or mount what it is on "
-                "for writing",
-            )
+                f"cannot use the history {path}: user {own} may not write to {file}: "
+                f"{error.strerror}",
+                remedy=remedies.get(error.errno or 0, "check the disk that holds it"),
+            ) from error
 
 
 def _keep_orphan(path: Path) -> None:

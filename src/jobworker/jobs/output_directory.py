@@ -29,6 +29,12 @@ NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
 """See `job_note`: it may stand beside the three, and goes with them."""
 _REMOVED = ".removed"
+_REMEDIES = {
+    errno.ENOSPC: "make room where output is kept",
+    errno.EDQUOT: "make room where output is kept",
+    errno.ENOENT: "see whether the disk with worker.state_dir is mounted, and put the directory "
+    "service/spool back there",
+}
 
 
 def mark_of(directory: Path) -> Path:
@@ -85,10 +91,9 @@ def disk_errors(verb: str) -> Iterator[None]:
                 f"cannot {verb} the job's output: {error.strerror}",
                 remedy="try again later, or raise the service's LimitNOFILE",
             ) from error
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OutputError(
             f"cannot {verb} the job's output: {error.strerror}",
-            remedy="make room where output is kept" if full else "",
+            remedy=_REMEDIES.get(error.errno or 0, ""),
             data={"cut": OutputCut.DISK.value},
         ) from error
 
