@@ -63,7 +63,12 @@ def _is_mark(path: Path) -> bool:
         return False
     if not stat.S_ISDIR(status.st_mode):
         return False
-    return bool(status.st_mode & stat.S_ISVTX) or not os.listdir(path)  # as an earlier version left
+    if status.st_mode & stat.S_ISVTX:
+        return True
+    try:
+        return not os.listdir(path)  # as an earlier version left it
+    except OSError:  # another user's
+        return False
 
 
 def clear_mark(directory: Path) -> None:
@@ -178,7 +183,6 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
     The directory's name, which readers need first, goes before the rest: none finds half of a log.
     The note stays in the mark, if there is one, or goes last.
     """
-    clear_mark(directory)  # of an earlier removal: this output was put back since
     with disk_errors("remove"):
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,6 +191,7 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
                 raise Busy("cannot remove the job's output: it is being read") from None
         dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
+            clear_mark(directory)  # of an earlier removal: this output was put back since
             marked = False
             with suppress(OSError):
                 os.fchmod(dir_fd, 0o700 | stat.S_ISVTX)
