@@ -651,7 +651,7 @@ def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
 
 
 def test_path_that_is_a_directory_is_refused(tmp_path: Path) -> None:
-    assert "worker.state_dir" in refused(tmp_path).remedy
+    assert "move it away" in refused(tmp_path).remedy
 
 
 @pytest.mark.parametrize("name", ["history.db", "history.db-wal", "history.db-shm"])
