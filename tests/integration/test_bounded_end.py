@@ -41,6 +41,13 @@ async def stop_spares(launcher: int) -> list[int]:
     return spares()
 
 
+def go_on(processes: list[int]) -> None:
+    """Let go of what was stopped, as far as it is there still."""
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 async def state_of(wire: Wire, job: int) -> object:
     return (await wire.call("job.status", id=job))["state"]
 
@@ -216,4 +223,56 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
             assert len(refusals) == 1
             assert "the service is shutting down" in refusals[0]
         await until(lambda: maker not in children(launcher))
+    assert left_behind(directory) == []
+
+
+async def run_in_vain(wire: Wire, words: str) -> None:
+    """Ask for a job whose start this service does not see."""
+    with suppress(trio.EndOfChannel, Refused):
+        await wire.call("job.run", job={"command": ["echo", words]})
+
+
+async def test_start_under_way_at_a_kill_of_the_service_waits_for_the_next_one(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory) as guard:
+        launcher = child_of(guard.pid)
+        async with serving(directory) as service, open_wire(service) as wire:
+            spares = await stop_spares(launcher)
+            before = len(children(launcher))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run_in_vain, wire, "x")
+                await until(lambda: len(children(launcher)) > before)  # instead of one it took
+                await end(service, signal.SIGKILL)
+        go_on(spares)
+        async with serving(directory) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=1)
+            assert (ended["state"], ended["stdout_bytes"]) == ("COMPLETED", 2)
+    assert left_behind(directory) == []
+
+
+async def test_start_that_a_stopped_launcher_has_not_seen_waits_for_the_next_service(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory) as guard:
+        launcher = child_of(guard.pid)
+        async with serving(directory) as service, open_wire(service) as wire:
+            spares = await stop_spares(launcher)
+            os.kill(launcher, signal.SIGSTOP)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run_in_vain, wire, "x")
+                    await until_starting(wire, 1)
+                    with trio.fail_after(2 * END_SECONDS):
+                        await end(service, signal.SIGTERM)
+            finally:
+                os.kill(launcher, signal.SIGCONT)
+            assert "job 1: left to the next service" in service.log_text()
+        await until(lambda: spares[0] not in children(launcher))
+        go_on(spares)
+        async with serving(directory) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=1)
+            assert (ended["state"], ended["stdout_bytes"]) == ("COMPLETED", 2)
     assert left_behind(directory) == []

@@ -5,6 +5,7 @@ there may be destroyed, and no id may be given twice.
 """
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import apsw
 import pytest
+import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox.requests import MAX_JOB
 
-from .conftest import left_behind
+from .conftest import left_behind, until
 from .outside import open_launcher
+from .test_full_disk import small_disk
 from .test_takeover import COUNTER, log_of, serving, start, until_bigger
 from .wire import Json, Refused, Wire, open_wire
 
@@ -265,6 +268,109 @@ def tree(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file() and not path.name.endswith(("-wal", "-shm", ".jsonl"))
     }
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+@pytest.mark.parametrize(
+    ("end", "remedy"),
+    [("", "put a copy back"), ("-wal", "put the file itself back"), ("-shm", "made anew")],
+)
+async def test_what_is_no_file_of_the_history_is_named_with_what_to_do(
+    open_directory: Callable[[], Path], make: Callable[[Path], None], end: str, remedy: str
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (service, _):
+        service.process.kill()
+        await service.process.wait()
+    file = history(directory).with_name(f"history.db{end}")
+    file.unlink()
+    make(file)
+    before = sorted(path.name for path in file.parent.iterdir())
+    with pytest.raises(HostUnsupported, match=f"{file} is a .*; move it away.*{remedy}"):
+        async with service_in(directory):
+            pass
+    assert sorted(path.name for path in file.parent.iterdir()) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and make files immutable")
+@pytest.mark.parametrize(
+    ("name", "flag", "owner"),
+    [("history.db", "a", None), ("history.db-wal", "i", None), ("history.db-wal", "i", 0)],
+)
+async def test_file_that_nobody_may_change_is_named_with_what_lets_it_be_changed(
+    open_directory: Callable[[], Path], name: str, flag: str, owner: int | None
+) -> None:
+    directory = open_directory()
+    async with small_disk(directory, size=256 << 20):
+        async with service_in(directory) as (service, _):
+            service.process.kill()
+            await service.process.wait()
+        file = history(directory).with_name(name)
+        if owner is not None:  # as where it was copied back
+            os.chown(file, owner, owner)
+        await trio.run_process(["chattr", f"+{flag}", file])
+        try:
+            with pytest.raises(HostUnsupported, match=f"not permitted; .*chattr -i -a {file}"):
+                async with service_in(directory):
+                    pass
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.run_process(["chattr", f"-{flag}", file])
+
+
+async def test_start_without_the_spool_directory_is_refused_with_what_to_do(
+    open_directory: Callable[[], Path],
+) -> None:
+    """And the next service has nothing to warn of: the id was given to a job that was refused."""
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job = await start(wire, "true")
+        spools, away = spool(directory, job).parent, directory / "away"
+        spools.rename(away)
+        with pytest.raises(Refused) as refused:
+            await start(wire, "true")
+        assert "put the directory service/spool back" in str(refused.value.data)
+        away.rename(spools)
+    async with service_in(directory) as (service, wire):
+        assert "WARNING the history ends" not in service.log_text()
+        assert await start(wire, "true") > job
+
+
+async def test_something_else_at_the_place_of_the_clock_is_told(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    async with service_in(directory):
+        pass
+    clock = history(directory).with_name("clock")
+    clock.unlink()
+    clock.mkdir()
+    async with service_in(directory) as (service, _):
+        await until(lambda: f"counts by in {clock}: Is a directory" in service.log_text())
+
+
+async def test_history_that_a_kill_left_and_that_is_damaged_since_stays_as_it_is(
+    open_directory: Callable[[], Path],
+) -> None:
+    """What its write-ahead log has may be all that can be saved."""
+    directory = open_directory()
+    async with service_in(directory):
+        pass  # what is damaged is no more in the log
+    async with service_in(directory) as (service, wire):
+        await wire.call("job.wait", id=await start(wire, "echo here"))
+        service.process.kill()
+        await service.process.wait()
+    path = history(directory)
+    with path.open("r+b") as file:
+        file.seek(16)
+        file.write(b"\xff" * 20)
+    kept = [path, path.with_name("history.db-wal")]
+    before = [each.read_bytes() for each in kept]
+    assert before[1]
+    with pytest.raises(HostUnsupported, match=re.escape(str(path))):
+        async with service_in(directory):
+            pass
+    assert [each.read_bytes() for each in kept] == before
 
 
 async def test_write_ahead_log_without_its_database_is_set_aside(

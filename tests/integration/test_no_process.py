@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,21 @@ async def test_job_that_cannot_be_started_is_left_to_the_next_service(
         stack.close()
         async with serving(directory, ONE) as service, open_wire(service) as wire:
             assert (await wire.call("job.wait", id=waiting))["state"] == "COMPLETED"
+
+
+async def test_job_ended_when_it_did_and_not_when_its_volume_was_written_out(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory, ONE) as guard:
+        async with serving(directory, ONE) as service, open_wire(service) as wire:
+            await wire.call("volume.create", name="v", size_bytes=32 << 20)
+            job = await wire.start("sleep", "600", volumes=[{"name": "v"}])
+            async with trio.open_nursery() as nursery:
+                with no_more_processes(child_of(guard.pid)):
+                    nursery.start_soon(partial(wire.call, "job.stop", id=job, signal="KILL"))
+                    log = directory / "launcher-log"
+                    await until(lambda: "cannot look at the volumes" in log.read_text())
+                    held = datetime.now(UTC)
+            record = await wire.call("job.wait", id=job)
+            assert datetime.fromisoformat(str(record["ended_at"])) <= held

@@ -315,6 +315,54 @@ def test_second_launcher_of_a_state_directory_is_refused(site: Path) -> None:
     connect(site).close()
 
 
+def test_service_of_another_state_directory_is_refused_before_anything_is_made(
+    site: Path,
+) -> None:
+    config = site / "other.toml"
+    text = (site / "worker.toml").read_text()
+    config.write_text(text.replace(f'"{site / "state"}"', f'"{site / "other"}"'))
+    done = subprocess.run(
+        [*program("worker"), "serve", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "another worker.state_dir" in done.stderr
+    assert not (site / "other").exists()
+    reconnect_when_free(site).close()
+
+
+def test_socket_goes_with_its_launcher(open_directory: Callable[[], Path]) -> None:
+    directory = open_directory()
+    listens = directory / "launcher.sock"
+    with open_launcher(directory):
+        assert listens.is_socket()
+    assert not listens.exists()
+    with open_launcher(directory) as guard:
+        os.kill(child_of(guard.pid), signal.SIGKILL)
+        guard.wait(timeout=30)
+        assert not listens.exists()
+    with open_launcher(directory):
+        listens.unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+            other.bind(str(listens))
+    assert listens.is_socket(), "it is another's"
+
+
+def test_launcher_that_is_refused_leaves_no_socket(open_directory: Callable[[], Path]) -> None:
+    directory = open_directory()
+    with open_launcher(directory):
+        pass
+    with (directory / "worker.toml").open("a") as config:
+        config.write('\n[runtimes.none]\npath = "/nosuch"\n')
+    done = launch(directory)
+    assert done.returncode != 0
+    assert "/nosuch" in done.stderr
+    assert not (directory / "launcher.sock").exists()
+
+
 def test_service_without_its_launcher_says_how_to_start_it(
     open_directory: Callable[[], Path],
 ) -> None:

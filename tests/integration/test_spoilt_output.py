@@ -7,18 +7,25 @@ services over real launchers, and in between another hand has been at the files.
 import base64
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import apsw
 import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded
+from jobworker.jobs.output_directory import mark_of, was_removed
+from jobworker.jobs.retention import KeptOutput, Policy
 
+from .conftest import until
 from .outside import open_launcher
+from .test_ends_over_restarts import end
 from .test_full_disk import small_disk, until_status
 from .test_lost_state import service_in, spool, told
-from .test_takeover import COUNTER, log_of, serving, start, until_bigger
+from .test_takeover import COUNTER, log_of, processes, serving, start, until_bigger
 from .wire import Json, Refused, Wire, open_wire
 
 Directory = Callable[[], Path]
@@ -117,8 +124,8 @@ async def pruned(wire: Wire) -> list[object]:
     return sorted(jobs)
 
 
-async def kept_jobs(wire: Wire) -> list[int]:
-    jobs = [await start(wire, "echo kept") for _ in range(3)]
+async def kept_jobs(wire: Wire, count: int = 3) -> list[int]:
+    jobs = [await start(wire, "echo kept") for _ in range(count)]
     for job in jobs:
         await wire.call("job.wait", id=job)
     return jobs
@@ -190,3 +197,122 @@ async def test_output_of_an_end_that_was_told_outlives_a_power_cut(
     finally:
         with trio.CancelScope(shield=True):
             await trio.run_process(["umount", place])
+
+
+@pytest.mark.parametrize("what", ["a job's directory", "all of them"])
+async def test_job_that_was_removed_while_its_output_was_missing_stays_removed(
+    open_directory: Directory, what: str
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job, other = await kept_jobs(wire, 2)
+    output, away = spool(directory, job), directory / "away"
+    moved = output.parent if what == "all of them" else output
+    moved.rename(away)
+    async with service_in(directory) as (_, wire):
+        await wire.call("job.remove", id=job)
+    if moved.exists():
+        moved.rmdir()
+    away.rename(moved)
+    async with service_in(directory) as (service, wire):
+        with pytest.raises(Refused, match="no such job"):
+            await told(wire, job)
+        assert not output.exists()
+        assert f"job {job} was removed while its output was missing" in service.log_text()
+        await assert_back(wire, [other])
+
+
+async def test_directory_that_only_has_the_name_of_a_removed_one_is_left_alone(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        jobs = await kept_jobs(wire, 1)
+        output = spool(directory, jobs[0])
+        whole, away = tree(output), output.with_name(f"{output.name}.removed")
+        output.rename(away)
+        await assert_missing(wire, jobs)
+        assert await pruned(wire) == []
+        assert tree(away) == whole
+        away.rename(output)
+        await assert_back(wire, jobs)
+
+
+async def test_output_that_is_put_back_beside_the_word_of_its_removal_counts(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        jobs = await kept_jobs(wire, 1)
+    output, copy = spool(directory, jobs[0]), directory / "copy"
+    shutil.copytree(output, copy)
+    kept = KeptOutput(output.parent)  # as `worker prune` has it
+    kept.load()
+    assert kept.prune(Policy(max_jobs=0))
+    copy.rename(output)
+    async with service_in(directory) as (_, wire):
+        await assert_back(wire, jobs)
+        assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+async def test_end_that_was_told_is_known_though_output_went_before_its_record(
+    open_directory: Directory,
+) -> None:
+    """The history refuses ends, as on a full disk."""
+    directory = open_directory()
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
+            history.execute(
+                "CREATE TRIGGER full BEFORE UPDATE ON jobs WHEN NEW.state = 'FAILED' "
+                "BEGIN SELECT RAISE(ABORT, 'no room'); END"
+            )
+            job = await start(wire, "echo whole; exit 5")
+            before = await wire.call("job.wait", id=job)
+
+            async def prune() -> None:
+                with suppress(trio.EndOfChannel):
+                    await wire.call("job.prune", keep_jobs=0)
+
+            output = spool(directory, job)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(prune)
+                await until(lambda: was_removed(output))
+                await until(lambda: not (mark_of(output) / "stdout").exists())
+                await end(service, signal.SIGKILL)
+            history.execute("DROP TRIGGER full")
+            history.close()
+        for _ in range(2):
+            async with serving(directory) as service, open_wire(service) as wire:
+                after = await until_status(
+                    wire, job, lambda record: record["output_removed_at"] is not None
+                )
+                same = ("state", "exit_code", "ended_at", "stdout_bytes")
+                assert [after[key] for key in same] == [before[key] for key in same]
+                with pytest.raises(Refused, match="not kept any more since"):
+                    await wire.call("job.log", id=job)
+                await until(lambda: not list(output.parent.iterdir()))
+
+
+async def test_output_of_an_end_that_nobody_saw_is_set_aside_and_not_deleted(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    mark = f"unseen-{os.getpid()}"
+    script = f"trap go=1 USR1; echo up; while [ -z $go ]; do sleep 0.05; done; exit 3; : {mark}"
+    with open_launcher(directory):
+        async with serving(directory) as service, open_wire(service) as wire:
+            job = await start(wire, script)
+            await until_bigger(wire, job, 0)
+            await end(service, signal.SIGKILL)
+        for pid in processes(mark):
+            os.kill(pid, signal.SIGUSR1)
+        await until(lambda: not processes(mark))
+        for name in ("record", "index"):
+            (spool(directory, job) / name).unlink()
+        async with serving(directory) as service, open_wire(service) as wire:
+            ended = await wire.call("job.wait", id=job)
+            assert (ended["exit_code"], ended["output_removed_at"]) == (3, None)
+            assert "output from before" in str(ended["detail"])
+        (aside,) = (directory / "state" / "service" / "set-aside").iterdir()
+        assert (aside / "stdout").read_bytes() == b"up\n"

@@ -1,6 +1,6 @@
 """`worker prune`: retention on this host, in a process of its own, whether the service runs or not.
 
-Locks on the files say what is in use (see `retention`). An empty directory `7.removed` is left for
+Locks on the files say what is in use (see `retention`). A directory `7.removed` is left for
 each job: the service finds it at its start, when it applies its policy or looks at the job, notes
 the removal in the job's record and takes the directory away.
 """

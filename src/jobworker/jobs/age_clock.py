@@ -12,7 +12,9 @@ What it showed is kept in a file, since services come and go. Where there is non
 is the witness.
 """
 
+import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from pathlib import Path
 
 from attrs import Factory, define
 
+log = logging.getLogger("jobworker.jobs")
+
 SECOND = 1_000_000_000
 TOLERANCE_NS = 60 * SECOND
 """What clocks may differ by when they are adjusted slowly."""
@@ -28,6 +32,7 @@ PATIENCE_NS = 24 * 3600 * SECOND
 KEEP_NS = 600 * SECOND
 """How often the file is written; in between, the time since boot makes up for it."""
 FILE = "clock"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def boot_ns() -> int:
@@ -114,10 +119,14 @@ class AgeClock:
                 "differs_ns": self._differs_ns,
             }
         )
-        with suppress(OSError):  # a full disk: then an earlier time is the witness
+        try:
             draft = self._path.with_name(f"{self._path.name}.new")
             draft.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             with open(os.open(draft, flags, 0o600), "wb") as file:
                 file.write(text.encode())
             draft.replace(self._path)
+        except OSError as error:  # then an earlier time is the witness
+            if error.errno not in _NO_ROOM:
+                what = "cannot keep the time that output's age counts by in %s: %s; see what it is"
+                log.warning(what, self._path, error.strerror)

@@ -15,7 +15,7 @@ go for the disk to have room again. Its record is its execution's until then.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -30,7 +30,7 @@ from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
-from jobworker.jobs.output_directory import disk_errors, mark_of
+from jobworker.jobs.output_directory import disk_errors, was_removed
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
@@ -65,6 +65,8 @@ class Archive:
     _opening: int = field(default=0, init=False)
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
+    _live: set[JobId] = field(factory=set, init=False)
+    """Jobs of an earlier service that have not ended here yet: their records are not ours."""
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
@@ -88,8 +90,9 @@ class Archive:
         """What live jobs write within."""
         return OutputRoom(budget=self._budget, make_room=self.make_room)
 
-    async def load(self, live: Container[JobId] = ()) -> None:
+    async def load(self, live: Collection[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
+        self._live.update(live)
         await self._in_thread(partial(self._kept.load, live))
         newest = max((kept.ended_ns for kept in self._kept.all.values()), default=0)
         await self._in_thread(partial(self._ages.begin, newest))
@@ -119,6 +122,7 @@ class Archive:
         """Take up a job that has just ended, recorded or not, until `forget` with its record."""
         job = execution.record.id
         self._unsettled[job] = execution
+        self._live.discard(job)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
                 await self._in_thread(partial(self._kept.end, job, _live_bytes(execution.spool)))
@@ -152,7 +156,7 @@ class Archive:
         # The mark after the directory: `worker prune`, which renames, may come between the two.
         if record.output_removed_at is not None or await in_thread(_exists, directory):
             return record
-        removed = await in_thread(_exists, mark_of(directory))
+        removed = await in_thread(was_removed, directory)
         with trio.CancelScope(shield=True):
             await self._in_thread(partial(self._kept.drop, job, removed=removed))
             if removed:
@@ -240,7 +244,8 @@ class Archive:
             with trio.CancelScope(shield=True):  # what was removed must be noted
                 changes, gone = await self._in_thread(partial(self._prune, policy, only))
                 self._tell_missing()
-                await self._note_removals([*changes.marked, *(kept.job for kept in gone)])
+                marked = changes.marked - self._live
+                await self._note_removals([*marked, *(kept.job for kept in gone)])
         return changes.gone, gone
 
     def _tell_missing(self) -> None:
@@ -281,15 +286,21 @@ class Archive:
     async def remove(self, job: JobId, *, force: bool) -> int:
         """Remove an ended job, output and record: the bytes that its output had.
 
-        Raises Busy where its output is being followed (with `force` followers go on to its end).
+        Where its output is missing the history keeps that, so that the job stays removed when the
+        output is back (`takeover`). Raises Busy where its output is being followed (with `force`
+        followers go on to its end).
         """
         async with self._removing:
             with trio.CancelScope(shield=True):  # its output and its record go together
                 freed = await self._in_thread(partial(self._kept.remove, job, force=force))
+                missing = self._kept.misses(job)
                 try:
+                    if missing:
+                        await self._history.note_missing(job)
                     await self._remove_record(job)
                 except JobworkerError:  # the disk is full still: the job stays, without output
-                    await self._note_removals([job])
+                    if not missing:
+                        await self._note_removals([job])
                     raise
                 await self._in_thread(partial(self._kept.clear_marks, [job]))
         return freed

@@ -14,8 +14,10 @@ SQLite comes from apsw: the one in Python's standard library may be old enough t
 WAL-reset fault (fixed in 3.51.3).
 """
 
+import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
@@ -52,6 +54,15 @@ MAX_READ_BYTES = 2 * MAX_KEPT
 """Of the JSON of a request that is read when the history is opened: a larger one is read when its
 job starts, or when somebody asks for it."""
 MANY_UNFINISHED = 100
+_WITHOUT = {
+    "": "move it away, and put a copy back; without one the service makes a new history, of what "
+    "it finds of jobs and their output",
+    "-wal": "move it away, and put the file itself back; without it, what was recorded last is "
+    "missing",
+    "-shm": "move it away: it is made anew",
+}
+"""What to do where something else stands at the place of the history or of a file beside it."""
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO"}
 
 
 @define(eq=False)
@@ -77,15 +88,15 @@ class History:
 
         Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
         """
-        _keep_orphan(path)
         files = HistoryFiles(path)
         connection = None
         with ExitStack() as undo:
             try:
-                _check_writable(path)
+                _check_files(path)
+                _keep_orphan(path)
                 undo.callback(files.release)
                 connection = apsw.Connection(str(path))
-                undo.callback(connection.close)
+                undo.callback(files.leave, connection)
                 connection.set_busy_timeout(int(history_writer.BUSY_SECONDS * 1000))
                 with files.kept():
                     connection.pragma("user_version")  # the first read takes log and index
@@ -101,7 +112,7 @@ class History:
             except (apsw.CorruptError, apsw.NotADBError) as error:
                 raise damaged(path, str(error)) from error
             except (apsw.Error, OSError) as error:
-                why = "it is a directory" if path.is_dir() else str(error)
+                why = str(error)
                 remedy = "check worker.state_dir in the configuration, its owner and free space"
                 if isinstance(error, apsw.BusyError | apsw.LockedError):
                     why = "another program holds it locked"
@@ -120,7 +131,12 @@ class History:
         last_id = LastId.open(path.with_name("last-id"))
         told = last_id.read()
         if told > int(last or 0):
-            log.warning("the history ends at job %d, and %d were started", int(last or 0), told)
+            log.info(
+                "the history ends at job %d, and ids up to %d were given: to jobs that were "
+                "refused, if it is no older copy",
+                int(last or 0),
+                told,
+            )
         next_id = max(int(last or 0), told) + 1
         history = cls(
             Writer(connection, room, files), Readers(path), path, next_id, last_id, spools
@@ -216,6 +232,18 @@ class History:
         """
         await self._write(partial(_delete, job), f"cannot remove job {job} from the history")
 
+    async def note_missing(self, job: JobId) -> None:
+        """Keep that a job which is to be removed had output that was not there to be removed.
+
+        A record that says that its output was removed, or none, leaves all as it is. Raises
+        InternalError where the disk refuses.
+        """
+        await self._write(partial(_note_missing, job), f"cannot remove job {job} from the history")
+
+    async def removed_without_output(self, jobs: Collection[JobId]) -> frozenset[JobId]:
+        """Those of `jobs` that were removed while their output was missing."""
+        return await self._readers.search(partial(_select_removed, jobs))
+
     async def note(self, rows: Sequence[AuditRow]) -> None:
         """Add rows to the audit log: its table, then its file.
 
@@ -287,15 +315,36 @@ class History:
         return await self._readers.search(partial(find_page, wanted, limit), who)
 
 
-def _check_writable(path: Path) -> None:
-    """Raise ConfigError where the history may only be read: SQLite itself would say so late."""
-    for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
-        if file.exists() and not os.access(file, os.W_OK, effective_ids=True):
+def _check_files(path: Path) -> None:
+    """Raise ConfigError where one of the history's files is none, or may not be written to.
+
+    SQLite itself would say the one by other words, and the other late.
+    """
+    for end, remedy in _WITHOUT.items():
+        file = path.with_name(f"{path.name}{end}")
+        try:
+            status = file.stat() if not end else file.lstat()
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+            raise ConfigError(f"cannot use the history {path}: {file} is {kind}", remedy=remedy)
+        try:
+            os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))  # access(2) sees no append-only file
+        except OSError as error:
+            if lacks_descriptors(error, None):
+                raise
+            own = os.geteuid()
+            remedies = {
+                errno.EACCES: f"chown {own} {file}; chmod u+rw {file}",
+                errno.EPERM: f"see lsattr {file}, and let it be written: chattr -i -a {file}",
+                errno.EROFS: "mount what it is on for writing",
+            }
             raise ConfigError(
-                f"cannot use the history {path}: user {os.geteuid()} may not write to {file}",
-                remedy=f"chown {os.geteuid()} {file}; chmod u+rw {file}; or mount what it is on "
-                "for writing",
-            )
+                f"cannot use the history {path}: user {own} may not write to {file}: "
+                f"{error.strerror}",
+                remedy=remedies.get(error.errno or 0, "check the disk that holds it"),
+            ) from error
 
 
 def _keep_orphan(path: Path) -> None:
@@ -360,6 +409,14 @@ def _delete(job: JobId, connection: apsw.Connection) -> None:
         connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
 
+def _note_missing(job: JobId, connection: apsw.Connection) -> None:
+    connection.execute(
+        "INSERT OR IGNORE INTO removed SELECT id FROM jobs "
+        "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",
+        (job,),
+    )
+
+
 def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
     marks = ", ".join("?" * len(TERMINAL))
     rows = connection.execute(
@@ -372,6 +429,12 @@ def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
 
 def _select_known(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
     query = "SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(query, (dumps(list(jobs)),))
+    return frozenset(JobId(int(str(row[0]))) for row in rows)
+
+
+def _select_removed(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
+    query = "SELECT job FROM removed WHERE job IN (SELECT value FROM json_each(?))"
     rows = connection.execute(query, (dumps(list(jobs)),))
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 

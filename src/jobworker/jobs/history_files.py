@@ -87,6 +87,15 @@ class HistoryFiles:
             if header:
                 self._empty_log(header)
 
+    def leave(self, connection: apsw.Connection) -> None:
+        """Close a connection whose database is not to be used: file and log stay as they are.
+
+        SQLite would write the log into the file, and remove it. Raises nothing.
+        """
+        with suppress(apsw.Error):
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        connection.close()
+
     def release(self) -> None:
         """Let go of the index: once no connection of this process has it."""
         if self._index is not None:

@@ -106,7 +106,9 @@ class Readers:
 
 
 def lacks_descriptors(error: BaseException, connection: apsw.Connection | None) -> bool:
-    """Whether SQLite could not open a file for want of a descriptor; at once after `error`."""
+    """Whether a file could not be opened for want of a descriptor; at once after `error`."""
+    if isinstance(error, OSError):
+        return error.errno in _LIMITS
     if not isinstance(error, apsw.CantOpenError):
         return False
     if connection is not None:

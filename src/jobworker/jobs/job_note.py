@@ -22,7 +22,7 @@ from attrs import evolve
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.jobs.output_directory import NOTE, disk_errors
+from jobworker.jobs.output_directory import NOTE, disk_errors, mark_of
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.summary import summarize
@@ -84,7 +84,11 @@ def _changes(record: JobRecord) -> str:
 
 
 def _open(spools: Path, job: JobId, flags: int) -> int:
-    directory = os.open(spools / str(job), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    where, way = spools / str(job), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        directory = os.open(where, way)
+    except FileNotFoundError:  # its output was removed: the note stays until the history knows
+        directory = os.open(mark_of(where), way)
     try:
         return os.open(NOTE, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     finally:

@@ -6,16 +6,18 @@ write elsewhere. They are made anew or not at all (O_EXCL), mode 0600. The lock 
 is flock(2) on the index, which ends with the process; readers of sealed files share one, so that
 what is read is not removed.
 
-A directory that goes is renamed first, `7` to `7.removed`, and stays under that name, empty, until
-the history has noted the removal. So whoever finds no `7` can tell a removal by this program, in
-whichever process, from a directory that another hand moved or that a disk which is not mounted has.
-A rename needs no block on most file systems: it works on a full disk. Where the disk refuses it,
-the files go all the same.
+A directory that goes is renamed first, `7` to `7.removed`, and stays under that name, with nothing
+but the note, until the history has noted the removal and how the job ended. So whoever finds no `7`
+can tell a removal by this program, in whichever process, from a directory that another hand moved
+or that a disk which is not mounted has. Its sticky bit says that the name is ours: a directory that
+somebody else has called so is left alone. Neither needs a block on most file systems: it works on a
+full disk. Where the disk refuses it, the files go all the same.
 """
 
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,10 +29,16 @@ NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
 """See `job_note`: it may stand beside the three, and goes with them."""
 _REMOVED = ".removed"
+_REMEDIES = {
+    errno.ENOSPC: "make room where output is kept",
+    errno.EDQUOT: "make room where output is kept",
+    errno.ENOENT: "see whether the disk with worker.state_dir is mounted, and put the directory "
+    "service/spool back there",
+}
 
 
 def mark_of(directory: Path) -> Path:
-    """Where an empty directory says that the output in `directory` was removed."""
+    """Where a directory of ours says that the output in `directory` was removed."""
     return directory.with_name(f"{directory.name}{_REMOVED}")
 
 
@@ -39,13 +47,37 @@ def marked_job(name: str) -> str:
     return name.removesuffix(_REMOVED) if name.endswith(_REMOVED) else ""
 
 
+def was_removed(directory: Path) -> bool:
+    """Whether this program has removed the output in `directory`: else it is there, or missing.
+
+    Raises OutputError where that cannot be told.
+    """
+    with disk_errors("look for"):
+        return _is_mark(mark_of(directory)) and not os.path.lexists(directory)
+
+
+def _is_mark(path: Path) -> bool:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(status.st_mode):
+        return False
+    if status.st_mode & stat.S_ISVTX:
+        return True
+    try:
+        return not os.listdir(path)  # as an earlier version left it
+    except OSError:  # another user's
+        return False
+
+
 def clear_mark(directory: Path) -> None:
     """Remove the mark, which the history has noted; one that is not there is fine."""
     mark = mark_of(directory)
     with suppress(OSError):
-        _unlink_files(mark)  # a removal that a kill cut short
-    with suppress(OSError):
-        os.rmdir(mark)
+        if _is_mark(mark):
+            _unlink_files(mark)
+            os.rmdir(mark)
 
 
 @contextmanager
@@ -64,10 +96,9 @@ def disk_errors(verb: str) -> Iterator[None]:
                 f"cannot {verb} the job's output: {error.strerror}",
                 remedy="try again later, or raise the service's LimitNOFILE",
             ) from error
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise OutputError(
             f"cannot {verb} the job's output: {error.strerror}",
-            remedy="make room where output is kept" if full else "",
+            remedy=_REMEDIES.get(error.errno or 0, ""),
             data={"cut": OutputCut.DISK.value},
         ) from error
 
@@ -150,6 +181,7 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
     """Remove the files and leave the mark. Raises Busy where somebody reads them (not if forced).
 
     The directory's name, which readers need first, goes before the rest: none finds half of a log.
+    The note stays in the mark, if there is one, or goes last.
     """
     with disk_errors("remove"):
         try:
@@ -159,26 +191,30 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
                 raise Busy("cannot remove the job's output: it is being read") from None
         dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
+            clear_mark(directory)  # of an earlier removal: this output was put back since
+            marked = False
             with suppress(OSError):
+                os.fchmod(dir_fd, 0o700 | stat.S_ISVTX)
                 os.rename(directory, mark_of(directory))
-            _unlink_below(dir_fd)
+                marked = True
+            _unlink_below(dir_fd, () if marked else (NOTE,))
         finally:
             os.close(dir_fd)
-        with suppress(FileNotFoundError):
+        if not marked:
             os.rmdir(directory)
 
 
 def _unlink_files(directory: Path) -> None:
     dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        _unlink_below(dir_fd)
+        _unlink_below(dir_fd, (NOTE,))
     finally:
         os.close(dir_fd)
 
 
-def _unlink_below(dir_fd: int) -> None:
-    """Remove the note and the files; the index before the data, where the name could not go."""
-    for name in (NOTE, *reversed(NAMES)):
+def _unlink_below(dir_fd: int, others: tuple[str, ...]) -> None:
+    """Remove the three files, and `others`; the index before the data, where the name stays."""
+    for name in (*reversed(NAMES), *others):
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=dir_fd)
 

@@ -24,7 +24,7 @@ from attrs import define, field, frozen
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
-from jobworker.jobs.output_directory import clear_mark, disk_errors, mark_of, marked_job
+from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job, was_removed
 from jobworker.model.job import JobId
 
 _MAX_DIGITS = 16
@@ -176,13 +176,20 @@ class KeptOutput:
         Raises Busy where it is written, or read (not with `force`: readers go on to its end), and
         OutputError.
         """
+        directory = self._spools / str(job)
+        self._missing.discard(job)
         try:
-            freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
+            freed = remove_output(directory, force=force, ended=self._seals)
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
+            if not was_removed(directory):
+                self._missing.add(job)
         self._set(job, None)
-        self._missing.discard(job)
         return freed
+
+    def misses(self, job: JobId) -> bool:
+        """Whether a job's output is not there, and was not removed by us."""
+        return job in self._missing
 
     @property
     def missing(self) -> int:
@@ -204,11 +211,7 @@ class KeptOutput:
         """
         self._take_up_ended()
         names = self._names()
-        marked = frozenset(
-            JobId(int(job))
-            for job in map(marked_job, names)
-            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS
-        )
+        marked = self._marked(names)
         gone = [kept for job, kept in self._kept.items() if str(job) not in names]
         for kept in gone:
             self._set(kept.job, None)
@@ -218,6 +221,17 @@ class KeptOutput:
             self.add(job)
             self._missing.discard(job)
         return Changes(marked, gone)
+
+    def _marked(self, names: Iterable[str]) -> frozenset[JobId]:
+        """The jobs that have the mark of a removal; one beside output that was put back goes."""
+        marked = set[JobId]()
+        for job in map(marked_job, names):
+            if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS:
+                if was_removed(self._spools / job):
+                    marked.add(JobId(int(job)))
+                elif os.path.lexists(self._spools / job):
+                    clear_mark(self._spools / job)
+        return frozenset(marked)
 
     def _names(self) -> frozenset[str]:
         """What stands in the directory: nothing where it is missing itself."""
@@ -238,8 +252,9 @@ class KeptOutput:
             self._missing.add(job)
 
     def clear_marks(self, jobs: Iterable[JobId]) -> None:
-        """Forget that the output of these jobs was removed: the history knows."""
+        """Forget that the output of these jobs was removed or missing: the history knows."""
         for job in jobs:
+            self._missing.discard(job)
             clear_mark(self._spools / str(job))
 
     def prune(
@@ -253,7 +268,7 @@ class KeptOutput:
             try:
                 remove_output(directory, ended=self._seals)
             except NotFound:  # another process may have been faster
-                self.drop(each.job, removed=os.path.lexists(mark_of(directory)))
+                self.drop(each.job, removed=was_removed(directory))
                 continue
             except JobworkerError:
                 continue  # followed, or the disk refuses: another time

@@ -94,6 +94,9 @@ MIGRATIONS = (
     CREATE INDEX jobs_with_output ON jobs (owner, id)
         WHERE json_extract(record, '$.output_removed_at') IS NULL;
     """,  # noqa: S608 - our own words
+    """
+    CREATE TABLE removed (job INTEGER PRIMARY KEY); -- jobs removed while their output was missing
+    """,
 )
 
 

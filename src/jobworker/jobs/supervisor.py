@@ -113,7 +113,10 @@ class Supervisor:
             self._placed.append(execution)
             self._places_taken += 1
         for waiting in inheritance.waiting:
-            self._queue(self._make_execution(waiting.record, waiting.spool, False))
+            execution = self._make_execution(waiting.record, waiting.spool, False)
+            if waiting.record.stop_requested_at is not None:
+                execution.request_stop(signal.SIGTERM, None)
+            self._queue(execution)
             self._places_taken += 1
 
     async def serve(self) -> None:

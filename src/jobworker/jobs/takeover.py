@@ -2,9 +2,11 @@
 
     the history says    the launcher has it    so the job
     started             yes                    goes on: its pipes are read on, its end is awaited
+    being started       was to, and did not    waits again, as below
     started             no                     is FAILED, lost
     waiting             no                     waits again, unless it had secrets: no disk has them
     ended               yes                    is removed, and killed if it lives
+    removed, no output  either                 stays removed, and what it left goes
     nothing             either                 is adopted (`adoption`)
 
 Where a job's note knows more (`job_note`), which a full disk or an older copy of the history may be
@@ -22,9 +24,8 @@ new ones; what stood in their place is set aside.
 
 import errno
 import logging
-import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -43,9 +44,10 @@ from jobworker.errors import (
     OutputError,
 )
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
+from jobworker.jobs.ended_output import remove_output
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import NOTE, mark_of
+from jobworker.jobs.output_directory import clear_mark, was_removed
 from jobworker.jobs.spool import Spool, with_sizes
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
@@ -117,10 +119,17 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     there = await in_thread(jobs_in, spools)
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
+    undone = unfinished.keys() & link.unstarted
     for job in (link.inherited.keys() & known) - unfinished.keys():
         await _remove(link, job)
-    unfinished |= await _adopt(link, history, spools, (there | link.inherited.keys()) - known, now)
+    unknown = (there | link.inherited.keys()) - known
+    removed = await history.removed_without_output(unknown)
+    for job in removed & link.inherited.keys():
+        await _remove(link, job)
+    await in_thread(partial(_finish_removals, spools, removed))
+    unfinished |= await _adopt(link, history, spools, unknown - removed, now)
     unfinished = await _ask_notes(spools, unfinished)
+    unfinished |= await _take_back_starts(history, [unfinished[job] for job in sorted(undone)])
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
         alive = link.inherited.get(job)
@@ -128,7 +137,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
             log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
             if alive is not None:
                 _let_go(*alive)
-            inheritance.ended.append(Ended(record, await _open_ended(spools, record)))
+            inheritance.ended.append(await _end_as_told(spools, record, now))
             continue
         if alive is None and (problem := _cannot_wait_again(record)):
             inheritance.ended.append(await _lose(spools, record, now, problem))
@@ -178,6 +187,18 @@ async def _adopt(
     return {record.id: record for record in records if not record.ended}
 
 
+def _finish_removals(spools: Path, jobs: Iterable[JobId]) -> None:
+    """Remove the output of jobs that were removed while it was missing."""
+    for job in sorted(jobs):
+        try:
+            remove_output(spools / str(job), force=True, ended=True)
+            clear_mark(spools / str(job))
+        except JobworkerError as error:
+            log.warning("job %d was removed, and what is in %s stays: %s", job, spools, error)
+        else:
+            log.warning("job %d was removed while its output was missing: that goes now", job)
+
+
 async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
     """What is unfinished, each job's record as the history or its note knows it better."""
     found = dict[JobId, JobRecord]()
@@ -185,6 +206,25 @@ async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dic
         records = await in_thread(later_of, spools, [unfinished[job] for job in page])
         found |= {record.id: record for record in records}
     return found
+
+
+async def _take_back_starts(
+    history: History, undone: Sequence[JobRecord]
+) -> dict[JobId, JobRecord]:
+    """Those of `undone` that were being started wait again: their programs were not executed."""
+    back = [evolve(r, state=State.PENDING) for r in undone if r.state is State.INITIALIZING]
+    for page in _batched(back, RECORDS_TOGETHER):
+        async with trio.open_nursery() as nursery:
+            for record in page:
+                nursery.start_soon(_put, history, record)
+    return {record.id: record for record in back}
+
+
+async def _put(history: History, record: JobRecord) -> None:
+    try:
+        await history.put(record)
+    except InternalError as error:  # this service knows it all the same
+        log.error("%s", error)
 
 
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
@@ -208,30 +248,19 @@ async def _open_spool(
         if _is_of_the_host(error):
             raise _cannot_go_on(record.id, error) from error
         missing, why = isinstance(error, NotFound), error.message
-    removed = ended and missing and await in_thread(_was_removed, directory)
-    kept = None
-    if removed:
-        await in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
-    else:
-        kept = await in_thread(_set_aside, directory)
+    if ended and missing and await in_thread(was_removed, directory):
+        log.warning("job %s: its output was removed before its end was recorded", directory.name)
+        return Spool.gone(), evolve(record, output_removed_at=now)
+    kept = await in_thread(_set_aside, directory)
     spool = await in_thread(Spool.create, directory)
     with suppress(OutputError):  # it goes on without one
         await in_thread(make_note, directory.parent, record)
-    if removed:
-        log.warning("job %s: its output was removed before its end was recorded", directory.name)
-        return spool, evolve(record, output_removed_at=now)
     where = f"; it is set aside as {kept}" if kept else ""
     log.warning("job %s: its output so far is missing: %s%s", directory.name, why, where)
     if not lives:  # it has written nothing yet
         return spool, record
     note = f"output from before {now:%F %T} UTC is missing"
     return spool, evolve(record, detail="; ".join(filter(None, (record.detail, note))))
-
-
-def _was_removed(directory: Path) -> bool:
-    """A removal leaves a mark; where the disk refuses that, the note goes first, then the index."""
-    cut_short = directory.exists() and not (directory / NOTE).exists()
-    return cut_short or mark_of(directory).exists()
 
 
 def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
@@ -259,6 +288,8 @@ def _set_aside(directory: Path) -> Path | None:
 
 def _cannot_wait_again(record: JobRecord) -> str:
     """Why a job that the launcher does not have is lost; "" where it merely waits."""
+    if record.state is State.INITIALIZING:
+        return "its start was cut short, by the end of the service or of its launcher"
     if record.state not in WAITING:
         return "its launcher ended while the job was alive"
     if record.spec.secret_environment or "secret_environment" in record.abridged:
@@ -303,6 +334,13 @@ async def _open_ended(spools: Path, record: JobRecord) -> Spool:
         if record.output_removed_at is None:
             log.warning("job %d: its output is lost: %s", record.id, error)
         return Spool.gone()
+
+
+async def _end_as_told(spools: Path, record: JobRecord, now: datetime) -> Ended:
+    """The end of a job as its note tells it: its output may have had to go meanwhile."""
+    if await in_thread(was_removed, spools / str(record.id)):
+        record = evolve(record, output_removed_at=record.output_removed_at or now)
+    return Ended(record, await _open_ended(spools, record))
 
 
 async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:

@@ -106,6 +106,8 @@ class OpenedLauncher:
     """Whether it takes and keeps why a job is sent a signal, and gives up starts that nobody wants
     any more: one of before does not."""
     jobs: tuple[Listed, ...] = ()
+    unstarted: frozenset[int] = frozenset()
+    """Jobs that it was to start and whose program was not executed: the latest that it knows."""
 
     def close(self) -> None:
         """Close our end of the socket and the jobs' pipes: for a start that fails."""
@@ -176,9 +178,9 @@ def connect_launcher(path: str) -> OpenedLauncher:
         sock.connect(path)
         _check_is_roots(sock, path)
         hello = _hello(sock)
-        jobs = _list(sock, pipes)
+        jobs, unstarted = _list(sock, pipes)
         sock.setblocking(False)
-        return OpenedLauncher(sock=sock, jobs=jobs, **_facts(hello))
+        return OpenedLauncher(sock=sock, jobs=jobs, unstarted=unstarted, **_facts(hello))
     except OSError as error:
         sock.close()
         channel.close_all(pipes)
@@ -258,9 +260,13 @@ def _facts(hello: channel.Message) -> _Facts:
     }
 
 
-def _list(sock: socket.socket, pipes: list[int]) -> tuple[Listed, ...]:
-    """Ask for all jobs, page by page; every pipe that comes along is also put into `pipes`."""
+def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], frozenset[int]]:
+    """Ask for all jobs, page by page, and for those whose program was not executed.
+
+    Every pipe that comes along is also put into `pipes`.
+    """
     jobs: dict[int, Listed] = {}
+    unstarted = frozenset[int]()
     number, more = 0, True
     while more:
         number += 1
@@ -282,7 +288,8 @@ def _list(sock: socket.socket, pipes: list[int]) -> tuple[Listed, ...]:
         ):
             jobs[entry["job"]] = _listed(entry, stdout, stderr)
         more = bool(reply["more"])
-    return tuple(jobs.values())
+        unstarted = frozenset(reply.get("unstarted", []))  # an earlier launcher does not tell
+    return tuple(jobs.values()), unstarted
 
 
 def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
@@ -291,16 +298,11 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
     assert isinstance(pid, int)
     assert isinstance(age_seconds, float)
     assert isinstance(end, dict | None)
-    exit_ = None if end is None else exit_from({**entry, **end})
-    if exit_ is not None:
-        ago = entry["ended_seconds_ago"]
-        assert isinstance(ago, float)
-        exit_ = evolve(exit_, seconds_ago=ago)
     return Listed(
         job=job,
         pid=pid,
         age_seconds=age_seconds,
-        exit=exit_,
+        exit=None if end is None else exit_from({**entry, **end}),
         stdout=stdout,
         stderr=stderr,
         network_end=str(entry.get("network_end", "")),  # an earlier launcher does not tell
@@ -334,8 +336,10 @@ def exit_from(message: Mapping[str, object]) -> Exit:
     assert isinstance(usage, dict)
     # An earlier launcher does not tell.
     lost, unseen = message.get("lost", []), message.get("unseen", [])
+    ago = message.get("ended_seconds_ago", 0.0)
     assert isinstance(lost, list)
     assert isinstance(unseen, list)
+    assert isinstance(ago, float)
     used = usage_from(usage)
     return Exit(
         code=code,
@@ -344,6 +348,7 @@ def exit_from(message: Mapping[str, object]) -> Exit:
         lost=tuple(map(str, lost)),
         unseen=tuple(map(str, unseen)),
         want=_want_from(message.get("want"), used),
+        seconds_ago=ago,
     )
 
 

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from jobworker import sd_notify
 from jobworker.errors import HostUnsupported, JobworkerError
@@ -87,6 +87,7 @@ def main(descriptor: int) -> NoReturn:
         sys.exit(1)
     message, passed = received
     carried = _carried(message, passed)
+    place = _Place.of(carried["listener"]) if "listener" in carried else None
     with contextlib.ExitStack() as undo:
         try:
             policy = policy_from(message)
@@ -94,10 +95,11 @@ def main(descriptor: int) -> NoReturn:
             if not has_rights:
                 ids = split(become_root(), policy.max_jobs + policy.spares)
             locks = open_locks()  # the host's, not those of the process namespace to come
-            _become_first_process([descriptor, *passed], on_its_own="listener" in carried)
+            _become_first_process([descriptor, *passed], carried.get("lock"), place)
             tree, nursery = _prepare(policy, ids, undo, has_rights=has_rights)
         except JobworkerError as error:
-            if "listener" in carried:
+            if place is not None:
+                place.clear()
                 say_last(str(error))
                 sys.exit(error.exit_code)
             problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
@@ -141,13 +143,43 @@ def _notify(descriptor: int | None, text: str) -> None:
             sd_notify.send(notify, text, sd_notify.PATIENCE_SECONDS)
 
 
-def _become_first_process(links: Sequence[int], *, on_its_own: bool) -> None:
+class _Place(NamedTuple):
+    """Where a socket stands in the file system, and which one."""
+
+    path: str
+    identity: tuple[int, int]
+
+    @classmethod
+    def of(cls, listener: int) -> "_Place":
+        with socket.socket(fileno=os.dup(listener)) as sock:
+            path = str(sock.getsockname())
+        return cls(path, cls._identity_at(path))
+
+    @staticmethod
+    def _identity_at(path: str) -> tuple[int, int]:
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return 0, 0
+        return status.st_dev, status.st_ino
+
+    def clear(self) -> None:
+        """Remove it, unless another stands there."""
+        with contextlib.suppress(OSError):
+            if self._identity_at(self.path) == self.identity:
+                os.unlink(self.path)
+
+
+def _become_first_process(links: Sequence[int], lock: int | None, place: _Place | None) -> None:
     """Go on as PID 1 of a new process namespace; the process that was started waits for it.
 
     When PID 1 dies, the kernel kills all that are below it (pid_namespaces(7)): jobs can never
     outlive the launcher, whatever they do about PR_SET_PDEATHSIG. The launcher in turn dies with
-    the process that waits, and is the last that the kernel picks when memory runs out.
+    the process that waits, and is the last that the kernel picks when memory runs out. Where it
+    runs on its own, its socket is at `place`, out of its reach: the process that waits removes it,
+    and holds the `lock` until then, so that it is no other launcher's.
     """
+    on_its_own = place is not None
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("-900")  # a job takes it back: `SetOomScore`
     alive, keep = os.pipe2(os.O_CLOEXEC)
@@ -162,8 +194,11 @@ def _become_first_process(links: Sequence[int], *, on_its_own: bool) -> None:
             else:
                 signal.signal(number, signal.SIG_IGN)  # the service leads the way out
         os.close(alive)
-        channel.close_all(links)  # their ends are how others learn of the launcher's
+        # Their ends are how others learn of the launcher's.
+        channel.close_all([each for each in links if place is None or each != lock])
         _, status = os.waitpid(pid, 0)
+        if place is not None:
+            place.clear()
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     os.close(keep)
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -55,6 +55,8 @@ LOOK_AT_STARTS_SECONDS = 0.5
 LOOK_AGAIN_SECONDS = 0.1
 TOGETHER_SECONDS = 0.1
 """A kill of a whole control group ends a job and its gateway at most this far apart."""
+UNSTARTED_KEPT = 1000
+"""Starts that are remembered: their ids fit a packet, with a page of jobs."""
 CLEAR_AGAIN_SECONDS = 0.005
 CLEAR_SELDOM_SECONDS = 0.08
 """The pause doubles up to this, while none of those that are tried again lets go."""
@@ -101,6 +103,8 @@ class Jobs:
         self._jobs: dict[int, Child] = {}
         self._late: deque[tuple[int, requests.Spawn, int]] = deque()
         """Starts that wait for a place which an ended child still has, and until which look."""
+        self._unstarted: dict[int, None] = {}
+        """Jobs that were to be started and whose program was not executed, so far or at all."""
         self._looks = 0
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
@@ -134,6 +138,11 @@ class Jobs:
             if number > job and child.request is None
         ]
 
+    @property
+    def unstarted(self) -> list[int]:
+        """The latest jobs that were to be started and whose program was not executed."""
+        return list(self._unstarted)
+
     def _running(self) -> dict[int, Child]:
         return {job: child for job, child in self._jobs.items() if child.exit is None}
 
@@ -157,6 +166,8 @@ class Jobs:
         self._late.clear()
         for child in list(self._children):
             child.when_cleared = None
+            if child.request is not None and child.sock is not None:
+                self._on_word(child)  # its program may run by now: then it goes on
             if child.request is not None:
                 child.request = None
                 self.remove(child)
@@ -180,13 +191,17 @@ class Jobs:
 
         Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
         """
-        if len(self._jobs) + len(self._late) >= self._nursery.slots:
-            raise SandboxError(
-                "every place is in use, by jobs that were not removed", data={"step": "place"}
-            )
         if request.job in self._jobs or self._is_late(request.job):
             raise SandboxError(
                 "the job's id is in use", data={"step": "job", "errno": errno.EEXIST}
+            )
+        self._unstarted.pop(request.job, None)
+        self._unstarted[request.job] = None
+        if len(self._unstarted) > UNSTARTED_KEPT:
+            del self._unstarted[next(iter(self._unstarted))]
+        if len(self._jobs) + len(self._late) >= self._nursery.slots:
+            raise SandboxError(
+                "every place is in use, by jobs that were not removed", data={"step": "place"}
             )
         if not self._turns.is_set(self._look_at_starts):
             self._turns.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
@@ -412,6 +427,7 @@ class Jobs:
         if child.failure is None and child.job is not None and child.request is not None:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
             child.request, child.started_at = None, time.monotonic()
+            self._unstarted.pop(child.job, None)
             self._kernel_watch.wake()
             self._wall_in(child)
             self._tell(started, (child.stdout, child.stderr))
@@ -494,7 +510,7 @@ class Jobs:
         child.end_is_known = True
         if child.job is not None:
             event: channel.Message = {"event": "exit", "job": child.job}
-            self._tell({**event, **_end(child), **_measured(child)}, ())
+            self._tell({**event, **_since_end(child), **_end(child), **_measured(child)}, ())
 
     def _on_addresses(self) -> None:
         """The host has other addresses: close them to the jobs that have a way out."""
@@ -644,7 +660,7 @@ def listed(child: Child) -> channel.Message:
         "job": child.job,
         "pid": child.pid,
         "age_seconds": time.monotonic() - child.started_at,
-        "ended_seconds_ago": time.monotonic() - child.ended_at,
+        **_since_end(child),
         "exit": _end(child) if child.end_is_known else None,
         **_measured(child),
         "network_end": child.network_end,
@@ -670,6 +686,11 @@ def _measured(child: Child) -> channel.Message:
         return {"usage": child.usage()._asdict(), "measured": True}
     except OSError:
         return {"usage": Usage()._asdict(), "measured": False}
+
+
+def _since_end(child: Child) -> channel.Message:
+    """How long ago a job ended: its end is told once its volumes were written out."""
+    return {"ended_seconds_ago": time.monotonic() - child.ended_at}
 
 
 def _end(child: Child) -> channel.Message:

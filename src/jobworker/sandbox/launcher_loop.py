@@ -2,13 +2,14 @@
 
     request   {"id", "op", "job", …}        reply  {"id", "ok": {…}} + descriptors
                                                    {"id", "error": {"step", "errno", "detail"}}
-    event     {"event": "exit", "job", "code", "signal", "usage"}
+    event     {"event": "exit", "job", "code", "signal", "usage", …}
               {"event": "network_ended", "job", "why"}
 
 A launcher has one of two lives. One that a service has started serves that service: when it
 goes, its jobs go, and then the loop ends. One that runs on its own lets services in by its
 `Doorway` and keeps jobs, pipes and exit statuses while none is there; SIGTERM ends it. A start
-that nobody waits for any more, since the service went in the midst of it, is undone.
+that nobody waits for any more, since the service went in the midst of it, is undone, and the next
+service is told that the program was not executed.
 
 What must hold: the loop never waits for a child, for a file system that a job can slow down, or
 for the service to read.
@@ -205,7 +206,9 @@ class Launcher:
         page = started[:JOBS_PER_PAGE]
         pipes = [pipe for child in page for pipe in (child.stdout, child.stderr)]
         more = len(started) > len(page)
-        self._reply(number, {"jobs": [listed(child) for child in page], "more": more}, pipes)
+        jobs = [listed(child) for child in page]
+        unstarted = [] if more else self._jobs.unstarted
+        self._reply(number, {"jobs": jobs, "more": more, "unstarted": unstarted}, pipes)
 
     def _reply(
         self, number: int, ok: Mapping[str, object], descriptors: Sequence[int] = ()

@@ -116,6 +116,8 @@ class Link:
     """Of what waits for its turn to be sent, or for room in the socket: whether it is patient."""
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
     """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    unstarted: frozenset[int] = frozenset()
+    """Jobs that an earlier service wanted started and whose program was not executed."""
     keeps_asks: bool = False
     """Whether the launcher keeps why a job was sent a signal, for the next service, and gives up
     starts."""
@@ -486,7 +488,7 @@ class Link:
 async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
     """Talk to a launcher; at exit one of our own ends with its jobs, and is waited for."""
     sock = trio.socket.from_stdlib_socket(launcher.sock)
-    link = Link(sock, keeps_asks=launcher.keeps_asks)
+    link = Link(sock, unstarted=launcher.unstarted, keeps_asks=launcher.keeps_asks)
     link.inherit(launcher.jobs)
     try:
         async with trio.open_nursery() as nursery:

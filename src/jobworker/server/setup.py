@@ -105,6 +105,10 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         reader = start_reader(config)  # first: it is to hold nothing of what comes now
         undo.callback(reader.close)
         state = Path(settings.worker.state_dir)
+        configured, opened = settings, None
+        if settings.launcher.socket and not (state / "lock").exists():
+            opened = _open_launcher(settings, state)  # it may be another directory's
+            undo.callback(opened[0].close)
         make_state_directory(state)
         lock = lock_for_service(state)
         undo.callback(os.close, lock)
@@ -112,9 +116,10 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         for listener in listeners:
             undo.callback(listener.close)
         step_into_leaf()
-        configured = settings
-        launcher, settings, differences = _open_launcher(settings, state)
-        undo.callback(launcher.close)
+        if opened is None:
+            opened = _open_launcher(settings, state)
+            undo.callback(opened[0].close)
+        launcher, settings, differences = opened
         max_open_outputs = outputs_within(settings, limit, running=len(launcher.jobs))
         jobs, locks, unusual = launcher_ids(launcher), [lock], []
         ids = service_ids(settings, jobs)

@@ -131,13 +131,16 @@ def _give(service: Path, uid: int, gid: int) -> None:
 
     def give(name: str | Path, directory: int | None = None) -> None:
         file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        path = f"/proc/self/fd/{file}"
         try:
-            status, path = os.fstat(file), f"/proc/self/fd/{file}"
+            status = os.fstat(file)
             if stat.S_ISDIR(status.st_mode) or (
                 stat.S_ISREG(status.st_mode) and status.st_nlink == 1
             ):
                 os.chown(path, uid, gid)
-                os.chmod(path, (status.st_mode & 0o777) | _owner_bits(status))
+                os.chmod(path, (status.st_mode & 0o1777) | _owner_bits(status))
+        except PermissionError as error:
+            raise _may_not_give(Path(os.readlink(path)), uid, error) from error
         finally:
             os.close(file)
 
@@ -147,6 +150,13 @@ def _give(service: Path, uid: int, gid: int) -> None:
 
     give_below(opened(service), whole=True)
     give(service)
+
+
+def _may_not_give(path: Path, uid: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot give {path} to the service's user {uid}: {error.strerror}",
+        remedy=f"see lsattr -d {path}, and let it be changed: chattr -i -a {path}",
+    )
 
 
 def _owner_bits(status: os.stat_result) -> int:

@@ -227,3 +227,26 @@ def test_budget_leaves_room_on_the_disk(tmp_path: Path) -> None:
         budget.take(1)
     assert raised.value.data["cut"] == OutputCut.DISK.value
     assert budget.used_bytes == 0
+
+
+def test_removal_of_what_was_put_back_leaves_a_mark_of_its_own(tmp_path: Path) -> None:
+    kept = KeptOutput(tmp_path)
+    for _ in range(2):
+        write_log(tmp_path / "1", b"x").close()
+        (tmp_path / "1" / "record").write_text("note")
+        kept.load()
+        assert kept.prune(Policy(max_jobs=0))
+        assert kept.look().marked == {1}
+        assert [path.name for path in (tmp_path / "1.removed").iterdir()] == ["record"]
+
+
+def test_directory_called_like_a_mark_is_none_unless_it_is_ours_or_empty(tmp_path: Path) -> None:
+    write_log(tmp_path / "1", b"x").close()
+    (tmp_path / "1").rename(tmp_path / "1.removed")
+    (tmp_path / "2.removed").mkdir()
+    (tmp_path / "3.removed").write_text("a file")
+    kept = KeptOutput(tmp_path)
+    assert kept.look().marked == {2}
+    kept.clear_marks([JobId(1), JobId(2), JobId(3)])
+    assert {path.name for path in tmp_path.iterdir()} == {"1.removed", "3.removed"}
+    assert len(list((tmp_path / "1.removed").iterdir())) == 3

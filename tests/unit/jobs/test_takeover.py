@@ -20,6 +20,7 @@ class NoJobs:
     """A launcher that was started anew."""
 
     inherited: dict[JobId, tuple[Started, Exits]]
+    unstarted: frozenset[JobId] = frozenset()
 
 
 @define(eq=False)
