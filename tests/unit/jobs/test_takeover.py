@@ -32,6 +32,9 @@ class OneJob:
     async def known(self, _: Collection[JobId]) -> frozenset[JobId]:
         return frozenset(record.id for record in self.unfinished)
 
+    async def removed_without_output(self, _: Collection[JobId]) -> frozenset[JobId]:
+        return frozenset()
+
     def pass_over(self, _: JobId) -> None:
         return
 
