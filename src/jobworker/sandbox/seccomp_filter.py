@@ -57,7 +57,7 @@ def load_filters(path: str) -> Filters:
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8"
         raise ConfigError(
-            f"cannot read the system-call profile {path}: {reason}",
+            f"cannot read the system-call profile {path or 'of the package'}: {reason}",
             remedy="correct sandbox.seccomp_profile, or unset it for the profile of the package",
         ) from None
     return compile_profile(parse(text, path), path, os.uname().machine)
