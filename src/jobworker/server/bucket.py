@@ -33,6 +33,11 @@ class Bucket:
         self._fill(now)
         return self._tokens < 0
 
+    def seconds_overdrawn(self, now: float) -> float:
+        """How long it takes until as much is filled again as was drawn too much."""
+        self._fill(now)
+        return max(0.0, -self._tokens / self.per_second)
+
     def is_full(self, now: float) -> bool:
         """Whether it is as good as a new one."""
         self._fill(now)

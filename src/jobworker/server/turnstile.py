@@ -13,7 +13,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, TypeVarTuple
 from weakref import WeakValueDictionary
 
@@ -30,6 +31,10 @@ Arguments = TypeVarTuple("Arguments")
 log = logging.getLogger("jobworker")
 
 RECENT_SECONDS = 0.5
+WAITING_SECONDS = 5.0
+"""For so long at the most somebody who waits for an answer counts as being about."""
+BURST_SECONDS = 0.5
+"""Of its rate, what a name may pass at once."""
 REST = 2
 """For so many times as long as a turn took, all that it has set going included, floods rest."""
 MAX_REST_SECONDS = 0.01
@@ -46,20 +51,43 @@ leave most of them to others."""
 
 @define(eq=False)
 class Presence:
-    """Who has asked for something a moment ago."""
+    """Who has asked for something a moment ago, or waits for the answer.
 
-    _seen: dict[str, float] = field(factory=dict, init=False)
+    A client that waits for the start of its job, or for the end of a short one, needs the processor
+    as much as one that asks: if a flood had all of it meanwhile, the client would only wait longer.
+    But who waits for hours is not about all that time.
+    """
+
+    _until: dict[str, float] = field(factory=dict, init=False)
+    _served: Counter[str] = field(factory=Counter, init=False)
+    """How many requests of each are being served."""
 
     def saw(self, name: str) -> None:
         """This client has asked."""
-        self._seen[name] = trio.current_time()
+        self._extend(name, RECENT_SECONDS)
+
+    @contextmanager
+    def served(self, name: str) -> Iterator[None]:
+        """A request of this client is served in the block."""
+        self._served[name] += 1
+        self._extend(name, WAITING_SECONDS)
+        try:
+            yield
+        finally:
+            self._served[name] -= 1
+            if not self._served[name]:
+                del self._served[name]
+                self._until[name] = trio.current_time() + RECENT_SECONDS
+
+    def _extend(self, name: str, seconds: float) -> None:
+        self._until[name] = max(self._until.get(name, 0.0), trio.current_time() + seconds)
 
     def of_others(self, than: Container[str]) -> bool:
         """Whether there is somebody else."""
-        since = trio.current_time() - RECENT_SECONDS
-        for name in [name for name, at in self._seen.items() if at < since]:
-            del self._seen[name]
-        return any(name not in than for name in self._seen)
+        now = trio.current_time()
+        for name in [name for name, until in self._until.items() if until < now]:
+            del self._until[name]
+        return any(name not in than for name in self._until)
 
     async def rest_after(
         self, began: float, than: Container[str] = (), most_seconds: float = MAX_REST_SECONDS
@@ -147,6 +175,9 @@ class Turnstile:
     _presence: Presence
     _most_seconds: float = MAX_REST_SECONDS
     """Of a rest."""
+    _rate: float = math.inf
+    """What each name may pass by in a second, in the long run, where others are about."""
+    _accounts: dict[str, Bucket] = field(factory=dict, init=False)
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
     """By name, in their order, with their costs."""
@@ -155,7 +186,12 @@ class Turnstile:
     _keeper: trio.lowlevel.Task | None = field(default=None, init=False)
 
     async def enter(self, name: str, cost: int = 1) -> None:
-        """Wait for a turn of this name. Without others of the name it is no checkpoint."""
+        """Wait for a turn of this name. Without others of the name it is no checkpoint.
+
+        A name that asks for more than its rate waits even so, where others are about.
+        """
+        if self._rate < math.inf:
+            await self._keep_rate(name, cost)
         if self._passed[name] < self._part() and name not in self._waiting:
             self._passed[name] += cost
             self._count()
@@ -172,6 +208,17 @@ class Turnstile:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(leave)
+
+    async def _keep_rate(self, name: str, cost: int) -> None:
+        now = trio.current_time()
+        account = self._accounts.get(name)
+        if account is None:
+            for rested in [who for who, one in self._accounts.items() if one.is_full(now)]:
+                del self._accounts[rested]
+            account = self._accounts[name] = Bucket(now, self._rate * BURST_SECONDS, self._rate)
+        if not account.take(now, cost) and self._presence.of_others((name,)):
+            account.draw(now, cost)
+            await trio.sleep(account.seconds_overdrawn(now))
 
     def _part(self) -> int:
         return max(1, self._most // max(1, len(self._waiting)))

@@ -9,10 +9,13 @@ import trio
 import trio.testing
 
 from jobworker.server.turnstile import (
+    BURST_SECONDS,
     MAX_REST_SECONDS,
+    RECENT_SECONDS,
     REST,
     SPELL_BURST_SECONDS,
     SPELL_SHARE,
+    WAITING_SECONDS,
     Presence,
     Spells,
     Turnstile,
@@ -162,6 +165,46 @@ async def test_a_busy_loop_keeps_nobody_waiting_for_good(
                 flood.start_soon(turnstile.enter, "flood")
         nursery.cancel_scope.cancel()
     assert autojump_clock.current_time() < 10 * 2 * MAX_REST_SECONDS + 0.1
+
+
+async def test_who_waits_for_an_answer_is_about_for_a_while(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    del autojump_clock
+    presence, others = Presence(), ("flood",)
+    with presence.served("quiet"), presence.served("flood"):
+        with presence.served("quiet"):
+            await trio.sleep(RECENT_SECONDS)
+        await trio.sleep(WAITING_SECONDS - RECENT_SECONDS - 0.1)
+        assert presence.of_others(others)
+        await trio.sleep(0.2)
+        assert not presence.of_others(others)
+    assert presence.of_others(others), "it may ask for more"
+    await trio.sleep(RECENT_SECONDS + 0.1)
+    assert not presence.of_others(others)
+
+
+async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """One request after the other, each a millisecond of the loop."""
+    presence = Presence()
+    turnstile = Turnstile(MOST, presence, rate=100)
+
+    async def seconds_of(requests: int, *, beside: str = "flood") -> float:
+        began = autojump_clock.current_time()
+        for _ in range(requests):
+            presence.saw(beside)
+            await turnstile.enter("flood")
+            autojump_clock.jump(0.001)
+            await trio.lowlevel.checkpoint()
+        return autojump_clock.current_time() - began
+
+    burst = int(100 * BURST_SECONDS)
+    assert await seconds_of(burst, beside="quiet") == pytest.approx(burst / 1000)
+    assert await seconds_of(100, beside="quiet") == pytest.approx(1.0, rel=0.1)
+    await trio.sleep(RECENT_SECONDS + 0.1)
+    assert await seconds_of(500) == pytest.approx(0.5), "who is alone has all of the loop"
 
 
 async def test_floods_of_several_kinds_rest_together(
