@@ -218,7 +218,11 @@ class Turnstile:
             account = self._accounts[name] = Bucket(now, self._rate * BURST_SECONDS, self._rate)
         if not account.take(now, cost) and self._presence.of_others((name,)):
             account.draw(now, cost)
-            await trio.sleep(account.seconds_overdrawn(now))
+            try:
+                await trio.sleep(account.seconds_overdrawn(now))
+            except trio.Cancelled:  # it does not pass: else who only comes and goes owes for hours
+                account.draw(trio.current_time(), -cost)
+                raise
 
     def _part(self) -> int:
         return max(1, self._most // max(1, len(self._waiting)))

@@ -207,6 +207,22 @@ async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
     assert await seconds_of(500) == pytest.approx(0.5), "who is alone has all of the loop"
 
 
+async def test_who_gives_up_waiting_owes_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    presence = Presence()
+    turnstile = Turnstile(MOST, presence, rate=100)
+    presence.saw("quiet")
+    for _ in range(int(100 * BURST_SECONDS)):
+        await turnstile.enter("flood")
+        await trio.lowlevel.checkpoint()
+    for _ in range(1000):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await turnstile.enter("flood")
+    began = autojump_clock.current_time()
+    await turnstile.enter("flood")
+    assert autojump_clock.current_time() - began < 0.1
+
+
 async def test_floods_of_several_kinds_rest_together(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
