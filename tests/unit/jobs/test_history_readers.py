@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
+from threading import Semaphore
 
 import apsw
 import pytest
@@ -14,7 +14,7 @@ import trio.testing
 from jobworker.convert import loads, structure
 from jobworker.errors import ConfigError, InternalError, OutOfDescriptors
 from jobworker.jobs.history import History
-from jobworker.jobs.history_readers import LOOKUP_THREADS, Readers
+from jobworker.jobs.history_readers import Readers
 from jobworker.model.job import JobRecord
 
 from ..strategies import record
@@ -37,22 +37,27 @@ async def test_nobody_waits_for_the_queue_of_another(
 ) -> None:
     path = tmp_path / "some.db"
     apsw.Connection(str(path)).close()
-    answered, go = list[str](), Event()
+    allowed, quiet_is_answered = Semaphore(0), trio.Event()
 
-    async def question(who: str) -> None:
-        await ask(readers)(lambda _: go.wait(20), who)
-        answered.append(who)
+    async def ask_much() -> None:
+        await ask(readers)(lambda _: allowed.acquire(timeout=20), "noisy")
+
+    async def ask_once() -> None:
+        await ask(readers)(lambda _: None, "quiet")
+        quiet_is_answered.set()
 
     with closing(Readers(path)) as readers:
         async with trio.open_nursery() as nursery:
             for _ in range(FLOOD):
-                nursery.start_soon(question, "noisy")
+                nursery.start_soon(ask_much)
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(question, "quiet")
+            nursery.start_soon(ask_once)
             await trio.testing.wait_all_tasks_blocked()
-            go.set()
-    assert len(answered) == FLOOD + 1
-    assert answered.index("quiet") <= LOOKUP_THREADS
+            allowed.release()  # the one under way ends, and no other of theirs
+            with trio.move_on_after(10):
+                await quiet_is_answered.wait()
+            allowed.release(FLOOD)
+            assert quiet_is_answered.is_set()
 
 
 def count_rows(connection: apsw.Connection) -> object:
