@@ -24,6 +24,9 @@ WAKE_BYTES = TURN_BYTES // 16
 """What a follower costs that has to be woken, however little there is for it."""
 FRAME_BYTES = TURN_BYTES // 128
 """What a message costs, however short it is."""
+ALONE = 4
+"""Turns of a thousand followers are so many times as long while no other client asks for anything:
+each turn has its own cost, and nobody waits for its end."""
 
 
 @define(eq=False)
@@ -36,7 +39,7 @@ class Traffic:
 
     @_turns.default
     def _make_turns(self) -> Turnstile:
-        return Turnstile(TURN_BYTES, self._presence)
+        return Turnstile(TURN_BYTES, self._presence, alone=ALONE)
 
     async def take_turn(self, name: str) -> None:
         """Wait until the end of a subscription may be told to a client of that name."""

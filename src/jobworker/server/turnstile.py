@@ -177,6 +177,10 @@ class Turnstile:
     """Of a rest."""
     _rate: float = math.inf
     """What each name may pass by in a second, in the long run, where others are about."""
+    _alone: int = 1
+    """So many times as much passes in a turn that begins while no others are about."""
+    _most_now: int = field(default=0, init=False)
+    """What may pass in this turn."""
     _accounts: dict[str, Bucket] = field(factory=dict, init=False)
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
@@ -192,6 +196,8 @@ class Turnstile:
         """
         if self._rate < math.inf:
             await self._keep_rate(name, cost)
+        if self._began is None:
+            self._look_about((name,))
         if self._passed[name] < self._part() and name not in self._waiting:
             self._passed[name] += cost
             self._count()
@@ -225,7 +231,12 @@ class Turnstile:
                 raise
 
     def _part(self) -> int:
-        return max(1, self._most // max(1, len(self._waiting)))
+        return max(1, self._most_now // max(1, len(self._waiting)))
+
+    def _look_about(self, than: Container[str]) -> None:
+        self._most_now = self._most
+        if self._alone > 1 and not self._presence.of_others(than):
+            self._most_now *= self._alone
 
     def _count(self) -> None:
         if self._began is None:
@@ -252,6 +263,7 @@ class Turnstile:
 
     def _begin(self) -> None:
         self._passed.clear()
+        self._look_about(self._waiting)
         part = self._part()
         for name, line in tuple(self._waiting.items()):
             while line and self._passed[name] < part:

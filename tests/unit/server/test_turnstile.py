@@ -72,6 +72,28 @@ async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_na
     assert sum(passed.values()) == 3200
 
 
+@pytest.mark.parametrize(("asks", "most"), [(None, 4 * MOST), ("flood", 4 * MOST), ("quiet", MOST)])
+async def test_more_passes_in_a_turn_while_no_others_are_about(
+    asks: str | None, most: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    presence, turns, passed = Presence(), Turns(), Counter[int]()
+    turnstile = Turnstile(MOST, presence, alone=4)
+    if asks is not None:
+        presence.saw(asks)
+
+    async def enter() -> None:
+        await turnstile.enter("flood")
+        passed[turns.now] += 1
+
+    trio.lowlevel.add_instrument(turns)
+    async with trio.open_nursery() as nursery:
+        for _ in range(12 * MOST):
+            nursery.start_soon(enter)
+    trio.lowlevel.remove_instrument(turns)
+    assert autojump_clock.current_time() < RECENT_SECONDS, "the control: who asked is still about"
+    assert max(passed.values()) == most
+
+
 async def test_one_that_costs_more_than_all_may_passes_alone() -> None:
     turnstile = Turnstile(MOST, Presence())
     for _ in range(10):
