@@ -17,6 +17,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import HostUnsupported
+from jobworker.jobs.output_directory import NOTE
 from jobworker.sandbox.requests import MAX_JOB
 
 from .conftest import left_behind, until
@@ -349,6 +350,21 @@ async def test_something_else_at_the_place_of_the_clock_is_told(
         await until(lambda: f"counts by in {clock}: Is a directory" in service.log_text())
 
 
+async def test_fifo_at_the_place_of_a_file_holds_no_start_up(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    async with service_in(directory) as (_, wire):
+        job = await start(wire, "true")
+        await wire.call("job.wait", id=job)
+    kept = history(directory).parent
+    for name in ("clock", "last-id", f"spool/{job}/{NOTE}"):
+        (kept / name).unlink()
+        os.mkfifo(kept / name)
+    async with service_in(directory) as (_, wire):
+        assert await start(wire, "true") == job + 1
+
+
 async def test_history_that_a_kill_left_and_that_is_damaged_since_stays_as_it_is(
     open_directory: Callable[[], Path],
 ) -> None:
@@ -437,7 +453,19 @@ def directory_for_index(path: Path) -> None:
     (path / "index").mkdir()
 
 
-SPOILT_SPOOLS = [file_in_its_place, link_in_its_place, no_index, bad_index, directory_for_index]
+def fifo_for_index(path: Path) -> None:
+    no_index(path)
+    os.mkfifo(path / "index")
+
+
+SPOILT_SPOOLS = [
+    file_in_its_place,
+    link_in_its_place,
+    no_index,
+    bad_index,
+    directory_for_index,
+    fifo_for_index,
+]
 
 
 @pytest.mark.parametrize("spoil", SPOILT_SPOOLS)

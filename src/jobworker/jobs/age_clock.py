@@ -23,6 +23,8 @@ from pathlib import Path
 
 from attrs import Factory, define
 
+from jobworker.regular_file import open_regular
+
 log = logging.getLogger("jobworker.jobs")
 
 SECOND = 1_000_000_000
@@ -32,6 +34,7 @@ PATIENCE_NS = 24 * 3600 * SECOND
 KEEP_NS = 600 * SECOND
 """How often the file is written; in between, the time since boot makes up for it."""
 FILE = "clock"
+MAX_BYTES = 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -73,7 +76,8 @@ class AgeClock:
         self._at_ns = self._boot_ns()
         self._shown_ns = newest_ns or self._wall_ns()
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(self._path.read_bytes())
+            with open(open_regular(self._path, os.O_RDONLY), "rb") as file:
+                kept = json.loads(file.read(MAX_BYTES))
             shown, same_boot = int(kept["shown_ns"]), kept["boot_id"] == self._boot_id
             at = int(kept["at_ns"]) if same_boot else 0
             if not 0 <= at <= self._at_ns:

@@ -26,6 +26,7 @@ from jobworker.jobs.output_directory import NOTE, disk_errors, mark_of
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.summary import summarize
+from jobworker.regular_file import open_regular
 
 MAX_NOTE_BYTES = 16 << 20
 """More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
@@ -90,7 +91,7 @@ def _open(spools: Path, job: JobId, flags: int) -> int:
     except FileNotFoundError:  # its output was removed: the note stays until the history knows
         directory = os.open(mark_of(where), way)
     try:
-        return os.open(NOTE, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        return open_regular(NOTE, flags | os.O_NOFOLLOW, dir_fd=directory)
     finally:
         os.close(directory)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attrs import Factory, define
 
+from jobworker.regular_file import open_regular
 from jobworker.sandbox.requests import MAX_JOB
 
 log = logging.getLogger("jobworker.jobs")
@@ -32,9 +33,9 @@ class LastId:
     @classmethod
     def open(cls, path: Path) -> "LastId":
         """Open or make the file at `path`."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
-            return cls(path, os.open(path, flags, 0o600))
+            return cls(path, open_regular(path, flags))
         except OSError as error:
             log.warning("cannot open %s: %s; only the history keeps ids", path, error.strerror)
             return cls(path, None)

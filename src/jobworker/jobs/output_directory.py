@@ -24,6 +24,7 @@ from pathlib import Path
 
 from jobworker.errors import Busy, NotFound, OutOfDescriptors, OutputError
 from jobworker.model.job import OutputCut
+from jobworker.regular_file import open_regular
 
 NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
@@ -153,7 +154,7 @@ def open_files(directory: Path, *, writable: bool, partial: bool = False) -> lis
             undo.callback(os.close, dir_fd)
             for name in NAMES:
                 try:
-                    fds.append(os.open(name, mode, dir_fd=dir_fd))
+                    fds.append(open_regular(name, mode, dir_fd=dir_fd))
                 except FileNotFoundError:
                     if not partial:
                         raise

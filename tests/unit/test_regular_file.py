@@ -1,0 +1,25 @@
+"""Only a regular file is opened, and nothing is waited for."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobworker.regular_file import open_regular
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY])
+def test_fifo_is_refused_at_once(flags: int, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=r"something else than a file|No such device"):
+        open_regular(tmp_path / "fifo", flags)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_regular_file_is_opened_and_closed_at_exec(tmp_path: Path) -> None:
+    opened = open_regular(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    with open(opened, "r+b") as file:
+        file.write(b"x")
+        assert not os.get_inheritable(opened)
+    assert (tmp_path / "file").read_bytes() == b"x"
