@@ -303,6 +303,33 @@ def fork_bomb_stops_at_its_limit(tree: Tree, _: Path) -> str:
         return "24 forks of 25"
 
 
+def scopes_leave_the_host_its_part(tree: Tree, _: Path) -> str:
+    """All scopes together have a bound, however many there are; it is 7/8 of the host's."""
+    top = tree.by_controller["pids"]
+    usual = cgroup_files.read(top, "pids.max").strip()
+    most = min(
+        int(Path(f"/proc/sys/kernel/{name}").read_text()) for name in ("pid_max", "threads-max")
+    )
+    assert int(usual) == most - most // 8, usual
+    try:
+        tree.bound_processes(40)
+        with (
+            job(tree, Limits(pids=25)) as first,
+            ended(start(first, *python(_BOMB))) as one,
+        ):
+            assert one.stdout is not None
+            assert int(one.stdout.readline()) == 24
+            with (
+                job(tree, Limits(pids=25)) as second,
+                ended(start(second, *python(_BOMB))) as other,
+            ):
+                assert other.stdout is not None
+                assert int(other.stdout.readline()) == 14
+        return "25 and 15 of 40"
+    finally:
+        tree.bound_processes(int(usual))
+
+
 def kill_reaches_daemons(tree: Tree, _: Path) -> str:
     """Processes that left session and parent and ignore SIGTERM are killed all the same."""
     with job(tree) as scope, ended(start(scope, *python(_DAEMONS))) as child:
@@ -462,6 +489,7 @@ PROBES: tuple[Callable[[Tree, Path], str], ...] = (
     without_limit_io_is_fast,
     buffered_writes_are_throttled,
     fork_bomb_stops_at_its_limit,
+    scopes_leave_the_host_its_part,
     kill_reaches_daemons,
     a_busy_scope_is_not_removed,
     charged_memory_refuses_a_lower_limit,

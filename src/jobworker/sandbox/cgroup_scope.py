@@ -263,6 +263,15 @@ class Tree(ABC):
                     data={"step": "limits"},
                 )
 
+    def bound_processes(self, most: int) -> None:
+        """Let the scopes have no more processes and threads together, where these are counted.
+
+        Raises `SandboxError`.
+        """
+        if "pids" in self.by_controller:
+            top, value = self.by_controller["pids"], str(most)
+            files.set_limit(top, "pids.max", value, value.__eq__)
+
     def create(self, scope_name: str) -> Scope:
         """Make an empty scope without limits; raises `SandboxError`, and leaves nothing then."""
         if not scope_name or "/" in scope_name or scope_name.startswith("."):

@@ -35,6 +35,9 @@ __all__ = ["Limits", "Scope", "Tree", "Usage", "open_tree", "step_into_leaf", "s
 _OURS = frozenset({*mounts.V1_NAMES.values(), "cpuacct", cgroup_cpuset.CONTROLLER})
 """The v1 controllers in whose hierarchies a tree may have had a directory."""
 
+HOSTS_PART = 8
+"""An eighth of the host's processes is left to the host."""
+
 
 def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
     """Find the hierarchies and make this instance's own directory in each.
@@ -50,11 +53,18 @@ def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
     if not name or "/" in name or name.startswith(".") or ".." in parent.split("/"):
         raise ValueError(f"not a name for a control group: {name!r}, {parent!r}")
     try:
-        return _open_tree(controllers, name, parent)
+        tree = _open_tree(controllers, name, parent)
     except errors.HostUnsupported as error:
         if controllers:
             raise
         return NoTree(name, error.message)
+    try:
+        tree.bound_processes(_most_processes())
+    except errors.JobworkerError:
+        with contextlib.suppress(OSError):
+            tree.close()
+        raise
+    return tree
 
 
 def _open_tree(controllers: Sequence[str], name: str, parent: str) -> Tree:
@@ -107,6 +117,16 @@ def _places(found: mounts.Hierarchies, name: str, parent: str) -> Iterator[str]:
 def step_into_leaf() -> None:
     """See `cgroup_delegation.step_into_leaf`."""
     delegation.step_into_leaf(_hierarchies())
+
+
+def _most_processes() -> int:
+    """How many processes and threads the scopes may have together: what the host has, less a part.
+
+    proc(5), /proc/sys/kernel/pid_max and threads-max. Else some jobs within their own limits would
+    leave no process to others' starts, to the service and to the host.
+    """
+    most = min(int(_proc(f"sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
+    return most - most // HOSTS_PART
 
 
 def _hierarchies() -> mounts.Hierarchies:

@@ -175,6 +175,7 @@ RAW: dict[str, tuple[object, ...]] = {
     "bpf": NOTHING,
     "perf_event_open": NOTHING,
     "userfaultfd": (1,),
+    "memfd_secret": (0,),
     "io_uring_setup": NOTHING,
     "io_uring_enter": (-1, *NOTHING[1:]),
     "io_uring_register": (-1, *NOTHING[1:]),
