@@ -276,3 +276,34 @@ async def test_start_that_a_stopped_launcher_has_not_seen_waits_for_the_next_ser
             ended = await wire.call("job.wait", id=1)
             assert (ended["state"], ended["stdout_bytes"]) == ("COMPLETED", 2)
     assert left_behind(directory) == []
+
+
+async def stop_in_vain(wire: Wire, job: int) -> None:
+    """Ask for a job's stop where this service does not see its end."""
+    with suppress(trio.EndOfChannel, Refused):
+        await wire.call("job.stop", id=job)
+
+
+async def test_stop_of_a_start_that_a_stopped_launcher_has_not_seen_is_kept(
+    open_directory: Callable[[], Path],
+) -> None:
+    directory = open_directory()
+    with open_launcher(directory) as guard:
+        launcher = child_of(guard.pid)
+        async with serving(directory) as service, open_wire(service) as wire:
+            os.kill(launcher, signal.SIGSTOP)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run_in_vain, wire, "x")
+                    await until_starting(wire, 1)
+                    nursery.start_soon(stop_in_vain, wire, 1)
+                    while (await wire.call("job.status", id=1))["stop_requested_at"] is None:
+                        await trio.sleep(0.01)
+                    with trio.fail_after(2 * END_SECONDS):
+                        await end(service, signal.SIGTERM)
+            finally:
+                os.kill(launcher, signal.SIGCONT)
+            assert "job 1: left to the next service" in service.log_text()
+        async with serving(directory) as service, open_wire(service) as wire:
+            assert (await wire.call("job.wait", id=1))["state"] == "STOPPED"
+    assert left_behind(directory) == []

@@ -319,6 +319,8 @@ class Execution:
                     continue
                 if self._left:  # what became of the start, the next service will see
                     self.start_error = _undecided(self.record.id)
+                    if self._ending.stopping:
+                        await self.store()
                     self.part()
                     self.decided.set()
                     return None
