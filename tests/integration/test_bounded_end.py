@@ -284,6 +284,14 @@ async def stop_in_vain(wire: Wire, job: int) -> None:
         await wire.call("job.stop", id=job)
 
 
+async def until_stop_is_asked(wire: Wire, job: int) -> None:
+    with trio.fail_after(20):
+        while True:
+            if (await wire.call("job.status", id=job))["stop_requested_at"] is not None:
+                return
+            await trio.sleep(0.01)
+
+
 async def test_stop_of_a_start_that_a_stopped_launcher_has_not_seen_is_kept(
     open_directory: Callable[[], Path],
 ) -> None:
@@ -297,8 +305,7 @@ async def test_stop_of_a_start_that_a_stopped_launcher_has_not_seen_is_kept(
                     nursery.start_soon(run_in_vain, wire, "x")
                     await until_starting(wire, 1)
                     nursery.start_soon(stop_in_vain, wire, 1)
-                    while (await wire.call("job.status", id=1))["stop_requested_at"] is None:
-                        await trio.sleep(0.01)
+                    await until_stop_is_asked(wire, 1)
                     with trio.fail_after(2 * END_SECONDS):
                         await end(service, signal.SIGTERM)
             finally:

@@ -32,6 +32,7 @@ from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
 from jobworker.jobs.output_directory import disk_errors, was_removed
 from jobworker.jobs.output_mover import OutputRoom
+from jobworker.jobs.output_pace import OutputPace
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.model.access import no_such_job
@@ -74,6 +75,7 @@ class Archive:
     _missing_told: int = field(default=0, init=False)
     _due: trio.Event = field(factory=trio.Event, init=False)
     _thread: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1), init=False)
+    _pace: OutputPace = field(factory=OutputPace, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._ages = AgeClock(self._spools.with_name(FILE))
@@ -88,7 +90,7 @@ class Archive:
     @property
     def room(self) -> OutputRoom:
         """What live jobs write within."""
-        return OutputRoom(budget=self._budget, make_room=self.make_room)
+        return OutputRoom(budget=self._budget, pace=self._pace, make_room=self.make_room)
 
     async def load(self, live: Collection[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""

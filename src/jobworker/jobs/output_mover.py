@@ -13,6 +13,7 @@ from attrs import define, field, frozen
 
 from jobworker.errors import OutOfDescriptors, OutputError
 from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output_pace import OutputPace
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import OutputCut, Stream
@@ -25,9 +26,10 @@ DRAIN_SECONDS = 2.0
 
 @frozen(kw_only=True)
 class OutputRoom:
-    """What all jobs share: the budget, and a way to win some of it back."""
+    """What all jobs share: the budget, a way to win some of it back, and the processor."""
 
     budget: OutputBudget
+    pace: OutputPace
     make_room: Callable[[], Awaitable[bool]]
     """Remove what retention does not keep, now: whether there was any."""
 
@@ -50,7 +52,13 @@ class OutputMover:
     @asynccontextmanager
     async def moving(self, pipes: Mapping[Stream, int]) -> AsyncIterator[None]:
         """Move output during the block, and what is left of it within bounds thereafter."""
-        with Pump(self._spool, pipes, max_bytes=self._max_bytes, budget=self._room.budget) as pump:
+        with Pump(
+            self._spool,
+            pipes,
+            max_bytes=self._max_bytes,
+            budget=self._room.budget,
+            pace=self._room.pace,
+        ) as pump:
             if self._cut_before in (OutputCut.TOTAL, OutputCut.DISK):
                 pump.discard()
             async with trio.open_nursery() as nursery:

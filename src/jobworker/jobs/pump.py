@@ -33,6 +33,7 @@ from attrs import define, field
 from jobworker.errors import OutputError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.output_index import RECORD
+from jobworker.jobs.output_pace import OutputPace, timed
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
 
@@ -65,6 +66,8 @@ class Pump:
     _pipes: dict[Stream, int] = field(converter=_owned)
     _max_bytes: int | None = field(kw_only=True, default=None)
     _budget: OutputBudget | None = field(kw_only=True, default=None)
+    _pace: OutputPace = field(kw_only=True, factory=OutputPace)
+    """What the pumps of all jobs share."""
     capped: trio.Event = field(init=False, factory=trio.Event)
     """Set once something was discarded because of `max_bytes`."""
     _discarding: bool = field(init=False, default=False)
@@ -97,12 +100,16 @@ class Pump:
         while stream in self._pipes:
             await trio.lowlevel.wait_readable(self._pipes[stream])
             try:
-                moved = await self._spool.write(partial(self._move_turn, stream))
+                moved, cost = await self._spool.write(
+                    partial(timed, partial(self._move_turn, stream))
+                )
             except BlockingIOError:  # readable for another's sake, or no longer
                 continue
             self._tell_if_capped()
             if not moved:
                 os.close(self._pipes.pop(stream))
+            else:
+                await self._pace.rest((id(self), stream), cost)
 
     async def drain(self) -> None:
         """Move what stands in the pipes now, without waiting for the job. Not during `run`.
@@ -140,7 +147,8 @@ class Pump:
         """Move what stands in a pipe; while much comes, go on for a moment and save turns."""
         follows_another = time.monotonic() - self._turn_ended.get(stream, 0.0) < BUSY_SECONDS
         moved = self._move(stream, TURN_BYTES)
-        if moved >= (BUSY_BYTES if follows_another else FLOOD_BYTES):
+        is_flood = moved >= (BUSY_BYTES if follows_another else FLOOD_BYTES)
+        if is_flood and not self._pace.is_crowded:
             moved += self._move_flood(stream, moved)
         self._turn_ended[stream] = time.monotonic()
         return moved

@@ -29,6 +29,7 @@ from datetime import datetime
 import trio
 from attrs import Factory, define, evolve, field
 
+from jobworker.bucket import Bucket
 from jobworker.errors import JobworkerError, NotFound, PermissionDenied
 from jobworker.jobs.audit import AuditRow
 from jobworker.jobs.history import History
@@ -37,7 +38,6 @@ from jobworker.model.summary import short_command
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
-from jobworker.server.bucket import Bucket
 from jobworker.server.gate import jobs_named
 
 log = logging.getLogger("jobworker.server")

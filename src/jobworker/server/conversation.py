@@ -22,6 +22,7 @@ import trio
 from attrs import define, field
 from trio_websocket import ConnectionClosed
 
+from jobworker.bucket import Bucket
 from jobworker.convert import takes_long
 from jobworker.errors import (
     Busy,
@@ -53,7 +54,6 @@ from jobworker.protocol.session import (
     read_request,
 )
 from jobworker.server import operations
-from jobworker.server.bucket import Bucket
 from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller

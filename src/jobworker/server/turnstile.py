@@ -22,7 +22,7 @@ import trio
 from attrs import define, field
 from trio.testing import wait_all_tasks_blocked
 
-from jobworker.server.bucket import Bucket
+from jobworker.bucket import Bucket
 from jobworker.threads import in_thread
 
 T = TypeVar("T")

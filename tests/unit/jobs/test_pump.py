@@ -16,6 +16,7 @@ import trio.testing
 
 from jobworker.errors import OutputError
 from jobworker.jobs.output_index import Chunk
+from jobworker.jobs.output_pace import FEW, OutputPace
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
@@ -115,6 +116,29 @@ async def test_both_streams_are_moved_until_their_writers_are_gone(spool: Spool,
         (OUT, b"out\x00"),
         (ERR, b"err\xfflate"),
     ]
+
+
+async def test_busy_stream_rests_among_many_and_nothing_of_it_is_lost(
+    spool: Spool, job: Job
+) -> None:
+    pace = OutputPace()
+    for other in range(2 * FEW):
+        await pace.rest(other, 1000.0)
+    with Pump(spool, job.read_ends, pace=pace) as pump:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.run)
+            job.write(OUT, b"w")
+            await until(lambda: spool.size == 1)
+            job.write(OUT, b"x")
+            await until(lambda: spool.size == 2)
+            job.write(OUT, b"yz")
+            for _ in range(10):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert spool.size == 2
+            nursery.cancel_scope.cancel()
+        await pump.drain()
+    await spool.seal()
+    assert joined(await log_of(spool)) == b"wxyz"
 
 
 async def test_a_real_process_is_recorded_to_the_byte(spool: Spool, job: Job) -> None:

@@ -1,0 +1,65 @@
+"""Bounds what moving the output of many jobs takes of the processor, for the event loop's sake.
+
+Each time that a pump moves what stands in a pipe costs a thread and some turns of the event loop,
+and all of that needs the interpreter's lock. A job that writes a byte at a time can have its output
+moved a thousand times a second, and a few dozen such jobs would leave the event loop little. So
+where the streams of many jobs are busy, all moves together draw on one account, and a stream that
+was moved a moment ago rests while the account is overdrawn. Its output gathers in the pipe, and the
+next move takes all of it. A stream that was silent never rests, and few streams have no bound.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+from attrs import define, field
+
+from jobworker.bucket import Bucket
+
+T = TypeVar("T")
+
+FEW = 4
+"""So many streams have no bound: two jobs that write to both."""
+BUSY_SECONDS = 1.0
+"""A stream that was moved within this time is busy. It is more than a rest of 200 streams takes."""
+SHARE = 0.3
+"""What all moves together may take of a processor in the long run, where many streams are busy."""
+BURST_SECONDS = 0.05
+LOOP_SECONDS = 0.0002
+"""What a move takes of the event loop, beside what its thread takes: measured."""
+
+
+@define(eq=False)
+class OutputPace:
+    """The account of all pumps of a service."""
+
+    _moved_at: dict[object, float] = field(factory=dict, init=False)
+    """When each busy stream was moved last, the latest at the end."""
+    _account: Bucket = field(factory=lambda: Bucket(0.0, BURST_SECONDS, SHARE), init=False)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more than a few streams are busy. May be asked in a thread."""
+        return len(self._moved_at) > FEW
+
+    async def rest(self, stream: object, cost_seconds: float) -> None:
+        """Wait, after a move of a stream that took so much of a processor, until it may go on."""
+        now = trio.current_time()
+        for other, at in tuple(self._moved_at.items()):
+            if at > now - BUSY_SECONDS:
+                break
+            del self._moved_at[other]
+        was_silent = self._moved_at.pop(stream, None) is None
+        self._moved_at[stream] = now
+        if not self.is_crowded:
+            return
+        self._account.draw(now, cost_seconds + LOOP_SECONDS)
+        if not was_silent:
+            await trio.sleep(self._account.seconds_overdrawn(now))
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Do work in a thread: what it returns, and what it took of a processor, in seconds."""
+    began = time.thread_time()
+    return work(), time.thread_time() - began
