@@ -9,11 +9,12 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.embedded import Embedded, open_embedded
 
 from ..integration.conftest import running
 from ..integration.wire import open_socket, open_wire
-from .raw_socket import CONTINUATION, TEXT, frame
+from .raw_socket import CONTINUATION, TEXT, frame, open_raw
+from .test_floods import large_job
 
 SETTINGS: dict[str, dict[str, object]] = {
     "server": {"stall_timeout": "2s"},
@@ -81,3 +82,27 @@ async def test_client_that_waits_for_a_slot_is_not_silent(hasty: Embedded) -> No
             await wire.call("job.plan", job=BIG)
             assert trio.current_time() - began > 1
             await wire.call("service.hello")
+
+
+@pytest.mark.parametrize(("piece_bytes", "is_ended"), [(5_000, True), (60_000, False)])
+async def test_large_reply_has_to_be_taken_at_a_rate(
+    piece_bytes: int, is_ended: bool, open_directory: Callable[[], Path]
+) -> None:
+    async with open_embedded(open_directory(), SETTINGS) as service:
+        async with open_wire(service) as wire:
+            made = await wire.call("job.run", job=large_job())
+        job = made["job"]
+        assert isinstance(job, dict)
+        ask = {"jsonrpc": "2.0", "id": 1, "method": "job.status", "params": {"id": job["id"]}}
+        with trio.fail_after(60):
+            async with open_raw(service, buffer=4096) as raw:
+                await raw.send(frame(TEXT, json.dumps(ask).encode()))
+                taken = 0
+                while taken < 900_000 and "send_stalled" not in service.log_text():
+                    before = taken
+                    while taken < before + piece_bytes and (
+                        data := await raw.stream.receive_some()
+                    ):
+                        taken += len(data)
+                    await trio.sleep(0.4)
+        assert ("send_stalled" in service.log_text()) == is_ended

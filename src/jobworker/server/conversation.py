@@ -58,7 +58,7 @@ from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
 from jobworker.server.intake import Intake
-from jobworker.server.slots import LARGE_BYTES
+from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND
 from jobworker.server.subscriptions import Subscriptions
 
 log = logging.getLogger("jobworker.server")
@@ -367,10 +367,29 @@ class Conversation:
                     message = self._encode(call, outcome)
                 frame = frame_text(message)
                 del message
-                await self._send([frame])
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._end_unless_taken)
+                    await self._send([frame])
+                    nursery.cancel_scope.cancel()
             finally:
                 slots.give_back(name)
         return outcome
+
+    async def _end_unless_taken(self) -> None:
+        """End the conversation once its client takes a large reply too slowly: others wait."""
+        with suppress(trio.ClosedResourceError):  # then it has ended
+            began, before = trio.current_time(), self._socket.taken_bytes
+            left = grace = self._context.stall_seconds
+            while left > 0:
+                await trio.sleep(left)
+                earned = (self._socket.taken_bytes - before) / LEAST_BYTES_PER_SECOND
+                left = grace + earned - (trio.current_time() - began)
+            self._end(
+                SendStalled(
+                    f"cannot send a large reply: after {grace:g} s less than "
+                    f"{LEAST_BYTES_PER_SECOND} bytes a second were taken"
+                )
+            )
 
     def _encode(self, call: Call, outcome: object) -> str:
         if isinstance(outcome, JobworkerError):

@@ -14,10 +14,7 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import TooSlow
-from jobworker.server.slots import LARGE_BYTES, Slots
-
-LEAST_BYTES_PER_SECOND = 65_536
-"""After the first `stall_seconds`: a message of 4 MiB has another 64 s."""
+from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots
 
 
 @define(eq=False)

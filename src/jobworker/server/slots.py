@@ -4,7 +4,9 @@ A large request takes memory from its first byte until it has been served, and a
 its client has taken it, for as long as the client likes. So each needs a slot, and the memory for
 all of them is bounded however many connections there are. One name (the certificate's) has a part
 of the slots at the most: whoever fills its own, on any number of connections, waits for itself.
-What is small needs none, so it never waits here.
+The last quarter of the slots is for names that have none, so that a few names together cannot make
+all others wait. A slot comes free in a bounded time, since messages are sent and taken at a least
+rate. What is small needs none, so it never waits here.
 """
 
 from collections import Counter, deque
@@ -16,6 +18,11 @@ from attrs import define, field, frozen
 
 LARGE_BYTES = 32_768
 """A request or a reply of more needs a slot."""
+LEAST_BYTES_PER_SECOND = 65_536
+"""What a client that has a slot sends, or takes, after a grace of `server.stall_timeout`: a message
+of 4 MiB has another 64 s."""
+_KEPT_PART = 4
+"""A quarter of the slots is for names that have none."""
 
 
 @frozen
@@ -42,7 +49,9 @@ class Slots:
 
     def take_nowait(self, name: str) -> bool:
         """Take a slot if one is free for that name."""
-        if self._taken.total() >= self.in_all or self._taken[name] >= self.for_each:
+        mine = self._taken[name]
+        room = self.in_all - self.in_all // _KEPT_PART if mine else self.in_all
+        if self._taken.total() >= room or mine >= self.for_each:
             return False
         self._taken[name] += 1
         return True

@@ -7,8 +7,8 @@ import trio
 import trio.testing
 
 from jobworker.errors import TooSlow
-from jobworker.server.intake import LEAST_BYTES_PER_SECOND, Intake
-from jobworker.server.slots import LARGE_BYTES, Slots, Statistics
+from jobworker.server.intake import Intake
+from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
 
 
 async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
@@ -20,6 +20,15 @@ async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
         await slots.take("quiet")
     assert not slots.take_nowait("third")
     assert slots.statistics() == Statistics(taken=3, waiting=0)
+
+
+async def test_last_quarter_is_for_names_that_have_none() -> None:
+    slots = Slots(in_all=16, for_each=4)
+    for name in ("a", "b", "c", "d"):
+        while slots.take_nowait(name):
+            pass
+    assert slots.statistics().taken == 13
+    assert [slots.take_nowait(name) for name in "defgh"] == [False, True, True, True, False]
 
 
 async def test_free_slot_goes_to_the_first_that_may_have_it(autojump_clock: object) -> None:
