@@ -324,6 +324,24 @@ async def test_state_directory_may_be_a_link_of_roots(site: Path) -> None:
     assert (site / "disk" / "service" / "history.db").exists()
 
 
+@pytest.mark.parametrize("command", ["serve", "launcher", "audit"])
+def test_state_directory_that_cannot_be_looked_for_is_refused_by_name(
+    site: Path, command: str
+) -> None:
+    """Its name is too long; so is it told where a directory above it is closed to this user."""
+    long, socket_path = str(site / (256 * "x")), str(site / "launcher.sock")
+    sections = {"worker": {"state_dir": long}, "launcher": {"socket": socket_path}}
+    config = write_configuration(site, sections)
+    done = subprocess.run(
+        [*program("worker"), command, "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    fails_with(done, 78, long, "File name too long")
+
+
 def test_state_directory_is_no_link_of_another_user_and_none_to_nowhere(site: Path) -> None:
     config = write_configuration(site, {})
     (site / "state").symlink_to(site / "disk")
