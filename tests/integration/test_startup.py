@@ -20,7 +20,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.pki.administration import init_authority
 
-from .conftest import left_behind
+from .conftest import left_behind, until
 
 
 @pytest.fixture
@@ -233,6 +233,7 @@ def test_certs_init_refuses_a_bad_host(open_directory: Callable[[], Path]) -> No
 async def test_key_that_others_may_read_is_warned_of(site: Path) -> None:
     (site / "certs" / "server-key.pem").chmod(0o644)
     async with open_embedded(site) as exposed:
+        await until(lambda: " listening on " in exposed.log_text())
         (warning,) = [line for line in exposed.log_text().splitlines() if "server-key.pem" in line]
     assert " WARNING " in warning
     assert "chmod" in warning
