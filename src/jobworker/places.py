@@ -19,6 +19,18 @@ def default_configuration() -> Path:
     return _configuration() / "worker.toml"
 
 
+def configuration_in_use() -> Path | None:
+    """The configuration file; None where there is none.
+
+    One that this user may not look for counts as there: whoever reads it says why that fails.
+    """
+    own = default_configuration()
+    try:
+        return own if own.exists() else None
+    except OSError:
+        return own
+
+
 def default_certificate(name: str) -> str:
     """The PEM file called `name`."""
     return str(_configuration() / "certs" / name)

@@ -18,6 +18,7 @@ from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import write_new
 
+from .conftest import until
 from .wire import Refused, Wire, context_for, open_socket, open_wire
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -216,7 +217,7 @@ async def test_every_address_of_both_families_is_one_setting(
             there = evolve(both, address=f"{address}:{port}")
             async with open_wire(there) as wire:
                 assert (await wire.call("service.hello"))["role"] == "admin"
-        assert "127.0.0.1" in both.log_text()
+        await until(lambda: "127.0.0.1" in both.log_text())
         assert "ffff" not in both.log_text()
 
 

@@ -359,7 +359,7 @@ async def test_disk_that_holds_no_room_for_ends_is_named(open_directory: Directo
     directory = open_directory()
     async with small_disk(directory, 128 << 20, MAKE_BTRFS) as place:
         async with open_embedded(directory) as service:
-            assert "cannot keep room for jobs' ends" in service.log_text()
+            await until(lambda: "cannot keep room for jobs' ends" in service.log_text())
             assert "btrfs writes each block to a new place" in service.log_text()
         with pytest.raises(ConfigError, match="btrfs"):
             check_overwrites(place)

@@ -23,7 +23,7 @@ from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
 
-from .conftest import child_of
+from .conftest import child_of, until
 from .outside import open_launcher, settings_with
 from .test_launcher import Service, make_policy
 from .test_startup import fails_with, serve, site
@@ -140,6 +140,10 @@ def user_of(service: Embedded) -> int:
     return os.stat(f"/proc/{service.process.pid}").st_uid
 
 
+async def until_told(service: Embedded, words: str) -> None:
+    await until(lambda: words in service.log_text())
+
+
 async def test_own_id_is_that_of_nobody_else(
     open_directory: Callable[[], Path],
 ) -> None:
@@ -157,8 +161,8 @@ async def test_own_id_is_that_of_nobody_else(
         with taken:
             async with open_embedded(directory, numbers) as service, open_wire(service) as wire:
                 assert user_of(service) not in ids
-                text = (directory / "log").read_text()
-                assert f"runs as user {user_of(service)}: its own id, {own}, is a user's" in text
+                why = f"its own id, {own}, is a user's"
+                await until_told(service, f"runs as user {user_of(service)}: {why}")
                 assert (await wire.run("echo", "here"))[0] == "here\n"
     async with open_embedded(directory) as service:
         assert user_of(service) == own

@@ -44,7 +44,7 @@ async def test_launcher_that_is_stopped_is_told_and_goes_on(
             job = before["id"] + 1
             assert any(f"job {job}" in words for words in refusals), refusals
             assert (await wire.call("job.status", id=job))["state"] == "INITIALIZING"
-            assert "the launcher has not answered" in service.log_text()
+            await until(lambda: "the launcher has not answered" in service.log_text())
         finally:
             os.kill(launcher, signal.SIGCONT)
         with trio.fail_after(30):

@@ -20,6 +20,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.launch import OpenedLauncher
 from jobworker.server.disk_promises import free_bytes
 
+from .conftest import until
 from .outside import open_launcher
 from .test_full_disk import fill
 from .test_outside_launcher import ORDER, ask, connect, spawn
@@ -306,7 +307,7 @@ async def test_host_that_promises_too_much_says_so(open_directory: Directory) ->
     directory = open_directory()
     much = {"worker": {"max_concurrent_jobs": 9}, "sandbox": {"disk_limit": 48}}
     async with small_host(directory, much):
-        assert "the disks of 9 jobs may take 48" in (directory / "log").read_text()
+        await until(lambda: "the disks of 9 jobs may take 48" in (directory / "log").read_text())
 
 
 async def test_volume_without_room_is_refused_by_name(open_directory: Directory) -> None:

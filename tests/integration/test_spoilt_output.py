@@ -66,7 +66,7 @@ async def test_ended_output_that_became_shorter_is_told_and_can_be_put_back(
     async with service_in(directory) as (service, wire):
         assert (await log_and_end(wire, job))[0] == b"1\n2\n"
         assert tree(spool(directory, job)) == cut, "nothing of it was changed"
-        assert "14 of 18 bytes of stdout are missing" in service.log_text()
+        await until(lambda: "14 of 18 bytes of stdout are missing" in service.log_text())
         (spool(directory, job) / "stdout").write_bytes(whole["stdout"])
         out, end = await log_and_end(wire, job)
         assert (out, end["error"]) == (whole["stdout"], None)
@@ -218,7 +218,9 @@ async def test_job_that_was_removed_while_its_output_was_missing_stays_removed(
         with pytest.raises(Refused, match="no such job"):
             await told(wire, job)
         assert not output.exists()
-        assert f"job {job} was removed while its output was missing" in service.log_text()
+        await until(
+            lambda: f"job {job} was removed while its output was missing" in service.log_text()
+        )
         await assert_back(wire, [other])
 
 

@@ -20,7 +20,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.pki.administration import init_authority
 
-from .conftest import left_behind
+from .conftest import left_behind, until
 
 
 @pytest.fixture
@@ -233,6 +233,7 @@ def test_certs_init_refuses_a_bad_host(open_directory: Callable[[], Path]) -> No
 async def test_key_that_others_may_read_is_warned_of(site: Path) -> None:
     (site / "certs" / "server-key.pem").chmod(0o644)
     async with open_embedded(site) as exposed:
+        await until(lambda: " listening on " in exposed.log_text())
         (warning,) = [line for line in exposed.log_text().splitlines() if "server-key.pem" in line]
     assert " WARNING " in warning
     assert "chmod" in warning
@@ -322,6 +323,24 @@ async def test_state_directory_may_be_a_link_of_roots(site: Path) -> None:
         done = await trio.to_thread.run_sync(run_hi, service)
         assert done.stdout == "hi\n", done.stderr
     assert (site / "disk" / "service" / "history.db").exists()
+
+
+@pytest.mark.parametrize("command", ["serve", "launcher", "audit"])
+def test_state_directory_that_cannot_be_looked_for_is_refused_by_name(
+    site: Path, command: str
+) -> None:
+    """Its name is too long; so is it told where a directory above it is closed to this user."""
+    long, socket_path = str(site / (256 * "x")), str(site / "launcher.sock")
+    sections = {"worker": {"state_dir": long}, "launcher": {"socket": socket_path}}
+    config = write_configuration(site, sections)
+    done = subprocess.run(
+        [*program("worker"), command, "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    fails_with(done, 78, long, "File name too long")
 
 
 def test_state_directory_is_no_link_of_another_user_and_none_to_nowhere(site: Path) -> None:

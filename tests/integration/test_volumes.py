@@ -10,7 +10,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 
-from .conftest import disks_in
+from .conftest import disks_in, until
 from .wire import Refused, Wire, open_wire
 
 MIB = 1 << 20
@@ -198,6 +198,7 @@ async def test_strange_files_among_the_images_hide_no_volume(
         os.mkfifo(images / "fifo.img")
         for _ in range(2):
             assert list(await listed(admin)) == ["good"]
+        await until(lambda: service.log_text().count("passed over") == 9)
         told = [line for line in service.log_text().splitlines() if "passed over" in line]
         assert len(told) == 9, told
         assert len([line for line in told if "'zero.img'" in line and "0 bytes" in line]) == 1

@@ -561,7 +561,7 @@ async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embe
     visitor = {"roles.visitor": {"operations": ["view"], "scope": "own"}}
     write_configuration(fresh.directory, {**ROLES, **visitor, "worker": {"max_waiting_jobs": 7}})
     await reload(fresh)
-    assert "worker.max_waiting_jobs has changed" in fresh.log_text()
+    await until(lambda: "worker.max_waiting_jobs has changed" in fresh.log_text())
     assert fresh.log_text().count("has changed; it takes effect") == 1  # not the ids found free
     assert await dialled(fresh, context) is None
     write_configuration(fresh.directory, {**ROLES, **visitor})

@@ -38,3 +38,18 @@ def test_a_user_without_a_home_has_no_place(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     assert places.default_state_directory().startswith("/nonexistent/")
+
+
+def test_configuration_is_used_where_it_stands_or_may_stand(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A name that is too long stands for a directory that is closed to this user."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert places.configuration_in_use() is None
+    file = tmp_path / "jobworker" / "worker.toml"
+    file.parent.mkdir()
+    file.touch()
+    assert places.configuration_in_use() == file
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / (256 * "x")))
+    assert places.configuration_in_use() == places.default_configuration()

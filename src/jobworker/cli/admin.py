@@ -18,16 +18,11 @@ from jobworker.cli.certs import certs
 from jobworker.cli.console import say
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
-from jobworker.places import default_configuration
+from jobworker.places import configuration_in_use, default_configuration
 from jobworker.standard_streams import fill_standard_streams
 
 if TYPE_CHECKING:
     from jobworker.config import Settings
-
-
-def _default_config() -> Path | None:
-    own = default_configuration()
-    return own if own.exists() else None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,7 +35,7 @@ def worker() -> None:
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=_default_config,
+    default=configuration_in_use,
     help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 @click.option(
@@ -72,7 +67,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=_default_config,
+    default=configuration_in_use,
     help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 @click.option(
@@ -110,7 +105,7 @@ def _settings(config: Path | None, launcher_socket: Path | None) -> "Settings":
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=_default_config,
+    default=configuration_in_use,
     help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 @click.option("--json", is_flag=True, help="One JSON object, for programs.")
@@ -129,7 +124,7 @@ worker.add_command(audit)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=_default_config,
+    default=configuration_in_use,
     help=f"Configuration file [default: {default_configuration()} where it exists].",
 )
 @prune_options

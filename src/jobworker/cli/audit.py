@@ -14,22 +14,18 @@ import asyncclick as click
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line as visible
 from jobworker.cli.parameters import Count, Filled, JobNumber, Moment
-from jobworker.places import default_configuration
+from jobworker.errors import ConfigError
+from jobworker.places import configuration_in_use
 
 if TYPE_CHECKING:
     from jobworker.jobs.audit import AuditRow
-
-
-def _default_config() -> Path | None:
-    own = default_configuration()
-    return own if own.exists() else None
 
 
 @click.command()
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=_default_config,
+    default=configuration_in_use,
     help="The service's configuration file.",
 )
 @click.option(
@@ -73,12 +69,24 @@ def audit(
 
 
 def _become_owner(directory: Path) -> None:
-    """Give root up: what the service may write to is not for root to open."""
-    if os.geteuid() == 0 and directory.is_dir():
+    """Give root up: what the service may write to is not for root to open.
+
+    Raises ConfigError where the owner cannot be seen.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
         status = directory.stat()
-        os.setgroups([])
-        os.setresgid(status.st_gid, status.st_gid, status.st_gid)
-        os.setresuid(status.st_uid, status.st_uid, status.st_uid)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # the reader of the log says so
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the audit log in {directory}: {error.strerror}",
+            remedy="name the configuration of the service that wrote it, with --config",
+        ) from None
+    os.setgroups([])
+    os.setresgid(status.st_gid, status.st_gid, status.st_gid)
+    os.setresuid(status.st_uid, status.st_uid, status.st_uid)
 
 
 def _line(row: "AuditRow") -> str:

@@ -26,6 +26,7 @@ from jobworker.server.id_ranges import own_id
 from jobworker.server.overwriting import check_overwrites
 from jobworker.server.reader import configured_files
 from jobworker.server.setup import bind, descriptor_limit, listen, service_ids
+from jobworker.server.state_directory import holds
 
 GROUP = "service"
 
@@ -110,6 +111,7 @@ def _is_running(settings: Settings) -> bool:
 
 def _state(settings: Settings, *, running: bool) -> str:
     state = Path(settings.worker.state_dir)
+    holds(state)  # refuses what cannot be looked at, as a start does
     there = nearest_directory(state)
     status = there.stat()
     if there == state and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
@@ -136,8 +138,8 @@ def _room_for_ends(settings: Settings) -> str:
 
 
 def nearest_directory(path: Path) -> Path:
-    """The directory `path`, or the first one above it that exists."""
-    return next((each for each in (path, *path.parents) if each.is_dir()), Path("/"))
+    """The directory `path`, or the first one above it that this user can look at."""
+    return next((each for each in (path, *path.parents) if os.path.isdir(each)), Path("/"))
 
 
 def _port(settings: Settings, *, running: bool) -> str:

@@ -15,6 +15,7 @@ A job that the history calls PENDING and whose note says more has run since: it 
 """
 
 import logging
+import os
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -73,7 +74,7 @@ def adopted(
     """The record of a job that the history does not have; None where there is no trace of one."""
     if note is not None:
         return note if note.ended else evolve(note, detail=ADOPTED)
-    if not lives and not (directory / "index").is_file():
+    if not lives and not os.path.isfile(directory / "index"):
         log.warning("%s is no job's output; it stays, and no job gets that id", directory)
         return None
     return JobRecord(id=job, spec=UNKNOWN_SPEC, owner="", created_at=now, detail=ADOPTED)

@@ -119,7 +119,7 @@ class History:
                     remedy = f"let that program end: see who has it open (fuser {path})"
                 elif lacks_descriptors(error, connection):
                     why, remedy = NO_DESCRIPTOR, "raise the service's LimitNOFILE"
-                elif path.is_symlink():
+                elif os.path.islink(path):  # Path.is_symlink may raise the same again
                     why = f"it is a link ({why})"
                     remedy = "put the file itself there, with those beside it (-wal, -shm)"
                 raise ConfigError(

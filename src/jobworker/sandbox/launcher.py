@@ -140,7 +140,7 @@ def _service_uid(message: channel.Message) -> int:
 def _notify(descriptor: int | None, text: str) -> None:
     if descriptor is not None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as notify:
-            sd_notify.send(notify, text, sd_notify.PATIENCE_SECONDS)
+            sd_notify.send(notify, text)
 
 
 class _Place(NamedTuple):

@@ -6,7 +6,9 @@ systemd listens, and so do `worker demo` and the tests, which need to know the p
 import os
 import socket
 
-from jobworker.sd_notify import PATIENCE_SECONDS, send
+import trio
+
+from jobworker.sd_notify import AGAIN_SECONDS, PATIENCE_SECONDS, Outcome, try_to_send
 
 ADDRESS_FIELD = "X_JOBWORKER_ADDRESS"
 """A field of our own (names that begin with X_ are free): HOST:PORT of the listener."""
@@ -18,6 +20,7 @@ class Notifier:
     def __init__(self) -> None:
         path = os.environ.pop("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
+        self._telling = trio.Lock()
         self.watchdog_seconds = _watchdog_seconds()
         """How often somebody wants to hear that the service is alive, by `tell_alive`; or never."""
         self.fault = ""
@@ -42,21 +45,33 @@ class Notifier:
         """The socket's own, for a process that goes on in this one's place."""
         return None if self._socket is None else self._socket.fileno()
 
-    def tell(self, **fields: str) -> None:
+    async def tell(self, **fields: str) -> None:
         """Send fields such as READY="1"; a listener that is gone is no fault of ours.
 
-        Where it has no room for them, this waits up to PATIENCE_SECONDS.
+        Where it has no room for them, this waits up to PATIENCE_SECONDS, and those that are told
+        next wait behind: they may say the opposite.
         """
-        self._send("\n".join(f"{name}={value}" for name, value in fields.items()))
+        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        async with self._telling:
+            with trio.move_on_after(PATIENCE_SECONDS):
+                while True:
+                    if self._is_done_with(message):
+                        return
+                    await trio.sleep(AGAIN_SECONDS)
 
     def tell_alive(self) -> None:
         """Send WATCHDOG="1" if there is room for it: the next one follows soon."""
-        self._send("WATCHDOG=1", 0)
+        self._is_done_with("WATCHDOG=1")
 
-    def _send(self, message: str, seconds: float = PATIENCE_SECONDS) -> None:
-        if self._socket is not None and not send(self._socket, message, seconds):
+    def _is_done_with(self, message: str) -> bool:
+        """Send a message where there is room; whether there is no more to do about it."""
+        if self._socket is None:
+            return True
+        outcome = try_to_send(self._socket, message)
+        if outcome is Outcome.NOBODY_LISTENS:
             self._socket.close()
             self._socket = None
+        return outcome is not Outcome.NO_ROOM
 
 
 def _watchdog_seconds() -> float | None:

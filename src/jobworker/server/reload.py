@@ -75,7 +75,7 @@ async def reload(reloading: Reloading, started_with: Settings) -> None:
     """
     notifier, auditor = reloading.notifier, reloading.auditor
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
+    await notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
     status = "reloaded"
     try:
         reading = await reloading.reader.read()
@@ -97,7 +97,7 @@ async def reload(reloading: Reloading, started_with: Settings) -> None:
         for key in _waiting_for_a_start(started_with, settings):
             log.warning("%s has changed; it takes effect when the service is started anew", key)
         warn_of_expiry(reading.files)
-    notifier.tell(READY="1", STATUS=status)
+    await notifier.tell(READY="1", STATUS=status)
 
 
 def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
@@ -134,8 +134,8 @@ async def tell_of_readers_end(reader: Reader, notifier: Notifier, auditor: Audit
         "goes on as it is, and SIGHUP is refused until the service is started anew",
         NAME,
     )
-    notifier.tell(STATUS="serving; cannot reload: start the service anew")
     auditor.service("service.reader_ended")
+    await notifier.tell(STATUS="serving; cannot reload: start the service anew")
     await trio.sleep_forever()
     raise AssertionError("unreachable")
 

@@ -207,9 +207,9 @@ async def _serve_until_signal(
                 incidents=incidents,
             )
             await nursery.start(serve_reloads, reloading, prepared.configured)
-            _announce(prepared)
+            await _announce(prepared)
             log.info("ending: %s", signal.Signals(await anext(signals)).name)
-            prepared.notifier.tell(STOPPING="1")
+            await prepared.notifier.tell(STOPPING="1")
             listener.stop_accepting()
             if _leaves_jobs(prepared.settings):
                 await supervisor.leave()
@@ -257,14 +257,15 @@ def _leaves_jobs(settings: Settings) -> bool:
     return wanted == "leave" or (wanted == "auto" and bool(settings.launcher.socket))
 
 
-def _announce(prepared: Prepared) -> None:
+async def _announce(prepared: Prepared) -> None:
     host, port = prepared.listeners[0].getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     log.info("limits by cgroup %s", prepared.launcher.cgroup_kind)
     for warning in prepared.warnings:
         log.warning("%s", warning)
     log.info("listening on %s", address)
-    prepared.notifier.tell(READY="1", STATUS=f"listening on {address}", **{ADDRESS_FIELD: address})
+    status = f"listening on {address}"
+    await prepared.notifier.tell(READY="1", STATUS=status, **{ADDRESS_FIELD: address})
 
 
 async def _watch(link: Link, is_own: bool) -> None:

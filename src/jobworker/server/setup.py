@@ -43,6 +43,7 @@ from jobworker.server.overwriting import overwrite_warnings
 from jobworker.server.reader import Reader, configured_files, start_reader
 from jobworker.server.state_directory import (
     LEAVING_SECONDS,
+    holds,
     lock_for_launcher,
     lock_for_service,
     make_service_directory,
@@ -106,7 +107,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         undo.callback(reader.close)
         state = Path(settings.worker.state_dir)
         configured, opened = settings, None
-        if settings.launcher.socket and not (state / "lock").exists():
+        if settings.launcher.socket and not holds(state, "lock"):
             opened = _open_launcher(settings, state)  # it may be another directory's
             undo.callback(opened[0].close)
         make_state_directory(state)

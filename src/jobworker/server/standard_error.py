@@ -13,8 +13,9 @@ Until `start_thread`, writes go out at once if the descriptor takes them (poll(2
 writable pipe takes whole), and stay in the queue otherwise. So it is where no thread can be had:
 only there a disk may hold the writer up, since poll(2) calls every regular file writable.
 
-Whoever is told something looks for the line in a regular file. So a write to one gives the thread
-a moment, as long as the disk is quick.
+Whoever is told something looks for the line in a regular file, and whoever looks into a crash for
+the last ones. So a write to one gives the thread a moment, as long as that is short: a disk may be
+slow, and on a busy host the thread waits for a processor.
 """
 
 import atexit
@@ -37,10 +38,10 @@ BATCH_BYTES = 1 << 16
 PIECE_BYTES = 4096
 """PIPE_BUF: a pipe that poll(2) calls writable takes that much at once; pipe(7)."""
 AGAIN_SECONDS = 0.1
-PROMPT_SECONDS = 0.05
+PROMPT_SECONDS = 0.001
 """How long a write to a regular file waits for the thread, which mostly has it there in 0.1 ms."""
 PROMPT_AGAIN_SECONDS = 1.0
-"""Where that was not enough no write waits for so long: a slow disk has a twentieth of the time."""
+"""Once a write has waited so long none waits for this time: a thousandth of it is lost so."""
 END_SECONDS = 1.0
 """How long the end of the process waits for a reader of the log."""
 
@@ -110,8 +111,11 @@ class StandardError(io.TextIOBase):
         return len(text)
 
     def _give_a_moment(self) -> None:
-        if not self._changed.wait_for(self._is_idle, PROMPT_SECONDS):
-            self._prompt_from = time.monotonic() + PROMPT_AGAIN_SECONDS
+        began = time.monotonic()
+        self._changed.wait_for(self._is_idle, PROMPT_SECONDS)
+        now = time.monotonic()  # this thread too may have waited for a processor
+        if now - began >= PROMPT_SECONDS:
+            self._prompt_from = now + PROMPT_AGAIN_SECONDS
 
     def start_thread(self) -> None:
         """Have a thread write from now on. Call once the process has become what it is to be.

@@ -35,7 +35,17 @@ _REMEDIES = {
     errno.EROFS: "mount that file system read-write, or name a directory on another one",
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
+    errno.ENAMETOOLONG: "give it a shorter path",
 }
+
+
+def holds(state: Path, name: str = "") -> bool:
+    """Whether it has something by this name; without a name, whether it stands itself.
+
+    Raises ConfigError where that cannot be seen.
+    """
+    with _state_errors(state):
+        return (state / name).exists()
 
 
 def make_state_directory(state: Path) -> None:
@@ -215,9 +225,10 @@ def _state_errors(state: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        user = "this user" if os.geteuid() else "root"
         raise ConfigError(
             f"cannot use worker.state_dir {state}: {error.strerror} ({error.filename})",
             remedy=_REMEDIES.get(
-                error.errno or 0, "name a directory that root owns and only root may write to"
+                error.errno or 0, f"name a directory that {user} owns and only {user} may write to"
             ),
         ) from error

@@ -684,6 +684,10 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "absent" / "history.db")
 
 
+def test_path_that_cannot_be_looked_at_is_refused_by_name(tmp_path: Path) -> None:
+    assert "File name too long" in refused(tmp_path / (256 * "x") / "history.db").message
+
+
 def test_history_is_kept_as_a_crash_needs_it(path: Path) -> None:
     with opened(path):
         connection = apsw.Connection(str(path))

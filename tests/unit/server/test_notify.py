@@ -2,62 +2,32 @@
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
+import trio.testing
 
 from jobworker.sandbox import launcher
 from jobworker.sd_notify import PATIENCE_SECONDS
 from jobworker.server.notify import Notifier
 
+from .conftest import drained
 
-def test_supervisor_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+async def test_supervisor_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         notifier = Notifier()
-        notifier.tell(READY="1", STATUS="up")
+        await notifier.tell(READY="1", STATUS="up")
         assert supervisor.recv(100) == b"READY=1\nSTATUS=up"
-    notifier.tell(STOPPING="1")
+    await notifier.tell(STOPPING="1")
     assert notifier.descriptor is None, "a supervisor that has gone is not told any more"
     assert notifier.fault == ""
     assert "NOTIFY_SOCKET" not in os.environ, "jobs and programs of ours are not to have it"
-
-
-@pytest.fixture
-def full(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[tuple[Notifier, socket.socket, int]]:
-    """A notifier, its supervisor whose queue other units have filled, and with how many messages.
-
-    Of the AF_UNIX sockets that are connected to one, each may wait for room in its queue: unix(7).
-    """
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor,
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
-    ):
-        supervisor.bind(str(tmp_path / "notify"))
-        supervisor.settimeout(10)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        notifier = Notifier()
-        other.connect(str(tmp_path / "notify"))
-        other.setblocking(False)
-        sent = 0
-        with suppress(BlockingIOError):
-            while True:
-                other.send(b"of another unit")
-                sent += 1
-        yield notifier, supervisor, sent
-    notifier.tell_alive()  # which closes its socket: nobody listens any more
-    assert notifier.descriptor is None
-
-
-def drained(supervisor: socket.socket, count: int) -> None:
-    for _ in range(count):
-        assert supervisor.recv(100) == b"of another unit"
 
 
 def test_watchdog_that_finds_no_room_is_told_of_the_next_time(
@@ -70,49 +40,57 @@ def test_watchdog_that_finds_no_room_is_told_of_the_next_time(
     assert supervisor.recv(100) == b"WATCHDOG=1"
 
 
-@pytest.mark.parametrize("who", ["service", "launcher"])
-def test_what_is_told_once_waits_for_room(
-    full: tuple[Notifier, socket.socket, int], monkeypatch: pytest.MonkeyPatch, who: str
+async def test_what_is_told_once_waits_for_room_in_order_while_others_go_on(
+    full: tuple[Notifier, socket.socket, int], autojump_clock: trio.testing.MockClock
+) -> None:
+    del autojump_clock
+    notifier, supervisor, count = full
+    async with trio.open_nursery() as nursery:
+        for field in ("READY", "STOPPING"):
+            nursery.start_soon(partial(notifier.tell, **{field: "1"}))
+            await trio.testing.wait_all_tasks_blocked()
+        drained(supervisor, count)
+    assert supervisor.recv(100) == b"READY=1"
+    assert supervisor.recv(100) == b"STOPPING=1"
+
+
+async def test_supervisor_that_reads_nothing_is_waited_for_a_bounded_time(
+    full: tuple[Notifier, socket.socket, int], autojump_clock: trio.testing.MockClock
 ) -> None:
     notifier, supervisor, count = full
-    waits = list[float]()
-
-    def wait(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 2:
-            drained(supervisor, count)
-
-    clock = SimpleNamespace(sleep=wait, monotonic=lambda: 0.0)
-    monkeypatch.setattr("jobworker.sd_notify.time", clock)
-    if who == "service":
-        notifier.tell(READY="1")
-    else:
-        launcher._notify(notifier.descriptor, "READY=1")
-    assert supervisor.recv(100) == b"READY=1"
-    assert len(waits) == 2
+    began = autojump_clock.current_time()
+    await notifier.tell(READY="1")
+    took = autojump_clock.current_time() - began
+    assert took == pytest.approx(PATIENCE_SECONDS, abs=0.1)
+    drained(supervisor, count)
+    await notifier.tell(STATUS="up")
+    assert supervisor.recv(100) == b"STATUS=up"
 
 
-def test_supervisor_that_reads_nothing_is_waited_for_a_bounded_time(
-    full: tuple[Notifier, socket.socket, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_room", [True, False])
+def test_launcher_waits_for_room_a_bounded_time(
+    full: tuple[Notifier, socket.socket, int], monkeypatch: pytest.MonkeyPatch, has_room: bool
 ) -> None:
     notifier, supervisor, count = full
     now = 0.0
 
     def wait(seconds: float) -> None:
         nonlocal now
+        if has_room and not now:
+            drained(supervisor, count)
         now += seconds
 
     clock = SimpleNamespace(sleep=wait, monotonic=lambda: now)
     monkeypatch.setattr("jobworker.sd_notify.time", clock)
-    notifier.tell(READY="1")
-    assert now == pytest.approx(PATIENCE_SECONDS, abs=0.1)
-    drained(supervisor, count)
-    notifier.tell(STATUS="up")
-    assert supervisor.recv(100) == b"STATUS=up"
+    launcher._notify(notifier.descriptor, "READY=1")
+    if has_room:
+        assert supervisor.recv(100) == b"READY=1"
+    else:
+        assert now == pytest.approx(PATIENCE_SECONDS, abs=0.1)
 
 
 @pytest.mark.parametrize("path", ["/nonexistent/x", "{}/stale", "@none-abstract", 300 * "x", "."])
-def test_supervisor_that_cannot_be_reached_is_told_of_and_no_more(
+async def test_supervisor_that_cannot_be_reached_is_told_of_and_no_more(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stale:
@@ -121,4 +99,4 @@ def test_supervisor_that_cannot_be_reached_is_told_of_and_no_more(
     notifier = Notifier()
     assert notifier.descriptor is None
     assert "NOTIFY_SOCKET" in notifier.fault
-    notifier.tell(READY="1")
+    await notifier.tell(READY="1")

@@ -1,10 +1,26 @@
-"""What a reload cannot change is named, whatever sections the settings have."""
+"""A reload names what it cannot change, and keeps nobody waiting."""
 
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+import trio.testing
 from attrs import evolve
 
 from jobworker.config import Settings
-from jobworker.config_roles import RoleSettings
-from jobworker.server.reload import _waiting_for_a_start
+from jobworker.config_roles import RoleSettings, role_table
+from jobworker.incidents import Incidents
+from jobworker.jobs.history import History
+from jobworker.pki.administration import init_authority
+from jobworker.server.auditor import Auditor
+from jobworker.server.door import Door, Fittings
+from jobworker.server.gate import Gate
+from jobworker.server.notify import Notifier
+from jobworker.server.reader import Reader, configured_files
+from jobworker.server.reload import REFUSED, Reloading, _waiting_for_a_start, reload
+
+from .conftest import drained
 
 
 def test_nothing_changed_names_nothing() -> None:
@@ -20,3 +36,48 @@ def test_each_key_that_waits_for_a_start_is_named_and_no_other() -> None:
         logging=evolve(before.logging, level="DEBUG"),
     )
     assert _waiting_for_a_start(before, now) == ["worker.max_waiting_jobs"]
+
+
+def door_of(certs: Path) -> Door:
+    init_authority(certs, [], now=datetime.now(UTC))
+    security = evolve(
+        Settings().security,
+        ca_cert=str(certs / "ca-cert.pem"),
+        server_cert=str(certs / "server-cert.pem"),
+        server_key=str(certs / "server-key.pem"),
+        crl="",
+    )
+    return Door(Fittings.of(configured_files(security), security), Gate(role_table({})))
+
+
+def reader_that_has_ended() -> Reader:
+    near, far = socket.socketpair()
+    far.close()
+    near.setblocking(False)
+    return Reader(near, 0)
+
+
+async def test_supervisor_without_room_keeps_only_the_reload_waiting(
+    full: tuple[Notifier, socket.socket, int],
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    del autojump_clock
+    notifier, supervisor, count = full
+    history = History.open(tmp_path / "history.db")
+    reloading = Reloading(
+        reader=reader_that_has_ended(),
+        door=door_of(tmp_path / "certs"),
+        notifier=notifier,
+        auditor=Auditor(history, lambda: datetime.now(UTC)),
+        incidents=Incidents(),
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reload, reloading, Settings())
+            await trio.testing.wait_all_tasks_blocked()
+            drained(supervisor, count)
+        assert supervisor.recv(100).startswith(b"RELOADING=1\n")
+        assert supervisor.recv(100).decode() == f"READY=1\nSTATUS={REFUSED}"
+    finally:
+        history.close()

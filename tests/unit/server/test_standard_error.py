@@ -199,6 +199,28 @@ def test_disk_that_does_not_answer_holds_up_one_write_for_a_moment(tmp_path: Pat
     assert numbers((tmp_path / "log").read_bytes()) == list(range(3000))
 
 
+def test_write_that_had_to_wait_for_the_thread_is_the_last_one_for_a_while(tmp_path: Path) -> None:
+    """In the file's place stands a write(2) of 20 ms: so long may a thread lack a processor."""
+    program = (
+        "import os, threading, time\n"
+        "from jobworker.server import standard_error\n"
+        "standard_error.PROMPT_AGAIN_SECONDS = 1000\n"
+        "real, wait, waits = os.write, threading.Condition.wait_for, []\n"
+        "os.write = lambda *of: (time.sleep(0.02), real(*of))[1]\n"
+        "def counted(*of):\n"
+        "    if threading.current_thread() is threading.main_thread(): waits.append(of)\n"
+        "    return wait(*of)\n"
+        f"threading.Condition.wait_for = counted\n{THREAD}"
+        "for number in range(20):\n"
+        "    log.info('line %d', number)\n"
+        "    while not stream._is_idle(): time.sleep(0.001)\n"
+        "assert len(waits) == 1, len(waits)\n"
+    )
+    with (tmp_path / "log").open("ab") as file, start(program, file.fileno()) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0, (tmp_path / "log").read_text()
+
+
 def test_select_that_fails_does_not_end_the_log() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
