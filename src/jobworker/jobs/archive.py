@@ -32,7 +32,7 @@ from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
 from jobworker.jobs.output_directory import disk_errors, was_removed
 from jobworker.jobs.output_mover import OutputRoom
-from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
+from jobworker.jobs.retention import Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, Stream
@@ -220,9 +220,10 @@ class Archive:
         return spool
 
     async def make_room(self) -> bool:
-        """Remove some of what is kept, for live jobs to go on: whether there was anything."""
+        """Remove some of what is kept, for live jobs to go on: whether less is kept now."""
         goal = max(1, int(self._budget.max_bytes * HEADROOM))
-        return any(await self._sweep(evolve(self._policy, max_bytes=goal), None))
+        fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
+        return fewer
 
     async def prune(
         self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
@@ -238,15 +239,14 @@ class Archive:
 
     async def _sweep(
         self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[list[Kept], list[Kept]]:
-        """What another hand has removed, and what the policy has."""
+    ) -> tuple[bool, list[Kept]]:
+        """Whether less is kept now, by whichever hand, and what the policy has removed."""
         async with self._removing:
             with trio.CancelScope(shield=True):  # what was removed must be noted
-                changes, gone = await self._in_thread(partial(self._prune, policy, only))
+                fewer, marked, gone = await self._in_thread(partial(self._prune, policy, only))
                 self._tell_missing()
-                marked = changes.marked - self._live
-                await self._note_removals([*marked, *(kept.job for kept in gone)])
-        return changes.gone, gone
+                await self._note_removals([*(marked - self._live), *(kept.job for kept in gone)])
+        return fewer, gone
 
     def _tell_missing(self) -> None:
         if self._kept.missing > self._missing_told:
@@ -260,9 +260,11 @@ class Archive:
 
     def _prune(
         self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[Changes, list[Kept]]:
-        changes = self._kept.look()
-        return changes, self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
+    ) -> tuple[bool, frozenset[JobId], list[Kept]]:
+        before = set(self._kept.all)
+        marked = self._kept.look().marked
+        gone = self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
+        return not before <= self._kept.all.keys(), marked, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
         """Note what was removed, wherever the records are now: when that was."""

@@ -32,6 +32,7 @@ _REMOVED = ".removed"
 _REMEDIES = {
     errno.ENOSPC: "make room where output is kept",
     errno.EDQUOT: "make room where output is kept",
+    errno.EIO: "see what the kernel's log says of the disk where output is kept",
     errno.ENOENT: "see whether the disk with worker.state_dir is mounted, and put the directory "
     "service/spool back there",
 }
@@ -81,11 +82,13 @@ def clear_mark(directory: Path) -> None:
 
 
 @contextmanager
-def disk_errors(verb: str) -> Iterator[None]:
-    """Turn the errors of the disk into OutputError; "nothing there now" passes.
+def disk_errors(verb: str, directory: Path | None = None) -> Iterator[None]:
+    """Turn the errors of the disk into OutputError, which names the `directory` if one is given.
 
-    Raises OutOfDescriptors where it is not the disk but the process that is at its limit.
+    "Nothing there now" passes. Raises OutOfDescriptors where it is not the disk but the process
+    that is at its limit.
     """
+    what = "the job's output" if directory is None else f"the job's output in {directory}"
     try:
         yield
     except BlockingIOError:
@@ -93,12 +96,18 @@ def disk_errors(verb: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise OutOfDescriptors(
-                f"cannot {verb} the job's output: {error.strerror}",
+                f"cannot {verb} {what}: {error.strerror}",
                 remedy="try again later, or raise the service's LimitNOFILE",
             ) from error
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        if error.errno in (errno.EACCES, errno.EPERM) and directory is not None:
+            remedy = (
+                "give it back to the service's user: "
+                f"chown -R {os.geteuid()} {directory} && chmod -R u+rwX {directory}"
+            )
         raise OutputError(
-            f"cannot {verb} the job's output: {error.strerror}",
-            remedy=_REMEDIES.get(error.errno or 0, ""),
+            f"cannot {verb} {what}: {error.strerror}",
+            remedy=remedy,
             data={"cut": OutputCut.DISK.value},
         ) from error
 
@@ -147,7 +156,7 @@ def open_files(directory: Path, *, writable: bool, partial: bool = False) -> lis
     """
     mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW
     fds: list[int] = []
-    with disk_errors("open"), ExitStack() as undo:
+    with disk_errors("open", directory), ExitStack() as undo:
         try:
             dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             undo.callback(os.close, dir_fd)
@@ -183,7 +192,7 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
     The directory's name, which readers need first, goes before the rest: none finds half of a log.
     The note stays in the mark, if there is one, or goes last.
     """
-    with disk_errors("remove"):
+    with disk_errors("remove", directory):
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

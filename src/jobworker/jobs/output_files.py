@@ -121,7 +121,7 @@ class OutputFiles:
     ) -> Self:
         *data, index = open_files(directory, writable=writable, partial=partial)
         files = cls(dict(zip(Stream, data, strict=True)), index, clock)
-        with ExitStack() as undo, disk_errors("open"):
+        with ExitStack() as undo, disk_errors("open", directory):
             undo.callback(files.close)
             files._load()
             undo.pop_all()
@@ -135,7 +135,7 @@ class OutputFiles:
         missing, OutputError where the disk fails.
         """
         files = cls._open(directory, False, time.time_ns, partial=True)
-        with ExitStack() as undo, disk_errors("open"):
+        with ExitStack() as undo, disk_errors("open", directory):
             undo.callback(files.close)
             if not files.sealed:
                 files._complete()

@@ -215,3 +215,15 @@ async def test_job_removed_before_it_was_taken_up_counts_no_longer(tmp_path: Pat
         await here.archive.remove(late, force=False)
         await here.archive.prune()
         assert (here.check(), here.archive._kept.missing) == (0, 0)
+
+
+async def test_room_is_made_beside_output_that_cannot_be_read(ordinary_directory: Path) -> None:
+    async with ground(ordinary_directory) as here:
+        first, second = await here.end_job(), await here.end_job()
+        here.budget.max_bytes = here.check()
+        (here.spools / str(first)).chmod(0)
+        assert await here.archive.make_room()
+        assert here.budget.used_bytes == here.archive.size_of([second]) > 0
+        (here.spools / str(first)).chmod(0o700)
+        await here.archive.prune()
+        here.check()

@@ -210,6 +210,35 @@ def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path)
     assert (kept.missing, late.missing) == (1, 0)
 
 
+def test_output_that_cannot_be_read_is_passed_over_until_it_can(
+    ordinary_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spools = ordinary_directory
+    for name in ("1", "2", "3", "4"):
+        write_log(spools / name, b"x").close()
+        (spools / name / NOTE).write_text("{}")
+    (spools / "4").chmod(0)
+    kept = KeptOutput(spools, seals=True)
+    kept.load()
+    (spools / "1").chmod(0)
+    assert [each.job for each in kept.prune(Policy(max_jobs=1))] == [2]
+    assert list(kept.all) == [3]
+    with pytest.raises(OutputError, match=rf"in {spools}/1: Permission denied; .* chown -R .*/1"):
+        kept.remove(JobId(1), force=True)
+    kept.look()
+    for job in (1, 4):
+        told = f"job {job}: its output counts for nothing, and stays: cannot open the job's output"
+        assert caplog.text.count(told) == 1
+    (spools / "1").chmod(0o700)
+    (spools / "4").rename(spools / "away")
+    kept.look()
+    assert (sorted(kept.all), kept.missing) == ([1, 3], 1)
+    (spools / "away").rename(spools / "4")
+    (spools / "4").chmod(0o700)
+    kept.look()
+    assert (sorted(kept.all), kept.missing) == ([1, 3, 4], 0)
+
+
 def test_budget_gives_what_is_left_and_then_refuses(tmp_path: Path) -> None:
     budget = OutputBudget(tmp_path, max_bytes=100)
     assert budget.take(60) == 60
