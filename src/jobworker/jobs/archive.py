@@ -107,7 +107,8 @@ class Archive:
 
     def count_live(self, spool: Spool) -> None:
         """Count what a job has written under an earlier service: before it is taken up."""
-        self._budget.count(_live_bytes(spool))
+        spool.counted_bytes = spool.written_bytes + spool.index_bytes
+        self._budget.count(spool.counted_bytes)
 
     async def serve(self) -> None:
         """Apply the policy whenever that may change something; never returns."""
@@ -125,7 +126,7 @@ class Archive:
         self._live.discard(job)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
-                await self._in_thread(partial(self._kept.end, job, _live_bytes(execution.spool)))
+                await self._in_thread(partial(self._kept.end, job, execution.spool.counted_bytes))
         finally:
             execution.archived.set()
             self._due.set()
@@ -317,11 +318,6 @@ class Archive:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await in_thread(work, limiter=self._thread)
-
-
-def _live_bytes(spool: Spool) -> int:
-    """What a job's output counts while it lives, at the most."""
-    return spool.written_bytes + spool.index_bytes
 
 
 def _exists(path: Path) -> bool:

@@ -71,6 +71,8 @@ class Spool:
     sealed: bool = False
     missing: str = ""
     """What an ended job has written and its files do not have, in words."""
+    counted_bytes: int = 0
+    """What the budget of all output counts of this, while the job lives."""
     sync_fault: str = ""
     """Why the disk may not have the output, after `synced`."""
     _idle: set[Follower] = field(factory=set)

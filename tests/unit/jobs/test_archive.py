@@ -190,6 +190,14 @@ async def test_what_a_live_job_wrote_counts_once_and_not_where_it_is_lost(tmp_pa
         assert here.check() == size
 
 
+async def test_end_of_a_job_takes_nothing_off_what_others_have_written(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        here.budget.count(1000)  # another lives
+        for _ in range(3):
+            await here.end_job()
+        assert here.budget.live_bytes == 1000
+
+
 async def test_want_of_descriptors_leaves_nothing_uncounted(tmp_path: Path) -> None:
     async with ground(tmp_path) as here:
         size = await here.end_job() and here.check()
