@@ -66,7 +66,7 @@ class Archive:
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _live: set[JobId] = field(factory=set, init=False)
-    """Jobs of an earlier service that have not ended here yet: their records are not ours."""
+    """Jobs that have not ended here yet, or only just: their output and records are not ours."""
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
@@ -99,6 +99,10 @@ class Archive:
         with_output = await self._history.with_output()
         await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
+
+    def leave_alone(self, job: JobId) -> None:
+        """Note no removal of a job's output until `add`: its record may still be written."""
+        self._live.add(job)
 
     def size_of(self, jobs: Iterable[JobId]) -> int:
         """The bytes on disk of those of `jobs` that have ended and are kept."""
@@ -146,23 +150,33 @@ class Archive:
         if await in_thread(_exists, directory):
             return record
         async with self._removing:
-            return await self._look_for_output(record.id, directory)
+            return await self._look_for_output(record, directory)
 
-    async def _look_for_output(self, job: JobId, directory: Path) -> JobRecord:
+    async def _look_for_output(self, record: JobRecord, directory: Path) -> JobRecord:
         """See whether output was removed or is missing, while nothing is being removed here."""
-        unsettled = self._unsettled.get(job)
-        record = unsettled.record if unsettled else await self._history.summary(job)
-        if record is None:
-            raise no_such_job(job)
+        job = record.id
+        if job not in self._live:
+            record = await self._latest(job)
         # The mark after the directory: `worker prune`, which renames, may come between the two.
         if record.output_removed_at is not None or await in_thread(_exists, directory):
             return record
         removed = await in_thread(was_removed, directory)
-        with trio.CancelScope(shield=True):
-            await self._in_thread(partial(self._kept.drop, job, removed=removed))
-            if removed:
-                return evolve(record, output_removed_at=await self._note_removals([job]))
+        if job not in self._live:  # else `add` sees to that
+            with trio.CancelScope(shield=True):
+                await self._in_thread(partial(self._kept.drop, job, removed=removed))
+                if removed:
+                    return evolve(record, output_removed_at=await self._note_removals([job]))
+        elif removed:
+            return evolve(record, output_removed_at=self._clock())
         return evolve(record, detail="; ".join(filter(None, (record.detail, MISSING))))
+
+    async def _latest(self, job: JobId) -> JobRecord:
+        """The record of an ended job, wherever it is now. Raises NotFound."""
+        unsettled = self._unsettled.get(job)
+        record = unsettled.record if unsettled else await self._history.summary(job)
+        if record is None:
+            raise no_such_job(job)
+        return record
 
     @asynccontextmanager
     async def reading(self, record: JobRecord) -> AsyncIterator[Spool]:
@@ -306,6 +320,7 @@ class Archive:
                         await self._note_removals([job])
                     raise
                 await self._in_thread(partial(self._kept.clear_marks, [job]))
+        self._live.discard(job)
         return freed
 
     async def _remove_record(self, job: JobId) -> None:

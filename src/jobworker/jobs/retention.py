@@ -275,8 +275,7 @@ class KeptOutput:
     def clear_marks(self, jobs: Iterable[JobId]) -> None:
         """Forget that the output of these jobs was removed or missing: the history knows."""
         for job in jobs:
-            self._missing.discard(job)
-            self._unreadable.discard(job)
+            self.drop(job, removed=True)
             clear_mark(self._spools / str(job))
 
     def prune(
