@@ -11,7 +11,8 @@ but the note, until the history has noted the removal and how the job ended. So 
 can tell a removal by this program, in whichever process, from a directory that another hand moved
 or that a disk which is not mounted has. Its sticky bit says that the name is ours: a directory that
 somebody else has called so is left alone. Neither needs a block on most file systems: it works on a
-full disk. Where the disk refuses it, the files go all the same.
+full disk. Where the disk refuses it, the files go all the same. A copy may have lost the bit: then
+the name is ours where nothing stands there but the job's note, which nobody else makes.
 """
 
 import errno
@@ -22,12 +23,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from jobworker.errors import Busy, NotFound, OutOfDescriptors, OutputError
+from jobworker.convert import loads
+from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
 from jobworker.model.job import OutputCut
 
 NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
 """See `job_note`: it may stand beside the three, and goes with them."""
+MAX_NOTE_BYTES = 16 << 20
+"""More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
 _REMOVED = ".removed"
 _REMEDIES = {
     errno.ENOSPC: "make room where output is kept",
@@ -67,9 +71,23 @@ def _is_mark(path: Path) -> bool:
     if status.st_mode & stat.S_ISVTX:
         return True
     try:
-        return not os.listdir(path)  # as an earlier version left it
-    except OSError:  # another user's
+        names = os.listdir(path)
+        return not names or (names == [NOTE] and _is_note(path / NOTE, marked_job(path.name)))
+    except (PermissionError, FileNotFoundError):  # another user's, or gone just now
         return False
+
+
+def _is_note(path: Path, job: str) -> bool:
+    """Whether what stands at `path` is the note of a job. Raises OSError."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        line = file.readline(MAX_NOTE_BYTES)
+    try:
+        first = loads(line.decode())
+    except (JobworkerError, UnicodeDecodeError):
+        return False
+    return isinstance(first, dict) and "spec" in first and str(first.get("id")) == job
 
 
 def clear_mark(directory: Path) -> None:

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from jobworker.errors import Busy, OutputError
 from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.job_note import make_note
 from jobworker.jobs.output_directory import NAMES, NOTE
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy, choose
 from jobworker.model.job import JobId, OutputCut, Stream
 
+from ..strategies import record
 from .test_spool import append
 
 SECOND = 1_000_000_000
@@ -267,6 +269,28 @@ def test_removal_of_what_was_put_back_leaves_a_mark_of_its_own(tmp_path: Path) -
         assert kept.prune(Policy(max_jobs=0))
         assert kept.look().marked == {1}
         assert [path.name for path in (tmp_path / "1.removed").iterdir()] == ["record"]
+
+
+def test_mark_that_a_copy_took_the_sticky_bit_of_is_ours_with_the_jobs_note_alone(
+    tmp_path: Path,
+) -> None:
+    for job in (1, 2, 3):
+        directory = tmp_path / str(job)
+        write_log(directory, b"x").close()
+        make_note(tmp_path, record(job))
+        for file in NAMES if job != 2 else ():  # that one is somebody's own name for it
+            (directory / file).unlink()
+        directory.rename(tmp_path / f"{job}.removed")
+    (tmp_path / "3.removed").rename(tmp_path / "4.removed")  # with a note of another job
+    (tmp_path / "5.removed").mkdir()
+    (tmp_path / "5.removed" / NOTE).write_text("of somebody else's")
+    (tmp_path / "6.removed").mkdir()
+    os.mkfifo(tmp_path / "6.removed" / NOTE)
+    kept = KeptOutput(tmp_path, seals=True)
+    assert kept.look().marked == {1}
+    kept.clear_marks(JobId(job) for job in range(1, 7))
+    assert {path.name for path in tmp_path.iterdir()} == {f"{job}.removed" for job in (2, 4, 5, 6)}
+    assert len(list((tmp_path / "2.removed").iterdir())) == 4
 
 
 def test_directory_called_like_a_mark_is_none_unless_it_is_ours_or_empty(tmp_path: Path) -> None:
