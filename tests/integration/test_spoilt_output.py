@@ -16,7 +16,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.jobs.output_directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput, Policy
 
@@ -172,6 +172,30 @@ async def test_spool_that_is_moved_beside_the_service_is_whole_when_it_is_back(
         with pytest.raises(Refused, match="no such job"):
             await told(wire, jobs[0])
         assert "incident" not in service.log_text()
+
+
+async def test_output_that_cannot_be_read_is_in_the_way_of_no_other_jobs(
+    open_directory: Directory,
+) -> None:
+    directory = open_directory()
+    worker = {"worker": {"max_total_output": 2, "keep_free": 0}}
+    async with open_embedded(directory, worker) as service, open_wire(service) as wire:
+        jobs = [await start(wire, "head -c 600000 /dev/zero") for _ in range(3)]
+        for job in jobs:
+            await wire.call("job.wait", id=job)
+        output = spool(directory, jobs[0])
+        if os.geteuid() == 0:  # as who copies it back has it
+            os.chown(output, 0, 0)
+        output.chmod(0)
+        with pytest.raises(Refused, match=f"in {output}: Permission denied"):
+            await wire.call("job.remove", id=jobs[0])
+        large = await wire.call("job.wait", id=await start(wire, "head -c 1200000 /dev/zero"))
+        assert (large["state"], large["stdout_bytes"]) == ("COMPLETED", 1_200_000)
+        assert (await told(wire, jobs[1]))["output_removed_at"] is not None
+        assert jobs[0] not in await pruned(wire)
+        log_text = service.log_text()
+        assert log_text.count(f"job {jobs[0]}: its output counts for nothing, and stays") == 1
+        assert "incident" not in log_text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")

@@ -15,7 +15,6 @@ A job that the history calls PENDING and whose note says more has run since: it 
 """
 
 import logging
-import os
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -74,10 +73,21 @@ def adopted(
     """The record of a job that the history does not have; None where there is no trace of one."""
     if note is not None:
         return note if note.ended else evolve(note, detail=ADOPTED)
-    if not lives and not os.path.isfile(directory / "index"):
-        log.warning("%s is no job's output; it stays, and no job gets that id", directory)
+    if not lives and not _has_index(directory):
         return None
     return JobRecord(id=job, spec=UNKNOWN_SPEC, owner="", created_at=now, detail=ADOPTED)
+
+
+def _has_index(directory: Path) -> bool:
+    """Whether a job's output stands in `directory`; where not, the log says so."""
+    try:
+        if (directory / "index").is_file():
+            return True
+        why = "is no job's output"
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+    log.warning("%s %s; it stays, and no job gets that id", directory, why)
+    return False
 
 
 def tell_adopted(records: Sequence[JobRecord], lives: Collection[JobId]) -> None:

@@ -33,7 +33,7 @@ from jobworker.jobs.history import History
 from jobworker.jobs.output_directory import disk_errors, was_removed
 from jobworker.jobs.output_mover import OutputRoom
 from jobworker.jobs.output_pace import OutputPace
-from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy
+from jobworker.jobs.retention import Kept, KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, Stream
@@ -67,7 +67,7 @@ class Archive:
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _live: set[JobId] = field(factory=set, init=False)
-    """Jobs of an earlier service that have not ended here yet: their records are not ours."""
+    """Jobs that have not ended here yet, or only just: their output and records are not ours."""
     _unsettled: dict[JobId, Execution] = field(factory=dict, init=False)
     """Ended jobs whose record is not on the disk yet, as far as anybody knows."""
     _removing: trio.Lock = field(factory=trio.Lock, init=False)
@@ -102,6 +102,10 @@ class Archive:
         await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
 
+    def leave_alone(self, job: JobId) -> None:
+        """Note no removal of a job's output until `add`: its record may still be written."""
+        self._live.add(job)
+
     def size_of(self, jobs: Iterable[JobId]) -> int:
         """The bytes on disk of those of `jobs` that have ended and are kept."""
         kept = self._kept.all
@@ -109,7 +113,8 @@ class Archive:
 
     def count_live(self, spool: Spool) -> None:
         """Count what a job has written under an earlier service: before it is taken up."""
-        self._budget.count(_live_bytes(spool))
+        spool.counted_bytes = spool.written_bytes + spool.index_bytes
+        self._budget.count(spool.counted_bytes)
 
     async def serve(self) -> None:
         """Apply the policy whenever that may change something; never returns."""
@@ -127,7 +132,7 @@ class Archive:
         self._live.discard(job)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
-                await self._in_thread(partial(self._kept.end, job, _live_bytes(execution.spool)))
+                await self._in_thread(partial(self._kept.end, job, execution.spool.counted_bytes))
         finally:
             execution.archived.set()
             self._due.set()
@@ -147,23 +152,33 @@ class Archive:
         if await in_thread(_exists, directory):
             return record
         async with self._removing:
-            return await self._look_for_output(record.id, directory)
+            return await self._look_for_output(record, directory)
 
-    async def _look_for_output(self, job: JobId, directory: Path) -> JobRecord:
+    async def _look_for_output(self, record: JobRecord, directory: Path) -> JobRecord:
         """See whether output was removed or is missing, while nothing is being removed here."""
-        unsettled = self._unsettled.get(job)
-        record = unsettled.record if unsettled else await self._history.summary(job)
-        if record is None:
-            raise no_such_job(job)
+        job = record.id
+        if job not in self._live:
+            record = await self._latest(job)
         # The mark after the directory: `worker prune`, which renames, may come between the two.
         if record.output_removed_at is not None or await in_thread(_exists, directory):
             return record
         removed = await in_thread(was_removed, directory)
-        with trio.CancelScope(shield=True):
-            await self._in_thread(partial(self._kept.drop, job, removed=removed))
-            if removed:
-                return evolve(record, output_removed_at=await self._note_removals([job]))
+        if job not in self._live:  # else `add` sees to that
+            with trio.CancelScope(shield=True):
+                await self._in_thread(partial(self._kept.drop, job, removed=removed))
+                if removed:
+                    return evolve(record, output_removed_at=await self._note_removals([job]))
+        elif removed:
+            return evolve(record, output_removed_at=self._clock())
         return evolve(record, detail="; ".join(filter(None, (record.detail, MISSING))))
+
+    async def _latest(self, job: JobId) -> JobRecord:
+        """The record of an ended job, wherever it is now. Raises NotFound."""
+        unsettled = self._unsettled.get(job)
+        record = unsettled.record if unsettled else await self._history.summary(job)
+        if record is None:
+            raise no_such_job(job)
+        return record
 
     @asynccontextmanager
     async def reading(self, record: JobRecord) -> AsyncIterator[Spool]:
@@ -222,9 +237,10 @@ class Archive:
         return spool
 
     async def make_room(self) -> bool:
-        """Remove some of what is kept, for live jobs to go on: whether there was anything."""
+        """Remove some of what is kept, for live jobs to go on: whether less is kept now."""
         goal = max(1, int(self._budget.max_bytes * HEADROOM))
-        return any(await self._sweep(evolve(self._policy, max_bytes=goal), None))
+        fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
+        return fewer
 
     async def prune(
         self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
@@ -240,15 +256,14 @@ class Archive:
 
     async def _sweep(
         self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[list[Kept], list[Kept]]:
-        """What another hand has removed, and what the policy has."""
+    ) -> tuple[bool, list[Kept]]:
+        """Whether less is kept now, by whichever hand, and what the policy has removed."""
         async with self._removing:
             with trio.CancelScope(shield=True):  # what was removed must be noted
-                changes, gone = await self._in_thread(partial(self._prune, policy, only))
+                fewer, marked, gone = await self._in_thread(partial(self._prune, policy, only))
                 self._tell_missing()
-                marked = changes.marked - self._live
-                await self._note_removals([*marked, *(kept.job for kept in gone)])
-        return changes.gone, gone
+                await self._note_removals([*(marked - self._live), *(kept.job for kept in gone)])
+        return fewer, gone
 
     def _tell_missing(self) -> None:
         if self._kept.missing > self._missing_told:
@@ -262,9 +277,11 @@ class Archive:
 
     def _prune(
         self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[Changes, list[Kept]]:
-        changes = self._kept.look()
-        return changes, self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
+    ) -> tuple[bool, frozenset[JobId], list[Kept]]:
+        before = set(self._kept.all)
+        marked = self._kept.look().marked
+        gone = self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
+        return not before <= self._kept.all.keys(), marked, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
         """Note what was removed, wherever the records are now: when that was."""
@@ -305,6 +322,7 @@ class Archive:
                         await self._note_removals([job])
                     raise
                 await self._in_thread(partial(self._kept.clear_marks, [job]))
+        self._live.discard(job)
         return freed
 
     async def _remove_record(self, job: JobId) -> None:
@@ -317,11 +335,6 @@ class Archive:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await in_thread(work, limiter=self._thread)
-
-
-def _live_bytes(spool: Spool) -> int:
-    """What a job's output counts while it lives, at the most."""
-    return spool.written_bytes + spool.index_bytes
 
 
 def _exists(path: Path) -> bool:

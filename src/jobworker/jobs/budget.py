@@ -87,8 +87,7 @@ class OutputBudget:
         """Count `count` bytes more as ended jobs', or fewer, and `was_live` no longer as live."""
         with self._lock:
             self.kept_bytes += count
-            # Of a job's last records no writer told: they are among what it leaves.
-            self.live_bytes = max(0, self.live_bytes - was_live)
+            self.live_bytes -= was_live
 
     def _free_bytes(self) -> int:
         free = self._disk_bytes()

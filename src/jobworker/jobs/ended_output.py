@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobworker.errors import Busy
-from jobworker.jobs.output_directory import NOTE
+from jobworker.jobs.output_directory import NOTE, disk_errors
 from jobworker.jobs.output_files import OutputFiles
 
 
@@ -22,7 +22,8 @@ def seal_output(directory: Path, *, ends_now: bool = False) -> None:
     """
     files = OutputFiles.look_at(directory)
     try:
-        seal = files.can_be_sealed and (ends_now or files.size_on_disk() > 0)
+        with disk_errors("open", directory):
+            seal = files.can_be_sealed and (ends_now or files.size_on_disk() > 0)
     finally:
         files.close()
     if seal:
@@ -57,11 +58,12 @@ def remove_output(directory: Path, *, force: bool = False, ended: bool = False) 
 @contextmanager
 def _ended_files(directory: Path, ended: bool) -> Iterator[OutputFiles]:
     # A note is ours alone: where one stands, so does a job's output, or what is left of it.
-    partial = ended and (directory / NOTE).is_file()
-    files = OutputFiles.look_at(directory, partial=partial)
-    try:
-        if not (files.sealed or ended):
-            raise Busy("cannot remove the job's output: it has not ended")
-        yield files
-    finally:
-        files.close()
+    with disk_errors("open", directory):
+        partial = ended and (directory / NOTE).is_file()
+        files = OutputFiles.look_at(directory, partial=partial)
+        try:
+            if not (files.sealed or ended):
+                raise Busy("cannot remove the job's output: it has not ended")
+            yield files
+        finally:
+            files.close()

@@ -22,14 +22,12 @@ from attrs import evolve
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import JobworkerError
-from jobworker.jobs.output_directory import NOTE, disk_errors, mark_of
+from jobworker.jobs.output_directory import MAX_NOTE_BYTES, NOTE, disk_errors, mark_of
 from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.summary import summarize
 from jobworker.regular_file import open_regular
 
-MAX_NOTE_BYTES = 16 << 20
-"""More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
 _NO_SPEC = JobSpec(command=("unknown",))
 _NO_SPEC_JSON = unstructure(_NO_SPEC)
 _BLOCK_BYTES = 4096

@@ -11,7 +11,8 @@ but the note, until the history has noted the removal and how the job ended. So 
 can tell a removal by this program, in whichever process, from a directory that another hand moved
 or that a disk which is not mounted has. Its sticky bit says that the name is ours: a directory that
 somebody else has called so is left alone. Neither needs a block on most file systems: it works on a
-full disk. Where the disk refuses it, the files go all the same.
+full disk. Where the disk refuses it, the files go all the same. A copy may have lost the bit: then
+the name is ours where nothing stands there but the job's note, which nobody else makes.
 """
 
 import errno
@@ -22,17 +23,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from jobworker.errors import Busy, NotFound, OutOfDescriptors, OutputError
+from jobworker.convert import loads
+from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
 from jobworker.model.job import OutputCut
 from jobworker.regular_file import open_regular
 
 NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
 """See `job_note`: it may stand beside the three, and goes with them."""
+MAX_NOTE_BYTES = 16 << 20
+"""More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
 _REMOVED = ".removed"
 _REMEDIES = {
     errno.ENOSPC: "make room where output is kept",
     errno.EDQUOT: "make room where output is kept",
+    errno.EIO: "see what the kernel's log says of the disk where output is kept",
     errno.ENOENT: "see whether the disk with worker.state_dir is mounted, and put the directory "
     "service/spool back there",
 }
@@ -67,9 +72,23 @@ def _is_mark(path: Path) -> bool:
     if status.st_mode & stat.S_ISVTX:
         return True
     try:
-        return not os.listdir(path)  # as an earlier version left it
-    except OSError:  # another user's
+        names = os.listdir(path)
+        return not names or (names == [NOTE] and _is_note(path / NOTE, marked_job(path.name)))
+    except (PermissionError, FileNotFoundError):  # another user's, or gone just now
         return False
+
+
+def _is_note(path: Path, job: str) -> bool:
+    """Whether what stands at `path` is the note of a job. Raises OSError."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        line = file.readline(MAX_NOTE_BYTES)
+    try:
+        first = loads(line.decode())
+    except (JobworkerError, UnicodeDecodeError):
+        return False
+    return isinstance(first, dict) and "spec" in first and str(first.get("id")) == job
 
 
 def clear_mark(directory: Path) -> None:
@@ -82,11 +101,13 @@ def clear_mark(directory: Path) -> None:
 
 
 @contextmanager
-def disk_errors(verb: str) -> Iterator[None]:
-    """Turn the errors of the disk into OutputError; "nothing there now" passes.
+def disk_errors(verb: str, directory: Path | None = None) -> Iterator[None]:
+    """Turn the errors of the disk into OutputError, which names the `directory` if one is given.
 
-    Raises OutOfDescriptors where it is not the disk but the process that is at its limit.
+    "Nothing there now" passes. Raises OutOfDescriptors where it is not the disk but the process
+    that is at its limit.
     """
+    what = "the job's output" if directory is None else f"the job's output in {directory}"
     try:
         yield
     except BlockingIOError:
@@ -94,12 +115,18 @@ def disk_errors(verb: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise OutOfDescriptors(
-                f"cannot {verb} the job's output: {error.strerror}",
+                f"cannot {verb} {what}: {error.strerror}",
                 remedy="try again later, or raise the service's LimitNOFILE",
             ) from error
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        if error.errno in (errno.EACCES, errno.EPERM) and directory is not None:
+            remedy = (
+                "give it back to the service's user: "
+                f"chown -R {os.geteuid()} {directory} && chmod -R u+rwX {directory}"
+            )
         raise OutputError(
-            f"cannot {verb} the job's output: {error.strerror}",
-            remedy=_REMEDIES.get(error.errno or 0, ""),
+            f"cannot {verb} {what}: {error.strerror}",
+            remedy=remedy,
             data={"cut": OutputCut.DISK.value},
         ) from error
 
@@ -148,7 +175,7 @@ def open_files(directory: Path, *, writable: bool, partial: bool = False) -> lis
     """
     mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW
     fds: list[int] = []
-    with disk_errors("open"), ExitStack() as undo:
+    with disk_errors("open", directory), ExitStack() as undo:
         try:
             dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             undo.callback(os.close, dir_fd)
@@ -184,7 +211,7 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
     The directory's name, which readers need first, goes before the rest: none finds half of a log.
     The note stays in the mark, if there is one, or goes last.
     """
-    with disk_errors("remove"):
+    with disk_errors("remove", directory):
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

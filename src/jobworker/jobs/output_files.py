@@ -78,6 +78,8 @@ class OutputFiles:
     _unwritten: tuple[Record, ...] = ()
     """The log's last records where the index does not have them: of an ended job."""
     _cache_can_be_asked: bool = True
+    directory: Path = field(default=Path(), kw_only=True)
+    """Where the files stood when they were opened."""
 
     @classmethod
     def create(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
@@ -87,7 +89,7 @@ class OutputFiles:
         this call's making is left then. `clock` gives nanoseconds since the epoch.
         """
         *data, index = create_files(directory)
-        return cls(dict(zip(Stream, data, strict=True)), index, clock)
+        return cls(dict(zip(Stream, data, strict=True)), index, clock, directory=directory)
 
     @classmethod
     def open(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
@@ -120,8 +122,8 @@ class OutputFiles:
         partial: bool = False,
     ) -> Self:
         *data, index = open_files(directory, writable=writable, partial=partial)
-        files = cls(dict(zip(Stream, data, strict=True)), index, clock)
-        with ExitStack() as undo, disk_errors("open"):
+        files = cls(dict(zip(Stream, data, strict=True)), index, clock, directory=directory)
+        with ExitStack() as undo, disk_errors("open", directory):
             undo.callback(files.close)
             files._load()
             undo.pop_all()
@@ -135,7 +137,7 @@ class OutputFiles:
         missing, OutputError where the disk fails.
         """
         files = cls._open(directory, False, time.time_ns, partial=True)
-        with ExitStack() as undo, disk_errors("open"):
+        with ExitStack() as undo, disk_errors("open", directory):
             undo.callback(files.close)
             if not files.sealed:
                 files._complete()

@@ -5,19 +5,22 @@ disk. Before the second does, retention is asked to make room. The rest is disca
 whether the job shall go on is for who hears of it (`tell_cut`, once).
 """
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import trio
 from attrs import define, field, frozen
 
-from jobworker.errors import OutOfDescriptors, OutputError
+from jobworker.errors import JobworkerError, OutOfDescriptors, OutputError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.output_pace import OutputPace
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import OutputCut, Stream
 from jobworker.model.units import format_size
+
+log = logging.getLogger("jobworker.jobs")
 
 AGAIN_SECONDS = 1.0
 DRAIN_SECONDS = 2.0
@@ -93,12 +96,22 @@ class OutputMover:
         return True
 
     async def _make_room(self) -> bool:
-        """Win some of the budget back. The job waits while the service cannot even look."""
+        """Win some of the budget back. The job waits while the service cannot even look.
+
+        What else keeps the service from that is no fault of this job's, and cuts output as a full
+        disk does.
+        """
         while True:
             try:
                 return await self._room.make_room()
             except OutOfDescriptors:
                 await trio.sleep(AGAIN_SECONDS)
+            except JobworkerError as error:
+                log.error("no room could be made for more output: %s", error)
+                return False
+            except Exception:
+                log.exception("no room could be made for more output")
+                return False
 
     async def _watch_limit(self, pump: Pump) -> None:
         await pump.capped.wait()

@@ -195,6 +195,7 @@ class Pump:
             budget.give_back(waiting and room - moved)
         if moved:
             budget.count(RECORD.size)
+            self._spool.counted_bytes += moved + RECORD.size
         return moved
 
     def _discard(self, stream: Stream, limit: int) -> int:

@@ -10,9 +10,11 @@ must go for there to be room. Output that somebody reads is locked (flock(2), sh
 `worker prune` in a process of its own. Both are left for a later time.
 
 What is not there any more and has no mark of a removal (`output_directory`) is missing: it counts
-for nothing, and is taken up again when it is back.
+for nothing, and is taken up again when it is back. So does what is there and cannot be read: it is
+passed over, the log names it once, and nothing else waits for it.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -21,11 +23,13 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
-from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors
+from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
 from jobworker.jobs.age_clock import TOLERANCE_NS
 from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
 from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job, was_removed
 from jobworker.model.job import JobId
+
+log = logging.getLogger("jobworker.jobs")
 
 _MAX_DIGITS = 16
 """No job's id has more."""
@@ -95,6 +99,8 @@ class KeptOutput:
     """Jobs that have just ended and are not taken up yet, with what was counted of each."""
     _missing: set[JobId] = field(factory=set, init=False)
     """Ended jobs whose output was or should be there, is not, and was not removed by us."""
+    _unreadable: set[JobId] = field(factory=set, init=False)
+    """Ended jobs whose output is there and cannot be read: each look tries again."""
 
     @property
     def all(self) -> Mapping[JobId, Kept]:
@@ -149,11 +155,18 @@ class KeptOutput:
         except OutOfDescriptors:
             raise
         except NotFound:
+            self._unreadable.discard(job)
             if ends_now:
                 self._missing.add(job)
             return None
-        except (JobworkerError, OSError):
-            return None  # live, gone, or unreadable: nothing that may be removed
+        except OutputError as error:
+            if job not in self._unreadable:
+                self._unreadable.add(job)
+                log.warning("job %d: its output counts for nothing, and stays: %s", job, error)
+            return None
+        except JobworkerError:
+            return None  # live: nothing that may be removed
+        self._unreadable.discard(job)
         with suppress(OSError):
             ended_ns = max(ended_ns, self._second_witness(directory, ended_ns, ends_now))
         return Kept(job, ended_ns, size)
@@ -176,15 +189,13 @@ class KeptOutput:
         Raises Busy where it is written, or read (not with `force`: readers go on to its end), and
         OutputError.
         """
-        directory = self._spools / str(job)
-        self._missing.discard(job)
         try:
-            freed = remove_output(directory, force=force, ended=self._seals)
+            freed = remove_output(self._spools / str(job), force=force, ended=self._seals)
         except NotFound:  # gone by another hand
             freed = self._kept[job].size if job in self._kept else 0
-            if not was_removed(directory):
-                self._missing.add(job)
-        self._set(job, None)
+            self.drop(job, removed=self._was_removed(job))
+        else:
+            self.drop(job, removed=True)
         return freed
 
     def misses(self, job: JobId) -> bool:
@@ -216,10 +227,12 @@ class KeptOutput:
         for kept in gone:
             self._set(kept.job, None)
         self._missing.update(kept.job for kept in gone)
+        self._missing.update(job for job in self._unreadable if str(job) not in names)
         self._missing -= marked
-        for job in [job for job in self._missing if str(job) in names]:
+        for job in [job for job in self._missing | self._unreadable if str(job) in names]:
             self.add(job)
             self._missing.discard(job)
+        self._unreadable -= self._missing | marked
         return Changes(marked, gone)
 
     def _marked(self, names: Iterable[str]) -> frozenset[JobId]:
@@ -227,11 +240,18 @@ class KeptOutput:
         marked = set[JobId]()
         for job in map(marked_job, names):
             if job.isascii() and job.isdigit() and len(job) <= _MAX_DIGITS:
-                if was_removed(self._spools / job):
+                if self._was_removed(JobId(int(job))):
                     marked.add(JobId(int(job)))
                 elif os.path.lexists(self._spools / job):
                     clear_mark(self._spools / job)
         return frozenset(marked)
+
+    def _was_removed(self, job: JobId) -> bool:
+        """See `was_removed`; where that cannot be told, the output is missing."""
+        try:
+            return was_removed(self._spools / str(job))
+        except OutputError:
+            return False
 
     def _names(self) -> frozenset[str]:
         """What stands in the directory: nothing where it is missing itself."""
@@ -246,6 +266,7 @@ class KeptOutput:
     def drop(self, job: JobId, *, removed: bool) -> None:
         """Count the output of a job as removed, or as missing."""
         self._set(job, None)
+        self._unreadable.discard(job)
         if removed:
             self._missing.discard(job)
         else:
@@ -254,24 +275,35 @@ class KeptOutput:
     def clear_marks(self, jobs: Iterable[JobId]) -> None:
         """Forget that the output of these jobs was removed or missing: the history knows."""
         for job in jobs:
-            self._missing.discard(job)
+            self.drop(job, removed=True)
             clear_mark(self._spools / str(job))
 
     def prune(
         self, policy: Policy, *, only: Callable[[JobId], bool] | None = None, live_bytes: int = 0
     ) -> list[Kept]:
-        """Remove what `policy` does not keep of the jobs that `only` names: what went."""
+        """Remove what `policy` does not keep of the jobs that `only` names: what went.
+
+        What cannot be read is dropped: it counts for nothing until it can be.
+        """
         among = [each for each in self._kept.values() if only is None or only(each.job)]
         gone = []
         for each in choose(among, policy, now_ns=self._clock_ns(), live_bytes=live_bytes):
-            directory = self._spools / str(each.job)
-            try:
-                remove_output(directory, ended=self._seals)
-            except NotFound:  # another process may have been faster
-                self.drop(each.job, removed=was_removed(directory))
-                continue
-            except JobworkerError:
-                continue  # followed, or the disk refuses: another time
-            self._set(each.job, None)
-            gone.append(each)
+            with suppress(OutOfDescriptors):  # another time
+                if self._removes(each.job):
+                    gone.append(each)
         return gone
+
+    def _removes(self, job: JobId) -> bool:
+        """Remove a job's output, unless something is in the way: whether it went now."""
+        try:
+            remove_output(self._spools / str(job), ended=self._seals)
+        except NotFound:  # another process may have been faster
+            self.drop(job, removed=self._was_removed(job))
+        except OutputError:
+            self.add(job)  # it stays what is kept, for another time, where it can be read
+        except JobworkerError:
+            pass  # followed: another time
+        else:
+            self._set(job, None)
+            return True
+        return False

@@ -71,6 +71,8 @@ class Spool:
     sealed: bool = False
     missing: str = ""
     """What an ended job has written and its files do not have, in words."""
+    counted_bytes: int = 0
+    """What the budget of all output counts of this, while the job lives."""
     sync_fault: str = ""
     """Why the disk may not have the output, after `synced`."""
     _idle: set[Follower] = field(factory=set)
@@ -235,18 +237,26 @@ class Spool:
 
         The output is that of `job`, and shares threads with that of the same `owner` alone.
 
-        Returns once both are done, or SYNC_SECONDS after its start: a slow disk goes on by itself.
-        `sync_fault` says where the disk refused. Without output this costs nothing.
+        Returns once both are done, or SYNC_SECONDS after its start: then the disk goes on by
+        itself, or is asked later. `sync_fault` says where the disk refused before that. Without
+        output this costs nothing.
         """
         files = self._files.to_sync()
         if not files:
             yield
             return
-        sync = OutputSync(job=job, owner=owner, files=files, hold=self._hold, release=self._release)
+        sync = OutputSync(
+            job=job,
+            owner=owner,
+            files=files,
+            directory=self._files.directory,
+            hold=self._hold,
+            release=self._release,
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sync.run)
             yield
-        self.sync_fault = sync.fault
+        self.sync_fault = sync.end()
 
     # --- reading ----------------------------------------------------------------------------
 

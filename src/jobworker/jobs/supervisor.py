@@ -338,6 +338,7 @@ class Supervisor:
         return spool
 
     def _make_execution(self, record: JobRecord, spool: Spool, at_once: bool) -> Execution:
+        self._archive.leave_alone(record.id)
         return Execution(
             record=record,
             spool=spool,

@@ -190,6 +190,14 @@ async def test_what_a_live_job_wrote_counts_once_and_not_where_it_is_lost(tmp_pa
         assert here.check() == size
 
 
+async def test_end_of_a_job_takes_nothing_off_what_others_have_written(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        here.budget.count(1000)  # another lives
+        for _ in range(3):
+            await here.end_job()
+        assert here.budget.live_bytes == 1000
+
+
 async def test_want_of_descriptors_leaves_nothing_uncounted(tmp_path: Path) -> None:
     async with ground(tmp_path) as here:
         size = await here.end_job() and here.check()
@@ -215,3 +223,15 @@ async def test_job_removed_before_it_was_taken_up_counts_no_longer(tmp_path: Pat
         await here.archive.remove(late, force=False)
         await here.archive.prune()
         assert (here.check(), here.archive._kept.missing) == (0, 0)
+
+
+async def test_room_is_made_beside_output_that_cannot_be_read(ordinary_directory: Path) -> None:
+    async with ground(ordinary_directory) as here:
+        first, second = await here.end_job(), await here.end_job()
+        here.budget.max_bytes = here.check()
+        (here.spools / str(first)).chmod(0)
+        assert await here.archive.make_room()
+        assert here.budget.used_bytes == here.archive.size_of([second]) > 0
+        (here.spools / str(first)).chmod(0o700)
+        await here.archive.prune()
+        here.check()

@@ -15,7 +15,8 @@ import trio
 import trio.testing
 
 from jobworker.errors import OutputError
-from jobworker.jobs.output_index import Chunk
+from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output_index import RECORD, Chunk
 from jobworker.jobs.output_pace import FEW, OutputPace
 from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
@@ -380,3 +381,21 @@ async def test_spool_goes_on_in_the_next_process(tmp_path: Path, job: Job) -> No
     assert joined(await log_of(after)) == b"before,between,after"
     assert joined(await log_of(after, 7)) == b"between,after"
     after.close()
+
+
+async def test_spool_knows_what_the_budget_counts_of_it(
+    spool: Spool, job: Job, tmp_path: Path
+) -> None:
+    """Records of what is thrown away, and of the end, nobody counts."""
+    budget = OutputBudget(tmp_path, max_bytes=10_000)
+    budget.count(1000)  # another lives
+    job.write(OUT, b"x" * 500)
+    job.write(ERR, b"y" * 500)
+    job.end()
+    with Pump(spool, job.read_ends, max_bytes=700, budget=budget) as pump:
+        await pump.run()
+    await spool.seal()
+    assert budget.live_bytes == 1000 + spool.counted_bytes
+    assert spool.counted_bytes == 700 + 2 * RECORD.size < 700 + spool.index_bytes
+    budget.keep(700 + spool.index_bytes, spool.counted_bytes)
+    assert budget.live_bytes == 1000

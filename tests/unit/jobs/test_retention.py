@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from jobworker.errors import Busy, OutputError
 from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.job_note import make_note
 from jobworker.jobs.output_directory import NAMES, NOTE
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy, choose
 from jobworker.model.job import JobId, OutputCut, Stream
 
+from ..strategies import record
 from .test_spool import append
 
 SECOND = 1_000_000_000
@@ -210,6 +212,35 @@ def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path)
     assert (kept.missing, late.missing) == (1, 0)
 
 
+def test_output_that_cannot_be_read_is_passed_over_until_it_can(
+    ordinary_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spools = ordinary_directory
+    for name in ("1", "2", "3", "4"):
+        write_log(spools / name, b"x").close()
+        (spools / name / NOTE).write_text("{}")
+    (spools / "4").chmod(0)
+    kept = KeptOutput(spools, seals=True)
+    kept.load()
+    (spools / "1").chmod(0)
+    assert [each.job for each in kept.prune(Policy(max_jobs=1))] == [2]
+    assert list(kept.all) == [3]
+    with pytest.raises(OutputError, match=rf"in {spools}/1: Permission denied; .* chown -R .*/1"):
+        kept.remove(JobId(1), force=True)
+    kept.look()
+    for job in (1, 4):
+        told = f"job {job}: its output counts for nothing, and stays: cannot open the job's output"
+        assert caplog.text.count(told) == 1
+    (spools / "1").chmod(0o700)
+    (spools / "4").rename(spools / "away")
+    kept.look()
+    assert (sorted(kept.all), kept.missing) == ([1, 3], 1)
+    (spools / "away").rename(spools / "4")
+    (spools / "4").chmod(0o700)
+    kept.look()
+    assert (sorted(kept.all), kept.missing) == ([1, 3, 4], 0)
+
+
 def test_budget_gives_what_is_left_and_then_refuses(tmp_path: Path) -> None:
     budget = OutputBudget(tmp_path, max_bytes=100)
     assert budget.take(60) == 60
@@ -238,6 +269,28 @@ def test_removal_of_what_was_put_back_leaves_a_mark_of_its_own(tmp_path: Path) -
         assert kept.prune(Policy(max_jobs=0))
         assert kept.look().marked == {1}
         assert [path.name for path in (tmp_path / "1.removed").iterdir()] == ["record"]
+
+
+def test_mark_that_a_copy_took_the_sticky_bit_of_is_ours_with_the_jobs_note_alone(
+    tmp_path: Path,
+) -> None:
+    for job in (1, 2, 3):
+        directory = tmp_path / str(job)
+        write_log(directory, b"x").close()
+        make_note(tmp_path, record(job))
+        for file in NAMES if job != 2 else ():  # that one is somebody's own name for it
+            (directory / file).unlink()
+        directory.rename(tmp_path / f"{job}.removed")
+    (tmp_path / "3.removed").rename(tmp_path / "4.removed")  # with a note of another job
+    (tmp_path / "5.removed").mkdir()
+    (tmp_path / "5.removed" / NOTE).write_text("of somebody else's")
+    (tmp_path / "6.removed").mkdir()
+    os.mkfifo(tmp_path / "6.removed" / NOTE)
+    kept = KeptOutput(tmp_path, seals=True)
+    assert kept.look().marked == {1}
+    kept.clear_marks(JobId(job) for job in range(1, 7))
+    assert {path.name for path in tmp_path.iterdir()} == {f"{job}.removed" for job in (2, 4, 5, 6)}
+    assert len(list((tmp_path / "2.removed").iterdir())) == 4
 
 
 def test_directory_called_like_a_mark_is_none_unless_it_is_ours_or_empty(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 
-from jobworker.errors import Busy, InternalError, LauncherSilent
+from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.retention import Policy
+from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import Ended, Inheritance, Running
@@ -153,6 +153,15 @@ class FakeHistory:
     async def remove(self, job: JobId) -> None:
         await trio.lowlevel.checkpoint()
         self.records.pop(job, None)
+
+    async def summary(self, job: JobId, _who: str = "") -> JobRecord | None:
+        await trio.lowlevel.checkpoint()
+        return self.records.get(job)
+
+    async def note_removed(self, jobs: Collection[JobId], when: datetime) -> None:
+        await trio.lowlevel.checkpoint()
+        for job in jobs:
+            self.records[job] = evolve(self.records[job], output_removed_at=when)
 
 
 @asynccontextmanager
@@ -383,12 +392,52 @@ async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_en
             late = await run("alice")
             await late.ended.wait()
             assert f"job {late.record.id}: the disk has not taken its output" in caplog.text
+            while synced.count(str(late.record.id)) < 3:  # noqa: ASYNC110
+                await trio.sleep(0.01)
             go_on.set()
             for each in loud:
                 await each.ended.wait()
-            assert len(synced) == 3 * (1 + len(noisy))
+            assert len(synced) == 3 * (2 + len(noisy))
             monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
             await (await run("alice")).ended.wait()
+
+
+@pytest.mark.parametrize("seen_by", ["a look", "a reader"])
+async def test_output_that_goes_between_the_end_and_the_archive_is_told_as_removed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seen_by: str,
+) -> None:
+    """The end is told, and the launcher takes its time to forget the job."""
+    forgets = trio.Event()
+
+    async def remove(_link: FakeLink, _job: JobId) -> None:
+        await forgets.wait()
+
+    monkeypatch.setattr(FakeLink, "remove", remove)
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with trio.fail_after(20):
+            execution = await supervisor.submit(spec("job"), "alice")
+            job = execution.record.id
+            link.write(job, b"text")
+            link.finish(job)
+            await execution.ended.wait()
+            other = KeptOutput(tmp_path)  # as `worker prune` has it
+            other.load()
+            assert other.prune(Policy(max_jobs=0))
+            if seen_by == "a look":
+                await supervisor._archive.prune()
+            else:
+                with pytest.raises(NotFound, match="it is not kept any more since"):
+                    await supervisor.follow(job)
+            forgets.set()
+            await execution.forgotten.wait()
+            await supervisor._archive.prune()
+    assert history.records[job].output_removed_at is not None
+    assert supervisor._archive._kept.missing == 0
+    assert "missing" not in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
-from attrs import define
+import pytest
+from attrs import define, field
 
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import take_over
@@ -28,15 +29,20 @@ class OneJob:
     """A history with one job that had not ended."""
 
     unfinished: tuple[JobRecord, ...]
+    removed: frozenset[JobId] = frozenset()
+    never: set[JobId] = field(factory=set)
 
     async def known(self, _: Collection[JobId]) -> frozenset[JobId]:
         return frozenset(record.id for record in self.unfinished)
 
-    async def removed_without_output(self, _: Collection[JobId]) -> frozenset[JobId]:
-        return frozenset()
+    async def removed_without_output(self, jobs: Collection[JobId]) -> frozenset[JobId]:
+        return self.removed & frozenset(jobs)
 
     def pass_over(self, _: JobId) -> None:
         return
+
+    def never_give(self, job: JobId) -> None:
+        self.never.add(job)
 
 
 async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> None:
@@ -64,3 +70,21 @@ async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> Non
     ended.spool.close()
     assert ended.record.reason is Reason.LOST
     assert ended.record.discarded_bytes == 9
+
+
+async def test_output_that_cannot_be_read_keeps_no_service_from_its_start(
+    ordinary_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("1", "2"):
+        Spool.create(ordinary_directory / name).close()
+        (ordinary_directory / name).chmod(0)
+    history = OneJob((), removed=frozenset({JobId(1)}))
+    taken = await take_over(
+        NoJobs({}),  # type: ignore[arg-type]
+        history,  # type: ignore[arg-type]
+        ordinary_directory,
+        NOW,
+    )
+    assert (taken.ids, history.never) == (frozenset(), {2})
+    assert "job 1 was removed, and what is in" in caplog.text
+    assert f"{ordinary_directory}/2 cannot be read (Permission denied)" in caplog.text
