@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 
 from jobworker.errors import Busy, InternalError, LauncherSilent
 from jobworker.incidents import Incidents
@@ -24,7 +24,7 @@ from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.jobs.takeover import Ended, Inheritance, Running
+from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream, Usage
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.launch import Exit
@@ -389,6 +389,31 @@ async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_en
             assert len(synced) == 3 * (1 + len(noisy))
             monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
             await (await run("alice")).ended.wait()
+
+
+async def test_waiting_job_whose_stop_an_earlier_service_was_asked_for_waits_for_no_place(
+    tmp_path: Path,
+) -> None:
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    _send, exits = trio.open_memory_channel[Exit](1)
+    started = Started(pid=1, stdout=out, stderr=err)
+    stopped = record(2, State.PENDING, stop_requested_at=datetime.now(UTC))
+    waits = record(3, State.PENDING)
+    taken = Inheritance(
+        running=[Running(record(1, State.RUNNING), Spool.create(tmp_path / "1"), started, exits)],
+        waiting=[Waiting(each, Spool.create(tmp_path / str(each.id))) for each in (stopped, waits)],
+    )
+    async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, link, _):
+        with trio.fail_after(20):
+            ended = await supervisor.wait(JobId(2))
+        assert ended == evolve(stopped, state=State.STOPPED, ended_at=ended.ended_at)
+        assert [(await supervisor.record(JobId(job))).state for job in (1, 3)] == [
+            State.RUNNING,
+            State.PENDING,
+        ]
+        assert link.spawned == []
+    os.close(out_write)
+    os.close(err_write)
 
 
 async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:
