@@ -109,6 +109,7 @@ class Supervisor:
         for ended in inheritance.ended:
             execution = self._make_execution(ended.record, ended.spool, True)
             self._archive.count_live(ended.spool)
+            execution.inherit_end()
             self._live[ended.record.id] = execution
             self._placed.append(execution)
             self._places_taken += 1

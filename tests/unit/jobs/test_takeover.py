@@ -4,7 +4,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
-from attrs import define
+from attrs import Factory, define
 
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import take_over
@@ -28,6 +28,10 @@ class OneJob:
     """A history with one job that had not ended."""
 
     unfinished: tuple[JobRecord, ...]
+    put_records: list[JobRecord] = Factory(list)
+
+    async def put(self, record: JobRecord) -> None:
+        self.put_records.append(record)
 
     async def known(self, _: Collection[JobId]) -> frozenset[JobId]:
         return frozenset(record.id for record in self.unfinished)
@@ -39,8 +43,11 @@ class OneJob:
         return
 
 
-async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> None:
-    """The index has it whenever it doubles; the record may know of more."""
+async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(tmp_path: Path) -> None:
+    """The index has it whenever it doubles; the record may know of more.
+
+    Recorded before anybody can ask: the next service would tell of another end.
+    """
     spool = Spool.create(tmp_path / "1")
     for count in (5, 4):
         spool.count_discarded(count)
@@ -54,9 +61,10 @@ async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> Non
         started_at=NOW,
         discarded_bytes=9,
     )
+    history = OneJob((record,))
     taken = await take_over(
         NoJobs({}),  # type: ignore[arg-type]
-        OneJob((record,)),  # type: ignore[arg-type]
+        history,  # type: ignore[arg-type]
         tmp_path,
         NOW,
     )
@@ -64,3 +72,4 @@ async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> Non
     ended.spool.close()
     assert ended.record.reason is Reason.LOST
     assert ended.record.discarded_bytes == 9
+    assert history.put_records == [ended.record]
