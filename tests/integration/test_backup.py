@@ -1,14 +1,18 @@
 """The history while another program reads or locks it, as backups do."""
 
+import os
+import signal
 from contextlib import closing
 from pathlib import Path
 
 import apsw
+import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded
 
-from .wire import Wire
+from .test_takeover import processes, until_bigger
+from .wire import Json, Refused, Wire
 
 
 def database(service: Embedded) -> Path:
@@ -32,6 +36,46 @@ async def test_job_starts_and_ends_though_a_backup_locks_the_history(
             assert out == []
             backup.execute("COMMIT")
     assert out == ["done\n"]
+
+
+async def ids_of(admin: Wire, state: str) -> list[object]:
+    jobs = (await admin.call("job.list", states=[state], limit=1))["jobs"]
+    assert isinstance(jobs, list)
+    return [job["id"] for job in jobs]
+
+
+async def log_of_now(admin: Wire, job: int) -> tuple[bytes, Json]:
+    result = await admin.call("job.log", id=job, follow=False)
+    out, _, record = await admin.output(result["subscription"])
+    return out, record
+
+
+async def test_job_is_shown_alive_until_its_end_is_in_the_history(
+    service: Embedded, admin: Wire
+) -> None:
+    job = await admin.start("sh", "-c", "echo hello; exec sleep 41739")
+    await until_bigger(admin, job, 0)
+    index = service.directory / "state" / "service" / "spool" / str(job) / "index"
+    before = index.stat().st_size
+    (process,) = processes("sleep\x0041739")
+    with closing(apsw.Connection(str(database(service)))) as backup, trio.fail_after(9):
+        backup.execute("BEGIN IMMEDIATE")
+        os.kill(process, signal.SIGKILL)
+        while index.stat().st_size == before:  # noqa: ASYNC110 - until it is sealed
+            await trio.sleep(0.01)
+        told = await admin.call("job.status", id=job)
+        assert (told["state"], told["stdout_bytes"], told["signal"]) == ("RUNNING", 6, None)
+        out, told = await log_of_now(admin, job)
+        assert (out, told["state"]) == (b"hello\n", "RUNNING")
+        assert await ids_of(admin, "RUNNING") == [job]
+        assert job not in await ids_of(admin, "FAILED")
+        with pytest.raises(Refused, match="it has not ended"):
+            await admin.call("job.remove", id=job)
+        backup.execute("COMMIT")
+    ended = await admin.call("job.wait", id=job)
+    assert (ended["state"], ended["stdout_bytes"], ended["signal"]) == ("FAILED", 6, 9)
+    assert await log_of_now(admin, job) == (b"hello\n", ended)
+    assert await ids_of(admin, "FAILED") == [job]
 
 
 async def test_copy_that_is_made_while_jobs_run_is_whole(

@@ -15,7 +15,7 @@ import errno
 import logging
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime, timedelta
 
@@ -38,7 +38,7 @@ from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.paced import PacedEvent
 from jobworker.jobs.secrets import Secrets
-from jobworker.jobs.spool import Spool, with_sizes
+from jobworker.jobs.spool import Spool, as_of_now, with_sizes
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,
@@ -91,9 +91,11 @@ def _set_event() -> trio.Event:
 
 @define(eq=False, kw_only=True)
 class Execution:
-    """A live job. `record` is always its latest state; `ended` is set when it is final."""
+    """A live job. `ended` is set when its record is final."""
 
     record: JobRecord
+    """What may be told of it. Its end comes as a whole, with `ended`: when it is on the disk, or
+    the disk has refused it."""
     spool: Spool
     _link: Link
     _history: History
@@ -205,6 +207,11 @@ class Execution:
                 self._ending.go_on()
             self.request_stop(signal.SIGTERM, None)
 
+    def inherit_end(self) -> None:
+        """Tell of an end that the history has, or the job's note where the history refused it."""
+        self.spool.close()
+        self._tell(self.record)
+
     def leave(self, *, anyway: bool = False) -> None:
         """Let go of a job that runs; one that is being stopped is seen to its end.
 
@@ -228,7 +235,7 @@ class Execution:
 
     def record_now(self) -> JobRecord:
         """Its record, with what it has written so far where it has not ended."""
-        return self.record if self.record.ended else with_sizes(self.record, self.spool)
+        return as_of_now(self.record, self.spool)
 
     async def usage(self) -> Usage | None:
         """What the job uses now, or has used; None where it never ran."""
@@ -241,9 +248,7 @@ class Execution:
 
     async def run(self) -> None:
         """Run the job to its end. Raises nothing that belongs to this one job."""
-        if self.record.ended:  # an earlier service has told of that; the history did not take it
-            self.spool.close()
-            self._tell_end()
+        if self.ended.is_set():
             self.over.set()
             return
         begun = await self._begin()
@@ -298,8 +303,7 @@ class Execution:
         while True:
             if self.record.state is State.PENDING:
                 if self._ending.stopping:
-                    self.record = self._advanced(Event.STOP)
-                    await self._close()
+                    await self._close(self._advanced(Event.STOP))
                     return None
                 if self._waits_for_the_next:
                     self.part()
@@ -413,19 +417,20 @@ class Execution:
         return self._rules.on_disk_full
 
     def _note(self, detail: str) -> None:
-        if detail not in self.record.detail:
-            joined = f"{self.record.detail}; {detail}" if self.record.detail else detail
-            self.record = evolve(self.record, detail=joined)
+        self.record = _noted(self.record, detail)
 
     async def store(self) -> bool:
         """Record the job as it is now; a fault is logged, since the job goes on.
 
         True where nothing is left to be recorded.
         """
+        return await self._store(self.record_now())
+
+    async def _store(self, record: JobRecord) -> bool:
         if self.refused:
             return True
         try:
-            await self._history.put(self.record_now())
+            await self._history.put(record)
         except JobworkerError as error:
             log.error("%s", error)
             return False
@@ -454,72 +459,56 @@ class Execution:
     async def _end_unstarted(self, error: JobworkerError) -> None:
         self.start_error = error
         if isinstance(error, LauncherGone):
-            self.record = self._advanced(Event.FAIL, reason=Reason.LOST, detail=str(error))
+            end = self._advanced(Event.FAIL, reason=Reason.LOST, detail=str(error))
         else:
             changes = {"exit_code": error.exit_code} if error.exit_code in (126, 127) else {}
-            self.record = self._advanced(
-                Event.FAIL, reason=Reason.START, detail=str(error), **changes
-            )
-        await self._close()
+            end = self._advanced(Event.FAIL, reason=Reason.START, detail=str(error), **changes)
+        await self._close(end)
 
     async def _finish(self, ending: Exit | None) -> None:
         event, reason = self._ending.verdict(ending)
-        if ending is None:
-            self._note("the launcher ended while the job was alive")
-        else:
-            self.record = evolve(
-                self.record, exit_code=ending.code, signal=ending.signal, usage=ending.usage
-            )
-            if words := memory_words(ending, reason):
-                self._note(words)
-            for place in ending.lost:
-                where = f"the volume {place}" if place else "its disk"
-                self._note(f"some of what it wrote to {where} {LOST_WRITES}")
-            for name in ending.unseen:
-                self._note(
-                    f"whether all that it wrote to the volume {name} is kept {LOSSES_UNKNOWN}"
-                )
+        changes: dict[str, object] = {}
+        if ending is not None:
+            changes = {"exit_code": ending.code, "signal": ending.signal, "usage": ending.usage}
         ended_at = self._ended_at(ending.seconds_ago if ending else 0)
-        self.record = self._advanced(event, reason=reason, ended_at=ended_at)
-        await self._close()
+        words = _words_of(ending, reason)
+        end = self._advanced(event, *words, reason=reason, ended_at=ended_at, **changes)
+        await self._close(end)
 
     async def fail_internally(self, incident: str) -> None:
-        """End a job that a fault of ours cut short."""
-        if not self.record.ended:
-            self._note(f"an internal fault ended the job (incident {incident})")
-            self.record = self._advanced(Event.FAIL, reason=Reason.LOST)
-        await self._close()
+        """End a job that a fault of ours cut short, before `ended` was set."""
+        words = f"an internal fault ended the job (incident {incident})"
+        await self._close(self._advanced(Event.FAIL, words, reason=Reason.LOST))
 
-    async def _close(self) -> None:
+    async def _close(self, end: JobRecord) -> None:
         """Seal the output, record the end, remove what is left, tell everyone: each in any case.
 
         In this order: were the service killed in between, the launcher would still have what
-        is not recorded. For the same reason a job whose end the disk refuses keeps its place and
-        its remains until the disk takes it (`settle`); who waits is told at once.
+        is not recorded, so nobody may see the end before. For the same reason a job whose end the
+        disk refuses keeps its place and its remains until the disk takes it (`settle`); who waits
+        is told at once.
         """
+        self._ending.exited = True
         recorded = False
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
                 try:
                     await self.spool.seal()
                 except OutputError as error:
-                    self._note(str(error))
+                    end = _noted(end, str(error))
                 except Exception as error:
-                    log.exception("job %d: its output is not sealed", self.record.id)
-                    self._note(f"its output could not be sealed: {error}")
-                self.record = evolve(
-                    with_sizes(self.record, self.spool),
-                    ended_at=self.record.ended_at or self._clock(),
-                )
+                    log.exception("job %d: its output is not sealed", end.id)
+                    end = _noted(end, f"its output could not be sealed: {error}")
+                end = with_sizes(end, self.spool)
                 # Whoever is told of the end finds its output.
-                async with self.spool.synced(self.record.id, self.record.owner):
-                    recorded = await self.store()
+                async with self.spool.synced(end.id, end.owner):
+                    recorded = await self._store(end)
                 if self.spool.sync_fault:
-                    self._note(self.spool.sync_fault)
-                    recorded = await self.store()
+                    end = _noted(end, self.spool.sync_fault)
+                    recorded = await self._store(end)
         finally:
             self.spool.close()
-            self._tell_end()
+            self._tell(end)
         try:
             if recorded:  # answered once its place is free: nobody else waits for that
                 await self._remove()
@@ -527,7 +516,8 @@ class Execution:
         finally:
             self.over.set()
 
-    def _tell_end(self) -> None:
+    def _tell(self, end: JobRecord) -> None:
+        self.record = end
         self._ending.close()
         self.decided.set()
         self.ended.set()
@@ -579,13 +569,38 @@ class Execution:
         ran_seconds = max(0.0, trio.current_time() - self._runs_since - seconds_ago)
         return max(ended_at, self.record.started_at + timedelta(seconds=ran_seconds))
 
-    def _advanced(self, event: Event, **changes: object) -> JobRecord:
-        state = advance(self.record.state, event)
+    def _advanced(self, event: Event, *words: str, **changes: object) -> JobRecord:
+        """The record after `event`, with words about it."""
+        record = self.record
+        for each in words:
+            record = _noted(record, each)
         if event is Event.STOP and self._ends_with_service:
-            self._note(SERVICE_ENDED)
+            record = _noted(record, SERVICE_ENDED)
+        state = advance(record.state, event)
         if state in TERMINAL:
             changes.setdefault("ended_at", self._ended_at(0))
-        return evolve(self.record, state=state, **changes)  # type: ignore[arg-type]
+        return evolve(record, state=state, **changes)  # type: ignore[arg-type]
+
+
+def _noted(record: JobRecord, detail: str) -> JobRecord:
+    """The record with more to be said, unless it says that."""
+    if detail in record.detail:
+        return record
+    return evolve(record, detail="; ".join(filter(None, (record.detail, detail))))
+
+
+def _words_of(ending: Exit | None, reason: Reason | None) -> Iterator[str]:
+    """What is to be said of an end."""
+    if ending is None:
+        yield "the launcher ended while the job was alive"
+        return
+    if words := memory_words(ending, reason):
+        yield words
+    for place in ending.lost:
+        where = f"the volume {place}" if place else "its disk"
+        yield f"some of what it wrote to {where} {LOST_WRITES}"
+    for name in ending.unseen:
+        yield f"whether all that it wrote to the volume {name} is kept {LOSSES_UNKNOWN}"
 
 
 def _undecided(job: JobId) -> LauncherSilent:

@@ -193,10 +193,15 @@ class History:
         left but what is set aside for ends.
 
         Not cancelled half-way: a record that was handed over is written. Raises InternalError
-        where the disk refuses; the record is not stored then.
+        where the disk refuses, or another program has the lock; then the job's note alone has it.
         """
         work = partial(_put, record, self._spools)
-        await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
+        try:
+            await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
+        except InternalError as error:
+            if self._spools is not None and isinstance(error.__cause__, apsw.BusyError):
+                await in_thread(partial(write_note, self._spools, record))  # `work` was never begun
+            raise
 
     async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:
         """Have the writer do `work`; raises InternalError that begins with `what`."""

@@ -1,7 +1,7 @@
 """Jobs as they are looked up: live ones from memory, ended ones from history and archive, as one.
 
-A live job's record in the history is older than the one in memory, so that one is shown. Pure but
-for the spool that is searched.
+A live job's record in the history is older than the one in memory, or tells of an end that may not
+be told yet, so the one in memory is shown. Pure but for the spool that is searched.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -13,8 +13,8 @@ from jobworker.jobs.execution import Execution
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.history_search import MAX_PAGE_BYTES, Filter, Page
 from jobworker.jobs.output_search import Start
-from jobworker.jobs.spool import Spool
-from jobworker.model.job import JobId, Stream
+from jobworker.jobs.spool import Spool, as_of_now
+from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.model.summary import summarize
 
 LIVE_AT_A_TIME = 20
@@ -27,15 +27,16 @@ async def page_of(
     """At most `limit` summaries, newest first, of live jobs and of a page of the history."""
     floor = stored.next or 0  # what is older belongs to a later page
     seen = [e for e in live.values() if e.record.id >= floor and wanted.fits(e.record)]
-    merged: dict[int, Execution | str] = dict(stored.records)
+    merged: dict[int, tuple[JobRecord, Spool] | str] = dict(stored.records)
     for job in live:  # its record in memory says whether it fits
         merged.pop(job, None)
-    merged.update((each.record.id, each) for each in seen)
+    # As they were when they fitted: they may end before others have had their turn.
+    merged.update((each.record.id, (each.record, each.spool)) for each in seen)
     found, size = list[tuple[int, str]](), 0
     for number in sorted(merged, reverse=True)[:limit]:
         one = merged[number]
-        if isinstance(one, Execution):
-            one = dumps(unstructure(summarize(one.record_now())))
+        if not isinstance(one, str):
+            one = dumps(unstructure(summarize(as_of_now(*one))))
             if len(found) % LIVE_AT_A_TIME == 0:
                 await trio.lowlevel.checkpoint()
         found.append((number, one))

@@ -403,6 +403,11 @@ class Spool:
             self._when_unused()
 
 
+def as_of_now(record: JobRecord, spool: Spool) -> JobRecord:
+    """A job's record with what it has written so far; that of one that has ended says so itself."""
+    return record if record.ended else with_sizes(record, spool)
+
+
 def with_sizes(record: JobRecord, spool: Spool) -> JobRecord:
     """A job's record with what its spool has, and what was thrown away, at this moment."""
     sizes = spool.statistics()

@@ -109,15 +109,17 @@ class Supervisor:
         for ended in inheritance.ended:
             execution = self._make_execution(ended.record, ended.spool, True)
             self._archive.count_live(ended.spool)
+            execution.inherit_end()
             self._live[ended.record.id] = execution
             self._placed.append(execution)
             self._places_taken += 1
         for waiting in inheritance.waiting:
             execution = self._make_execution(waiting.record, waiting.spool, False)
-            if waiting.record.stop_requested_at is not None:
-                execution.request_stop(signal.SIGTERM, None)
             self._queue(execution)
             self._places_taken += 1
+            if waiting.record.stop_requested_at is not None:
+                execution.request_stop(signal.SIGTERM, None)
+                self._end_without_a_place(execution)
 
     async def serve(self) -> None:
         """Run what is submitted, in order; never returns."""

@@ -88,7 +88,7 @@ class Waiting:
 
 @define(eq=False)
 class Ended:
-    """A job that has ended, and whose end has to be recorded still."""
+    """A job that has ended, and whose end the history may have refused."""
 
     record: JobRecord
     spool: Spool
@@ -157,6 +157,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
         else:
             going_on = _as_running(going_on, alive[0], now)
             inheritance.running.append(Running(going_on, spool, *alive))
+    await _record(history, [each.record for each in inheritance.ended])
     _tell(inheritance)
     return inheritance
 
@@ -213,11 +214,16 @@ async def _take_back_starts(
 ) -> dict[JobId, JobRecord]:
     """Those of `undone` that were being started wait again: their programs were not executed."""
     back = [evolve(r, state=State.PENDING) for r in undone if r.state is State.INITIALIZING]
-    for page in _batched(back, RECORDS_TOGETHER):
+    await _record(history, back)
+    return {record.id: record for record in back}
+
+
+async def _record(history: History, records: Sequence[JobRecord]) -> None:
+    """Have the history take these, as far as the disk does, before anybody is told of them."""
+    for page in _batched(records, RECORDS_TOGETHER):
         async with trio.open_nursery() as nursery:
             for record in page:
                 nursery.start_soon(_put, history, record)
-    return {record.id: record for record in back}
 
 
 async def _put(history: History, record: JobRecord) -> None:

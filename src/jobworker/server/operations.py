@@ -152,14 +152,14 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         raise type(error)(
             error.message, remedy=error.remedy, data={**error.data, "job": execution.record.id}
         )
-    subscription = None
+    subscription, record = None, execution.record_now()
     if params.follow is not None:
         # The job is admitted: an error here would have its caller run it once more.
         with suppress(JobworkerError):
             follower = await context.supervisor.follow(execution.record.id)
-            opened = caller.subscriptions.open(execution.record, follower, params.follow, None)
+            opened = caller.subscriptions.open(record, follower, params.follow, None)
             subscription = opened.number
-    return m.RunResult(job=summarize(execution.record), subscription=subscription)
+    return m.RunResult(job=summarize(record), subscription=subscription)
 
 
 async def _plan(context: Context, caller: Caller, params: m.PlanParams) -> m.Plan:

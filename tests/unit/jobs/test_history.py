@@ -27,6 +27,7 @@ from jobworker.jobs import history_search, history_writer
 from jobworker.jobs.history import History
 from jobworker.jobs.history_room import Room
 from jobworker.jobs.history_search import Filter
+from jobworker.jobs.job_note import make_note, read_note
 from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, State
@@ -392,6 +393,23 @@ async def test_lock_that_is_never_given_back_is_told_to_each_writer(
         assert "another program has locked it" in told[0].message
         await history.put(record(history.take_id()))
         assert ids_of(await latest(history, limit=10)) == [4]
+
+
+async def test_note_has_what_the_lock_of_another_keeps_from_the_history(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients are told of such an end: the next service must not know less."""
+    monkeypatch.setattr(history_writer, "BUSY_SECONDS", 0.05)
+    with closing(History.open(path, path.parent)) as history:
+        runs = record(history.take_id(), State.RUNNING)
+        (path.parent / "1").mkdir()
+        make_note(path.parent, runs)
+        await history.put(runs)
+        end = evolve(runs, state=State.COMPLETED, exit_code=0, ended_at=NOW)
+        with write_lock(path), pytest.raises(InternalError, match="another program has locked it"):
+            await history.put(end)
+        assert await history.get(runs.id) == runs
+        assert read_note(path.parent, runs.id) == end
 
 
 async def test_lock_of_another_is_not_told_as_a_full_disk(

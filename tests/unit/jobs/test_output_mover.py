@@ -9,6 +9,7 @@ import trio
 from jobworker.errors import OutputError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
+from jobworker.jobs.output_pace import OutputPace
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import OutputCut, Stream
 
@@ -26,7 +27,9 @@ async def test_fault_of_those_who_make_room_cuts_output_and_is_no_end(
     mover = OutputMover(
         spool=spool,
         max_bytes=None,
-        room=OutputRoom(budget=OutputBudget(tmp_path, max_bytes=1000), make_room=make_room),
+        room=OutputRoom(
+            budget=OutputBudget(tmp_path, max_bytes=1000), pace=OutputPace(), make_room=make_room
+        ),
         tell_cut=lambda cut, _: told.append(cut),
         cut=None,
     )

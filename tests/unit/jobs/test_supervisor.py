@@ -4,29 +4,32 @@ import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 import pytest
 import trio
 import trio.testing
 from attrs import Factory, define, evolve
 
+from jobworker.convert import dumps, unstructure
 from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Clock, Execution, Rules
+from jobworker.jobs.history_search import Filter, Page
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.jobs.takeover import Ended, Inheritance, Running
+from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream, Usage
-from jobworker.model.lifecycle import State
+from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Started
 
@@ -162,6 +165,11 @@ class FakeHistory:
         await trio.lowlevel.checkpoint()
         for job in jobs:
             self.records[job] = evolve(self.records[job], output_removed_at=when)
+
+    async def page(self, wanted: Filter, limit: int, _: str) -> Page:
+        await trio.lowlevel.checkpoint()
+        fit = [each for each in self.records.values() if wanted.fits(each)]
+        return Page([(each.id, dumps(unstructure(each))) for each in fit[:limit]], None)
 
 
 @asynccontextmanager
@@ -438,6 +446,164 @@ async def test_output_that_goes_between_the_end_and_the_archive_is_told_as_remov
     assert supervisor._archive._kept.missing == 0
     assert "missing" not in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+@define(eq=False)
+class HeldStep:
+    """A step of a job's end that waits for the disk, until the end of the block at the latest."""
+
+    _step: Callable[..., None]
+    begun: threading.Event = Factory(threading.Event)
+    may: threading.Event = Factory(threading.Event)
+
+    def __call__(self, *arguments: object) -> None:
+        self.begun.set()
+        assert self.may.wait(20)
+        self._step(*arguments)
+
+    def as_method(self) -> Callable[..., None]:
+        """The step, as a method of a class."""
+
+        def step(*arguments: object) -> None:
+            self(*arguments)
+
+        return step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.may.set()
+
+
+async def ids_of(supervisor: Supervisor, *states: State) -> list[int]:
+    page = await supervisor.latest(Filter(states=frozenset(states)), 10, "alice")
+    return [number for number, _ in page.records]
+
+
+async def check_shown_alive(supervisor: Supervisor) -> None:
+    told = await supervisor.record(JobId(1))
+    assert (told.state, told.stdout_bytes, told.stderr_bytes) == (State.RUNNING, 4, 4)
+    assert (told.exit_code, told.ended_at, told.usage) == (None, None, None)
+    assert await ids_of(supervisor, State.RUNNING) == [1]
+    assert await ids_of(supervisor, State.COMPLETED) == []
+    with pytest.raises(Busy, match="it has not ended"):
+        await supervisor.remove(JobId(1), force=False)
+
+
+@pytest.mark.parametrize("held", ["seal", "record", "sync"])
+async def test_job_is_shown_alive_with_its_sizes_until_its_end_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    """While its output is sealed, its end recorded, or what it has written synced."""
+    ends: list[JobRecord] = []
+    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+    async with (
+        supervising(tmp_path, max_running=1) as (supervisor, link, history),
+        trio.open_nursery() as nursery,
+    ):
+        # The last to be left, also where this fails: what is held is waited for.
+        with HeldStep(OutputFiles.seal if held == "seal" else os.fdatasync) as step:
+            execution = await supervisor.submit(spec("first"), "alice")
+
+            async def follow() -> None:
+                with await supervisor.follow(JobId(1)) as follower:
+                    data = b"".join([bytes(chunk.data) async for chunk in follower])
+                assert data == b"texttext"
+                ends.append(await supervisor.wait(JobId(1)))
+
+            async def stop() -> None:
+                ends.append(await supervisor.stop(JobId(1), signal.SIGTERM, None))
+
+            link.write(JobId(1), b"text")
+            with trio.fail_after(20):
+                while execution.spool.size < 8:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            if held == "seal":
+                monkeypatch.setattr(OutputFiles, "seal", step.as_method())
+            else:
+                monkeypatch.setattr(os, "fdatasync", step)
+            if held == "record":
+                history.slow = trio.Event()
+                step.may.set()
+            try:
+                link.finish(JobId(1))
+                assert await trio.to_thread.run_sync(step.begun.wait, 20)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert history.records[JobId(1)].ended == (held == "sync")
+                await check_shown_alive(supervisor)
+                nursery.start_soon(follow)
+                nursery.start_soon(stop)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert ends == []
+            finally:
+                if history.slow is not None:
+                    history.slow.set()
+    ended = history.records[JobId(1)]
+    assert ends == [ended, ended]
+    assert (ended.state, ended.stdout_bytes, ended.stderr_bytes) == (State.COMPLETED, 4, 4)
+    assert ended.stop_requested_at is None
+
+
+async def test_job_whose_start_has_failed_is_shown_as_it_was_until_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def submit(supervisor: Supervisor) -> None:
+        execution = await supervisor.submit(spec("first"), "alice")
+        assert execution.start_error is not None
+
+    async with (
+        supervising(tmp_path, max_running=1) as (supervisor, link, _),
+        trio.open_nursery() as nursery,
+    ):
+        link.stuck = True
+        link.let_go.set()
+        with HeldStep(OutputFiles.seal) as step:
+            monkeypatch.setattr(OutputFiles, "seal", step.as_method())
+            nursery.start_soon(submit, supervisor)
+            assert await trio.to_thread.run_sync(step.begun.wait, 20)
+            told = await supervisor.record(JobId(1))
+            assert (told.state, told.reason, told.detail) == (State.INITIALIZING, None, "")
+        with trio.fail_after(20):
+            assert (await supervisor.wait(JobId(1))).reason is Reason.START
+
+
+async def test_end_that_a_note_has_told_is_whole_though_its_output_is_gone(tmp_path: Path) -> None:
+    """From the first moment on, and while the history still refuses it."""
+    end = record(1, stdout_bytes=4, stderr_bytes=5)
+    taken = Inheritance(ended=[Ended(end, Spool.gone())])
+    async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, _, history):
+        assert await supervisor.wait(JobId(1)) == end  # before anything else has run
+        history.slow = trio.Event()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert await supervisor.record(JobId(1)) == end
+        assert await supervisor.stop(JobId(1), signal.SIGTERM, None) == end
+        history.slow.set()
+
+
+async def test_waiting_job_whose_stop_an_earlier_service_was_asked_for_waits_for_no_place(
+    tmp_path: Path,
+) -> None:
+    (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
+    _send, exits = trio.open_memory_channel[Exit](1)
+    started = Started(pid=1, stdout=out, stderr=err)
+    stopped = record(2, State.PENDING, stop_requested_at=datetime.now(UTC))
+    waits = record(3, State.PENDING)
+    taken = Inheritance(
+        running=[Running(record(1, State.RUNNING), Spool.create(tmp_path / "1"), started, exits)],
+        waiting=[Waiting(each, Spool.create(tmp_path / str(each.id))) for each in (stopped, waits)],
+    )
+    async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, link, _):
+        with trio.fail_after(20):
+            ended = await supervisor.wait(JobId(2))
+        assert ended == evolve(stopped, state=State.STOPPED, ended_at=ended.ended_at)
+        assert [(await supervisor.record(JobId(job))).state for job in (1, 3)] == [
+            State.RUNNING,
+            State.PENDING,
+        ]
+        assert link.spawned == []
+    os.close(out_write)
+    os.close(err_write)
 
 
 async def test_job_that_was_left_has_not_ended_whatever_is_known_of_it(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ class OneJob:
     unfinished: tuple[JobRecord, ...]
     removed: frozenset[JobId] = frozenset()
     never: set[JobId] = field(factory=set)
+    put_records: list[JobRecord] = field(factory=list)
+
+    async def put(self, record: JobRecord) -> None:
+        self.put_records.append(record)
 
     async def known(self, _: Collection[JobId]) -> frozenset[JobId]:
         return frozenset(record.id for record in self.unfinished)
@@ -45,8 +49,11 @@ class OneJob:
         self.never.add(job)
 
 
-async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> None:
-    """The index has it whenever it doubles; the record may know of more."""
+async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(tmp_path: Path) -> None:
+    """The index has it whenever it doubles; the record may know of more.
+
+    Recorded before anybody can ask: the next service would tell of another end.
+    """
     spool = Spool.create(tmp_path / "1")
     for count in (5, 4):
         spool.count_discarded(count)
@@ -60,9 +67,10 @@ async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> Non
         started_at=NOW,
         discarded_bytes=9,
     )
+    history = OneJob((record,))
     taken = await take_over(
         NoJobs({}),  # type: ignore[arg-type]
-        OneJob((record,)),  # type: ignore[arg-type]
+        history,  # type: ignore[arg-type]
         tmp_path,
         NOW,
     )
@@ -70,6 +78,7 @@ async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> Non
     ended.spool.close()
     assert ended.record.reason is Reason.LOST
     assert ended.record.discarded_bytes == 9
+    assert history.put_records == [ended.record]
 
 
 async def test_output_that_cannot_be_read_keeps_no_service_from_its_start(
