@@ -23,11 +23,13 @@ from jobworker.sandbox.private_network import WALL
 
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
-    "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk (--max-disk)",
+    "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk "
+    "(of worker-cli: --max-disk)",
     "open-volume": "see whether the image, volumes/NAME.img below worker.state_dir, is whole: "
     "e2fsck -f -n",
     "limits": "see `worker serve`'s log and this host's control groups",
-    "network": "install the package slirp4netns, or choose --network=host or --network=none",
+    "network": "install the package slirp4netns, or choose the network host or none "
+    "(of worker-cli: --network)",
     "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
     "change-directory": "choose a directory that exists inside the job, such as /workspace",
     "place": "stop a job, or raise worker.max_concurrent_jobs",
@@ -64,13 +66,13 @@ _SPECIAL = {
     ("open-volume", errno.EROFS): "mount the disk that holds worker.state_dir read-write",
     ("open-volume", errno.EFBIG): "raise the limit on the size of files that the launcher has "
     "(LimitFSIZE=, ulimit -f)",
-    ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
+    ("limits", errno.ENOMEM): "raise the job's memory limit (of worker-cli: --max-memory)",
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
 _HELD = "see what holds the launcher's processes (ps), and the disk below worker.state_dir"
 _WALL_REMEDY = (
     "let the launcher look into its own processes (kernel.yama.ptrace_scope below 3), "
-    "or choose --network=host or --network=none"
+    "or choose the network host or none (of worker-cli: --network)"
 )
 
 _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
@@ -107,7 +109,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     errno.EOPNOTSUPP: (
         InvalidParams,
         "the server's disk cannot reserve room for it",
-        "make it with --thin, or keep worker.state_dir on ext4 or xfs",
+        "make it thin (of worker-cli: --thin), or keep worker.state_dir on ext4 or xfs",
     ),
     errno.EPERM: (
         SandboxError,
