@@ -16,9 +16,10 @@ from trio.testing import wait_all_tasks_blocked
 
 import jobworker
 from jobworker.client.client import Client
-from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
+from jobworker.errors import CredentialsUnusable, InvalidParams, JobworkerError, LoopMissing
 from jobworker.model.job import JobSpec, Stream
 from jobworker.model.lifecycle import State
+from jobworker.pki.administration import init_authority
 from jobworker.protocol import messages as m
 
 from .test_client import RECORD, connected
@@ -273,6 +274,22 @@ async def test_what_is_to_hear_of_it_and_cannot_be_called(name: str) -> None:
 async def test_files_that_are_no_paths() -> None:
     with pytest.raises(InvalidParams, match="cannot connect"):
         async with jobworker.open_client("host", ca=None, certificate="b", key="c"):  # type: ignore[arg-type]
+            pass
+
+
+@pytest.mark.parametrize("name", ["ca", "certificate", "key"])
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"], ids=["nul", "surrogate"])
+async def test_path_that_no_file_can_have_is_an_error_of_the_files(
+    tmp_path: Path, name: str, path: str
+) -> None:
+    init_authority(tmp_path / "certs", [], now=datetime.now(UTC))
+    files = {
+        "ca": tmp_path / "certs" / "ca-cert.pem",
+        "certificate": tmp_path / "certs" / "admin-client-cert.pem",
+        "key": tmp_path / "certs" / "admin-client-key.pem",
+    }
+    with pytest.raises(CredentialsUnusable, match="no file can have that path"):
+        async with jobworker.open_client("host", **{**files, name: path}):  # type: ignore[arg-type]
             pass
 
 
