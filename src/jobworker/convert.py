@@ -316,12 +316,30 @@ def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str,
 
 
 def _refused_as_it_is(attribute: Any, value: object) -> list[str]:
-    """A fault of a value that is sound only after it was made plain, such as a set for a list."""
+    """The faults of a value that is sound only after it was made plain: a set for a list, say.
+
+    Where parts of it are to blame, such as a path among strings, those alone are named.
+    """
     try:
         attribute.validator(None, attribute, value)
     except Exception:  # noqa: BLE001 - a validator may fail in any way over a wrong type
-        return [f"{attribute.name}: cannot be made of a {type(value).__name__}"]
+        parts = _parts_of_another_kind(attribute.type, value) or {"": value}
+        return [
+            f"{attribute.name}{place}: cannot be made of a {type(part).__name__}"
+            for place, part in parts.items()
+        ]
     return []
+
+
+def _parts_of_another_kind(cls: Any, value: object) -> dict[str, object]:
+    """By their places, the parts of a list or mapping that are not what `cls` is to hold."""
+    if _is_tuple(cls) and isinstance(value, list | tuple):
+        kind, items = get_args(cls)[0], list[tuple[object, object]](enumerate(value))
+    elif _is_mapping(cls) and isinstance(value, Mapping):
+        kind, items = get_args(cls)[1], list(value.items())
+    else:
+        return {}
+    return {f"[{place!r}]": part for place, part in items if not isinstance(part, kind)}
 
 
 def _below(name: str, path: str, what: str) -> str:

@@ -109,6 +109,19 @@ async def test_bad_value_is_an_error_of_the_parameters_and_is_not_sent(use: Use)
         (lambda: jobworker.Limits(cpu_percent=-1), "cannot make a Limits: cpu_percent: must be"),
         (lambda: JobSpec(command=()), "cannot make a JobSpec: command: is empty"),
         (lambda: JobSpec(command=("a", 1)), r"JobSpec: command\[1\]: must be a string"),  # type: ignore[arg-type]
+        (
+            lambda: JobSpec(command=["a", Path("/b")]),  # type: ignore[arg-type]
+            r"cannot make a JobSpec: command\[1\]: cannot be made of a PosixPath$",
+        ),
+        (
+            lambda: JobSpec(command=("a",), environment={"A": "b", "C": Path("/d")}),  # type: ignore[dict-item]
+            r"cannot make a JobSpec: environment\['C'\]: cannot be made of a PosixPath$",
+        ),
+        (
+            lambda: JobSpec(command=("a",), volumes=[{"name": "v", "path": ""}]),  # type: ignore[arg-type]
+            r"cannot make a JobSpec: volumes\[0\]: cannot be made of a dict$",
+        ),
+        (lambda: JobSpec(command={"a"}), "JobSpec: command: cannot be made of a set$"),  # type: ignore[arg-type]
         (lambda: JobSpec(command=("a",), labels={"": "x"}), "labels: "),
         (lambda: JobSpec(command=Failing()), "cannot make a JobSpec: command: cannot be read: boo"),  # type: ignore[arg-type]
         (JobSpec, "cannot make a JobSpec: command: is missing"),
