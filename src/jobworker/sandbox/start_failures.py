@@ -17,6 +17,7 @@ from jobworker.errors import (
     NotFound,
     SandboxError,
     TooLarge,
+    shortened,
 )
 from jobworker.sandbox.chores import CROWDED
 from jobworker.sandbox.private_network import WALL
@@ -142,7 +143,7 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)
     if step == "volume" or absent:
         return _explain_volume(code, str(detail), str(problem.get("why") or ""), data)
-    subject = f" ({detail})" if detail and code else ""
+    subject = f" ({shortened(str(detail))})" if detail and code else ""
     remedy = _SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, "")
     if detail == WALL and code == errno.EPERM:
         remedy = _WALL_REMEDY
@@ -172,6 +173,7 @@ def _explain_volume(code: int, name: str, more: str, data: Mapping[str, object])
 def _explain_execute(
     code: int, detail: str, reason: str, data: Mapping[str, object]
 ) -> JobworkerError:
+    cannot = f"cannot run {shortened(detail)!r}"
     if code in (errno.ENOENT, errno.ENOTDIR):
         check = "check the spelling"
         if any(map(str.isspace, detail)):
@@ -179,14 +181,14 @@ def _explain_execute(
         elif "/" in detail:
             check = "check the path: files of the client's machine are not there"
         return CommandNotFound(
-            f"cannot run {detail!r}: no such program inside the job's root",
+            f"{cannot}: no such program inside the job's root",
             remedy=f"{check}; programs are those of the host's /usr, by name or path",
             data=data,
         )
     if code == errno.E2BIG:
-        return TooLarge(f"cannot run {detail!r}: {reason}", data=data)
+        return TooLarge(f"{cannot}: {reason}", data=data)
     return CommandNotExecutable(
-        f"cannot run {detail!r}: {reason}",
+        f"{cannot}: {reason}",
         remedy="name an executable file, or run it through its interpreter",
         data=data,
     )

@@ -149,6 +149,23 @@ def test_what_cannot_be_made_is_an_error_of_the_same_kind(
         make()
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client, long: client.run(long),
+        lambda client, long: client.run([long, 1]),
+        lambda _, long: JobSpec(command=("a",), environment={long: "b"}),
+        lambda _, long: JobSpec(command=("a",), workdir=long),
+        lambda _, long: JobSpec(command=("a",), labels={long: Path("/b")}),  # type: ignore[dict-item]
+    ],
+)
+async def test_value_that_is_long_is_told_in_part(use: Callable[[Client, str], Any]) -> None:
+    async with connected() as (client, _):
+        with pytest.raises(InvalidParams) as refused:
+            await use(client, "x y" * 10_000)
+    assert len(str(refused.value)) < 1000
+
+
 WRONG: tuple[object, ...] = (
     *(None, 5, -1, "x", b"x", 1.5, True, [5], ["x"], [["x"]], {"A": 5}, {5: "A"}, {"A": None}),
     *(
