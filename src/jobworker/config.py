@@ -98,6 +98,11 @@ def _entries(_: object, __: object, value: Mapping[str, str]) -> None:
         raise ValueError("; ".join(faults))
 
 
+def _user(_: object, __: object, value: str) -> None:
+    if not 0 < len(value) <= 256 or "\0" in value:
+        raise ValueError("must be a user's name or number, or 'auto'")
+
+
 def _certificate(name: str) -> Callable[[], str]:
     return partial(default_certificate, name)
 
@@ -121,7 +126,7 @@ def _first_uid(_: object, __: object, value: int) -> None:
 
 def _below_etc(_: object, __: object, value: tuple[str, ...]) -> None:
     for name in value:
-        if not name or name.startswith("/") or ".." in name.split("/"):
+        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"must hold names below /etc, such as 'hosts', not {name!r}")
 
 
@@ -145,7 +150,7 @@ class WorkerSettings:
     """What jobs get, and where the service keeps what it must remember."""
 
     state_dir: str = field(factory=default_state_directory, validator=_absolute)
-    user: str = "auto"
+    user: str = field(default="auto", validator=_user)
     default_cpu_limit: int = field(default=100, validator=within(1, MAX_CPU_PERCENT, or_zero=True))
     default_memory_limit: int = field(default=512, validator=within(4, 1 << 30, or_zero=True))
     default_io_limit: int = field(default=0, validator=within(MIN_IO_BPS, MAX_IO_BPS, or_zero=True))

@@ -29,13 +29,12 @@ from cattrs.errors import (
 )
 
 from jobworker import exact
-from jobworker.errors import InvalidParams, MalformedJSON
+from jobworker.errors import InvalidParams, MalformedJSON, shortened
 from jobworker.patient_json import PatientDecoder
 
 T = TypeVar("T")
 
 MAX_REPORTED_FAULTS = 20
-MAX_FAULT_LENGTH = 300
 MAX_DEPTH = 32
 """Levels of lists and objects in one message: the deepest that the protocol knows has six."""
 MAX_VALUES = 100_000
@@ -216,13 +215,8 @@ def _made_or_faults(cls: type[T], value: object) -> tuple[T | None, list[tuple[s
         faults = []
         for line in cattrs.transform_error(error, path="", format_exception=_describe):
             what, _, path = line.rpartition(" @ ")
-            faults.append((_short(path.lstrip(".")), _short(what)))
+            faults.append((shortened(path.lstrip(".")), shortened(what)))
         return None, faults[:MAX_REPORTED_FAULTS]
-
-
-def _short(text: str) -> str:
-    """What is told of a stranger's value, bounded: it may quote all of it."""
-    return text if len(text) <= MAX_FAULT_LENGTH else text[:MAX_FAULT_LENGTH] + "…"
 
 
 def _told(path: str, what: str) -> str:
@@ -268,7 +262,9 @@ def as_plain(value: object) -> object:
     try:
         return _as_plain(value, MAX_DEPTH)
     except Exception as fault:
-        raise ValueError(f"cannot be read: {_short(str(fault) or type(fault).__name__)}") from fault
+        raise ValueError(
+            f"cannot be read: {shortened(str(fault) or type(fault).__name__)}"
+        ) from fault
 
 
 def _as_plain(value: object, depth: int) -> object:
@@ -292,7 +288,7 @@ def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str,
     Told as by `faults_of`: types by the fields' annotations, and then bounds by their validators.
     """
     fields: dict[str, Any] = {each.name: each for each in attrs.fields(cls)}
-    faults = [f"unknown name {name!r}" for name in values if name not in fields]
+    faults = [f"unknown name {shortened(name)!r}" for name in values if name not in fields]
     for name, attribute in fields.items():
         if name not in values:
             missing = attribute.default is attrs.NOTHING
@@ -309,19 +305,39 @@ def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str,
             try:
                 attribute.validator(None, attribute, made)
             except (ValueError, TypeError) as fault:
-                faults.append(f"{name}: {fault}")
+                faults.append(f"{name}: {shortened(str(fault))}")
             else:
                 faults.extend(_refused_as_it_is(attribute, values[name]))
     return tuple(faults[:MAX_REPORTED_FAULTS])
 
 
 def _refused_as_it_is(attribute: Any, value: object) -> list[str]:
-    """A fault of a value that is sound only after it was made plain, such as a set for a list."""
+    """The faults of a value that is sound only after it was made plain: a set for a list, say.
+
+    Where parts of it are to blame, such as a path among strings, those alone are named.
+    """
     try:
         attribute.validator(None, attribute, value)
     except Exception:  # noqa: BLE001 - a validator may fail in any way over a wrong type
-        return [f"{attribute.name}: cannot be made of a {type(value).__name__}"]
+        parts = _parts_of_another_kind(attribute.type, value) or {"": value}
+        return [
+            f"{attribute.name}{place}: cannot be made of a {type(part).__name__}"
+            for place, part in parts.items()
+        ]
     return []
+
+
+def _parts_of_another_kind(cls: Any, value: object) -> dict[str, object]:
+    """By their places, the parts of a list or mapping that are not what `cls` is to hold."""
+    if _is_tuple(cls) and isinstance(value, list | tuple):
+        kind, items = get_args(cls)[0], list[tuple[object, object]](enumerate(value))
+    elif _is_mapping(cls) and isinstance(value, Mapping):
+        kind, items = get_args(cls)[1], list(value.items())
+    else:
+        return {}
+    return {
+        f"[{shortened(repr(place))}]": part for place, part in items if not isinstance(part, kind)
+    }
 
 
 def _below(name: str, path: str, what: str) -> str:
@@ -334,7 +350,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {_short(repr(twice))} stands twice in one object")
+        raise ValueError(f"the key {shortened(repr(twice))} stands twice in one object")
     return made
 
 

@@ -10,6 +10,14 @@ Standard library only: the launcher raises these too.
 from collections.abc import Mapping
 from typing import ClassVar
 
+MOST_QUOTED = 300
+"""Characters of a stranger's value in a message: a screen's lines, and enough to know it by."""
+
+
+def shortened(text: str) -> str:
+    """What is told of a stranger's value, bounded: an argument may have 128 KiB."""
+    return text if len(text) <= MOST_QUOTED else text[:MOST_QUOTED] + "…"
+
 
 class JobworkerError(Exception):
     """Something that a caller can act upon.

@@ -430,3 +430,51 @@ async def test_what_ends_the_block_comes_out_as_it_is(site: Site, raised: BaseEx
         except BaseException as error:  # noqa: BLE001 - whatever it is
             caught = error
         assert caught is raised
+
+
+RAISED_BY_CALLBACKS = pytest.mark.parametrize(
+    "raised", [SystemExit(3), RuntimeError("x")], ids=lambda raised: type(raised).__name__
+)
+
+
+@RAISED_BY_CALLBACKS
+@pytest.mark.parametrize("shield", [False, True])
+async def test_what_on_lost_raises_comes_out_as_it_is(
+    site: Site, raised: BaseException, shield: bool
+) -> None:
+    def fail(_: JobworkerError) -> NoReturn:
+        raise raised
+
+    async def leave(websocket: trio_websocket.WebSocketConnection) -> None:
+        await websocket.aclose(1001, "shutting down")
+
+    handler = over_tls(site.server(), lambda stream: upgraded(stream, leave))
+    async with listening(handler) as address:
+        caught: BaseException | None = None
+        try:
+            async with jobworker.open_client(address, on_lost=fail, **site.files()) as client:
+                with trio.CancelScope(shield=shield), trio.fail_after(20):
+                    await client.job(7).status()
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            caught = error
+        assert caught is raised
+
+
+@RAISED_BY_CALLBACKS
+async def test_what_on_refused_raises_comes_out_as_it_is(site: Site, raised: BaseException) -> None:
+    def fail(_: JobworkerError) -> NoReturn:
+        raise raised
+
+    caught: BaseException | None = None
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = Address("127.0.0.1", unused.getsockname()[1])
+        opened = jobworker.open_client(
+            address, on_refused=fail, start_patience_seconds=20, **site.files()
+        )
+        try:
+            async with opened:
+                raise AssertionError("the connection was made")
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            caught = error
+    assert caught is raised

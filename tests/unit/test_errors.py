@@ -1,11 +1,19 @@
 """The tree of errors: every class is told apart by its codes, and survives the wire."""
 
+import ast
+import re
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
+import asyncclick as click
 import pytest
 
 from jobworker import errors
+from jobworker.cli.app import worker_cli
 from jobworker.errors import JobworkerError
+
+SOURCE = Path(errors.__file__).parent
 
 
 def _all_below(cls: type[JobworkerError]) -> list[type[JobworkerError]]:
@@ -84,3 +92,37 @@ def test_data_is_a_copy_of_what_was_given() -> None:
     error = errors.SandboxError("cannot", data=data)
     data["step"] = "changed"
     assert error.data == {"step": "execute"}
+
+
+def options_of(command: click.Command) -> set[str]:
+    """The options of `worker-cli` and of all commands below it."""
+    found = {name for each in command.params for name in each.opts if name.startswith("--")}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return found.union(*map(options_of, below))
+
+
+def texts_of(module: Path) -> Iterator[str]:
+    """The texts that a module's code holds, each as a whole: no docstrings."""
+    waiting: list[ast.AST] = [ast.parse(module.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            parts = [part for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            yield "".join(str(part.value) for part in parts)
+        else:
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+def test_options_of_the_command_line_are_named_as_such() -> None:
+    """Callers of the Python API get the same errors."""
+    unexplained = [
+        (module.name, text)
+        for module in SOURCE.rglob("*.py")
+        if module.parent.name != "cli"
+        for text in texts_of(module)
+        if options_of(worker_cli).intersection(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+        if not re.search("worker-cli|worker certs|systemd-run|useradd", text)
+    ]
+    assert unexplained == []

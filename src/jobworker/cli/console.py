@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import TextIO
@@ -19,7 +19,7 @@ from typing import TextIO
 import asyncclick as click
 import trio
 
-from jobworker.cli.failures import CLOSED, cannot_print, one_line, print_note
+from jobworker.cli.failures import CLOSED, INTERRUPTED, cannot_print, one_line, print_note
 from jobworker.cli.render import error_as_json
 from jobworker.cli.terminal import TerminalFilter
 from jobworker.errors import JobworkerError
@@ -151,3 +151,35 @@ def cancelled_by_interrupt() -> Iterator[trio.CancelScope]:
             yield scope
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """A block in which a command asks for changes: Ctrl-C ends it, and the program with 130.
+
+    What Ctrl-C leaves open is told by `told_at_interrupt`.
+    """
+    with cancelled_by_interrupt() as scope:
+        yield
+    if scope.cancelled_caught:
+        raise click.exceptions.Exit(INTERRUPTED)
+
+
+@contextmanager
+def told_at_interrupt(line: str) -> Iterator[None]:
+    """A part of such a block: where Ctrl-C ends it, `line` is told, if there is one."""
+    try:
+        yield
+    except trio.Cancelled:
+        if line:
+            print_note(line)
+        raise
+
+
+def asking(perhaps: str) -> AbstractContextManager[None]:
+    """A call that changes something: where Ctrl-C ends the wait for its answer, what to do then.
+
+    The server may have the request and go on, so a person is told as much as where a connection
+    breaks.
+    """
+    return told_at_interrupt(f"{PROGRAM}: interrupted: {perhaps}")

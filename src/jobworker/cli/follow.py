@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 from jobworker.cli import render
-from jobworker.cli.console import Losses, Outlet, cancelled_by_interrupt
-from jobworker.cli.failures import INTERRUPTED, print_note
+from jobworker.cli.console import Losses, Outlet, asking, told_at_interrupt
+from jobworker.cli.failures import print_note
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import dumps, unstructure
 from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
@@ -17,10 +17,13 @@ from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
 if TYPE_CHECKING:
     from jobworker.client.client import Client
     from jobworker.client.following import Chunk
-    from jobworker.client.job import Job, JobOutput
+    from jobworker.client.job import JobOutput
 
     OpenOutput = Callable[..., JobOutput]
     """`Job.output`, with what part of it is wanted."""
+
+
+MAY_RUN = "the job may have been started: see `worker-cli list` before running it again"
 
 
 @frozen(kw_only=True)
@@ -44,21 +47,16 @@ class Look:
 async def follow_job(client: "Client", spec: JobSpec, look: Look) -> int:
     """Run a job and print its output to its end: the exit code that tells how it went.
 
-    Ctrl-C detaches: the job goes on.
+    For a block of `ended_by_interrupt`: Ctrl-C detaches, and the job goes on.
     """
-    job: Job | None = None
-    record: JobRecord | None = None
-    with cancelled_by_interrupt():
+    with asking(MAY_RUN):
         job = await client.run(spec, follow=True)
-        record = await print_output(job.output, look, started=job.record)
-    if record is not None:
-        return shell_exit_code(record)
-    if job is not None and not look.quiet:
-        print_note(
-            f"detached from job {job.id}; it goes on: "
-            f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
-        )
-    return INTERRUPTED
+    detached = (
+        f"detached from job {job.id}; it goes on: "
+        f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
+    )
+    with told_at_interrupt("" if look.quiet else detached):
+        return shell_exit_code(await print_output(job.output, look, started=job.record))
 
 
 async def print_output(

@@ -22,7 +22,11 @@ HINTS = {
         "write --max-memory": "-m --memory --mem --max-mem",
         "write --max-cpu, in percent of one core": "--cpus --cpu",
         "write --max-pids": "--pids-limit",
-        "write --max-memory, --max-cpu and the like": "-p --property",
+        "write --max-memory, --max-cpu and the like": "--property",
+        "leave it out: on the host's network a job listens at the host's own ports": "--publish",
+        "leave it out: a server has no partitions": "--partition",
+        "leave it out: on the host's network a job listens at the host's own ports, and a server "
+        "has no partitions; for limits write --max-memory, --max-cpu and the like": "-p",
         "write --timeout": "--time",
         "write --name": "--unit",
         "write --network": "--net",
@@ -43,7 +47,8 @@ HINTS = {
     "worker-cli rm": {"write --force": "-f"},
     "worker-cli volume": {
         "write worker-cli volume list": "ls inspect",
-        "write worker-cli volume rm": "remove delete prune",
+        "write worker-cli volume rm": "remove delete",
+        "write worker-cli volume rm for each that no job has, by worker-cli volume list": "prune",
     },
 }
 """By command: what to do, and the words that ask for it elsewhere."""

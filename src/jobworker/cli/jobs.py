@@ -5,6 +5,7 @@ malformed option, an argument that is no text) is refused before it is dialled.
 """
 
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -15,9 +16,9 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import Losses, cancelled_by_interrupt, say, tell
-from jobworker.cli.failures import INTERRUPTED, print_note
-from jobworker.cli.follow import Look, follow_job
+from jobworker.cli.console import Losses, asking, ended_by_interrupt, say, tell
+from jobworker.cli.failures import print_note
+from jobworker.cli.follow import MAY_RUN, Look, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
@@ -174,15 +175,17 @@ async def run(  # noqa: PLR0913 - each option is an argument
                 plan = await client.plan(spec)
                 say(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
                 return 0
-            if follow:
-                return await follow_job(client, spec, look)
-            return await _run_only(client, spec, json=invocation.json, quiet=quiet)
+            with ended_by_interrupt():
+                if follow:
+                    return await follow_job(client, spec, look)
+                return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:
         raise in_options(error) from None
 
 
 async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool) -> int:
-    job = (await client.run(spec)).record
+    with asking(MAY_RUN):
+        job = (await client.run(spec)).record
     assert job is not None
     if json:
         say(render.as_json(job))
@@ -224,18 +227,25 @@ async def stop(
 
     Ctrl-C ends the waiting; the server goes on with the stop.
     """
+    left = set[int]()
+    """Those that Ctrl-C has nobody wait for any more."""
+
+    async def stop_one(job: int) -> JobRecord:
+        try:
+            return await client.job(job).stop(signal=signal, grace_seconds=grace)
+        except trio.Cancelled:
+            left.add(job)
+            raise
+
     async with open_connection(invocation) as client:
-        with cancelled_by_interrupt():
-            _, failed = await _each(
-                jobs,
-                lambda job: client.job(job).stop(signal=signal, grace_seconds=grace),
-                render.outcome,
-                json=invocation.json,
-            )
-            return failed
-    names = " ".join(map(str, jobs))
-    print_note(f"the server goes on to stop what it was asked to: worker-cli wait {names}")
-    return INTERRUPTED
+        with ended_by_interrupt():
+            try:
+                _, failed = await _each(jobs, stop_one, render.outcome, json=invocation.json)
+            finally:
+                if names := " ".join(str(job) for job in dict.fromkeys(jobs) if job in left):
+                    told = "the server goes on to stop what it was asked to"
+                    print_note(f"{told}: worker-cli wait {names}")
+    return failed
 
 
 @click.command()
@@ -258,7 +268,10 @@ async def _each(
     *,
     json: bool,
 ) -> tuple[Told | None, int]:
-    """Call for all jobs at once, print in their order: the last record, the first error's code."""
+    """Call for all jobs at once, print in their order: the last record, the first error's code.
+
+    Where Ctrl-C ends it, what has come is printed.
+    """
     outcomes: dict[int, Told | JobworkerError] = {}
     ended = {job: trio.Event() for job in jobs}
     limiter = trio.CapacityLimiter(CALLS_AT_A_TIME)
@@ -273,18 +286,30 @@ async def _each(
 
     last: Told | None = None
     code = 0
+
+    def tell_of(job: int) -> None:
+        nonlocal last, code
+        outcome = outcomes[job]
+        if isinstance(outcome, JobworkerError):
+            tell(outcome, json=json)
+            code = code or outcome.exit_code
+        else:
+            last = outcome
+            say(render.as_json(outcome) if json else show(outcome))
+
+    rest = deque(jobs)
     async with trio.open_nursery() as nursery:
         for job in ended:
             nursery.start_soon(call_one, job)
-        for job in jobs:
-            await ended[job].wait()
-            outcome = outcomes[job]
-            if isinstance(outcome, JobworkerError):
-                tell(outcome, json=json)
-                code = code or outcome.exit_code
-            else:
-                last = outcome
-                say(render.as_json(outcome) if json else show(outcome))
+        try:
+            while rest:
+                await ended[rest[0]].wait()
+                tell_of(rest.popleft())
+        except (trio.Cancelled, KeyboardInterrupt):
+            for job in rest:
+                if job in outcomes:
+                    tell_of(job)
+            raise
     return last, code
 
 

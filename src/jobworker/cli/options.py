@@ -177,6 +177,8 @@ def _settings_of(
         value, unknown = _fill_in(value, names, variables)
         if unknown and name in _OURS:
             raise malformed(f"{unknown} in the value of {name} is no variable that is set here")
+        if "\0" in value and name in _OURS:
+            raise malformed(f"the value of {name} holds a NUL character")
         found[name] = value
     return found, names
 

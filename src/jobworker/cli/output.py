@@ -6,7 +6,7 @@ from functools import partial
 
 import asyncclick as click
 
-from jobworker.cli.console import say, tell
+from jobworker.cli.console import asking, ended_by_interrupt, say, tell
 from jobworker.cli.follow import Look, print_output
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
@@ -23,6 +23,8 @@ from jobworker.errors import JobworkerError
 from jobworker.model.job import Stream
 from jobworker.model.units import format_size
 from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
+
+MAY_PRUNE = "output may have been removed: `worker-cli status JOB` tells of each job"
 
 
 @click.command()
@@ -96,14 +98,16 @@ async def rm(invocation: Invocation, jobs: tuple[int, ...], force: bool) -> int:
     """Remove each JOB that has ended: its output, and all that is known of it."""
     code = 0
     async with open_connection(invocation) as client:
-        for job in dict.fromkeys(jobs):
-            try:
-                removed = await client.job(job).remove(force=force)
-            except JobworkerError as error:
-                tell(error, json=invocation.json)
-                code = code or error.exit_code
-            else:
-                say(dumps(unstructure(removed)) if invocation.json else str(job))
+        with ended_by_interrupt():
+            for job in dict.fromkeys(jobs):
+                try:
+                    with asking(f"job {job} may have been removed: see `worker-cli list`"):
+                        removed = await client.job(job).remove(force=force)
+                except JobworkerError as error:
+                    tell(error, json=invocation.json)
+                    code = code or error.exit_code
+                else:
+                    say(dumps(unstructure(removed)) if invocation.json else str(job))
     return code
 
 
@@ -120,7 +124,8 @@ async def prune(
     """
     asked = PruneParams(older_than_seconds=older_than, keep_jobs=keep, keep_bytes=max_size)
     async with open_connection(invocation) as client:
-        removed = await client.prune(asked)
+        with ended_by_interrupt(), asking(MAY_PRUNE):
+            removed = await client.prune(asked)
     if invocation.json:
         say(dumps(unstructure(removed)))
     else:

@@ -229,7 +229,7 @@ class VariableFile(click.ParamType[tuple[tuple[str, str], ...]]):
         if isinstance(value, tuple):
             return value
         try:
-            lines = Path(str(value)).expanduser().read_text(encoding="utf-8").split("\n")
+            lines = Path(os.path.expanduser(str(value))).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             self.fail(f"cannot read {str(value)!r}: {reason}", param, ctx)

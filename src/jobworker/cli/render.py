@@ -79,7 +79,9 @@ def short_command(record: JobRecord) -> str:
 
 
 def state_words(record: JobRecord) -> str:
-    """Such as "RUNNING", or "FAILED (oom)"."""
+    """Such as "RUNNING", "FAILED (oom)", or "STOPPED (service ended)"."""
+    if _ended_with_service(record):
+        return f"{record.state.value} (service ended)"
     if record.reason is None:
         return record.state.value
     if record.reason is Reason.EXIT and record.exit_code is not None:
@@ -118,11 +120,19 @@ def ending(record: JobRecord) -> list[str]:
 
 
 def losses(record: JobRecord) -> list[str]:
-    """Lines about output that the log does not hold, or may not hold."""
-    if record.reason is not Reason.LOST:
-        return _not_kept(record)
-    lost = f"job {record.id} {_why_ended(record)}; the end of its output may be missing"
-    return [visible(lost), *_not_kept(record)]
+    """Lines about output that is not kept, or may not be, and about an end that cut it short."""
+    lines = []
+    if record.reason is Reason.LOST:
+        lost = f"job {record.id} {_why_ended(record)}; the end of its output may be missing"
+        lines.append(visible(lost))
+    if _ended_with_service(record):
+        lines.append(f"job {record.id} {_why_ended(record)}")
+    return [*lines, *_not_kept(record)]
+
+
+def _ended_with_service(record: JobRecord) -> bool:
+    """Whether it was stopped, and by no person."""
+    return record.state is State.STOPPED and SERVICE_ENDED in record.detail
 
 
 def _not_kept(record: JobRecord) -> list[str]:
@@ -158,7 +168,7 @@ def _why_ended(record: JobRecord) -> str:
         Reason.LOST: f"was lost{detail or ': its launcher ended while it ran'}",
     }
     if record.state is State.STOPPED:
-        return "was stopped" + (f": {SERVICE_ENDED}" if SERVICE_ENDED in record.detail else "")
+        return "was stopped" + (f": {SERVICE_ENDED}" if _ended_with_service(record) else "")
     return "" if record.reason is None else words.get(record.reason, "")
 
 

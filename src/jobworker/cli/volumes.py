@@ -2,7 +2,7 @@
 
 import asyncclick as click
 
-from jobworker.cli.console import say, tell
+from jobworker.cli.console import asking, ended_by_interrupt, say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import Megabytes, Typed, json_option, pass_invocation
@@ -10,6 +10,8 @@ from jobworker.convert import dumps, unstructure
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.model.units import format_limit, format_size
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
+
+SEE_LIST = "see `worker-cli volume list`"
 
 
 @click.group()
@@ -43,7 +45,8 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
         fault = f"--size must be from {bounds}, not {format_limit(size)}"
         raise InvalidParams(f"cannot create the volume {name}: {fault}")
     async with open_connection(invocation) as client:
-        await client.make_volume(name, size, thin=thin)
+        with ended_by_interrupt(), asking(f"the volume {name} may have been made: {SEE_LIST}"):
+            await client.make_volume(name, size, thin=thin)
     if invocation.json:
         say(dumps({"name": name, "size_bytes": size, "thin": thin}))
 
@@ -77,15 +80,17 @@ async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
     for name in names:
         _check_name("remove", name)
     async with open_connection(invocation) as client:
-        for name in dict.fromkeys(names):
-            try:
-                await client.remove_volume(name)
-            except JobworkerError as error:
-                tell(error, json=invocation.json)
-                code = code or error.exit_code
-            else:
-                if invocation.json:
-                    say(dumps({"name": name}))
+        with ended_by_interrupt():
+            for name in dict.fromkeys(names):
+                try:
+                    with asking(f"the volume {name} may have been removed: {SEE_LIST}"):
+                        await client.remove_volume(name)
+                except JobworkerError as error:
+                    tell(error, json=invocation.json)
+                    code = code or error.exit_code
+                else:
+                    if invocation.json:
+                        say(dumps({"name": name}))
     return code
 
 

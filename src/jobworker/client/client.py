@@ -44,6 +44,7 @@ from jobworker.errors import (
     NotFound,
     ProtocolError,
     ShuttingDown,
+    shortened,
 )
 from jobworker.exact import kind
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -447,7 +448,7 @@ class Client:
 def _spec(spec: JobSpec | Sequence[str]) -> JobSpec:
     if isinstance(spec, str):
         raise InvalidParams(
-            f"cannot run {spec!r}: the command is one string",
+            f"cannot run {shortened(spec)!r}: the command is one string",
             remedy='give program and arguments apart: ["ls", "-l"], or ["sh", "-c", "ls | wc"]',
         )
     values = {"command": spec} if not isinstance(spec, JobSpec) else asdict(spec, recurse=False)

@@ -66,5 +66,5 @@ class Credentials:
     def _contents(self) -> tuple[bytes, ...]:
         try:
             return tuple(path.read_bytes() for path in (self.ca, self.certificate, self.key))
-        except OSError:
+        except (OSError, ValueError):
             return ()  # whoever loads them names the fault

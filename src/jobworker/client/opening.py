@@ -78,10 +78,11 @@ async def open_client(
         on_refused=on_refused,
     )
     service, raised = trio.CancelScope(), None
+    faults: list[BaseException] = []
     async with trio.open_nursery() as nursery:
         # What ends the block is carried around the nursery, which would wrap it in a group.
         try:
-            await nursery.start(_serve, client, service)
+            await nursery.start(_serve, client, service, nursery.cancel_scope, faults)
             try:
                 yield client
             except Exception:
@@ -95,6 +96,8 @@ async def open_client(
         finally:
             await client.aclose(goodbye=False)
             service.cancel()
+    for fault in faults:  # of which `raised` is a consequence
+        raise fault
     if raised is not None:
         raise raised
 
@@ -113,15 +116,34 @@ class _Shielding(trio.TaskStatus[None]):
 
 
 async def _serve(
-    client: Client, service: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+    client: Client,
+    service: trio.CancelScope,
+    block: trio.CancelScope,
+    faults: list[BaseException],
+    *,
+    task_status: trio.TaskStatus[None],
 ) -> None:
     """Serve until `service` is cancelled, and once a connection stands until nothing else.
 
     A block that is cancelled may still make calls while it ends, to stop a job say; without the
-    shield nobody would be there to answer them.
+    shield nobody would be there to answer them. What a callback raises later cancels the block, and
+    is put into `faults`.
     """
     with service:
-        await client.serve(task_status=_Shielding(service, task_status))
+        try:
+            await client.serve(task_status=_Shielding(service, task_status))
+        except BaseException as fault:
+            if _is_cancellation(fault) or not service.shield:  # who waits for the start gets it
+                raise
+            faults.append(fault)
+            block.cancel()
+            await client.aclose(goodbye=False)
+
+
+def _is_cancellation(raised: BaseException) -> bool:
+    if isinstance(raised, BaseExceptionGroup):
+        return raised.subgroup(trio.Cancelled) is not None
+    return isinstance(raised, trio.Cancelled)
 
 
 def _check_loop() -> None:

@@ -17,9 +17,9 @@ from jobworker.model.job import Limits
 from jobworker.model.units import format_mebibytes
 
 _MEASURES = (
-    ("cpu_percent", "cpu", str, "percent of CPU", "--max-cpu"),
-    ("memory_bytes", "memory", format_mebibytes, "of memory", "--max-memory"),
-    ("output_bytes", "output", format_mebibytes, "of output", "--max-output"),
+    ("cpu_percent", "cpu", str, "percent of CPU", "(of worker-cli: --max-cpu)"),
+    ("memory_bytes", "memory", format_mebibytes, "of memory", "(of worker-cli: --max-memory)"),
+    ("output_bytes", "output", format_mebibytes, "of output", "(of worker-cli: --max-output)"),
 )
 
 
@@ -55,7 +55,7 @@ def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
             raise QuotaExceeded(
                 f"cannot run the command: it asks for no limit, and your quota is {words(limit)} "
                 f"{unit}",
-                remedy=f"give it a limit: {option}",
+                remedy=f"give it a limit {option}",
                 data=data,
             )
         if used + asked > limit:
@@ -69,7 +69,7 @@ def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
 
 def _remedy(use: Use, never: bool, is_output: bool, option: str) -> str:
     """What makes room for a job. `never`: the quota has not enough room even when it is unused."""
-    less = f"ask for less: {option}"
+    less = f"ask for less {option}"
     if never:
         return less
     ways = ["wait for a job to end"] * bool(use.live)

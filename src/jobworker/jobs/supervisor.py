@@ -458,7 +458,7 @@ class Supervisor:
             if not (force or execution.ended.is_set()):
                 raise Busy(
                     f"cannot remove job {job}: it has not ended",
-                    remedy="stop it first, or remove it with --force",
+                    remedy="stop it first, or remove it by force (of worker-cli: --force)",
                 )
             await self.stop(job, signal.SIGKILL, 0)
             await execution.archived.wait()

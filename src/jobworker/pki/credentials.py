@@ -66,6 +66,8 @@ def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = ""
         raise _unusable(path, what, "this user may not read it", allow) from None
     except OSError as exc:
         raise _unusable(path, what, os.strerror(exc.errno or 0), remedy) from None
+    except ValueError:  # a NUL or a lone surrogate in it
+        raise _unusable(path, what, "no file can have that path", remedy) from None
     if len(content) > PEM_BYTES_MAX:
         raise _unusable(path, what, f"it is larger than {PEM_BYTES_MAX} bytes", remedy)
     if not re.search(rb"-----BEGIN (?:[A-Z0-9]+ )*" + label.encode() + b"-----", content):

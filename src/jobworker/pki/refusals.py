@@ -61,7 +61,10 @@ def client_refusal(error: ssl.SSLError) -> errors.JobworkerError:
         return _untrusted(error)
     alert = _alert(error)
     if alert in _ALERTS:
-        remedy = "look at --cert and --key, or ask the administrator for a new certificate"
+        remedy = (
+            "look at this client's certificate and key (of worker-cli: --cert and --key), or ask "
+            "the administrator for a new certificate"
+        )
         if alert in ("CERTIFICATE_EXPIRED", "BAD_CERTIFICATE"):
             remedy += "; the clocks of both machines must be right"
         return errors.CertificateRefused(
@@ -70,7 +73,10 @@ def client_refusal(error: ssl.SSLError) -> errors.JobworkerError:
             data={"alert": alert.lower()},
         )
     reason = _reason(error)
-    remedy = "check that --server names a jobworker service, and its log"
+    remedy = (
+        "check that a jobworker service has this address (of worker-cli: --server or "
+        "WORKER_SERVER), and its log"
+    )
     cls = errors.ConnectionFailed
     if alert == "PROTOCOL_VERSION" or reason == "UNSUPPORTED_PROTOCOL":
         why = "the server does not offer TLS 1.3"
@@ -108,8 +114,11 @@ def _untrusted(error: ssl.SSLCertVerificationError) -> errors.ServerUntrusted:
             "worker certs renew server --host NAME --dir DIR, and reload the service"
         )
     elif code in FOREIGN:
-        why = f"its certificate is not from the CA in --ca ({error.verify_message})"
-        remedy = "copy ca-cert.pem from the server; if it should fit, someone is in between"
+        why = f"its certificate is not from this client's CA ({error.verify_message})"
+        remedy = (
+            "copy ca-cert.pem from the server (of worker-cli: for --ca); if it should fit, someone "
+            "is in between"
+        )
     elif code == EXPIRED:
         why, remedy = "its certificate, or the CA's, has expired", renew
     elif code == NOT_YET_VALID:

@@ -350,5 +350,8 @@ class Tree(ABC):
 
 def _remedy(controller: str) -> str:
     if controller == "cpuset":
-        return "mount or delegate the cpuset controller, or do without --cpu-cores"
+        return (
+            "mount or delegate the cpuset controller, or choose no cores (of worker-cli: "
+            "--cpu-cores)"
+        )
     return f"add {controller} to cgroup.enable_controllers"

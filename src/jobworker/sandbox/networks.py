@@ -99,7 +99,7 @@ class Networks:
         program = find_program(self._trees)
         if program is None:
             raise SandboxError(
-                f"this host lacks {PROGRAM}, which --network=private needs",
+                f"this host lacks {PROGRAM}, which the network private needs",
                 data={"step": "network"},
             )
         return program

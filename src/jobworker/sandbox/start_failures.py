@@ -17,17 +17,20 @@ from jobworker.errors import (
     NotFound,
     SandboxError,
     TooLarge,
+    shortened,
 )
 from jobworker.sandbox.chores import CROWDED
 from jobworker.sandbox.private_network import WALL
 
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",
-    "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk (--max-disk)",
+    "mount-disk": "make room where worker.state_dir is, or ask for a smaller disk "
+    "(of worker-cli: --max-disk)",
     "open-volume": "see whether the image, volumes/NAME.img below worker.state_dir, is whole: "
     "e2fsck -f -n",
     "limits": "see `worker serve`'s log and this host's control groups",
-    "network": "install the package slirp4netns, or choose --network=host or --network=none",
+    "network": "install the package slirp4netns, or choose the network host or none "
+    "(of worker-cli: --network)",
     "enter-network": "see whether this host has /dev/net/tun (modprobe tun)",
     "change-directory": "choose a directory that exists inside the job, such as /workspace",
     "place": "stop a job, or raise worker.max_concurrent_jobs",
@@ -65,13 +68,13 @@ _SPECIAL = {
     ("open-volume", errno.EROFS): "mount the disk that holds worker.state_dir read-write",
     ("open-volume", errno.EFBIG): "raise the limit on the size of files that the launcher has "
     "(LimitFSIZE=, ulimit -f)",
-    ("limits", errno.ENOMEM): "raise the job's memory limit (--max-memory)",
+    ("limits", errno.ENOMEM): "raise the job's memory limit (of worker-cli: --max-memory)",
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
 _HELD = "see what holds the launcher's processes (ps), and the disk below worker.state_dir"
 _WALL_REMEDY = (
     "let the launcher look into its own processes (kernel.yama.ptrace_scope below 3), "
-    "or choose --network=host or --network=none"
+    "or choose the network host or none (of worker-cli: --network)"
 )
 
 _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
@@ -108,7 +111,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     errno.EOPNOTSUPP: (
         InvalidParams,
         "the server's disk cannot reserve room for it",
-        "make it with --thin, or keep worker.state_dir on ext4 or xfs",
+        "make it thin (of worker-cli: --thin), or keep worker.state_dir on ext4 or xfs",
     ),
     errno.EPERM: (
         SandboxError,
@@ -141,7 +144,7 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
     absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)
     if step == "volume" or absent:
         return _explain_volume(code, str(detail), str(problem.get("why") or ""), data)
-    subject = f" ({detail})" if detail and code else ""
+    subject = f" ({shortened(str(detail))})" if detail and code else ""
     remedy = _SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, "")
     if detail == WALL and code == errno.EPERM:
         remedy = _WALL_REMEDY
@@ -171,6 +174,7 @@ def _explain_volume(code: int, name: str, more: str, data: Mapping[str, object])
 def _explain_execute(
     code: int, detail: str, reason: str, data: Mapping[str, object]
 ) -> JobworkerError:
+    cannot = f"cannot run {shortened(detail)!r}"
     if code in (errno.ENOENT, errno.ENOTDIR):
         check = "check the spelling"
         if any(map(str.isspace, detail)):
@@ -178,14 +182,14 @@ def _explain_execute(
         elif "/" in detail:
             check = "check the path: files of the client's machine are not there"
         return CommandNotFound(
-            f"cannot run {detail!r}: no such program inside the job's root",
+            f"{cannot}: no such program inside the job's root",
             remedy=f"{check}; programs are those of the host's /usr, by name or path",
             data=data,
         )
     if code == errno.E2BIG:
-        return TooLarge(f"cannot run {detail!r}: {reason}", data=data)
+        return TooLarge(f"{cannot}: {reason}", data=data)
     return CommandNotExecutable(
-        f"cannot run {detail!r}: {reason}",
+        f"{cannot}: {reason}",
         remedy="name an executable file, or run it through its interpreter",
         data=data,
     )

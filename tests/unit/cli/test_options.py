@@ -80,7 +80,11 @@ def test_lines_are_read_as_a_shell_would(file: Path, line: str, value: str) -> N
 
 
 @pytest.mark.parametrize(
-    "line", ["worker", 'export A="b', "export", "export 1A=b", "A = b", "set -e", "=x"]
+    "line",
+    [
+        *("worker", 'export A="b', "export", "export 1A=b", "A = b", "set -e", "=x"),
+        *("WORKER_CA_PATH=a\0b", "WORKER_CA_PATH=~a\0b"),
+    ],
 )
 def test_malformed_line_is_named_with_its_number(file: Path, line: str) -> None:
     file.write_text(f"export A=b\n\n{line}\n")

@@ -178,6 +178,7 @@ def test_file_of_variables_is_read_line_by_line(
 
 def test_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     assert "No such file" in refusal(VariableFile(), str(tmp_path / "missing"))
+    assert "No such file" in refusal(VariableFile(), "~nosuchuser/x")
     assert "Is a directory" in refusal(VariableFile(), str(tmp_path))
     (tmp_path / "binary").write_bytes(b"A=\xff")
     assert "not UTF-8" in refusal(VariableFile(), str(tmp_path / "binary"))

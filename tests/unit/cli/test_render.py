@@ -164,6 +164,16 @@ def test_log_of_a_lost_job_says_that_its_end_may_be_missing(detail: str) -> None
     assert render.losses(evolve(lost, reason=Reason.SIGNAL)) == []
 
 
+def test_job_that_its_service_took_along_does_not_look_stopped_by_a_person() -> None:
+    by_person = evolve(RUNNING, state=State.STOPPED, signal=15)
+    by_service = evolve(by_person, detail=f"a word; {SERVICE_ENDED}")
+    assert render.losses(by_service) == ["job 7 was stopped: its service ended"]
+    assert render.outcome(by_service) == "job 7: STOPPED (service ended)"
+    assert "  STOPPED (service ended)  " in render.table([by_service], NOW)
+    assert render.losses(by_person) == []
+    assert render.outcome(by_person) == "job 7: STOPPED"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -16,9 +16,10 @@ from trio.testing import wait_all_tasks_blocked
 
 import jobworker
 from jobworker.client.client import Client
-from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
+from jobworker.errors import CredentialsUnusable, InvalidParams, JobworkerError, LoopMissing
 from jobworker.model.job import JobSpec, Stream
 from jobworker.model.lifecycle import State
+from jobworker.pki.administration import init_authority
 from jobworker.protocol import messages as m
 
 from .test_client import RECORD, connected
@@ -108,6 +109,19 @@ async def test_bad_value_is_an_error_of_the_parameters_and_is_not_sent(use: Use)
         (lambda: jobworker.Limits(cpu_percent=-1), "cannot make a Limits: cpu_percent: must be"),
         (lambda: JobSpec(command=()), "cannot make a JobSpec: command: is empty"),
         (lambda: JobSpec(command=("a", 1)), r"JobSpec: command\[1\]: must be a string"),  # type: ignore[arg-type]
+        (
+            lambda: JobSpec(command=["a", Path("/b")]),  # type: ignore[arg-type]
+            r"cannot make a JobSpec: command\[1\]: cannot be made of a PosixPath$",
+        ),
+        (
+            lambda: JobSpec(command=("a",), environment={"A": "b", "C": Path("/d")}),  # type: ignore[dict-item]
+            r"cannot make a JobSpec: environment\['C'\]: cannot be made of a PosixPath$",
+        ),
+        (
+            lambda: JobSpec(command=("a",), volumes=[{"name": "v", "path": ""}]),  # type: ignore[arg-type]
+            r"cannot make a JobSpec: volumes\[0\]: cannot be made of a dict$",
+        ),
+        (lambda: JobSpec(command={"a"}), "JobSpec: command: cannot be made of a set$"),  # type: ignore[arg-type]
         (lambda: JobSpec(command=("a",), labels={"": "x"}), "labels: "),
         (lambda: JobSpec(command=Failing()), "cannot make a JobSpec: command: cannot be read: boo"),  # type: ignore[arg-type]
         (JobSpec, "cannot make a JobSpec: command: is missing"),
@@ -133,6 +147,23 @@ def test_what_cannot_be_made_is_an_error_of_the_same_kind(
 ) -> None:
     with pytest.raises(InvalidParams, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client, long: client.run(long),
+        lambda client, long: client.run([long, 1]),
+        lambda _, long: JobSpec(command=("a",), environment={long: "b"}),
+        lambda _, long: JobSpec(command=("a",), workdir=long),
+        lambda _, long: JobSpec(command=("a",), labels={long: Path("/b")}),  # type: ignore[dict-item]
+    ],
+)
+async def test_value_that_is_long_is_told_in_part(use: Callable[[Client, str], Any]) -> None:
+    async with connected() as (client, _):
+        with pytest.raises(InvalidParams) as refused:
+            await use(client, "x y" * 10_000)
+    assert len(str(refused.value)) < 1000
 
 
 WRONG: tuple[object, ...] = (
@@ -273,6 +304,22 @@ async def test_what_is_to_hear_of_it_and_cannot_be_called(name: str) -> None:
 async def test_files_that_are_no_paths() -> None:
     with pytest.raises(InvalidParams, match="cannot connect"):
         async with jobworker.open_client("host", ca=None, certificate="b", key="c"):  # type: ignore[arg-type]
+            pass
+
+
+@pytest.mark.parametrize("name", ["ca", "certificate", "key"])
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"], ids=["nul", "surrogate"])
+async def test_path_that_no_file_can_have_is_an_error_of_the_files(
+    tmp_path: Path, name: str, path: str
+) -> None:
+    init_authority(tmp_path / "certs", [], now=datetime.now(UTC))
+    files = {
+        "ca": tmp_path / "certs" / "ca-cert.pem",
+        "certificate": tmp_path / "certs" / "admin-client-cert.pem",
+        "key": tmp_path / "certs" / "admin-client-key.pem",
+    }
+    with pytest.raises(CredentialsUnusable, match="no file can have that path"):
+        async with jobworker.open_client("host", **{**files, name: path}):  # type: ignore[arg-type]
             pass
 
 

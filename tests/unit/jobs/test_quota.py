@@ -55,14 +55,19 @@ def test_sizes_are_told_in_the_unit_in_which_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("use", "asked", "remedy"),
     [
-        (Use(()), 2000, "ask for less: --max-output"),
-        (Use((LIVE,), 5), 2000, "ask for less: --max-output"),
-        (Use((LIVE,)), 1024, "wait for a job to end, or ask for less: --max-output"),
-        (Use((), 5), 1024, "remove old output, or ask for less: --max-output"),
+        (Use(()), 2000, "ask for less (of worker-cli: --max-output)"),
+        (Use((LIVE,), 5), 2000, "ask for less (of worker-cli: --max-output)"),
+        (
+            Use((LIVE,)),
+            1024,
+            "wait for a job to end, or ask for less (of worker-cli: --max-output)",
+        ),
+        (Use((), 5), 1024, "remove old output, or ask for less (of worker-cli: --max-output)"),
         (
             Use((LIVE,), 5),
             1024,
-            "wait for a job to end, remove old output, or ask for less: --max-output",
+            "wait for a job to end, remove old output, or ask for less "
+            "(of worker-cli: --max-output)",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from attrs import define
+from attrs import define, evolve
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -105,6 +105,16 @@ def test_missing_file_is_named(files: Files, side: str, which: str) -> None:
     with pytest.raises(errors.CredentialsUnusable, match=f"no such file; {where}"):
         files.make(side)
     assert "no such file" in files.fault(side, path)
+
+
+@both_sides
+@each_file
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_path_that_no_file_can_have_is_named(
+    files: Files, side: str, which: str, path: str
+) -> None:
+    spoilt = evolve(files, **{which: Path(path)})
+    assert "no file can have that path" in spoilt.fault(side, Path(path))
 
 
 @both_sides

@@ -98,7 +98,7 @@ def test_server_of_another_authority_is_untrusted(site: Site, stranger: Site) ->
     result = talk(site.client(), stranger.server())
     told = refused(result)
     assert type(told) is errors.ServerUntrusted
-    assert "not from the CA" in told.message
+    assert "not from this client's CA" in told.message
     assert result.server_error is not None
     assert "unknown ca" in refusals.explain_server_side(result.server_error)
 

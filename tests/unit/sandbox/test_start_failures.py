@@ -52,6 +52,21 @@ def test_program_that_is_not_there_is_told_in_quotes(program: str, remedy: str) 
 
 
 @pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        ("execute", errno.ENOENT),
+        ("execute", errno.E2BIG),
+        ("execute", errno.EACCES),
+        ("change-directory", errno.ENOENT),
+    ],
+)
+def test_what_is_long_is_told_in_part(step: str, code: int) -> None:
+    error = explain({"step": step, "errno": code, "detail": "/begin" + "x" * 100_000})
+    assert "/beginxxx" in error.message
+    assert len(error.message) < 500
+
+
+@pytest.mark.parametrize(
     ("code", "why", "remedy"),
     [
         (CROWDED, "several are being made", "try again"),
