@@ -123,10 +123,9 @@ class KernelWatch:
         """What jobs' groups counted in sockets at most since the list, or each job's search, began.
         A read sets the kernel's own figure back, whichever of the two it is for."""
         self._inherited: dict[int, int] = {}
-        """What orphans with a job's ids held when that was measured for the first time: those of an
-        ended job that had them before may be among these, and are not the job's doing."""
-        self._asked: frozenset[int] = frozenset()
-        """The jobs whose sockets are being measured."""
+        """What orphans with a job's ids held when these were found for the first time: those of an
+        ended job that had them before may be among these, and are not the job's doing. A job that
+        still prepares itself has not its ids yet."""
         self._groups_due = False
         self._groups_pace = Pace()
         self._unseen: list[int] = []
@@ -190,8 +189,6 @@ class KernelWatch:
                 self._measurers.start(work, partial(self._judge, measure), [self._locks])
                 self._measuring.add(measure)
                 self._counted.get(measure, {}).clear()
-                if measure is kernel_connections.measure:
-                    self._asked = frozenset(running)
                 self._due.discard(measure)
 
     def _look_at_some(self) -> None:
@@ -226,11 +223,12 @@ class KernelWatch:
             if job in running:
                 self._end_beyond(running[job], size)
         in_orphans = dict(orphans)
-        for job in self._asked if measure is kernel_connections.measure else ():
-            self._inherited.setdefault(job, in_orphans.get(job, 0))
+        for job, size in in_orphans.items():
+            if job in running:
+                self._inherited.setdefault(job, size)
         for job, size in in_sockets:
             if job in running:
-                inherited = min(in_orphans.get(job, 0), self._inherited[job])
+                inherited = min(in_orphans.get(job, 0), self._inherited.get(job, 0))
                 self._judge_sockets(job, running[job], measure, size - inherited)
         for job, child in running.items():
             why = "it has too many sockets" if job in uncounted else ""

@@ -432,3 +432,12 @@ def test_memory_of_the_hosts_own_puts_no_job_in_doubt(watched: Watched) -> None:
         measure_sockets(watched)
         watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "is_all": False})
     assert watched.ended == []
+def test_orphans_are_not_a_jobs_that_was_measured_before_it_had_its_ids(watched: Watched) -> None:
+    """While it prepares itself it has the launcher's, and what is there counts as nobody's."""
+    measure_sockets(watched, (0, 2 * MUCH), orphans={0: 2 * MUCH})
+    measure_sockets(watched, (1, 2 * MUCH), orphans={1: 2 * MUCH, 2: 0})
+    assert watched.ended == []
+    measure_sockets(watched, (1, 2 * MUCH), (2, MUCH), orphans={1: 2 * MUCH, 2: MUCH})
+    assert watched.ended == [watched.jobs[2]], "its own: there were none at first"
+
+
