@@ -35,7 +35,7 @@ import contextlib
 import errno
 import signal
 import time
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -74,11 +74,10 @@ Measure = Callable[[Mapping[int, int]], Measured]
 
 
 class _Wanted(NamedTuple):
-    """What a search of a job is to look for."""
+    """What a search of a job is to look for, beside what is nobody's."""
 
-    unknown: Mapping[str, int]
-    sockets_too: bool
-    doubts: bool
+    sockets_too: bool = False
+    doubts: bool = False
     """Whether one that cannot tell counts against the job: there is what is nobody's."""
 
 
@@ -114,6 +113,8 @@ class KernelWatch:
         self._paces: dict[Measure, Pace] = {measure: Pace() for measure in self._measures}
         self._wanted: dict[int, _Wanted] = {}
         """Jobs that are to be searched, and for what."""
+        self._unknown: dict[Measure, dict[str, int]] = {}
+        """What was nobody's the last time, by file. All searches share it."""
         self._searching: set[int] = set()
         self._search_paces: defaultdict[int, Pace] = defaultdict(Pace)
         self._counted: dict[Measure | None, dict[int, int]] = {
@@ -233,7 +234,8 @@ class KernelWatch:
         for job, child in running.items():
             why = "it has too many sockets" if job in uncounted else ""
             self._doubt(job, child, measure, why)
-        is_much = sum(size for _, size in unknown) > BOUND_BYTES
+        self._unknown[measure] = dict(unknown)
+        is_much = sum(self._unknown[measure].values()) > BOUND_BYTES
         self._unsolved[measure] = is_much or bool(unfinished)
         is_hidden = False
         if measure is kernel_connections.measure:
@@ -241,12 +243,8 @@ class KernelWatch:
             is_hidden = self._hidden.has_grown()
         if is_much or is_hidden:
             for job in running:
-                others = self._wanted.get(job)
-                self._wanted[job] = _Wanted(
-                    dict(unknown),
-                    sockets_too=is_hidden or (others is not None and others.sockets_too),
-                    doubts=is_much,
-                )
+                sockets_too, doubts = self._wanted.get(job, _Wanted())
+                self._wanted[job] = _Wanted(sockets_too or is_hidden, doubts or is_much)
             self._search_wanted(running)
         elif not any(self._unsolved.values()):
             self._doubts.clear()
@@ -263,7 +261,7 @@ class KernelWatch:
                 self._due.add(kernel_connections.measure)
 
     def _search_wanted(self, running: Mapping[int, Child]) -> None:
-        now = time.monotonic()
+        now, unknown = time.monotonic(), ChainMap(*self._unknown.values())
         for job, wanted in list(self._wanted.items()):
             child = running.get(job)
             if child is None:
@@ -272,7 +270,7 @@ class KernelWatch:
                 search = partial(
                     kernel_search.search,
                     child.pid,
-                    wanted.unknown,
+                    unknown,
                     sockets_too=wanted.sockets_too,
                 )
                 work = partial(_in_its_own_proc, search)

@@ -293,6 +293,26 @@ def test_search_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> N
 
 
 @pytest.mark.parametrize("seconds_each", [0, 0.01])
+def test_search_that_is_put_off_counts_though_another_that_does_not_is_wanted_meanwhile(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job fills and empties buffers of the kind that tells nothing by itself."""
+    monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", 60)
+    unsure = {**FOUND, **LONG, "is_all": False}
+    watched.search(unsure, FOUND)
+    for _ in range(kernel_watch.DOUBTS - 1):
+        assert watched.ended == []
+        watched.search(FOUND)
+        watched.host.other += 2 * MUCH
+        watched.watch._look()
+        watched.measurers.finish(NONE)
+        watched.searchers.finish(FOUND)
+        watched.now += 1.01 * LONGEST_REST_SECONDS
+        watched.watch._look()
+        watched.searchers.finish(unsure)
+    assert watched.ended == [watched.jobs[1]]
+
+
 def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     watched: Watched, seconds_each: float
 ) -> None:
@@ -326,6 +346,27 @@ def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
 
 
 class Id(int):
+class File(str):
+    """One whose locks are nobody's, which counts how often it is looked up or copied."""
+
+    __slots__ = ()
+    seen = 0
+
+    def __hash__(self) -> int:
+        File.seen += 1
+        return super().__hash__()
+
+
+def test_a_judgement_does_not_grow_with_the_jobs_times_what_is_nobodys(watched: Watched) -> None:
+    watched.jobs.update({number: watched._job(number) for number in range(100, 200)})
+    watched.grow()
+    File.seen = 0
+    unknown = [[File(f"00:01:{number}"), MUCH] for number in range(1000)]
+    watched.measurers.finish({**NONE, "unknown": unknown}, NONE, NONE)
+    assert len(watched.searchers.dones) == len(watched.jobs)
+    assert File.seen <= 3 * len(unknown)
+
+
     """A job's, which counts how often it is compared."""
 
     compared = 0
