@@ -292,14 +292,19 @@ class KernelWatch:
             if outcome["errno"] == errno.EINTR:  # it had to be ended
                 self._doubt(job, child, None, "a search of it does not end")
             return
-        locks, netlink, in_flight, is_all, in_sockets = (outcome[name] for name in Found._fields)
+        locks, netlink, in_flight, is_all, in_sockets, in_requests = (
+            outcome[name] for name in Found._fields
+        )
         assert isinstance(locks, int)
+        assert isinstance(in_requests, int)
         assert isinstance(in_sockets, int)
         assert isinstance(netlink, int)
         self._end_beyond(child, max(locks, netlink))
         self._judge_sockets(job, child, None, in_sockets)
         if doubts:  # not where the host's memory alone is a reason: much else takes of that
             why = "it has descriptors in flight" if in_flight else ""
+            if in_requests > BOUND_BYTES:
+                why = "requests over netlink may be its own"
             self._doubt(job, child, None, why if is_all else "it has too many descriptors")
 
     def _doubt(self, job: int, child: Child, source: Measure | None, why: str) -> None:

@@ -29,6 +29,7 @@ FOUND: dict[str, object] = {
     "in_flight": 0,
     "is_all": True,
     "in_sockets": 0,
+    "in_requests": 0,
     "used_seconds": 0.0,
 }
 
@@ -197,7 +198,7 @@ def test_search_that_takes_long_delays_no_other(watched: Watched) -> None:
     assert watched.ended == [watched.jobs[2]]
 
 
-@pytest.mark.parametrize("doubt", [{"in_flight": 1}, {"is_all": False}])
+@pytest.mark.parametrize("doubt", [{"in_flight": 1}, {"is_all": False}, {"in_requests": MUCH}])
 def test_job_of_which_searches_cannot_tell_is_ended(
     watched: Watched, doubt: dict[str, object]
 ) -> None:
@@ -292,7 +293,6 @@ def test_search_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> N
     assert watched.ended == [watched.jobs[1]]
 
 
-@pytest.mark.parametrize("seconds_each", [0, 0.01])
 def test_search_that_is_put_off_counts_though_another_that_does_not_is_wanted_meanwhile(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +313,7 @@ def test_search_that_is_put_off_counts_though_another_that_does_not_is_wanted_me
     assert watched.ended == [watched.jobs[1]]
 
 
+@pytest.mark.parametrize("seconds_each", [0, 0.01])
 def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     watched: Watched, seconds_each: float
 ) -> None:
@@ -345,7 +346,6 @@ def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     assert len(looked) > many
 
 
-class Id(int):
 class File(str):
     """One whose locks are nobody's, which counts how often it is looked up or copied."""
 
@@ -367,6 +367,7 @@ def test_a_judgement_does_not_grow_with_the_jobs_times_what_is_nobodys(watched: 
     assert File.seen <= 3 * len(unknown)
 
 
+class Id(int):
     """A job's, which counts how often it is compared."""
 
     compared = 0
@@ -444,6 +445,15 @@ def test_orphans_that_were_there_before_a_job_are_not_its_doing(watched: Watched
     assert watched.ended == [watched.jobs[2]]
 
 
+def test_orphans_are_not_a_jobs_that_was_measured_before_it_had_its_ids(watched: Watched) -> None:
+    """While it prepares itself it has the launcher's, and what is there counts as nobody's."""
+    measure_sockets(watched, (0, 2 * MUCH), orphans={0: 2 * MUCH})
+    measure_sockets(watched, (1, 2 * MUCH), orphans={1: 2 * MUCH, 2: 0})
+    assert watched.ended == []
+    measure_sockets(watched, (1, 2 * MUCH), (2, MUCH), orphans={1: 2 * MUCH, 2: MUCH})
+    assert watched.ended == [watched.jobs[2]], "its own: there were none at first"
+
+
 @pytest.mark.parametrize("list_is_first", [True, False])
 def test_what_was_counted_while_a_list_and_a_search_went_on_counts_for_both(
     watched: Watched, *, list_is_first: bool
@@ -473,12 +483,3 @@ def test_memory_of_the_hosts_own_puts_no_job_in_doubt(watched: Watched) -> None:
         measure_sockets(watched)
         watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "is_all": False})
     assert watched.ended == []
-def test_orphans_are_not_a_jobs_that_was_measured_before_it_had_its_ids(watched: Watched) -> None:
-    """While it prepares itself it has the launcher's, and what is there counts as nobody's."""
-    measure_sockets(watched, (0, 2 * MUCH), orphans={0: 2 * MUCH})
-    measure_sockets(watched, (1, 2 * MUCH), orphans={1: 2 * MUCH, 2: 0})
-    assert watched.ended == []
-    measure_sockets(watched, (1, 2 * MUCH), (2, MUCH), orphans={1: 2 * MUCH, 2: MUCH})
-    assert watched.ended == [watched.jobs[2]], "its own: there were none at first"
-
-
