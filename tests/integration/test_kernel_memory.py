@@ -1,5 +1,6 @@
 """Kernel memory that no control group counts is bounded all the same."""
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -64,6 +65,35 @@ IN_FLIGHT = NETLINK.replace(
     "        one.close()\n"
     "    held.clear()\n",
 )
+MANY = """
+import os, resource, socket, struct, time
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def many(use, count, each=10_000):
+    for _ in range(count // each):
+        if os.fork() == 0:
+            held = []
+            for _ in range(each):
+                held.append(one := socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
+                use(one)
+            time.sleep(60)
+    time.sleep(60)
+WRONG = struct.pack("=IHHII", 512, 0x7FFF, 1, 1, 0) + bytes(496)
+ALL = struct.pack("=IHHIIB", 200_000, 18, 0x301, 2, 0, 0) + bytes(199_983)  # RTM_GETLINK, a dump
+def little(one):
+    for _ in range(12):
+        one.send(WRONG)
+def request(one):  # with no room for the list, the kernel keeps the request
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    one.setblocking(False)
+    try:
+        for _ in range(4):
+            one.send(WRONG)
+        one.send(ALL)
+    except OSError:
+        pass
+"""
+"""Netlink sockets that hold little each, or what the kernel does not count as theirs."""
 LOCKS = """
 import ctypes, fcntl, os, resource, socket, struct, tempfile, threading, time
 libc = ctypes.CDLL(None)
@@ -209,6 +239,11 @@ def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:  # noqa: F
         (LEADERLESS, "none"),
         (OF_A_THREAD, "host"),
         (IN_FLIGHT, "host"),
+        (MANY + "many(little, 100_000)", "host"),
+        (MANY + "many(lambda one: None, 50_000)", "host"),
+        (MANY + "many(lambda one: None, 50_000)", "none"),
+        (MANY + "many(request, 5000, each=1000)", "host"),
+        (MANY + "many(request, 5000, each=1000)", "none"),
         (LOCKS + OF_ENDED_PROCESSES, "none"),
         (UNACCEPTED + "fill(socket.AF_INET, '127.0.0.1')", "none"),
         (UNACCEPTED + "fill(socket.AF_INET6, '::1', close=True)", "none"),
@@ -222,6 +257,11 @@ def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:  # noqa: F
         "netlink, own network, first thread ended",
         "netlink of a thread",
         "netlink in flight",
+        "netlink, many sockets",
+        "netlink, empty sockets",
+        "netlink, empty sockets, own network",
+        "requests over netlink",
+        "requests over netlink, own network",
         "locks of ended processes",
         "connections not accepted",
         "connections not accepted, closed, IPv6",
@@ -298,6 +338,32 @@ def test_locks_are_found_wherever_jobs_hide_them(
             assert found.locks > bytes_each // 2, found
     monkeypatch.setattr(kernel_search, "SEARCH_SECONDS", 0)
     assert not any(kernel_search.search(pid, {}).is_all for pid in pids)
+
+
+@pytest.mark.parametrize(("network", "can_ask"), [("none", True), ("host", False)])
+def test_netlink_sockets_are_asked_themselves_what_they_hold(
+    service: Service, monkeypatch: pytest.MonkeyPatch, network: str, *, can_ask: bool
+) -> None:
+    """The host's list takes too long where a job makes it long; it has none of another network.
+
+    It is read for those of a thread's own table before Linux 6.9.
+    """
+    script = NETLINK.replace("fill(900)", "fill(4)")
+    reply, pipes = service.spawn(1, "python3", "-c", script, network=network)
+    started = reply["ok"]
+    assert isinstance(started, dict)
+    assert os.read(pipes[0], 100) == b"full\n", os.read(pipes[1], 1000)
+    pid = _outside(service, started["pid"])
+    if not can_ask:
+        monkeypatch.setattr(os, "pidfd_open", _refuse)
+    found = kernel_search.search(pid, {})
+    channel.close_all(pipes)
+    assert found.is_all
+    assert found.netlink > 4 * 100_000
+
+
+def _refuse(_pid: int, _flags: int = 0) -> int:
+    raise OSError(errno.EINVAL, "this is no process's first thread")
 
 
 def _outside(service: Service, pid: int) -> int:

@@ -1,7 +1,15 @@
 """What a job's sockets hold is bounded, where its control group does not count that, too."""
 
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from jobworker.sandbox import kernel_connections
+
+from .conftest import child_of
 from .test_kernel_memory import MIB, end_of, service  # noqa: F401 - a fixture
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 
@@ -152,3 +160,26 @@ def test_job_that_reads_what_it_is_sent_is_not_ended(
     end, text = end_of(service, 1, READS, 256 * MIB, network)
     assert end["code"] == 0, (end, text)
     assert int(text) > 200, "many times what it may hold"
+
+
+def test_orphans_are_told_of_jobs_whose_ids_were_found() -> None:
+    """A job that still prepares itself has the launcher's, and what is there is nobody's."""
+    program = ["sh", "-c", "echo runs; exec cat"]
+    command = ["unshare", "--pid", "--fork", "--kill-child"]
+    with (
+        open_process([*command, *program]) as preparing,
+        open_process([*command, "--user", *program]) as ready,
+    ):
+        Path(f"/proc/{ready}/uid_map").write_text("0 3123456000 10")
+        orphans = kernel_connections.measure({preparing: 7, ready: 8}).orphans
+    assert 7 not in orphans
+    assert 8 in orphans
+
+
+@contextlib.contextmanager
+def open_process(command: list[str]) -> Iterator[int]:
+    """A command's one child, which runs until the end of the block."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"runs\n"
+        yield child_of(process.pid)

@@ -86,9 +86,9 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
     held: dict[int, int] = defaultdict(int)
     unseen: dict[int, int] = defaultdict(int)
     in_sockets: dict[int, int] = defaultdict(int)
-    orphans: dict[int, int] = defaultdict(int)
     unfinished, most = set(), _most_received()
     owners, networks = _networks(first_processes)
+    orphans: dict[int, int] = defaultdict(int, dict.fromkeys(owners.jobs, 0))
 
     def count(job: int, sockets: Iterable[Socket]) -> None:
         waiting = waiting_in(sockets)

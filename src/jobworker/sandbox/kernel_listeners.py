@@ -32,6 +32,11 @@ class Owners:
     def __init__(self, ranges: Mapping[range, int]) -> None:
         self._rows = sorted((ids.start, ids.stop, job) for ids, job in ranges.items())
 
+    @property
+    def jobs(self) -> frozenset[int]:
+        """The jobs whose ids are known."""
+        return frozenset(job for _, _, job in self._rows)
+
     def of(self, uid: int) -> int:
         """The job that has this id; 0 where none has."""
         at = bisect.bisect(self._rows, uid, key=lambda row: row[0]) - 1

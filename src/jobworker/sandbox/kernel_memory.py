@@ -3,14 +3,19 @@
 What the kernel charges to a job is bounded by its memory limit (docs/threat-model.md has the list).
 Three kinds are charged to nobody, on cgroup v1 and v2 alike, and have no bound of their own:
 
-- what waits in the receive buffers of netlink sockets: up to net.core.rmem_max, twice, for each;
+- netlink sockets: what waits in their receive buffers, up to net.core.rmem_max, twice, for each;
+  a structure of 2 KiB; and a request for a list, up to net.core.wmem_max, twice, which the kernel
+  keeps until the socket has taken the list;
 - locks on ranges of files: 192 bytes for each, as many as a process likes;
 - connections that nobody has accepted: see `sandbox.kernel_connections`.
 
 They are asked for where a job cannot hide them, and not by its descriptors, of which it has as
 many as it likes and which need not be in any table:
 
-- `measure_netlink` reads one file for each network. The host's tells nothing of whose a socket is.
+- `measure_netlink` reads two files for each network. The host's tell nothing of whose a socket is.
+  Requests count there as received by the kernel's own sockets, whoever made them. The kernel makes
+  each read of a page from the list's beginning (20,000 sockets: 0.2 s, 100,000: 8 s), so a part of
+  a long list is read. How many sockets there are is told apart, at once.
 - `measure_locks` reads /proc/locks, which tells a lock's file and mostly not its owner: it belongs
   to the job that alone has the file's device (its disk, its /dev/shm), else to nobody known. The
   kernel makes each read from the list's beginning, so that a long list takes longer by the square
@@ -37,8 +42,10 @@ T = TypeVar("T")
 BOUND_BYTES = 64 << 20
 """What a job may hold of each kind."""
 BYTES_PER_LOCK = 192
+NETLINK_BYTES = 2048
+"""The structure of a netlink socket: of 1,096 bytes, for which the allocator takes 2,048."""
 NETLINK_SECONDS = 0.5
-"""For one job's networks: 250,000 sockets take less."""
+"""For one job's networks: 25,000 sockets take less."""
 HOST_SECONDS = 1.0
 LOCKS_SECONDS = 3.0
 """For all jobs: 12 samples of half a million locks take as long."""
@@ -54,13 +61,26 @@ class Measured(NamedTuple):
     held: dict[int, int]
     """By job."""
     unknown: dict[str, int]
-    """That of a job or of none, by file or socket."""
+    """That of a job or of none, by file, or as a sum: never a long list, as the launcher has to
+    read it in one turn."""
     unfinished: frozenset[int] = frozenset()
     """Jobs of which more is held than could be counted in time."""
     in_sockets: dict[int, int] = {}  # noqa: RUF012 - never changed
     """By job, with what its group counts; by 0 what is no job's."""
     orphans: dict[int, int] = {}  # noqa: RUF012 - never changed
-    """What of that is in sockets which nobody has open: an ended job may have left them."""
+    """What of that is in sockets which nobody has open: an ended job may have left them. It has
+    each job on the host's network whose ids were found, with 0 where there are none."""
+
+
+class NetlinkSocket(NamedTuple):
+    """One in the kernel's list."""
+
+    inode: int
+    """0 where it is the kernel's own."""
+    memory_bytes: int
+    """What waits in it."""
+    is_listing: bool
+    """Whether it has asked for a list and not taken all, so that the kernel keeps its request."""
 
 
 def open_locks() -> int:
@@ -87,19 +107,25 @@ def measure_netlink(first_processes: Mapping[int, int]) -> Measured:
                     is_on_host |= network == own
                     if network not in seen:
                         seen.add(network)
-                        held[job] += sum(size for _, size in _until(end, netlink_buffers(place)))
+                        held[job] += _netlink_structures(place)
+                        sockets = until(end, netlink_sockets(place))
+                        held[job] += sum(one.memory_bytes for one in sockets)
             if time.process_time() > end:
                 unfinished.add(job)
                 break
-    unknown: dict[str, int] = {}
-    if is_on_host:
-        end = time.process_time() + HOST_SECONDS
-        for inode, size in _until(end, netlink_buffers("/proc/self")):
-            if size:
-                unknown[str(inode)] = size
-        if time.process_time() > end:
-            unknown["more"] = BOUND_BYTES + 1
+    unknown = {"netlink": _netlink_on_host()} if is_on_host else {}
     return Measured(dict(held), unknown, frozenset(unfinished))
+
+
+def _netlink_on_host() -> int:
+    """What is there, as far as it matters whether that is more than the bound."""
+    end = time.process_time() + HOST_SECONDS
+    size = _netlink_structures("/proc/self")
+    for one in netlink_sockets("/proc/self"):
+        size += one.memory_bytes
+        if size > BOUND_BYTES or time.process_time() > end:
+            return max(size, BOUND_BYTES + 1)  # the rest may hold as much
+    return size
 
 
 def measure_locks(file: int, first_processes: Mapping[int, int]) -> Measured:
@@ -212,16 +238,26 @@ def threads_of(pid: int) -> list[int]:
         return []
 
 
-def netlink_buffers(place: str) -> Iterator[tuple[int, int]]:
-    """Netlink sockets of a process's network: their inodes, and the bytes that wait in them."""
+def netlink_sockets(place: str) -> Iterator[NetlinkSocket]:
+    """Those of a process's network that are bound."""
     with open(f"{place}/net/netlink") as file:
         next(file)
         for row in map(str.split, file):
             if len(row) >= 10:
-                yield int(row[9]), int(row[4])
+                inode = int(row[9]) if row[2] != "0" else 0
+                yield NetlinkSocket(inode, int(row[4]), row[6] != "0")
 
 
-def _until(end: float, what: Iterable[T]) -> Iterator[T]:
+def _netlink_structures(place: str) -> int:
+    """What all netlink sockets of a process's network take by themselves, bound or not."""
+    with open(f"{place}/net/protocols") as file:
+        for row in map(str.split, file):
+            if row[0] == "NETLINK":
+                return int(row[2]) * NETLINK_BYTES
+    return 0
+
+
+def until(end: float, what: Iterable[T]) -> Iterator[T]:
     """As long as this process has not used so much time of a processor."""
     for one in what:
         yield one

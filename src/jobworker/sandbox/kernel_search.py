@@ -6,6 +6,11 @@ that others have too, files of the host), and sockets over IP that are in no lis
 (`sandbox.kernel_sockets`). Here is found what descriptors show, and mapped memfds.
 What is in flight over UNIX sockets cannot be seen: fdinfo tells only how much is (`scm_fds`).
 
+A netlink socket is asked itself what it holds. The kernel's list of them takes longer by the square
+of its length, which any job can make long. It is read, as far as there is time, for sockets that
+cannot be asked, and where a job has so many that requests which the kernel keeps for them may be
+over the bound: the list tells which sockets have made one, and only the sum of all requests.
+
 A job can have more descriptors than anyone can look at (tables of its threads, each charged to its
 memory limit), so a search has an end. A table that many share is looked at once: kcmp(2).
 
@@ -14,20 +19,29 @@ proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
 """
 
 import contextlib
+import errno
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from jobworker.sandbox import kernel_memory, kernel_sockets
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.kernel_memory import BYTES_PER_LOCK
+from jobworker.sandbox.kernel_memory import (
+    BOUND_BYTES,
+    BYTES_PER_LOCK,
+    NETLINK_BYTES,
+    NetlinkSocket,
+)
 
 SEARCH_SECONDS = 2.0
-"""Of a processor: some 200,000 descriptors, or 60,000 sockets over IP."""
-_SOCKET = "socket:["
+"""Of a processor: some 200,000 descriptors, or 60,000 sockets."""
+MOST_SENT_BYTES = 2 * 212_992
+"""In one request, by the kernel's own net.core.wmem_max: SO_SNDBUF takes it twice, socket(7)."""
+_SOCKET, _KIND_OF_SOCKET = "socket:[", "system.sockprotoname"
 _IN_FLIGHT = b"scm_fds:"
+_GONE = {errno.ESRCH, errno.EBADF, errno.ENOTSOCK}
 
 
 class Found(NamedTuple):
@@ -41,6 +55,8 @@ class Found(NamedTuple):
     """Whether there was time to look at everything."""
     in_sockets: int = 0
     """In those over IP, with what the job's group counts."""
+    in_requests: int = 0
+    """At most in requests of its netlink sockets. What is surely in them counts as netlink, too."""
 
 
 def search(
@@ -48,29 +64,15 @@ def search(
 ) -> Found:
     """Look at the job of this PID 1; `unknown_locks` are bytes by file, as in /proc/locks.
 
-    `sockets_too`: tell what sockets over IP hold.
+    `sockets_too`: tell what sockets over IP hold. It ends early where more than the bound is found.
     """
-    locks = in_flight = in_sockets = 0
-    sockets: set[int] = set()
+    shown = _Shown(sockets_too=sockets_too)
     end = time.process_time() + SEARCH_SECONDS
     is_all = False
-    threads = [
-        thread
-        for pid in kernel_memory.processes_of(first_process)
-        for thread in kernel_memory.threads_of(pid)
-    ]
-    for thread, name, target, lines in _descriptors(threads):
-        if target.startswith(_SOCKET):
-            inode = int(target[len(_SOCKET) : -1])
-            if sockets_too and inode not in sockets:
-                in_sockets += _held_by(thread, int(name))
-            sockets.add(inode)
-        for line in lines:
-            if line.startswith(b"lock:"):
-                locks += BYTES_PER_LOCK
-            elif line.startswith(_IN_FLIGHT):
-                in_flight += int(line[len(_IN_FLIGHT) :])
-        if time.process_time() > end:
+    threads = _threads_of(first_process)
+    for one in _descriptors(threads):
+        shown.add(*one)
+        if time.process_time() > end or max(shown.locks, shown.netlink) > BOUND_BYTES:
             break
     else:
         mapped = set()
@@ -80,34 +82,111 @@ def search(
                 break
         else:
             is_all = True
-        locks += sum(size for file, size in unknown_locks.items() if file in mapped)
-    netlink = 0
-    if sockets and _is_on_host(first_process):
-        buffers = kernel_memory.netlink_buffers("/proc/self")
-        netlink = sum(size for inode, size in buffers if inode in sockets)
-    return Found(locks, netlink, in_flight, is_all, in_sockets)
+        shown.locks += sum(size for file, size in unknown_locks.items() if file in mapped)
+    in_requests = shown.netlink_sockets * _most_sent()
+    if shown.netlink <= BOUND_BYTES and (shown.unasked or in_requests > BOUND_BYTES):
+        listed = list(kernel_memory.until(end, kernel_memory.netlink_sockets("/proc/self")))
+        # Those that the job has opened since its descriptors were looked at are in the list, too.
+        opened = kernel_memory.until(end, _sockets_of(first_process))
+        known, most = _in_requests(listed, {*shown.sockets, *opened}, _most_sent())
+        shown.netlink += sum(one.memory_bytes for one in listed if one.inode in shown.unasked)
+        if time.process_time() <= end:
+            in_requests = most
+            shown.netlink += known
+        elif shown.unasked:
+            is_all = False
+    return Found(shown.locks, shown.netlink, shown.in_flight, is_all, shown.in_sockets, in_requests)
 
 
-def _is_on_host(first_process: int) -> bool:
-    own = os.stat("/proc/self/ns/net")
-    for place in kernel_memory.places_of(first_process):
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.stat(f"{place}/ns/net"), own)
+class _Shown:
+    """What a job's descriptors show."""
+
+    def __init__(self, *, sockets_too: bool) -> None:
+        self.locks = self.in_flight = self.in_sockets = self.netlink = self.netlink_sockets = 0
+        self.sockets, self.unasked = set[int](), set[int]()
+        """By inode: all, and those of netlink that this host does not let be asked."""
+        self._sockets_too = sockets_too
+
+    def add(self, thread: int, name: str, target: str, lines: Iterable[bytes]) -> None:
+        inode = _inode_in(target)
+        if inode and inode not in self.sockets:
+            self.sockets.add(inode)
+            self._add_socket(thread, name, inode)
+        for line in lines:
+            if line.startswith(b"lock:"):
+                self.locks += BYTES_PER_LOCK
+            elif line.startswith(_IN_FLIGHT):
+                self.in_flight += int(line[len(_IN_FLIGHT) :])
+
+    def _add_socket(self, thread: int, name: str, inode: int) -> None:
+        if _is_netlink(thread, name):
+            size = _held_by(thread, int(name))
+            self.netlink += NETLINK_BYTES + (size or 0)
+            self.netlink_sockets += 1
+            if size is None:
+                self.unasked.add(inode)
+        elif self._sockets_too:
+            self.in_sockets += _held_by(thread, int(name)) or 0
+
+
+def _threads_of(first_process: int) -> list[int]:
+    return [
+        thread
+        for pid in kernel_memory.processes_of(first_process)
+        for thread in kernel_memory.threads_of(pid)
+    ]
+
+
+def _sockets_of(first_process: int) -> Iterator[int]:
+    """The inodes of a job's sockets, with some 0."""
+    for _, _, target, _ in _descriptors(_threads_of(first_process)):
+        yield _inode_in(target)
+
+
+def _inode_in(target: str) -> int:
+    """A socket's, by what a descriptor's link tells; 0 where that is no socket's."""
+    return int(target[len(_SOCKET) : -1]) if target.startswith(_SOCKET) else 0
+
+
+def _in_requests(
+    listed: Sequence[NetlinkSocket], sockets: Set[int], most_sent: int
+) -> tuple[int, int]:
+    """What requests of these sockets hold at least, where others hold the most, and at most."""
+    kept = sum(one.memory_bytes for one in listed if not one.inode)
+    listing = [one.inode in sockets for one in listed if one.is_listing]
+    most, of_others = sum(listing) * most_sent, listing.count(False) * most_sent
+    return min(most, max(0, kept - of_others)), min(most, kept)
+
+
+def _most_sent() -> int:
+    with contextlib.suppress(OSError, ValueError), open("/proc/sys/net/core/wmem_max") as file:
+        return max(2 * int(file.read()), MOST_SENT_BYTES)
+    return MOST_SENT_BYTES
+
+
+def _is_netlink(thread: int, name: str) -> bool:
+    with contextlib.suppress(OSError):  # it is closed
+        return os.getxattr(f"/proc/{thread}/fd/{name}", _KIND_OF_SOCKET) == b"NETLINK\0"
     return False
 
 
-def _held_by(thread: int, number: int) -> int:
-    """What a descriptor's socket holds; 0 where that is not over IP, or cannot be told."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
-        try:
-            process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
-        except OSError:  # before Linux 6.9 only a process's first thread can be opened
-            process = os.pidfd_open(thread)
-        opened.callback(os.close, process)
-        one = opened.enter_context(socket.socket(fileno=sc.pidfd_getfd(process, number)))
-        if one.family in {socket.AF_INET, socket.AF_INET6}:
-            return kernel_sockets.held_by(one)
-    return 0
+def _held_by(thread: int, number: int) -> int | None:
+    """What a descriptor's socket holds, over IP or of netlink; 0 where it is another or closed.
+
+    None where this host does not let it be asked.
+    """
+    try:
+        with contextlib.ExitStack() as opened:
+            try:
+                process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
+            except OSError:  # before Linux 6.9 only a process's first thread can be opened
+                process = os.pidfd_open(thread)
+            opened.callback(os.close, process)
+            one = opened.enter_context(socket.socket(fileno=sc.pidfd_getfd(process, number)))
+            is_known = one.family in {socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK}
+            return kernel_sockets.held_by(one) if is_known else 0
+    except OSError as error:
+        return 0 if error.errno in _GONE else None
 
 
 def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str, list[bytes]]]:

@@ -87,7 +87,7 @@ def ping_sockets(place: str) -> Iterator[tuple[int, int]]:
 
 
 def held_by(one: socket.socket) -> int:
-    """How many bytes a socket of TCP or UDP holds, in a list or not. Raises OSError."""
+    """How many bytes a socket of TCP, UDP or netlink holds, in a list or not. Raises OSError."""
     protocol = one.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
     return _held(one.getsockopt(socket.SOL_SOCKET, _MEMINFO, 36), 0, protocol)
 

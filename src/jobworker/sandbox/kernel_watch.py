@@ -35,7 +35,7 @@ import contextlib
 import errno
 import signal
 import time
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -74,11 +74,10 @@ Measure = Callable[[Mapping[int, int]], Measured]
 
 
 class _Wanted(NamedTuple):
-    """What a search of a job is to look for."""
+    """What a search of a job is to look for, beside what is nobody's."""
 
-    unknown: Mapping[str, int]
-    sockets_too: bool
-    doubts: bool
+    sockets_too: bool = False
+    doubts: bool = False
     """Whether one that cannot tell counts against the job: there is what is nobody's."""
 
 
@@ -114,6 +113,8 @@ class KernelWatch:
         self._paces: dict[Measure, Pace] = {measure: Pace() for measure in self._measures}
         self._wanted: dict[int, _Wanted] = {}
         """Jobs that are to be searched, and for what."""
+        self._unknown: dict[Measure, dict[str, int]] = {}
+        """What was nobody's the last time, by file. All searches share it."""
         self._searching: set[int] = set()
         self._search_paces: defaultdict[int, Pace] = defaultdict(Pace)
         self._counted: dict[Measure | None, dict[int, int]] = {
@@ -123,10 +124,9 @@ class KernelWatch:
         """What jobs' groups counted in sockets at most since the list, or each job's search, began.
         A read sets the kernel's own figure back, whichever of the two it is for."""
         self._inherited: dict[int, int] = {}
-        """What orphans with a job's ids held when that was measured for the first time: those of an
-        ended job that had them before may be among these, and are not the job's doing."""
-        self._asked: frozenset[int] = frozenset()
-        """The jobs whose sockets are being measured."""
+        """What orphans with a job's ids held when these were found for the first time: those of an
+        ended job that had them before may be among these, and are not the job's doing. A job that
+        still prepares itself has not its ids yet."""
         self._groups_due = False
         self._groups_pace = Pace()
         self._unseen: list[int] = []
@@ -190,8 +190,6 @@ class KernelWatch:
                 self._measurers.start(work, partial(self._judge, measure), [self._locks])
                 self._measuring.add(measure)
                 self._counted.get(measure, {}).clear()
-                if measure is kernel_connections.measure:
-                    self._asked = frozenset(running)
                 self._due.discard(measure)
 
     def _look_at_some(self) -> None:
@@ -226,16 +224,18 @@ class KernelWatch:
             if job in running:
                 self._end_beyond(running[job], size)
         in_orphans = dict(orphans)
-        for job in self._asked if measure is kernel_connections.measure else ():
-            self._inherited.setdefault(job, in_orphans.get(job, 0))
+        for job, size in in_orphans.items():
+            if job in running:
+                self._inherited.setdefault(job, size)
         for job, size in in_sockets:
             if job in running:
-                inherited = min(in_orphans.get(job, 0), self._inherited[job])
+                inherited = min(in_orphans.get(job, 0), self._inherited.get(job, 0))
                 self._judge_sockets(job, running[job], measure, size - inherited)
         for job, child in running.items():
             why = "it has too many sockets" if job in uncounted else ""
             self._doubt(job, child, measure, why)
-        is_much = sum(size for _, size in unknown) > BOUND_BYTES
+        self._unknown[measure] = dict(unknown)
+        is_much = sum(self._unknown[measure].values()) > BOUND_BYTES
         self._unsolved[measure] = is_much or bool(unfinished)
         is_hidden = False
         if measure is kernel_connections.measure:
@@ -243,12 +243,8 @@ class KernelWatch:
             is_hidden = self._hidden.has_grown()
         if is_much or is_hidden:
             for job in running:
-                others = self._wanted.get(job)
-                self._wanted[job] = _Wanted(
-                    dict(unknown),
-                    sockets_too=is_hidden or (others is not None and others.sockets_too),
-                    doubts=is_much,
-                )
+                sockets_too, doubts = self._wanted.get(job, _Wanted())
+                self._wanted[job] = _Wanted(sockets_too or is_hidden, doubts or is_much)
             self._search_wanted(running)
         elif not any(self._unsolved.values()):
             self._doubts.clear()
@@ -265,7 +261,7 @@ class KernelWatch:
                 self._due.add(kernel_connections.measure)
 
     def _search_wanted(self, running: Mapping[int, Child]) -> None:
-        now = time.monotonic()
+        now, unknown = time.monotonic(), ChainMap(*self._unknown.values())
         for job, wanted in list(self._wanted.items()):
             child = running.get(job)
             if child is None:
@@ -274,7 +270,7 @@ class KernelWatch:
                 search = partial(
                     kernel_search.search,
                     child.pid,
-                    wanted.unknown,
+                    unknown,
                     sockets_too=wanted.sockets_too,
                 )
                 work = partial(_in_its_own_proc, search)
@@ -296,14 +292,19 @@ class KernelWatch:
             if outcome["errno"] == errno.EINTR:  # it had to be ended
                 self._doubt(job, child, None, "a search of it does not end")
             return
-        locks, netlink, in_flight, is_all, in_sockets = (outcome[name] for name in Found._fields)
+        locks, netlink, in_flight, is_all, in_sockets, in_requests = (
+            outcome[name] for name in Found._fields
+        )
         assert isinstance(locks, int)
+        assert isinstance(in_requests, int)
         assert isinstance(in_sockets, int)
         assert isinstance(netlink, int)
         self._end_beyond(child, max(locks, netlink))
         self._judge_sockets(job, child, None, in_sockets)
         if doubts:  # not where the host's memory alone is a reason: much else takes of that
             why = "it has descriptors in flight" if in_flight else ""
+            if in_requests > BOUND_BYTES:
+                why = "requests over netlink may be its own"
             self._doubt(job, child, None, why if is_all else "it has too many descriptors")
 
     def _doubt(self, job: int, child: Child, source: Measure | None, why: str) -> None:

@@ -29,6 +29,7 @@ FOUND: dict[str, object] = {
     "in_flight": 0,
     "is_all": True,
     "in_sockets": 0,
+    "in_requests": 0,
     "used_seconds": 0.0,
 }
 
@@ -197,7 +198,7 @@ def test_search_that_takes_long_delays_no_other(watched: Watched) -> None:
     assert watched.ended == [watched.jobs[2]]
 
 
-@pytest.mark.parametrize("doubt", [{"in_flight": 1}, {"is_all": False}])
+@pytest.mark.parametrize("doubt", [{"in_flight": 1}, {"is_all": False}, {"in_requests": MUCH}])
 def test_job_of_which_searches_cannot_tell_is_ended(
     watched: Watched, doubt: dict[str, object]
 ) -> None:
@@ -292,6 +293,26 @@ def test_search_that_takes_much_rests_and_forgets_nothing(watched: Watched) -> N
     assert watched.ended == [watched.jobs[1]]
 
 
+def test_search_that_is_put_off_counts_though_another_that_does_not_is_wanted_meanwhile(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job fills and empties buffers of the kind that tells nothing by itself."""
+    monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", 60)
+    unsure = {**FOUND, **LONG, "is_all": False}
+    watched.search(unsure, FOUND)
+    for _ in range(kernel_watch.DOUBTS - 1):
+        assert watched.ended == []
+        watched.search(FOUND)
+        watched.host.other += 2 * MUCH
+        watched.watch._look()
+        watched.measurers.finish(NONE)
+        watched.searchers.finish(FOUND)
+        watched.now += 1.01 * LONGEST_REST_SECONDS
+        watched.watch._look()
+        watched.searchers.finish(unsure)
+    assert watched.ended == [watched.jobs[1]]
+
+
 @pytest.mark.parametrize("seconds_each", [0, 0.01])
 def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     watched: Watched, seconds_each: float
@@ -323,6 +344,27 @@ def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     watched.now += 1.01 * LONGEST_REST_SECONDS
     watched.watch._look()
     assert len(looked) > many
+
+
+class File(str):
+    """One whose locks are nobody's, which counts how often it is looked up or copied."""
+
+    __slots__ = ()
+    seen = 0
+
+    def __hash__(self) -> int:
+        File.seen += 1
+        return super().__hash__()
+
+
+def test_a_judgement_does_not_grow_with_the_jobs_times_what_is_nobodys(watched: Watched) -> None:
+    watched.jobs.update({number: watched._job(number) for number in range(100, 200)})
+    watched.grow()
+    File.seen = 0
+    unknown = [[File(f"00:01:{number}"), MUCH] for number in range(1000)]
+    watched.measurers.finish({**NONE, "unknown": unknown}, NONE, NONE)
+    assert len(watched.searchers.dones) == len(watched.jobs)
+    assert File.seen <= 3 * len(unknown)
 
 
 class Id(int):
@@ -401,6 +443,15 @@ def test_orphans_that_were_there_before_a_job_are_not_its_doing(watched: Watched
     more = {1: 2 * MUCH, 2: 3 * MUCH}
     measure_sockets(watched, *more.items(), orphans=more)
     assert watched.ended == [watched.jobs[2]]
+
+
+def test_orphans_are_not_a_jobs_that_was_measured_before_it_had_its_ids(watched: Watched) -> None:
+    """While it prepares itself it has the launcher's, and what is there counts as nobody's."""
+    measure_sockets(watched, (0, 2 * MUCH), orphans={0: 2 * MUCH})
+    measure_sockets(watched, (1, 2 * MUCH), orphans={1: 2 * MUCH, 2: 0})
+    assert watched.ended == []
+    measure_sockets(watched, (1, 2 * MUCH), (2, MUCH), orphans={1: 2 * MUCH, 2: MUCH})
+    assert watched.ended == [watched.jobs[2]], "its own: there were none at first"
 
 
 @pytest.mark.parametrize("list_is_first", [True, False])

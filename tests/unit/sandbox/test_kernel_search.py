@@ -1,0 +1,28 @@
+"""Whose the requests may be that the kernel keeps for netlink sockets."""
+
+import pytest
+
+from jobworker.sandbox import kernel_search
+from jobworker.sandbox.kernel_memory import NetlinkSocket
+
+MOST = 1000
+
+
+@pytest.mark.parametrize(
+    ("kept", "others", "least", "most"),
+    [(1500, 0, 1500, 1500), (1500, 1, 500, 1500), (1500, 2, 0, 1500), (5000, 1, 2000, 2000)],
+)
+def test_requests_are_a_jobs_as_far_as_no_others_may_have_made_them(
+    kept: int, others: int, least: int, most: int
+) -> None:
+    listed = [
+        NetlinkSocket(0, kept, is_listing=False),
+        *(NetlinkSocket(inode, 7, is_listing=inode < 3) for inode in (1, 2, 3)),
+        *(NetlinkSocket(10 + number, 7, is_listing=True) for number in range(others)),
+    ]
+    assert kernel_search._in_requests(listed, {1, 2, 3, 4}, MOST) == (least, most)
+
+
+def test_job_that_has_asked_for_nothing_holds_no_requests() -> None:
+    listed = [NetlinkSocket(0, 9 * MOST, is_listing=False), NetlinkSocket(1, 7, is_listing=False)]
+    assert kernel_search._in_requests(listed, {1}, MOST) == (0, 0)
