@@ -4,8 +4,10 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
-from attrs import define
+import pytest
+from attrs import define, evolve
 
+from jobworker.jobs.job_note import make_note, write_note
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -39,8 +41,10 @@ class OneJob:
         return
 
 
-async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> None:
-    """The index has it whenever it doubles; the record may know of more."""
+@pytest.mark.parametrize("known_by", ["history", "note"])
+async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path, known_by: str) -> None:
+    """The index has it whenever it doubles; the record may know of more, or, where a full disk
+    refused that, the note."""
     spool = Spool.create(tmp_path / "1")
     for count in (5, 4):
         spool.count_discarded(count)
@@ -52,8 +56,13 @@ async def test_lost_job_has_discarded_as_much_as_was_told(tmp_path: Path) -> Non
         state=State.RUNNING,
         created_at=NOW,
         started_at=NOW,
-        discarded_bytes=9,
     )
+    make_note(tmp_path, record)
+    told = evolve(record, discarded_bytes=9)
+    if known_by == "history":
+        record = told
+    else:
+        write_note(tmp_path, told)
     taken = await take_over(
         NoJobs({}),  # type: ignore[arg-type]
         OneJob((record,)),  # type: ignore[arg-type]
