@@ -77,27 +77,27 @@ def at_commit_of(state: State, *, after: bool = False) -> None:
 
 def between_splice_and_record() -> None:
     """Die when bytes are in a data file and the index does not know them."""
-    record_written = OutputFiles._record_written
+    show_written = OutputFiles._show_written
 
     def patched(self: OutputFiles, time_ns: int | None = None) -> None:
         if for_the_victim.get() and self.written_bytes > self.last.size:
             die()
-        record_written(self, time_ns)
+        show_written(self, time_ns)
 
-    setattr(OutputFiles, "_record_written", patched)  # noqa: B010
+    setattr(OutputFiles, "_show_written", patched)  # noqa: B010
 
 
 def within_a_record() -> None:
     """Die with a third of a record in the index."""
-    write = OutputFiles._write
+    put = OutputFiles._put
 
-    def patched(self: OutputFiles, record: Record) -> None:
+    def patched(self: OutputFiles, number: int, record: Record) -> None:
         if for_the_victim.get():
-            os.pwrite(self._index, record.pack()[:11], self.records * RECORD.size)
+            os.pwrite(self._index, record.pack()[:11], number * RECORD.size)
             die()
-        write(self, record)
+        put(self, number, record)
 
-    setattr(OutputFiles, "_write", patched)  # noqa: B010
+    setattr(OutputFiles, "_put", patched)  # noqa: B010
 
 
 POINTS: dict[str, Callable[[], None]] = {

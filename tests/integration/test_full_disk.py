@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -230,6 +230,54 @@ async def test_job_that_the_disk_does_not_let_go_stays_whole_without_its_output(
         await until_stored(place, {small: ("STOPPED", False)})
         await wire.call("job.remove", id=small)
         assert stored(place) == {}
+
+
+async def leave_one_block(place: Path) -> None:
+    """Fill the disk but for one block: what comes first gets it, and what follows is refused."""
+    await trio.to_thread.run_sync(fill, place)
+    filler = place / "filler"
+    os.truncate(filler, filler.stat().st_size // 4096 * 4096 - 4096)
+    await trio.run_process(["sync", "-f", place])  # ext4 gives it back with the transaction
+
+
+def let_go_on(marker: str) -> bool:
+    """Make a file that a job waits for, whose command line names it: whether it is there."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marker.encode() in (process / "cmdline").read_bytes():
+                (process / "root/dev/shm" / marker).touch()
+                return True
+    return False
+
+
+async def test_output_that_gets_the_last_block_is_followed_and_told_as_it_is_kept(
+    open_directory: Directory,
+) -> None:
+    """The index, which comes after it, gets none."""
+    directory, marker = open_directory(), f"go-{os.urandom(8).hex()}"
+    script = f"until test -e /dev/shm/{marker}; do sleep 0.05; done; echo kept"
+    async with site(directory) as place:
+        async with serving(directory) as (service, wire):
+            started = await wire.call("job.run", job={"command": ["sh", "-c", script]}, follow={})
+            await leave_one_block(place)
+            await until(lambda: let_go_on(marker))
+            out, _, end = await wire.output(started["subscription"])
+            job = end["id"]
+            index = place / "spool" / str(job) / "index"
+            assert index.stat().st_size == 0, "else the disk was not as full as it should be"
+            assert (out, end["stdout_bytes"], end["discarded_bytes"]) == (b"kept\n", 5, 0)
+            assert await kept(wire, job) == (b"kept\n", told(end))
+            await kill(service)
+        (place / "filler").unlink()
+        async with serving(directory) as (_, wire):
+            assert await kept(wire, job) == (b"kept\n", told(end))
+
+
+async def kept(wire: Wire, job: object) -> tuple[bytes, dict[str, object]]:
+    """What `log` and `status` have of an ended job."""
+    logged = await wire.call("job.log", id=job)
+    out, _, _ = await wire.output(logged["subscription"])
+    return out, told(await wire.call("job.status", id=job))
 
 
 async def test_service_that_takes_over_on_a_full_disk_lets_room_be_made(

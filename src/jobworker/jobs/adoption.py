@@ -63,6 +63,7 @@ def later(record: JobRecord, note: JobRecord | None) -> JobRecord:
         record,
         stop_requested_at=record.stop_requested_at or note.stop_requested_at,
         output_cut=record.output_cut or note.output_cut,
+        discarded_bytes=max(record.discarded_bytes, note.discarded_bytes),
         detail=max(record.detail, note.detail, key=len),
     )
 

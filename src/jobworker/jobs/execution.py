@@ -284,7 +284,7 @@ class Execution:
             await self._finish(ending)
 
     async def _leave_behind(self) -> None:
-        """See that the next service finds what was told of a job that is left.
+        """See that the next service finds what was told of a job that is left, if a disk takes it.
 
         One that was refused is not left: its client was told that it is none.
         """
@@ -293,7 +293,14 @@ class Execution:
             return
         is_counted = await self.spool.record_discarded()
         if self._changed.is_set() or self._ending.stopping or not is_counted:
-            await self.store()
+            is_stored = await self.store()
+            if not (is_counted or is_stored):
+                log.error(
+                    "job %d: it is left, and no disk takes the record that %d bytes of its output "
+                    "were discarded: the next service may not tell of that gap",
+                    self.record.id,
+                    self.spool.statistics().discarded_bytes,
+                )
 
     async def _begin(self) -> tuple[Started, Exits] | None:
         """Have the job started, unless it was before; None where it could not be."""

@@ -15,8 +15,9 @@ end of the index (see `output_index`). What holds:
 - `OutputFiles.open_ended` changes nothing. Nobody writes to an ended job's files any more, so what
   is wrong with them is no crash of a writer's, and may be put right by another hand. The records
   that `open` would write stand in memory.
-- What the disk refuses stays in the pipe. Where it refuses only the record, the bytes wait in
-  their file, unseen, and the next write tries the record again.
+- What the disk refuses stays in the pipe. Where it refuses only the record, the bytes are in the
+  log all the same: the record stands in memory, and no write is made before the disk has taken it.
+  A process that dies meanwhile changes nothing about the log: `open` makes the same record.
 
 No write waits for the disk. What a power cut may take is what was written since the file system's
 last write-back, until the job's end: then the spool has the disk take it all (`Spool.synced`).
@@ -30,9 +31,10 @@ import errno
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from attrs import define, evolve, field
@@ -75,8 +77,9 @@ class OutputFiles:
     """Bytes that records speak of and the data files do not have."""
     _cut_records: int = 0
     """Records at the end of the index that are not borne out."""
-    _unwritten: tuple[Record, ...] = ()
-    """The log's last records where the index does not have them: of an ended job."""
+    _unwritten: Mapping[int, Record] = MappingProxyType({})
+    """By number, the log's last records, where the index does not have them; never changed, but
+    replaced. Who reads asks for `records` first: a record that is not here then is in the index."""
     _cache_can_be_asked: bool = True
     directory: Path = field(default=Path(), kw_only=True)
     """Where the files stood when they were opened."""
@@ -140,7 +143,7 @@ class OutputFiles:
         with ExitStack() as undo, disk_errors("open", directory):
             undo.callback(files.close)
             if not files.sealed:
-                files._complete()
+                files._show_all()
                 files.sealed = True
             lock_to_read(files._index)
             undo.pop_all()
@@ -186,7 +189,7 @@ class OutputFiles:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes in the data files: more than `last.size` where the disk refused a record."""
+        """Bytes in the data files."""
         return sum(self._written.values())
 
     @property
@@ -200,11 +203,12 @@ class OutputFiles:
         """Move at most `limit` bytes (at least 1) that stand in a pipe to the end of the log.
 
         Returns how many; 0 when the pipe is empty and nobody can write to it any more. Raises
-        BlockingIOError when it is merely empty, OutputError when the disk refuses. A pipe's bytes
-        are gone from it only as far as they are in the file (splice(2)).
+        BlockingIOError when it is merely empty, OutputError when the disk refuses: some may have
+        been moved then (`written_bytes`). A pipe's bytes are gone from it only as far as they are
+        in the file (splice(2)).
         """
         with disk_errors("write"):
-            self._record_written()
+            self._flush()
             # At an explicit offset: splice refuses files opened for appending (EINVAL).
             count = os.splice(
                 pipe_fd,
@@ -214,7 +218,8 @@ class OutputFiles:
                 flags=os.SPLICE_F_NONBLOCK,
             )
             self._written[stream] += count
-            self._record_written()
+            self._show_written()
+            self._flush()
         return count
 
     def count_discarded(self, count: int) -> None:
@@ -243,7 +248,7 @@ class OutputFiles:
         """Have the index say how much was thrown away: whether the disk took that."""
         try:
             with disk_errors("write"):
-                self._record_written()
+                self._flush()
                 if self.discarded_bytes != self.last.discarded_bytes:
                     self._write(
                         evolve(
@@ -256,21 +261,33 @@ class OutputFiles:
             return False
         return True
 
-    def _record_written(self, time_ns: int | None = None) -> None:
-        """Give the bytes that have no record one a stream: what is written becomes readable."""
+    def _show_written(self, time_ns: int | None = None) -> None:
+        """Have the log tell of all that is written: a record a stream, in memory for now."""
         for stream, length in self._written.items():
             if length > self.last.length_of(stream):
                 now_ns = self._clock() if time_ns is None else time_ns
-                self._write(self.last.with_length(stream, length, now_ns))
+                record = self.last.with_length(stream, length, now_ns)
+                self._unwritten = {**self._unwritten, self.records: record}
+                self._log = (self.records + 1, record)
+
+    def _flush(self) -> None:
+        """Have the index take the records that stand in memory."""
+        for number, record in self._unwritten.items():
+            self._put(number, record)
+        if self._unwritten:
+            self._unwritten = {}
 
     def _write(self, record: Record) -> None:
+        """Add a record, once the index has all before it: the log has it when the disk took it."""
+        self._put(self.records, record)
+        self._log = (self.records + 1, record)
+
+    def _put(self, number: int, record: Record) -> None:
         # At an explicit offset: after a short write the next try overwrites the torn record.
         packed = record.pack()
         done = 0
         while done < RECORD.size:
-            offset = self.records * RECORD.size + done
-            done += os.pwrite(self._index, packed[done:], offset)
-        self._log = (self.records + 1, record)
+            done += os.pwrite(self._index, packed[done:], number * RECORD.size + done)
 
     # --- opening ----------------------------------------------------------------------------
 
@@ -298,14 +315,12 @@ class OutputFiles:
     def _sizes(self) -> dict[Stream, int]:
         return {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}
 
-    def _complete(self) -> None:
-        """Give bytes that have no record one in memory."""
+    def _show_all(self) -> None:
+        """Have the log tell of bytes without a record, stamped with their file's last change."""
         for stream, fd in self._data.items():
             status = os.fstat(fd)
-            if status.st_size > self.last.length_of(stream):
-                record = self.last.with_length(stream, status.st_size, status.st_mtime_ns)
-                self._unwritten += (record,)
-                self._log = (self.records + 1, record)
+            self._written[stream] = status.st_size
+            self._show_written(status.st_mtime_ns)
 
     def record(self, number: int) -> Record:
         """The state of the log after record `number`; before the first one (-1) it is empty."""
@@ -322,15 +337,10 @@ class OutputFiles:
     def _read_record(self, number: int, nowait: bool = False) -> Record:
         if number < 0:
             return EMPTY
-        if self._unwritten and number >= self._in_index:
-            return self._unwritten[number - self._in_index]
+        if (record := self._unwritten.get(number)) is not None:
+            return record
         offset = number * RECORD.size  # never across two pages, so never read in part
         return Record(*RECORD.unpack(self._read(self._index, RECORD.size, offset, nowait)))
-
-    @property
-    def _in_index(self) -> int:
-        """How many of the records can be read from the index."""
-        return self.records - len(self._unwritten)
 
     def _recover(self) -> None:
         with disk_errors("recover"):
@@ -338,11 +348,9 @@ class OutputFiles:
             if lost := sum(self.lost.values()):
                 self.discarded_bytes += lost
                 self.record_discarded()
-            for stream, fd in self._data.items():
-                status = os.fstat(fd)
-                self._written[stream] = status.st_size
-                with full_disk_may_refuse():  # then unseen, until the next write tries again
-                    self._record_written(status.st_mtime_ns)
+            self._show_all()
+            with full_disk_may_refuse():  # then the next write tries again
+                self._flush()
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -382,10 +390,11 @@ class OutputFiles:
 
     def _read_records(self, first: int, nowait: bool) -> bytes | bytearray:
         """At most BLOCK_RECORDS records as they stand in the file."""
-        count = min(BLOCK_RECORDS, self._in_index - first)
+        records, unwritten = self.records, self._unwritten
+        count = min(BLOCK_RECORDS, min(unwritten, default=records) - first)
         if count > 0:
             return self._read(self._index, count * RECORD.size, first * RECORD.size, nowait)
-        return b"".join(record.pack() for record in self._unwritten[first - self._in_index :])
+        return b"".join(unwritten[number].pack() for number in range(first, records))
 
     def _read(self, fd: int, size: int, offset: int, nowait: bool) -> bytes | bytearray:
         """All `size` bytes, or with `nowait` at least one of them."""

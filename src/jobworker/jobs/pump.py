@@ -188,15 +188,15 @@ class Pump:
         # What stands in the pipe and its record, so that nothing is refused for want of more.
         waiting = min(limit, self._waiting_bytes(stream))
         room = budget.take(waiting) if waiting else 1  # an end needs no room
-        moved = 0
+        before = self._spool.written_bytes
         try:
-            moved = self._spool.append_from_pipe(stream, self._pipes[stream], room)
-        finally:
+            return self._spool.append_from_pipe(stream, self._pipes[stream], room)
+        finally:  # where the disk refuses the record alone, the bytes are there
+            moved = self._spool.written_bytes - before
             budget.give_back(waiting and room - moved)
-        if moved:
-            budget.count(RECORD.size)
-            self._spool.counted_bytes += moved + RECORD.size
-        return moved
+            if moved:
+                budget.count(RECORD.size)
+                self._spool.counted_bytes += moved + RECORD.size
 
     def _discard(self, stream: Stream, limit: int) -> int:
         # read(2), not a splice to /dev/null: that takes a descriptor, and may fail for want of one.

@@ -146,7 +146,7 @@ class Spool:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes that the files hold, those included whose record the disk refused so far."""
+        """Bytes that the data files hold, at any moment of a write."""
         return self._files.written_bytes
 
     @property

@@ -363,6 +363,33 @@ async def test_full_disk_and_the_caller_may_discard(spool: Spool, job: Job) -> N
     assert joined(await log_of(spool)) == b"x" * 10_000
 
 
+async def test_each_byte_is_kept_or_discarded_where_the_index_alone_is_refused(
+    spool: Spool, job: Job, tmp_path: Path
+) -> None:
+    budget = OutputBudget(tmp_path)
+    with (
+        Pump(spool, job.read_ends, budget=budget) as pump,
+        spool.follow() as follower,
+        file_size_limit(2 * RECORD.size + 5),
+    ):
+        for data in (b"a", b"b"):
+            job.write(OUT, data)
+            await pump.drain()
+        job.write(OUT, b"c")
+        with pytest.raises(OutputError, match="cannot write the job's output"):
+            await pump.drain()
+        pump.discard()
+        job.write(OUT, b"defg")
+        await pump.drain()
+        assert spool.statistics().stdout_bytes == spool.written_bytes == 3
+        assert spool.statistics().discarded_bytes == 4
+        followed = [await follower.receive(1) for _ in range(3)]
+        await spool.seal()
+    assert joined([chunk for chunk in followed if chunk]) == b"abc"
+    assert budget.live_bytes == spool.written_bytes + spool.index_bytes
+    assert joined(await log_of(spool)) == b"abc"
+
+
 async def test_spool_goes_on_in_the_next_process(tmp_path: Path, job: Job) -> None:
     before = Spool.create(tmp_path / "next")
     kept = {stream: os.dup(fd) for stream, fd in job.read_ends.items()}  # as the launcher does

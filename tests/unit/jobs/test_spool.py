@@ -524,7 +524,7 @@ def test_what_a_full_disk_refuses_stays_in_the_pipe(tmp_path: Path) -> None:
     files.close()
 
 
-def test_bytes_whose_record_was_refused_are_recorded_later(tmp_path: Path) -> None:
+def test_bytes_whose_record_was_refused_are_in_the_log_and_recorded_later(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     os.write(write_end, b"abcdef")
     files = OutputFiles.create(tmp_path / "job")
@@ -534,10 +534,12 @@ def test_bytes_whose_record_was_refused_are_recorded_later(tmp_path: Path) -> No
         for _ in range(2):
             with pytest.raises(OutputError):
                 files.append_from_pipe(OUT, read_end, 1)
-        assert files.last.size == 2
-        assert files.written_bytes == 3
+        assert files.last.size == files.written_bytes == 3
+        assert joined(read_all(files)) == b"abc"
         files.seal()  # the disk refuses that too
         assert files.sealed
+        assert joined(read_all(files)) == b"abc"
+    assert (tmp_path / "job" / "index").stat().st_size == 2 * RECORD.size + 5
     files.close()
     files = OutputFiles.open(tmp_path / "job")
     assert not files.sealed
@@ -549,6 +551,58 @@ def test_bytes_whose_record_was_refused_are_recorded_later(tmp_path: Path) -> No
     files.close()
 
 
+def log_as_told(files: OutputFiles) -> list[tuple[int, Stream, bytes]]:
+    chunks = read_all(files, view=View(coalesce=False))
+    return [(chunk.offset, chunk.stream, bytes(chunk.data)) for chunk in chunks]
+
+
+@pytest.mark.parametrize("number", range(len(PIECES)))
+def test_log_whose_last_record_was_refused_is_the_same_after_a_crash(
+    tmp_path: Path, number: int
+) -> None:
+    files = OutputFiles.create(tmp_path / "job", clock=Clock())
+    with file_size_limit(number * RECORD.size + 5):
+        for stream, data in PIECES[:number]:
+            append(files, stream, data)
+        with pytest.raises(OutputError):
+            append(files, *PIECES[number])
+        told = log_as_told(files)
+    files.close()
+    assert [piece for _, *piece in told] == [list(piece) for piece in PIECES[: number + 1]]
+    ended = OutputFiles.open_ended(tmp_path / "job")
+    assert log_as_told(ended) == told
+    ended.close()
+    files = OutputFiles.open(tmp_path / "job")
+    assert log_as_told(files) == told
+    files.close()
+
+
+async def test_follower_gets_what_the_index_could_not_take_and_the_end_tells_of_it(
+    spool: Spool, tmp_path: Path
+) -> None:
+    with file_size_limit(RECORD.size), spool.follow() as follower:
+        append(spool, OUT, b"one")
+        read_end, write_end = os.pipe()
+        os.write(write_end, b"two")
+        with pytest.raises(OutputError):
+            await spool.write(lambda: spool.append_from_pipe(ERR, read_end, 10))
+        os.close(read_end)
+        os.close(write_end)
+        await spool.write(lambda: spool.count_discarded(4))
+        followed = [(await follower.receive(100)) for _ in range(2)]
+        await spool.seal()
+        assert await follower.receive(100) is None
+    assert [bytes(chunk.data) for chunk in followed if chunk] == [b"one", b"two"]
+    told = spool.statistics()
+    assert (told.stdout_bytes, told.stderr_bytes, told.discarded_bytes) == (3, 3, 4)
+    assert (tmp_path / "job" / "index").stat().st_size == RECORD.size
+    again = Spool.open_ended(tmp_path / "job", {OUT: 3, ERR: 3})
+    again.check_whole()
+    with again.follow() as follower:
+        assert joined(await everything(follower)) == b"onetwo"
+    again.close()
+
+
 def test_full_disk_at_the_opening_loses_nothing(tmp_path: Path) -> None:
     files = OutputFiles.create(tmp_path / "job")
     append(files, OUT, b"seen")
@@ -557,9 +611,10 @@ def test_full_disk_at_the_opening_loses_nothing(tmp_path: Path) -> None:
         data.write(b" unrecorded")
     with file_size_limit(RECORD.size):
         files = OutputFiles.open(tmp_path / "job")
-        assert joined(read_all(files)) == b"seen"
+        assert joined(read_all(files)) == b"seen unrecorded"
         with pytest.raises(OutputError):
             append(files, OUT, b" more")
+        assert joined(read_all(files)) == b"seen unrecorded"
     append(files, OUT, b" more")
     assert joined(read_all(files)) == b"seen unrecorded more"
     files.close()

@@ -758,6 +758,26 @@ async def test_what_was_discarded_is_recorded_where_its_index_takes_no_more(
         os.close(pipe)
 
 
+async def test_gap_that_no_disk_takes_the_record_of_is_told_in_the_log_at_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise InternalError("cannot record the job: disk I/O error")
+
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        execution = await supervisor.submit(spec("left"), "alice")
+        monkeypatch.setattr(OutputFiles, "record_discarded", lambda _: False)
+        monkeypatch.setattr(FakeHistory, "put", refuse)
+        execution.spool.count_discarded(9)
+        with trio.fail_after(20):
+            await supervisor.leave()
+        pipes = link.finish(JobId(1), keep_pipes=True)
+    assert "no disk takes the record that 9 bytes of its output were discarded" in caplog.text
+    for pipe in pipes:
+        os.close(pipe)
+
+
 async def test_start_that_was_never_sent_waits_for_the_next_service(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

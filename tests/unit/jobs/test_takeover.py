@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from attrs import define, field
+from attrs import define, evolve, field
 
+from jobworker.jobs.job_note import make_note, write_note
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -49,8 +50,12 @@ class OneJob:
         self.never.add(job)
 
 
-async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(tmp_path: Path) -> None:
-    """The index has it whenever it doubles; the record may know of more.
+@pytest.mark.parametrize("known_by", ["history", "note"])
+async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(
+    tmp_path: Path, known_by: str
+) -> None:
+    """The index has it whenever it doubles; the record may know of more, or, where a full disk
+    refused that, the note.
 
     Recorded before anybody can ask: the next service would tell of another end.
     """
@@ -65,8 +70,13 @@ async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(tmp_path:
         state=State.RUNNING,
         created_at=NOW,
         started_at=NOW,
-        discarded_bytes=9,
     )
+    make_note(tmp_path, record)
+    told = evolve(record, discarded_bytes=9)
+    if known_by == "history":
+        record = told
+    else:
+        write_note(tmp_path, told)
     history = OneJob((record,))
     taken = await take_over(
         NoJobs({}),  # type: ignore[arg-type]
