@@ -283,6 +283,8 @@ class Jobs:
                 self._start(number, request, by)
             except (OSError, JobworkerError) as error:
                 self._tell({"id": number, "error": problem("spawn", error)}, ())
+            except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+                self._tell({"id": number, "error": fault(self._turns.record("Spawn"))}, ())
 
     def _start(self, number: int, request: requests.Spawn, by: int) -> None:
         errand = trampoline.errand(*finish(request.order))
@@ -342,7 +344,7 @@ class Jobs:
             self._usual_limits = request.limits
             name_host(child, request.order.hostname)
             child.send(errand)
-        except (OSError, JobworkerError):
+        except Exception:
             self.kill(child)
             raise
         self._jobs[request.job] = child
@@ -428,14 +430,19 @@ class Jobs:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
             child.request, child.started_at = None, time.monotonic()
             self._unstarted.pop(child.job, None)
-            self._kernel_watch.wake()
-            self._wall_in(child)
             self._tell(started, (child.stdout, child.stderr))
+            self._kernel_watch.wake()
+            self._turns.see_through(partial(self._wall_in, child))
 
     def _on_exit(self, child: Child) -> None:
+        how = status_of(child)
         self._turns.unwatch(child.pidfd)
-        child.exit, child.ended_at, child.doomed = status_of(child), time.monotonic(), True
+        child.exit, child.ended_at, child.doomed = how, time.monotonic(), True
         self._zombies.take(child.pidfd)
+        self._turns.see_through(partial(self._take_end, child))
+
+    def _take_end(self, child: Child) -> None:
+        """Hear an ended child's last words and tell its end; then what it held goes."""
         child.final_want = child.want()
         try:
             child.final_usage = child.usage()
@@ -458,9 +465,10 @@ class Jobs:
             self._forget(child)
         else:
             if child.root is not None and disk_images.lost_writes(child.root):
-                child.lost.append("")
+                child.lost = [""]
             self._inspect_volumes(child)
-        self._clear(child)
+        child.end_is_taken = True
+        self._turns.see_through(partial(self._clear, child))
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
         if child.request is not None:  # else it was told already, or nobody waits for it
@@ -472,7 +480,7 @@ class Jobs:
     def _inspect_volumes(self, child: Child) -> None:
         """Find out whether what the job wrote to its volumes is there, and tell its end."""
         if not child.volume_roots:
-            self._tell_end(child)
+            self._turns.see_through(partial(self._tell_end, child))
             return
         work = partial(_find_losses, dict(child.volume_roots))
         roots = list(child.volume_roots.values())
@@ -504,7 +512,7 @@ class Jobs:
         child.inspected = False
         self._nursery.give_back_volumes(child)
         self._watch_sweepers()
-        self._tell_end(child)
+        self._turns.see_through(partial(self._tell_end, child))
 
     def _tell_end(self, child: Child) -> None:
         child.end_is_known = True
@@ -550,7 +558,7 @@ class Jobs:
         if child.exit is None:
             self._turns.call_in(TOGETHER_SECONDS, partial(self._tell_network_end, child, how))
         if child.exit is not None:
-            self._clear(child)
+            self._turns.see_through(partial(self._clear, child))
 
     def _tell_network_end(self, child: Child, how: str) -> None:
         """Tell that a job goes on without its network; a moment later, since all of it may end."""
@@ -586,7 +594,7 @@ class Jobs:
 
     def _clear(self, child: Child) -> None:
         """Take back what an ended child held, now or in a moment."""
-        if child not in self._children:
+        if child not in self._children or not child.end_is_taken:
             return
         self._oom_watch.forget(child)
         try:
@@ -632,7 +640,10 @@ class Jobs:
     def _watch_sweepers(self) -> None:
         for pidfd in self._nursery.sweepers.running:
             if not self._turns.watches(pidfd):
-                self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
+                try:
+                    self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
+                except OSError:  # of epoll: no memory, or no more watches to be had
+                    self._turns.call_in(SWEEP_AGAIN_SECONDS, self._watch_sweepers)
         if self._nursery.sweepers.stuck:
             self._turns.call_in(SWEEP_AGAIN_SECONDS, self._sweep_again)
 
@@ -642,8 +653,10 @@ class Jobs:
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)
-        self._nursery.sweepers.reap(pidfd)
-        self._watch_sweepers()
+        try:
+            self._nursery.sweepers.reap(pidfd)
+        finally:
+            self._watch_sweepers()
 
 
 def _too_long(held: str) -> channel.Message:
@@ -725,6 +738,12 @@ def deliver(child: Child, number: int) -> bool:
                 return False
     signal.pidfd_send_signal(child.pidfd, number)
     return True
+
+
+def fault(incident: str) -> channel.Message:
+    """A refusal of a request that met an unexpected fault, which the log has by this number."""
+    why = f"an unexpected fault; the launcher's log has it as incident {incident}"
+    return {"step": "launcher", "errno": 0, "detail": why}
 
 
 def problem(step: str, error: OSError | JobworkerError) -> channel.Message:

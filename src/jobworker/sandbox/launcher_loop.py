@@ -32,7 +32,7 @@ from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.doorway import Doorway
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, keep_ask, listed, problem
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, fault, keep_ask, listed, problem
 from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
 from jobworker.sandbox.version import PROTOCOL, mismatch
@@ -112,9 +112,9 @@ class Launcher:
             self._leave(reason)  # the descriptors are left open: they end with the process
             return
         say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
-        self._disposal.take(descriptors)
         self._jobs.undo_starts()
         self._doorway.go_on()
+        self._disposal.take(descriptors)
 
     def _serve(self, number: int, request: requests.Request) -> None:
         try:
@@ -131,9 +131,7 @@ class Launcher:
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(type(request).__name__.lower(), error))
         except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
-            incident = self._turns.record(type(request).__name__)
-            why = f"an unexpected fault; the launcher's log has it as incident {incident}"
-            self._refuse(number, {"step": "launcher", "errno": 0, "detail": why})
+            self._refuse(number, fault(self._turns.record(type(request).__name__)))
 
     def _greet(self, number: int, protocol: int) -> None:
         why = mismatch(PROTOCOL, protocol)
