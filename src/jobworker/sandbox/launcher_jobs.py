@@ -104,7 +104,7 @@ class Jobs:
         self._late: deque[tuple[int, requests.Spawn, int]] = deque()
         """Starts that wait for a place which an ended child still has, and until which look."""
         self._unstarted: dict[int, None] = {}
-        """Jobs that were to be started and whose program was not executed, so far or at all."""
+        """Jobs that were to be started and whose program has surely not run, so far or at all."""
         self._looks = 0
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
@@ -166,11 +166,12 @@ class Jobs:
         self._late.clear()
         for child in list(self._children):
             child.when_cleared = None
-            if child.request is not None and child.sock is not None:
-                self._on_word(child)  # its program may run by now: then it goes on
-            if child.request is not None:
-                child.request = None
-                self.remove(child)
+            self._turns.see_through(partial(self._undo_start, child))
+
+    def _undo_start(self, child: Child) -> None:
+        if self._give_up(child, _GIVEN_UP):
+            child.request = None
+            self._forget(child)
 
     def end_all(self) -> None:
         """End every child, for good."""
@@ -226,7 +227,11 @@ class Jobs:
         return child is not None and self._give_up(child, _GIVEN_UP)
 
     def _give_up(self, child: Child, why: channel.Message) -> bool:
-        """Kill a child that starts, for a reason which says that its program was not executed."""
+        """Kill a child that starts, for a reason which says that its program was not executed.
+
+        Where that is not sure, the start is told as one whose program may have run, and no service
+        is told to make it again. False where the program runs: it goes on.
+        """
         if child.request is None:
             return False
         is_held = held_starts.hold(child)
@@ -235,7 +240,10 @@ class Jobs:
         if child.request is None:
             held_starts.go_on(child)
             return False
-        child.failure = child.failure or (why if is_held else _MAY_HAVE_RUN)
+        if child.failure is None:
+            child.failure = why if is_held else _MAY_HAVE_RUN
+            if not is_held and child.job is not None:
+                self._unstarted.pop(child.job, None)
         child.start_by = min(child.start_by, self._looks)
         self.kill(child)
         return True
@@ -259,8 +267,9 @@ class Jobs:
         self, applies: Callable[[requests.Spawn, int], bool], why: channel.Message
     ) -> None:
         for late in [each for each in self._late if applies(each[1], each[2])]:
-            self._late.remove(late)
-            self._tell({"id": late[0], "error": why}, ())
+            if late in self._late:  # else the word of the one before has found the service gone
+                self._late.remove(late)
+                self._tell({"id": late[0], "error": why}, ())
 
     def _abandon(self, child: Child) -> None:
         """Tell that a start has failed though something of it is left: its place stays taken."""
@@ -453,14 +462,14 @@ class Jobs:
         if child.sock is not None:  # its last words come before its end
             self._on_word(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
-            if child.final_want:
+            if child.final_want and child.failure is not _MAY_HAVE_RUN:
                 over = child.final_want == "limit"
                 child.failure = _TOO_LITTLE_MEMORY if over else _NO_MEMORY_ABOVE
             child.start_by = min(child.start_by, self._looks)
             child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
             self._forget(child)
         elif child.job is None:
-            if child.failure is not None:
+            if child.failure is not None and child.order >= 0:  # it has had no order
                 say(f"a spare failed: {child.failure}")
             self._forget(child)
         else:

@@ -9,7 +9,7 @@ A launcher has one of two lives. One that a service has started serves that serv
 goes, its jobs go, and then the loop ends. One that runs on its own lets services in by its
 `Doorway` and keeps jobs, pipes and exit statuses while none is there; SIGTERM ends it. A start
 that nobody waits for any more, since the service went in the midst of it, is undone, and the next
-service is told that the program was not executed.
+service is told that the program was not executed, where that is sure.
 
 What must hold: the loop never waits for a child, for a file system that a job can slow down, or
 for the service to read.
