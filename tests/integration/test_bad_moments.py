@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import launch
+from jobworker.sandbox import channel, launch
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 
@@ -57,6 +57,39 @@ launcher_loop.Turns = Refusing
 from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
 """
 """A launcher that cannot watch a child by the method of one of these names, once."""
+
+FAULT = """
+import sys; sys.path.insert(0, sys.argv[1])
+from jobworker.sandbox import children, launcher_jobs, turns
+from jobworker.sandbox.children import Child, Nursery
+from jobworker.sandbox.launcher_jobs import Jobs
+turns.AGAIN_SECONDS = 0.01
+struck = []
+def call(*given, call=OWNER.NAME):
+    if not struck:
+        struck.append(given)
+        raise KeyError("on purpose")
+    return call(*given)
+OWNER.NAME = call
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher in which the first call of a function meets a fault that nobody foresaw."""
+
+FAULTY_LATE_START = """
+import sys; sys.path.insert(0, sys.argv[1])
+from jobworker.sandbox.launcher_jobs import Jobs
+waits = [True]
+def must_wait(jobs, order, must_wait=Jobs._must_wait):
+    is_second = bool(jobs._jobs) and waits
+    return waits.pop() if is_second else must_wait(jobs, order)
+def start(jobs, number, request, by, start=Jobs._start):
+    if request.job == 2:
+        raise KeyError("on purpose")
+    start(jobs, number, request, by)
+Jobs._must_wait, Jobs._start = must_wait, start
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher whose second start waits for the end of the first, and meets a fault then."""
 
 BAD_SPARES = """
 import sys; sys.path.insert(0, sys.argv[1])
@@ -147,3 +180,70 @@ def _name_of(pid: str) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().strip("\0")
     except OSError:  # it has ended
         return ""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        pytest.param("Child", "want", id="its end is looked into"),
+        pytest.param("Jobs", "_on_inspected", id="its volumes were looked at"),
+        pytest.param("launcher_jobs", "_end", id="its end is told"),
+        pytest.param("Nursery", "clear", id="its place is taken back"),
+    ],
+)
+def test_end_that_meets_an_unforeseen_fault_is_told_and_leaves_no_place_taken(
+    serving: Callable[..., Service], owner: str, name: str
+) -> None:
+    bootstrap = FAULT.replace("OWNER", owner).replace("NAME", name)
+    service = serving(bootstrap, max_jobs=1, spares=0)
+    volume = {"name": "kept", "size_bytes": 16 << 20, "thin": False}
+    assert "ok" in service.ask("volume.create", 1, **volume)[0]
+    mounted = {"volumes": [["kept", "/volumes/kept"]]}
+    for job in (1, 2):
+        reply, descriptors = service.spawn(job, "sh", "-c", "exit 3", **mounted)
+        assert "ok" in reply, reply
+        assert service.exit_of(job)["code"] == 3
+        assert "ok" in service.ask("remove", job)[0]
+        for descriptor in descriptors:
+            os.close(descriptor)
+    turns = service.ask("turns", 0)[0]["ok"]
+    assert isinstance(turns, dict)
+    assert turns["incidents"] == 1, "the fault has struck"
+
+
+def test_volume_whose_chore_meets_an_unforeseen_fault_is_told_of(
+    serving: Callable[..., Service],
+) -> None:
+    loop = "from jobworker.sandbox.launcher_loop import Launcher"
+    bootstrap = FAULT.replace("struck = []", f"{loop}\nstruck = []")
+    service = serving(bootstrap.replace("OWNER", "Launcher").replace("NAME", "_on_volume"))
+    reply, _ = service.ask("volume.create", 1, name="kept", size_bytes=16 << 20, thin=False)
+    assert "incident" in str(reply["error"])
+    listed = service.ask("volume.list", 1)[0]["ok"]
+    assert isinstance(listed, dict)
+    assert [volume["name"] for volume in listed["volumes"]] == ["kept"]
+
+
+def test_start_that_waits_and_meets_an_unforeseen_fault_is_refused(
+    serving: Callable[..., Service],
+) -> None:
+    service = serving(FAULTY_LATE_START)
+    reply, descriptors = service.spawn(1, "sleep", "600")
+    assert "ok" in reply, reply
+    late = {"id": 1000, "op": "spawn", "job": 2, **service.fields("true")}
+    channel.send(service.sock, late)
+    assert "ok" in service.ask("remove", 1)[0]
+    error = service.reply_to(1000)[0]["error"]
+    assert "launcher's log has it as incident" in str(error)
+    assert "ok" in service.spawn(3, "true")[0]
+    channel.close_all(descriptors)
+
+
+def test_removal_is_answered_though_nothing_can_watch_what_clears_away(
+    serving: Callable[..., Service],
+) -> None:
+    service = serving(NO_WATCH.replace("NAMES", "'_on_sweeper'"))
+    reply, descriptors = service.spawn(1, "sleep", "600")
+    assert "ok" in reply, reply
+    assert "ok" in service.ask("remove", 1)[0]
+    channel.close_all(descriptors)

@@ -2,16 +2,25 @@
 
 import errno
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from attrs import asdict
 
+from jobworker.errors import Busy
 from jobworker.sandbox import channel, launch
-from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.launch import (
+    LauncherProcess,
+    OpenedLauncher,
+    connect_launcher,
+    launcher_command,
+    start_launcher,
+)
+from jobworker.sandbox.policy import Policy, policy_message
 
 from .conftest import child_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture
@@ -21,34 +30,61 @@ import sys; sys.path.insert(0, sys.argv[1])
 import os, time
 from jobworker.sandbox import children, launcher_jobs, trampoline
 from jobworker.sandbox.children import Child
-given_up = []
+ending = []
 def send(child, errand):
     child._errand = errand
     os.pwrite(child.order, errand.image, 0)
 def begin(child):
-    child.sock.send(trampoline.GO)
-    os.close(child.order)
-    child.order = -1
-    time.sleep(0.5)
+    if child.order >= 0:
+        child.sock.send(trampoline.GO)
+        os.close(child.order)
+        child.order = -1
+        time.sleep(0.5)
+    while "MOMENT" == "greedy" and not child.want():
+        time.sleep(0.01)
 def hear(child, hear=Child.hear):
     try:
         return hear(child)
     except BlockingIOError:
-        if child in given_up and child.order >= 0:
+        if ending and child.request is not None:
             begin(child)
         raise
 def give_up(jobs, child, why, give_up=launcher_jobs.Jobs._give_up):
     if "MOMENT" == "before":
         begin(child)
-    given_up.append(child)
+    ending.append(child)
     return give_up(jobs, child, why)
+def undo(jobs, undo=launcher_jobs.Jobs.undo_starts):
+    if "MOMENT" == "before":
+        for child in jobs._jobs.values():
+            begin(child)
+    ending.append(jobs)
+    undo(jobs)
 if "MOMENT" == "never":
     children.become_job = lambda *_: time.sleep(600)
-Child.send, Child.hear, launcher_jobs.Jobs._give_up = send, hear, give_up
+Child.send, Child.hear = send, hear
+launcher_jobs.Jobs._give_up, launcher_jobs.Jobs.undo_starts = give_up, undo
 from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
 """
 """A launcher that lets a job's program begin only at MOMENT: before its start is given up, or after
-the look whether it has begun, before the kill. Or never: no child gets on with its preparation."""
+the look whether it has begun, before the kill. There a greedy one takes more memory than it may. Or
+never: no child gets on with its preparation."""
+
+NO_PLACE = """
+import sys; sys.path.insert(0, sys.argv[1])
+import errno
+from jobworker.sandbox import launcher_jobs, service_link
+launcher_jobs.START_SECONDS = 1.0
+launcher_jobs.Jobs._must_wait = lambda *_: True
+class Broken(service_link.Outbox):
+    def send(self, message, descriptors):
+        if "error" in message:
+            raise OSError(errno.ENOBUFS, "on purpose")
+        super().send(message, descriptors)
+service_link.Outbox = Broken
+from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+"""
+"""A launcher whose starts wait for a place in vain, and whose word of that ends the connection."""
 
 
 @pytest.fixture
@@ -69,6 +105,60 @@ def serving(
     for service in made:
         service.sock.close()
         assert service.leaves() == 0
+
+
+class Outside:
+    """A launcher that outlives its services."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy, self._path = policy, f"{Path(policy.stage).parent}/launcher.sock"
+        self._latest: Service | None = None
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with near, far, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(self._path)
+            listener.listen()
+            command = launcher_command(far.fileno())
+            self.process = subprocess.Popen(command, pass_fds=[far.fileno()], env={}, cwd="/")
+            carries = {"service_uid": 0, "carries": ["listener"]}
+            channel.send(near, {**policy_message(policy), **carries}, [listener.fileno()])
+
+    def connect(self) -> tuple[Service, OpenedLauncher]:
+        """Be its next service: what that is told, too. The one before goes."""
+        if self._latest is not None:
+            self._latest.sock.close()
+        while True:
+            with suppress(Busy):  # the end of the one before is not seen yet
+                opened = connect_launcher(self._path)
+                for job in opened.jobs:
+                    channel.close_all([job.stdout, job.stderr])
+                launcher = LauncherProcess(process=self.process, **asdict(opened, recurse=False))
+                self._latest = Service(launcher, self._policy)
+                return self._latest, opened
+
+    def end(self) -> None:
+        """End it, and see that nothing of it is left."""
+        self.process.terminate()
+        assert self._latest is not None
+        self._latest.sock.close()
+        assert self._latest.leaves() == 0
+
+
+@pytest.fixture
+def outside(
+    make_policy: Callable[..., Policy],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[str], Outside]]:
+    """Starts a launcher that outlives its services, by a program."""
+    made: list[Outside] = []
+
+    def start(bootstrap: str) -> Outside:
+        monkeypatch.setattr(launch, "_BOOTSTRAP", bootstrap)
+        made.append(Outside(make_policy()))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
 
 
 @pytest.fixture
@@ -107,16 +197,22 @@ def trampolines(launcher: int, *, below_init: bool) -> list[int]:
     return [pid for parent in parents for pid in children(parent) if is_one(pid)]
 
 
-def give_up(
-    service: Service, listener: socket.socket, *, init: bool = False, prepared: bool = True
-) -> list[Message]:
-    """Have a start given up for which nothing but the word to go on is missing: its replies.
+def spawn(
+    service: Service,
+    listener: socket.socket,
+    *,
+    init: bool = False,
+    prepared: bool = True,
+    then: str = "exit 5",
+    **changes: object,
+) -> None:
+    """Ask for a start for which nothing but the word to go on is missing.
 
     Unless it is not even to be `prepared`.
     """
     launcher, port = child_of(service.process.pid), listener.getsockname()[1]
-    command = ("bash", "-c", f"echo > /dev/tcp/127.0.0.1/{port}; exit 5")
-    spawn = {"id": 101, "op": "spawn", "job": 1, **service.fields(*command), "init": init}
+    fields = service.fields("bash", "-c", f"echo > /dev/tcp/127.0.0.1/{port}; {then}")
+    spawn = {"id": 101, "op": "spawn", "job": 1, **fields, "init": init, **changes}
     if init:
         channel.send(service.sock, spawn)
     deadline = time.monotonic() + 20
@@ -125,6 +221,11 @@ def give_up(
         time.sleep(0.01)
     if not init:
         channel.send(service.sock, spawn)
+
+
+def give_up(service: Service, listener: socket.socket, **changes: object) -> list[Message]:
+    """Have such a start given up: the replies to both."""
+    spawn(service, listener, **changes)  # type: ignore[arg-type]
     channel.send(service.sock, {"id": 102, "op": "give_up", "job": 1})
     replies: dict[object, Message] = {}
     while len(replies) < 2:
@@ -178,3 +279,65 @@ def test_program_whose_init_was_not_executed_either_is_told_as_not_executed(
     assert isinstance(error, dict)
     assert error["errno"] == errno.ECANCELED
     assert runs_told(listener) == 0
+
+
+def test_program_that_may_have_begun_is_told_so_also_where_it_took_too_much_memory(
+    serving: Callable[[str], Service], listener: socket.socket
+) -> None:
+    greedy = {"then": "exec tail /dev/zero", "memory_bytes": 64 << 20}
+    started, _ = give_up(serving("greedy"), listener, init=True, **greedy)
+    assert "may have begun" in str(started["error"])
+    assert runs_told(listener) == 1
+
+
+def test_start_that_may_have_begun_is_not_made_again_by_the_next_service(
+    outside: Callable[[str], Outside], listener: socket.socket
+) -> None:
+    launcher = outside(BEGINS_LATE.replace("MOMENT", "after"))
+    service, _ = launcher.connect()
+    started, _ = give_up(service, listener, init=True)
+    assert "may have begun" in str(started["error"])
+    service, opened = launcher.connect()
+    assert opened.unstarted == frozenset()
+    assert runs_told(listener) == 1
+
+
+@pytest.mark.parametrize(
+    ("moment", "init", "runs"),
+    [("after", False, 0), ("after", True, 1), ("before", False, 1), ("before", True, 1)],
+)
+def test_program_runs_or_is_told_to_the_next_service_as_not_executed(
+    outside: Callable[[str], Outside],
+    listener: socket.socket,
+    moment: str,
+    init: bool,
+    runs: int,
+) -> None:
+    """Its service goes in the midst of the start."""
+    launcher = outside(BEGINS_LATE.replace("MOMENT", moment))
+    service, _ = launcher.connect()
+    spawn(service, listener, init=init)
+    service, opened = launcher.connect()
+    assert runs_told(listener) == runs
+    assert opened.unstarted == (frozenset() if runs else {1})
+    assert [job.job for job in opened.jobs] == ([1] if moment == "before" else [])
+    if moment == "before":
+        end = opened.jobs[0].exit
+        assert (end.code if end else service.exit_of(1)["code"]) == 5, "it goes on"
+        assert "ok" in service.ask("remove", 1)[0]
+
+
+def test_starts_that_wait_are_refused_together_where_the_first_word_of_it_ends_the_connection(
+    outside: Callable[[str], Outside], capfd: pytest.CaptureFixture[str]
+) -> None:
+    launcher = outside(NO_PLACE)
+    service, _ = launcher.connect()
+    for job in (1, 2):
+        fields = service.fields("true")
+        channel.send(service.sock, {"id": 100 + job, "op": "spawn", "job": job, **fields})
+    assert channel.receive(service.sock) is None
+    service, opened = launcher.connect()
+    assert opened.unstarted == {1, 2}
+    turns = service.ask("turns", 0)[0]["ok"]
+    assert isinstance(turns, dict)
+    assert turns["incidents"] == 0, capfd.readouterr().err

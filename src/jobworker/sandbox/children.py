@@ -63,6 +63,8 @@ class Child:
     """What was asked for of its end, for the next service."""
     start_by = 0
     """When its start is given up: at which look at starts (`launcher_jobs`)."""
+    end_is_taken = False
+    """Whether its last words were heard and its losses are looked for: then what it held may go."""
 
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope

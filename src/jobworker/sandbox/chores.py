@@ -80,8 +80,8 @@ class Chores:
                 outcome = outcome if received is None else received[0]
             except (OSError, ProtocolError):
                 pass  # it was killed before it could tell
-        self._start_next()
-        done(outcome)
+        self._turns.see_through(self._start_next)
+        self._hand_over(done, outcome)
 
     def _start_next(self) -> None:
         while self._waiting and self._running < self._at_once:
@@ -89,7 +89,18 @@ class Chores:
             try:
                 self._run(work, done, holding)
             except OSError as error:  # no process to be had
-                done(_failure(error))
+                self._hand_over(done, _failure(error))
+
+    def _hand_over(self, done: Done, outcome: channel.Message) -> None:
+        """Tell an outcome; one that meets an unexpected fault is told as a failure.
+
+        Whoever asked would wait for ever.
+        """
+        try:
+            done(outcome)
+        except Exception:  # noqa: BLE001 - recorded
+            incident = self._turns.record("the outcome of a chore")
+            done({"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"})
 
 
 def _work_and_exit(work: Work, far: socket.socket, holding: Sequence[int]) -> NoReturn:

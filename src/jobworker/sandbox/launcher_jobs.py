@@ -104,7 +104,7 @@ class Jobs:
         self._late: deque[tuple[int, requests.Spawn, int]] = deque()
         """Starts that wait for a place which an ended child still has, and until which look."""
         self._unstarted: dict[int, None] = {}
-        """Jobs that were to be started and whose program was not executed, so far or at all."""
+        """Jobs that were to be started and whose program has surely not run, so far or at all."""
         self._looks = 0
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
@@ -166,11 +166,12 @@ class Jobs:
         self._late.clear()
         for child in list(self._children):
             child.when_cleared = None
-            if child.request is not None and child.sock is not None:
-                self._on_word(child)  # its program may run by now: then it goes on
-            if child.request is not None:
-                child.request = None
-                self.remove(child)
+            self._turns.see_through(partial(self._undo_start, child))
+
+    def _undo_start(self, child: Child) -> None:
+        if self._give_up(child, _GIVEN_UP):
+            child.request = None
+            self._forget(child)
 
     def end_all(self) -> None:
         """End every child, for good."""
@@ -226,7 +227,11 @@ class Jobs:
         return child is not None and self._give_up(child, _GIVEN_UP)
 
     def _give_up(self, child: Child, why: channel.Message) -> bool:
-        """Kill a child that starts, for a reason which says that its program was not executed."""
+        """Kill a child that starts, for a reason which says that its program was not executed.
+
+        Where that is not sure, the start is told as one whose program may have run, and no service
+        is told to make it again. False where the program runs: it goes on.
+        """
         if child.request is None:
             return False
         is_held = held_starts.hold(child)
@@ -235,7 +240,10 @@ class Jobs:
         if child.request is None:
             held_starts.go_on(child)
             return False
-        child.failure = child.failure or (why if is_held else _MAY_HAVE_RUN)
+        if child.failure is None:
+            child.failure = why if is_held else _MAY_HAVE_RUN
+            if not is_held and child.job is not None:
+                self._unstarted.pop(child.job, None)
         child.start_by = min(child.start_by, self._looks)
         self.kill(child)
         return True
@@ -259,8 +267,9 @@ class Jobs:
         self, applies: Callable[[requests.Spawn, int], bool], why: channel.Message
     ) -> None:
         for late in [each for each in self._late if applies(each[1], each[2])]:
-            self._late.remove(late)
-            self._tell({"id": late[0], "error": why}, ())
+            if late in self._late:  # else the word of the one before has found the service gone
+                self._late.remove(late)
+                self._tell({"id": late[0], "error": why}, ())
 
     def _abandon(self, child: Child) -> None:
         """Tell that a start has failed though something of it is left: its place stays taken."""
@@ -283,6 +292,8 @@ class Jobs:
                 self._start(number, request, by)
             except (OSError, JobworkerError) as error:
                 self._tell({"id": number, "error": problem("spawn", error)}, ())
+            except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+                self._tell({"id": number, "error": fault(self._turns.record("Spawn"))}, ())
 
     def _start(self, number: int, request: requests.Spawn, by: int) -> None:
         errand = trampoline.errand(*finish(request.order))
@@ -342,7 +353,7 @@ class Jobs:
             self._usual_limits = request.limits
             name_host(child, request.order.hostname)
             child.send(errand)
-        except (OSError, JobworkerError):
+        except Exception:
             self.kill(child)
             raise
         self._jobs[request.job] = child
@@ -428,14 +439,19 @@ class Jobs:
             started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
             child.request, child.started_at = None, time.monotonic()
             self._unstarted.pop(child.job, None)
-            self._kernel_watch.wake()
-            self._wall_in(child)
             self._tell(started, (child.stdout, child.stderr))
+            self._kernel_watch.wake()
+            self._turns.see_through(partial(self._wall_in, child))
 
     def _on_exit(self, child: Child) -> None:
+        how = status_of(child)
         self._turns.unwatch(child.pidfd)
-        child.exit, child.ended_at, child.doomed = status_of(child), time.monotonic(), True
+        child.exit, child.ended_at, child.doomed = how, time.monotonic(), True
         self._zombies.take(child.pidfd)
+        self._turns.see_through(partial(self._take_end, child))
+
+    def _take_end(self, child: Child) -> None:
+        """Hear an ended child's last words and tell its end; then what it held goes."""
         child.final_want = child.want()
         try:
             child.final_usage = child.usage()
@@ -446,21 +462,22 @@ class Jobs:
         if child.sock is not None:  # its last words come before its end
             self._on_word(child)
         if child.request is not None:  # the start failed: tell once nothing of it is left
-            if child.final_want:
+            if child.final_want and child.failure is not _MAY_HAVE_RUN:
                 over = child.final_want == "limit"
                 child.failure = _TOO_LITTLE_MEMORY if over else _NO_MEMORY_ABOVE
             child.start_by = min(child.start_by, self._looks)
             child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
             self._forget(child)
         elif child.job is None:
-            if child.failure is not None:
+            if child.failure is not None and child.order >= 0:  # it has had no order
                 say(f"a spare failed: {child.failure}")
             self._forget(child)
         else:
             if child.root is not None and disk_images.lost_writes(child.root):
-                child.lost.append("")
+                child.lost = [""]
             self._inspect_volumes(child)
-        self._clear(child)
+        child.end_is_taken = True
+        self._turns.see_through(partial(self._clear, child))
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
         if child.request is not None:  # else it was told already, or nobody waits for it
@@ -472,7 +489,7 @@ class Jobs:
     def _inspect_volumes(self, child: Child) -> None:
         """Find out whether what the job wrote to its volumes is there, and tell its end."""
         if not child.volume_roots:
-            self._tell_end(child)
+            self._turns.see_through(partial(self._tell_end, child))
             return
         work = partial(_find_losses, dict(child.volume_roots))
         roots = list(child.volume_roots.values())
@@ -504,7 +521,7 @@ class Jobs:
         child.inspected = False
         self._nursery.give_back_volumes(child)
         self._watch_sweepers()
-        self._tell_end(child)
+        self._turns.see_through(partial(self._tell_end, child))
 
     def _tell_end(self, child: Child) -> None:
         child.end_is_known = True
@@ -550,7 +567,7 @@ class Jobs:
         if child.exit is None:
             self._turns.call_in(TOGETHER_SECONDS, partial(self._tell_network_end, child, how))
         if child.exit is not None:
-            self._clear(child)
+            self._turns.see_through(partial(self._clear, child))
 
     def _tell_network_end(self, child: Child, how: str) -> None:
         """Tell that a job goes on without its network; a moment later, since all of it may end."""
@@ -586,7 +603,7 @@ class Jobs:
 
     def _clear(self, child: Child) -> None:
         """Take back what an ended child held, now or in a moment."""
-        if child not in self._children:
+        if child not in self._children or not child.end_is_taken:
             return
         self._oom_watch.forget(child)
         try:
@@ -632,7 +649,10 @@ class Jobs:
     def _watch_sweepers(self) -> None:
         for pidfd in self._nursery.sweepers.running:
             if not self._turns.watches(pidfd):
-                self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
+                try:
+                    self._turns.watch(pidfd, partial(self._on_sweeper, pidfd))
+                except OSError:  # of epoll: no memory, or no more watches to be had
+                    self._turns.call_in(SWEEP_AGAIN_SECONDS, self._watch_sweepers)
         if self._nursery.sweepers.stuck:
             self._turns.call_in(SWEEP_AGAIN_SECONDS, self._sweep_again)
 
@@ -642,8 +662,10 @@ class Jobs:
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)
-        self._nursery.sweepers.reap(pidfd)
-        self._watch_sweepers()
+        try:
+            self._nursery.sweepers.reap(pidfd)
+        finally:
+            self._watch_sweepers()
 
 
 def _too_long(held: str) -> channel.Message:
@@ -725,6 +747,12 @@ def deliver(child: Child, number: int) -> bool:
                 return False
     signal.pidfd_send_signal(child.pidfd, number)
     return True
+
+
+def fault(incident: str) -> channel.Message:
+    """A refusal of a request that met an unexpected fault, which the log has by this number."""
+    why = f"an unexpected fault; the launcher's log has it as incident {incident}"
+    return {"step": "launcher", "errno": 0, "detail": why}
 
 
 def problem(step: str, error: OSError | JobworkerError) -> channel.Message:

@@ -9,7 +9,7 @@ A launcher has one of two lives. One that a service has started serves that serv
 goes, its jobs go, and then the loop ends. One that runs on its own lets services in by its
 `Doorway` and keeps jobs, pipes and exit statuses while none is there; SIGTERM ends it. A start
 that nobody waits for any more, since the service went in the midst of it, is undone, and the next
-service is told that the program was not executed.
+service is told that the program was not executed, where that is sure.
 
 What must hold: the loop never waits for a child, for a file system that a job can slow down, or
 for the service to read.
@@ -32,7 +32,7 @@ from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.doorway import Doorway
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, keep_ask, listed, problem
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, fault, keep_ask, listed, problem
 from jobworker.sandbox.service_link import ServiceLink
 from jobworker.sandbox.turns import Turns
 from jobworker.sandbox.version import PROTOCOL, mismatch
@@ -112,9 +112,9 @@ class Launcher:
             self._leave(reason)  # the descriptors are left open: they end with the process
             return
         say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
-        self._disposal.take(descriptors)
         self._jobs.undo_starts()
         self._doorway.go_on()
+        self._disposal.take(descriptors)
 
     def _serve(self, number: int, request: requests.Request) -> None:
         try:
@@ -131,9 +131,7 @@ class Launcher:
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(type(request).__name__.lower(), error))
         except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
-            incident = self._turns.record(type(request).__name__)
-            why = f"an unexpected fault; the launcher's log has it as incident {incident}"
-            self._refuse(number, {"step": "launcher", "errno": 0, "detail": why})
+            self._refuse(number, fault(self._turns.record(type(request).__name__)))
 
     def _greet(self, number: int, protocol: int) -> None:
         why = mismatch(PROTOCOL, protocol)

@@ -6,7 +6,8 @@ there is one of each: setting it again moves it. A watched descriptor is closed 
 
 An unexpected exception ends the call that it struck and no more: the log has it, it is counted, and
 what raised it is called again a while later, where it is still watched. All jobs would end with the
-launcher otherwise.
+launcher otherwise. What is not watched any more, such as the rest of an end, is called by
+`see_through`.
 
 A turn takes few events, so that one with many of them keeps nobody waiting, and is timed: all jobs
 wait for the longest one. What counts is how long the thread ran or waited for the kernel; the time
@@ -31,6 +32,8 @@ SLOW_SECONDS = 0.02
 """The promise: no turn is longer. One that is, is told in the log."""
 AGAIN_SECONDS = 1.0
 """What has raised an exception rests this long: it may raise one each time."""
+TRIES = 10
+"""How often `see_through` calls in all: over some eight minutes, since each pause doubles."""
 _LOOK_SECONDS = 0.002
 """A shorter turn is not looked at more closely."""
 
@@ -98,6 +101,20 @@ class Turns:
     def cancel(self, call: Call) -> None:
         """Undo `call_in`."""
         self._alarms.pop(call, None)
+
+    def see_through(self, call: Call, tried: int = 0) -> None:
+        """Call now, and again later where that raises an unexpected exception, up to `TRIES` times.
+
+        For what nobody asks for a second time: a process ends once.
+        """
+        if self._survive(call):
+            return
+        tried += 1
+        if tried < TRIES:
+            pause = AGAIN_SECONDS * 2 ** (tried - 1)
+            self.call_in(pause, partial(self.see_through, call, tried))
+        else:
+            say(f"{_name(call)} is given up: it has failed {tried} times")
 
     def turn(self) -> None:
         """Wait until there is something to do, and do it."""

@@ -19,7 +19,7 @@ class NoJobs:
     """What the loop asks of jobs, where that can be answered without any."""
 
     def __init__(self, *_: object) -> None:
-        self.asked = 0
+        self.asked = self.undone = 0
 
     def promised_bytes(self) -> int:
         self.asked += 1
@@ -29,7 +29,8 @@ class NoJobs:
         self.asked += 1
         return []
 
-    def undo_starts(self) -> None: ...
+    def undo_starts(self) -> None:
+        self.undone += 1
 
 
 def make_launcher(monkeypatch: pytest.MonkeyPatch) -> tuple[Launcher, NoJobs]:
@@ -113,3 +114,31 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
             launcher._turns.turn()
         assert launcher._link is not None
         launcher._link._sock.close()
+
+
+def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launcher, jobs = make_launcher(monkeypatch)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service,
+    ):
+        listener.bind(str(tmp_path / "launcher.sock"))
+        listener.listen()
+        launcher.serve_callers(listener, {os.getuid()})
+        service.connect(listener.getsockname())
+        launcher._turns.turn()
+        assert launcher._link is not None
+        left = list[int]()
+
+        def fail(descriptors: list[int]) -> None:
+            left.extend(descriptors)
+            raise KeyError("unforeseen")
+
+        monkeypatch.setattr(launcher._disposal, "take", fail)
+        service.close()
+        launcher._turns.turn()
+        assert len(left) == 1
+        assert jobs.undone == 1
+        channel.close_all(left)

@@ -6,7 +6,14 @@ import time
 import pytest
 
 from jobworker.sandbox import turns as turns_module
-from jobworker.sandbox.turns import EVENTS_A_TURN, SLOW_SECONDS, Turns
+from jobworker.sandbox.turns import (
+    AGAIN_SECONDS,
+    EVENTS_A_TURN,
+    SLOW_SECONDS,
+    TRIES,
+    Call,
+    Turns,
+)
 
 
 def test_turn_takes_few_events_and_the_next_one_the_others() -> None:
@@ -66,6 +73,48 @@ def test_unexpected_exception_ends_its_call_alone_and_is_tried_again(
     log = capfd.readouterr().err
     assert "fail_once" in log
     assert "KeyError: 'unforeseen'" in log
+
+
+def test_call_that_is_seen_through_is_made_again_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
+    turns, called = Turns(), list[str]()
+
+    def fail_once() -> None:
+        called.append("once")
+        if called.count("once") == 1:
+            raise KeyError("unforeseen")
+
+    def fail() -> None:
+        called.append("always")
+        raise KeyError("unforeseen")
+
+    turns.see_through(fail_once)
+    turns.see_through(fail)
+    assert called == ["once", "always"]
+    for _ in range(2 * TRIES):
+        turns.call_in(0, lambda: None)
+        turns.turn()
+    assert (called.count("once"), called.count("always")) == (2, TRIES)
+    assert turns.take_times().incidents == 1 + TRIES
+    assert "fail is given up: it has failed 10 times" in capfd.readouterr().err
+
+
+def test_call_that_is_seen_through_rests_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, pauses = Turns(), list[float]()
+
+    def keep(seconds: float, call: Call) -> None:
+        pauses.append(seconds)
+        if len(pauses) < 4:
+            call()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(turns, "call_in", keep)
+    turns.see_through(fail)
+    assert pauses == [AGAIN_SECONDS * each for each in (1, 2, 4, 8)]
 
 
 def test_source_that_raises_each_time_rests(monkeypatch: pytest.MonkeyPatch) -> None:
