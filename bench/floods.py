@@ -28,7 +28,7 @@ UPGRADE = (
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
     b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n"
 )
-TEXT, PING = 1, 9
+CONTINUATION, TEXT, PING = 0, 1, 9
 MIB = 1 << 20
 CONNECTIONS = 4
 STANDING_SECONDS = 0.1
@@ -53,6 +53,11 @@ def frame(opcode: int, payload: bytes) -> bytes:
     else:
         length = b"\xff" + struct.pack("!Q", size)
     return bytes([0x80 | opcode]) + length + bytes(4) + payload
+
+
+def unfinished(whole: bytes) -> bytes:
+    """The same frame as a part of a message that goes on."""
+    return bytes([whole[0] & 0x7F]) + whole[1:]
 
 
 def request(number: int, method: str, params: object) -> bytes:
@@ -118,9 +123,13 @@ class Target:
         self.host, self.port = host, int(port)
         self.asked = 0
         self.context = ssl.create_default_context(cafile=certs / "ca-cert.pem")
-        self.context.load_cert_chain(
-            certs / "admin-client-cert.pem", certs / "admin-client-key.pem"
-        )
+        self._certs = certs
+        self.be("admin-client")
+
+    def be(self, name: str) -> None:
+        """Show that certificate from now on."""
+        certificate, key = (self._certs / f"{name}-{each}.pem" for each in ("cert", "key"))
+        self.context.load_cert_chain(certificate, key)
 
     async def dial(self, buffer: int | None = None) -> trio.SocketStream:
         """A TCP connection, which takes little where `buffer` is small."""
@@ -337,6 +346,23 @@ async def pings(target: Target) -> Stage:
     return lambda: _on_each(keep_pinging)
 
 
+async def fragments(target: Target) -> Stage:
+    """Parts of messages that never end, from a client whose large messages are dropped."""
+    target.be("viewer-client")
+    part = unfinished(frame(CONTINUATION, b" " * 520))
+
+    async def send() -> None:
+        async with target.peer() as peer:
+            while True:
+                await peer.send(unfinished(frame(TEXT, b"[")))
+                for _ in range(100):
+                    await peer.send(part * 64)
+                    target.asked += 64
+                await peer.send(frame(CONTINUATION, b"]"))
+
+    return lambda: _on_each(send, 150)
+
+
 async def garbage(target: Target) -> Stage:
     """Bytes that are no TLS, frames that are no WebSocket, messages that are no request."""
     wrong = (
@@ -427,6 +453,7 @@ FLOODS = {
     "ends": Flood("ends with 200 followers", ends),
     "unread": Flood("half-read replies", unread),
     "pings": Flood("pings", pings),
+    "fragments": Flood("fragments on 150 connections", fragments),
     "garbage": Flood("garbage", garbage),
     "connects": Flood("connects", connects),
     "hellos": Flood("handshakes never ended", hellos),

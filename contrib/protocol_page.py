@@ -16,11 +16,14 @@ from typing import Any
 import attrs
 
 from jobworker.config_limits import ConnectionLimits
-from jobworker.errors import error_classes
+from jobworker.errors import TooManyFrames, error_classes
 from jobworker.model.job import JobRecord
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import METHODS
 from jobworker.protocol.schema import REFERENCE, default_of, field_descriptions, first_line
+from jobworker.server.connection import MAX_FRAGMENTS
+from jobworker.server.conversation import SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
+from jobworker.server.frame_scan import SMALL_BYTES
 
 PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"
 
@@ -213,7 +216,23 @@ def limits() -> list[str]:
     return lines
 
 
-SECTIONS = {"methods": methods, "types": types, "errors": errors, "limits": limits}
+def frames() -> list[str]:
+    """The bounds on frames."""
+    return [
+        f"A message has {MAX_FRAGMENTS:,} frames at the most (the connection is cut).",
+        f"A connection has {SMALL_FRAMES_PER_SECOND} control frames and unfinished parts of less",
+        f"than {SMALL_BYTES:,} bytes a second, after {SMALL_FRAMES_BURST:,} at once",
+        f"(`{TooManyFrames.name}`, closed with 1013).",
+    ]
+
+
+SECTIONS = {
+    "methods": methods,
+    "types": types,
+    "errors": errors,
+    "limits": limits,
+    "frames": frames,
+}
 
 
 def rendered(page: str) -> str:

@@ -2,10 +2,12 @@
 
 OpenSSL works on two buffers in memory, never on the socket: there a peer's messages below the
 application (RFC 8446, section 4.6) would hold the event loop for as long as they came, and a
-half-sent record would stand in the way of all else. trio.SSLStream has such buffers too, but reads
-a record (16 KiB) at a time and encrypts a message as a whole. Here a message is encrypted and sent
-a few records at a time, so that what is copied stays in the processor's cache, and a read goes on
-while there is more, so that a large message costs few turns of the loop.
+half-sent record would stand in the way of all else. It gets one record at a time, since it makes
+all changes of keys (section 4.6.3) that it has before it returns: six hundred took 10 to 20 ms.
+trio.SSLStream has such buffers too, but reads a record (16 KiB) at a time and encrypts a message as
+a whole. Here a message is encrypted and sent a few records at a time, so that what is copied stays
+in the processor's cache, and a read goes on while there is more, so that a large message costs few
+turns of the loop.
 
 A message that was cut off breaks the stream for all who would send after it. An end of which TLS
 said nothing reads like any other: WebSocket has one of its own. In TLS 1.3 the server judges the
@@ -19,7 +21,7 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
@@ -30,6 +32,7 @@ Data = bytes | bytearray | memoryview
 
 RECORD_BYTES = 16_384
 """Of plain text, at the most: RFC 8446, section 5.1."""
+RECORD_HEADER_BYTES = 5
 BATCH_BYTES = 4 * RECORD_BYTES
 MAX_LINGER_BYTES = 16 << 20
 LEAST_TAKEN_BYTES = 4096
@@ -38,6 +41,10 @@ _DER = 2
 """ENCODING_DER of CPython's module _ssl."""
 _BYTES_ACKED = struct.Struct("=120xQ")
 """Of struct tcp_info, linux/tcp.h."""
+
+
+async def _at_once() -> None:
+    pass
 
 
 class TLSStream(trio.abc.Stream):
@@ -51,6 +58,7 @@ class TLSStream(trio.abc.Stream):
         server_side: bool = False,
         server_name: str | None = None,
         receive_bytes: int = RECORD_BYTES,
+        take_turn: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         """`receive_bytes` is what is taken from the socket in one turn of the loop."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -64,7 +72,13 @@ class TLSStream(trio.abc.Stream):
         self.socket.setblocking(False)
         self.stall_seconds = math.inf
         """How long a peer may take nothing of what is being sent to it."""
+        self.take_turn = take_turn
+        """Waits until a record, or the part of one that has come, may be decrypted or dropped."""
         self._receive_bytes = receive_bytes
+        self._received = memoryview(b"")
+        """What OpenSSL was not given yet."""
+        self._record_left = 0
+        """What it was not given yet of the record that it has the beginning of."""
         self._unsent = memoryview(b"")
         self._sending = trio.StrictFIFOLock()
         self._broken = self._finished = False
@@ -75,9 +89,11 @@ class TLSStream(trio.abc.Stream):
             try:
                 self.tls.do_handshake()
             except ssl.SSLWantReadError:
-                await self._flush()
-                await self._receive_more()
-                await trio.lowlevel.checkpoint()
+                if not self._give_record():
+                    await self._flush()
+                    await self._receive_more()
+                    await trio.lowlevel.checkpoint()
+                await self.take_turn()
             except ssl.SSLError as error:
                 with suppress(BlockingIOError, trio.BrokenResourceError):
                     self._flush_now()
@@ -129,7 +145,9 @@ class TLSStream(trio.abc.Stream):
             if fruitless:  # messages below the application, of which a peer may send any number
                 await trio.lowlevel.checkpoint()
             fruitless = True
-            yielded = await self._receive_more() or yielded
+            if not self._give_record():
+                yielded = await self._receive_more() or yielded
+            await self.take_turn()
 
     def _read_some(self, size: int) -> bytes | None:
         try:
@@ -149,6 +167,8 @@ class TLSStream(trio.abc.Stream):
                 try:
                     count = int(self.tls.read(len(buffer) - filled, buffer[filled:]))  # type: ignore[call-overload, unused-ignore]
                 except ssl.SSLWantReadError:
+                    if self._give_record():
+                        continue
                     if filled == at_last_receive or not self._receive_now():
                         return filled or None
                     at_last_receive = filled
@@ -180,9 +200,27 @@ class TLSStream(trio.abc.Stream):
         except OSError as error:
             raise trio.BrokenResourceError from error
         if data:
-            self._incoming.write(data)
+            self._received = memoryview(bytes(self._received) + data if self._received else data)
+            self._give_record()
         else:
+            self._incoming.write(self._received)
+            self._received = memoryview(b"")
             self._incoming.write_eof()
+        return True
+
+    def _give_record(self) -> bool:
+        """Give OpenSSL the next record, or what has come of it; False where that is nothing."""
+        received = self._received
+        if not self._record_left and len(received) >= RECORD_HEADER_BYTES:
+            length = int.from_bytes(received[3:RECORD_HEADER_BYTES])
+            self._record_left = RECORD_HEADER_BYTES + length
+        given = received[: self._record_left]
+        if not given:
+            return False
+        self._incoming.write(given)
+        self._record_left -= len(given)
+        more = len(received) > len(given)  # an empty view would hold all that it was cut from
+        self._received = received[len(given) :] if more else memoryview(b"")
         return True
 
     # --- sending ----------------------------------------------------------------------------
@@ -319,6 +357,7 @@ class TLSStream(trio.abc.Stream):
                     break
                 left -= len(data)
                 await trio.lowlevel.checkpoint()
+                await self.take_turn()
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:

@@ -307,6 +307,39 @@ async def test_peer_may_change_keys_while_nothing_can_be_sent(contexts: Contexts
     assert heard == [b"0", b"1", b"2"]
 
 
+async def test_each_change_of_keys_takes_a_turn(contexts: Contexts) -> None:
+    async with pair(contexts) as (ours, theirs):
+        keys = Keys(theirs._ssl_object)
+        for _ in range(500):
+            keys.change(ask=False)
+            theirs._ssl_object.do_handshake()
+        changes, turns = bytes(theirs._outgoing.read()), 0
+        assert len(changes) < RECORD_BYTES, "the control: it comes in one read"
+
+        async def take_turn() -> None:
+            nonlocal turns
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+        ours.take_turn = take_turn
+        await theirs.transport_stream.send_all(changes)
+        await theirs.send_all(b"and then")
+        assert await ours.receive_some() == b"and then"
+        assert turns > 500
+
+
+async def test_record_that_waits_for_its_turn_is_not_lost(contexts: Contexts) -> None:
+    async with pair(contexts) as (ours, theirs):
+        ours.take_turn = trio.sleep_forever
+        for number in range(3):
+            await theirs.send_all(b"%d" % number)
+        with trio.move_on_after(0.1) as waiting:
+            await ours.receive_some()
+        assert waiting.cancelled_caught, "the control: it waited"
+        ours.take_turn = trio.lowlevel.checkpoint
+        assert [await ours.receive_some() for _ in range(3)] == [b"0", b"1", b"2"]
+
+
 async def test_endless_changes_of_keys_leave_others_their_turns(contexts: Contexts) -> None:
     async with pair(contexts) as (ours, theirs), trio.open_nursery() as nursery:
         keys = Keys(theirs._ssl_object)

@@ -33,7 +33,7 @@ def directory() -> Iterator[Path]:
 LONG = [pytest.param(name, marks=pytest.mark.soak) for name in ("unread", "garbage", "connects")]
 
 
-@pytest.mark.parametrize("name", ["follows", "ends", *LONG])
+@pytest.mark.parametrize("name", ["follows", "ends", "fragments", *LONG])
 async def test_flood_leaves_a_quiet_client_in_peace(directory: Path, name: str) -> None:
     row = await flood(directory, name, 6 if name == "follows" else 1.5, idle_seconds=0.5)
     assert row.asked

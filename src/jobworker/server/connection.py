@@ -37,6 +37,7 @@ from jobworker.server.admission import Admission, Arrival, network_of
 from jobworker.server.auditor import Auditor
 from jobworker.server.conversation import Conversation
 from jobworker.server.door import Door, PeerCertificates, Visitor
+from jobworker.server.frame_scan import RECORD_COST
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.http_head import (
     CLOSE_SECONDS,
@@ -97,7 +98,12 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             arrival.has_turn()
             _keep_alive(tcp)
             fittings = door.fittings
-            stream = TLSStream(tcp, fittings.tls, server_side=True)
+            stream = TLSStream(
+                tcp,
+                fittings.tls,
+                server_side=True,
+                take_turn=partial(context.incoming.enter, network, RECORD_COST),
+            )
             http, head = http_connection(), None
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
@@ -112,7 +118,10 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 stream.stall_seconds = context.stall_seconds
                 visitor = inside.enter_context(door.visit(who, certificates, peer, fittings.tls))
                 parted = await _serve_websocket(
-                    PrefixStream(stream, raw), visitor, arrival, context
+                    PrefixStream(stream, raw, partial(context.incoming.enter, who.common_name)),
+                    visitor,
+                    arrival,
+                    context,
                 )
             except Refused as refused:
                 log.info("%s: refused: %s", peer, refused.error)

@@ -5,6 +5,9 @@ that make it wait: 2,700 pongs of 6 bytes are 45 ms in which nobody else is serv
 a few frames at a time. Only the headers are looked at here: one large frame, as honest clients send
 them, costs as much as a small one and is not cut.
 
+What that costs is told besides, so that a name has a part of each turn, however many
+connections it has and however it cuts what it sends (`http_head.PrefixStream`).
+
 Small frames are counted besides. Control frames, and short parts of a message, cost
 the service as much as a request does and ask for nothing, so they have a rate (`conversation`).
 
@@ -14,14 +17,23 @@ Sans-IO. What breaks the protocol is left to wsproto, which refuses it.
 from attrs import define, field
 
 SLICE_FRAMES = 8
-"""Some 0.15 ms for wsproto: with twenty such clients a turn of the loop is 3 ms."""
+"""Some 0.15 ms for wsproto."""
+SLICE_COST, FRAME_COST, CONTROL_COST = 16_384, 4096, 32_768
+"""What a slice costs, however little is in it, and each frame in it, in bytes that are unmasked in
+the same time. A control frame may have to be answered."""
+END_COST = 65_536
+"""What the end of a connection costs, by a closing frame, a wrong one or without any."""
+RECORD_COST = 16_384
+"""Of a TLS record, or a part of one, whether it carries something or changes the keys."""
 SMALL_BYTES = 512
 """Clients that cut messages do so at the size of a buffer, and hardly any has a smaller one: Go's
 gorilla/websocket has 4 KiB, and 1 KiB in its usual example."""
 _HEADER_BYTES = 2
 _MASK_BYTES = 4
 _LONGEST_HEADER_BYTES = 14
-_FIN, _OPCODE, _CONTROL, _MASKED, _LENGTH = 0x80, 0x0F, 0x08, 0x80, 0x7F
+_FIN, _RESERVED, _OPCODE, _CONTROL, _MASKED, _LENGTH = 0x80, 0x70, 0x0F, 0x08, 0x80, 0x7F
+_GOES_ON = frozenset({0, 1, 2, 9, 10})
+"""Opcodes after which a connection may go on: parts of messages, ping, pong."""
 _LENGTH_BYTES = {126: 2, 127: 8}
 
 
@@ -33,9 +45,17 @@ class FrameScanner:
     """The beginning of a header whose end has not come yet."""
     _payload_left: int = field(default=0, init=False)
     _small: int = field(default=0, init=False)
+    cost: int = field(default=0, init=False)
+    """Of the last slice, in bytes that are unmasked in the same time."""
 
     def slice(self, data: bytes) -> int:
         """How many of these bytes to hand over at once; hand in the rest again."""
+        self.cost = SLICE_COST if data else END_COST
+        size = self._slice(data)
+        self.cost += size
+        return size
+
+    def _slice(self, data: bytes) -> int:
         at = frames = 0
         while at < len(data):
             if self._payload_left:
@@ -67,8 +87,13 @@ class FrameScanner:
         if more := _LENGTH_BYTES.get(length):
             length = int.from_bytes(header[_HEADER_BYTES : _HEADER_BYTES + more])
         self._payload_left = length
-        unfinished = not header[0] & _FIN
-        if header[0] & _OPCODE & _CONTROL or (unfinished and length < SMALL_BYTES):
+        opcode, unfinished = header[0] & _OPCODE, not header[0] & _FIN
+        control = opcode & _CONTROL
+        if opcode not in _GOES_ON or header[0] & _RESERVED or not header[1] & _MASKED:
+            self.cost += END_COST
+        else:
+            self.cost += CONTROL_COST if control else FRAME_COST
+        if control or (unfinished and length < SMALL_BYTES):
             self._small += 1
 
 

@@ -8,6 +8,7 @@ back to whoever goes on, by `PrefixStream`.
 import math
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import h11
 import trio
@@ -19,7 +20,7 @@ from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server.door import Fittings
-from jobworker.server.frame_scan import FrameScanner
+from jobworker.server.frame_scan import END_COST, RECORD_COST, FrameScanner
 from jobworker.tls_stream import Data, TLSStream
 
 PATH, VERSION = b"/", b"13"
@@ -34,16 +35,23 @@ CLOSE_SECONDS = 2.0
 class PrefixStream(trio.abc.Stream):
     """A stream that first gives back what was already read from it, and tells when it is closed.
 
-    What comes after that are frames, which it gives a few at a time (`frame_scan`).
+    What comes after that are frames, which it gives a few at a time (`frame_scan`), each time when
+    a turn of the client's name has come. Nothing that is yet to come takes a turn.
 
     trio-websocket closes it without a word to its caller where a client breaks the protocol, and
     then leaves who waits for a message waiting for ever.
     """
 
-    def __init__(self, inner: TLSStream, prefix: bytes) -> None:
-        self._inner, self._prefix = inner, prefix
+    def __init__(
+        self, inner: TLSStream, prefix: bytes, take_turn: Callable[[int], Awaitable[None]]
+    ) -> None:
+        """`take_turn` waits until what costs so much may be read or handed over."""
+        self._inner, self._prefix, self._take_turn = inner, prefix, take_turn
+        inner.take_turn = partial(take_turn, RECORD_COST)
+        self._slice: bytes | None = None
+        """What is to be handed over next."""
         self._unread = b""
-        """Frames that have come and were not handed over yet."""
+        """Frames that have come and stand behind it."""
         self.frames = FrameScanner()
         self.closed = trio.Event()
         self.check: Callable[[], Awaitable[float]] | None = None
@@ -66,15 +74,24 @@ class PrefixStream(trio.abc.Stream):
             size = len(self._prefix) if max_bytes is None else max_bytes
             given, self._prefix = self._prefix[:size], self._prefix[size:]
             return given
-        if self._unread:
-            await trio.lowlevel.checkpoint()
-            data, self._unread = self._unread, b""
-        else:
-            data = await self._inner.receive_some(max_bytes)
-        count = self.frames.slice(data)
-        if count < len(data):
-            data, self._unread = data[:count], data[count:]
+        if self._slice is None:  # else it was cancelled while it waited for its turn
+            if self._unread:
+                await trio.lowlevel.checkpoint()
+                data = self._unread
+            else:
+                data = await self._receive(max_bytes)
+            count = self.frames.slice(data)
+            self._slice, self._unread = data[:count], data[count:]
+        await self._take_turn(self.frames.cost)
+        data, self._slice = self._slice, None
         return data
+
+    async def _receive(self, max_bytes: int | None) -> bytes:
+        try:
+            return await self._inner.receive_some(max_bytes)
+        except trio.BrokenResourceError:
+            await self._take_turn(END_COST)
+            raise
 
     async def send_all(self, data: Data, *more: Data) -> None:
         """See `TLSStream.send_all`. Raises SendStalled where that raises trio.TooSlowError."""

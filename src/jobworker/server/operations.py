@@ -50,7 +50,7 @@ from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
-from jobworker.server.traffic import Traffic
+from jobworker.server.traffic import ALONE, Traffic
 from jobworker.server.turnstile import Presence, Spells, Turnstile
 
 MESSAGES_A_TURN = 4
@@ -59,6 +59,12 @@ MESSAGES_A_SECOND = 250.0
 """Of one name, where others are about: one that asks without a pause sends ten times as many. With
 500 a run of `true` took 2.5 times as long beside tails of long indexes and ends of large jobs, and
 with 250 it takes 1.2 to 1.5 times."""
+INCOMING_A_TURN = 1 << 19
+"""Bytes that are unmasked in one to two milliseconds. What else is done with what comes in costs as
+many as are unmasked in the same time (`frame_scan`)."""
+INCOMING_A_SECOND = float(1 << 26)
+"""Of one name, where others are about: a sixth of the loop. 16 MB a second come in as large
+messages, and 1,000 small ones."""
 HANDSHAKES_A_TURN = 1
 """Half of one: a signature, or what follows when the client has answered, is a millisecond."""
 HANDSHAKE_REST_SECONDS = 0.003
@@ -86,6 +92,8 @@ class Context:
     traffic: Traffic
     presence: Presence
     messages: Turnstile = field(init=False)
+    incoming: Turnstile = field(init=False)
+    """For what clients send, until it is a message or was refused."""
     handshakes: Turnstile = field(init=False)
     crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
@@ -100,6 +108,10 @@ class Context:
     @messages.default
     def _messages(self) -> Turnstile:
         return Turnstile(MESSAGES_A_TURN, self.presence, rate=MESSAGES_A_SECOND)
+
+    @incoming.default
+    def _incoming(self) -> Turnstile:
+        return Turnstile(INCOMING_A_TURN, self.presence, rate=INCOMING_A_SECOND, alone=ALONE)
 
     @reading.default
     def _reading(self) -> Spells:

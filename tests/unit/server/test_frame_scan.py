@@ -2,7 +2,14 @@
 
 import pytest
 
-from jobworker.server.frame_scan import SLICE_FRAMES, FrameScanner
+from jobworker.server.frame_scan import (
+    CONTROL_COST,
+    END_COST,
+    FRAME_COST,
+    SLICE_COST,
+    SLICE_FRAMES,
+    FrameScanner,
+)
 
 MASK = b"\1\2\3\4"
 PONG = b"\x8a\x80" + MASK
@@ -57,3 +64,43 @@ def test_small_are_control_frames_and_unfinished_parts_with_little_in_them() -> 
     for data in (PONG, EMPTY_PART, part(125), part(511), b"\x01\x81" + MASK + b"x"):
         scanner.slice(data)
         assert scanner.take_small() == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "frames"),
+    [
+        (MESSAGE, FRAME_COST),
+        (part(512) * 9, SLICE_FRAMES * FRAME_COST),
+        (part(16_000)[:9000], FRAME_COST),
+        (PONG * 2, 2 * CONTROL_COST),
+        (b"\x88\x80" + MASK, END_COST),
+        (b"\x83\x80" + MASK, END_COST),
+        (b"\xc1\x80" + MASK, END_COST),
+        (b"\x81\x00", END_COST),
+        (PONG[:1], 0),
+    ],
+    ids=[
+        "message",
+        "parts",
+        "half a part",
+        "pongs",
+        "closing",
+        "reserved",
+        "compressed",
+        "unmasked",
+        "half a header",
+    ],
+)
+def test_a_slice_costs_by_its_frames_and_its_bytes(data: bytes, frames: int) -> None:
+    scanner = FrameScanner()
+    size = scanner.slice(data)
+    assert scanner.cost == SLICE_COST + frames + size
+
+
+def test_the_rest_of_a_frame_costs_something_however_little_comes_at_a_time() -> None:
+    scanner = FrameScanner()
+    scanner.slice(part(16_000)[:9000])
+    scanner.slice(b"x")
+    assert scanner.cost == SLICE_COST + 1
+    scanner.slice(b"")
+    assert scanner.cost == END_COST
