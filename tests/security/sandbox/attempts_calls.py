@@ -295,6 +295,14 @@ def name_the_senders_of_a_group() -> None:
         mine.setsockopt(socket.IPPROTO_IP, 39, wanted)
 
 
+@attempt
+def take_a_label_of_ipv6_flows() -> None:
+    """IPV6_FLOWLABEL_MGR of linux/in6.h: one for this socket alone (IPV6_FL_S_EXCL)."""
+    wanted = socket.inet_pton(socket.AF_INET6, "::1") + struct.pack("=IBBHHHI", 0, 0, 1, 1, 0, 0, 0)
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as mine:
+        mine.setsockopt(socket.IPPROTO_IPV6, 32, wanted)
+
+
 def _attach_filter(option: int) -> None:
     """A program of one instruction, "take all of it": socket(7)."""
     program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))
