@@ -2,12 +2,13 @@
 
 import contextlib
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import kernel_connections
+from jobworker.sandbox import kernel_connections, kernel_search
 
 from .conftest import child_of
 from .test_kernel_memory import MIB, end_of, service  # noqa: F401 - a fixture
@@ -19,7 +20,8 @@ UNCOUNTED = """
 import ctypes, resource, socket, struct, time
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-V4, V6, DATAGRAM = socket.AF_INET, socket.AF_INET6, socket.SOCK_DGRAM
+V4, V6 = socket.AF_INET, socket.AF_INET6
+DATAGRAM, STREAM = socket.SOCK_DGRAM, socket.SOCK_STREAM
 STAMPS = 1 << 1 | 1 << 4  # SOF_TIMESTAMPING_TX_SOFTWARE, SOFTWARE
 DATA, held = bytes(60_000), []
 connect = ctypes.CDLL(None).connect
@@ -58,11 +60,16 @@ def refusals(family):
 def corks(family):
     for one in of_udp(family):
         yield one.send(DATA, socket.MSG_MORE)
-def unbound(family):
-    for number, one in enumerate(of_udp(family)):
+def unbound(family, size=60_000, times=3):
+    for one in of_udp(family):
         one.setsockopt(socket.SOL_SOCKET, 37, STAMPS)
-        yield [one.send(DATA) for _ in range(3)]
+        yield [one.send(DATA[:size]) for _ in range(times)]
         connect(one.fileno(), bytes(16), 16)  # to AF_UNSPEC
+def options(kind, size=16_000):
+    while True:
+        held.append(one := socket.socket(V6, kind))
+        option = struct.pack("NII", size, 99, 0) + bytes(size - 16)
+        yield one.setsockopt(41, 6, option)  # IPV6_2292PKTOPTIONS
 def reset(family):
     server = socket.socket(family)
     server.bind(address(family))
@@ -82,7 +89,7 @@ def fill(of, most=4000):
         if number == most:
             break
     print("full", flush=True)
-    time.sleep(3)
+    time.sleep(10)
 """
 """Sockets that are accepted, in order, and read where it matters, and hold what no group counts."""
 READS = """
@@ -124,6 +131,15 @@ while time.monotonic() < end:
 print(taken >> 20)
 """
 """800 sockets, both ways, that fill and are read at once: the group counts what waits."""
+CORKS = """
+import socket, sys
+held = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(20)]
+for one in held:
+    one.connect(("127.0.0.1", 9))
+    one.send(bytes(1000), socket.MSG_MORE)
+print("runs", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.mark.parametrize(
@@ -138,6 +154,11 @@ print(taken >> 20)
         ("unbound(V6)", "none"),
         ("unbound(V4)", "host"),
         ("reset(V4)", "none"),
+        # Slabs, not pages.
+        ("unbound(V4, 1400, 80), 1500", "none"),
+        ("unbound(V6, 1400, 80), 1500", "host"),
+        ("options(DATAGRAM), 10_000", "none"),
+        ("options(STREAM), 10_000", "host"),
     ],
 )
 def test_job_whose_sockets_hold_what_is_not_counted_ends_as_out_of_memory(
@@ -152,6 +173,18 @@ def test_job_whose_sockets_hold_what_is_not_counted_ends_as_out_of_memory(
     assert (end["signal"], usage["oom_kills"]) == (9, 1), (end, text)
 
 
+@pytest.mark.parametrize(
+    "little", ["unbound(V4, 1400, 1), 18_000", "options(DATAGRAM, 1500), 18_000"]
+)
+def test_job_whose_sockets_hold_little_is_not_ended_though_slabs_grow_for_them(
+    service: Service,  # noqa: F811 - the fixture
+    little: str,
+) -> None:
+    script = UNCOUNTED.replace("sleep(10)", "sleep(3)") + f"fill({little})"
+    end, text = end_of(service, 1, script, 128 * MIB)
+    assert (end["code"], text) == (0, "full\n"), end
+
+
 @pytest.mark.parametrize("network", ["none", "host"])
 def test_job_that_reads_what_it_is_sent_is_not_ended(
     service: Service,  # noqa: F811 - the fixture
@@ -160,6 +193,17 @@ def test_job_that_reads_what_it_is_sent_is_not_ended(
     end, text = end_of(service, 1, READS, 256 * MIB, network)
     assert end["code"] == 0, (end, text)
     assert int(text) > 200, "many times what it may hold"
+
+
+def test_search_ends_when_it_has_found_enough_in_sockets() -> None:
+    program = [sys.executable, "-c", CORKS]
+    with open_process(["unshare", "--pid", "--fork", "--kill-child", *program]) as process:
+        found = kernel_search.search(process, {}, sockets_too=True)
+        enough = found.in_sockets // 2
+        early = kernel_search.search(process, {}, sockets_too=True, enough_bytes=enough)
+    assert found.is_all
+    assert 0 < enough < early.in_sockets < found.in_sockets
+    assert not early.is_all
 
 
 def test_orphans_are_told_of_jobs_whose_ids_were_found() -> None:

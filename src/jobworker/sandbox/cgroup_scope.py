@@ -162,8 +162,12 @@ class Scope(ABC):
         Where that is not told, it is taken to be the memory limit. A job without one may hold what
         it likes.
         """
-        counted = self._memory_limit_bytes or sys.maxsize
-        return counted, counted
+        return self.sockets_limit_bytes, self.sockets_limit_bytes
+
+    @property
+    def sockets_limit_bytes(self) -> int:
+        """What the job's group counts in its sockets at most, but for `sockets_beyond_limit`."""
+        return self._memory_limit_bytes or sys.maxsize
 
     def clear_oom(self) -> None:
         """Take what `oom_fd` has to say, so that it is not readable until the next time."""

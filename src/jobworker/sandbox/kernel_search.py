@@ -22,6 +22,7 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
@@ -60,11 +61,16 @@ class Found(NamedTuple):
 
 
 def search(
-    first_process: int, unknown_locks: Mapping[str, int], *, sockets_too: bool = False
+    first_process: int,
+    unknown_locks: Mapping[str, int],
+    *,
+    sockets_too: bool = False,
+    enough_bytes: int = sys.maxsize,
 ) -> Found:
     """Look at the job of this PID 1; `unknown_locks` are bytes by file, as in /proc/locks.
 
-    `sockets_too`: tell what sockets over IP hold. It ends early where more than the bound is found.
+    `sockets_too`: tell what sockets over IP hold. It ends early where more than the bound is found,
+    or more than `enough_bytes` in those: a job that hoards goes on meanwhile.
     """
     shown = _Shown(sockets_too=sockets_too)
     end = time.process_time() + SEARCH_SECONDS
@@ -72,7 +78,8 @@ def search(
     threads = _threads_of(first_process)
     for one in _descriptors(threads):
         shown.add(*one)
-        if time.process_time() > end or max(shown.locks, shown.netlink) > BOUND_BYTES:
+        is_enough = max(shown.locks, shown.netlink) > BOUND_BYTES or shown.in_sockets > enough_bytes
+        if is_enough or time.process_time() > end:
             break
     else:
         mapped = set()

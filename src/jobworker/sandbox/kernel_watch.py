@@ -13,9 +13,12 @@ measure what nobody has accepted (`sandbox.kernel_connections`), which no group 
 A third number of the host's, pages that it has no name for (`sandbox.host_memory`), is a reason to
 measure all sockets over IP: error queues and open datagrams are in no group either. The group may
 count part of what a job's sockets hold. Both change meanwhile, so the highest count since the
-measurement began comes off: what is left was surely held and not counted. Where the number stays
-higher than all sockets that can be listed explain, each job's descriptors are searched for others.
-Nobody is in doubt for that number alone: drivers and the host's programs change it, too.
+measurement began comes off: what is left was surely held and not counted.
+
+Sockets that no list has keep their buffers and options, in pages or in slabs. So where the first
+and the third number together grow by more than all measurements explain, each job's descriptors are
+searched for such sockets. Nobody is in doubt for these numbers alone: what is charged to jobs,
+drivers and the host's programs change them, too.
 
 A job can have more to search than there is time for, or hide it in flight. One search tells little
 then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
@@ -102,12 +105,15 @@ class KernelWatch:
         self._measurers = Chores(turns, at_once=len(self._measures), waiting=0)
         self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots)
         host = HostMemory()
-        self._in_lists = 0
-        """What sockets hold that a list of the kernel's has, when that was measured."""
+        self._explained: dict[Measure, int] = {}
+        """What each measurement told the last time, of jobs and of others."""
         self._slabs, self._tcp, self._unnamed = (
             Figure(read, STEP_BYTES) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
         )
-        self._hidden = Figure(lambda: host.unnamed() - self._in_lists, BOUND_BYTES)
+        self._hidden = Figure(
+            lambda: host.unnamed() + host.unreclaimable() - sum(self._explained.values()),
+            BOUND_BYTES,
+        )
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
         self._paces: dict[Measure, Pace] = {measure: Pace() for measure in self._measures}
@@ -141,7 +147,7 @@ class KernelWatch:
     def wake(self) -> None:
         """A job runs: look from now on, until none does."""
         if not self._turns.is_set(self._look):
-            self._in_lists = 0
+            self._explained.clear()
             for figure in (self._slabs, self._tcp, self._unnamed, self._hidden):
                 figure.wake()
             self._turns.call_in(LOOK_SECONDS, self._look)
@@ -237,10 +243,8 @@ class KernelWatch:
         self._unknown[measure] = dict(unknown)
         is_much = sum(self._unknown[measure].values()) > BOUND_BYTES
         self._unsolved[measure] = is_much or bool(unfinished)
-        is_hidden = False
-        if measure is kernel_connections.measure:
-            self._in_lists = sum(size for _, size in [*held, *in_sockets])
-            is_hidden = self._hidden.has_grown()
+        told = sum(size for _, size in [*held, *unknown, *in_sockets])
+        is_hidden = self._leaves_hidden(measure, told)
         if is_much or is_hidden:
             for job in running:
                 sockets_too, doubts = self._wanted.get(job, _Wanted())
@@ -248,6 +252,14 @@ class KernelWatch:
             self._search_wanted(running)
         elif not any(self._unsolved.values()):
             self._doubts.clear()
+
+    def _leaves_hidden(self, measure: Measure, told: int) -> bool:
+        """Whether a list of sockets leaves more that nothing explains than the last one did."""
+        self._explained[measure] = told
+        if measure is kernel_connections.measure:
+            return self._hidden.has_grown()
+        self._hidden.wake()
+        return False
 
     def _judge_sockets(self, job: int, child: Child, source: Measure | None, size: int) -> None:
         """What the job's group counts comes off, and is only surely known of a time to come."""
@@ -272,6 +284,7 @@ class KernelWatch:
                     child.pid,
                     unknown,
                     sockets_too=wanted.sockets_too,
+                    enough_bytes=child.scope.sockets_limit_bytes + 2 * BOUND_BYTES,
                 )
                 work = partial(_in_its_own_proc, search)
                 judge = partial(self._judge_found, job, doubts=wanted.doubts)

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from jobworker.sandbox.kernel_pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.turns import Turns
 
 MUCH = BOUND_BYTES + 1
+LIMIT = 1 << 30
 NONE: dict[str, object] = {
     "held": [],
     "unknown": [],
@@ -60,10 +62,12 @@ class Processes:
 
     def __init__(self, _turns: Turns, **_bounds: int) -> None:
         self.dones: list[Callable[[dict[str, object]], None]] = []
+        self.works: list[Any] = []
 
     def start(
-        self, _work: object, done: Callable[[Any], None], _holding: Sequence[int] = ()
+        self, work: object, done: Callable[[Any], None], _holding: Sequence[int] = ()
     ) -> None:
+        self.works.append(work)
         self.dones.append(done)
 
     def finish(self, *outcomes: dict[str, object]) -> None:
@@ -114,12 +118,16 @@ class Watched:
             return most, now
 
         scope = SimpleNamespace(
-            sockets_beyond_limit=lambda: self.in_sockets[number], sockets_counted=counted
+            sockets_beyond_limit=lambda: self.in_sockets[number],
+            sockets_counted=counted,
+            sockets_limit_bytes=LIMIT,
         )
         return child_of(number, scope)
 
     def grow(self) -> None:
+        """Have slabs grow, and the host's other memory shrink: nothing is hidden."""
         self.host.slabs += kernel_watch.STEP_BYTES + 1
+        self.host.other -= kernel_watch.STEP_BYTES + 1
         self.watch._look()
 
     def search(self, *outcomes: dict[str, object]) -> None:
@@ -433,6 +441,49 @@ def test_job_with_sockets_in_no_list_is_found_by_its_descriptors(watched: Watche
     measure_sockets(watched, (0, MUCH))
     watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "in_sockets": MUCH})
     assert watched.ended == [watched.jobs[2]]
+
+
+def measure_slabs(watched: Watched, *explained: int, sockets_first: bool = False) -> None:
+    """Have slabs grow by more than the bound, and told what is known: of sockets over IP last."""
+    watched.host.slabs += MUCH
+    watched.watch._look()
+    dones, watched.measurers.dones = watched.measurers.dones, []
+    by_measure = {cast("partial[None]", done).args[0]: done for done in dones}
+    told = list(zip(watched.watch._measures, explained, strict=True))
+    for measure, size in reversed(told) if sockets_first else told:
+        by_measure[measure]({**NONE, "held": [[0, size]]})
+
+
+def test_job_with_small_buffers_in_no_list_is_found_by_its_descriptors(watched: Watched) -> None:
+    """They are slabs, which much else takes of: nobody ends that is not found to hold them."""
+    measure_slabs(watched, 0, 0, 0)
+    watched.searchers.finish({**FOUND, "is_all": False}, {**FOUND, "in_sockets": MUCH})
+    assert watched.ended == [watched.jobs[2]]
+
+
+def test_search_goes_on_until_it_has_found_more_than_a_group_may_count(watched: Watched) -> None:
+    """Else buffers that are counted would hide those that are not."""
+    measure_slabs(watched, 0, 0, 0)
+    enough = [work.args[0].keywords["enough_bytes"] for work in watched.searchers.works]
+    assert len(enough) == 2
+    assert min(enough) >= LIMIT + 2 * BOUND_BYTES, "a group may count the bound beyond its limit"
+
+
+@pytest.mark.parametrize("explained", [(MUCH, 0, 0), (0, MUCH, 0), (0, 0, MUCH), (0, 9, MUCH)])
+def test_slabs_that_are_explained_are_no_reason_to_search(
+    watched: Watched, explained: Sequence[int]
+) -> None:
+    measure_slabs(watched, *explained)
+    assert watched.searchers.dones == []
+    measure_slabs(watched, *explained)
+    assert len(watched.searchers.dones) == 2, "what was explained before explains no more"
+
+
+def test_what_is_explained_too_late_hides_nothing_afterwards(watched: Watched) -> None:
+    measure_slabs(watched, 0, MUCH, 0, sockets_first=True)
+    watched.searchers.finish(FOUND, FOUND)
+    measure_slabs(watched, 0, MUCH, 0)
+    assert len(watched.searchers.dones) == 2
 
 
 def test_orphans_that_were_there_before_a_job_are_not_its_doing(watched: Watched) -> None:
