@@ -36,6 +36,8 @@ from .wire import Wire, open_wire
 
 PEER, HOST, SECOND, HOST_6 = "10.77.0.2", "10.77.0.1", "10.77.0.9", "fd77::1"
 RESOLVER = "127.0.0.53"
+SO_RCVBUFFORCE = 33
+"""Of asm-generic/socket.h."""
 LATER = ("10.77.0.33", "10.99.0.1")
 """Addresses that the host gets while a job runs."""
 NOWHERE = (
@@ -152,6 +154,9 @@ class Witness:
         def go_on() -> None:
             while True:
                 take(sock)
+
+        # socket(7): thousands of packets come before a thread of a busy host takes the first.
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
 
         threading.Thread(target=go_on, daemon=True).start()
 
