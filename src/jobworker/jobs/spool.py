@@ -45,6 +45,16 @@ RECENT_BYTES, MAX_RECENT = 1 << 20, 256
 READER_THREADS = 4  # a spool: those who read what is not cached do not crowd out the others
 
 
+@frozen
+class _Recent:
+    """What was read at a place, and where a reader goes on."""
+
+    chunk: Chunk
+    after: Place
+    was_all: bool
+    """Whether nothing followed it when it was read."""
+
+
 @frozen(kw_only=True)
 class SpoolStatistics:
     """A spool at one moment."""
@@ -85,7 +95,7 @@ class Spool:
     _closed: bool = False
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
-    _recent: dict[Hashable, tuple[Chunk, Place]] = field(factory=dict)
+    _recent: dict[Hashable, _Recent] = field(factory=dict)
     """What was read last, for others who come to the same place; in order of reading."""
     _recent_bytes: int = 0
 
@@ -319,24 +329,32 @@ class Spool:
         return await self._ask(lambda nowait: bytes_before_line(self._files, chunk, nowait=nowait))
 
     async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
-        """See `OutputFiles.read`. Who asks for what was read just before gets the same Chunk."""
+        """See `OutputFiles.read`. Who asks for what was read just before gets the same Chunk.
+
+        Where that was all there was, and as much again has come by now, it is read anew: followers
+        that are late would else have as many pieces to take as the first, and stay late.
+        """
         key = (place, view.streams, view.coalesce, view.starts)
         found = self._recent.get(key)
-        if found is not None and len(found[0].data) <= view.max_bytes:
-            return found
+        if found is not None and len(found.chunk.data) <= view.max_bytes:
+            size = len(found.chunk.data)
+            has_doubled = found.was_all and self.size - found.chunk.end >= size
+            if not (has_doubled and view.coalesce and 2 * size <= view.max_bytes):
+                return found.chunk, found.after
+        there = self.size
         chunk, after = await self._ask(lambda nowait: self._files.read(place, view, nowait=nowait))
         if chunk is not None and not self._closed and self._followers > 1:
-            self._remember(key, chunk, after)
+            self._remember(key, _Recent(chunk, after, chunk.end >= there))
         return chunk, after
 
-    def _remember(self, key: Hashable, chunk: Chunk, after: Place) -> None:
+    def _remember(self, key: Hashable, new: _Recent) -> None:
         if (before := self._recent.pop(key, None)) is not None:
-            self._recent_bytes -= len(before[0].data)
-        self._recent[key] = (chunk, after)
-        self._recent_bytes += len(chunk.data)
+            self._recent_bytes -= len(before.chunk.data)
+        self._recent[key] = new
+        self._recent_bytes += len(new.chunk.data)
         while self._recent_bytes > RECENT_BYTES or len(self._recent) > MAX_RECENT:
-            oldest, _ = self._recent.pop(next(iter(self._recent)))
-            self._recent_bytes -= len(oldest.data)
+            oldest = self._recent.pop(next(iter(self._recent)))
+            self._recent_bytes -= len(oldest.chunk.data)
 
     def _forget_recent(self) -> None:
         self._recent.clear()

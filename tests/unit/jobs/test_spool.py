@@ -390,6 +390,25 @@ async def test_followers_at_one_place_share_the_chunk(spool: Spool) -> None:
         assert await one.receive() is await two.receive()
 
 
+async def test_late_follower_gets_more_at_once_where_as_much_again_has_come(spool: Spool) -> None:
+    with spool.follow() as first, spool.follow() as second, spool.follow() as third:
+        append(spool, OUT, b"12")
+        early = await first.receive()
+        append(spool, OUT, b"3")
+        assert await second.receive() is early, "it is worth no reading for so little"
+        append(spool, OUT, b"4")
+        late = await third.receive()
+        assert late is not None
+        assert bytes(late.data) == b"1234"
+
+
+async def test_late_followers_share_what_can_grow_no_more(spool: Spool) -> None:
+    with spool.follow() as first, spool.follow() as second:
+        append(spool, OUT, b"12")
+        append(spool, ERR, b"much more")
+        assert await first.receive() is await second.receive()
+
+
 async def test_files_close_with_the_last_user(tmp_path: Path) -> None:
     before = open_fds()
     spool = Spool.create(tmp_path / "job")
