@@ -29,7 +29,7 @@ SHARE = 0.15
 """What all moves together may take of a processor in the long run, where many streams are busy.
 
 With 0.3, a client's `true` took five times as long beside 40 jobs that write a byte at a time, and
-with this twice. Whole pipes of a mebibyte are still moved at 150 MB/s."""
+with this two to three times. Whole pipes of a mebibyte are still moved at 150 MB/s."""
 BURST_SECONDS = 0.05
 LOOP_SECONDS = 0.0005
 """What a move takes of the event loop and of the lock, beside what its thread takes."""
