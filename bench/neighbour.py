@@ -173,9 +173,9 @@ ATTACKS: dict[str, Attack] = {
     "files": Attack("50,000 files on the disk", _FILES, wait_seconds=240),
     "extents": Attack("a volume of 12,000 extents is removed", _EXTENTS, volume=True),
     "processes": Attack(
-        "10,000 processes", _PROCESSES, limits=LIMITS._replace(pids=10_000, memory_bytes=4096 * MIB)
+        "9,000 processes", _PROCESSES, limits=LIMITS._replace(pids=9_000, memory_bytes=4096 * MIB)
     ),
-    "threads": Attack("10,000 threads", _THREADS, limits=LIMITS._replace(pids=10_000)),
+    "threads": Attack("9,000 threads", _THREADS, limits=LIMITS._replace(pids=9_000)),
     "descriptors": Attack(
         "all descriptors, each looked at in /proc",
         _DESCRIPTORS,

@@ -13,9 +13,13 @@ from pathlib import Path
 def open_regular(path: Path | str, flags: int, mode: int = 0o600, dir_fd: int | None = None) -> int:
     """Return a descriptor of the regular file at `path`, closed at exec.
 
-    Raises OSError as open(2), and with EINVAL where something else stands there.
+    Raises OSError as open(2), with EINVAL where something else stands there, and with EBUSY where
+    another program has a lease on the file (fcntl(2), F_SETLEASE), for which open would wait.
     """
-    opened = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    try:
+        opened = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    except BlockingIOError as error:
+        raise OSError(errno.EBUSY, "another program has a lease on it", str(path)) from error
     try:
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             raise OSError(errno.EINVAL, "something else than a file stands there", str(path))

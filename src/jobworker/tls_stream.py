@@ -203,7 +203,8 @@ class TLSStream(trio.abc.Stream):
             self._received = memoryview(bytes(self._received) + data if self._received else data)
             self._give_record()
         else:
-            self._incoming.write(self._received)
+            if self._received:
+                self._incoming.write(self._received)
             self._received = memoryview(b"")
             self._incoming.write_eof()
         return True

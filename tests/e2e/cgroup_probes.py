@@ -304,12 +304,13 @@ def fork_bomb_stops_at_its_limit(tree: Tree, _: Path) -> str:
 
 
 def scopes_leave_the_host_its_part(tree: Tree, _: Path) -> str:
-    """All scopes together have a bound, however many there are; it is 7/8 of the host's."""
+    """All scopes together have a bound, however many there are; it is a part of the host's."""
     top = tree.by_controller["pids"]
     usual = cgroup_files.read(top, "pids.max").strip()
-    most = min(
+    numbers, threads = (
         int(Path(f"/proc/sys/kernel/{name}").read_text()) for name in ("pid_max", "threads-max")
     )
+    most = min(numbers // 3, threads)
     assert int(usual) == most - most // 8, usual
     try:
         tree.bound_processes(40)

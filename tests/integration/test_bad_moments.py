@@ -239,6 +239,21 @@ def test_start_that_waits_and_meets_an_unforeseen_fault_is_refused(
     channel.close_all(descriptors)
 
 
+def test_removal_that_meets_an_unforeseen_fault_is_answered(
+    serving: Callable[..., Service],
+) -> None:
+    bootstrap = FAULT.replace("OWNER", "Jobs").replace("NAME", "_tell_cleared")
+    service = serving(bootstrap, max_jobs=1, spares=0)
+    for job in (1, 2):
+        reply, descriptors = service.spawn(job, "sleep", "600")
+        assert "ok" in reply, reply
+        assert "ok" in service.ask("remove", job)[0]
+        channel.close_all(descriptors)
+    turns = service.ask("turns", 0)[0]["ok"]
+    assert isinstance(turns, dict)
+    assert turns["incidents"] == 1, "the fault has struck"
+
+
 def test_removal_is_answered_though_nothing_can_watch_what_clears_away(
     serving: Callable[..., Service],
 ) -> None:

@@ -237,10 +237,13 @@ class Archive:
         return spool
 
     async def make_room(self) -> bool:
-        """Remove some of what is kept, for live jobs to go on: whether less is kept now."""
+        """Remove some of what is kept, for live jobs to go on: whether there is room now.
+
+        Another job may have made it, while this one waited for its turn to look.
+        """
         goal = max(1, int(self._budget.max_bytes * HEADROOM))
         fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
-        return fewer
+        return fewer or self._budget.used_bytes < self._budget.max_bytes
 
     async def prune(
         self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None

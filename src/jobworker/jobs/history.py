@@ -76,6 +76,8 @@ class History:
     _last_id: LastId
     _spools: Path | None = None
     _reading: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
+    _notes: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
+    """Of notes that are written because the history could not be."""
     unfinished: tuple[JobRecord, ...] = ()
     """Jobs that an earlier service left waiting or alive, as they were when this was opened, each
     without the bulk of its request (`without_bulk`)."""
@@ -200,7 +202,9 @@ class History:
             await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
         except InternalError as error:
             if self._spools is not None and isinstance(error.__cause__, apsw.BusyError):
-                await in_thread(partial(write_note, self._spools, record))  # `work` was never begun
+                # `work` was never begun. One at a time: lines of a note could overwrite each other.
+                note = partial(write_note, self._spools, record)
+                await in_thread(note, limiter=self._notes)
             raise
 
     async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:

@@ -31,6 +31,9 @@ SHARE = 0.15
 With 0.3, a client's `true` took five times as long beside 40 jobs that write a byte at a time, and
 with this two to three times. Whole pipes of a mebibyte are still moved at 150 MB/s."""
 BURST_SECONDS = 0.05
+MAX_REST_SECONDS = 1.0
+"""For so long a stream rests at the most: streams that write seldom draw on the account and do not
+rest, so what is overdrawn could grow without end."""
 LOOP_SECONDS = 0.0005
 """What a move takes of the event loop and of the lock, beside what its thread takes."""
 
@@ -51,16 +54,18 @@ class OutputPace:
     async def rest(self, stream: object, cost_seconds: float) -> None:
         """Wait, after a move of a stream that took so much of a processor, until it may go on."""
         now = trio.current_time()
-        for other, at in tuple(self._moved_at.items()):
-            if at > now - BUSY_SECONDS:
+        while self._moved_at:
+            longest = next(iter(self._moved_at))
+            if self._moved_at[longest] > now - BUSY_SECONDS:
                 break
-            del self._moved_at[other]
+            del self._moved_at[longest]
         silent_seconds = now - self._moved_at.pop(stream, -math.inf)
         self._moved_at[stream] = now
         if not self.is_crowded:
             return
-        self._account.draw(now, cost_seconds + LOOP_SECONDS)
-        seconds = self._account.seconds_overdrawn(now)
+        if self._account.seconds_overdrawn(now) < MAX_REST_SECONDS:
+            self._account.draw(now, cost_seconds + LOOP_SECONDS)
+        seconds = min(self._account.seconds_overdrawn(now), MAX_REST_SECONDS)
         if silent_seconds < 2 * seconds:
             await trio.sleep(seconds)
 

@@ -159,7 +159,7 @@ class KeptOutput:
             if ends_now:
                 self._missing.add(job)
             return None
-        except OutputError as error:
+        except (OutputError, OSError) as error:
             if job not in self._unreadable:
                 self._unreadable.add(job)
                 log.warning("job %d: its output counts for nothing, and stays: %s", job, error)

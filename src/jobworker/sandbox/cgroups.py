@@ -37,6 +37,9 @@ _OURS = frozenset({*mounts.V1_NAMES.values(), "cpuacct", cgroup_cpuset.CONTROLLE
 
 HOSTS_PART = 8
 """An eighth of the host's processes is left to the host."""
+NUMBERS_EACH = 3
+"""A process may keep three numbers: its own, and those of the ended leaders of its session and of
+its process group."""
 
 
 def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
@@ -125,7 +128,8 @@ def _most_processes() -> int:
     proc(5), /proc/sys/kernel/pid_max and threads-max. Else some jobs within their own limits would
     leave no process to others' starts, to the service and to the host.
     """
-    most = min(int(_proc(f"sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
+    numbers, threads = (int(_proc(f"sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
+    most = min(numbers // NUMBERS_EACH, threads)
     return most - most // HOSTS_PART
 
 

@@ -12,6 +12,7 @@ Standard library only.
 
 import errno
 import os
+import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,9 +65,16 @@ class Chores:
             if pid == 0:
                 _work_and_exit(work, far, holding)
         near.setblocking(False)
+        try:
+            # The process has said its word before it ends, and its end is soon after.
+            self._turns.watch(pidfd, partial(self._on_exit, near, pidfd, done))
+        except OSError:  # of epoll: no memory, or no more watches to be had
+            near.close()
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
+            raise
         self._running += 1
-        # The process has said its word before it ends, and its end is soon after.
-        self._turns.watch(pidfd, partial(self._on_exit, near, pidfd, done))
 
     def _on_exit(self, near: socket.socket, pidfd: int, done: Done) -> None:
         self._turns.unwatch(pidfd)

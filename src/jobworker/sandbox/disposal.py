@@ -83,7 +83,13 @@ class Disposal:
             os._exit(0)
         self._waiting.clear()
         self._processes.add(pidfd)
-        self._turns.watch(pidfd, partial(self._on_exit, pidfd))
+        self._watch(pidfd)
+
+    def _watch(self, pidfd: int) -> None:
+        try:
+            self._turns.watch(pidfd, partial(self._on_exit, pidfd))
+        except OSError:  # of epoll: no memory, or no more watches to be had
+            self._turns.call_in(AGAIN_SECONDS, partial(self._watch, pidfd))
 
     def _on_exit(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)

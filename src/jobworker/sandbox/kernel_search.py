@@ -90,7 +90,9 @@ def search(
         else:
             is_all = True
         shown.locks += sum(size for file, size in unknown_locks.items() if file in mapped)
-    in_requests = shown.netlink_sockets * _most_sent()
+    # Another network has a list of its own, which is measured whole.
+    on_host = _is_on_host(first_process)
+    in_requests = shown.netlink_sockets * _most_sent() if on_host else 0
     if shown.netlink <= BOUND_BYTES and (shown.unasked or in_requests > BOUND_BYTES):
         listed = list(kernel_memory.until(end, kernel_memory.netlink_sockets("/proc/self")))
         # Those that the job has opened since its descriptors were looked at are in the list, too.
@@ -103,6 +105,14 @@ def search(
         elif shown.unasked:
             is_all = False
     return Found(shown.locks, shown.netlink, shown.in_flight, is_all, shown.in_sockets, in_requests)
+
+
+def _is_on_host(first_process: int) -> bool:
+    own = os.stat("/proc/self/ns/net")
+    for place in kernel_memory.places_of(first_process):
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(f"{place}/ns/net"), own)
+    return False
 
 
 class _Shown:

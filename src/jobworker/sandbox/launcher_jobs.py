@@ -235,10 +235,13 @@ class Jobs:
         if child.request is None:
             return False
         is_held = held_starts.hold(child)
-        if child.sock is not None:
-            self._on_word(child)  # its program may run by now
+        try:
+            if child.sock is not None:
+                self._on_word(child)  # its program may run by now
+        finally:
+            if child.request is None:
+                held_starts.go_on(child)
         if child.request is None:
-            held_starts.go_on(child)
             return False
         if child.failure is None:
             child.failure = why if is_held else _MAY_HAVE_RUN
@@ -428,6 +431,7 @@ class Jobs:
                 return
         except (ProtocolError, OSError):
             child.failure = child.failure or _DIED
+            self.kill(child)  # it may have its order, and would execute its program
         if not child.ready:
             child.failure = child.failure or _DIED
         self._turns.unwatch(child.sock.fileno())
@@ -618,13 +622,13 @@ class Jobs:
                 self._turns.call_in(self._clear_pause, self._clear_again)
             self._watch_sweepers()
             return
-        if not child.inspected:
-            self._nursery.give_back_volumes(child)
         self._uncleared.discard(child)
-        self._children.discard(child)
-        self._watch_sweepers()
-        self._tell_cleared(child)
-        self._start_late()
+        self._children.discard(child)  # whatever becomes of the rest: its place is free
+        if not child.inspected:
+            self._turns.see_through(partial(self._nursery.give_back_volumes, child))
+        self._turns.see_through(self._watch_sweepers)
+        self._turns.see_through(partial(self._tell_cleared, child))
+        self._turns.see_through(self._start_late)
 
     def _tell_cleared(self, child: Child) -> None:
         done, child.when_cleared = child.when_cleared, None
@@ -662,10 +666,8 @@ class Jobs:
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)
-        try:
-            self._nursery.sweepers.reap(pidfd)
-        finally:
-            self._watch_sweepers()
+        self._turns.see_through(partial(self._nursery.sweepers.reap, pidfd))
+        self._watch_sweepers()
 
 
 def _too_long(held: str) -> channel.Message:

@@ -43,7 +43,7 @@ _SHORTAGES = {
     "sysctl, or end those with many (Seccomp_filters in /proc/PID/status)",
     errno.EAGAIN: "the launcher, or all jobs together, may have no more processes: raise TasksMax= "
     "of its unit, pids.max of its control group, or the host's kernel.pid_max and "
-    "kernel.threads-max, of which jobs have seven eighths",
+    "kernel.threads-max (and start the launcher anew), of which jobs have a part",
     errno.ENOMEM: "the kernel has no memory for it: end something on the host, or run fewer jobs "
     "at a time",
     errno.EMFILE: "raise the launcher's LimitNOFILE=",

@@ -74,15 +74,17 @@ class Slots:
             raise
 
     def give_back(self, name: str) -> None:
-        """Free a slot, for the first that waits and may have it."""
+        """Free a slot, for the first that waits and may have it.
+
+        A name that has none now may have one of the last quarter besides.
+        """
         self._taken[name] -= 1
         if not self._taken[name]:
             del self._taken[name]
-        for waiting in self._waiting:
+        for waiting in tuple(self._waiting):
             if self.take_nowait(waiting[0]):
                 self._waiting.remove(waiting)
                 waiting[1].set()
-                return
 
     @asynccontextmanager
     async def slot(self, name: str) -> AsyncIterator[None]:

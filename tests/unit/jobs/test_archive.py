@@ -225,6 +225,21 @@ async def test_job_removed_before_it_was_taken_up_counts_no_longer(tmp_path: Pat
         assert (here.check(), here.archive._kept.missing) == (0, 0)
 
 
+async def test_room_that_another_job_has_made_is_room(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        await here.end_job()
+        here.budget.max_bytes = here.check()
+        async with trio.open_nursery() as nursery:
+            made = list[bool]()
+
+            async def make() -> None:
+                made.append(await here.archive.make_room())
+
+            nursery.start_soon(make)
+            nursery.start_soon(make)
+        assert made == [True, True]
+
+
 async def test_room_is_made_beside_output_that_cannot_be_read(ordinary_directory: Path) -> None:
     async with ground(ordinary_directory) as here:
         first, second = await here.end_job(), await here.end_job()

@@ -4,7 +4,14 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.jobs.output_pace import BURST_SECONDS, BUSY_SECONDS, FEW, SHARE, OutputPace
+from jobworker.jobs.output_pace import (
+    BURST_SECONDS,
+    BUSY_SECONDS,
+    FEW,
+    MAX_REST_SECONDS,
+    SHARE,
+    OutputPace,
+)
 
 COST = 0.001
 MANY = 20 * FEW
@@ -46,6 +53,18 @@ async def test_stream_that_was_silent_does_not_rest(
         await pace.rest("one", COST)
         assert autojump_clock.current_time() > began, "the control: it was moved a moment ago"
         nursery.cancel_scope.cancel()
+
+
+async def test_debt_of_many_that_write_seldom_is_bounded(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    pace = OutputPace()
+    for stream in range(50_000):
+        await pace.rest(stream, COST)
+    await pace.rest("busy", COST)
+    began = autojump_clock.current_time()
+    await pace.rest("busy", COST)
+    assert 0 < autojump_clock.current_time() - began <= MAX_REST_SECONDS
 
 
 async def test_streams_that_have_fallen_silent_are_forgotten(

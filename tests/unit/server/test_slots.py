@@ -31,6 +31,21 @@ async def test_last_quarter_is_for_names_that_have_none() -> None:
     assert [slots.take_nowait(name) for name in "defgh"] == [False, True, True, True, False]
 
 
+async def test_name_that_gave_its_only_slot_back_may_have_one_of_the_last_quarter() -> None:
+    slots = Slots(in_all=16, for_each=4)
+    for name in ("a", "d", "b", "b", "b", "b", "c", "c", "c", "c", "e", "e"):
+        assert slots.take_nowait(name)
+    async with trio.open_nursery() as nursery:
+        for name in ("d", "a"):
+            nursery.start_soon(slots.take, name)
+            await trio.testing.wait_all_tasks_blocked()
+        slots.give_back("a")
+        with trio.move_on_after(1):
+            while slots.statistics().waiting:
+                await trio.lowlevel.checkpoint()
+        assert slots.statistics() == Statistics(taken=13, waiting=0)
+
+
 async def test_free_slot_goes_to_the_first_that_may_have_it(autojump_clock: object) -> None:
     slots = Slots(in_all=2, for_each=1)
     order = list[str]()
