@@ -55,7 +55,7 @@ from jobworker.pki.files import write_new
 MB = 1_000_000
 RECORDS = 50_000
 IDLE_SECONDS = 3.0
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS, GOODBYE_SECONDS = 5.0, 20.0
 TURN_SECONDS = 2.0
 HELLOS = 10
 """For each run of `true`."""
@@ -196,15 +196,17 @@ async def settle(
 ) -> None:
     """Wait until the service is as it was, but not for long; what the flood has started is ended.
 
-    A last request of its may be served after it has gone.
+    A last request of its may be served after it has gone, and each connection of its says goodbye.
     """
-    with trio.move_on_after(SETTLE_SECONDS):
+    began = trio.current_time()
+    with trio.move_on_after(GOODBYE_SECONDS):
         while True:
             for job in await client.list(limit=1000):
                 if not job.ended:
                     await client.job(job.id).stop(signal="KILL")
             small = status_bytes(service, "VmRSS") <= bound_bytes
-            if small and descriptors(service) <= descriptors_before:
+            all_gone = descriptors(service) <= descriptors_before
+            if all_gone and (small or trio.current_time() > began + SETTLE_SECONDS):
                 break
             await trio.sleep(0.2)
 

@@ -188,7 +188,8 @@ class KernelWatch:
             self._unseen = list(running)
             self._look_at_some()
         self._search_wanted(running)
-        due = {each for each in self._due - self._measuring if not self._paces[each].rests(now)}
+        may = self._due - self._measuring
+        due = [each for each in self._measures if each in may and not self._paces[each].rests(now)]
         pids = {child.pid: job for job, child in running.items()} if due else {}
         for measure in due:
             with contextlib.suppress(OSError):  # no process to be had: at the next look, then
