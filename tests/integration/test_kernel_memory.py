@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -311,6 +312,11 @@ def test_locks_are_found_wherever_jobs_hide_them(
     monkeypatch.setattr(kernel_memory, "_SHORT_BYTES", 50 * FEW)
     monkeypatch.setattr(kernel_memory, "_SAMPLES", 40)
     monkeypatch.setattr(kernel_memory, "LOCKS_SECONDS", 20)
+    with open("/proc/locks") as file:  # a million of another test's job may still be going
+        patience = time.monotonic() + 60
+        while os.pread(file.fileno(), 1, kernel_memory._SHORT_BYTES):
+            assert time.monotonic() < patience
+            time.sleep(0.1)
     pids, outputs = {}, []
     for job, name in enumerate(names, start=1):
         script = LOCKS.replace("1_000_000", str(FEW)) + HIDDEN[name]
