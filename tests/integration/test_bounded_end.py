@@ -226,10 +226,10 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
     assert left_behind(directory) == []
 
 
-async def run_in_vain(wire: Wire, words: str) -> None:
+async def run_in_vain(wire: Wire, *command: str) -> None:
     """Ask for a job whose start this service does not see."""
     with suppress(trio.EndOfChannel, Refused):
-        await wire.call("job.run", job={"command": ["echo", words]})
+        await wire.call("job.run", job={"command": command})
 
 
 async def test_start_under_way_at_a_kill_of_the_service_waits_for_the_next_one(
@@ -242,7 +242,7 @@ async def test_start_under_way_at_a_kill_of_the_service_waits_for_the_next_one(
             spares = await stop_spares(launcher)
             before = len(children(launcher))
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(run_in_vain, wire, "x")
+                nursery.start_soon(run_in_vain, wire, "echo", "x")
                 await until(lambda: len(children(launcher)) > before)  # instead of one it took
                 await end(service, signal.SIGKILL)
         go_on(spares)
@@ -263,7 +263,7 @@ async def test_start_that_a_stopped_launcher_has_not_seen_waits_for_the_next_ser
             os.kill(launcher, signal.SIGSTOP)
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(run_in_vain, wire, "x")
+                    nursery.start_soon(run_in_vain, wire, "echo", "x")
                     await until_starting(wire, 1)
                     with trio.fail_after(2 * END_SECONDS):
                         await end(service, signal.SIGTERM)
@@ -302,7 +302,7 @@ async def test_stop_of_a_start_that_a_stopped_launcher_has_not_seen_is_kept(
             os.kill(launcher, signal.SIGSTOP)
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(run_in_vain, wire, "x")
+                    nursery.start_soon(run_in_vain, wire, "sleep", "600")
                     await until_starting(wire, 1)
                     nursery.start_soon(stop_in_vain, wire, 1)
                     await until_stop_is_asked(wire, 1)
