@@ -36,7 +36,7 @@ _OURS = frozenset({*mounts.V1_NAMES.values(), "cpuacct", cgroup_cpuset.CONTROLLE
 """The v1 controllers in whose hierarchies a tree may have had a directory."""
 
 HOSTS_PART = 8
-"""An eighth of the host's processes is left to the host."""
+"""An eighth of what there could be is left to the host."""
 NUMBERS_EACH = 3
 """A process may keep three numbers: its own, and those of the ended leaders of its session and of
 its process group."""
