@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import trio
 import trio_websocket
+import wsproto.utilities
 
 from jobworker.cli.embedded import Embedded
 
@@ -148,6 +149,8 @@ async def open_socket(
             yield socket
             await socket.aclose()
             nursery.cancel_scope.cancel()
+    except* wsproto.utilities.LocalProtocolError:
+        pass  # trio-websocket's reader answers a ping behind its own closing frame
     finally:
         await trio.aclose_forcefully(stream)
 

@@ -552,6 +552,31 @@ async def test_client_that_answers_no_pings_is_let_go(open_directory: Callable[[
         await until(lambda: "ping_unanswered" in service.log_text())
 
 
+BEHIND_THE_END = {
+    "nothing": b"",
+    "ping": frame(PING, b"x"),
+    "request": frame(TEXT, HELLO),
+    "part of a message beyond the limit": frame(TEXT, b"x" * 2_000_000, first=0),
+    **BROKEN,
+}
+
+
+async def test_what_comes_behind_the_servers_closing_frame_is_no_fault(
+    open_directory: Callable[[], Path],
+) -> None:
+    limits = {"ping_interval": "50ms", "ping_timeout": "100ms", "max_message_bytes": 1 << 20}
+    async with open_embedded(open_directory(), {"limits": limits}) as service:
+        for name, late in BEHIND_THE_END.items():
+            with trio.fail_after(30):
+                async with open_raw(service) as raw:
+                    found = await raw.closing()
+                    assert found is not None, name
+                    assert found.code == 1013, name
+                    await raw.send(late)
+                    assert await rest(raw.stream) == b"", name
+    assert "incident" not in service.log_text()  # it has ended: what would come has come
+
+
 async def test_client_that_takes_nothing_is_let_go_and_a_slow_one_is_not(
     open_directory: Callable[[], Path],
 ) -> None:

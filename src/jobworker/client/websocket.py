@@ -198,7 +198,8 @@ class WebSocket:
                 case ws.TextMessage() | ws.BytesMessage():
                     self._take_part(event)
                 case ws.Ping():
-                    await self._send(event.response())
+                    if self._protocol.state is ConnectionState.OPEN:  # else nothing follows ours
+                        await self._send(event.response())
                 case ws.CloseConnection():
                     if self._protocol.state is ConnectionState.OPEN:  # wsproto's word, no frame
                         raise Violation(event.reason or "a bad frame")

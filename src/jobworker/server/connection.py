@@ -21,6 +21,7 @@ from functools import partial
 import h11
 import trio
 import trio_websocket
+import wsproto.utilities
 
 from jobworker.errors import (
     CertificateRefused,
@@ -143,6 +144,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
         trio.ClosedResourceError,
         trio_websocket.ConnectionClosed,
         h11.ProtocolError,
+        wsproto.utilities.ProtocolError,  # a frame that came behind the server's closing frame
     ) as group:
         log.debug("%s: ended: %r", peer, group.exceptions)
     except* Exception:  # noqa: BLE001 - recorded

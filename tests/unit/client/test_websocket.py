@@ -122,6 +122,19 @@ async def test_closing_frame_is_answered_and_told() -> None:
         await socket.send("too late")
 
 
+async def test_ping_that_crosses_the_goodbye_does_not_break_it() -> None:
+    server = Connection(ConnectionType.SERVER)
+    crossed = server.send(ws.Ping(payload=b"there")) + b"".join(frame_binary(b"", b"output"))
+    memory = Memory([crossed, server.send(ws.CloseConnection(code=1000))])
+    socket = websocket(memory)
+    with trio.fail_after(5):
+        await socket.aclose()
+    assert socket.closed.is_set()
+    assert not memory.pieces
+    with pytest.raises(Closed):
+        await socket.receive()
+
+
 @pytest.mark.parametrize(
     "data",
     [
