@@ -49,6 +49,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
 
     stderr = begin()  # before the rest is imported, which takes a while
 
+    from jobworker.server import memory
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare
@@ -56,6 +57,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
     prepared = prepare(settings, config)
+    memory.set_up()
     stderr.start_thread()
     try:
         await serve_until_signal(prepared)

@@ -35,10 +35,8 @@ from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import parse_duration
-from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.sandbox.host import read_host_facts
 from jobworker.sandbox.link import Link, open_link
-from jobworker.sandbox.syscalls import keep_freed_memory
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.batch_listener import BatchListener
@@ -69,8 +67,6 @@ Those of clients that do so end much sooner.
 """
 SWITCH_SECONDS = 0.0001
 """How long a thread may keep the interpreter's lock while the event loop waits for it."""
-FREE_BYTES = 16 << 20
-"""What the service keeps of the memory that it has freed."""
 
 
 def _now() -> datetime:
@@ -116,7 +112,6 @@ def _archive(prepared: Prepared, spools: Path, history: History) -> Archive:
 async def serve(prepared: Prepared) -> None:
     """Serve until a signal; raises LauncherGone if the launcher ends before."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    keep_freed_memory(FREE_BYTES, 2 * PIECE_BYTES)  # or each piece of output would be mapped anew
     settings, incidents = prepared.settings, Incidents()
     history = History.open(prepared.directory / "history.db", prepared.directory / "spool")
     try:
