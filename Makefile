@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.set-up-demo
 
-.PHONY: bench-fairness bench-neighbour bench-connect bench-output demo test check bench docs soak e2e mutants lint unit fuzz clean help
+.PHONY: bench-fairness bench-neighbour bench-connect bench-output demo test check bench docs site soak e2e mutants lint unit fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -25,7 +25,7 @@ test: lint
 		2> $(VENV)/workers.log || failed=1; cat $(VENV)/workers.log >&2; \
 	exit $$failed
 
-#: make check   in under a minute: lint, types, import rules, unit tests
+#: make check   in a few minutes: lint, types, import rules, unit tests
 check: lint unit
 
 lint: $(STAMP)
@@ -60,6 +60,11 @@ e2e: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python contrib/protocol_page.py
 
+#: make site    the documents and the Python API as web pages: .site/docs/index.html
+site: $(STAMP)
+	@$(BIN)/python -c 'import sphinx, furo, myst_parser' 2>/dev/null || $(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . .site
+
 #: make fuzz    every fuzz target for FUZZ_SECONDS (60) each, guided by coverage
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
@@ -92,7 +97,7 @@ bench-fairness: $(STAMP)
 
 #: make clean   remove what the others made
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .fuzz .site
 
 $(STAMP): pyproject.toml contrib/set-up.sh
 	@contrib/set-up.sh tests $(VENV)

@@ -36,14 +36,14 @@ class Event(Enum):
 class Reason(Enum):
     """Why a job is FAILED."""
 
-    EXIT = "exit"  # it ended with a code other than 0
-    SIGNAL = "signal"  # a signal ended it that we did not send
-    OOM = "oom"  # killed for want of memory: its own limit, or what `detail` says
-    TIMEOUT = "timeout"  # it ran longer than allowed
-    OUTPUT = "output"  # its output could not be kept, and the policy is to stop it then
-    DISK = "disk"  # it ended with 0, and some of what it wrote to its disk or volumes is lost
-    START = "start"  # a step of its start failed
-    LOST = "lost"  # the service or its launcher died under it
+    EXIT = "exit"  #: it ended with a code other than 0
+    SIGNAL = "signal"  #: a signal ended it that we did not send
+    OOM = "oom"  #: killed for want of memory: its own limit, or what `detail` says
+    TIMEOUT = "timeout"  #: it ran longer than allowed
+    OUTPUT = "output"  #: its output could not be kept, and the policy is to stop it then
+    DISK = "disk"  #: it ended with 0, and some of what it wrote to its disk or volumes is lost
+    START = "start"  #: a step of its start failed
+    LOST = "lost"  #: the service or its launcher died under it
 
 
 WAITING = frozenset({State.PENDING})
