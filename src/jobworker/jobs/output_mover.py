@@ -64,30 +64,28 @@ class OutputMover:
         ) as pump:
             if self._cut_before in (OutputCut.TOTAL, OutputCut.DISK):
                 pump.discard()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._move_all, pump)
-                yield
-                nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
             try:
-                await pump.drain()
-            except OutputError as error:
-                self._cut_by(error)
-                pump.discard()
-                await pump.drain()
-            if pump.capped.is_set():
-                self._cut_at_limit()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._move_all, pump)
+                    yield
+                    nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+                while not await self._settled(pump, pump.drain):
+                    pass
+            finally:  # a job that is left may just have discarded the first bytes
+                if pump.capped.is_set():
+                    self._cut_at_limit()
 
     async def _move_all(self, pump: Pump) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_limit, pump)
-            while not await self._move(pump):
+            while not await self._settled(pump, pump.run):
                 pass
             nursery.cancel_scope.cancel()
 
-    async def _move(self, pump: Pump) -> bool:
+    async def _settled(self, pump: Pump, move: Callable[[], Awaitable[None]]) -> bool:
         """Move output to its end (True), or until something is in the way that we could settle."""
         try:
-            await pump.run()
+            await move()
         except OutputError as error:
             if not (_cut_of(error) is OutputCut.TOTAL and await self._make_room()):
                 self._cut_by(error)

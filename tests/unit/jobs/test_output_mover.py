@@ -1,17 +1,39 @@
 """The mover: what becomes of a job's output, and of the job, where no more of it can be kept."""
 
+import math
 import os
+import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from jobworker.errors import OutputError
+from jobworker.jobs import output_mover
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.output_mover import OutputMover, OutputRoom
 from jobworker.jobs.output_pace import OutputPace
+from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import OutputCut, Stream
+
+
+def mover_of(
+    spool: Spool,
+    budget: OutputBudget,
+    make_room: Callable[[], Awaitable[bool]],
+    told: list[OutputCut],
+    max_bytes: int | None = None,
+) -> OutputMover:
+    return OutputMover(
+        spool=spool,
+        max_bytes=max_bytes,
+        room=OutputRoom(budget=budget, pace=OutputPace(), make_room=make_room),
+        tell_cut=lambda cut, _: told.append(cut),
+        cut=None,
+    )
 
 
 @pytest.mark.parametrize("fault", [OutputError("cannot look"), OSError(5, "I/O"), ValueError("?")])
@@ -24,15 +46,7 @@ async def test_fault_of_those_who_make_room_cuts_output_and_is_no_end(
     told: list[OutputCut] = []
     spool = Spool.create(tmp_path / "job")
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
-    mover = OutputMover(
-        spool=spool,
-        max_bytes=None,
-        room=OutputRoom(
-            budget=OutputBudget(tmp_path, max_bytes=1000), pace=OutputPace(), make_room=make_room
-        ),
-        tell_cut=lambda cut, _: told.append(cut),
-        cut=None,
-    )
+    mover = mover_of(spool, OutputBudget(tmp_path, max_bytes=1000), make_room, told)
     with trio.fail_after(20):
         async with mover.moving({Stream.STDOUT: read_end}):
             os.write(write_end, b"x" * 3000)
@@ -41,3 +55,71 @@ async def test_fault_of_those_who_make_room_cuts_output_and_is_no_end(
     spool.close()
     assert (sizes.stdout_bytes, sizes.discarded_bytes, told) == (1000, 2000, [OutputCut.TOTAL])
     assert str(fault) in caplog.text
+
+
+@pytest.mark.parametrize("is_made", [True, False])
+async def test_job_that_ends_while_room_is_being_made_loses_nothing_for_which_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_made: bool
+) -> None:
+    """Who makes room may wait for the history, far longer than an end waits for what comes late."""
+    monkeypatch.setattr(output_mover, "DRAIN_SECONDS", 0)
+    budget, asked = OutputBudget(tmp_path, max_bytes=1000), trio.Event()
+
+    async def make_room() -> bool:
+        if not asked.is_set():
+            asked.set()
+            await trio.sleep_forever()  # until the job's end
+        if is_made:
+            budget.max_bytes = 10_000
+        return is_made
+
+    told: list[OutputCut] = []
+    spool = Spool.create(tmp_path / "job")
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    with trio.fail_after(20):
+        async with mover_of(spool, budget, make_room, told).moving({Stream.STDOUT: read_end}):
+            os.write(write_end, b"x" * 3000)
+            os.close(write_end)
+            await asked.wait()
+    sizes = spool.statistics()
+    spool.close()
+    kept, cuts = (3000, []) if is_made else (1000, [OutputCut.TOTAL])
+    assert (sizes.stdout_bytes, sizes.discarded_bytes, told) == (kept, 3000 - kept, cuts)
+
+
+async def test_limit_that_is_reached_while_a_job_is_left_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread has begun to discard, and its word comes after the cancellation."""
+    begun, go_on, told = trio.Event(), threading.Event(), list[OutputCut]()
+    token, discard = trio.lowlevel.current_trio_token(), Pump._discard
+
+    def slowly(pump: Pump, stream: Stream, limit: int) -> int:
+        token.run_sync_soon(begun.set)
+        assert go_on.wait(20)
+        return discard(pump, stream, limit)
+
+    async def make_room() -> bool:
+        raise AssertionError
+
+    async def leave(company: trio.CancelScope) -> None:
+        await begun.wait()
+        company.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+
+    monkeypatch.setattr(Pump, "_discard", slowly)
+    spool = Spool.create(tmp_path / "job")
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    mover = mover_of(spool, OutputBudget(tmp_path), make_room, told, max_bytes=0)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as company:
+                nursery.start_soon(leave, company)
+                async with mover.moving({Stream.STDOUT: read_end}):
+                    os.write(write_end, b"x" * 10)
+                    await trio.sleep(math.inf)
+    os.close(write_end)
+    discarded = spool.statistics().discarded_bytes
+    spool.close()
+    assert (discarded, told) == (10, [OutputCut.LIMIT])
