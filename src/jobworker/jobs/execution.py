@@ -460,6 +460,9 @@ class Execution:
                 log.debug("%s", error)
                 self._changed.set()
                 await trio.sleep(RECORD_AGAIN_SECONDS)
+            except BaseException:  # who leaves the job has to record it still
+                self._changed.set()
+                raise
 
     # --- the end ----------------------------------------------------------------------------
 

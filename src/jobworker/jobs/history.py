@@ -194,8 +194,9 @@ class History:
         That of a job which is only just admitted (`is_new`) is refused where the disk has nothing
         left but what is set aside for ends.
 
-        Not cancelled half-way: a record that was handed over is written. Raises InternalError
-        where the disk refuses, or another program has the lock; then the job's note alone has it.
+        Not cancelled half-way: a record that was handed over is written, or refused. Raises
+        InternalError where the disk refuses, or another program has the lock; then the job's note
+        alone has it.
         """
         work = partial(_put, record, self._spools)
         try:
@@ -204,7 +205,8 @@ class History:
             if self._spools is not None and isinstance(error.__cause__, apsw.BusyError):
                 # `work` was never begun. One at a time: lines of a note could overwrite each other.
                 note = partial(write_note, self._spools, record)
-                await in_thread(note, limiter=self._notes)
+                with trio.CancelScope(shield=True):  # waits for the disk alone
+                    await in_thread(note, limiter=self._notes)
             raise
 
     async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:

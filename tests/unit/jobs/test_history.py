@@ -395,10 +395,14 @@ async def test_lock_that_is_never_given_back_is_told_to_each_writer(
         assert ids_of(await latest(history, limit=10)) == [4]
 
 
+@pytest.mark.parametrize("is_left", [False, True])
 async def test_note_has_what_the_lock_of_another_keeps_from_the_history(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, is_left: bool
 ) -> None:
-    """Clients are told of such an end: the next service must not know less."""
+    """Clients are told of such an end: the next service must not know less.
+
+    Nor where whoever records it is cancelled meanwhile.
+    """
     monkeypatch.setattr(history_writer, "BUSY_SECONDS", 0.05)
     with closing(History.open(path, path.parent)) as history:
         runs = record(history.take_id(), State.RUNNING)
@@ -406,8 +410,11 @@ async def test_note_has_what_the_lock_of_another_keeps_from_the_history(
         make_note(path.parent, runs)
         await history.put(runs)
         end = evolve(runs, state=State.COMPLETED, exit_code=0, ended_at=NOW)
-        with write_lock(path), pytest.raises(InternalError, match="another program has locked it"):
-            await history.put(end)
+        with write_lock(path), trio.CancelScope() as scope:
+            if is_left:
+                scope.cancel()
+            with pytest.raises(InternalError, match="another program has locked it"):
+                await history.put(end)
         assert await history.get(runs.id) == runs
         assert read_note(path.parent, runs.id) == end
 

@@ -28,7 +28,7 @@ from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
-from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream, Usage
+from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Started
@@ -754,6 +754,26 @@ async def test_what_was_discarded_is_recorded_where_its_index_takes_no_more(
         pipes = link.finish(JobId(1), keep_pipes=True)
     assert not execution.ended.is_set()
     assert history.records[JobId(1)].discarded_bytes == 9
+    for pipe in pipes:
+        os.close(pipe)
+
+
+async def test_cut_that_is_being_recorded_while_the_job_is_left_is_recorded(tmp_path: Path) -> None:
+    """Also where the history takes its time, and then not this record."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        limits = Limits(output_bytes=1)
+        execution = await supervisor.submit(evolve(spec("left"), limits=limits), "alice")
+        history.slow = trio.Event()
+        link.write(JobId(1), b"text")
+        with trio.fail_after(20):
+            while execution.record.output_cut is None:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(supervisor.leave)
+                await trio.testing.wait_all_tasks_blocked()
+                history.slow.set()
+        pipes = link.finish(JobId(1), keep_pipes=True)
+    assert history.records[JobId(1)].output_cut is OutputCut.LIMIT
     for pipe in pipes:
         os.close(pipe)
 
