@@ -137,6 +137,8 @@ class Execution:
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
     _runs_since: float | None = field(default=None, init=False)
     """When its program began by Trio's clock, which nobody sets back."""
+    _exited_at: float | None = field(default=None, init=False)
+    """When its program ended by that clock."""
     _company: trio.CancelScope = field(factory=trio.CancelScope, init=False)
     _ending: Ending = field(init=False)
 
@@ -267,6 +269,7 @@ class Execution:
                 nursery.start_soon(self._take_notices, started.notices)
                 with suppress(trio.EndOfChannel):  # the launcher is gone, and with it the job
                     ending = await exits.receive()
+                self._exited_at = trio.current_time() - (ending.seconds_ago if ending else 0)
                 self._ending.exited = True
                 await self.admission.wait()
                 if self.refused:  # before another record is waited for: the service may be ending
@@ -480,10 +483,9 @@ class Execution:
         changes: dict[str, object] = {}
         if ending is not None:
             changes = {"exit_code": ending.code, "signal": ending.signal, "usage": ending.usage}
-        ended_at = self._ended_at(ending.seconds_ago if ending else 0)
-        words = _words_of(ending, reason)
-        end = self._advanced(event, *words, reason=reason, ended_at=ended_at, **changes)
-        await self._close(end)
+        await self._close(
+            self._advanced(event, *_words_of(ending, reason), reason=reason, **changes)
+        )
 
     async def fail_internally(self, incident: str) -> None:
         """End a job that a fault of ours cut short, before `ended` was set."""
@@ -568,15 +570,18 @@ class Execution:
                 level = logging.DEBUG if gone else logging.ERROR
                 log.log(level, "job %d: the launcher keeps it: %s", self.record.id, error)
 
-    def _ended_at(self, seconds_ago: float) -> datetime:
-        """When the job ended, so long ago: not before it had run for as long as it did.
+    def _ended_at(self) -> datetime:
+        """When the job ended: not before it had run for as long as it did.
 
-        The time of day may have been set back since its start.
+        That may be a while ago: output was drained since, or there was no service. And the time of
+        day may have been set back since its start.
         """
-        ended_at = self._clock() - timedelta(seconds=seconds_ago)
+        now = trio.current_time()
+        exited_at = now if self._exited_at is None else self._exited_at
+        ended_at = self._clock() - timedelta(seconds=now - exited_at)
         if self.record.started_at is None or self._runs_since is None:
             return ended_at
-        ran_seconds = max(0.0, trio.current_time() - self._runs_since - seconds_ago)
+        ran_seconds = max(0.0, exited_at - self._runs_since)
         return max(ended_at, self.record.started_at + timedelta(seconds=ran_seconds))
 
     def _advanced(self, event: Event, *words: str, **changes: object) -> JobRecord:
@@ -588,7 +593,7 @@ class Execution:
             record = _noted(record, SERVICE_ENDED)
         state = advance(record.state, event)
         if state in TERMINAL:
-            changes.setdefault("ended_at", self._ended_at(0))
+            changes["ended_at"] = self._ended_at()
         return evolve(record, state=state, **changes)  # type: ignore[arg-type]
 
 

@@ -116,6 +116,10 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     be kept: a service that cannot tell what becomes of jobs does not start, and the launcher keeps
     them.
     """
+    since = {
+        job: now - timedelta(seconds=started.age_seconds)
+        for job, (started, _) in link.inherited.items()
+    }
     there = await in_thread(jobs_in, spools)
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
@@ -155,7 +159,7 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
         if alive is None:
             inheritance.waiting.append(Waiting(going_on, spool))
         else:
-            going_on = _as_running(going_on, alive[0], now)
+            going_on = _as_running(going_on, since[job])
             inheritance.running.append(Running(going_on, spool, *alive))
     await _record(history, [each.record for each in inheritance.ended])
     _tell(inheritance)
@@ -372,13 +376,13 @@ async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> 
     return Ended(with_sizes(record, spool), spool)
 
 
-def _as_running(record: JobRecord, started: Started, now: datetime) -> JobRecord:
+def _as_running(record: JobRecord, since: datetime) -> JobRecord:
     """The record of a job whose program runs, whatever of that was committed."""
     for event in (Event.ADMIT, Event.START):
         with suppress(ValueError):
             record = evolve(record, state=advance(record.state, event))
     if record.started_at is None:
-        record = evolve(record, started_at=now - timedelta(seconds=started.age_seconds))
+        record = evolve(record, started_at=since)
     return record
 
 

@@ -3,18 +3,22 @@
 `start_launcher` is for a launcher that ends with the service, `connect_launcher` for one that
 outlives services: it tells of the jobs that an earlier service has left, and hands over their
 pipes. Both wait, with a bound, until the launcher is ready. `sandbox.link` goes on from there.
+
+The launcher says of a moment how long ago it was. That is made a time of this host's monotonic
+clock at once (time.monotonic), since much may pass before somebody asks.
 """
 
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict
 
-from attrs import evolve, frozen
+from attrs import Factory, evolve, frozen
 
 import jobworker
 from jobworker.errors import HostUnsupported, LauncherGone, error_classes
@@ -55,8 +59,12 @@ class Exit:
     """Names of volumes of which that could not be found out."""
     want: Want = ""
     """For want of what memory processes of it were killed."""
-    seconds_ago: float = 0.0
-    """How long before this was told."""
+    ended_at: float = Factory(time.monotonic)
+
+    @property
+    def seconds_ago(self) -> float:
+        """How long ago it ended."""
+        return time.monotonic() - self.ended_at
 
 
 @frozen(kw_only=True)
@@ -64,12 +72,20 @@ class AskedBefore:
     """What an earlier service has asked for of a job's end: see `sandbox.asks`."""
 
     cause: str
-    seconds_ago: float
-    """How long ago that was asked for first."""
-    kill_in_seconds: float
-    """When the job is to be killed; negative where that was due already."""
+    first_at: float
+    kill_at: float
     signals: frozenset[int]
     """The signals that were sent for it."""
+
+    @property
+    def seconds_ago(self) -> float:
+        """How long ago that was asked for first."""
+        return time.monotonic() - self.first_at
+
+    @property
+    def kill_in_seconds(self) -> float:
+        """When the job is to be killed; negative where that was due already."""
+        return self.kill_at - time.monotonic()
 
 
 @frozen(kw_only=True)
@@ -78,8 +94,8 @@ class Listed:
 
     job: int
     pid: int
-    age_seconds: float
-    """How long ago its program was started."""
+    since: float
+    """When its program was started."""
     exit: Exit | None
     """None while it lives."""
     stdout: int
@@ -301,7 +317,7 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
     return Listed(
         job=job,
         pid=pid,
-        age_seconds=age_seconds,
+        since=time.monotonic() - age_seconds,
         exit=None if end is None else exit_from({**entry, **end}),
         stdout=stdout,
         stderr=stderr,
@@ -313,10 +329,11 @@ def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
 def _asked_from(told: object) -> AskedBefore | None:
     if not isinstance(told, dict):
         return None
+    now = time.monotonic()
     return AskedBefore(
         cause=str(told["cause"]),
-        seconds_ago=float(told["seconds_ago"]),
-        kill_in_seconds=float(told["kill_in_seconds"]),
+        first_at=now - float(told["seconds_ago"]),
+        kill_at=now + float(told["kill_in_seconds"]),
         signals=frozenset(map(int, told["signals"])),
     )
 
@@ -348,7 +365,7 @@ def exit_from(message: Mapping[str, object]) -> Exit:
         lost=tuple(map(str, lost)),
         unseen=tuple(map(str, unseen)),
         want=_want_from(message.get("want"), used),
-        seconds_ago=ago,
+        ended_at=time.monotonic() - ago,
     )
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from types import MappingProxyType
@@ -55,11 +56,15 @@ class Started:
     pid: int
     stdout: int
     stderr: int
-    age_seconds: float = 0.0
-    """How long it had run when this was told."""
+    since: float = Factory(time.monotonic)
     notices: Notices = Factory(_no_notices)
     asked: AskedBefore | None = None
     """What an earlier service has asked for of its end."""
+
+    @property
+    def age_seconds(self) -> float:
+        """How long it has run."""
+        return time.monotonic() - self.since
 
 
 log = logging.getLogger("jobworker.sandbox")
@@ -147,7 +152,7 @@ class Link:
                 pid=listed.pid,
                 stdout=listed.stdout,
                 stderr=listed.stderr,
-                age_seconds=listed.age_seconds,
+                since=listed.since,
                 notices=notices,
                 asked=listed.asked,
             )

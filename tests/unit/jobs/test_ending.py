@@ -1,6 +1,7 @@
 """What is said of an end: the cause that came first, if it reached the job before that ended."""
 
 import errno
+import time
 from signal import SIGINT, SIGKILL, SIGTERM, Signals
 
 import pytest
@@ -248,8 +249,9 @@ async def test_end_that_an_earlier_service_asked_for_is_gone_on_with(
     """The same cause, the same deadline, and no signal that the job has got already."""
     launcher = OneJob()
     ending = ending_of(launcher)
+    now = time.monotonic()
     asked = AskedBefore(
-        cause=cause, seconds_ago=50, kill_in_seconds=10, signals=frozenset({SIGINT})
+        cause=cause, first_at=now - 50, kill_at=now + 10, signals=frozenset({SIGINT})
     )
     ending.resume(asked)
     ending.stop(SIGINT, 60)
@@ -265,8 +267,9 @@ async def test_end_that_an_earlier_service_asked_for_is_gone_on_with(
 async def test_later_stop_by_the_same_signal_is_a_new_one(autojump_clock: MockClock) -> None:
     launcher = OneJob()
     ending = ending_of(launcher)
+    now = time.monotonic()
     ending.resume(
-        AskedBefore(cause=STOP, seconds_ago=0, kill_in_seconds=900, signals=frozenset({SIGINT}))
+        AskedBefore(cause=STOP, first_at=now, kill_at=now + 900, signals=frozenset({SIGINT}))
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ending.serve)

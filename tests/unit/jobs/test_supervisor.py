@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,7 @@ from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.history_search import Filter, Page
 from jobworker.jobs.output_files import OutputFiles
+from jobworker.jobs.output_mover import DRAIN_SECONDS
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
@@ -319,9 +321,11 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     os.close(out_write)
     os.close(err_write)
     send, exits = trio.open_memory_channel[Exit](1)
-    send.send_nowait(Exit(code=0, signal=None, usage=Usage(), seconds_ago=seconds_ago))
+    told_at = time.monotonic()
+    ended_at = told_at - seconds_ago
+    send.send_nowait(Exit(code=0, signal=None, usage=Usage(), ended_at=ended_at))
     send.close()
-    started = Started(pid=1, stdout=out, stderr=err, age_seconds=8)
+    started = Started(pid=1, stdout=out, stderr=err, since=told_at - 8)
     taken = Inheritance(running=[Running(record, Spool.create(tmp_path / "1"), started, exits)])
     behind = now - timedelta(days=1)
     async with supervising(tmp_path, max_running=1, clock=lambda: behind, inheritance=taken) as (
@@ -335,7 +339,28 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     assert ended.started_at is not None
     assert ended.ended_at is not None
     ran = (ended.ended_at - ended.started_at).total_seconds()
-    assert 0 <= ran - (8 - seconds_ago) < 5, "as long as the launcher says, and what passed since"
+    assert abs(ran - (8 - seconds_ago)) < 0.1, "as long as the launcher says"
+
+
+async def test_job_has_ended_when_it_exited_however_long_the_rest_of_its_output_takes(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    def clock() -> datetime:
+        return datetime(2026, 11, 24, tzinfo=UTC) + timedelta(seconds=trio.current_time())
+
+    async with supervising(tmp_path, max_running=1, clock=clock) as (supervisor, link, history):
+        execution = await supervisor.submit(spec("job"), "alice")
+        await trio.sleep(60)
+        exited_at = clock()
+        pipes = link.finish(JobId(1), keep_pipes=True)  # somebody outside of it has them
+        await supervisor.wait(JobId(1))
+        assert clock() - exited_at >= timedelta(seconds=DRAIN_SECONDS)
+        await execution.forgotten.wait()
+    for pipe in pipes:
+        os.close(pipe)
+    ended_at = history.records[JobId(1)].ended_at
+    assert ended_at is not None
+    assert abs(ended_at - exited_at) < timedelta(seconds=1)
 
 
 async def test_output_that_was_taken_over_counts_as_what_stands_on_the_disk(

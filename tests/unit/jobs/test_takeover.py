@@ -1,10 +1,12 @@
 """What a service that starts makes of earlier jobs, over a launcher and a history that it plays."""
 
 from collections.abc import Collection
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trio
 from attrs import define, evolve, field
 
 from jobworker.jobs.job_note import make_note, write_note
@@ -12,6 +14,7 @@ from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import Reason, State
+from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Started
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
@@ -89,6 +92,39 @@ async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(
     assert ended.record.reason is Reason.LOST
     assert ended.record.discarded_bytes == 9
     assert history.put_records == [ended.record]
+
+
+async def test_program_began_when_the_launcher_said_however_long_it_takes_to_go_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+
+    class Slowly(OneJob):
+        async def known(self, jobs: Collection[JobId]) -> frozenset[JobId]:
+            nonlocal now
+            now += 100
+            return await super().known(jobs)
+
+    monkeypatch.setattr("jobworker.sandbox.link.time", SimpleNamespace(monotonic=lambda: now))
+    Spool.create(tmp_path / "1").close()
+    record = JobRecord(
+        id=JobId(1),
+        spec=JobSpec(command=("true",)),
+        owner="alice",
+        state=State.INITIALIZING,
+        created_at=NOW,
+    )
+    _send, exits = trio.open_memory_channel[Exit](1)
+    started = Started(pid=1, stdout=-1, stderr=-1, since=now - 10)
+    taken = await take_over(
+        NoJobs({JobId(1): (started, exits)}),  # type: ignore[arg-type]
+        Slowly((record,)),  # type: ignore[arg-type]
+        tmp_path,
+        NOW,
+    )
+    (running,) = taken.running
+    running.spool.close()
+    assert running.record.started_at == NOW - timedelta(seconds=10)
 
 
 async def test_output_that_cannot_be_read_keeps_no_service_from_its_start(

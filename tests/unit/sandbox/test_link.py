@@ -44,7 +44,7 @@ async def test_end_of_a_private_network_reaches_whoever_has_the_job(
 ) -> None:
     """Told while the service listens, or listed to the next one; unknown events are no fault."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listed = Listed(job=1, pid=5, age_seconds=1, exit=None, stdout=0, stderr=0)
+    listed = Listed(job=1, pid=5, since=0, exit=None, stdout=0, stderr=0)
     with trio.socket.from_stdlib_socket(near) as sock, far:
         link = Link(sock)
         link.inherit([evolve(listed, network_end="it broke"), evolve(listed, job=2)])
