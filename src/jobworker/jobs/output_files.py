@@ -310,7 +310,7 @@ class OutputFiles:
         self._cut_records = found - number
         self._written = {stream: record.length_of(stream) for stream in Stream}
         self.lost = {stream: max(0, told.length_of(stream) - sizes[stream]) for stream in Stream}
-        self.discarded_bytes = record.discarded_bytes
+        self.discarded_bytes = max(record.discarded_bytes, told.discarded_bytes)
 
     def _sizes(self) -> dict[Stream, int]:
         return {stream: os.fstat(fd).st_size for stream, fd in self._data.items()}

@@ -189,9 +189,8 @@ class Spool:
 
     def restore_discarded(self, count: int) -> None:
         """Count as thrown away what an earlier service has told of, if the index knows of less."""
-        if not self.sealed:
-            known = self._files.discarded_bytes
-            self._files.discarded_bytes = max(known, count + self.lost_bytes)
+        known = self._files.discarded_bytes
+        self._files.discarded_bytes = max(known, count + self.lost_bytes)
 
     async def write(self, work: Callable[[], T]) -> T:
         """Run `work`, which writes to this spool, in a thread; then wake those who wait for it.

@@ -782,6 +782,19 @@ def test_what_was_discarded_and_what_is_missing_both_count(tmp_path: Path) -> No
     spool.close()
 
 
+def test_what_the_index_said_of_discarded_bytes_stays_told_where_records_go_with_their_output(
+    tmp_path: Path,
+) -> None:
+    """A power cut has left less output than records, and those after the gap are cut."""
+    with written(tmp_path / "job") as files:
+        files.count_discarded(5000)
+    os.truncate(tmp_path / "job" / "stdout", 4)
+    for _ in range(2):
+        spool = Spool.open(tmp_path / "job")
+        assert spool.statistics().discarded_bytes == 5000 + len(b"two3")
+        spool.close()
+
+
 # --- ended jobs' files that another hand has changed ----------------------------------------
 
 

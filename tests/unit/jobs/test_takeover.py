@@ -1,5 +1,6 @@
 """What a service that starts makes of earlier jobs, over a launcher and a history that it plays."""
 
+import shutil
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,9 +54,11 @@ class OneJob:
         self.never.add(job)
 
 
-@pytest.mark.parametrize("known_by", ["history", "note"])
+@pytest.mark.parametrize(
+    ("known_by", "is_there"), [("history", True), ("history", False), ("note", True)]
+)
 async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(
-    tmp_path: Path, known_by: str
+    tmp_path: Path, known_by: str, is_there: bool
 ) -> None:
     """The index has it whenever it doubles; the record may know of more, or, where a full disk
     refused that, the note.
@@ -80,6 +83,8 @@ async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(
         record = told
     else:
         write_note(tmp_path, told)
+    if not is_there:
+        shutil.rmtree(tmp_path / "1")
     history = OneJob((record,))
     taken = await take_over(
         NoJobs({}),  # type: ignore[arg-type]
