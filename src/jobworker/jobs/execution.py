@@ -427,7 +427,7 @@ class Execution:
         return self._rules.on_disk_full
 
     def _note(self, detail: str) -> None:
-        self.record = _noted(self.record, detail)
+        self.record = self.record.noted(detail)
 
     async def store(self) -> bool:
         """Record the job as it is now; a fault is logged, since the job goes on.
@@ -507,16 +507,16 @@ class Execution:
                 try:
                     await self.spool.seal()
                 except OutputError as error:
-                    end = _noted(end, str(error))
+                    end = end.noted(str(error))
                 except Exception as error:
                     log.exception("job %d: its output is not sealed", end.id)
-                    end = _noted(end, f"its output could not be sealed: {error}")
+                    end = end.noted(f"its output could not be sealed: {error}")
                 end = with_sizes(end, self.spool)
                 # Whoever is told of the end finds its output.
                 async with self.spool.synced(end.id, end.owner):
                     recorded = await self._store(end)
                 if self.spool.sync_fault:
-                    end = _noted(end, self.spool.sync_fault)
+                    end = end.noted(self.spool.sync_fault)
                     recorded = await self._store(end)
         finally:
             self.spool.close()
@@ -588,20 +588,13 @@ class Execution:
         """The record after `event`, with words about it."""
         record = self.record
         for each in words:
-            record = _noted(record, each)
+            record = record.noted(each)
         if event is Event.STOP and self._ends_with_service:
-            record = _noted(record, SERVICE_ENDED)
+            record = record.noted(SERVICE_ENDED)
         state = advance(record.state, event)
         if state in TERMINAL:
             changes["ended_at"] = self._ended_at()
         return evolve(record, state=state, **changes)  # type: ignore[arg-type]
-
-
-def _noted(record: JobRecord, detail: str) -> JobRecord:
-    """The record with more to be said, unless it says that."""
-    if detail in record.detail:
-        return record
-    return evolve(record, detail="; ".join(filter(None, (record.detail, detail))))
 
 
 def _words_of(ending: Exit | None, reason: Reason | None) -> Iterator[str]:

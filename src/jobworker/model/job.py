@@ -295,6 +295,12 @@ class JobRecord:
         hidden = dict.fromkeys(self.spec.environment, MASK)
         return attrs.evolve(self, spec=altered(self.spec, environment=hidden))
 
+    def noted(self, words: str) -> "JobRecord":
+        """The record with more to be said, unless it says that."""
+        if words in self.detail:
+            return self
+        return attrs.evolve(self, detail="; ".join(filter(None, (self.detail, words))))
+
     @property
     def ended(self) -> bool:
         """Whether the job has come to its end."""
