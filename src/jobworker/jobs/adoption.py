@@ -96,8 +96,9 @@ def tell_adopted(records: Sequence[JobRecord], lives: Collection[JobId]) -> None
     if not records:
         return
     ids = [record.id for record in records]
+    run = sum(record.id in lives and not record.ended for record in records)
     shown = ", ".join(map(str, ids[:10])) + (f" to {ids[-1]}" if len(ids) > 10 else "")
     log.warning(
         "the history did not have %d jobs, which are adopted: %d run, %d have ended (%s)",
-        *(len(ids), sum(job in lives for job in ids), sum(job not in lives for job in ids), shown),
+        *(len(ids), run, len(ids) - run, shown),
     )

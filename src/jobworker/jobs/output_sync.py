@@ -37,7 +37,7 @@ SYNC_JOBS = 4
 LATER_JOBS = 1000
 """Of one owner, whose ends were told before their output had a place."""
 AGAIN_SECONDS = 1.0
-_FAULT = "its output may not be on the disk"
+NOT_SYNCED = "its output may not be on the disk"
 
 
 @define(eq=False)
@@ -121,7 +121,7 @@ class OutputSync:
                         nursery.start_soon(self._sync, file)
         finally:
             if self._left_out and not self._share.queue(self._job, self._directory):
-                self._fault = f"{_FAULT}: that of {LATER_JOBS} jobs before it is not, either"
+                self._fault = f"{NOT_SYNCED}: that of {LATER_JOBS} jobs before it is not, either"
         if scope.cancelled_caught:
             log.warning(
                 "job %d: the disk has not taken its output after %g s; its end is told",
@@ -160,7 +160,7 @@ class OutputSync:
         if error is not None and self._ended:
             _tell_late(self._job, error)
         elif error is not None:
-            self._fault = f"{_FAULT}: {error.strerror}"
+            self._fault = f"{NOT_SYNCED}: {error.strerror}"
         self._release()
         self._under_way -= 1
         if not self._under_way:
@@ -199,7 +199,7 @@ def _refusal(file: int) -> OSError | None:
 def _tell_late(job: JobId, error: Exception) -> None:
     """Say in the log what an end that was told does not."""
     why = error.strerror if isinstance(error, OSError) else error
-    log.error("job %d, whose end was told: %s: %s", job, _FAULT, why)
+    log.error("job %d, whose end was told: %s: %s", job, NOT_SYNCED, why)
 
 
 def _taken(share: list[int]) -> bool:

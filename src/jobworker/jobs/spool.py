@@ -135,9 +135,9 @@ class Spool:
         return cls(files, sealed=True, missing=" and ".join(lost))
 
     @classmethod
-    def gone(cls) -> Self:
+    def gone(cls, sync_fault: str = "") -> Self:
         """The spool of an ended job whose files are not there: sealed, with nothing to read."""
-        return cls(OutputFiles({}, -1, time.time_ns), sealed=True)
+        return cls(OutputFiles({}, -1, time.time_ns), sealed=True, sync_fault=sync_fault)
 
     @property
     def lost_bytes(self) -> int:

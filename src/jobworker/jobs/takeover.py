@@ -5,7 +5,7 @@
     being started       was to, and did not    waits again, as below
     started             no                     is FAILED, lost
     waiting             no                     waits again, unless it had secrets: no disk has them
-    ended               yes                    is removed, and killed if it lives
+    ended               yes                    is removed there, and killed if it lives
     removed, no output  either                 stays removed, and what it left goes
     nothing             either                 is adopted (`adoption`)
 
@@ -15,7 +15,9 @@ takes it.
 
 A record is committed as INITIALIZING before its job is started (or while, and then its id has left
 the service only after the commit), so what is PENDING has never run. "Ended" with the launcher
-having it still is a service that died between the commit of the end and the removal.
+having it still is a service that died between the commit of the end and the removal, and may not
+have had the disk's word on the output by then: the disk is asked again, as it is for each end that
+is told here.
 
 Output goes on exactly where it ends: what a service has moved is in the files, and what it has not
 is in the pipes, which the launcher kept. A live job whose files are gone or unreadable goes on with
@@ -26,7 +28,7 @@ import errno
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,7 @@ from jobworker.jobs.ended_output import remove_output
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
 from jobworker.jobs.output_directory import clear_mark, was_removed
+from jobworker.jobs.output_sync import NOT_SYNCED
 from jobworker.jobs.spool import Spool, with_sizes
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
@@ -124,14 +127,13 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
     undone = unfinished.keys() & link.unstarted
-    for job in (link.inherited.keys() & known) - unfinished.keys():
-        await _remove(link, job)
     unknown = (there | link.inherited.keys()) - known
     removed = await history.removed_without_output(unknown)
     for job in removed & link.inherited.keys():
         await _remove(link, job)
     await in_thread(partial(_finish_removals, spools, removed))
     unfinished |= await _adopt(link, history, spools, unknown - removed, now)
+    ended_before = link.inherited.keys() - unfinished.keys() - removed
     unfinished = await _ask_notes(spools, unfinished)
     unfinished |= await _take_back_starts(history, [unfinished[job] for job in sorted(undone)])
     inheritance = Inheritance()
@@ -161,7 +163,16 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
         else:
             going_on = _as_running(going_on, since[job])
             inheritance.running.append(Running(going_on, spool, *alive))
+    again = [await _end_again(spools, history, job) for job in sorted(ended_before)]
+    await _sync([*inheritance.ended, *again])
+    inheritance.ended += [each for each in again if each.spool.sync_fault]
     await _record(history, [each.record for each in inheritance.ended])
+    for each in again:
+        if each.spool.sync_fault:  # the launcher forgets it when that is recorded
+            _let_go(*link.inherited[each.record.id])
+        else:
+            each.spool.close()
+            await _remove(link, each.record.id)
     _tell(inheritance)
     return inheritance
 
@@ -180,8 +191,6 @@ async def _adopt(
                 if record is None:
                     history.never_give(job)
                     continue
-                if record.ended and lives:
-                    await _remove(link, job)
                 if not record.ended:
                     # Lost until it is known better: a start cut short must not run it again.
                     record = evolve(record, state=State.INITIALIZING)
@@ -269,8 +278,7 @@ async def _open_spool(
     log.warning("job %s: its output so far is missing: %s%s", directory.name, why, where)
     if not lives:  # it has written nothing yet
         return spool, record
-    note = f"output from before {now:%F %T} UTC is missing"
-    return spool, evolve(record, detail="; ".join(filter(None, (record.detail, note))))
+    return spool, record.noted(f"output from before {now:%F %T} UTC is missing")
 
 
 def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
@@ -279,7 +287,7 @@ def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
         return record
     note = f"{spool.lost_bytes} bytes of output from before {now:%F %T} UTC are missing"
     log.warning("job %d: %s: its files have become shorter", record.id, note)
-    return evolve(record, detail="; ".join(filter(None, (record.detail, note))))
+    return record.noted(note)
 
 
 def _set_aside(directory: Path) -> Path | None:
@@ -353,17 +361,41 @@ async def _end_as_told(spools: Path, record: JobRecord, now: datetime) -> Ended:
     return Ended(record, await _open_ended(spools, record))
 
 
+async def _end_again(spools: Path, history: History, job: JobId) -> Ended:
+    """A job whose end is recorded, with its output as far as that is there."""
+    record = await history.summary(job)
+    assert record is not None
+    try:
+        open_it = partial(Spool.open_ended, spools / str(job), written={})
+        return Ended(record, await in_thread(open_it))
+    except NotFound:
+        return Ended(record, Spool.gone())
+    except JobworkerError as error:
+        return Ended(record, Spool.gone(sync_fault=f"{NOT_SYNCED}: {error.message}"))
+
+
+async def _sync(ended: Sequence[Ended]) -> None:
+    """Have the disk take the output of ended jobs; where it refuses, the record says so.
+
+    That of all at a time: the start of the service waits no longer than the end of one job does.
+    """
+    async with AsyncExitStack() as under_way:
+        for each in ended:
+            synced = each.spool.synced(each.record.id, each.record.owner)
+            await under_way.enter_async_context(synced)
+    for each in ended:
+        if each.spool.sync_fault:
+            log.error("job %d: %s", each.record.id, each.spool.sync_fault)
+            each.record = each.record.noted(each.spool.sync_fault)
+
+
 async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:
     """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
     spool = await _open_ended(spools, record)
     spool.restore_discarded(record.discarded_bytes)
     record = _with_losses(record, spool, now)
-    record = evolve(
-        record,
-        state=advance(record.state, Event.FAIL),
-        reason=Reason.LOST,
-        detail="; ".join(filter(None, (record.detail, detail))),
-    )
+    state = advance(record.state, Event.FAIL)
+    record = evolve(record.noted(detail), state=state, reason=Reason.LOST)
     ended_at = now
     if spool.sealed and spool.last_ns:
         ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
