@@ -661,13 +661,16 @@ class Jobs:
             self._turns.call_in(SWEEP_AGAIN_SECONDS, self._sweep_again)
 
     def _sweep_again(self) -> None:
-        self._nursery.sweepers.try_again()
+        self._nursery.sweepers.go_on()
         self._watch_sweepers()
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)
-        self._turns.see_through(partial(self._nursery.sweepers.reap, pidfd))
-        self._watch_sweepers()
+        if self._nursery.sweepers.reap(pidfd):
+            self._turns.see_through(self._nursery.sweepers.go_on)
+            self._watch_sweepers()
+        else:
+            self._turns.call_in(SWEEP_AGAIN_SECONDS, self._watch_sweepers)
 
 
 def _too_long(held: str) -> channel.Message:
