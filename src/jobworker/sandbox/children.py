@@ -424,10 +424,14 @@ def name_host(child: Child, name: str) -> None:
         os.close(own)
 
 
-def status_of(child: Child) -> Exit:
-    """How a child ended whose pidfd is readable; it is still to be collected (`Zombies`)."""
-    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
-    assert info is not None
+def status_of(child: Child) -> Exit | None:
+    """How a child ended whose pidfd is readable; it is still to be collected (`Zombies`).
+
+    None where the kernel does not tell yet: a tracer of the host's hears it first (ptrace(2)).
+    """
+    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    if info is None:
+        return None
     told = None if child.report < 0 else init_program.reported(child.report)
     if told is not None:
         return Exit(*told)

@@ -385,7 +385,7 @@ class Jobs:
         self._oom_watch.watch(child)
 
     def _look_for_ends(self, child: Child) -> None:
-        """Take a killed child's end and its gateway's, as far as they are not watched."""
+        """Take a child's end and its gateway's, as far as they are not watched."""
         unwatched = False
         for pidfd, on_end in (
             (child.gateway, self._on_gateway_exit),
@@ -398,7 +398,7 @@ class Jobs:
             else:
                 on_end(child)
         if unwatched:
-            self._turns.call_in(CLEAR_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
         """Make one spare, in two turns; more follow, so that requests are served between."""
@@ -450,6 +450,9 @@ class Jobs:
     def _on_exit(self, child: Child) -> None:
         how = status_of(child)
         self._turns.unwatch(child.pidfd)
+        if how is None:
+            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            return
         child.exit, child.ended_at, child.doomed = how, time.monotonic(), True
         self._zombies.take(child.pidfd)
         self._turns.see_through(partial(self._take_end, child))
@@ -567,6 +570,9 @@ class Jobs:
         assert child.gateway is not None
         self._turns.unwatch(child.gateway)
         how = gateway.reap(child.gateway)
+        if how is None:
+            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            return
         child.gateway = None
         if child.exit is None:
             self._turns.call_in(TOGETHER_SECONDS, partial(self._tell_network_end, child, how))
