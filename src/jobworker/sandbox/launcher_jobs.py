@@ -87,7 +87,7 @@ _MAY_HAVE_RUN: channel.Message = {
     "detail": "its start was given up; its program may have begun to run",
 }
 
-_HEEDED = ("SigBlk:", "SigIgn:", "SigCgt:")
+_HEEDED = (b"SigBlk:", b"SigIgn:", b"SigCgt:")
 
 Tell = Callable[[channel.Message, Sequence[int]], None]
 
@@ -752,7 +752,8 @@ def deliver(child: Child, number: int) -> bool:
     if child.exit is not None:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     if child.report < 0 and number not in (signal.SIGKILL, signal.SIGSTOP):
-        with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status") as status:
+        # As bytes: the first line is the process's name, which may be any.
+        with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status", "rb") as status:
             masks = [line.split()[1] for line in status if line.startswith(_HEEDED)]
             if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
                 return False
