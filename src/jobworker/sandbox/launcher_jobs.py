@@ -65,6 +65,11 @@ INSPECT_AGAIN_SECONDS = 0.1
 MAX_INSPECTIONS = 20
 """Of those that began: a process that is killed each time is not started for ever."""
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
+_TOO_FEW_DESCRIPTORS: channel.Message = {
+    "step": "prepare",
+    "errno": errno.EMFILE,
+    "detail": "the launcher takes what its process has made by descriptors",
+}
 _TOO_LITTLE_MEMORY: channel.Message = {
     "step": "limits",
     "errno": errno.ENOMEM,
@@ -429,9 +434,13 @@ class Jobs:
         except BlockingIOError:
             if child.exit is None:
                 return
-        except (ProtocolError, OSError):
-            child.failure = child.failure or _DIED
+        except (ProtocolError, OSError) as error:
+            cut = isinstance(error, channel.DescriptorsLost)
+            child.failure = child.failure or (_TOO_FEW_DESCRIPTORS if cut else _DIED)
             self.kill(child)  # it may have its order, and would execute its program
+            if isinstance(error, channel.BadMessage):
+                self._nursery.sweepers.close(error.descriptors)
+                self._watch_sweepers()
         if not child.ready:
             child.failure = child.failure or _DIED
         self._turns.unwatch(child.sock.fileno())
