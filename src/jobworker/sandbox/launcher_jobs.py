@@ -35,7 +35,7 @@ from jobworker.sandbox import channel, disk_images, gateway, held_starts, reques
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroups import Limits, Usage
-from jobworker.sandbox.children import Child, Nursery, name_host, status_of
+from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.networks import room_beside
@@ -111,6 +111,8 @@ class Jobs:
         self._unstarted: dict[int, None] = {}
         """Jobs that were to be started and whose program has surely not run, so far or at all."""
         self._looks = 0
+        self._untold: set[Child] = set()
+        """Cleared children whose `when_cleared` has not returned yet."""
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
         """Ended children whose scope could not be removed yet; tried again."""
@@ -169,9 +171,15 @@ class Jobs:
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""
         self._late.clear()
+        for child in self._untold:
+            child.when_cleared = child.request = None
+        self._untold.clear()
         for child in list(self._children):
             child.when_cleared = None
-            self._turns.see_through(partial(self._undo_start, child))
+            if child.request is not None:
+                # At once: when the rest is tried again, the number may be the next service's.
+                child.request = NOBODY
+                self._turns.see_through(partial(self._undo_start, child))
 
     def _undo_start(self, child: Child) -> None:
         if self._give_up(child, _GIVEN_UP):
@@ -449,10 +457,9 @@ class Jobs:
         if child in self._spares:
             self._spares.remove(child)
         if child.failure is None and child.job is not None and child.request is not None:
-            started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
-            child.request, child.started_at = None, time.monotonic()
+            request, child.request, child.started_at = child.request, None, time.monotonic()
             self._unstarted.pop(child.job, None)
-            self._tell(started, (child.stdout, child.stderr))
+            self._answer(request, {"ok": {"pid": child.pid}}, (child.stdout, child.stderr))
             self._kernel_watch.wake()
             self._turns.see_through(partial(self._wall_in, child))
 
@@ -497,10 +504,15 @@ class Jobs:
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
         if child.request is not None:  # else it was told already, or nobody waits for it
-            self._tell({"id": child.request, "error": child.failure or _DIED}, ())
+            self._answer(child.request, {"error": child.failure or _DIED})
             child.request = None
         if removed is not None:  # it was told to be, while it started
             removed()
+
+    def _answer(self, request: int, word: channel.Message, descriptors: Sequence[int] = ()) -> None:
+        """Answer the request for a start, where its service is still there."""
+        if request != NOBODY:
+            self._tell({"id": request, **word}, descriptors)
 
     def _inspect_volumes(self, child: Child) -> None:
         """Find out whether what the job wrote to its volumes is there, and tell its end."""
@@ -535,8 +547,8 @@ class Jobs:
             child.unseen += child.volume_roots
             say(f"job {child.job}: cannot look at its volumes, and gives up: {outcome}")
         child.inspected = False
-        self._nursery.give_back_volumes(child)
-        self._watch_sweepers()
+        self._turns.see_through(partial(self._nursery.give_back_volumes, child))
+        self._turns.see_through(self._watch_sweepers)
         self._turns.see_through(partial(self._tell_end, child))
 
     def _tell_end(self, child: Child) -> None:
@@ -642,13 +654,15 @@ class Jobs:
         if not child.inspected:
             self._turns.see_through(partial(self._nursery.give_back_volumes, child))
         self._turns.see_through(self._watch_sweepers)
+        self._untold.add(child)
         self._turns.see_through(partial(self._tell_cleared, child))
         self._turns.see_through(self._start_late)
 
     def _tell_cleared(self, child: Child) -> None:
-        done, child.when_cleared = child.when_cleared, None
-        if done is not None:
-            done()
+        if child.when_cleared is not None:
+            child.when_cleared()
+            child.when_cleared = None
+        self._untold.discard(child)
 
     def _clear_again(self) -> None:
         before = list(self._uncleared)
