@@ -237,6 +237,24 @@ def test_unknown_job_is_refused(service: Service) -> None:
     assert "no such job" in str(service.ask("signal", 77, signal=15)[0]["error"])
 
 
+NAMED = r"""
+trap 'exit 7' TERM
+printf '\377\nSigCgt: 0' >/proc/$$/comm
+echo named
+while :; do sleep 0.01; done
+"""
+
+
+def test_signal_reaches_a_job_whose_name_is_no_text(service: Service) -> None:
+    reply, descriptors = service.spawn(1, "sh", "-c", NAMED)
+    assert "ok" in reply
+    assert os.read(descriptors[0], 100) == b"named\n"
+    ask = {"cause": "stop", "kill_in_ms": 60_000}
+    assert service.ask("signal", 1, signal=signal.SIGTERM, **ask)[0]["ok"] == {"delivered": True}
+    assert service.exit_of(1)["code"] == 7
+    channel.close_all(descriptors)
+
+
 def test_removing_a_live_job_kills_it(service: Service) -> None:
     _, descriptors = service.spawn(1, "sleep", "600")
     service.ask("remove", 1)

@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -165,6 +167,41 @@ async def test_end_is_told_before_the_process_is_collected(
     channel.close_all(pipes)
     assert service.ask("remove", 1)[0]["ok"] == {}
     await until(lambda: zombies_of(launcher) == 0)
+
+
+TRACER = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+print(libc.ptrace(0x4206, int(sys.argv[1]), None, None), flush=True)  # PTRACE_SEIZE
+sys.stdin.read()
+"""
+
+
+def test_ended_job_that_a_program_of_the_host_traces_keeps_no_other_job_waiting(
+    on_disks: tuple[Service, Disk, Disk],
+) -> None:
+    service, _, _ = on_disks
+    launcher = child_of(service.process.pid)
+    reply, pipes = service.spawn(1, "sh", "-c", "echo; while :; do sleep 1; done")
+    assert "ok" in reply
+    os.read(pipes[0], 1)
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (first,) = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "sh\n"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", TRACER, first], stdin=pipe, stdout=pipe, text=True
+    ) as tracer:
+        assert tracer.stdout is not None
+        if tracer.stdout.readline() != "0\n":
+            pytest.skip("this host lets no process trace another")
+        assert "ok" in service.ask("kill", 1)[0]
+        reply, more = service.spawn(2, "true")
+        assert "ok" in reply
+        assert service.exit_of(2)["code"] == 0
+        assert 1 not in service._exits
+        tracer.communicate()
+    assert service.exit_of(1)["signal"] == signal.SIGKILL
+    channel.close_all([*pipes, *more])
 
 
 def zombies_of(pid: int) -> int:

@@ -143,18 +143,17 @@ def _parse(body: bytes, owned: list[int]) -> Message:
 
 
 def _read_sealed(owned: list[int]) -> bytes:
-    memory = owned[0]
+    memory, body = owned[0], b""
     try:
+        # Nothing else is asked of it before: on a file system of the sender's own that may block.
         seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
+        if seals & _SEALS == _SEALS and (size := os.fstat(memory).st_size) <= MAX_BODY_BYTES:
+            while len(body) < size:
+                body += os.pread(memory, size - len(body), len(body))
+            return body
     except OSError:
-        seals = 0
-    # Nothing else is asked of it before: on a file system of the sender's own that may block too.
-    if seals & _SEALS != _SEALS or (size := os.fstat(memory).st_size) > MAX_BODY_BYTES:
-        raise BadMessage("its body is no sealed memory of at most 4 MiB", owned)
-    body = b""
-    while len(body) < size:
-        body += os.pread(memory, size - len(body), len(body))
-    return body
+        pass  # it has no seals, or the kernel has no memory to read it
+    raise BadMessage("its body is no sealed memory of at most 4 MiB that can be read", owned)
 
 
 def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:

@@ -53,6 +53,8 @@ class Exit(NamedTuple):
 
 _AS_MUCH = (channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
 
+NOBODY = -1
+"""The request of a start whose service has gone: nobody is told what becomes of it."""
 NO_ERRAND = trampoline.Errand(b"", "", "", ())
 
 
@@ -81,7 +83,7 @@ class Child:
         self.job: int | None = None
         """The job that it was ordered to become; None for a spare."""
         self.request: int | None = None
-        """The request to answer once the program runs or the start has failed."""
+        """The request to answer once the program runs or the start has failed; or `NOBODY`."""
         self.ready = self.shares = False
         """It has said that it awaits its order: only then is the end of its socket a start. And it
         has had volumes: through a socket there it may have given its descriptors to others."""
@@ -355,9 +357,10 @@ class Nursery:
         Its disk goes at once. Raises OSError if its scope is still busy: it keeps its slot then,
         and this may be called again.
         """
-        if child.disk is not None:
-            self.sweepers.discard_disk(child.disk, child.root, shared=child.shares)
-            child.disk = child.root = None
+        disk, root = child.disk, child.root
+        if disk is not None:
+            child.disk = child.root = None  # before: this may be called again, whatever fails
+            self.sweepers.discard_disk(disk, root, shared=child.shares)
         if child.gateway is not None:
             raise OSError(errno.EBUSY, "its gateway has not been reaped")
         child.scope.remove()
@@ -372,10 +375,10 @@ class Nursery:
 
     def give_back_volumes(self, child: Child) -> None:
         """Let others remove the volumes that a child had."""
-        self.sweepers.close(list(child.volume_roots.values()))
-        child.volume_roots = {}
-        self.volumes.give_back(child.volumes)
-        child.volumes = ()
+        roots, child.volume_roots = list(child.volume_roots.values()), {}
+        volumes, child.volumes = child.volumes, ()
+        self.volumes.give_back(volumes)
+        self.sweepers.close(roots)
 
     def close_pipes(self, child: Child) -> None:
         """Let go of a child's pipes, with what nobody has read."""
@@ -424,10 +427,14 @@ def name_host(child: Child, name: str) -> None:
         os.close(own)
 
 
-def status_of(child: Child) -> Exit:
-    """How a child ended whose pidfd is readable; it is still to be collected (`Zombies`)."""
-    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
-    assert info is not None
+def status_of(child: Child) -> Exit | None:
+    """How a child ended whose pidfd is readable; it is still to be collected (`Zombies`).
+
+    None where the kernel does not tell yet: a tracer of the host's hears it first (ptrace(2)).
+    """
+    info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    if info is None:
+        return None
     told = None if child.report < 0 else init_program.reported(child.report)
     if told is not None:
         return Exit(*told)

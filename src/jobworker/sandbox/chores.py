@@ -12,14 +12,12 @@ Standard library only.
 
 import errno
 import os
-import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disposal import close_all_but
@@ -27,6 +25,8 @@ from jobworker.sandbox.turns import Turns
 
 CROWDED = errno.EUSERS
 """Too much waits: an errno that the kernel has for nothing that a chore does."""
+LOOK_AGAIN_SECONDS = 0.1
+"""A process that nothing can watch, or that cannot be collected yet, is looked at so often."""
 
 Work = Callable[[], channel.Message]
 """Runs in the process; may raise OSError."""
@@ -65,20 +65,21 @@ class Chores:
             if pid == 0:
                 _work_and_exit(work, far, holding)
         near.setblocking(False)
+        on_exit = partial(self._on_exit, near, pidfd, done)
         try:
             # The process has said its word before it ends, and its end is soon after.
-            self._turns.watch(pidfd, partial(self._on_exit, near, pidfd, done))
+            self._turns.watch(pidfd, on_exit)
         except OSError:  # of epoll: no memory, or no more watches to be had
-            near.close()
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-            os.close(pidfd)
-            raise
+            self._turns.call_in(LOOK_AGAIN_SECONDS, on_exit)
         self._running += 1
 
     def _on_exit(self, near: socket.socket, pidfd: int, done: Done) -> None:
+        """Take the outcome of a process that has ended; else look again later."""
         self._turns.unwatch(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
+            on_exit = partial(self._on_exit, near, pidfd, done)
+            self._turns.call_in(LOOK_AGAIN_SECONDS, on_exit)
+            return
         os.close(pidfd)
         self._running -= 1
         outcome: channel.Message = {"errno": errno.EINTR, "detail": "the process ended"}
@@ -86,7 +87,12 @@ class Chores:
             try:
                 received = channel.receive(near)
                 outcome = outcome if received is None else received[0]
-            except (OSError, ProtocolError):
+            except channel.DescriptorsLost as error:  # of a long outcome, which travels in one
+                channel.close_all(error.descriptors)
+                outcome = {"errno": errno.EMFILE, "detail": "its outcome finds no descriptor"}
+            except channel.BadMessage as error:
+                channel.close_all(error.descriptors)
+            except OSError:
                 pass  # it was killed before it could tell
         self._turns.see_through(self._start_next)
         self._hand_over(done, outcome)

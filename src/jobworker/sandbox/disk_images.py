@@ -392,10 +392,13 @@ def discard(disk: Disk) -> None:
 
 
 def is_attached(image: int) -> bool:
-    """Whether a disk is still mounted, by a descriptor of `open_again`. Waits for nothing."""
+    """Whether a disk is still mounted, by a descriptor of `open_again`. Waits for nothing.
+
+    It is taken for mounted where nothing tells: flock(2) may find no memory for a lock.
+    """
     try:
         fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return True
     return False
 

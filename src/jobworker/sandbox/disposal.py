@@ -83,17 +83,18 @@ class Disposal:
             os._exit(0)
         self._waiting.clear()
         self._processes.add(pidfd)
-        self._watch(pidfd)
-
-    def _watch(self, pidfd: int) -> None:
+        on_exit = partial(self._on_exit, pidfd)
         try:
-            self._turns.watch(pidfd, partial(self._on_exit, pidfd))
+            self._turns.watch(pidfd, on_exit)
         except OSError:  # of epoll: no memory, or no more watches to be had
-            self._turns.call_in(AGAIN_SECONDS, partial(self._watch, pidfd))
+            self._turns.call_in(AGAIN_SECONDS, on_exit)
 
     def _on_exit(self, pidfd: int) -> None:
+        """Collect a process that has ended; else look again later."""
         self._turns.unwatch(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
+            self._turns.call_in(AGAIN_SECONDS, partial(self._on_exit, pidfd))
+            return
         os.close(pidfd)
         self._processes.discard(pidfd)
         self._start()

@@ -69,11 +69,15 @@ def start_gateway(means: Means) -> tuple[int, int]:
     return pidfd, near.detach()
 
 
-def reap(pidfd: int) -> str:
-    """Collect a gateway whose pidfd is readable, and close that: how it ended, in words."""
-    info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+def reap(pidfd: int) -> str | None:
+    """Collect a gateway whose pidfd is readable, and close that: how it ended, in words.
+
+    None where it cannot be collected yet: a tracer of the host's has it.
+    """
+    info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    if info is None:
+        return None
     os.close(pidfd)
-    assert info is not None
     how = "with code" if info.si_code == os.CLD_EXITED else "by signal"
     return f"its {PROGRAM} ended {how} {info.si_status}"
 

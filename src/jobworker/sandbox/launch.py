@@ -205,9 +205,10 @@ def connect_launcher(path: str) -> OpenedLauncher:
         raise LauncherGone(
             f"cannot reach the launcher at {path}: {why}", remedy=_SILENT if silent else _ABSENT
         ) from error
-    except BaseException:
+    except BaseException as error:
         sock.close()
-        channel.close_all(pipes)
+        cut = error.descriptors if isinstance(error, channel.BadMessage) else []
+        channel.close_all([*pipes, *cut])
         raise
 
 

@@ -35,7 +35,7 @@ from jobworker.sandbox import channel, disk_images, gateway, held_starts, reques
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroups import Limits, Usage
-from jobworker.sandbox.children import Child, Nursery, name_host, status_of
+from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.networks import room_beside
@@ -65,6 +65,11 @@ INSPECT_AGAIN_SECONDS = 0.1
 MAX_INSPECTIONS = 20
 """Of those that began: a process that is killed each time is not started for ever."""
 _DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
+_TOO_FEW_DESCRIPTORS: channel.Message = {
+    "step": "prepare",
+    "errno": errno.EMFILE,
+    "detail": "the launcher takes what its process has made by descriptors",
+}
 _TOO_LITTLE_MEMORY: channel.Message = {
     "step": "limits",
     "errno": errno.ENOMEM,
@@ -87,7 +92,7 @@ _MAY_HAVE_RUN: channel.Message = {
     "detail": "its start was given up; its program may have begun to run",
 }
 
-_HEEDED = ("SigBlk:", "SigIgn:", "SigCgt:")
+_HEEDED = (b"SigBlk:", b"SigIgn:", b"SigCgt:")
 
 Tell = Callable[[channel.Message, Sequence[int]], None]
 
@@ -106,6 +111,8 @@ class Jobs:
         self._unstarted: dict[int, None] = {}
         """Jobs that were to be started and whose program has surely not run, so far or at all."""
         self._looks = 0
+        self._untold: set[Child] = set()
+        """Cleared children whose `when_cleared` has not returned yet."""
         self._uncleared: set[Child] = set()
         self._clear_pause = CLEAR_AGAIN_SECONDS
         """Ended children whose scope could not be removed yet; tried again."""
@@ -164,9 +171,15 @@ class Jobs:
     def undo_starts(self) -> None:
         """End the jobs whose start is under way: nobody is there to be told of it."""
         self._late.clear()
+        for child in self._untold:
+            child.when_cleared = child.request = None
+        self._untold.clear()
         for child in list(self._children):
             child.when_cleared = None
-            self._turns.see_through(partial(self._undo_start, child))
+            if child.request is not None:
+                # At once: when the rest is tried again, the number may be the next service's.
+                child.request = NOBODY
+                self._turns.see_through(partial(self._undo_start, child))
 
     def _undo_start(self, child: Child) -> None:
         if self._give_up(child, _GIVEN_UP):
@@ -385,7 +398,7 @@ class Jobs:
         self._oom_watch.watch(child)
 
     def _look_for_ends(self, child: Child) -> None:
-        """Take a killed child's end and its gateway's, as far as they are not watched."""
+        """Take a child's end and its gateway's, as far as they are not watched."""
         unwatched = False
         for pidfd, on_end in (
             (child.gateway, self._on_gateway_exit),
@@ -398,7 +411,7 @@ class Jobs:
             else:
                 on_end(child)
         if unwatched:
-            self._turns.call_in(CLEAR_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
         """Make one spare, in two turns; more follow, so that requests are served between."""
@@ -429,9 +442,13 @@ class Jobs:
         except BlockingIOError:
             if child.exit is None:
                 return
-        except (ProtocolError, OSError):
-            child.failure = child.failure or _DIED
+        except (ProtocolError, OSError) as error:
+            cut = isinstance(error, channel.DescriptorsLost)
+            child.failure = child.failure or (_TOO_FEW_DESCRIPTORS if cut else _DIED)
             self.kill(child)  # it may have its order, and would execute its program
+            if isinstance(error, channel.BadMessage):
+                self._nursery.sweepers.close(error.descriptors)
+                self._watch_sweepers()
         if not child.ready:
             child.failure = child.failure or _DIED
         self._turns.unwatch(child.sock.fileno())
@@ -440,16 +457,18 @@ class Jobs:
         if child in self._spares:
             self._spares.remove(child)
         if child.failure is None and child.job is not None and child.request is not None:
-            started: channel.Message = {"id": child.request, "ok": {"pid": child.pid}}
-            child.request, child.started_at = None, time.monotonic()
+            request, child.request, child.started_at = child.request, None, time.monotonic()
             self._unstarted.pop(child.job, None)
-            self._tell(started, (child.stdout, child.stderr))
+            self._answer(request, {"ok": {"pid": child.pid}}, (child.stdout, child.stderr))
             self._kernel_watch.wake()
             self._turns.see_through(partial(self._wall_in, child))
 
     def _on_exit(self, child: Child) -> None:
         how = status_of(child)
         self._turns.unwatch(child.pidfd)
+        if how is None:
+            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            return
         child.exit, child.ended_at, child.doomed = how, time.monotonic(), True
         self._zombies.take(child.pidfd)
         self._turns.see_through(partial(self._take_end, child))
@@ -485,10 +504,15 @@ class Jobs:
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
         if child.request is not None:  # else it was told already, or nobody waits for it
-            self._tell({"id": child.request, "error": child.failure or _DIED}, ())
+            self._answer(child.request, {"error": child.failure or _DIED})
             child.request = None
         if removed is not None:  # it was told to be, while it started
             removed()
+
+    def _answer(self, request: int, word: channel.Message, descriptors: Sequence[int] = ()) -> None:
+        """Answer the request for a start, where its service is still there."""
+        if request != NOBODY:
+            self._tell({"id": request, **word}, descriptors)
 
     def _inspect_volumes(self, child: Child) -> None:
         """Find out whether what the job wrote to its volumes is there, and tell its end."""
@@ -523,8 +547,8 @@ class Jobs:
             child.unseen += child.volume_roots
             say(f"job {child.job}: cannot look at its volumes, and gives up: {outcome}")
         child.inspected = False
-        self._nursery.give_back_volumes(child)
-        self._watch_sweepers()
+        self._turns.see_through(partial(self._nursery.give_back_volumes, child))
+        self._turns.see_through(self._watch_sweepers)
         self._turns.see_through(partial(self._tell_end, child))
 
     def _tell_end(self, child: Child) -> None:
@@ -567,6 +591,9 @@ class Jobs:
         assert child.gateway is not None
         self._turns.unwatch(child.gateway)
         how = gateway.reap(child.gateway)
+        if how is None:
+            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            return
         child.gateway = None
         if child.exit is None:
             self._turns.call_in(TOGETHER_SECONDS, partial(self._tell_network_end, child, how))
@@ -627,13 +654,15 @@ class Jobs:
         if not child.inspected:
             self._turns.see_through(partial(self._nursery.give_back_volumes, child))
         self._turns.see_through(self._watch_sweepers)
+        self._untold.add(child)
         self._turns.see_through(partial(self._tell_cleared, child))
         self._turns.see_through(self._start_late)
 
     def _tell_cleared(self, child: Child) -> None:
-        done, child.when_cleared = child.when_cleared, None
-        if done is not None:
-            done()
+        if child.when_cleared is not None:
+            child.when_cleared()
+            child.when_cleared = None
+        self._untold.discard(child)
 
     def _clear_again(self) -> None:
         before = list(self._uncleared)
@@ -661,13 +690,16 @@ class Jobs:
             self._turns.call_in(SWEEP_AGAIN_SECONDS, self._sweep_again)
 
     def _sweep_again(self) -> None:
-        self._nursery.sweepers.try_again()
+        self._nursery.sweepers.go_on()
         self._watch_sweepers()
 
     def _on_sweeper(self, pidfd: int) -> None:
         self._turns.unwatch(pidfd)
-        self._turns.see_through(partial(self._nursery.sweepers.reap, pidfd))
-        self._watch_sweepers()
+        if self._nursery.sweepers.reap(pidfd):
+            self._turns.see_through(self._nursery.sweepers.go_on)
+            self._watch_sweepers()
+        else:
+            self._turns.call_in(SWEEP_AGAIN_SECONDS, self._watch_sweepers)
 
 
 def _too_long(held: str) -> channel.Message:
@@ -743,7 +775,8 @@ def deliver(child: Child, number: int) -> bool:
     if child.exit is not None:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     if child.report < 0 and number not in (signal.SIGKILL, signal.SIGSTOP):
-        with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status") as status:
+        # As bytes: the first line is the process's name, which may be any.
+        with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status", "rb") as status:
             masks = [line.split()[1] for line in status if line.startswith(_HEEDED)]
             if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
                 return False

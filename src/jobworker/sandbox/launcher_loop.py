@@ -129,7 +129,8 @@ class Launcher:
             else:
                 self._tell(number, request)
         except (OSError, JobworkerError) as error:
-            self._refuse(number, problem(type(request).__name__.lower(), error))
+            step = "spawn" if isinstance(request, requests.Spawn) else "request"
+            self._refuse(number, problem(step, error))
         except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
             self._refuse(number, fault(self._turns.record(type(request).__name__)))
 
@@ -170,8 +171,10 @@ class Launcher:
             gone: channel.Message = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
             self._refuse(number, gone)
         elif isinstance(request, requests.Signal):
+            keep_ask(child, request.ask, request.number)  # whatever becomes of the signal
             delivered = deliver(child, request.number)
-            keep_ask(child, request.ask, request.number, at_once=not delivered)
+            if not delivered:
+                keep_ask(child, request.ask, request.number, at_once=True)
             self._reply(number, {"delivered": delivered})
         elif isinstance(request, requests.Kill):
             keep_ask(child, request.ask, signal.SIGKILL, at_once=True)

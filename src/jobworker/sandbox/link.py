@@ -401,9 +401,11 @@ class Link:
                     return
                 try:
                     message, descriptors = channel.decode(packet, ancillary, flags)
-                except channel.DescriptorsLost as cut:
-                    channel.close_all(cut.descriptors)
-                    self._dispatch_without_descriptors(cut.said)
+                except channel.BadMessage as bad:
+                    channel.close_all(bad.descriptors)
+                    if not isinstance(bad, channel.DescriptorsLost):
+                        return
+                    self._dispatch_without_descriptors(bad.said)
                 else:
                     self._dispatch(message, descriptors)
         except (OSError, JobworkerError):

@@ -43,7 +43,13 @@ class Outbox:
                 pass
         if len(self._unsent) >= MAX_UNSENT:
             raise OSError(errno.ENOBUFS, "the reader does not read")
-        self._unsent.append((message, [os.dup(descriptor) for descriptor in descriptors]))
+        kept: list[int] = []
+        try:
+            kept.extend(map(os.dup, descriptors))
+        except OSError:  # no descriptor left
+            channel.close_all(kept)
+            raise
+        self._unsent.append((message, kept))
 
     def flush(self) -> None:
         """Send what was kept, as far as there is room; raises OSError where the reader is gone."""

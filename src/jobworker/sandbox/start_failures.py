@@ -71,6 +71,8 @@ _SPECIAL = {
     ("limits", errno.ENOMEM): "raise the job's memory limit (of worker-cli: --max-memory)",
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
+_OF_NO_START = frozenset({"launcher", "request", "reply"})
+"""What failed may be a signal as well: the launcher itself, a request as a whole, its reply."""
 _HELD = "see what holds the launcher's processes (ps), and the disk below worker.state_dir"
 _WALL_REMEDY = (
     "let the launcher look into its own processes (kernel.yama.ptrace_scope below 3), "
@@ -122,7 +124,10 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
 
 
 def explain(problem: Mapping[str, object]) -> JobworkerError:
-    """The error for a refusal of the launcher: `{"step", "errno", "detail"}`."""
+    """The error for a refusal of the launcher: `{"step", "errno", "detail"}`.
+
+    Its `step` is one of a start, or says that a request was refused as a whole.
+    """
     step, code, detail = problem.get("step"), problem.get("errno"), problem.get("detail")
     assert isinstance(step, str)
     assert isinstance(code, int)
@@ -136,9 +141,8 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
         )
     if step == "execute":
         return _explain_execute(code, str(detail), reason, data)
-    if step == "reply":
-        why = f"the launcher's reply is large, and it could not send it: {reason}"
-        return Busy(f"cannot serve the request: {why}", remedy=_SHORTAGES.get(code, ""), data=data)
+    if step in _OF_NO_START:
+        return _explain_request(step, code, reason, data)
     if step == "job":
         return NotFound(f"cannot reach the job: {detail}", data=data)
     absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)
@@ -153,6 +157,16 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
         remedy=remedy,
         data=data,
     )
+
+
+def _explain_request(
+    step: str, code: int, reason: str, data: Mapping[str, object]
+) -> JobworkerError:
+    if step == "reply":
+        why = f"the launcher's reply is large, and it could not send it: {reason}"
+        return Busy(f"cannot serve the request: {why}", remedy=_SHORTAGES.get(code, ""), data=data)
+    remedy = _SHORTAGES.get(code, "see the launcher's log")
+    return SandboxError(f"cannot serve the request: {reason}", remedy=remedy, data=data)
 
 
 def _reason(code: int) -> str:

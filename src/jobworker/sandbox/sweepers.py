@@ -79,12 +79,21 @@ class Sweepers:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self.running.add(pidfd)
 
-    def reap(self, pidfd: int) -> None:
-        """Collect an ended process, whose descriptor is readable."""
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
+    def reap(self, pidfd: int) -> bool:
+        """Collect a process whose descriptor is readable, and close that; then `go_on`.
+
+        False where it cannot be collected yet: a tracer of the host's has it. Not to be called
+        again once it has returned True: the number may be another descriptor's.
+        """
+        if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
+            return False
         self.running.discard(pidfd)
         self._kept += self._under_way.pop(pidfd, ())
+        os.close(pidfd)
+        return True
+
+    def go_on(self) -> None:
+        """Start a process for what waits, now that one has ended."""
         self.count_kept()
         self._start()
 
@@ -92,10 +101,6 @@ class Sweepers:
     def stuck(self) -> bool:
         """Whether something waits, and no process is under way whose end has it taken."""
         return bool(self._disks or self._paths or self._others) and not self.running
-
-    def try_again(self) -> None:
-        """Start a process for what is stuck: the system had none to give."""
-        self._start()
 
     def _start(self) -> None:
         if not (self._disks or self._paths or self._others) or len(self.running) >= MAX_SWEEPERS:

@@ -44,7 +44,12 @@ def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
     Raises OSError: EPERM or ENOSPC where a security module or user.max_user_namespaces forbids it.
     """
     ready, tell = os.pipe2(os.O_CLOEXEC)
-    pid, pidfd = sc.clone3(0)
+    try:
+        pid, pidfd = sc.clone3(0)
+    except OSError:  # no process to be had
+        os.close(ready)
+        os.close(tell)
+        raise
     if pid == 0:
         _hold_namespace(first_id, tell, leave_groups=ids > 1)
     try:

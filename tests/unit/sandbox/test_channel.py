@@ -1,6 +1,7 @@
 """The channel: messages and descriptors arrive whole, and forgeries are refused untouched."""
 
 import array
+import errno
 import fcntl
 import json
 import os
@@ -350,6 +351,20 @@ def test_closing_goes_on_after_a_descriptor_that_is_closed_already() -> None:
     channel.close_all([first, second])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(second)
+
+
+def test_body_that_cannot_be_read_is_refused_with_its_descriptors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: int) -> bytes:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    packet, ancillary, mine = channel.encode({"text": "x" * (2 * channel.MAX_INLINE_BYTES)}, ())
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(channel.BadMessage) as refused:
+        channel.decode(packet, ancillary, 0)
+    assert refused.value.descriptors == mine
+    channel.close_all(mine)
 
 
 def test_body_that_cannot_be_stored_leaves_nothing_open() -> None:

@@ -1,27 +1,47 @@
-"""What the launcher does for a job also where it has no descriptor left."""
+"""What the launcher does for a job also where it has no descriptor left, or meets a fault."""
 
 import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from jobworker.sandbox import channel, gateway, held_starts
+from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox import turns as turns_module
 from jobworker.sandbox.cgroup_none import NoTree
 from jobworker.sandbox.cgroups import Usage
-from jobworker.sandbox.children import Child, Exit
+from jobworker.sandbox.children import Child, Exit, Nursery, status_of
+from jobworker.sandbox.disk_images import Disk
+from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.launch import exit_from
-from jobworker.sandbox.launcher_jobs import deliver, listed
+from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
 from jobworker.sandbox.plan import Slot
+from jobworker.sandbox.stage import Stage
+from jobworker.sandbox.start_failures import explain
+from jobworker.sandbox.sweepers import Sweepers
+from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.user_namespaces import make_user_namespace
+from jobworker.sandbox.volumes import Volumes
 
 
 @pytest.fixture
-def child() -> Iterator[Child]:
-    """A child that ignores SIGUSR1, and has no handler for any signal."""
-    script = "trap '' USR1; echo; read x"
+def child(request: pytest.FixtureRequest) -> Iterator[Child]:
+    """A child that ignores SIGUSR1, and has no handler for any signal.
+
+    By the parameter it does something before.
+    """
+    script = f"{getattr(request, 'param', '')}\ntrap '' USR1; echo; read x"
     pipe = subprocess.PIPE
     with subprocess.Popen(["sh", "-c", script], stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
@@ -49,6 +69,15 @@ def test_signal_that_would_have_no_effect_is_not_sent(child: Child) -> None:
     assert not deliver(child, signal.SIGTERM)
 
 
+@pytest.mark.parametrize(
+    "child", [r"printf '\377\nSigCgt: f' >/proc/$$/comm"], indirect=True, ids=["named"]
+)
+def test_signal_reaches_a_process_whose_name_is_no_text(child: Child) -> None:
+    assert Path(f"/proc/{child.pid}/comm").read_bytes() == b"\xff\nSigCgt: f\n"
+    assert deliver(child, signal.SIGUSR1)
+    assert not deliver(child, signal.SIGTERM)
+
+
 def test_signal_is_sent_where_nothing_tells_whether_it_is_heeded(child: Child) -> None:
     with no_descriptors():
         assert deliver(child, signal.SIGTERM)
@@ -68,3 +97,194 @@ def test_usage_that_cannot_be_read_is_none_and_not_zeros(
     assert exit_from({**told, "code": 0, "signal": None}).usage is None
     monkeypatch.undo()
     assert exit_from({**listed(child), "code": 0, "signal": None}).usage is not None
+
+
+class Told(Jobs):
+    """As much of the launcher's jobs as these tests need, and what it has told."""
+
+    def __init__(self) -> None:
+        self._turns, self._nursery = Turns(), cast("Nursery", SimpleNamespace(sweepers=Sweepers()))
+        self._children, self._untold, self._spares = set(), set(), cast("object", [])  # type: ignore[assignment]
+        self._jobs, self._late, self._unstarted = {}, cast("object", []), {}  # type: ignore[assignment]
+        self._looks = 0
+        self.told = list[channel.Message]()
+        self._tell = lambda message, _: self.told.append(message)
+
+    def pass_turns_until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self._turns.turn()
+
+
+def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(child: Child) -> None:
+    jobs = Told()
+    near, child.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    channel.send(near, {"disk": True}, [null, null])
+    jobs._turns.watch(child.sock.fileno(), partial(jobs._on_word, child))
+    before = len(os.listdir("/proc/self/fd"))
+    first_free = os.dup(null)
+    os.close(first_free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, limits[1]))
+    try:
+        jobs._turns.turn()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert child.failure is not None
+    assert "LimitNOFILE=" in explain(child.failure).remedy
+    assert child.doomed
+    sweepers = jobs._nursery.sweepers
+    jobs.pass_turns_until(lambda: not sweepers.running and not sweepers.stuck)
+    assert len(os.listdir("/proc/self/fd")) == before - 1, "its socket has gone, nothing has come"
+    near.close()
+    os.close(null)
+
+
+def test_word_that_a_place_is_free_is_said_again_where_that_failed(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
+    jobs, said = Told(), list[str]()
+
+    def fail_once() -> None:
+        said.append("free")
+        if len(said) == 1:
+            raise KeyError("unforeseen")
+
+    child.when_cleared = fail_once
+    jobs._untold.add(child)
+    jobs._turns.see_through(partial(jobs._tell_cleared, child))
+    jobs.pass_turns_until(lambda: not jobs._untold)
+    assert len(said) == 2
+
+
+def test_word_that_could_not_be_said_is_not_for_the_next_service(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
+    jobs, said = Told(), list[str]()
+
+    def fail() -> None:
+        said.append("free")
+        raise KeyError("unforeseen")
+
+    child.request, child.when_cleared = 7, fail
+    jobs._untold.add(child)
+    jobs._turns.see_through(partial(jobs._tell_cleared, child))
+    jobs.undo_starts()
+    done = list[bool]()
+    jobs._turns.call_in(0.01, lambda: done.append(True))
+    jobs.pass_turns_until(lambda: done)
+    assert len(said) == 1
+    assert not jobs.told
+
+
+class Undoing(Told):
+    """A start that could not be undone at the first try."""
+
+    def __init__(self, child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
+        self.struck = False
+
+        def hold(child: Child, hold: Callable[[Child], bool] = held_starts.hold) -> bool:
+            if not self.struck:
+                self.struck = True
+                raise KeyError("unforeseen")
+            return hold(child)
+
+        monkeypatch.setattr(held_starts, "hold", hold)
+        monkeypatch.setattr(self._nursery, "close_pipes", lambda _: None, raising=False)
+        self._kernel_watch = cast("KernelWatch", SimpleNamespace(wake=lambda: None))
+        child.job, child.request = 1, 7
+        self._jobs[1], self._children = child, {child}
+        self.undo_starts()
+        assert self.struck
+        assert self.find(1) is child
+        assert not self.started_after(0)
+
+
+def test_start_whose_undoing_failed_is_undone_later(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Undoing(child, monkeypatch)
+    jobs.pass_turns_until(lambda: jobs.find(1) is None)
+    assert child.doomed
+    assert not jobs.told
+
+
+def test_start_that_fails_before_it_could_be_undone_is_not_told_to_the_next_service(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Undoing(child, monkeypatch)
+    jobs._tell_failure(child, None)
+    assert not jobs.told
+    assert child.request is None
+
+
+def test_program_that_runs_before_its_start_could_be_undone_goes_on_and_is_not_told_of(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Undoing(child, monkeypatch)
+    child.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.close()
+    child.ready = True
+    jobs.pass_turns_until(lambda: child.request is None)
+    assert jobs.started_after(0) == [child]
+    assert not child.doomed
+    assert not jobs.told
+
+
+def test_end_that_a_tracer_hears_first_is_not_waited_for(
+    traced: tuple[int, Callable[[], None]], child: Child
+) -> None:
+    pidfd, let_go = traced
+    child.pidfd, own = pidfd, child.pidfd
+    assert status_of(child) is None
+    assert gateway.reap(pidfd) is None
+    let_go()
+    assert os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT) is not None
+    assert status_of(child) == Exit(None, signal.SIGKILL)
+    assert gateway.reap(pidfd) == "its slirp4netns ended by signal 9"
+    child.pidfd = own
+
+
+def test_user_namespace_that_no_process_can_make_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(sc, "clone3", refuse)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError):
+        make_user_namespace(100_000, 1)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: Child) -> None:
+    nursery, discarded, closed = Nursery.__new__(Nursery), list[Disk](), list[list[int]]()
+
+    def discard_disk(disk: Disk, overlay: int | None, *, shared: bool) -> None:
+        discarded.append(disk)
+        raise KeyError("unforeseen")
+
+    def close(descriptors: list[int]) -> None:
+        closed.append(descriptors)
+        raise KeyError("unforeseen")
+
+    sweepers = SimpleNamespace(discard_disk=discard_disk, close=close)
+    volumes = SimpleNamespace(give_back=lambda _: None)
+    nursery.sweepers, nursery.volumes = cast("Sweepers", sweepers), cast("Volumes", volumes)
+    nursery._stage = cast("Stage", SimpleNamespace(view=SimpleNamespace(scratch="")))
+    nursery._free = deque()
+    child.disk, child.volume_roots, own = Disk(100, 101), {"kept": 102}, os.dup(child.pidfd)
+    with pytest.raises(KeyError):
+        nursery.clear(child)
+    nursery.clear(child)
+    assert discarded == [Disk(100, 101)], "the numbers are others' by now"
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            nursery.give_back_volumes(child)
+    assert closed == [[102], []]
+    child.pidfd = own

@@ -10,8 +10,11 @@ from typing import cast
 import pytest
 
 from jobworker.sandbox import channel, doorway, launcher_loop
+from jobworker.sandbox.cgroup_none import NoTree
 from jobworker.sandbox.children import Child, Nursery
 from jobworker.sandbox.launcher_loop import Launcher
+from jobworker.sandbox.plan import Slot
+from jobworker.sandbox.start_failures import explain
 from jobworker.sandbox.version import PROTOCOL
 
 
@@ -77,6 +80,22 @@ def test_request_that_meets_an_unexpected_fault_is_refused_and_counted(
     assert "launcher's log has it as incident" in error["detail"]
     assert f"{error['detail'].split()[-1]}: PromisedBytes" in capfd.readouterr().err
     assert service.ask("turns")["ok"]["incidents"] == 1  # type: ignore[index]
+
+
+def test_ask_for_the_end_of_a_job_is_kept_where_its_signal_meets_a_fault(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bool:
+        raise KeyError("unforeseen")
+
+    child = Child(Slot("job", 1, 1), 0, NoTree("none", "").create("job"))
+    monkeypatch.setattr(launcher_loop, "deliver", fail)
+    monkeypatch.setattr(service.launcher._jobs, "find", lambda _: child, raising=False)
+    error = service.ask("signal", job=1, signal=15, cause="stop", kill_in_ms=5000)["error"]
+    assert isinstance(error, dict)
+    assert str(explain(error)).startswith("cannot serve the request: an unexpected fault")
+    assert child.asked is not None
+    assert child.asked.cause == "stop"
 
 
 def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(

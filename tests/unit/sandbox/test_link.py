@@ -1,6 +1,8 @@
 """The service's side of its conversation with a launcher that the test plays."""
 
+import array
 import errno
+import os
 import socket
 import subprocess
 import threading
@@ -61,6 +63,17 @@ async def test_end_of_a_private_network_reaches_whoever_has_the_job(
             with pytest.raises(trio.EndOfChannel):
                 await two.notices.receive()
             nursery.cancel_scope.cancel()
+
+
+async def test_message_that_is_none_leaves_no_descriptor() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with trio.socket.from_stdlib_socket(near) as sock, far:
+        before = os.listdir("/proc/self/fd")
+        rights = array.array("i", [far.fileno()]).tobytes()
+        far.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        with trio.fail_after(20):
+            await Link(sock).serve()
+        assert os.listdir("/proc/self/fd") == before
 
 
 def answer_all(far: socket.socket) -> None:

@@ -1,6 +1,7 @@
 """Messages to a slow reader, where the sender has no descriptor left."""
 
 import errno
+import os
 import resource
 import socket
 
@@ -37,3 +38,23 @@ def test_large_reply_without_a_descriptor_is_refused_and_others_follow(kept: boo
     assert isinstance(error, dict)
     assert (refusal[0]["id"], error["errno"]) == (7, errno.EMFILE)
     assert last == ({"id": 8, "ok": {}}, [])
+
+
+def test_message_that_cannot_be_kept_leaves_no_descriptor() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near.setblocking(False)
+    outbox, before = Outbox(near), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with near, far:
+        while not outbox.waiting:
+            outbox.send({"id": 0}, ())
+        opened = os.listdir("/proc/self/fd")
+        first_free = os.dup(0)
+        os.close(first_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, before[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                outbox.send({"id": 1}, [near.fileno(), far.fileno()])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert os.listdir("/proc/self/fd") == opened
+        outbox.close()

@@ -91,6 +91,22 @@ def test_reply_that_could_not_be_sent_is_told_as_that() -> None:
     assert "LimitNOFILE=" in (error.remedy or "")
 
 
+@pytest.mark.parametrize(
+    ("step", "code", "message", "remedy"),
+    [
+        ("launcher", 0, "incident 5", "the launcher's log"),
+        ("request", errno.EIO, "Input/output error", "the launcher's log"),
+        ("request", errno.EMFILE, "Too many open files", "LimitNOFILE="),
+    ],
+)
+def test_request_that_starts_nothing_is_not_told_as_a_start(
+    step: str, code: int, message: str, remedy: str
+) -> None:
+    error = explain({"step": step, "errno": code, "detail": "incident 5"})
+    assert error.message == f"cannot serve the request: {message}"
+    assert remedy in (error.remedy or "")
+
+
 def test_volume_that_is_not_there_is_told_by_its_name() -> None:
     error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "cache"})
     assert str(error).endswith(
