@@ -36,9 +36,9 @@ from jobworker.sandbox.user_namespaces import Ids
 from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 15
+DESCRIPTORS_PER_CHILD = 16
 """Process, gateway, pipes, report, order, disk and image, root, socket, scope, user namespace,
-replies, and the image again after its end."""
+replies, the image again after its end, and a process that looks at it and cannot be ended."""
 
 
 def _warm_up(tree: Tree) -> None:
