@@ -96,7 +96,7 @@ def request(one):  # with no room for the list, the kernel keeps the request
 """
 """Netlink sockets that hold little each, or what the kernel does not count as theirs."""
 LOCKS = """
-import ctypes, fcntl, os, resource, socket, struct, tempfile, threading, time
+import ctypes, fcntl, os, resource, select, socket, struct, tempfile, threading, time
 libc = ctypes.CDLL(None)
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -110,7 +110,7 @@ def fill(hide=held.append, make=on_disk,
          kind=OFD_SETLK, count=1_000_000, each=500, last=60):
     for number in range(count // each):
         file = make()
-        for at in range(each):
+        for at in range(number * each, (number + 1) * each):
             fcntl.fcntl(file, kind, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * at, 1, 0))
         hide(file)
     print("full", flush=True)
@@ -118,6 +118,9 @@ def fill(hide=held.append, make=on_disk,
 def memory():
     os.ftruncate(file := os.memfd_create("locked"), 4096)
     return file
+def epoll():  # its file is one that many descriptors of the host share
+    with select.epoll() as one:
+        return os.dup(one.fileno())
 def in_shared_memory():
     file = os.open("/dev/shm", os.O_RDWR | os.O_TMPFILE)
     os.ftruncate(file, 4096)
@@ -301,6 +304,7 @@ HIDDEN = {  # by where the search, too, must find them
     "memory of a shared table": "share(); fill(make=memory)",
     "memory, mapped": "fill(mapped, memory)",
     "memory, in flight": "fill(in_flight, memory)",
+    "memory, of epolls": "fill(make=epoll)",
 }
 """Where a job hides locks; memory has no device of the job's own."""
 
@@ -344,6 +348,22 @@ def test_locks_are_found_wherever_jobs_hide_them(
             assert found.locks > bytes_each // 2, found
     monkeypatch.setattr(kernel_search, "SEARCH_SECONDS", 0)
     assert not any(kernel_search.search(pid, {}).is_all for pid in pids)
+
+
+def test_job_with_mounts_below_a_name_that_is_no_text_is_measured(service: Service) -> None:
+    """Their paths are in its mountinfo."""
+    script = (
+        "import os, time; os.rename('/etc', b'/\\xff'); print('full', flush=True); time.sleep(60)"
+    )
+    reply, pipes = service.spawn(1, "python3", "-c", script, network="none")
+    started = reply["ok"]
+    assert isinstance(started, dict)
+    assert os.read(pipes[0], 100) == b"full\n", os.read(pipes[1], 1000)
+    channel.close_all(pipes)
+    pid = _outside(service, started["pid"])
+    assert b"/\xff/" in Path(f"/proc/{pid}/mountinfo").read_bytes()
+    devices = kernel_memory._own_devices({pid: 7}, kernel_memory.tell_nobody)
+    assert 7 in devices.values()
 
 
 @pytest.mark.parametrize(("network", "can_ask"), [("none", True), ("host", False)])

@@ -4,11 +4,14 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import kernel_connections, kernel_search
+from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
+from jobworker.sandbox.chores import Chores
+from jobworker.sandbox.turns import Turns
 
 from .conftest import child_of
 from .test_kernel_memory import MIB, end_of, service  # noqa: F401 - a fixture
@@ -140,6 +143,35 @@ for one in held:
 print("runs", flush=True)
 sys.stdin.read()
 """
+HOLDS = """
+import ctypes, fcntl, mmap, os, select, socket, struct, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+number = 323 if os.uname().machine == "x86_64" else 282
+faults = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK)  # userfaultfd(2)
+fcntl.ioctl(faults, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+def hold(call, *arguments):  # until the end, by a page that nobody fills
+    memory = mmap.mmap(-1, 4096)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fcntl.ioctl(faults, 0xC020AA00, bytearray(struct.pack("QQQQ", at, 4096, 1, 0)))
+    arguments = [ctypes.c_void_p(at) if each is None else each for each in arguments]
+    threading.Thread(target=call, args=arguments, daemon=True).start()
+    assert select.select([faults], [], [], 20)[0]
+    os.read(faults, 32)
+server, one, epoll = socket.socket(), socket.socket(), select.epoll()
+server.bind(("127.0.0.1", 0))
+server.listen()
+one.connect(server.getsockname())
+epoll.register(os.eventfd(1), select.EPOLLIN)
+locked = os.memfd_create("locked")
+for at in range(10):
+    fcntl.fcntl(locked, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * at, 1, 0))
+hold(libc.send, one.fileno(), None, 4096, 0)
+hold(libc.epoll_wait, epoll.fileno(), None, 1, -1)
+print("runs", flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+"""Locks of the kernel's that are held for ever: on one socket of TCP, and on an epoll instance."""
 
 
 @pytest.mark.parametrize(
@@ -204,6 +236,23 @@ def test_search_ends_when_it_has_found_enough_in_sockets() -> None:
     assert found.is_all
     assert 0 < enough < early.in_sockets < found.in_sockets
     assert not early.is_all
+
+
+def test_search_waits_for_no_lock_that_a_job_holds() -> None:
+    turns, outcomes = Turns(), list[channel.Message]()
+    with open_process(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", HOLDS]
+    ) as (process):
+        search = partial(kernel_search.search, process, {}, sockets_too=True)
+        searchers = Chores(turns, at_once=1, waiting=0, unending=1)
+        searchers.start(lambda: search()._asdict(), outcomes.append)
+        while not outcomes:
+            turns.turn()
+    (found,) = outcomes
+    assert found.get("is_all"), found
+    assert found["locks"] == 10 * kernel_memory.BYTES_PER_LOCK
+    assert isinstance(found["in_sockets"], int)
+    assert found["in_sockets"] > 0
 
 
 def test_orphans_are_told_of_jobs_whose_ids_were_found() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from jobworker.config import DEFAULT_ETC, SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import channel
+from jobworker.sandbox import cgroups, channel
 from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
 from jobworker.sandbox.policy import Policy
@@ -313,6 +313,13 @@ def test_body_in_memory_that_may_still_change_is_not_read(service: Service) -> N
     attached(service, unsealed)
     assert service.process.wait(timeout=20) == 0
     os.close(unsealed)
+
+
+def test_jobs_have_together_what_the_host_leaves_them_of_processes(service: Service) -> None:
+    """The launcher's process namespace has a pid_max of its own, on Linux 6.14 and later."""
+    groups = map(Path, groups_called(service.policy.instance))
+    bounds = [(group / "pids.max").read_text() for group in groups if (group / "pids.max").exists()]
+    assert bounds == [f"{cgroups.most_processes()}\n"]
 
 
 def test_request_with_descriptors_ends_the_connection(service: Service) -> None:

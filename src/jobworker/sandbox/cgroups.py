@@ -30,7 +30,16 @@ from jobworker.sandbox.cgroup_scope import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup_v1 import open_v1
 from jobworker.sandbox.cgroup_v2 import open_v2
 
-__all__ = ["Limits", "Scope", "Tree", "Usage", "open_tree", "step_into_leaf", "sweep_elsewhere"]
+__all__ = [
+    "Limits",
+    "Scope",
+    "Tree",
+    "Usage",
+    "most_processes",
+    "open_tree",
+    "step_into_leaf",
+    "sweep_elsewhere",
+]
 
 _OURS = frozenset({*mounts.V1_NAMES.values(), "cpuacct", cgroup_cpuset.CONTROLLER})
 """The v1 controllers in whose hierarchies a tree may have had a directory."""
@@ -42,12 +51,13 @@ NUMBERS_EACH = 3
 its process group."""
 
 
-def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
+def open_tree(controllers: Sequence[str], name: str, parent: str = "", most: int = 0) -> Tree:
     """Find the hierarchies and make this instance's own directory in each.
 
     `controllers`: some of "cpu", "memory", "io", "pids". `name`: the directory, such as
     "jobworker-1a2b3c4d"; one that exists is taken over, see `Tree.sweep`. `parent`: the group that
     it shall stand in, as a path from the top of the mount; "" for automatic.
+    `most`: what `most_processes` told; 0 has it asked here.
     Raises `HostUnsupported` with the missing controller (`data["controller"]`), the reason and the
     remedy; nothing is left behind then. Who asks for no controller at all gets a tree in any case.
     """
@@ -62,7 +72,7 @@ def open_tree(controllers: Sequence[str], name: str, parent: str = "") -> Tree:
             raise
         return NoTree(name, error.message)
     try:
-        tree.bound_processes(_most_processes())
+        tree.bound_processes(most or most_processes())
     except errors.JobworkerError:
         with contextlib.suppress(OSError):
             tree.close()
@@ -122,11 +132,12 @@ def step_into_leaf() -> None:
     delegation.step_into_leaf(_hierarchies())
 
 
-def _most_processes() -> int:
+def most_processes() -> int:
     """How many processes and threads the scopes may have together: what the host has, less a part.
 
     proc(5), /proc/sys/kernel/pid_max and threads-max. Else some jobs within their own limits would
-    leave no process to others' starts, to the service and to the host.
+    leave no process to others' starts, to the service and to the host. To be asked before a process
+    namespace is entered: from Linux 6.14 on each has a pid_max of its own, of 4,194,304 at first.
     """
     numbers, threads = (int(_proc(f"sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
     most = min(numbers // NUMBERS_EACH, threads)

@@ -40,7 +40,7 @@ from typing import NamedTuple
 from jobworker.sandbox import kernel_memory, kernel_sockets
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.kernel_listeners import Listeners, Owners
-from jobworker.sandbox.kernel_memory import BOUND_BYTES, Measured
+from jobworker.sandbox.kernel_memory import BOUND_BYTES, LookAt, Measured, tell_nobody
 from jobworker.sandbox.kernel_sockets import CLOSE_WAIT, ESTABLISHED, LISTEN, Socket
 
 CONNECTION_BYTES = 4096
@@ -77,7 +77,7 @@ class _Network(NamedTuple):
         return sum(one.memory_bytes for one in self.tcp)
 
 
-def measure(first_processes: Mapping[int, int]) -> Measured:
+def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
     """What sockets over IP hold; `first_processes` as in `sandbox.kernel_memory`.
 
     `held` is what waits to be accepted. `unfinished` are also jobs of which connections that cannot
@@ -87,7 +87,7 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
     unseen: dict[int, int] = defaultdict(int)
     in_sockets: dict[int, int] = defaultdict(int)
     unfinished, most = set(), _most_received()
-    owners, networks = _networks(first_processes)
+    owners, networks = _networks(first_processes, look_at)
     orphans: dict[int, int] = defaultdict(int, dict.fromkeys(owners.jobs, 0))
 
     def count(job: int, sockets: Iterable[Socket]) -> None:
@@ -108,6 +108,7 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
         in_sockets[owners.of(uid)] += size
         orphans[owners.of(uid)] += size
     for job, place in networks:
+        look_at(job)
         with contextlib.suppress(OSError):
             _enter(place)
             network = _read(place, JOB_SECONDS)
@@ -116,6 +117,7 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
             in_sockets[job] += sum(size for _, size in network.buffers + network.orphans)
             if not network.is_all:
                 unfinished.add(job)
+    look_at(0)
     with open("/proc/net/sockstat", "rb") as file:
         is_much = tcp_bytes(file.read()) - known_bytes > BOUND_BYTES
     if is_much:
@@ -124,12 +126,15 @@ def measure(first_processes: Mapping[int, int]) -> Measured:
     return Measured(dict(held), {}, frozenset(unfinished - {0}), dict(in_sockets), dict(orphans))
 
 
-def _networks(first_processes: Mapping[int, int]) -> tuple[Owners, list[tuple[int, str]]]:
+def _networks(
+    first_processes: Mapping[int, int], look_at: LookAt
+) -> tuple[Owners, list[tuple[int, str]]]:
     """The jobs on the host's network, and each job's own networks, by a process there."""
     own = os.stat("/proc/self/ns/net").st_ino
     ranges: dict[range, int] = {}
     networks: dict[int, tuple[int, str]] = {}
     for job, pids in kernel_memory.processes_by_job(first_processes).items():
+        look_at(job)
         for pid in pids:
             for place in kernel_memory.places_of(pid):
                 with contextlib.suppress(OSError, ValueError):  # it has just ended
@@ -140,6 +145,7 @@ def _networks(first_processes: Mapping[int, int]) -> tuple[Owners, list[tuple[in
                             ranges[ids] = job
                     else:
                         networks.setdefault(network, (job, place))
+    look_at(0)
     return Owners(ranges), list(networks.values())
 
 

@@ -33,12 +33,15 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from jobworker.sandbox.announce import say
 
 T = TypeVar("T")
+LookAt = Callable[[int], object]
+"""Is told of each job before something is looked at that it shapes, and of 0 before all else: a
+process that looks may die of it, or have to wait."""
 BOUND_BYTES = 64 << 20
 """What a job may hold of each kind."""
 BYTES_PER_LOCK = 192
@@ -83,6 +86,10 @@ class NetlinkSocket(NamedTuple):
     """Whether it has asked for a list and not taken all, so that the kernel keeps its request."""
 
 
+def tell_nobody(_job: int) -> None:
+    """A `LookAt` for who does not mind."""
+
+
 def open_locks() -> int:
     """A descriptor for `measure_locks`, of the process namespace where this is called."""
     try:
@@ -92,12 +99,13 @@ def open_locks() -> int:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def measure_netlink(first_processes: Mapping[int, int]) -> Measured:
+def measure_netlink(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
     """What waits in netlink sockets; `first_processes` are the jobs' ids by their PID 1's pid."""
     own = os.stat("/proc/self/ns/net").st_ino
     held: dict[int, int] = defaultdict(int)
     unfinished, is_on_host = set(), False
     for job, pids in processes_by_job(first_processes).items():
+        look_at(job)
         end = time.process_time() + NETLINK_SECONDS
         seen = {own}
         for pid in pids:
@@ -113,6 +121,7 @@ def measure_netlink(first_processes: Mapping[int, int]) -> Measured:
             if time.process_time() > end:
                 unfinished.add(job)
                 break
+    look_at(0)
     unknown = {"netlink": _netlink_on_host()} if is_on_host else {}
     return Measured(dict(held), unknown, frozenset(unfinished))
 
@@ -128,7 +137,9 @@ def _netlink_on_host() -> int:
     return size
 
 
-def measure_locks(file: int, first_processes: Mapping[int, int]) -> Measured:
+def measure_locks(
+    file: int, first_processes: Mapping[int, int], look_at: LookAt = tell_nobody
+) -> Measured:
     """An estimate of the locks on files, where there are so many that a job may be over the bound.
 
     Wrong by up to some 30 MiB. `file` is from `open_locks`. What is read through another process
@@ -138,7 +149,7 @@ def measure_locks(file: int, first_processes: Mapping[int, int]) -> Measured:
     held, unknown = defaultdict[int, float](float), defaultdict[str, float](float)
     rows = list(_sample(file, LOCKS_SECONDS))
     if rows:
-        devices = _own_devices(first_processes)
+        devices = _own_devices(first_processes, look_at)
         for row, stands_for in rows:
             fields = row.replace(b"->", b"").split()
             if len(fields) == 8:
@@ -176,10 +187,13 @@ def _sample(file: int, seconds: float) -> Iterator[tuple[bytes, float]]:
             yield row, width / row_bytes * _SAMPLES / len(taken)
 
 
-def _own_devices(first_processes: Mapping[int, int]) -> dict[str, int]:
+def _own_devices(first_processes: Mapping[int, int], look_at: LookAt) -> dict[str, int]:
     """The jobs that alone have a device, by its number as /proc/locks writes it."""
-    others = _devices(["/proc/self"])
-    found = {job: _devices(places_of(pid)) - others for pid, job in first_processes.items()}
+    others, found = _devices(["/proc/self"]), dict[int, set[str]]()
+    for pid, job in first_processes.items():
+        look_at(job)
+        found[job] = _devices(places_of(pid)) - others
+    look_at(0)
     count = Counter(device for devices in found.values() for device in devices)
     return {
         device: job for job, devices in found.items() for device in devices if count[device] == 1
@@ -188,8 +202,9 @@ def _own_devices(first_processes: Mapping[int, int]) -> dict[str, int]:
 
 def _devices(places: Iterable[str]) -> set[str]:
     for place in places:
-        with contextlib.suppress(OSError), open(f"{place}/mountinfo") as file:
-            numbers = {tuple(line.split(maxsplit=3)[2].split(":")) for line in file}
+        # Its paths are of the job's making, and need not be text.
+        with contextlib.suppress(OSError), open(f"{place}/mountinfo", "rb") as file:
+            numbers = {tuple(line.split(maxsplit=3)[2].split(b":")) for line in file}
             return {f"{int(major):02x}:{int(minor):02x}" for major, minor in numbers}
     return set()
 

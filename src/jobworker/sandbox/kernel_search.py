@@ -14,6 +14,11 @@ over the bound: the list tells which sockets have made one, and only the sum of 
 A job can have more descriptors than anyone can look at (tables of its threads, each charged to its
 memory limit), so a search has an end. A table that many share is looked at once: kcmp(2).
 
+A job can also hold locks of the kernel's for as long as it likes, by calls that wait for its own
+pages. So nothing is asked here that takes a socket's lock, or that of an epoll or inotify instance,
+as its fdinfo does. That is read only where much is locked on the inode that all of these share. A
+process that has to wait for a job all the same is ended by the launcher (`sandbox.chores`).
+
 Runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
 proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
 """
@@ -21,7 +26,6 @@ proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
 import contextlib
 import errno
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -42,6 +46,9 @@ MOST_SENT_BYTES = 2 * 212_992
 """In one request, by the kernel's own net.core.wmem_max: SO_SNDBUF takes it twice, socket(7)."""
 _SOCKET, _KIND_OF_SOCKET = "socket:[", "system.sockprotoname"
 _IN_FLIGHT = b"scm_fds:"
+_WATCHES = {"anon_inode:[eventpoll]", "anon_inode:inotify", "anon_inode:[fanotify]"}
+"""Their fdinfo has a line for each thing that is watched, and waits for a lock."""
+_PIECE_BYTES = 1 << 16
 _GONE = {errno.ESRCH, errno.EBADF, errno.ENOTSOCK}
 
 
@@ -72,12 +79,11 @@ def search(
     `sockets_too`: tell what sockets over IP hold. It ends early where more than the bound is found,
     or more than `enough_bytes` in those: a job that hoards goes on meanwhile.
     """
-    shown = _Shown(sockets_too=sockets_too)
+    shown = _Shown(unknown_locks, sockets_too=sockets_too)
     end = time.process_time() + SEARCH_SECONDS
     is_all = False
     threads = _threads_of(first_process)
-    for one in _descriptors(threads):
-        shown.add(*one)
+    for _ in shown.take_in(threads):
         is_enough = max(shown.locks, shown.netlink) > BOUND_BYTES or shown.in_sockets > enough_bytes
         if is_enough or time.process_time() > end:
             break
@@ -118,17 +124,26 @@ def _is_on_host(first_process: int) -> bool:
 class _Shown:
     """What a job's descriptors show."""
 
-    def __init__(self, *, sockets_too: bool) -> None:
+    def __init__(self, unknown_locks: Mapping[str, int], *, sockets_too: bool) -> None:
         self.locks = self.in_flight = self.in_sockets = self.netlink = self.netlink_sockets = 0
         self.sockets, self.unasked = set[int](), set[int]()
         """By inode: all, and those of netlink that this host does not let be asked."""
-        self._sockets_too = sockets_too
+        self._sockets_too, self._unknown_locks = sockets_too, unknown_locks
 
-    def add(self, thread: int, name: str, target: str, lines: Iterable[bytes]) -> None:
-        inode = _inode_in(target)
-        if inode and inode not in self.sockets:
-            self.sockets.add(inode)
-            self._add_socket(thread, name, inode)
+    def take_in(self, threads: Iterable[int]) -> Iterator[None]:
+        """Look at what they have open, a piece at a time."""
+        for thread, name, target in _descriptors(threads):
+            inode = _inode_in(target)
+            if inode and inode not in self.sockets:
+                self.sockets.add(inode)
+                self._add_socket(thread, name, inode)
+            if target not in _WATCHES or _file_at(thread, name) in self._unknown_locks:
+                for lines in _fdinfo(thread, name):
+                    self._add(lines)
+                    yield
+            yield
+
+    def _add(self, lines: Iterable[bytes]) -> None:
         for line in lines:
             if line.startswith(b"lock:"):
                 self.locks += BYTES_PER_LOCK
@@ -156,7 +171,7 @@ def _threads_of(first_process: int) -> list[int]:
 
 def _sockets_of(first_process: int) -> Iterator[int]:
     """The inodes of a job's sockets, with some 0."""
-    for _, _, target, _ in _descriptors(_threads_of(first_process)):
+    for _, _, target in _descriptors(_threads_of(first_process)):
         yield _inode_in(target)
 
 
@@ -188,7 +203,7 @@ def _is_netlink(thread: int, name: str) -> bool:
 
 
 def _held_by(thread: int, number: int) -> int | None:
-    """What a descriptor's socket holds, over IP or of netlink; 0 where it is another or closed.
+    """What a descriptor's socket holds, as `kernel_sockets.held_by` tells; 0 where it is closed.
 
     None where this host does not let it be asked.
     """
@@ -199,23 +214,37 @@ def _held_by(thread: int, number: int) -> int | None:
             except OSError:  # before Linux 6.9 only a process's first thread can be opened
                 process = os.pidfd_open(thread)
             opened.callback(os.close, process)
-            one = opened.enter_context(socket.socket(fileno=sc.pidfd_getfd(process, number)))
-            is_known = one.family in {socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK}
-            return kernel_sockets.held_by(one) if is_known else 0
+            copy = sc.pidfd_getfd(process, number)
+            opened.callback(os.close, copy)
+            return kernel_sockets.held_by(copy)
     except OSError as error:
         return 0 if error.errno in _GONE else None
 
 
-def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str, list[bytes]]]:
-    """Each by its thread and name: what it is, and what its fdinfo tells."""
+def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str]]:
+    """Each by its thread and name: what it is."""
     for thread in _distinct(threads, sc.KCMP_FILES):
         for name in _listed(f"/proc/{thread}/fd"):
-            target, lines = "", list[bytes]()
-            with contextlib.suppress(OSError):
+            target = ""
+            with contextlib.suppress(OSError):  # it is closed
                 target = os.readlink(f"/proc/{thread}/fd/{name}")
-                with open(f"/proc/{thread}/fdinfo/{name}", "rb") as file:
-                    lines = file.readlines()
-            yield thread, name, target, lines
+            yield thread, name, target
+
+
+def _fdinfo(thread: int, name: str) -> Iterator[list[bytes]]:
+    """What a descriptor's fdinfo tells, a few of its lines at a time: it may have millions."""
+    with contextlib.suppress(OSError), open(f"/proc/{thread}/fdinfo/{name}", "rb") as file:
+        while lines := file.readlines(_PIECE_BYTES):
+            yield lines
+
+
+def _file_at(thread: int, name: str) -> str:
+    """The file that a descriptor leads to, as in /proc/locks; "" where it is closed."""
+    with contextlib.suppress(OSError):
+        status = os.stat(f"/proc/{thread}/fd/{name}")
+        device = status.st_dev
+        return f"{os.major(device):02x}:{os.minor(device):02x}:{status.st_ino}"
+    return ""
 
 
 def _mapped_memory_files(threads: Iterable[int]) -> Iterator[str]:

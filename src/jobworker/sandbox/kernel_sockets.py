@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jobworker.sandbox import netlink
+from jobworker.sandbox import syscalls as sc
 
 ESTABLISHED, CLOSE_WAIT, LISTEN = 1, 8, 10
 _SYN_RECEIVED, _TIME_WAIT = 3, 6
@@ -31,6 +32,7 @@ _ROW = struct.Struct("=BBxx2s2x16s16xI12xI4xII")
 _ATTRIBUTE, _SIZES = struct.Struct("=HH"), struct.Struct("=4Ii3I")
 """Received, its bound, sent, its bound, ahead, queued, options, backlog; then drops."""
 _MEMINFO = 55  # SO_MEMINFO
+_FAMILIES = {socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK}
 
 
 class Socket(NamedTuple):
@@ -86,10 +88,22 @@ def ping_sockets(place: str) -> Iterator[tuple[int, int]]:
                 yield int(row[7]), int(sent, 16) + int(received, 16)
 
 
-def held_by(one: socket.socket) -> int:
-    """How many bytes a socket of TCP, UDP or netlink holds, in a list or not. Raises OSError."""
-    protocol = one.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
-    return _held(one.getsockopt(socket.SOL_SOCKET, _MEMINFO, 36), 0, protocol)
+def held_by(descriptor: int) -> int:
+    """How many bytes a socket over IP or of netlink holds, in a list or not; 0 of another kind.
+
+    None of these options waits for who has the socket locked. Raises OSError.
+    """
+    family, protocol = (
+        _number(descriptor, name) for name in (socket.SO_DOMAIN, socket.SO_PROTOCOL)
+    )
+    if family not in _FAMILIES:
+        return 0
+    return _held(sc.getsockopt(descriptor, socket.SOL_SOCKET, _MEMINFO, 36), 0, protocol)
+
+
+def _number(descriptor: int, option: int) -> int:
+    (value,) = struct.unpack("i", sc.getsockopt(descriptor, socket.SOL_SOCKET, option, 4))
+    return int(value)
 
 
 def _held(sizes: bytes, at: int, protocol: int) -> int:

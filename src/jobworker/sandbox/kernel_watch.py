@@ -24,19 +24,25 @@ A job can have more to search than there is time for, or hide it in flight. One 
 then. A job of which several in a row cannot tell, while what nobody is known to hold stays over the
 bound, is ended too.
 
+A process that looks at a job may die of what it meets there, or have to wait for what the job
+holds. `sandbox.chores` ends one that waits. A job at which several looks in a row have failed is
+ended, and so is one for which a process waits that cannot be ended: that lifts the job's I/O limit,
+with which it holds the kernel's locks longest.
+
 What must hold: a job holds no more of each kind than the bound, what the host's grows by before
 it is looked at, and what the job can add meanwhile. No job delays the others' measurement: each
-kind has a process of its own, with an end, and so has each job's search. None of them takes more of
-a processor than its pace (`sandbox.kernel_pace`), though a job can give a reason for each at any
-time: what is to be measured while it rests is measured afterwards. Looking costs an idle launcher
-nothing.
+kind has a process of its own, with an end, and so has each job's search; one that cannot be ended
+keeps no other from being started. None of them takes more of a processor than its pace
+(`sandbox.kernel_pace`), though a job can give a reason for each at any time: what is to be measured
+while it rests is measured afterwards. Looking costs an idle launcher nothing.
 
 Standard library only.
 """
 
 import contextlib
 import errno
-import signal
+import mmap
+import struct
 import time
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -47,9 +53,9 @@ from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
-from jobworker.sandbox.chores import Chores
+from jobworker.sandbox.chores import CROWDED, MOST_SECONDS, UNENDING, Chores
 from jobworker.sandbox.host_memory import Figure, HostMemory
-from jobworker.sandbox.kernel_memory import BOUND_BYTES, Measured
+from jobworker.sandbox.kernel_memory import BOUND_BYTES, LookAt, Measured
 from jobworker.sandbox.kernel_pace import Pace
 from jobworker.sandbox.kernel_search import Found
 from jobworker.sandbox.turns import Turns
@@ -67,13 +73,13 @@ AGAIN_SECONDS = 1.0
 GROUPS_A_TURN = 50
 """Two files each: a few milliseconds."""
 DOUBTS = 3
-"""So many in a row end a job."""
+"""So many in a row end a job, and so many looks at it that have failed."""
 SEARCHES_AT_ONCE = 2
-ALARM_SECONDS = 60
-"""Ends a process that is stuck: those that use a processor end by themselves long before."""
-_FIELD = b"SUnreclaim:"
+_NUMBER = struct.Struct("=Q")
+_WANTS = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC}
+"""What the host may lack, for which no job is to blame."""
 
-Measure = Callable[[Mapping[int, int]], Measured]
+Measure = Callable[[Mapping[int, int], LookAt], Measured]
 
 
 class _Wanted(NamedTuple):
@@ -102,8 +108,9 @@ class KernelWatch:
             partial(kernel_memory.measure_locks, locks),
             kernel_connections.measure,
         )
-        self._measurers = Chores(turns, at_once=len(self._measures), waiting=0)
-        self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots)
+        kinds = len(self._measures)
+        self._measurers = Chores(turns, at_once=kinds, waiting=0, unending=kinds)
+        self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots, unending=slots)
         host = HostMemory()
         self._explained: dict[Measure, int] = {}
         """What each measurement told the last time, of jobs and of others."""
@@ -141,6 +148,8 @@ class KernelWatch:
         """Whether it could not tell whose more than the bound is."""
         self._doubts: Counter[tuple[int, object]] = Counter()
         """How many in a row could not tell of a job, by job and measure; None is the search."""
+        self._failures: Counter[tuple[int, object]] = Counter()
+        """How many looks in a row at a job have failed, by job and measure as above."""
         self._measured_at = time.monotonic()
         self._pause = LOOK_SECONDS
 
@@ -157,14 +166,15 @@ class KernelWatch:
         if not running:
             return
         self._turns.call_in(self._pause, self._look)
-        for doubt in [doubt for doubt in self._doubts if doubt[0] not in running]:
-            del self._doubts[doubt]
+        for counts in (self._doubts, self._failures):
+            for doubt in [doubt for doubt in counts if doubt[0] not in running]:
+                del counts[doubt]
         for ended in self._counted[None].keys() - running.keys():
             del self._counted[None][ended]
         for of_jobs in (self._search_paces, self._inherited):
             for ended in of_jobs.keys() - running.keys():
                 del of_jobs[ended]
-        patience = AGAIN_SECONDS if self._doubts else SELDOM_SECONDS
+        patience = AGAIN_SECONDS if self._doubts or self._failures else SELDOM_SECONDS
         overdue = time.monotonic() > self._measured_at + patience
         began = time.thread_time()
         slabs, unnamed, tcp = (each.has_grown() for each in (self._slabs, self._unnamed, self._tcp))
@@ -192,12 +202,20 @@ class KernelWatch:
         due = [each for each in self._measures if each in may and not self._paces[each].rests(now)]
         pids = {child.pid: job for job, child in running.items()} if due else {}
         for measure in due:
-            with contextlib.suppress(OSError):  # no process to be had: at the next look, then
-                work = partial(_in_its_own_proc, partial(measure, pids))
-                self._measurers.start(work, partial(self._judge, measure), [self._locks])
-                self._measuring.add(measure)
-                self._counted.get(measure, {}).clear()
-                self._due.discard(measure)
+            looked_at = _LookedAt()
+            work = partial(_in_its_own_proc, partial(measure, pids, looked_at.tell))
+            judge = partial(self._judge, measure, looked_at)
+            self._due.discard(measure)
+            try:
+                self._measurers.start(work, judge, [self._locks])
+            except OSError as error:
+                if error.errno == CROWDED:
+                    judge({"errno": CROWDED, "detail": error.strerror})
+                else:  # no process to be had: at the next look, then
+                    self._due.add(measure)
+                continue
+            self._measuring.add(measure)
+            self._counted.get(measure, {}).clear()
 
     def _look_at_some(self) -> None:
         """Read the groups of a few jobs in this turn: thousands would keep all others waiting."""
@@ -212,11 +230,13 @@ class KernelWatch:
         if self._unseen:
             self._turns.call_in(0, self._look_at_some)
 
-    def _judge(self, measure: Measure, outcome: channel.Message) -> None:
+    def _judge(self, measure: Measure, looked_at: "_LookedAt", outcome: channel.Message) -> None:
         self._measuring.discard(measure)
         self._paces[measure].add(time.monotonic(), _used_by(outcome))
         if "errno" in outcome:
-            say(f"cannot measure jobs' kernel memory: {outcome}")
+            at = f" at job {looked_at.job}" if looked_at.job else ""
+            say(f"cannot measure jobs' kernel memory{at}: {outcome}")
+            self._judge_failure(looked_at.job, measure, outcome)
             return
         held, unknown, unfinished, in_sockets, orphans = (
             outcome[name] for name in Measured._fields
@@ -241,6 +261,7 @@ class KernelWatch:
         for job, child in running.items():
             why = "it has too many sockets" if job in uncounted else ""
             self._doubt(job, child, measure, why)
+            del self._failures[job, measure]
         self._unknown[measure] = dict(unknown)
         is_much = sum(self._unknown[measure].values()) > BOUND_BYTES
         self._unsolved[measure] = is_much or bool(unfinished)
@@ -288,14 +309,18 @@ class KernelWatch:
                     enough_bytes=child.scope.sockets_limit_bytes + 2 * BOUND_BYTES,
                 )
                 work = partial(_in_its_own_proc, search)
-                judge = partial(self._judge_found, job, doubts=wanted.doubts)
-                with contextlib.suppress(OSError):  # no process to be had: at the next look, then
+                judge = partial(self._judge_found, job, wanted)
+                try:
                     self._searchers.start(work, judge)
-                    self._searching.add(job)
-                    self._counted[None].pop(job, None)
-                    del self._wanted[job]
+                except OSError as error:
+                    if error.errno == CROWDED:
+                        judge({"errno": CROWDED, "detail": error.strerror})
+                    continue  # no process to be had: at the next look, then
+                self._searching.add(job)
+                self._counted[None].pop(job, None)
+                del self._wanted[job]
 
-    def _judge_found(self, job: int, outcome: channel.Message, *, doubts: bool) -> None:
+    def _judge_found(self, job: int, wanted: _Wanted, outcome: channel.Message) -> None:
         self._searching.discard(job)
         self._search_paces[job].add(time.monotonic(), _used_by(outcome))
         child = self._running().get(job)
@@ -303,9 +328,11 @@ class KernelWatch:
             return
         if "errno" in outcome:
             say(f"cannot search job {job} for kernel memory: {outcome}")
-            if outcome["errno"] == errno.EINTR:  # it had to be ended
-                self._doubt(job, child, None, "a search of it does not end")
+            sockets_too, doubts = self._wanted.get(job, _Wanted())
+            self._wanted[job] = _Wanted(sockets_too or wanted.sockets_too, doubts or wanted.doubts)
+            self._judge_failure(job, None, outcome)
             return
+        del self._failures[job, None]
         locks, netlink, in_flight, is_all, in_sockets, in_requests = (
             outcome[name] for name in Found._fields
         )
@@ -315,11 +342,22 @@ class KernelWatch:
         assert isinstance(netlink, int)
         self._end_beyond(child, max(locks, netlink))
         self._judge_sockets(job, child, None, in_sockets)
-        if doubts:  # not where the host's memory alone is a reason: much else takes of that
+        if wanted.doubts:  # not where the host's memory alone is a reason: much else takes of that
             why = "it has descriptors in flight" if in_flight else ""
             if in_requests > BOUND_BYTES:
                 why = "requests over netlink may be its own"
             self._doubt(job, child, None, why if is_all else "it has too many descriptors")
+
+    def _judge_failure(self, job: int, source: Measure | None, outcome: channel.Message) -> None:
+        """A process has failed while it looked at this job, or had to be ended."""
+        child = self._running().get(job)
+        if child is None or outcome["errno"] in _WANTS:
+            return
+        self._failures[job, source] += 1
+        if outcome["errno"] == UNENDING:
+            self._end(child, "has a process that looks at it wait without an end")
+        elif self._failures[job, source] >= DOUBTS:
+            self._end(child, "may hold too much uncounted kernel memory: looks at it fail")
 
     def _doubt(self, job: int, child: Child, source: Measure | None, why: str) -> None:
         """Count one more in a row that could not tell, for this reason, or none that could."""
@@ -342,13 +380,28 @@ class KernelWatch:
         self._kill(child)
 
 
+class _LookedAt:
+    """The job that a process looks at, which is known whatever becomes of the process."""
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, _NUMBER.size)
+
+    def tell(self, job: int) -> None:
+        """In the process: what comes now is this job's, or with 0 no job's."""
+        _NUMBER.pack_into(self._shared, 0, job)
+
+    @property
+    def job(self) -> int:
+        """The latest."""
+        (job,) = _NUMBER.unpack_from(self._shared)
+        return int(job)
+
+
 def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
     """In a process: with a /proc of its own, which goes with it.
 
     What is looked up in the launcher's, the launcher would have to forget when it collects the job.
     """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(ALARM_SECONDS)
     with contextlib.suppress(OSError):  # a kernel that lets no ordinary user do it: slower, then
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
@@ -363,6 +416,6 @@ def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
 
 def _used_by(outcome: channel.Message) -> float:
     """What a process has used of a processor; one that had to be ended, as long as it could."""
-    used = outcome.get("used_seconds", ALARM_SECONDS)
+    used = outcome.get("used_seconds", MOST_SECONDS)
     assert isinstance(used, int | float)
     return used

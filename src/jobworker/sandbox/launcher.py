@@ -25,7 +25,7 @@ from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.announce import open_log, say, say_last
-from jobworker.sandbox.cgroups import Limits, Tree, open_tree, sweep_elsewhere
+from jobworker.sandbox.cgroups import Limits, Tree, most_processes, open_tree, sweep_elsewhere
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import Terms, rounded
 from jobworker.sandbox.kernel_memory import open_locks
@@ -36,9 +36,9 @@ from jobworker.sandbox.user_namespaces import Ids
 from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 15
+DESCRIPTORS_PER_CHILD = 16
 """Process, gateway, pipes, report, order, disk and image, root, socket, scope, user namespace,
-replies, and the image again after its end."""
+replies, the image again after its end, and a process that looks at it and cannot be ended."""
 
 
 def _warm_up(tree: Tree) -> None:
@@ -94,9 +94,10 @@ def main(descriptor: int) -> NoReturn:
             has_rights, ids = os.geteuid() == 0, Ids(policy.first_uid)
             if not has_rights:
                 ids = split(become_root(), policy.max_jobs + policy.spares)
-            locks = open_locks()  # the host's, not those of the process namespace to come
+            # The host's, not those of the process namespace to come.
+            locks, most = open_locks(), most_processes()
             _become_first_process([descriptor, *passed], carried.get("lock"), place)
-            tree, nursery = _prepare(policy, ids, undo, has_rights=has_rights)
+            tree, nursery = _prepare(policy, ids, undo, most, has_rights=has_rights)
         except JobworkerError as error:
             if place is not None:
                 place.clear()
@@ -208,12 +209,12 @@ def _become_first_process(links: Sequence[int], lock: int | None, place: _Place 
 
 
 def _prepare(
-    policy: Policy, ids: Ids, undo: contextlib.ExitStack, *, has_rights: bool
+    policy: Policy, ids: Ids, undo: contextlib.ExitStack, most: int, *, has_rights: bool
 ) -> tuple[Tree, Nursery]:
     """Do all that comes before the first request; what it made of control groups is undone."""
     room_for_volumes = _raise_descriptor_limit(policy)
     bpf.try_out(policy.filters)
-    tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent)
+    tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent, most)
     undo.callback(_close, tree)
     try:
         tree.sweep()

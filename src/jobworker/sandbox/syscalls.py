@@ -294,6 +294,17 @@ def is_tap(descriptor: int) -> bool:
     return int(_libc.ioctl(descriptor, ctypes.c_ulong(_TUNGETIFF), request)) == 0
 
 
+def getsockopt(descriptor: int, level: int, option: int, size: int) -> bytes:
+    """getsockopt(2), of at most `size` bytes.
+
+    A socket object of Python's asks for the socket's name first, getsockname(2), which waits as
+    long as somebody has that socket locked.
+    """
+    value, length = ctypes.create_string_buffer(size), ctypes.c_uint(size)
+    _check(_libc.getsockopt(descriptor, level, option, value, ctypes.byref(length)))
+    return value.raw[: length.value]
+
+
 def attach_socket_filter(descriptor: int, program: bytes) -> None:
     """Filter what a socket receives, SO_ATTACH_FILTER: socket(7).
 

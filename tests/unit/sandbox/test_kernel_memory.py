@@ -1,10 +1,13 @@
-"""What is told of netlink sockets on the host's network."""
+"""What is told of netlink sockets on the host's network, and of whom while it is measured."""
 
 import os
 import socket
 import struct
+from collections.abc import Callable, Mapping
 
-from jobworker.sandbox import kernel_memory
+import pytest
+
+from jobworker.sandbox import kernel_connections, kernel_memory
 from jobworker.sandbox.kernel_memory import NETLINK_BYTES, NetlinkSocket
 
 WRONG = struct.pack("=IHHII", 512, 0x7FFF, 1, 1, 0) + bytes(496)
@@ -28,6 +31,20 @@ def test_what_is_nobodys_is_one_sum_however_many_sockets_there_are() -> None:
         one.close()
     assert len(unknown) == 1
     assert sum(unknown.values()) - before > 150 * NETLINK_BYTES + 50 * len(WRONG)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [kernel_memory.measure_netlink, kernel_connections.measure, kernel_memory._own_devices],
+)
+def test_job_that_is_looked_at_is_told(
+    look: Callable[[Mapping[int, int], kernel_memory.LookAt], object],
+) -> None:
+    """Whoever started a process that dies of it knows of which, and of none afterwards."""
+    told = list[int]()
+    look({os.getpid(): 7}, told.append)
+    assert 7 in told
+    assert told[-1] == 0
 
 
 def test_request_that_the_kernel_keeps_counts_as_its_own() -> None:

@@ -1,9 +1,13 @@
-"""Whose the requests may be that the kernel keeps for netlink sockets."""
+"""Whose the requests may be that the kernel keeps for netlink sockets, and long fdinfo."""
+
+import fcntl
+import os
+import struct
 
 import pytest
 
 from jobworker.sandbox import kernel_search
-from jobworker.sandbox.kernel_memory import NetlinkSocket
+from jobworker.sandbox.kernel_memory import BYTES_PER_LOCK, NetlinkSocket
 
 MOST = 1000
 
@@ -26,3 +30,19 @@ def test_requests_are_a_jobs_as_far_as_no_others_may_have_made_them(
 def test_job_that_has_asked_for_nothing_holds_no_requests() -> None:
     listed = [NetlinkSocket(0, 9 * MOST, is_listing=False), NetlinkSocket(1, 7, is_listing=False)]
     assert kernel_search._in_requests(listed, {1}, MOST) == (0, 0)
+
+
+def test_fdinfo_is_read_a_piece_at_a_time() -> None:
+    """A clock is looked at in between: one file may have millions of locks."""
+    locks, file = 5000, os.memfd_create("locked")
+    os.ftruncate(file, 4096)
+    for at in range(locks):
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * at, 1, 0)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+    shown = kernel_search._Shown({}, sockets_too=False)
+    seen = set()
+    for _ in shown.take_in([os.getpid()]):
+        seen.add(shown.locks // BYTES_PER_LOCK)
+    os.close(file)
+    assert max(seen) >= locks
+    assert len([count for count in seen if 0 < count < locks]) >= 3, seen

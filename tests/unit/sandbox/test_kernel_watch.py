@@ -1,6 +1,8 @@
 """Whom the watch over kernel memory ends, by what is measured and found."""
 
 import errno
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
@@ -9,7 +11,9 @@ from typing import Any, cast
 import pytest
 
 from jobworker.sandbox import kernel_watch
+from jobworker.sandbox.channel import Message
 from jobworker.sandbox.children import Child
+from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.kernel_memory import BOUND_BYTES
 from jobworker.sandbox.kernel_pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.turns import Turns
@@ -63,10 +67,14 @@ class Processes:
     def __init__(self, _turns: Turns, **_bounds: int) -> None:
         self.dones: list[Callable[[dict[str, object]], None]] = []
         self.works: list[Any] = []
+        self.refuses = 0
+        """With what errno none is started."""
 
     def start(
         self, work: object, done: Callable[[Any], None], _holding: Sequence[int] = ()
     ) -> None:
+        if self.refuses:
+            raise OSError(self.refuses, os.strerror(self.refuses))
         self.works.append(work)
         self.dones.append(done)
 
@@ -352,6 +360,124 @@ def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     watched.now += 1.01 * LONGEST_REST_SECONDS
     watched.watch._look()
     assert len(looked) > many
+
+
+def failed(code: int) -> dict[str, object]:
+    return {"errno": code, "detail": "the process ended"}
+
+
+def rest(watched: Watched) -> None:
+    """Have what has failed made again, without another reason."""
+    watched.now += 1.01 * LONGEST_REST_SECONDS
+    watched.watch._look()
+
+
+def test_job_whose_searches_fail_is_ended(watched: Watched) -> None:
+    """They are made again by themselves, and what is known again meanwhile excuses nothing."""
+    watched.search(failed(errno.EINTR), FOUND)
+    watched.host.slabs -= MUCH
+    for _ in range(kernel_watch.DOUBTS - 1):
+        assert watched.ended == []
+        watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
+        rest(watched)
+        watched.searchers.finish(failed(errno.EINTR))
+    assert watched.ended == [watched.jobs[1]]
+    assert watched.jobs[1].hoards
+
+
+def test_search_that_succeeds_excuses_those_that_failed(watched: Watched) -> None:
+    for outcome in [*[failed(errno.EINTR)] * (kernel_watch.DOUBTS - 1), FOUND] * 2:
+        watched.search(outcome, FOUND)
+        watched.now += 1.01 * LONGEST_REST_SECONDS
+    assert watched.ended == []
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
+def test_search_for_which_the_host_had_no_room_is_made_again_and_ends_nothing(
+    watched: Watched, code: int
+) -> None:
+    watched.search(failed(code), FOUND)
+    for _ in range(2 * kernel_watch.DOUBTS):
+        rest(watched)
+        watched.searchers.finish(failed(code))
+    assert watched.ended == []
+    rest(watched)
+    watched.searchers.finish({**FOUND, "locks": MUCH})
+    assert watched.ended == [watched.jobs[1]]
+
+
+def test_job_whose_search_cannot_be_ended_is_ended_at_once(watched: Watched) -> None:
+    watched.search(FOUND, failed(UNENDING))
+    assert watched.ended == [watched.jobs[2]]
+
+
+def test_job_that_cannot_be_searched_for_others_that_do_not_end_is_ended(watched: Watched) -> None:
+    watched.search(FOUND, FOUND)
+    del watched.jobs[2]
+    watched.searchers.refuses = errno.EAGAIN
+    watched.search()
+    watched.searchers.refuses = CROWDED
+    for _ in range(kernel_watch.DOUBTS):
+        assert watched.ended == []
+        watched.watch._look()
+        watched.watch._look()
+        watched.now += 1.01 * LONGEST_REST_SECONDS
+    assert watched.ended == [watched.jobs[1]]
+
+
+def fail_to_measure(watched: Watched, number: int, job: int, code: int) -> None:
+    """Have that measurement fail while it looks at this job, and the others succeed."""
+    watched.measurers.works.clear()
+    watched.watch._look()
+    works, count = watched.measurers.works, len(watched.watch._measures)
+    assert len(works) == count
+    *_, look_at = works[number].args[0].args
+    look_at(job)
+    watched.measurers.finish(*[failed(code) if n == number else NONE for n in range(count)])
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_job_at_which_a_measurement_fails_is_ended(watched: Watched, number: int) -> None:
+    watched.host.slabs += kernel_watch.STEP_BYTES + 1
+    for _ in range(kernel_watch.DOUBTS):
+        assert watched.ended == []
+        fail_to_measure(watched, number, 2, errno.EINTR)
+        watched.now += 1.01 * LONGEST_REST_SECONDS
+    assert watched.ended == [watched.jobs[2]]
+    assert watched.jobs[2].hoards
+
+
+def test_measurement_that_fails_at_no_job_ends_none(watched: Watched) -> None:
+    for _ in range(2 * kernel_watch.DOUBTS):
+        watched.host.slabs += kernel_watch.STEP_BYTES + 1
+        fail_to_measure(watched, 0, 0, UNENDING)
+        watched.now += 1.01 * LONGEST_REST_SECONDS
+    assert watched.ended == []
+
+
+def test_job_at_which_a_measurement_waits_without_an_end_is_ended_at_once(
+    watched: Watched,
+) -> None:
+    watched.host.slabs += kernel_watch.STEP_BYTES + 1
+    fail_to_measure(watched, 2, 1, UNENDING)
+    assert watched.ended == [watched.jobs[1]]
+    watched.grow()
+    assert watched.measurers.dones, "and is made again"
+
+
+def test_job_that_is_looked_at_is_told_by_a_process_that_dies() -> None:
+    turns, outcomes = Turns(), list[Message]()
+    looked_at = kernel_watch._LookedAt()
+
+    def die() -> Message:
+        looked_at.tell(7)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    Chores(turns, at_once=1, waiting=0).start(die, outcomes.append)
+    while not outcomes:
+        turns.turn()
+    assert (outcomes[0]["errno"], looked_at.job) == (errno.EINTR, 7)
 
 
 class File(str):
