@@ -57,7 +57,7 @@ class Archive:
     _spools: Path
     _history: History
     _policy: Policy
-    _budget: OutputBudget
+    budget: OutputBudget
     _clock: Callable[[], datetime]
     _max_open: int = 1024
     """Outputs of ended jobs that may be read at a time: each has three descriptors."""
@@ -84,13 +84,14 @@ class Archive:
             seals=True,
             clock_ns=self._ages.now_ns,
             steady_ns=self._ages.steady_ns,
-            count=self._budget.keep,
+            count=self.budget.keep,
         )
 
-    @property
-    def room(self) -> OutputRoom:
-        """What live jobs write within."""
-        return OutputRoom(budget=self._budget, pace=self._pace, make_room=self.make_room)
+    def room_of(self, owner: str) -> OutputRoom:
+        """What an owner's live jobs write within."""
+        return OutputRoom(
+            owner=owner, budget=self.budget, pace=self._pace, make_room=self.make_room
+        )
 
     async def load(self, live: Collection[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
@@ -114,7 +115,7 @@ class Archive:
     def count_live(self, spool: Spool) -> None:
         """Count what a job has written under an earlier service: before it is taken up."""
         spool.counted_bytes = spool.written_bytes + spool.index_bytes
-        self._budget.count(spool.counted_bytes)
+        self.budget.count(spool.counted_bytes)
 
     async def serve(self) -> None:
         """Apply the policy whenever that may change something; never returns."""
@@ -241,9 +242,9 @@ class Archive:
 
         Another job may have made it, while this one waited for its turn to look.
         """
-        goal = max(1, int(self._budget.max_bytes * HEADROOM))
+        goal = max(1, int(self.budget.max_bytes * HEADROOM))
         fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
-        return fewer or self._budget.used_bytes < self._budget.max_bytes
+        return fewer or self.budget.used_bytes < self.budget.max_bytes
 
     async def prune(
         self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
@@ -283,7 +284,7 @@ class Archive:
     ) -> tuple[bool, frozenset[JobId], list[Kept]]:
         before = set(self._kept.all)
         marked = self._kept.look().marked
-        gone = self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
+        gone = self._kept.prune(policy, only=only, live_bytes=self.budget.live_bytes)
         return not before <= self._kept.all.keys(), marked, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:

@@ -347,7 +347,7 @@ class Supervisor:
             link=self._link,
             history=self._history,
             rules=self._rules,
-            room=self._archive.room,
+            room=self._archive.room_of(record.owner),
             clock=self._clock,
             admitted_at_once=at_once,
         )
