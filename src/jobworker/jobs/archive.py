@@ -15,7 +15,7 @@ go for the disk to have room again. Its record is its execution's until then.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -96,10 +96,9 @@ class Archive:
     async def load(self, live: Collection[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
         self._live.update(live)
-        await self._in_thread(partial(self._kept.load, live))
-        newest = max((kept.ended_ns for kept in self._kept.all.values()), default=0)
-        await self._in_thread(partial(self._ages.begin, newest))
         with_output = await self._history.with_output()
+        await self._in_thread(partial(self._kept.load, live, with_output))
+        await self._in_thread(partial(self._ages.begin, self._kept.newest_ns))
         await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
 
@@ -107,10 +106,9 @@ class Archive:
         """Note no removal of a job's output until `add`: its record may still be written."""
         self._live.add(job)
 
-    def size_of(self, jobs: Iterable[JobId]) -> int:
-        """The bytes on disk of those of `jobs` that have ended and are kept."""
-        kept = self._kept.all
-        return sum(found.size for job in jobs if (found := kept.get(job)) is not None)
+    def size_of(self, owner: str) -> int:
+        """The bytes on disk of an owner's jobs that have ended."""
+        return self._kept.size_of(owner)
 
     def count_live(self, spool: Spool) -> None:
         """Count what a job has written under an earlier service: before it is taken up."""
@@ -133,7 +131,8 @@ class Archive:
         self._live.discard(job)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
-                await self._in_thread(partial(self._kept.end, job, execution.spool.counted_bytes))
+                owner, counted = execution.record.owner, execution.spool.counted_bytes
+                await self._in_thread(partial(self._kept.end, job, counted, owner))
         finally:
             execution.archived.set()
             self._due.set()
@@ -282,10 +281,10 @@ class Archive:
     def _prune(
         self, policy: Policy, only: Callable[[JobId], bool] | None
     ) -> tuple[bool, frozenset[JobId], list[Kept]]:
-        before = set(self._kept.all)
+        before = self._kept.dropped
         marked = self._kept.look().marked
         gone = self._kept.prune(policy, only=only, live_bytes=self.budget.live_bytes)
-        return not before <= self._kept.all.keys(), marked, gone
+        return self._kept.dropped > before, marked, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
         """Note what was removed, wherever the records are now: when that was."""
