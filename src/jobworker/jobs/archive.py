@@ -15,6 +15,7 @@ go for the disk to have room again. Its record is its execution's until then.
 
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -60,10 +61,12 @@ class Archive:
     budget: OutputBudget
     _clock: Callable[[], datetime]
     _max_open: int = 1024
-    """Outputs of ended jobs that may be read at a time: each has three descriptors."""
+    """Outputs of ended jobs that may be open at a time: each has three descriptors."""
     _open: dict[JobId, Spool] = field(factory=dict, init=False)
     """Those that are being read, each once for all of its followers."""
-    _opening: int = field(default=0, init=False)
+    _owners: dict[object, str] = field(factory=dict, init=False)
+    """Whose they are, and those that are being opened, or are still read by who came before the
+    job's end."""
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _live: set[JobId] = field(factory=set, init=False)
@@ -129,6 +132,7 @@ class Archive:
         job = execution.record.id
         self._unsettled[job] = execution
         self._live.discard(job)
+        self._count_followed(execution.spool, execution.record.owner)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
                 owner, counted = execution.record.owner, execution.spool.counted_bytes
@@ -185,32 +189,69 @@ class Archive:
         """An ended job's output, open during the block and while a follower reads it.
 
         Raises NotFound where it was removed, and TooManyFollows where as many outputs as this
-        process has descriptors for are being read.
+        process has descriptors for are being read, and no owner has much more of them.
         """
         spool = self._open.get(record.id)
         if spool is None or record.output_removed_at is not None:
-            if len(self._open) + self._opening >= self._max_open:
-                raise TooManyFollows(
-                    f"cannot read the output of job {record.id}: that of {self._max_open} "
-                    "ended jobs is being read, as many as this service has descriptors for",
-                    remedy="try again later, or raise the service's LimitNOFILE",
-                )
-            self._opening += 1
+            self._check_room(record)
+            place = object()
+            self._owners[place] = record.owner
             try:
-                spool = self._share(record.id, await self._open_spool(record))
+                spool = self._share(record, await self._open_spool(record))
             finally:
-                self._opening -= 1
+                del self._owners[place]
         with spool.in_use():
             yield spool
 
-    def _share(self, job: JobId, spool: Spool) -> Spool:
+    def _share(self, record: JobRecord, spool: Spool) -> Spool:
         """Have others read what was just opened, or read what another has opened meanwhile."""
-        if (other := self._open.get(job)) is not None:
+        if (other := self._open.get(record.id)) is not None:
             spool.close()
             return other
-        self._open[job] = spool
-        spool.lend(partial(self._open.__delitem__, job))
+        self._open[record.id] = spool
+        self._owners[spool] = record.owner
+
+        def let_go() -> None:
+            del self._open[record.id]
+            del self._owners[spool]
+
+        spool.lend(let_go)
         return spool
+
+    def _count_followed(self, spool: Spool, owner: str) -> None:
+        """Count the files of a job that has ended, while who followed it reads on."""
+        if spool.has_files:
+            self._owners[spool] = owner
+            spool.lend(partial(self._owners.__delitem__, spool))
+            while len(self._owners) > self._max_open and self._shut_one(least=0):
+                pass
+
+    def _check_room(self, record: JobRecord) -> None:
+        """See that one more output may be opened. Raises TooManyFollows."""
+        if len(self._owners) >= self._max_open:
+            own = sum(owner == record.owner for owner in self._owners.values())
+            self._shut_one(least=own + 2)
+        if len(self._owners) >= self._max_open:
+            raise TooManyFollows(
+                f"cannot read the output of job {record.id}: that of {self._max_open} "
+                "ended jobs is being read, as many as this service has descriptors for",
+                remedy="try again later, or raise the service's LimitNOFILE",
+            )
+
+    def _shut_one(self, *, least: int) -> bool:
+        """Close an output under its readers, of the owner with the most, if those are `least`.
+
+        It is the one from which nothing was read for the longest time. False where there is none.
+        """
+        numbers = Counter(self._owners.values())
+        shown = [each for each in self._owners if isinstance(each, Spool) and not each.shut]
+        if not shown or max(numbers.values()) < least:
+            return False
+        victim = min(shown, key=lambda each: (-numbers[self._owners[each]], each.read_at))
+        if numbers[self._owners[victim]] < least:
+            return False
+        victim.shut_out()
+        return True
 
     async def _open_spool(self, record: JobRecord) -> Spool:
         directory = self._spools / str(record.id)
