@@ -59,7 +59,7 @@ class OutputError(InternalError):
 
 
 class FollowerStalled(JobworkerError):
-    """A follower took nothing for too long and was let go; it may go on from its offset."""
+    """A follower took too little for too long and was let go; it may go on from its offset."""
 
     code = 1041
     exit_code = 82

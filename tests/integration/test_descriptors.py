@@ -14,6 +14,14 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
 from jobworker.pki.administration import init_authority
+from jobworker.server.descriptors import (
+    MIN_OUTPUTS,
+    OWN,
+    PER_CONNECTION,
+    PER_OUTPUT,
+    PER_RUNNING,
+    PER_WAITING,
+)
 
 from .conftest import until
 from .wire import Refused, Wire, open_wire
@@ -180,3 +188,42 @@ async def test_jobs_that_wait_go_on_waiting_where_there_is_no_descriptor_for_the
         limit_descriptors(service.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         for job in waiting:
             assert (await wire.call("job.wait", id=job))["state"] == "COMPLETED"
+
+
+async def test_who_follows_jobs_to_their_ends_and_takes_nothing_leaves_descriptors_to_others(
+    open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, dict[str, object]] = {
+        "worker": {"max_concurrent_jobs": 4, "max_waiting_jobs": 4},
+        "limits": {"max_connections": 20, "max_handshakes": 10},
+    }
+    outputs = MIN_OUTPUTS + 2
+    limit = OWN + 4 * PER_RUNNING + 4 * PER_WAITING + 30 * PER_CONNECTION + outputs * PER_OUTPUT
+    bounded = ["prlimit", f"--nofile={limit}:{limit}", *program("worker")]
+    monkeypatch.setattr("jobworker.cli.embedded.program", lambda _: bounded)
+    async with (
+        open_embedded(open_directory(), settings) as service,
+        open_wire(service) as wire,
+        open_wire(service) as other,
+    ):
+        before = open_descriptors(service.process.pid)
+        begun = []
+        for _ in range(3 * outputs):
+            job = {"command": ["echo", "x"]}
+            begun.append(await wire.call("job.run", job=job, follow={"credit_bytes": 0}))
+            ended = begun[-1]["job"]
+            assert isinstance(ended, dict)
+            await wire.call("job.wait", id=ended["id"])
+        # Beside them what a job has that ends just now, and threads need.
+        assert open_descriptors(service.process.pid) < before + PER_OUTPUT * outputs + 30
+        assert (await other.run("echo", "y"))[0] == "y\n"
+        subscription, first = begun[0]["subscription"], begun[0]["job"]
+        assert isinstance(first, dict)
+        await wire.notify("job.credit", subscription=subscription, bytes=100)
+        end = await wire.notes(subscription).receive()
+        assert isinstance(end["params"], dict)
+        assert end["params"]["error"]["name"] == "follower_stalled"
+        for each in begun:
+            await wire.notify("job.unfollow", subscription=each["subscription"])
+        again = await wire.call("job.log", id=first["id"], offset=end["params"]["offset"])
+        assert (await wire.output(again["subscription"]))[0] == b"x\n"

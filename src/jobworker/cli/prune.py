@@ -35,7 +35,7 @@ def prune_here(
             f"cannot prune {spools}: {why}",
             remedy="run it as root, with the configuration of a service that has run once",
         ) from None
-    ages.begin(max((each.ended_ns for each in kept.all.values()), default=0))
+    ages.begin(kept.newest_ns)
     gone = kept.prune(policy)
     size = format_size(sum(each.size for each in gone))
     return f"removed the output of {len(gone)} jobs, {size}"

@@ -15,7 +15,8 @@ go for the disk to have room again. Its record is its execution's until then.
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -57,13 +58,15 @@ class Archive:
     _spools: Path
     _history: History
     _policy: Policy
-    _budget: OutputBudget
+    budget: OutputBudget
     _clock: Callable[[], datetime]
     _max_open: int = 1024
-    """Outputs of ended jobs that may be read at a time: each has three descriptors."""
+    """Outputs of ended jobs that may be open at a time: each has three descriptors."""
     _open: dict[JobId, Spool] = field(factory=dict, init=False)
     """Those that are being read, each once for all of its followers."""
-    _opening: int = field(default=0, init=False)
+    _owners: dict[object, str] = field(factory=dict, init=False)
+    """Whose they are, and those that are being opened, or are still read by who came before the
+    job's end."""
     _kept: KeptOutput = field(init=False)
     _ages: AgeClock = field(init=False)
     _live: set[JobId] = field(factory=set, init=False)
@@ -84,21 +87,21 @@ class Archive:
             seals=True,
             clock_ns=self._ages.now_ns,
             steady_ns=self._ages.steady_ns,
-            count=self._budget.keep,
+            count=self.budget.keep,
         )
 
-    @property
-    def room(self) -> OutputRoom:
-        """What live jobs write within."""
-        return OutputRoom(budget=self._budget, pace=self._pace, make_room=self.make_room)
+    def room_of(self, owner: str) -> OutputRoom:
+        """What an owner's live jobs write within."""
+        return OutputRoom(
+            owner=owner, budget=self.budget, pace=self._pace, make_room=self.make_room
+        )
 
     async def load(self, live: Collection[JobId] = ()) -> None:
         """Take up what stands in the directory and is of no `live` job; apply the policy to it."""
         self._live.update(live)
-        await self._in_thread(partial(self._kept.load, live))
-        newest = max((kept.ended_ns for kept in self._kept.all.values()), default=0)
-        await self._in_thread(partial(self._ages.begin, newest))
         with_output = await self._history.with_output()
+        await self._in_thread(partial(self._kept.load, live, with_output))
+        await self._in_thread(partial(self._ages.begin, self._kept.newest_ns))
         await self._in_thread(partial(self._kept.expect, with_output))
         await self.prune()
 
@@ -106,15 +109,14 @@ class Archive:
         """Note no removal of a job's output until `add`: its record may still be written."""
         self._live.add(job)
 
-    def size_of(self, jobs: Iterable[JobId]) -> int:
-        """The bytes on disk of those of `jobs` that have ended and are kept."""
-        kept = self._kept.all
-        return sum(found.size for job in jobs if (found := kept.get(job)) is not None)
+    def size_of(self, owner: str) -> int:
+        """The bytes on disk of an owner's jobs that have ended."""
+        return self._kept.size_of(owner)
 
     def count_live(self, spool: Spool) -> None:
         """Count what a job has written under an earlier service: before it is taken up."""
         spool.counted_bytes = spool.written_bytes + spool.index_bytes
-        self._budget.count(spool.counted_bytes)
+        self.budget.count(spool.counted_bytes)
 
     async def serve(self) -> None:
         """Apply the policy whenever that may change something; never returns."""
@@ -130,9 +132,11 @@ class Archive:
         job = execution.record.id
         self._unsettled[job] = execution
         self._live.discard(job)
+        self._count_followed(execution.spool, execution.record.owner)
         try:
             with trio.CancelScope(shield=True):  # waits for the disk alone
-                await self._in_thread(partial(self._kept.end, job, execution.spool.counted_bytes))
+                owner, counted = execution.record.owner, execution.spool.counted_bytes
+                await self._in_thread(partial(self._kept.end, job, counted, owner))
         finally:
             execution.archived.set()
             self._due.set()
@@ -185,32 +189,69 @@ class Archive:
         """An ended job's output, open during the block and while a follower reads it.
 
         Raises NotFound where it was removed, and TooManyFollows where as many outputs as this
-        process has descriptors for are being read.
+        process has descriptors for are being read, and no owner has much more of them.
         """
         spool = self._open.get(record.id)
         if spool is None or record.output_removed_at is not None:
-            if len(self._open) + self._opening >= self._max_open:
-                raise TooManyFollows(
-                    f"cannot read the output of job {record.id}: that of {self._max_open} "
-                    "ended jobs is being read, as many as this service has descriptors for",
-                    remedy="try again later, or raise the service's LimitNOFILE",
-                )
-            self._opening += 1
+            self._check_room(record)
+            place = object()
+            self._owners[place] = record.owner
             try:
-                spool = self._share(record.id, await self._open_spool(record))
+                spool = self._share(record, await self._open_spool(record))
             finally:
-                self._opening -= 1
+                del self._owners[place]
         with spool.in_use():
             yield spool
 
-    def _share(self, job: JobId, spool: Spool) -> Spool:
+    def _share(self, record: JobRecord, spool: Spool) -> Spool:
         """Have others read what was just opened, or read what another has opened meanwhile."""
-        if (other := self._open.get(job)) is not None:
+        if (other := self._open.get(record.id)) is not None:
             spool.close()
             return other
-        self._open[job] = spool
-        spool.lend(partial(self._open.__delitem__, job))
+        self._open[record.id] = spool
+        self._owners[spool] = record.owner
+
+        def let_go() -> None:
+            del self._open[record.id]
+            del self._owners[spool]
+
+        spool.lend(let_go)
         return spool
+
+    def _count_followed(self, spool: Spool, owner: str) -> None:
+        """Count the files of a job that has ended, while who followed it reads on."""
+        if spool.has_files:
+            self._owners[spool] = owner
+            spool.lend(partial(self._owners.__delitem__, spool))
+            while len(self._owners) > self._max_open and self._shut_one(least=0):
+                pass
+
+    def _check_room(self, record: JobRecord) -> None:
+        """See that one more output may be opened. Raises TooManyFollows."""
+        if len(self._owners) >= self._max_open:
+            own = sum(owner == record.owner for owner in self._owners.values())
+            self._shut_one(least=own + 2)
+        if len(self._owners) >= self._max_open:
+            raise TooManyFollows(
+                f"cannot read the output of job {record.id}: that of {self._max_open} "
+                "ended jobs is being read, as many as this service has descriptors for",
+                remedy="try again later, or raise the service's LimitNOFILE",
+            )
+
+    def _shut_one(self, *, least: int) -> bool:
+        """Close an output under its readers, of the owner with the most, if those are `least`.
+
+        It is the one from which nothing was read for the longest time. False where there is none.
+        """
+        numbers = Counter(self._owners.values())
+        shown = [each for each in self._owners if isinstance(each, Spool) and not each.shut]
+        if not shown or max(numbers.values()) < least:
+            return False
+        victim = min(shown, key=lambda each: (-numbers[self._owners[each]], each.read_at))
+        if numbers[self._owners[victim]] < least:
+            return False
+        victim.shut_out()
+        return True
 
     async def _open_spool(self, record: JobRecord) -> Spool:
         directory = self._spools / str(record.id)
@@ -241,9 +282,9 @@ class Archive:
 
         Another job may have made it, while this one waited for its turn to look.
         """
-        goal = max(1, int(self._budget.max_bytes * HEADROOM))
+        goal = max(1, int(self.budget.max_bytes * HEADROOM))
         fewer, _ = await self._sweep(evolve(self._policy, max_bytes=goal), None)
-        return fewer or self._budget.used_bytes < self._budget.max_bytes
+        return fewer or self.budget.used_bytes < self.budget.max_bytes
 
     async def prune(
         self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
@@ -281,10 +322,10 @@ class Archive:
     def _prune(
         self, policy: Policy, only: Callable[[JobId], bool] | None
     ) -> tuple[bool, frozenset[JobId], list[Kept]]:
-        before = set(self._kept.all)
+        before = self._kept.dropped
         marked = self._kept.look().marked
-        gone = self._kept.prune(policy, only=only, live_bytes=self._budget.live_bytes)
-        return not before <= self._kept.all.keys(), marked, gone
+        gone = self._kept.prune(policy, only=only, live_bytes=self.budget.live_bytes)
+        return self._kept.dropped > before, marked, gone
 
     async def _note_removals(self, jobs: Sequence[JobId]) -> datetime:
         """Note what was removed, wherever the records are now: when that was."""

@@ -18,8 +18,9 @@ import errno
 import logging
 import os
 import stat
+import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
@@ -232,8 +233,8 @@ class History:
         what = "cannot note in the history that output was removed"
         await self._write(partial(_note_removed, jobs, when), what)
 
-    async def with_output(self) -> frozenset[JobId]:
-        """The ended jobs whose records do not say that their output was removed."""
+    async def with_output(self) -> Mapping[JobId, str]:
+        """The ended jobs whose records do not say that their output was removed: their owners."""
         return await self._readers.search(_select_with_output)
 
     async def remove(self, job: JobId) -> None:
@@ -283,11 +284,7 @@ class History:
         return await self._readers.search(partial(_select_known, jobs))
 
     async def with_output_of(self, owner: str) -> frozenset[JobId]:
-        """The ids of one owner's jobs whose records do not say that their output was removed.
-
-        A tenant with a quota of output asks for them at each start, so that this must not grow
-        with the number of jobs ever run.
-        """
+        """The ids of one owner's jobs whose records do not say that their output was removed."""
         return await self._readers.look_up(partial(_select_with_output_of, owner), owner)
 
     async def get(self, job: JobId) -> JobRecord | None:
@@ -428,14 +425,14 @@ def _note_missing(job: JobId, connection: apsw.Connection) -> None:
     )
 
 
-def _select_with_output(connection: apsw.Connection) -> frozenset[JobId]:
+def _select_with_output(connection: apsw.Connection) -> dict[JobId, str]:
     marks = ", ".join("?" * len(TERMINAL))
     rows = connection.execute(
-        f"SELECT id FROM jobs INDEXED BY jobs_with_output WHERE state IN ({marks}) "  # noqa: S608
+        f"SELECT id, owner FROM jobs INDEXED BY jobs_with_output WHERE state IN ({marks}) "  # noqa: S608
         "AND json_extract(record, '$.output_removed_at') IS NULL",
         tuple(state.value for state in TERMINAL),
     )
-    return frozenset(JobId(int(str(row[0]))) for row in rows)
+    return {JobId(int(str(job))): sys.intern(str(owner)) for job, owner in rows}
 
 
 def _select_known(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:

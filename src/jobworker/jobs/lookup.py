@@ -63,8 +63,8 @@ async def follow_from(
     return follower
 
 
-def output_of(executions: Iterable[Execution], jobs: Collection[JobId]) -> int:
-    """Bytes of those among `jobs` that have ended and are not in the archive yet."""
+def output_of(executions: Iterable[Execution]) -> int:
+    """Bytes of what has ended and is not in the archive yet."""
     ended = [each for each in executions if each.ended.is_set()]
     records = [each.record for each in ended if not each.archived.is_set()]
-    return sum(each.stdout_bytes + each.stderr_bytes for each in records if each.id in jobs)
+    return sum(each.stdout_bytes + each.stderr_bytes for each in records)

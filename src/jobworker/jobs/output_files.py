@@ -172,10 +172,14 @@ class OutputFiles:
 
     def close(self) -> None:
         """Close the files; a second call does nothing. Never while another call runs."""
+        for fd in self.let_go():
+            os.close(fd)
+
+    def let_go(self) -> list[int]:
+        """The files, for the caller to close: none where that was done. Else like `close`."""
         fds = [*self._data.values(), self._index] if self._data else []
         self._data = {}
-        for fd in fds:
-            os.close(fd)
+        return fds
 
     def to_sync(self) -> list[int]:
         """The files that hold output, which the disk may not have: none where there is none."""

@@ -29,8 +29,12 @@ DRAIN_SECONDS = 2.0
 
 @frozen(kw_only=True)
 class OutputRoom:
-    """What all jobs share: the budget, a way to win some of it back, and the processor."""
+    """What an owner's jobs share: the budget, a way to win some of it back, and the processor.
 
+    The budget and the processor are all other owners', too.
+    """
+
+    owner: str
     budget: OutputBudget
     pace: OutputPace
     make_room: Callable[[], Awaitable[bool]]
@@ -61,6 +65,7 @@ class OutputMover:
             max_bytes=self._max_bytes,
             budget=self._room.budget,
             pace=self._room.pace,
+            owner=self._room.owner,
         ) as pump:
             if self._cut_before in (OutputCut.TOTAL, OutputCut.DISK):
                 pump.discard()
@@ -68,6 +73,7 @@ class OutputMover:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._move_all, pump)
                     yield
+                    pump.hurry()
                     nursery.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
                 while not await self._settled(pump, pump.drain):
                     pass

@@ -68,10 +68,13 @@ class Pump:
     _budget: OutputBudget | None = field(kw_only=True, default=None)
     _pace: OutputPace = field(kw_only=True, factory=OutputPace)
     """What the pumps of all jobs share."""
+    _owner: str = field(kw_only=True, default="")
+    """Whose job it is: the streams of one owner rest for each other's sake."""
     capped: trio.Event = field(init=False, factory=trio.Event)
     """Set once something was discarded because of `max_bytes`."""
     _discarding: bool = field(init=False, default=False)
     _over: bool = field(init=False, default=False)
+    _hurried: trio.Event = field(init=False, factory=trio.Event)
     _turn_ended: dict[Stream, float] = field(init=False, factory=dict)
 
     async def run(self) -> None:
@@ -109,7 +112,26 @@ class Pump:
             if not moved:
                 os.close(self._pipes.pop(stream))
             else:
-                await self._pace.rest((id(self), stream), cost)
+                await self._rest(stream, moved, cost)
+
+    async def _rest(self, stream: Stream, moved: int, cost_seconds: float) -> None:
+        """Rest after a move for other jobs' sake, unless nobody writes to the pipe any more."""
+        pipe = self._pipes[stream]
+        filled = moved / min(TURN_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ))
+        seconds = self._pace.rest_after(
+            trio.current_time(), self._owner, (id(self), stream), cost_seconds, filled
+        )
+        if seconds and not _has_no_writer(pipe):
+            with trio.move_on_after(seconds):
+                await self._hurried.wait()
+
+    def hurry(self) -> None:
+        """End all rests of this moment: the job has exited, and its end waits for its output.
+
+        What somebody outside of it writes thereafter has rests like any other output.
+        """
+        self._hurried.set()
+        self._hurried = trio.Event()
 
     async def drain(self) -> None:
         """Move what stands in the pipes now, without waiting for the job. Not during `run`.
@@ -222,3 +244,10 @@ class Pump:
     def _waiting_bytes(self, stream: Stream) -> int:
         answer = fcntl.ioctl(self._pipes[stream], termios.FIONREAD, struct.pack("i", 0))
         return int(struct.unpack("i", answer)[0])
+
+
+def _has_no_writer(pipe: int) -> bool:
+    """Whether what stands in a pipe is all that will ever."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # a hang-up is told in any case
+    return bool(poll.poll(0))

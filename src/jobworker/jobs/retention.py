@@ -2,7 +2,9 @@
 
 `choose` is the policy, pure: the oldest ends go first, until age, number and size are within their
 bounds. `Kept` is what it chooses among: a line for each ended job whose output is on the disk,
-read from the directories at start and kept up to date from then on.
+read from the directories at start and kept up to date from then on, in the order of the ends. There
+may be 100,000: but for the start, nothing here goes through all of them in one call of C's, which
+would keep the interpreter's lock.
 
 The disk has the last word about what may go. Output that is not sealed is a job's that has not
 ended, but where the service itself knows better: a full disk may refuse the seal, and its output
@@ -17,9 +19,11 @@ passed over, the log names it once, and nothing else waits for it.
 import logging
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from attrs import define, field, frozen
 
@@ -65,20 +69,31 @@ class Policy:
     """Of all output, that of live jobs included."""
 
 
-def choose(kept: Iterable[Kept], policy: Policy, *, now_ns: int, live_bytes: int = 0) -> list[Kept]:
-    """Those that must go for the policy to be kept, the oldest end first."""
-    rest = sorted(kept, key=lambda each: (each.ended_ns, each.job))
-    total, number, gone = live_bytes + sum(each.size for each in rest), len(rest), []
-    for each in rest:
+def choose(
+    oldest_first: Iterable[Kept],
+    policy: Policy,
+    *,
+    number: int,
+    size: int,
+    now_ns: int,
+    goes: Callable[[Kept], bool],
+) -> None:
+    """Have go what `policy` does not keep, the oldest end first.
+
+    `number` and `size` are of all that counts. `goes` removes output, if it can: whether it counts
+    no more. What cannot go takes room all the same, and where that is short the next goes in its
+    place; by number it counts as gone.
+    """
+    for each in oldest_first:
         age_ns = now_ns - each.ended_ns
         too_old = policy.max_age_seconds is not None and age_ns > policy.max_age_seconds * 1e9
         too_many = policy.max_jobs is not None and number > policy.max_jobs
-        too_large = policy.max_bytes is not None and total > policy.max_bytes
+        too_large = policy.max_bytes is not None and size > policy.max_bytes
         if not (too_old or too_many or too_large):
             break
-        gone.append(each)
-        total, number = total - each.size, number - 1
-    return gone
+        number -= 1
+        if goes(each):
+            size -= each.size
 
 
 @define(eq=False)
@@ -95,6 +110,16 @@ class KeptOutput:
     """Told with each change how many more bytes are kept, or fewer, and how many of a job were
     counted while it lived."""
     _kept: dict[JobId, Kept] = field(factory=dict, init=False)
+    _order: list[tuple[int, JobId]] = field(factory=list, init=False)
+    """The end and the job of each, sorted."""
+    _size: int = field(default=0, init=False)
+    """Of all of it."""
+    _owners: dict[JobId, str] = field(factory=dict, init=False)
+    """Whose jobs these are, as far as that was told."""
+    _sizes: dict[str, int] = field(factory=dict, init=False)
+    """Of what is kept, by owner."""
+    dropped: int = field(default=0, init=False)
+    """How often something was kept no more, by whichever hand."""
     _ending: dict[JobId, int] = field(factory=dict, init=False)
     """Jobs that have just ended and are not taken up yet, with what was counted of each."""
     _missing: set[JobId] = field(factory=set, init=False)
@@ -107,24 +132,39 @@ class KeptOutput:
         """What is kept, by job."""
         return self._kept
 
-    def load(self, live: Container[JobId] = ()) -> None:
+    @property
+    def newest_ns(self) -> int:
+        """When the last job ended, in ns since the epoch; 0 where nothing is kept."""
+        return self._order[-1][0] if self._order else 0
+
+    def size_of(self, owner: str) -> int:
+        """The bytes of an owner's output. May be asked at any time, in any thread."""
+        return self._sizes.get(owner, 0)
+
+    def load(
+        self, live: Container[JobId] = (), owners: Mapping[JobId, str] = MappingProxyType({})
+    ) -> None:
         """Read what stands in the directory; what is no ended job's output is passed over.
 
-        Raises OutputError, OutOfDescriptors.
+        `owners` are those of the jobs whose output the history knows of. Raises OutputError,
+        OutOfDescriptors.
         """
-        for name in self._names():
-            if name.isascii() and name.isdigit() and int(name) not in live:
-                self.add(JobId(int(name)))
+        self._owners.update(owners)
+        names = self._names()
+        for job in sorted(int(name) for name in names if name.isascii() and name.isdigit()):
+            if job not in live:  # in this order, most come behind those before them
+                self.add(JobId(job))
 
     def add(self, job: JobId) -> None:
         """Take up a job that ended before, where it left output. Raises OutOfDescriptors."""
         self._set(job, self._measure(job))
 
-    def end(self, job: JobId, live_bytes: int = 0) -> None:
+    def end(self, job: JobId, live_bytes: int = 0, owner: str = "") -> None:
         """Take up a job that has just ended, of which so much was counted while it lived.
 
         Where descriptors are short, the next `look` does.
         """
+        self._owners[job] = owner
         self._ending[job] = live_bytes
         with suppress(OutOfDescriptors):
             self._take_up_ended()
@@ -135,12 +175,20 @@ class KeptOutput:
 
     def _set(self, job: JobId, kept: Kept | None) -> None:
         """Change what is kept of a job; what is counted changes in the same step, and only here."""
-        before = self._kept.get(job)
+        before = self._kept.pop(job, None)
+        if before is not None:
+            del self._order[bisect_left(self._order, (before.ended_ns, job))]
         if kept is not None:
             self._kept[job] = kept
-        else:
-            self._kept.pop(job, None)
+            insort(self._order, (kept.ended_ns, job))
+        elif before is not None:
+            self.dropped += 1
         more = (kept.size if kept else 0) - (before.size if before else 0)
+        self._size += more
+        owner = self._owners.get(job, "")
+        self._sizes[owner] = self._sizes.get(owner, 0) + more
+        if not self._sizes[owner]:
+            del self._sizes[owner]
         self._count(more, self._ending.pop(job, 0))
 
     def _measure(self, job: JobId, *, ends_now: bool = False) -> Kept | None:
@@ -253,15 +301,16 @@ class KeptOutput:
         except OutputError:
             return False
 
-    def _names(self) -> frozenset[str]:
+    def _names(self) -> set[str]:
         """What stands in the directory: nothing where it is missing itself."""
         with disk_errors("look for"):
             try:
-                return frozenset(os.listdir(self._spools))
+                with os.scandir(self._spools) as entries:
+                    return {entry.name for entry in entries}
             except FileNotFoundError:
                 if not self._seals:
                     raise
-                return frozenset()
+                return set()
 
     def drop(self, job: JobId, *, removed: bool) -> None:
         """Count the output of a job as removed, or as missing."""
@@ -277,6 +326,7 @@ class KeptOutput:
         for job in jobs:
             self.drop(job, removed=True)
             clear_mark(self._spools / str(job))
+            self._owners.pop(job, None)
 
     def prune(
         self, policy: Policy, *, only: Callable[[JobId], bool] | None = None, live_bytes: int = 0
@@ -285,13 +335,37 @@ class KeptOutput:
 
         What cannot be read is dropped: it counts for nothing until it can be.
         """
-        among = [each for each in self._kept.values() if only is None or only(each.job)]
-        gone = []
-        for each in choose(among, policy, now_ns=self._clock_ns(), live_bytes=live_bytes):
-            with suppress(OutOfDescriptors):  # another time
-                if self._removes(each.job):
-                    gone.append(each)
+        gone, tried = list[Kept](), set[JobId]()
+
+        def goes(each: Kept) -> bool:
+            if each.job not in tried:  # what failed may have made its end a later one
+                tried.add(each.job)
+                with suppress(OutOfDescriptors):  # another time
+                    if self._removes(each.job):
+                        gone.append(each)
+            return each.job not in self._kept
+
+        number, size = len(self._kept), self._size
+        if only is not None:
+            sizes = [each.size for each in self._oldest_first(only)]
+            number, size = len(sizes), sum(sizes)
+        choose(
+            self._oldest_first(only),
+            policy,
+            number=number,
+            size=live_bytes + size,
+            now_ns=self._clock_ns(),
+            goes=goes,
+        )
         return gone
+
+    def _oldest_first(self, only: Callable[[JobId], bool] | None) -> Iterator[Kept]:
+        """What is kept, of the jobs that `only` names; any of it may go meanwhile."""
+        last = (-1, JobId(0))
+        while (position := bisect_right(self._order, last)) < len(self._order):
+            last = self._order[position]
+            if only is None or only(last[1]):
+                yield self._kept[last[1]]
 
     def _removes(self, job: JobId) -> bool:
         """Remove a job's output, unless something is in the way: whether it went now."""

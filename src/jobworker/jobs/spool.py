@@ -15,12 +15,23 @@ cached. Followers that come to one place get one and the same Chunk, so that a c
 it once (by identity).
 
 The files are closed when the last user is gone: the owner, each follower, each call in a thread.
+Where they were removed meanwhile, that is a thread's work: the disk frees their blocks then.
 All but `create`, `open` and what `write` is given to run belong to Trio's thread.
 """
 
+import math
+import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +40,7 @@ from typing import Self, TypeVar
 import trio
 from attrs import define, evolve, field, frozen
 
-from jobworker.errors import InvalidParams, OutputError
+from jobworker.errors import FollowerStalled, InvalidParams, OutputError
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
@@ -37,6 +48,7 @@ from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, fi
 from jobworker.jobs.output_sync import OutputSync
 from jobworker.jobs.paced import AT_A_TIME, in_turns
 from jobworker.model.job import JobId, JobRecord, Stream
+from jobworker.sandbox.channel import close_all
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -85,13 +97,17 @@ class Spool:
     """What the budget of all output counts of this, while the job lives."""
     sync_fault: str = ""
     """Why the disk may not have the output, after `synced`."""
+    read_at: float = -math.inf
+    """When a follower came or read last, by the monotonic clock."""
+    shut: bool = False
+    """Whether the files go, or are gone, though there may be followers."""
     _idle: set[Follower] = field(factory=set)
     _to_poke: deque[Follower] = field(factory=deque)
     """Those of them that are to look again, in turns."""
     _poking: bool = False
     _followers: int = 0
     _users: int = 1
-    _when_unused: Callable[[], None] | None = None
+    _when_closed: Callable[[], None] | None = None
     _closed: bool = False
     _writer: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(1))
     _readers: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(READER_THREADS))
@@ -284,9 +300,11 @@ class Spool:
         The streams of `starts` begin with a line, as those say.
         Raises InvalidParams where the log is shorter than `offset`.
         """
+        self._check_not_shut()
         self.check_offset(offset)
         if self._closed:
             raise trio.ClosedResourceError("cannot follow a closed spool")
+        self.read_at = time.monotonic()
         self._followers += 1
         self._users += 1
         view = View(streams=frozenset(streams), coalesce=coalesce, starts=starts)
@@ -315,6 +333,7 @@ class Spool:
         """Where `start` has a follower begin. Raises OutputError."""
         if start.tail_lines is None and start.since_ns is None:
             return Beginning(start.offset, start.starts)
+        self._check_not_shut()
         search = partial(find_start, self._files, start, streams, trio.from_thread.check_cancelled)
         with self.in_use():
             return await in_thread(search, limiter=self._readers)
@@ -333,6 +352,7 @@ class Spool:
         Where that was all there was, and as much again has come by now, it is read anew: followers
         that are late would else have as many pieces to take as the first, and stay late.
         """
+        self.read_at = time.monotonic()
         key = (place, view.streams, view.coalesce, view.starts)
         found = self._recent.get(key)
         if found is not None and len(found.chunk.data) <= view.max_bytes:
@@ -361,6 +381,7 @@ class Spool:
 
     async def _ask(self, question: Callable[[bool], T]) -> T:
         """Read from the page cache at once, or else from the disk in a thread."""
+        self._check_not_shut()
         try:
             return question(True)
         except BlockingIOError:
@@ -381,7 +402,7 @@ class Spool:
 
     def lend(self, when_closed: Callable[[], None]) -> None:
         """Close as soon as nobody but the owner uses it any more, and call `when_closed` then."""
-        self._when_unused = when_closed
+        self._when_closed = when_closed
 
     def forget(self, follower: Follower) -> None:
         """Give up a follower's share: for `Follower.close`."""
@@ -389,7 +410,32 @@ class Spool:
         self._followers -= 1
         if self._followers < 2:
             self._forget_recent()
+        if not self.shut:
+            self._release()
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the files are open."""
+        return self._users > 0
+
+    def shut_out(self) -> None:
+        """Close the files as soon as no thread uses them, for their descriptors.
+
+        Followers, who are not told, get FollowerStalled where they go on.
+        """
+        self.shut = True
+        self._forget_recent()
+        self._hold()
+        self._users -= self._followers
         self._release()
+
+    def _check_not_shut(self) -> None:
+        if self.shut:
+            raise FollowerStalled(
+                "cannot go on with the job's output: others are reading that of as many ended "
+                "jobs as this service has descriptors for, and more of it was taken there",
+                remedy="follow again from the offset",
+            )
 
     def await_poke(self, follower: Follower) -> None:
         """Count a follower as idle: the next `wake` pokes it, once."""
@@ -413,11 +459,33 @@ class Spool:
 
     def _release(self) -> None:
         self._users -= 1
-        if not self._users:
-            self._files.close()
-        elif self._users == 1 and self._when_unused is not None and not self._closed:
+        if self._users == 1 and self._when_closed is not None and not self._closed:
             self.close()
-            self._when_unused()
+        elif not self._users:
+            _close(self._files.let_go())
+            if self._when_closed is not None:
+                self._when_closed()
+
+
+_closing = trio.lowlevel.RunVar[trio.CapacityLimiter]("closing")
+"""One thread at a time closes removed files: many may have many gigabytes to free."""
+
+
+def _close(files: Sequence[int]) -> None:
+    """Close files: in a thread where they were removed."""
+    if trio.lowlevel.in_trio_run() and any(not os.fstat(file).st_nlink for file in files):
+        trio.lowlevel.spawn_system_task(_close_removed, files)
+    else:
+        close_all(files)
+
+
+async def _close_removed(files: Sequence[int]) -> None:
+    try:
+        limiter = _closing.get()
+    except LookupError:
+        _closing.set(limiter := trio.CapacityLimiter(1))
+    with trio.CancelScope(shield=True):
+        await in_thread(close_all, files, limiter=limiter)
 
 
 def as_of_now(record: JobRecord, spool: Spool) -> JobRecord:

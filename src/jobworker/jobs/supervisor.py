@@ -217,7 +217,6 @@ class Supervisor:
             await trio.lowlevel.checkpoint()  # with a megabyte each step takes milliseconds
         spec = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
         secrets = await Secrets.of(spec.secret_environment)
-        old = await self._history.with_output_of(owner) if quota.output_bytes else frozenset()
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
         if self._link.silent:
@@ -225,7 +224,7 @@ class Supervisor:
         self._check_room(owner)
         # From here to where the job is counted there is no checkpoint: two requests cannot both
         # have the last place.
-        check_quota(quota, self._use_of(owner, old), spec.limits)
+        check_quota(quota, self._use_of(owner), spec.limits)
         check_room(secrets, self._secrets_beside(owner))
         self._undecided += 1
         try:
@@ -272,12 +271,12 @@ class Supervisor:
         steps = await self._link.plan(order_of(full, _NOT_YET, {}), limits_of(full))
         return full.limits, steps
 
-    def _use_of(self, owner: str, jobs: Collection[JobId]) -> Use:
-        """What an owner has; `jobs` are those whose output on disk counts, if it does."""
+    def _use_of(self, owner: str) -> Use:
+        """What an owner has."""
         mine = [e for e in self._live.values() if e.record.owner == owner]
         live = [e.record.spec.limits for e in mine if not e.ended.is_set()]
         live += [limits for name, limits, _ in self._arriving.values() if name == owner]
-        return Use(tuple(live), self._archive.size_of(jobs) + output_of(mine, jobs))
+        return Use(tuple(live), self._archive.size_of(owner) + output_of(mine))
 
     def _secrets_beside(self, owner: str) -> Iterator[tuple[bool, Secrets]]:
         """The secrets of all jobs, each with whether they are this owner's."""
@@ -347,7 +346,7 @@ class Supervisor:
             link=self._link,
             history=self._history,
             rules=self._rules,
-            room=self._archive.room,
+            room=self._archive.room_of(record.owner),
             clock=self._clock,
             admitted_at_once=at_once,
         )

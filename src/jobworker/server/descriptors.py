@@ -3,8 +3,10 @@
 A process that has no descriptor left can neither accept a connection nor open a file, and many
 things fail at once. So all that clients can make the service open is counted at the start, at its
 most, against the hard limit (getrlimit(2)). A configuration that does not fit is refused by name,
-before anything is touched. What is left over bounds how many ended jobs' outputs are read at a
-time; at one more the reader gets an error of its own name (`Archive.reading`).
+before anything is touched. What is left over bounds how many ended jobs' outputs are open at a
+time, also for those who follow from before the end. At one more an output is closed under the
+readers of the owner that has the most, or the reader gets an error of its own name
+(`Archive.reading`).
 
     each running job        2 pipes, 3 files of its output
     each waiting job        3 files of its output

@@ -139,7 +139,7 @@ async def serve(prepared: Prepared) -> None:
                 promises = DiskPromises(
                     link=link,
                     directory=prepared.directory,
-                    budget=archive.room.budget if _leaves_room_for_disks(prepared) else None,
+                    budget=archive.budget if _leaves_room_for_disks(prepared) else None,
                     most=disks_bytes(settings),
                 )
                 if _knows_promises(prepared):

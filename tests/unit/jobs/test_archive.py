@@ -1,7 +1,7 @@
 """The archive: what it tells of output that goes, and what the limit on all output counts."""
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,12 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.errors import NotFound, OutOfDescriptors
+from jobworker.errors import NotFound, OutOfDescriptors, TooManyFollows
 from jobworker.jobs.archive import MISSING, Archive
 from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
+from jobworker.jobs.output_index import Place, View
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord, Stream
@@ -43,18 +44,25 @@ class Ground:
         lost_to: Path | None = None,
         at_end: AbstractContextManager[None] = nullcontext(),  # noqa: B008 - stateless
         recorded: bool = True,
+        owner: str = "alice",
+        followed_by: ExitStack | None = None,
     ) -> JobId:
-        """Have a job live, write and end; meanwhile somebody may have moved its output away."""
+        """Have a job live, write and end; meanwhile somebody may have moved its output away.
+
+        Or somebody has come to follow it, who takes nothing.
+        """
         job = self.history.take_id()
         spool = Spool.create(self.spools / str(job))
         append(spool, Stream.STDOUT, b"x" * 1000)
         self.archive.count_live(spool)
         await spool.seal()
+        if followed_by is not None:
+            followed_by.enter_context(spool.follow())
         spool.close()
         if lost_to is not None:
             (self.spools / str(job)).rename(lost_to)
         execution = SimpleNamespace(
-            record=record(job),
+            record=record(job, owner=owner),
             spool=spool,
             archived=trio.Event(),
             remove_record=partial(self.history.remove, job),
@@ -77,12 +85,12 @@ class Ground:
         there = sum(
             file.stat().st_size for each in self.spools.iterdir() for file in each.iterdir()
         )
-        assert self.budget.used_bytes == there
+        assert self.budget.used_bytes == self.archive.size_of(record(1).owner) == there
         return there
 
 
 @asynccontextmanager
-async def ground(directory: Path) -> AsyncIterator[Ground]:
+async def ground(directory: Path, max_open: int = 1024) -> AsyncIterator[Ground]:
     spools = directory / "spool"
     spools.mkdir(exist_ok=True)
     history = History.open(directory / "history.db", spools)
@@ -94,6 +102,7 @@ async def ground(directory: Path) -> AsyncIterator[Ground]:
             policy=Policy(),
             budget=budget,
             clock=lambda: datetime.now(UTC),
+            max_open=max_open,
         )
         await archive.load()
         yield Ground(spools, history, budget, archive)
@@ -240,13 +249,74 @@ async def test_room_that_another_job_has_made_is_room(tmp_path: Path) -> None:
         assert made == [True, True]
 
 
+async def test_room_that_others_have_taken_at_once_is_looked_for_again(tmp_path: Path) -> None:
+    async with ground(tmp_path) as here:
+        await here.end_job()
+        here.budget.max_bytes = 1000
+        here.budget.count(1000)  # what others have written
+        assert [await here.archive.make_room() for _ in range(2)] == [True, False]
+
+
 async def test_room_is_made_beside_output_that_cannot_be_read(ordinary_directory: Path) -> None:
     async with ground(ordinary_directory) as here:
         first, second = await here.end_job(), await here.end_job()
         here.budget.max_bytes = here.check()
         (here.spools / str(first)).chmod(0)
         assert await here.archive.make_room()
-        assert here.budget.used_bytes == here.archive.size_of([second]) > 0
+        assert here.budget.used_bytes == here.archive.size_of(record(second).owner) > 0
         (here.spools / str(first)).chmod(0o700)
         await here.archive.prune()
         here.check()
+
+
+def open_outputs(here: Ground) -> list[int]:
+    """The jobs whose output is open, as the kernel says, each as often as it is."""
+    files = [path.resolve() for path in Path("/proc/self/fd").iterdir()]
+    return sorted(
+        int(file.parent.name)
+        for file in files
+        if file.parent.parent == here.spools and file.name == "index"
+    )
+
+
+async def test_who_followed_jobs_to_their_ends_holds_no_more_files_than_there_may_be(
+    tmp_path: Path,
+) -> None:
+    async with ground(tmp_path, max_open=2) as here:
+        with ExitStack() as followers:
+            for _ in range(2):
+                await here.end_job(followed_by=followers)
+            first = next(iter(here.archive._owners))
+            assert isinstance(first, Spool)
+            await first.read(Place(), View())
+            await here.end_job(followed_by=followers)
+            assert open_outputs(here) == [1, 3]
+            await here.end_job(followed_by=followers)
+            assert open_outputs(here) == [3, 4], "those who took nothing for longest come again"
+            with pytest.raises(TooManyFollows, match="that of 2 ended jobs is being read"):
+                async with here.archive.reading(await here.stored(JobId(1))):
+                    pass
+        assert (open_outputs(here), here.archive._owners) == ([], {})
+        async with here.archive.reading(await here.stored(JobId(1))):
+            assert open_outputs(here) == [1]
+
+
+async def test_owner_who_reads_little_gets_a_place_of_one_who_reads_much(tmp_path: Path) -> None:
+    async with ground(tmp_path, max_open=5) as here:
+        mine = [await here.end_job(owner="bob") for _ in range(3)]
+        with ExitStack() as followers:
+            for _ in range(5):
+                await here.end_job(followed_by=followers)
+            for job, open_now in zip(mine, ([1, 5, 6, 7, 8], [1, 2, 6, 7, 8]), strict=False):
+                async with here.archive.reading(await here.stored(job)) as spool:
+                    followers.enter_context(spool.follow())
+                assert open_outputs(here) == open_now
+            with pytest.raises(TooManyFollows):  # she would have less than he then
+                async with here.archive.reading(await here.stored(mine[2])):
+                    pass
+            for each, owner in here.archive._owners.items():
+                if owner == "alice" and isinstance(each, Spool):
+                    await each.read(Place(), View())
+            await here.end_job(followed_by=followers)
+            assert open_outputs(here) == [1, 2, 7, 8, 9], "hers goes, though his is read less"
+        assert (open_outputs(here), here.archive._owners, here.archive._open) == ([], {}, {})

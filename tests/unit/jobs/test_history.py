@@ -135,13 +135,13 @@ def test_removal_of_output_is_noted_once_and_changes_nothing_else(
         with opened(path) as history:
             await history.put(stored)
             told = stored.output_removed_at is not None
-            assert await history.with_output() == (set() if told else {stored.id})
+            assert await history.with_output() == ({} if told else {stored.id: stored.owner})
             await history.note_removed([stored.id, unknown], NOW)
             await history.note_removed([stored.id], NOW + timedelta(days=1))
             noted = evolve(stored, output_removed_at=stored.output_removed_at or NOW)
             assert await history.get(stored.id) == noted
             assert await history.get(unknown) is None  # what was removed does not come back
-            assert await history.with_output() == set()
+            assert await history.with_output() == {}
 
     trio.run(note)
 

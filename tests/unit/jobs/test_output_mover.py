@@ -4,6 +4,7 @@ import math
 import os
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from jobworker.jobs.pump import Pump
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import OutputCut, Stream
 
+from .test_pump import crowded, until
+
 
 def mover_of(
     spool: Spool,
@@ -30,7 +33,7 @@ def mover_of(
     return OutputMover(
         spool=spool,
         max_bytes=max_bytes,
-        room=OutputRoom(budget=budget, pace=OutputPace(), make_room=make_room),
+        room=OutputRoom(owner="alice", budget=budget, pace=OutputPace(), make_room=make_room),
         tell_cut=lambda cut, _: told.append(cut),
         cut=None,
     )
@@ -123,3 +126,32 @@ async def test_limit_that_is_reached_while_a_job_is_left_is_told(
     discarded = spool.statistics().discarded_bytes
     spool.close()
     assert (discarded, told) == (10, [OutputCut.LIMIT])
+
+
+async def test_end_of_a_job_does_not_wait_for_a_rest_of_its_output(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    async def make_room() -> bool:
+        return False
+
+    spool, pace = Spool.create(tmp_path / "job"), crowded()
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    mover = OutputMover(
+        spool=spool,
+        max_bytes=None,
+        room=OutputRoom(
+            owner="alice", budget=OutputBudget(tmp_path), pace=pace, make_room=make_room
+        ),
+        tell_cut=lambda *_: None,
+        cut=None,
+    )
+    async with mover.moving({Stream.STDOUT: read_end}):
+        for moves in (1, 2):
+            os.write(write_end, b"x")
+            await until(partial(pace.has_seen, moves))
+        os.write(write_end, b"x")
+        os.close(write_end)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert spool.size == 2, "the control"
+    assert (spool.size, mock_clock.current_time()) == (3, 0)
+    spool.close()

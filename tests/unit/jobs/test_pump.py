@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from attrs import define
 
 from jobworker.errors import OutputError
 from jobworker.jobs.budget import OutputBudget
@@ -119,13 +121,34 @@ async def test_both_streams_are_moved_until_their_writers_are_gone(spool: Spool,
     ]
 
 
+@define(eq=False)
+class CountingPace(OutputPace):
+    """Says how many moves there were: after the second in a crowd the stream rests already."""
+
+    moves: int = 0
+
+    def rest_after(self, *move: Any) -> float:
+        self.moves += 1
+        return super().rest_after(*move)
+
+    def has_seen(self, moves: int) -> bool:
+        return self.moves == moves
+
+
+def crowded() -> CountingPace:
+    """The pace where moves of many streams have just taken much, of every owner that tests have."""
+    pace = CountingPace()
+    for owner in ("", "alice"):
+        for other in range(2 * FEW):
+            pace.rest_after(trio.current_time(), owner, (owner, other), 1.0, 1e-6)
+    pace.moves = 0
+    return pace
+
+
 async def test_busy_stream_rests_among_many_and_nothing_of_it_is_lost(
     spool: Spool, job: Job
 ) -> None:
-    pace = OutputPace()
-    for other in range(2 * FEW):
-        await pace.rest(other, 1000.0)
-    with Pump(spool, job.read_ends, pace=pace) as pump:
+    with Pump(spool, job.read_ends, pace=crowded()) as pump:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.run)
             job.write(OUT, b"w")
@@ -140,6 +163,44 @@ async def test_busy_stream_rests_among_many_and_nothing_of_it_is_lost(
         await pump.drain()
     await spool.seal()
     assert joined(await log_of(spool)) == b"wxyz"
+
+
+async def test_stream_whose_job_has_exited_does_not_rest(
+    spool: Spool, job: Job, mock_clock: trio.testing.MockClock
+) -> None:
+    """Neither where that becomes known during a rest nor for what still stands in the pipe."""
+    pace = crowded()
+    with Pump(spool, job.read_ends, pace=pace) as pump:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.run)
+            for moves in (1, 2):
+                job.write(OUT, b"x")
+                await until(partial(pace.has_seen, moves))
+            job.write(OUT, b"x")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert spool.size == 2, "the control: it rests"
+            job.end()
+            pump.hurry()
+    assert (spool.size, mock_clock.current_time()) == (3, 0)
+
+
+async def test_what_is_written_after_the_jobs_exit_has_rests_like_any_output(
+    spool: Spool, job: Job, mock_clock: trio.testing.MockClock
+) -> None:
+    pace = crowded()
+    with Pump(spool, job.read_ends, pace=pace) as pump:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump.run)
+            for moves in (1, 2, 3):
+                job.write(OUT, b"x")
+                if moves == 3:
+                    pump.hurry()
+                await until(partial(pace.has_seen, moves))
+            job.write(OUT, b"x")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert spool.size == 3
+            nursery.cancel_scope.cancel()
+    assert mock_clock.current_time() == 0
 
 
 async def test_a_real_process_is_recorded_to_the_byte(spool: Spool, job: Job) -> None:

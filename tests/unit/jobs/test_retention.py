@@ -1,7 +1,9 @@
 """Retention: what is chosen to go, and what may not go whatever is chosen."""
 
 import os
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -22,6 +24,27 @@ SECOND = 1_000_000_000
 KEPT = [Kept(JobId(n), n * SECOND, 100) for n in range(1, 6)]
 
 
+def chosen(
+    kept: Sequence[Kept],
+    policy: Policy,
+    *,
+    now_s: int,
+    live_bytes: int = 0,
+    stay: Container[int] = (),
+) -> list[Kept]:
+    """What goes by `policy` of `kept`, the oldest first, where those that `stay` cannot."""
+    gone = list[Kept]()
+
+    def goes(each: Kept) -> bool:
+        if each.job not in stay:
+            gone.append(each)
+        return each.job not in stay
+
+    size = live_bytes + sum(each.size for each in kept)
+    choose(kept, policy, number=len(kept), size=size, now_ns=now_s * SECOND, goes=goes)
+    return gone
+
+
 @pytest.mark.parametrize(
     ("policy", "live_bytes", "gone"),
     [
@@ -38,8 +61,103 @@ KEPT = [Kept(JobId(n), n * SECOND, 100) for n in range(1, 6)]
 def test_oldest_goes_first_until_all_bounds_hold(
     policy: Policy, live_bytes: int, gone: list[int]
 ) -> None:
-    chosen = choose(reversed(KEPT), policy, now_ns=10 * SECOND, live_bytes=live_bytes)
-    assert [kept.job for kept in chosen] == gone
+    assert [each.job for each in chosen(KEPT, policy, now_s=10, live_bytes=live_bytes)] == gone
+
+
+@pytest.mark.parametrize(
+    ("policy", "gone"),
+    [
+        (Policy(max_age_seconds=7), [2]),
+        (Policy(max_jobs=3), [2]),
+        (Policy(max_bytes=450), [2]),
+        (Policy(max_bytes=250), [2, 4, 5]),
+    ],
+)
+def test_in_the_place_of_what_cannot_go_goes_the_next(policy: Policy, gone: list[int]) -> None:
+    assert [each.job for each in chosen(KEPT, policy, now_s=10, stay={1, 3})] == gone
+
+
+@pytest.mark.parametrize("policy", [Policy(max_jobs=1), Policy(max_bytes=700)])
+def test_who_reads_the_oldest_output_has_the_next_go(tmp_path: Path, policy: Policy) -> None:
+    for name in ("1", "2", "3", "4"):
+        write_log(tmp_path / name, b"x" * 200).close()
+        os.utime(tmp_path / name, ns=(int(name), int(name)))
+    kept = KeptOutput(tmp_path)
+    kept.load()
+    reader = OutputFiles.open(tmp_path / "1")
+    (tmp_path / "2").rename(tmp_path / "2.away")  # by another hand: it counts for nothing
+    assert [each.job for each in kept.prune(policy)] == [3]
+    reader.close()
+    assert sorted(kept.all) == [1, 4]
+    assert kept.newest_ns == kept.all[JobId(4)].ended_ns
+
+
+class Watched(dict[JobId, Kept]):
+    """Counts the outputs that are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, job: JobId) -> Kept:
+        self.looks += 1
+        return super().__getitem__(job)
+
+    def __iter__(self) -> Iterator[JobId]:
+        raise AssertionError("all of it is looked at")
+
+    def values(self) -> NoReturn:
+        raise AssertionError("all of it is looked at")
+
+
+def test_no_more_is_looked_at_than_what_goes_and_the_next(tmp_path: Path) -> None:
+    for name in map(str, range(1, 8)):
+        write_log(tmp_path / name, b"x").close()
+    kept = KeptOutput(tmp_path)
+    kept.load()
+    kept._kept = watched = Watched(kept._kept)
+    assert [len(kept.prune(Policy(max_jobs=jobs))) for jobs in (7, 5)] == [0, 2]
+    assert watched.looks == 1 + 3
+
+
+def test_output_counts_for_its_owner_while_it_is_there(tmp_path: Path) -> None:
+    for name in ("1", "2", "3", "4"):
+        write_log(tmp_path / name, b"x" * 200).close()
+    size = sum(file.stat().st_size for file in (tmp_path / "1").iterdir())
+    kept = KeptOutput(tmp_path, seals=True)
+    kept.load({JobId(4)}, {JobId(1): "alice", JobId(2): "alice", JobId(3): "bob"})
+    sizes = [(kept.size_of("alice"), kept.size_of("bob"))]
+    kept.end(JobId(4), 0, "bob")
+    (tmp_path / "1").rename(tmp_path / "away")
+    kept.look()
+    sizes.append((kept.size_of("alice"), kept.size_of("bob")))
+    kept.remove(JobId(2))
+    (tmp_path / "away").rename(tmp_path / "1")
+    kept.look()
+    kept.remove(JobId(3))
+    sizes.append((kept.size_of("alice"), kept.size_of("bob")))
+    assert sizes == [(2 * size, size), (size, 2 * size), (size, size)]
+    kept.remove(JobId(1))
+    kept.remove(JobId(4))
+    kept.clear_marks(map(JobId, range(1, 5)))
+    assert (kept._sizes, kept._owners, kept._order) == ({}, {}, [])
+
+
+def test_removal_that_fails_is_not_tried_again_though_it_makes_the_end_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[str]()
+
+    def fail(directory: Path, **_: object) -> int:
+        tried.append(directory.name)
+        os.utime(directory, ns=(len(tried) * SECOND, 2 * kept.newest_ns))
+        raise OutputError("cannot remove the job's output: I/O error")
+
+    for name in ("1", "2"):
+        write_log(tmp_path / name, b"x").close()
+    kept = KeptOutput(tmp_path)
+    kept.load()
+    monkeypatch.setattr("jobworker.jobs.retention.remove_output", fail)
+    assert kept.prune(Policy(max_jobs=0)) == []
+    assert sorted(tried) == ["1", "2"]
 
 
 optional = st.none() | st.integers(0, 40)
@@ -56,7 +174,7 @@ optional = st.none() | st.integers(0, 40)
 def test_what_is_left_keeps_the_policy_and_no_more_goes(
     kept: list[tuple[int, int]], age: int | None, jobs: int | None, size: int | None
 ) -> None:
-    among = [Kept(JobId(n), end * SECOND, size) for n, (end, size) in enumerate(kept, 1)]
+    among = [Kept(JobId(n), end * SECOND, size) for n, (end, size) in enumerate(sorted(kept), 1)]
     policy = Policy(max_age_seconds=age, max_jobs=jobs, max_bytes=size)
 
     def holds(rest: list[Kept]) -> bool:
@@ -66,7 +184,7 @@ def test_what_is_left_keeps_the_policy_and_no_more_goes(
             and (size is None or sum(k.size for k in rest) <= size)
         )
 
-    gone = choose(among, policy, now_ns=30 * SECOND)
+    gone = chosen(among, policy, now_s=30)
     rest = [k for k in among if k not in gone]
     assert not rest or not gone or max(k.ended_ns for k in gone) <= min(k.ended_ns for k in rest)
     assert holds(rest) or not rest

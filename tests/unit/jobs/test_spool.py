@@ -14,11 +14,12 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.errors import Busy, InvalidParams, NotFound, OutputError
-from jobworker.jobs.ended_output import seal_output
+from jobworker.errors import Busy, FollowerStalled, InvalidParams, NotFound, OutputError
+from jobworker.jobs.ended_output import remove_output, seal_output
 from jobworker.jobs.follower import Follower
 from jobworker.jobs.output_files import OutputFiles
 from jobworker.jobs.output_index import RECORD, Chunk, Place, View
+from jobworker.jobs.output_search import Start
 from jobworker.jobs.paced import AT_A_TIME
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, Stream
@@ -868,6 +869,74 @@ def test_live_log_that_has_become_shorter_says_by_how_much(tmp_path: Path) -> No
 
 
 # --- on the disk ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+async def test_removed_files_are_closed_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    """Their last close frees what they had on the disk and in the page cache."""
+    spool = Spool.create(tmp_path / "job")
+    append(spool, OUT, b"x" * 1000)
+    await spool.seal()
+    follower = spool.follow()
+    spool.close()
+    if is_removed:
+        remove_output(tmp_path / "job", force=True, ended=True)
+    closed, all_closed, close = dict[int, int](), threading.Event(), os.close
+    files = {*spool._files.to_sync(), *spool._files._data.values()}
+
+    def tell(file: int) -> None:
+        close(file)
+        closed[file] = threading.get_ident()
+        if files <= closed.keys():
+            all_closed.set()
+
+    monkeypatch.setattr(os, "close", tell)
+    follower.close()
+    assert not spool.has_files
+    assert await trio.to_thread.run_sync(all_closed.wait, 20)
+    here = threading.get_ident()
+    assert {closed[file] == here for file in files} == {not is_removed}
+
+
+async def test_follower_whose_files_others_need_is_told_so_and_holds_none(
+    tmp_path: Path,
+) -> None:
+    spool, begun, go_on = Spool.create(tmp_path / "job"), threading.Event(), threading.Event()
+    append(spool, OUT, b"x" * 1000)
+    await spool.seal()
+    closed, last = list[bool](), spool.follow()
+    with spool.follow() as behind, spool.follow() as another:
+        await behind.receive(1)
+        spool.close()
+        spool.lend(lambda: closed.append(True))
+
+        def wait() -> None:
+            begun.set()
+            assert go_on.wait(20)
+
+        async def read() -> None:
+            with spool.in_use():  # as for what is not in the page cache
+                await trio.to_thread.run_sync(wait)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.to_thread.run_sync(begun.wait)
+            spool.shut_out()
+            last.close()
+            assert not closed, "a thread reads"
+            go_on.set()
+        assert (closed, spool.has_files) == ([True], False)
+        for each in (behind, another):
+            with pytest.raises(FollowerStalled, match="follow again from the offset"):
+                await each.receive()
+        with pytest.raises(FollowerStalled):
+            spool.follow()
+        with pytest.raises(FollowerStalled):
+            await spool.find_start(Start(tail_lines=1))
+        assert behind.offset == 1
+    assert closed == [True]
 
 
 @pytest.fixture

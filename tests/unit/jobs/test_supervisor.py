@@ -379,7 +379,7 @@ async def test_output_that_was_taken_over_counts_as_what_stands_on_the_disk(
         ended=[Ended(record(2), spools[1])],
     )
     async with supervising(tmp_path, max_running=2, inheritance=taken) as (supervisor, _, history):
-        budget = supervisor._archive.room.budget
+        budget = supervisor._archive.budget
         with trio.fail_after(20):
             while JobId(2) not in history.records:  # noqa: ASYNC110
                 await trio.sleep(0.01)
