@@ -23,16 +23,19 @@ async def below_a_block_in_use():
     return resident_bytes()
 
 async def in_threads():
-    met = Barrier(9)
+    met, measured = Barrier(9), Barrier(9)
     def work():
         held = [bytes([1]) * 20_000 for _ in range(600)]
         met.wait()
+        measured.wait()
         del held
         sleep(60)
     for _ in range(8):
         Thread(target=work, daemon=True).start()
     met.wait()
-    return resident_bytes()
+    peak = resident_bytes()
+    measured.wait()
+    return peak
 
 async def in_cycles():
     for _ in range(300):
