@@ -34,7 +34,7 @@ from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server import operations
-from jobworker.server.admission import Admission, Arrival, network_of
+from jobworker.server.admission import Admission, Arrival, line_of, network_of
 from jobworker.server.auditor import Auditor
 from jobworker.server.conversation import Conversation
 from jobworker.server.door import Door, PeerCertificates, Visitor
@@ -95,7 +95,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             if not await _says_hello(tcp.socket):
                 return  # a health check
             await admission.take_turn(arrival)
-            await context.handshakes.enter(network)
+            await context.handshakes.enter(line_of(network))
             arrival.has_turn()
             _keep_alive(tcp)
             fittings = door.fittings
@@ -103,14 +103,14 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 tcp,
                 fittings.tls,
                 server_side=True,
-                take_turn=partial(context.incoming.enter, network, RECORD_COST),
+                take_turn=partial(context.incoming.enter, line_of(network), RECORD_COST),
             )
             http, head = http_connection(), None
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
                 arrival.has_shown_certificate()
-                await context.handshakes.enter(f"{network}, known")
+                await context.handshakes.enter(line_of(network, known=True))
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
                 who = admit(stream, head, context.gate.roles, fittings)
