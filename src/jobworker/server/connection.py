@@ -26,6 +26,7 @@ import wsproto.utilities
 from jobworker.errors import (
     CertificateRefused,
     JobworkerError,
+    PermissionDenied,
     SendStalled,
     TooManyConnections,
     TooManyFailures,
@@ -37,7 +38,7 @@ from jobworker.server import operations
 from jobworker.server.admission import Admission, Arrival, line_of, network_of
 from jobworker.server.auditor import Auditor
 from jobworker.server.conversation import Conversation
-from jobworker.server.door import Door, PeerCertificates, Visitor
+from jobworker.server.door import Door, Fittings, PeerCertificates, Visitor
 from jobworker.server.frame_scan import RECORD_COST
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.http_head import (
@@ -45,6 +46,7 @@ from jobworker.server.http_head import (
     PrefixStream,
     Refused,
     admit,
+    find_identity,
     http_connection,
     plain_reply,
     read_head,
@@ -109,11 +111,11 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
-                arrival.has_shown_certificate()
+                shown = _look_at_certificate(stream, arrival, fittings, context)
                 await context.handshakes.enter(line_of(network, known=True))
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
-                who = admit(stream, head, context.gate.roles, fittings)
+                who = admit(shown, head, fittings)
                 inside.enter_context(_entered(admission, who, peer))
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
@@ -247,6 +249,20 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
         auditor.refused(peer, why)
         return False
     return True
+
+
+def _look_at_certificate(
+    stream: TLSStream, arrival: Arrival, fittings: Fittings, context: operations.Context
+) -> Identity | PermissionDenied:
+    """Who has shown one of ours, or why that is nobody; who it is counts as being about.
+
+    Not before: strangers could slow down everybody who works alone by a few bytes a second.
+    """
+    arrival.has_shown_certificate()
+    shown = find_identity(stream, context.gate.roles, fittings)
+    if isinstance(shown, Identity):
+        context.presence.saw(shown.common_name)
+    return shown
 
 
 async def _serve_websocket(

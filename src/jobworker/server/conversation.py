@@ -120,6 +120,7 @@ class Conversation:
             self._context.requests,
             self._visitor.identity.common_name,
             self._context.stall_seconds,
+            self._context.presence,
         )
         self._subscriptions = Subscriptions(
             self._context.supervisor,
@@ -301,10 +302,9 @@ class Conversation:
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
-        with self.intake.pause():
-            request = await self._context.reading.run(
-                self._visitor.identity.common_name, read_request, message, self._denied
-            )
+        name = self._visitor.identity.common_name
+        with self.intake.pause(), self._context.presence.served(name):
+            request = await self._context.reading.run(name, read_request, message, self._denied)
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:

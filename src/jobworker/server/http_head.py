@@ -177,13 +177,22 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
         connection.receive_data(data)
 
 
-def admit(stream: TLSStream, head: Head, roles: Roles, fittings: Fittings) -> Identity:
-    """Who is connecting, with a request that may be upgraded; raises Refused."""
+def find_identity(
+    stream: TLSStream, roles: Roles, fittings: Fittings
+) -> Identity | PermissionDenied:
+    """Who has shown a certificate, or why that is nobody."""
     try:
         who = identity(stream.peer_certificate, fittings.subjects)
         roles.find(who.role)
     except PermissionDenied as error:
-        raise Refused(403, error) from None
+        return error
+    return who
+
+
+def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> Identity:
+    """Let somebody in, with a request that may be upgraded; raises Refused."""
+    if isinstance(who, PermissionDenied):
+        raise Refused(403, who)
     origin, host = head.value(b"origin"), head.value(b"host")
     if origin and origin != b"https://" + host:
         told = PermissionDenied(

@@ -4,6 +4,7 @@ The slot is taken when a message has grown large, before more of it is read, and
 request has been served. Until then nothing more is read from the client (TCP's backpressure makes
 it wait), so a connection holds one large request at the most. A client that has a slot and sends
 nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go: others wait for the slot.
+While it sends, it counts as being about (`turnstile.Presence`): what it asks for is on its way.
 """
 
 import math
@@ -15,6 +16,7 @@ from attrs import define, field
 
 from jobworker.errors import TooSlow
 from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots
+from jobworker.server.turnstile import Presence
 
 
 @define(eq=False)
@@ -24,6 +26,7 @@ class Intake:
     _slots: Slots
     _name: str
     _stall_seconds: float
+    _presence: Presence
     _holding: bool = field(default=False, init=False)
     _served: trio.Event | None = field(default=None, init=False)
     """Set once the large request that is being served has been; None where there is none."""
@@ -53,7 +56,8 @@ class Intake:
             with self.pause():
                 await self._slots.take(self._name)
             self._holding = True
-            self._began = self._grew = trio.current_time(), size
+            now = trio.current_time()
+            self._began, self._grew = (now, size), (now, 0)
             if self._closed:
                 self._give_back()
         return self._seconds_left(size) if self._holding else math.inf
@@ -62,6 +66,7 @@ class Intake:
         now = trio.current_time()
         if size != self._grew[1]:
             self._grew = now, size
+            self._presence.saw(self._name)
         earned = (size - self._began[1]) / LEAST_BYTES_PER_SECOND
         left = min(self._grew[0], self._began[0] + earned) + self._stall_seconds - now
         if left <= 0:

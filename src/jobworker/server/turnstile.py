@@ -51,7 +51,7 @@ leave most of them to others."""
 
 @define(eq=False)
 class Presence:
-    """Who has asked for something a moment ago, or waits for the answer.
+    """Who has come, sent or asked for something a moment ago, or waits for the answer.
 
     A client that waits for the start of its job, or for the end of a short one, needs the processor
     as much as one that asks: if a flood had all of it meanwhile, the client would only wait longer.
@@ -63,7 +63,7 @@ class Presence:
     """How many requests of each are being served."""
 
     def saw(self, name: str) -> None:
-        """This client has asked."""
+        """This client has asked, is about to, or sends what will be a request."""
         self._extend(name, RECENT_SECONDS)
 
     @contextmanager

@@ -14,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 from attrs import define, evolve
+from tests.security.raw_socket import TEXT, frame
 
 from jobworker.client.credentials import Credentials
 from jobworker.client.websocket import WebSocket, upgrade
@@ -36,9 +37,9 @@ from jobworker.server.door import Door, Fittings
 from jobworker.server.gate import Gate
 from jobworker.server.operations import Context
 from jobworker.server.reader import configured_files
-from jobworker.server.slots import Slots
+from jobworker.server.slots import LARGE_BYTES, Slots
 from jobworker.server.traffic import Traffic
-from jobworker.server.turnstile import Presence, Turnstile
+from jobworker.server.turnstile import RECENT_SECONDS, Presence, Spells, Turnstile
 from jobworker.tls_stream import TLSStream
 
 NAME = "admin-client"
@@ -155,3 +156,57 @@ async def test_no_name_of_a_certificate_shares_what_strangers_of_a_network_have(
     assert NAME in lines
     assert len(lines) == 3, "and strangers, and those who have shown a certificate"
     assert [name for name in lines if name_fault(name) is None] == [NAME]
+
+
+async def test_who_has_shown_a_certificate_is_about_before_it_asks(site: Site) -> None:
+    """Each command connects anew, and a flood would be in the way of its handshakes."""
+    async with site.connected():
+        assert site.context.presence.of_others(())
+
+
+async def test_stranger_is_not_about(site: Site) -> None:
+    """Else a few bytes would slow down all who have a certificate."""
+    async with site.dialled(
+        ssl.create_default_context(cafile=site.certs / "ca-cert.pem")
+    ) as stream:
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        assert not site.context.presence.of_others(())
+
+
+async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(
+    site: Site, mock_clock: trio.testing.MockClock
+) -> None:
+    part = frame(0, b" " * 1000, first=0)
+
+    def is_about() -> bool:
+        return site.context.presence.of_others(())
+
+    async with site.connected() as (stream, client):
+        await ask(client, "service.hello")
+        mock_clock.jump(2 * RECENT_SECONDS)
+        assert not is_about()
+        await stream.send_all(frame(TEXT, b" " * (LARGE_BYTES + 1), first=0))
+        await until(is_about)
+        for _ in range(3):
+            mock_clock.jump(2 * RECENT_SECONDS)
+            assert not is_about(), "it only holds the slot"
+            await stream.send_all(part)
+            await until(is_about)
+
+
+async def test_who_waits_for_a_long_request_to_be_read_is_about(
+    site: Site, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = trio.Event()
+
+    async def run(*_: object) -> None:
+        reading.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Spells, "run", run)
+    async with site.connected() as (_, client):
+        await client.send(" " * 2 * LARGE_BYTES)
+        await reading.wait()
+        mock_clock.jump(2 * RECENT_SECONDS)
+        assert site.context.presence.of_others(())

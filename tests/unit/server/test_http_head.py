@@ -166,11 +166,10 @@ async def test_what_does_not_come_is_looked_for_in_time(
             looked.set()
         return 1
 
-    async with connected(contexts, turnstile.enter) as (stream, theirs):
-        async with trio.open_nursery() as nursery:
-            stream.check = look
-            nursery.start_soon(stream.receive_some, RECORD_BYTES)
-            await trio.testing.wait_all_tasks_blocked()
-            mock_clock.jump(1)
-            await looked.wait()
-            nursery.cancel_scope.cancel()
+    async with connected(contexts, turnstile.enter) as (stream, _), trio.open_nursery() as nursery:
+        stream.check = look
+        nursery.start_soon(stream.receive_some, RECORD_BYTES)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(1)
+        await looked.wait()
+        nursery.cancel_scope.cancel()

@@ -9,6 +9,7 @@ import trio.testing
 from jobworker.errors import TooSlow
 from jobworker.server.intake import Intake
 from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
+from jobworker.server.turnstile import Presence
 
 
 async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
@@ -84,7 +85,7 @@ async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> Non
 
 async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
-    one, other = Intake(slots, "a", 60), Intake(slots, "a", 60)
+    one, other = Intake(slots, "a", 60, Presence()), Intake(slots, "a", 60, Presence())
     assert await one.wait_for_room(LARGE_BYTES) == math.inf
     assert await one.wait_for_room(LARGE_BYTES + 1) == 60
     assert await other.wait_for_room(LARGE_BYTES) == math.inf
@@ -103,7 +104,7 @@ async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: obj
 async def test_connection_that_ends_while_it_waits_keeps_no_slot(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
     await slots.take("a")
-    waiting = Intake(slots, "a", 60)
+    waiting = Intake(slots, "a", 60, Presence())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(waiting.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
@@ -124,7 +125,7 @@ async def test_slot_that_is_given_to_who_was_just_cancelled_is_not_lost() -> Non
 
 
 async def test_slot_is_held_for_a_bounded_time(autojump_clock: object) -> None:
-    intake = Intake(Slots(1, 1), "a", 60)
+    intake = Intake(Slots(1, 1), "a", 60, Presence())
     began = trio.current_time()
 
     async def trickle(size: int) -> None:
@@ -139,7 +140,7 @@ async def test_slot_is_held_for_a_bounded_time(autojump_clock: object) -> None:
 
 
 async def test_message_that_comes_at_a_rate_has_its_time(autojump_clock: object) -> None:
-    intake, size = Intake(Slots(1, 1), "a", 60), LARGE_BYTES + 1
+    intake, size = Intake(Slots(1, 1), "a", 60, Presence()), LARGE_BYTES + 1
     for _ in range(1000):
         assert await intake.wait_for_room(size) > 0
         await trio.sleep(1)
@@ -152,7 +153,7 @@ async def test_message_that_comes_at_a_rate_has_its_time(autojump_clock: object)
 async def test_reading_is_paused_while_a_slot_is_waited_for(autojump_clock: object) -> None:
     slots = Slots(1, 1)
     await slots.take("a")
-    intake = Intake(slots, "a", 60)
+    intake = Intake(slots, "a", 60, Presence())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(intake.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
