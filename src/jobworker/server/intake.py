@@ -2,8 +2,8 @@
 
 The slot is taken when a message has grown large, before more of it is read, and given back when the
 request has been served. Until then nothing more is read from the client (TCP's backpressure makes
-it wait), so a connection holds one large request at the most. A client that has a slot and sends
-nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go: others wait for the slot.
+it wait), so a connection holds one large request at the most. Where others wait for the slot, a
+client that has it and sends nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go.
 While it sends, it counts as being about (`turnstile.Presence`): what it asks for is on its way.
 """
 
@@ -15,7 +15,7 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import TooSlow
-from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots
+from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.turnstile import Presence
 
 
@@ -47,7 +47,8 @@ class Intake:
     async def wait_for_room(self, size: int) -> float:
         """Wait until more may be read of a message that has `size` so far.
 
-        Returns the seconds within which more has to come. Raises TooSlow if it has not.
+        Returns the seconds within which more has to come, or this is to be asked again. Raises
+        TooSlow if it has not and somebody waits for the slot.
         """
         if self._served is not None:
             with self.pause():
@@ -69,12 +70,14 @@ class Intake:
             self._presence.saw(self._name)
         earned = (size - self._began[1]) / LEAST_BYTES_PER_SECOND
         left = min(self._grew[0], self._began[0] + earned) + self._stall_seconds - now
-        if left <= 0:
-            raise TooSlow(
-                f"cannot wait for the rest of a large message: nothing came for "
-                f"{self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
-            )
-        return left
+        if left > 0:
+            return left
+        if not self._slots.are_wanted_of(self._name):
+            return LOOK_SECONDS
+        raise TooSlow(
+            f"cannot wait for the rest of a large message: others wait, and nothing came for "
+            f"{self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
+        )
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """A connection within this process: in whose name it takes turns, and when its client is about."""
 
 import json
-import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +11,6 @@ from typing import cast
 
 import pytest
 import trio
-import trio.testing
 from attrs import define, evolve
 from tests.security.raw_socket import TEXT, frame
 
@@ -20,6 +18,7 @@ from jobworker.client.credentials import Credentials
 from jobworker.client.websocket import WebSocket, upgrade
 from jobworker.config import Settings
 from jobworker.config_roles import role_table
+from jobworker.errors import JobworkerError, SendStalled
 from jobworker.incidents import Incidents
 from jobworker.jobs.history import History
 from jobworker.jobs.supervisor import Supervisor
@@ -31,15 +30,16 @@ from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
+from jobworker.server.conversation import Conversation
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.door import Door, Fittings
 from jobworker.server.gate import Gate
 from jobworker.server.operations import Context
 from jobworker.server.reader import configured_files
-from jobworker.server.slots import LARGE_BYTES, Slots
+from jobworker.server.slots import LARGE_BYTES, LOOK_SECONDS, Slots
 from jobworker.server.traffic import Traffic
-from jobworker.server.turnstile import RECENT_SECONDS, Presence, Spells, Turnstile
+from jobworker.server.turnstile import Presence, Spells, Turnstile
 from jobworker.tls_stream import TLSStream
 
 NAME = "admin-client"
@@ -92,16 +92,12 @@ class Site:
         return cls(certs, Door(Fittings.of(configured_files(security), security), gate), context)
 
     @asynccontextmanager
-    async def dialled(
-        self, tls: ssl.SSLContext | None = None, buffer: int = 65_536
-    ) -> AsyncIterator[TLSStream]:
-        """A client's end, of sockets that have such a buffer; its own is the admin's."""
+    async def dialled(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[TLSStream]:
+        """A client's end of a connection; the admin's where there is no context."""
         files = (self.certs / f"{name}.pem" for name in ("ca-cert", f"{NAME}-cert", f"{NAME}-key"))
         tls = tls or Credentials(*files).read()
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         near = trio.socket.socket()
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         async with trio.open_nursery() as nursery, listener:
             await near.connect(listener.socket.getsockname())
             far = await listener.accept()
@@ -112,9 +108,9 @@ class Site:
             nursery.cancel_scope.cancel()
 
     @asynccontextmanager
-    async def connected(self, buffer: int = 65_536) -> AsyncIterator[tuple[TLSStream, WebSocket]]:
+    async def connected(self) -> AsyncIterator[tuple[TLSStream, WebSocket]]:
         """A connection that is open."""
-        async with self.dialled(buffer=buffer) as stream:
+        async with self.dialled() as stream:
             yield stream, await upgrade(stream, "localhost", SUBPROTOCOL)
 
 
@@ -174,39 +170,56 @@ async def test_stranger_is_not_about(site: Site) -> None:
         assert not site.context.presence.of_others(())
 
 
-async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(
-    site: Site, mock_clock: trio.testing.MockClock
-) -> None:
-    part = frame(0, b" " * 1000, first=0)
-
-    def is_about() -> bool:
-        return site.context.presence.of_others(())
-
+async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(site: Site) -> None:
+    presence = site.context.presence
     async with site.connected() as (stream, client):
         await ask(client, "service.hello")
-        mock_clock.jump(2 * RECENT_SECONDS)
-        assert not is_about()
+        presence._until.clear()
         await stream.send_all(frame(TEXT, b" " * (LARGE_BYTES + 1), first=0))
-        await until(is_about)
         for _ in range(3):
-            mock_clock.jump(2 * RECENT_SECONDS)
-            assert not is_about(), "it only holds the slot"
-            await stream.send_all(part)
-            await until(is_about)
+            await until(lambda: presence.of_others(()))
+            presence._until.clear()
+            await stream.send_all(frame(0, b" " * 1000, first=0))
 
 
 async def test_who_waits_for_a_long_request_to_be_read_is_about(
-    site: Site, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+    site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = trio.Event()
+    served = list[int]()
 
     async def run(*_: object) -> None:
-        reading.set()
+        served.append(site.context.presence._served[NAME])
         await trio.sleep_forever()
 
     monkeypatch.setattr(Spells, "run", run)
     async with site.connected() as (_, client):
         await client.send(" " * 2 * LARGE_BYTES)
-        await reading.wait()
-        mock_clock.jump(2 * RECENT_SECONDS)
-        assert site.context.presence.of_others(())
+        await until(lambda: bool(served))
+    assert served == [1]
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+async def test_who_takes_a_large_reply_slowly_is_let_go_once_somebody_waits(
+    autojump_clock: object, is_wanted: bool
+) -> None:
+    """Else it would ask again, for as long as it lives, for what it cannot take in time."""
+    slots, faults = Slots(in_all=1, for_each=1), list[JobworkerError]()
+    assert slots.take_nowait(NAME)
+
+    async def watch() -> None:
+        conversation = SimpleNamespace(
+            _socket=SimpleNamespace(taken_bytes=0),
+            _context=SimpleNamespace(stall_seconds=STALL_SECONDS),
+            _end=faults.append,
+        )
+        await Conversation._end_unless_taken(cast(Conversation, conversation), slots, NAME)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await trio.sleep(10 * STALL_SECONDS)
+        assert not faults, "nobody minds"
+        if is_wanted:
+            nursery.start_soon(slots.take, "another")
+        await trio.sleep(2 * LOOK_SECONDS)
+        nursery.cancel_scope.cancel()
+    assert [type(fault) for fault in faults] == [SendStalled] * is_wanted
