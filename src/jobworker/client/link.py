@@ -3,8 +3,8 @@
 Three tasks serve a connection. The dialled connection's own reads frames. The reader gives
 each reply to the call that waits for it, by id, and each piece of output to its subscription. The
 writer alone sends: a call that is cancelled while it waits has its request sent whole or not at
-all, so cancelling a call abandons only the wait. What the server then answers is dropped, and a
-subscription that nobody took is ended.
+all. One whose sending has not begun is not sent any more; else cancelling abandons only the wait.
+What the server then answers is dropped, and a subscription that nobody took is ended.
 
 Output may overtake the task that asked for it. The reader therefore opens a subscription's inbox
 itself, when it first hears of its number; numbers grow, so one below the highest that has no inbox
@@ -48,6 +48,7 @@ class LinkLost(Exception):
 class _Pending:
     """A call that waits for its reply."""
 
+    id: CallId
     size: int
     """Of the request, in bytes."""
     answered: trio.Event = field(factory=trio.Event)
@@ -89,11 +90,12 @@ class Link:
 
     async def call(self, name: str, params: object, result: type[T]) -> T:
         """Call a method and wait for its result. Raises what the server says, and LinkLost."""
+        await trio.lowlevel.checkpoint_if_cancelled()  # before it is put out
         id_, message = self._session.call(name, params)
         size = len(message.encode())
         if self.failure is not None:
             raise LinkLost(anew(self.failure), sent=False, size=size)
-        pending = self._pending[id_] = _Pending(size)
+        pending = self._pending[id_] = _Pending(id_, size)
         self._outgoing.send_nowait((message, pending))
         try:
             await pending.answered.wait()
@@ -145,6 +147,10 @@ class Link:
         """Send what calls have put out, until the connection is lost."""
         async for message, pending in self._to_send:
             if pending is not None:
+                if pending.abandoned:
+                    self._session.forget(pending.id)
+                    self._pending.pop(pending.id, None)
+                    continue
                 pending.sent = True  # before: it may be lost while the last of it is under way
             try:
                 await self.connection.send(message)
