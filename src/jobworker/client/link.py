@@ -37,11 +37,15 @@ WORD_SECONDS = 1.0
 class LinkLost(Exception):
     """The connection was lost before the call was answered."""
 
-    def __init__(self, reason: JobworkerError, *, sent: bool, size: int) -> None:
+    def __init__(
+        self, reason: JobworkerError, *, sent: bool, size: int, broke: bool = False
+    ) -> None:
         super().__init__(reason)
         self.reason, self.size = reason, size
         self.sent = sent
         """False where the server certainly does not have the whole request."""
+        self.broke = broke
+        """Whether sending had begun, and the server did not say that it ends."""
 
 
 @define(eq=False)
@@ -53,6 +57,8 @@ class _Pending:
     """Of the request, in bytes."""
     answered: trio.Event = field(factory=trio.Event)
     reply: Reply | JobworkerError | LinkLost | None = None
+    begun: bool = False
+    """Whether it is being sent, or was."""
     sent: bool = False
     """Whether the server may have the whole request."""
     abandoned: bool = False
@@ -151,7 +157,9 @@ class Link:
                     self._session.forget(pending.id)
                     self._pending.pop(pending.id, None)
                     continue
-                pending.sent = True  # before: it may be lost while the last of it is under way
+                pending.begun = pending.sent = (
+                    True  # before: it may be lost while the last of it is under way
+                )
             try:
                 await self.connection.send(message)
             except JobworkerError as lost:
@@ -217,7 +225,8 @@ class Link:
             )
         self.failure = error
         for pending in self._pending.values():
-            reason = LinkLost(anew(error), sent=pending.sent, size=pending.size)
+            broke = pending.begun and not self.connection.is_ended
+            reason = LinkLost(anew(error), sent=pending.sent, size=pending.size, broke=broke)
             pending.answer(reason)
         for inbox in self._inboxes.values():
             inbox.put(error)

@@ -93,6 +93,7 @@ class Wire:
 
     out: trio.MemorySendChannel[str]
     incoming: trio.MemoryReceiveChannel[str | bytes]
+    is_ended: bool = False
 
     async def send(self, message: str) -> None:
         try:
@@ -112,13 +113,14 @@ class Servers:
     """Dials connections in memory, each to the next of `plays`; nobody is there after the last."""
 
     plays: list[Callable[[Peer], Awaitable[None]]]
+    say_that_they_end: bool = False
 
     async def dial(self, *, task_status: trio.TaskStatus[object]) -> None:
         if not self.plays:
             raise ConnectionFailed("cannot connect: nobody there")
         out, sent = trio.open_memory_channel[str](1000)
         to_client, incoming = trio.open_memory_channel[str | bytes](1000)
-        task_status.started(Wire(out, incoming))
+        task_status.started(Wire(out, incoming, self.say_that_they_end))
         await self.plays.pop(0)(Peer(sent, to_client))
 
 
