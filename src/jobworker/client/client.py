@@ -86,9 +86,15 @@ class _Tries:
 
     _uncertain: str = ""
     """Of a call that must not be carried out twice: what to do where that is not known."""
+    _on_asked: Callable[[bool], None] | None = None
     may_have_been_done: bool = field(default=False, init=False)
     """Whether a server may have had the request, and its answer was lost."""
     _losses: int = field(default=0, init=False)
+
+    def tell_asked(self, sent: bool) -> None:
+        """Tell whether a server may have the request, which is on its way or was sent last."""
+        if self._on_asked is not None:
+            self._on_asked(self.may_have_been_done or sent)
 
     def lose(self, lost: LinkLost, name: str) -> None:
         """Note that the connection was lost. Raises where the call may not be asked again."""
@@ -292,13 +298,23 @@ class Client:
         params = checked("remove the volume", m.VolumeParams, name=name)
         await self.call("volume.remove", params, m.Nothing, gone=m.Nothing())
 
-    async def call(self, name: str, params: object, result: type[T], *, gone: T | None = None) -> T:
+    async def call(
+        self,
+        name: str,
+        params: object,
+        result: type[T],
+        *,
+        gone: T | None = None,
+        on_asked: Callable[[bool], None] | None = None,
+    ) -> T:
         """Call a method of the protocol by name, as often as it takes to get an answer.
+
+        `on_asked` hears whether a server may have the request, when that changes.
 
         `gone` is the result where the answer of an earlier try was lost, and a later one learns
         NotFound: what was to be removed is.
         """
-        tries = _Tries()
+        tries = _Tries(on_asked=on_asked)
         try:
             return (await self._call(name, params, result, tries))[1]
         except NotFound:
@@ -327,12 +343,13 @@ class Client:
         while True:
             link = await self._linked()
             try:
-                return link, await link.call(name, params, result)
+                return link, await link.call(name, params, result, tries.tell_asked)
             except LinkLost as lost:
                 tries.lose(lost, name)
                 if self._patience_seconds <= 0:
                     raise lost.reason from None
             except ShuttingDown:
+                tries.tell_asked(False)
                 # Not asked again here: an answer that is lost would leave open what became of it.
                 with trio.move_on_after(self._patience_seconds):
                     await link.lost.wait()

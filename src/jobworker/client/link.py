@@ -17,6 +17,7 @@ connection after connection.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import TypeVar
 
 import trio
@@ -29,6 +30,11 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 
 T = TypeVar("T")
+
+
+def _nobody_asks(_: bool) -> None:
+    pass
+
 
 WORD_SECONDS = 1.0
 """How long a connection that takes nothing more is read on: the server may say why."""
@@ -57,6 +63,8 @@ class _Pending:
     """Of the request, in bytes."""
     answered: trio.Event = field(factory=trio.Event)
     reply: Reply | JobworkerError | LinkLost | None = None
+    tell_sent: Callable[[bool], None] = _nobody_asks
+    """Hears of `sent` when that changes."""
     begun: bool = False
     """Whether it is being sent, or was."""
     sent: bool = False
@@ -94,14 +102,23 @@ class Link:
             float("inf")
         )
 
-    async def call(self, name: str, params: object, result: type[T]) -> T:
-        """Call a method and wait for its result. Raises what the server says, and LinkLost."""
+    async def call(
+        self,
+        name: str,
+        params: object,
+        result: type[T],
+        tell_sent: Callable[[bool], None] = _nobody_asks,
+    ) -> T:
+        """Call a method and wait for its result. Raises what the server says, and LinkLost.
+
+        `tell_sent` hears whether the server may have the request: not before it is sent.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()  # before it is put out
         id_, message = self._session.call(name, params)
         size = len(message.encode())
         if self.failure is not None:
             raise LinkLost(anew(self.failure), sent=False, size=size)
-        pending = self._pending[id_] = _Pending(id_, size)
+        pending = self._pending[id_] = _Pending(id_, size, tell_sent=tell_sent)
         self._outgoing.send_nowait((message, pending))
         try:
             await pending.answered.wait()
@@ -157,14 +174,15 @@ class Link:
                     self._session.forget(pending.id)
                     self._pending.pop(pending.id, None)
                     continue
-                pending.begun = pending.sent = (
-                    True  # before: it may be lost while the last of it is under way
-                )
+                # Before: it may be lost while the last of it is under way.
+                pending.begun = pending.sent = True
+                pending.tell_sent(True)
             try:
                 await self.connection.send(message)
             except JobworkerError as lost:
                 if pending is not None:
                     pending.sent = False  # a message is sent whole, or raises
+                    pending.tell_sent(False)
                 with trio.move_on_after(WORD_SECONDS):
                     await self.lost.wait()
                 self.lose(lost)

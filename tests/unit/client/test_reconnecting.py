@@ -177,6 +177,20 @@ async def test_neither_restarts_nor_long_waits_are_held_for_a_fault_of_the_call(
         assert (await getattr(client.job(7), method)()).id == RECORD.id
 
 
+async def test_who_stops_hears_whether_a_server_has_been_asked(autojump_clock: object) -> None:
+    async def break_off(peer: Peer) -> None:
+        peer.sent.close()  # whoever sends finds the line broken
+        await trio.sleep(0.5)
+        peer.hang_up()
+
+    told = list[bool]()
+    servers = Servers([break_off, refuse_then_hang_up, lambda peer: hang_up_after(peer, 1)])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        with trio.move_on_after(20):
+            await client.job(7).stop(on_asked=told.append)
+    assert told == [True, False, True, False, True]
+
+
 async def test_running_is_not_asked_twice(autojump_clock: object) -> None:
     async def run(peer: Peer) -> None:
         peer.reply(await peer.call(), m.RunResult(job=evolve(RECORD, id=JobId(8))))
