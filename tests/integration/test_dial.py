@@ -320,6 +320,7 @@ async def test_messages_pass_both_ways(site: Site, host: str) -> None:
         await connection.aclose()
         with pytest.raises(ConnectionFailed):
             await connection.receive()
+        assert not connection.is_ended
 
 
 async def test_server_that_goes_away_is_told_with_its_reason(site: Site) -> None:
@@ -333,6 +334,8 @@ async def test_server_that_goes_away_is_told_with_its_reason(site: Site) -> None
     ):
         with pytest.raises(ConnectionFailed, match=r"closed it \(1001 shutting down\)"):
             await client.job(7).status()
+        assert client._link is not None
+        assert client._link.connection.is_ended
 
 
 async def test_connection_that_breaks_wakes_the_caller(site: Site) -> None:

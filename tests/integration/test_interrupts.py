@@ -17,7 +17,8 @@ import trio_websocket
 from attrs import define, evolve, field
 
 from jobworker.cli.embedded import program
-from jobworker.errors import NotFound
+from jobworker.cli.jobs import CALLS_AT_A_TIME
+from jobworker.errors import NotFound, ShuttingDown
 from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
@@ -166,6 +167,30 @@ async def test_stop_tells_what_has_come_and_names_the_jobs_that_are_being_stoppe
         "worker-cli: cannot find job 999: no such job",
         "the server goes on to stop what it was asked to: worker-cli wait 3 5",
     ]
+
+
+async def test_stop_names_the_jobs_that_were_not_asked_to(site: Site) -> None:
+    async def play(peer: Peer) -> None:
+        for _ in range(CALLS_AT_A_TIME):
+            await peer.call()
+
+    last = CALLS_AT_A_TIME + 3
+    out, lines = await interrupted(site, play, "stop", *map(str, range(1, last + 1)))
+    assert out == ""
+    asked = " ".join(map(str, range(1, CALLS_AT_A_TIME + 1)))
+    assert lines == [
+        f"the server goes on to stop what it was asked to: worker-cli wait {asked}",
+        "not asked to stop: 65 66 67",
+    ]
+
+
+async def test_stop_that_a_service_on_its_way_out_refused_is_not_under_way(site: Site) -> None:
+    async def play(peer: Peer) -> None:
+        call = await peer.call()
+        await peer.send(peer.session.error(call.id, ShuttingDown("cannot stop job 3: I end")))
+
+    _, lines = await interrupted(site, play, "stop", "3")
+    assert lines == ["not asked to stop: 3"]
 
 
 async def test_wait_tells_what_has_come(site: Site) -> None:

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "limits": {"ping_interval": "100ms", "ping_timeout": "800ms"},
 }
 BIG = {"command": ["true"], "environment": {f"V{n}": "x" * 1000 for n in range(100)}}
-SLOTS = 2
+SLOTS, REPLY_SLOTS = 2, 4
 """Of one name."""
 
 
@@ -62,15 +63,32 @@ async def test_client_that_may_run_nothing_takes_no_slot(hasty: Embedded) -> Non
             assert json.loads(await socket.get_message())["id"] == 8
 
 
-async def test_large_message_has_to_come_at_a_rate(hasty: Embedded) -> None:
-    async with begun(hasty, "admin") as socket:
+async def test_large_message_has_to_come_at_a_rate_where_others_wait(hasty: Embedded) -> None:
+    async with open_wire(hasty) as wire, AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(begun(hasty, "admin")) for _ in range(SLOTS)]
+        plan = await stack.enter_async_context(trio.open_nursery())
+        plan.start_soon(partial(wire.call, "job.plan", job=BIG))
         with trio.fail_after(20):
-            while socket.closed is None:
-                await say(socket, frame(CONTINUATION, b" " * 126, first=0))
+            while all(socket.closed is None for socket in sockets):
+                for socket in sockets:
+                    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                        await say(socket, frame(CONTINUATION, b" " * 126, first=0))
                 await trio.sleep(0.1)
-    assert socket.closed.code == 1013
-    assert socket.closed.reason is not None
-    assert socket.closed.reason.startswith("too_slow: cannot wait for the rest")
+    closed = next(socket.closed for socket in sockets if socket.closed is not None)
+    assert closed.code == 1013
+    assert closed.reason is not None
+    assert closed.reason.startswith("too_slow: cannot wait for the rest")
+
+
+async def test_large_message_may_take_its_time_where_nobody_waits(hasty: Embedded) -> None:
+    request = json.dumps({"jsonrpc": "2.0", "id": 7, "method": "job.plan", "params": {"job": BIG}})
+    async with begun(hasty, "admin") as socket:
+        for _ in range(40):
+            await say(socket, frame(CONTINUATION, b" " * 126, first=0))
+            await trio.sleep(0.1)
+        await say(socket, frame(CONTINUATION, request.encode()))
+        with trio.fail_after(20):
+            assert json.loads(await socket.get_message())["id"] == 7
 
 
 async def test_client_that_waits_for_a_slot_is_not_silent(hasty: Embedded) -> None:
@@ -85,24 +103,33 @@ async def test_client_that_waits_for_a_slot_is_not_silent(hasty: Embedded) -> No
 
 
 @pytest.mark.parametrize(("piece_bytes", "is_ended"), [(5_000, True), (60_000, False)])
-async def test_large_reply_has_to_be_taken_at_a_rate(
+async def test_large_reply_has_to_be_taken_at_a_rate_where_others_wait(
     piece_bytes: int, is_ended: bool, open_directory: Callable[[], Path]
 ) -> None:
-    async with open_embedded(open_directory(), SETTINGS) as service:
-        async with open_wire(service) as wire:
-            made = await wire.call("job.run", job=large_job())
-        job = made["job"]
+    async with open_embedded(open_directory(), SETTINGS) as service, open_wire(service) as wire:
+        job = (await wire.call("job.run", job=large_job()))["job"]
         assert isinstance(job, dict)
         ask = {"jsonrpc": "2.0", "id": 1, "method": "job.status", "params": {"id": job["id"]}}
-        with trio.fail_after(60):
+
+        async def take(*, task_status: trio.TaskStatus[None]) -> None:
             async with open_raw(service, buffer=4096) as raw:
                 await raw.send(frame(TEXT, json.dumps(ask).encode()))
-                taken = 0
-                while taken < 900_000 and "send_stalled" not in service.log_text():
-                    before = taken
-                    while taken < before + piece_bytes and (
-                        data := await raw.stream.receive_some()
-                    ):
-                        taken += len(data)
+                taken = piece = len(await raw.stream.receive_some())
+                task_status.started()
+                while piece:
+                    piece = 0
+                    with suppress(trio.BrokenResourceError):
+                        while piece < piece_bytes and (data := await raw.stream.receive_some()):
+                            piece += len(data)
+                    taken += piece
+                    if taken > 900_000:
+                        return
                     await trio.sleep(0.4)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for _ in range(REPLY_SLOTS):
+                    await nursery.start(take)
+                await wire.call("job.status", id=job["id"])
+                nursery.cancel_scope.cancel()
         assert ("send_stalled" in service.log_text()) == is_ended

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
+from functools import partial
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, TypeVar, get_args
 
@@ -227,25 +228,36 @@ async def stop(
 
     Ctrl-C ends the waiting; the server goes on with the stop.
     """
-    left = set[int]()
-    """Those that Ctrl-C has nobody wait for any more."""
+    asked = dict.fromkeys(jobs, False)
+    """Whether the server may have been asked to stop each that has no outcome."""
 
     async def stop_one(job: int) -> JobRecord:
         try:
-            return await client.job(job).stop(signal=signal, grace_seconds=grace)
-        except trio.Cancelled:
-            left.add(job)
+            record = await client.job(job).stop(
+                signal=signal, grace_seconds=grace, on_asked=partial(asked.__setitem__, job)
+            )
+        except JobworkerError:
+            del asked[job]
             raise
+        del asked[job]
+        return record
 
     async with open_connection(invocation) as client:
         with ended_by_interrupt():
             try:
                 _, failed = await _each(jobs, stop_one, render.outcome, json=invocation.json)
             finally:
-                if names := " ".join(str(job) for job in dict.fromkeys(jobs) if job in left):
-                    told = "the server goes on to stop what it was asked to"
-                    print_note(f"{told}: worker-cli wait {names}")
+                _tell_left(asked)
     return failed
+
+
+def _tell_left(asked: Mapping[int, bool]) -> None:
+    """Tell what becomes of those that nobody waits for any more, after Ctrl-C."""
+    if names := " ".join(str(job) for job, may_have_been in asked.items() if may_have_been):
+        told = "the server goes on to stop what it was asked to"
+        print_note(f"{told}: worker-cli wait {names}")
+    if names := " ".join(str(job) for job, may_have_been in asked.items() if not may_have_been):
+        print_note(f"not asked to stop: {names}")
 
 
 @click.command()

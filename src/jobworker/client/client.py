@@ -6,10 +6,11 @@ error; a later call begins again. The first connection must succeed: what is wro
 or a certificate is told at once.
 
 What a call does when its connection breaks depends on why (`protocol.closing`) and on what it asks
-for. Asking, waiting, stopping and removing may be done twice, and are. Running a command and making
-a volume may not: they are asked again only where no server can have the whole request, or a service
-that is ending refused it (`shutting_down`); else the caller learns that the job may have been
-started.
+for. Asking, waiting, stopping and removing may be done twice, and are, but not without end: one
+that waits for no job and breaks three connections is given up (a restart breaks none). Running a
+command and making a volume may not: they are asked again only where no server can have the whole
+request, or a service that is ending refused it (`shutting_down`); else the caller learns that the
+job may have been started.
 """
 
 import random
@@ -62,7 +63,10 @@ T = TypeVar("T")
 
 LARGE_BYTES = 1 << 20
 MOST_LOSSES = 3
-"""So often a request of LARGE_BYTES may break its connection before it is held for too large."""
+"""So often a call may break its connection before that is held for its fault: of a request of
+LARGE_BYTES that it is too large, of another that the line is too slow for it or its answer."""
+PATIENT = frozenset({"job.wait", "job.stop"})
+"""Calls that wait for a job's end, for days perhaps: connections break meanwhile."""
 
 Dial = Callable[..., Awaitable[None]]
 """Serves one connection to its end, and reports it as started: `dial.serve_connection`."""
@@ -82,14 +86,20 @@ class _Tries:
 
     _uncertain: str = ""
     """Of a call that must not be carried out twice: what to do where that is not known."""
+    _on_asked: Callable[[bool], None] | None = None
     may_have_been_done: bool = field(default=False, init=False)
     """Whether a server may have had the request, and its answer was lost."""
     _losses: int = field(default=0, init=False)
 
+    def tell_asked(self, sent: bool) -> None:
+        """Tell whether a server may have the request, which is on its way or was sent last."""
+        if self._on_asked is not None:
+            self._on_asked(self.may_have_been_done or sent)
+
     def lose(self, lost: LinkLost, name: str) -> None:
         """Note that the connection was lost. Raises where the call may not be asked again."""
         self.may_have_been_done = self.may_have_been_done or lost.sent
-        self._losses += 1
+        self._losses += lost.broke and name not in PATIENT
         if self.may_have_been_done and self._uncertain:
             reason = lost.reason
             if isinstance(reason, CertificateRefused | ProtocolError):
@@ -99,12 +109,20 @@ class _Tries:
             raise ConnectionFailed(reason.message, remedy=self._uncertain) from None
         if isinstance(lost.reason, ProtocolError):
             raise lost.reason from None
-        if lost.size >= LARGE_BYTES and self._losses >= MOST_LOSSES:
+        if self._losses < MOST_LOSSES:
+            return
+        if lost.size >= LARGE_BYTES:
             raise MessageTooLarge(
                 f"cannot call {name}: {self._losses} connections broke under this request of "
                 f"{lost.size} bytes as JSON; the last one: {lost.reason.message}",
                 remedy="ask for less at once, or raise limits.max_message_bytes of the server",
             ) from None
+        raise ConnectionFailed(
+            f"cannot call {name}: {self._losses} connections broke before its answer had come; the "
+            f"last one: {lost.reason.message}",
+            remedy="is the line too slow for the answer? ask for less at once, such as a shorter "
+            "list (of worker-cli: --limit)",
+        ) from None
 
 
 @define(eq=False, kw_only=True)
@@ -280,13 +298,23 @@ class Client:
         params = checked("remove the volume", m.VolumeParams, name=name)
         await self.call("volume.remove", params, m.Nothing, gone=m.Nothing())
 
-    async def call(self, name: str, params: object, result: type[T], *, gone: T | None = None) -> T:
+    async def call(
+        self,
+        name: str,
+        params: object,
+        result: type[T],
+        *,
+        gone: T | None = None,
+        on_asked: Callable[[bool], None] | None = None,
+    ) -> T:
         """Call a method of the protocol by name, as often as it takes to get an answer.
+
+        `on_asked` hears whether a server may have the request, when that changes.
 
         `gone` is the result where the answer of an earlier try was lost, and a later one learns
         NotFound: what was to be removed is.
         """
-        tries = _Tries()
+        tries = _Tries(on_asked=on_asked)
         try:
             return (await self._call(name, params, result, tries))[1]
         except NotFound:
@@ -315,12 +343,13 @@ class Client:
         while True:
             link = await self._linked()
             try:
-                return link, await link.call(name, params, result)
+                return link, await link.call(name, params, result, tries.tell_asked)
             except LinkLost as lost:
                 tries.lose(lost, name)
                 if self._patience_seconds <= 0:
                     raise lost.reason from None
             except ShuttingDown:
+                tries.tell_asked(False)
                 # Not asked again here: an answer that is lost would leave open what became of it.
                 with trio.move_on_after(self._patience_seconds):
                     await link.lost.wait()

@@ -35,7 +35,7 @@ from jobworker.errors import (
 )
 from jobworker.pki.own_certificate import told_precisely
 from jobworker.pki.refusals import client_refusal
-from jobworker.protocol.closing import Verdict, verdict
+from jobworker.protocol.closing import ENDED, Verdict, verdict
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.tls_stream import TLSStream
 
@@ -50,6 +50,8 @@ class Connection:
 
     _socket: WebSocket
     _address: Address
+    is_ended: bool = False
+    """Whether the server said that it ends, and broke nothing off."""
 
     async def send(self, message: str) -> None:
         """Send a message. Raises as `receive` does; if cancelled, the connection is broken."""
@@ -87,6 +89,7 @@ class Connection:
                 remedy="do client and server have the same version?",
             )
         if isinstance(failure, Closed) and failure.code != LOST:
+            self.is_ended = failure.code in ENDED
             why = f"the server closed it ({failure.code}{failure.reason and ' ' + failure.reason})"
             match verdict(failure.code):
                 case Verdict.RENEW:

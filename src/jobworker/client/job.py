@@ -67,18 +67,27 @@ class Job:
         """
         return await self._told("job.wait", checked("wait for the job", m.JobParams, id=self.id))
 
-    async def stop(self, *, signal: str = "TERM", grace_seconds: float | None = None) -> JobRecord:
+    async def stop(
+        self,
+        *,
+        signal: str = "TERM",
+        grace_seconds: float | None = None,
+        on_asked: Callable[[bool], None] | None = None,
+    ) -> JobRecord:
         """Stop the job and wait for its end: a signal, a grace period, SIGKILL for what is left.
 
         One that has ended already is left as it is. None stands for the server's grace period.
+        Where the wait is cancelled, the server goes on with the stop if it has been asked:
+        `on_asked` hears whether it may have been, when that changes.
 
         >>> (await job.stop(signal="INT", grace_seconds=2)).state
         <State.STOPPED: 'STOPPED'>
         """
+        check_callback("stop the job", "on_asked", on_asked)
         params = checked(
             "stop the job", m.StopParams, id=self.id, signal=signal, grace_seconds=grace_seconds
         )
-        return await self._told("job.stop", params)
+        return await self._told("job.stop", params, on_asked)
 
     async def remove(self, *, force: bool = False) -> m.Removed:
         """Remove an ended job: its output, and all that is known of it.
@@ -146,8 +155,10 @@ class Job:
             first, self._first = self._first, None
         return JobOutput(self._client, params, on_break, first)
 
-    async def _told(self, method: str, params: object) -> JobRecord:
-        self.record = await self._client.call(method, params, JobRecord)
+    async def _told(
+        self, method: str, params: object, on_asked: Callable[[bool], None] | None = None
+    ) -> JobRecord:
+        self.record = await self._client.call(method, params, JobRecord, on_asked=on_asked)
         return self.record
 
 

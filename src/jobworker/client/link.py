@@ -3,8 +3,8 @@
 Three tasks serve a connection. The dialled connection's own reads frames. The reader gives
 each reply to the call that waits for it, by id, and each piece of output to its subscription. The
 writer alone sends: a call that is cancelled while it waits has its request sent whole or not at
-all, so cancelling a call abandons only the wait. What the server then answers is dropped, and a
-subscription that nobody took is ended.
+all. One whose sending has not begun is not sent any more; else cancelling abandons only the wait.
+What the server then answers is dropped, and a subscription that nobody took is ended.
 
 Output may overtake the task that asked for it. The reader therefore opens a subscription's inbox
 itself, when it first hears of its number; numbers grow, so one below the highest that has no inbox
@@ -17,6 +17,7 @@ connection after connection.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import TypeVar
 
 import trio
@@ -30,6 +31,11 @@ from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 
 T = TypeVar("T")
 
+
+def _nobody_asks(_: bool) -> None:
+    pass
+
+
 WORD_SECONDS = 1.0
 """How long a connection that takes nothing more is read on: the server may say why."""
 
@@ -37,21 +43,30 @@ WORD_SECONDS = 1.0
 class LinkLost(Exception):
     """The connection was lost before the call was answered."""
 
-    def __init__(self, reason: JobworkerError, *, sent: bool, size: int) -> None:
+    def __init__(
+        self, reason: JobworkerError, *, sent: bool, size: int, broke: bool = False
+    ) -> None:
         super().__init__(reason)
         self.reason, self.size = reason, size
         self.sent = sent
         """False where the server certainly does not have the whole request."""
+        self.broke = broke
+        """Whether sending had begun, and the server did not say that it ends."""
 
 
 @define(eq=False)
 class _Pending:
     """A call that waits for its reply."""
 
+    id: CallId
     size: int
     """Of the request, in bytes."""
     answered: trio.Event = field(factory=trio.Event)
     reply: Reply | JobworkerError | LinkLost | None = None
+    tell_sent: Callable[[bool], None] = _nobody_asks
+    """Hears of `sent` when that changes."""
+    begun: bool = False
+    """Whether it is being sent, or was."""
     sent: bool = False
     """Whether the server may have the whole request."""
     abandoned: bool = False
@@ -87,13 +102,23 @@ class Link:
             float("inf")
         )
 
-    async def call(self, name: str, params: object, result: type[T]) -> T:
-        """Call a method and wait for its result. Raises what the server says, and LinkLost."""
+    async def call(
+        self,
+        name: str,
+        params: object,
+        result: type[T],
+        tell_sent: Callable[[bool], None] = _nobody_asks,
+    ) -> T:
+        """Call a method and wait for its result. Raises what the server says, and LinkLost.
+
+        `tell_sent` hears whether the server may have the request: not before it is sent.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()  # before it is put out
         id_, message = self._session.call(name, params)
         size = len(message.encode())
         if self.failure is not None:
             raise LinkLost(anew(self.failure), sent=False, size=size)
-        pending = self._pending[id_] = _Pending(size)
+        pending = self._pending[id_] = _Pending(id_, size, tell_sent=tell_sent)
         self._outgoing.send_nowait((message, pending))
         try:
             await pending.answered.wait()
@@ -145,12 +170,19 @@ class Link:
         """Send what calls have put out, until the connection is lost."""
         async for message, pending in self._to_send:
             if pending is not None:
-                pending.sent = True  # before: it may be lost while the last of it is under way
+                if pending.abandoned:
+                    self._session.forget(pending.id)
+                    self._pending.pop(pending.id, None)
+                    continue
+                # Before: it may be lost while the last of it is under way.
+                pending.begun = pending.sent = True
+                pending.tell_sent(True)
             try:
                 await self.connection.send(message)
             except JobworkerError as lost:
                 if pending is not None:
                     pending.sent = False  # a message is sent whole, or raises
+                    pending.tell_sent(False)
                 with trio.move_on_after(WORD_SECONDS):
                     await self.lost.wait()
                 self.lose(lost)
@@ -211,7 +243,8 @@ class Link:
             )
         self.failure = error
         for pending in self._pending.values():
-            reason = LinkLost(anew(error), sent=pending.sent, size=pending.size)
+            broke = pending.begun and not self.connection.is_ended
+            reason = LinkLost(anew(error), sent=pending.sent, size=pending.size, broke=broke)
             pending.answer(reason)
         for inbox in self._inboxes.values():
             inbox.put(error)

@@ -30,6 +30,9 @@ REFUSED = 1008
 TOO_BIG = 1009
 TRY_AGAIN = 1013
 
+ENDED = frozenset({GOING_AWAY, 1012, 1014})
+"""With these the service ends, for no fault of what it was asked; the next one answers."""
+
 VERDICTS = {
     1000: Verdict.AGAIN,
     GOING_AWAY: Verdict.AGAIN,  # the service ends; the next one goes on

@@ -242,6 +242,10 @@ class ClientSession:
         body = {"jsonrpc": "2.0", "id": id_, "method": name, "params": unstructure(params)}
         return id_, dumps(body)
 
+    def forget(self, id_: CallId) -> None:
+        """Take back a request that was not sent."""
+        self._methods.pop(id_, None)
+
     def notify(self, name: str, params: object) -> str:
         """A notification's message."""
         return dumps({"jsonrpc": "2.0", "method": name, "params": unstructure(params)})

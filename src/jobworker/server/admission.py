@@ -333,3 +333,11 @@ def network_of(address: str, user: str | None = None) -> str:
             return str(ipaddress.IPv6Network((parsed, 64), strict=False))
         parsed = parsed.ipv4_mapped
     return "127.0.0.0/8" if parsed.is_loopback else str(parsed)
+
+
+def line_of(network: str, *, known: bool = False) -> str:
+    """In whose name clients of a network take turns: strangers, or `known` ones.
+
+    No certificate bears such a name, since it begins with a space (`pki.identity.name_fault`).
+    """
+    return f" {network}, known" if known else f" {network}"

@@ -26,6 +26,7 @@ import wsproto.utilities
 from jobworker.errors import (
     CertificateRefused,
     JobworkerError,
+    PermissionDenied,
     SendStalled,
     TooManyConnections,
     TooManyFailures,
@@ -34,10 +35,10 @@ from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server import operations
-from jobworker.server.admission import Admission, Arrival, network_of
+from jobworker.server.admission import Admission, Arrival, line_of, network_of
 from jobworker.server.auditor import Auditor
 from jobworker.server.conversation import Conversation
-from jobworker.server.door import Door, PeerCertificates, Visitor
+from jobworker.server.door import Door, Fittings, PeerCertificates, Visitor
 from jobworker.server.frame_scan import RECORD_COST
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.http_head import (
@@ -45,6 +46,7 @@ from jobworker.server.http_head import (
     PrefixStream,
     Refused,
     admit,
+    find_identity,
     http_connection,
     plain_reply,
     read_head,
@@ -95,7 +97,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             if not await _says_hello(tcp.socket):
                 return  # a health check
             await admission.take_turn(arrival)
-            await context.handshakes.enter(network)
+            await context.handshakes.enter(line_of(network))
             arrival.has_turn()
             _keep_alive(tcp)
             fittings = door.fittings
@@ -103,17 +105,17 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 tcp,
                 fittings.tls,
                 server_side=True,
-                take_turn=partial(context.incoming.enter, network, RECORD_COST),
+                take_turn=partial(context.incoming.enter, line_of(network), RECORD_COST),
             )
             http, head = http_connection(), None
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
-                arrival.has_shown_certificate()
-                await context.handshakes.enter(f"{network}, known")
+                shown = _look_at_certificate(stream, arrival, fittings, context)
+                await context.handshakes.enter(line_of(network, known=True))
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
-                who = admit(stream, head, context.gate.roles, fittings)
+                who = admit(shown, head, fittings)
                 inside.enter_context(_entered(admission, who, peer))
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
@@ -247,6 +249,20 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
         auditor.refused(peer, why)
         return False
     return True
+
+
+def _look_at_certificate(
+    stream: TLSStream, arrival: Arrival, fittings: Fittings, context: operations.Context
+) -> Identity | PermissionDenied:
+    """Who has shown one of ours, or why that is nobody; who it is counts as being about.
+
+    Not before: strangers could slow down everybody who works alone by a few bytes a second.
+    """
+    arrival.has_shown_certificate()
+    shown = find_identity(stream, context.gate.roles, fittings)
+    if isinstance(shown, Identity):
+        context.presence.saw(shown.common_name)
+    return shown
 
 
 async def _serve_websocket(

@@ -58,7 +58,7 @@ from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
 from jobworker.server.intake import Intake
-from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND
+from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.subscriptions import Subscriptions
 
 log = logging.getLogger("jobworker.server")
@@ -120,6 +120,7 @@ class Conversation:
             self._context.requests,
             self._visitor.identity.common_name,
             self._context.stall_seconds,
+            self._context.presence,
         )
         self._subscriptions = Subscriptions(
             self._context.supervisor,
@@ -301,10 +302,9 @@ class Conversation:
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
-        with self.intake.pause():
-            request = await self._context.reading.run(
-                self._visitor.identity.common_name, read_request, message, self._denied
-            )
+        name = self._visitor.identity.common_name
+        with self.intake.pause(), self._context.presence.served(name):
+            request = await self._context.reading.run(name, read_request, message, self._denied)
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:
@@ -368,25 +368,25 @@ class Conversation:
                 frame = frame_text(message)
                 del message
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._end_unless_taken)
+                    nursery.start_soon(self._end_unless_taken, slots, name)
                     await self._send([frame])
                     nursery.cancel_scope.cancel()
             finally:
                 slots.give_back(name)
         return outcome
 
-    async def _end_unless_taken(self) -> None:
-        """End the conversation once its client takes a large reply too slowly: others wait."""
+    async def _end_unless_taken(self, slots: Slots, name: str) -> None:
+        """End the conversation once its client takes a large reply too slowly and others wait."""
         with suppress(trio.ClosedResourceError):  # then it has ended
             began, before = trio.current_time(), self._socket.taken_bytes
             left = grace = self._context.stall_seconds
-            while left > 0:
-                await trio.sleep(left)
+            while left > 0 or not slots.are_wanted_of(name):
+                await trio.sleep(left if left > 0 else LOOK_SECONDS)
                 earned = (self._socket.taken_bytes - before) / LEAST_BYTES_PER_SECOND
                 left = grace + earned - (trio.current_time() - began)
             self._end(
                 SendStalled(
-                    f"cannot send a large reply: after {grace:g} s less than "
+                    f"cannot send a large reply: others wait, and after {grace:g} s less than "
                     f"{LEAST_BYTES_PER_SECOND} bytes a second were taken"
                 )
             )

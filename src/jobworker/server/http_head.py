@@ -47,7 +47,9 @@ class PrefixStream(trio.abc.Stream):
     ) -> None:
         """`take_turn` waits until what costs so much may be read or handed over."""
         self._inner, self._prefix, self._take_turn = inner, prefix, take_turn
-        inner.take_turn = partial(take_turn, RECORD_COST)
+        inner.take_turn = partial(self._wait_for_turn, RECORD_COST)
+        self._bound = trio.CancelScope()
+        """Of the wait for what is to come."""
         self._slice: bytes | None = None
         """What is to be handed over next."""
         self._unread = b""
@@ -64,7 +66,7 @@ class PrefixStream(trio.abc.Stream):
         """See trio.abc.ReceiveStream."""
         if self.check is not None:
             while (seconds := await self.check()) < math.inf:
-                with trio.move_on_after(seconds):
+                with trio.move_on_after(seconds) as self._bound:
                     return await self._receive_some(max_bytes)
         return await self._receive_some(max_bytes)
 
@@ -82,7 +84,7 @@ class PrefixStream(trio.abc.Stream):
                 data = await self._receive(max_bytes)
             count = self.frames.slice(data)
             self._slice, self._unread = data[:count], data[count:]
-        await self._take_turn(self.frames.cost)
+        await self._wait_for_turn(self.frames.cost)
         data, self._slice = self._slice, None
         return data
 
@@ -90,8 +92,16 @@ class PrefixStream(trio.abc.Stream):
         try:
             return await self._inner.receive_some(max_bytes)
         except trio.BrokenResourceError:
-            await self._take_turn(END_COST)
+            await self._wait_for_turn(END_COST)
             raise
+
+    async def _wait_for_turn(self, cost: int) -> None:
+        """Wait for a turn, which is no wait for the client: what stands in line has come."""
+        deadline, self._bound.deadline = self._bound.deadline, math.inf
+        try:
+            await self._take_turn(cost)
+        finally:
+            self._bound.deadline = deadline  # else records that carry nothing would move it
 
     async def send_all(self, data: Data, *more: Data) -> None:
         """See `TLSStream.send_all`. Raises SendStalled where that raises trio.TooSlowError."""
@@ -167,13 +177,22 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
         connection.receive_data(data)
 
 
-def admit(stream: TLSStream, head: Head, roles: Roles, fittings: Fittings) -> Identity:
-    """Who is connecting, with a request that may be upgraded; raises Refused."""
+def find_identity(
+    stream: TLSStream, roles: Roles, fittings: Fittings
+) -> Identity | PermissionDenied:
+    """Who has shown a certificate, or why that is nobody."""
     try:
         who = identity(stream.peer_certificate, fittings.subjects)
         roles.find(who.role)
     except PermissionDenied as error:
-        raise Refused(403, error) from None
+        return error
+    return who
+
+
+def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> Identity:
+    """Let somebody in, with a request that may be upgraded; raises Refused."""
+    if isinstance(who, PermissionDenied):
+        raise Refused(403, who)
     origin, host = head.value(b"origin"), head.value(b"host")
     if origin and origin != b"https://" + host:
         told = PermissionDenied(

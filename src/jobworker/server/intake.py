@@ -2,8 +2,9 @@
 
 The slot is taken when a message has grown large, before more of it is read, and given back when the
 request has been served. Until then nothing more is read from the client (TCP's backpressure makes
-it wait), so a connection holds one large request at the most. A client that has a slot and sends
-nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go: others wait for the slot.
+it wait), so a connection holds one large request at the most. Where others wait for the slot, a
+client that has it and sends nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go.
+While it sends, it counts as being about (`turnstile.Presence`): what it asks for is on its way.
 """
 
 import math
@@ -14,7 +15,8 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import TooSlow
-from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots
+from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
+from jobworker.server.turnstile import Presence
 
 
 @define(eq=False)
@@ -24,6 +26,7 @@ class Intake:
     _slots: Slots
     _name: str
     _stall_seconds: float
+    _presence: Presence
     _holding: bool = field(default=False, init=False)
     _served: trio.Event | None = field(default=None, init=False)
     """Set once the large request that is being served has been; None where there is none."""
@@ -44,7 +47,8 @@ class Intake:
     async def wait_for_room(self, size: int) -> float:
         """Wait until more may be read of a message that has `size` so far.
 
-        Returns the seconds within which more has to come. Raises TooSlow if it has not.
+        Returns the seconds within which more has to come, or this is to be asked again. Raises
+        TooSlow if it has not and somebody waits for the slot.
         """
         if self._served is not None:
             with self.pause():
@@ -53,7 +57,8 @@ class Intake:
             with self.pause():
                 await self._slots.take(self._name)
             self._holding = True
-            self._began = self._grew = trio.current_time(), size
+            now = trio.current_time()
+            self._began, self._grew = (now, size), (now, 0)
             if self._closed:
                 self._give_back()
         return self._seconds_left(size) if self._holding else math.inf
@@ -62,14 +67,17 @@ class Intake:
         now = trio.current_time()
         if size != self._grew[1]:
             self._grew = now, size
+            self._presence.saw(self._name)
         earned = (size - self._began[1]) / LEAST_BYTES_PER_SECOND
         left = min(self._grew[0], self._began[0] + earned) + self._stall_seconds - now
-        if left <= 0:
-            raise TooSlow(
-                f"cannot wait for the rest of a large message: nothing came for "
-                f"{self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
-            )
-        return left
+        if left > 0:
+            return left
+        if not self._slots.are_wanted_of(self._name):
+            return LOOK_SECONDS
+        raise TooSlow(
+            f"cannot wait for the rest of a large message: others wait, and nothing came for "
+            f"{self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
+        )
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -19,8 +19,10 @@ from attrs import define, field, frozen
 LARGE_BYTES = 32_768
 """A request or a reply of more needs a slot."""
 LEAST_BYTES_PER_SECOND = 65_536
-"""What a client that has a slot sends, or takes, after a grace of `server.stall_timeout`: a message
-of 4 MiB has another 64 s."""
+"""What a client sends, or takes, whose slot somebody waits for, after a grace of
+`server.stall_timeout`: a message of 4 MiB has another 64 s."""
+LOOK_SECONDS = 1.0
+"""How often it is looked whether somebody waits for the slot of one that is slower."""
 _KEPT_PART = 4
 """A quarter of the slots is for names that have none."""
 
@@ -46,6 +48,10 @@ class Slots:
     def statistics(self) -> Statistics:
         """How many are taken, and how many wait."""
         return Statistics(taken=self._taken.total(), waiting=len(self._waiting))
+
+    def are_wanted_of(self, name: str) -> bool:
+        """Whether somebody waits for whom a slot of this name's stands in the way."""
+        return any(who == name or self._taken[who] < self.for_each for who, _ in self._waiting)
 
     def take_nowait(self, name: str) -> bool:
         """Take a slot if one is free for that name."""

@@ -51,7 +51,7 @@ leave most of them to others."""
 
 @define(eq=False)
 class Presence:
-    """Who has asked for something a moment ago, or waits for the answer.
+    """Who has come, sent or asked for something a moment ago, or waits for the answer.
 
     A client that waits for the start of its job, or for the end of a short one, needs the processor
     as much as one that asks: if a flood had all of it meanwhile, the client would only wait longer.
@@ -63,7 +63,7 @@ class Presence:
     """How many requests of each are being served."""
 
     def saw(self, name: str) -> None:
-        """This client has asked."""
+        """This client has asked, is about to, or sends what will be a request."""
         self._extend(name, RECENT_SECONDS)
 
     @contextmanager
@@ -194,15 +194,21 @@ class Turnstile:
 
         A name that asks for more than its rate waits even so, where others are about.
         """
-        if self._rate < math.inf:
-            await self._keep_rate(name, cost)
-        if self._began is None:
-            self._look_about((name,))
-        if self._passed[name] < self._part() and name not in self._waiting:
-            self._passed[name] += cost
-            self._count()
-        else:
-            await self._wait(name, cost)
+        account = self._charge(name, cost)
+        try:
+            if account is not None and (seconds := account.seconds_overdrawn(trio.current_time())):
+                await trio.sleep(seconds)
+            if self._began is None:
+                self._look_about((name,))
+            if self._passed[name] < self._part() and name not in self._waiting:
+                self._passed[name] += cost
+                self._count()
+            else:
+                await self._wait(name, cost)
+        except trio.Cancelled:  # it does not pass: else who only comes and goes owes for hours
+            if account is not None:
+                account.draw(trio.current_time(), -cost)
+            raise
 
     async def _wait(self, name: str, cost: int) -> None:
         task, line = trio.lowlevel.current_task(), self._waiting.setdefault(name, {})
@@ -215,20 +221,21 @@ class Turnstile:
 
         await trio.lowlevel.wait_task_rescheduled(leave)
 
-    async def _keep_rate(self, name: str, cost: int) -> None:
+    def _charge(self, name: str, cost: int) -> Bucket | None:
+        """The account that was charged; None where the name has no rate now."""
+        if self._rate == math.inf:
+            return None
         now = trio.current_time()
         account = self._accounts.get(name)
         if account is None:
             for rested in [who for who, one in self._accounts.items() if one.is_full(now)]:
                 del self._accounts[rested]
             account = self._accounts[name] = Bucket(now, self._rate * BURST_SECONDS, self._rate)
-        if not account.take(now, cost) and self._presence.of_others((name,)):
+        if not account.take(now, cost):
+            if not self._presence.of_others((name,)):
+                return None
             account.draw(now, cost)
-            try:
-                await trio.sleep(account.seconds_overdrawn(now))
-            except trio.Cancelled:  # it does not pass: else who only comes and goes owes for hours
-                account.draw(trio.current_time(), -cost)
-                raise
+        return account
 
     def _part(self) -> int:
         return max(1, self._most_now // max(1, len(self._waiting)))

@@ -1,9 +1,11 @@
 """The client against a server's session in memory: who gets which reply, and when."""
 
 import gc
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from typing import cast
 
 import pytest
 import trio
@@ -12,7 +14,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from jobworker.client.address import Address
 from jobworker.client.client import Client
+from jobworker.client.dial import Connection
 from jobworker.client.following import DELIVERY, WINDOW_BYTES, Following
+from jobworker.client.link import Link
 from jobworker.errors import (
     ConnectionFailed,
     InvalidParams,
@@ -21,7 +25,7 @@ from jobworker.errors import (
     ProtocolError,
     TooLarge,
 )
-from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
+from jobworker.model.job import JobId, JobRecord, JobSpec, JobStatus, Stream
 from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
 from jobworker.protocol.frames import read_header
@@ -89,6 +93,7 @@ class Wire:
 
     out: trio.MemorySendChannel[str]
     incoming: trio.MemoryReceiveChannel[str | bytes]
+    is_ended: bool = False
 
     async def send(self, message: str) -> None:
         try:
@@ -108,13 +113,14 @@ class Servers:
     """Dials connections in memory, each to the next of `plays`; nobody is there after the last."""
 
     plays: list[Callable[[Peer], Awaitable[None]]]
+    say_that_they_end: bool = False
 
     async def dial(self, *, task_status: trio.TaskStatus[object]) -> None:
         if not self.plays:
             raise ConnectionFailed("cannot connect: nobody there")
         out, sent = trio.open_memory_channel[str](1000)
         to_client, incoming = trio.open_memory_channel[str | bytes](1000)
-        task_status.started(Wire(out, incoming))
+        task_status.started(Wire(out, incoming, self.say_that_they_end))
         await self.plays.pop(0)(Peer(sent, to_client))
 
 
@@ -184,6 +190,51 @@ async def test_an_error_reply_is_raised_as_its_class() -> None:
         with pytest.raises(NotFound, match="cannot find job 9; look") as caught:
             await client.job(9).status()
         assert caught.value.data == {"job": 9}
+
+
+async def test_call_in_a_cancelled_scope_is_not_made() -> None:
+    asked = list[str]()
+
+    async def play(peer: Peer) -> None:
+        while True:
+            call = await peer.call()
+            asked.append(call.method.name)
+            peer.reply(call, m.Removed(jobs=(JobId(7),), bytes=0))
+
+    async with served(Servers([play])) as client:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.run(SPEC)
+        assert (await client.job(7).remove()).jobs == (7,)
+    assert asked == ["job.remove"]
+
+
+async def test_call_that_is_cancelled_before_its_turn_to_be_sent_is_not_made() -> None:
+    sent, may_go_on = list[str](), trio.Event()
+
+    class Line:
+        """Takes a message, and nothing more for a while."""
+
+        async def send(self, message: str) -> None:
+            sent.append(json.loads(message)["method"])
+            await may_go_on.wait()
+
+    link = Link(cast(Connection, Line()))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.serve_writer)
+        nursery.start_soon(link.call, "job.list", m.ListParams(), m.ListResult)
+        await wait_all_tasks_blocked()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as others:
+                others.start_soon(link.call, "job.status", m.JobParams(id=JobId(7)), JobStatus)
+                await wait_all_tasks_blocked()
+                scope.cancel()
+        nursery.start_soon(link.call, "volume.list", m.Nothing(), m.Volumes)
+        may_go_on.set()
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert sent == ["job.list", "volume.list"]
+    assert len(link._pending) == 2
 
 
 async def test_cancelling_a_call_abandons_only_its_wait() -> None:

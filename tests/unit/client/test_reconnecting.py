@@ -159,6 +159,38 @@ async def test_what_may_be_asked_twice_is(autojump_clock: object, method: str) -
         assert (await getattr(client.job(7), method)()).id == RECORD.id
 
 
+async def test_call_that_breaks_each_connection_is_given_up(autojump_clock: object) -> None:
+    """Its answer is too long for the line, say: the server cuts that, and can say nothing."""
+    servers = Servers([lambda peer: hang_up_after(peer, 1)] * 5)
+    async with served(servers, PATIENCE_SECONDS) as client:
+        with pytest.raises(ConnectionFailed, match="3 connections broke before its answer"):
+            await client.job(7).status()
+    assert len(servers.plays) == 2
+
+
+@pytest.mark.parametrize(("method", "say"), [("status", True), ("wait", False), ("stop", False)])
+async def test_neither_restarts_nor_long_waits_are_held_for_a_fault_of_the_call(
+    autojump_clock: object, method: str, say: bool
+) -> None:
+    servers = Servers([*[lambda peer: hang_up_after(peer, 1)] * 20, answer], say)
+    async with served(servers, PATIENCE_SECONDS) as client:
+        assert (await getattr(client.job(7), method)()).id == RECORD.id
+
+
+async def test_who_stops_hears_whether_a_server_has_been_asked(autojump_clock: object) -> None:
+    async def break_off(peer: Peer) -> None:
+        peer.sent.close()  # whoever sends finds the line broken
+        await trio.sleep(0.5)
+        peer.hang_up()
+
+    told = list[bool]()
+    servers = Servers([break_off, refuse_then_hang_up, lambda peer: hang_up_after(peer, 1)])
+    async with served(servers, PATIENCE_SECONDS) as client:
+        with trio.move_on_after(20):
+            await client.job(7).stop(on_asked=told.append)
+    assert told == [True, False, True, False, True]
+
+
 async def test_running_is_not_asked_twice(autojump_clock: object) -> None:
     async def run(peer: Peer) -> None:
         peer.reply(await peer.call(), m.RunResult(job=evolve(RECORD, id=JobId(8))))

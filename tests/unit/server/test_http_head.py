@@ -3,12 +3,13 @@
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import pytest
 import trio
+import trio.testing
 import trustme
 
 from jobworker.server.frame_scan import SLICE_FRAMES
@@ -36,7 +37,7 @@ def contexts() -> Contexts:
 
 @asynccontextmanager
 async def connected(
-    contexts: Contexts, turns: Turnstile
+    contexts: Contexts, enter: Callable[[str, int], Awaitable[None]]
 ) -> AsyncIterator[tuple[PrefixStream, TLSStream]]:
     """The service's end of a connection of one name, and the client's."""
     ends = [trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair()]
@@ -46,7 +47,7 @@ async def connected(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ours.do_handshake)
             nursery.start_soon(theirs.do_handshake)
-        yield PrefixStream(ours, b"", partial(turns.enter, "name")), theirs
+        yield PrefixStream(ours, b"", partial(enter, "name")), theirs
 
 
 class Turns(trio.abc.Instrument):
@@ -75,7 +76,7 @@ async def test_what_is_handed_over_in_a_turn_is_bounded_however_many_connections
 
     async with AsyncExitStack() as stack:
         pairs = [
-            await stack.enter_async_context(connected(contexts, turnstile))
+            await stack.enter_async_context(connected(contexts, turnstile.enter))
             for _ in range(CONNECTIONS)
         ]
         for _, theirs in pairs:
@@ -93,11 +94,11 @@ async def test_what_is_half_sent_holds_no_turn(contexts: Contexts) -> None:
     turnstile = Turnstile(1, Presence())
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         for _ in range(10):
-            stream, theirs = await stack.enter_async_context(connected(contexts, turnstile))
+            stream, theirs = await stack.enter_async_context(connected(contexts, turnstile.enter))
             await theirs.send_all(PART[:10])
             assert await stream.receive_some(RECORD_BYTES) == PART[:10]
             nursery.start_soon(stream.receive_some, RECORD_BYTES)
-        stream, theirs = await stack.enter_async_context(connected(contexts, turnstile))
+        stream, theirs = await stack.enter_async_context(connected(contexts, turnstile.enter))
         await theirs.send_all(PART)
         with trio.fail_after(20):
             assert await stream.receive_some(RECORD_BYTES) == PART
@@ -106,7 +107,7 @@ async def test_what_is_half_sent_holds_no_turn(contexts: Contexts) -> None:
 
 async def test_who_gives_up_waiting_for_a_turn_loses_nothing(contexts: Contexts) -> None:
     turnstile = Turnstile(1, Presence())
-    async with connected(contexts, turnstile) as (stream, theirs):
+    async with connected(contexts, turnstile.enter) as (stream, theirs):
         await theirs.send_all(PARTS)
         got = b""
         while len(got) < len(PARTS):
@@ -117,3 +118,58 @@ async def test_who_gives_up_waiting_for_a_turn_loses_nothing(contexts: Contexts)
             with trio.move_on_after(0.001):
                 got += await stream.receive_some(RECORD_BYTES)
     assert got == PARTS
+
+
+@pytest.mark.parametrize("in_line", ["record", "frames"])
+async def test_what_stands_in_line_has_come(
+    contexts: Contexts, in_line: str, mock_clock: trio.testing.MockClock
+) -> None:
+    """However long that is: only the wait for what has not come has an end."""
+    entered, passes, looks = list[int](), trio.Event(), 0
+    waits_at = {"record": 1, "frames": 2}[in_line]
+
+    async def enter(_: str, cost: int) -> None:
+        entered.append(cost)
+        if len(entered) == waits_at:
+            await passes.wait()
+
+    async def look() -> float:
+        nonlocal looks
+        looks += 1
+        return 1
+
+    async with connected(contexts, enter) as (stream, theirs), trio.open_nursery() as nursery:
+        stream.check = look
+        await theirs.send_all(PART)
+        got = list[bytes]()
+
+        async def take() -> None:
+            got.append(await stream.receive_some(RECORD_BYTES))
+
+        nursery.start_soon(take)
+        while len(entered) < waits_at:
+            await trio.lowlevel.checkpoint()
+        mock_clock.jump(10)
+        await trio.testing.wait_all_tasks_blocked()
+        passes.set()
+    assert got == [PART]
+    assert (len(entered), looks) == (2, 1)
+
+
+async def test_what_does_not_come_is_looked_for_in_time(
+    contexts: Contexts, mock_clock: trio.testing.MockClock
+) -> None:
+    turnstile, looked = Turnstile(INCOMING_A_TURN, Presence()), trio.Event()
+
+    async def look() -> float:
+        if trio.current_time() >= 1:
+            looked.set()
+        return 1
+
+    async with connected(contexts, turnstile.enter) as (stream, _), trio.open_nursery() as nursery:
+        stream.check = look
+        nursery.start_soon(stream.receive_some, RECORD_BYTES)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(1)
+        await looked.wait()
+        nursery.cancel_scope.cancel()

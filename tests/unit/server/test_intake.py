@@ -5,11 +5,12 @@ import trio.testing
 
 from jobworker.server.intake import Intake
 from jobworker.server.slots import LARGE_BYTES, Slots
+from jobworker.server.turnstile import Presence
 
 
 async def test_client_counts_as_not_read_until_the_last_reason_is_gone() -> None:
     """Else its answer to a ping, which nobody reads, would be missed."""
-    intake = Intake(Slots(2, 2), "name", 60)
+    intake = Intake(Slots(2, 2), "name", 60, Presence())
     async with trio.open_nursery() as nursery:
         with intake.pause():
             intake.begin()

@@ -9,6 +9,7 @@ import trio.testing
 from jobworker.errors import TooSlow
 from jobworker.server.intake import Intake
 from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
+from jobworker.server.turnstile import Presence
 
 
 async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
@@ -84,7 +85,7 @@ async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> Non
 
 async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
-    one, other = Intake(slots, "a", 60), Intake(slots, "a", 60)
+    one, other = Intake(slots, "a", 60, Presence()), Intake(slots, "a", 60, Presence())
     assert await one.wait_for_room(LARGE_BYTES) == math.inf
     assert await one.wait_for_room(LARGE_BYTES + 1) == 60
     assert await other.wait_for_room(LARGE_BYTES) == math.inf
@@ -103,7 +104,7 @@ async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: obj
 async def test_connection_that_ends_while_it_waits_keeps_no_slot(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
     await slots.take("a")
-    waiting = Intake(slots, "a", 60)
+    waiting = Intake(slots, "a", 60, Presence())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(waiting.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
@@ -123,23 +124,51 @@ async def test_slot_that_is_given_to_who_was_just_cancelled_is_not_lost() -> Non
     assert slots.take_nowait("a")
 
 
-async def test_slot_is_held_for_a_bounded_time(autojump_clock: object) -> None:
-    intake = Intake(Slots(1, 1), "a", 60)
+@pytest.mark.parametrize("is_wanted", [False, True])
+async def test_slot_is_held_for_a_bounded_time_where_somebody_waits(
+    autojump_clock: object, nursery: trio.Nursery, is_wanted: bool
+) -> None:
+    slots = Slots(1, 1)
+    intake, size = Intake(slots, "a", 60, Presence()), LARGE_BYTES + 1
     began = trio.current_time()
-
-    async def trickle(size: int) -> None:
-        while True:
+    await intake.wait_for_room(size)
+    if is_wanted:
+        nursery.start_soon(slots.take, "b")
+    too_slow: TooSlow | None = None
+    while too_slow is None and trio.current_time() < began + 1000:
+        try:
             assert await intake.wait_for_room(size) <= 60
-            await trio.sleep(0.5)
-            size += LEAST_BYTES_PER_SECOND // 4
+        except TooSlow as raised:
+            too_slow = raised
+        await trio.sleep(0.5)
+        size += LEAST_BYTES_PER_SECOND // 4
+    nursery.cancel_scope.cancel()
+    if is_wanted:
+        assert "65536 bytes a second" in str(too_slow)
+        assert trio.current_time() - began == pytest.approx(120, abs=1)
+    else:
+        assert too_slow is None
 
-    with pytest.raises(TooSlow, match="65536 bytes a second"):
-        await trickle(LARGE_BYTES + 1)
-    assert trio.current_time() - began == pytest.approx(120, abs=1)
+
+def test_slot_stands_in_the_way_of_who_could_have_it_alone() -> None:
+    slots = Slots(in_all=2, for_each=1)
+    assert slots.take_nowait("a")
+    assert slots.take_nowait("b")
+    assert not slots.are_wanted_of("a")
+    slots._waiting.append(("a", trio.Event()))
+    assert slots.are_wanted_of("a")
+    assert not slots.are_wanted_of("b"), "it waits for a slot of its own"
+    slots._waiting.append(("c", trio.Event()))
+    assert slots.are_wanted_of("b")
 
 
-async def test_message_that_comes_at_a_rate_has_its_time(autojump_clock: object) -> None:
-    intake, size = Intake(Slots(1, 1), "a", 60), LARGE_BYTES + 1
+async def test_message_that_comes_at_a_rate_has_its_time(
+    autojump_clock: object, nursery: trio.Nursery
+) -> None:
+    slots = Slots(1, 1)
+    intake, size = Intake(slots, "a", 60, Presence()), LARGE_BYTES + 1
+    await intake.wait_for_room(size)
+    nursery.start_soon(slots.take, "b")
     for _ in range(1000):
         assert await intake.wait_for_room(size) > 0
         await trio.sleep(1)
@@ -147,12 +176,13 @@ async def test_message_that_comes_at_a_rate_has_its_time(autojump_clock: object)
     await trio.sleep(60)  # and may not pause
     with pytest.raises(TooSlow, match="nothing came for 60 s"):
         await intake.wait_for_room(size - LEAST_BYTES_PER_SECOND)
+    nursery.cancel_scope.cancel()
 
 
 async def test_reading_is_paused_while_a_slot_is_waited_for(autojump_clock: object) -> None:
     slots = Slots(1, 1)
     await slots.take("a")
-    intake = Intake(slots, "a", 60)
+    intake = Intake(slots, "a", 60, Presence())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(intake.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()

@@ -245,6 +245,26 @@ async def test_who_gives_up_waiting_owes_nothing(autojump_clock: trio.testing.Mo
     assert autojump_clock.current_time() - began < 0.1
 
 
+async def test_who_gives_up_in_the_line_owes_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its rate had let it pass, and the turn had no place left."""
+    presence = Presence()
+    turnstile = Turnstile(MOST, presence, rate=100)
+    presence.saw("quiet")
+    burst = int(100 * BURST_SECONDS)
+    async with trio.open_nursery() as nursery:
+        for _ in range(burst):
+            nursery.start_soon(turnstile.enter, "flood")
+        await trio.testing.wait_all_tasks_blocked()
+        assert turnstile._waiting, "the control: some stand in line"
+        nursery.cancel_scope.cancel()
+    began = autojump_clock.current_time()
+    for _ in range(burst - MOST):
+        await turnstile.enter("flood")
+    assert autojump_clock.current_time() - began < 0.1
+
+
 async def test_floods_of_several_kinds_rest_together(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

@@ -1,0 +1,225 @@
+"""A connection within this process: in whose name it takes turns, and when its client is about."""
+
+import json
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import trio
+from attrs import define, evolve
+from tests.security.raw_socket import TEXT, frame
+
+from jobworker.client.credentials import Credentials
+from jobworker.client.websocket import WebSocket, upgrade
+from jobworker.config import Settings
+from jobworker.config_roles import role_table
+from jobworker.errors import JobworkerError, SendStalled
+from jobworker.incidents import Incidents
+from jobworker.jobs.history import History
+from jobworker.jobs.supervisor import Supervisor
+from jobworker.pki.administration import init_authority
+from jobworker.pki.identity import name_fault
+from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.sandbox.host import HostFacts
+from jobworker.sandbox.link import Link
+from jobworker.server.admission import Admission
+from jobworker.server.auditor import Auditor
+from jobworker.server.connection import serve_connection
+from jobworker.server.conversation import Conversation
+from jobworker.server.crowds import Crowds
+from jobworker.server.disk_promises import DiskPromises
+from jobworker.server.door import Door, Fittings
+from jobworker.server.gate import Gate
+from jobworker.server.operations import Context
+from jobworker.server.reader import configured_files
+from jobworker.server.slots import LARGE_BYTES, LOOK_SECONDS, Slots
+from jobworker.server.traffic import Traffic
+from jobworker.server.turnstile import Presence, Spells, Turnstile
+from jobworker.tls_stream import TLSStream
+
+NAME = "admin-client"
+STALL_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("site") / "certs"
+    init_authority(directory, [], now=datetime.now(UTC))
+    return directory
+
+
+@define(eq=False)
+class Site:
+    """A service without jobs."""
+
+    certs: Path
+    door: Door
+    context: Context
+
+    @classmethod
+    def of(cls, certs: Path) -> "Site":
+        security = evolve(
+            Settings().security,
+            ca_cert=str(certs / "ca-cert.pem"),
+            server_cert=str(certs / "server-cert.pem"),
+            server_key=str(certs / "server-key.pem"),
+            crl="",
+        )
+        gate, presence = Gate(role_table({})), Presence()
+        context = Context(
+            supervisor=cast(Supervisor, SimpleNamespace(record=trio.sleep_forever)),
+            link=cast(Link, None),
+            promises=cast(DiskPromises, None),
+            host=cast(HostFacts, None),
+            runtimes=frozenset(),
+            gate=gate,
+            auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
+            incidents=Incidents(),
+            stall_seconds=STALL_SECONDS,
+            max_timeout_seconds=60,
+            admission=Admission(),
+            presence=presence,
+            traffic=Traffic(presence),
+            crowds=Crowds(1),
+            replies=Slots(in_all=1, for_each=1),
+            requests=Slots(in_all=1, for_each=1),
+        )
+        return cls(certs, Door(Fittings.of(configured_files(security), security), gate), context)
+
+    @asynccontextmanager
+    async def dialled(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[TLSStream]:
+        """A client's end of a connection; the admin's where there is no context."""
+        files = (self.certs / f"{name}.pem" for name in ("ca-cert", f"{NAME}-cert", f"{NAME}-key"))
+        tls = tls or Credentials(*files).read()
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        near = trio.socket.socket()
+        async with trio.open_nursery() as nursery, listener:
+            await near.connect(listener.socket.getsockname())
+            far = await listener.accept()
+            nursery.start_soon(serve_connection, far, self.door, self.context)
+            async with TLSStream(trio.SocketStream(near), tls, server_name="localhost") as stream:
+                await stream.do_handshake()
+                yield stream
+            nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[tuple[TLSStream, WebSocket]]:
+        """A connection that is open."""
+        async with self.dialled() as stream:
+            yield stream, await upgrade(stream, "localhost", SUBPROTOCOL)
+
+
+@pytest.fixture
+def site(certs: Path) -> Site:
+    return Site.of(certs)
+
+
+async def ask(client: WebSocket, method: str) -> dict[str, object]:
+    await client.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method}))
+    reply = await client.receive()
+    assert isinstance(reply, str)
+    answer = json.loads(reply)
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def until(true: Callable[[], bool]) -> None:
+    for _ in range(1_000_000):
+        if true():
+            return
+        await trio.lowlevel.checkpoint()
+    pytest.fail("it does not come true")
+
+
+async def test_no_name_of_a_certificate_shares_what_strangers_of_a_network_have(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = set[str]()
+
+    async def enter(turnstile: Turnstile, name: str, cost: int = 1) -> None:
+        lines.add(name)
+        await really(turnstile, name, cost)
+
+    really = Turnstile.enter
+    monkeypatch.setattr(Turnstile, "enter", enter)
+    async with site.connected() as (_, client):
+        assert "result" in await ask(client, "service.hello")
+    assert NAME in lines
+    assert len(lines) == 3, "and strangers, and those who have shown a certificate"
+    assert [name for name in lines if name_fault(name) is None] == [NAME]
+
+
+async def test_who_has_shown_a_certificate_is_about_before_it_asks(site: Site) -> None:
+    """Each command connects anew, and a flood would be in the way of its handshakes."""
+    async with site.connected():
+        assert site.context.presence.of_others(())
+
+
+async def test_stranger_is_not_about(site: Site) -> None:
+    """Else a few bytes would slow down all who have a certificate."""
+    async with site.dialled(
+        ssl.create_default_context(cafile=site.certs / "ca-cert.pem")
+    ) as stream:
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        assert not site.context.presence.of_others(())
+
+
+async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(site: Site) -> None:
+    presence = site.context.presence
+    async with site.connected() as (stream, client):
+        await ask(client, "service.hello")
+        presence._until.clear()
+        await stream.send_all(frame(TEXT, b" " * (LARGE_BYTES + 1), first=0))
+        for _ in range(3):
+            await until(lambda: presence.of_others(()))
+            presence._until.clear()
+            await stream.send_all(frame(0, b" " * 1000, first=0))
+
+
+async def test_who_waits_for_a_long_request_to_be_read_is_about(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = list[int]()
+
+    async def run(*_: object) -> None:
+        served.append(site.context.presence._served[NAME])
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Spells, "run", run)
+    async with site.connected() as (_, client):
+        await client.send(" " * 2 * LARGE_BYTES)
+        await until(lambda: bool(served))
+    assert served == [1]
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+async def test_who_takes_a_large_reply_slowly_is_let_go_once_somebody_waits(
+    autojump_clock: object, is_wanted: bool
+) -> None:
+    """Else it would ask again, for as long as it lives, for what it cannot take in time."""
+    slots, faults = Slots(in_all=1, for_each=1), list[JobworkerError]()
+    assert slots.take_nowait(NAME)
+
+    async def watch() -> None:
+        conversation = SimpleNamespace(
+            _socket=SimpleNamespace(taken_bytes=0),
+            _context=SimpleNamespace(stall_seconds=STALL_SECONDS),
+            _end=faults.append,
+        )
+        await Conversation._end_unless_taken(cast(Conversation, conversation), slots, NAME)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await trio.sleep(10 * STALL_SECONDS)
+        assert not faults, "nobody minds"
+        if is_wanted:
+            nursery.start_soon(slots.take, "another")
+        await trio.sleep(2 * LOOK_SECONDS)
+        nursery.cancel_scope.cancel()
+    assert [type(fault) for fault in faults] == [SendStalled] * is_wanted
