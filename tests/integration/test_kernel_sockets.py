@@ -11,7 +11,7 @@ import pytest
 
 from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
 from jobworker.sandbox.chores import Chores
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
 
 from .conftest import child_of
 from .test_kernel_memory import MIB, end_of, service  # noqa: F401 - a fixture

@@ -29,7 +29,7 @@ from typing import NoReturn
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disposal import close_all_but
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
 
 CROWDED = errno.EUSERS
 """Too much waits: an errno that the kernel has for nothing that a chore does."""

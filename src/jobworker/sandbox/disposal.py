@@ -15,7 +15,7 @@ from functools import partial
 
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
 
 MAX_PROCESSES = 4
 AGAIN_SECONDS = 0.1

@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection
 
 from jobworker.errors import Busy, JobworkerError, PermissionDenied
 from jobworker.sandbox import channel
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.log import say
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 AGAIN_SECONDS = 0.1

@@ -36,7 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from jobworker.sandbox.announce import say
+from jobworker.sandbox.log import say
 
 T = TypeVar("T")
 LookAt = Callable[[int], object]

@@ -51,14 +51,14 @@ from typing import NamedTuple
 
 from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import CROWDED, MOST_SECONDS, UNENDING, Chores
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.host_memory import Figure, HostMemory
 from jobworker.sandbox.kernel_memory import BOUND_BYTES, LookAt, Measured
 from jobworker.sandbox.kernel_pace import Pace
 from jobworker.sandbox.kernel_search import Found
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.log import say
 
 STEP_BYTES = 32 << 20
 """Growth of the host's that is a reason to look."""

@@ -24,12 +24,12 @@ from jobworker import sd_notify
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import bpf, channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.announce import open_log, say, say_last
 from jobworker.sandbox.cgroups import Limits, Tree, most_processes, open_tree, sweep_elsewhere
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import Terms, rounded
 from jobworker.sandbox.kernel_memory import open_locks
 from jobworker.sandbox.launcher_loop import Launcher
+from jobworker.sandbox.log import open_log, say, say_last
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.policy import Policy, policy_from
 from jobworker.sandbox.user_namespaces import Ids

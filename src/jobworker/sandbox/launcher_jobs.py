@@ -32,16 +32,16 @@ from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, disk_images, gateway, held_starts, requests, trampoline, wall
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroups import Limits, Usage
 from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
+from jobworker.sandbox.log import say
 from jobworker.sandbox.networks import room_beside
 from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.plan import Order, finish, fits_spare
-from jobworker.sandbox.turns import Turns
 from jobworker.sandbox.zombies import Zombies
 
 REFILL_SECONDS = 0.02

@@ -27,14 +27,14 @@ from functools import partial
 
 from jobworker.errors import JobworkerError
 from jobworker.sandbox import channel, requests
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.doorway import Doorway
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, fault, keep_ask, listed, problem
+from jobworker.sandbox.log import say
 from jobworker.sandbox.service_link import ServiceLink
-from jobworker.sandbox.turns import Turns
 from jobworker.sandbox.version import PROTOCOL, mismatch
 
 FAREWELL_SECONDS = 10.0

@@ -70,7 +70,7 @@ class Started:
 log = logging.getLogger("jobworker.sandbox")
 
 SILENT_SECONDS = 10.0
-"""The launcher's turns take milliseconds (`sandbox.turns`)."""
+"""The launcher's turns take milliseconds (`sandbox.event_loop`)."""
 FAREWELL_SECONDS = 20.0
 """How long a launcher of the service's own may take to end."""
 LOOK_SECONDS = 1.0

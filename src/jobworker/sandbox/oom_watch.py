@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from jobworker.sandbox.children import Child
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
 
 LOOK_SECONDS = 0.1
 LOOK_AGAIN_SECONDS = 0.002

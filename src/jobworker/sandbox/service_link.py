@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel, requests
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.outbox import Outbox
-from jobworker.sandbox.turns import Turns
 
 Serve = Callable[[int, requests.Request], None]
 _GONE = (BrokenPipeError, ConnectionResetError)

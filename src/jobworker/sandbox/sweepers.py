@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from jobworker.sandbox import disk_images, scratch
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.disposal import close_all_but, give_away
+from jobworker.sandbox.log import say
 
 MAX_SWEEPERS = 4
 MAX_KEPT_DISKS = 4

@@ -26,10 +26,10 @@ from functools import partial
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import disk_images
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores, Done
 from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.log import say
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 _SUFFIX = ".img"

@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
 
 COLLECT_SECONDS = 1.0
 

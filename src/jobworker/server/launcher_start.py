@@ -17,9 +17,9 @@ from typing import NoReturn
 from jobworker.config import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
-from jobworker.sandbox.announce import say
 from jobworker.sandbox.cgroups import step_into_leaf
 from jobworker.sandbox.launch import launcher_command
+from jobworker.sandbox.log import say
 from jobworker.sandbox.policy import policy_message
 from jobworker.server.id_ranges import lock_ids
 from jobworker.server.notify import Notifier

@@ -16,7 +16,7 @@ from jobworker.sandbox import chores as chores_module
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.turns import Turns
+from jobworker.sandbox.event_loop import Turns
 
 from .held_locks import held_epoll
 

@@ -14,9 +14,9 @@ from jobworker.sandbox import kernel_watch
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_memory import BOUND_BYTES
 from jobworker.sandbox.kernel_pace import LONGEST_REST_SECONDS
-from jobworker.sandbox.turns import Turns
 
 MUCH = BOUND_BYTES + 1
 LIMIT = 1 << 30

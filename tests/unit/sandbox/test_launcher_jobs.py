@@ -17,12 +17,13 @@ from typing import cast
 import pytest
 
 from jobworker.sandbox import channel, gateway, held_starts
+from jobworker.sandbox import event_loop as turns_module
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox import turns as turns_module
 from jobworker.sandbox.cgroup_none import NoTree
 from jobworker.sandbox.cgroups import Usage
 from jobworker.sandbox.children import Child, Exit, Nursery, status_of
 from jobworker.sandbox.disk_images import Disk
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.launch import exit_from
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
@@ -30,7 +31,6 @@ from jobworker.sandbox.plan import Slot
 from jobworker.sandbox.stage import Stage
 from jobworker.sandbox.start_failures import explain
 from jobworker.sandbox.sweepers import Sweepers
-from jobworker.sandbox.turns import Turns
 from jobworker.sandbox.user_namespaces import make_user_namespace
 from jobworker.sandbox.volumes import Volumes
 

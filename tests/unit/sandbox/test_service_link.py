@@ -4,8 +4,8 @@ import os
 import socket
 
 from jobworker.sandbox import channel, requests
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.service_link import ServiceLink
-from jobworker.sandbox.turns import Turns
 
 
 def test_last_words_of_a_service_that_was_killed_are_heard() -> None:

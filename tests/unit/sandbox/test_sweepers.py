@@ -10,12 +10,12 @@ from typing import cast
 import pytest
 
 from jobworker.sandbox import disk_images, launcher_jobs
+from jobworker.sandbox import event_loop as turns_module
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox import turns as turns_module
 from jobworker.sandbox.children import Nursery
+from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher_jobs import Jobs
 from jobworker.sandbox.sweepers import Sweepers
-from jobworker.sandbox.turns import Turns
 
 
 def clone(*, ends: bool) -> int:

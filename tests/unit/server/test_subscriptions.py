@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.strategies import record
 
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import Stream
@@ -13,6 +12,8 @@ from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Encoding
 from jobworker.server.subscriptions import SLOW_SECONDS, Subscription
 from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES
+
+from ..strategies import record
 
 BATCHES = [LEAST_BYTES << doubled for doubled in range(5)]
 assert BATCHES[-1] == PIECE_BYTES

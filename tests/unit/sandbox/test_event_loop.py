@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from jobworker.sandbox import turns as turns_module
-from jobworker.sandbox.turns import (
+from jobworker.sandbox import event_loop as turns_module
+from jobworker.sandbox.event_loop import (
     AGAIN_SECONDS,
     EVENTS_A_TURN,
     SLOW_SECONDS,

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from jobworker.sandbox.announce import say, say_fault
+from jobworker.sandbox.log import say, say_fault
 
 Call = Callable[[], None]
 EVENTS_A_TURN = 16

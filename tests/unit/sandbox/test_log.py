@@ -14,7 +14,7 @@ import jobworker
 SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
 MANY = (
     f"import sys; sys.path.insert(0, {SOURCE!r})\n"
-    "from jobworker.sandbox.announce import open_log, say\n"
+    "from jobworker.sandbox.log import open_log, say\n"
     "if sys.argv[1:]: open_log()\n"
     "for number in range(5000): say(f'line {number} ' + 100 * 'x')\n"
     "print('went on', flush=True)\n"
