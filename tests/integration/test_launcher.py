@@ -19,8 +19,8 @@ from jobworker.sandbox import cgroups, channel
 from jobworker.sandbox.cgroup_files import groups_called
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
 from jobworker.sandbox.policy import Policy
-from jobworker.sandbox.seccomp import NEEDED_TO_START
-from jobworker.sandbox.seccomp_filter import load_filters
+from jobworker.sandbox.seccomp.compile import load_filters
+from jobworker.sandbox.seccomp.profile import NEEDED_TO_START
 from jobworker.server.id_ranges import lock_ids
 
 from ..conftest import compiler

@@ -23,7 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 PLAN, APPLY = "src/jobworker/sandbox/plan.py", "src/jobworker/sandbox/apply.py"
 CHILDREN, FILTER = "src/jobworker/sandbox/children.py", "etc/seccomp.toml"
-BPF = "src/jobworker/sandbox/bpf.py"
+BPF = "src/jobworker/sandbox/seccomp/program.py"
 SECONDS = 240
 
 
@@ -171,7 +171,7 @@ FILTER_WHOLE = (
     ),
     Mutant(
         "filter: other ABIs are let through",
-        "src/jobworker/sandbox/seccomp_filter.py",
+        "src/jobworker/sandbox/seccomp/compile.py",
         "    foreign = error(errno.ENOSYS)\n",
         "    foreign = ALLOW\n",
     ),

@@ -17,9 +17,9 @@ from jobworker.errors import ConfigError, JobworkerError
 from jobworker.pki.credentials import SERVER_REMEDY
 from jobworker.pki.expiry import WARN_BEFORE, expiry_warnings
 from jobworker.pki.tls import key_mode_warning, server_context
-from jobworker.sandbox.bpf import INSTRUCTION_BYTES
 from jobworker.sandbox.probing import Finding
-from jobworker.sandbox.seccomp_filter import load_filters
+from jobworker.sandbox.seccomp.compile import load_filters
+from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import check_promises
 from jobworker.server.id_ranges import own_id

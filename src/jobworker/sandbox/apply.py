@@ -16,11 +16,12 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import bpf, channel, network, private_network, root_mounts
+from jobworker.sandbox import channel, network, private_network, root_mounts
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroups import Scope
 from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.seccomp import program as bpf
 from jobworker.sandbox.stage import ROOT
 
 STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4

@@ -6,8 +6,8 @@ Standard library only.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import bpf
 from jobworker.sandbox.channel import Message
+from jobworker.sandbox.seccomp import program as bpf
 
 
 class Policy(NamedTuple):

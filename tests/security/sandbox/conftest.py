@@ -20,7 +20,7 @@ import trio
 from attrs import frozen
 
 from jobworker.cli.embedded import Embedded
-from jobworker.sandbox.libseccomp import number_of
+from jobworker.sandbox.seccomp.libseccomp import number_of
 
 from ...integration.conftest import (
     _needs_root,

@@ -18,9 +18,9 @@ import pytest
 from jobworker.cli.embedded import Embedded
 from jobworker.sandbox import channel, trampoline
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.libseccomp import number_of
 from jobworker.sandbox.plan import KEPT_CAPABILITIES
 from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.seccomp.libseccomp import number_of
 
 from ...conftest import compiler
 from ...integration.test_launcher import Service, make_policy, shown_directory

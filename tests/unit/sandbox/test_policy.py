@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.sandbox.bpf import Filters
 from jobworker.sandbox.channel import Message, decode, encode
 from jobworker.sandbox.policy import Policy, policy_from, policy_message
+from jobworker.sandbox.seccomp.program import Filters
 
 from ..strategies import examples, texts
 

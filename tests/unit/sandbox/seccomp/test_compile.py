@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.errors import ConfigError
-from jobworker.sandbox import seccomp_filter
-from jobworker.sandbox.bpf import Filters
-from jobworker.sandbox.libseccomp import number_of
-from jobworker.sandbox.seccomp import parse
-from jobworker.sandbox.seccomp_filter import compile_profile, load_filters
+from jobworker.sandbox.seccomp import compile as seccomp_filter
+from jobworker.sandbox.seccomp.compile import compile_profile, load_filters
+from jobworker.sandbox.seccomp.libseccomp import number_of
+from jobworker.sandbox.seccomp.profile import parse
+from jobworker.sandbox.seccomp.program import Filters
 
-from ..strategies import examples
-from .bpf_machine import ALLOW, ENOSYS, EPERM, answer, run
-from .test_seccomp import DOCUMENTED, SOUND
+from ...strategies import examples
+from ..bpf_machine import ALLOW, ENOSYS, EPERM, answer, run
+from .test_profile import DOCUMENTED, SOUND
 
 MACHINES = ("x86_64", "aarch64")
 PROFILE = parse(DOCUMENTED.read_text(), str(DOCUMENTED))

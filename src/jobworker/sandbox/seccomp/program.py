@@ -5,7 +5,7 @@ no job runs without: a program that is missing, not of whole instructions or bey
 bound is refused at the start, and so are programs that the kernel does not take, which a child that
 ends at once tries out. There is no switch that turns the filter off.
 
-`sandbox.seccomp_filter` makes the programs. Standard library only.
+`sandbox.seccomp.compile` makes the programs. Standard library only.
 """
 
 import base64

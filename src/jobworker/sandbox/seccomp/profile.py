@@ -2,7 +2,7 @@
 
 A profile is an allow-list. `[[allow]]` rules say what may be called, `[[refuse]]` rules take
 something back or answer it by another error than EPERM; `etc/seccomp.toml` explains every key and
-is the profile that is used unless the configuration names another one. `sandbox.seccomp_filter`
+is the profile that is used unless the configuration names another one. `sandbox.seccomp.compile`
 makes BPF programs of it.
 
 What must hold of a profile beyond its types: no call is both allowed and refused without

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import ConfigError
-from jobworker.sandbox.seccomp import NEEDED_TO_START, Allow, Refuse, parse
+from jobworker.sandbox.seccomp.profile import NEEDED_TO_START, Allow, Refuse, parse
 
-DOCUMENTED = Path(__file__).resolve().parents[3] / "etc" / "seccomp.toml"
+DOCUMENTED = Path(__file__).resolve().parents[4] / "etc" / "seccomp.toml"
 SOUND = f"""
 newest_call = 469
 [[allow]]

@@ -23,8 +23,7 @@ from itertools import product
 from pathlib import Path
 
 from jobworker.errors import ConfigError
-from jobworker.sandbox.bpf import INSTRUCTION_BYTES, MAX_INSTRUCTIONS, Filters
-from jobworker.sandbox.libseccomp import (
+from jobworker.sandbox.seccomp.libseccomp import (
     ALLOW,
     ARCHITECTURES,
     Call,
@@ -33,7 +32,8 @@ from jobworker.sandbox.libseccomp import (
     error,
     number_of,
 )
-from jobworker.sandbox.seccomp import Allow, Condition, Profile, Refuse, parse, unusable
+from jobworker.sandbox.seccomp.profile import Allow, Condition, Profile, Refuse, parse, unusable
+from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES, MAX_INSTRUCTIONS, Filters
 
 _INSTRUCTION = struct.Struct("=HBBI")
 # <linux/bpf_common.h>: BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JA, …|BPF_JEQ, …|BPF_JGT, BPF_RET|BPF_K
@@ -52,7 +52,7 @@ def load_filters(path: str) -> Filters:
         if path:
             text = Path(path).read_text(encoding="utf-8")
         else:
-            profile = resources.files("jobworker.sandbox") / "seccomp.toml"
+            profile = resources.files("jobworker.sandbox.seccomp") / "seccomp.toml"
             path, text = str(profile), profile.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8"

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox.bpf import Filters, filters_from, filters_message, try_out
-from jobworker.sandbox.seccomp_filter import load_filters
+from jobworker.sandbox.seccomp.compile import load_filters
+from jobworker.sandbox.seccomp.program import Filters, filters_from, filters_message, try_out
 
-from ..strategies import examples
+from ...strategies import examples
 
 SOUND = filters_message(load_filters(""))
 RETURN_ALLOW = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
