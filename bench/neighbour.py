@@ -27,7 +27,7 @@ from attrs import evolve
 
 from jobworker.config import Settings
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.plan import Order
 from jobworker.server.setup import policy_for

@@ -27,8 +27,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from jobworker import errors
-from jobworker.sandbox import cgroup_files, cgroups
-from jobworker.sandbox.cgroups import Limits, Scope, Tree
+from jobworker.sandbox.cgroup import files as cgroup_files
+from jobworker.sandbox.cgroup import hierarchy as cgroups
+from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree
 
 ALL = ("cpu", "memory", "io", "pids")
 MIB = 1 << 20

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from jobworker import errors
-from jobworker.sandbox import cgroup_files, cgroup_mounts, cgroup_v1, cgroups
-from jobworker.sandbox.cgroups import Limits, Tree
+from jobworker.sandbox.cgroup import files as cgroup_files
+from jobworker.sandbox.cgroup import hierarchy as cgroups
+from jobworker.sandbox.cgroup import mounts as cgroup_mounts
+from jobworker.sandbox.cgroup import v1 as cgroup_v1
+from jobworker.sandbox.cgroup.hierarchy import Limits, Tree
 from tests.e2e import cgroup_probes as probes
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making control groups needs root")

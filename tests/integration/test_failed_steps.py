@@ -8,7 +8,7 @@ import pytest
 
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel, launch
-from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 

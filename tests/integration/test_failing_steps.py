@@ -15,7 +15,7 @@ import pytest
 
 from jobworker.sandbox import launch, steps
 from jobworker.sandbox.apply import _APPLY
-from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.steps import name_of

@@ -15,8 +15,9 @@ import pytest
 
 from jobworker.config import DEFAULT_ETC, SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import cgroups, channel
-from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox import channel
+from jobworker.sandbox.cgroup import hierarchy as cgroups
+from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.launch import LauncherProcess, start_launcher
 from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.seccomp.compile import load_filters

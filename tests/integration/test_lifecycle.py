@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
-from jobworker.sandbox.cgroup_files import groups_called
+from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.server.setup import instance_name
 
 from .conftest import child_of, disks_in, left_behind, until

@@ -18,7 +18,7 @@ from jobworker.cli.failures import one_line
 from jobworker.config import Settings, load
 from jobworker.convert import dumps
 from jobworker.errors import JobworkerError
-from jobworker.sandbox.cgroups import step_into_leaf
+from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.host_check import findings as host_findings
 from jobworker.sandbox.probes import Wanted
 from jobworker.sandbox.probing import Finding

@@ -18,7 +18,7 @@ from jobworker.cli.check_service import nearest_directory
 from jobworker.config import Settings
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.model.job import JobId
-from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.link import Link, open_link
 from jobworker.sandbox.plan import Order

@@ -24,8 +24,8 @@ from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.guard import ENDING
 from jobworker.config import CONTROLLERS
 from jobworker.convert import loads
-from jobworker.sandbox.cgroup_files import groups_called
-from jobworker.sandbox.cgroups import step_into_leaf
+from jobworker.sandbox.cgroup.files import groups_called
+from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.host_check import findings as host_findings
 from jobworker.sandbox.probes import Wanted
 from jobworker.server.setup import instance_name

@@ -54,7 +54,7 @@ from jobworker.model.job import (
 )
 from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
-from jobworker.sandbox import cgroups
+from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Notices, Started

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from jobworker.model.job import JobId, JobRecord, JobSpec
-from jobworker.sandbox import cgroups
+from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.plan import Order
 
 

@@ -22,8 +22,8 @@ from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
 from jobworker.sandbox.asks import Asked
-from jobworker.sandbox.cgroup_scope import Want
-from jobworker.sandbox.cgroups import Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
 from jobworker.sandbox.disk_images import Disk, rounded

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 
 from jobworker.sandbox import channel, netlink, network
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroups import Scope
+from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.plan import View
 from jobworker.sandbox.private_network import PROGRAM, TAP, Layout
 from jobworker.sandbox.stage import ROOT

@@ -24,7 +24,7 @@ import jobworker
 from jobworker.errors import HostUnsupported, LauncherGone, error_classes
 from jobworker.model.job import Usage
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup_scope import Want
+from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.version import PROTOCOL, mismatch
 

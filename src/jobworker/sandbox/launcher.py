@@ -24,7 +24,13 @@ from jobworker import sd_notify
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import channel, plain_root, rootfs
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroups import Limits, Tree, most_processes, open_tree, sweep_elsewhere
+from jobworker.sandbox.cgroup.hierarchy import (
+    Limits,
+    Tree,
+    most_processes,
+    open_tree,
+    sweep_elsewhere,
+)
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk_images import Terms, rounded
 from jobworker.sandbox.kernel_memory import open_locks

@@ -33,7 +33,7 @@ from functools import partial
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel, disk_images, gateway, held_starts, requests, trampoline, wall
 from jobworker.sandbox.asks import Ask, Asked
-from jobworker.sandbox.cgroups import Limits, Usage
+from jobworker.sandbox.cgroup.hierarchy import Limits, Usage
 from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.event_loop import Turns

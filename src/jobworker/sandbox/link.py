@@ -24,7 +24,7 @@ from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
 from jobworker.sandbox.asks import Ask
-from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.launch import (
     AskedBefore,
     Exit,

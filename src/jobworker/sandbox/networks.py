@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import netlink, wall
-from jobworker.sandbox.cgroups import Limits, Scope
+from jobworker.sandbox.cgroup.hierarchy import Limits, Scope
 from jobworker.sandbox.gateway import Means, start_gateway
 from jobworker.sandbox.plan import Order, OwnNetwork, View
 from jobworker.sandbox.private_network import (

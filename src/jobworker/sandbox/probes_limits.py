@@ -13,8 +13,8 @@ from functools import partial
 
 from jobworker.errors import JobworkerError
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup_mounts import CONTROLLERS
-from jobworker.sandbox.cgroups import Limits, Scope, Tree, open_tree
+from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, open_tree
+from jobworker.sandbox.cgroup.mounts import CONTROLLERS
 from jobworker.sandbox.probing import SECONDS, Missing, Probe
 
 _MEBIBYTE = 1 << 20

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox.asks import CAUSES, Ask
-from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.plan import Order
 from jobworker.storage import (
     MAX_DISK_BYTES,

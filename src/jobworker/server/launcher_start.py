@@ -17,7 +17,7 @@ from typing import NoReturn
 from jobworker.config import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroups import step_into_leaf
+from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.launch import launcher_command
 from jobworker.sandbox.log import say
 from jobworker.sandbox.policy import policy_message

@@ -40,7 +40,7 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
-from jobworker.sandbox.cgroup_cpuset import parse_cores
+from jobworker.sandbox.cgroup.cpuset import parse_cores
 from jobworker.sandbox.host import HostFacts
 from jobworker.sandbox.link import Link
 from jobworker.server.admission import Admission

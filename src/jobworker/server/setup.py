@@ -29,7 +29,7 @@ from jobworker.errors import AddressUnavailable, ConfigError, JobworkerError
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroups import step_into_leaf
+from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.sandbox.policy import Policy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters

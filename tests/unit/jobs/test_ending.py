@@ -13,7 +13,7 @@ from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.asks import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.cgroup_scope import Want
+from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.launch import AskedBefore, Exit, exit_from
 
 EXITED = Exit(code=0, signal=None, usage=Usage())

@@ -19,8 +19,8 @@ import pytest
 from jobworker.sandbox import channel, gateway, held_starts
 from jobworker.sandbox import event_loop as turns_module
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup_none import NoTree
-from jobworker.sandbox.cgroups import Usage
+from jobworker.sandbox.cgroup.hierarchy import Usage
+from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.children import Child, Exit, Nursery, status_of
 from jobworker.sandbox.disk_images import Disk
 from jobworker.sandbox.event_loop import Turns

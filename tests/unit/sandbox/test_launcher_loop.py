@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from jobworker.sandbox import channel, doorway, launcher_loop
-from jobworker.sandbox.cgroup_none import NoTree
+from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.children import Child, Nursery
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.plan import Slot

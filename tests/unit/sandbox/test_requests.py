@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import requests as r
 from jobworker.sandbox.asks import CAUSES, Ask
-from jobworker.sandbox.cgroups import Limits
+from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.plan import Order
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
 

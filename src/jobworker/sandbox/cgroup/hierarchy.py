@@ -21,14 +21,13 @@ import os
 from collections.abc import Iterator, Sequence
 
 from jobworker import errors
-from jobworker.sandbox import cgroup_cpuset
-from jobworker.sandbox import cgroup_delegation as delegation
-from jobworker.sandbox import cgroup_mounts as mounts
-from jobworker.sandbox.cgroup_files import DIRECTORY
-from jobworker.sandbox.cgroup_none import NoTree
-from jobworker.sandbox.cgroup_scope import Limits, Scope, Tree, Usage
-from jobworker.sandbox.cgroup_v1 import open_v1
-from jobworker.sandbox.cgroup_v2 import open_v2
+from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
+from jobworker.sandbox.cgroup import delegation, mounts
+from jobworker.sandbox.cgroup.files import DIRECTORY
+from jobworker.sandbox.cgroup.none import NoTree
+from jobworker.sandbox.cgroup.scope import Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.v1 import open_v1
+from jobworker.sandbox.cgroup.v2 import open_v2
 
 __all__ = [
     "Limits",
@@ -118,7 +117,7 @@ def sweep_elsewhere(tree: Tree, parent: str = "") -> None:
 
 
 def _places(found: mounts.Hierarchies, name: str, parent: str) -> Iterator[str]:
-    """Where a directory of ours may be; on cgroup2 also at the top: `cgroup_delegation`."""
+    """Where a directory of ours may be; on cgroup2 also at the top: `cgroup.delegation`."""
     for mount in found.mounts:
         if mount.version == 2:
             yield f"{mounts.base_path(found, mount, '', parent)}/{name}"
@@ -128,7 +127,7 @@ def _places(found: mounts.Hierarchies, name: str, parent: str) -> Iterator[str]:
 
 
 def step_into_leaf() -> None:
-    """See `cgroup_delegation.step_into_leaf`."""
+    """See `cgroup.delegation.step_into_leaf`."""
     delegation.step_into_leaf(_hierarchies())
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from jobworker import errors
-from jobworker.sandbox import block_devices, cgroup_files, cgroup_v1, cgroup_v2
+from jobworker.sandbox.cgroup import block_devices
+from jobworker.sandbox.cgroup import files as cgroup_files
+from jobworker.sandbox.cgroup import v1 as cgroup_v1
+from jobworker.sandbox.cgroup import v2 as cgroup_v2
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox.cgroup_cpuset import limit_cores, parse_cores
+from jobworker.sandbox.cgroup.cpuset import limit_cores, parse_cores
 
 
 @pytest.mark.parametrize(

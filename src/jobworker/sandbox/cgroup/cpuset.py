@@ -13,8 +13,7 @@ import contextlib
 import os
 
 from jobworker import errors
-from jobworker.sandbox import cgroup_files as files
-from jobworker.sandbox import cgroup_mounts as mounts
+from jobworker.sandbox.cgroup import files, mounts
 
 CONTROLLER = "cpuset"
 _CORES = "cpuset.cpus"

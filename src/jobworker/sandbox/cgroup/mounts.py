@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jobworker import errors
-from jobworker.sandbox.cgroup_files import DIRECTORY
+from jobworker.sandbox.cgroup.files import DIRECTORY
 
 V1_NAMES = {"cpu": "cpu", "memory": "memory", "io": "blkio", "pids": "pids"}
 CONTROLLERS = tuple(V1_NAMES)

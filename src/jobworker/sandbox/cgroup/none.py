@@ -7,7 +7,7 @@ job ends with its process namespace, which a group would only have helped to cat
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from jobworker.sandbox.cgroup_scope import Kind, Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
 
 
 class NoScope(Scope):

@@ -15,7 +15,7 @@ Source: Documentation/ABI/stable/sysfs-block.
 import os
 from typing import NamedTuple
 
-from jobworker.sandbox.cgroup_files import DIRECTORY, GONE, read
+from jobworker.sandbox.cgroup.files import DIRECTORY, GONE, read
 
 _LOOP = "7:"
 """The major number of loop devices: Documentation/admin-guide/devices.txt."""

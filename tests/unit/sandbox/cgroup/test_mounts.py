@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobworker.sandbox import cgroup_mounts
-from jobworker.sandbox.cgroup_mounts import Hierarchies, below_mount, first_missing, missing, parse
+from jobworker.sandbox.cgroup import mounts as cgroup_mounts
+from jobworker.sandbox.cgroup.mounts import Hierarchies, below_mount, first_missing, missing, parse
 
 V2 = "30 24 0:25 / /sys/fs/cgroup rw,nosuid shared:8 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (

@@ -27,10 +27,9 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from jobworker.sandbox import block_devices, cgroup_cpuset
-from jobworker.sandbox import cgroup_files as files
-from jobworker.sandbox import cgroup_mounts as mounts
-from jobworker.sandbox.cgroup_scope import Kind, Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup import block_devices, files, mounts
+from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
+from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
 
 PERIOD_US = 100_000  # the kernel's default, and what cgroup v2 uses
 _NEEDED = {

@@ -19,8 +19,7 @@ import os
 from collections.abc import Sequence
 
 from jobworker import errors
-from jobworker.sandbox import cgroup_files as files
-from jobworker.sandbox import cgroup_mounts as mounts
+from jobworker.sandbox.cgroup import files, mounts
 
 LEAF = "launcher"
 

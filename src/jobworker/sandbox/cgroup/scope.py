@@ -22,8 +22,8 @@ from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 from jobworker import errors
-from jobworker.sandbox import cgroup_cpuset
-from jobworker.sandbox import cgroup_files as files
+from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
+from jobworker.sandbox.cgroup import files
 
 Kind = Literal["v1", "hybrid", "v2", "none"]
 Want = Literal["", "limit", "host", "kernel"]

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import block_devices, cgroup_cpuset
-from jobworker.sandbox import cgroup_files as files
-from jobworker.sandbox import cgroup_mounts as mounts
-from jobworker.sandbox.cgroup_delegation import Base, enable
-from jobworker.sandbox.cgroup_scope import Kind, Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup import block_devices, files, mounts
+from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
+from jobworker.sandbox.cgroup.delegation import Base, enable
+from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
 
 PERIOD_US = 100_000
 _NEEDED = {
@@ -213,7 +212,7 @@ def open_v2(
         top = mounts.make_directory(path)
         _check(top, controllers, has_swap)
         enable(path, controllers)
-        with contextlib.suppress(HostUnsupported):  # see `cgroup_cpuset`
+        with contextlib.suppress(HostUnsupported):  # see `cgroup.cpuset`
             base.enable([cgroup_cpuset.CONTROLLER])
             enable(path, [cgroup_cpuset.CONTROLLER])
             controllers = [*controllers, cgroup_cpuset.CONTROLLER]

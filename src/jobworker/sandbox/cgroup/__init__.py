@@ -1,0 +1,1 @@
+"""The control groups of jobs, over cgroup v2, v1 and hybrid hosts."""
