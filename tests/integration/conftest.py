@@ -13,7 +13,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.disk_images import label_of
+from jobworker.sandbox.disk.images import label_of
 from jobworker.server import reader
 from jobworker.server.setup import instance_name
 

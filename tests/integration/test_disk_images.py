@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import disk_images
-from jobworker.sandbox.disk_images import MIN_BYTES, Workshop, rounded
+from jobworker.sandbox.disk import images as disk_images
+from jobworker.sandbox.disk.images import MIN_BYTES, Workshop, rounded
 
 from .conftest import disks_in, until
 

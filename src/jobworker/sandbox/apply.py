@@ -20,7 +20,7 @@ from jobworker.sandbox import channel, network, private_network, root_mounts
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
-from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.seccomp import program as bpf
 from jobworker.sandbox.stage import ROOT
 

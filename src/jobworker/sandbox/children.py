@@ -26,7 +26,8 @@ from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.child import become_job
-from jobworker.sandbox.disk_images import Disk, rounded
+from jobworker.sandbox.disk.images import Disk, rounded
+from jobworker.sandbox.disk.volumes import Volumes, refusal
 from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.policy import Policy
@@ -36,7 +37,6 @@ from jobworker.sandbox.steps import Step, explain
 from jobworker.sandbox.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.terminals import terminals_each
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
-from jobworker.sandbox.volumes import Volumes, refusal
 
 PIPE_BYTES = 1 << 20
 """Room for output while nobody reads, such as between two turns of the service."""

@@ -5,7 +5,7 @@ child is watched: its last words, its end, its memory. What must be told goes to
 reply to a spawn once the program runs or nothing of the failed start is left, and the events of
 a job's end and of its network's, where that comes first.
 
-An end is told with what the job lost of what it wrote (`disk_images.lost_writes`). That of its own
+An end is told with what the job lost of what it wrote (`disk.images.lost_writes`). That of its own
 disk is known at once; a volume is written out before, by a process of its own, and the end is told
 once the system has given one.
 
@@ -31,11 +31,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, disk_images, gateway, held_starts, requests, trampoline, wall
+from jobworker.sandbox import channel, gateway, held_starts, requests, trampoline, wall
 from jobworker.sandbox.asks import Ask, Asked
 from jobworker.sandbox.cgroup.hierarchy import Limits, Usage
 from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
+from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.log import say

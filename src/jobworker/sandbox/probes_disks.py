@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable
 from functools import partial
 
-from jobworker.sandbox import disk_images
-from jobworker.sandbox.disk_images import MIN_BYTES, Disk, Workshop
+from jobworker.sandbox.disk import images as disk_images
+from jobworker.sandbox.disk.images import MIN_BYTES, Disk, Workshop
 from jobworker.sandbox.probes_mounts import on_stage
 from jobworker.sandbox.probing import Missing, Probe
 

@@ -10,10 +10,10 @@ import contextlib
 import os
 import stat
 
-from jobworker.sandbox import disk_images
 from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.disk import images as disk_images
+from jobworker.sandbox.disk.images import Workshop
 
 # volatile: what is written need not reach the disk at the end, the disk itself goes then.
 _OVERLAY = "volatile,redirect_dir=on,index=off,metacopy=off"

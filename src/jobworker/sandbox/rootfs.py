@@ -21,9 +21,9 @@ import stat
 from collections.abc import Mapping, Sequence
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import disk_images
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disk_images import Blank, Terms, Workshop
+from jobworker.sandbox.disk import images as disk_images
+from jobworker.sandbox.disk.images import Blank, Terms, Workshop
 from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
 from jobworker.sandbox.host_trees import not_for_all, program_trees, with_mounts_below
 from jobworker.sandbox.plan import DISK, Layer, View

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.plan import Order, View
 
 ROOT, SCRATCH, VOLUMES = "/root", "/scratch", "/volumes"

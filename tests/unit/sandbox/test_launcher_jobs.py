@@ -22,7 +22,8 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Usage
 from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.children import Child, Exit, Nursery, status_of
-from jobworker.sandbox.disk_images import Disk
+from jobworker.sandbox.disk.images import Disk
+from jobworker.sandbox.disk.volumes import Volumes
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.launch import exit_from
@@ -32,7 +33,6 @@ from jobworker.sandbox.stage import Stage
 from jobworker.sandbox.start_failures import explain
 from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import make_user_namespace
-from jobworker.sandbox.volumes import Volumes
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from typing import cast
 
 import pytest
 
-from jobworker.sandbox import disk_images, launcher_jobs
 from jobworker.sandbox import event_loop as turns_module
+from jobworker.sandbox import launcher_jobs
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.children import Nursery
+from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher_jobs import Jobs
 from jobworker.sandbox.sweepers import Sweepers

@@ -2,7 +2,7 @@
 
 An image stands in the service's state directory. The process that becomes a job attaches it to a
 loop device, or finds the one that it is attached to already, since two devices before one file
-would ruin it (`disk_images.mount_volume`); the device goes with the last mount. Every job that has
+would ruin it (`disk.images.mount_volume`); the device goes with the last mount. Every job that has
 a volume mounts the same file system, with the ids of its own range.
 
 A volume is reserved: its image takes its size when it is made, so what is written to the volume is
@@ -25,10 +25,10 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import disk_images
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores, Done
-from jobworker.sandbox.disk_images import Workshop
+from jobworker.sandbox.disk import images as disk_images
+from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.log import say
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 

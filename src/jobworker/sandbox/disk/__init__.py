@@ -1,0 +1,1 @@
+"""Disks in files: those that jobs write to, and volumes, which outlive jobs."""
