@@ -18,10 +18,12 @@ except ImportError:  # the seeds and their mutations run without it, see tests/u
 if atheris is not None:
     with atheris.instrument_imports():
         from jobworker.errors import ProtocolError
-        from jobworker.sandbox import channel, requests
+        from jobworker.sandbox import channel
+        from jobworker.sandbox.protocol import requests
 else:
     from jobworker.errors import ProtocolError
-    from jobworker.sandbox import channel, requests
+    from jobworker.sandbox import channel
+    from jobworker.sandbox.protocol import requests
 
 _SEALED, _UNSEALED, _CUT = 1, 2, 4
 

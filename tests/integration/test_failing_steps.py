@@ -17,7 +17,7 @@ from jobworker.sandbox import launch, steps
 from jobworker.sandbox.apply import _APPLY
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.steps import name_of
 
 from .conftest import child_of, until

@@ -20,7 +20,7 @@ from jobworker.sandbox.launch import (
     launcher_command,
     start_launcher,
 )
-from jobworker.sandbox.policy import Policy, policy_message
+from jobworker.sandbox.protocol.policy import Policy, policy_message
 
 from .conftest import child_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture

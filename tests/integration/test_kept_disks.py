@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.sweepers import MAX_KEPT_DISKS
 
 from .conftest import until

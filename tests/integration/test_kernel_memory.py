@@ -11,7 +11,7 @@ import pytest
 
 from jobworker.sandbox import channel, kernel_memory, kernel_search
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.protocol.policy import Policy
 
 from .conftest import child_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture

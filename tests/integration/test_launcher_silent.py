@@ -10,9 +10,10 @@ import trio
 
 from jobworker.cli.embedded import open_embedded
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import channel, launch, version
+from jobworker.sandbox import channel, launch
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.protocol import version
+from jobworker.sandbox.protocol.policy import Policy
 
 from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture

@@ -13,7 +13,7 @@ import pytest
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.protocol.policy import Policy
 
 from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture

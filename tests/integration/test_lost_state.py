@@ -18,7 +18,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.output_directory import NOTE
-from jobworker.sandbox.requests import MAX_JOB
+from jobworker.sandbox.protocol.requests import MAX_JOB
 
 from .conftest import left_behind, until
 from .outside import open_launcher

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.sandbox import channel, requests
+from jobworker.sandbox import channel
+from jobworker.sandbox.protocol import requests
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
 TARGETS = sorted(path.stem.removeprefix("fuzz_") for path in FUZZ.glob("fuzz_*.py"))

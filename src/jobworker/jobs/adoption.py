@@ -24,7 +24,7 @@ from attrs import evolve
 from jobworker.jobs.job_note import read_news, read_note
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import WAITING
-from jobworker.sandbox.requests import MAX_JOB
+from jobworker.sandbox.protocol.requests import MAX_JOB
 
 log = logging.getLogger("jobworker.jobs")
 

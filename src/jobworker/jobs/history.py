@@ -46,7 +46,7 @@ from jobworker.jobs.spec_json import spec_pieces
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import MAX_KEPT, summarize, whole, with_labels, without_bulk
-from jobworker.sandbox.requests import MAX_JOB
+from jobworker.sandbox.protocol.requests import MAX_JOB
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")

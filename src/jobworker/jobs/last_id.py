@@ -14,7 +14,7 @@ from pathlib import Path
 from attrs import Factory, define
 
 from jobworker.regular_file import open_regular
-from jobworker.sandbox.requests import MAX_JOB
+from jobworker.sandbox.protocol.requests import MAX_JOB
 
 log = logging.getLogger("jobworker.jobs")
 

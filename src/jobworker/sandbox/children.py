@@ -21,7 +21,6 @@ from jobworker.errors import SandboxError
 from jobworker.sandbox import channel, init_program, landlock, trampoline
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.apply import Means
-from jobworker.sandbox.asks import Asked
 from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
@@ -30,8 +29,9 @@ from jobworker.sandbox.disk.images import Disk, rounded
 from jobworker.sandbox.disk.volumes import Volumes, refusal
 from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
-from jobworker.sandbox.policy import Policy
 from jobworker.sandbox.private_network import Layout, Way
+from jobworker.sandbox.protocol.asks import Asked
+from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.stage import ROOT, Stage
 from jobworker.sandbox.steps import Step, explain
 from jobworker.sandbox.sweepers import MAX_KEPT_DISKS, Sweepers

@@ -25,8 +25,8 @@ from jobworker.errors import HostUnsupported, LauncherGone, error_classes
 from jobworker.model.job import Usage
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.scope import Want
-from jobworker.sandbox.policy import Policy, policy_message
-from jobworker.sandbox.version import PROTOCOL, mismatch
+from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
 
 START_SECONDS = 30
 _SILENT = (
@@ -69,7 +69,7 @@ class Exit:
 
 @frozen(kw_only=True)
 class AskedBefore:
-    """What an earlier service has asked for of a job's end: see `sandbox.asks`."""
+    """What an earlier service has asked for of a job's end: see `sandbox.protocol.asks`."""
 
     cause: str
     first_at: float

@@ -1,9 +1,9 @@
 """The launcher: the one process with root's rights, from its start to its end.
 
 It is started by root, with the standard library alone, one thread, and no way to be told
-anything but its policy, once, and then the requests of `sandbox.requests`. Either a service
-starts it before it drops its privileges, and takes it along; or it runs on its own and outlives
-services. It opens what it needs by descriptor, moves into a mount namespace that holds
+anything but its policy, once, and then the requests of `sandbox.protocol.requests`. Either a
+service starts it before it drops its privileges, and takes it along; or it runs on its own and
+outlives services. It opens what it needs by descriptor, moves into a mount namespace that holds
 the jobs' root and little else, and then runs `sandbox.launcher_loop`.
 
 Nothing is imported after that: Python's own files are out of reach then.
@@ -37,7 +37,7 @@ from jobworker.sandbox.kernel_memory import open_locks
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.log import open_log, say, say_last
 from jobworker.sandbox.own_namespace import become_root, split
-from jobworker.sandbox.policy import Policy, policy_from
+from jobworker.sandbox.protocol.policy import Policy, policy_from
 from jobworker.sandbox.seccomp import program as bpf
 from jobworker.sandbox.user_namespaces import Ids
 from jobworker.standard_streams import fill_standard_streams

@@ -26,7 +26,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError
-from jobworker.sandbox import channel, requests
+from jobworker.sandbox import channel
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
@@ -34,8 +34,9 @@ from jobworker.sandbox.doorway import Doorway
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, fault, keep_ask, listed, problem
 from jobworker.sandbox.log import say
+from jobworker.sandbox.protocol import requests
+from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
 from jobworker.sandbox.service_link import ServiceLink
-from jobworker.sandbox.version import PROTOCOL, mismatch
 
 FAREWELL_SECONDS = 10.0
 """Bound on ending all jobs once the launcher is to leave."""

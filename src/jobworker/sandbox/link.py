@@ -23,7 +23,6 @@ from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, OutOf
 from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
-from jobworker.sandbox.asks import Ask
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.launch import (
     AskedBefore,
@@ -35,6 +34,7 @@ from jobworker.sandbox.launch import (
     usage_from,
 )
 from jobworker.sandbox.plan import Order
+from jobworker.sandbox.protocol.asks import Ask
 from jobworker.sandbox.start_failures import explain
 from jobworker.threads import in_thread
 

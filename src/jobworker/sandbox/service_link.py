@@ -1,7 +1,7 @@
 """The launcher's end of its connection to the service: requests in, replies and events out.
 
 Nothing here waits. The service is taken for hostile: what it sends is checked in
-`sandbox.requests`, and a request that does not parse or that carries descriptors ends the
+`sandbox.protocol.requests`, and a request that does not parse or that carries descriptors ends the
 connection, since only a broken or hostile service sends one. Descriptors that came along are
 handed on unclosed: closing them may block (SO_LINGER), and so may closing the socket
 itself, which may hold more of them unread. `Disposal` does both elsewhere.
@@ -18,9 +18,10 @@ import socket
 from collections.abc import Callable, Sequence
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox import channel, requests
+from jobworker.sandbox import channel
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.outbox import Outbox
+from jobworker.sandbox.protocol import requests
 
 Serve = Callable[[int, requests.Request], None]
 _GONE = (BrokenPipeError, ConnectionResetError)

@@ -19,7 +19,7 @@ from jobworker.cli.embedded import Embedded
 from jobworker.sandbox import channel, trampoline
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.plan import KEPT_CAPABILITIES
-from jobworker.sandbox.policy import Policy
+from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.seccomp.libseccomp import number_of
 
 from ...conftest import compiler

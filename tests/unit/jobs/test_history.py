@@ -32,7 +32,7 @@ from jobworker.jobs.schema import MIGRATIONS
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, State
 from jobworker.model.summary import without_bulk
-from jobworker.sandbox.requests import MAX_JOB
+from jobworker.sandbox.protocol.requests import MAX_JOB
 
 from ..strategies import examples, record, records
 

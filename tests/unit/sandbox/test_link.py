@@ -18,9 +18,9 @@ from attrs import evolve
 from jobworker.errors import LauncherGone, LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel, link
-from jobworker.sandbox.asks import Ask
 from jobworker.sandbox.launch import Listed
 from jobworker.sandbox.link import Link
+from jobworker.sandbox.protocol.asks import Ask
 
 AGAIN = "the launcher answers again"
 

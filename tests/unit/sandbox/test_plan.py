@@ -16,7 +16,7 @@ from jobworker.sandbox.plan import (
     finish,
     prepare,
 )
-from jobworker.sandbox.requests import NETWORKS
+from jobworker.sandbox.protocol.requests import NETWORKS
 
 from ..strategies import examples, texts, variables
 

@@ -3,8 +3,9 @@
 import os
 import socket
 
-from jobworker.sandbox import channel, requests
+from jobworker.sandbox import channel
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.protocol import requests
 from jobworker.sandbox.service_link import ServiceLink
 
 

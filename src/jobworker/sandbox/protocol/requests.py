@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox.asks import CAUSES, Ask
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.plan import Order
+from jobworker.sandbox.protocol.asks import CAUSES, Ask
 from jobworker.storage import (
     MAX_DISK_BYTES,
     MAX_VOLUMES,

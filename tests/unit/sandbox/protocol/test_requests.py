@@ -7,13 +7,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox import requests as r
-from jobworker.sandbox.asks import CAUSES, Ask
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.plan import Order
+from jobworker.sandbox.protocol import requests as r
+from jobworker.sandbox.protocol.asks import CAUSES, Ask
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
 
-from ..strategies import any_text, examples, plain_values
+from ...strategies import any_text, examples, plain_values
 
 SPAWN: dict[str, object] = {
     "id": 7,

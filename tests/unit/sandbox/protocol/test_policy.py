@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.sandbox.channel import Message, decode, encode
-from jobworker.sandbox.policy import Policy, policy_from, policy_message
+from jobworker.sandbox.protocol.policy import Policy, policy_from, policy_message
 from jobworker.sandbox.seccomp.program import Filters
 
-from ..strategies import examples, texts
+from ...strategies import examples, texts
 
 programs = st.integers(1, 8).flatmap(lambda size: st.binary(min_size=8 * size, max_size=8 * size))
 words = st.lists(texts, max_size=4).map(tuple)

@@ -1,0 +1,1 @@
+"""What service and launcher say to one another: requests, the policy, the version."""
