@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.plan import ENVIRONMENT
+from jobworker.sandbox.start.plan import ENVIRONMENT
 
 ECHO = ["/usr/bin/echo", "x"]
 BWRAP = [

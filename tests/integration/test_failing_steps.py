@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import launch, steps
-from jobworker.sandbox.apply import _APPLY
+from jobworker.sandbox import launch
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
-from jobworker.sandbox.steps import name_of
+from jobworker.sandbox.start import steps
+from jobworker.sandbox.start.apply import _APPLY
+from jobworker.sandbox.start.steps import name_of
 
 from .conftest import child_of, until
 from .test_launcher import Service, make_policy

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAN, APPLY = "src/jobworker/sandbox/plan.py", "src/jobworker/sandbox/apply.py"
+PLAN, APPLY = "src/jobworker/sandbox/start/plan.py", "src/jobworker/sandbox/start/apply.py"
 CHILDREN, FILTER = "src/jobworker/sandbox/children.py", "etc/seccomp.toml"
 BPF = "src/jobworker/sandbox/seccomp/program.py"
 SECONDS = 240

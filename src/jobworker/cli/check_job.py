@@ -21,8 +21,8 @@ from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.link import Link, open_link
-from jobworker.sandbox.plan import Order
 from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.start.plan import Order
 from jobworker.server.id_ranges import lock_ids
 from jobworker.server.setup import policy_for
 

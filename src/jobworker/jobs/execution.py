@@ -58,7 +58,7 @@ from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.launch import Exit
 from jobworker.sandbox.link import Exits, Link, Notices, Started
-from jobworker.sandbox.plan import Order
+from jobworker.sandbox.start.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
 

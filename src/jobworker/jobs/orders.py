@@ -5,7 +5,7 @@ from datetime import datetime
 
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.sandbox.cgroup import hierarchy as cgroups
-from jobworker.sandbox.plan import Order
+from jobworker.sandbox.start.plan import Order
 
 
 def first_record(

@@ -18,22 +18,23 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import channel, init_program, landlock, trampoline
+from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.apply import Means
 from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, Usage
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
-from jobworker.sandbox.child import become_job
 from jobworker.sandbox.disk.images import Disk, rounded
 from jobworker.sandbox.disk.volumes import Volumes, refusal
 from jobworker.sandbox.networks import Networks
-from jobworker.sandbox.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.private_network import Layout, Way
 from jobworker.sandbox.protocol.asks import Asked
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.stage import ROOT, Stage
-from jobworker.sandbox.steps import Step, explain
+from jobworker.sandbox.start import init_program, landlock, trampoline
+from jobworker.sandbox.start.apply import Means
+from jobworker.sandbox.start.child import become_job
+from jobworker.sandbox.start.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
+from jobworker.sandbox.start.steps import Step, explain
 from jobworker.sandbox.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.terminals import terminals_each
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace

@@ -19,12 +19,13 @@ import socket
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from jobworker.sandbox import channel, netlink, network
+from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
-from jobworker.sandbox.plan import View
 from jobworker.sandbox.private_network import PROGRAM, TAP, Layout
 from jobworker.sandbox.stage import ROOT
+from jobworker.sandbox.start import network
+from jobworker.sandbox.start.plan import View
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 _OPTIONS = (

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, gateway, held_starts, trampoline, wall
+from jobworker.sandbox import channel, gateway, held_starts
 from jobworker.sandbox.cgroup.hierarchy import Limits, Usage
 from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
@@ -41,9 +41,10 @@ from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.log import say
 from jobworker.sandbox.networks import room_beside
 from jobworker.sandbox.oom_watch import OomWatch
-from jobworker.sandbox.plan import Order, finish, fits_spare
 from jobworker.sandbox.protocol import requests
 from jobworker.sandbox.protocol.asks import Ask, Asked
+from jobworker.sandbox.start import trampoline, wall
+from jobworker.sandbox.start.plan import Order, finish, fits_spare
 from jobworker.sandbox.zombies import Zombies
 
 REFILL_SECONDS = 0.02

@@ -33,8 +33,8 @@ from jobworker.sandbox.launch import (
     exit_from,
     usage_from,
 )
-from jobworker.sandbox.plan import Order
 from jobworker.sandbox.protocol.asks import Ask
+from jobworker.sandbox.start.plan import Order
 from jobworker.sandbox.start_failures import explain
 from jobworker.threads import in_thread
 

@@ -1,7 +1,7 @@
 """What a child that is made for a network of its own is given: names, a gateway, and a wall.
 
-The wall (`sandbox.wall`) closes the addresses that the host has. The kernel tells when they change,
-and every wall that stands is built anew then.
+The wall (`sandbox.start.wall`) closes the addresses that the host has. The kernel tells when they
+change, and every wall that stands is built anew then.
 
 Standard library only.
 """
@@ -9,10 +9,9 @@ Standard library only.
 from typing import NamedTuple
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox import netlink, wall
+from jobworker.sandbox import netlink
 from jobworker.sandbox.cgroup.hierarchy import Limits, Scope
 from jobworker.sandbox.gateway import Means, start_gateway
-from jobworker.sandbox.plan import Order, OwnNetwork, View
 from jobworker.sandbox.private_network import (
     PROCESSES,
     PROGRAM,
@@ -22,6 +21,8 @@ from jobworker.sandbox.private_network import (
     resolv_conf,
 )
 from jobworker.sandbox.stage import ROOT
+from jobworker.sandbox.start import wall
+from jobworker.sandbox.start.plan import Order, OwnNetwork, View
 
 
 class Host(NamedTuple):

@@ -15,7 +15,6 @@ from jobworker.errors import HostUnsupported
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
 from jobworker.sandbox.host_trees import program_trees
-from jobworker.sandbox.plan import DEVICE_LINKS, DEVICES, View
 from jobworker.sandbox.stage import (
     READ_ONLY,
     ROOT,
@@ -26,6 +25,7 @@ from jobworker.sandbox.stage import (
     move_to,
     own_namespace,
 )
+from jobworker.sandbox.start.plan import DEVICE_LINKS, DEVICES, View
 
 GAP = "what a job writes to disk is not bounded without root's rights"
 

@@ -9,9 +9,9 @@ nothing comes in that was not asked for.
 
 What must hold: the network belongs to the gateway's user namespace, not to the job's, so the job
 cannot configure it. What the job may not reach is dropped by the wall before slirp4netns can read
-it (`sandbox.wall`): every address that the host has (the loopback is the job's own), the gateway's,
-and the resolver's but at port 53. slirp4netns would map the gateway to the host's loopback, and
-some versions also whatever port of a resolver that is there. Only IPv4 goes through.
+it (`sandbox.start.wall`): every address that the host has (the loopback is the job's own), the
+gateway's, and the resolver's but at port 53. slirp4netns would map the gateway to the host's
+loopback, and some versions also whatever port of a resolver that is there. Only IPv4 goes through.
 
 The kernel has one table of neighbours for the host and all its namespaces, with room for 1,024
 entries (gc_thresh3 of arp(7)). For a socket that is bound to the device and uses no route, each
@@ -36,8 +36,9 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import channel, netlink, network, wall
+from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.start import network, wall
 
 PROGRAM = "slirp4netns"
 TAP = "tap0"

@@ -26,7 +26,6 @@ from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import Blank, Terms, Workshop
 from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
 from jobworker.sandbox.host_trees import not_for_all, program_trees, with_mounts_below
-from jobworker.sandbox.plan import DISK, Layer, View
 from jobworker.sandbox.runtimes import check_trees, lay_over, view_of
 from jobworker.sandbox.stage import (
     READ_ONLY,
@@ -39,6 +38,7 @@ from jobworker.sandbox.stage import (
     move_to,
     own_namespace,
 )
+from jobworker.sandbox.start.plan import DISK, Layer, View
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 BASE, LAYERS = "/base", "/layers"

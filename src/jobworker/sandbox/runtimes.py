@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from jobworker.errors import ConfigError
 from jobworker.sandbox.etc_snapshot import Entry, write_entry
-from jobworker.sandbox.plan import Layer, View
 from jobworker.sandbox.stage import make_mount_points
+from jobworker.sandbox.start.plan import Layer, View
 
 FROM_THE_HOST = ("/etc/hosts", "/etc/resolv.conf")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jobworker.errors import SandboxError
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk.images import Workshop
-from jobworker.sandbox.plan import Order, View
+from jobworker.sandbox.start.plan import Order, View
 
 ROOT, SCRATCH, VOLUMES = "/root", "/scratch", "/volumes"
 """Where a job's root is mounted, and the service's directories for what jobs write and keep."""

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli.embedded import Embedded
-from jobworker.sandbox import channel, trampoline
+from jobworker.sandbox import channel
 from jobworker.sandbox.launch import start_launcher
-from jobworker.sandbox.plan import KEPT_CAPABILITIES
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.seccomp.libseccomp import number_of
+from jobworker.sandbox.start import trampoline
+from jobworker.sandbox.start.plan import KEPT_CAPABILITIES
 
 from ...conftest import compiler
 from ...integration.test_launcher import Service, make_policy, shown_directory

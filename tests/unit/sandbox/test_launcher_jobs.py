@@ -28,8 +28,8 @@ from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.launch import exit_from
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
-from jobworker.sandbox.plan import Slot
 from jobworker.sandbox.stage import Stage
+from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.start_failures import explain
 from jobworker.sandbox.sweepers import Sweepers
 from jobworker.sandbox.user_namespaces import make_user_namespace

@@ -13,8 +13,8 @@ from jobworker.sandbox import channel, doorway, launcher_loop
 from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.children import Child, Nursery
 from jobworker.sandbox.launcher_loop import Launcher
-from jobworker.sandbox.plan import Slot
 from jobworker.sandbox.protocol.version import PROTOCOL
+from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.start_failures import explain
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox.cgroup.hierarchy import Limits
-from jobworker.sandbox.plan import Order
 from jobworker.sandbox.protocol.asks import CAUSES, Ask
+from jobworker.sandbox.start.plan import Order
 from jobworker.storage import (
     MAX_DISK_BYTES,
     MAX_VOLUMES,

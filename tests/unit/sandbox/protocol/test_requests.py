@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox.cgroup.hierarchy import Limits
-from jobworker.sandbox.plan import Order
 from jobworker.sandbox.protocol import requests as r
 from jobworker.sandbox.protocol.asks import CAUSES, Ask
+from jobworker.sandbox.start.plan import Order
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
 
 from ...strategies import any_text, examples, plain_values

@@ -15,7 +15,7 @@ The order is what makes the whole safe, and holds for both halves together:
 5. descriptors after that, since entering the user namespace needs one;
 6. the system-call filter then: setting up a job takes calls that no job may make, and what is
    left to do, waiting, chdir(2) and execve(2), every job may;
-7. the trampoline last of what is prepared (`sandbox.trampoline`): it waits for the request.
+7. the trampoline last of what is prepared (`sandbox.start.trampoline`): it waits for the request.
 
 Standard library only: the launcher itself builds the plan, from its own policy. The service
 asks for a job, never for steps.
@@ -24,7 +24,7 @@ asks for a job, never for steps.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jobworker.sandbox import steps as s
+from jobworker.sandbox.start import steps as s
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WORKSPACE = "/workspace"

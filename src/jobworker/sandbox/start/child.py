@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.apply import STATUS_DESCRIPTOR, Means, StepFailed, apply
-from jobworker.sandbox.steps import Step
+from jobworker.sandbox.start.apply import STATUS_DESCRIPTOR, Means, StepFailed, apply
+from jobworker.sandbox.start.steps import Step
 
 
 def become_job(prepare: Sequence[Step], means: Means) -> NoReturn:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import channel, init_program, trampoline
-from jobworker.sandbox.steps import ChangeDirectory, Execute
+from jobworker.sandbox import channel
+from jobworker.sandbox.start import init_program, trampoline
+from jobworker.sandbox.start.steps import ChangeDirectory, Execute
 
 SOURCES = Path(init_program.__file__).parent
 Outcome = tuple[tuple[int | None, int | None] | None, int]

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.errors import ProtocolError, TooLarge
-from jobworker.sandbox import channel, trampoline
-from jobworker.sandbox.steps import ChangeDirectory, Execute
+from jobworker.sandbox import channel
+from jobworker.sandbox.start import trampoline
+from jobworker.sandbox.start.steps import ChangeDirectory, Execute
 
-from ..strategies import examples, texts
+from ...strategies import examples, texts
 
 SOURCES = Path(trampoline.__file__).parent
 Run = Callable[..., tuple[dict[str, object] | None, bytes, int]]

@@ -5,10 +5,10 @@ from typing import get_args
 
 import pytest
 
-from jobworker.sandbox import steps as s
-from jobworker.sandbox import trampoline
-from jobworker.sandbox.apply import _APPLY, StepFailed, _subject
-from jobworker.sandbox.plan import (
+from jobworker.sandbox.start import steps as s
+from jobworker.sandbox.start import trampoline
+from jobworker.sandbox.start.apply import _APPLY, StepFailed, _subject
+from jobworker.sandbox.start.plan import (
     Layer,
     Order,
     OwnNetwork,

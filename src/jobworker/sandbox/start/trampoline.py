@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jobworker.errors import HostUnsupported, ProtocolError, TooLarge
-from jobworker.sandbox.steps import ChangeDirectory, Execute
+from jobworker.sandbox.start.steps import ChangeDirectory, Execute
 
 GO = b"go"
 NOTHING_TO_DO = 127
@@ -71,7 +71,7 @@ _MFD_EXEC = 0x10
 
 
 STEPS = ("take-order", "change-directory", "execute")
-"""What it does, by the number in a failure; the names are those of `sandbox.steps`."""
+"""What it does, by the number in a failure; the names are those of `sandbox.start.steps`."""
 
 
 def program(machine: str) -> bytes:

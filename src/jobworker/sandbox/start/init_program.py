@@ -19,7 +19,7 @@ Standard library only.
 
 import os
 
-from jobworker.sandbox.trampoline import executable, keep_program
+from jobworker.sandbox.start.trampoline import executable, keep_program
 
 _CODE = {
     "x86_64": bytes.fromhex(

@@ -1,8 +1,8 @@
 """The steps by which a process becomes a job: frozen data, no effect.
 
-A step says what is to hold, `sandbox.apply` makes it so, `sandbox.plan` puts steps in order.
-`name_of` is the word by which a failed step is reported and by which the documents speak of it.
-Standard library only: the launcher carries them.
+A step says what is to hold, `sandbox.start.apply` makes it so, `sandbox.start.plan` puts steps in
+order. `name_of` is the word by which a failed step is reported and by which the documents speak of
+it. Standard library only: the launcher carries them.
 """
 
 import re
@@ -221,11 +221,11 @@ class CloseDescriptors(NamedTuple):
 
 
 class BecomeInit(NamedTuple):
-    """Execute the init, whose child becomes the trampoline: see `sandbox.init_program`."""
+    """Execute the init, whose child becomes the trampoline: see `sandbox.start.init_program`."""
 
 
 class BecomeTrampoline(NamedTuple):
-    """Become the small program that waits for the order: `sandbox.trampoline`."""
+    """Become the small program that waits for the order: `sandbox.start.trampoline`."""
 
 
 class ChangeDirectory(NamedTuple):

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.sandbox import plan
-from jobworker.sandbox import steps as s
-from jobworker.sandbox.plan import (
+from jobworker.sandbox.protocol.requests import NETWORKS
+from jobworker.sandbox.start import plan
+from jobworker.sandbox.start import steps as s
+from jobworker.sandbox.start.plan import (
     Layer,
     Order,
     OwnNetwork,
@@ -16,9 +17,8 @@ from jobworker.sandbox.plan import (
     finish,
     prepare,
 )
-from jobworker.sandbox.protocol.requests import NETWORKS
 
-from ..strategies import examples, texts, variables
+from ...strategies import examples, texts, variables
 
 ROOT = "/jobs-root"
 MOUNTS = (

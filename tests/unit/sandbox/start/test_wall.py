@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.wall import MAX_RANGES, Range, merged, number_of, program, range_of
+from jobworker.sandbox.start.wall import MAX_RANGES, Range, merged, number_of, program, range_of
 
-from ..strategies import examples
+from ...strategies import examples
 
 OWN, RESOLVER, NETWORK = "10.0.2.100", "10.0.2.3", "10.0.2.0/24"
 OUTSIDE = "198.51.100.7"

@@ -1,4 +1,4 @@
-"""The mounts that a job's root is made of: what `sandbox.apply` does for these steps.
+"""The mounts that a job's root is made of: what `sandbox.start.apply` does for these steps.
 
 Run in the job's own process, before it has left the launcher's mount namespace. Nothing is
 half-made where one fails: what was mounted goes with the process.
@@ -10,10 +10,10 @@ import contextlib
 import os
 import stat
 
-from jobworker.sandbox import steps as s
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import Workshop
+from jobworker.sandbox.start import steps as s
 
 # volatile: what is written need not reach the disk at the end, the disk itself goes then.
 _OVERLAY = "volatile,redirect_dir=on,index=off,metacopy=off"

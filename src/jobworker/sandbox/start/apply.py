@@ -16,13 +16,14 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import channel, network, private_network, root_mounts
-from jobworker.sandbox import steps as s
+from jobworker.sandbox import channel, private_network
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.seccomp import program as bpf
 from jobworker.sandbox.stage import ROOT
+from jobworker.sandbox.start import network, root_mounts
+from jobworker.sandbox.start import steps as s
 
 STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4
 """Where the trampoline finds its socket to the launcher and its order."""
@@ -60,7 +61,7 @@ class Means(NamedTuple):
     """The namespace that maps root to the job's range of ids."""
     filters: bpf.Filters
     landlock: int | None
-    """The ruleset of `sandbox.landlock`; None where the kernel cannot scope."""
+    """The ruleset of `sandbox.start.landlock`; None where the kernel cannot scope."""
     workshop: Workshop | None
     """Where its disk is made; None where it has none of its own."""
     way: private_network.Way | None = None
