@@ -29,7 +29,7 @@ from jobworker.sandbox.networks import Networks
 from jobworker.sandbox.private_network import Layout, Way
 from jobworker.sandbox.protocol.asks import Asked
 from jobworker.sandbox.protocol.policy import Policy
-from jobworker.sandbox.stage import ROOT, Stage
+from jobworker.sandbox.root.stage import ROOT, Stage
 from jobworker.sandbox.start import init_program, landlock, trampoline
 from jobworker.sandbox.start.apply import Means
 from jobworker.sandbox.start.child import become_job

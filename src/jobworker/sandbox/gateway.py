@@ -23,7 +23,7 @@ from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.private_network import PROGRAM, TAP, Layout
-from jobworker.sandbox.stage import ROOT
+from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.start import network
 from jobworker.sandbox.start.plan import View
 from jobworker.sandbox.user_namespaces import make_user_namespace

@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 
 from jobworker import sd_notify
 from jobworker.errors import HostUnsupported, JobworkerError
-from jobworker.sandbox import channel, plain_root, rootfs
+from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import (
     Limits,
@@ -38,6 +38,8 @@ from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.log import open_log, say, say_last
 from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.protocol.policy import Policy, policy_from
+from jobworker.sandbox.root import host_view as rootfs
+from jobworker.sandbox.root import plain_root
 from jobworker.sandbox.seccomp import program as bpf
 from jobworker.sandbox.user_namespaces import Ids
 from jobworker.standard_streams import fill_standard_streams

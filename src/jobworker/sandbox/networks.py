@@ -20,7 +20,7 @@ from jobworker.sandbox.private_network import (
     find_program,
     resolv_conf,
 )
-from jobworker.sandbox.stage import ROOT
+from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.start import wall
 from jobworker.sandbox.start.plan import Order, OwnNetwork, View
 

@@ -28,7 +28,7 @@ from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.launch import exit_from
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
-from jobworker.sandbox.stage import Stage
+from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.start_failures import explain
 from jobworker.sandbox.sweepers import Sweepers

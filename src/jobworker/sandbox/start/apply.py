@@ -20,8 +20,8 @@ from jobworker.sandbox import channel, private_network
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.disk.images import Workshop
+from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.seccomp import program as bpf
-from jobworker.sandbox.stage import ROOT
 from jobworker.sandbox.start import network, root_mounts
 from jobworker.sandbox.start import steps as s
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox.host_trees import MERGED, not_for_all, program_trees, with_mounts_below
+from jobworker.sandbox.root.host_trees import MERGED, not_for_all, program_trees, with_mounts_below
 
 
 def test_program_directories_that_exist_are_shown(tmp_path: Path) -> None:

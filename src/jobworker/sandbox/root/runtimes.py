@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from jobworker.errors import ConfigError
-from jobworker.sandbox.etc_snapshot import Entry, write_entry
-from jobworker.sandbox.stage import make_mount_points
+from jobworker.sandbox.root.etc_snapshot import Entry, write_entry
+from jobworker.sandbox.root.stage import make_mount_points
 from jobworker.sandbox.start.plan import Layer, View
 
 FROM_THE_HOST = ("/etc/hosts", "/etc/resolv.conf")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import etc_snapshot
-from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc
+from jobworker.sandbox.root import etc_snapshot
+from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc
 
 
 @pytest.fixture

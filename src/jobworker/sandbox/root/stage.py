@@ -1,8 +1,8 @@
 """The launcher's own mount namespace, which jobs are cloned from: few mounts, nothing of the host.
 
-`sandbox.rootfs` or `sandbox.plain_root` put in it what jobs' roots are made of, and say so in a
-`Stage`. Few mounts are copied for each job then, and the host's file systems are out of reach even
-for a job that stays in the launcher's namespace.
+`sandbox.root.host_view` or `sandbox.root.plain_root` put in it what jobs' roots are made of, and
+say so in a `Stage`. Few mounts are copied for each job then, and the host's file systems are out of
+reach even for a job that stays in the launcher's namespace.
 
 Standard library only.
 """

@@ -24,10 +24,10 @@ from jobworker.errors import HostUnsupported
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import Blank, Terms, Workshop
-from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
-from jobworker.sandbox.host_trees import not_for_all, program_trees, with_mounts_below
-from jobworker.sandbox.runtimes import check_trees, lay_over, view_of
-from jobworker.sandbox.stage import (
+from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc, write_entry
+from jobworker.sandbox.root.host_trees import not_for_all, program_trees, with_mounts_below
+from jobworker.sandbox.root.runtimes import check_trees, lay_over, view_of
+from jobworker.sandbox.root.stage import (
     READ_ONLY,
     ROOT,
     SCRATCH,

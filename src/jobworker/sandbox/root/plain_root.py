@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.etc_snapshot import Entry, snapshot_etc, write_entry
-from jobworker.sandbox.host_trees import program_trees
-from jobworker.sandbox.stage import (
+from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc, write_entry
+from jobworker.sandbox.root.host_trees import program_trees
+from jobworker.sandbox.root.stage import (
     READ_ONLY,
     ROOT,
     SCRATCH,

@@ -1,0 +1,1 @@
+"""The root that jobs see, and the mount namespace in which it is put together."""
