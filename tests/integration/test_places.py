@@ -13,7 +13,7 @@ import pytest
 from jobworker.cli.embedded import open_embedded
 from jobworker.sandbox import channel
 from jobworker.sandbox.launch import OpenedLauncher
-from jobworker.sandbox.private_network import PROGRAM
+from jobworker.sandbox.network.slirp import PROGRAM
 
 from .conftest import child_of, disks_of_size, left_behind, until
 from .outside import open_launcher

@@ -25,8 +25,8 @@ from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk, rounded
 from jobworker.sandbox.disk.volumes import Volumes, refusal
-from jobworker.sandbox.networks import Networks
-from jobworker.sandbox.private_network import Layout, Way
+from jobworker.sandbox.network.modes import Networks
+from jobworker.sandbox.network.slirp import Layout, Way
 from jobworker.sandbox.protocol.asks import Asked
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.root.stage import ROOT, Stage

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, gateway, held_starts
+from jobworker.sandbox import channel, held_starts
 from jobworker.sandbox.cgroup.hierarchy import Limits, Usage
 from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
@@ -39,7 +39,8 @@ from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.log import say
-from jobworker.sandbox.networks import room_beside
+from jobworker.sandbox.network import gateway
+from jobworker.sandbox.network.modes import room_beside
 from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.protocol import requests
 from jobworker.sandbox.protocol.asks import Ask, Asked

@@ -16,7 +16,7 @@ from typing import cast
 
 import pytest
 
-from jobworker.sandbox import channel, gateway, held_starts
+from jobworker.sandbox import channel, held_starts
 from jobworker.sandbox import event_loop as turns_module
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Usage
@@ -28,6 +28,7 @@ from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_watch import KernelWatch
 from jobworker.sandbox.launch import exit_from
 from jobworker.sandbox.launcher_jobs import Jobs, deliver, listed
+from jobworker.sandbox.network import gateway
 from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.start_failures import explain

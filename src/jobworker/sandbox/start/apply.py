@@ -16,10 +16,11 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import channel, private_network
+from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.disk.images import Workshop
+from jobworker.sandbox.network import slirp as private_network
 from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.seccomp import program as bpf
 from jobworker.sandbox.start import network, root_mounts

@@ -2,7 +2,7 @@
 
     host     the host's own: a root without rights over it can use and not configure it
     none     a namespace with a loopback, and nothing else
-    private  one with a way out, which `sandbox.private_network` makes
+    private  one with a way out, which `sandbox.network.slirp` makes
 
 A network namespace belongs to the user namespace that makes it (network_namespaces(7)). A job's is
 made before the job's own user namespace is entered, so whatever the job is root of, this is not:

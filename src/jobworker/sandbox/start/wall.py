@@ -13,8 +13,8 @@ What passes: ARP, and TCP, UDP and ICMP over IPv4 without options, from the job'
 addresses that are outside of the host. Of the gateway's network that is the resolver alone, at port
 53 and in whole packets, since a fragment has no port. Everything else is dropped.
 
-The host's addresses change. The launcher attaches a new program then (`sandbox.networks`), in the
-place of the old one and at once.
+The host's addresses change. The launcher attaches a new program then (`sandbox.network.modes`), in
+the place of the old one and at once.
 
 Standard library only.
 """

@@ -4,7 +4,8 @@ The job's packets go to slirp4netns, which has a TCP/IP stack in user space and 
 sockets on the host. So there is no bridge, no address and no firewall rule of ours on the host, and
 nothing comes in that was not asked for.
 
-    gateway (`sandbox.gateway`) ──► the network namespace, and a pipe that tells when it is up
+    gateway (`sandbox.network.gateway`) ──► the network namespace, and a pipe that tells when it is
+    up
         ──► the job's process enters, waits and builds the wall (`enter`), while it still may
 
 What must hold: the network belongs to the gateway's user namespace, not to the job's, so the job

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.sandbox.private_network import choose_layout, find_program, resolv_conf
+from jobworker.sandbox.network.slirp import choose_layout, find_program, resolv_conf
 
-from ..strategies import examples
+from ...strategies import examples
 
 addresses = st.ip_addresses(v=4).map(str)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from jobworker.errors import SandboxError
 from jobworker.sandbox import netlink
 from jobworker.sandbox.cgroup.hierarchy import Limits, Scope
-from jobworker.sandbox.gateway import Means, start_gateway
-from jobworker.sandbox.private_network import (
+from jobworker.sandbox.network.gateway import Means, start_gateway
+from jobworker.sandbox.network.slirp import (
     PROCESSES,
     PROGRAM,
     Layout,

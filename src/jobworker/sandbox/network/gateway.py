@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
-from jobworker.sandbox.private_network import PROGRAM, TAP, Layout
+from jobworker.sandbox.network.slirp import PROGRAM, TAP, Layout
 from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.start import network
 from jobworker.sandbox.start.plan import View
@@ -54,7 +54,7 @@ class Means(NamedTuple):
 
 
 def start_gateway(means: Means) -> tuple[int, int]:
-    """Clone a gateway: its pidfd, and a socket whose reader is `private_network.enter`.
+    """Clone a gateway: its pidfd, and a socket whose reader is `network.slirp.enter`.
 
     The caller owns both, and reaps it. Raises OSError.
     """
