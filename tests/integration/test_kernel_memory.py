@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import channel, kernel_memory, kernel_search
+from jobworker.sandbox import channel
+from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import search as kernel_search
 from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
+from jobworker.sandbox import channel
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.kernel_memory import connections as kernel_connections
+from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import search as kernel_search
 
 from .conftest import child_of
 from .test_kernel_memory import MIB, end_of, service  # noqa: F401 - a fixture

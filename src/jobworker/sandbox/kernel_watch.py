@@ -1,19 +1,20 @@
 """Ends a job that holds more kernel memory than it may of what no control group counts.
 
-Measuring that takes a process a while (`sandbox.kernel_memory`), so it is done only when there is a
-reason: the kernel's memory that cannot be given back, which one line of /proc/meminfo tells for the
-whole host, has grown. Who holds more than `BOUND_BYTES` then is ended as out of memory. Where so
-much is found that nothing tells whose it is, each job is searched (`sandbox.kernel_search`).
+Measuring that takes a process a while (`sandbox.kernel_memory.measure`), so it is done only when
+there is a reason: the kernel's memory that cannot be given back, which one line of /proc/meminfo
+tells for the whole host, has grown. Who holds more than `BOUND_BYTES` then is ended as out of
+memory. Where so much is found that nothing tells whose it is, each job is searched
+(`sandbox.kernel_memory.search`).
 
 Buffers of TCP sockets have a control group's limit of their own on cgroup v1, which the kernel lets
 each socket pass by a piece or two. What is beyond it counts like the rest: it is read from the
 jobs' groups where the host's number for TCP (/proc/net/sockstat) has grown. The same is a reason to
-measure what nobody has accepted (`sandbox.kernel_connections`), which no group counts.
+measure what nobody has accepted (`sandbox.kernel_memory.connections`), which no group counts.
 
-A third number of the host's, pages that it has no name for (`sandbox.host_memory`), is a reason to
-measure all sockets over IP: error queues and open datagrams are in no group either. The group may
-count part of what a job's sockets hold. Both change meanwhile, so the highest count since the
-measurement began comes off: what is left was surely held and not counted.
+A third number of the host's, pages that it has no name for (`sandbox.kernel_memory.host`), is a
+reason to measure all sockets over IP: error queues and open datagrams are in no group either. The
+group may count part of what a job's sockets hold. Both change meanwhile, so the highest count since
+the measurement began comes off: what is left was surely held and not counted.
 
 Sockets that no list has keep their buffers and options, in pages or in slabs. So where the first
 and the third number together grow by more than all measurements explain, each job's descriptors are
@@ -33,8 +34,8 @@ What must hold: a job holds no more of each kind than the bound, what the host's
 it is looked at, and what the job can add meanwhile. No job delays the others' measurement: each
 kind has a process of its own, with an end, and so has each job's search; one that cannot be ended
 keeps no other from being started. None of them takes more of a processor than its pace
-(`sandbox.kernel_pace`), though a job can give a reason for each at any time: what is to be measured
-while it rests is measured afterwards. Looking costs an idle launcher nothing.
+(`sandbox.kernel_memory.pace`), though a job can give a reason for each at any time: what is to be
+measured while it rests is measured afterwards. Looking costs an idle launcher nothing.
 
 Standard library only.
 """
@@ -49,15 +50,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from jobworker.sandbox import channel, kernel_connections, kernel_memory, kernel_search
+from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import CROWDED, MOST_SECONDS, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.host_memory import Figure, HostMemory
-from jobworker.sandbox.kernel_memory import BOUND_BYTES, LookAt, Measured
-from jobworker.sandbox.kernel_pace import Pace
-from jobworker.sandbox.kernel_search import Found
+from jobworker.sandbox.kernel_memory import connections as kernel_connections
+from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import search as kernel_search
+from jobworker.sandbox.kernel_memory.host import Figure, HostMemory
+from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured
+from jobworker.sandbox.kernel_memory.pace import Pace
+from jobworker.sandbox.kernel_memory.search import Found
 from jobworker.sandbox.log import say
 
 STEP_BYTES = 32 << 20

@@ -33,7 +33,7 @@ from jobworker.sandbox.cgroup.hierarchy import (
 )
 from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk.images import Terms, rounded
-from jobworker.sandbox.kernel_memory import open_locks
+from jobworker.sandbox.kernel_memory.measure import open_locks
 from jobworker.sandbox.launcher_loop import Launcher
 from jobworker.sandbox.log import open_log, say, say_last
 from jobworker.sandbox.own_namespace import become_root, split

@@ -15,8 +15,8 @@ from jobworker.sandbox.channel import Message
 from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.kernel_memory import BOUND_BYTES
-from jobworker.sandbox.kernel_pace import LONGEST_REST_SECONDS
+from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
+from jobworker.sandbox.kernel_memory.pace import LONGEST_REST_SECONDS
 
 MUCH = BOUND_BYTES + 1
 LIMIT = 1 << 30

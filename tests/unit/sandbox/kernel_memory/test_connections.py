@@ -7,10 +7,11 @@ import struct
 
 import pytest
 
-from jobworker.sandbox import kernel_connections, kernel_sockets
-from jobworker.sandbox.kernel_connections import CONNECTION_BYTES, Waiting
-from jobworker.sandbox.kernel_listeners import Owners
-from jobworker.sandbox.kernel_sockets import Socket
+from jobworker.sandbox.kernel_memory import connections as kernel_connections
+from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
+from jobworker.sandbox.kernel_memory.connections import CONNECTION_BYTES, Waiting
+from jobworker.sandbox.kernel_memory.listeners import Owners
+from jobworker.sandbox.kernel_memory.sockets import Socket
 
 SENT = 50_000
 

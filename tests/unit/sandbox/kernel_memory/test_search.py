@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from jobworker.sandbox import kernel_search
-from jobworker.sandbox.kernel_memory import BYTES_PER_LOCK, NetlinkSocket
+from jobworker.sandbox.kernel_memory import search as kernel_search
+from jobworker.sandbox.kernel_memory.measure import BYTES_PER_LOCK, NetlinkSocket
 
 MOST = 1000
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from jobworker.sandbox import kernel_sockets
-from jobworker.sandbox.kernel_listeners import Listeners, Owners
-from jobworker.sandbox.kernel_sockets import ESTABLISHED, LISTEN, Socket
+from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
+from jobworker.sandbox.kernel_memory.listeners import Listeners, Owners
+from jobworker.sandbox.kernel_memory.sockets import ESTABLISHED, LISTEN, Socket
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 OWNERS = Owners({range(1000, 1010): 1, range(1010, 1020): 2, range(2000, 2010): 3})

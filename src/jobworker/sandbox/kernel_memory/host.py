@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from jobworker.sandbox.kernel_connections import tcp_bytes
+from jobworker.sandbox.kernel_memory.connections import tcp_bytes
 
 _NAMED = (
     b"MemFree Buffers Cached SwapCached AnonPages Slab KernelStack PageTables SecPageTables "

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from jobworker.sandbox import kernel_connections, kernel_memory
-from jobworker.sandbox.kernel_memory import NETLINK_BYTES, NetlinkSocket
+from jobworker.sandbox.kernel_memory import connections as kernel_connections
+from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory.measure import NETLINK_BYTES, NetlinkSocket
 
 WRONG = struct.pack("=IHHII", 512, 0x7FFF, 1, 1, 0) + bytes(496)
 """A request that is answered by an error that repeats it."""

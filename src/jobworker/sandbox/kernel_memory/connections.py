@@ -23,7 +23,7 @@ whose ids another job may have by then. So orphans there are told apart.
 
 Runs in a process of its own (`sandbox.chores`), which enters each network. On the host's network a
 socket is the job's that has its user among its ids, and a connection that is not accepted is whose
-the listening socket is (`sandbox.kernel_listeners`).
+the listening socket is (`sandbox.kernel_memory.listeners`).
 Standard library only. Sources: sock_diag(7), linux/inet_diag.h, net/ipv4/inet_connection_sock.c
 (inet_csk_accept, mem_cgroup_sk_alloc), net/core/skbuff.c (sock_queue_err_skb), tcp(7), udp(7).
 """
@@ -37,11 +37,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import kernel_memory, kernel_sockets
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.kernel_listeners import Listeners, Owners
-from jobworker.sandbox.kernel_memory import BOUND_BYTES, LookAt, Measured, tell_nobody
-from jobworker.sandbox.kernel_sockets import CLOSE_WAIT, ESTABLISHED, LISTEN, Socket
+from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
+from jobworker.sandbox.kernel_memory.listeners import Listeners, Owners
+from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured, tell_nobody
+from jobworker.sandbox.kernel_memory.sockets import CLOSE_WAIT, ESTABLISHED, LISTEN, Socket
 
 CONNECTION_BYTES = 4096
 """The structure of one, with what belongs to it: 3.8 KB measured on Linux 6.1."""
@@ -78,7 +79,7 @@ class _Network(NamedTuple):
 
 
 def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
-    """What sockets over IP hold; `first_processes` as in `sandbox.kernel_memory`.
+    """What sockets over IP hold; `first_processes` as in `sandbox.kernel_memory.measure`.
 
     `held` is what waits to be accepted. `unfinished` are also jobs of which connections that cannot
     be seen may be over the bound.

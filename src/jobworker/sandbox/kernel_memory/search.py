@@ -1,9 +1,9 @@
 """Looks through one job's descriptors for kernel memory that its place alone does not tell.
 
-`sandbox.kernel_memory` knows of such memory, and not whose it is: netlink sockets on the host's
-network, and locks on files of which a job has not the device to itself (memfds, pipes, volumes
-that others have too, files of the host), and sockets over IP that are in no list
-(`sandbox.kernel_sockets`). Here is found what descriptors show, and mapped memfds.
+`sandbox.kernel_memory.measure` knows of such memory, and not whose it is: netlink sockets on the
+host's network, and locks on files of which a job has not the device to itself (memfds, pipes,
+volumes that others have too, files of the host), and sockets over IP that are in no list
+(`sandbox.kernel_memory.sockets`). Here is found what descriptors show, and mapped memfds.
 What is in flight over UNIX sockets cannot be seen: fdinfo tells only how much is (`scm_fds`).
 
 A netlink socket is asked itself what it holds. The kernel's list of them takes longer by the square
@@ -31,9 +31,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from jobworker.sandbox import kernel_memory, kernel_sockets
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.kernel_memory import (
+from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
+from jobworker.sandbox.kernel_memory.measure import (
     BOUND_BYTES,
     BYTES_PER_LOCK,
     NETLINK_BYTES,
@@ -203,7 +204,8 @@ def _is_netlink(thread: int, name: str) -> bool:
 
 
 def _held_by(thread: int, number: int) -> int | None:
-    """What a descriptor's socket holds, as `kernel_sockets.held_by` tells; 0 where it is closed.
+    """What a descriptor's socket holds, as `kernel_memory.sockets.held_by` tells; 0 where it is
+    closed.
 
     None where this host does not let it be asked.
     """

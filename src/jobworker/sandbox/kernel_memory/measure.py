@@ -7,7 +7,7 @@ Three kinds are charged to nobody, on cgroup v1 and v2 alike, and have no bound 
   a structure of 2 KiB; and a request for a list, up to net.core.wmem_max, twice, which the kernel
   keeps until the socket has taken the list;
 - locks on ranges of files: 192 bytes for each, as many as a process likes;
-- connections that nobody has accepted: see `sandbox.kernel_connections`.
+- connections that nobody has accepted: see `sandbox.kernel_memory.connections`.
 
 They are asked for where a job cannot hide them, and not by its descriptors, of which it has as
 many as it likes and which need not be in any table:
@@ -22,7 +22,8 @@ many as it likes and which need not be in any table:
   of its length (400,000 locks: a minute). So a list too short for the bound is not read, and of a
   longer one a sample is.
 
-What neither can tell whose it is, is `unknown`: then `sandbox.kernel_search` looks at descriptors.
+What neither can tell whose it is, is `unknown`: then `sandbox.kernel_memory.search` looks at
+descriptors.
 
 Each runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
 proc_locks(5), proc_pid_mountinfo(5), proc_pid_net(5), netlink(7), fs/locks.c, fs/seq_file.c.

@@ -10,7 +10,8 @@ address in common as well: bind(2) and listen(2) refuse that, with SO_REUSEPORT 
 A device may differ all the same: a listening socket can be bound to one later, and a connection
 with a link-local peer has its device. Then it is whose the sockets of all devices are, where that
 is one job. Else it is nobody's: no job ends for what may be another's. The queue's length tells of
-it where the connections really wait, as with those that were reset (`sandbox.kernel_connections`).
+it where the connections really wait, as with those that were reset
+(`sandbox.kernel_memory.connections`).
 
 Standard library only. Sources: net/ipv4/inet_hashtables.c and net/ipv6/inet6_hashtables.c
 (compute_score), inet_request_bound_dev_if, tcp_v6_syn_recv_sock, socket(7), ipv6(7).
@@ -20,7 +21,7 @@ import bisect
 import socket
 from collections.abc import Iterable, Mapping
 
-from jobworker.sandbox.kernel_sockets import Socket
+from jobworker.sandbox.kernel_memory.sockets import Socket
 
 _MAPPED = bytes(10) + b"\xff\xff"
 _ANY, _ANY_MAPPED = bytes(16), _MAPPED + bytes(4)

@@ -78,7 +78,7 @@ def sockets(protocol: int) -> Iterator[Socket]:
 def ping_sockets(place: str) -> Iterator[tuple[int, int]]:
     """Ping sockets of a process's network: whose each is, and how many bytes it holds.
 
-    `place` is a directory of /proc, as `kernel_memory.places_of` tells it. Raises OSError.
+    `place` is a directory of /proc, as `kernel_memory.measure.places_of` tells it. Raises OSError.
     """
     for name in ("icmp", "icmp6"):
         with contextlib.suppress(FileNotFoundError), open(f"{place}/net/{name}") as file:
