@@ -178,7 +178,7 @@ def launcher_of(service: Embedded) -> int:
     (launcher,) = [
         child
         for child in children
-        if b"jobworker.sandbox.launcher" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"jobworker.sandbox.launcher.main" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
     return int(launcher)
 

@@ -26,7 +26,7 @@ class Refusing(launcher_jobs.Chores):
             raise OSError(refusals.pop(), "on purpose")
         super().start(work, done, holding)
 launcher_jobs.Chores = Refusing
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that finds no process, many times, to look after a job's volumes."""
 
@@ -36,7 +36,7 @@ import os
 from jobworker.sandbox import launcher_jobs
 launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
 launcher_jobs._find_losses = lambda volumes: os._exit(9)
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose process that looks after a job's volumes is killed each time."""
 
@@ -54,15 +54,15 @@ class Refusing(launcher_jobs.Turns):
         super().watch(descriptor, call)
 from jobworker.sandbox import launcher_loop
 launcher_loop.Turns = Refusing
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that cannot watch a child by the method of one of these names, once."""
 
 FAULT = """
 import sys; sys.path.insert(0, sys.argv[1])
 from jobworker.sandbox import children, launcher_jobs, turns
-from jobworker.sandbox.children import Child, Nursery
-from jobworker.sandbox.launcher_jobs import Jobs
+from jobworker.sandbox.launcher.children import Child, Nursery
+from jobworker.sandbox.launcher.jobs import Jobs
 turns.AGAIN_SECONDS = 0.01
 struck = []
 def call(*given, call=OWNER.NAME):
@@ -71,13 +71,13 @@ def call(*given, call=OWNER.NAME):
         raise KeyError("on purpose")
     return call(*given)
 OWNER.NAME = call
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher in which the first call of a function meets a fault that nobody foresaw."""
 
 FAULTY_LATE_START = """
 import sys; sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox.launcher_jobs import Jobs
+from jobworker.sandbox.launcher.jobs import Jobs
 waits = [True]
 def must_wait(jobs, order, must_wait=Jobs._must_wait):
     is_second = bool(jobs._jobs) and waits
@@ -87,7 +87,7 @@ def start(jobs, number, request, by, start=Jobs._start):
         raise KeyError("on purpose")
     start(jobs, number, request, by)
 Jobs._must_wait, Jobs._start = must_wait, start
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose second start waits for the end of the first, and meets a fault then."""
 
@@ -95,7 +95,7 @@ BAD_SPARES = """
 import sys; sys.path.insert(0, sys.argv[1])
 from jobworker.sandbox import disk_images
 disk_images.lost_writes = lambda root: True
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose every spare has a disk that lost what was written to it."""
 
@@ -214,7 +214,7 @@ def test_end_that_meets_an_unforeseen_fault_is_told_and_leaves_no_place_taken(
 def test_volume_whose_chore_meets_an_unforeseen_fault_is_told_of(
     serving: Callable[..., Service],
 ) -> None:
-    loop = "from jobworker.sandbox.launcher_loop import Launcher"
+    loop = "from jobworker.sandbox.launcher.loop import Launcher"
     bootstrap = FAULT.replace("struck = []", f"{loop}\nstruck = []")
     service = serving(bootstrap.replace("OWNER", "Launcher").replace("NAME", "_on_volume"))
     reply, _ = service.ask("volume.create", 1, name="kept", size_bytes=16 << 20, thin=False)

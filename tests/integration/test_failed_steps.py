@@ -33,7 +33,7 @@ def failing(prepare, means):
             apply._APPLY[kind] = fail
     real(prepare, means)
 child.apply = failing
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose jobs fail at the step that a file names."""
 
@@ -123,7 +123,7 @@ def test_launcher_that_cannot_make_disks_says_so(
     bootstrap = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from jobworker.sandbox import disk_images as d\n"
-        f"{spoil}\nfrom jobworker.sandbox.launcher import main; main(int(sys.argv[2]))\n"
+        f"{spoil}\nfrom jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))\n"
     )
     monkeypatch.setattr(launch, "_BOOTSTRAP", bootstrap)
     policy = make_policy()

@@ -61,7 +61,7 @@ def service(
     """A launcher without spares, whose every child fails at its own step."""
     policy = make_policy()._replace(max_jobs=1, spares=0)
     path, call = launch._BOOTSTRAP.split("; ", 2)[:2], "main(int(sys.argv[2]))"
-    importing = "from jobworker.sandbox.launcher import main"
+    importing = "from jobworker.sandbox.launcher.main import main"
     monkeypatch.setattr(launch, "_BOOTSTRAP", "\n".join([*path, BREAK, importing, call]))
     made = Service(start_launcher(policy), policy)
     yield made

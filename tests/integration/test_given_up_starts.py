@@ -29,7 +29,7 @@ BEGINS_LATE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os, time
 from jobworker.sandbox import children, launcher_jobs, trampoline
-from jobworker.sandbox.children import Child
+from jobworker.sandbox.launcher.children import Child
 ending = []
 def send(child, errand):
     child._errand = errand
@@ -64,7 +64,7 @@ if "MOMENT" == "never":
     children.become_job = lambda *_: time.sleep(600)
 Child.send, Child.hear = send, hear
 launcher_jobs.Jobs._give_up, launcher_jobs.Jobs.undo_starts = give_up, undo
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that lets a job's program begin only at MOMENT: before its start is given up, or after
 the look whether it has begun, before the kill. There a greedy one takes more memory than it may. Or
@@ -82,7 +82,7 @@ class Broken(service_link.Outbox):
             raise OSError(errno.ENOBUFS, "on purpose")
         super().send(message, descriptors)
 service_link.Outbox = Broken
-from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))
+from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose starts wait for a place in vain, and whose word of that ends the connection."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from bench.neighbour import ATTACKS, Neighbourhood, neighbourhood
 
-from jobworker.sandbox.terminals import MOST
+from jobworker.sandbox.launcher.terminals import MOST
 
 pytestmark = pytest.mark.alone
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN, APPLY = "src/jobworker/sandbox/start/plan.py", "src/jobworker/sandbox/start/apply.py"
-CHILDREN, FILTER = "src/jobworker/sandbox/children.py", "etc/seccomp.toml"
+CHILDREN, FILTER = "src/jobworker/sandbox/launcher/children.py", "etc/seccomp.toml"
 BPF = "src/jobworker/sandbox/seccomp/program.py"
 SECONDS = 240
 
@@ -64,7 +64,7 @@ STEPS = (
     step("resource limits (all)", "        *RESOURCE_LIMITS,\n"),
 )
 LAUNCHERS_NO_NEW_PRIVILEGES = (
-    "src/jobworker/sandbox/launcher.py",
+    "src/jobworker/sandbox/launcher/main.py",
     "    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)\n",
     "",
 )

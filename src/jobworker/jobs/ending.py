@@ -2,7 +2,7 @@
 
 A stop, the time-out and the policy for output all ask in the same way: a signal, a grace period,
 and then SIGKILL for all that is left. The earliest deadline counts, and each signal is delivered.
-A job that would not even notice the signal is killed at once (`sandbox.launcher_jobs.deliver`).
+A job that would not even notice the signal is killed at once (`sandbox.launcher.jobs.deliver`).
 
 What is said of an end is the cause that came first. Whoever asks second, or asks for the end of a
 job that has exited (its output may still be on its way), changes nothing about that.

@@ -41,7 +41,7 @@ _ABSENT = (
 NO_LOCKS: Mapping[str, int] = MappingProxyType({})
 _BOOTSTRAP = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from jobworker.sandbox.launcher import main; main(int(sys.argv[2]))"
+    "from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))"
 )
 
 

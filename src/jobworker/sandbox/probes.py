@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import probes_disks, probes_kernel, probes_limits, probes_mounts
-from jobworker.sandbox.own_namespace import become_root, split
+from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.probing import Finding, Probe, adopt_descendants, end_descendants, try_one
 from jobworker.sandbox.user_namespaces import Ids
 

@@ -13,7 +13,7 @@ elsewhere can name no wrong one then, whomever it belongs to. The service locks 
 Programs that take no such lock, such as an earlier version of this one, are found by the maps of
 their user namespaces and by their processes' own ids (/proc/PID/uid_map, user_namespaces(7)).
 
-Ordinary users have no range of their own choice: see `sandbox.own_namespace`.
+Ordinary users have no range of their own choice: see `sandbox.launcher.own_namespace`.
 """
 
 import fcntl

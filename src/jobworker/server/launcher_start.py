@@ -1,6 +1,6 @@
 """What `worker launcher` does before it becomes the launcher: a socket to listen at, and a policy.
 
-The launcher proper runs by the standard library alone (`sandbox.launcher`), and so what needs
+The launcher proper runs by the standard library alone (`sandbox.launcher.main`), and so what needs
 more stands here: reading the settings, finding the service's user. Then this process executes
 the launcher in its own place; the policy waits for it in a socket, and with it the descriptors
 that it needs: the locks on the state directory and on the jobs' ids, the listener, and the way to

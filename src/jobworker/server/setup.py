@@ -6,8 +6,8 @@ may fail does so here, before the first client, with an error that names the rem
 left behind then.
 
 An ordinary user may run a service too. It stays that user, and so does its launcher, as root of a
-user namespace of its own (`sandbox.own_namespace`); what cannot be enforced then is refused or, at
-the start, logged.
+user namespace of its own (`sandbox.launcher.own_namespace`); what cannot be enforced then is
+refused or, at the start, logged.
 """
 
 import errno

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from jobworker.cli.embedded import Embedded
-from jobworker.sandbox.terminals import FEWEST, MOST
+from jobworker.sandbox.launcher.terminals import FEWEST, MOST
 
 from ...integration.wire import Json, Refused, Wire
 

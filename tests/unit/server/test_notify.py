@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.sandbox import launcher
+from jobworker.sandbox.launcher import main as launcher
 from jobworker.sd_notify import PATIENCE_SECONDS
 from jobworker.server.notify import Notifier
 

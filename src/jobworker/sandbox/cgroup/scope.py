@@ -28,7 +28,8 @@ from jobworker.sandbox.cgroup import files
 Kind = Literal["v1", "hybrid", "v2", "none"]
 Want = Literal["", "limit", "host", "kernel"]
 """What processes of a job were killed for want of: nothing; memory within the job's own limit;
-memory of the host or of a group above; the kernel's own memory (`sandbox.kernel_watch`)."""
+memory of the host or of a group above; the kernel's own memory
+(`sandbox.launcher.kernel_watch`)."""
 SWEEP_SECONDS = 5.0
 SWEEP_PAUSE_SECONDS = 0.005
 

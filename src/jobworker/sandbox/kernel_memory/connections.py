@@ -15,7 +15,7 @@ in doubt.
 Buffers of the jobs' other sockets: the kernel charges what they have received and what TCP is to
 send, but neither what waits in error queues nor what UDP has sent or keeps open (MSG_MORE). The
 list tells the sum of each socket, and the job's group what of all is charged. So the sums go to the
-launcher, which takes that off (`sandbox.kernel_watch`).
+launcher, which takes that off (`sandbox.launcher.kernel_watch`).
 
 A socket that is closed lives on until its peer has taken what was sent, for minutes where the peer
 takes nothing: an orphan, tcp(7). It has its user still, and on the host's network outlives the job,

@@ -103,7 +103,8 @@ that containers commonly get, less NET_RAW and MKNOD."""
 
 RESOURCE_LIMITS = (
     s.SetResourceLimit("RLIMIT_CORE", 0, 0),
-    # The launcher has to forget what /proc showed of the first process's: see `sandbox.zombies`.
+    # The launcher has to forget what /proc showed of the first process's: see
+    # `sandbox.launcher.zombies`.
     s.SetResourceLimit("RLIMIT_NOFILE", 1024, 65_536),
     s.SetResourceLimit("RLIMIT_MEMLOCK", 8 << 20, 8 << 20),
     s.SetResourceLimit("RLIMIT_MSGQUEUE", 819_200, 819_200),

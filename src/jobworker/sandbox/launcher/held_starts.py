@@ -21,7 +21,7 @@ Standard library only.
 import contextlib
 import signal
 
-from jobworker.sandbox.children import Child
+from jobworker.sandbox.launcher.children import Child
 
 
 def hold(child: Child) -> bool:

@@ -9,10 +9,12 @@ from typing import cast
 
 import pytest
 
-from jobworker.sandbox import channel, doorway, launcher_loop
+from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.none import NoTree
-from jobworker.sandbox.children import Child, Nursery
-from jobworker.sandbox.launcher_loop import Launcher
+from jobworker.sandbox.launcher import listener as doorway
+from jobworker.sandbox.launcher import loop as launcher_loop
+from jobworker.sandbox.launcher.children import Child, Nursery
+from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.protocol.version import PROTOCOL
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.start_failures import explain

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from jobworker.sandbox import kernel_watch
 from jobworker.sandbox.channel import Message
-from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
 from jobworker.sandbox.kernel_memory.pace import LONGEST_REST_SECONDS
+from jobworker.sandbox.launcher import kernel_watch
+from jobworker.sandbox.launcher.children import Child
 
 MUCH = BOUND_BYTES + 1
 LIMIT = 1 << 30

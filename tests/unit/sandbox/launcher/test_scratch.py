@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.sandbox.scratch import remove_tree
+from jobworker.sandbox.launcher.scratch import remove_tree
 
-from ..strategies import examples
+from ...strategies import examples
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IMMUTABLE_FL = 0x80086601, 0x40086602, 0x10
 """linux/fs.h; chattr(1) +i."""

@@ -27,16 +27,16 @@ from functools import partial
 
 from jobworker.errors import JobworkerError
 from jobworker.sandbox import channel
-from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.doorway import Doorway
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.launcher_jobs import Jobs, deliver, fault, keep_ask, listed, problem
+from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.jobs import Jobs, deliver, fault, keep_ask, listed, problem
+from jobworker.sandbox.launcher.listener import Doorway
+from jobworker.sandbox.launcher.service_connection import ServiceLink
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol import requests
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
-from jobworker.sandbox.service_link import ServiceLink
 
 FAREWELL_SECONDS = 10.0
 """Bound on ending all jobs once the launcher is to leave."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobworker.sandbox.terminals import FEWEST, MOST, share
+from jobworker.sandbox.launcher.terminals import FEWEST, MOST, share
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,6 @@ from typing import NamedTuple
 
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.children import Child
 from jobworker.sandbox.chores import CROWDED, MOST_SECONDS, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
@@ -62,6 +61,7 @@ from jobworker.sandbox.kernel_memory.host import Figure, HostMemory
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured
 from jobworker.sandbox.kernel_memory.pace import Pace
 from jobworker.sandbox.kernel_memory.search import Found
+from jobworker.sandbox.launcher.children import Child
 from jobworker.sandbox.log import say
 
 STEP_BYTES = 32 << 20

@@ -4,7 +4,7 @@ It is started by root, with the standard library alone, one thread, and no way t
 anything but its policy, once, and then the requests of `sandbox.protocol.requests`. Either a
 service starts it before it drops its privileges, and takes it along; or it runs on its own and
 outlives services. It opens what it needs by descriptor, moves into a mount namespace that holds
-the jobs' root and little else, and then runs `sandbox.launcher_loop`.
+the jobs' root and little else, and then runs `sandbox.launcher.loop`.
 
 Nothing is imported after that: Python's own files are out of reach then.
 """
@@ -31,12 +31,12 @@ from jobworker.sandbox.cgroup.hierarchy import (
     open_tree,
     sweep_elsewhere,
 )
-from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk.images import Terms, rounded
 from jobworker.sandbox.kernel_memory.measure import open_locks
-from jobworker.sandbox.launcher_loop import Launcher
+from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.loop import Launcher
+from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.log import open_log, say, say_last
-from jobworker.sandbox.own_namespace import become_root, split
 from jobworker.sandbox.protocol.policy import Policy, policy_from
 from jobworker.sandbox.root import host_view as rootfs
 from jobworker.sandbox.root import plain_root

@@ -31,22 +31,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
-from jobworker.sandbox import channel, held_starts
+from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits, Usage
-from jobworker.sandbox.children import NOBODY, Child, Nursery, name_host, status_of
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.kernel_watch import KernelWatch
+from jobworker.sandbox.launcher import held_starts
+from jobworker.sandbox.launcher.children import NOBODY, Child, Nursery, name_host, status_of
+from jobworker.sandbox.launcher.kernel_watch import KernelWatch
+from jobworker.sandbox.launcher.oom_watch import OomWatch
+from jobworker.sandbox.launcher.zombies import Zombies
 from jobworker.sandbox.log import say
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.network.modes import room_beside
-from jobworker.sandbox.oom_watch import OomWatch
 from jobworker.sandbox.protocol import requests
 from jobworker.sandbox.protocol.asks import Ask, Asked
 from jobworker.sandbox.start import trampoline, wall
 from jobworker.sandbox.start.plan import Order, finish, fits_spare
-from jobworker.sandbox.zombies import Zombies
 
 REFILL_SECONDS = 0.02
 """A spare is made this long after one was taken: at once would slow the start that took it."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.outbox import Outbox
+from jobworker.sandbox.launcher.outbox import Outbox
 from jobworker.sandbox.protocol import requests
 
 Serve = Callable[[int, requests.Request], None]

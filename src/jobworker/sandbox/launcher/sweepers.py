@@ -15,9 +15,9 @@ import signal
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from jobworker.sandbox import scratch
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disposal import close_all_but, give_away
+from jobworker.sandbox.launcher import scratch
 from jobworker.sandbox.log import say
 
 MAX_SWEEPERS = 4

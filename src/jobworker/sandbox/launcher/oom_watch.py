@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from jobworker.sandbox.children import Child
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.launcher.children import Child
 
 LOOK_SECONDS = 0.1
 LOOK_AGAIN_SECONDS = 0.002

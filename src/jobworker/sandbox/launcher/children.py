@@ -25,6 +25,8 @@ from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk, rounded
 from jobworker.sandbox.disk.volumes import Volumes, refusal
+from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
+from jobworker.sandbox.launcher.terminals import terminals_each
 from jobworker.sandbox.network.modes import Networks
 from jobworker.sandbox.network.slirp import Layout, Way
 from jobworker.sandbox.protocol.asks import Asked
@@ -35,8 +37,6 @@ from jobworker.sandbox.start.apply import Means
 from jobworker.sandbox.start.child import become_job
 from jobworker.sandbox.start.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
 from jobworker.sandbox.start.steps import Step, explain
-from jobworker.sandbox.sweepers import MAX_KEPT_DISKS, Sweepers
-from jobworker.sandbox.terminals import terminals_each
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 PIPE_BYTES = 1 << 20
@@ -65,7 +65,7 @@ class Child:
     asked: Asked | None = None
     """What was asked for of its end, for the next service."""
     start_by = 0
-    """When its start is given up: at which look at starts (`launcher_jobs`)."""
+    """When its start is given up: at which look at starts (`launcher.jobs`)."""
     end_is_taken = False
     """Whether its last words were heard and its losses are looked for: then what it held may go."""
 
@@ -103,7 +103,8 @@ class Child:
         self.report = -1
         """What its init tells of the program's end; -1 where it has none."""
         self.hoards = False
-        """It was ended for kernel memory that no group counts: see `sandbox.kernel_watch`."""
+        """It was ended for kernel memory that no group counts: see
+        `sandbox.launcher.kernel_watch`."""
         self.exit: Exit | None = None
         self.lost, self.unseen = list[str](), list[str]()
         """Where it lost what it wrote: names of volumes, "" for its own disk. And the volumes of

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jobworker
-from jobworker.sandbox.own_namespace import MIN_IDS_PER_JOB, SINGLE_ID, Range, granted, split
+from jobworker.sandbox.launcher.own_namespace import (
+    MIN_IDS_PER_JOB,
+    SINGLE_ID,
+    Range,
+    granted,
+    split,
+)
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB, Ids
 
 SUBUID = "alice:100000:65536\nbob:165536:1000\n1003:200000:70000\nbob:300000:65536\n"

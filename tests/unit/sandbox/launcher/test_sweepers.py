@@ -10,13 +10,13 @@ from typing import cast
 import pytest
 
 from jobworker.sandbox import event_loop as turns_module
-from jobworker.sandbox import launcher_jobs
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.children import Nursery
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.launcher_jobs import Jobs
-from jobworker.sandbox.sweepers import Sweepers
+from jobworker.sandbox.launcher import jobs as launcher_jobs
+from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.jobs import Jobs
+from jobworker.sandbox.launcher.sweepers import Sweepers
 
 
 def clone(*, ends: bool) -> int:

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.outbox import Outbox
+from jobworker.sandbox.launcher.outbox import Outbox
 
 LARGE: channel.Message = {"id": 7, "ok": {"steps": "x" * (2 * channel.MAX_INLINE_BYTES)}}
 

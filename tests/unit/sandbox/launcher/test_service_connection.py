@@ -5,8 +5,8 @@ import socket
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.launcher.service_connection import ServiceLink
 from jobworker.sandbox.protocol import requests
-from jobworker.sandbox.service_link import ServiceLink
 
 
 def test_last_words_of_a_service_that_was_killed_are_heard() -> None:
