@@ -16,7 +16,7 @@ from attrs import evolve
 from jobworker.config import Settings, with_first_uid
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
-from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.id_ranges import lock_ids
 from jobworker.server.setup import policy_for

@@ -28,7 +28,7 @@ from attrs import evolve
 from jobworker.config import Settings
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
-from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.setup import policy_for
 from jobworker.server.state_directory import make_state_directory

@@ -23,7 +23,7 @@ from jobworker.jobs.output_index import RECORD, Record
 from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.service.link import Link
 
 for_the_victim = ContextVar("for_the_victim", default=False)
 """Whether this is a task of the victim's execution, or a thread that works for one."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import channel, launch
-from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service import launch
+from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import channel, launch
+from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service import launch
+from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of, disks_in
 from .test_launcher import Service, make_policy

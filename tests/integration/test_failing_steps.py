@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import launch
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service import launch
+from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start import steps
 from jobworker.sandbox.start.apply import _APPLY
 from jobworker.sandbox.start.steps import name_of

@@ -12,15 +12,16 @@ import pytest
 from attrs import asdict
 
 from jobworker.errors import Busy
-from jobworker.sandbox import channel, launch
-from jobworker.sandbox.launch import (
+from jobworker.sandbox import channel
+from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.service import launch
+from jobworker.sandbox.service.launch import (
     LauncherProcess,
     OpenedLauncher,
     connect_launcher,
     launcher_command,
     start_launcher,
 )
-from jobworker.sandbox.protocol.policy import Policy, policy_message
 
 from .conftest import child_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture

@@ -18,8 +18,8 @@ from jobworker.cli.embedded import Embedded, open_embedded, program, write_confi
 from jobworker.config import SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import ConfigError
 from jobworker.sandbox import channel
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import until
 from .test_launcher import Service, make_policy, service  # noqa: F401 - fixtures

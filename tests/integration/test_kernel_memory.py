@@ -12,8 +12,8 @@ import pytest
 from jobworker.sandbox import channel
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
 from jobworker.sandbox.kernel_memory import search as kernel_search
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of
 from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixture

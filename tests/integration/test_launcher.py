@@ -18,10 +18,10 @@ from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.launch import LauncherProcess, start_launcher
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.profile import NEEDED_TO_START
+from jobworker.sandbox.service.launch import LauncherProcess, start_launcher
 from jobworker.server.id_ranges import lock_ids
 
 from ..conftest import compiler

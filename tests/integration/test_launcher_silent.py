@@ -10,10 +10,11 @@ import trio
 
 from jobworker.cli.embedded import open_embedded
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import channel, launch
-from jobworker.sandbox.launch import start_launcher
+from jobworker.sandbox import channel
 from jobworker.sandbox.protocol import version
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service import launch
+from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture

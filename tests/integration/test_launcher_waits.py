@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture

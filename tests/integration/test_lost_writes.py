@@ -17,7 +17,7 @@ from jobworker.cli.embedded import open_embedded
 from jobworker.convert import structure
 from jobworker.model.job import JobRecord, shell_exit_code
 from jobworker.sandbox import channel
-from jobworker.sandbox.launch import OpenedLauncher
+from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.server.disk_promises import free_bytes
 
 from .conftest import until

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
-from jobworker.sandbox.launch import connect_launcher
+from jobworker.sandbox.service.launch import connect_launcher
 from jobworker.server.descriptors import OWN
 
 from ..security.raw_socket import open_raw

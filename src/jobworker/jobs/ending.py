@@ -27,9 +27,9 @@ from attrs import define, field
 from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFound
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
-from jobworker.sandbox.launch import AskedBefore, Exit
-from jobworker.sandbox.link import Link
 from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT, Ask
+from jobworker.sandbox.service.launch import AskedBefore, Exit
+from jobworker.sandbox.service.link import Link
 
 log = logging.getLogger("jobworker.jobs")
 

@@ -56,8 +56,8 @@ from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.launch import Exit
-from jobworker.sandbox.link import Exits, Link, Notices, Started
+from jobworker.sandbox.service.launch import Exit
+from jobworker.sandbox.service.link import Exits, Link, Notices, Started
 from jobworker.sandbox.start.plan import Order
 
 log = logging.getLogger("jobworker.jobs")

@@ -45,7 +45,7 @@ from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
 from jobworker.model.made import altered
-from jobworker.sandbox.link import Link, Waitable, launcher_silent
+from jobworker.sandbox.service.link import Link, Waitable, launcher_silent
 from jobworker.threads import in_thread
 
 DECIDE_SECONDS = 5.0

@@ -56,7 +56,7 @@ from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.link import Exits, Link, Started
+from jobworker.sandbox.service.link import Exits, Link, Started
 from jobworker.threads import in_thread
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from jobworker.config import MEBIBYTE, Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.model.units import format_size
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.service.link import Link
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")

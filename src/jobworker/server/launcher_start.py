@@ -18,9 +18,9 @@ from jobworker.config import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
-from jobworker.sandbox.launch import launcher_command
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol.policy import policy_message
+from jobworker.sandbox.service.launch import launcher_command
 from jobworker.server.id_ranges import lock_ids
 from jobworker.server.notify import Notifier
 from jobworker.server.setup import lift_file_size_limit, policy_for, service_ids

@@ -41,8 +41,8 @@ from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
 from jobworker.sandbox.cgroup.cpuset import parse_cores
-from jobworker.sandbox.host import HostFacts
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.service.host import HostFacts
+from jobworker.sandbox.service.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.crowds import Crowds

@@ -35,8 +35,8 @@ from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import parse_duration
-from jobworker.sandbox.host import read_host_facts
-from jobworker.sandbox.link import Link, open_link
+from jobworker.sandbox.service.host import read_host_facts
+from jobworker.sandbox.service.link import Link, open_link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.batch_listener import BatchListener

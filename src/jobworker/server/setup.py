@@ -30,9 +30,9 @@ from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
-from jobworker.sandbox.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.sandbox.protocol.policy import Policy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
+from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import promise_warnings

@@ -17,9 +17,9 @@ import pytest
 
 from jobworker.cli.embedded import Embedded
 from jobworker.sandbox import channel
-from jobworker.sandbox.launch import start_launcher
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.seccomp.libseccomp import number_of
+from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.start.plan import KEPT_CAPABILITIES
 

@@ -13,8 +13,8 @@ from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.cgroup.scope import Want
-from jobworker.sandbox.launch import AskedBefore, Exit, exit_from
 from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT, Ask
+from jobworker.sandbox.service.launch import AskedBefore, Exit, exit_from
 
 EXITED = Exit(code=0, signal=None, usage=Usage())
 KILLED = Exit(code=None, signal=9, usage=Usage())

@@ -32,8 +32,8 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
-from jobworker.sandbox.launch import Exit
-from jobworker.sandbox.link import Exits, Started
+from jobworker.sandbox.service.launch import Exit
+from jobworker.sandbox.service.link import Exits, Started
 
 from ..strategies import record
 from .test_spool import append

@@ -18,8 +18,8 @@ from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
-from jobworker.sandbox.launch import Exit
-from jobworker.sandbox.link import Exits, Started
+from jobworker.sandbox.service.launch import Exit
+from jobworker.sandbox.service.link import Exits, Started
 
 from .test_spool import append, open_fds
 
@@ -146,7 +146,9 @@ async def test_program_began_when_the_launcher_said_however_long_it_takes_to_go_
             now += 100
             return await super().known(jobs)
 
-    monkeypatch.setattr("jobworker.sandbox.link.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(
+        "jobworker.sandbox.service.link.time", SimpleNamespace(monotonic=lambda: now)
+    )
     Spool.create(tmp_path / "1").close()
     record = JobRecord(
         id=JobId(1),

@@ -25,8 +25,8 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.pki.administration import init_authority
 from jobworker.pki.identity import name_fault
 from jobworker.protocol.methods import SUBPROTOCOL
-from jobworker.sandbox.host import HostFacts
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.service.host import HostFacts
+from jobworker.sandbox.service.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection

@@ -24,7 +24,6 @@ from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.disk.volumes import Volumes
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.launch import exit_from
 from jobworker.sandbox.launcher import held_starts
 from jobworker.sandbox.launcher.children import Child, Exit, Nursery, status_of
 from jobworker.sandbox.launcher.jobs import Jobs, deliver, listed
@@ -32,8 +31,9 @@ from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.sweepers import Sweepers
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.root.stage import Stage
+from jobworker.sandbox.service.launch import exit_from
+from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
-from jobworker.sandbox.start_failures import explain
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 

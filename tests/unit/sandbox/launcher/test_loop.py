@@ -16,8 +16,8 @@ from jobworker.sandbox.launcher import loop as launcher_loop
 from jobworker.sandbox.launcher.children import Child, Nursery
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.protocol.version import PROTOCOL
+from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
-from jobworker.sandbox.start_failures import explain
 
 
 class NoJobs:

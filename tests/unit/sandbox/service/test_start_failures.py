@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from jobworker.sandbox.chores import CROWDED
-from jobworker.sandbox.start_failures import ENOTSUPP, explain
+from jobworker.sandbox.service.start_failures import ENOTSUPP, explain
 
 
 @pytest.mark.parametrize(

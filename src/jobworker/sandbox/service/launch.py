@@ -2,7 +2,8 @@
 
 `start_launcher` is for a launcher that ends with the service, `connect_launcher` for one that
 outlives services: it tells of the jobs that an earlier service has left, and hands over their
-pipes. Both wait, with a bound, until the launcher is ready. `sandbox.link` goes on from there.
+pipes. Both wait, with a bound, until the launcher is ready. `sandbox.service.link` goes on from
+there.
 
 The launcher says of a moment how long ago it was. That is made a time of this host's monotonic
 clock at once (time.monotonic), since much may pass before somebody asks.

@@ -17,10 +17,11 @@ from attrs import evolve
 
 from jobworker.errors import LauncherGone, LauncherSilent
 from jobworker.model.job import JobId
-from jobworker.sandbox import channel, link
-from jobworker.sandbox.launch import Listed
-from jobworker.sandbox.link import Link
+from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.asks import Ask
+from jobworker.sandbox.service import link
+from jobworker.sandbox.service.launch import Listed
+from jobworker.sandbox.service.link import Link
 
 AGAIN = "the launcher answers again"
 

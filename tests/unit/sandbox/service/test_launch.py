@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import LauncherGone
-from jobworker.sandbox import launch
-from jobworker.sandbox.link import Link
+from jobworker.sandbox.service import launch
+from jobworker.sandbox.service.link import Link
 
 
 def test_launcher_that_does_not_answer_is_not_to_be_started(

@@ -24,7 +24,8 @@ from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
-from jobworker.sandbox.launch import (
+from jobworker.sandbox.protocol.asks import Ask
+from jobworker.sandbox.service.launch import (
     AskedBefore,
     Exit,
     LauncherProcess,
@@ -33,9 +34,8 @@ from jobworker.sandbox.launch import (
     exit_from,
     usage_from,
 )
-from jobworker.sandbox.protocol.asks import Ask
+from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Order
-from jobworker.sandbox.start_failures import explain
 from jobworker.threads import in_thread
 
 Notices = trio.MemoryReceiveChannel[str]
