@@ -24,8 +24,8 @@ from jobworker.cli import check_service
 from jobworker.cli.embedded import program, write_configuration
 from jobworker.config import load
 from jobworker.pki.administration import init_authority
-from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
-from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.check.main import Wanted, finding_from, wanted_text
+from jobworker.sandbox.check.probing import Finding
 
 pytestmark = pytest.mark.alone
 
@@ -34,8 +34,8 @@ WANTED = Wanted(("cpu", "memory", "io", "pids"), "", ("/usr",), "/var/tmp", 2_10
 PREAMBLE = f"""
 import encodings.ascii, os, sys, resource; sys.path.insert(0, {SOURCE!r})
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.probes import main
-from jobworker.sandbox.probes_kernel import install_filter
+from jobworker.sandbox.check.main import main
+from jobworker.sandbox.check.kernel import install_filter
 from jobworker.sandbox.user_namespaces import make_user_namespace
 def own_mounts():
     sc.unshare(sc.CLONE_NEWNS)
@@ -110,7 +110,7 @@ def _processes() -> set[str]:
     mine = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"jobworker.sandbox.probes" in (process / "cmdline").read_bytes():
+            if b"jobworker.sandbox.check.main" in (process / "cmdline").read_bytes():
                 mine.add(process.name)
         except OSError:
             continue

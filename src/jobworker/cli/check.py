@@ -19,9 +19,9 @@ from jobworker.config import Settings, load
 from jobworker.convert import dumps
 from jobworker.errors import JobworkerError
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
-from jobworker.sandbox.host_check import findings as host_findings
-from jobworker.sandbox.probes import Wanted
-from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.check.host_check import findings as host_findings
+from jobworker.sandbox.check.main import Wanted
+from jobworker.sandbox.check.probing import Finding
 
 _GROUPS = (
     "processes",

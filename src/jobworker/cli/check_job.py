@@ -19,7 +19,7 @@ from jobworker.config import Settings
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.hierarchy import Limits
-from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.service.link import Link, open_link
 from jobworker.sandbox.start.plan import Order

@@ -17,7 +17,7 @@ from jobworker.errors import ConfigError, JobworkerError
 from jobworker.pki.credentials import SERVER_REMEDY
 from jobworker.pki.expiry import WARN_BEFORE, expiry_warnings
 from jobworker.pki.tls import key_mode_warning, server_context
-from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES
 from jobworker.server.descriptors import outputs_within

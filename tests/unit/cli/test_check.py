@@ -8,7 +8,7 @@ from attrs import evolve
 from jobworker.cli import check_service
 from jobworker.cli.check import table
 from jobworker.config import Settings
-from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.check.probing import Finding
 
 
 @pytest.mark.parametrize(

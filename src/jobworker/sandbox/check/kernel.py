@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.check.probing import Missing, Probe, apart, reason_of
 from jobworker.sandbox.host_restrictions import user_namespace_remedy
-from jobworker.sandbox.probing import Missing, Probe, apart, reason_of
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 

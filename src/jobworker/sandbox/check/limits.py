@@ -15,7 +15,7 @@ from jobworker.errors import JobworkerError
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, open_tree
 from jobworker.sandbox.cgroup.mounts import CONTROLLERS
-from jobworker.sandbox.probing import SECONDS, Missing, Probe
+from jobworker.sandbox.check.probing import SECONDS, Missing, Probe
 
 _MEBIBYTE = 1 << 20
 _LIMITS = {

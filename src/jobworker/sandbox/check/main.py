@@ -4,7 +4,7 @@
 
 A process of its own, of one thread, with the standard library alone, as the launcher is: what
 holds here holds there, for an ordinary user as root of a namespace of its own. Each probe runs in
-a child (`sandbox.probing`), and when all are done nothing of them is left.
+a child (`sandbox.check.probing`), and when all are done nothing of them is left.
 """
 
 import json
@@ -14,9 +14,18 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import probes_disks, probes_kernel, probes_limits, probes_mounts
+from jobworker.sandbox.check import disks as probes_disks
+from jobworker.sandbox.check import kernel as probes_kernel
+from jobworker.sandbox.check import limits as probes_limits
+from jobworker.sandbox.check import mounts as probes_mounts
+from jobworker.sandbox.check.probing import (
+    Finding,
+    Probe,
+    adopt_descendants,
+    end_descendants,
+    try_one,
+)
 from jobworker.sandbox.launcher.own_namespace import become_root, split
-from jobworker.sandbox.probing import Finding, Probe, adopt_descendants, end_descendants, try_one
 from jobworker.sandbox.user_namespaces import Ids
 
 

@@ -1,4 +1,4 @@
-"""Ask this host what it can do: run `sandbox.probes` beside us and take its findings.
+"""Ask this host what it can do: run `sandbox.check.main` beside us and take its findings.
 
 Nothing of the probes happens in the asking process. The program that tries is told what is
 wanted, and ends by itself; one that hangs is killed, and what it did not tell is told as missing.
@@ -11,13 +11,14 @@ from pathlib import Path
 import trio
 
 import jobworker
-from jobworker.sandbox.probes import Wanted, finding_from, wanted_text
-from jobworker.sandbox.probing import Finding
+from jobworker.sandbox.check.main import Wanted, finding_from, wanted_text
+from jobworker.sandbox.check.probing import Finding
 
 SECONDS = 120
 _SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
 _BOOTSTRAP = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from jobworker.sandbox.probes import main; main()"
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from jobworker.sandbox.check.main import main; main()"
 )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.probing import Missing, Probe, apart, reason_of
+from jobworker.sandbox.check.probing import Missing, Probe, apart, reason_of
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 _STAGES = ("/tmp", "/var/tmp", "/run", "/mnt")  # noqa: S108 - mounted over, never written to

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterable
 from functools import partial
 
+from jobworker.sandbox.check.mounts import on_stage
+from jobworker.sandbox.check.probing import Missing, Probe
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import MIN_BYTES, Disk, Workshop
-from jobworker.sandbox.probes_mounts import on_stage
-from jobworker.sandbox.probing import Missing, Probe
 
 _MEBIBYTE = 1 << 20
 

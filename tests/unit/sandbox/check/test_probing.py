@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import HostUnsupported
-from jobworker.sandbox import probing
+from jobworker.sandbox.check import probing
+from jobworker.sandbox.check.probing import Finding, Missing, Probe, try_one
 from jobworker.sandbox.host_restrictions import ALLOW, user_namespace_remedy
-from jobworker.sandbox.probing import Finding, Missing, Probe, try_one
 
 
 def tried(work: probing.Work) -> Finding:

@@ -1,0 +1,1 @@
+"""What `worker check` tries on this host."""
