@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import trio
 
-from jobworker.config import FIRST_UID
+from jobworker.config.settings import FIRST_UID
 from jobworker.tls_stream import TLSStream
 
 UPGRADE = (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from jobworker.config import Settings, with_first_uid
+from jobworker.config.settings import Settings, with_first_uid
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.service.launch import start_launcher

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from attrs import evolve
 
-from jobworker.config import Settings
+from jobworker.config.settings import Settings
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.service.launch import start_launcher

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from jobworker.config_limits import ConnectionLimits
+from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import TooManyFrames, error_classes
 from jobworker.model.job import JobRecord
 from jobworker.protocol.discovery import describe

@@ -11,10 +11,10 @@ except ImportError:  # the seeds and their mutations run without it, see tests/u
 
 if atheris is not None:
     with atheris.instrument_imports():
-        from jobworker.config import Settings, load
+        from jobworker.config.settings import Settings, load
         from jobworker.errors import ConfigError
 else:
-    from jobworker.config import Settings, load
+    from jobworker.config.settings import Settings, load
     from jobworker.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ import pytest
 import jobworker
 from jobworker.cli import check_service
 from jobworker.cli.embedded import program, write_configuration
-from jobworker.config import load
+from jobworker.config.settings import load
 from jobworker.pki.administration import init_authority
 from jobworker.sandbox.check.main import Wanted, finding_from, wanted_text
 from jobworker.sandbox.check.probing import Finding

@@ -15,7 +15,7 @@ import trio
 from attrs import evolve
 
 from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
-from jobworker.config import SandboxSettings, Settings, WorkerSettings
+from jobworker.config.settings import SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import ConfigError
 from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import Policy

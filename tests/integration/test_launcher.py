@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.config import DEFAULT_ETC, SandboxSettings, Settings, WorkerSettings
+from jobworker.config.settings import DEFAULT_ETC, SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup import hierarchy as cgroups

@@ -18,7 +18,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded, write_configuration
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
-from jobworker.config import load
+from jobworker.config.settings import load
 from jobworker.errors import ConfigError, HostUnsupported, JobworkerError
 
 from ..integration.conftest import _needs_root, open_directory, until

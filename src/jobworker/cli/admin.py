@@ -18,11 +18,11 @@ from jobworker.cli.certs import certs
 from jobworker.cli.console import say
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import prune_options
-from jobworker.places import configuration_in_use, default_configuration
+from jobworker.config.places import configuration_in_use, default_configuration
 from jobworker.standard_streams import fill_standard_streams
 
 if TYPE_CHECKING:
-    from jobworker.config import Settings
+    from jobworker.config.settings import Settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,7 +95,7 @@ async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
 
 
 def _settings(config: Path | None, launcher_socket: Path | None) -> "Settings":
-    from jobworker.config import Settings, load, with_launcher_socket
+    from jobworker.config.settings import Settings, load, with_launcher_socket
 
     settings = Settings() if config is None else load(config)
     if launcher_socket is not None:

@@ -14,8 +14,8 @@ import asyncclick as click
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line as visible
 from jobworker.cli.parameters import Count, Filled, JobNumber, Moment
+from jobworker.config.places import configuration_in_use
 from jobworker.errors import ConfigError
-from jobworker.places import configuration_in_use
 
 if TYPE_CHECKING:
     from jobworker.jobs.audit import AuditRow
@@ -56,7 +56,7 @@ def audit(
     as_json: bool,
 ) -> None:
     """Tell who did what, oldest first: runs, stops, reads of output, and all that was refused."""
-    from jobworker.config import Settings, load
+    from jobworker.config.settings import Settings, load
     from jobworker.jobs.audit import read_rows
 
     if isinstance(since, timedelta):

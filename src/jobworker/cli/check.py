@@ -15,7 +15,7 @@ from jobworker.cli.check_job import trial_ids, whole_jobs
 from jobworker.cli.check_service import nearest_directory
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line
-from jobworker.config import Settings, load
+from jobworker.config.settings import Settings, load
 from jobworker.convert import dumps
 from jobworker.errors import JobworkerError
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf

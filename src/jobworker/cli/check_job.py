@@ -15,7 +15,7 @@ import trio
 from attrs import evolve
 
 from jobworker.cli.check_service import nearest_directory
-from jobworker.config import Settings
+from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.hierarchy import Limits

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobworker.config import Settings
+from jobworker.config.settings import Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.pki.credentials import SERVER_REMEDY
 from jobworker.pki.expiry import WARN_BEFORE, expiry_warnings

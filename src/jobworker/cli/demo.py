@@ -22,7 +22,7 @@ from attrs import define, field
 from jobworker.cli.embedded import Embedded, open_embedded, program
 from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.guard import ENDING
-from jobworker.config import CONTROLLERS
+from jobworker.config.settings import CONTROLLERS
 from jobworker.convert import loads
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf

@@ -7,7 +7,7 @@ the removal in the job's record and takes the directory away.
 
 from pathlib import Path
 
-from jobworker.config import Settings, load
+from jobworker.config.settings import Settings, load
 from jobworker.errors import ConfigError, OutputError
 from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.retention import KeptOutput, Policy

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 import trio
 from attrs import define, field, frozen
 
-from jobworker.config_limits import ConnectionLimits
+from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import (
     HandshakeTooSlow,
     JobworkerError,

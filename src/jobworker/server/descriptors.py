@@ -14,7 +14,7 @@ readers of the owner that has the most, or the reader gets an error of its own n
     each ended job's output 3 files, for all of its followers together
 """
 
-from jobworker.config import Settings
+from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported
 
 OWN = 160

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 from attrs import define, field
 
-from jobworker.config import MEBIBYTE, Settings
+from jobworker.config.settings import MEBIBYTE, Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.jobs.budget import OutputBudget
 from jobworker.model.units import format_size

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import trio
 from attrs import define, field, frozen
 
-from jobworker.config import SecuritySettings
+from jobworker.config.settings import SecuritySettings
 from jobworker.errors import CertificateRefused, PermissionDenied
 from jobworker.model.access import Roles
 from jobworker.model.subjects import Subjects

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from jobworker.config import FIRST_UID, LAST_UID, Settings
+from jobworker.config.settings import FIRST_UID, LAST_UID, Settings
 from jobworker.errors import ConfigError
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 
@@ -78,7 +78,7 @@ class LockedIds:
 
 
 def span_of(first: int, places: int) -> Span:
-    """All ids of a service whose jobs have `places` ranges from `first` on.
+    """All ids of a service whose jobs have `config.places` ranges from `first` on.
 
     Behind the jobs' ranges stand the id that the service had in earlier versions, and one for each
     job's gateway.

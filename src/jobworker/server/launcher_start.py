@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from jobworker.config import Settings, with_first_uid
+from jobworker.config.settings import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf

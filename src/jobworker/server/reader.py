@@ -21,7 +21,7 @@ import attrs
 import trio
 from attrs import define, field, frozen
 
-from jobworker.config import SecuritySettings, Settings, load
+from jobworker.config.settings import SecuritySettings, Settings, load
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, JobworkerError, error_from_wire
 from jobworker.pki.credentials import PemFile

@@ -15,8 +15,8 @@ import attrs
 import trio
 from attrs import frozen
 
-from jobworker.config import Settings
-from jobworker.config_roles import role_table
+from jobworker.config.roles import role_table
+from jobworker.config.settings import Settings
 from jobworker.errors import JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.pki.expiry import expiry_warnings

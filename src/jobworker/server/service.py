@@ -23,8 +23,8 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from jobworker.config import MEBIBYTE, Settings
-from jobworker.config_roles import role_table
+from jobworker.config.roles import role_table
+from jobworker.config.settings import MEBIBYTE, Settings
 from jobworker.errors import LauncherGone
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from jobworker.config import MEBIBYTE, Settings, with_first_uid
+from jobworker.config.settings import MEBIBYTE, Settings, with_first_uid
 from jobworker.errors import AddressUnavailable, ConfigError, JobworkerError
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
@@ -88,7 +88,7 @@ class Prepared:
 def prepare(settings: Settings, config: Path | None) -> Prepared:
     """Do all that may need root, and give root up. Raises JobworkerError; see the module.
 
-    `config` is the file that the settings come from: it is read again at each reload.
+    `config.settings` is the file that the settings come from: it is read again at each reload.
     """
     if settings.worker.jobs_on_exit == "leave" and not settings.launcher.socket:
         raise ConfigError(

@@ -7,7 +7,7 @@ from attrs import evolve
 
 from jobworker.cli import check_service
 from jobworker.cli.check import table
-from jobworker.config import Settings
+from jobworker.config.settings import Settings
 from jobworker.sandbox.check.probing import Finding
 
 

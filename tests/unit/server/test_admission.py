@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.config_limits import ConnectionLimits
+from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import TooManyConnections, TooManyFailures
 from jobworker.server import admission as module
 from jobworker.server.admission import SLOWED_PART, Admission, Statistics, network_of

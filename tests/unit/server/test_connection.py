@@ -16,8 +16,8 @@ from tests.security.raw_socket import TEXT, frame
 
 from jobworker.client.credentials import Credentials
 from jobworker.client.websocket import WebSocket, upgrade
-from jobworker.config import Settings
-from jobworker.config_roles import role_table
+from jobworker.config.roles import role_table
+from jobworker.config.settings import Settings
 from jobworker.errors import JobworkerError, SendStalled
 from jobworker.incidents import Incidents
 from jobworker.jobs.history import History

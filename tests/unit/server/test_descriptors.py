@@ -5,7 +5,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.config import Settings
+from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported
 from jobworker.server.descriptors import MIN_OUTPUTS, OWN, outputs_within
 

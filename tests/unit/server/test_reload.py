@@ -8,8 +8,8 @@ import trio
 import trio.testing
 from attrs import evolve
 
-from jobworker.config import Settings
-from jobworker.config_roles import RoleSettings, role_table
+from jobworker.config.roles import RoleSettings, role_table
+from jobworker.config.settings import Settings
 from jobworker.incidents import Incidents
 from jobworker.jobs.history import History
 from jobworker.pki.administration import init_authority

@@ -157,7 +157,7 @@ def test_number_of_entries_is_bounded(host: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_secrets_of_this_host_are_never_in_the_default_snapshot() -> None:
-    from jobworker.config import DEFAULT_ETC  # the launcher itself does not import it
+    from jobworker.config.settings import DEFAULT_ETC  # the launcher itself does not import it
 
     entries = snapshot_etc(DEFAULT_ETC)
     paths = {entry.path for entry in entries}

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker import config
-from jobworker.config import Settings, load
-from jobworker.config_roles import RoleSettings
+from jobworker.config import settings as config
+from jobworker.config.roles import RoleSettings
+from jobworker.config.settings import Settings, load
 from jobworker.errors import ConfigError
 
-from .strategies import any_text, examples
+from ..strategies import any_text, examples
 
-DOCUMENTED = Path(__file__).resolve().parents[2] / "etc" / "worker.toml"
+DOCUMENTED = Path(__file__).resolve().parents[3] / "etc" / "worker.toml"
 
 
 def keys_of_the_code() -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker import places
+from jobworker.config import places
 
 
 def test_root_has_the_hosts_places(monkeypatch: pytest.MonkeyPatch) -> None:

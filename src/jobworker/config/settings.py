@@ -15,9 +15,10 @@ from typing import Literal
 
 from attrs import evolve, field, frozen
 
-from jobworker.config_limits import ConnectionLimits
-from jobworker.config_roles import RoleSettings, check_names
-from jobworker.config_runtimes import RuntimeSettings, check_runtime_names
+from jobworker.config.limits import ConnectionLimits
+from jobworker.config.places import default_certificate, default_state_directory
+from jobworker.config.roles import RoleSettings, check_names
+from jobworker.config.runtimes import RuntimeSettings, check_runtime_names
 from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
 from jobworker.model.access import BUILT_IN, Permission, Scope
@@ -32,7 +33,6 @@ from jobworker.model.job import (
 )
 from jobworker.model.subjects import entry_fault
 from jobworker.model.units import parse_duration
-from jobworker.places import default_certificate, default_state_directory
 
 DEFAULT_PORT = 50051
 MEBIBYTE = 1 << 20

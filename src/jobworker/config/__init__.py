@@ -1,0 +1,1 @@
+"""The configuration: settings, their defaults, and their bounds."""
