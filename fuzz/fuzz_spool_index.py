@@ -17,12 +17,12 @@ except ImportError:  # the seeds and their mutations run without it, see tests/u
 if atheris is not None:
     with atheris.instrument_imports():
         from jobworker.errors import JobworkerError
-        from jobworker.jobs.output_files import OutputFiles
-        from jobworker.jobs.output_index import Place, View
+        from jobworker.jobs.output.files import OutputFiles
+        from jobworker.jobs.output.index import Place, View
 else:
     from jobworker.errors import JobworkerError
-    from jobworker.jobs.output_files import OutputFiles
-    from jobworker.jobs.output_index import Place, View
+    from jobworker.jobs.output.files import OutputFiles
+    from jobworker.jobs.output.index import Place, View
 
 
 def one(data: bytes) -> None:

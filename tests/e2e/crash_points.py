@@ -18,9 +18,9 @@ if __name__ == "__main__":
 from jobworker.cli import admin
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
-from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import RECORD, Record
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.index import RECORD, Record
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
 from jobworker.sandbox.service.link import Link

@@ -17,7 +17,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import HostUnsupported
-from jobworker.jobs.output_directory import NOTE
+from jobworker.jobs.output.directory import NOTE
 from jobworker.sandbox.protocol.requests import MAX_JOB
 
 from .conftest import left_behind, until

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded, open_embedded
-from jobworker.jobs.output_directory import mark_of, was_removed
+from jobworker.jobs.output.directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput, Policy
 
 from .conftest import until

@@ -28,14 +28,14 @@ from attrs import define, evolve, field
 
 from jobworker.errors import JobworkerError, NotFound, TooManyFollows
 from jobworker.jobs.age_clock import FILE, AgeClock
-from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
-from jobworker.jobs.output_directory import disk_errors, was_removed
-from jobworker.jobs.output_mover import OutputRoom
-from jobworker.jobs.output_pace import OutputPace
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.directory import disk_errors, was_removed
+from jobworker.jobs.output.mover import OutputRoom
+from jobworker.jobs.output.pace import OutputPace
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import Kept, KeptOutput, Policy
-from jobworker.jobs.spool import Spool
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread

@@ -35,10 +35,10 @@ from jobworker.errors import (
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history import History
 from jobworker.jobs.orders import limits_of, order_of
-from jobworker.jobs.output_mover import OutputMover, OutputRoom
-from jobworker.jobs.paced import PacedEvent
+from jobworker.jobs.output.mover import OutputMover, OutputRoom
+from jobworker.jobs.output.paced import PacedEvent
+from jobworker.jobs.output.spool import Spool, as_of_now, with_sizes
 from jobworker.jobs.secrets import Secrets
-from jobworker.jobs.spool import Spool, as_of_now, with_sizes
 from jobworker.model.job import (
     LOSSES_UNKNOWN,
     LOST_WRITES,

@@ -10,10 +10,10 @@ import trio
 
 from jobworker.convert import dumps, unstructure
 from jobworker.jobs.execution import Execution
-from jobworker.jobs.follower import Follower
 from jobworker.jobs.history_search import MAX_PAGE_BYTES, Filter, Page
-from jobworker.jobs.output_search import Start
-from jobworker.jobs.spool import Spool, as_of_now
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.search import Start
+from jobworker.jobs.output.spool import Spool, as_of_now
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.model.summary import summarize
 

@@ -11,7 +11,7 @@ ended, but where the service itself knows better: a full disk may refuse the sea
 must go for there to be room. Output that somebody reads is locked (flock(2), shared), also against
 `worker prune` in a process of its own. Both are left for a later time.
 
-What is not there any more and has no mark of a removal (`output_directory`) is missing: it counts
+What is not there any more and has no mark of a removal (`output.directory`) is missing: it counts
 for nothing, and is taken up again when it is back. So does what is there and cannot be read: it is
 passed over, the log names it once, and nothing else waits for it.
 """
@@ -29,8 +29,8 @@ from attrs import define, field, frozen
 
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
 from jobworker.jobs.age_clock import TOLERANCE_NS
-from jobworker.jobs.ended_output import describe_output, remove_output, seal_output
-from jobworker.jobs.output_directory import clear_mark, disk_errors, marked_job, was_removed
+from jobworker.jobs.output.directory import clear_mark, disk_errors, marked_job, was_removed
+from jobworker.jobs.output.ended import describe_output, remove_output, seal_output
 from jobworker.model.job import JobId
 
 log = logging.getLogger("jobworker.jobs")

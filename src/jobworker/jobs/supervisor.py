@@ -26,19 +26,19 @@ from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import RECORD_AGAIN_SECONDS, Clock, Execution, Rules
-from jobworker.jobs.follower import Follower
 from jobworker.jobs.history import History
 from jobworker.jobs.history_search import Filter, Page
 from jobworker.jobs.job_note import make_note
 from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
-from jobworker.jobs.output_index import BOTH
-from jobworker.jobs.output_search import Start
-from jobworker.jobs.paced import PacedEvent
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.index import BOTH
+from jobworker.jobs.output.paced import PacedEvent
+from jobworker.jobs.output.search import Start
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.quota import Use, check_quota
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
-from jobworker.jobs.spool import Spool
 from jobworker.jobs.takeover import Inheritance
 from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job

@@ -46,12 +46,12 @@ from jobworker.errors import (
     OutputError,
 )
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
-from jobworker.jobs.ended_output import remove_output
 from jobworker.jobs.history import History
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import clear_mark, was_removed
-from jobworker.jobs.output_sync import NOT_SYNCED
-from jobworker.jobs.spool import Spool, with_sizes
+from jobworker.jobs.output.directory import clear_mark, was_removed
+from jobworker.jobs.output.ended import remove_output
+from jobworker.jobs.output.spool import Spool, with_sizes
+from jobworker.jobs.output.sync import NOT_SYNCED
 from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk

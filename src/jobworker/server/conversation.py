@@ -39,7 +39,7 @@ from jobworker.errors import (
     TooManyRequests,
     TooSlow,
 )
-from jobworker.jobs.paced import cancel_in_turns
+from jobworker.jobs.output.paced import cancel_in_turns
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN

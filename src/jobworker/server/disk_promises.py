@@ -13,7 +13,7 @@ from attrs import define, field
 
 from jobworker.config.settings import MEBIBYTE, Settings
 from jobworker.errors import ConfigError, JobworkerError
-from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output.budget import OutputBudget
 from jobworker.model.units import format_size
 from jobworker.sandbox.service.link import Link
 from jobworker.threads import in_thread

@@ -21,8 +21,8 @@ from jobworker.convert import dumps
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.incidents import Incidents
 from jobworker.jobs.history_search import Filter
-from jobworker.jobs.output_index import LineStart
-from jobworker.jobs.output_search import Start
+from jobworker.jobs.output.index import LineStart
+from jobworker.jobs.output.search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission

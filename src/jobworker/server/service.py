@@ -28,9 +28,9 @@ from jobworker.config.settings import MEBIBYTE, Settings
 from jobworker.errors import LauncherGone
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
-from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Rules
 from jobworker.jobs.history import History
+from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over

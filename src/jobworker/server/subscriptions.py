@@ -25,8 +25,8 @@ from jobworker.errors import (
     ShuttingDown,
     TooManyFollows,
 )
-from jobworker.jobs.follower import Follower
-from jobworker.jobs.output_index import Chunk
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.index import Chunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobRecord
 from jobworker.model.summary import summarize

@@ -14,17 +14,17 @@ from attrs import frozen
 
 from jobworker.errors import NotFound, OutOfDescriptors, TooManyFollows
 from jobworker.jobs.archive import MISSING, Archive
-from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history import History
-from jobworker.jobs.output_index import Place, View
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.index import Place, View
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput, Policy
-from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, JobRecord, Stream
 
 from ..strategies import record
 from .descriptors import descriptors_left
-from .test_spool import append
+from .output.test_spool import append
 
 NOTHING = Policy(max_jobs=0)
 

@@ -9,7 +9,7 @@ from attrs import define, evolve
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history_search import Filter, Page
 from jobworker.jobs.lookup import LIVE_AT_A_TIME, page_of
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
 

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.errors import Busy, OutputError
-from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.job_note import make_note
-from jobworker.jobs.output_directory import NAMES, NOTE
-from jobworker.jobs.output_files import OutputFiles
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.directory import NAMES, NOTE
+from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy, choose
 from jobworker.model.job import JobId, OutputCut, Stream
 
 from ..strategies import record
-from .test_spool import append
+from .output.test_spool import append
 
 SECOND = 1_000_000_000
 KEPT = [Kept(JobId(n), n * SECOND, 100) for n in range(1, 6)]

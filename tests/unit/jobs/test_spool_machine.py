@@ -21,12 +21,12 @@ from hypothesis.stateful import (
 )
 
 from jobworker.errors import Busy
-from jobworker.jobs.follower import Follower
-from jobworker.jobs.output_index import BOTH, RECORD
-from jobworker.jobs.output_search import Start
-from jobworker.jobs.pump import Pump
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.index import BOTH, RECORD
+from jobworker.jobs.output.pump import Pump
+from jobworker.jobs.output.search import Start
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput
-from jobworker.jobs.spool import Spool
 from jobworker.model.job import JobId, Stream
 
 T = TypeVar("T")

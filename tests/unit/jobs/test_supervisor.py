@@ -21,13 +21,13 @@ from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
-from jobworker.jobs.budget import OutputBudget
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.history_search import Filter, Page
-from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_mover import DRAIN_SECONDS
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.mover import DRAIN_SECONDS
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput, Policy
-from jobworker.jobs.spool import Spool
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
@@ -36,7 +36,7 @@ from jobworker.sandbox.service.launch import Exit
 from jobworker.sandbox.service.link import Exits, Started
 
 from ..strategies import record
-from .test_spool import append
+from .output.test_spool import append
 
 RULES = Rules(
     defaults=Limits(cpu_percent=0, memory_bytes=0, io_bps=0, processes=0, output_bytes=0),
@@ -405,7 +405,7 @@ async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_en
         synced.append(directory)
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
-    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+    monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", math.inf)
     async with supervising(tmp_path, max_running=20) as (supervisor, link, _):
 
         async def run(owner: str) -> Execution:
@@ -421,7 +421,7 @@ async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_en
             await quiet.ended.wait()
             assert synced == [str(quiet.record.id)] * 3
             assert not any(each.ended.is_set() for each in loud)
-            monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", 0)
+            monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", 0)
             late = await run("alice")
             await late.ended.wait()
             assert f"job {late.record.id}: the disk has not taken its output" in caplog.text
@@ -431,7 +431,7 @@ async def test_disk_that_hangs_below_one_owners_output_delays_no_other_owners_en
             for each in loud:
                 await each.ended.wait()
             assert len(synced) == 3 * (2 + len(noisy))
-            monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+            monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", math.inf)
             await (await run("alice")).ended.wait()
 
 
@@ -522,7 +522,7 @@ async def test_job_is_shown_alive_with_its_sizes_until_its_end_is_told(
 ) -> None:
     """While its output is sealed, its end recorded, or what it has written synced."""
     ends: list[JobRecord] = []
-    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", math.inf)
+    monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", math.inf)
     async with (
         supervising(tmp_path, max_running=1) as (supervisor, link, history),
         trio.open_nursery() as nursery,

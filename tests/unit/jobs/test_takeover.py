@@ -14,14 +14,14 @@ import trio
 from attrs import define, evolve, field
 
 from jobworker.jobs.job_note import make_note, write_note
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.launch import Exit
 from jobworker.sandbox.service.link import Exits, Started
 
-from .test_spool import append, open_fds
+from .output.test_spool import append, open_fds
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import Stream
 from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Encoding

@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.jobs.output_pace import (
+from jobworker.jobs.output.pace import (
     BURST_SECONDS,
     BUSY_SECONDS,
     FEW,

@@ -12,7 +12,7 @@ A place in the log is its merged offset: how many bytes of both streams stand be
 order of the index. Since records hold sums, not lengths, the record at an offset is found by
 bisection, and the state of a log of any size is its last record.
 
-No I/O here: `output_files` reads and writes what this module describes.
+No I/O here: `output.files` reads and writes what this module describes.
 """
 
 import struct
@@ -137,7 +137,7 @@ class LineStart:
 
     It is the first line whose first byte stands at `offset` of the stream's file or later, and was
     seen at `since_ns` or later. Where lines are, only the bytes tell: `plan_read` hides what is
-    too early, and the reader goes on to the next line (`output_search.bytes_before_line`).
+    too early, and the reader goes on to the next line (`output.search.bytes_before_line`).
     """
 
     stream: Stream

@@ -13,10 +13,10 @@ import trio
 from attrs import define, field, frozen
 
 from jobworker.errors import JobworkerError, OutOfDescriptors, OutputError
-from jobworker.jobs.budget import OutputBudget
-from jobworker.jobs.output_pace import OutputPace
-from jobworker.jobs.pump import Pump
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.pace import OutputPace
+from jobworker.jobs.output.pump import Pump
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import OutputCut, Stream
 from jobworker.model.units import format_size
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from attrs import frozen
 
-from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, Chunk, LineStart, Record
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.index import BOTH, Chunk, LineStart, Record
 from jobworker.model.job import Stream
 
 BLOCK_BYTES = 65_536

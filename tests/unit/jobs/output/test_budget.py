@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import OutputError
-from jobworker.jobs.budget import OutputBudget
+from jobworker.jobs.output.budget import OutputBudget
 
 
 def test_output_takes_none_of_the_disks_room_and_what_they_took_is_not_kept_twice(

@@ -1,7 +1,7 @@
 """A job's output on disk: the files `stdout`, `stderr` and `index` of one directory.
 
 Bytes go from the job's pipe to the end of a data file by splice(2), then a record goes to the
-end of the index (see `output_index`). What holds:
+end of the index (see `output.index`). What holds:
 
 - Data comes first, its record second. So the index never speaks of bytes that are not there,
   and a process that dies at any moment leaves at most one range of bytes without a record.
@@ -40,7 +40,7 @@ from typing import Self
 from attrs import define, evolve, field
 
 from jobworker.errors import OutputError
-from jobworker.jobs.output_directory import (
+from jobworker.jobs.output.directory import (
     create_files,
     disk_errors,
     full_disk_may_refuse,
@@ -48,7 +48,7 @@ from jobworker.jobs.output_directory import (
     open_files,
     remove_files,
 )
-from jobworker.jobs.output_index import (
+from jobworker.jobs.output.index import (
     BLOCK_RECORDS,
     EMPTY,
     RECORD,

@@ -17,8 +17,8 @@ import trio
 import trio.testing
 from attrs import Factory, define
 
-from jobworker.jobs import output_sync
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output import sync as output_sync
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, Stream
 from jobworker.threads import REFUSED
 

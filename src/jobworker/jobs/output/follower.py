@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Self
 import trio
 from attrs import define, evolve
 
-from jobworker.jobs.output_index import CHUNK_BYTES, Chunk, LineStart, Place, View
-from jobworker.jobs.output_search import Beginning
+from jobworker.jobs.output.index import CHUNK_BYTES, Chunk, LineStart, Place, View
+from jobworker.jobs.output.search import Beginning
 
 if TYPE_CHECKING:
-    from jobworker.jobs.spool import Spool
+    from jobworker.jobs.output.spool import Spool
 
 
 @define(eq=False)

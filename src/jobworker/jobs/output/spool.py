@@ -1,6 +1,6 @@
 """The spool: a job's output, and those who follow it.
 
-The files are the truth (`output_files`). A follower is a place in them and a one-slot memory
+The files are the truth (`output.files`). A follower is a place in them and a one-slot memory
 channel, which serves as a wake token: it is poked only while its follower is idle, that is, has
 read all there is and waits. So a slow follower lags alone, at the cost of an integer or two; a
 late one starts at 0; and a burst of a thousand lines wakes each idle follower once. Nothing is
@@ -41,12 +41,12 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from jobworker.errors import FollowerStalled, InvalidParams, OutputError
-from jobworker.jobs.follower import Follower
-from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Place, View
-from jobworker.jobs.output_search import Beginning, Start, bytes_before_line, find_start
-from jobworker.jobs.output_sync import OutputSync
-from jobworker.jobs.paced import AT_A_TIME, in_turns
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.index import BOTH, RECORD, Chunk, LineStart, Place, View
+from jobworker.jobs.output.paced import AT_A_TIME, in_turns
+from jobworker.jobs.output.search import Beginning, Start, bytes_before_line, find_start
+from jobworker.jobs.output.sync import OutputSync
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.sandbox.channel import close_all
 from jobworker.threads import in_thread
@@ -128,7 +128,7 @@ class Spool:
         """Open the spool in `directory`. Call it in a thread.
 
         A sealed one can be read, by any number of openers at a time. Another was left by a
-        process that died: it is recovered (what that keeps: `output_files`), and can be written
+        process that died: it is recovered (what that keeps: `output.files`), and can be written
         on and sealed. Raises NotFound, Busy (another writer is alive), OutputError.
         """
         files = OutputFiles.open(directory, clock=clock)
@@ -343,7 +343,7 @@ class Spool:
         return await self._ask(lambda nowait: self._files.find(offset, nowait=nowait))
 
     async def bytes_before_line(self, chunk: Chunk) -> int | None:
-        """See `output_search.bytes_before_line`."""
+        """See `output.search.bytes_before_line`."""
         return await self._ask(lambda nowait: bytes_before_line(self._files, chunk, nowait=nowait))
 
     async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:

@@ -24,7 +24,7 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import NotFound, OutOfDescriptors
-from jobworker.jobs.output_directory import open_files
+from jobworker.jobs.output.directory import open_files
 from jobworker.model.job import JobId
 from jobworker.threads import in_thread
 

@@ -31,10 +31,10 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import OutputError
-from jobworker.jobs.budget import OutputBudget
-from jobworker.jobs.output_index import RECORD
-from jobworker.jobs.output_pace import OutputPace, timed
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.index import RECORD
+from jobworker.jobs.output.pace import OutputPace, timed
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import Stream
 
 TURN_BYTES = 1 << 20  # the capacity that a job's pipe is given: all that can stand in it

@@ -17,11 +17,11 @@ import trio.testing
 from attrs import define
 
 from jobworker.errors import OutputError
-from jobworker.jobs.budget import OutputBudget
-from jobworker.jobs.output_index import RECORD, Chunk
-from jobworker.jobs.output_pace import FEW, OutputPace
-from jobworker.jobs.pump import Pump
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.index import RECORD, Chunk
+from jobworker.jobs.output.pace import FEW, OutputPace
+from jobworker.jobs.output.pump import Pump
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import Stream
 
 OUT, ERR = Stream.STDOUT, Stream.STDERR

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobworker.errors import Busy
-from jobworker.jobs.output_directory import NOTE, disk_errors
-from jobworker.jobs.output_files import OutputFiles
+from jobworker.jobs.output.directory import NOTE, disk_errors
+from jobworker.jobs.output.files import OutputFiles
 
 
 def seal_output(directory: Path, *, ends_now: bool = False) -> None:

@@ -12,12 +12,12 @@ import trio
 import trio.testing
 
 from jobworker.errors import OutputError
-from jobworker.jobs import output_mover
-from jobworker.jobs.budget import OutputBudget
-from jobworker.jobs.output_mover import OutputMover, OutputRoom
-from jobworker.jobs.output_pace import OutputPace
-from jobworker.jobs.pump import Pump
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output import mover as output_mover
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.output.mover import OutputMover, OutputRoom
+from jobworker.jobs.output.pace import OutputPace
+from jobworker.jobs.output.pump import Pump
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import OutputCut, Stream
 
 from .test_pump import crowded, until

@@ -15,13 +15,13 @@ import trio
 import trio.testing
 
 from jobworker.errors import Busy, FollowerStalled, InvalidParams, NotFound, OutputError
-from jobworker.jobs.ended_output import remove_output, seal_output
-from jobworker.jobs.follower import Follower
-from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import RECORD, Chunk, Place, View
-from jobworker.jobs.output_search import Start
-from jobworker.jobs.paced import AT_A_TIME
-from jobworker.jobs.spool import Spool
+from jobworker.jobs.output.ended import remove_output, seal_output
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.index import RECORD, Chunk, Place, View
+from jobworker.jobs.output.paced import AT_A_TIME
+from jobworker.jobs.output.search import Start
+from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, Stream
 
 OUT, ERR = Stream.STDOUT, Stream.STDERR
@@ -975,7 +975,7 @@ async def test_disk_that_hangs_delays_no_end_for_long_and_keeps_the_files_open(
 ) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(os, "fdatasync", lambda _: go_on.wait(20))
-    monkeypatch.setattr("jobworker.jobs.output_sync.SYNC_SECONDS", 0.1)
+    monkeypatch.setattr("jobworker.jobs.output.sync.SYNC_SECONDS", 0.1)
     append(spool, OUT, b"text")
     await spool.seal()
     with trio.fail_after(5):

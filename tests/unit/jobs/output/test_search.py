@@ -15,14 +15,14 @@ from attrs import evolve, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jobworker.jobs.output_search as search
 from jobworker.errors import InvalidParams
-from jobworker.jobs.follower import Follower
 from jobworker.jobs.lookup import follow_from
-from jobworker.jobs.output_files import OutputFiles
-from jobworker.jobs.output_index import BOTH, RECORD, Chunk, LineStart, Record, View
-from jobworker.jobs.output_search import MAX_WINDOW, Beginning, Start, find_start
-from jobworker.jobs.spool import READER_THREADS, Spool
+from jobworker.jobs.output import search
+from jobworker.jobs.output.files import OutputFiles
+from jobworker.jobs.output.follower import Follower
+from jobworker.jobs.output.index import BOTH, RECORD, Chunk, LineStart, Record, View
+from jobworker.jobs.output.search import MAX_WINDOW, Beginning, Start, find_start
+from jobworker.jobs.output.spool import READER_THREADS, Spool
 from jobworker.model.job import Stream
 
 from .test_spool import append
