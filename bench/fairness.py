@@ -45,7 +45,7 @@ from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.convert import dumps, unstructure
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
@@ -133,7 +133,7 @@ def forget_peak(service: Embedded) -> None:
 def descriptors(service: Embedded) -> int:
     """How many the service's process has open, those of its history apart.
 
-    Readers of the history (`jobs.history_readers`) are opened at need and kept, three at the most.
+    Readers of the history (`jobs.history.readers`) are opened at need and kept, three at the most.
     """
     count = 0
     for each in Path(f"/proc/{service.process.pid}/fd").iterdir():

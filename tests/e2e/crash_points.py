@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from jobworker.cli import admin
 from jobworker.jobs.execution import Execution
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.index import RECORD, Record
 from jobworker.jobs.output.spool import Spool

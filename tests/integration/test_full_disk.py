@@ -16,7 +16,7 @@ from attrs import evolve
 
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.errors import ConfigError, InternalError
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.units import format_size
@@ -436,7 +436,7 @@ USER = """
 import os, signal, sys, trio
 from datetime import datetime, UTC
 from pathlib import Path
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli.embedded import Embedded, program
-from jobworker.jobs.audit import FILE
+from jobworker.jobs.history.audit import FILE
 
 from ..integration.conftest import until
 from ..integration.wire import Refused, open_wire

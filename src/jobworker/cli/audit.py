@@ -18,7 +18,7 @@ from jobworker.config.places import configuration_in_use
 from jobworker.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jobworker.jobs.audit import AuditRow
+    from jobworker.jobs.history.audit import AuditRow
 
 
 @click.command()
@@ -57,7 +57,7 @@ def audit(
 ) -> None:
     """Tell who did what, oldest first: runs, stops, reads of output, and all that was refused."""
     from jobworker.config.settings import Settings, load
-    from jobworker.jobs.audit import read_rows
+    from jobworker.jobs.history.audit import read_rows
 
     if isinstance(since, timedelta):
         since = datetime.now(UTC) - since

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from jobworker.jobs.job_note import read_news, read_note
+from jobworker.jobs.history.job_note import read_news, read_note
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import WAITING
 from jobworker.sandbox.protocol.requests import MAX_JOB

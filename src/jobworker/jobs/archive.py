@@ -29,7 +29,7 @@ from attrs import define, evolve, field
 from jobworker.errors import JobworkerError, NotFound, TooManyFollows
 from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.execution import Execution
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.directory import disk_errors, was_removed
 from jobworker.jobs.output.mover import OutputRoom

@@ -33,7 +33,7 @@ from jobworker.errors import (
     SandboxError,
 )
 from jobworker.jobs.ending import Ending, memory_words
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.jobs.orders import limits_of, order_of
 from jobworker.jobs.output.mover import OutputMover, OutputRoom
 from jobworker.jobs.output.paced import PacedEvent

@@ -10,7 +10,7 @@ import trio
 
 from jobworker.convert import dumps, unstructure
 from jobworker.jobs.execution import Execution
-from jobworker.jobs.history_search import MAX_PAGE_BYTES, Filter, Page
+from jobworker.jobs.history.search import MAX_PAGE_BYTES, Filter, Page
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool, as_of_now

@@ -26,9 +26,9 @@ from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import RECORD_AGAIN_SECONDS, Clock, Execution, Rules
-from jobworker.jobs.history import History
-from jobworker.jobs.history_search import Filter, Page
-from jobworker.jobs.job_note import make_note
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.job_note import make_note
+from jobworker.jobs.history.search import Filter, Page
 from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output.follower import Follower

@@ -46,8 +46,8 @@ from jobworker.errors import (
     OutputError,
 )
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
-from jobworker.jobs.history import History
-from jobworker.jobs.job_note import make_note
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.job_note import make_note
 from jobworker.jobs.output.directory import clear_mark, was_removed
 from jobworker.jobs.output.ended import remove_output
 from jobworker.jobs.output.spool import Spool, with_sizes

@@ -31,8 +31,8 @@ from attrs import Factory, define, evolve, field
 
 from jobworker.bucket import Bucket
 from jobworker.errors import JobworkerError, NotFound, PermissionDenied
-from jobworker.jobs.audit import AuditRow
-from jobworker.jobs.history import History
+from jobworker.jobs.history.audit import AuditRow
+from jobworker.jobs.history.history import History
 from jobworker.model.access import Permission
 from jobworker.model.summary import short_command
 from jobworker.pki.identity import Identity

@@ -20,7 +20,7 @@ import jobworker
 from jobworker.convert import dumps
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.incidents import Incidents
-from jobworker.jobs.history_search import Filter
+from jobworker.jobs.history.search import Filter
 from jobworker.jobs.output.index import LineStart
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.retention import Policy

@@ -1,7 +1,7 @@
 """A job's whole record as JSON, made without keeping other clients waiting.
 
 What the history has as JSON already goes out as it is stored; what is in memory is encoded in
-pieces (`jobs.spec_json`), with a checkpoint after each long one.
+pieces (`jobs.history.spec_json`), with a checkpoint after each long one.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from functools import partial
 import trio
 
 from jobworker.convert import dumps, loads, structure, unstructure
-from jobworker.jobs.spec_json import spec_pieces
+from jobworker.jobs.history.spec_json import spec_pieces
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import summarize
 from jobworker.threads import in_thread

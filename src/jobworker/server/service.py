@@ -29,7 +29,7 @@ from jobworker.errors import LauncherGone
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Rules
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor

@@ -15,7 +15,7 @@ from attrs import frozen
 from jobworker.errors import NotFound, OutOfDescriptors, TooManyFollows
 from jobworker.jobs.archive import MISSING, Archive
 from jobworker.jobs.execution import Execution
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.index import Place, View
 from jobworker.jobs.output.spool import Spool

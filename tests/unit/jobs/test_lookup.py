@@ -7,7 +7,7 @@ import trio
 from attrs import define, evolve
 
 from jobworker.jobs.execution import Execution
-from jobworker.jobs.history_search import Filter, Page
+from jobworker.jobs.history.search import Filter, Page
 from jobworker.jobs.lookup import LIVE_AT_A_TIME, page_of
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId

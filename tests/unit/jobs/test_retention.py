@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.errors import Busy, OutputError
-from jobworker.jobs.job_note import make_note
+from jobworker.jobs.history.job_note import make_note
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.directory import NAMES, NOTE
 from jobworker.jobs.output.files import OutputFiles

@@ -22,7 +22,7 @@ from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
-from jobworker.jobs.history_search import Filter, Page
+from jobworker.jobs.history.search import Filter, Page
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.mover import DRAIN_SECONDS

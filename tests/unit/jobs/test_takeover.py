@@ -13,7 +13,7 @@ import pytest
 import trio
 from attrs import define, evolve, field
 
-from jobworker.jobs.job_note import make_note, write_note
+from jobworker.jobs.history.job_note import make_note, write_note
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream

@@ -10,15 +10,15 @@ import trio.testing
 from attrs import evolve
 
 from jobworker.errors import NotFound, PermissionDenied, UnknownMethod
-from jobworker.jobs.audit import FILE, AuditRow, read_rows
-from jobworker.jobs.history import History
+from jobworker.jobs.history.audit import FILE, AuditRow, read_rows
+from jobworker.jobs.history.history import History
 from jobworker.model.job import JobId
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
 from jobworker.server.auditor import KIND_BURST, SUPPRESSED, VAIN_BURST, Auditor
 
-from ..jobs.test_audit import room_for
+from ..jobs.history.test_audit import room_for
 
 EVE = Identity(common_name="eve", role="viewer", serial="0AB1", not_after=datetime.now(UTC))
 PEER = "192.0.2.1:7"

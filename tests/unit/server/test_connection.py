@@ -20,7 +20,7 @@ from jobworker.config.roles import role_table
 from jobworker.config.settings import Settings
 from jobworker.errors import JobworkerError, SendStalled
 from jobworker.incidents import Incidents
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.pki.administration import init_authority
 from jobworker.pki.identity import name_fault

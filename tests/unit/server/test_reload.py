@@ -11,7 +11,7 @@ from attrs import evolve
 from jobworker.config.roles import RoleSettings, role_table
 from jobworker.config.settings import Settings
 from jobworker.incidents import Incidents
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.pki.administration import init_authority
 from jobworker.server.auditor import Auditor
 from jobworker.server.door import Door, Fittings

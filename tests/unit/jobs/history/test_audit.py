@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.jobs.audit import FILE, AuditRow, append_lines
+from jobworker.jobs.history.audit import FILE, AuditRow, append_lines
 
 
 @pytest.fixture

@@ -23,18 +23,19 @@ from hypothesis import strategies as st
 import jobworker
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError
-from jobworker.jobs import history_search, history_writer
-from jobworker.jobs.history import History
-from jobworker.jobs.history_room import Room
-from jobworker.jobs.history_search import Filter
-from jobworker.jobs.job_note import make_note, read_note
-from jobworker.jobs.schema import MIGRATIONS
+from jobworker.jobs.history import search as history_search
+from jobworker.jobs.history import writer as history_writer
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.job_note import make_note, read_note
+from jobworker.jobs.history.room import Room
+from jobworker.jobs.history.schema import MIGRATIONS
+from jobworker.jobs.history.search import Filter
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, State
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.protocol.requests import MAX_JOB
 
-from ..strategies import examples, record, records
+from ...strategies import examples, record, records
 
 NOW = datetime(2026, 2, 1, 9, 30, tzinfo=UTC)
 
@@ -221,8 +222,8 @@ import os, signal, sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 import trio
-from jobworker.jobs.history import History
-from jobworker.jobs.schema import MIGRATIONS
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.schema import MIGRATIONS
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 

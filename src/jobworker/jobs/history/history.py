@@ -1,9 +1,9 @@
 """The history: every job's record in SQLite, durable before anyone is told of it.
 
-One connection writes, in a thread of its own (`history_writer`); a few others read
-(`history_readers`), so that no search delays a job's start or end. A row has a record's summary
+One connection writes, in a thread of its own (`history.writer`); a few others read
+(`history.readers`), so that no search delays a job's start or end. A row has a record's summary
 (`model.summary`), which is all that most questions need; what a summary leaves out has a table of
-its own, written once. Labels and names have an index (`history_search`).
+its own, written once. Labels and names have an index (`history.search`).
 
 What must hold: an id is handed out once, also across crashes. The next id is kept by SQLite's
 AUTOINCREMENT bookkeeping and, should the history get lost, by `last_id`; and a record is committed
@@ -32,17 +32,17 @@ from attrs import Factory, define
 
 from jobworker.convert import dumps, loads, structure, unstructure
 from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
-from jobworker.jobs import history_writer
-from jobworker.jobs.audit import FILE, AuditRow, append_lines, insert_rows
-from jobworker.jobs.history_files import HistoryFiles
-from jobworker.jobs.history_readers import NO_DESCRIPTOR, Readers, lacks_descriptors, unreadable
-from jobworker.jobs.history_room import Room
-from jobworker.jobs.history_search import NAME, Filter, Page, find_page
-from jobworker.jobs.history_writer import Work, Writer
-from jobworker.jobs.job_note import write_note
-from jobworker.jobs.last_id import LastId
-from jobworker.jobs.schema import damaged, migrate
-from jobworker.jobs.spec_json import spec_pieces
+from jobworker.jobs.history import writer as history_writer
+from jobworker.jobs.history.audit import FILE, AuditRow, append_lines, insert_rows
+from jobworker.jobs.history.files import HistoryFiles
+from jobworker.jobs.history.job_note import write_note
+from jobworker.jobs.history.last_id import LastId
+from jobworker.jobs.history.readers import NO_DESCRIPTOR, Readers, lacks_descriptors, unreadable
+from jobworker.jobs.history.room import Room
+from jobworker.jobs.history.schema import damaged, migrate
+from jobworker.jobs.history.search import NAME, Filter, Page, find_page
+from jobworker.jobs.history.spec_json import spec_pieces
+from jobworker.jobs.history.writer import Work, Writer
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import MAX_KEPT, summarize, whole, with_labels, without_bulk
@@ -316,7 +316,7 @@ class History:
             ) from error
 
     async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
-        """At most `limit` summaries that fit, newest first, as JSON; see `history_search`.
+        """At most `limit` summaries that fit, newest first, as JSON; see `history.search`.
 
         `who` asks: the searches of others take turns with theirs.
         """

@@ -13,12 +13,12 @@ import trio.testing
 
 from jobworker.convert import loads, structure
 from jobworker.errors import ConfigError, InternalError, OutOfDescriptors
-from jobworker.jobs.history import History
-from jobworker.jobs.history_readers import Readers
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.readers import Readers
 from jobworker.model.job import JobRecord
 
-from ..strategies import record
-from .descriptors import descriptors_left
+from ...strategies import record
+from ..descriptors import descriptors_left
 
 FLOOD = 50
 

@@ -11,7 +11,7 @@ import pytest
 from attrs import evolve
 
 from jobworker.errors import OutputError
-from jobworker.jobs.job_note import make_note, read_news, read_note, write_note
+from jobworker.jobs.history.job_note import make_note, read_news, read_note, write_note
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.convert import dumps, loads, structure, unstructure
-from jobworker.jobs import history_search
-from jobworker.jobs.history import History
-from jobworker.jobs.history_search import Filter, find_page
-from jobworker.jobs.schema import MIGRATIONS
+from jobworker.jobs.history import search as history_search
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.schema import MIGRATIONS
+from jobworker.jobs.history.search import Filter, find_page
 from jobworker.model.job import JobRecord, JobSpec, Limits
 from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize
 
-from ..strategies import examples, record
+from ...strategies import examples, record
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 

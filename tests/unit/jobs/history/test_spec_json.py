@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 
 from jobworker.convert import unstructure
-from jobworker.jobs.spec_json import spec_pieces
+from jobworker.jobs.history.spec_json import spec_pieces
 from jobworker.json_pieces import PIECE_CHARACTERS
 from jobworker.model.job import MAX_ARGUMENT_BYTES, JobRecord, JobSpec
 from jobworker.model.summary import summarize
 
-from ..strategies import examples, record, records
+from ...strategies import examples, record, records
 
 
 @examples(max_examples=200)

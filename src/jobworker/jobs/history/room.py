@@ -10,7 +10,7 @@ the room is whole again. The rest is for what must be told of jobs that there ar
 takes a page or two at most.
 
 The room outlives the service: the free pages are the database's, and the log keeps its blocks over
-a stop (`history_files`). So a service that is started on a full disk can record ends too.
+a stop (`history.files`). So a service that is started on a full disk can record ends too.
 
 This holds where a file system overwrites in place (ext4, XFS); one that copies on write (btrfs,
 ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.

@@ -13,7 +13,7 @@ Another process may hold the database's write lock for a while (a backup with BE
 checkpoint): the thread waits up to BUSY_SECONDS for it, and then all writes of the batch fail.
 
 Where the disk is full, what is new is refused, and what must be told of jobs that there are takes
-the room that was set aside for it (`history_room`).
+the room that was set aside for it (`history.room`).
 """
 
 import threading
@@ -25,8 +25,8 @@ import apsw
 import trio
 from attrs import Factory, define, field
 
-from jobworker.jobs.history_files import HistoryFiles
-from jobworker.jobs.history_room import Room, make_log_start_anew
+from jobworker.jobs.history.files import HistoryFiles
+from jobworker.jobs.history.room import Room, make_log_start_anew
 
 BUSY_SECONDS = 10.0
 """How long a write waits for another process's lock: longer than a backup's last steps take."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import apsw
 import pytest
 
-from jobworker.jobs.history import History
+from jobworker.jobs.history.history import History
 from jobworker.model.job import JobId
 
-from ..strategies import record
+from ...strategies import record
 
 
 @contextmanager
