@@ -12,8 +12,8 @@ import pytest
 
 from jobworker.cli.embedded import open_embedded
 from jobworker.sandbox import channel
-from jobworker.sandbox.network.slirp import PROGRAM
 from jobworker.sandbox.service.launch import OpenedLauncher
+from jobworker.sandbox.start.private_network import PROGRAM
 
 from .conftest import child_of, disks_of_size, left_behind, until
 from .outside import open_launcher

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobworker.cli.embedded import Embedded, open_embedded
-from jobworker.sandbox.network.slirp import PROGRAM
+from jobworker.sandbox.start.private_network import PROGRAM
 
 from .conftest import child_of, left_behind, until
 from .test_cli import Cli, fails

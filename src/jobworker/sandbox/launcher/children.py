@@ -28,15 +28,16 @@ from jobworker.sandbox.disk.volumes import Volumes, refusal
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.launcher.terminals import terminals_each
 from jobworker.sandbox.network.modes import Networks
-from jobworker.sandbox.network.slirp import Layout, Way
+from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.protocol.asks import Asked
 from jobworker.sandbox.protocol.policy import Policy
-from jobworker.sandbox.root.stage import ROOT, Stage
+from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.start import init_program, landlock, trampoline
 from jobworker.sandbox.start.apply import Means
 from jobworker.sandbox.start.child import become_job
 from jobworker.sandbox.start.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
-from jobworker.sandbox.start.steps import Step, explain
+from jobworker.sandbox.start.private_network import Way
+from jobworker.sandbox.start.steps import ROOT, Step, explain
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 PIPE_BYTES = 1 << 20

@@ -22,10 +22,11 @@ from typing import NamedTuple, NoReturn
 from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
-from jobworker.sandbox.network.slirp import PROGRAM, TAP, Layout
-from jobworker.sandbox.root.stage import ROOT
+from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.start import network
 from jobworker.sandbox.start.plan import View
+from jobworker.sandbox.start.private_network import PROGRAM, TAP
+from jobworker.sandbox.start.steps import ROOT
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 _OPTIONS = (
@@ -54,7 +55,7 @@ class Means(NamedTuple):
 
 
 def start_gateway(means: Means) -> tuple[int, int]:
-    """Clone a gateway: its pidfd, and a socket whose reader is `network.slirp.enter`.
+    """Clone a gateway: its pidfd, and a socket whose reader is `start.private_network.enter`.
 
     The caller owns both, and reaps it. Raises OSError.
     """

@@ -14,15 +14,15 @@ from jobworker.sandbox.cgroup.hierarchy import Limits, Scope
 from jobworker.sandbox.network.gateway import Means, start_gateway
 from jobworker.sandbox.network.slirp import (
     PROCESSES,
-    PROGRAM,
     Layout,
     choose_layout,
     find_program,
     resolv_conf,
 )
-from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.start import wall
 from jobworker.sandbox.start.plan import Order, OwnNetwork, View
+from jobworker.sandbox.start.private_network import PROGRAM
+from jobworker.sandbox.start.steps import ROOT
 
 
 class Host(NamedTuple):

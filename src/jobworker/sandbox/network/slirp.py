@@ -4,23 +4,14 @@ The job's packets go to slirp4netns, which has a TCP/IP stack in user space and 
 sockets on the host. So there is no bridge, no address and no firewall rule of ours on the host, and
 nothing comes in that was not asked for.
 
-    gateway (`sandbox.network.gateway`) ──► the network namespace, and a pipe that tells when it is
-    up
-        ──► the job's process enters, waits and builds the wall (`enter`), while it still may
+    gateway (`network.gateway`) ──► the network namespace, and a pipe that tells when it is up
+        ──► the job's process enters, waits and builds the wall (`start.private_network`)
 
 What must hold: the network belongs to the gateway's user namespace, not to the job's, so the job
 cannot configure it. What the job may not reach is dropped by the wall before slirp4netns can read
 it (`sandbox.start.wall`): every address that the host has (the loopback is the job's own), the
 gateway's, and the resolver's but at port 53. slirp4netns would map the gateway to the host's
 loopback, and some versions also whatever port of a resolver that is there. Only IPv4 goes through.
-
-The kernel has one table of neighbours for the host and all its namespaces, with room for 1,024
-entries (gc_thresh3 of arp(7)). For a socket that is bound to the device and uses no route, each
-address is a neighbour's. While the kernel asks for a neighbour by ARP, nothing removes its entry,
-for some 3 s. So a job could fill the table. Here the kernel knows the two neighbours that there
-are, and asks for no other (`_settle_neighbours`): it marks a new entry as failed at once, and
-removes failed entries when the table is full. Rejected: an interface without ARP (IFF_NOARP), as
-slirp4netns would not learn the job's hardware address.
 
 Routes and rules refuse the same addresses, for a plain attempt to fail at once instead of after a
 time-out. They hold nobody back: a socket that is bound to the device passes them by.
@@ -32,26 +23,14 @@ Standard library only.
 """
 
 import os
-import select
-import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jobworker.sandbox import channel, netlink
-from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.start import network, wall
+from jobworker.sandbox.start import wall
+from jobworker.sandbox.start.private_network import PROGRAM
 
-PROGRAM = "slirp4netns"
-TAP = "tap0"
-"""The interface inside."""
 PROCESSES = 2
 """What slirp4netns takes at its start; one of them stays."""
-START_SECONDS = 20.0
-WALL = "its wall"
-"""What a failed start names where the wall could not be built."""
-
-_OF_SLIRP = bytes.fromhex("5255")
-"""What its hardware addresses begin with; the IPv4 address follows."""
 _DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin")
 _PREFIXES = ("10.0.2", "10.213.47", "172.29.101")
 
@@ -96,19 +75,6 @@ def find_program(trees: Mapping[str, str]) -> str | None:
     return None
 
 
-class Way(NamedTuple):
-    """What the process that becomes a job has of its network."""
-
-    link: int
-    """A socket to the gateway."""
-    process: int
-    """The gateway's pidfd."""
-    wall: bytes
-    """The program of its wall."""
-    neighbours: Sequence[str]
-    """The addresses that slirp4netns answers for."""
-
-
 def choose_layout(addresses: Sequence[tuple[str, int]]) -> Layout:
     """Addresses that the host does not use itself; `addresses` are its own, with prefix lengths."""
     host = tuple(dict.fromkeys(address for address, _ in addresses))
@@ -130,52 +96,3 @@ def resolv_conf(host_text: str, layout: Layout) -> str:
 def _overlap(one: int, one_length: int, two: int, two_length: int) -> bool:
     shift = 32 - min(one_length, two_length)
     return one >> shift == two >> shift
-
-
-def enter(way: Way, groups: range) -> None:
-    """In the process that becomes the job: enter the network, wait until it is up, and wall it in.
-
-    `groups` are those of the job: see `network.allow`.
-
-    It must not be in a Landlock domain yet, which would keep it from the gateway's descriptors.
-    Raises OSError: the kernel's, or one with errno 0 whose file name is what slirp4netns said.
-    """
-    with socket.socket(fileno=way.link) as link:
-        link.settimeout(START_SECONDS)
-        received = channel.receive(link)
-    if received is None:
-        raise OSError(0, "failed", "its gateway has ended")
-    message, descriptors = received
-    code, detail = message.get("errno"), message.get("detail")
-    if isinstance(code, int):
-        raise OSError(code, os.strerror(code), str(detail))
-    namespace, ready, said = descriptors
-    sc.setns(namespace, sc.CLONE_NEWNET)
-    network.allow(groups)
-    poll = select.poll()
-    poll.register(ready, select.POLLIN)
-    if not poll.poll(START_SECONDS * 1000):
-        raise OSError(0, "failed", f"{PROGRAM} was not ready after {START_SECONDS:.0f} s")
-    if not os.read(ready, 1):
-        said_text = os.pread(said, 4096, 0).decode("utf-8", "replace")
-        words = [line for line in said_text.splitlines() if not line.startswith("WARNING")]
-        raise OSError(0, "failed", ": ".join([PROGRAM, *(words or ["ended"])]))
-    _settle_neighbours(way.neighbours)
-    try:
-        wall.build(way.process, way.wall)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, WALL) from error
-
-
-def _settle_neighbours(addresses: Sequence[str]) -> None:
-    """Make these the only neighbours in this namespace, for good.
-
-    The hardware addresses are those that slirp4netns gives for ARP; it reads frames to any other as
-    well. The job's it learns from the first request, which it reads before any packet of the job:
-    some versions lose an answer that comes while they do not know whom to send it.
-    """
-    tap = socket.if_nametoindex(TAP)
-    netlink.look_for_neighbour(tap, addresses[0])
-    netlink.ask_for_no_neighbours(tap)
-    for address in addresses:
-        netlink.keep_neighbour(tap, address, _OF_SLIRP + socket.inet_aton(address))

@@ -29,7 +29,6 @@ from jobworker.sandbox.root.host_trees import not_for_all, program_trees, with_m
 from jobworker.sandbox.root.runtimes import check_trees, lay_over, view_of
 from jobworker.sandbox.root.stage import (
     READ_ONLY,
-    ROOT,
     SCRATCH,
     VOLUMES,
     Stage,
@@ -39,6 +38,7 @@ from jobworker.sandbox.root.stage import (
     own_namespace,
 )
 from jobworker.sandbox.start.plan import DISK, Layer, View
+from jobworker.sandbox.start.steps import ROOT
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 BASE, LAYERS = "/base", "/layers"

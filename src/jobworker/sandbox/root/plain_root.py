@@ -17,7 +17,6 @@ from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc, write_entry
 from jobworker.sandbox.root.host_trees import program_trees
 from jobworker.sandbox.root.stage import (
     READ_ONLY,
-    ROOT,
     SCRATCH,
     Stage,
     clone,
@@ -26,6 +25,7 @@ from jobworker.sandbox.root.stage import (
     own_namespace,
 )
 from jobworker.sandbox.start.plan import DEVICE_LINKS, DEVICES, View
+from jobworker.sandbox.start.steps import ROOT
 
 GAP = "what a job writes to disk is not bounded without root's rights"
 

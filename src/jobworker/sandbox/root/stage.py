@@ -16,8 +16,8 @@ from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.start.plan import Order, View
 
-ROOT, SCRATCH, VOLUMES = "/root", "/scratch", "/volumes"
-"""Where a job's root is mounted, and the service's directories for what jobs write and keep."""
+SCRATCH, VOLUMES = "/scratch", "/volumes"
+"""Where the service's directories are for what jobs write and keep."""
 READ_ONLY = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
 
 EMPTY = (

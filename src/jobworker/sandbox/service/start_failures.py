@@ -20,7 +20,7 @@ from jobworker.errors import (
     shortened,
 )
 from jobworker.sandbox.chores import CROWDED
-from jobworker.sandbox.network.slirp import WALL
+from jobworker.sandbox.start.private_network import WALL
 
 _REMEDIES = {
     "enter-user-namespace": "allow user namespaces: sysctl user.max_user_namespaces",

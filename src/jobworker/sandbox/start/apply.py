@@ -20,10 +20,8 @@ from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.disk.images import Workshop
-from jobworker.sandbox.network import slirp as private_network
-from jobworker.sandbox.root.stage import ROOT
 from jobworker.sandbox.seccomp import program as bpf
-from jobworker.sandbox.start import network, root_mounts
+from jobworker.sandbox.start import network, private_network, root_mounts
 from jobworker.sandbox.start import steps as s
 
 STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4
@@ -146,7 +144,7 @@ def _hand_over(message: channel.Message, *descriptors: int) -> None:
 
 def _mount_overlay(step: s.MountOverlay, _: Means) -> None:
     root_mounts.mount_overlay(step)
-    if step.path == ROOT:  # the launcher asks it at the end whether writes were lost
+    if step.path == s.ROOT:  # the launcher asks it at the end whether writes were lost
         root = os.open(step.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         _hand_over({"root": True}, root)
 

@@ -8,6 +8,9 @@ it. Standard library only: the launcher carries them.
 import re
 from typing import NamedTuple
 
+ROOT = "/root"
+"""Where the launcher's mount namespace has a job's root, until the job's process pivots to it."""
+
 
 class AttachScope(NamedTuple):
     """Enter the job's control groups, so that all that follows is inside its limits."""
