@@ -6,7 +6,7 @@ Neither holds the job itself: dropping them, leaving a loop or being cancelled n
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self, TypeVar
 
 from attrs import define, evolve, field
 
@@ -24,8 +24,25 @@ from jobworker.exact import kind
 from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobStatus, Stream
 from jobworker.protocol import messages as m
 
-if TYPE_CHECKING:
-    from jobworker.client.client import Client
+T = TypeVar("T")
+
+
+class Calls(Protocol):
+    """What a job asks its server through: a `Client`."""
+
+    async def call(
+        self,
+        name: str,
+        params: object,
+        result: type[T],
+        *,
+        gone: T | None = None,
+        on_asked: Callable[[bool], None] | None = None,
+    ) -> T:
+        """Call a method of the protocol by name, as often as it takes to get an answer."""
+
+    async def open_following(self, params: m.LogParams) -> Following:
+        """Open a subscription to a job's output."""
 
 
 @define(eq=False)
@@ -37,7 +54,7 @@ class Job:
     the connection is lost and the client's patience ends.
     """
 
-    _client: "Client" = field(repr=False)
+    _client: Calls = field(repr=False)
     id: JobId
     record: JobRecord | None = None
     """The job as it was when the server last told of it; None where it was never asked.
@@ -180,7 +197,7 @@ class JobOutput:
     (b'1\\n2\\n3\\n', 6, <State.COMPLETED: 'COMPLETED'>)
     """
 
-    _client: "Client"
+    _client: Calls
     _params: m.LogParams
     _on_break: Callable[[JobworkerError, int], None] | None
     _following: Following | None

@@ -6,7 +6,7 @@ of waking is in `spool`, whose `follow` makes followers.
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 import trio
 from attrs import define, evolve
@@ -14,8 +14,41 @@ from attrs import define, evolve
 from jobworker.jobs.output.index import CHUNK_BYTES, Chunk, LineStart, Place, View
 from jobworker.jobs.output.search import Beginning
 
-if TYPE_CHECKING:
-    from jobworker.jobs.output.spool import Spool
+
+class Log(Protocol):
+    """What a follower reads: a log of two streams that grows until it is sealed (a `Spool`)."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of both streams that can be read."""
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing is added any more."""
+
+    def check_offset(self, offset: int) -> None:
+        """Raise InvalidParams where the log is shorter than `offset`."""
+
+    def check_whole(self) -> None:
+        """Raise OutputError where the log has less than its job has written."""
+
+    async def find(self, offset: int) -> Place:
+        """The place of a merged offset. Raises OutputError."""
+
+    async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
+        """The chunk at a place, if there is one to be seen, and the place after it."""
+
+    async def bytes_before_line(self, chunk: Chunk) -> int | None:
+        """How many bytes of a chunk belong to a line that began before it; None for all."""
+
+    def await_poke(self, follower: "Follower") -> None:
+        """Poke this follower once there is more to see."""
+
+    def cancel_poke(self, follower: "Follower") -> None:
+        """Do not poke it, where that is still to come."""
+
+    def forget(self, follower: "Follower") -> None:
+        """Forget a follower that was closed."""
 
 
 @define(eq=False)
@@ -25,7 +58,7 @@ class Follower:
     One task's: a second one that reads or waits meanwhile gets trio.BusyResourceError.
     """
 
-    _spool: "Spool"
+    _log: Log
     _view: View
     _start: int
     _poke: trio.MemorySendChannel[None]
@@ -37,7 +70,7 @@ class Follower:
     def begin(self, beginning: Beginning) -> None:
         """Begin there, before anything is read. Raises InvalidParams where the log is shorter."""
         self._check_open()
-        self._spool.check_offset(beginning.offset)
+        self._log.check_offset(beginning.offset)
         self._start = beginning.offset
         self._view = evolve(self._view, starts=beginning.starts)
 
@@ -69,9 +102,9 @@ class Follower:
         """
         with self._alone():
             while self.behind:
-                place = self._place or await self._spool.find(self._start)
+                place = self._place or await self._log.find(self._start)
                 view = evolve(self._view, max_bytes=max_bytes)
-                chunk, after = await self._spool.read(place, view)
+                chunk, after = await self._log.read(place, view)
                 if chunk is not None and any(each.stream is chunk.stream for each in view.starts):
                     chunk, after = await self._begin_with_line(chunk, after)
                 self._check_open()
@@ -84,11 +117,11 @@ class Follower:
 
     async def _begin_with_line(self, chunk: Chunk, after: Place) -> tuple[Chunk | None, Place]:
         """Pass over what is left of a line that began before its stream does here."""
-        skipped = await self._spool.bytes_before_line(chunk)
+        skipped = await self._log.bytes_before_line(chunk)
         if skipped is None:
             return None, after
         if skipped:
-            after = await self._spool.find(chunk.offset + skipped)
+            after = await self._log.find(chunk.offset + skipped)
         waiting = tuple(each for each in self._view.starts if each.stream is not chunk.stream)
         self._view = evolve(self._view, starts=waiting)
         return None if skipped else chunk, after
@@ -101,16 +134,16 @@ class Follower:
     @property
     def behind(self) -> bool:
         """Whether there is more in the log now, in whichever stream."""
-        return self.offset < self._spool.size
+        return self.offset < self._log.size
 
     @property
     def ends(self) -> bool:
         """Whether the log has an end: nothing is added any more."""
-        return self._spool.sealed
+        return self._log.sealed
 
     def check_whole(self) -> None:
         """Raise OutputError where the log has less than its job has written: at its end."""
-        self._spool.check_whole()
+        self._log.check_whole()
 
     async def wait_for_more(self) -> bool:
         """Wait until there is more in the log, in whichever stream; False is the sealed log's end.
@@ -120,14 +153,14 @@ class Follower:
         with self._alone():
             self._check_open()
             while not self.behind:
-                if self._spool.sealed:
+                if self._log.sealed:
                     return False
                 # No checkpoint between the look and this: see the module's theory.
-                self._spool.await_poke(self)
+                self._log.await_poke(self)
                 try:
                     await self._poked.receive()
                 finally:
-                    self._spool.cancel_poke(self)
+                    self._log.cancel_poke(self)
                 self._check_open()
             return True
 
@@ -158,7 +191,7 @@ class Follower:
             self._closed = True
             self._poked.close()
             self._poke.close()
-            self._spool.forget(self)
+            self._log.forget(self)
 
     def __enter__(self) -> Self:
         return self
