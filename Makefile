@@ -56,9 +56,10 @@ E2E_RUN ?=
 e2e: $(STAMP)
 	contrib/e2e.sh $(VENV) "$(E2E_RUN)" $(SCENARIO)
 
-#: make docs    write the generated parts of docs/protocol.md
+#: make docs    write the generated parts of docs/protocol.md and docs/architecture.md
 docs: $(STAMP)
 	$(BIN)/python contrib/protocol_page.py
+	$(BIN)/python contrib/rooms.py
 
 #: make site    the documents and the Python API as web pages: .site/docs/index.html
 site: $(STAMP)

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Draw the rooms of src/jobworker into docs/architecture.md; with --check, say whether it is so.
+
+A room is a package, and an arrow says that a module of one room imports a module of another, also
+where only a type checker does (`if TYPE_CHECKING`). The picture leaves out an arrow that another
+way of arrows implies, and the modules that stand above all rooms (`errors`, `convert` and the
+like), which every room may import. `make docs` writes the picture, a test compares it.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE, PAGE = ROOT / "src" / "jobworker", ROOT / "docs" / "architecture.md"
+PACKAGE = "jobworker"
+BEGIN, END = "<!-- begin rooms -->", "<!-- end rooms -->"
+
+Graph = dict[str, set[str]]
+"""What each name imports."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name, packages without `__init__`."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = [PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports() -> Graph:
+    """Which module imports which, wherever in the file the import stands."""
+    known = modules()
+    return {name: set(_imported(path, known)) - {name} for name, path in known.items()}
+
+
+def _imported(path: Path, known: Iterable[str]) -> Iterable[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in known or node.module in known:
+                    yield inner if inner in known else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def room_of(module: str, known: Mapping[str, Path]) -> str:
+    """The package that a module stands in, below `jobworker`; "" for those above all rooms."""
+    package = module if known[module].name == "__init__.py" else module.rpartition(".")[0]
+    return package.removeprefix(PACKAGE).removeprefix(".")
+
+
+def rooms() -> Graph:
+    """Which room imports from which."""
+    known, graph = modules(), Graph()
+    for module, imported in imports().items():
+        room = room_of(module, known)
+        others = graph.setdefault(room, set())
+        others |= {room_of(each, known) for each in imported} - {room, ""}
+    graph.pop("", None)
+    return graph
+
+
+def circles(graph: Graph) -> list[set[str]]:
+    """Names that reach one another: none where imports run one way."""
+    reached = {name: _reach(graph, name) for name in graph}
+    found: list[set[str]] = []
+    for name in graph:
+        circle = {other for other in reached[name] if name in reached[other]}
+        if circle and circle not in found:
+            found.append(circle)
+    return found
+
+
+def _reach(graph: Graph, start: str) -> set[str]:
+    seen: set[str] = set()
+    left = [start]
+    while left:
+        for name in graph.get(left.pop(), ()):
+            if name not in seen:
+                seen.add(name)
+                left.append(name)
+    return seen
+
+
+def reduced(graph: Graph) -> Graph:
+    """Without the arrows that other arrows imply."""
+    return {
+        name: {
+            other
+            for other in others
+            if not any(other in _reach(graph, between) for between in others - {other})
+        }
+        for name, others in graph.items()
+    }
+
+
+def picture(graph: Graph) -> str:
+    """The rooms as a flow chart of Mermaid."""
+    lines = ["```mermaid", "flowchart TD"]
+    houses: dict[str, list[str]] = {}
+    for room in sorted(graph):
+        houses.setdefault(room.partition(".")[0], []).append(room)
+    for house, inside in houses.items():
+        if len(inside) == 1:
+            lines.append(f"    {_node(house)}[{house}/]")
+            continue
+        lines.append(f"    subgraph {house}-rooms [{house}/]")
+        lines += [f"        {_node(room)}[{room.replace('.', '/')}/]" for room in inside]
+        lines.append("    end")
+    for room, others in sorted(reduced(graph).items()):
+        lines += [f"    {_node(room)} --> {_node(other)}" for other in sorted(others)]
+    return "\n".join([*lines, "```"])
+
+
+def _node(room: str) -> str:
+    return room.replace(".", "_")
+
+
+def rendered(page: str) -> str:
+    """The page with its picture made anew."""
+    pattern = rf"({BEGIN}\n).*?({END})"
+    marks = re.search(pattern, page, re.DOTALL)
+    if marks is None:
+        raise SystemExit(f"rooms: {PAGE.name} has no section named rooms")
+    return f"{page[: marks.start()]}{marks[1]}\n{picture(rooms())}\n\n{marks[2]}{page[marks.end() :]}"
+
+
+def main() -> None:
+    """Write or check the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if it differs")
+    check = parser.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    made = rendered(page)
+    if check and made != page:
+        sys.exit("rooms: docs/architecture.md differs from the code; run `make docs`")
+    if not check:
+        PAGE.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
