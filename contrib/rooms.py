@@ -128,7 +128,8 @@ def rendered(page: str) -> str:
     marks = re.search(pattern, page, re.DOTALL)
     if marks is None:
         raise SystemExit(f"rooms: {PAGE.name} has no section named rooms")
-    return f"{page[: marks.start()]}{marks[1]}\n{picture(rooms())}\n\n{marks[2]}{page[marks.end() :]}"
+    drawn = f"{marks[1]}\n{picture(rooms())}\n\n{marks[2]}"
+    return page[: marks.start()] + drawn + page[marks.end() :]
 
 
 def main() -> None:
