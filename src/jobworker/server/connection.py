@@ -4,8 +4,8 @@
 
 trio-websocket has faults that a hostile client can reach (an uncaught exception in one
 connection ends the whole server; a request that is no upgrade holds its task). So nothing of it
-runs before the head has been read and checked here, under a deadline, and `serve_connection` is
-one of the two places that catch everything: a fault ends its own connection and no other.
+runs before the head has been read and checked here, under a deadline, and `serve_connection`
+catches everything: a fault ends its own connection and no other.
 
 A refusal is always sent: OpenSSL's alert while the handshake goes on, and after it an HTTP reply
 that says why. Who speaks HTTP without TLS gets such a reply too.

@@ -1,9 +1,9 @@
 """libseccomp, as far as it is needed: names of calls, rules, and the BPF program they make.
 
 The library knows every machine's numbers and makes a binary tree of them. It is loaded by
-the service at its start and never by the launcher, which gets the finished program; hence it is the
-second of the two modules that touch ctypes. See seccomp_init(3), seccomp_rule_add(3),
-seccomp_attr_set(3), seccomp_export_bpf(3).
+the service at its start and never by the launcher, which gets the finished program. So ctypes
+stands here and not in `sandbox.syscalls`, which the launcher loads. See seccomp_init(3),
+seccomp_rule_add(3), seccomp_attr_set(3), seccomp_export_bpf(3).
 """
 
 import ctypes
