@@ -97,7 +97,7 @@ def test_disk_of_an_ended_job_goes_before_anybody_removes_the_job(
     assert os.read(pipes[0], 100) == b"kept\n"
     channel.close_all(pipes)
     reply, _ = ask(link.sock, "signal", 1, signal=signal.SIGTERM)
-    assert reply["error"] == {"step": "signal", "errno": 3, "detail": "[Errno 3] No such process"}
+    assert reply["error"] == {"step": "request", "errno": 3, "detail": "[Errno 3] No such process"}
     assert "ok" in ask(link.sock, "remove", 1)[0]
 
 

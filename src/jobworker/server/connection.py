@@ -306,7 +306,7 @@ async def _serve_websocket(
                 log.info("%s: disconnected", peer)
                 nursery.cancel_scope.cancel()
     finally:
-        stream.check = None  # it refers to the stream, by way of the conversation
+        stream.part()
     return parted
 
 
