@@ -14,7 +14,7 @@ import trio_websocket
 from attrs import evolve, frozen
 
 import jobworker
-from jobworker.client import client as client_module
+from jobworker.client import calls
 from jobworker.client.address import Address
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import (
@@ -281,7 +281,7 @@ async def test_silent_server_is_given_up(site: Site, monkeypatch: pytest.MonkeyP
     async def stay_silent(_: trio.SocketStream) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr(client_module, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(calls, "CONNECT_SECONDS", 0.2)
     async with listening(stay_silent) as address:
         with pytest.raises(ConnectionFailed, match=r"no answer within .* check the address \("):
             async with jobworker.open_client(address, **site.files()):
@@ -334,8 +334,8 @@ async def test_server_that_goes_away_is_told_with_its_reason(site: Site) -> None
     ):
         with pytest.raises(ConnectionFailed, match=r"closed it \(1001 shutting down\)"):
             await client.job(7).status()
-        assert client._link is not None
-        assert client._link.connection.is_ended
+        assert client._calls._link is not None
+        assert client._calls._link.connection.is_ended
 
 
 async def test_connection_that_breaks_wakes_the_caller(site: Site) -> None:

@@ -67,7 +67,7 @@ def open_connection(
     wait for the first one only a person at a terminal hears, since its end is told in any case.
     `losses` are those that a printer of output tells of too.
     """
-    from jobworker.client.client import PATIENCE_SECONDS
+    from jobworker.client.calls import PATIENCE_SECONDS
     from jobworker.client.opening import open_client
 
     target = invocation.target()

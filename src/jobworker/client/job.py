@@ -6,10 +6,11 @@ Neither holds the job itself: dropping them, leaving a loop or being cancelled n
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Self
 
 from attrs import define, evolve, field
 
+from jobworker.client.calls import Calls
 from jobworker.client.checked import check_callback, checked
 from jobworker.client.following import DELIVERY, Chunk, Following
 from jobworker.errors import (
@@ -24,26 +25,6 @@ from jobworker.exact import kind
 from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobStatus, Stream
 from jobworker.protocol import messages as m
 
-T = TypeVar("T")
-
-
-class Calls(Protocol):
-    """What a job asks its server through: a `Client`."""
-
-    async def call(
-        self,
-        name: str,
-        params: object,
-        result: type[T],
-        *,
-        gone: T | None = None,
-        on_asked: Callable[[bool], None] | None = None,
-    ) -> T:
-        """Call a method of the protocol by name, as often as it takes to get an answer."""
-
-    async def open_following(self, params: m.LogParams) -> Following:
-        """Open a subscription to a job's output."""
-
 
 @define(eq=False)
 class Job:
@@ -54,7 +35,7 @@ class Job:
     the connection is lost and the client's patience ends.
     """
 
-    _client: Calls = field(repr=False)
+    _calls: Calls = field(repr=False)
     id: JobId
     record: JobRecord | None = None
     """The job as it was when the server last told of it; None where it was never asked.
@@ -71,7 +52,7 @@ class Job:
         <State.RUNNING: 'RUNNING'>
         """
         params = checked("ask for the job", m.JobParams, id=self.id)
-        self.record = told = await self._client.call("job.status", params, JobStatus)
+        self.record = told = await self._calls.call("job.status", params, JobStatus)
         return told
 
     async def wait(self) -> JobRecord:
@@ -120,7 +101,7 @@ class Job:
         """
         params = checked("remove the job", m.RemoveParams, id=self.id, force=force)
         gone = m.Removed(jobs=(self.id,), bytes=0)
-        return await self._client.call("job.remove", params, m.Removed, gone=gone)
+        return await self._calls.call("job.remove", params, m.Removed, gone=gone)
 
     def output(
         self,
@@ -170,12 +151,12 @@ class Job:
         first = None
         if params == m.LogParams(id=self.id, delivery=DELIVERY):
             first, self._first = self._first, None
-        return JobOutput(self._client, params, on_break, first)
+        return JobOutput(self._calls, params, on_break, first)
 
     async def _told(
         self, method: str, params: object, on_asked: Callable[[bool], None] | None = None
     ) -> JobRecord:
-        self.record = await self._client.call(method, params, JobRecord, on_asked=on_asked)
+        self.record = await self._calls.call(method, params, JobRecord, on_asked=on_asked)
         return self.record
 
 
@@ -197,7 +178,7 @@ class JobOutput:
     (b'1\\n2\\n3\\n', 6, <State.COMPLETED: 'COMPLETED'>)
     """
 
-    _client: Calls
+    _calls: Calls
     _params: m.LogParams
     _on_break: Callable[[JobworkerError, int], None] | None
     _following: Following | None
@@ -234,7 +215,7 @@ class JobOutput:
     async def __anext__(self) -> Chunk:
         while self.record is None:
             if self._following is None:
-                self._following = await self._client.open_following(self._params)
+                self._following = await self._calls.open_following(self._params)
                 self.offset = self._following.offset
             try:
                 chunk = await anext(self._following)

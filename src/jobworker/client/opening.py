@@ -10,8 +10,9 @@ import trio
 from attrs import define
 
 from jobworker.client.address import Address, parse_address
+from jobworker.client.calls import PATIENCE_SECONDS, Calls
 from jobworker.client.checked import check_callback
-from jobworker.client.client import PATIENCE_SECONDS, Client
+from jobworker.client.client import Client
 from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
@@ -69,7 +70,7 @@ async def open_client(
     check_callback("connect", "on_lost", on_lost)
     check_callback("connect", "on_refused", on_refused)
     credentials.read()
-    client = Client(
+    calls = Calls(
         address=where,
         dial=partial(_dial, where, credentials),
         patience_seconds=patience_seconds,
@@ -82,19 +83,19 @@ async def open_client(
     async with trio.open_nursery() as nursery:
         # What ends the block is carried around the nursery, which would wrap it in a group.
         try:
-            await nursery.start(_serve, client, service, nursery.cancel_scope, faults)
+            await nursery.start(_serve, calls, service, nursery.cancel_scope, faults)
             try:
-                yield client
+                yield Client(calls=calls)
             except Exception:
-                await client.aclose()
+                await calls.aclose()
                 raise
-            await client.aclose()
+            await calls.aclose()
         except (trio.Cancelled, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001
             raised = error
         finally:
-            await client.aclose(goodbye=False)
+            await calls.aclose(goodbye=False)
             service.cancel()
     for fault in faults:  # of which `raised` is a consequence
         raise fault
@@ -116,7 +117,7 @@ class _Shielding(trio.TaskStatus[None]):
 
 
 async def _serve(
-    client: Client,
+    calls: Calls,
     service: trio.CancelScope,
     block: trio.CancelScope,
     faults: list[BaseException],
@@ -131,13 +132,13 @@ async def _serve(
     """
     with service:
         try:
-            await client.serve(task_status=_Shielding(service, task_status))
+            await calls.serve(task_status=_Shielding(service, task_status))
         except BaseException as fault:
             if _is_cancellation(fault) or not service.shield:  # who waits for the start gets it
                 raise
             faults.append(fault)
             block.cancel()
-            await client.aclose(goodbye=False)
+            await calls.aclose(goodbye=False)
 
 
 def _is_cancellation(raised: BaseException) -> bool:

@@ -13,6 +13,7 @@ from attrs import define, evolve, field
 from trio.testing import wait_all_tasks_blocked
 
 from jobworker.client.address import Address
+from jobworker.client.calls import Calls
 from jobworker.client.client import Client
 from jobworker.client.dial import Connection
 from jobworker.client.following import DELIVERY, WINDOW_BYTES, Following
@@ -127,15 +128,15 @@ class Servers:
 @asynccontextmanager
 async def served(servers: Servers, patience_seconds: float = 0) -> AsyncIterator[Client]:
     """A client of servers in memory."""
-    client = Client(address=Address("host"), dial=servers.dial, patience_seconds=patience_seconds)
+    calls = Calls(address=Address("host"), dial=servers.dial, patience_seconds=patience_seconds)
     raised: JobworkerError | None = None
     async with trio.open_nursery() as nursery:
         try:  # out of the nursery, which would wrap it
-            await nursery.start(client.serve)
-            yield client
+            await nursery.start(calls.serve)
+            yield Client(calls=calls)
         except JobworkerError as error:
             raised = error
-        await client.aclose(goodbye=False)
+        await calls.aclose(goodbye=False)
         nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised
@@ -143,7 +144,7 @@ async def served(servers: Servers, patience_seconds: float = 0) -> AsyncIterator
 
 async def opened(client: Client) -> Following:
     """A subscription on the client's connection of the moment."""
-    return await client.open_following(m.LogParams(id=JobId(7), delivery=DELIVERY))
+    return await client._calls.open_following(m.LogParams(id=JobId(7), delivery=DELIVERY))
 
 
 @asynccontextmanager
@@ -369,8 +370,8 @@ async def test_output_of_a_closed_subscription_is_dropped() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.job(7).status)
             peer.reply(await peer.call(), RECORD)
-        assert client._link is not None
-        assert client._link._inboxes == {}
+        assert client._calls._link is not None
+        assert client._calls._link._inboxes == {}
 
 
 async def test_output_that_the_server_could_not_send_raises_after_what_came() -> None:

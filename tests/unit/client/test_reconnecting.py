@@ -7,7 +7,8 @@ import trio
 from attrs import define, evolve, field
 
 from jobworker.client.address import Address
-from jobworker.client.client import PATIENCE_SECONDS, Client
+from jobworker.client.calls import PATIENCE_SECONDS, Calls
+from jobworker.client.client import Client
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,
@@ -303,19 +304,19 @@ async def test_refusal_of_a_later_connection_is_told_and_a_later_call_dials_agai
         raise refusal("cannot connect: not now")
 
     async with served(servers, PATIENCE_SECONDS) as client:
-        client._dial, dial = refuse, client._dial
+        client._calls._dial, dial = refuse, client._calls._dial
         for _ in range(2):
             with pytest.raises(refusal, match="not now"):
                 await client.job(7).wait()
-        client._dial = dial
+        client._calls._dial = dial
         assert (await client.job(7).status()).id == RECORD.id
 
 
 async def test_first_connection_may_wait_for_a_restart(autojump_clock: object) -> None:
     servers = Servers([])
 
-    def patient() -> Client:
-        return Client(address=Address("host"), dial=servers.dial, start_patience_seconds=10)
+    def patient() -> Calls:
+        return Calls(address=Address("host"), dial=servers.dial, start_patience_seconds=10)
 
     async def come_up() -> None:
         await trio.sleep(3)
@@ -327,9 +328,9 @@ async def test_first_connection_may_wait_for_a_restart(autojump_clock: object) -
             await nursery.start(patient().serve)
         assert 10 <= trio.current_time() - begun < 12
         nursery.start_soon(come_up)
-        client = patient()
-        await nursery.start(client.serve)
-        assert (await client.job(7).status()).id == RECORD.id
+        calls = patient()
+        await nursery.start(calls.serve)
+        assert (await Client(calls=calls).job(7).status()).id == RECORD.id
         nursery.cancel_scope.cancel()
 
 
