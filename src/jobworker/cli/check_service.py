@@ -23,9 +23,11 @@ from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import check_promises
 from jobworker.server.id_ranges import own_id
+from jobworker.server.listening import bind, listen
 from jobworker.server.overwriting import check_overwrites
+from jobworker.server.process_limits import descriptor_limit
 from jobworker.server.reader import configured_files
-from jobworker.server.setup import bind, descriptor_limit, listen, service_ids
+from jobworker.server.service_user import service_ids
 from jobworker.server.state_directory import holds
 
 GROUP = "service"

@@ -45,6 +45,7 @@ from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
+from jobworker.server.listening import listen
 from jobworker.server.memory import keep_small, settle
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.operations import Context
@@ -54,7 +55,8 @@ from jobworker.server.reload import (
     tell_of_readers_end,
     warn_of_expiry_daily,
 )
-from jobworker.server.setup import Prepared, launcher_ids, listen
+from jobworker.server.service_user import launcher_ids
+from jobworker.server.setup import Prepared
 from jobworker.server.traffic import Traffic
 from jobworker.server.turnstile import Presence
 

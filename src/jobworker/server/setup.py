@@ -10,22 +10,19 @@ user namespace of its own (`sandbox.launcher.own_namespace`); what cannot be enf
 refused or, at the start, logged.
 """
 
-import errno
 import hashlib
 import importlib
 import os
-import pwd
-import resource
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
 from attrs import frozen
 
 from jobworker.config.settings import MEBIBYTE, Settings, with_first_uid
-from jobworker.errors import AddressUnavailable, ConfigError, JobworkerError
+from jobworker.errors import ConfigError, JobworkerError
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
@@ -33,14 +30,16 @@ from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.protocol.policy import Policy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher, start_launcher
-from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import promise_warnings
 from jobworker.server.door import Fittings
-from jobworker.server.id_ranges import Span, job_ids, lock_ids, lock_own_id, own_id
+from jobworker.server.id_ranges import lock_ids, lock_own_id, own_id
+from jobworker.server.listening import bind
 from jobworker.server.notify import Notifier
 from jobworker.server.overwriting import overwrite_warnings
+from jobworker.server.process_limits import lift_file_size_limit, raise_descriptor_limit
 from jobworker.server.reader import Reader, configured_files, start_reader
+from jobworker.server.service_user import launcher_ids, service_ids
 from jobworker.server.state_directory import (
     LEAVING_SECONDS,
     holds,
@@ -50,15 +49,9 @@ from jobworker.server.state_directory import (
     make_state_directory,
 )
 
-BACKLOG = 1024
-UNLIMITED = 1 << 20
-"""Descriptors to reckon with where there is no limit: what Linux gives a process at most by
-default (fs.nr_open, proc(5))."""
-
 _LATE_IMPORTS = ("_strptime", "encodings.idna", "stringprep", "unicodedata")
 """What the standard library imports at first use. The unprivileged user may be unable to read the
 directory that holds Python (below /root, say), so all that may be needed is imported before."""
-SERVICE_USER = "jobworker"
 
 
 @frozen(kw_only=True)
@@ -95,7 +88,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
             "cannot leave jobs behind (worker.jobs_on_exit): the launcher ends with the service",
             remedy="set launcher.socket, and run `worker launcher`; or set jobs_on_exit to 'auto'",
         )
-    limit = _raise_descriptor_limit()
+    limit = raise_descriptor_limit()
     small_files = lift_file_size_limit()
     outputs_within(settings, limit)  # refuses what does not fit, before anything is made
     files = configured_files(settings.security)
@@ -257,164 +250,9 @@ def policy_for(settings: Settings, state: Path) -> Policy:
     )
 
 
-def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int] | None:
-    """The user and group that the service becomes; None is an id of its own. Raises ConfigError.
-
-    `jobs` are the ids that the launcher gives to jobs, where it was started with other settings.
-    """
-    wanted = settings.worker.user
-    if os.geteuid() != 0:
-        return _own_ids(wanted)
-    is_known = jobs is not None or settings.sandbox.first_uid > 0  # else it is what will be free
-    jobs = jobs or job_ids(settings)
-    ids = _wanted_ids(wanted)
-    if is_known and ids is not None and ids[0] in jobs:
-        raise ConfigError(
-            f"cannot run the service as user {wanted}: jobs have the ids {jobs.first} to "
-            f"{jobs.last}",
-            remedy="set worker.user to another user or to 'auto', or sandbox.first_uid to ids that "
-            "no user has",
-        )
-    return ids
-
-
-def launcher_ids(launcher: OpenedLauncher) -> Span:
-    """The ids of the jobs of a launcher, which may have been started with older settings."""
-    first, jobs, spares = (launcher.policy[key] for key in ("first_uid", "max_jobs", "spares"))
-    assert isinstance(first, int)
-    assert isinstance(jobs, int)
-    assert isinstance(spares, int)
-    return Span(first, first + (jobs + spares) * IDS_PER_JOB - 1)
-
-
-def _wanted_ids(wanted: str) -> tuple[int, int] | None:
-    if wanted == "auto":
-        try:
-            entry = pwd.getpwnam(SERVICE_USER)
-        except KeyError:
-            return None
-        return entry.pw_uid, entry.pw_gid
-    if wanted.isascii() and wanted.isdigit():
-        if not 0 < int(wanted) < (1 << 32) - 2:
-            raise ConfigError(
-                f"cannot run the service as user {wanted}: it must not be root",
-                remedy="set worker.user to an unprivileged user, or to 'auto'",
-            )
-        return int(wanted), int(wanted)
-    try:
-        entry = pwd.getpwnam(wanted)
-    except KeyError:
-        raise ConfigError(
-            f"cannot run the service as user {wanted!r}: there is no such user",
-            remedy=f"make it (useradd --system {wanted}) or set worker.user to 'auto'",
-        ) from None
-    if entry.pw_uid == 0:
-        raise ConfigError(
-            f"cannot run the service as user {wanted!r}: it must not be root",
-            remedy="set worker.user to an unprivileged user, or to 'auto'",
-        )
-    return entry.pw_uid, entry.pw_gid
-
-
-def _own_ids(wanted: str) -> tuple[int, int]:
-    """Who we are, if that is who `worker.user` wants us to be. Raises ConfigError."""
-    own = os.geteuid()
-    names = {"auto", str(own)}
-    with suppress(KeyError):
-        names.add(pwd.getpwuid(own).pw_name)
-    if wanted not in names:
-        raise ConfigError(
-            f"cannot run the service as user {wanted!r}: only root can become another user",
-            remedy="start it as root or as that user, or set worker.user to 'auto'",
-        )
-    return own, os.getegid()
-
-
 def spool_directory(settings: Settings) -> Path:
     """Where output is kept."""
     return Path(settings.worker.state_dir) / "service" / "spool"
-
-
-def bind(address: str, port: int) -> tuple[socket.socket, ...]:
-    """Sockets bound to every address that `address` stands for."""
-    try:
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        raise AddressUnavailable(
-            f"cannot listen at {address!r}: {getattr(error, 'strerror', None) or error}",
-            remedy="set server.address to an address of this host, such as 0.0.0.0",
-        ) from None
-    listeners: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, where in found:
-            listener = socket.socket(family, kind, protocol)
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:  # "::" alone stands for IPv4 too, whatever the host's
-                both = where[0] == "::" and len(found) == 1  # own default is: ipv6(7)
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-            listener.bind(where)
-            listener.setblocking(False)
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        raise _cannot_listen(f"{address}:{port}", error) from None
-    return tuple(listeners)
-
-
-def listen(listeners: Sequence[socket.socket]) -> None:
-    """Open the port: from here on clients can connect. Raises AddressUnavailable."""
-    for listener in listeners:
-        try:
-            listener.listen(BACKLOG)
-        except OSError as error:  # another has come to listen there since we bound it
-            raise _cannot_listen(str(listener.getsockname()[:2]), error) from None
-
-
-def _cannot_listen(where: str, error: OSError) -> AddressUnavailable:
-    remedies = {
-        errno.EADDRINUSE: "stop what listens there, or choose another server.port",
-        errno.EADDRNOTAVAIL: "set server.address to an address of this host",
-    }
-    return AddressUnavailable(
-        f"cannot listen at {where}: {os.strerror(error.errno or 0)}",
-        remedy=remedies.get(error.errno or 0, "choose another server.address or server.port"),
-    )
-
-
-def _raise_descriptor_limit() -> int:
-    """Let this process open as many descriptors as it may at all: that number."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return descriptor_limit()
-
-
-def lift_file_size_limit() -> str:
-    """Let this process and those it starts write files of any size; say what limit stays, or "".
-
-    Where a file grows to the limit write(2) fails with EFBIG, which looks like a full disk to all
-    that stands above.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if soft == resource.RLIM_INFINITY:
-        return ""
-    unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    except (OSError, ValueError):  # not without the right to (CAP_SYS_RESOURCE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        if hard != resource.RLIM_INFINITY:
-            return (
-                f"no file can have more than {hard} bytes, neither jobs' output nor their disks: "
-                "raise the limit (LimitFSIZE=, ulimit -f)"
-            )
-    return ""
-
-
-def descriptor_limit() -> int:
-    """How many descriptors a process started from here may open."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return hard if hard != resource.RLIM_INFINITY else UNLIMITED
 
 
 def _give_up_root(uid: int, gid: int) -> None:

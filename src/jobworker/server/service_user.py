@@ -1,0 +1,86 @@
+"""Who the service becomes once it gives up root: the ids that `worker.user` stands for."""
+
+import os
+import pwd
+from contextlib import suppress
+
+from jobworker.config.settings import Settings
+from jobworker.errors import ConfigError
+from jobworker.sandbox.service.launch import OpenedLauncher
+from jobworker.sandbox.user_namespaces import IDS_PER_JOB
+from jobworker.server.id_ranges import Span, job_ids
+
+SERVICE_USER = "jobworker"
+
+
+def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int] | None:
+    """The user and group that the service becomes; None is an id of its own. Raises ConfigError.
+
+    `jobs` are the ids that the launcher gives to jobs, where it was started with other settings.
+    """
+    wanted = settings.worker.user
+    if os.geteuid() != 0:
+        return _own_ids(wanted)
+    is_known = jobs is not None or settings.sandbox.first_uid > 0  # else it is what will be free
+    jobs = jobs or job_ids(settings)
+    ids = _wanted_ids(wanted)
+    if is_known and ids is not None and ids[0] in jobs:
+        raise ConfigError(
+            f"cannot run the service as user {wanted}: jobs have the ids {jobs.first} to "
+            f"{jobs.last}",
+            remedy="set worker.user to another user or to 'auto', or sandbox.first_uid to ids that "
+            "no user has",
+        )
+    return ids
+
+
+def launcher_ids(launcher: OpenedLauncher) -> Span:
+    """The ids of the jobs of a launcher, which may have been started with older settings."""
+    first, jobs, spares = (launcher.policy[key] for key in ("first_uid", "max_jobs", "spares"))
+    assert isinstance(first, int)
+    assert isinstance(jobs, int)
+    assert isinstance(spares, int)
+    return Span(first, first + (jobs + spares) * IDS_PER_JOB - 1)
+
+
+def _wanted_ids(wanted: str) -> tuple[int, int] | None:
+    if wanted == "auto":
+        try:
+            entry = pwd.getpwnam(SERVICE_USER)
+        except KeyError:
+            return None
+        return entry.pw_uid, entry.pw_gid
+    if wanted.isascii() and wanted.isdigit():
+        if not 0 < int(wanted) < (1 << 32) - 2:
+            raise ConfigError(
+                f"cannot run the service as user {wanted}: it must not be root",
+                remedy="set worker.user to an unprivileged user, or to 'auto'",
+            )
+        return int(wanted), int(wanted)
+    try:
+        entry = pwd.getpwnam(wanted)
+    except KeyError:
+        raise ConfigError(
+            f"cannot run the service as user {wanted!r}: there is no such user",
+            remedy=f"make it (useradd --system {wanted}) or set worker.user to 'auto'",
+        ) from None
+    if entry.pw_uid == 0:
+        raise ConfigError(
+            f"cannot run the service as user {wanted!r}: it must not be root",
+            remedy="set worker.user to an unprivileged user, or to 'auto'",
+        )
+    return entry.pw_uid, entry.pw_gid
+
+
+def _own_ids(wanted: str) -> tuple[int, int]:
+    """Who we are, if that is who `worker.user` wants us to be. Raises ConfigError."""
+    own = os.geteuid()
+    names = {"auto", str(own)}
+    with suppress(KeyError):
+        names.add(pwd.getpwuid(own).pw_name)
+    if wanted not in names:
+        raise ConfigError(
+            f"cannot run the service as user {wanted!r}: only root can become another user",
+            remedy="start it as root or as that user, or set worker.user to 'auto'",
+        )
+    return own, os.getegid()
