@@ -34,7 +34,7 @@ from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree
 ALL = ("cpu", "memory", "io", "pids")
 MIB = 1 << 20
 UNLIMITED = Limits()
-SOURCE = str(Path(cgroups.__file__).parents[2])
+SOURCE = str(Path(cgroups.__file__).parents[3])
 _HOG = "b = bytearray(256 << 20)"
 _HOG_WITH_SIBLING = "import os; os.fork() or __import__('time').sleep(99); b = bytearray(256 << 20)"
 _HOLD = "b = b'x' * (48 << 20); print(flush=True); input()"
@@ -68,7 +68,7 @@ while True:
 _CRASH = """
 import os, subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox import cgroups
+from jobworker.sandbox.cgroup import hierarchy as cgroups
 tree = cgroups.open_tree(sys.argv[3].split(","), sys.argv[2])
 scope = tree.create("left-behind")
 child = os.fork()
@@ -83,7 +83,8 @@ time.sleep(99)
 _WITHOUT_PATHS = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox import cgroups, syscalls
+from jobworker.sandbox.cgroup import hierarchy as cgroups
+from jobworker.sandbox import syscalls
 tree = cgroups.open_tree(sys.argv[3].split(","), sys.argv[2])
 syscalls.unshare(syscalls.CLONE_NEWNS)
 syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)

@@ -18,7 +18,7 @@ from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 NO_PROCESS = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
-from jobworker.sandbox import launcher_jobs
+from jobworker.sandbox.launcher import jobs as launcher_jobs
 refusals = [errno.EAGAIN, errno.ENOMEM, errno.EMFILE] * 10
 launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
 class Refusing(launcher_jobs.Chores):
@@ -34,7 +34,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 KILLED_PROCESS = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os
-from jobworker.sandbox import launcher_jobs
+from jobworker.sandbox.launcher import jobs as launcher_jobs
 launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
 launcher_jobs._find_losses = lambda volumes: os._exit(9)
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
@@ -44,7 +44,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 NO_WATCH = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
-from jobworker.sandbox import launcher_jobs
+from jobworker.sandbox.launcher import jobs as launcher_jobs
 unwatched = [NAMES]
 class Refusing(launcher_jobs.Turns):
     def watch(self, descriptor, call):
@@ -53,7 +53,7 @@ class Refusing(launcher_jobs.Turns):
             unwatched.remove(name)
             raise OSError(errno.ENOSPC, "on purpose")
         super().watch(descriptor, call)
-from jobworker.sandbox import launcher_loop
+from jobworker.sandbox.launcher import loop as launcher_loop
 launcher_loop.Turns = Refusing
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
@@ -61,7 +61,8 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 FAULT = """
 import sys; sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox import children, launcher_jobs, turns
+from jobworker.sandbox.launcher import children, jobs as launcher_jobs
+from jobworker.sandbox import event_loop as turns
 from jobworker.sandbox.launcher.children import Child, Nursery
 from jobworker.sandbox.launcher.jobs import Jobs
 turns.AGAIN_SECONDS = 0.01
@@ -94,7 +95,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 BAD_SPARES = """
 import sys; sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox import disk_images
+from jobworker.sandbox.disk import images as disk_images
 disk_images.lost_writes = lambda root: True
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """

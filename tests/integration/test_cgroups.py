@@ -33,7 +33,8 @@ _UNMOUNTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from jobworker import errors
-from jobworker.sandbox import cgroups, syscalls
+from jobworker.sandbox.cgroup import hierarchy as cgroups
+from jobworker.sandbox import syscalls
 syscalls.unshare(syscalls.CLONE_NEWNS)
 syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 syscalls.umount(sys.argv[2])

@@ -20,7 +20,7 @@ __all__ = ["make_policy"]
 
 FAILING = """
 import sys; sys.path.insert(0, sys.argv[1])
-from jobworker.sandbox import apply, child, steps
+from jobworker.sandbox.start import apply, child, steps
 real = apply.apply
 def failing(prepare, means):
     try:
@@ -123,7 +123,7 @@ def test_launcher_that_cannot_make_disks_says_so(
     }[missing]
     bootstrap = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from jobworker.sandbox import disk_images as d\n"
+        "from jobworker.sandbox.disk import images as d\n"
         f"{spoil}\nfrom jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))\n"
     )
     monkeypatch.setattr(launch, "_BOOTSTRAP", bootstrap)

@@ -28,7 +28,7 @@ __all__ = ["make_policy"]
 
 BREAK = """
 import errno
-from jobworker.sandbox import apply
+from jobworker.sandbox.start import apply
 def breaking(turn, real):
     def broken(step, means):
         number = int(means.scope.name.rsplit("-", 1)[1]) - 1

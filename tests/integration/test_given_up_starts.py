@@ -29,7 +29,8 @@ from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixtu
 BEGINS_LATE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os, time
-from jobworker.sandbox import children, launcher_jobs, trampoline
+from jobworker.sandbox.launcher import children, jobs as launcher_jobs
+from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.launcher.children import Child
 ending = []
 def send(child, errand):
@@ -74,7 +75,7 @@ never: no child gets on with its preparation."""
 NO_PLACE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
-from jobworker.sandbox import launcher_jobs, service_link
+from jobworker.sandbox.launcher import jobs as launcher_jobs, service_connection as service_link
 launcher_jobs.START_SECONDS = 1.0
 launcher_jobs.Jobs._must_wait = lambda *_: True
 class Broken(service_link.Outbox):

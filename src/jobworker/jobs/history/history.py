@@ -18,7 +18,6 @@ import errno
 import logging
 import os
 import stat
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -30,8 +29,9 @@ import apsw
 import trio
 from attrs import Factory, define
 
-from jobworker.convert import dumps, loads, structure, unstructure
+from jobworker.convert import loads, structure
 from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
+from jobworker.jobs.history import queries
 from jobworker.jobs.history import writer as history_writer
 from jobworker.jobs.history.audit import FILE, AuditRow, append_lines, insert_rows
 from jobworker.jobs.history.files import HistoryFiles
@@ -40,21 +40,14 @@ from jobworker.jobs.history.last_id import LastId
 from jobworker.jobs.history.readers import NO_DESCRIPTOR, Readers, lacks_descriptors, unreadable
 from jobworker.jobs.history.room import Room
 from jobworker.jobs.history.schema import damaged, migrate
-from jobworker.jobs.history.search import NAME, Filter, Page, find_page
-from jobworker.jobs.history.spec_json import spec_pieces
+from jobworker.jobs.history.search import Filter, Page, find_page
 from jobworker.jobs.history.writer import Work, Writer
 from jobworker.model.job import JobId, JobRecord, JobSpec
-from jobworker.model.lifecycle import LIVE, TERMINAL
-from jobworker.model.summary import MAX_KEPT, summarize, whole, with_labels, without_bulk
 from jobworker.sandbox.protocol.requests import MAX_JOB
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")
 
-MAX_READ_BYTES = 2 * MAX_KEPT
-"""Of the JSON of a request that is read when the history is opened: a larger one is read when its
-job starts, or when somebody asks for it."""
-MANY_UNFINISHED = 100
 _WITHOUT = {
     "": "move it away, and put a copy back; without one the service makes a new history, of what "
     "it finds of jobs and their output",
@@ -107,7 +100,7 @@ class History:
                 connection.pragma("journal_mode", "wal")
                 connection.pragma("synchronous", "full")
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
-                unfinished = _select_unfinished(connection)
+                unfinished = queries.select_unfinished(connection)
                 room = Room(path)
                 room.ensure(connection)  # the first thing that changes the file
                 connection.execute("BEGIN IMMEDIATE")  # or another program holds it locked
@@ -199,7 +192,7 @@ class History:
         InternalError where the disk refuses, or another program has the lock; then the job's note
         alone has it.
         """
-        work = partial(_put, record, self._spools)
+        work = partial(queries.put, record, self._spools)
         try:
             await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
         except InternalError as error:
@@ -231,18 +224,18 @@ class History:
         InternalError where the disk refuses.
         """
         what = "cannot note in the history that output was removed"
-        await self._write(partial(_note_removed, jobs, when), what)
+        await self._write(partial(queries.note_removed, jobs, when), what)
 
     async def with_output(self) -> Mapping[JobId, str]:
         """The ended jobs whose records do not say that their output was removed: their owners."""
-        return await self._readers.search(_select_with_output)
+        return await self._readers.search(queries.select_with_output)
 
     async def remove(self, job: JobId) -> None:
         """Forget a job for good; its id is not given again. One that is not there is fine.
 
         Raises InternalError where the disk refuses.
         """
-        await self._write(partial(_delete, job), f"cannot remove job {job} from the history")
+        await self._write(partial(queries.delete, job), f"cannot remove job {job} from the history")
 
     async def note_missing(self, job: JobId) -> None:
         """Keep that a job which is to be removed had output that was not there to be removed.
@@ -250,11 +243,12 @@ class History:
         A record that says that its output was removed, or none, leaves all as it is. Raises
         InternalError where the disk refuses.
         """
-        await self._write(partial(_note_missing, job), f"cannot remove job {job} from the history")
+        what = f"cannot remove job {job} from the history"
+        await self._write(partial(queries.note_missing, job), what)
 
     async def removed_without_output(self, jobs: Collection[JobId]) -> frozenset[JobId]:
         """Those of `jobs` that were removed while their output was missing."""
-        return await self._readers.search(partial(_select_removed, jobs))
+        return await self._readers.search(partial(queries.select_removed, jobs))
 
     async def note(self, rows: Sequence[AuditRow]) -> None:
         """Add rows to the audit log: its table, then its file.
@@ -281,23 +275,23 @@ class History:
 
     async def known(self, jobs: Collection[JobId]) -> frozenset[JobId]:
         """Those of `jobs` that have a record."""
-        return await self._readers.search(partial(_select_known, jobs))
+        return await self._readers.search(partial(queries.select_known, jobs))
 
     async def with_output_of(self, owner: str) -> frozenset[JobId]:
         """The ids of one owner's jobs whose records do not say that their output was removed."""
-        return await self._readers.look_up(partial(_select_with_output_of, owner), owner)
+        return await self._readers.look_up(partial(queries.select_with_output_of, owner), owner)
 
     async def get(self, job: JobId) -> JobRecord | None:
         """The record of one job, as it was put, or None."""
-        return await self._readers.look_up(partial(_select_whole, job))
+        return await self._readers.look_up(partial(queries.select_whole, job))
 
     async def summary(self, job: JobId, who: str = "") -> JobRecord | None:
         """The summary of one job's record (`model.summary`), or None; `who` asks."""
-        return await self._readers.look_up(partial(_select_summary, job), who)
+        return await self._readers.look_up(partial(queries.select_summary, job), who)
 
     async def spec(self, job: JobId, who: str = "") -> str | None:
         """The JSON of the whole request of a job, where its summary is abridged; `who` asks."""
-        return await self._readers.look_up(partial(_select_spec, job), who)
+        return await self._readers.look_up(partial(queries.select_spec, job), who)
 
     async def request(self, job: JobId) -> JobSpec | None:
         """The whole request of a job whose summary is abridged, or None.
@@ -364,153 +358,3 @@ def _keep_orphan(path: Path) -> None:
             kept = path.with_name(f"{orphan.name}.orphan-{time.time_ns()}")
             orphan.rename(kept)
             log.warning("the history is missing; its write-ahead log is set aside as %s", kept)
-
-
-# --- in the threads -------------------------------------------------------------------------
-
-
-def _put(record: JobRecord, spools: Path | None, connection: apsw.Connection) -> None:
-    if spools is not None:
-        write_note(spools, record)
-    summary = summarize(record)
-    text = dumps(unstructure(summary))
-    connection.execute(
-        "UPDATE jobs SET state = ?, record = ? WHERE id = ?", (record.state.value, text, record.id)
-    )
-    if connection.changes():
-        return
-    connection.execute(
-        "INSERT INTO jobs (id, state, owner, created_at, record) VALUES (?, ?, ?, ?, ?)",
-        (record.id, record.state.value, record.owner, record.created_at.isoformat(), text),
-    )
-    # What was asked for does not change, so it is written once.
-    connection.executemany(
-        "INSERT OR IGNORE INTO labels (name, value, job) VALUES (?, ?, ?)", _labels_of(record)
-    )
-    if summary.abridged and not record.abridged:
-        connection.execute(
-            "INSERT OR REPLACE INTO specs (job, spec) VALUES (?, ?)",
-            (record.id, "".join(spec_pieces(record.spec, summary))),
-        )
-
-
-def _labels_of(record: JobRecord) -> list[tuple[str, str, int]]:
-    named = [(NAME, record.spec.name)] if record.spec.name else []
-    return [(name, value, record.id) for name, value in (*record.spec.labels.items(), *named)]
-
-
-def _note_removed(jobs: Collection[JobId], when: datetime, connection: apsw.Connection) -> None:
-    connection.executemany(
-        "UPDATE jobs SET record = json_set(record, '$.output_removed_at', ?) "
-        "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",
-        [(unstructure(when), job) for job in jobs],
-    )
-
-
-def _delete(job: JobId, connection: apsw.Connection) -> None:
-    record = _select_whole(job, connection)
-    if record is not None:
-        connection.executemany(
-            "DELETE FROM labels WHERE name = ? AND value = ? AND job = ?", _labels_of(record)
-        )
-        connection.execute("DELETE FROM specs WHERE job = ?", (job,))
-        connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
-
-
-def _note_missing(job: JobId, connection: apsw.Connection) -> None:
-    connection.execute(
-        "INSERT OR IGNORE INTO removed SELECT id FROM jobs "
-        "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",
-        (job,),
-    )
-
-
-def _select_with_output(connection: apsw.Connection) -> dict[JobId, str]:
-    marks = ", ".join("?" * len(TERMINAL))
-    rows = connection.execute(
-        f"SELECT id, owner FROM jobs INDEXED BY jobs_with_output WHERE state IN ({marks}) "  # noqa: S608
-        "AND json_extract(record, '$.output_removed_at') IS NULL",
-        tuple(state.value for state in TERMINAL),
-    )
-    return {JobId(int(str(job))): sys.intern(str(owner)) for job, owner in rows}
-
-
-def _select_known(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
-    query = "SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
-    rows = connection.execute(query, (dumps(list(jobs)),))
-    return frozenset(JobId(int(str(row[0]))) for row in rows)
-
-
-def _select_removed(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
-    query = "SELECT job FROM removed WHERE job IN (SELECT value FROM json_each(?))"
-    rows = connection.execute(query, (dumps(list(jobs)),))
-    return frozenset(JobId(int(str(row[0]))) for row in rows)
-
-
-def _select_with_output_of(owner: str, connection: apsw.Connection) -> frozenset[JobId]:
-    query = (
-        "SELECT id FROM jobs INDEXED BY jobs_with_output WHERE owner = ? "
-        "AND json_extract(record, '$.output_removed_at') IS NULL"
-    )
-    rows = connection.execute(query, (owner,))
-    return frozenset(JobId(int(str(row[0]))) for row in rows)
-
-
-def _select_summary(job: JobId, connection: apsw.Connection) -> JobRecord | None:
-    text = connection.execute("SELECT record FROM jobs WHERE id = ?", (job,)).get
-    return None if text is None else structure(JobRecord, loads(str(text)))
-
-
-def _select_whole(job: JobId, connection: apsw.Connection) -> JobRecord | None:
-    query = "SELECT record, spec FROM jobs LEFT JOIN specs ON job = id WHERE id = ?"
-    row = connection.execute(query, (job,)).fetchone()
-    return None if row is None else _whole(*row)
-
-
-def _select_spec(job: JobId, connection: apsw.Connection) -> str | None:
-    text = connection.execute("SELECT spec FROM specs WHERE job = ?", (job,)).get
-    return None if text is None else str(text)
-
-
-def _select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
-    states = tuple(state.value for state in LIVE)
-    marks = ", ".join("?" * len(states))
-    count = connection.execute(
-        f"SELECT count(*) FROM jobs WHERE state IN ({marks})",  # noqa: S608
-        states,
-    ).get
-    if int(str(count)) >= MANY_UNFINISHED:
-        log.info("reading %s jobs of the service before", count)
-    query = (
-        "SELECT id, record, spec FROM jobs "  # noqa: S608
-        "LEFT JOIN specs ON job = id AND octet_length(spec) <= ? "
-        f"WHERE state IN ({marks})"
-    )
-    rows = connection.execute(query, (MAX_READ_BYTES, *states))
-    return [_without_bulk(connection, *row) for row in rows]
-
-
-def _without_bulk(
-    connection: apsw.Connection, job: object, text: object, spec: object
-) -> JobRecord:
-    """A record as it is kept in memory; `spec` is its request if that is small, else None.
-
-    A thousand jobs may wait with a megabyte each, which takes minutes to decode: of a large
-    request only the labels are taken, where the summary has not all of them.
-    """
-    record = _whole(text, spec)
-    if "labels" in record.abridged:
-        query = "SELECT spec -> '$.labels' FROM specs WHERE job = ?"
-        labels = connection.execute(query, (int(str(job)),)).get
-        if labels is not None:
-            record = with_labels(record, structure(dict[str, str], loads(str(labels))))
-    return without_bulk(record)
-
-
-def _whole(text: object, spec: object) -> JobRecord:
-    summary = structure(JobRecord, loads(str(text)))
-    return (
-        summary
-        if spec is None
-        else whole(summary, structure(JobSpec, loads(str(spec), bounded=True)))
-    )

@@ -66,7 +66,8 @@ def test_ordinary_user_becomes_root_of_a_namespace_with_one_id() -> None:
     source = str(Path(jobworker.__file__).parent.parent)
     body = (
         f"import os, sys; sys.path.insert(0, {source!r})\n"
-        "from jobworker.sandbox import own_namespace, syscalls as sc\n"
+        "from jobworker.sandbox import syscalls as sc\n"
+        "from jobworker.sandbox.launcher import own_namespace\n"
         "os.setgroups([]); os.setresgid(54321, 54321, 54321); os.setresuid(54321, 54321, 54321)\n"
         "sc.prctl(sc.PR_SET_DUMPABLE, 1)  # as if it had been started as that user\n"
         "print(own_namespace.become_root(), os.getresuid(), os.getresgid(), end=' ')\n"
