@@ -18,6 +18,7 @@ from attrs import evolve, field, frozen
 
 import jobworker
 from jobworker.convert import dumps
+from jobworker.core_list import parse_cores
 from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
 from jobworker.incidents import Incidents
 from jobworker.jobs.history.search import Filter
@@ -40,7 +41,6 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
-from jobworker.sandbox.cgroup.cpuset import parse_cores
 from jobworker.sandbox.service.host import HostFacts
 from jobworker.sandbox.service.link import Link
 from jobworker.server.admission import Admission

@@ -13,28 +13,12 @@ import contextlib
 import os
 
 from jobworker import errors
+from jobworker.core_list import parse_cores
 from jobworker.sandbox.cgroup import files, mounts
 
 CONTROLLER = "cpuset"
 _CORES = "cpuset.cpus"
 _EFFECTIVE = {False: "cpuset.effective_cpus", True: "cpuset.cpus.effective"}
-
-
-def parse_cores(text: str) -> frozenset[int]:
-    """The cores of a list such as "0-3,5"; raises ValueError.
-
-    Each core is counted once, however often the list has it: ranges that overlap are joined first.
-    """
-    spans = []
-    for part in text.split(",") if text else ():
-        first, dash, last = part.partition("-")
-        spans.append((int(first), int(last if dash else first)))
-    found: set[int] = set()
-    beyond = 0
-    for low, high in sorted(spans):
-        found.update(range(max(low, beyond), high + 1))
-        beyond = max(beyond, high + 1)
-    return frozenset(found)
 
 
 def open_v1(found: mounts.Hierarchies, name: str, parent: str) -> tuple[str, int] | None:
