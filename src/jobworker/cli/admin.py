@@ -17,8 +17,7 @@ from jobworker.cli.audit import audit
 from jobworker.cli.certs import certs
 from jobworker.cli.console import say
 from jobworker.cli.failures import run_program
-from jobworker.cli.parameters import prune_options
-from jobworker.config.places import configuration_in_use, default_configuration
+from jobworker.cli.parameters import config_option, prune_options
 from jobworker.standard_streams import fill_standard_streams
 
 if TYPE_CHECKING:
@@ -32,12 +31,7 @@ def worker() -> None:
 
 
 @worker.command()
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    default=configuration_in_use,
-    help=f"Configuration file [default: {default_configuration()} where it exists].",
-)
+@config_option
 @click.option(
     "--launcher-socket",
     type=click.Path(path_type=Path),
@@ -66,12 +60,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
 
 
 @worker.command()
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    default=configuration_in_use,
-    help=f"Configuration file [default: {default_configuration()} where it exists].",
-)
+@config_option
 @click.option(
     "--socket",
     "launcher_socket",
@@ -104,12 +93,7 @@ def _settings(config: Path | None, launcher_socket: Path | None) -> "Settings":
 
 
 @worker.command()
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    default=configuration_in_use,
-    help=f"Configuration file [default: {default_configuration()} where it exists].",
-)
+@config_option
 @click.option("--json", is_flag=True, help="One JSON object, for programs.")
 async def check(config: Path | None, json: bool) -> int:
     """Try all that this host must offer, for real; exit with 1 if something needed is missing."""
@@ -123,12 +107,7 @@ worker.add_command(audit)
 
 
 @worker.command()
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    default=configuration_in_use,
-    help=f"Configuration file [default: {default_configuration()} where it exists].",
-)
+@config_option
 @prune_options
 def prune(
     config: Path | None, older_than: float | None, keep: int | None, max_size: int | None

@@ -13,8 +13,7 @@ import asyncclick as click
 
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line as visible
-from jobworker.cli.parameters import Count, Filled, JobNumber, Moment
-from jobworker.config.places import configuration_in_use
+from jobworker.cli.parameters import Count, Filled, JobNumber, Moment, config_option
 from jobworker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,12 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    default=configuration_in_use,
-    help="The service's configuration file.",
-)
+@config_option
 @click.option(
     "--since",
     type=Moment(),

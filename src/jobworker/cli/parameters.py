@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 from jobworker.cli.options import Invocation
+from jobworker.config.places import configuration_in_use, default_configuration
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
 from jobworker.model.units import parse_duration, parse_size
@@ -340,6 +341,16 @@ pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
 def _ask_for_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.ensure_object(Invocation).json = True
+
+
+def config_option(command: "click.decorators.FC") -> "click.decorators.FC":
+    """`--config`, the service's configuration file: of each command of `worker` that reads it."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        default=configuration_in_use,
+        help=f"Configuration file [default: {default_configuration()} where it exists].",
+    )(command)
 
 
 def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
