@@ -24,6 +24,7 @@ from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.guard import ENDING
 from jobworker.config.settings import CONTROLLERS
 from jobworker.convert import loads
+from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
@@ -164,7 +165,7 @@ class _Demo:
         waited = await self.cli("--json", "wait", number)
         reason, usage = _field(waited.stdout, "reason"), _field(waited.stdout, "usage")
         assert isinstance(usage, dict)
-        peak = usage["memory_peak_bytes"] / (1 << 20)
+        peak = usage["memory_peak_bytes"] / MEBIBYTE
         self.check(
             f"memory: a job that takes 200 MB ended with reason {reason!r} at {peak:.0f} MiB",
             reason == "oom" and peak <= 64,

@@ -5,20 +5,11 @@ Each has an error by which it is told (`errors`), and reaching it is counted und
 
 from attrs import field, frozen
 
+from jobworker.config.durations import check_duration, check_positive_duration
 from jobworker.model.bounds import within
-from jobworker.model.units import parse_duration
 
 MIN_MESSAGE_BYTES = 65_536
 MAX_MESSAGE_BYTES = 64 << 20
-
-
-def _duration(_: object, __: object, value: str) -> None:
-    parse_duration(value)
-
-
-def _positive_duration(_: object, __: object, value: str) -> None:
-    if not parse_duration(value):
-        raise ValueError("must be longer than 0")
 
 
 @frozen(kw_only=True)
@@ -31,7 +22,7 @@ class ConnectionLimits:
     """Open connections of one name, with whichever of its certificates."""
     max_handshakes: int = field(default=256, validator=within(1, 1_000_000))
     """Connections that are not open yet; at one more, the oldest of them is let go."""
-    handshake_timeout: str = field(default="10s", validator=_positive_duration)
+    handshake_timeout: str = field(default="10s", validator=check_positive_duration)
     """For TLS, HTTP request and upgrade together."""
     max_failed_handshakes: int = field(default=300, validator=within(1, 1_000_000, or_zero=True))
     """A minute from one address (an IPv6 /64), of this host from one user, jobs being one; then its
@@ -46,7 +37,7 @@ class ConnectionLimits:
     """Subscriptions of one connection."""
     max_waits: int = field(default=2000, validator=within(1, 1_000_000))
     """Of one name, on all of its connections: subscriptions, and requests that wait for an end."""
-    ping_interval: str = field(default="30s", validator=_duration)
+    ping_interval: str = field(default="30s", validator=check_duration)
     """Between pings to a client; "0" sends none."""
-    ping_timeout: str = field(default="1m", validator=_positive_duration)
+    ping_timeout: str = field(default="1m", validator=check_positive_duration)
     """For the answer to a ping."""

@@ -9,8 +9,7 @@ from attrs import field, frozen
 
 from jobworker.model.access import Permission, Quota, Role, Roles, Scope, role_name_fault
 from jobworker.model.bounds import within
-
-MEBIBYTE = 1 << 20
+from jobworker.model.units import MEBIBYTE
 
 
 @frozen(kw_only=True)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from attrs import evolve, field, frozen
 
+from jobworker.config.durations import check_duration, check_positive_duration
 from jobworker.config.limits import ConnectionLimits
 from jobworker.config.places import default_certificate, default_state_directory
 from jobworker.config.roles import RoleSettings, check_names
@@ -32,10 +33,9 @@ from jobworker.model.job import (
     OutputPolicy,
 )
 from jobworker.model.subjects import entry_fault
-from jobworker.model.units import parse_duration
+from jobworker.model.units import MEBIBYTE
 
 DEFAULT_PORT = 50051
-MEBIBYTE = 1 << 20
 
 FIRST_UID = 1_879_048_192
 """Where the ranges for jobs begin: systemd's allotment of ids leaves what follows it free up to
@@ -60,15 +60,6 @@ DEFAULT_ETC = tuple(
         "default/useradd pam.conf pam.d pip.conf xdg/pip gitconfig"
     ).split()
 )
-
-
-def _duration(_: object, __: object, value: str) -> None:
-    parse_duration(value)
-
-
-def _positive_duration(_: object, __: object, value: str) -> None:
-    if not parse_duration(value):
-        raise ValueError("must be longer than 0")
 
 
 def _absolute(_: object, __: object, value: str) -> None:
@@ -142,7 +133,7 @@ class ServerSettings:
     address: str = field(default="0.0.0.0", validator=_host)  # noqa: S104 - clients need a certificate
     port: int = field(default=DEFAULT_PORT, validator=within(0, 65_535))
     """0 takes a free port, which is logged."""
-    stall_timeout: str = field(default="1m", validator=_positive_duration)
+    stall_timeout: str = field(default="1m", validator=check_positive_duration)
 
 
 @frozen(kw_only=True)
@@ -164,12 +155,12 @@ class WorkerSettings:
     on_disk_full: OutputPolicy = "discard-output"
     keep_free: int = field(default=64, validator=within(1, 1 << 30, or_zero=True))
     max_total_output: int = field(default=0, validator=within(1, 1 << 30, or_zero=True))
-    keep_output_age: str = field(default="0", validator=_duration)
+    keep_output_age: str = field(default="0", validator=check_duration)
     keep_output_jobs: int = field(default=10_000, validator=within(1, 1 << 30, or_zero=True))
-    job_timeout: str = field(default="1h", validator=_duration)
-    max_job_timeout: str = field(default="7d", validator=_positive_duration)
+    job_timeout: str = field(default="1h", validator=check_duration)
+    max_job_timeout: str = field(default="7d", validator=check_positive_duration)
     """What a role without the permission `unbounded` may ask for at the most."""
-    stop_grace: str = field(default="5s", validator=_duration)
+    stop_grace: str = field(default="5s", validator=check_duration)
     jobs_on_exit: Literal["auto", "leave", "stop"] = "auto"
 
     @property

@@ -11,10 +11,10 @@ from pathlib import Path
 import trio
 from attrs import define, field
 
-from jobworker.config.settings import MEBIBYTE, Settings
+from jobworker.config.settings import Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.model.units import format_size
+from jobworker.model.units import MEBIBYTE, format_size
 from jobworker.sandbox.service.link import Link
 from jobworker.threads import in_thread
 

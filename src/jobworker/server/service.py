@@ -24,7 +24,7 @@ import trio
 from attrs import define, evolve, field
 
 from jobworker.config.roles import role_table
-from jobworker.config.settings import MEBIBYTE, Settings
+from jobworker.config.settings import Settings
 from jobworker.errors import LauncherGone
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
@@ -34,7 +34,7 @@ from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
-from jobworker.model.units import parse_duration
+from jobworker.model.units import MEBIBYTE, parse_duration
 from jobworker.sandbox.service.host import read_host_facts
 from jobworker.sandbox.service.link import Link, open_link
 from jobworker.server.admission import Admission

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from attrs import frozen
 
-from jobworker.config.settings import MEBIBYTE, Settings, with_first_uid
+from jobworker.config.settings import Settings, with_first_uid
 from jobworker.errors import ConfigError, JobworkerError
+from jobworker.model.units import MEBIBYTE
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc

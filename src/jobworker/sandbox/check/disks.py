@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterable
 from functools import partial
 
+from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.check.mounts import on_stage
 from jobworker.sandbox.check.probing import Missing, Probe
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import MIN_BYTES, Disk, Workshop
-
-_MEBIBYTE = 1 << 20
 
 
 def probes(directory: str) -> Iterable[Probe]:
@@ -49,7 +48,7 @@ def _filled(image: int, stage: str) -> str:
     try:
         with open(f"{place}/big", "wb", buffering=0) as file:
             while file.tell() <= MIN_BYTES:
-                file.write(b"\1" * _MEBIBYTE)
+                file.write(b"\1" * MEBIBYTE)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)

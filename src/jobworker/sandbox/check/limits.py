@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from jobworker.errors import JobworkerError
+from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, open_tree
 from jobworker.sandbox.cgroup.mounts import CONTROLLERS
 from jobworker.sandbox.check.probing import SECONDS, Missing, Probe
 
-_MEBIBYTE = 1 << 20
 _LIMITS = {
     "cpu": Limits(cpu_percent=50),
-    "memory": Limits(memory_bytes=64 * _MEBIBYTE),
-    "io": Limits(io_bps=_MEBIBYTE),
+    "memory": Limits(memory_bytes=64 * MEBIBYTE),
+    "io": Limits(io_bps=MEBIBYTE),
     "pids": Limits(pids=16),
 }
 _FILE = {
@@ -145,11 +145,11 @@ def _killed(tree: Tree, scope: Scope) -> str:
 
 
 def _oom(tree: Tree, scope: Scope) -> str:
-    scope.arm(Limits(memory_bytes=24 * _MEBIBYTE))
+    scope.arm(Limits(memory_bytes=24 * MEBIBYTE))
 
     def take() -> None:
         page = os.sysconf("SC_PAGE_SIZE")
-        taken = bytearray(96 * _MEBIBYTE)
+        taken = bytearray(96 * MEBIBYTE)
         taken[::page] = b"\1" * len(range(0, len(taken), page))
 
     _, pidfd = _member(scope, take)

@@ -11,13 +11,13 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.check.probing import Missing, Probe, apart, reason_of
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 _STAGES = ("/tmp", "/var/tmp", "/run", "/mnt")  # noqa: S108 - mounted over, never written to
 _NEW_API = "use Linux 5.12 or newer"
-_MEBIBYTE = 1 << 20
 
 
 def probes(programs: Sequence[str], ids: Ids, *, has_rights: bool) -> Iterable[Probe]:
@@ -60,8 +60,8 @@ def _tmpfs(stage: str) -> str:
     sc.mount("tmpfs", small, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "size=1m")
     try:
         with open(f"{small}/big", "wb", buffering=0) as file:
-            while file.tell() <= 2 * _MEBIBYTE:
-                file.write(b"\1" * _MEBIBYTE)
+            while file.tell() <= 2 * MEBIBYTE:
+                file.write(b"\1" * MEBIBYTE)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return "tmpfs, size="
