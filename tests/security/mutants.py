@@ -136,8 +136,8 @@ def capabilities() -> Iterator[Mutant]:
         yield Mutant(
             f"capability {name} kept",
             PLAN,
-            "KEPT_CAPABILITIES = frozenset({",
-            f"KEPT_CAPABILITIES = frozenset({{{number}, ",
+            "KEPT_CAPABILITIES = frozenset(\n    {\n",
+            f"KEPT_CAPABILITIES = frozenset(\n    {{\n        {number},\n",
         )
 
 

@@ -15,10 +15,20 @@ from jobworker import errors
 
 # X509_V_ERR_* of openssl/x509_vfy.h, openssl-verification-options(1)
 EXPIRED, NOT_YET_VALID, _REVOKED, _WRONG_PURPOSE = 10, 9, 23, 26
-
-_WRONG_NAME = frozenset({62, 64})
-
-FOREIGN = frozenset({7, 18, 19, 20, 21})  # a bad signature, self-signed, or no issuer at hand
+_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH = 62, 64
+_WRONG_NAME = frozenset({_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH})
+_BAD_SIGNATURE, _SELF_SIGNED_LEAF, _SELF_SIGNED_IN_CHAIN = 7, 18, 19
+_NO_ISSUER_AT_HAND, _LEAF_NOT_VERIFIED = 20, 21
+FOREIGN = frozenset(
+    {
+        _BAD_SIGNATURE,
+        _SELF_SIGNED_LEAF,
+        _SELF_SIGNED_IN_CHAIN,
+        _NO_ISSUER_AT_HAND,
+        _LEAF_NOT_VERIFIED,
+    }
+)
+"""Faults of a certificate whose issuer is not the CA that was expected."""
 
 # RFC 8446, section 6.2. OpenSSL answers a certificate that is not valid yet or too weak with
 # bad_certificate, an outdated revocation list with certificate_expired, and with TLS 1.2 a

@@ -11,7 +11,9 @@ import struct
 
 from attrs import frozen
 
-TEXT, BINARY, FINAL, MASKED = 0x1, 0x2, 0x80, 0x80
+CONTINUATION, TEXT, BINARY, PING, PONG = 0x0, 0x1, 0x2, 0x9, 0xA
+"""Opcodes: what a frame is."""
+FINAL, MASKED = 0x80, 0x80
 PIECE_BYTES = 63 << 14
 """Output in one message, at the most: whole TLS records (RFC 8446, section 5.1), and a message
 below the mebibyte that some WebSocket libraries take if nobody tells them otherwise."""

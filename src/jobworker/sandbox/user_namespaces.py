@@ -14,6 +14,7 @@ import signal
 from typing import NamedTuple, NoReturn
 
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.capabilities import Capability
 
 IDS_PER_JOB = 65_536
 
@@ -81,7 +82,7 @@ def _hold_namespace(first_id: int, tell: int, *, leave_groups: bool) -> NoReturn
             os.setgroups([])
         os.setresgid(first_id, first_id, first_id)
         os.setresuid(first_id, first_id, first_id)
-        sc.capset(frozenset({sc.CAP_SYS_ADMIN}))
+        sc.capset(frozenset({Capability.SYS_ADMIN}))
         # Its files in /proc went to the root of the whole host with the change of user; the
         # launcher, which has to write the maps there, may be another root.
         sc.prctl(sc.PR_SET_DUMPABLE, 1)

@@ -16,6 +16,8 @@ Sans-IO. What breaks the protocol is left to wsproto, which refuses it.
 
 from attrs import define, field
 
+from jobworker.protocol.frames import BINARY, CONTINUATION, FINAL, MASKED, PING, PONG, TEXT
+
 SLICE_FRAMES = 8
 """Some 0.15 ms for wsproto."""
 SLICE_COST, FRAME_COST, CONTROL_COST = 16_384, 4096, 32_768
@@ -31,8 +33,8 @@ gorilla/websocket has 4 KiB, and 1 KiB in its usual example."""
 _HEADER_BYTES = 2
 _MASK_BYTES = 4
 _LONGEST_HEADER_BYTES = 14
-_FIN, _RESERVED, _OPCODE, _CONTROL, _MASKED, _LENGTH = 0x80, 0x70, 0x0F, 0x08, 0x80, 0x7F
-_GOES_ON = frozenset({0, 1, 2, 9, 10})
+_RESERVED, _OPCODE, _CONTROL, _LENGTH = 0x70, 0x0F, 0x08, 0x7F
+_GOES_ON = frozenset({CONTINUATION, TEXT, BINARY, PING, PONG})
 """Opcodes after which a connection may go on: parts of messages, ping, pong."""
 _LENGTH_BYTES = {126: 2, 127: 8}
 
@@ -87,9 +89,9 @@ class FrameScanner:
         if more := _LENGTH_BYTES.get(length):
             length = int.from_bytes(header[_HEADER_BYTES : _HEADER_BYTES + more])
         self._payload_left = length
-        opcode, unfinished = header[0] & _OPCODE, not header[0] & _FIN
+        opcode, unfinished = header[0] & _OPCODE, not header[0] & FINAL
         control = opcode & _CONTROL
-        if opcode not in _GOES_ON or header[0] & _RESERVED or not header[1] & _MASKED:
+        if opcode not in _GOES_ON or header[0] & _RESERVED or not header[1] & MASKED:
             self.cost += END_COST
         else:
             self.cost += CONTROL_COST if control else FRAME_COST
@@ -101,4 +103,4 @@ def _header_size(header: bytes) -> int:
     if len(header) < _HEADER_BYTES:
         return _HEADER_BYTES
     size = _HEADER_BYTES + _LENGTH_BYTES.get(header[1] & _LENGTH, 0)
-    return size + _MASK_BYTES if header[1] & _MASKED else size
+    return size + _MASK_BYTES if header[1] & MASKED else size

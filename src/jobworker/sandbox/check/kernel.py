@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable
 from functools import partial
 
+from jobworker.sandbox import capabilities
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.check.probing import Missing, Probe, apart, reason_of
 from jobworker.sandbox.host_restrictions import user_namespace_remedy
@@ -173,7 +174,7 @@ def _no_new_privs() -> str:
 
 
 def _capabilities() -> str:
-    for number in range(64):
+    for number in range(capabilities.LAST + 1):
         try:
             sc.prctl(sc.PR_CAPBSET_DROP, number)
         except OSError as error:

@@ -37,6 +37,8 @@ from jobworker.sandbox.disk.loop import BLOCK, attach, find_attached, take_block
 
 MIN_BYTES = 16 << 20
 _MKE2FS = "mke2fs"
+_NOT_EXECUTED = 127
+"""How a child ends that could not execute mke2fs: the exit code that shells have for this."""
 _FEATURES = (
     "none,64bit,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,"
     "large_file,metadata_csum,sparse_super"
@@ -202,7 +204,7 @@ def _format(image: int, size: int, workshop: Workshop, *, journal: bool) -> None
     finally:
         os.close(pidfd)
     if info is None or (info.si_code, info.si_status) != (os.CLD_EXITED, 0):
-        if info is not None and info.si_status == 127:
+        if info is not None and info.si_status == _NOT_EXECUTED:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), "mke2fs (e2fsprogs)")
         raise OSError(errno.EIO, "it failed", "mke2fs")
 
@@ -227,7 +229,7 @@ def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> 
             arguments = [_MKE2FS, *options, name, f"{size >> 10}k"]
             os.execve(program, arguments, {"PATH": _PATH})  # noqa: S606
     finally:
-        os._exit(127)
+        os._exit(_NOT_EXECUTED)
 
 
 def mount_volume(path: str, target: str) -> bool:

@@ -21,6 +21,7 @@ from typing import NamedTuple, NoReturn
 
 from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.capabilities import Capability
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.start import network
@@ -33,9 +34,16 @@ _OPTIONS = (
     *("--configure", "--mtu=65520", "--disable-host-loopback"),
     *("--enable-sandbox", "--enable-seccomp", "--ready-fd=4", "--netns-type=path"),
 )
-_CAPABILITIES = frozenset({8, 10, 12, 21})
-"""Over the gateway's own user namespace: SETPCAP, NET_BIND_SERVICE, NET_ADMIN, SYS_ADMIN. Of these
-slirp4netns keeps the second once it has made its own sandbox."""
+_CAPABILITIES = frozenset(
+    {
+        Capability.SETPCAP,
+        Capability.NET_BIND_SERVICE,
+        Capability.NET_ADMIN,
+        Capability.SYS_ADMIN,
+    }
+)
+"""What a gateway has over its own user namespace. slirp4netns keeps NET_BIND_SERVICE alone once it
+has made its own sandbox."""
 _DEVICES = {"null": (1, 3), "net/tun": (10, 200)}
 _NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
 _SAID = "dev/said"

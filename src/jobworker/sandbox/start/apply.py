@@ -8,6 +8,7 @@ its namespaces and mounts.
 Standard library only.
 """
 
+import errno
 import fcntl
 import os
 import resource
@@ -16,7 +17,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jobworker.sandbox import channel
+from jobworker.sandbox import capabilities, channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import Scope
 from jobworker.sandbox.disk.images import Workshop
@@ -32,7 +33,6 @@ REPORT_DESCRIPTOR, INIT_DESCRIPTOR = 7, 8
 _REPORT_OF_INIT = 6
 
 _PRIVATE = sc.MS_NOSUID | sc.MS_NODEV
-_LAST_CAPABILITY = 63
 _SIGNALS = 64
 
 
@@ -246,13 +246,13 @@ def _enter_user_namespace(step: s.EnterUserNamespace, _: Means) -> None:
 
 def _drop_capabilities(step: s.DropCapabilities, _: Means) -> None:
     sc.prctl(sc.PR_CAP_AMBIENT, sc.PR_CAP_AMBIENT_CLEAR_ALL)
-    for number in range(_LAST_CAPABILITY + 1):
+    for number in range(capabilities.LAST + 1):
         if number in step.keep:
             continue
         try:
             sc.prctl(sc.PR_CAPBSET_DROP, number)
         except OSError as error:
-            if error.errno != 22:  # EINVAL: beyond the last capability that this kernel has
+            if error.errno != errno.EINVAL:  # beyond the last one that this kernel has
                 raise
             break
     sc.capset(step.keep)

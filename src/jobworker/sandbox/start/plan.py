@@ -24,6 +24,7 @@ asks for a job, never for steps.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jobworker.sandbox.capabilities import Capability
 from jobworker.sandbox.start import steps as s
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -96,10 +97,24 @@ MASKED = (
 )
 READ_ONLY = ("/proc/irq", "/proc/pressure", "/proc/sys")
 
-KEPT_CAPABILITIES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31})
-"""capabilities(7), over the job's own user namespace only: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,
-KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, SYS_CHROOT, AUDIT_WRITE, SETFCAP. It is the set
-that containers commonly get, less NET_RAW and MKNOD."""
+KEPT_CAPABILITIES = frozenset(
+    {
+        Capability.CHOWN,
+        Capability.DAC_OVERRIDE,
+        Capability.FOWNER,
+        Capability.FSETID,
+        Capability.KILL,
+        Capability.SETGID,
+        Capability.SETUID,
+        Capability.SETPCAP,
+        Capability.NET_BIND_SERVICE,
+        Capability.SYS_CHROOT,
+        Capability.AUDIT_WRITE,
+        Capability.SETFCAP,
+    }
+)
+"""What a job's root has, over the job's own user namespace only. It is the set that containers
+commonly get, less NET_RAW and MKNOD."""
 
 RESOURCE_LIMITS = (
     s.SetResourceLimit("RLIMIT_CORE", 0, 0),
