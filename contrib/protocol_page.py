@@ -19,7 +19,7 @@ from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import TooManyFrames, error_classes
 from jobworker.model.job import JobRecord
 from jobworker.protocol.discovery import describe
-from jobworker.protocol.methods import METHODS
+from jobworker.protocol.methods import METHODS, Method
 from jobworker.protocol.schema import REFERENCE, default_of, field_descriptions, first_line
 from jobworker.server.connection import MAX_FRAGMENTS
 from jobworker.server.conversation import SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
@@ -139,6 +139,12 @@ def exchange(name: str, params: Json, result: Json) -> list[str]:
     return ["```", f"→ {json.dumps(request)}", f"← {json.dumps(reply)}", "```"]
 
 
+def besides(row: Method) -> str:
+    """Which permissions some calls of a method need besides its own; "" where none does."""
+    told = [f"`{each.permission.value}` {each.when}" for each in row.conditions]
+    return f" Besides: {'; '.join(told)}." if told else ""
+
+
 def methods() -> list[str]:
     """Every method."""
     lines = []
@@ -147,7 +153,7 @@ def methods() -> list[str]:
         lines += [
             f"### `{row.name}`",
             "",
-            f"{row.summary}. Permission: `{told['x-permission']}`.",
+            f"{row.summary}. Permission: `{told['x-permission']}`.{besides(row)}",
             "",
         ]
         lines += [*table(params["properties"], params["required"]), ""]

@@ -52,6 +52,10 @@ _DONE = {
 """What a role may not do without a permission, in words."""
 
 
+SHARED = frozenset({Permission.VOLUMES})
+"""Permissions upon what all names share: only a role that reaches all of them can use these."""
+
+
 class Scope(Enum):
     """Whose jobs a role reaches."""
 
@@ -124,7 +128,7 @@ class Roles:
         return role
 
     def authorize(self, name: str, permission: Permission, operation: str) -> Role:
-        """The role, if it holds `permission`, else PermissionDenied; `operation` is for words."""
+        """The role, if it may use `permission`, else PermissionDenied; `operation` is for words."""
         role = self.find(name)
         if not role.may(permission):
             holders = [other for other, row in sorted(self._rows.items()) if row.may(permission)]
@@ -132,6 +136,12 @@ class Roles:
                 f"cannot call {operation}: the role {name!r} may not {_DONE[permission]} "
                 f"(it lacks the permission {permission.value!r})",
                 remedy="use a certificate of the role " + " or ".join(holders),
+            )
+        if permission in SHARED and role.scope is not Scope.ALL:
+            raise PermissionDenied(
+                f"cannot call {operation}: all share the volumes, and the role {name!r} "
+                "reaches its own jobs alone",
+                remedy="use a certificate whose role has the scope 'all'",
             )
         return role
 

@@ -1,20 +1,72 @@
 """The catalogue: every method of the protocol, in one table.
 
-A row says what a method is called, what it takes and answers, and which permission it needs.
+A row says what a method is called, what it takes and answers, and which permissions it needs: one
+for every call, and others for calls whose parameters ask for more (`Condition`). The gate asks the
+row for them (`Method.needs`), so no operation has a permission of its own to check.
+
 The server's operations, the client and the documents all follow this table; a test holds that
 each row has its operation and each operation its row.
 """
 
+from collections.abc import Callable, Iterator
+
 from attrs import frozen
 
 from jobworker.model.access import Permission
-from jobworker.model.job import JobRecord, JobStatus
+from jobworker.model.job import JobRecord, JobSpec, JobStatus
+from jobworker.model.units import format_duration
 from jobworker.protocol import messages as m
 
 SUBPROTOCOL = "jobworker.v1"
 
 OUTPUT = "job.output"
 OUTPUT_END = "job.output_end"
+
+
+@frozen
+class Condition:
+    """A permission that a call needs besides its method's own, if its parameters ask for more."""
+
+    permission: Permission
+    when: str
+    """For the documents: which calls those are."""
+    asked_for: Callable[[object, float], str]
+    """What a call asks for, in words that follow its method's name; "" where it does not ask.
+
+    Gets the parameters, and the longest time limit of those without the permission `unbounded`.
+    """
+
+
+def _follow(params: object, _: float) -> str:
+    assert isinstance(params, m.RunParams)
+    return "" if params.follow is None else "with follow"
+
+
+def _long_time(params: object, longest_seconds: float) -> str:
+    seconds = _job_of(params).timeout_seconds
+    if seconds == 0:
+        return "without a time limit"
+    if seconds is not None and seconds > longest_seconds:
+        return f"with a time limit of more than {format_duration(longest_seconds)}"
+    return ""
+
+
+def _volumes(params: object, _: float) -> str:
+    return "with volumes" if _job_of(params).volumes else ""
+
+
+def _job_of(params: object) -> JobSpec:
+    assert isinstance(params, m.RunParams | m.PlanParams)
+    return params.job
+
+
+_FOLLOW = Condition(Permission.LOG, "with `follow`", _follow)
+_LONG_TIME = Condition(
+    Permission.UNBOUNDED,
+    "without a time limit, or with one of more than `worker.max_job_timeout`",
+    _long_time,
+)
+_VOLUMES = Condition(Permission.VOLUMES, "with `volumes`", _volumes)
 
 
 @frozen
@@ -25,13 +77,40 @@ class Method:
     params: type
     result: type
     permission: Permission
+    """What every call needs."""
     summary: str
+    conditions: tuple[Condition, ...] = ()
+    """What some calls need besides."""
+
+    def needs(self, params: object, longest_seconds: float) -> Iterator[tuple[Permission, str]]:
+        """Each permission that a call with these parameters needs, and what needs it, in words.
+
+        The method's own comes first. The parameters are looked at for the later ones alone.
+        """
+        yield self.permission, self.name
+        for condition in self.conditions:
+            if asked := condition.asked_for(params, longest_seconds):
+                yield condition.permission, f"{self.name} {asked}"
 
 
 _ROWS = (
     Method("service.hello", m.Nothing, m.Welcome, Permission.VIEW, "Tell who is who"),
-    Method("job.run", m.RunParams, m.RunResult, Permission.RUN, "Run a command as a job"),
-    Method("job.plan", m.PlanParams, m.Plan, Permission.RUN, "Tell how a command would be run"),
+    Method(
+        "job.run",
+        m.RunParams,
+        m.RunResult,
+        Permission.RUN,
+        "Run a command as a job",
+        conditions=(_FOLLOW, _LONG_TIME, _VOLUMES),
+    ),
+    Method(
+        "job.plan",
+        m.PlanParams,
+        m.Plan,
+        Permission.RUN,
+        "Tell how a command would be run",
+        conditions=(_LONG_TIME,),
+    ),
     Method("job.status", m.JobParams, JobStatus, Permission.VIEW, "Tell about one job"),
     Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
     Method("job.wait", m.JobParams, JobRecord, Permission.VIEW, "Answer at the job's end"),

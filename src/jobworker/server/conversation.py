@@ -310,8 +310,7 @@ class Conversation:
     def _denied(self, method: Method) -> JobworkerError | None:
         """Why this client may not call a method, if it may not."""
         try:
-            roles = self._context.gate.roles
-            roles.authorize(self._visitor.identity.role, method.permission, method.name)
+            self._context.gate.may_call(self._visitor.identity, method)
         except PermissionDenied as denied:
             return denied
         return None

@@ -1,10 +1,11 @@
 """The gate: every call of every client passes here, before any operation sees it.
 
-Two questions, in this order. May the caller's role do this at all (PermissionDenied)? And does
-each job that the parameters name exist for the caller (NotFound)? The second is asked of the
-parameters' types: wherever a value of the type `JobId` stands in them, at whatever depth, it is a
-reference to a job and is looked up. So an operation that is added to the catalogue is behind the
-gate without a line of its own, and what it is given by name may be touched. What answers with jobs
+The gate asks two questions, in this order. May the caller's role do this (PermissionDenied)? The
+row of the catalogue says which permissions the call needs, by its parameters too. And does each job
+that the parameters name exist for the caller (NotFound)? The gate asks this of the parameters'
+types: wherever a value of the type `JobId` stands in them, at whatever depth, it is a reference to
+a job and is looked up. So an operation that is added to the catalogue is behind the gate without a
+line of its own, and what it is given by name may be touched. An operation that answers with jobs
 that were not named (a list, say) asks `Caller.only_owner`.
 
 The table of roles may change while connections are open (a reload); each call is judged by the
@@ -34,10 +35,18 @@ class Gate:
     """Who may do what, at this moment."""
 
     roles: Roles
+    longest_seconds: float
+    """The longest time limit of jobs of those without the permission `unbounded`."""
+
+    def may_call(self, who: Identity, method: Method) -> None:
+        """Raise PermissionDenied where no call of a method could pass, whatever its parameters."""
+        self.roles.authorize(who.role, method.permission, method.name)
 
     async def admit(self, who: Identity, method: Method, params: object, find: FindJob) -> None:
         """Let a call pass, or raise PermissionDenied or NotFound."""
-        role = self.roles.authorize(who.role, method.permission, method.name)
+        for permission, what in method.needs(params, self.longest_seconds):
+            self.roles.authorize(who.role, permission, what)
+        role = self.roles.find(who.role)
         if role.scope is Scope.ALL:  # the operation itself finds out what does not exist
             return
         for job in jobs_named(params):
@@ -65,10 +74,6 @@ class Caller:
     def only_owner(self) -> str | None:
         """The one owner whose jobs the caller may know of; None stands for every owner."""
         return None if self.role.scope is Scope.ALL else self.identity.common_name
-
-    def require(self, permission: Permission, what: str) -> None:
-        """Raise PermissionDenied unless the caller holds what a part of a call asks for."""
-        self.gate.roles.authorize(self.identity.role, permission, what)
 
     def show(self, record: JobRecord) -> JobRecord:
         """A record as this caller may see it: values of variables are for those who may run jobs.

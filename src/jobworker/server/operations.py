@@ -1,9 +1,10 @@
 """What each method does, once the gate has let the call pass: the supervisor, mostly.
 
 Functions take the caller and the method's parameters and answer its result, or raise a
-JobworkerError for the caller. They hold no state and do no I/O of their own. A job that the
-parameters name is one that the caller may touch (`gate`); who answers with others asks
-`Caller.only_owner`. The table at the end has a function for every row of the protocol's catalogue.
+JobworkerError for the caller. They hold no state and do no I/O of their own, and they check no
+permission: the gate has let the call pass by its row of the catalogue. A job that the parameters
+name is one that the caller may touch; an operation that answers with other jobs asks
+`Caller.only_owner`. The table at the end has a function for every row of the catalogue.
 """
 
 import math
@@ -19,7 +20,7 @@ from attrs import evolve, field, frozen
 import jobworker
 from jobworker.convert import dumps
 from jobworker.core_list import parse_cores
-from jobworker.errors import InvalidParams, JobworkerError, PermissionDenied
+from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.jobs.history.search import Filter
 from jobworker.jobs.output.index import LineStart
@@ -32,7 +33,6 @@ from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize, whole
 from jobworker.model.units import (
     MEBIBYTE,
-    format_duration,
     format_mebibytes,
     from_nanoseconds,
     nanoseconds,
@@ -86,8 +86,6 @@ class Context:
     incidents: Incidents
     stall_seconds: float
     """How long a client may take nothing of what waits for it."""
-    max_timeout_seconds: float
-    """The longest time limit of those without the permission `unbounded`."""
     admission: Admission
     traffic: Traffic
     presence: Presence
@@ -145,11 +143,7 @@ async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
 
 async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
     if params.follow is not None:
-        caller.require(Permission.LOG, "job.run with follow")
         caller.subscriptions.check_room()
-    _check_timeout(context, caller, params.job, "job.run")
-    if params.job.volumes:
-        _require_volumes(caller, "job.run with volumes")
     _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     unbounded = caller.role.may(Permission.UNBOUNDED)
@@ -157,7 +151,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         params.job,
         caller.identity.common_name,
         caller.role.quota,
-        longest_seconds=math.inf if unbounded else context.max_timeout_seconds,
+        longest_seconds=math.inf if unbounded else context.gate.longest_seconds,
     )
     if execution.start_error is not None:
         error = execution.start_error
@@ -174,23 +168,12 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
     return m.RunResult(job=summarize(record), subscription=subscription)
 
 
-async def _plan(context: Context, caller: Caller, params: m.PlanParams) -> m.Plan:
-    _check_timeout(context, caller, params.job, "job.plan")
+async def _plan(context: Context, _: Caller, params: m.PlanParams) -> m.Plan:
     _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     limits, steps = await context.supervisor.plan(params.job)
     told = (m.PlannedStep(name=n, subject=s, explanation=e) for n, s, e in steps)
     return m.Plan(limits=limits, steps=tuple(told))
-
-
-def _check_timeout(context: Context, caller: Caller, job: JobSpec, method: str) -> None:
-    """Raise PermissionDenied for a time limit that only some may ask for."""
-    seconds = job.timeout_seconds
-    if seconds == 0:
-        caller.require(Permission.UNBOUNDED, f"{method} without a time limit")
-    elif seconds is not None and seconds > context.max_timeout_seconds:
-        longest = format_duration(context.max_timeout_seconds)
-        caller.require(Permission.UNBOUNDED, f"{method} with a time limit of more than {longest}")
 
 
 def _check_runtime(name: str, known: frozenset[str]) -> None:
@@ -370,30 +353,16 @@ async def _discover(_: Context, __: Caller, ___: m.Nothing) -> m.Discovery:
     return _DISCOVERY
 
 
-def _require_volumes(caller: Caller, what: str) -> None:
-    """Volumes are shared by all, so who reaches its own jobs alone has none."""
-    caller.require(Permission.VOLUMES, what)
-    if caller.only_owner is not None:
-        raise PermissionDenied(
-            f"cannot call {what}: all share the volumes, and the role {caller.role.name!r} "
-            "reaches its own jobs alone",
-            remedy="use a certificate whose role has the scope 'all'",
-        )
-
-
-async def _make_volume(context: Context, caller: Caller, params: m.VolumeSpec) -> m.Nothing:
-    _require_volumes(caller, "volume.create")
+async def _make_volume(context: Context, _: Caller, params: m.VolumeSpec) -> m.Nothing:
     await context.link.make_volume(params.name, params.size_bytes, thin=params.thin)
     return m.Nothing()
 
 
-async def _list_volumes(context: Context, caller: Caller, _: m.Nothing) -> m.Volumes:
-    _require_volumes(caller, "volume.list")
+async def _list_volumes(context: Context, _: Caller, __: m.Nothing) -> m.Volumes:
     return m.Volumes(volumes=await context.link.volumes())
 
 
-async def _remove_volume(context: Context, caller: Caller, params: m.VolumeParams) -> m.Nothing:
-    _require_volumes(caller, "volume.remove")
+async def _remove_volume(context: Context, _: Caller, params: m.VolumeParams) -> m.Nothing:
     await context.link.remove_volume(params.name)
     return m.Nothing()
 

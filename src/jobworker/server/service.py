@@ -163,7 +163,8 @@ async def _serve_until_signal(
     incidents: Incidents,
     promises: DiskPromises,
 ) -> None:
-    gate = Gate(role_table(prepared.settings.roles))
+    worker = prepared.settings.worker
+    gate = Gate(role_table(prepared.settings.roles), parse_duration(worker.max_job_timeout))
     door = Door(prepared.fittings, gate)
     presence = Presence()
     context = Context(
@@ -176,7 +177,6 @@ async def _serve_until_signal(
         auditor=auditor,
         incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
-        max_timeout_seconds=parse_duration(prepared.settings.worker.max_job_timeout),
         admission=Admission(prepared.settings.limits, job_ids=launcher_ids(prepared.launcher)),
         presence=presence,
         traffic=Traffic(presence),

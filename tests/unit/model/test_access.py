@@ -49,6 +49,18 @@ def test_role_is_held_to_the_table(name: str, permission: Permission) -> None:
     assert "admin" in caught.value.remedy
 
 
+def test_what_all_share_takes_a_role_that_reaches_all() -> None:
+    for scope in Scope:
+        role = Role(name="builder", permissions=frozenset({Permission.VOLUMES}), scope=scope)
+        roles = Roles.with_own(role)
+        if scope is Scope.ALL:
+            assert roles.authorize("builder", Permission.VOLUMES, "volume.list") is role
+            continue
+        with pytest.raises(PermissionDenied, match="all share the volumes") as caught:
+            roles.authorize("builder", Permission.VOLUMES, "volume.list")
+        assert "'all'" in caught.value.remedy
+
+
 @pytest.mark.parametrize("name", NO_ROLES)
 def test_name_that_is_no_role_is_refused_with_those_that_are(name: str) -> None:
     roles = Roles.with_own(TENANT)

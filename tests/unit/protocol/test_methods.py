@@ -1,8 +1,12 @@
 """The catalogue: sound rows, each with its operation."""
 
 import attrs
+import pytest
 
 from jobworker.model.access import Permission
+from jobworker.model.job import JobSpec
+from jobworker.model.volumes import VolumeMount
+from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
 from jobworker.server.operations import OPERATIONS
 
@@ -34,6 +38,47 @@ def test_what_changes_a_job_needs_more_than_looking() -> None:
     for name in ("create", "list", "remove"):
         assert needed.pop(f"volume.{name}") is Permission.VOLUMES
     assert set(needed.values()) == {Permission.VIEW}
+
+
+WEEK = 7 * 86_400.0
+
+
+def needs_of(method: str, *, follow: bool = False, **job: object) -> dict[Permission, str]:
+    spec = JobSpec(command=("true",), **job)  # type: ignore[arg-type]
+    params = (
+        m.RunParams(job=spec, follow=m.Delivery() if follow else None)
+        if method == "job.run"
+        else m.PlanParams(job=spec)
+    )
+    return dict(METHODS[method].needs(params, WEEK))
+
+
+@pytest.mark.parametrize("method", ["job.run", "job.plan"])
+def test_usual_job_needs_the_methods_own_permission_alone(method: str) -> None:
+    for seconds in (None, 1, WEEK):
+        assert needs_of(method, timeout_seconds=seconds) == {Permission.RUN: method}
+
+
+@pytest.mark.parametrize("method", ["job.run", "job.plan"])
+def test_time_limit_beyond_the_longest_needs_more(method: str) -> None:
+    for seconds, what in ((0, "without a time limit"), (WEEK + 1, "of more than 7d")):
+        needed = needs_of(method, timeout_seconds=seconds)
+        assert set(needed) == {Permission.RUN, Permission.UNBOUNDED}
+        assert needed[Permission.UNBOUNDED].startswith(method)
+        assert what in needed[Permission.UNBOUNDED]
+
+
+def test_what_a_run_asks_for_besides_needs_more() -> None:
+    volumes = (VolumeMount(name="shared"),)
+    assert needs_of("job.run", follow=True) == {
+        Permission.RUN: "job.run",
+        Permission.LOG: "job.run with follow",
+    }
+    assert needs_of("job.run", volumes=volumes) == {
+        Permission.RUN: "job.run",
+        Permission.VOLUMES: "job.run with volumes",
+    }
+    assert needs_of("job.plan", volumes=volumes) == {Permission.RUN: "job.plan"}
 
 
 def test_rows_have_summaries_of_one_line() -> None:

@@ -70,7 +70,7 @@ class Site:
             server_key=str(certs / "server-key.pem"),
             crl="",
         )
-        gate, presence = Gate(role_table({})), Presence()
+        gate, presence = Gate(role_table({}), longest_seconds=60), Presence()
         context = Context(
             supervisor=cast(Supervisor, SimpleNamespace(record=trio.sleep_forever)),
             link=cast(Link, None),
@@ -81,7 +81,6 @@ class Site:
             auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
             incidents=Incidents(),
             stall_seconds=STALL_SECONDS,
-            max_timeout_seconds=60,
             admission=Admission(),
             presence=presence,
             traffic=Traffic(presence),

@@ -9,6 +9,7 @@ import pytest
 from jobworker.errors import NotFound, PermissionDenied
 from jobworker.model.access import Permission, Role, Roles, Scope, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.volumes import VolumeMount
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS, Method
@@ -80,7 +81,9 @@ GATE = Gate(
     Roles.with_own(
         Role(name="tenant", permissions=frozenset(Permission), scope=Scope.OWN),
         Role(name="blind", permissions=frozenset(), scope=Scope.ALL),
-    )
+        Role(name="runner", permissions=frozenset({Permission.RUN}), scope=Scope.ALL),
+    ),
+    longest_seconds=3600,
 )
 TAKES_A_JOB = [row for row in METHODS.values() if row.params is m.JobParams]
 
@@ -104,3 +107,24 @@ async def test_permission_is_asked_for_before_any_job_is_looked_up(row: Method) 
 
     with pytest.raises(PermissionDenied):
         await GATE.admit(identity("eve", "blind"), row, m.JobParams(id=JobId(1)), never)
+
+
+@pytest.mark.parametrize(
+    ("params", "lacking"),
+    [
+        (m.RunParams(job=JobSpec(command=("true",)), follow=m.Delivery()), "log"),
+        (m.RunParams(job=JobSpec(command=("true",), timeout_seconds=0)), "unbounded"),
+        (m.RunParams(job=JobSpec(command=("true",), timeout_seconds=3601)), "unbounded"),
+        (
+            m.RunParams(job=JobSpec(command=("true",), volumes=(VolumeMount(name="shared"),))),
+            "volumes",
+        ),
+        (m.PlanParams(job=JobSpec(command=("true",), timeout_seconds=0)), "unbounded"),
+    ],
+)
+async def test_what_parameters_ask_for_is_asked_of_the_role(params: object, lacking: str) -> None:
+    row = next(row for row in METHODS.values() if row.params is type(params))
+    with pytest.raises(PermissionDenied, match=f"cannot call {row.name} with") as denied:
+        await GATE.admit(identity("eve", "runner"), row, params, find)
+    assert f"it lacks the permission {lacking!r}" in denied.value.message
+    await GATE.admit(identity("root", "admin"), row, params, find)

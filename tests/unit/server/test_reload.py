@@ -47,7 +47,8 @@ def door_of(certs: Path) -> Door:
         server_key=str(certs / "server-key.pem"),
         crl="",
     )
-    return Door(Fittings.of(configured_files(security), security), Gate(role_table({})))
+    gate = Gate(role_table({}), longest_seconds=60)
+    return Door(Fittings.of(configured_files(security), security), gate)
 
 
 def reader_that_has_ended() -> Reader:
