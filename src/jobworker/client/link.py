@@ -202,7 +202,7 @@ class Link:
         match received:
             case Reply():
                 pending = self._pending.pop(received.id, None)
-                subscription = getattr(received.result, "subscription", None)
+                subscription = m.opened_by(received.result)
                 if subscription is not None:
                     self._inbox(subscription)
                 if pending is None or pending.abandoned:
@@ -227,7 +227,7 @@ class Link:
 
     def _abandon(self, reply: Reply) -> None:
         """End a subscription whose caller has gone."""
-        subscription = getattr(reply.result, "subscription", None)
+        subscription = m.opened_by(reply.result)
         if subscription is not None:
             self._forget(subscription)
 

@@ -216,6 +216,15 @@ class LogResult:
     """With which line each stream begins that does not begin there."""
 
 
+Opening = RunResult | LogResult
+"""The results of calls that may open a subscription; a test holds that there are no others."""
+
+
+def opened_by(result: object) -> int | None:
+    """The number of the subscription that a call with this result has opened, if it has."""
+    return result.subscription if isinstance(result, Opening) else None
+
+
 @frozen(kw_only=True)
 class CreditParams:
     """Allow a subscription to send more (a notification)."""

@@ -44,7 +44,7 @@ from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
 from jobworker.protocol.frames import Frame, frame_text
-from jobworker.protocol.messages import Nothing
+from jobworker.protocol.messages import Nothing, opened_by
 from jobworker.protocol.methods import METHODS, Method
 from jobworker.protocol.session import (
     Call,
@@ -427,8 +427,8 @@ class Conversation:
 
     async def _deliver(self, outcome: object) -> None:
         """Send the output of the subscription that a call has opened, if it has."""
-        subscription = getattr(outcome, "subscription", None)
-        if isinstance(subscription, int):
+        subscription = opened_by(outcome)
+        if subscription is not None:
             await self._subscriptions.run(subscription, self._send)
             self._less_busy.unpark_all()
 

@@ -1,5 +1,7 @@
 """The catalogue: sound rows, each with its operation."""
 
+from typing import get_args
+
 import attrs
 import pytest
 
@@ -79,6 +81,11 @@ def test_what_a_run_asks_for_besides_needs_more() -> None:
         Permission.VOLUMES: "job.run with volumes",
     }
     assert needs_of("job.plan", volumes=volumes) == {Permission.RUN: "job.plan"}
+
+
+def test_results_that_tell_of_a_subscription_are_known_to_open_one() -> None:
+    telling = {row.result for row in METHODS.values() if hasattr(row.result, "subscription")}
+    assert telling == set(get_args(m.Opening))
 
 
 def test_rows_have_summaries_of_one_line() -> None:
