@@ -141,16 +141,14 @@ class Subscription:
     def _frame(self, chunk: Chunk) -> Frame:
         if self.encoding is Encoding.TEXT:  # what it is depends on what came before
             return frame_text(self.text.encode(self._header(chunk), bytes(chunk.data)))
-        key = (self.number, self.encoding)
-        found = chunk.shared.get(key)
-        if found is None:
-            found = chunk.shared[key] = (
-                frame_output(self._header(chunk), chunk.data)
-                if self.encoding is Encoding.BINARY
-                else frame_text(encode_output(self._header(chunk), chunk.data))
-            )
-        assert isinstance(found, tuple)
-        return found
+        return chunk.forms.get((self.number, self.encoding), lambda: self._whole_frame(chunk))
+
+    def _whole_frame(self, chunk: Chunk) -> Frame:
+        """The message for a chunk alone, the same for each subscription of this number."""
+        header = self._header(chunk)
+        if self.encoding is Encoding.BINARY:
+            return frame_output(header, chunk.data)
+        return frame_text(encode_output(header, chunk.data))
 
     def _header(self, chunk: Chunk) -> OutputHeader:
         return OutputHeader(

@@ -19,6 +19,7 @@ import struct
 
 from attrs import evolve, field, frozen
 
+from jobworker.jobs.output.forms import Forms
 from jobworker.model.job import Stream
 
 RECORD = struct.Struct("<qQQQ")  # time_ns, stdout_bytes, stderr_bytes, discarded_bytes
@@ -39,8 +40,8 @@ class Chunk:
     time_ns: int
     """When the record of the first byte was made, in nanoseconds since the epoch."""
     data: bytes | bytearray
-    shared: dict[object, object] = field(factory=dict, eq=False, repr=False)
-    """What readers made of it, for others who stand at the same place; gone with the chunk."""
+    forms: Forms = field(factory=Forms, eq=False, repr=False)
+    """What its readers made of it, for others who stand at the same place."""
 
     @property
     def end(self) -> int:
