@@ -14,7 +14,7 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from jobworker.jobs.output.paced import PacedEvent
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.quota import Use, check_quota
+from jobworker.jobs.removals import Removals
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.takeover import Inheritance
@@ -91,8 +92,7 @@ class Supervisor:
     """Admissions under way: until the first record of each is on the disk, or was refused."""
     _all_decided: trio.Event = field(factory=trio.Event, init=False)
     _closing: bool = field(default=False, init=False)
-    removing: set[JobId] = field(factory=set, init=False)
-    """Those that somebody is removing by force: their followers shall know."""
+    _removals: Removals = field(factory=Removals, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._pending = WaitingRoom(self.max_waiting)
@@ -452,6 +452,14 @@ class Supervisor:
 
         Raises NotFound, and Busy where it is alive or its output is being followed.
         """
+        with self._removals.marked(job) if force else nullcontext():
+            return await self._remove(job, force=force, who=who)
+
+    def is_being_removed(self, job: JobId) -> bool:
+        """Whether a job is being removed by force: its followers get no end of it any more."""
+        return job in self._removals
+
+    async def _remove(self, job: JobId, *, force: bool, who: str) -> int:
         execution = self._live.get(job)
         if execution is not None:
             if not (force or execution.ended.is_set()):

@@ -310,13 +310,8 @@ def _stream_start(start: LineStart) -> m.StreamStart:
 
 
 async def _remove(context: Context, caller: Caller, params: m.RemoveParams) -> m.Removed:
-    removing, who = context.supervisor.removing, caller.identity.common_name
-    if params.force:
-        removing.add(params.id)
-    try:
-        freed = await context.supervisor.remove(params.id, force=params.force, who=who)
-    finally:
-        removing.discard(params.id)
+    who = caller.identity.common_name
+    freed = await context.supervisor.remove(params.id, force=params.force, who=who)
     return m.Removed(jobs=(params.id,), bytes=freed)
 
 

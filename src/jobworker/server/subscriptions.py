@@ -278,7 +278,7 @@ class Subscriptions:
             if isinstance(error, ShuttingDown) and to_the_end:  # the next service has the rest
                 problem = _told(error)
         else:
-            gone = job in self._supervisor.removing
+            gone = self._supervisor.is_being_removed(job)
         if gone and to_the_end:
             problem = _told(NotFound(f"cannot follow job {job} any more: it was removed"))
         return record, problem
