@@ -297,62 +297,52 @@ class Nursery:
         self, child: Child, view: View, order: Order | None, undo: contextlib.ExitStack
     ) -> None:
         own_network, layout = self.networks.describe(order)
-        ours: list[int] = []
-        theirs: list[int] = []
-        undo.callback(close_all, ours)
-        try:
-            user_namespace = _user_namespace(child.slot)
-            theirs.append(user_namespace)
-            ours.append(memory := os.memfd_create("order", os.MFD_CLOEXEC))
-            for _ in range(2):
-                read, write = os.pipe2(os.O_CLOEXEC)
-                ours.append(read)
-                theirs.append(write)
-                os.set_blocking(read, False)
-                with contextlib.suppress(PermissionError):  # beyond pipe-max-size: smaller, then
-                    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        with contextlib.ExitStack() as theirs:
+            user_namespace = _closed_by(theirs, _user_namespace(child.slot))
+            memory = _closed_by(undo, os.memfd_create("order", os.MFD_CLOEXEC))
+            stdout, stdout_of_job = _open_pipe(undo, theirs)
+            stderr, stderr_of_job = _open_pipe(undo, theirs)
             near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with far:
-                undo.callback(near.close)
-                near.setblocking(False)
-                steps = self._steps(child.slot, view, order, own_network)
-                _, stdout, stderr = theirs
-                way = None
-                if layout is not None:
-                    child.gateway, link = self.networks.open_gateway(
-                        layout, child.index, child.scope
-                    )
-                    theirs.append(link)
-                    undo.callback(self.sweepers.end, child.gateway)
-                    child.layout, child.wall = layout, self.networks.wall_for(layout)
-                    way = Way(link, child.gateway, child.wall, layout.neighbours)
-                report = -1
-                if order is not None and order.init:
-                    child.report, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-                    theirs.append(report)
-                    undo.callback(os.close, child.report)
-                means = Means(
-                    child.scope,
-                    stdout,
-                    stderr,
-                    far.fileno(),
-                    memory,
-                    self._trampoline,
-                    user_namespace,
-                    self._policy.filters,
-                    self._landlock,
-                    self._stage.workshop,
-                    way,
-                    self._init if report >= 0 else -1,
-                    report,
-                )
-                child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
-                if child.pid == 0:
-                    become_job(steps, means)
-        finally:
-            close_all(theirs)
-        child.sock = near
-        child.order, child.stdout, child.stderr = ours
+            theirs.callback(far.close)
+            undo.callback(near.close)
+            near.setblocking(False)
+            steps = self._steps(child.slot, view, order, own_network)
+            way = None if layout is None else self._open_way(child, layout, undo, theirs)
+            has_init = order is not None and order.init
+            means = Means(
+                scope=child.scope,
+                stdout=stdout_of_job,
+                stderr=stderr_of_job,
+                status=far.fileno(),
+                order=memory,
+                trampoline=self._trampoline,
+                user_namespace=user_namespace,
+                filters=self._policy.filters,
+                landlock=self._landlock,
+                workshop=self._stage.workshop,
+                way=way,
+                init=self._init if has_init else -1,
+                report=_open_report(child, undo, theirs) if has_init else -1,
+            )
+            child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
+            if child.pid == 0:
+                become_job(steps, means)
+        child.sock, child.order = near, memory
+        child.stdout, child.stderr = stdout, stderr
+
+    def _open_way(
+        self,
+        child: Child,
+        layout: Layout,
+        undo: contextlib.ExitStack,
+        theirs: contextlib.ExitStack,
+    ) -> Way:
+        """Start the gateway of a child's own network; the child gets what is answered."""
+        child.gateway, link = self.networks.open_gateway(layout, child.index, child.scope)
+        _closed_by(theirs, link)
+        undo.callback(self.sweepers.end, child.gateway)
+        child.layout, child.wall = layout, self.networks.wall_for(layout)
+        return Way(link=link, process=child.gateway, wall=child.wall, neighbours=layout.neighbours)
 
     def clear(self, child: Child) -> None:
         """Take back all that a reaped child had, but for its pipes.
@@ -392,6 +382,30 @@ class Nursery:
         """Have everything removed that an earlier launcher left on disk."""
         for path in self._stage.left_over():
             self.sweepers.remove(path)
+
+
+def _closed_by(stack: contextlib.ExitStack, descriptor: int) -> int:
+    """The descriptor, which is closed when `stack` is."""
+    stack.callback(close_all, [descriptor])
+    return descriptor
+
+
+def _open_pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe for output of a child's: our end to read from, and its end to write to."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    _closed_by(undo, read)
+    _closed_by(theirs, write)
+    os.set_blocking(read, False)
+    with contextlib.suppress(PermissionError):  # beyond pipe-max-size: smaller, then
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return read, write
+
+
+def _open_report(child: Child, undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> int:
+    """The end of a pipe that a child's init writes to; the child object has the other one."""
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    child.report = _closed_by(undo, read)
+    return _closed_by(theirs, write)
 
 
 def _with_volumes(view: View, order: Order, images: Sequence[str]) -> View:

@@ -94,7 +94,15 @@ class Networks:
     def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int]:
         """Start the gateway for the job in place `index`: see `start_gateway`."""
         uid = self._first_uid + index
-        return start_gateway(Means(layout, self._program(), self._view, uid, scope, self._landlock))
+        means = Means(
+            layout=layout,
+            program=self._program(),
+            view=self._view,
+            uid=uid,
+            scope=scope,
+            landlock=self._landlock,
+        )
+        return start_gateway(means)
 
     def _program(self) -> str:
         program = find_program(self._trees)
