@@ -63,7 +63,8 @@ FAULT = """
 import sys; sys.path.insert(0, sys.argv[1])
 from jobworker.sandbox.launcher import children, jobs as launcher_jobs
 from jobworker.sandbox import event_loop as turns
-from jobworker.sandbox.launcher.children import Child, Nursery
+from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.jobs import Jobs
 turns.AGAIN_SECONDS = 0.01
 struck = []

@@ -31,7 +31,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 import os, time
 from jobworker.sandbox.launcher import children, jobs as launcher_jobs
 from jobworker.sandbox.start import trampoline
-from jobworker.sandbox.launcher.children import Child
+from jobworker.sandbox.launcher.child import Child
 ending = []
 def send(child, errand):
     child._errand = errand

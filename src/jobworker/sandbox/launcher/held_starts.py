@@ -21,7 +21,7 @@ Standard library only.
 import contextlib
 import signal
 
-from jobworker.sandbox.launcher.children import Child
+from jobworker.sandbox.launcher.child import Child
 
 
 def hold(child: Child) -> bool:

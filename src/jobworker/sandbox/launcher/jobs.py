@@ -37,7 +37,8 @@ from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher import held_starts
-from jobworker.sandbox.launcher.children import NOBODY, Child, Nursery, name_host, status_of
+from jobworker.sandbox.launcher.child import NOBODY, Child, name_host, status_of
+from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.oom_watch import OomWatch
 from jobworker.sandbox.launcher.zombies import Zombies

@@ -61,7 +61,7 @@ from jobworker.sandbox.kernel_memory.host import Figure, HostMemory
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured
 from jobworker.sandbox.kernel_memory.pace import Pace
 from jobworker.sandbox.kernel_memory.search import Found
-from jobworker.sandbox.launcher.children import Child
+from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.log import say
 
 STEP_BYTES = 32 << 20

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.launcher.children import Child
+from jobworker.sandbox.launcher.child import Child
 
 LOOK_SECONDS = 0.1
 LOOK_AGAIN_SECONDS = 0.002

@@ -97,7 +97,7 @@ def become_root() -> int:
         )
     try:
         # Some hosts let anyone in and take all capabilities away: here it shows. And the launcher
-        # has to have a right over the host name that it comes back to, see `children.name_host`.
+        # has to have a right over the host name that it comes back to, see `child.name_host`.
         sc.unshare(sc.CLONE_NEWUTS)
     except OSError as error:
         raise _forbidden(error) from error

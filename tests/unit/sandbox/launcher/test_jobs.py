@@ -25,7 +25,8 @@ from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.disk.volumes import Volumes
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher import held_starts
-from jobworker.sandbox.launcher.children import Child, Exit, Nursery, status_of
+from jobworker.sandbox.launcher.child import Child, Exit, status_of
+from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.jobs import Jobs, deliver, listed
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.sweepers import Sweepers

@@ -16,7 +16,7 @@ from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
 from jobworker.sandbox.kernel_memory.pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.launcher import kernel_watch
-from jobworker.sandbox.launcher.children import Child
+from jobworker.sandbox.launcher.child import Child
 
 MUCH = BOUND_BYTES + 1
 LIMIT = 1 << 30

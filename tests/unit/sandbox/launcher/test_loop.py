@@ -13,7 +13,8 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.launcher import listener as doorway
 from jobworker.sandbox.launcher import loop as launcher_loop
-from jobworker.sandbox.launcher.children import Child, Nursery
+from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.protocol.version import PROTOCOL
 from jobworker.sandbox.service.start_failures import explain
