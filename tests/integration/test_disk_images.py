@@ -8,7 +8,8 @@ import pytest
 
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk import loop
-from jobworker.sandbox.disk.images import MIN_BYTES, Workshop, rounded
+from jobworker.sandbox.disk.images import Workshop, rounded
+from jobworker.storage import MIN_DISK_BYTES
 
 from .conftest import disks_in, until
 
@@ -21,8 +22,8 @@ def workshop(open_directory: Callable[[], Path]) -> Workshop:
 
 
 async def test_image_that_is_attached_is_found_and_not_attached_again(workshop: Workshop) -> None:
-    image = disk_images.create(workshop, MIN_BYTES)
-    other = disk_images.create(workshop, MIN_BYTES)
+    image = disk_images.create(workshop, MIN_DISK_BYTES)
+    other = disk_images.create(workshop, MIN_DISK_BYTES)
     assert loop.find_attached(image) is None
     device, path = loop.attach(image)
     found = loop.find_attached(image)

@@ -24,6 +24,7 @@ from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.guard import ENDING
 from jobworker.config.settings import CONTROLLERS
 from jobworker.convert import loads
+from jobworker.errors import PermissionDenied
 from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
@@ -202,7 +203,7 @@ class _Demo:
         listed = await self.show("list", role="viewer")
         refused = await self.show("run", "id", role="viewer")
         self.check("a viewer may list", listed.returncode == 0)
-        self.check("a viewer may not run", refused.returncode == 77)
+        self.check("a viewer may not run", refused.returncode == PermissionDenied.exit_code)
 
 
 def _field(output: bytes, name: str) -> object:

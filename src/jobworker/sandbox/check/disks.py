@@ -14,7 +14,8 @@ from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.check.mounts import on_stage
 from jobworker.sandbox.check.probing import Missing, Probe
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disk.images import MIN_BYTES, Disk, Workshop
+from jobworker.sandbox.disk.images import Disk, Workshop
+from jobworker.storage import MIN_DISK_BYTES
 
 
 def probes(directory: str) -> Iterable[Probe]:
@@ -28,7 +29,7 @@ def probes(directory: str) -> Iterable[Probe]:
 
 
 def _image(directory: str) -> int:
-    return disk_images.create(Workshop(directory, {}, "", ()), MIN_BYTES)
+    return disk_images.create(Workshop(directory, {}, "", ()), MIN_DISK_BYTES)
 
 
 def _made(directory: str) -> str:
@@ -47,7 +48,7 @@ def _filled(image: int, stage: str) -> str:
     disk_images.mount_image(image, place)
     try:
         with open(f"{place}/big", "wb", buffering=0) as file:
-            while file.tell() <= MIN_BYTES:
+            while file.tell() <= MIN_DISK_BYTES:
                 file.write(b"\1" * MEBIBYTE)
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -34,8 +34,8 @@ from typing import NamedTuple, NoReturn
 
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk.loop import BLOCK, attach, find_attached, take_blocks
+from jobworker.storage import MIN_DISK_BYTES
 
-MIN_BYTES = 16 << 20
 _MKE2FS = "mke2fs"
 _NOT_EXECUTED = 127
 """How a child ends that could not execute mke2fs: the exit code that shells have for this."""
@@ -111,8 +111,8 @@ def label_of(directory: str) -> str:
 
 
 def rounded(size: int) -> int:
-    """The size of a file system of about `size` bytes: whole blocks, at least `MIN_BYTES`."""
-    return max(size, MIN_BYTES) // BLOCK * BLOCK
+    """The size of a file system of about `size` bytes: whole blocks, at least `MIN_DISK_BYTES`."""
+    return max(size, MIN_DISK_BYTES) // BLOCK * BLOCK
 
 
 def make_blank(workshop: Workshop, size: int) -> Blank:
