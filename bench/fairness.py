@@ -44,8 +44,9 @@ from bench.turns import watched_turns
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.jobs.history.history import History
+from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority

@@ -1,20 +1,16 @@
-"""JSON and plain values to attrs classes and back, exactly or not at all.
+"""Plain values, as JSON has them, to attrs classes and back, exactly or not at all.
 
 cattrs as it comes turns "5" into 5, "false" into True and "abc" into ('a', 'b', 'c'). For the
 arguments of a job that is a security hole, so one hardened converter serves the whole project:
 
 - exact types: an int is an int (True is not), a float may be written as an int, a string is a
   string of Unicode scalar values (no lone surrogates), a list never comes from a string;
-- unknown keys are refused, and every fault is reported with the path of its value;
-- JSON (RFC 8259) without duplicate keys, without NaN and Infinity, of bounded depth and number
-  of values.
+- unknown keys are refused, and every fault is reported with the path of its value.
 
 The module knows no class of the project: whoever has bounds to check states them as attrs
 validators, which raise ValueError or TypeError.
 """
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
@@ -29,16 +25,12 @@ from cattrs.errors import (
 )
 
 from jobworker import exact
-from jobworker.errors import InvalidParams, MalformedJSON, shortened
-from jobworker.patient_json import PatientDecoder
+from jobworker.errors import InvalidParams, shortened
+from jobworker.json_text import MAX_DEPTH
 
 T = TypeVar("T")
 
 MAX_REPORTED_FAULTS = 20
-MAX_DEPTH = 32
-"""Levels of lists and objects in one message: the deepest that the protocol knows has six."""
-MAX_VALUES = 100_000
-"""Values in one message: several times what a job may have of arguments and variables."""
 
 
 def _is_literal(cls: Any) -> bool:
@@ -343,89 +335,3 @@ def _parts_of_another_kind(cls: Any, value: object) -> dict[str, object]:
 def _below(name: str, path: str, what: str) -> str:
     """A fault of a value that is called `name`: paths in it begin with a bracket or a name."""
     return f"{name}{path if path.startswith('[') or not path else f'.{path}'}: {what}"
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shortened(repr(twice))} stands twice in one object")
-    return made
-
-
-def _no_constant(text: str) -> object:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text[:20]} is out of range")
-    return number
-
-
-_decoder = json.JSONDecoder(
-    object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
-)
-
-LONG_CHARACTERS = 16_384
-"""A text that is longer takes milliseconds to decode: in a thread, where others wait."""
-MANY_CONTAINERS = 500
-"""Lists and objects: one costs as much as thirty characters, or as four other values, do."""
-
-
-def takes_long(text: str | bytes) -> bool:
-    """Whether a text takes milliseconds to decode."""
-    if len(text) > LONG_CHARACTERS:
-        return True
-    if isinstance(text, bytes):
-        return False
-    return text.count("[") + text.count("{") + text.count(",") // 4 > MANY_CONTAINERS
-
-
-def loads(text: str, *, bounded: bool = False) -> object:
-    """Parse one JSON text; raises MalformedJSON that says where it is none.
-
-    `bounded` takes at most `MAX_DEPTH` levels and `MAX_VALUES` values: for what strangers send. A
-    long text is decoded such that other threads run meanwhile.
-    """
-    try:
-        if bounded and takes_long(text):
-            return _patient_decoder(text).decode()
-        value = _decoder.decode(text)
-        if bounded and text.count("[") + text.count("{") > MAX_DEPTH:
-            _check_depth(value)
-        return value
-    except RecursionError:
-        raise MalformedJSON("cannot read the message: it is nested too deeply") from None
-    except ValueError as error:
-        raise MalformedJSON(f"cannot read the message as JSON: {error}") from None
-
-
-def _patient_decoder(text: str) -> PatientDecoder:
-    return PatientDecoder(
-        text=text,
-        object_pairs_hook=_no_duplicates,
-        parse_constant=_no_constant,
-        parse_float=_finite,
-        max_depth=MAX_DEPTH,
-        max_values=MAX_VALUES,
-    )
-
-
-def _check_depth(value: object) -> None:
-    """Raise ValueError for what is nested deeper than is taken: a level at a time."""
-    level, depth = [value], 0
-    while level := [each for each in level if isinstance(each, list | dict)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
-        level = [
-            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-
-
-def dumps(value: object) -> str:
-    """Write plain `value` as one line of JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -11,16 +11,9 @@ from attrs import field, frozen
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.convert import (
-    MAX_REPORTED_FAULTS,
-    dumps,
-    faults_of,
-    loads,
-    structure,
-    takes_long,
-    unstructure,
-)
+from jobworker.convert import MAX_REPORTED_FAULTS, faults_of, structure, unstructure
 from jobworker.errors import InvalidParams, MalformedJSON
+from jobworker.json_text import dumps, loads, takes_long
 from jobworker.model.bounds import within
 from jobworker.model.job import JobRecord
 

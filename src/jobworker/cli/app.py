@@ -15,8 +15,8 @@ from jobworker.cli.console import PROGRAM, Notes, tell
 from jobworker.cli.failures import end_of_printing, leaves, print_note, run_program, words_of
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
-from jobworker.convert import dumps
 from jobworker.errors import JobworkerError
+from jobworker.json_text import dumps
 
 
 class _Program(click.Group):

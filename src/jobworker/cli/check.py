@@ -16,8 +16,8 @@ from jobworker.cli.check_service import nearest_directory
 from jobworker.cli.console import say
 from jobworker.cli.failures import one_line
 from jobworker.config.settings import Settings, load
-from jobworker.convert import dumps
 from jobworker.errors import JobworkerError
+from jobworker.json_text import dumps
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
 from jobworker.sandbox.check.main import Wanted

@@ -23,8 +23,8 @@ from jobworker.cli.embedded import Embedded, open_embedded, program
 from jobworker.cli.failures import one_line, print_note
 from jobworker.cli.guard import ENDING
 from jobworker.config.settings import CONTROLLERS
-from jobworker.convert import loads
 from jobworker.errors import PermissionDenied
+from jobworker.json_text import loads
 from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf

@@ -18,8 +18,8 @@ import trio
 from attrs import frozen
 
 from jobworker.cli import guard
-from jobworker.convert import dumps
 from jobworker.errors import HostUnsupported
+from jobworker.json_text import dumps
 from jobworker.pki.administration import init_authority
 from jobworker.server.notify import ADDRESS_FIELD
 

@@ -11,7 +11,8 @@ from jobworker.cli import render
 from jobworker.cli.console import Losses, Outlet, asking, told_at_interrupt
 from jobworker.cli.failures import print_note
 from jobworker.cli.terminal import LineStamper
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
+from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
 
 if TYPE_CHECKING:

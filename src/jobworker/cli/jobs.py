@@ -38,8 +38,9 @@ from jobworker.cli.parameters import (
 )
 from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import in_options, make_spec
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.errors import InvalidParams, JobworkerError
+from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec, JobStatus, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
 from jobworker.protocol.messages import MAX_LIST

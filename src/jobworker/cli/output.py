@@ -18,8 +18,9 @@ from jobworker.cli.parameters import (
     pass_invocation,
     prune_options,
 )
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.errors import JobworkerError
+from jobworker.json_text import dumps
 from jobworker.model.job import Stream
 from jobworker.model.units import format_size
 from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams

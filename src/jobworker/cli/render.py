@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from jobworker.cli.failures import one_line as visible
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.errors import JobworkerError
+from jobworker.json_text import dumps
 from jobworker.model.job import (
     KILLED_FOR_MEMORY,
     LOSSES_UNKNOWN,

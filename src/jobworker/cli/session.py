@@ -9,7 +9,8 @@ from jobworker.cli.failures import one_line
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import Count, json_option, pass_invocation
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
+from jobworker.json_text import dumps
 
 
 @click.command()

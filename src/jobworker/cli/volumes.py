@@ -6,8 +6,9 @@ from jobworker.cli.console import asking, ended_by_interrupt, say, tell
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import Megabytes, Typed, json_option, pass_invocation
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.errors import InvalidParams, JobworkerError
+from jobworker.json_text import dumps
 from jobworker.model.units import format_limit, format_size
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 

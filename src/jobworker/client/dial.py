@@ -21,7 +21,6 @@ from attrs import define
 
 from jobworker.client.address import Address
 from jobworker.client.websocket import LOST, Closed, Rejected, Violation, WebSocket, upgrade
-from jobworker.convert import loads
 from jobworker.errors import (
     CertificateRefused,
     ConnectionFailed,
@@ -33,6 +32,7 @@ from jobworker.errors import (
     ProtocolError,
     error_from_wire,
 )
+from jobworker.json_text import loads
 from jobworker.pki.own_certificate import told_precisely
 from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.closing import ENDED, Verdict, verdict

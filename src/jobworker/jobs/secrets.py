@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 import trio
 from attrs import define, field
 
-from jobworker.convert import dumps, loads
 from jobworker.errors import Busy
 from jobworker.json_pieces import batches_of
+from jobworker.json_text import dumps, loads
 from jobworker.model.units import format_size
 
 SMALL_BYTES = 4096

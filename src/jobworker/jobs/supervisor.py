@@ -21,7 +21,6 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field
 
-from jobworker.convert import LONG_CHARACTERS
 from jobworker.errors import Busy, JobworkerError, LauncherSilent, ShuttingDown
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
@@ -42,6 +41,7 @@ from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.takeover import Inheritance
 from jobworker.jobs.waiting_room import WaitingRoom
+from jobworker.json_text import LONG_CHARACTERS
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance

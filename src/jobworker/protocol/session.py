@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from attrs import define, field, frozen
 
-from jobworker.convert import dumps, loads, structure, takes_long, unstructure
+from jobworker.convert import structure, unstructure
 from jobworker.errors import (
     InternalError,
     InvalidParams,
@@ -35,6 +35,7 @@ from jobworker.errors import (
     UnknownMethod,
     error_from_wire,
 )
+from jobworker.json_text import dumps, loads, takes_long
 from jobworker.model.job import Stream
 from jobworker.protocol.frames import Frame, frame_binary
 from jobworker.protocol.messages import OutputEnd, OutputHeader

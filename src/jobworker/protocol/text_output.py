@@ -10,7 +10,8 @@ import codecs
 
 from attrs import define, evolve, field
 
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
+from jobworker.json_text import dumps
 from jobworker.model.job import Stream
 from jobworker.protocol.messages import OutputHeader
 from jobworker.protocol.methods import OUTPUT

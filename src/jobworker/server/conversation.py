@@ -23,7 +23,6 @@ from attrs import define, field
 from trio_websocket import ConnectionClosed
 
 from jobworker.bucket import Bucket
-from jobworker.convert import takes_long
 from jobworker.errors import (
     Busy,
     CertificateRefused,
@@ -40,6 +39,7 @@ from jobworker.errors import (
     TooSlow,
 )
 from jobworker.jobs.output.paced import cancel_in_turns
+from jobworker.json_text import takes_long
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN

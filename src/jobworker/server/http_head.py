@@ -14,8 +14,8 @@ import h11
 import trio
 from attrs import define
 
-from jobworker.convert import dumps
 from jobworker.errors import JobworkerError, NoUpgrade, PermissionDenied, SendStalled
+from jobworker.json_text import dumps
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL

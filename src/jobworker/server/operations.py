@@ -18,7 +18,6 @@ import trio
 from attrs import evolve, field, frozen
 
 import jobworker
-from jobworker.convert import dumps
 from jobworker.core_list import parse_cores
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.incidents import Incidents
@@ -27,6 +26,7 @@ from jobworker.jobs.output.index import LineStart
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
+from jobworker.json_text import dumps
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State

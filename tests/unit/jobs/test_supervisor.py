@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from attrs import Factory, define, evolve
 
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
@@ -30,6 +30,7 @@ from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
+from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.launch import Exit

@@ -4,7 +4,8 @@ import pytest
 from attrs import evolve
 from hypothesis import given
 
-from jobworker.convert import dumps, structure, unstructure
+from jobworker.convert import structure, unstructure
+from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import MAX_COMMAND, summarize, whole, without_bulk
 from jobworker.model.volumes import VolumeMount

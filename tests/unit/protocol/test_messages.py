@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.convert import dumps, loads, structure, unstructure
+from jobworker.convert import structure, unstructure
 from jobworker.errors import InvalidParams
+from jobworker.json_text import dumps, loads
 from jobworker.model.job import Stream
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.convert import loads, unstructure
+from jobworker.convert import unstructure
 from jobworker.errors import (
     InternalError,
     InvalidParams,
@@ -20,6 +20,7 @@ from jobworker.errors import (
     TooManyRequests,
     UnknownMethod,
 )
+from jobworker.json_text import loads
 from jobworker.model.job import JobId
 from jobworker.protocol import messages as m
 from jobworker.protocol.frames import read_header

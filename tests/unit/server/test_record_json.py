@@ -6,7 +6,8 @@ import trio
 import trio.testing
 from hypothesis import given
 
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
+from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import summarize
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import apsw
 
-from jobworker.convert import dumps, loads, structure, unstructure
+from jobworker.convert import structure, unstructure
 from jobworker.errors import ConfigError
+from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobRecord
 from jobworker.model.summary import summarize
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import apsw
 from attrs import field, frozen
 
-from jobworker.convert import dumps
+from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
-from jobworker.convert import dumps, unstructure
+from jobworker.convert import unstructure
 from jobworker.json_pieces import pieces
+from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
 
 

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from jobworker.convert import loads
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
+from jobworker.json_text import loads
 from jobworker.model.job import OutputCut
 from jobworker.regular_file import open_regular
 

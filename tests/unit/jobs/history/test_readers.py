@@ -11,10 +11,11 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.convert import loads, structure
+from jobworker.convert import structure
 from jobworker.errors import ConfigError, InternalError, OutOfDescriptors
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.readers import Readers
+from jobworker.json_text import loads
 from jobworker.model.job import JobRecord
 
 from ...strategies import record

@@ -1,0 +1,102 @@
+"""JSON as text (RFC 8259), read strictly and written on one line.
+
+What is read has no key twice in one object, no NaN and no Infinity. What strangers send has besides
+a bounded depth and number of values, and a long text is decoded while other threads run.
+"""
+
+import json
+import math
+
+from jobworker.errors import MalformedJSON, shortened
+from jobworker.patient_json import PatientDecoder
+
+MAX_DEPTH = 32
+"""Levels of lists and objects in one message: the deepest that the protocol knows has six."""
+MAX_VALUES = 100_000
+"""Values in one message: several times what a job may have of arguments and variables."""
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shortened(repr(twice))} stands twice in one object")
+    return made
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is out of range")
+    return number
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+)
+
+LONG_CHARACTERS = 16_384
+"""A text that is longer takes milliseconds to decode: in a thread, where others wait."""
+MANY_CONTAINERS = 500
+"""Lists and objects: one costs as much as thirty characters, or as four other values, do."""
+
+
+def takes_long(text: str | bytes) -> bool:
+    """Whether a text takes milliseconds to decode."""
+    if len(text) > LONG_CHARACTERS:
+        return True
+    if isinstance(text, bytes):
+        return False
+    return text.count("[") + text.count("{") + text.count(",") // 4 > MANY_CONTAINERS
+
+
+def loads(text: str, *, bounded: bool = False) -> object:
+    """Parse one JSON text; raises MalformedJSON that says where it is none.
+
+    `bounded` takes at most `MAX_DEPTH` levels and `MAX_VALUES` values: for what strangers send. A
+    long text is decoded such that other threads run meanwhile.
+    """
+    try:
+        if bounded and takes_long(text):
+            return _patient_decoder(text).decode()
+        value = _decoder.decode(text)
+        if bounded and text.count("[") + text.count("{") > MAX_DEPTH:
+            _check_depth(value)
+        return value
+    except RecursionError:
+        raise MalformedJSON("cannot read the message: it is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedJSON(f"cannot read the message as JSON: {error}") from None
+
+
+def _patient_decoder(text: str) -> PatientDecoder:
+    return PatientDecoder(
+        text=text,
+        object_pairs_hook=_no_duplicates,
+        parse_constant=_no_constant,
+        parse_float=_finite,
+        max_depth=MAX_DEPTH,
+        max_values=MAX_VALUES,
+    )
+
+
+def _check_depth(value: object) -> None:
+    """Raise ValueError for what is nested deeper than is taken: a level at a time."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        level = [
+            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+
+
+def dumps(value: object) -> str:
+    """Write plain `value` as one line of JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
