@@ -19,11 +19,11 @@ if atheris is not None:
     with atheris.instrument_imports():
         from jobworker.errors import ProtocolError
         from jobworker.sandbox import channel
-        from jobworker.sandbox.protocol import requests
+        from jobworker.sandbox.protocol import operations, requests
 else:
     from jobworker.errors import ProtocolError
     from jobworker.sandbox import channel
-    from jobworker.sandbox.protocol import requests
+    from jobworker.sandbox.protocol import operations, requests
 
 _SEALED, _UNSEALED, _CUT = 1, 2, 4
 
@@ -43,7 +43,7 @@ def one(data: bytes) -> None:
     try:
         message, owned = channel.decode(packet, ancillary, flags)
         carried = []
-        number, request = requests.parse(message)
+        number, request = operations.parse(message)
     except channel.BadMessage as bad:
         owned, carried = bad.descriptors, []
         return

@@ -16,7 +16,8 @@ import pytest
 from jobworker.cli.embedded import program
 from jobworker.errors import Busy, LauncherGone, PermissionDenied
 from jobworker.sandbox import channel
-from jobworker.sandbox.service.launch import Listed, OpenedLauncher, connect_launcher
+from jobworker.sandbox.service.jobs_told import Listed
+from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher
 from jobworker.server.setup import instance_name
 
 from .conftest import child_of, left_behind

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol import requests
+from jobworker.sandbox.protocol import operations
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
 TARGETS = sorted(path.stem.removeprefix("fuzz_") for path in FUZZ.glob("fuzz_*.py"))
@@ -70,4 +70,4 @@ def test_requests_among_the_launchers_seeds_are_still_requests() -> None:
     for name in f"{valid} volume-create volume-remove volume-list".split():
         packet = (FUZZ / "seeds" / "launcher_requests" / name).read_bytes()[1:]
         message, _ = channel.decode(packet, [], 0)
-        requests.parse(message)
+        operations.parse(message)

@@ -28,7 +28,7 @@ from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFo
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.service.launch import AskedBefore, Exit
+from jobworker.sandbox.service.jobs_told import AskedBefore, Exit
 from jobworker.sandbox.service.link import Link
 
 log = logging.getLogger("jobworker.jobs")

@@ -56,8 +56,9 @@ from jobworker.model.lifecycle import TERMINAL, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.service.launch import Exit
-from jobworker.sandbox.service.link import Exits, Link, Notices, Started
+from jobworker.sandbox.service.job_ends import Exits, Notices, Started
+from jobworker.sandbox.service.jobs_told import Exit
+from jobworker.sandbox.service.link import Link
 from jobworker.sandbox.start.plan import Order
 
 log = logging.getLogger("jobworker.jobs")

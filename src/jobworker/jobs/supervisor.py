@@ -46,7 +46,9 @@ from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
 from jobworker.model.made import altered
-from jobworker.sandbox.service.link import Link, Waitable, launcher_silent
+from jobworker.sandbox.service.exchange import Waitable
+from jobworker.sandbox.service.launcher_errors import launcher_silent
+from jobworker.sandbox.service.link import Link
 from jobworker.threads import in_thread
 
 DECIDE_SECONDS = 5.0

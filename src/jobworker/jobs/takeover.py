@@ -56,7 +56,8 @@ from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.service.link import Exits, Link, Started
+from jobworker.sandbox.service.job_ends import Exits, Started
+from jobworker.sandbox.service.link import Link
 from jobworker.threads import in_thread
 
 T = TypeVar("T")

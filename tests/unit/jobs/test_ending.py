@@ -13,8 +13,9 @@ from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.service.launch import AskedBefore, Exit, exit_from
+from jobworker.sandbox.service.jobs_told import AskedBefore, Exit, exit_from
 
 EXITED = Exit(code=0, signal=None, usage=Usage())
 KILLED = Exit(code=None, signal=9, usage=Usage())
@@ -218,7 +219,9 @@ def test_launcher_of_another_release_need_not_tell_what_memory_was_wanted(
     told: dict[str, object], kills: int, want: Want
 ) -> None:
     message = {"code": None, "signal": 9, "usage": {"pids": 0, "oom_kills": kills}, **told}
-    assert exit_from(message).want == want
+    ended = events.read({"event": "exit", "job": 1, **message})
+    assert isinstance(ended, events.Ended)
+    assert exit_from(ended).want == want
 
 
 async def test_cause_and_deadline_go_with_the_signal(autojump_clock: MockClock) -> None:

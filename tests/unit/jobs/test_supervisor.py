@@ -33,8 +33,8 @@ from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
-from jobworker.sandbox.service.launch import Exit
-from jobworker.sandbox.service.link import Exits, Started
+from jobworker.sandbox.service.job_ends import Exits, Started
+from jobworker.sandbox.service.jobs_told import Exit
 
 from ..strategies import record
 from .output.test_spool import append

@@ -18,8 +18,8 @@ from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
-from jobworker.sandbox.service.launch import Exit
-from jobworker.sandbox.service.link import Exits, Started
+from jobworker.sandbox.service.job_ends import Exits, Started
+from jobworker.sandbox.service.jobs_told import Exit
 
 from .output.test_spool import append, open_fds
 
@@ -147,7 +147,7 @@ async def test_program_began_when_the_launcher_said_however_long_it_takes_to_go_
             return await super().known(jobs)
 
     monkeypatch.setattr(
-        "jobworker.sandbox.service.link.time", SimpleNamespace(monotonic=lambda: now)
+        "jobworker.sandbox.service.job_ends.time", SimpleNamespace(monotonic=lambda: now)
     )
     Spool.create(tmp_path / "1").close()
     record = JobRecord(

@@ -45,8 +45,10 @@ from jobworker.sandbox.launcher.zombies import Zombies
 from jobworker.sandbox.log import say
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.network.modes import room_beside
-from jobworker.sandbox.protocol import requests
+from jobworker.sandbox.protocol import events, requests
 from jobworker.sandbox.protocol.asks import Ask, Asked
+from jobworker.sandbox.protocol.operations import SPAWN, answer
+from jobworker.sandbox.protocol.replies import HowEnded, JobEntry, Spawned
 from jobworker.sandbox.start import trampoline, wall
 from jobworker.sandbox.start.plan import Order, finish, fits_spare
 
@@ -313,7 +315,7 @@ class Jobs:
             try:
                 self._start(number, request, by)
             except (OSError, JobworkerError) as error:
-                self._tell({"id": number, "error": problem("spawn", error)}, ())
+                self._tell({"id": number, "error": problem(SPAWN.step, error)}, ())
             except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
                 self._tell({"id": number, "error": fault(self._turns.record("Spawn"))}, ())
 
@@ -465,7 +467,8 @@ class Jobs:
         if child.failure is None and child.job is not None and child.request is not None:
             request, child.request, child.started_at = child.request, None, time.monotonic()
             self._unstarted.pop(child.job, None)
-            self._answer(request, {"ok": {"pid": child.pid}}, (child.stdout, child.stderr))
+            word = answer(SPAWN, Spawned(child.pid))
+            self._answer(request, word, (child.stdout, child.stderr))
             self._kernel_watch.wake()
             self._turns.see_through(partial(self._wall_in, child))
 
@@ -560,8 +563,8 @@ class Jobs:
     def _tell_end(self, child: Child) -> None:
         child.end_is_known = True
         if child.job is not None:
-            event: channel.Message = {"event": "exit", "job": child.job}
-            self._tell({**event, **_since_end(child), **_end(child), **_measured(child)}, ())
+            ended = events.Ended(child.job, _since_end(child), _end(child), *_measured(child))
+            self._tell(events.message_of(ended), ())
 
     def _on_addresses(self) -> None:
         """The host has other addresses: close them to the jobs that have a way out."""
@@ -611,7 +614,7 @@ class Jobs:
         if child.exit is None and child.job is not None and not child.doomed:
             why = child.network_end = child.network_end or how
             say(f"job {child.job}: its private network ended: {why}")
-            self._tell({"event": "network_ended", "job": child.job, "why": why}, ())
+            self._tell(events.message_of(events.NetworkEnded(child.job, why)), ())
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -716,18 +719,21 @@ def _too_long(held: str) -> channel.Message:
     }
 
 
-def listed(child: Child) -> channel.Message:
+def listed(child: Child) -> JobEntry:
     """What a service that takes a job over has to know of it, its pipes aside."""
-    return {
-        "job": child.job,
-        "pid": child.pid,
-        "age_seconds": time.monotonic() - child.started_at,
-        **_since_end(child),
-        "exit": _end(child) if child.end_is_known else None,
-        **_measured(child),
-        "network_end": child.network_end,
-        "asked": None if child.asked is None else child.asked.told(time.monotonic()),
-    }
+    assert child.job is not None
+    usage, measured = _measured(child)
+    return JobEntry(
+        job=child.job,
+        pid=child.pid,
+        age_seconds=time.monotonic() - child.started_at,
+        ended_seconds_ago=_since_end(child),
+        exit=_end(child) if child.end_is_known else None,
+        usage=usage,
+        measured=measured,
+        network_end=child.network_end,
+        asked=None if child.asked is None else child.asked.told(time.monotonic()),
+    )
 
 
 def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = False) -> None:
@@ -742,23 +748,23 @@ def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = Fals
     child.asked.add(ask, number, now)
 
 
-def _measured(child: Child) -> channel.Message:
+def _measured(child: Child) -> tuple[Usage, bool]:
     """What a job has used, and whether that could be read: earlier services take numbers only."""
     try:
-        return {"usage": child.usage()._asdict(), "measured": True}
+        return child.usage(), True
     except OSError:
-        return {"usage": Usage()._asdict(), "measured": False}
+        return Usage(), False
 
 
-def _since_end(child: Child) -> channel.Message:
+def _since_end(child: Child) -> float:
     """How long ago a job ended: its end is told once its volumes were written out."""
-    return {"ended_seconds_ago": time.monotonic() - child.ended_at}
+    return time.monotonic() - child.ended_at
 
 
-def _end(child: Child) -> channel.Message:
+def _end(child: Child) -> HowEnded:
     assert child.exit is not None
-    losses = {"lost": child.lost, "unseen": child.unseen}
-    return {**child.exit._asdict(), **losses, "want": child.final_want}
+    code, number = child.exit
+    return HowEnded(code, number, tuple(child.lost), tuple(child.unseen), child.final_want)
 
 
 def _find_losses(volumes: Mapping[str, int]) -> channel.Message:

@@ -19,6 +19,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.log import say
+from jobworker.sandbox.protocol.greeting import Unready, message_of
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 AGAIN_SECONDS = 0.1
@@ -61,9 +62,9 @@ class Doorway:
             self._check(caller)
         except JobworkerError as error:
             say(error.message)
-            problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
+            word = Unready(error.code, error.message, error.remedy)
             with contextlib.suppress(OSError):
-                channel.send(caller, {"error": problem})
+                channel.send(caller, message_of(word))
             self._disposal.take([caller.detach()])
             return
         self._admit(caller)

@@ -1,9 +1,7 @@
 """The launcher's loop: requests of the service on one side, its children on the other.
 
-    request   {"id", "op", "job", …}        reply  {"id", "ok": {…}} + descriptors
-                                                   {"id", "error": {"step", "errno", "detail"}}
-    event     {"event": "exit", "job", "code", "signal", "usage", …}
-              {"event": "network_ended", "job", "why"}
+`sandbox.protocol.operations` and `sandbox.protocol.events` have the tables of what service and
+launcher say to one another. `Launcher` has the function of each operation.
 
 A launcher has one of two lives. One that a service has started serves that service: when it
 goes, its jobs go, and then the loop ends. One that runs on its own lets services in by its
@@ -22,25 +20,39 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import TypeVar, cast
 
-from jobworker.errors import JobworkerError
+from jobworker.errors import JobworkerError, SandboxError
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.jobs import Jobs, deliver, fault, keep_ask, listed, problem
 from jobworker.sandbox.launcher.listener import Doorway
 from jobworker.sandbox.launcher.service_connection import ServiceLink
 from jobworker.sandbox.log import say
-from jobworker.sandbox.protocol import requests
+from jobworker.sandbox.protocol import operations as ops
+from jobworker.sandbox.protocol import replies, requests
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
 
 FAREWELL_SECONDS = 10.0
 """Bound on ending all jobs once the launcher is to leave."""
 JOBS_PER_PAGE = channel.MAX_DESCRIPTORS // 2
+
+Q = TypeVar("Q", bound=requests.Request)
+A = TypeVar("A", bound=ops.Reply)
+Function = Callable[[int, requests.Request], ops.Reply | None]
+
+
+def _served(
+    operation: ops.Operation[Q, A], function: Callable[[int, Q], A | None]
+) -> tuple[str, Function]:
+    """An entry of the launcher's table; types say that the function is one for this row."""
+    return operation.name, cast("Function", function)
 
 
 class Launcher:
@@ -54,6 +66,7 @@ class Launcher:
         """Apart from the rest, since formatting a large volume takes long."""
         self._chores = Chores(self._turns, at_once=4, waiting=256)
         self._jobs = Jobs(self._turns, nursery, spares, self._send, locks)
+        self._functions = self._table()
         self._hello = {**hello, "protocol": PROTOCOL}
         self._link: ServiceLink | None = None
         self._greeted = False
@@ -118,104 +131,126 @@ class Launcher:
         self._disposal.take(descriptors)
 
     def _serve(self, number: int, request: requests.Request) -> None:
+        operation = ops.operation_of(request)
+        if not self._greeted and operation.name != ops.HELLO.name:
+            self._refuse_version(number, mismatch(PROTOCOL, None))
+            return
         try:
-            if isinstance(request, requests.Hello):
-                self._greet(number, request.protocol)
-            elif not self._greeted:
-                self._refuse_version(number, mismatch(PROTOCOL, None))
-            elif isinstance(request, requests.OfAJob):
-                self._do_for_job(number, request)
-            elif isinstance(request, requests.VolumeRequest):
-                self._do_volume(number, request)
-            else:
-                self._tell(number, request)
+            reply = self._functions[operation.name](number, request)
+            if reply is not None:
+                self._reply(number, operation, reply)
         except (OSError, JobworkerError) as error:
-            step = "spawn" if isinstance(request, requests.Spawn) else "request"
-            self._refuse(number, problem(step, error))
+            self._refuse(number, problem(operation.step, error))
         except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
             self._refuse(number, fault(self._turns.record(type(request).__name__)))
 
-    def _greet(self, number: int, protocol: int) -> None:
-        why = mismatch(PROTOCOL, protocol)
+    def _table(self) -> dict[str, Function]:
+        """The function of each operation: it gets the number of the request and the request.
+
+        It returns the reply, or None where it refuses the request itself or replies later.
+        """
+        return dict(
+            (
+                _served(ops.HELLO, self._greet),
+                _served(ops.PING, lambda *_: replies.Done()),
+                _served(ops.SPAWN, self._spawn),
+                _served(ops.PLAN, lambda _, asked: replies.Steps(tuple(self._jobs.plan(asked)))),
+                _served(ops.GIVE_UP, self._give_up_start),
+                _served(ops.SIGNAL, self._signal),
+                _served(ops.KILL, self._kill),
+                _served(ops.REMOVE, self._remove),
+                _served(ops.USAGE, lambda _, asked: self._child(asked.job).usage()),
+                _served(ops.LIST, self._list),
+                _served(ops.TURNS, lambda *_: self._turns.take_times()),
+                _served(ops.PROMISED, lambda *_: replies.Promised(self._jobs.promised_bytes())),
+                _served(ops.MAKE_VOLUME, self._make_volume),
+                _served(ops.REMOVE_VOLUME, self._remove_volume),
+                _served(ops.LIST_VOLUMES, self._list_volumes),
+            )
+        )
+
+    def _greet(self, number: int, asked: requests.Hello) -> replies.Done | None:
+        why = mismatch(PROTOCOL, asked.protocol)
         if why:
             self._refuse_version(number, why)
-            return
+            return None
         self._greeted = True
         if self._doorway is not None:
             say("a service has come", "INFO")
-        self._reply(number, {})
+        return replies.Done()
 
     def _refuse_version(self, number: int, why: str) -> None:
         self._refuse(number, {"step": "hello", "errno": errno.EPROTO, "detail": why})
 
-    def _tell(self, number: int, request: requests.Question) -> None:
-        if isinstance(request, requests.ListJobs):
-            self._list(number, request.after)
-        elif isinstance(request, requests.PlanOf):
-            self._reply(number, {"steps": self._jobs.plan(request)})
-        elif isinstance(request, requests.TimesOfTurns):
-            self._reply(number, self._turns.take_times()._asdict())
-        elif isinstance(request, requests.PromisedBytes):
-            self._reply(number, {"bytes": self._jobs.promised_bytes()})
-        else:
-            self._reply(number, {})
-
-    def _do_for_job(self, number: int, request: requests.OfAJob) -> None:
-        if isinstance(request, requests.Spawn):
-            self._jobs.spawn(number, request)
-            return
-        if isinstance(request, requests.GiveUpStart):
-            self._reply(number, {"given_up": self._jobs.give_up_start(request.job)})
-            return
-        child = self._jobs.find(request.job)
+    def _child(self, job: int) -> Child:
+        """The child that is a job; raises SandboxError where the launcher knows none."""
+        child = self._jobs.find(job)
         if child is None:
-            gone: channel.Message = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
-            self._refuse(number, gone)
-        elif isinstance(request, requests.Signal):
-            keep_ask(child, request.ask, request.number)  # whatever becomes of the signal
-            delivered = deliver(child, request.number)
-            if not delivered:
-                keep_ask(child, request.ask, request.number, at_once=True)
-            self._reply(number, {"delivered": delivered})
-        elif isinstance(request, requests.Kill):
-            keep_ask(child, request.ask, signal.SIGKILL, at_once=True)
-            self._jobs.kill(child)
-            self._reply(number, {})
-        elif isinstance(request, requests.UsageOf):
-            self._reply(number, child.usage()._asdict())
-        else:
-            self._jobs.remove(child, partial(self._reply, number, {}))
+            gone = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
+            raise SandboxError("no such job", data=gone)
+        return child
 
-    def _do_volume(self, number: int, request: requests.VolumeRequest) -> None:
+    def _spawn(self, number: int, asked: requests.Spawn) -> None:
+        self._jobs.spawn(number, asked)
+
+    def _give_up_start(self, _: int, asked: requests.GiveUpStart) -> replies.GivenUp:
+        return replies.GivenUp(self._jobs.give_up_start(asked.job))
+
+    def _signal(self, _: int, asked: requests.Signal) -> replies.Delivered:
+        child = self._child(asked.job)
+        keep_ask(child, asked.ask, asked.number)  # whatever becomes of the signal
+        delivered = deliver(child, asked.number)
+        if not delivered:
+            keep_ask(child, asked.ask, asked.number, at_once=True)
+        return replies.Delivered(delivered)
+
+    def _kill(self, _: int, asked: requests.Kill) -> replies.Done:
+        child = self._child(asked.job)
+        keep_ask(child, asked.ask, signal.SIGKILL, at_once=True)
+        self._jobs.kill(child)
+        return replies.Done()
+
+    def _remove(self, number: int, asked: requests.Remove) -> None:
+        child = self._child(asked.job)
+        self._jobs.remove(child, partial(self._reply, number, ops.REMOVE, replies.Done()))
+
+    def _make_volume(self, number: int, asked: requests.MakeVolume) -> None:
         done = partial(self._on_volume, self._link, number)
-        if isinstance(request, requests.ListVolumes):
-            self._volumes.list(self._chores, done)
-        elif isinstance(request, requests.RemoveVolume):
-            self._volumes.remove(self._chores, request.name, done)
-        else:
-            self._volumes.make(self._makers, request.name, request.size, done, thin=request.thin)
+        self._volumes.make(self._makers, asked.name, asked.size, done, thin=asked.thin)
+
+    def _remove_volume(self, number: int, asked: requests.RemoveVolume) -> None:
+        done = partial(self._on_volume, self._link, number)
+        self._volumes.remove(self._chores, asked.name, done)
+
+    def _list_volumes(self, number: int, _: requests.ListVolumes) -> None:
+        self._volumes.list(self._chores, partial(self._on_volume, self._link, number))
 
     def _on_volume(self, asker: ServiceLink | None, number: int, outcome: channel.Message) -> None:
+        """Reply with what a process of its own has told: members of the reply, or a refusal."""
         if asker is not self._link:  # whoever asked has gone
             return
         if "errno" in outcome:
-            self._send({"id": number, "error": outcome})
+            self._refuse(number, outcome)
         else:
-            self._reply(number, outcome)
+            self._send({"id": number, "ok": outcome})
 
-    def _list(self, number: int, after: int) -> None:
-        started = self._jobs.started_after(after)
+    def _list(self, number: int, asked: requests.ListJobs) -> None:
+        started = self._jobs.started_after(asked.after)
         page = started[:JOBS_PER_PAGE]
         pipes = [pipe for child in page for pipe in (child.stdout, child.stderr)]
         more = len(started) > len(page)
-        jobs = [listed(child) for child in page]
-        unstarted = [] if more else self._jobs.unstarted
-        self._reply(number, {"jobs": jobs, "more": more, "unstarted": unstarted}, pipes)
+        unstarted = () if more else tuple(self._jobs.unstarted)
+        reply = replies.JobEntries(tuple(map(listed, page)), more, unstarted)
+        self._reply(number, ops.LIST, reply, pipes)
 
     def _reply(
-        self, number: int, ok: Mapping[str, object], descriptors: Sequence[int] = ()
+        self,
+        number: int,
+        operation: ops.Operation[Q, A],
+        reply: A,
+        descriptors: Sequence[int] = (),
     ) -> None:
-        self._send({"id": number, "ok": dict(ok)}, descriptors)
+        self._send({"id": number, **ops.answer(operation, reply)}, descriptors)
 
     def _refuse(self, number: int, error: channel.Message) -> None:
         self._send({"id": number, "error": error})

@@ -1,7 +1,7 @@
 """The launcher: the one process with root's rights, from its start to its end.
 
 It is started by root, with the standard library alone, one thread, and no way to be told
-anything but its policy, once, and then the requests of `sandbox.protocol.requests`. Either a
+anything but its policy, once, and then the requests of `sandbox.protocol.operations`. Either a
 service starts it before it drops its privileges, and takes it along; or it runs on its own and
 outlives services. It opens what it needs by descriptor, moves into a mount namespace that holds
 the jobs' root and little else, and then runs `sandbox.launcher.loop`.
@@ -37,6 +37,7 @@ from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.log import open_log, say, say_last
+from jobworker.sandbox.protocol.greeting import Ready, Unready, message_of
 from jobworker.sandbox.protocol.policy import Policy, policy_from
 from jobworker.sandbox.root import host_view as rootfs
 from jobworker.sandbox.root import plain_root
@@ -112,16 +113,14 @@ def main(descriptor: int) -> NoReturn:
                 place.clear()
                 say_last(str(error))
                 sys.exit(error.exit_code)
-            problem = {"code": error.code, "message": error.message, "remedy": error.remedy}
-            channel.send(link, {"error": problem})
+            channel.send(link, message_of(Unready(error.code, error.message, error.remedy)))
             sys.exit(1)
         gc.collect()
         gc.freeze()
         gc.disable()
-        gaps = [*tree.missing_features(), *nursery.gaps, *ids.gaps]
-        hello: channel.Message = {"ready": tree.kind, "gaps": gaps, "policy": message}
-        hello["bounds_disks"], hello["keeps_asks"] = has_rights, True
-        launcher = Launcher(nursery, policy.spares, hello, locks)
+        gaps = (*tree.missing_features(), *nursery.gaps, *ids.gaps)
+        ready = Ready(tree.kind, gaps, message, bounds_disks=has_rights, keeps_asks=True)
+        launcher = Launcher(nursery, policy.spares, message_of(ready), locks)
         if "listener" not in carried:
             launcher.serve_one(link)
         else:

@@ -1,8 +1,8 @@
 """The launcher's end of its connection to the service: requests in, replies and events out.
 
-Nothing here waits. The service is taken for hostile: what it sends is checked in
-`sandbox.protocol.requests`, and a request that does not parse or that carries descriptors ends the
-connection, since only a broken or hostile service sends one. Descriptors that came along are
+Nothing here waits. The service is taken for hostile: `sandbox.protocol.operations` checks what it
+sends, and a request that does not parse or that carries descriptors ends the connection, since
+only a broken or hostile service sends one. Descriptors that came along are
 handed on unclosed: closing them may block (SO_LINGER), and so may closing the socket
 itself, which may hold more of them unread. `Disposal` does both elsewhere.
 
@@ -21,9 +21,10 @@ from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher.outbox import Outbox
-from jobworker.sandbox.protocol import requests
+from jobworker.sandbox.protocol.operations import parse
+from jobworker.sandbox.protocol.requests import Request
 
-Serve = Callable[[int, requests.Request], None]
+Serve = Callable[[int, Request], None]
 _GONE = (BrokenPipeError, ConnectionResetError)
 """Nobody reads what is sent any more; what the service said before may still wait to be read."""
 Lost = Callable[[str, list[int]], None]
@@ -62,7 +63,7 @@ class ServiceLink:
             message, strangers = received
             if strangers:
                 raise ProtocolError("cannot take the request: it carries descriptors")
-            number, request = requests.parse(message)
+            number, request = parse(message)
         except BlockingIOError:
             return
         except channel.BadMessage as error:

@@ -1,1 +1,1 @@
-"""What service and launcher say to one another: requests, the policy, the version."""
+"""What service and launcher say to one another: a table of operations, events, the policy."""

@@ -25,6 +25,17 @@ class Ask(NamedTuple):
     kill_in_ms: int
 
 
+class AskedFor(NamedTuple):
+    """What a service before this one has asked for of a job's end, as durations."""
+
+    cause: str
+    seconds_ago: float
+    kill_in_seconds: float
+    """Negative where that was due already."""
+    signals: tuple[int, ...]
+    """The signals that were sent for it."""
+
+
 class Asked:
     """What the launcher keeps of the asks for the end of one job."""
 
@@ -38,11 +49,11 @@ class Asked:
         self._kill_at = min(self._kill_at, now + ask.kill_in_ms / 1000)
         self._signals.add(number)
 
-    def told(self, now: float) -> dict[str, object]:
+    def told(self, now: float) -> AskedFor:
         """What the next service has to know."""
-        return {
-            "cause": self.cause,
-            "seconds_ago": now - self.first_at,
-            "kill_in_seconds": self._kill_at - now,
-            "signals": sorted(self._signals),
-        }
+        return AskedFor(
+            cause=self.cause,
+            seconds_ago=now - self.first_at,
+            kill_in_seconds=self._kill_at - now,
+            signals=tuple(sorted(self._signals)),
+        )

@@ -1,18 +1,18 @@
 """What the service may ask of the launcher, checked as if the service were hostile.
 
-A closed set: one class for each request, and `parse`. Every field is checked for type
-and bound here, so that the launcher acts only on values that it would itself have chosen. There
-is no request for a process without a sandbox.
+There is one class for each request, and one `Field` for each value of it. A field checks type and
+bound, so the launcher acts only on values that it would itself have chosen. The table of
+`sandbox.protocol.operations` says which fields a request has. It is a closed set, and it has no
+request for a process without a sandbox.
 
-Pure, standard library only. Each parser raises ProtocolError, which names the field.
+Pure, standard library only. Each field raises Malformed, which names the member.
 """
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from jobworker.errors import ProtocolError
 from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.asks import CAUSES, Ask
 from jobworker.sandbox.start.plan import Order
 from jobworker.storage import (
@@ -128,168 +128,69 @@ class ListVolumes(NamedTuple):
 
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
-OfAJob = Spawn | GiveUpStart | Signal | Kill | Remove | UsageOf
-Question = PlanOf | ListJobs | TimesOfTurns | PromisedBytes | Ping
-Request = VolumeRequest | OfAJob | Question | Hello
-
-_OF_A_JOB: dict[str, type[GiveUpStart | Remove | UsageOf]] = {
-    "give_up": GiveUpStart,
-    "remove": Remove,
-    "usage": UsageOf,
-}
-
-
-_WITHOUT_FIELDS: dict[str, type[TimesOfTurns | PromisedBytes | Ping]] = {
-    "turns": TimesOfTurns,
-    "promised": PromisedBytes,
-    "ping": Ping,
-}
-_START = frozenset({*Order._fields, *Limits._fields})
-_FIELDS: dict[str, frozenset[str]] = {
-    "hello": frozenset({"protocol"}),
-    "list": frozenset({"after"}),
-    "plan": _START,
-    "spawn": _START,
-    "kill": frozenset(Ask._fields),
-    "signal": frozenset({"signal", *Ask._fields}),
-    "volume.create": frozenset({"name", "size_bytes", "thin"}),
-    "volume.remove": frozenset({"name"}),
-}
-"""What a request may say besides `id`, `op` and `job`."""
-
-
-def _known_fields(operation: object) -> frozenset[str]:
-    own = _FIELDS.get(operation, frozenset()) if isinstance(operation, str) else frozenset()
-    return own | {"id", "op", "job"}
-
-
-def parse(message: Mapping[str, object]) -> tuple[int, Request]:
-    """The number of the request, for the reply, and the request itself."""
-    parsed = _parse(message)
-    unknown = sorted(message.keys() - _known_fields(message["op"]))
-    if unknown:  # what it asks for would be left out without a word
-        raise ProtocolError(f"cannot take the request: it knows no field {unknown[0][:64]!r}")
-    return parsed
-
-
-def _parse(message: Mapping[str, object]) -> tuple[int, Request]:
-    number = _integer(message, "id", 0)
-    operation = message.get("op")
-    general = _general_request(operation, message)
-    if general is not None:
-        return number, general
-    job = _integer(message, "job", 1, MAX_JOB)
-    if operation == "spawn":
-        return number, Spawn(job, _order(message), _limits(message))
-    if operation == "signal":
-        return number, Signal(job, _integer(message, "signal", 1, MAX_SIGNAL), _ask(message))
-    if operation == "kill":
-        return number, Kill(job, _ask(message))
-    if type(operation) is str and operation in _OF_A_JOB:
-        return number, _OF_A_JOB[operation](job)
-    raise ProtocolError("cannot take the request: op is none of the launcher's operations")
-
-
-def _general_request(
-    operation: object, message: Mapping[str, object]
-) -> VolumeRequest | Question | Hello | None:
-    """The request where it is about no job in particular, else None."""
-    if operation == "list":
-        return ListJobs(_integer(message, "after", 0))
-    if operation == "hello":
-        return Hello(_integer(message, "protocol", 0))
-    if type(operation) is str and operation in _WITHOUT_FIELDS:
-        return _WITHOUT_FIELDS[operation]()
-    if operation == "plan":
-        return PlanOf(_order(message), _limits(message))
-    if isinstance(operation, str) and operation.startswith("volume."):
-        return _volume_request(operation, message)
-    return None
-
-
-def _volume_request(operation: str, message: Mapping[str, object]) -> VolumeRequest:
-    if operation == "volume.list":
-        return ListVolumes()
-    name = _text(message.get("name"), "name")
-    if name_fault(name):
-        raise ProtocolError("cannot take the request: name is no name")
-    if operation == "volume.remove":
-        return RemoveVolume(name)
-    if operation == "volume.create":
-        size, thin = (
-            _integer(message, "size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES),
-            message.get("thin"),
-        )
-        if type(thin) is not bool:
-            raise ProtocolError("cannot take the request: thin is neither true nor false")
-        return MakeVolume(name, size, thin)
-    raise ProtocolError("cannot take the request: op is none of the launcher's operations")
-
-
-def _integer(message: Mapping[str, object], key: str, low: int, high: int = MAX_NUMBER) -> int:
-    value = message.get(key)
-    if type(value) is not int or not low <= value <= high:
-        raise ProtocolError(f"cannot take the request: {key} is no integer from {low} to {high}")
-    return value
+_OfAJob = Spawn | GiveUpStart | Signal | Kill | Remove | UsageOf
+Request = Hello | Ping | _OfAJob | PlanOf | ListJobs | TimesOfTurns | PromisedBytes | VolumeRequest
 
 
 def _text(value: object, key: str) -> str:
     if type(value) is not str or "\0" in value:
-        raise ProtocolError(f"cannot take the request: {key} is no text without NUL")
+        raise f.Malformed(f"{key} is no text without NUL")
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
         size = MAX_TEXT_BYTES + 1
     if size > MAX_TEXT_BYTES:
-        raise ProtocolError(f"cannot take the request: {key} is too long or no Unicode")
+        raise f.Malformed(f"{key} is too long or no Unicode")
     return value
 
 
-def _ask(message: Mapping[str, object]) -> Ask | None:
+def _number(message: f.Object, key: str, high: int = MAX_NUMBER) -> int:
+    return f.as_integer(message.get(key), key, 0, high)
+
+
+def _ask(message: f.Object) -> Ask | None:
     if not any(field in message for field in Ask._fields):
         return None
     cause = _text(message.get("cause"), "cause")
     if cause not in CAUSES:
-        raise ProtocolError(
-            f"cannot take the request: cause is none of {', '.join(sorted(CAUSES))}"
-        )
-    return Ask(cause, _integer(message, "kill_in_ms", 0))
+        raise f.Malformed(f"cause is none of {', '.join(sorted(CAUSES))}")
+    return Ask(cause, _number(message, "kill_in_ms"))
 
 
-def _order(message: Mapping[str, object]) -> Order:
+def _order(message: f.Object) -> Order:
     arguments = message.get("arguments")
     environment = message.get("environment")
     if type(arguments) is not list or not 1 <= len(arguments) <= MAX_ARGUMENTS:
-        raise ProtocolError("cannot take the request: arguments is no list of 1 to 16384 texts")
+        raise f.Malformed("arguments is no list of 1 to 16384 texts")
     if type(environment) is not dict:
-        raise ProtocolError("cannot take the request: environment is no object")
+        raise f.Malformed("environment is no object")
     texts = tuple(_text(argument, "an argument") for argument in arguments)
     variables = {_text(k, "a variable"): _text(v, "a value") for k, v in environment.items()}
     if not texts[0] or any(not name or "=" in name for name in variables):
-        raise ProtocolError("cannot take the request: a program or variable without a name")
+        raise f.Malformed("a program or variable without a name")
     size = sum(len(text.encode()) + 1 for text in (*texts, *variables, *variables.values()))
     if size > MAX_ORDER_BYTES:
-        raise ProtocolError("cannot take the request: arguments and environment exceed 1 MiB")
+        raise f.Malformed("arguments and environment exceed 1 MiB")
     hostname = _text(message.get("hostname"), "hostname")
     if not 1 <= len(hostname.encode()) <= 63:
-        raise ProtocolError("cannot take the request: hostname is not of 1 to 63 bytes")
+        raise f.Malformed("hostname is not of 1 to 63 bytes")
     workdir = _text(message.get("workdir"), "workdir")
     if workdir and not workdir.startswith("/"):
-        raise ProtocolError("cannot take the request: workdir is not absolute")
+        raise f.Malformed("workdir is not absolute")
     network = _text(message.get("network"), "network")
     if network not in NETWORKS:
-        raise ProtocolError(f"cannot take the request: network is none of {', '.join(NETWORKS)}")
-    uid, gid = _integer(message, "uid", 0, MAX_ID), _integer(message, "gid", 0, MAX_ID)
-    disk = _integer(message, "disk_bytes", 0, MAX_DISK_BYTES)
+        raise f.Malformed(f"network is none of {', '.join(NETWORKS)}")
+    uid, gid = _number(message, "uid", MAX_ID), _number(message, "gid", MAX_ID)
+    disk = _number(message, "disk_bytes", MAX_DISK_BYTES)
     if 0 < disk < MIN_DISK_BYTES:
-        raise ProtocolError("cannot take the request: disk_bytes is too small for a disk")
+        raise f.Malformed("disk_bytes is too small for a disk")
     runtime = _text(message.get("runtime"), "runtime")
     if runtime and name_fault(runtime):
-        raise ProtocolError("cannot take the request: runtime is no name")
+        raise f.Malformed("runtime is no name")
     volumes = _volumes(message.get("volumes"))
     init = message.get("init")
     if type(init) is not bool:
-        raise ProtocolError("cannot take the request: init is neither true nor false")
+        raise f.Malformed("init is neither true nor false")
     return Order(
         hostname=hostname,
         arguments=texts,
@@ -307,31 +208,31 @@ def _order(message: Mapping[str, object]) -> Order:
 
 def _volumes(value: object) -> tuple[tuple[str, str], ...]:
     if type(value) is not list or len(value) > MAX_VOLUMES:
-        raise ProtocolError("cannot take the request: volumes is no list of at most 16 volumes")
+        raise f.Malformed("volumes is no list of at most 16 volumes")
     found: list[tuple[str, str]] = []
     for pair in value:
         if type(pair) is not list or len(pair) != 2:
-            raise ProtocolError("cannot take the request: a volume is no name and place")
+            raise f.Malformed("a volume is no name and place")
         name, place = _text(pair[0], "a volume"), _text(pair[1], "a place")
         if name_fault(name) or place_fault(place):
-            raise ProtocolError("cannot take the request: a volume's name or place is none")
+            raise f.Malformed("a volume's name or place is none")
         for other, taken in found:
             if (
                 name == other
                 or f"{place}/".startswith(f"{taken}/")
                 or f"{taken}/".startswith(f"{place}/")
             ):
-                raise ProtocolError("cannot take the request: volumes stand in each other's way")
+                raise f.Malformed("volumes stand in each other's way")
         found.append((name, place))
     return tuple(found)
 
 
-def _limits(message: Mapping[str, object]) -> Limits:
+def _limits(message: f.Object) -> Limits:
     return Limits(
-        cpu_percent=_integer(message, "cpu_percent", 0),
-        memory_bytes=_integer(message, "memory_bytes", 0),
-        io_bps=_integer(message, "io_bps", 0),
-        pids=_integer(message, "pids", 0),
+        cpu_percent=_number(message, "cpu_percent"),
+        memory_bytes=_number(message, "memory_bytes"),
+        io_bps=_number(message, "io_bps"),
+        pids=_number(message, "pids"),
         cores=_cores(message.get("cores")),
     )
 
@@ -339,5 +240,33 @@ def _limits(message: Mapping[str, object]) -> Limits:
 def _cores(value: object) -> str:
     text = _text(value, "cores")
     if text and not (len(text) <= MAX_CORES_LENGTH and re.fullmatch(_CORES, text)):
-        raise ProtocolError("cannot take the request: cores is no list of cores")
+        raise f.Malformed("cores is no list of cores")
     return text
+
+
+def _volume_name(value: object, key: str) -> str:
+    name = _text(value, key)
+    if name_fault(name):
+        raise f.Malformed(f"{key} is no name")
+    return name
+
+
+def _order_members(order: Order) -> f.Object:
+    return {
+        **order._asdict(),
+        "arguments": list(order.arguments),
+        "environment": dict(order.environment),
+        "volumes": [list(volume) for volume in order.volumes],
+    }
+
+
+JOB = f.integer("job", 1, MAX_JOB)
+ORDER = f.Field(Order._fields, _order, _order_members)
+LIMITS = f.Field(Limits._fields, _limits, Limits._asdict)
+ASK = f.Field(Ask._fields, _ask, lambda ask: {} if ask is None else ask._asdict())
+SIGNAL = f.integer("signal", 1, MAX_SIGNAL)
+AFTER = f.integer("after", 0, MAX_NUMBER)
+VERSION = f.integer("protocol", 0, MAX_NUMBER)
+VOLUME_NAME = f.member("name", _volume_name)
+VOLUME_SIZE = f.integer("size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES)
+THIN = f.flag("thin")

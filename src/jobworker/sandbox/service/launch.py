@@ -4,30 +4,32 @@
 outlives services: it tells of the jobs that an earlier service has left, and hands over their
 pipes. Both wait, with a bound, until the launcher is ready. `sandbox.service.link` goes on from
 there.
-
-The launcher says of a moment how long ago it was. That is made a time of this host's monotonic
-clock at once (time.monotonic), since much may pass before somebody asks.
 """
 
 import socket
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict
 
-from attrs import Factory, evolve, frozen
+from attrs import evolve, frozen
 
 import jobworker
 from jobworker.errors import HostUnsupported, LauncherGone, error_classes
-from jobworker.model.job import Usage
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.protocol import events, greeting, requests
+from jobworker.sandbox.protocol import operations as ops
+from jobworker.sandbox.protocol.fields import Malformed
+from jobworker.sandbox.protocol.greeting import Ready
 from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.protocol.replies import JobEntries, Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
+from jobworker.sandbox.service.jobs_told import Listed, exit_from, listed_from
+from jobworker.sandbox.service.start_failures import explain
 
 START_SECONDS = 30
 _SILENT = (
@@ -44,67 +46,6 @@ _BOOTSTRAP = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))"
 )
-
-
-@frozen(kw_only=True)
-class Exit:
-    """How a job's first process ended: its code, or the signal that ended it."""
-
-    code: int | None
-    signal: int | None
-    usage: Usage | None
-    """None where it could not be read."""
-    lost: tuple[str, ...] = ()
-    """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
-    unseen: tuple[str, ...] = ()
-    """Names of volumes of which that could not be found out."""
-    want: Want = ""
-    """For want of what memory processes of it were killed."""
-    ended_at: float = Factory(time.monotonic)
-
-    @property
-    def seconds_ago(self) -> float:
-        """How long ago it ended."""
-        return time.monotonic() - self.ended_at
-
-
-@frozen(kw_only=True)
-class AskedBefore:
-    """What an earlier service has asked for of a job's end: see `sandbox.protocol.asks`."""
-
-    cause: str
-    first_at: float
-    kill_at: float
-    signals: frozenset[int]
-    """The signals that were sent for it."""
-
-    @property
-    def seconds_ago(self) -> float:
-        """How long ago that was asked for first."""
-        return time.monotonic() - self.first_at
-
-    @property
-    def kill_in_seconds(self) -> float:
-        """When the job is to be killed; negative where that was due already."""
-        return self.kill_at - time.monotonic()
-
-
-@frozen(kw_only=True)
-class Listed:
-    """A job that the launcher has kept, and the read ends of its pipes."""
-
-    job: int
-    pid: int
-    since: float
-    """When its program was started."""
-    exit: Exit | None
-    """None while it lives."""
-    stdout: int
-    stderr: int
-    network_end: str = ""
-    """Why it lost its private network, if it did."""
-    asked: AskedBefore | None = None
-    """None where nobody asked for its end, or an earlier launcher did not keep that."""
 
 
 @frozen(kw_only=True)
@@ -226,27 +167,33 @@ def _check_is_roots(sock: socket.socket, path: str) -> None:
         )
 
 
-def _hello(sock: socket.socket) -> channel.Message:
+def _hello(sock: socket.socket) -> Ready:
+    """Greet the launcher: what it tells of itself. Raises what it refuses."""
+    hello = _receive_first(sock)[0]
+    with _stated():
+        refused = greeting.refusal_in(hello)
+    if refused is not None:
+        cls = error_classes().get(refused.code, HostUnsupported)
+        raise cls(refused.message, remedy=refused.remedy)
+    _check_version(mismatch(hello.get("protocol"), PROTOCOL))
+    with _stated():
+        ready = greeting.ready_from(hello)
+    channel.send(sock, ops.request_message(0, requests.Hello(PROTOCOL)))
+    while True:
+        message, descriptors = _receive_first(sock)
+        channel.close_all(descriptors)  # of the end of a job, which `list` tells again
+        if message.get("id") == 0:
+            with _stated():
+                reply = ops.read_reply(ops.HELLO, message)
+            _check_version(reply.detail if isinstance(reply, Refusal) else "")
+            return ready
+
+
+def _receive_first(sock: socket.socket) -> tuple[channel.Message, list[int]]:
     received = channel.receive(sock)
     if received is None:
         raise HostUnsupported("cannot start the launcher: it ended without a word")
-    hello = received[0]
-    problem = hello.get("error")
-    if isinstance(problem, dict):
-        cls = error_classes().get(problem["code"], HostUnsupported)
-        raise cls(problem["message"], remedy=problem["remedy"])
-    _check_version(mismatch(hello.get("protocol"), PROTOCOL))
-    channel.send(sock, {"id": 0, "op": "hello", "protocol": PROTOCOL})
-    while True:
-        received = channel.receive(sock)
-        if received is None:
-            raise HostUnsupported("cannot start the launcher: it ended without a word")
-        message, descriptors = received
-        channel.close_all(descriptors)  # of the end of a job, which `list` tells again
-        if message.get("id") == 0:
-            refused = message.get("error")
-            _check_version(str(refused["detail"]) if isinstance(refused, dict) else "")
-            return hello
+    return received
 
 
 def _check_version(problem: str) -> None:
@@ -257,6 +204,18 @@ def _check_version(problem: str) -> None:
         )
 
 
+@contextmanager
+def _stated() -> Iterator[None]:
+    """Raise HostUnsupported where the launcher says what its protocol does not allow."""
+    try:
+        yield
+    except Malformed as fault:
+        raise HostUnsupported(
+            f"cannot use the launcher: it does not keep to the protocol: {fault}",
+            remedy="report this fault, with the versions of service and launcher",
+        ) from None
+
+
 class _Facts(TypedDict):
     keeps_asks: bool
     cgroup_kind: str
@@ -265,16 +224,13 @@ class _Facts(TypedDict):
     bounds_disks: bool
 
 
-def _facts(hello: channel.Message) -> _Facts:
-    gaps, policy = hello["gaps"], hello["policy"]
-    assert isinstance(gaps, list)
-    assert isinstance(policy, dict)
+def _facts(ready: Ready) -> _Facts:
     return {
-        "cgroup_kind": str(hello["ready"]),
-        "gaps": tuple(gaps),
-        "policy": policy,
-        "bounds_disks": hello["bounds_disks"] is True,
-        "keeps_asks": hello.get("keeps_asks") is True,
+        "cgroup_kind": ready.kind,
+        "gaps": ready.gaps,
+        "policy": ready.policy,
+        "bounds_disks": ready.bounds_disks,
+        "keeps_asks": ready.keeps_asks,
     }
 
 
@@ -284,103 +240,40 @@ def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], fr
     Every pipe that comes along is also put into `pipes`.
     """
     jobs: dict[int, Listed] = {}
-    unstarted = frozenset[int]()
-    number, more = 0, True
-    while more:
+    number, page = 0, None
+    while page is None or page.more:
         number += 1
-        channel.send(sock, {"id": number, "op": "list", "after": max(jobs, default=0)})
-        reply: object = None
-        while reply is None:
-            received = channel.receive(sock)
-            if received is None:
-                raise ConnectionResetError("it has ended")
-            message, descriptors = received
-            pipes += descriptors
-            if message.get("event") == "exit":  # of one on an earlier page
-                _note_end(jobs, message)
-            elif message.get("id") == number:
-                reply = message.get("ok")
-        assert isinstance(reply, dict)
+        request = requests.ListJobs(after=max(jobs, default=0))
+        channel.send(sock, ops.request_message(number, request))
+        with _stated():
+            page, descriptors = _page(sock, number, jobs, pipes)
         for entry, stdout, stderr in zip(
-            reply["jobs"], descriptors[::2], descriptors[1::2], strict=True
+            page.jobs, descriptors[::2], descriptors[1::2], strict=True
         ):
-            jobs[entry["job"]] = _listed(entry, stdout, stderr)
-        more = bool(reply["more"])
-        unstarted = frozenset(reply.get("unstarted", []))  # an earlier launcher does not tell
-    return tuple(jobs.values()), unstarted
+            jobs[entry.job] = listed_from(entry, stdout, stderr)
+    return tuple(jobs.values()), frozenset(page.unstarted)
 
 
-def _listed(entry: channel.Message, stdout: int, stderr: int) -> Listed:
-    job, pid, age_seconds, end = (entry[k] for k in ("job", "pid", "age_seconds", "exit"))
-    assert isinstance(job, int)
-    assert isinstance(pid, int)
-    assert isinstance(age_seconds, float)
-    assert isinstance(end, dict | None)
-    return Listed(
-        job=job,
-        pid=pid,
-        since=time.monotonic() - age_seconds,
-        exit=None if end is None else exit_from({**entry, **end}),
-        stdout=stdout,
-        stderr=stderr,
-        network_end=str(entry.get("network_end", "")),  # an earlier launcher does not tell
-        asked=_asked_from(entry.get("asked")),
-    )
+def _page(
+    sock: socket.socket, number: int, jobs: dict[int, Listed], pipes: list[int]
+) -> tuple[JobEntries, list[int]]:
+    """The reply to a request for a page, and its pipes; ends of jobs on earlier pages are noted.
 
-
-def _asked_from(told: object) -> AskedBefore | None:
-    if not isinstance(told, dict):
-        return None
-    now = time.monotonic()
-    return AskedBefore(
-        cause=str(told["cause"]),
-        first_at=now - float(told["seconds_ago"]),
-        kill_at=now + float(told["kill_in_seconds"]),
-        signals=frozenset(map(int, told["signals"])),
-    )
-
-
-def _note_end(jobs: dict[int, Listed], message: channel.Message) -> None:
-    job = message["job"]
-    assert isinstance(job, int)
-    if job in jobs:
-        jobs[job] = evolve(jobs[job], exit=exit_from(message))
-
-
-def exit_from(message: Mapping[str, object]) -> Exit:
-    """How a job ended, as the launcher's messages tell it."""
-    code, number, usage = message["code"], message["signal"], message["usage"]
-    assert isinstance(code, int | None)
-    assert isinstance(number, int | None)
-    assert isinstance(usage, dict)
-    # An earlier launcher does not tell.
-    lost, unseen = message.get("lost", []), message.get("unseen", [])
-    ago = message.get("ended_seconds_ago", 0.0)
-    assert isinstance(lost, list)
-    assert isinstance(unseen, list)
-    assert isinstance(ago, float)
-    used = usage_from(usage)
-    return Exit(
-        code=code,
-        signal=number,
-        usage=None if message.get("measured") is False else used,
-        lost=tuple(map(str, lost)),
-        unseen=tuple(map(str, unseen)),
-        want=_want_from(message.get("want"), used),
-        ended_at=time.monotonic() - ago,
-    )
-
-
-def _want_from(told: object, usage: Usage) -> Want:
-    """What an earlier launcher does not tell is taken for the job's own limit."""
-    match told:
-        case "" | "host" | "kernel":
-            return told
-    return "limit" if usage.oom_kills else ""
-
-
-def usage_from(message: Mapping[str, object]) -> Usage:
-    """What a job has used, as the launcher's messages tell it."""
-    numbers = {key: value for key, value in message.items() if isinstance(value, int)}
-    numbers["processes"] = numbers.pop("pids")
-    return Usage(**numbers)
+    Raises Malformed, and what the launcher refuses.
+    """
+    while True:
+        received = channel.receive(sock)
+        if received is None:
+            raise ConnectionResetError("it has ended")
+        message, descriptors = received
+        pipes += descriptors
+        if message.get("id") == number:
+            page = ops.read_reply(ops.LIST, message)
+            if isinstance(page, Refusal):
+                raise explain(page)
+            if len(descriptors) != 2 * len(page.jobs):
+                raise Malformed(f"{len(page.jobs)} jobs came with {len(descriptors)} descriptors")
+            return page, descriptors
+        event = events.read(message)
+        if isinstance(event, events.Ended) and event.job in jobs:
+            jobs[event.job] = evolve(jobs[event.job], exit=exit_from(event))

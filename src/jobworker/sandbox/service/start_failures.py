@@ -20,6 +20,7 @@ from jobworker.errors import (
     shortened,
 )
 from jobworker.sandbox.chores import CROWDED
+from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.start.private_network import WALL
 
 _REMEDIES = {
@@ -123,16 +124,14 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
 }
 
 
-def explain(problem: Mapping[str, object]) -> JobworkerError:
-    """The error for a refusal of the launcher: `{"step", "errno", "detail"}`.
+def explain(refusal: Refusal) -> JobworkerError:
+    """The error for a refusal of the launcher.
 
     Its `step` is one of a start, or says that a request was refused as a whole.
     """
-    step, code, detail = problem.get("step"), problem.get("errno"), problem.get("detail")
-    assert isinstance(step, str)
-    assert isinstance(code, int)
-    reason = _reason(code) if code else str(detail)
-    data: dict[str, object] = {"step": step, "errno": code, "detail": str(detail)}
+    step, code, detail, more = refusal
+    reason = _reason(code) if code else detail
+    data: dict[str, object] = {"step": step, "errno": code, "detail": detail}
     if step == "start":
         return SandboxError(
             f"cannot start the job: {detail}",
@@ -140,15 +139,15 @@ def explain(problem: Mapping[str, object]) -> JobworkerError:
             data=data,
         )
     if step == "execute":
-        return _explain_execute(code, str(detail), reason, data)
+        return _explain_execute(code, detail, reason, data)
     if step in _OF_NO_START:
         return _explain_request(step, code, reason, data)
     if step == "job":
         return NotFound(f"cannot reach the job: {detail}", data=data)
-    absent = step == "open-volume" and code == errno.ENOENT and "/" not in str(detail)
+    absent = step == "open-volume" and code == errno.ENOENT and "/" not in detail
     if step == "volume" or absent:
-        return _explain_volume(code, str(detail), str(problem.get("why") or ""), data)
-    subject = f" ({shortened(str(detail))})" if detail and code else ""
+        return _explain_volume(code, detail, more, data)
+    subject = f" ({shortened(detail)})" if detail and code else ""
     remedy = _SPECIAL.get((step, code)) or _SHORTAGES.get(code) or _REMEDIES.get(step, "")
     if detail == WALL and code == errno.EPERM:
         remedy = _WALL_REMEDY

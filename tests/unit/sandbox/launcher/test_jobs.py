@@ -31,8 +31,10 @@ from jobworker.sandbox.launcher.jobs import Jobs, deliver, listed
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.sweepers import Sweepers
 from jobworker.sandbox.network import gateway
+from jobworker.sandbox.protocol.fields import decode
+from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
 from jobworker.sandbox.root.stage import Stage
-from jobworker.sandbox.service.launch import exit_from
+from jobworker.sandbox.service.jobs_told import listed_from
 from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.user_namespaces import make_user_namespace
@@ -96,10 +98,14 @@ def test_usage_that_cannot_be_read_is_none_and_not_zeros(
 
     monkeypatch.setattr(child.scope, "usage", refuse)
     told = listed(child)
-    assert told["usage"] == Usage()._asdict(), "an earlier service knows numbers only"
-    assert exit_from({**told, "code": 0, "signal": None}).usage is None
+    assert told.usage == Usage(), "an earlier service knows numbers only"
+    ended = listed_from(told, -1, -1).exit
+    assert ended is not None
+    assert ended.usage is None
     monkeypatch.undo()
-    assert exit_from({**listed(child), "code": 0, "signal": None}).usage is not None
+    ended = listed_from(listed(child), -1, -1).exit
+    assert ended is not None
+    assert ended.usage is not None
 
 
 class Told(Jobs):
@@ -134,7 +140,7 @@ def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(child: Child
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert child.failure is not None
-    assert "LimitNOFILE=" in explain(child.failure).remedy
+    assert "LimitNOFILE=" in explain(decode(Refusal, REFUSAL, child.failure)).remedy
     assert child.doomed
     sweepers = jobs._nursery.sweepers
     jobs.pass_turns_until(lambda: not sweepers.running and not sweepers.stuck)

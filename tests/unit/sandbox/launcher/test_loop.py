@@ -1,5 +1,6 @@
 """The launcher's loop, with a service at a real socket and jobs that are none."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from jobworker.sandbox.launcher import loop as launcher_loop
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.loop import Launcher
+from jobworker.sandbox.protocol.operations import ROWS
+from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL
 from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
@@ -85,6 +88,28 @@ def test_request_that_meets_an_unexpected_fault_is_refused_and_counted(
     assert service.ask("turns")["ok"]["incidents"] == 1  # type: ignore[index]
 
 
+def test_every_operation_has_its_function(service: Service) -> None:
+    assert service.launcher._functions.keys() == {row.name for row in ROWS}
+
+
+def test_job_that_is_not_there_is_refused_as_that(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.launcher._jobs, "find", lambda _: None, raising=False)
+    for op, fields in (("signal", {"signal": 15}), ("kill", {}), ("remove", {}), ("usage", {})):
+        answered = service.ask(op, job=3, **fields)
+        gone = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
+        assert answered == {"id": 7, "error": gone}
+
+
+def test_service_that_has_not_told_its_version_is_refused(service: Service) -> None:
+    service.launcher._greeted = False
+    for op in ("ping", "list", "volume.list"):
+        error = service.ask(op, after=0)["error"] if op == "list" else service.ask(op)["error"]
+        assert isinstance(error, dict)
+        assert (error["step"], error["errno"]) == ("hello", errno.EPROTO)
+
+
 def test_ask_for_the_end_of_a_job_is_kept_where_its_signal_meets_a_fault(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +121,9 @@ def test_ask_for_the_end_of_a_job_is_kept_where_its_signal_meets_a_fault(
     monkeypatch.setattr(service.launcher._jobs, "find", lambda _: child, raising=False)
     error = service.ask("signal", job=1, signal=15, cause="stop", kill_in_ms=5000)["error"]
     assert isinstance(error, dict)
-    assert str(explain(error)).startswith("cannot serve the request: an unexpected fault")
+    assert str(explain(Refusal(**error))).startswith(
+        "cannot serve the request: an unexpected fault"
+    )
     assert child.asked is not None
     assert child.asked.cause == "stop"
 

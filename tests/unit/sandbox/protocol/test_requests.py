@@ -10,6 +10,7 @@ from jobworker.errors import ProtocolError
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.protocol import requests as r
 from jobworker.sandbox.protocol.asks import CAUSES, Ask
+from jobworker.sandbox.protocol.operations import parse
 from jobworker.sandbox.start.plan import Order
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
 
@@ -40,12 +41,12 @@ SPAWN: dict[str, object] = {
 
 def refused(message: Mapping[str, object]) -> str:
     with pytest.raises(ProtocolError) as caught:
-        r.parse(message)
+        parse(message)
     return caught.value.message
 
 
 def spawn(**fields: object) -> r.Spawn:
-    number, request = r.parse({**SPAWN, **fields})
+    number, request = parse({**SPAWN, **fields})
     assert number == 7
     assert isinstance(request, r.Spawn)
     return request
@@ -70,14 +71,14 @@ def test_spawn_is_taken_as_it_stands() -> None:
 )
 def test_other_operations_name_a_job(operation: str, expected: r.Request) -> None:
     fields = {"signal": 15} if operation == "signal" else {}
-    assert r.parse({"id": 0, "op": operation, "job": 3, **fields}) == (0, expected)
+    assert parse({"id": 0, "op": operation, "job": 3, **fields}) == (0, expected)
 
 
 @pytest.mark.parametrize("operation", ["signal", "kill"])
 def test_ask_for_an_end_is_checked(operation: str) -> None:
     asked = {"id": 0, "op": operation, "job": 3, "cause": "timeout", "kill_in_ms": 5000}
     asked |= {"signal": 15} if operation == "signal" else {}
-    _, request = r.parse(asked)
+    _, request = parse(asked)
     assert isinstance(request, r.Signal | r.Kill)
     assert request.ask == Ask("timeout", 5000)
     assert "cause is none of output, stop, timeout" in refused({**asked, "cause": "mine"})
@@ -88,7 +89,7 @@ def test_ask_for_an_end_is_checked(operation: str) -> None:
 
 
 def test_plan_is_asked_like_a_start_and_names_no_job() -> None:
-    number, request = r.parse({**SPAWN, "op": "plan", "job": None})
+    number, request = parse({**SPAWN, "op": "plan", "job": None})
     assert (number, request) == (7, r.PlanOf(spawn().order, spawn().limits))
     assert "arguments" in refused({**SPAWN, "op": "plan", "arguments": []})
 
@@ -114,8 +115,8 @@ def test_number_is_an_integer_within_its_bounds(key: str, value: object) -> None
 
 
 def test_bounds_of_numbers_are_taken() -> None:
-    r.parse({**SPAWN, **dict.fromkeys(NUMBERS, r.MAX_NUMBER)})
-    r.parse({**SPAWN, **dict.fromkeys(NUMBERS, 0), "job": 1})
+    parse({**SPAWN, **dict.fromkeys(NUMBERS, r.MAX_NUMBER)})
+    parse({**SPAWN, **dict.fromkeys(NUMBERS, 0), "job": 1})
     assert "job is no integer from 1" in refused({**SPAWN, "job": 0})
 
 
@@ -237,7 +238,7 @@ anything: st.SearchStrategy[dict[str, object]] = st.dictionaries(
 @example({**SPAWN, "op": "kill", "job": True})
 def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, object]) -> None:
     try:
-        number, request = r.parse(message)
+        number, request = parse(message)
     except ProtocolError as error:
         str(error).encode()
         return
@@ -285,7 +286,7 @@ def test_whatever_is_asked_is_refused_or_within_every_bound(message: dict[str, o
 
 def test_volumes_and_root_of_a_job_are_taken_as_sent() -> None:
     storage = {"disk_bytes": 16 << 20, "runtime": "small", "volumes": [["a", "/a"], ["b", "/b"]]}
-    _, request = r.parse({**SPAWN, **storage})
+    _, request = parse({**SPAWN, **storage})
     assert isinstance(request, r.Spawn)
     assert request.order.volumes == (("a", "/a"), ("b", "/b"))
     assert (request.order.disk_bytes, request.order.runtime) == (16 << 20, "small")
@@ -314,7 +315,7 @@ def test_volumes_and_root_of_a_job_are_taken_as_sent() -> None:
 )
 def test_storage_out_of_bounds_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
-        r.parse({**SPAWN, **change})
+        parse({**SPAWN, **change})
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_storage_out_of_bounds_is_refused(change: dict[str, object]) -> None:
 )
 def test_bad_request_about_a_volume_is_refused(message: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
-        r.parse(message)
+        parse(message)
 
 
 @pytest.mark.parametrize(
@@ -348,5 +349,5 @@ def test_bad_request_about_a_volume_is_refused(message: dict[str, object]) -> No
     ],
 )
 def test_field_that_is_not_known_is_refused_by_name(message: dict[str, object]) -> None:
-    r.parse(message)
+    parse(message)
     assert "knows no field 'gpu_memory'" in refused({**message, "gpu_memory": 7})

@@ -15,13 +15,15 @@ import trio
 import trio.testing
 from attrs import evolve
 
-from jobworker.errors import LauncherGone, LauncherSilent
+from jobworker.errors import LauncherGone, LauncherSilent, SandboxError
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
+from jobworker.sandbox.cgroup.scope import Limits
 from jobworker.sandbox.protocol.asks import Ask
 from jobworker.sandbox.service import link
-from jobworker.sandbox.service.launch import Listed
+from jobworker.sandbox.service.jobs_told import Listed
 from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.start.plan import Order
 
 AGAIN = "the launcher answers again"
 
@@ -75,6 +77,110 @@ async def test_message_that_is_none_leaves_no_descriptor() -> None:
         with trio.fail_after(20):
             await Link(sock).serve()
         assert os.listdir("/proc/self/fd") == before
+
+
+@asynccontextmanager
+async def open_played() -> AsyncIterator[tuple[Link, socket.socket]]:
+    """A link that listens, and the launcher's end, at which the test plays it."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.setblocking(False)
+    with trio.socket.from_stdlib_socket(near) as sock, far:
+        link = Link(sock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.serve)
+            yield link, far
+            nursery.cancel_scope.cancel()
+
+
+async def hear(far: socket.socket) -> channel.Message:
+    await trio.testing.wait_all_tasks_blocked(0.01)
+    received = channel.receive(far)
+    assert received is not None
+    return received[0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ({"ok": {"bytes": "5"}}, "the reply to promised: bytes is no integer"),
+        ({"ok": {}}, "the reply to promised: bytes is no integer"),
+        ({}, "the reply to promised: ok is no object"),
+        ({"error": {"step": "request"}}, "the reply to promised: errno is no integer"),
+        ({"error": 7}, "the reply to promised: error is no object"),
+    ],
+)
+async def test_reply_that_does_not_fit_fails_its_own_request_by_name(
+    reply: channel.Message, words: str
+) -> None:
+    failed = []
+    before = os.listdir("/proc/self/fd")
+
+    async def ask(link: Link) -> None:
+        with pytest.raises(SandboxError) as caught:
+            await link.promised_bytes()
+        failed.append(caught.value.message)
+
+    async with open_played() as (link, far), trio.open_nursery() as nursery:
+        nursery.start_soon(ask, link)
+        asked = await hear(far)
+        channel.send(far, {"id": asked["id"], **reply}, [far.fileno()])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert failed == [
+            f"cannot serve the request: the launcher does not keep to the protocol: {words}"
+        ]
+        nursery.start_soon(link.kill, JobId(1))
+        asked = await hear(far)
+        channel.send(far, {"id": asked["id"], "ok": {}})
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(("pid", "pipes"), [(None, 2), (7, 1), (7, 0), (7, 3)])
+async def test_job_whose_start_is_answered_by_what_does_not_fit_is_removed(
+    pid: int | None, pipes: int
+) -> None:
+    """It may run, and nobody reads from it."""
+    failed = []
+    before = os.listdir("/proc/self/fd")
+
+    async def start(link: Link) -> None:
+        with pytest.raises(SandboxError) as caught:
+            await link.spawn(JobId(3), Order("job", ("true",), {}, ""), Limits())
+        failed.append(caught.value)
+
+    async with open_played() as (link, far), trio.open_nursery() as nursery:
+        nursery.start_soon(start, link)
+        asked = await hear(far)
+        channel.send(far, {"id": asked["id"], "ok": {"pid": pid}}, [far.fileno()] * pipes)
+        removal = await hear(far)
+        assert (removal["op"], removal["job"]) == ("remove", 3)
+        channel.send(far, {"id": removal["id"], "ok": {}})
+    assert "the reply to spawn" in failed[0].message
+    assert failed[0].data["may_have_run"] is True
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        ({"event": "exit", "job": 1}, "the event exit: code is no integer"),
+        ({"event": "exit", "code": 0, "signal": None}, "the event exit: job is no integer"),
+        ({"event": "network_ended", "job": 1}, "the event network_ended: why is no text"),
+    ],
+)
+async def test_event_that_does_not_fit_ends_the_conversation_by_name(
+    event: channel.Message, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be the end of a job: nobody may wait for that for ever."""
+    async with open_played() as (link, far):
+        link.inherit([Listed(job=1, pid=5, since=0, exit=None, stdout=0, stderr=0)])
+        channel.send(far, event)
+        with trio.fail_after(20):
+            await link.gone.wait()
+            with pytest.raises(trio.EndOfChannel):
+                await link.inherited[JobId(1)][1].receive()
+            with pytest.raises(LauncherGone):
+                await link.kill(JobId(1))
+    assert f"does not keep to the protocol, and is left: {words}" in caplog.text
 
 
 def answer_all(far: socket.socket) -> None:

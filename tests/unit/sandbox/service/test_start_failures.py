@@ -5,6 +5,7 @@ import errno
 import pytest
 
 from jobworker.sandbox.chores import CROWDED
+from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.service.start_failures import ENOTSUPP, explain
 
 
@@ -30,7 +31,7 @@ from jobworker.sandbox.service.start_failures import ENOTSUPP, explain
     ],
 )
 def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -> None:
-    error = explain({"step": step, "errno": code, "detail": "/x"})
+    error = explain(Refusal(step, code, "/x"))
     assert remedy in (error.remedy or "")
     others = {"allow user namespaces", "TasksMax=", "/dev/net/tun", "--max-memory"} - {remedy}
     assert not any(other in (error.remedy or "") for other in others)
@@ -46,7 +47,7 @@ def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -
     ],
 )
 def test_program_that_is_not_there_is_told_in_quotes(program: str, remedy: str) -> None:
-    error = explain({"step": "execute", "errno": errno.ENOENT, "detail": program})
+    error = explain(Refusal("execute", errno.ENOENT, program))
     assert error.message == f"cannot run '{program}': no such program inside the job's root"
     assert remedy in error.remedy
 
@@ -61,7 +62,7 @@ def test_program_that_is_not_there_is_told_in_quotes(program: str, remedy: str) 
     ],
 )
 def test_what_is_long_is_told_in_part(step: str, code: int) -> None:
-    error = explain({"step": step, "errno": code, "detail": "/begin" + "x" * 100_000})
+    error = explain(Refusal(step, code, "/begin" + "x" * 100_000))
     assert "/beginxxx" in error.message
     assert len(error.message) < 500
 
@@ -77,7 +78,7 @@ def test_what_is_long_is_told_in_part(step: str, code: int) -> None:
     ],
 )
 def test_volumes_that_cannot_be_listed_now_are_told_why(code: int, why: str, remedy: str) -> None:
-    error = explain({"step": "volume", "errno": code, "detail": ""})
+    error = explain(Refusal("volume", code, ""))
     assert error.name == "busy"
     assert error.message.startswith("cannot list the volumes: ")
     assert why in error.message
@@ -85,7 +86,7 @@ def test_volumes_that_cannot_be_listed_now_are_told_why(code: int, why: str, rem
 
 
 def test_reply_that_could_not_be_sent_is_told_as_that() -> None:
-    error = explain({"step": "reply", "errno": errno.EMFILE, "detail": "Too many open files"})
+    error = explain(Refusal("reply", errno.EMFILE, "Too many open files"))
     assert error.name == "busy"
     assert "the launcher's reply" in error.message
     assert "LimitNOFILE=" in (error.remedy or "")
@@ -102,17 +103,17 @@ def test_reply_that_could_not_be_sent_is_told_as_that() -> None:
 def test_request_that_starts_nothing_is_not_told_as_a_start(
     step: str, code: int, message: str, remedy: str
 ) -> None:
-    error = explain({"step": step, "errno": code, "detail": "incident 5"})
+    error = explain(Refusal(step, code, "incident 5"))
     assert error.message == f"cannot serve the request: {message}"
     assert remedy in (error.remedy or "")
 
 
 def test_volume_that_is_not_there_is_told_by_its_name() -> None:
-    error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "cache"})
+    error = explain(Refusal("open-volume", errno.ENOENT, "cache"))
     assert str(error).endswith(
         "there is no such volume; see `worker-cli volume list`, or create it"
     )
-    error = explain({"step": "volume", "errno": errno.ENOENT, "detail": "cache"})  # to remove it
+    error = explain(Refusal("volume", errno.ENOENT, "cache"))  # to remove it
     assert str(error).endswith("there is no such volume; see `worker-cli volume list`")
-    error = explain({"step": "open-volume", "errno": errno.ENOENT, "detail": "/dev/loop-control"})
+    error = explain(Refusal("open-volume", errno.ENOENT, "/dev/loop-control"))
     assert "no such volume" not in str(error)

@@ -1,0 +1,75 @@
+"""What the launcher tells unasked, in one table: the end of a job, and of a job's network.
+
+Each row has the event's name on the socket, its class and its fields. The launcher makes its
+messages by `message_of`, the service reads them by `read`. An event of another name is of a later
+launcher and is passed over.
+
+Pure, standard library only.
+"""
+
+from typing import NamedTuple
+
+from jobworker.sandbox.cgroup.scope import Usage
+from jobworker.sandbox.protocol import fields as f
+from jobworker.sandbox.protocol import replies as r
+
+
+class Ended(NamedTuple):
+    """A job's first process has ended."""
+
+    job: int
+    seconds_ago: float
+    """How long ago: the launcher tells it once the job's volumes are written out."""
+    how: r.HowEnded
+    usage: Usage
+    measured: bool
+    """Whether `usage` could be read."""
+
+
+class NetworkEnded(NamedTuple):
+    """A job goes on without its private network."""
+
+    job: int
+    why: str
+
+
+Event = Ended | NetworkEnded
+
+
+class _Row(NamedTuple):
+    name: str
+    event: type[Event]
+    fields: f.Fields
+
+
+_ROWS = (
+    _Row(
+        "exit",
+        Ended,
+        (f.count("job"), r.SINCE_END, f.flat(r.HowEnded, r.HOW_ENDED), r.USED, r.MEASURED),
+    ),
+    _Row("network_ended", NetworkEnded, (f.count("job"), f.text("why"))),
+)
+_BY_NAME: dict[object, _Row] = {row.name: row for row in _ROWS}
+_BY_CLASS: dict[type, _Row] = {row.event: row for row in _ROWS}
+
+
+def message_of(event: Event) -> dict[str, object]:
+    """The message that tells an event."""
+    row = _BY_CLASS[type(event)]
+    return {"event": row.name, **f.encode(row.fields, event)}
+
+
+def read(message: f.Object) -> Event | None:
+    """The event that a message tells; None where it is a reply, or no event that is known.
+
+    Raises Malformed, with the event's name.
+    """
+    name = message.get("event")
+    row = _BY_NAME.get(name) if isinstance(name, str) else None
+    if row is None:
+        return None
+    try:
+        return f.decode(row.event, row.fields, message)
+    except f.Malformed as fault:
+        raise f.Malformed(f"the event {row.name}: {fault}") from None

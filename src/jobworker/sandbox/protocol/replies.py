@@ -1,0 +1,214 @@
+"""What the launcher answers to a request, and how the service checks it.
+
+There is one class for each reply, and one `Field` for each value of it. The launcher has root's
+rights and the service trusts it, so bounds are few. But the launcher may be of another version or
+have a fault, so types are checked: a reply that does not fit is one error that names the field.
+
+A member that an earlier launcher does not send has a default here. A member that a later one sends
+in addition is passed over.
+
+Pure, standard library only.
+"""
+
+from typing import NamedTuple
+
+from jobworker.sandbox.cgroup.scope import Usage
+from jobworker.sandbox.protocol import fields as f
+from jobworker.sandbox.protocol.asks import AskedFor
+from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
+
+
+class Done(NamedTuple):
+    """It was done; there is nothing to tell."""
+
+
+class Refusal(NamedTuple):
+    """Why a request was not served, instead of its reply: `sandbox.service.start_failures`."""
+
+    step: str
+    """A step of a start, or a word that says that the request was refused as a whole."""
+    errno: int
+    """0 where the kernel gave no reason."""
+    detail: str
+    why: str = ""
+    """More about it, such as how much room a volume lacks."""
+
+
+class Spawned(NamedTuple):
+    """A job's program runs. The read ends of its stdout and stderr come with it."""
+
+    pid: int
+
+
+class GivenUp(NamedTuple):
+    """Whether there was a start to give up."""
+
+    given_up: bool
+
+
+class Delivered(NamedTuple):
+    """Whether a signal has any effect on the job's first process."""
+
+    delivered: bool
+
+
+class Steps(NamedTuple):
+    """The steps of a start: of each the name, its subject and what it does."""
+
+    steps: tuple[tuple[str, str, str], ...]
+
+
+class Promised(NamedTuple):
+    """How much may still be written to disks and thin volumes."""
+
+    bytes: int
+
+
+class VolumeEntry(NamedTuple):
+    """A volume as it is."""
+
+    name: str
+    size_bytes: int
+    used_bytes: int
+    thin: bool
+    jobs: int
+    """How many live jobs have it."""
+
+
+class VolumeEntries(NamedTuple):
+    """All volumes, by name."""
+
+    volumes: tuple[VolumeEntry, ...]
+
+
+class HowEnded(NamedTuple):
+    """How a job's first process ended."""
+
+    code: int | None
+    signal: int | None
+    lost: tuple[str, ...]
+    """Where the job lost some of what it wrote: names of volumes, "" for its own disk."""
+    unseen: tuple[str, ...]
+    """Names of volumes of which that could not be found out."""
+    want: str | None
+    """For want of what memory its processes were killed; an earlier launcher does not tell."""
+
+
+class JobEntry(NamedTuple):
+    """A job whose program was started, and which no service had removed."""
+
+    job: int
+    pid: int
+    age_seconds: float
+    ended_seconds_ago: float
+    """Without meaning where it lives."""
+    exit: HowEnded | None
+    """None while it lives, and until its volumes were written out."""
+    usage: Usage
+    measured: bool
+    """Whether `usage` could be read."""
+    network_end: str
+    """Why it lost its private network, if it did."""
+    asked: AskedFor | None
+
+
+class JobEntries(NamedTuple):
+    """A page of jobs, by id. The read ends of each one's stdout and stderr come with it."""
+
+    jobs: tuple[JobEntry, ...]
+    more: bool
+    """Whether there are jobs with higher ids."""
+    unstarted: tuple[int, ...]
+    """On the last page, the latest jobs whose program was not executed."""
+
+
+def _words(value: object, name: str) -> tuple[str, str, str]:
+    words = f.as_list(value, name)
+    if len(words) != 3:
+        raise f.Malformed(f"{name} has a step that is not of three words")
+    one, two, three = (f.as_text(word, name) for word in words)
+    return one, two, three
+
+
+def _volume_name(value: object, name: str) -> str:
+    word = f.as_text(value, name)
+    if name_fault(word):
+        raise f.Malformed(f"{name} is no name of a volume")
+    return word
+
+
+def _text_or_none(value: object, _: str) -> str | None:
+    return value if type(value) is str else None
+
+
+def _more(value: object, name: str) -> str:
+    return _text_or_none(value, name) or ""
+
+
+REFUSAL: f.Fields = (
+    f.text("step"),
+    f.count("errno"),
+    f.text("detail"),
+    f.member("why", _more),
+)
+SPAWNED: f.Fields = (f.count("pid"),)
+GIVEN_UP: f.Fields = (f.flag("given_up"),)
+DELIVERED: f.Fields = (f.flag("delivered"),)
+STEPS: f.Fields = (f.many("steps", _words),)
+PROMISED: f.Fields = (f.count("bytes"),)
+USAGE: f.Fields = tuple(f.optional(f.count(name), 0) for name in Usage._fields)
+TURNS: f.Fields = (
+    f.count("turns"),
+    f.seconds("longest_ms"),
+    f.text("slowest"),
+    f.count("over_bound"),
+    f.count("incidents"),
+)
+VOLUMES: f.Fields = (
+    f.several(
+        "volumes",
+        VolumeEntry,
+        (
+            f.member("name", _volume_name),
+            f.integer("size_bytes", MIN_DISK_BYTES, MAX_DISK_BYTES),
+            f.optional(f.integer("used_bytes", 0, 1 << 60), 0),
+            f.optional(f.flag("thin"), default=False),
+            f.optional(f.integer("jobs", 0, 1 << 30), 0),
+        ),
+    ),
+)
+HOW_ENDED: f.Fields = (
+    f.count_or_null("code"),
+    f.count_or_null("signal"),
+    f.optional(f.many("lost", f.as_text), ()),
+    f.optional(f.many("unseen", f.as_text), ()),
+    f.member("want", _text_or_none),
+)
+SINCE_END = f.optional(f.seconds("ended_seconds_ago"), 0.0)
+USED = f.nested("usage", Usage, USAGE)
+MEASURED = f.optional(f.flag("measured"), default=True)
+_ASKED: f.Fields = (
+    f.text("cause"),
+    f.seconds("seconds_ago"),
+    f.seconds("kill_in_seconds"),
+    f.many("signals", f.as_count),
+)
+JOBS: f.Fields = (
+    f.several(
+        "jobs",
+        JobEntry,
+        (
+            f.count("job"),
+            f.count("pid"),
+            f.seconds("age_seconds"),
+            SINCE_END,
+            f.nested_or_null("exit", HowEnded, HOW_ENDED),
+            f.optional(USED, Usage()),
+            MEASURED,
+            f.optional(f.text("network_end"), ""),
+            f.optional(f.nested_or_null("asked", AskedFor, _ASKED), None),
+        ),
+    ),
+    f.flag("more"),
+    f.optional(f.many("unstarted", f.as_count), ()),
+)

@@ -1,0 +1,108 @@
+"""The ends of jobs, and what the launcher tells of them before: handed to whoever has the job.
+
+Each job that was started or taken over has two memory channels. One gets its single `Exit`, the
+other gets notices while it runs. Both close when the job has ended, or when nothing more is to be
+expected of the launcher.
+"""
+
+import time
+from contextlib import suppress
+
+import trio
+from attrs import Factory, define, frozen
+
+from jobworker.model.job import JobId
+from jobworker.sandbox.protocol.events import Ended, Event
+from jobworker.sandbox.service.jobs_told import AskedBefore, Exit, Listed, exit_from
+
+Exits = trio.MemoryReceiveChannel[Exit]
+"""Gets a job's one `Exit`, or closes if the launcher goes."""
+Notices = trio.MemoryReceiveChannel[str]
+"""What the launcher tells of a job while it runs, in words; closes with its end."""
+NOTICES_KEPT = 8
+
+
+def _no_notices() -> Notices:
+    send, receive = trio.open_memory_channel[str](0)
+    send.close()
+    return receive
+
+
+@frozen(kw_only=True)
+class Started:
+    """A running job: its process, and the read ends of its pipes, which the receiver owns."""
+
+    pid: int
+    stdout: int
+    stderr: int
+    since: float = Factory(time.monotonic)
+    notices: Notices = Factory(_no_notices)
+    asked: AskedBefore | None = None
+    """What an earlier service has asked for of its end."""
+
+    @property
+    def age_seconds(self) -> float:
+        """How long it has run."""
+        return time.monotonic() - self.since
+
+
+@define(eq=False)
+class JobEnds:
+    """The channels of all jobs that have not ended."""
+
+    _exits: dict[JobId, trio.MemorySendChannel[Exit]] = Factory(dict)
+    _notices: dict[JobId, trio.MemorySendChannel[str]] = Factory(dict)
+
+    def expect(self, job: JobId) -> tuple[Exits, Notices]:
+        """Open the channels of a job that is about to be started."""
+        self._exits[job], exits = trio.open_memory_channel[Exit](1)
+        self._notices[job], notices = trio.open_memory_channel[str](NOTICES_KEPT)
+        return exits, notices
+
+    def expect_no_more(self, job: JobId) -> None:
+        """Close the channels of a job, such as one whose start has failed."""
+        for channels in (self._exits, self._notices):
+            if (unwanted := channels.pop(job, None)) is not None:
+                unwanted.close()
+
+    def inherit(self, listed: Listed) -> tuple[Started, Exits]:
+        """Open the channels of a job that the launcher has kept: one that has ended has its end."""
+        job = JobId(listed.job)
+        exits, notices = self.expect(job)
+        if listed.network_end:
+            self._on_network_end(job, listed.network_end)
+        if listed.exit is not None:
+            self._on_end(job, listed.exit)
+        started = Started(
+            pid=listed.pid,
+            stdout=listed.stdout,
+            stderr=listed.stderr,
+            since=listed.since,
+            notices=notices,
+            asked=listed.asked,
+        )
+        return started, exits
+
+    def on_event(self, event: Event) -> None:
+        """Hand out what the launcher tells; what nobody expects is passed over."""
+        if isinstance(event, Ended):
+            self._on_end(JobId(event.job), exit_from(event))
+        else:
+            self._on_network_end(JobId(event.job), event.why)
+
+    def close(self) -> None:
+        """Expect nothing more: every channel closes."""
+        for job in list(self._exits):
+            self.expect_no_more(job)
+
+    def _on_end(self, job: JobId, ending: Exit) -> None:
+        if (exits := self._exits.get(job)) is not None:
+            with suppress(trio.BrokenResourceError):  # nobody wants to know any more
+                exits.send_nowait(ending)
+        self.expect_no_more(job)
+
+    def _on_network_end(self, job: JobId, why: str) -> None:
+        notices = self._notices.get(job)
+        if notices is not None:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):  # nobody wants to know
+                notices.send_nowait(f"its private network ended: {why}")
