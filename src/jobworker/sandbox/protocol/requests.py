@@ -8,9 +8,9 @@ request for a process without a sandbox.
 Pure, standard library only. Each field raises Malformed, which names the member.
 """
 
-import re
 from typing import NamedTuple
 
+from jobworker.core_list import is_core_list
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.asks import CAUSES, Ask
@@ -31,8 +31,6 @@ MAX_JOB = MAX_NUMBER
 """The highest id of a job: the service gives none beyond, and a request with one is refused."""
 MAX_SIGNAL = 64
 MAX_ID = 65_535
-MAX_CORES_LENGTH = 1024
-_CORES = r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"
 NETWORKS = ("host", "none", "private")
 
 
@@ -239,7 +237,7 @@ def _limits(message: f.Object) -> Limits:
 
 def _cores(value: object) -> str:
     text = _text(value, "cores")
-    if text and not (len(text) <= MAX_CORES_LENGTH and re.fullmatch(_CORES, text)):
+    if text and not is_core_list(text):
         raise f.Malformed("cores is no list of cores")
     return text
 
