@@ -133,7 +133,9 @@ class Execution:
     _changed: trio.Event = field(factory=trio.Event, init=False)
     """Set when the record of a job that runs tells something new."""
     _settled: trio.Event = field(factory=trio.Event, init=False)
-    """Set once the end is on the disk, or the job was removed."""
+    """Set once the end is on the disk, or the job removed, and the launcher has forgotten it."""
+    _record_removed: bool = field(default=False, init=False)
+    """Whether the history has forgotten the job: it must not have its record again."""
     _settling: trio.Lock = field(factory=trio.Lock, init=False)
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
     _runs_since: float | None = field(default=None, init=False)
@@ -523,8 +525,7 @@ class Execution:
             self.spool.close()
             self._tell(end)
         try:
-            if recorded:  # answered once its place is free: nobody else waits for that
-                await self._remove()
+            if recorded and await self._remove():  # answered once its place is free: nobody waits
                 self._settled.set()
         finally:
             self.over.set()
@@ -537,15 +538,18 @@ class Execution:
         self.parted.set()
 
     async def settle(self) -> None:
-        """See the end recorded, however long the disk refuses, or the job removed."""
+        """See the end recorded, or the job removed, and the launcher forget the job.
+
+        That is tried again for as long as the disk or the launcher refuses.
+        """
         while not self._settled.is_set():
             with trio.move_on_after(RECORD_AGAIN_SECONDS):
                 await self._settled.wait()
             async with self._settling:
                 with suppress(JobworkerError):
-                    if not self._settled.is_set():
+                    if not (self._settled.is_set() or self._record_removed):
                         await self._history.put(self.record)
-                        await self._remove()
+                    if not self._settled.is_set() and await self._remove():
                         self._settled.set()
 
     def note_removal(self, when: datetime) -> JobRecord:
@@ -554,22 +558,30 @@ class Execution:
         return self.record
 
     async def remove_record(self) -> None:
-        """Have neither history nor launcher know an ended job any more. Raises InternalError."""
+        """Have neither history nor launcher know an ended job any more. Raises InternalError.
+
+        Where the launcher refuses at the moment, `settle` tries it again.
+        """
         async with self._settling:  # or the record would come back
             await self._history.remove(self.record.id)
-            if not self._settled.is_set():
-                await self._remove()
+            self._record_removed = True
+            if not self._settled.is_set() and await self._remove():
                 self._settled.set()
 
-    async def _remove(self) -> None:
-        """Have the launcher forget a job that it has started."""
+    async def _remove(self) -> bool:
+        """Have the launcher forget a job that it has started. Returns False where it refuses.
+
+        The next service would adopt a job that the launcher has and the history does not.
+        """
         if self.record.started_at is not None:
             try:
                 await self._link.remove(self.record.id)
             except JobworkerError as error:
                 gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
                 level = logging.DEBUG if gone else logging.ERROR
-                log.log(level, "job %d: the launcher keeps it: %s", self.record.id, error)
+                log.log(level, "job %d: the launcher keeps it, for now: %s", self.record.id, error)
+                return gone
+        return True
 
     def _ended_at(self) -> datetime:
         """When the job ended: not before it had run for as long as it did.

@@ -167,7 +167,7 @@ class Supervisor:
                     await self._archive.add(execution)
                 if execution.refused:
                     await self._take_back(execution.record.id)
-                elif execution.ended.is_set():
+                if execution.ended.is_set():
                     await execution.settle()
             finally:
                 self._forget(execution)

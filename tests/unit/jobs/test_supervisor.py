@@ -17,7 +17,7 @@ import trio.testing
 from attrs import Factory, define, evolve
 
 from jobworker.convert import unstructure
-from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound
+from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound, SandboxError
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
@@ -61,6 +61,8 @@ class FakeLink:
     """Whether no start is ever answered."""
     sends: bool = True
     """Whether starts reach the launcher."""
+    refusals: int = 0
+    """How many requests to remove a job are refused before one is taken."""
     let_go: trio.Event = Factory(trio.Event)
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
@@ -124,6 +126,9 @@ class FakeLink:
     async def remove(self, job: JobId) -> None:
         with trio.CancelScope(shield=True):  # what was asked of a launcher has its effect
             await trio.lowlevel.checkpoint()
+        if self.refusals:
+            self.refusals -= 1
+            raise SandboxError("cannot serve the request: Too many open files")
         self.removed.append(job)
 
 
@@ -660,6 +665,21 @@ async def test_job_whose_volume_could_not_be_looked_at_is_not_told_as_failed(
     assert record.detail == (
         "whether all that it wrote to the volume v is kept is not known: the host could not look"
     )
+
+
+async def test_job_is_told_as_removed_once_a_launcher_that_refused_has_forgotten_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next service finds it there, takes it for one that was lost, and makes a record."""
+    monkeypatch.setattr("jobworker.jobs.execution.RECORD_AGAIN_SECONDS", 0.01)
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        with trio.fail_after(20):
+            await supervisor.submit(spec("first"), "alice")
+            link.refusals = 3
+            link.finish(JobId(1))
+            await supervisor.wait(JobId(1))
+            await supervisor.remove(JobId(1), force=False)
+    assert (link.removed, history.records, link.refusals) == ([1], {}, 0)
 
 
 async def test_service_that_leaves_does_not_wait_for_a_client_s_long_grace(

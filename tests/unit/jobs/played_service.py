@@ -1,0 +1,192 @@
+"""One service without a network: the real supervisor, history and output over a played launcher.
+
+The supervisor's calls are made by clients, each a task, as connections make them.
+"""
+
+import os
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Self
+
+import trio
+from attrs import define, field
+
+from jobworker.convert import structure
+from jobworker.errors import JobworkerError
+from jobworker.incidents import Incidents
+from jobworker.jobs.archive import Archive
+from jobworker.jobs.execution import Rules
+from jobworker.jobs.history.history import History
+from jobworker.jobs.history.search import Filter
+from jobworker.jobs.output.budget import OutputBudget
+from jobworker.jobs.retention import Policy
+from jobworker.jobs.supervisor import Supervisor
+from jobworker.jobs.takeover import take_over
+from jobworker.json_text import loads
+from jobworker.model.job import JobId, JobRecord, Limits
+from jobworker.sandbox.channel import close_all
+
+from .kept_launcher import KeptLauncher
+
+RULES = Rules(
+    defaults=Limits(cpu_percent=0, memory_bytes=0, io_bps=0, processes=0, output_bytes=0),
+    timeout_seconds=0,
+    stop_grace_seconds=5,
+    at_max_output="discard-output",
+    on_disk_full="discard-output",
+)
+FAREWELL_SECONDS = 1.0
+
+
+def now() -> datetime:
+    """The time of day, by Trio's clock."""
+    return datetime(2026, 11, 24, tzinfo=UTC) + timedelta(seconds=trio.current_time())
+
+
+@define(eq=False, kw_only=True)
+class PlayedService:
+    """A service that runs, or leaves."""
+
+    supervisor: Supervisor
+    budget: OutputBudget
+    incidents: Incidents
+    leaving: bool = field(default=False, init=False)
+    gone: trio.Event = field(factory=trio.Event, init=False)
+    waiting: int = field(default=0, init=False)
+    """How many clients wait for an answer."""
+    _nursery: trio.Nursery
+    _directory: Path
+    _over: trio.Event = field(factory=trio.Event, init=False)
+
+    @classmethod
+    async def start(cls, nursery: trio.Nursery, directory: Path, launcher: KeptLauncher) -> Self:
+        """Start a service in the background. Raises what keeps it from its start."""
+        return await nursery.start(cls._serve, directory, launcher)  # type: ignore[no-any-return]
+
+    @classmethod
+    async def _serve(
+        cls,
+        directory: Path,
+        launcher: KeptLauncher,
+        *,
+        task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        open_before, spools = _descriptors(), directory / "spool"
+        link = launcher.connect()
+        history = None
+        try:
+            history = History.open(directory / "history.db", spools)
+            inheritance = await take_over(link, history, spools, now())  # type: ignore[arg-type]
+            budget, incidents = OutputBudget(spools), Incidents()
+            archive = Archive(
+                spools=spools, history=history, policy=Policy(), budget=budget, clock=now
+            )
+            await archive.load(inheritance.ids)
+        except JobworkerError:
+            launcher.disconnect()
+            if history is not None:
+                history.close()
+            close_all(sorted(_descriptors() - open_before))  # as the end of the process does
+            raise
+        try:
+            supervisor = Supervisor(
+                link=link,  # type: ignore[arg-type]
+                history=history,
+                archive=archive,
+                spools=spools,
+                rules=RULES,
+                clock=now,
+                incidents=incidents,
+                max_running=2,
+                max_waiting=3,
+            )
+            supervisor.take_over(inheritance)
+            async with trio.open_nursery() as nursery:
+                service = cls(
+                    supervisor=supervisor,
+                    budget=budget,
+                    incidents=incidents,
+                    nursery=nursery,
+                    directory=directory,
+                )
+                nursery.start_soon(supervisor.serve)
+                task_status.started(service)
+                await service._over.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            link.give_up()
+            launcher.disconnect()
+            history.close()
+            service.gone.set()
+
+    async def leave(self) -> None:
+        """Leave all jobs to the next service, and end."""
+        self.leaving = True
+        await self.supervisor.leave()
+        await self._end()
+
+    async def shut_down(self) -> None:
+        """End all jobs, and end."""
+        self.leaving = True
+        await self.supervisor.shut_down(RULES.stop_grace_seconds)
+        await self._end()
+
+    async def _end(self) -> None:
+        deadline = trio.current_time() + FAREWELL_SECONDS
+        while self.waiting and trio.current_time() < deadline:  # noqa: ASYNC110
+            await trio.sleep(0.1)
+        self._over.set()
+        await self.gone.wait()
+
+    async def abort(self) -> None:
+        """End at once, as where the launcher is gone: the end of the process closes its files."""
+        self.leaving = True
+        self._over.set()
+        await self.gone.wait()
+        files = {number: os.readlink(f"/proc/self/fd/{number}") for number in _descriptors()}
+        close_all([n for n, path in files.items() if path.startswith(f"{self._directory}/")])
+
+    def ask(
+        self, call: Callable[[], Awaitable[object]], refused: Callable[[JobworkerError], object]
+    ) -> None:
+        """Make a call as a client; an error that it raises is told to `refused`."""
+
+        async def client() -> None:
+            try:
+                await call()
+            except JobworkerError as error:
+                refused(error)
+            finally:
+                self.waiting -= 1
+
+        self.waiting += 1
+        self._nursery.start_soon(client)
+
+    async def list_jobs(self) -> dict[JobId, JobRecord]:
+        """All jobs, as a client sees them."""
+        page = await self.supervisor.latest(Filter(), 1000, "")
+        records = [structure(JobRecord, loads(text)) for _, text in page.records]
+        return {record.id: record for record in records}
+
+    async def read_output(self, job: JobId) -> dict[str, bytes]:
+        """All output of an ended job, by stream."""
+        found = {"stdout": b"", "stderr": b""}
+        with await self.supervisor.follow(job) as follower:
+            offset = 0
+            async for chunk in follower:
+                assert chunk.offset == offset, "each byte once, in order"
+                offset = chunk.end
+                found[chunk.stream.value] += chunk.data
+        return found
+
+    async def wait_until_idle(self, seconds: float) -> None:
+        """Wait until every client was answered and no job is live. Raises trio.TooSlowError."""
+        with trio.fail_after(seconds):
+            while self.waiting or self.supervisor._live:  # noqa: ASYNC110
+                await trio.sleep(0.5)
+
+
+def _descriptors() -> set[int]:
+    found = set(map(int, os.listdir("/proc/self/fd")))
+    return {number for number in found if os.path.exists(f"/proc/self/fd/{number}")}

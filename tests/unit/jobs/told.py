@@ -1,0 +1,103 @@
+"""What clients of several services in turn were told of jobs, and what follows from that."""
+
+from attrs import define, evolve, field
+
+from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.lifecycle import Reason, State
+from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT
+
+from .kept_launcher import Program
+
+_REASONS = {TIMEOUT: Reason.TIMEOUT, OUTPUT: Reason.OUTPUT}
+_ANY = JobSpec(command=("any",))
+
+
+@define(eq=False)
+class Told:
+    """The model: it knows no states, only what was said and what cannot be unsaid."""
+
+    ids: dict[str, JobId] = field(factory=dict)
+    """By request, of the jobs that were admitted."""
+    refused: dict[str, str] = field(factory=dict)
+    """By request, of those whose client was told that there is no job: the error."""
+    ends: dict[JobId, JobRecord] = field(factory=dict)
+    stopped: set[JobId] = field(factory=set)
+    """Whose end somebody has asked for."""
+    removing: set[JobId] = field(factory=set)
+    """Which somebody has asked to be removed."""
+    removed: set[JobId] = field(factory=set)
+    pruned: bool = False
+    """Whether somebody has asked for removals of output."""
+
+    def admitted(self, request: str, record: JobRecord) -> None:
+        """A client was told that its job is admitted."""
+        assert record.spec.name == request
+        assert record.id not in self.ids.values(), "each id once"
+        self.ids[request] = record.id
+        self.hear(record)
+
+    def hear(self, record: JobRecord) -> None:
+        """A client was told how a job stands."""
+        before = self.ends.get(record.id)
+        if before is not None:
+            assert record.ended, f"the end of job {record.id} is lost: {record}"
+            assert record.detail.startswith(before.detail), (before.detail, record.detail)
+            assert _end_of(record) == _end_of(before), f"the end of job {record.id} has changed"
+        elif record.ended:
+            self.ends[record.id] = record
+
+    def see_list(self, listed: dict[JobId, JobRecord], ended_before: set[JobId]) -> None:
+        """A client has listed all jobs; `ended_before` had ended before it asked."""
+        for record in listed.values():
+            assert record.id not in self.removed, f"job {record.id} is back"
+            if record.id in self.ids.values() and (record.ended or record.id in ended_before):
+                self.hear(record)
+        names = [record.spec.name for record in listed.values()]
+        assert len(names) == len(set(names)), "each request once"
+        for job in self.ids.values():
+            assert job in listed or job in self.removing, f"job {job} is lost"
+
+    def check_cause(self, record: JobRecord, program: Program | None) -> None:
+        """The end that is told is the one that the job had, for the cause that came first."""
+        how = (record.state, record.reason)
+        if program is None:
+            never_ran = [(State.FAILED, Reason.START), (State.FAILED, Reason.LOST)]
+            assert how in (*never_ran, (State.STOPPED, None))
+            if record.state is State.STOPPED:
+                assert record.id in self.stopped, "nobody asked for that"
+            return
+        if program.may_only_have_run:
+            assert how in ((State.FAILED, Reason.START), (State.FAILED, Reason.LOST))
+            return
+        if program.lost and record.reason is Reason.LOST:
+            return
+        assert program.exit is not None, f"it runs: {record}"
+        assert how == _verdict(program), (how, program.cause, program.exit)
+        assert (record.exit_code, record.signal) == (program.exit.code, program.exit.signal)
+
+    def check_sizes(self, record: JobRecord, program: Program | None) -> None:
+        """What was written is kept, or told as discarded."""
+        wrote = sum(map(len, program.wrote)) if program is not None else 0
+        told = record.stdout_bytes + record.stderr_bytes + record.discarded_bytes
+        assert told <= wrote
+        complete = program is None or not (program.lost or program.may_only_have_run)
+        assert not complete or told == wrote, f"{wrote} bytes were written: {record}"
+
+
+def _verdict(program: Program) -> tuple[State, Reason | None]:
+    """How the end of a program is to be told."""
+    assert program.exit is not None
+    if program.cause == STOP:
+        return State.STOPPED, None
+    if program.cause:
+        return State.FAILED, _REASONS[program.cause]
+    if program.exit.want == "limit":
+        return State.FAILED, Reason.OOM
+    if program.exit.signal is not None:
+        return State.FAILED, Reason.SIGNAL
+    return (State.FAILED, Reason.EXIT) if program.exit.code else (State.COMPLETED, None)
+
+
+def _end_of(record: JobRecord) -> JobRecord:
+    """What of a record stays once its end was told."""
+    return evolve(record, spec=_ANY, abridged=(), output_removed_at=None, detail="")
