@@ -5,9 +5,10 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import apsw
 import pytest
 import trio
 
@@ -46,6 +47,15 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)
+
+
+@contextmanager
+def locked_history(directory: Path) -> Iterator[apsw.Connection]:
+    """Hold the write lock of a service's history, as a backup by another program does."""
+    with closing(apsw.Connection(str(directory / "state" / "service" / "history.db"))) as other:
+        other.set_busy_timeout(30_000)  # the service writes too
+        other.execute("BEGIN IMMEDIATE")
+        yield other
 
 
 def child_of(pid: int) -> int:

@@ -11,6 +11,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded
 
+from .conftest import locked_history
 from .test_takeover import processes, until_bigger
 from .wire import Json, Refused, Wire
 
@@ -22,8 +23,7 @@ def database(service: Embedded) -> Path:
 async def test_job_starts_and_ends_though_a_backup_locks_the_history(
     service: Embedded, admin: Wire
 ) -> None:
-    with closing(apsw.Connection(str(database(service)))) as backup:
-        backup.execute("BEGIN IMMEDIATE")
+    with locked_history(service.directory) as backup:
         async with trio.open_nursery() as nursery:
             out: list[str] = []
 
@@ -58,8 +58,7 @@ async def test_job_is_shown_alive_until_its_end_is_in_the_history(
     index = service.directory / "state" / "service" / "spool" / str(job) / "index"
     before = index.stat().st_size
     (process,) = processes("sleep\x0041739")
-    with closing(apsw.Connection(str(database(service)))) as backup, trio.fail_after(9):
-        backup.execute("BEGIN IMMEDIATE")
+    with locked_history(service.directory) as backup, trio.fail_after(9):
         os.kill(process, signal.SIGKILL)
         while index.stat().st_size == before:  # noqa: ASYNC110 - until it is sealed
             await trio.sleep(0.01)

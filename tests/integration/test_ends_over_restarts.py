@@ -5,13 +5,12 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import apsw
 import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded
 
-from .conftest import left_behind, until
+from .conftest import left_behind, locked_history, until
 from .outside import open_launcher
 from .test_takeover import Settings, log_of, processes, serving, start
 from .wire import Refused, Wire, open_wire
@@ -72,16 +71,13 @@ async def test_cause_of_an_end_outlives_a_kill_of_the_service(
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
             job = await start(wire, SLOW_END, **spec)
-            history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
-            history.set_busy_timeout(5000)  # the service writes too
-            history.execute("BEGIN IMMEDIATE")
-            await until(lambda: has_written(directory, job, "up"))
-            async with trio.open_nursery() as nursery:
-                if cause == "stop":
-                    await nursery.start(stop_in_vain, wire, job)
-                await until(lambda: processes(MARK))
-                await end(service, signal.SIGKILL)
-            history.close()
+            with locked_history(directory):
+                await until(lambda: has_written(directory, job, "up"))
+                async with trio.open_nursery() as nursery:
+                    if cause == "stop":
+                        await nursery.start(stop_in_vain, wire, job)
+                    await until(lambda: processes(MARK))
+                    await end(service, signal.SIGKILL)
         await until(lambda: not processes(MARK))
         async with serving(directory) as service, open_wire(service) as wire:
             ended = await wire.call("job.wait", id=job)

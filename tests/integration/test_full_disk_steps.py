@@ -19,7 +19,7 @@ from jobworker.server.disk_promises import free_bytes
 from .conftest import disks_in, disks_of_size, left_behind, until
 from .outside import open_launcher, settings_with
 from .test_full_disk import kill, told, until_stored
-from .test_lost_writes import WRITE, ended, filled, small_state, wait_in_job
+from .test_lost_writes import WRITE, ended, filled, hold, small_state
 from .wire import Json, Refused, Wire, open_wire
 
 DISK_BYTES = (40 << 20) + 19 * 4096
@@ -64,39 +64,39 @@ async def before_the_start(site: Site, wire: Wire) -> None:
 
 
 async def while_it_waits(site: Site, wire: Wire) -> None:
-    running = [await wait_in_job(wire, "exit 3", limits=LIMITS) for _ in range(2)]
+    running = [await hold(wire, "exit 3", limits=LIMITS) for _ in range(2)]
     waiting = await wire.start("true", limits=LIMITS)
     await site.fill()
-    for job, go_on in running:
-        go_on()
-        await site.end_of(wire, job)
+    for job in running:
+        job.let_go()
+        await site.end_of(wire, job.id)
     await site.end_of(wire, waiting)
 
 
 async def while_it_writes(site: Site, wire: Wire) -> None:
-    job, go_on = await wait_in_job(wire, f"cd /workspace; {WRITE}; exit 0", limits=LIMITS)
+    job = await hold(wire, f"cd /workspace; {WRITE}; exit 0", limits=LIMITS)
     await site.fill()
-    go_on()
-    await site.end_of(wire, job)
-    assert (site.told[job]["state"], site.told[job]["reason"]) == ("FAILED", "disk")
+    job.let_go()
+    await site.end_of(wire, job.id)
+    assert (site.told[job.id]["state"], site.told[job.id]["reason"]) == ("FAILED", "disk")
 
 
 async def while_it_prints(site: Site, wire: Wire) -> None:
-    job, go_on = await wait_in_job(wire, "head -c 9000000 /dev/zero; exit 5", limits=LIMITS)
+    job = await hold(wire, "head -c 9000000 /dev/zero; exit 5", limits=LIMITS)
     await site.fill()
-    go_on()
-    await site.end_of(wire, job)
-    assert (site.told[job]["exit_code"], site.told[job]["output_cut"]) == (5, "disk")
+    job.let_go()
+    await site.end_of(wire, job.id)
+    assert (site.told[job.id]["exit_code"], site.told[job.id]["output_cut"]) == (5, "disk")
 
 
 async def with_a_volume(site: Site, wire: Wire) -> None:
     await wire.call("volume.create", name="thin", size_bytes=32 << 20, thin=True)
     script = "yes abcdefg | head -c 20000000 > /volumes/thin/x; exit 0"
-    job, go_on = await wait_in_job(wire, script, limits=LIMITS, volumes=[{"name": "thin"}])
+    job = await hold(wire, script, limits=LIMITS, volumes=[{"name": "thin"}])
     await site.fill()
-    go_on()
-    await site.end_of(wire, job)
-    assert (site.told[job]["state"], site.told[job]["reason"]) == ("FAILED", "disk")
+    job.let_go()
+    await site.end_of(wire, job.id)
+    assert (site.told[job.id]["state"], site.told[job.id]["reason"]) == ("FAILED", "disk")
     await wire.call("volume.remove", name="thin")
 
 

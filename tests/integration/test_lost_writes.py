@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from attrs import frozen
 
 from jobworker.cli.embedded import open_embedded
 from jobworker.convert import structure
@@ -85,22 +86,34 @@ def filled(place: Path) -> None:
     fill(place)
 
 
-async def wait_in_job(wire: Wire, script: str, **spec: object) -> tuple[int, Callable[[], None]]:
-    """Start a script that stops at its beginning: the job, and what lets it go on."""
+@frozen
+class Held:
+    """A job whose script stops in places, until a file of that name is in its /dev/shm."""
+
+    id: int
+    marker: str
+
+    def let_go(self, place: str = "begin") -> None:
+        """Have the script go on from this place."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if self.marker.encode() in (process / "cmdline").read_bytes():
+                    (process / "root/dev/shm" / place).touch()
+
+
+def stop_until(place: str) -> str:
+    return f"until test -e /dev/shm/{place}; do sleep 0.05; done"
+
+
+async def hold(wire: Wire, script: str, **spec: object) -> Held:
+    """Start a script that stops at its beginning."""
     marker = f"go-{os.urandom(8).hex()}"
-    whole = f"echo; until test -e /dev/shm/{marker}; do sleep 0.05; done; {script}"
+    whole = f": {marker}; echo; {stop_until('begin')}; {script}"
     result = await wire.call("job.run", job={"command": ["sh", "-c", whole], **spec}, follow={})
     job = result["job"]
     assert isinstance(job, dict)
     await wire.notes(result["subscription"]).receive()
-
-    def go_on() -> None:
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if marker.encode() in (process / "cmdline").read_bytes():
-                    (process / "root/dev/shm" / marker).touch()
-
-    return int(job["id"]), go_on
+    return Held(id=int(job["id"]), marker=marker)
 
 
 async def ended(wire: Wire, job: int) -> Json:
@@ -110,16 +123,16 @@ async def ended(wire: Wire, job: int) -> Json:
 
 async def test_job_whose_disk_lost_writes_is_not_completed(open_directory: Directory) -> None:
     async with small_host(open_directory()) as (place, wire):
-        job, go_on = await wait_in_job(wire, f"cd /workspace; {WRITE}; rm x; exit 0")
-        failing, let_failing = await wait_in_job(wire, f"cd /workspace; {WRITE}; exit 3")
+        job = await hold(wire, f"cd /workspace; {WRITE}; rm x; exit 0")
+        failing = await hold(wire, f"cd /workspace; {WRITE}; exit 3")
         await trio.to_thread.run_sync(filled, place)
-        go_on()
-        record = await ended(wire, job)
+        job.let_go()
+        record = await ended(wire, job.id)
         assert (record["state"], record["reason"], record["exit_code"]) == ("FAILED", "disk", 0)
         assert "its disk is lost" in str(record["detail"])
         assert shell_exit_code(structure(JobRecord, record)) == 74
-        let_failing()
-        record = await ended(wire, failing)
+        failing.let_go()
+        record = await ended(wire, failing.id)
         assert (record["state"], record["reason"], record["exit_code"]) == ("FAILED", "exit", 3)
         assert "its disk is lost" in str(record["detail"])
 
@@ -193,18 +206,28 @@ async def test_status_tells_what_the_host_cannot_cover(open_directory: Directory
         assert (await wire.call("job.status", id=job))["warnings"] == []
 
 
+async def until_written(wire: Wire, job: int) -> None:
+    """Wait for the line that a script writes behind its sync(1)."""
+    with trio.fail_after(60):
+        while (await wire.call("job.status", id=job))["stdout_bytes"] != len("\nwrote\n"):  # noqa: ASYNC110
+            await trio.sleep(0.05)
+
+
 async def test_two_jobs_that_fill_the_disk_below_end_and_the_next_one_starts(
     open_directory: Directory,
 ) -> None:
     """Each within its limit, together more than there is: no end is lost, and no start refused."""
     async with small_host(open_directory()) as (_, wire):
-        script = f"cd /workspace; yes abcdefg | head -c {110 * MIB} > x; sync; cksum < x; exit 0"
-        limits = {"disk_bytes": 128 * MIB}
-        first, let_first = await wait_in_job(wire, script, limits=limits)
-        second, let_second = await wait_in_job(wire, script, limits=limits)
-        let_first()
-        let_second()
-        records = [await ended(wire, job) for job in (first, second)]
+        write = f"cd /workspace; yes abcdefg | head -c {110 * MIB} > x; sync; echo wrote"
+        script = f"{write}; {stop_until('both')}; cksum < x; exit 0"
+        jobs = [await hold(wire, script, limits={"disk_bytes": 128 * MIB}) for _ in range(2)]
+        for job in jobs:
+            job.let_go()
+        for job in jobs:
+            await until_written(wire, job.id)
+        for job in jobs:
+            job.let_go("both")
+        records = [await ended(wire, job.id) for job in jobs]
         outcomes = {(record["state"], record["reason"]) for record in records}
         assert ("FAILED", "disk") in outcomes
         assert outcomes <= {("FAILED", "disk"), ("COMPLETED", None)}
@@ -224,15 +247,15 @@ async def test_reserved_volume_takes_what_it_promised_on_a_full_disk(
         volumes = [{"name": "kept"}]
         # The kernel zeroes what a file reserves by punching it out of the image below.
         script = "cd /volumes/kept; for n in 1 2 3; do fallocate -l 1M $n; echo x > $n; done; sync"
-        job, go_on = await wait_in_job(wire, script, volumes=volumes)
-        go_on()
-        assert (await ended(wire, job))["state"] == "COMPLETED"
+        job = await hold(wire, script, volumes=volumes)
+        job.let_go()
+        assert (await ended(wire, job.id))["state"] == "COMPLETED"
         script = f"cd /volumes/kept; {WRITE}; rm ?; {WRITE}; cksum < x"
-        job, go_on = await wait_in_job(wire, script, volumes=volumes)
+        job = await hold(wire, script, volumes=volumes)
         assert image.stat().st_blocks * 512 >= 64 * MIB, "what was punched out is taken again"
         await trio.to_thread.run_sync(filled, place)
-        go_on()
-        record = await ended(wire, job)
+        job.let_go()
+        record = await ended(wire, job.id)
         assert (record["state"], record["detail"]) == ("COMPLETED", "")
         (place / "filler").unlink()
         script = "yes abcdefg | head -c 33554432 | cmp - /volumes/kept/x && echo same"
@@ -251,10 +274,10 @@ async def test_job_whose_thin_volume_lost_writes_is_not_completed(
         assert [(volume["name"], volume["thin"]) for volume in listed] == [("thin", True)]
         # The kernel would write this out long after the job has ended.
         script = "cd /volumes/thin; yes abcdefg | head -c 33554432 > x; echo wrote; exit 0"
-        job, go_on = await wait_in_job(wire, script, volumes=[{"name": "thin"}])
+        job = await hold(wire, script, volumes=[{"name": "thin"}])
         await trio.to_thread.run_sync(filled, place)
-        go_on()
-        record = await ended(wire, job)
+        job.let_go()
+        record = await ended(wire, job.id)
         assert (record["state"], record["reason"]) == ("FAILED", "disk")
         assert "the volume thin is lost" in str(record["detail"])
         (place / "filler").unlink()
@@ -270,15 +293,15 @@ async def test_output_leaves_room_for_what_live_jobs_may_still_write(
         "sandbox": {"disk_limit": 48, "spares": 1},
     }
     async with small_host(open_directory(), covered) as (place, wire):
-        writer, go_on = await wait_in_job(wire, f"cd /workspace; {WRITE}; exit 0")
+        writer = await hold(wire, f"cd /workspace; {WRITE}; exit 0")
         script = "for n in $(seq 200); do head -c 1048576 /dev/zero; sleep 0.05; done"
         talker = await wire.start("sh", "-c", script, limits={"output_bytes": 0})
         record = await ended(wire, talker)
         assert (record["state"], record["output_cut"]) == ("COMPLETED", "disk")
         assert isinstance(record["stdout_bytes"], int)
         assert record["stdout_bytes"] > 8 * MIB
-        go_on()
-        assert (await ended(wire, writer))["state"] == "COMPLETED"
+        writer.let_go()
+        assert (await ended(wire, writer.id))["state"] == "COMPLETED"
         free = os.statvfs(place)
         assert free.f_bavail * free.f_frsize >= 16 * MIB
 
@@ -326,14 +349,14 @@ async def test_without_overcommitment_every_disk_can_be_filled(open_directory: D
     async with small_host(open_directory(), RESERVED) as (place, wire):
         limits = {"disk_bytes": 64 * MIB}
         script = f"cd /workspace; {WRITE}; yes abcdefg | head -c 33554432 | cmp - x && echo same"
-        jobs = [await wait_in_job(wire, script, limits=limits) for _ in range(2)]
+        jobs = [await hold(wire, script, limits=limits) for _ in range(2)]
         with pytest.raises(Refused, match=r"mount-disk.*No space left"):
             await wire.start("true", limits={"disk_bytes": 128 * MIB})
         await trio.to_thread.run_sync(filled, place)
-        for job, go_on in jobs:
-            go_on()
-            assert (await ended(wire, job))["detail"] == ""
+        for job in jobs:
+            job.let_go()
+            assert (await ended(wire, job.id))["detail"] == ""
         (place / "filler").unlink()
-        for job, _ in jobs:
-            record = await wire.call("job.status", id=job)
+        for job in jobs:
+            record = await wire.call("job.status", id=job.id)
             assert (record["state"], record["exit_code"]) == ("COMPLETED", 0)

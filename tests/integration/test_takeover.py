@@ -18,7 +18,7 @@ from jobworker.sandbox.service.launch import connect_launcher
 from jobworker.server.descriptors import OWN
 
 from ..security.raw_socket import open_raw
-from .conftest import left_behind, until
+from .conftest import left_behind, locked_history, until
 from .outside import open_launcher, settings_with
 from .test_cli import Cli
 from .test_outside_launcher import spawn
@@ -311,19 +311,17 @@ async def test_job_that_is_refused_while_the_service_ends_is_not_left_to_the_nex
     directory, marker = open_directory(), f"marker-{os.getpid()}"
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
-            history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
-            history.set_busy_timeout(5000)  # the service writes too
-            history.execute("BEGIN IMMEDIATE")
-            async with trio.open_nursery() as nursery:
+            with locked_history(directory) as history:
+                async with trio.open_nursery() as nursery:
 
-                async def run() -> None:
-                    with pytest.raises(Refused, match="another program has locked it"):
-                        await start(wire, f"sleep 600; : {marker}")
-                    history.close()
+                    async def run() -> None:
+                        with pytest.raises(Refused, match="another program has locked it"):
+                            await start(wire, f"sleep 600; : {marker}")
+                        history.execute("ROLLBACK")
 
-                nursery.start_soon(run)
-                await until(lambda: processes(marker))
-                service.process.send_signal(signal.SIGTERM)
+                    nursery.start_soon(run)
+                    await until(lambda: processes(marker))
+                    service.process.send_signal(signal.SIGTERM)
             with trio.fail_after(40):
                 await service.process.wait()
             assert processes(marker) == []
