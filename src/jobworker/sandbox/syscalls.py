@@ -372,6 +372,24 @@ def keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
         mallopt(_M_ARENA_MAX, 1)
 
 
+class _MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of mallinfo2(3)."""
+
+    _fields_ = [(f"field_{number}", ctypes.c_size_t) for number in range(8)] + [
+        ("fordblks", ctypes.c_size_t),
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
+def freed_bytes() -> int:
+    """What malloc has that is free, given back or not: mallinfo2(3), of glibc 2.33; else 0."""
+    mallinfo2 = getattr(_libc, "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0
+    mallinfo2.restype = _MallocInfo
+    return int(mallinfo2().fordblks)
+
+
 def give_back_freed_memory() -> None:
     """Give back every page that malloc holds free: malloc_trim(3), of glibc, as above."""
     malloc_trim = getattr(_libc, "malloc_trim", None)

@@ -3,8 +3,8 @@
 malloc keeps what was freed, for the next piece of output, which is fast; but it never gives back
 by itself what lies below a block that is still in use, or in the arena of a thread. So after a
 flood the service would stay as large as it was at its largest. Here all free pages are given back,
-wherever they lie, soon after the process has grown, and then again less and less often, as long as
-there is nothing to give back.
+wherever they lie, soon after the process has grown or malloc has more that is free, and then again
+less and less often, as long as there is nothing to give back.
 
 Python searches all that it has made for cycles from time to time, in whatever turn of the loop that
 may be. What modules made at the start is most of that, takes 35 ms a time, and never goes.
@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.sandbox.syscalls import give_back_freed_memory, keep_freed_memory
+from jobworker.sandbox.syscalls import freed_bytes, give_back_freed_memory, keep_freed_memory
 from jobworker.threads import in_thread
 
 FREE_BYTES = 16 << 20
@@ -54,8 +54,9 @@ def resident_bytes() -> int:
 
 
 async def keep_small() -> None:
-    """Give memory back after the process has grown; never returns."""
+    """Give memory back after the process has grown, or has freed much; never returns."""
     pause, waited, least = LOOK_SECONDS, 0.0, resident_bytes()
+    smallest, freed = least, freed_bytes()
     search_at = -math.inf
     while True:
         await trio.sleep(LOOK_SECONDS)
@@ -64,8 +65,12 @@ async def keep_small() -> None:
             before = resident_bytes()
         except OSError:  # the host has no descriptor for it
             continue
-        if before > least + NOTABLE_BYTES:
+        smallest, free = min(smallest, before), freed
+        if before > smallest + NOTABLE_BYTES:  # else there is nothing to gain by it
+            free = freed_bytes()
+        if before > least + NOTABLE_BYTES or free > freed + NOTABLE_BYTES:
             pause = LOOK_SECONDS
+        freed = min(freed, free)
         if waited >= pause:
             if time.monotonic() >= search_at:
                 began = time.thread_time()
@@ -73,6 +78,7 @@ async def keep_small() -> None:
                 if time.thread_time() - began > MAX_SEARCH_SECONDS:
                     search_at = time.monotonic() + LONGEST_PAUSE_SECONDS
             await in_thread(give_back_freed_memory)
+            freed = freed_bytes()
             with suppress(OSError):
                 waited, least = 0.0, resident_bytes()
             fruitful = before > least + NOTABLE_BYTES

@@ -6,7 +6,10 @@ from time import thread_time
 
 import pytest
 import trio
+import trio.testing
 
+from jobworker.sandbox.syscalls import give_back_freed_memory
+from jobworker.server import memory
 from jobworker.server.memory import LONGEST_PAUSE_SECONDS, MAX_SEARCH_SECONDS, keep_small
 
 PROGRAM = """
@@ -89,6 +92,50 @@ async def test_search_for_cycles_that_takes_long_is_not_repeated_soon(
     with trio.move_on_after(20 * LONGEST_PAUSE_SECONDS):
         await keep_small()
     assert searches == 1, "by the clock that the search was measured by no minute has passed"
+
+
+async def test_memory_is_given_back_soon_after_it_was_freed_however_long_it_was_held(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """While a flood goes on nothing is gained, so the pauses get long; and then it ends."""
+    held, free, given_back = 0, 0, list[float]()
+
+    async def give_back(work: object) -> None:
+        nonlocal free
+        assert work is give_back_freed_memory
+        await trio.lowlevel.checkpoint()
+        free = 0
+        given_back.append(autojump_clock.current_time())
+
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 70_000_000 + held + free)
+    monkeypatch.setattr(memory, "freed_bytes", lambda: 1_000_000 + free)
+    monkeypatch.setattr(memory, "in_thread", give_back)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_small)
+        await trio.sleep(0.5)
+        held = 20_000_000
+        await trio.sleep(3 * LONGEST_PAUSE_SECONDS)
+        held, free, ended_at = 0, held, autojump_clock.current_time()
+        looks = len(given_back)
+        await trio.sleep(2)
+        assert free == 0
+        assert given_back[looks] <= ended_at + 1
+        nursery.cancel_scope.cancel()
+    assert given_back[looks - 1] - given_back[looks - 2] == LONGEST_PAUSE_SECONDS, "the control"
+
+
+def test_what_malloc_has_free_is_told() -> None:
+    program = """
+from jobworker.sandbox.syscalls import freed_bytes, keep_freed_memory
+keep_freed_memory(16 << 20, 2 << 20)
+held = [bytes([1]) * 300_000 for _ in range(100)]
+stays = held.pop()
+before = freed_bytes()
+del held
+freed = freed_bytes() - before
+assert 29_000_000 < freed < 40_000_000, freed
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 SEARCHED = """
