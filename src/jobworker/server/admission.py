@@ -335,9 +335,9 @@ def network_of(address: str, user: str | None = None) -> str:
     return "127.0.0.0/8" if parsed.is_loopback else str(parsed)
 
 
-def line_of(network: str, *, known: bool = False) -> str:
-    """In whose name clients of a network take turns: strangers, or `known` ones.
+def line_of(network: str) -> str:
+    """In whose name strangers of a network take turns: all who have not shown a certificate yet.
 
     No certificate bears such a name, since it begins with a space (`pki.identity.name_fault`).
     """
-    return f" {network}, known" if known else f" {network}"
+    return f" {network}"

@@ -112,7 +112,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
                 shown = _look_at_certificate(stream, arrival, fittings, context)
-                await context.handshakes.enter(line_of(network, known=True))
+                await context.handshakes.enter(_line_of(shown, network))
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
                 who = admit(shown, head, fittings)
@@ -261,8 +261,13 @@ def _look_at_certificate(
     arrival.has_shown_certificate()
     shown = find_identity(stream, context.gate.roles, fittings)
     if isinstance(shown, Identity):
-        context.presence.saw(shown.common_name)
+        context.presence.came(shown.common_name, line_of(arrival.network))
     return shown
+
+
+def _line_of(shown: Identity | PermissionDenied, network: str) -> str:
+    """Where the rest of a handshake stands in line: its own client's, behind no other name."""
+    return shown.common_name if isinstance(shown, Identity) else line_of(network)
 
 
 async def _serve_websocket(

@@ -59,12 +59,23 @@ class Presence:
     """
 
     _until: dict[str, float] = field(factory=dict, init=False)
+    _came: dict[tuple[str, str], float] = field(factory=dict, init=False)
+    """Until when somebody who has come counts, by name and by the line that let it in."""
     _served: Counter[str] = field(factory=Counter, init=False)
     """How many requests of each are being served."""
 
     def saw(self, name: str) -> None:
-        """This client has asked, is about to, or sends what will be a request."""
+        """This client has asked, or sends what will be a request."""
         self._extend(name, RECENT_SECONDS)
+
+    def came(self, name: str, line: str) -> None:
+        """This client has come, let in by that line of newcomers, and is about to ask.
+
+        Nobody is an other for the line that let them in, before they ask. Otherwise a flood of
+        connections would make its own line rest, and an honest client that stands in the same line
+        would wait three times as long.
+        """
+        self._came[name, line] = trio.current_time() + RECENT_SECONDS
 
     @contextmanager
     def served(self, name: str) -> Iterator[None]:
@@ -87,7 +98,11 @@ class Presence:
         now = trio.current_time()
         for name in [name for name, until in self._until.items() if until < now]:
             del self._until[name]
-        return any(name not in than for name in self._until)
+        for key in [key for key, until in self._came.items() if until < now]:
+            del self._came[key]
+        let_in = {name for name, line in self._came if line in than}
+        came = (name for name, _ in self._came if name not in let_in)
+        return any(name not in than for name in (*self._until, *came))
 
     async def rest_after(
         self, began: float, than: Container[str] = (), most_seconds: float = MAX_REST_SECONDS

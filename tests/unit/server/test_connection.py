@@ -149,8 +149,32 @@ async def test_no_name_of_a_certificate_shares_what_strangers_of_a_network_have(
     async with site.connected() as (_, client):
         assert "result" in await ask(client, "service.hello")
     assert NAME in lines
-    assert len(lines) == 3, "and strangers, and those who have shown a certificate"
+    assert len(lines) == 2, "and strangers"
     assert [name for name in lines if name_fault(name) is None] == [NAME]
+
+
+async def test_handshakes_do_not_rest_for_whom_they_have_let_in_alone(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood of connections would rest for itself, and who comes behind it would wait longer."""
+    lines = list[str]()
+
+    async def enter(turnstile: Turnstile, name: str, cost: int = 1) -> None:
+        if turnstile is site.context.handshakes:
+            lines.append(name)
+        await really(turnstile, name, cost)
+
+    really = Turnstile.enter
+    monkeypatch.setattr(Turnstile, "enter", enter)
+    presence = site.context.presence
+    async with site.connected() as (_, client):
+        strangers, known = lines
+        assert known == NAME, "it stands behind no other name once it has shown its certificate"
+        assert not presence.of_others({strangers: ()})
+        assert not presence.of_others({known: ()})
+        assert presence.of_others({" of another network": ()})
+        await ask(client, "service.hello")
+        assert presence.of_others({strangers: ()}), "it has asked"
 
 
 async def test_who_has_shown_a_certificate_is_about_before_it_asks(site: Site) -> None:

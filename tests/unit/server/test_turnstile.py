@@ -206,6 +206,24 @@ async def test_who_waits_for_an_answer_is_about_for_a_while(
     assert not presence.of_others(others)
 
 
+async def test_who_has_come_is_about_for_a_moment_but_not_for_the_line_that_let_it_in(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    del autojump_clock
+    presence = Presence()
+    presence.came("ann", " here")
+    assert presence.of_others(())
+    assert presence.of_others((" there", "bob"))
+    assert not presence.of_others(("ann",))
+    assert not presence.of_others((" here",))
+    presence.came("ann", " there")
+    assert not presence.of_others((" here",)), "by whichever line it came besides"
+    presence.came("bob", " there")
+    assert presence.of_others((" here",))
+    await trio.sleep(RECENT_SECONDS + 0.1)
+    assert not presence.of_others(())
+
+
 async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
