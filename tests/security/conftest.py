@@ -31,6 +31,7 @@ ROLES: dict[str, dict[str, object]] = {
         "max_output": 2,
     },
     "roles.operator": {"operations": ["view", "stop"], "scope": "all"},
+    "roles.cleaner": {"operations": ["view", "run", "remove"], "scope": "all"},
 }
 PEOPLE = {
     "alice": "tenant",
@@ -38,6 +39,7 @@ PEOPLE = {
     "carol": "watcher",
     "rita": "blind-runner",
     "olga": "operator",
+    "rosa": "cleaner",
     "quinn": "small",
     "quentin": "small",
 }

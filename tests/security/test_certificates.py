@@ -5,6 +5,7 @@ upon the running service stands first; what changes its files has a service of i
 """
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -583,3 +584,40 @@ async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embe
         assert "'visitor' is no role" in str(closed.value.reason.reason)
         await admin.send_message('{"jsonrpc":"2.0","id":1,"method":"service.hello"}')
         await admin.get_message()
+
+
+async def test_role_that_may_do_less_takes_what_it_follows_along(fresh: Embedded) -> None:
+    """A subscription was allowed by the role of before, and asks nobody any more."""
+    issue(fresh, "ida", "reader")
+
+    def role(*operations: str, scope: str = "all") -> dict[str, dict[str, object]]:
+        return ROLES | {"roles.reader": {"operations": operations, "scope": scope}}
+
+    try:
+        for less in (role("view"), role("view", "log", scope="own")):
+            write_configuration(fresh.directory, role("view", "log"))
+            await reload(fresh)
+            async with open_wire(fresh) as admin:
+                job = await admin.start("sleep", "600")
+                async with open_socket(fresh, context=bearing(fresh, "ida")) as sock:
+                    follow = {"id": 1, "jsonrpc": "2.0", "method": "job.log", "params": {"id": job}}
+                    await sock.send_message(json.dumps(follow))
+                    assert "result" in json.loads(await sock.get_message())
+                    more = role("view", "log", "stop")
+                    write_configuration(fresh.directory, more)
+                    await reload(fresh)
+                    await sock.ping()  # who may do more stays
+                    write_configuration(fresh.directory, less)
+                    await reload(fresh)
+                    with (
+                        trio.fail_after(PROMPTLY),
+                        pytest.raises(trio_websocket.ConnectionClosed) as closed,
+                    ):
+                        await sock.get_message()
+                await admin.call("job.stop", id=job, grace_seconds=0)
+            assert closed.value.reason is not None
+            assert closed.value.reason.code == 1008
+            assert "'reader' may do less than before" in str(closed.value.reason.reason)
+    finally:
+        write_configuration(fresh.directory, ROLES)
+        await reload(fresh)

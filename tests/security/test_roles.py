@@ -189,6 +189,49 @@ async def test_role_is_held_to_its_operations(tenants: Embedded, who: str) -> No
             assert denied == (row.permission not in held), row.name
 
 
+def asking_for_more(row: Method, job: int) -> list[tuple[dict[str, object], set[Permission]]]:
+    """Parameters of a method that ask for more than its row's own permission, and for what."""
+    command: dict[str, object] = {"command": ["true"]}
+    volumes: dict[str, object] = {"job": {**command, "volumes": [{"name": "nobodys"}]}}
+    endless: dict[str, object] = {"job": {**command, "timeout_seconds": 0}}
+    asks: dict[str, list[tuple[dict[str, object], set[Permission]]]] = {
+        "job.run": [
+            ({"job": command, "follow": {}}, {Permission.LOG}),
+            (endless, {Permission.UNBOUNDED}),
+            (volumes, {Permission.VOLUMES}),
+        ],
+        "job.plan": [(endless, {Permission.UNBOUNDED}), (volumes, {Permission.VOLUMES})],
+        "job.remove": [({"id": job, "force": True}, {Permission.STOP})],
+    }
+    return asks.get(row.name, [])
+
+
+@pytest.mark.parametrize("who", ["viewer", "carol", "rita", "olga", "rosa"])
+async def test_role_is_held_to_what_its_parameters_ask_for(tenants: Embedded, who: str) -> None:
+    """Every condition of the catalogue, by those who hold the method's own permission or not."""
+    view, run = Permission.VIEW, Permission.RUN
+    held = {
+        "viewer": {view, Permission.LOG},
+        "carol": {view, Permission.LOG},
+        "rita": {run},
+        "olga": {view, Permission.STOP},
+        "rosa": {view, run, Permission.REMOVE},
+    }[who]
+    async with open_wire(tenants) as admin, open_wire(tenants, who) as wire:
+        live = await admin.start("sleep", "600")
+        for row in METHODS.values():
+            asked = asking_for_more(row, live)
+            assert {need for _, needs in asked for need in needs} == {
+                condition.permission for condition in row.conditions
+            }, "this test tries each condition"
+            for params, needs in asked:
+                denied = await refusal(wire, row.name, params)
+                missing = {row.permission, *needs} - held
+                assert (denied.code == PermissionDenied.code) == bool(missing), (row.name, params)
+        assert (await admin.call("job.status", id=live))["state"] == "RUNNING"
+        await admin.call("job.remove", id=live, force=True)
+
+
 async def test_running_with_its_output_needs_both(tenants: Embedded) -> None:
     async with open_wire(tenants, "rita") as rita:
         job = {"command": ["echo", "secret"]}

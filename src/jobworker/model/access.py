@@ -29,7 +29,7 @@ class Permission(Enum):
     """Start jobs, and see the values of their variables."""
     STOP = "stop"
     REMOVE = "remove"
-    """Remove ended jobs and their output."""
+    """Remove ended jobs and their output; jobs that have not ended (`force`) with STOP besides."""
     VIEW = "view"
     """See jobs and how they do; not what they print."""
     LOG = "log"
@@ -92,6 +92,15 @@ class Role:
         """Whether the role holds `permission`."""
         return permission in self.permissions
 
+    def can_use(self, permission: Permission) -> bool:
+        """Whether the role holds `permission`, and reaches what that is about."""
+        return self.may(permission) and (permission not in SHARED or self.scope is Scope.ALL)
+
+    def is_within(self, other: "Role") -> bool:
+        """Whether `other` may do all that this role may, upon all jobs that this role reaches."""
+        reaches = other.scope is Scope.ALL or self.scope is Scope.OWN
+        return reaches and self.permissions <= other.permissions
+
 
 BUILT_IN = (
     Role(name="admin", permissions=frozenset(Permission), scope=Scope.ALL),
@@ -131,13 +140,13 @@ class Roles:
         """The role, if it may use `permission`, else PermissionDenied; `operation` is for words."""
         role = self.find(name)
         if not role.may(permission):
-            holders = [other for other, row in sorted(self._rows.items()) if row.may(permission)]
+            holders = sorted(each.name for each in self if each.can_use(permission))
             raise PermissionDenied(
                 f"cannot call {operation}: the role {name!r} may not {_DONE[permission]} "
                 f"(it lacks the permission {permission.value!r})",
                 remedy="use a certificate of the role " + " or ".join(holders),
             )
-        if permission in SHARED and role.scope is not Scope.ALL:
+        if not role.can_use(permission):
             raise PermissionDenied(
                 f"cannot call {operation}: all share the volumes, and the role {name!r} "
                 "reaches its own jobs alone",

@@ -55,6 +55,11 @@ def _volumes(params: object, _: float) -> str:
     return "with volumes" if _job_of(params).volumes else ""
 
 
+def _force(params: object, _: float) -> str:
+    assert isinstance(params, m.RemoveParams)
+    return "with force" if params.force else ""
+
+
 def _job_of(params: object) -> JobSpec:
     assert isinstance(params, m.RunParams | m.PlanParams)
     return params.job
@@ -67,6 +72,7 @@ _LONG_TIME = Condition(
     _long_time,
 )
 _VOLUMES = Condition(Permission.VOLUMES, "with `volumes`", _volumes)
+_FORCE = Condition(Permission.STOP, "with `force`", _force)
 
 
 @frozen
@@ -109,7 +115,7 @@ _ROWS = (
         m.Plan,
         Permission.RUN,
         "Tell how a command would be run",
-        conditions=(_LONG_TIME,),
+        conditions=(_LONG_TIME, _VOLUMES),
     ),
     Method("job.status", m.JobParams, JobStatus, Permission.VIEW, "Tell about one job"),
     Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
@@ -118,7 +124,14 @@ _ROWS = (
     Method("job.log", m.LogParams, m.LogResult, Permission.LOG, "Subscribe to a job's output"),
     Method("job.credit", m.CreditParams, m.Nothing, Permission.VIEW, "Allow more output"),
     Method("job.unfollow", m.SubscriptionParams, m.Nothing, Permission.VIEW, "End a subscription"),
-    Method("job.remove", m.RemoveParams, m.Removed, Permission.REMOVE, "Remove an ended job"),
+    Method(
+        "job.remove",
+        m.RemoveParams,
+        m.Removed,
+        Permission.REMOVE,
+        "Remove an ended job",
+        conditions=(_FORCE,),
+    ),
     Method("job.prune", m.PruneParams, m.Removed, Permission.REMOVE, "Remove ended jobs' output"),
     Method("volume.create", m.VolumeSpec, m.Nothing, Permission.VOLUMES, "Make a volume"),
     Method("volume.list", m.Nothing, m.Volumes, Permission.VOLUMES, "List volumes, by name"),

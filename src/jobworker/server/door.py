@@ -2,7 +2,8 @@
 
 It holds what a handshake goes by (the TLS context with CA and revocation list), the table of roles
 and everyone who is inside. `refit` exchanges all of it at once: connections go on, but for those
-whose certificate or role is not good any more. They are told why and are out within a second. A
+whose certificate or role is not good any more, or whose role may do less: what such a connection
+follows was allowed by the role of before. They are told why and are out within a second. A
 certificate that comes to its end ends its connections too.
 
 A handshake that began before a change and ended after it was judged by the old context, so everyone
@@ -128,9 +129,10 @@ class Door:
 
     def refit(self, fittings: Fittings, roles: Roles) -> None:
         """Judge by these from now on, those who are inside too."""
+        before = self.gate.roles
         self.fittings, self.gate.roles = fittings, roles
         for visitor in tuple(self._inside):
-            if fault := self._fault(visitor):
+            if fault := self._fault(visitor) or self._loss(visitor, before):
                 visitor.dismiss(fault)
 
     def close(self) -> None:
@@ -150,3 +152,10 @@ class Door:
         if now != visitor.identity:
             return f"you are {now.common_name} of the role {now.role} now; connect again"
         return None
+
+    def _loss(self, visitor: Visitor, before: Roles) -> str | None:
+        """What a visitor is told whose role, which the table still has, may do less than before."""
+        role = visitor.identity.role
+        if visitor.reason or before.find(role).is_within(self.gate.roles.find(role)):
+            return None
+        return f"your role {role!r} may do less than before; connect again"

@@ -89,3 +89,23 @@ def test_names_that_could_be_taken_for_others_are_no_roles(name: str) -> None:
         assert role_name_fault(name) is None
     else:
         assert role_name_fault(name)
+
+
+def test_role_is_within_another_that_may_do_as_much_upon_as_many_jobs() -> None:
+    view, more = frozenset({Permission.VIEW}), frozenset({Permission.VIEW, Permission.LOG})
+    roles = {
+        (permissions, scope): Role(name="x", permissions=permissions, scope=scope)
+        for permissions in (view, more)
+        for scope in Scope
+    }
+    for (permissions, scope), role in roles.items():
+        for (others, wider), other in roles.items():
+            within = permissions <= others and (scope is Scope.OWN or wider is Scope.ALL)
+            assert role.is_within(other) is within
+
+
+def test_remedy_names_no_role_that_cannot_use_what_all_share() -> None:
+    own = Role(name="builder", permissions=frozenset({Permission.VOLUMES}), scope=Scope.OWN)
+    with pytest.raises(PermissionDenied) as caught:
+        Roles.with_own(own).authorize("viewer", Permission.VOLUMES, "volume.list")
+    assert "builder" not in caught.value.remedy

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from jobworker.model.access import Permission
-from jobworker.model.job import JobSpec
+from jobworker.model.job import JobId, JobSpec
 from jobworker.model.volumes import VolumeMount
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
@@ -76,11 +76,18 @@ def test_what_a_run_asks_for_besides_needs_more() -> None:
         Permission.RUN: "job.run",
         Permission.LOG: "job.run with follow",
     }
-    assert needs_of("job.run", volumes=volumes) == {
-        Permission.RUN: "job.run",
-        Permission.VOLUMES: "job.run with volumes",
-    }
-    assert needs_of("job.plan", volumes=volumes) == {Permission.RUN: "job.plan"}
+    for method in ("job.run", "job.plan"):  # a plan refuses what a run would
+        assert needs_of(method, volumes=volumes) == {
+            Permission.RUN: method,
+            Permission.VOLUMES: f"{method} with volumes",
+        }
+
+
+def test_removal_of_what_may_be_alive_is_a_stop_besides() -> None:
+    row = METHODS["job.remove"]
+    for force, stop in ((False, {}), (True, {Permission.STOP: "job.remove with force"})):
+        needed = dict(row.needs(m.RemoveParams(id=JobId(1), force=force), WEEK))
+        assert needed == {Permission.REMOVE: "job.remove", **stop}
 
 
 def test_results_that_tell_of_a_subscription_are_known_to_open_one() -> None:
