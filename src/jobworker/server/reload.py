@@ -80,7 +80,7 @@ async def reload(reloading: Reloading, started_with: Settings) -> None:
     try:
         reading = await reloading.reader.read()
         fittings = await in_thread(Fittings.of, reading.files, reading.settings.security)
-        reloading.door.refit(fittings, role_table(reading.settings.roles))
+        await reloading.door.refit(fittings, role_table(reading.settings.roles))
     except JobworkerError as error:
         status = REFUSED
         auditor.service("service.reload", error.name, error.message)

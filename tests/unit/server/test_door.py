@@ -1,0 +1,108 @@
+"""Who is inside is judged anew by what a reload has brought."""
+
+import ssl
+from collections import Counter
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from typing import cast
+
+import trio
+from attrs import define, field
+
+from jobworker.model.access import Permission, Role, Roles, Scope
+from jobworker.model.subjects import Subjects
+from jobworker.pki.identity import Identity, identity
+from jobworker.pki.revocation import Verifier
+from jobworker.pki.served_hosts import ServedHosts
+from jobworker.server.door import JUDGED_A_TURN, Door, Fittings, PeerCertificates, Visitor
+from jobworker.server.gate import Gate
+
+TLS = ssl.create_default_context()
+END = datetime.now(UTC) + timedelta(days=1)
+
+
+@define(eq=False)
+class Turns(trio.abc.Instrument):
+    """Counts the turns of the event loop."""
+
+    now: int = 0
+
+    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002 - as trio calls it
+        """See trio.abc.Instrument."""
+        self.now += 1
+
+
+@define
+class Judge:
+    """Finds no fault, and counts what it is asked in each turn."""
+
+    turns: Turns
+    asked: Counter[int] = field(factory=Counter)
+
+    def fault(self, _: object) -> None:
+        """See Verifier."""
+        self.asked[self.turns.now] += 1
+
+
+def fittings(turns: Turns | None = None) -> Fittings:
+    verifier = cast(Verifier, Judge(turns or Turns()))
+    return Fittings(TLS, verifier, cast(ServedHosts, None), Subjects())
+
+
+def role(name: str, *permissions: Permission, scope: Scope = Scope.ALL) -> Role:
+    return Role(name=name, permissions=frozenset(permissions), scope=scope)
+
+
+def own(name: str) -> dict[str, object]:
+    """A certificate as Python tells it; its name and its role are one."""
+    names = ((("commonName", name),), (("organizationalUnitName", name),))
+    return {"subject": names, "serialNumber": "01", "notAfter": f"{END:%b %d %H:%M:%S %Y} GMT"}
+
+
+def enter(stack: ExitStack, door: Door, name: str) -> Visitor:
+    who: Identity = identity(own(name))
+    certificates = PeerCertificates(own(name), ())
+    return stack.enter_context(door.visit(who, certificates, "peer", TLS))
+
+
+async def test_role_that_may_do_less_has_to_come_again_and_no_other() -> None:
+    view, log = Permission.VIEW, Permission.LOG
+    before = Roles.with_own(
+        role("deaf", view, log),
+        role("narrow", view),
+        role("wide", view, scope=Scope.OWN),
+        role("same", view),
+        role("gone", view),
+    )
+    after = Roles.with_own(
+        role("deaf", view),
+        role("narrow", view, scope=Scope.OWN),
+        role("wide", view, log),
+        role("same", view),
+    )
+    door = Door(fittings(), Gate(before, longest_seconds=60))
+    with ExitStack() as stack:
+        inside = {n: enter(stack, door, n) for n in ("deaf", "narrow", "wide", "same", "gone")}
+        await door.refit(fittings(), before)
+        assert not any(visitor.reason for visitor in inside.values())
+        await door.refit(fittings(), after)
+        told = {name: visitor.reason for name, visitor in inside.items() if visitor.reason}
+        assert set(told) == {"deaf", "narrow", "gone"}
+        assert told["deaf"] == "your role 'deaf' may do less than before; connect again"
+        await door.refit(fittings(), before)  # while those still say goodbye
+
+
+async def test_many_are_judged_a_few_in_a_turn_of_the_loop() -> None:
+    turns = Turns()
+    roles = Roles.with_own(role("same", Permission.VIEW))
+    door = Door(fittings(), Gate(roles, longest_seconds=60))
+    new = fittings(turns)
+    judge = cast(Judge, new.verifier)
+    with ExitStack() as stack:
+        for _ in range(5 * JUDGED_A_TURN):
+            enter(stack, door, "same")
+        trio.lowlevel.add_instrument(turns)
+        await door.refit(new, roles)
+        trio.lowlevel.remove_instrument(turns)
+    assert judge.asked.total() == 5 * JUDGED_A_TURN
+    assert max(judge.asked.values()) == JUDGED_A_TURN
