@@ -1,1 +1,1 @@
-"""Disks in files: those that jobs write to, and volumes, which outlive jobs."""
+"""File systems in image files: the disk that a job writes to, and volumes, which outlive jobs."""

@@ -1,22 +1,24 @@
-"""Disks in files: an ext4 file system of a fixed size, attached through a loop device.
+"""Makes, mounts and discards disks in files: ext4 file systems of a fixed size on loop devices.
 
-What a job writes is bounded by the size of its file system, bytes and inodes alike, on any host
-with loop devices and ext4: no quota has to be switched on, and what fills up is the job's own.
-The image is a file without a name, and the kernel frees it, device and all, once the last mount
-of it is gone, whoever was killed before. A job that was given a descriptor of a file on it keeps
-it mounted; `discard` takes its blocks away all the same. A sparse image takes what is written to
-it; one that is reserved takes its size when it is made, and no write to it can find the disk below
-full.
+The size of its file system bounds what a job writes, in bytes and in inodes. This works on any host
+with loop devices and ext4: no quota has to be switched on, and a job can fill only its own disk.
 
-Where that disk is full, a job's write(2), close(2) and sync(2) succeed all the same: the kernel
-writes later, and forgets what it could not write. syncfs(2) tells of it, see `lost_writes`.
+The image is a file without a name. The kernel frees the file and its loop device once the last
+mount of it is gone, even if the launcher was killed. Another job that holds a descriptor of a file
+on the disk keeps it mounted; `discard` frees its blocks all the same. A sparse image allocates
+blocks as they are written. A reserved image allocates its whole size when it is made, so no write
+to it fails because the disk below is full.
 
-An image is made in a millisecond: of an empty file system all but some blocks are zeros, so those
-few (`Blank`) are kept from one that mke2fs(8) formatted, and written to each new file. There is no
-journal, since nothing of it outlives a crash of the host.
+Where the disk below is full, a job's write(2), close(2) and sync(2) on a sparse image succeed all
+the same: the kernel writes back later, and drops what it could not write. Only syncfs(2) reports
+this, see `lost_writes`.
 
-The loop device does direct I/O. Nothing is cached twice, and the kernel charges what the device
-does to the control group of whoever caused it, so that I/O limits on the disk below hold.
+Making an image takes a millisecond. Most blocks of an empty file system are zeros, so the other few
+(`Blank`) are copied from a file system that mke2fs(8) formatted once, and written to each new file.
+A job's disk has no journal, since it does not outlive a crash of the host.
+
+The loop device uses direct I/O. So nothing is cached twice, and the kernel charges the I/O of the
+device to the control group that caused it, which makes I/O limits on the disk below hold.
 
 Standard library only. Sources: loop(4), ext4(5), mke2fs(8), Documentation/filesystems/ext4.
 """
@@ -38,7 +40,7 @@ from jobworker.storage import MIN_DISK_BYTES
 
 _MKE2FS = "mke2fs"
 _NOT_EXECUTED = 127
-"""How a child ends that could not execute mke2fs: the exit code that shells have for this."""
+"""The exit code of a child that could not execute mke2fs, as shells have it."""
 _FEATURES = (
     "none,64bit,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,"
     "large_file,metadata_csum,sparse_super"
@@ -50,10 +52,11 @@ _EXT4_IOC_SHUTDOWN = 0x8004587D
 _WITHOUT_FLUSHING = struct.pack("=I", 2)
 _VOLUME_OPTIONS = "errors=remount-ro"
 RESERVED_LABEL = "jobs-reserved"
-"""The label of a volume's file system marks it: it is to stay reserved, whatever was punched out of
-its image. A label stands in the image itself, so every copy has it, and no job can change it."""
+"""The file system label that marks a volume as reserved. `mount_volume` then allocates again the
+blocks that were punched out of the image. The label is part of the image, so every copy of the file
+has it, and no job can change it."""
 _RESERVED_MODE = stat.S_ISVTX
-"""What marked images in earlier versions: a mode, which `cp -r` and `rsync` without -p lose."""
+"""The mark of earlier versions: a mode bit, which `cp -r` and `rsync` without -p lose."""
 _SUPERBLOCK, _SUPERBLOCK_BYTES = 1024, 1024
 _MAGIC_AT, _MAGIC = 0x38, b"\x53\xef"
 _LABEL_AT, _LABEL_BYTES = 0x78, 16
@@ -63,60 +66,62 @@ _OPTIONS = "noinit_itable,nobarrier,noauto_da_alloc,errors=continue"
 
 
 class Blank(NamedTuple):
-    """An empty file system: its size, and its blocks that are not zero, by their offset."""
+    """An empty file system: its size in bytes, and its blocks that are not zero, with offsets."""
 
     size: int
     blocks: tuple[tuple[int, bytes], ...]
 
 
 class Workshop(NamedTuple):
-    """Where images are made, and by what."""
+    """The directory in which images are made, and the settings for making them."""
 
     directory: str
     blanks: Mapping[int, Blank]
-    """Those that stand ready, by size; others are formatted when they are asked for."""
+    """Prepared file systems, by size in bytes. mke2fs formats an image of any other size."""
     root: str
-    """Where mke2fs runs: "" is the root of this process."""
+    """The root directory in which mke2fs runs; "" is the root of this process."""
     programs: tuple[tuple[str, str], ...]
-    """Directories to be shown there, by their place."""
+    """Directories to bind-mount below `root` for mke2fs: (source, path below `root`)."""
     keep_free: int = 0
-    """Bytes that are to stay free on the disk below."""
+    """Bytes that must stay free on the disk below."""
     reserve: bool = False
-    """Whether images take all of their size at once."""
+    """Whether an image allocates its whole size when it is made."""
     label: str = ""
-    """What file systems are called: lsblk(8) shows it."""
+    """The label of the file systems: lsblk(8) shows it."""
 
 
 class Disk(NamedTuple):
-    """Descriptors of a job's disk."""
+    """The two descriptors by which the launcher holds a job's disk."""
 
     root: int
-    """Of its root, which stays mounted while this is open."""
+    """The root directory of the file system, which stays mounted while this is open."""
     image: int
-    """Of the file that it is in: see `open_again`."""
+    """The image file, opened by `open_again`."""
 
 
 class Terms(NamedTuple):
-    """How jobs' disks are made."""
+    """The settings for jobs' disks."""
 
     size: int
-    """Of those of jobs that ask for no other."""
+    """Bytes of a disk whose job asks for no other size."""
     keep_free: int
+    """Bytes that must stay free on the disk below."""
     reserve: bool
+    """Whether a disk allocates its whole size when it is made."""
 
 
 def label_of(directory: str) -> str:
-    """What the disks of jobs are called whose service has this directory for them."""
+    """The label of the jobs' disks of the service that keeps them in `directory`."""
     return f"jobs-{binascii.crc32(os.fsencode(directory)):08x}"
 
 
 def rounded(size: int) -> int:
-    """The size of a file system of about `size` bytes: whole blocks, at least `MIN_DISK_BYTES`."""
+    """`size` rounded down to whole blocks, in bytes; at least `MIN_DISK_BYTES`."""
     return max(size, MIN_DISK_BYTES) // BLOCK * BLOCK
 
 
 def make_blank(workshop: Workshop, size: int) -> Blank:
-    """Format an empty file system and keep its blocks. Raises OSError."""
+    """An empty file system of `size` bytes, formatted by mke2fs(8). Raises OSError."""
     image = create(workshop._replace(reserve=False), size)
     try:
         blocks: list[tuple[int, bytes]] = []
@@ -138,11 +143,10 @@ def make_blank(workshop: Workshop, size: int) -> Blank:
 
 
 def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
-    """A new image without a name, of `size` bytes, formatted: its descriptor.
+    """A descriptor of a new formatted image of `size` bytes, a file without a name.
 
-    `journal` is for one that is to outlive the host's crashes.
-
-    Raises OSError: ENOSPC where the disk below could not hold it.
+    `journal` adds a journal, for a file system that is to survive a crash of the host. Raises
+    OSError, ENOSPC if the disk below has no room for the image above `keep_free`.
     """
     image = os.open(workshop.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -167,12 +171,12 @@ def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
 
 
 def mark_reserved(image: int) -> None:
-    """Have a volume's image stay reserved, also by a launcher of an earlier version."""
+    """Mark a volume's image as reserved for launchers of earlier versions, which read its mode."""
     os.fchmod(image, 0o600 | _RESERVED_MODE)
 
 
 def is_reserved(image: int) -> bool:
-    """Whether a volume's image is marked so. Raises OSError."""
+    """Whether a volume's image is marked as reserved, by label or mode. Raises OSError."""
     return _is_labelled(image) or bool(os.fstat(image).st_mode & _RESERVED_MODE)
 
 
@@ -184,10 +188,10 @@ def _is_labelled(image: int) -> bool:
 
 
 def _label_reserved(target: str) -> None:
-    """Label a mounted volume of an earlier version, so that the mark outlives its mode."""
+    """Label a mounted volume that an earlier version marked by its mode only."""
     root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Not before Linux 5.17 (ENOTTY); the mode marks it on.
+        # Linux before 5.17 answers ENOTTY; then the mode stays the only mark.
         with contextlib.suppress(OSError):
             fcntl.ioctl(root, _FS_IOC_SETFSLABEL, _LABEL_ARGUMENT.pack(RESERVED_LABEL.encode()))
     finally:
@@ -218,7 +222,7 @@ def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> 
             os.chroot(workshop.root)
         os.chdir("/")
         program = shutil.which(_MKE2FS, path=_PATH)
-        for stream in (1, 2):  # which may be a job's by now
+        for stream in (1, 2):  # in a child these may be the job's own output
             os.dup2(0, stream)
         os.set_inheritable(image, True)
         options = ["-q", "-F", "-t", "ext4", "-O", features, "-b", str(BLOCK), "-I", "256"]
@@ -233,13 +237,15 @@ def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> 
 
 
 def mount_volume(path: str, target: str) -> bool:
-    """Mount the volume whose image is at `path`, which others may have mounted too.
+    """Mount the volume whose image is at `path` on `target`, and return whether it is thin.
 
-    Returns whether it is thin. Waits for those who do the same with this image at the same time:
-    they are to find one device.
+    Other jobs may have mounted it already. A lock on the image makes concurrent callers take turns,
+    so that all of them use one loop device: two devices in front of one file would corrupt it.
+    Raises OSError.
     """
     image = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    # Of its own: the device keeps the other one open, and with it would keep the lock.
+    # The lock has a descriptor of its own: the loop device keeps `image` open, and a lock on that
+    # open file description would last as long.
     lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -248,7 +254,7 @@ def mount_volume(path: str, target: str) -> bool:
         if thin:
             options += ",discard"
         else:
-            # The kernel zeroes blocks by punching them out of the image; they are taken again.
+            # The kernel zeroes blocks of the device by punching holes into the image: fill them.
             sc.fallocate(image, status.st_size)
         device, name = find_attached(image) or attach(image)
         try:
@@ -264,9 +270,10 @@ def mount_volume(path: str, target: str) -> bool:
 
 
 def mount_image(image: int, target: str) -> None:
-    """Mount an image at `target`, by a loop device of its own; it goes with the mount.
+    """Mount an image at `target` by a new loop device, which the kernel frees with the mount.
 
-    As long as it is there, a lock on `image` tells so: the device keeps the file open.
+    Locks `image`. The device keeps that open file description, so the lock lasts as long as the
+    device, and `is_attached` can test it. Raises OSError.
     """
     fcntl.flock(image, fcntl.LOCK_EX)
     device, path = attach(image)
@@ -277,10 +284,10 @@ def mount_image(image: int, target: str) -> None:
 
 
 def lost_writes(root: int) -> bool:
-    """Whether a job's disk has lost writes, by a descriptor of the overlay on it.
+    """Whether a job's disk has lost writes; `root` is a descriptor of the overlay on the disk.
 
-    It waits for nothing: the overlay is volatile, so syncfs(2) writes nothing, and answers whether
-    the kernel has failed to write to the disk since the overlay was mounted.
+    Never waits for I/O: the overlay is volatile (overlayfs.rst), so syncfs(2) writes nothing. It
+    fails if the kernel could not write to the disk since the overlay was mounted.
     """
     try:
         sc.syncfs(root)
@@ -290,32 +297,34 @@ def lost_writes(root: int) -> bool:
 
 
 def may_still_take(root: int) -> int:
-    """How many bytes a disk may still take from the one below, by a descriptor of its root.
+    """How many bytes a job can still write to the disk with the root directory `root`.
 
-    Waits for nothing: statfs(2) reads counters.
+    A sparse image may still allocate that much on the disk below. Never waits for I/O: statfs(2)
+    reads counters.
     """
     disk = os.fstatvfs(root)
     return disk.f_bfree * disk.f_frsize
 
 
 def volume_lost_writes(root: int) -> bool:
-    """Write out a volume, by a descriptor that was opened at the job's start: whether it lost any.
+    """Write out a volume, and return whether writes were lost since `root` was opened.
 
-    May take long. A journal that could not be written leaves the volume read-only.
+    `root` is a descriptor that was opened at the job's start. May take long. A volume that has
+    become read-only counts as well: the kernel makes it so when it cannot write the journal.
     """
     return lost_writes(root) or bool(os.fstatvfs(root).f_flag & os.ST_RDONLY)
 
 
 def open_again(image: int) -> int:
-    """Open an image's file once more, for `discard`: a descriptor that has no part in its lock."""
+    """A second descriptor of an image's file, for `discard`. It does not share the first's lock."""
     return os.open(f"/proc/self/fd/{image}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def discard(disk: Disk) -> None:
-    """Let go of a file system that nothing is to be kept of, and free what it takes below.
+    """Discard a job's disk: close its descriptors and free its blocks on the disk below.
 
-    Unmounting would write out first what is still in memory; shutting it down makes that
-    unnecessary. May take long. Raises OSError.
+    Unmounting alone would first write out what is still in memory. Shutting the file system down
+    (EXT4_IOC_SHUTDOWN) avoids that. May take long. Raises OSError.
     """
     try:
         try:
@@ -329,9 +338,9 @@ def discard(disk: Disk) -> None:
 
 
 def is_attached(image: int) -> bool:
-    """Whether a disk is still mounted, by a descriptor of `open_again`. Waits for nothing.
+    """Whether a disk is still mounted; `image` is a descriptor of `open_again`. Never waits.
 
-    It is taken for mounted where nothing tells: flock(2) may find no memory for a lock.
+    True as well if flock(2) fails for another reason, such as a lack of memory for a lock.
     """
     try:
         fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)

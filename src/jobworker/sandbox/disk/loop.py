@@ -1,6 +1,6 @@
-"""Loop devices before images, with direct I/O: loop(4).
+"""Attaches image files to loop devices with direct I/O: loop(4).
 
-A device goes when the last descriptor and mount of it does (LO_FLAGS_AUTOCLEAR).
+The kernel detaches a device when its last descriptor and mount is gone (LO_FLAGS_AUTOCLEAR).
 
 Standard library only.
 """
@@ -22,10 +22,11 @@ _ATTEMPTS = 64
 
 
 def attach(image: int, *, read_only: bool = False) -> tuple[int, str]:
-    """Put a free loop device before an image: its descriptor and its path below /dev.
+    """Attach an image to a free loop device, and return a descriptor and the path of the device.
 
-    The device goes when the last descriptor and mount of it does. Raises OSError; ENOTSUP where
-    the file system that holds the image does no direct I/O.
+    The kernel detaches it when its last descriptor and mount is gone. Raises OSError: ENOTSUP if
+    the file system that holds the image has no direct I/O, EBUSY if other processes took every
+    device first.
     """
     flags = _LO_FLAGS_AUTOCLEAR | _LO_FLAGS_DIRECT_IO | (_LO_FLAGS_READ_ONLY if read_only else 0)
     info = _LOOP_INFO.pack(*[0] * 8, flags, b"", b"", b"", 0, 0)
@@ -41,7 +42,7 @@ def attach(image: int, *, read_only: bool = False) -> tuple[int, str]:
                 _check_direct(device)
             except OSError as error:
                 os.close(device)
-                if error.errno != errno.EBUSY:  # somebody else was quicker
+                if error.errno != errno.EBUSY:  # another process took this device first
                     raise
             else:
                 return device, path
@@ -51,28 +52,31 @@ def attach(image: int, *, read_only: bool = False) -> tuple[int, str]:
 
 
 def _check_direct(device: int) -> None:
-    told = bytearray(_LOOP_INFO.size)
-    fcntl.ioctl(device, _LOOP_GET_STATUS64, told)
-    if not _LOOP_INFO.unpack(told)[8] & _LO_FLAGS_DIRECT_IO:
+    status = bytearray(_LOOP_INFO.size)
+    fcntl.ioctl(device, _LOOP_GET_STATUS64, status)
+    if not _LOOP_INFO.unpack(status)[8] & _LO_FLAGS_DIRECT_IO:
         reason = "no direct I/O there"
         raise OSError(errno.EOPNOTSUPP, reason, "the service's state directory")
 
 
 def find_attached(image: int) -> tuple[int, str] | None:
-    """The loop device that an image stands behind already: its descriptor and path."""
+    """A descriptor and the path of the loop device of an image, or None if it has none.
+
+    Raises OSError.
+    """
     wanted = os.fstat(image)
     for name in os.listdir("/dev"):
         if not name.removeprefix("loop").isdigit():
             continue
         device = os.open(f"/dev/{name}", os.O_RDWR | os.O_CLOEXEC)
-        told = bytearray(_LOOP_INFO.size)
+        status = bytearray(_LOOP_INFO.size)
         try:
-            fcntl.ioctl(device, _LOOP_GET_STATUS64, told)
-            info = _LOOP_INFO.unpack(told)
+            fcntl.ioctl(device, _LOOP_GET_STATUS64, status)
+            info = _LOOP_INFO.unpack(status)
             if info[:2] == (wanted.st_dev, wanted.st_ino):
                 return device, f"/dev/{name}"
         except OSError as error:
-            if error.errno != errno.ENXIO:  # nothing is attached to it
+            if error.errno != errno.ENXIO:  # ENXIO: the device has no image
                 os.close(device)
                 raise
         os.close(device)
@@ -82,20 +86,22 @@ def find_attached(image: int) -> tuple[int, str] | None:
 def take_blocks(image: int) -> None:
     """Free the blocks of an image whose file system was shut down and is still mounted.
 
-    The kernel may yet write what others than the file system have in memory for it: the device's
-    cache, and requests that were under way. So the device shrinks to nothing, which makes later
-    requests fail (EIO); then those under way are awaited; and what they wrote goes too.
+    After the shutdown the kernel may still write to the image, from the device's cache and by
+    requests in flight. So this shrinks the image and the device to zero bytes, and later requests
+    fail (EIO). It waits for the requests in flight, and then frees the blocks that these wrote.
+    Raises OSError.
     """
     found = find_attached(image)
-    if found is None:  # it has gone meanwhile
+    if found is None:  # the kernel has detached it meanwhile
         return
     device, _ = found
     try:
         os.ftruncate(image, 0)
         fcntl.ioctl(device, _LOOP_SET_CAPACITY)
-        told = bytearray(_LOOP_INFO.size)
-        fcntl.ioctl(device, _LOOP_GET_STATUS64, told)
-        fcntl.ioctl(device, _LOOP_SET_STATUS64, told)  # no change, but the kernel waits for it
+        status = bytearray(_LOOP_INFO.size)
+        fcntl.ioctl(device, _LOOP_GET_STATUS64, status)
+        # This sets what is set already, but the kernel waits for requests in flight first.
+        fcntl.ioctl(device, _LOOP_SET_STATUS64, status)
         os.ftruncate(image, 0)
     finally:
         os.close(device)

@@ -1,18 +1,20 @@
-"""Volumes: disks in files that outlive jobs, each with its name and size.
+"""Makes, lists and removes volumes: disks in files that outlive jobs, each with a name and a size.
 
-An image stands in the service's state directory. The process that becomes a job attaches it to a
-loop device, or finds the one that it is attached to already, since two devices before one file
-would ruin it (`disk.images.mount_volume`); the device goes with the last mount. Every job that has
-a volume mounts the same file system, with the ids of its own range.
+The image of a volume is a file in the service's state directory. The process that becomes a job
+attaches it to a loop device, or uses the device that it is attached to already: two devices in
+front of one file would corrupt it (`disk.images.mount_volume`). The kernel frees the device with
+the last mount. Every job that uses a volume mounts the same file system, with the ids of its own
+range.
 
-A volume is reserved: its image takes its size when it is made, so what is written to the volume is
-on the disk below, however full that is. A thin one takes what is written to it.
+A volume is reserved unless it is thin. A reserved image allocates its whole size when it is made,
+so writes to the volume succeed even if the disk below is full. A thin one allocates blocks as they
+are written.
 
-An image gets its name when it is complete, so that nothing half-made is ever found.
+An image gets its name only when it is complete, so nobody finds a half-made volume.
 
-What must hold: the launcher's thread does nothing on the file system where images stand, which jobs
-fill and keep busy. It knows which volumes live jobs have; processes of their own (`sandbox.chores`)
-make, remove and list.
+What must hold: the launcher's thread does no I/O on the file system of the images, which jobs fill
+and keep busy. It only counts the volumes of live jobs. Processes of their own (`sandbox.chores`)
+make, remove and list volumes.
 
 Standard library only. Raises SandboxError with the step "volume", the errno and the name.
 """
@@ -33,29 +35,34 @@ from jobworker.sandbox.log import say
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 _SUFFIX = ".img"
-_MAX_TOLD = 32
-"""Strange files that one reply names, which has a bound in bytes."""
+_MAX_STRANGE = 32
+"""How many strange files one reply names, since a reply has a bound in bytes."""
 
 
 class Volumes:
-    """All volumes of the service."""
+    """All volumes of the service, and how many live jobs use each."""
 
     def __init__(self, workshop: Workshop | None, room: int) -> None:
         self._room = room
-        """How many live jobs may have together: each takes a descriptor."""
+        """How many volumes all live jobs may use together: each use takes a descriptor."""
         self._workshop = workshop
-        """Where images stand; None where there can be none."""
+        """The settings for making images; None where the launcher cannot have volumes."""
         self._users: Counter[str] = Counter()
-        self._going: set[str] = set()
-        """Those that are being removed."""
-        self._told: set[str] = set()
-        """Files among the images that are none, of which the log has told."""
+        """How many live jobs use a volume, by its name."""
+        self._removing: set[str] = set()
+        """Names of volumes that a process is removing."""
+        self._logged: set[str] = set()
+        """Files in the directory that are no volumes, and that the log names already."""
 
     def take(self, names: Sequence[str]) -> list[str]:
-        """The paths of the images of volumes that a job is about to have; `give_back` them."""
+        """The paths of the images of `names`, which now count as used by one more live job.
+
+        The caller returns them by `give_back`. Raises SandboxError: ENOENT for a volume that is
+        being removed, EMFILE if live jobs use as many as they may.
+        """
         paths = [self.path(name) for name in names]
         for name in names:
-            if name in self._going:
+            if name in self._removing:
                 raise refusal(errno.ENOENT, name)
         if self._users.total() + len(names) > self._room:
             raise refusal(errno.EMFILE, names[0])
@@ -63,17 +70,17 @@ class Volumes:
         return paths
 
     def give_back(self, names: Iterable[str]) -> None:
-        """A job that had these has ended."""
+        """Count the volumes `names` as used by one live job less."""
         self._users.subtract(names)
 
     def path(self, name: str) -> str:
-        """The path of a volume's image, which need not be there."""
+        """The path of a volume's image, which may be missing. Raises SandboxError, EPERM."""
         if self._workshop is None:
             raise refusal(errno.EPERM, name)
         return f"{self._workshop.directory}/{name}{_SUFFIX}"
 
     def list(self, chores: Chores, done: Done) -> None:
-        """Tell of all volumes: sizes in bytes, and how many live jobs have them."""
+        """Pass a message about all volumes to `done`: their sizes in bytes and their live jobs."""
         if self._workshop is None:
             done({"volumes": []})
             return
@@ -83,37 +90,40 @@ class Volumes:
             assert isinstance(volumes, list)
             for volume in volumes:
                 volume["jobs"] = self._users[volume["name"]]
-            self._tell(outcome.pop("strange", []))
+            self._log_strange(outcome.pop("strange", []))
             done(outcome)
 
         _start(chores, partial(_list, self._workshop.directory), add_users, "")
 
-    def _tell(self, strange: object) -> None:
-        """Tell once of each file that stands among the images and is no volume."""
+    def _log_strange(self, strange: object) -> None:
+        """Log each file in the directory that is no volume, once for as long as it stays."""
         assert isinstance(strange, list)
-        self._told &= {name for name, _ in strange}  # one that comes again is told again
+        self._logged &= {name for name, _ in strange}
         for name, why in strange:
-            if name not in self._told:
-                self._told.add(name)
-                say(f"{name} among the volumes is none and is passed over: {why}")
+            if name not in self._logged:
+                self._logged.add(name)
+                say(f"{name} in the directory of volumes is no volume and is left out: {why}")
 
     def remove(self, chores: Chores, name: str, done: Done) -> None:
-        """Remove a volume that no live job has, with all that is on it."""
+        """Remove a volume and its content, then call `done`.
+
+        Raises SandboxError: EBUSY if a live job uses it, ENOENT if it is being removed already.
+        """
         path = self.path(name)
-        if name in self._going:
+        if name in self._removing:
             raise refusal(errno.ENOENT, name)
         if self._users[name] > 0:
             raise refusal(errno.EBUSY, name)
 
         def removed(outcome: Message) -> None:
-            self._going.discard(name)
+            self._removing.discard(name)
             done(outcome)
 
         _start(chores, partial(_remove, path), removed, name)
-        self._going.add(name)
+        self._removing.add(name)
 
     def make(self, chores: Chores, name: str, size: int, done: Done, *, thin: bool) -> None:
-        """Make a volume."""
+        """Make a volume of `size` bytes, then call `done`. Raises SandboxError."""
         path = self.path(name)
         assert self._workshop is not None
         _start(
@@ -125,21 +135,21 @@ class Volumes:
 
 
 def _start(chores: Chores, work: partial[Message], done: Done, name: str) -> None:
-    """Start a chore whose failure is told as that of a volume; "" is all of them."""
+    """Start a chore that reports a failure as one of the volume `name`; "" stands for all."""
 
-    def told(outcome: Message) -> None:
+    def add_volume(outcome: Message) -> None:
         if "errno" in outcome:
             outcome = {**outcome, "step": "volume", "detail": name, "why": outcome.get("detail")}
         done(outcome)
 
     try:
-        chores.start(work, told)
+        chores.start(work, add_volume)
     except OSError as error:
         raise refusal(error.errno or errno.EIO, name) from error
 
 
 def refusal(code: int, name: str) -> SandboxError:
-    """The error that the service explains as one of a volume."""
+    """The error for a volume, from which the service makes a message for the client."""
     return SandboxError(
         f"cannot use the volume {name}: {os.strerror(code)}",
         data={"step": "volume", "errno": code, "detail": name},
@@ -150,10 +160,10 @@ def refusal(code: int, name: str) -> SandboxError:
 
 
 def _list(directory: str) -> Message:
-    """All volumes, and some of the files that stand among them and are none.
+    """All volumes in `directory`, and up to `_MAX_STRANGE` files that look like one but are none.
 
-    Others than the launcher may have put files there: a backup that broke off, a new disk's
-    lost+found. One of them must not keep the rest from being listed.
+    Other programs may put files there, such as a backup that was interrupted. Such a file must not
+    make the whole list fail.
     """
     found: list[dict[str, object]] = []
     strange: list[tuple[str, str]] = []
@@ -161,23 +171,23 @@ def _list(directory: str) -> Message:
         name = file.removesuffix(_SUFFIX)
         if name == file:
             continue
-        listed = "its name is none" if name_fault(name) else _look_at(directory, name)
+        listed = "no volume can have its name" if name_fault(name) else _describe(directory, name)
         if isinstance(listed, str):
             strange.append((ascii(file), listed))
         elif listed is not None:
             found.append(listed)
-    return {"volumes": found, "strange": strange[:_MAX_TOLD]}
+    return {"volumes": found, "strange": strange[:_MAX_STRANGE]}
 
 
-def _look_at(directory: str, name: str) -> dict[str, object] | str | None:
-    """What is to be told of a volume, or why it is none; None where it was just removed."""
+def _describe(directory: str, name: str) -> dict[str, object] | str | None:
+    """A volume's entry in the list, or the reason why it is none; None if it is gone meanwhile."""
     path = f"{directory}/{name}{_SUFFIX}"
     try:
         status = os.lstat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening it may wait, or do something
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO waits; a device may act
             return "it is no regular file"
         if not MIN_DISK_BYTES <= status.st_size <= MAX_DISK_BYTES:
-            return f"it has {status.st_size} bytes, which no volume has"
+            return f"no volume can have its size of {status.st_size} bytes"
         image = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             thin = not disk_images.is_reserved(image)
@@ -197,7 +207,7 @@ def _remove(path: str) -> Message:
 
 
 def _make(workshop: Workshop, path: str, size: int) -> Message:
-    """Make an image and give it its name."""
+    """Make an image, write it out and link it to `path`. Raises OSError."""
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     label = disk_images.RESERVED_LABEL if workshop.reserve else ""
@@ -206,7 +216,7 @@ def _make(workshop: Workshop, path: str, size: int) -> Message:
         disk_images.mark_reserved(image)
     os.fsync(image)
     directory = os.open(workshop.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    # With a descriptor linkat(2) is called, which can follow the link to a file without name.
+    # With `src_dir_fd` Python calls linkat(2), which follows the link in /proc to the image.
     os.link(f"/proc/self/fd/{image}", path, src_dir_fd=directory, follow_symlinks=True)
     os.fsync(directory)
     return {}

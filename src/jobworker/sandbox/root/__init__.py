@@ -1,1 +1,1 @@
-"""The root that jobs see, and the mount namespace in which it is put together."""
+"""The root directory of jobs, and the launcher's mount namespace in which it is assembled."""

@@ -1,7 +1,8 @@
-"""A snapshot of the host's /etc: allow-listed names, of what every user of the host may read.
+"""Copies the part of the host's /etc that jobs see: allow-listed names that every user may read.
 
-Never shadow, ssh or private keys, however they came under an allowed name. The copies belong to
-the job's root, which may change its own.
+A file that some user of the host may not read is never copied, such as shadow or a private key,
+even if it stands below an allowed name. The copies belong to the job's root user, who may change
+them in this job's own disk.
 
 Standard library only.
 """
@@ -16,7 +17,7 @@ _MAX_ENTRIES = 20_000
 
 
 class Entry(NamedTuple):
-    """One name of the /etc snapshot: a directory, a file's content, or a link's target."""
+    """One entry of the snapshot: a directory, a file with its content, or a link and its target."""
 
     path: str
     mode: int
@@ -25,10 +26,11 @@ class Entry(NamedTuple):
 
 
 def snapshot_etc(names: Iterable[str], base: str = "/etc") -> list[Entry]:
-    """Read the allow-listed `names` below /etc, as far as every user of the host may.
+    """The entries below `base` that `names` allow and every user of the host may read.
 
-    A link stays a link where it ends inside /usr or inside what is allowed; where it leads
-    elsewhere (resolv.conf to /run, say) the file at its end is copied.
+    A link stays a link if it leads into /usr or into another allowed name. If it leads elsewhere,
+    as resolv.conf often does to /run, the file that it leads to is copied. A file of more than
+    4 MiB is left out, and the snapshot ends at 20,000 entries.
     """
     allowed = [os.path.normpath(os.path.join(base, name)) for name in names]
     entries: list[Entry] = []
@@ -65,12 +67,12 @@ def _read_entry(path: str, allowed: Sequence[str]) -> tuple[Entry | None, list[s
             with open(os.open(path_to_read, flags), "rb") as file:
                 return Entry(path, status.st_mode & 0o755 | 0o644, file.read(), None), []
     except OSError:
-        pass  # gone or unreadable since: what cannot be read is not shown
+        pass  # the file has gone or become unreadable: the job does not see it
     return None, []
 
 
 def _is_reachable(path: str) -> bool:
-    """Whether every user of the host may pass through the directories above `path`."""
+    """Whether every user of the host may search all directories above `path`."""
     while path != "/":
         path = os.path.dirname(path)
         try:
@@ -82,7 +84,7 @@ def _is_reachable(path: str) -> bool:
 
 
 def write_entry(path: str, entry: Entry) -> None:
-    """Write an entry of the snapshot to `path`; what stands there already is kept if a link."""
+    """Write `entry` to `path`. A link does not replace a file or link that is there already."""
     os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
     if entry.target is not None:
         if not os.path.lexists(path):

@@ -1,10 +1,10 @@
-"""The directories of the host that jobs are shown: which they are, and what in them is hidden.
+"""Finds the host's directories that jobs see, and the files in them that jobs must not see.
 
-A job's root user is to be the owner of the host's programs, or it could install none. But then it
-could also read what on the host only root may, wherever that lies below /usr. So every name
-that not all users of the host may read is looked for at the start, and hidden.
+A job's root user owns the host's programs inside the job, since it could install none otherwise. So
+it could also read files below /usr that on the host only root may read. The launcher therefore
+looks at its start for every name that not all users of the host may read, and hides it.
 
-A mount below such a directory (/usr/local, say) is a tree of its own: an overlay shows nothing of
+A mount below such a directory, such as /usr/local, is a tree of its own: an overlay does not show
 the mounts in its layers, see overlayfs.rst.
 
 Standard library only.
@@ -20,9 +20,11 @@ MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
 def program_trees(programs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The directories to show, and the links to make: (`programs` and /bin… , links).
+    """The directories to show jobs, and the links to make in their root, by name without slash.
 
-    On a host with a merged /usr (the usual case) /bin is a link and stays one.
+    The directories are those of `programs` that exist, and /bin and the others of `MERGED`. On a
+    host with a merged /usr (the usual case) the latter are links and stay links. Raises
+    HostUnsupported if there is no directory to show.
     """
     trees = [path for path in programs if os.path.isdir(path)]
     links = {}
@@ -42,9 +44,9 @@ def program_trees(programs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def with_mounts_below(trees: Sequence[str], mountinfo: str) -> list[str]:
-    """`trees` and the mount points below them, from the text of /proc/self/mountinfo (proc(5)).
+    """`trees` and the mount points below them, sorted so that a directory precedes its content.
 
-    Each comes before what lies in it.
+    `mountinfo` is the text of /proc/self/mountinfo, see proc_pid_mountinfo(5).
     """
     points = {line.split()[4].encode().decode("unicode_escape") for line in mountinfo.splitlines()}
     below = {
@@ -56,10 +58,10 @@ def with_mounts_below(trees: Sequence[str], mountinfo: str) -> list[str]:
 
 
 def not_for_all(tree: str) -> list[str]:
-    """What below `tree` some users of the host may not read: names relative to it.
+    """The names below `tree`, relative to it, that some users of the host may not read.
 
-    A directory that not everyone may list and pass stands for all that is in it. Other file
-    systems mounted below are passed over. Raises OSError.
+    A directory that not every user may list and search stands for its whole content. Other file
+    systems that are mounted below `tree` are left out. Raises OSError.
     """
     hidden: list[str] = []
     device = os.lstat(tree).st_dev

@@ -1,16 +1,17 @@
-"""What jobs' roots are made of: the launcher's own mount namespace, put together at its start.
+"""Assembles the layers of jobs' roots in the launcher's own mount namespace, at its start.
 
-What the host gains tomorrow must not show, so nothing starts from the host's `/`. A job's root is
-an overlay (overlayfs.rst) of layers that are all read-only here; what the job changes goes to a
-disk of its own:
+A job's root starts empty, not from the host's `/`, so that a directory which the host gains later
+does not appear in jobs. The root is an overlay (overlayfs.rst) of read-only layers; what the job
+changes goes to its own disk:
 
     /         a skeleton with a snapshot of the allowed part of /etc
-    /usr      … and the others of `sandbox.programs`, and /bin, /lib… where they are no links:
-              the host's, without setuid and devices, and without what not every user may read
+    /usr      the host's directory, without setuid bits, device files and files that not every
+              user may read. The same holds for the others of `sandbox.programs`, and for /bin,
+              /lib… where these are no links.
 
-Layers are shown to a job with the ids of its own range (mount_setattr(2), ID-mapped mounts), so
-that the host's root is root inside and nobody outside. The skeleton stands on a disk in a
-file too, since not every kernel can map ids on a tmpfs.
+Each job sees the layers with the ids of its own range (ID-mapped mounts, mount_setattr(2)). So the
+owner of the host's files is root inside the job, and the job's root has no rights outside. The
+skeleton stands on a disk in a file as well, since not every kernel can map ids on a tmpfs.
 
 Standard library only.
 """
@@ -42,13 +43,14 @@ from jobworker.sandbox.start.steps import ROOT
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 BASE, LAYERS = "/base", "/layers"
-"""In the launcher's namespace: the skeleton, and directories of the host."""
+"""The mount points of the skeleton and of the host's directories, in the launcher's namespace."""
 OVER = f"{BASE}/over"
-"""What stands above the tree of a runtime."""
+"""The directory of the layer that lies above the tree of a runtime."""
 
 _BASE_BYTES = 128 << 20
 _TRIAL_UID = 1_000_000
-"""Whose ids a trial maps to, in no one's name: nothing is ever written by it."""
+"""The first id that the trial of ID-mapped mounts maps to. The trial writes no file, so any unused
+id would do."""
 
 
 def enter(
@@ -60,11 +62,11 @@ def enter(
     disks: Terms,
     runtimes: Mapping[str, str],
 ) -> Stage:
-    """Move this process into a mount namespace of its own that holds the jobs' layers.
+    """Move this process into a mount namespace of its own with the jobs' layers, and describe it.
 
-    `stage` is an empty directory to mount upon, `scratch` and `volumes` the directories for the
-    disks of jobs and those that are kept.
-    Raises HostUnsupported with the kernel's reason, and ConfigError for a runtime that is none.
+    `stage` is an empty directory to mount on. `scratch` is the directory for the images of jobs'
+    disks, `volumes` that for the images of volumes. Raises HostUnsupported with the kernel's
+    reason, and ConfigError if a runtime is no root tree.
     """
     check_trees(runtimes)
     try:
@@ -102,11 +104,14 @@ def enter(
 
 
 def _try_mapping(mounts: Mapping[str, str]) -> None:
-    """Raise HostUnsupported for a mount whose ids cannot be mapped; `mounts` are told by name."""
+    """Raise HostUnsupported for the first mount whose ids cannot be mapped.
+
+    `mounts` has the name of each for the message, by its mount point.
+    """
     try:
         namespace = make_user_namespace(_TRIAL_UID)
     except OSError:
-        return  # each job is refused then, by the name of the step that needs one
+        return  # without user namespaces each job is refused, with the step that needs one
     try:
         for mount, name in mounts.items():
             tree = sc.open_tree_clone(mount, recursive=False)
@@ -125,7 +130,10 @@ def _try_mapping(mounts: Mapping[str, str]) -> None:
 
 
 def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
-    """Empty file systems of the sizes that are needed often. Raises HostUnsupported."""
+    """Prepared file systems for the skeleton and for jobs' disks, by size in bytes.
+
+    Raises HostUnsupported if they cannot be made.
+    """
     here = Workshop(scratch, {}, "", (), label=disk_images.label_of(scratch))
     try:
         return {size: disk_images.make_blank(here, size) for size in (_BASE_BYTES, disk_bytes)}
@@ -158,7 +166,10 @@ def _lay_base(
     links: dict[str, str],
     entries: Sequence[Entry],
 ) -> tuple[Layer, ...]:
-    """Make the skeleton and the masks: all layers of a job's root, its own first."""
+    """Make the skeleton and the masks on a new disk, and return all layers of a job's root.
+
+    The first layer is the skeleton, mounted at "/". The disk is read-only afterwards.
+    """
     image = disk_images.create(workshop, _BASE_BYTES)
     try:
         disk_images.mount_image(image, BASE)
@@ -183,9 +194,10 @@ def _lay_base(
 
 
 def _mask(place: str, tree: str, names: Sequence[str]) -> str:
-    """A layer that hides `names` of `tree`: whiteouts, see overlayfs.rst.
+    """Make a layer in `place` that hides `names` of `tree` by whiteouts; returns `place`.
 
-    Its directories are as those below them, whose place they take in what a job sees.
+    An overlay shows the owner and mode of a directory's uppermost layer (overlayfs.rst). So the
+    directories of this layer get owner and mode of those in `tree`.
     """
     _copy_directory(tree, place)
     for name in names:

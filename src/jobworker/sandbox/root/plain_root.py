@@ -1,8 +1,8 @@
-"""A root for jobs of an ordinary user: read-only, and the same for all.
+"""Assembles the root of jobs for a launcher without root's rights: read-only, and one for all jobs.
 
-Without root's rights there are no disks in files, no whiteouts and no ID-mapped mounts. So the
-host's programs are shown as they are, to jobs that have no more rights over them than the user.
-Writable are directories of the job's own, which the kernel does not bound: that is said.
+An ordinary user can have no disks in files, no whiteouts and no ID-mapped mounts. So jobs see the
+host's programs as they are, with no more rights over them than the user has. A job can write only
+to directories of its own. The kernel does not bound their size, and the gap `GAP` says so.
 
 Standard library only.
 """
@@ -31,10 +31,10 @@ GAP = "what a job writes to disk is not bounded without root's rights"
 
 
 def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str]) -> Stage:
-    """Move this process into a mount namespace of its own that holds the jobs' root.
+    """Move this process into a mount namespace of its own with the jobs' root, and describe it.
 
-    `stage` is an empty directory to mount upon, `scratch` the directory for the jobs' files.
-    Raises HostUnsupported with the kernel's reason.
+    `stage` is an empty directory to mount on, `scratch` the directory for the jobs' files. Raises
+    HostUnsupported with the kernel's reason.
     """
     try:
         trees, links = program_trees(programs)
@@ -75,7 +75,7 @@ def _assemble(
     for name in ("pts", "shm"):
         os.mkdir(f"{ROOT}/dev/{name}")
     for name, tree in devices.items():
-        # The host's own is borrowed: nobody may make one in a user namespace.
+        # Bind-mount the host's device: mknod(2) of a device is refused in a user namespace.
         path = f"{ROOT}/dev/{name}"
         os.mknod(path, stat.S_IFREG | 0o600)
         _attach(tree, path)

@@ -1,8 +1,10 @@
-"""Root trees other than the host's programs: made by debootstrap(8), say, and named by an admin.
+"""Runtimes: root trees that jobs can ask for instead of the host's programs.
 
-A tree is shown to jobs as the lower layer of their own root, with the ids of their range, and above
-it a layer of ours: the directories that the sandbox mounts upon, and the host's names and
-resolver, which no tree can know. What is mounted below a tree is not shown.
+An administrator makes a tree, for example by debootstrap(8), and names it in the configuration. It
+becomes the lowest layer of the root of a job that asks for it, with the ids of the job's range. The
+launcher puts a layer of its own above it, with the directories that the sandbox mounts on, and with
+the host's /etc/hosts and /etc/resolv.conf, which a tree cannot have in advance. Jobs do not see
+what is mounted below a tree.
 
 Standard library only.
 """
@@ -19,7 +21,7 @@ FROM_THE_HOST = ("/etc/hosts", "/etc/resolv.conf")
 
 
 def check_trees(runtimes: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first that is missing or no root tree."""
+    """Raise ConfigError for the first runtime that is missing or no root tree."""
     for name, path in runtimes.items():
         if not os.path.isdir(path):
             raise _unusable(name, path, "there is no such directory")
@@ -40,7 +42,7 @@ def _unusable(name: str, path: str, why: str) -> ConfigError:
 
 
 def lay_over(place: str, entries: Sequence[Entry]) -> None:
-    """Make the layer that stands above every tree, in an empty directory."""
+    """Fill the empty directory `place` with the layer that lies above every runtime's tree."""
     make_mount_points(place)
     for entry in entries:
         if entry.path in FROM_THE_HOST and entry.content is not None:
@@ -48,5 +50,5 @@ def lay_over(place: str, entries: Sequence[Entry]) -> None:
 
 
 def view_of(base: str, over: str, tree: str) -> View:
-    """A root of the mount at `tree` with the directory `over` of the mount `base` above it."""
+    """The view of a runtime: the mount at `tree`, and above it the directory `over` in `base`."""
     return View("/dev/null", (base, tree), (Layer("", (over, tree)),))

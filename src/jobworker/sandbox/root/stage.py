@@ -1,8 +1,9 @@
-"""The launcher's own mount namespace, which jobs are cloned from: few mounts, nothing of the host.
+"""The stage: the launcher's own mount namespace, with few mounts and none of the host's.
 
-`sandbox.root.host_view` or `sandbox.root.plain_root` put in it what jobs' roots are made of, and
-say so in a `Stage`. Few mounts are copied for each job then, and the host's file systems are out of
-reach even for a job that stays in the launcher's namespace.
+`sandbox.root.host_view` or `sandbox.root.plain_root` mounts there what jobs' roots are made of, and
+describes it in a `Stage`. The kernel copies the mounts of this namespace for each job, so their
+small number makes a start fast. And a job that failed to leave the namespace would still not reach
+the host's file systems.
 
 Standard library only.
 """
@@ -17,32 +18,38 @@ from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.start.plan import Order, View
 
 SCRATCH, VOLUMES = "/scratch", "/volumes"
-"""Where the service's directories are for what jobs write and keep."""
+"""The mount points of the service's directories for jobs' disks and for volumes."""
 READ_ONLY = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
 
 EMPTY = (
     *("home", "mnt", "media", "srv", "opt", "boot"),
     *("var/cache", "var/lib", "var/local", "var/log", "var/mail", "var/opt", "var/spool"),
 )
-"""Directories of every root."""
+"""The empty directories of every root."""
 WITH_MODES = {"tmp": 0o1777, "var/tmp": 0o1777, "root": 0o700, "workspace": 0o755}
 LINKS = {"var/run": "/run", "var/lock": "/run/lock", "etc/mtab": "/proc/self/mounts"}
 
 
 class Stage(NamedTuple):
-    """What stands in the namespace: how a job's root is put together, and its disk made."""
+    """The content of the namespace: views to make a job's root of, and settings for its disk."""
 
     view: View
+    """The view of the host's programs."""
     workshop: Workshop | None
+    """The settings for jobs' disks; None where the launcher cannot make any."""
     gaps: tuple[str, ...]
-    """What this costs in isolation, in words."""
+    """What isolates jobs less than with root's rights, as sentences for the log."""
     runtimes: Mapping[str, View]
-    """Views of other root trees, by name."""
+    """The views of runtimes, by name."""
     volumes: Workshop | None
-    """Where volumes stand; None where there can be none."""
+    """The settings for volumes; None where the launcher cannot make any."""
 
     def view_for(self, order: Order | None) -> View:
-        """The view that an order asks for. Raises SandboxError where there is none."""
+        """The view that an order asks for.
+
+        Raises SandboxError for an unknown runtime, and for a bounded disk or a volume where the
+        launcher cannot make any.
+        """
         if order is None:
             return self.view
         if self.workshop is None and (order.disk_bytes or order.volumes):
@@ -60,26 +67,29 @@ class Stage(NamedTuple):
         return self.runtimes[order.runtime]
 
     def left_over(self) -> list[str]:
-        """What an earlier launcher left where jobs' directories are made."""
+        """The paths of jobs' directories that an earlier launcher left behind."""
         place = self.view.scratch
         return [f"{place}/{name}" for name in os.listdir(place)] if place else []
 
 
 def clone(path: str, attributes: int) -> int:
-    """A detached copy of the one mount at `path` with these attributes."""
+    """A detached copy of the mount at `path` with these attributes, without mounts below it."""
     tree = sc.open_tree_clone(path, recursive=False)
     sc.mount_setattr(tree, attributes)
     return tree
 
 
 def own_namespace() -> None:
-    """Leave the host's mount namespace; what is cloned from now on stays in ours."""
+    """Move this process into a new mount namespace that shares no mount events with the host."""
     sc.unshare(sc.CLONE_NEWNS)
     sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
 
 
 def move_to(stage: str, mounts: Mapping[str, int], directories: Iterable[str]) -> None:
-    """Make an empty tmpfs at `stage` the root, with detached mounts and empty directories in it."""
+    """Make a new tmpfs, mounted at `stage`, this process's root directory.
+
+    The tmpfs gets `mounts`, detached mounts by their path, and the empty `directories`.
+    """
     sc.mount("tmpfs", stage, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=700,size=1m")
     os.umask(0o22)
     for path in ("/proc", *directories, *mounts):
@@ -95,7 +105,7 @@ def move_to(stage: str, mounts: Mapping[str, int], directories: Iterable[str]) -
 
 
 def make_mount_points(root: str) -> None:
-    """Make in an empty directory what is mounted upon, and what every job may write to."""
+    """Make the sandbox's mount points and the directories that every job may write to in `root`."""
     for name in ("dev", "proc", "sys", "run"):
         os.mkdir(f"{root}/{name}", 0o755)
     for name, mode in WITH_MODES.items():
@@ -104,7 +114,7 @@ def make_mount_points(root: str) -> None:
 
 
 def make_skeleton(root: str, links: Mapping[str, str]) -> None:
-    """Fill an empty directory with what every root has."""
+    """Fill the empty directory `root` with the directories and links that every root has."""
     make_mount_points(root)
     for name in EMPTY:
         os.makedirs(f"{root}/{name}", 0o755)

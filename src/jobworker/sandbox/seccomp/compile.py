@@ -1,17 +1,20 @@
-"""From a profile to the two BPF programs that a job runs under.
+"""Compiles a profile into the two BPF programs that a job runs under.
 
-    the list    what is allowed; everything else is EPERM, calls of another ABI ENOSYS; denials are
-                told to the kernel's audit where the profile says so
-    the quiet   refusals that would fill a log, such as clone3, which the C library tries for every
-                thread, and what the kernel has gained since the profile was written (ENOSYS)
+    the list    allows the calls that the profile names. Every other call gets EPERM, and a call
+                of another ABI gets ENOSYS. The kernel's audit log records each denial, where the
+                profile asks for it.
+    the quiet   refuses calls whose denials would fill the log: clone3, for example, which the C
+                library tries for every thread. Calls that are newer than the profile get ENOSYS.
 
-The kernel runs both for a call and takes the severer answer; among equals that of the program
-installed last, which is the quiet one: it says "ENOSYS, not logged" before the list can say "EPERM,
-logged". Logging is a property of a whole program (SECCOMP_FILTER_FLAG_LOG), hence two.
+The kernel runs both programs for each call and takes the severer answer. Of two answers of equal
+severity it takes that of the program which was installed last (seccomp(2)). That is the quiet one,
+so its "ENOSYS, not logged" wins over the list's "EPERM, logged". There are two programs because
+logging is a property of a whole program (SECCOMP_FILTER_FLAG_LOG).
 
-libseccomp cannot state "allowed, except where an argument is …": a rule without conditions
-replaces those with conditions. So refusals make a program of their own, and where that one allows,
-it goes on into the program of the permissions: both are linked into the list.
+libseccomp cannot express "allowed, except where an argument is …", because a rule without
+conditions replaces all rules of that call with conditions. So refusals and permissions are compiled
+separately and then linked into the list: where the first program allows a call, it jumps to the
+second one.
 """
 
 import errno
@@ -43,10 +46,10 @@ _X32_BIT = 0x40000000
 
 
 def load_filters(path: str) -> Filters:
-    """The programs of the profile at `path`, "" for the one that comes with the package.
+    """The two programs for this machine, of the profile at `path`.
 
-    Raises ConfigError for a profile that cannot be read or used, HostUnsupported where there is
-    no libseccomp.
+    An empty `path` is the profile that comes with the package. Raises ConfigError if the profile
+    cannot be read or used, and HostUnsupported if libseccomp is not installed.
     """
     try:
         if path:
@@ -64,9 +67,10 @@ def load_filters(path: str) -> Filters:
 
 
 def compile_profile(profile: Profile, name: str, machine: str) -> Filters:
-    """The programs of `profile`, from the file `name`, for x86_64 or aarch64.
+    """The two programs of `profile`, which stands in the file `name`, for `machine`.
 
-    Raises ConfigError for a call that no machine has and a profile beyond the kernel's bound.
+    `machine` is "x86_64" or "aarch64". Raises ConfigError if the profile names an unknown system
+    call, or if its list has more than `MAX_INSTRUCTIONS` instructions.
     """
     calls = _calls(profile, name, machine)
     differing = [rule for rule in profile.refuse if rule.when or rule.error != "EPERM"]
@@ -81,7 +85,7 @@ def compile_profile(profile: Profile, name: str, machine: str) -> Filters:
 
 
 def _calls(profile: Profile, name: str, machine: str) -> dict[str, Call]:
-    """The calls of the profile that the machine has."""
+    """The system calls of the profile, by name, without those that `machine` does not have."""
     found: dict[str, Call] = {}
     faults = []
     rules: tuple[Allow | Refuse, ...] = (*profile.allow, *profile.refuse)
@@ -117,7 +121,7 @@ def _program(
 
 
 def _alternatives(when: Sequence[Condition]) -> Iterator[list[Comparison]]:
-    """Every choice of one number for each condition."""
+    """Every combination of the conditions' values: libseccomp compares with one value at a time."""
     for chosen in product(*(condition.one_of for condition in when)):
         yield [
             Comparison(condition.argument, condition.mask, number & condition.mask)
@@ -126,7 +130,11 @@ def _alternatives(when: Sequence[Condition]) -> Iterator[list[Comparison]]:
 
 
 def _link(first: bytes, second: bytes) -> bytes:
-    """One program that goes on into `second` wherever `first` allows: jumps count forward only."""
+    """One program that continues with `second` wherever `first` would allow the call.
+
+    Each ALLOW of `first` becomes a jump to the instruction behind its end. BPF jumps are relative
+    and lead forward only, so `second` follows `first`.
+    """
     end = len(first) // INSTRUCTION_BYTES
     linked = []
     for index, (code, yes, no, value) in enumerate(_INSTRUCTION.iter_unpack(first)):
@@ -136,9 +144,9 @@ def _link(first: bytes, second: bytes) -> bytes:
 
 
 def _quiet_program(profile: Profile, calls: Mapping[str, Call], machine: str) -> bytes:
-    """The program that answers before the list does, without a word; allows all the rest.
+    """The program whose refusals are not logged. It allows every other call.
 
-    Calls of another ABI are left to the list.
+    It also allows calls of another ABI and of x32, which the list refuses.
     """
     allow, missing = ALLOW, error(errno.ENOSYS)
     program = [

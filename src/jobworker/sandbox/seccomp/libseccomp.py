@@ -1,9 +1,9 @@
-"""libseccomp, as far as it is needed: names of calls, rules, and the BPF program they make.
+"""A binding of the functions of libseccomp that the filter needs: names, rules, BPF programs.
 
-The library knows every machine's numbers and makes a binary tree of them. It is loaded by
-the service at its start and never by the launcher, which gets the finished program. So ctypes
-stands here and not in `sandbox.syscalls`, which the launcher loads. See seccomp_init(3),
-seccomp_rule_add(3), seccomp_attr_set(3), seccomp_export_bpf(3).
+libseccomp knows the number of each system call on each machine, and exports a program that finds
+a call by a binary tree. Only the service loads the library, once at its start; the launcher gets
+the finished program. So this module uses ctypes itself: `sandbox.syscalls` is loaded by the
+launcher. See seccomp_init(3), seccomp_rule_add(3), seccomp_attr_set(3), seccomp_export_bpf(3).
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _MASKED_EQUAL = 7
 _BINARY_TREE = 2
 _UNKNOWN = -1
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""AUDIT_ARCH_… of <linux/audit.h>, by what uname(2) says."""
+"""AUDIT_ARCH_… of <linux/audit.h>, by the machine's name from uname(2)."""
 
 
 def error(number: int) -> int:
@@ -29,14 +29,14 @@ def error(number: int) -> int:
 
 
 class Call(NamedTuple):
-    """A system call by its name and its number on the machine that the filter is for."""
+    """A system call: its name, and its number on the machine that the filter is for."""
 
     name: str
     number: int
 
 
 class Comparison(NamedTuple):
-    """An argument, as far as `mask` goes, equals `value`."""
+    """A condition on the argument with this index, 0 to 5: `argument & mask == value`."""
 
     argument: int
     mask: int
@@ -81,9 +81,9 @@ def _load() -> ctypes.CDLL:
 
 
 def number_of(call: str, machine: str) -> int | None:
-    """The number of a system call on a machine, None where it has no such call.
+    """The number of a system call on `machine`, or None if that machine does not have the call.
 
-    Raises KeyError for what the library knows on no machine.
+    Raises KeyError if libseccomp knows the call on no machine.
     """
     resolve = _load().seccomp_syscall_resolve_name_arch
     number = int(resolve(ARCHITECTURES[machine], call.encode()))
@@ -93,7 +93,11 @@ def number_of(call: str, machine: str) -> int | None:
 
 
 class Context:
-    """A filter in the making for one machine; a context manager that lets go of it."""
+    """A filter under construction for one machine: scmp_filter_ctx, released on exit.
+
+    The actions `default` and `bad_architecture` answer calls that no rule names, and calls of
+    another ABI. Raises HostUnsupported if libseccomp reports an error.
+    """
 
     def __init__(self, default: int, bad_architecture: int, machine: str) -> None:
         self._library = _load()
@@ -118,14 +122,14 @@ class Context:
         self._library.seccomp_release(self._handle)
 
     def add(self, action: int, call: Call, comparisons: Sequence[Comparison]) -> None:
-        """Add a rule for a call that the machine has."""
+        """Add a rule: `action` answers `call` where every one of `comparisons` is true."""
         array = (_Comparison * len(comparisons))(
             *(_Comparison(c.argument, _MASKED_EQUAL, c.mask, c.value) for c in comparisons)
         )
         number = call.number
         if not self._native:
-            # Rules are stated in numbers of the machine that compiles; the library translates
-            # those that it knows. Programs for another machine are for looking at (tests).
+            # libseccomp takes the numbers of the machine that compiles and translates them. Only
+            # tests compile for another machine; calls that it cannot translate are left out.
             number = self._library.seccomp_syscall_resolve_name(call.name.encode())
             if number == _UNKNOWN:
                 return
@@ -133,7 +137,7 @@ class Context:
         self._check(add(self._handle, action, number, len(comparisons), array))
 
     def program(self) -> bytes:
-        """The BPF program: struct sock_filter of <linux/filter.h>, one after the other."""
+        """The finished BPF program: an array of struct sock_filter of <linux/filter.h>."""
         memory = os.memfd_create("filter", os.MFD_CLOEXEC)
         try:
             self._check(self._library.seccomp_export_bpf(self._handle, memory))

@@ -1,15 +1,15 @@
-"""The profile of system calls: a readable file, checked, as data.
+"""Parses and checks a profile of system calls.
 
-A profile is an allow-list. `[[allow]]` rules say what may be called, `[[refuse]]` rules take
-something back or answer it by another error than EPERM; `etc/seccomp.toml` explains every key and
-is the profile that is used unless the configuration names another one. `sandbox.seccomp.compile`
-makes BPF programs of it.
+A profile is an allow-list in TOML. An `[[allow]]` rule names calls that a job may make. A
+`[[refuse]]` rule excludes some of them again, or answers a call with another error than EPERM.
+`etc/seccomp.toml` explains every key, and is the profile that is used unless the configuration
+names another one. `sandbox.seccomp.compile` makes BPF programs of a profile.
 
-What must hold of a profile beyond its types: no call is both allowed and refused without
-conditions, and what the launcher's own process still has to call once the filter is in place, to
-execute the program or to tell why it could not, is allowed.
+Two rules hold beyond the types. No call is both allowed and refused without conditions. And the
+profile allows `NEEDED_TO_START`: the calls that a job's process makes between the filter and its
+program.
 
-Pure; the file's text comes from the caller.
+Pure: the caller reads the file and passes its text.
 """
 
 import tomllib
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 WORD = 0xFFFFFFFF
 FIRST_COMMON_NUMBER = 424
-"""From pidfd_send_signal on a new call has the same number on every machine."""
+"""Calls from this number (pidfd_send_signal) on have the same number on every machine."""
 
 NEEDED_TO_START = frozenset(
     (
@@ -35,8 +35,8 @@ NEEDED_TO_START = frozenset(
         "sendmsg write"
     ).split()
 )
-"""What a child calls between the filter and its program: to become the trampoline, to take its
-order, to execute the program or to tell why it could not."""
+"""The calls that a child makes after it has installed the filter and before its program runs: to
+become the trampoline, to receive its order, and to execute the program or report why it cannot."""
 
 
 def _not_empty(_: object, __: object, value: T) -> None:
@@ -56,7 +56,7 @@ def _numbers(_: object, __: object, value: dict[str, int]) -> None:
 
 @frozen(kw_only=True)
 class Condition:
-    """The lower half of an argument, as far as `mask` goes, is one of some numbers."""
+    """A condition on an argument: its lower 32 bits, masked with `mask`, are one of `one_of`."""
 
     argument: int = field(validator=within(0, 5))
     mask: int = field(default=WORD, validator=within(1, WORD))
@@ -65,7 +65,7 @@ class Condition:
 
 @frozen(kw_only=True)
 class Allow:
-    """Calls that may be made, where every condition holds."""
+    """Calls that a job may make where every condition of `when` holds."""
 
     what: str = field(validator=_not_empty)
     why: str = ""
@@ -75,7 +75,7 @@ class Allow:
 
 @frozen(kw_only=True)
 class Refuse:
-    """Calls that are denied, where every condition holds, whatever is allowed elsewhere."""
+    """Calls that are denied where every condition of `when` holds, although a rule allows them."""
 
     what: str = field(validator=_not_empty)
     why: str = ""
@@ -87,7 +87,7 @@ class Refuse:
 
 @frozen(kw_only=True)
 class Profile:
-    """A whole profile."""
+    """A checked profile: all rules, whether denials are logged, and the newest call it knows."""
 
     log: bool = True
     newest_call: int = field(validator=within(FIRST_COMMON_NUMBER, (1 << 16) - 1))
@@ -97,9 +97,9 @@ class Profile:
 
 
 def parse(text: str, name: str) -> Profile:
-    """The profile in `text`, which stands in the file `name`.
+    """The profile in `text`, the content of the file `name`.
 
-    Raises ConfigError that names the file and every fault, each by its rule.
+    Raises ConfigError, which names the file and every fault with the rule that it is in.
     """
     try:
         data = tomllib.loads(text)
@@ -115,7 +115,7 @@ def parse(text: str, name: str) -> Profile:
 
 
 def unusable(name: str, faults: Sequence[str]) -> ConfigError:
-    """The error for the profile in the file `name` that has `faults`."""
+    """The ConfigError to raise for the profile in the file `name`, which has these faults."""
     return ConfigError(
         f"cannot use the system-call profile {name}: {'; '.join(faults)}",
         remedy="correct it (etc/seccomp.toml explains every key), or unset sandbox.seccomp_profile",
@@ -124,7 +124,7 @@ def unusable(name: str, faults: Sequence[str]) -> ConfigError:
 
 
 def _with_rule(data: object, fault: str) -> str:
-    """The fault with the name of the rule beside its number: `allow[3] "signals".calls: …`."""
+    """The fault with its rule's name behind the rule's index: `allow[3] "signals".calls: …`."""
     kind, bracket, rest = fault.partition("[")
     number, _, _ = rest.partition("]")
     if not bracket or not number.isdigit() or not isinstance(data, dict):
@@ -137,7 +137,7 @@ def _with_rule(data: object, fault: str) -> str:
 
 
 def _faults_between(profile: Profile) -> Iterator[str]:
-    """What is wrong though each rule on its own is right."""
+    """The faults of valid rules that contradict each other or together allow too little."""
     whole = {call: rule.what for rule in profile.allow if not rule.when for call in rule.calls}
     seen: dict[str, str] = {}
     for rule in profile.refuse:

@@ -1,11 +1,12 @@
-"""The system-call filter as the launcher has it: finished BPF programs, taken or refused.
+"""Checks and installs the finished BPF programs of the system-call filter, in the launcher.
 
-The launcher gets the programs in its policy and understands nothing of them; what it holds is that
-no job runs without: a program that is missing, not of whole instructions or beyond the kernel's
-bound is refused at the start, and so are programs that the kernel does not take, which a child that
-ends at once tries out. There is no switch that turns the filter off.
+`sandbox.seccomp.compile` makes the programs, and the policy carries them to the launcher, which
+does not interpret them. The launcher ensures that no job runs without a filter. At its start it
+refuses a program that is missing, has a partial instruction or exceeds the kernel's bound. It also
+has a short-lived child install the programs once, and refuses those that the kernel rejects. There
+is no switch that turns the filter off.
 
-`sandbox.seccomp.compile` makes the programs. Standard library only.
+Standard library only.
 """
 
 import base64
@@ -22,7 +23,7 @@ MAX_INSTRUCTIONS = 4096
 
 
 class Filters(NamedTuple):
-    """The two programs that a job runs under, and whether denials of the first are logged."""
+    """The two programs that a job runs under, and whether the kernel logs denials of `listed`."""
 
     listed: bytes
     quiet: bytes
@@ -30,13 +31,16 @@ class Filters(NamedTuple):
 
 
 def filters_message(filters: Filters) -> dict[str, object]:
-    """What `filters_from` reads."""
+    """The filters as an object for JSON, the programs in base64; `filters_from` reads it."""
     listed, quiet = (base64.b64encode(program).decode() for program in filters[:2])
     return {"listed": listed, "quiet": quiet, "log": filters.log}
 
 
 def filters_from(message: Mapping[str, object]) -> Filters:
-    """The programs of `filters_message`. Raises HostUnsupported for what cannot be programs."""
+    """The filters in an object of `filters_message`.
+
+    Raises HostUnsupported if a program is missing, malformed or too long.
+    """
     return Filters(
         _program(message.get("listed")), _program(message.get("quiet")), message.get("log") is True
     )
@@ -57,16 +61,20 @@ def _program(text: object) -> bytes:
 
 
 def install(filters: Filters) -> None:
-    """Put this process under the filter for good; no_new_privs has to be set: seccomp(2).
+    """Install both programs in this process, irrevocably: seccomp(2).
 
-    The quiet program comes last: among equal answers the kernel takes that of the newest.
+    The process must have set no_new_privs. The quiet program is installed last, because of two
+    answers of equal severity the kernel takes that of the newest program. Raises OSError.
     """
     sc.seccomp(filters.listed, log=filters.log)
     sc.seccomp(filters.quiet, log=False)
 
 
 def try_out(filters: Filters) -> None:
-    """Have the kernel take the programs once. Raises HostUnsupported with its reason."""
+    """Check that the kernel accepts the programs: a child installs them and exits.
+
+    Raises HostUnsupported with the kernel's reason if it does not.
+    """
     pid, pidfd = sc.clone3(0)
     if pid == 0:
         _install_and_exit(filters)
