@@ -1,1 +1,1 @@
-"""What `worker check` tries on this host."""
+"""The probes of `worker check`: what it tries on this host, and how."""

@@ -1,6 +1,7 @@
-"""Probes of the disks that jobs write to: a file system in a file, of a fixed size.
+"""Probes of disks in files: file systems of a fixed size for jobs.
 
-Each is made where the service's will be, without a name: nothing of it can stay.
+Each probe makes an image in the directory that the service will use. The image is a file without a
+name, so nothing of it stays.
 
 Standard library only.
 """
@@ -19,7 +20,7 @@ from jobworker.storage import MIN_DISK_BYTES
 
 
 def probes(directory: str) -> Iterable[Probe]:
-    """All of this module; `directory` is where disks will be."""
+    """The probes of this module; `directory` is the service's directory for disks."""
     formatted = "install e2fsprogs, and keep worker.state_dir on a local file system with room"
     attached = "load them (modprobe loop ext4); keep worker.state_dir on a file system that does "
     attached += "direct I/O, such as ext4 or xfs; in a container, give it the loop devices"
@@ -38,7 +39,7 @@ def _made(directory: str) -> str:
 
 
 def _bounded(directory: str) -> str:
-    # The image comes first: the stage is mounted over what may be above the directory.
+    # Make the image first: the stage may be mounted on a parent of the directory.
     return on_stage(partial(_filled, _image(directory)))
 
 
@@ -56,4 +57,4 @@ def _filled(image: int, stage: str) -> str:
             disk_images.discard(Disk(root, disk_images.open_again(image)))
             return "loop device, direct I/O, ext4"
         raise
-    raise Missing("more fits in than its size")
+    raise Missing("it takes more than its size")

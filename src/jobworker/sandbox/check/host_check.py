@@ -1,7 +1,7 @@
-"""Ask this host what it can do: run `sandbox.check.main` beside us and take its findings.
+"""Runs `sandbox.check.main` as a program of its own and reads its findings.
 
-Nothing of the probes happens in the asking process. The program that tries is told what is
-wanted, and ends by itself; one that hangs is killed, and what it did not tell is told as missing.
+No probe runs in the calling process. The program reads its parameters from standard input and
+exits when all probes have run. A program that hangs is killed, and a finding reports that.
 """
 
 import subprocess
@@ -23,7 +23,10 @@ _BOOTSTRAP = (
 
 
 async def findings(wanted: Wanted) -> list[Finding]:
-    """Everything that the probes found, in their order; never raises for what the host lacks."""
+    """The findings of all probes, in their order.
+
+    A finding reports what the host lacks, and also a program that fails or hangs.
+    """
     done = None
     with trio.move_on_after(SECONDS):
         done = await trio.run_process(
@@ -34,15 +37,15 @@ async def findings(wanted: Wanted) -> list[Finding]:
             check=False,
         )
     if done is None:
-        return [_broken(f"no end of it within {SECONDS} s")]
+        return [_failure(f"they did not end within {SECONDS} s")]
     found = [finding_from(line) for line in done.stdout.decode().splitlines()]
-    return found if done.returncode == 0 else [*found, _broken(_last_words(done))]
+    return found if done.returncode == 0 else [*found, _failure(_last_line(done))]
 
 
-def _last_words(done: "subprocess.CompletedProcess[bytes]") -> str:
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    return f"exit code {done.returncode}: {said[-1] if said else 'it said nothing'}"
+def _last_line(done: "subprocess.CompletedProcess[bytes]") -> str:
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return f"exit code {done.returncode}: {lines[-1] if lines else 'no message'}"
 
 
-def _broken(reason: str) -> Finding:
+def _failure(reason: str) -> Finding:
     return Finding("processes", "the probes themselves", False, True, reason, "")

@@ -1,6 +1,6 @@
-"""Probes of processes, namespaces and confinement: what a job's process is made of.
+"""Probes of processes, namespaces and confinement, which the process of a job needs.
 
-Each does the thing and looks at what it changed: that the kernel took a call is not enough.
+Each probe makes the call and then checks its effect: a call may succeed and change nothing.
 
 Standard library only.
 """
@@ -29,7 +29,7 @@ _LANDLOCK_SCOPES_ABI = 6
 
 
 def probes(ids: Ids) -> Iterable[Probe]:
-    """All of this module; `ids` are for a job that is not there."""
+    """The probes of this module; `ids` is a range of user ids that no job uses."""
     yield Probe("processes", "clone3 and pidfd", _clone3, "use Linux 5.4 or newer")
     yield Probe("processes", "close_range", _close_range, "use Linux 5.9 or newer")
     yield Probe(
@@ -53,7 +53,7 @@ def probes(ids: Ids) -> Iterable[Probe]:
     yield Probe("namespaces", "pid namespace", _pid_namespace, "use a kernel with CONFIG_PID_NS")
     yield Probe("namespaces", "user namespace", partial(_user_namespace, ids), "")
     yield Probe("confinement", "no_new_privs", _no_new_privs, "use Linux 3.5 or newer")
-    yield Probe("confinement", "capabilities", _capabilities, "do not take CAP_SETPCAP from us")
+    yield Probe("confinement", "capabilities", _capabilities, "leave the service CAP_SETPCAP")
     yield Probe(
         "confinement", "system-call filter", _filter, "use a kernel with CONFIG_SECCOMP_FILTER"
     )
@@ -69,16 +69,16 @@ def _clone3() -> str:
         os._exit(7)
     ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     if ended is None or ended.si_status != 7:
-        raise Missing("a pidfd does not tell how its process ended")
+        raise Missing("waitid on a pidfd does not return how the process ended")
     return "clone3, waitid by pidfd"
 
 
 def _close_range() -> str:
-    # Above all that is open here, so that this process can still tell.
+    # A number above all open descriptors, so that the pipe for the probe's answer stays open.
     number = os.dup2(0, 200) if _is_open(0) else os.dup2(os.pipe()[0], 200)
     sc.close_range(number, number)
     if _is_open(number):
-        raise Missing("it closes nothing")
+        raise Missing("it does not close descriptors")
     return "close_range"
 
 
@@ -100,7 +100,7 @@ def _program_in_memory() -> str:
     pid, pidfd = sc.clone3(0)
     if pid == 0:
         try:
-            sc.close_range(3, program - 1)  # it finds nothing to do, and ends
+            sc.close_range(3, program - 1)  # without its descriptors the trampoline exits
             os.execve(program, ["trampoline"], {})  # noqa: S606
         except OSError as error:
             os._exit(error.errno or 1)
@@ -118,7 +118,7 @@ def _splice() -> str:
     os.write(write, b"probe")
     memory = os.memfd_create("probe", os.MFD_CLOEXEC)
     if os.splice(read, memory, 5) != 5 or os.pread(memory, 9, 0) != b"probe":
-        raise Missing("it moves less than it was asked to")
+        raise Missing("it moves less data than asked for")
     return "splice"
 
 
@@ -126,26 +126,26 @@ def _own(kind: str, flag: int) -> str:
     before = os.readlink(f"/proc/self/ns/{kind}")
     sc.unshare(flag)
     if os.readlink(f"/proc/self/ns/{kind}") == before:
-        raise Missing("the kernel took the call and changed nothing")
+        raise Missing("the call succeeds and changes nothing")
     return "unshare"
 
 
 def _pid_namespace() -> str:
     first = apart(lambda: str(os.getpid()), sc.CLONE_NEWPID)
     if first != "1":
-        raise Missing(f"the first process in it has the number {first}")
+        raise Missing(f"the first process in it has the process id {first} instead of 1")
     return "clone3"
 
 
 def _user_namespace(ids: Ids) -> str:
     try:
-        told = apart(partial(_enter, make_user_namespace(ids.first, ids.each)))
+        id_map = apart(partial(_enter, make_user_namespace(ids.first, ids.each)))
     except Missing as missing:
         raise Missing(missing.reason, user_namespace_remedy()) from None
     except OSError as error:
         raise Missing(reason_of(error), user_namespace_remedy()) from error
-    if told.split() != ["0", str(ids.first), str(ids.each)]:
-        raise Missing(f"its map reads {told!r}")
+    if id_map.split() != ["0", str(ids.first), str(ids.each)]:
+        raise Missing(f"its uid_map is {id_map!r}")
     shared = "" if ids.step else ", the same for all jobs"
     return f"setns, {ids.each} ids from {ids.first}{shared}"
 
@@ -154,7 +154,7 @@ def _enter(descriptor: int) -> str:
     sc.setns(descriptor, sc.CLONE_NEWUSER)
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    # Some hosts let a process in and take every capability from it: use one.
+    # Some hosts allow setns(2) but remove all capabilities: make a call that needs one.
     sc.unshare(sc.CLONE_NEWUTS)
     socket.sethostname("probe")
     with open("/proc/self/uid_map", encoding="ascii") as mapped:
@@ -169,7 +169,7 @@ def _status(key: str) -> str:
 def _no_new_privs() -> str:
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
     if _status("NoNewPrivs") != "1":
-        raise Missing("the kernel took the call and changed nothing")
+        raise Missing("the call succeeds and changes nothing")
     return "prctl"
 
 
@@ -183,12 +183,12 @@ def _capabilities() -> str:
             break
     sc.capset(frozenset())
     if int(_status("CapBnd"), 16) or int(_status("CapEff"), 16):
-        raise Missing("some stay, whatever is dropped")
+        raise Missing("some cannot be dropped")
     return "capset, bounding set"
 
 
 def install_filter(forbidden: int, code: int) -> None:
-    """Load a filter that answers the call `forbidden` with `code`: seccomp(2)."""
+    """Install a filter that answers the system call number `forbidden` with errno `code`."""
     arch = _AUDIT_ARCH[platform.machine()]
     program = b"".join(
         struct.pack("=HBBI", *instruction)
@@ -213,7 +213,7 @@ def _filter() -> str:
     except OSError as error:
         if error.errno == errno.EDOM:
             return "seccomp, BPF program"
-    raise Missing("a filter was loaded and is not obeyed")
+    raise Missing("a filter was installed and has no effect")
 
 
 def _keyring() -> str:
@@ -225,7 +225,7 @@ def _resource_limits() -> str:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard < 1024:
-        raise Missing(f"no more than {hard} descriptors may be open")
+        raise Missing(f"the hard limit of open files is {hard}, and jobs need 1024")
     return f"setrlimit, {hard} descriptors"
 
 
@@ -246,8 +246,8 @@ def _landlock() -> str:
         sc.landlock_restrict_self(sc.landlock_create_scope())
         with contextlib.suppress(PermissionError):
             inside.connect(outside.getsockname())
-            raise Missing("an abstract socket of the outside can be reached")
+            raise Missing("an abstract socket outside of the domain can be reached")
         with contextlib.suppress(PermissionError):
             os.kill(parent, 0)
-            raise Missing("a process of the outside can be signalled")
+            raise Missing("a process outside of the domain can be signalled")
     return f"ABI {abi}: abstract sockets, signals"

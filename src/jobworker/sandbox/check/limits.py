@@ -1,6 +1,6 @@
-"""Probes of control groups: each controller, with a real limit set, and what hangs on them.
+"""Probes of control groups: a real limit of each controller, and the features that jobs need.
 
-Each opens a tree of its own, as the launcher does, and takes it away again.
+Each probe makes a tree of its own, as the launcher does, and removes it again.
 
 Standard library only.
 """
@@ -36,7 +36,10 @@ _FILE = {
 
 
 def probes(enabled: Sequence[str], parent: str) -> Iterable[Probe]:
-    """All of this module; `enabled` controllers are needed, the others are told of."""
+    """The probes of this module. The `enabled` controllers are needed, the others are optional.
+
+    `parent` is the control group below which the launcher makes its own (cgroup.parent).
+    """
     on = partial(_with_tree, tuple(enabled), parent)
     for controller in CONTROLLERS:
         limited = partial(_with_tree, (controller,), parent, partial(_limited, controller))
@@ -57,12 +60,12 @@ def probes(enabled: Sequence[str], parent: str) -> Iterable[Probe]:
 
 
 def name_for(pid: int) -> str:
-    """The name of the groups that the process `pid` makes here."""
+    """The name of the control groups that a probing program with this process id makes."""
     return f"jobworker-check-{pid}"
 
 
 def sweep(enabled: Sequence[str], parent: str, pid: int) -> None:
-    """Take away the groups of a probe that was killed before it could; none is fine."""
+    """Remove the control groups that a killed probe left behind, if there are any."""
     for controllers in ((name,) for name in enabled or CONTROLLERS):
         with contextlib.suppress(OSError, JobworkerError):
             tree = open_tree(controllers, name_for(pid), parent)
@@ -86,7 +89,7 @@ def _with_tree(
 
 
 def _limited(controller: str, tree: Tree, scope: Scope) -> str:
-    scope.arm(_LIMITS[controller])  # which reads back what it has written
+    scope.arm(_LIMITS[controller])  # raises if a limit does not read back as it was written
     return f"{tree.kind}, {_FILE['v2' if tree.kind == 'v2' else 'v1'][controller]}"
 
 
@@ -96,7 +99,7 @@ def _kind(tree: Tree, scope: Scope) -> str:
 
 
 def _member(scope: Scope, work: Callable[[], None]) -> tuple[int, int]:
-    """A process in the scope that does `work`, or nothing for ever."""
+    """Start a process in the scope that does `work` and exits: its process id and its pidfd."""
     pid, pidfd = sc.clone3(0, scope.clone_fd)
     if pid == 0:
         try:
@@ -117,7 +120,7 @@ def _wait(pidfd: int) -> "os.waitid_result":
 
 def _born(tree: Tree, scope: Scope) -> str:
     if scope.clone_fd is None:
-        raise Missing("no cgroup2 is mounted: children enter their groups after they are made")
+        raise Missing("no cgroup2 is mounted: children enter their groups after the clone")
     pid, pidfd = sc.clone3(0, scope.clone_fd)
     if pid == 0:
         with open("/proc/self/cgroup", encoding="ascii", errors="replace") as places:
@@ -128,19 +131,19 @@ def _born(tree: Tree, scope: Scope) -> str:
 
 
 def _killed(tree: Tree, scope: Scope) -> str:
-    ready, tell = os.pipe2(os.O_CLOEXEC)
+    ready, notify = os.pipe2(os.O_CLOEXEC)
 
     def sleep() -> None:
-        os.write(tell, b"!")
+        os.write(notify, b"!")
         signal.pause()
 
     _, pidfd = _member(scope, sleep)
-    os.close(tell)
+    os.close(notify)
     if not os.read(ready, 1):
         raise Missing("a process cannot enter the group")
     scope.kill()
     if _wait(pidfd).si_code != os.CLD_KILLED:
-        raise Missing("a process of the group lives on")
+        raise Missing("a process of the group still runs")
     return "cgroup.kill" if tree.kills_groups else "one by one"
 
 
@@ -154,9 +157,9 @@ def _oom(tree: Tree, scope: Scope) -> str:
 
     _, pidfd = _member(scope, take)
     if _wait(pidfd).si_code != os.CLD_KILLED:
-        raise Missing("a process that takes more than its limit lives on")
+        raise Missing("a process that takes more memory than its limit still runs")
     signal.alarm(int(SECONDS) - 1)
-    while not scope.oom_kills():  # counted a moment after the kill
+    while not scope.oom_kills():  # the kernel counts a moment after the kill
         os.sched_yield()
     return "memory.events" if tree.kind == "v2" else "memory.oom_control, eventfd"
 

@@ -1,10 +1,11 @@
-"""The program that tries everything and prints what it found, one JSON object a line.
+"""The program that runs all probes and prints each finding as one line of JSON.
 
     python -I -S -B -c '… main()' < {"controllers", "parent", "programs", "disks", …}
 
-A process of its own, of one thread, with the standard library alone, as the launcher is: what
-holds here holds there, for an ordinary user as root of a namespace of its own. Each probe runs in
-a child (`sandbox.check.probing`), and when all are done nothing of them is left.
+Like the launcher it is a process of its own, with one thread and only the standard library, and an
+ordinary user is root of a user namespace in it. So what works here works in the launcher. Each
+probe runs in a child (`sandbox.check.probing`). The program leaves no process, control group or
+file behind.
 """
 
 import json
@@ -30,21 +31,27 @@ from jobworker.sandbox.user_namespaces import Ids
 
 
 class Wanted(NamedTuple):
-    """What of the configuration the probes have to know."""
+    """The settings of the configuration that the probes need."""
 
     controllers: tuple[str, ...]
+    """cgroup.enable_controllers."""
     parent: str
+    """cgroup.parent."""
     programs: tuple[str, ...]
+    """sandbox.programs."""
     disks: str
-    """A directory where the service's disks for jobs will be."""
+    """A directory on the file system of the jobs' disks."""
     first_uid: int
-    """Begins a range of ids that no job uses; for root."""
+    """The first of 65,536 user ids that no job uses. An ordinary user does not need it."""
     jobs: int
-    """Between so many the ids of an ordinary user are shared out."""
+    """How many jobs and spares share the ids of an ordinary user."""
 
 
 def all_probes(wanted: Wanted, ids: Ids, *, has_rights: bool) -> Iterator[Probe]:
-    """Every probe, in the order in which it is shown."""
+    """All probes, in the order in which they run.
+
+    `has_rights` is whether root runs them: only root can have disks in files.
+    """
     yield from probes_kernel.probes(ids)
     yield from probes_mounts.probes(wanted.programs, ids, has_rights=has_rights)
     if has_rights:
@@ -53,7 +60,7 @@ def all_probes(wanted: Wanted, ids: Ids, *, has_rights: bool) -> Iterator[Probe]
 
 
 def try_all(wanted: Wanted) -> Iterator[Finding]:
-    """Try every probe, and take away what one that was killed has left."""
+    """Run all probes, and remove what killed ones have left. Yields each finding."""
     adopt_descendants()
     has_rights, ids = os.geteuid() == 0, Ids(wanted.first_uid)
     if not has_rights:
@@ -62,7 +69,7 @@ def try_all(wanted: Wanted) -> Iterator[Finding]:
         except HostUnsupported as error:
             reason, remedy = error.message, error.remedy
             yield Finding("namespaces", "user namespace", False, True, reason, remedy)
-            return  # all the rest is tried as root of it
+            return  # all other probes need the rights of root in it
     try:
         for probe in all_probes(wanted, ids, has_rights=has_rights):
             yield try_one(probe)
@@ -72,7 +79,7 @@ def try_all(wanted: Wanted) -> Iterator[Finding]:
 
 
 def wanted_from(text: str) -> Wanted:
-    """Read what `wanted_text` wrote."""
+    """The settings in a text of `wanted_text`."""
     message = json.loads(text)
     return Wanted(
         controllers=_texts(message["controllers"]),
@@ -85,12 +92,12 @@ def wanted_from(text: str) -> Wanted:
 
 
 def wanted_text(wanted: Wanted) -> str:
-    """What the program reads."""
+    """The settings as JSON, for the program's standard input."""
     return json.dumps(wanted._asdict())
 
 
 def finding_from(line: str) -> Finding:
-    """A line that the program wrote."""
+    """The finding in a line of the program's output."""
     return Finding(**json.loads(line))
 
 
@@ -99,7 +106,7 @@ def _texts(value: Sequence[str]) -> tuple[str, ...]:
 
 
 def main() -> NoReturn:
-    """Read what is wanted from standard input and print what there is."""
+    """Read the settings from standard input, run the probes and print their findings."""
     for finding in try_all(wanted_from(sys.stdin.read())):
-        print(json.dumps(finding._asdict()), flush=True)  # noqa: T201 - this is its answer
+        print(json.dumps(finding._asdict()), flush=True)  # noqa: T201 - its output is its result
     sys.exit(0)

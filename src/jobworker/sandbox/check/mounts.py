@@ -1,6 +1,6 @@
-"""Probes of mounts: what a job's root is made of.
+"""Probes of the mounts that a job's root is made of.
 
-Each works in a mount namespace of its own, upon a memory file system that goes with it.
+Each probe runs in a mount namespace of its own, on a tmpfs that the kernel removes with it.
 
 Standard library only.
 """
@@ -21,9 +21,10 @@ _NEW_API = "use Linux 5.12 or newer"
 
 
 def probes(programs: Sequence[str], ids: Ids, *, has_rights: bool) -> Iterable[Probe]:
-    """All of this module; `programs` are the host's directories that jobs shall see.
+    """The probes of this module; `programs` are the host's directories that jobs see.
 
-    `has_rights`: a job's root is its own to change, which hangs on overlays with mapped owners.
+    `has_rights` is whether root runs the service. Then jobs can change their root, which needs
+    overlays on ID-mapped mounts.
     """
     shown = next((path for path in programs if os.path.isdir(path)), "/")
     mapped = partial(_mapped, shown, ids)
@@ -31,7 +32,7 @@ def probes(programs: Sequence[str], ids: Ids, *, has_rights: bool) -> Iterable[P
     overlay = "load it: modprobe overlay; for lowers with mapped owners use Linux 5.19 or newer"
     proc = "run outside of a container, or in one whose /proc is not masked"
     for name, work, remedy, needed in (
-        ("tmpfs with a bound", _tmpfs, "let us mount: see the mount namespace", True),
+        ("tmpfs with a bound", _tmpfs, "allow mount(2): see the mount namespace", True),
         ("open_tree, mount_setattr", partial(_new_api, shown), _NEW_API, True),
         ("fresh proc", _proc, proc, True),
         ("terminals (devpts)", _devpts, "use a kernel with CONFIG_UNIX98_PTYS", True),
@@ -45,12 +46,12 @@ def probes(programs: Sequence[str], ids: Ids, *, has_rights: bool) -> Iterable[P
 
 
 def on_stage(work: Callable[[str], str]) -> str:
-    """Do `work` in a mount namespace of our own, with a memory file system to mount in."""
+    """Call `work` in a new mount namespace, with the path of a new tmpfs to mount in."""
     sc.unshare(sc.CLONE_NEWNS)
     sc.mount(None, "/", None, sc.MS_REC | sc.MS_PRIVATE)
     stage = next((path for path in _STAGES if os.path.isdir(path)), "")
     if not stage:
-        raise Missing(f"none of {', '.join(_STAGES)} is a directory to mount upon")
+        raise Missing(f"none of {', '.join(_STAGES)} is a directory to mount on")
     sc.mount("tmpfs", stage, "tmpfs", sc.MS_NOSUID, "mode=755,size=4m")
     return work(stage)
 
@@ -66,7 +67,7 @@ def _tmpfs(stage: str) -> str:
         if error.errno == errno.ENOSPC:
             return "tmpfs, size="
         raise
-    raise Missing("more fits in than its size")
+    raise Missing("it takes more than its size")
 
 
 def _new_api(shown: str, stage: str) -> str:
@@ -75,7 +76,7 @@ def _new_api(shown: str, stage: str) -> str:
     sc.mount_setattr(tree, sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
     sc.move_mount(tree, place)
     if not os.statvfs(place).f_flag & os.ST_RDONLY:
-        raise Missing("a mount that was made read-only is not")
+        raise Missing("a mount that was made read-only is writable")
     return "open_tree, mount_setattr, move_mount"
 
 
@@ -95,9 +96,9 @@ def _proc(stage: str) -> str:
 def _devpts(stage: str) -> str:
     place = _directory(stage, "pts")
     sc.mount("devpts", place, "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, "newinstance,ptmxmode=0666")
-    os.open(f"{place}/ptmx", os.O_RDWR | os.O_NOCTTY)  # shows as long as it is open
+    os.open(f"{place}/ptmx", os.O_RDWR | os.O_NOCTTY)  # left open: the terminal exists as long
     if not os.path.exists(f"{place}/0"):
-        raise Missing("a terminal that was opened does not show")
+        raise Missing("a terminal that was opened does not appear")
     return "devpts, newinstance"
 
 
@@ -106,7 +107,7 @@ def _devices(stage: str) -> str:
     try:
         os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
         os.close(os.open(node, os.O_WRONLY))
-    except PermissionError:  # in a user namespace nobody makes nodes: borrow the host's
+    except PermissionError:  # mknod(2) is refused in a user namespace: bind-mount the host's
         os.close(os.open(f"{stage}/borrowed", os.O_WRONLY | os.O_CREAT))
         sc.mount("/dev/null", f"{stage}/borrowed", None, sc.MS_BIND)
         os.close(os.open(f"{stage}/borrowed", os.O_WRONLY))
@@ -120,7 +121,7 @@ def _pivot(stage: str) -> str:
     sc.umount(".")
     os.chdir("/")
     if os.listdir("/"):
-        raise Missing("the old root still shows")
+        raise Missing("the old root is still visible")
     return "pivot_root"
 
 
@@ -134,7 +135,7 @@ def _overlay_upon(lower: str, stage: str) -> str:
     sc.mount("overlay", merged, "overlay", sc.MS_NOSUID | sc.MS_NODEV, options)
     os.mkdir(f"{merged}/new")
     if not os.path.isdir(f"{upper}/new") or not set(os.listdir(lower)) < set(os.listdir(merged)):
-        raise Missing("what is written above does not show beside what stands below")
+        raise Missing("it does not show new files and those of the lower directory together")
     return "overlay, volatile"
 
 
@@ -145,13 +146,13 @@ def _mapped(shown: str, ids: Ids, stage: str, on: Callable[[str, str], str] | No
     try:
         sc.map_mount(tree, namespace)
     except OSError as error:
-        kind = f"the file system of {shown} does not take it, or it is mapped already"
+        kind = f"the file system of {shown} cannot do it, or the mount is ID-mapped already"
         why = f"{reason_of(error)}: {kind}" if error.errno == errno.EINVAL else reason_of(error)
         raise Missing(why) from error
     sc.move_mount(tree, place)
     owner = os.stat(place).st_uid
     if owner != ids.first:
-        raise Missing(f"what root owns belongs to {owner} there, and not to {ids.first}")
+        raise Missing(f"root's files belong to uid {owner} there, instead of {ids.first}")
     return on(place, stage) if on else "mount_setattr, idmap"
 
 

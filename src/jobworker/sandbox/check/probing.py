@@ -1,11 +1,12 @@
-"""Try something for real in a throw-away process, and tell what came of it.
+"""Runs a probe in a throw-away process and returns its finding.
 
-A probe is a function that does what a job's start will do and answers by which mechanism it
-worked; what it raises is why it does not. It runs in a process of its own that is killed
-afterwards, with all that it started, so it may unshare, mount, drop and limit as it likes.
+A probe is a function that does one thing that the start of a job does. It returns the mechanism by
+which this worked, or raises the reason why it did not. It runs in a process of its own, which is
+killed afterwards with all processes that it started. So it may unshare, mount, drop and limit
+anything.
 
-What must hold: no probe can hang or end the program that runs it, whatever the kernel answers;
-a fault in a probe is told as such and never passes for "supported".
+What must hold: a probe can neither hang nor end the program that runs it. A programming error in a
+probe is reported as such, never as "supported".
 
 Standard library only.
 """
@@ -23,13 +24,13 @@ from jobworker.errors import JobworkerError
 from jobworker.sandbox import syscalls as sc
 
 SECONDS = 10.0
-"""Longest time for one probe; an OOM kill on a busy machine takes a second."""
+"""The longest time for one probe. An OOM kill on a busy machine takes about a second."""
 _TEXT = 600
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Missing(Exception):
-    """What is not there: the reason, and what to do about it."""
+    """A probe has failed: the reason, and what to do about it."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason, remedy)
@@ -37,35 +38,36 @@ class Missing(Exception):
 
 
 Work = Callable[[], str]
-"""Tries something and answers by which mechanism it worked, or raises why it did not."""
+"""Returns the mechanism by which it worked. Raises Missing, JobworkerError or OSError if not."""
 
 
 class Probe(NamedTuple):
-    """Something to try."""
+    """One thing to try."""
 
     group: str
+    """The heading below which its finding is printed."""
     name: str
     work: Work
     remedy: str
-    """What to do where it is missing and nothing more precise is known."""
+    """What to do if it fails and `Missing` brings no remedy of its own."""
     needed: bool = True
     """Whether jobs cannot run without it."""
 
 
 class Finding(NamedTuple):
-    """What came of a probe."""
+    """The result of a probe."""
 
     group: str
     name: str
     supported: bool
     needed: bool
     detail: str
-    """The mechanism, or the reason in the kernel's words."""
+    """The mechanism if it is supported, else the reason."""
     remedy: str
 
 
 def try_one(probe: Probe) -> Finding:
-    """Try a probe in a process of its own."""
+    """Run a probe in a process of its own and return its finding."""
     group, name, work, remedy, needed = probe
     try:
         return Finding(group, name, True, needed, apart(work), "")
@@ -74,17 +76,19 @@ def try_one(probe: Probe) -> Finding:
 
 
 def adopt_descendants() -> None:
-    """Become the parent of all that probes leave: prctl(2), PR_SET_CHILD_SUBREAPER.
+    """Make this process the parent of orphans that probes leave: PR_SET_CHILD_SUBREAPER, prctl(2).
 
-    For a process that has no other children; see `end_descendants`.
+    Only for a process without other children, since `end_descendants` kills all of them.
     """
     sc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def apart(work: Work, flags: int = 0, cgroup: int | None = None) -> str:
-    """Run `work` in a child, cloned with namespace `flags` and into `cgroup`, and wait for it.
+    """Run `work` in a child, and return its result.
 
-    Raises Missing with its reason, and OSError where there is no child to be had.
+    The child is cloned with the namespace `flags`, into the control group of the descriptor
+    `cgroup` if there is one. Raises Missing with the reason if `work` fails or takes longer than
+    `SECONDS`, and OSError if no child can be made.
     """
     read, write = os.pipe2(os.O_CLOEXEC)
     try:
@@ -94,68 +98,69 @@ def apart(work: Work, flags: int = 0, cgroup: int | None = None) -> str:
     finally:
         os.close(write)
     try:
-        said = _listen(read, time.monotonic() + SECONDS)
+        answer = _read_answer(read, time.monotonic() + SECONDS)
     finally:
         os.close(read)
-        os.kill(pid, signal.SIGKILL)  # not reaped yet: the number is still its own
+        os.kill(pid, signal.SIGKILL)  # it is not reaped yet, so its process id is not reused
         _, status = os.waitpid(pid, 0)
-    if said is None:
+    if answer is None:
         raise Missing(f"no answer within {SECONDS:.0f} s")
-    if not said:
+    if not answer:
         raise Missing(f"the process that tried it ended ({_end(status)})")
-    told = json.loads(said)
-    if "works" in told:
-        return str(told["works"])
-    raise Missing(str(told["reason"]), str(told["remedy"]))
+    message = json.loads(answer)
+    if "works" in message:
+        return str(message["works"])
+    raise Missing(str(message["reason"]), str(message["remedy"]))
 
 
 def _child(flags: int, cgroup: int | None) -> int:
     if not flags and cgroup is None:
-        return os.fork()  # what must work where clone3(2) does not
+        return os.fork()  # so that probes also run on a host without clone3(2)
     pid, pidfd = sc.clone3(flags, cgroup)
     if pid:
         os.close(pidfd)
     return pid
 
 
-def _work_and_exit(work: Work, tell: int) -> NoReturn:
+def _work_and_exit(work: Work, answer: int) -> NoReturn:
     try:
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
-        told = {"works": work()}
+        message = {"works": work()}
     except Missing as missing:
-        told = {"reason": missing.reason, "remedy": missing.remedy}
+        message = {"reason": missing.reason, "remedy": missing.remedy}
     except JobworkerError as error:
-        told = {"reason": error.message, "remedy": error.remedy}
+        message = {"reason": error.message, "remedy": error.remedy}
     except OSError as error:
-        told = {"reason": reason_of(error), "remedy": ""}
+        message = {"reason": reason_of(error), "remedy": ""}
     except BaseException as fault:  # noqa: BLE001 - this process must not return
-        told = {"reason": f"the probe is at fault: {type(fault).__name__}: {fault}", "remedy": ""}
+        reason = f"the probe is at fault: {type(fault).__name__}: {fault}"
+        message = {"reason": reason, "remedy": ""}
     try:
-        short = {key: text[:_TEXT] for key, text in told.items()}
-        os.write(tell, json.dumps(short).encode())  # at once, being shorter than PIPE_BUF
+        short = {key: text[:_TEXT] for key, text in message.items()}
+        os.write(answer, json.dumps(short).encode())  # in one piece: it is shorter than PIPE_BUF
     finally:
         os._exit(0)
 
 
-def _listen(read: int, until: float) -> bytes | None:
-    """All that the child says until it ends; None if it does not end in time."""
-    said = b""
+def _read_answer(read: int, until: float) -> bytes | None:
+    """The child's answer, b"" if it ends without one, None if there is none until `until`."""
+    answer = b""
     while True:
-        patience = max(0.0, until - time.monotonic())
-        if not select.select([read], [], [], patience)[0]:
+        remaining = max(0.0, until - time.monotonic())
+        if not select.select([read], [], [], remaining)[0]:
             return None
         piece = os.read(read, 65_536)
         if not piece:
-            return said
-        said += piece
-        if said.endswith(b"}"):  # one line of JSON: a grandchild may hold the pipe still
-            return said
+            return answer
+        answer += piece
+        if answer.endswith(b"}"):  # complete; a grandchild may still hold the pipe open
+            return answer
 
 
 def reason_of(error: OSError) -> str:
-    """The kernel's reason, and what it was about where that is known."""
+    """The kernel's message with the errno's name, and the file if there is one."""
     if error.errno == errno.ENOSYS:
-        return "this kernel, or a filter around us, does not have the system call"
+        return "this kernel does not have the system call, or a filter around the service denies it"
     reason = error.strerror or str(error)
     name = errno.errorcode.get(error.errno or 0, "")
     about = f" ({os.fsdecode(error.filename)})" if error.filename else ""
@@ -168,7 +173,7 @@ def _end(status: int) -> str:
 
 
 def end_descendants() -> None:
-    """Kill and reap whatever still runs below this process."""
+    """Kill and reap all descendants of this process, for at most `SECONDS`."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         try:

@@ -1,1 +1,1 @@
-"""A job's network as the launcher makes it: its modes, and a private one's gateway."""
+"""The networks of jobs, as the launcher makes them: modes, and the gateway of a private network."""

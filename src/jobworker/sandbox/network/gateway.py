@@ -1,13 +1,14 @@
-"""The gateway of a private network: a process beside the job that makes it and speaks for it.
+"""The gateway of a private network: a process beside the job that makes the job's network.
 
-    launcher ─clone─► gateway (root)      a root of its own, a user namespace, the job's scope
-                        ├─clone─► maker   enters that namespace, makes the network, is gone
-                        └─exec──► slirp4netns, nobody outside and root of nothing but the network
+    launcher ─clone─► gateway (root)      enters its own root and the job's scope, makes a user
+                        │                 namespace
+                        ├─clone─► maker   enters that namespace, makes the network, exits
+                        └─exec──► slirp4netns, which has no rights outside and owns only the network
 
-What must hold: the gateway has process, mount, IPC and UTS namespaces of its own, an id that no job
-and no other gateway has, and no descriptor of ours; it counts as part of the job from before its
-program runs; nothing of it waits in the launcher. Its memory is a copy of the launcher's until it
-executes its program, so it takes nothing from the job before that.
+What must hold: the gateway has its own process, mount, IPC and UTS namespaces, a user id that no
+job and no other gateway has, and none of the launcher's descriptors. It is in the job's scope
+before its program runs. The launcher waits for nothing that it does. Until it executes slirp4netns
+its memory is a copy of the launcher's, so until then it reads nothing that the job can write.
 
 Standard library only.
 """
@@ -42,30 +43,34 @@ _CAPABILITIES = frozenset(
         Capability.SYS_ADMIN,
     }
 )
-"""What a gateway has over its own user namespace. slirp4netns keeps NET_BIND_SERVICE alone once it
-has made its own sandbox."""
+"""The gateway's capabilities, which hold in its own user namespace. slirp4netns drops all but
+NET_BIND_SERVICE once it has made its own sandbox."""
 _DEVICES = {"null": (1, 3), "net/tun": (10, 200)}
 _NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
-_SAID = "dev/said"
+_LOG = "dev/log"
+"""The file that takes the output of slirp4netns."""
 
 
 class Means(NamedTuple):
-    """What a gateway needs."""
+    """The parameters of a gateway."""
 
     layout: Layout
     program: str
-    """Its path as the gateway sees it."""
+    """The path of slirp4netns in the gateway's root."""
     view: View
-    """Where the host's programs stand."""
+    """The view of the host's programs."""
     uid: int
+    """The gateway's user id outside."""
     scope: Scope
+    """The job's scope."""
     landlock: int | None
+    """The ruleset of `sandbox.start.landlock`; None if the kernel cannot scope."""
 
 
 def start_gateway(means: Means) -> tuple[int, int]:
-    """Clone a gateway: its pidfd, and a socket whose reader is `start.private_network.enter`.
+    """Clone a gateway. Returns its pidfd, and a socket that `start.private_network.enter` reads.
 
-    The caller owns both, and reaps it. Raises OSError.
+    The caller closes both and reaps the gateway. Raises OSError.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with far:
@@ -80,9 +85,9 @@ def start_gateway(means: Means) -> tuple[int, int]:
 
 
 def reap(pidfd: int) -> str | None:
-    """Collect a gateway whose pidfd is readable, and close that: how it ended, in words.
+    """Reap a gateway whose pidfd is readable, close the pidfd, and return how it ended, as text.
 
-    None where it cannot be collected yet: a tracer of the host's has it.
+    Returns None if it cannot be reaped yet, because a debugger on the host traces it.
     """
     info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     if info is None:
@@ -93,7 +98,7 @@ def reap(pidfd: int) -> str | None:
 
 
 def _become_gateway(means: Means, descriptor: int) -> NoReturn:
-    """In the cloned process: make the network, hand it over, become slirp4netns."""
+    """In the cloned process: make the network, send it to the job's process, run slirp4netns."""
     try:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as link:
             _run(means, link)
@@ -110,14 +115,14 @@ def _run(means: Means, link: socket.socket) -> None:
         own = make_user_namespace(means.uid, 1)
         namespace = _make_network(means.layout, own)
         means.scope.attach_self(cloned=False)
-        ready, tell = os.pipe2(os.O_CLOEXEC)
-        said = os.open(f"/{_SAID}", os.O_RDWR | os.O_CLOEXEC)
-        channel.send(link, {}, [namespace, ready, said])
+        ready, notify = os.pipe2(os.O_CLOEXEC)
+        log = os.open(f"/{_LOG}", os.O_RDWR | os.O_CLOEXEC)
+        channel.send(link, {}, [namespace, ready, log])
         _become_root_of(own)
         sc.capset(_CAPABILITIES)
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         null = os.open("/dev/null", os.O_RDWR)
-        _arrange_descriptors((null, null, said, namespace, tell))
+        _arrange_descriptors((null, null, log, namespace, notify))
         arguments = [PROGRAM, *_OPTIONS, f"--cidr={means.layout.prefix}.0/24", "/proc/self/fd/3"]
         os.execve(means.program, [*arguments, TAP], {"PATH": "/usr/bin:/bin"})  # noqa: S606
     except OSError as error:
@@ -125,7 +130,7 @@ def _run(means: Means, link: socket.socket) -> None:
 
 
 def _enter_root(view: View) -> None:
-    """Keep the host's programs and libraries, devices for a tunnel, a /proc, and nothing else."""
+    """Enter a root with the host's programs, the devices of `_DEVICES`, a /proc and no more."""
     root = ROOT
     for layer in view.layers:
         sc.mount(layer.lower[-1], root + layer.at, None, sc.MS_BIND)
@@ -135,7 +140,7 @@ def _enter_root(view: View) -> None:
     for name, (major, minor) in _DEVICES.items():
         os.mknod(f"{root}/dev/{name}", 0o020600, os.makedev(major, minor))
         os.chmod(f"{root}/dev/{name}", 0o666)  # noqa: S103 - there is one user here
-    os.close(os.open(f"{root}/{_SAID}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    os.close(os.open(f"{root}/{_LOG}", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     sc.mount("proc", f"{root}/proc", "proc", private | sc.MS_NODEV)
     os.chdir(root)
     sc.pivot_root(".", ".")
@@ -151,10 +156,10 @@ def _become_root_of(user_namespace: int) -> None:
 
 
 def _arrange_descriptors(wanted: Sequence[int]) -> None:
-    """Leave these open, at 0 and up, and no others."""
-    away = [os.dup(descriptor) for descriptor in wanted]
-    highest = max(away) + 1
-    parked = [os.dup2(each, highest + number) for number, each in enumerate(away)]
+    """Move `wanted` to the numbers from 0 on, and close all other descriptors."""
+    copies = [os.dup(descriptor) for descriptor in wanted]
+    highest = max(copies) + 1
+    parked = [os.dup2(each, highest + number) for number, each in enumerate(copies)]
     for number, descriptor in enumerate(parked):
         os.dup2(descriptor, number, inheritable=True)
     sc.close_range(len(wanted))

@@ -1,7 +1,7 @@
-"""What a child that is made for a network of its own is given: names, a gateway, and a wall.
+"""Provides a job's network by its mode: names for its files, a gateway and a wall.
 
-The wall (`sandbox.start.wall`) closes the addresses that the host has. The kernel tells when they
-change, and every wall that stands is built anew then.
+The wall (`sandbox.start.wall`) closes the addresses of the host. The kernel notifies the launcher
+when these change (rtnetlink(7)), and the launcher replaces every wall then.
 
 Standard library only.
 """
@@ -26,15 +26,15 @@ from jobworker.sandbox.start.steps import ROOT
 
 
 class Host(NamedTuple):
-    """What the host answers at."""
+    """The IPv4 addresses of the host."""
 
     addresses: tuple[tuple[str, int], ...]
-    """Each with the length of its network's prefix."""
+    """Each address, with the length of its network's prefix in bits."""
     local: tuple[wall.Range, ...]
-    """All that is delivered to the host itself, broadcasts included."""
+    """All addresses whose packets the kernel delivers to the host itself, with broadcasts."""
 
 
-def look_at_host() -> Host:
+def read_host() -> Host:
     """The host's addresses as they are now. Raises OSError."""
     addresses = netlink.addresses()
     alone = [wall.range_of(address) for address, _ in addresses]
@@ -43,21 +43,21 @@ def look_at_host() -> Host:
 
 
 class Networks:
-    """Makes networks for jobs."""
+    """Describes and starts the networks of jobs, and knows the host's addresses."""
 
     def __init__(self, view: View, first_uid: int, landlock: int | None) -> None:
         self.changes = netlink.Changes()
         """Readable when the host's addresses may have changed: see `refresh`."""
-        self.host, self._stale = look_at_host(), False
+        self.host, self._stale = read_host(), False
         self._view, self._landlock = view, landlock
         self._trees = {layer.at: layer.lower[-1] for layer in view.layers} or {"": ROOT}
         self._first_uid = first_uid
-        """The first of the ids that gateways have, one for each job that may live."""
+        """The first user id of gateways. There is one id for each job that may be live."""
 
     def describe(self, order: Order | None) -> tuple[OwnNetwork | None, Layout | None]:
-        """The network that `order` asks for, and its layout where it has a gateway.
+        """The network that `order` asks for, and its layout if it has a gateway.
 
-        Raises SandboxError where this host lacks what it takes.
+        Both are None for the host's network. Raises SandboxError if this host has no slirp4netns.
         """
         if order is None or order.network == "host":
             return None, None
@@ -71,28 +71,28 @@ class Networks:
             ) as file:
                 resolvers = resolv_conf(file.read(), layout)
         except FileNotFoundError:
-            resolvers = ""  # the host has none either
+            resolvers = ""  # the host has no such file, so the job needs none
         return OwnNetwork(order.hostname, layout.address, resolvers, has_gateway=True), layout
 
     def refresh(self) -> bool:
-        """Look at the host's addresses again where something has changed; whether they differ.
+        """Read the host's addresses again after a notification, and return whether they differ.
 
-        Raises OSError; the next call looks again then.
+        Raises OSError; then the next call reads them again.
         """
         self._stale = self.changes.take() or self._stale
         if not self._stale:
             return False
-        before, self.host = self.host, look_at_host()
+        before, self.host = self.host, read_host()
         self._stale = False
         return self.host.local != before.local
 
     def wall_for(self, layout: Layout) -> bytes:
-        """The wall of a job with this layout, as the host's addresses are now."""
+        """The program of the wall for a job with this layout and the host's present addresses."""
         network = f"{layout.prefix}.0/24"
         return wall.program(layout.address, layout.resolver, network, self.host.local)
 
     def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int]:
-        """Start the gateway for the job in place `index`: see `start_gateway`."""
+        """Start the gateway for the job with the slot number `index`: see `start_gateway`."""
         uid = self._first_uid + index
         means = Means(
             layout=layout,
@@ -115,7 +115,10 @@ class Networks:
 
 
 def room_beside(limits: Limits, order: Order) -> Limits:
-    """The limits of a job's scope: as many processes for the job itself as it asked for."""
+    """The limits of a job's scope, with room for the processes of its init and its gateway.
+
+    So the job itself may have as many processes as it asked for.
+    """
     if not limits.pids:
         return limits
     pids = limits.pids + order.init

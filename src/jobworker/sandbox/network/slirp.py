@@ -1,23 +1,24 @@
-"""A network of the job's own with a way out: a process beside the job that speaks for it.
+"""The addresses of a private network, and the program slirp4netns that connects it to the host's.
 
 The job's packets go to slirp4netns, which has a TCP/IP stack in user space and opens ordinary
-sockets on the host. So there is no bridge, no address and no firewall rule of ours on the host, and
-nothing comes in that was not asked for.
+sockets on the host. So jobworker needs no bridge, no address and no firewall rule on the host, and
+no connection from outside reaches the job.
 
-    gateway (`network.gateway`) ──► the network namespace, and a pipe that tells when it is up
+    gateway (`network.gateway`) ──► the network namespace, and a pipe that signals when it is up
         ──► the job's process enters, waits and builds the wall (`start.private_network`)
 
 What must hold: the network belongs to the gateway's user namespace, not to the job's, so the job
-cannot configure it. What the job may not reach is dropped by the wall before slirp4netns can read
-it (`sandbox.start.wall`): every address that the host has (the loopback is the job's own), the
-gateway's, and the resolver's but at port 53. slirp4netns would map the gateway to the host's
-loopback, and some versions also whatever port of a resolver that is there. Only IPv4 goes through.
+cannot configure it. The wall (`sandbox.start.wall`) drops every packet to an address that the job
+may not reach, before slirp4netns can read it. These are all addresses of the host (the job has a
+loopback of its own), the gateway's address, and the resolver's except for port 53. slirp4netns
+would map the gateway to the host's loopback, and some versions map every port of a resolver that
+runs there. The wall passes IPv4 alone.
 
-Routes and rules refuse the same addresses, for a plain attempt to fail at once instead of after a
-time-out. They hold nobody back: a socket that is bound to the device passes them by.
+Routes and rules refuse the same addresses, so that an ordinary attempt fails at once and not after
+a time-out. They are no protection: a socket that is bound to the device ignores them.
 
-Why slirp4netns and not pasta: it was up in 12 ms against 22, takes 1 MB of the job's memory against
-20, answers DNS over TCP too, and does not need a default route on the host.
+Rejected: pasta. slirp4netns was ready in 12 ms instead of 22, takes 1 MB of the job's memory
+instead of 20, answers DNS over TCP too, and needs no default route on the host.
 
 Standard library only.
 """
@@ -30,42 +31,45 @@ from jobworker.sandbox.start import wall
 from jobworker.sandbox.start.private_network import PROGRAM
 
 PROCESSES = 2
-"""What slirp4netns takes at its start; one of them stays."""
+"""How many processes slirp4netns has during its start. One of them stays."""
 _DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin")
 _PREFIXES = ("10.0.2", "10.213.47", "172.29.101")
 
 
 class Layout(NamedTuple):
-    """The addresses inside, and what of the host is out of reach."""
+    """The addresses in a private network, and those of the host that the job must not reach."""
 
     prefix: str
+    """The first three bytes of the network's addresses, such as "10.0.2"."""
     host_addresses: tuple[str, ...]
+    """The host's addresses outside of 127.0.0.0/8."""
 
     @property
     def address(self) -> str:
-        """The job's."""
+        """The job's address."""
         return f"{self.prefix}.100"
 
     @property
     def gateway(self) -> str:
-        """What would be the host's loopback."""
+        """The address that slirp4netns would map to the host's loopback."""
         return f"{self.prefix}.2"
 
     @property
     def resolver(self) -> str:
-        """Where the host's first resolver answers."""
+        """The address at which slirp4netns forwards DNS to the host's first resolver."""
         return f"{self.prefix}.3"
 
     @property
     def neighbours(self) -> tuple[str, str]:
-        """All that is there beside the job."""
+        """The addresses of all other hosts in the network."""
         return self.gateway, self.resolver
 
 
 def find_program(trees: Mapping[str, str]) -> str | None:
-    """The path of slirp4netns; None where the host lacks it.
+    """The path of slirp4netns on the host, or None if the host does not have it.
 
-    `trees` are what the host's directories are called here: "/usr" may be "/layers/0".
+    `trees` has the path in the launcher's namespace of each directory of the host, such as
+    "/layers/0" for "/usr".
     """
     for directory in _DIRECTORIES:
         for at, tree in trees.items():
@@ -76,7 +80,10 @@ def find_program(trees: Mapping[str, str]) -> str | None:
 
 
 def choose_layout(addresses: Sequence[tuple[str, int]]) -> Layout:
-    """Addresses that the host does not use itself; `addresses` are its own, with prefix lengths."""
+    """A layout whose network does not overlap with the host's, or the first if all of them do.
+
+    `addresses` are the host's addresses with the lengths of their prefixes in bits.
+    """
     host = tuple(dict.fromkeys(address for address, _ in addresses))
     outside = tuple(address for address in host if not address.startswith("127."))
     for prefix in _PREFIXES:
@@ -87,7 +94,7 @@ def choose_layout(addresses: Sequence[tuple[str, int]]) -> Layout:
 
 
 def resolv_conf(host_text: str, layout: Layout) -> str:
-    """What the job's /etc/resolv.conf says: the host's with its resolver's place inside."""
+    """The text of the job's /etc/resolv.conf: the host's, with the network's own resolver."""
     kept = ("search ", "domain ", "options ")
     lines = [line for line in host_text.splitlines() if line.startswith(kept)]
     return "\n".join([f"nameserver {layout.resolver}", *lines, ""])

@@ -1,1 +1,1 @@
-"""How a process becomes a job: the plan, its steps, and the code that carries them out."""
+"""The start of a job: the plan, its steps, and the code by which a process applies them."""

@@ -1,9 +1,9 @@
-"""Make a step hold: the one function for each kind of step, run in the job's own process.
+"""Applies the steps of a plan in the process that becomes a job: one function a kind of step.
 
-Everything here runs between clone3 and exec in a process that must not return: plain system
-calls, nothing buffered, nothing imported. The first failure raises `StepFailed` with the
-step's name and the kernel's reason; the caller reports it and the process ends, and with it
-its namespaces and mounts.
+This code runs between clone3(2) and execve(2), in a process that must not return. It makes plain
+system calls, buffers nothing and imports nothing. The first step that fails raises `StepFailed`
+with the step's name and the kernel's reason. The caller reports it and the process ends; the kernel
+removes its namespaces and mounts with it.
 
 Standard library only.
 """
@@ -26,10 +26,11 @@ from jobworker.sandbox.start import network, private_network, root_mounts
 from jobworker.sandbox.start import steps as s
 
 STATUS_DESCRIPTOR, ORDER_DESCRIPTOR = 3, 4
-"""Where the trampoline finds its socket to the launcher and its order."""
+"""The descriptors by which the trampoline has its socket to the launcher, and its order."""
 TRAMPOLINE_DESCRIPTOR, USER_NAMESPACE_DESCRIPTOR = 5, 6
 REPORT_DESCRIPTOR, INIT_DESCRIPTOR = 7, 8
-"""What the child itself needs still, the last two where the job has an init; close-on-exec."""
+"""Descriptors that the child needs until it executes the trampoline or the init; close-on-exec. It
+has the last two only if the job has an init."""
 _REPORT_OF_INIT = 6
 
 _PRIVATE = sc.MS_NOSUID | sc.MS_NODEV
@@ -37,7 +38,7 @@ _SIGNALS = 64
 
 
 class StepFailed(Exception):
-    """A step that the kernel refused: its name, the errno (0 where there is none), the detail."""
+    """A step that failed: its name, the errno (0 if there is none) and the path or the reason."""
 
     def __init__(self, step: str, code: int, detail: str) -> None:
         super().__init__(step, code, detail)
@@ -45,7 +46,7 @@ class StepFailed(Exception):
 
 
 class Means(NamedTuple):
-    """What steps need besides their own words: descriptors, and the scope."""
+    """The job's scope and the descriptors that steps need besides their own fields."""
 
     scope: Scope
     stdout: int
@@ -53,26 +54,29 @@ class Means(NamedTuple):
     status: int
     """The child's end of its socket to the launcher."""
     order: int
-    """Memory that the launcher will put the order into."""
+    """A memfd that the launcher writes the order into."""
     trampoline: int
-    """The program that the child becomes: `trampoline.open_program`."""
+    """The trampoline's program: `trampoline.open_program`."""
     user_namespace: int
-    """The namespace that maps root to the job's range of ids."""
+    """The user namespace that maps root to the job's range of ids."""
     filters: bpf.Filters
     landlock: int | None
-    """The ruleset of `sandbox.start.landlock`; None where the kernel cannot scope."""
+    """The ruleset of `sandbox.start.landlock`; None if the kernel cannot scope."""
     workshop: Workshop | None
-    """Where its disk is made; None where it has none of its own."""
+    """The settings for the job's disk; None for a job without one."""
     way: private_network.Way | None = None
-    """Its private network, where it has one; closed with all that is not the job's."""
+    """The job's private network, if it has one. Its descriptors are closed before the job runs."""
     init: int = -1
-    """The program of the init, where the job has one: `init_program.open_init`."""
+    """The program of the init: `init_program.open_init`; -1 for a job without one."""
     report: int = -1
-    """The pipe that the init writes to."""
+    """The write end of the pipe for the init's report; -1 for a job without an init."""
 
 
 def apply(steps: Iterable[s.Step], means: Means) -> None:
-    """Apply `steps` in order; does not return from `BecomeTrampoline`."""
+    """Apply `steps` in order. Raises StepFailed for the first one that fails.
+
+    Does not return if the last step is `BecomeTrampoline` or `BecomeInit`.
+    """
     for step in steps:
         try:
             _APPLY[type(step)](step, means)
@@ -95,7 +99,7 @@ def _scope_sockets_and_signals(_: s.ScopeSocketsAndSignals, means: Means) -> Non
 
 
 def _keep_own_descriptors(step: s.KeepOwnDescriptors, means: Means) -> None:
-    # All of them are moved out of the way first: any may stand where another has to go.
+    # Move all of them to high numbers first: one may have the number that another one must get.
     null = os.open(step.stdin, os.O_RDONLY | os.O_CLOEXEC)
     streams = (null, means.stdout, means.stderr, means.status)
     own = [*streams, means.order, means.trampoline, means.user_namespace]
@@ -131,12 +135,12 @@ def _map_ids(step: s.MapIds, _: Means) -> None:
 def _mount_disk(step: s.MountDisk, means: Means) -> None:
     assert means.workshop is not None, "only a root of layers has a disk"
     disk = root_mounts.mount_disk(step, means.workshop)
-    # The launcher keeps the disk mounted until it has told the kernel to forget what is on it.
+    # With these the launcher keeps the disk mounted until it discards it.
     _hand_over({"disk": True}, *disk)
 
 
 def _hand_over(message: channel.Message, *descriptors: int) -> None:
-    """Give the launcher descriptors, which are closed here."""
+    """Send descriptors to the launcher with `message`, and close them in this process."""
     with socket.socket(fileno=os.dup(STATUS_DESCRIPTOR)) as status:
         channel.send(status, message, descriptors)
     channel.close_all(descriptors)
@@ -144,7 +148,7 @@ def _hand_over(message: channel.Message, *descriptors: int) -> None:
 
 def _mount_overlay(step: s.MountOverlay, _: Means) -> None:
     root_mounts.mount_overlay(step)
-    if step.path == s.ROOT:  # the launcher asks it at the end whether writes were lost
+    if step.path == s.ROOT:  # the launcher calls syncfs(2) on it at the end, see `lost_writes`
         root = os.open(step.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         _hand_over({"root": True}, root)
 
@@ -152,7 +156,7 @@ def _mount_overlay(step: s.MountOverlay, _: Means) -> None:
 def _mount_devices(step: s.MountDevices, _: Means) -> None:
     root_mounts.mount_devices(step)
     null = os.open(f"{step.path}/null", os.O_RDONLY | os.O_CLOEXEC)
-    os.dup2(null, 0)  # what the job reads from is its own, too
+    os.dup2(null, 0)  # from here on standard input is the job's own /dev/null
     os.close(null)
 
 
@@ -223,8 +227,8 @@ def _write_names(step: s.WriteNames, _: Means) -> None:
 
 def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
     number = getattr(resource, step.resource)
-    # Never above what the launcher itself was given: raising a hard limit would undo the
-    # administrator's own bound (LimitNOFILE= of the unit, say).
+    # Never raise a hard limit above the launcher's own: that is the administrator's bound, such as
+    # LimitNOFILE= of the unit.
     ceiling = resource.getrlimit(number)[1]
     hard = step.hard if ceiling == resource.RLIM_INFINITY else min(step.hard, ceiling)
     resource.setrlimit(number, (min(step.soft, hard), hard))
@@ -232,7 +236,7 @@ def _set_resource_limit(step: s.SetResourceLimit, _: Means) -> None:
 
 def _set_oom_score(step: s.SetOomScore, _: Means) -> None:
     with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
-        if int(file.read()) < step.value:  # an ordinary user may raise it and not lower it
+        if int(file.read()) < step.value:  # only a process with CAP_SYS_RESOURCE may lower it
             file.write(str(step.value))
 
 
@@ -252,7 +256,7 @@ def _drop_capabilities(step: s.DropCapabilities, _: Means) -> None:
         try:
             sc.prctl(sc.PR_CAPBSET_DROP, number)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # beyond the last one that this kernel has
+            if error.errno != errno.EINVAL:  # EINVAL: this kernel has no further capabilities
                 raise
             break
     sc.capset(step.keep)
@@ -264,7 +268,7 @@ def _set_user(step: s.SetUser, _: Means) -> None:
     os.setresgid(step.gid, step.gid, step.gid)
     os.setresuid(step.uid, step.uid, step.uid)
     if step.uid:
-        sc.capset(frozenset())  # the inheritable ones would stay
+        sc.capset(frozenset())  # setresuid(2) leaves the inheritable set as it is
 
 
 def _forbid_new_privileges(_: s.ForbidNewPrivileges, __: Means) -> None:
@@ -273,14 +277,14 @@ def _forbid_new_privileges(_: s.ForbidNewPrivileges, __: Means) -> None:
 
 def _die_with_launcher(_: s.DieWithLauncher, __: Means) -> None:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Had it been killed a moment before, no signal would come: see whether its end is still there.
+    # If the launcher died before this prctl(2), no signal comes. Then this message fails (EPIPE).
     with socket.socket(fileno=os.dup(STATUS_DESCRIPTOR)) as status:
         channel.send(status, {})
 
 
 def _reset_signals(_: s.ResetSignals, __: Means) -> None:
-    # All that the kernel has: Python's own functions pass over 32 and 33, which the C library
-    # keeps for itself, and which whoever started the launcher may have had ignored.
+    # Reset all 64 signals. Python's functions leave out 32 and 33, which the C library reserves;
+    # the program that started the launcher may have set them to be ignored.
     for number in range(1, _SIGNALS + 1):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             sc.set_default_signal(number)
@@ -288,7 +292,8 @@ def _reset_signals(_: s.ResetSignals, __: Means) -> None:
 
 
 def _close_descriptors(_: s.CloseDescriptors, __: Means) -> None:
-    # Before the working directory is entered, or it could be one of them (CVE-2024-21626).
+    # Close them before the job's working directory is entered. Otherwise a path like
+    # /proc/self/fd/8 could lead to a directory of the host (CVE-2024-21626).
     os.close(USER_NAMESPACE_DESCRIPTOR)
     sc.close_range(INIT_DESCRIPTOR + 1)
 
@@ -299,13 +304,13 @@ def _filter_system_calls(_: s.FilterSystemCalls, means: Means) -> None:
 
 def _become_trampoline(_: s.BecomeTrampoline, __: Means) -> None:
     for descriptor in (STATUS_DESCRIPTOR, ORDER_DESCRIPTOR):
-        fcntl.fcntl(descriptor, fcntl.F_SETFD, 0)  # for this execve(2) alone: see `trampoline`
+        fcntl.fcntl(descriptor, fcntl.F_SETFD, 0)  # the trampoline sets close-on-exec again
     os.execve(TRAMPOLINE_DESCRIPTOR, ["trampoline"], {})  # noqa: S606
 
 
 def _become_init(_: s.BecomeInit, __: Means) -> None:
     os.dup2(REPORT_DESCRIPTOR, _REPORT_OF_INIT)
-    # The init closes them, or has them closed by execve(2): see `init_program`.
+    # The init closes them itself; in the program's process the trampoline does: `init_program`.
     for descriptor in (STATUS_DESCRIPTOR, ORDER_DESCRIPTOR, TRAMPOLINE_DESCRIPTOR):
         fcntl.fcntl(descriptor, fcntl.F_SETFD, 0)
     os.execve(INIT_DESCRIPTOR, ["init"], {})  # noqa: S606

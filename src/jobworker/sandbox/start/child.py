@@ -1,11 +1,10 @@
-"""The process that becomes a job: prepares itself, and executes the trampoline.
+"""The child: the process that applies `prepare` and then executes the trampoline or the init.
 
-It is cloned by the launcher, ahead of any request where a spare is kept. Its one way out is
-execve(2): of the trampoline, which waits for the order and executes the job's program. Whatever
-goes wrong before is told in one message `{"failed": {"step", "errno", "detail"}}`, and the process
-ends; its namespaces and mounts end with it.
+The launcher clones it, for a spare before any request. If a step fails, the child sends one message
+`{"failed": {"step", "errno", "detail"}}` and exits; the kernel removes its namespaces and mounts.
+Otherwise it executes the trampoline, which waits for the order and executes the job's program.
 
-Standard library only, and nothing is imported once the process has been cloned.
+Standard library only. The child imports nothing after the clone.
 """
 
 import os
@@ -19,20 +18,23 @@ from jobworker.sandbox.start.steps import Step
 
 
 def become_job(prepare: Sequence[Step], means: Means) -> NoReturn:
-    """Run in the cloned process: apply `prepare`, whose last step ends this program."""
+    """Apply `prepare` in the cloned process; its last step executes another program.
+
+    Never returns: if a step fails, this reports the failure to the launcher and exits with 127.
+    """
     try:
         apply(prepare, means)
     except StepFailed as failure:
-        _tell(means.status, failure.step, failure.code, failure.detail)
-    except BaseException as fault:  # noqa: BLE001 - this process must not return, whatever befalls it
-        _tell(means.status, "prepare", 0, f"{type(fault).__name__}: {fault}")
+        _report(means.status, failure.step, failure.code, failure.detail)
+    except BaseException as fault:  # noqa: BLE001 - this process must not return to the launcher's code
+        _report(means.status, "prepare", 0, f"{type(fault).__name__}: {fault}")
     finally:
         os._exit(127)
 
 
-def _tell(descriptor: int, step: str, code: int, detail: str) -> None:
-    told: channel.Message = {"failed": {"step": step, "errno": code, "detail": detail}}
+def _report(descriptor: int, step: str, code: int, detail: str) -> None:
+    message: channel.Message = {"failed": {"step": step, "errno": code, "detail": detail}}
     try:
-        channel.send(socket.socket(fileno=descriptor), told)
-    except OSError:  # it is in its final place already
-        channel.send(socket.socket(fileno=STATUS_DESCRIPTOR), told)
+        channel.send(socket.socket(fileno=descriptor), message)
+    except OSError:  # the step keep-own-descriptors has moved the socket
+        channel.send(socket.socket(fileno=STATUS_DESCRIPTOR), message)

@@ -1,4 +1,4 @@
-// The reaping init in front of a job's program; see init_program.py, which holds the assembled bytes.
+// The init in front of a job's program. init_program.py has the assembled bytes.
 // System calls: number in x8, arguments in x0 to x5; -errno comes back in x0.
 
 .equ TRAMPOLINE, 5
@@ -57,7 +57,7 @@ wait:
         b.eq    reap
         cmp     w0, #0
         b.le    wait
-        mov     w1, w0                  // kill(the program, what came)
+        mov     w1, w0                  // kill(the program, the signal)
         mov     x8, #129
         mov     w0, w19
         svc     #0
@@ -78,7 +78,7 @@ reap:
         add     x1, sp, #8
         mov     x2, #4
         svc     #0
-        ldr     w9, [sp, #8]            // its code, or 128 and its signal
+        ldr     w9, [sp, #8]            // exit code: the program's, or 128 + its signal
         ands    w0, w9, #0x7f
         b.eq    exited
         add     w0, w0, #128

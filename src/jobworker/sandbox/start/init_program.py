@@ -1,18 +1,19 @@
 """The init of a job that asks for one: PID 1 in front of its program, in 400 bytes of machine code.
 
-It makes one child, which becomes the trampoline and then the job's program, and from then on only
-waits: what is sent to it goes on to the program, where the default action of a signal is what it
-is everywhere; orphans are reaped, so that they do not count as processes; and when the program
-ends, so does the init, and with it all that is left. To the launcher it reports the program's wait
-status (wait(2)), since PID 1 itself cannot die of a signal like SIGTERM.
+The init clones one child, which becomes the trampoline and then the job's program. From then on it
+only waits. It forwards each signal that it receives to the program, for which signals have their
+default actions; the kernel gives PID 1 none (pid_namespaces(7)). It reaps orphans, which would
+otherwise count as processes of the job. When the program ends, the init exits and the kernel kills
+the rest of the job. It first reports the program's wait status (wait(2)) to the launcher, since a
+PID 1 cannot die of a signal like SIGTERM and show it in its own status.
 
-    5  the trampoline    executed by descriptor, closed in the init thereafter
-    6  report            a pipe; four bytes at the program's end
+    5  the trampoline    executed by descriptor, then closed in the init
+    6  report            a pipe; the init writes four bytes to it when the program ends
 
-What must hold: the program reaches nothing of ours through it. No descriptor but the report stays
-open, close-on-exec; its memory and links in /proc are closed to the job, as it is not dumpable
-(prctl(2), PR_SET_DUMPABLE), and it holds nothing but this program, which is sealed. The program has
-a session of its own: a signal to its whole group does not come back here.
+What must hold: the program gets at nothing of the launcher's through the init. Only the report
+stays open, close-on-exec. The init is not dumpable, so the job can read neither its memory nor its
+links in /proc (prctl(2), PR_SET_DUMPABLE). The memory that holds its code is sealed. The program
+has a session of its own, so a signal to its process group does not come back to the init.
 
 Standard library only.
 """
@@ -50,22 +51,25 @@ _CODE = {
 
 
 def program(machine: str) -> bytes:
-    """The executable."""
+    """The init as an ELF executable for `machine`, "x86_64" or "aarch64"."""
     return executable(machine, _CODE[machine])
 
 
 def open_init() -> int:
-    """The executable in sealed memory, close-on-exec. Raises HostUnsupported."""
+    """A descriptor of the executable in sealed memory, close-on-exec. Raises HostUnsupported."""
     return keep_program("init", program(os.uname().machine))
 
 
 def reported(report: int) -> tuple[int | None, int | None] | None:
-    """How the program ended, its code or its signal; None where the init ended before it."""
+    """The exit code and the signal of the program, one of them None, read from the init's pipe.
+
+    None if the init ended before the program.
+    """
     try:
-        said = os.read(report, 4)
+        status_bytes = os.read(report, 4)
     except BlockingIOError:
         return None
-    if len(said) != 4:
+    if len(status_bytes) != 4:
         return None
-    status = os.waitstatus_to_exitcode(int.from_bytes(said, "little"))
+    status = os.waitstatus_to_exitcode(int.from_bytes(status_bytes, "little"))
     return (None, -status) if status < 0 else (status, None)

@@ -1,4 +1,4 @@
-# The reaping init in front of a job's program; see init_program.py, which holds the assembled bytes.
+# The init in front of a job's program. init_program.py has the assembled bytes.
 # System calls: number in rax, arguments in rdi, rsi, rdx, r10, r8; -errno comes back in rax.
 
 .equ TRAMPOLINE, 5
@@ -57,7 +57,7 @@ wait:
         je      reap
         test    %eax, %eax
         jle     wait
-        mov     %eax, %esi              # kill(the program, what came)
+        mov     %eax, %esi              # kill(the program, the signal)
         mov     $62, %eax
         mov     %ebx, %edi
         syscall
@@ -78,7 +78,7 @@ reap:
         lea     8(%rsp), %rsi
         mov     $4, %edx
         syscall
-        mov     8(%rsp), %edi           # its code, or 128 and its signal
+        mov     8(%rsp), %edi           # exit code: the program's, or 128 + its signal
         mov     %edi, %eax
         and     $0x7f, %eax
         jz      exited

@@ -1,11 +1,11 @@
-"""Landlock for what namespaces leave open: abstract UNIX sockets, and signals.
+"""Makes the Landlock ruleset that closes what namespaces leave open: abstract sockets and signals.
 
-A job on the host's network shares its abstract UNIX sockets, which have no file and no owner
-(CVE-2020-15257). A domain that is scoped may connect and send signals only to processes inside it.
-Each job enters one of its own, so that jobs cannot reach one another either. Nothing about files is
-stated: a domain with a right on files forbids every mount(2).
+A job on the host's network shares the host's abstract UNIX sockets, which have no file and no owner
+(CVE-2020-15257). A process in a scoped Landlock domain can connect and send signals only to
+processes of the same domain. Each job enters a domain of its own, so jobs cannot reach one another
+either. The ruleset handles no access to files, because a domain that does forbids every mount(2).
 
-Linux 6.12 (Landlock ABI 6), see landlock(7). Standard library only.
+Needs Linux 6.12 (Landlock ABI 6), see landlock(7). Standard library only.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ GAP = (
 
 
 def open_scope() -> int | None:
-    """A ruleset that scopes sockets and signals, close-on-exec; None where the kernel has none.
+    """A descriptor of the ruleset, close-on-exec, or None if the kernel cannot scope.
 
-    It is made once: entering it makes a domain for each job.
+    One ruleset serves all jobs: each job that enters it gets a domain of its own.
     """
     with contextlib.suppress(OSError):
         if sc.landlock_abi() >= SCOPING_ABI:

@@ -1,17 +1,18 @@
-"""The job's network, as far as the process that becomes the job has a hand in it.
+"""Sets up the job's side of its network, in the process that becomes the job.
 
-    host     the host's own: a root without rights over it can use and not configure it
-    none     a namespace with a loopback, and nothing else
-    private  one with a way out, which `sandbox.network.slirp` makes
+    host     the host's own network: the job can use it, but has no rights to configure it
+    none     a namespace with a loopback device and nothing else
+    private  a namespace with a way out through a gateway, see `sandbox.network`
 
-A network namespace belongs to the user namespace that makes it (network_namespaces(7)). A job's is
-made before the job's own user namespace is entered, so whatever the job is root of, this is not:
-no capability of it reaches the interfaces, routes and settings of even its own network.
+A network namespace belongs to the user namespace of the process that makes it
+(network_namespaces(7)). The job's is made before its process enters the job's user namespace. So
+the job's root has no rights over it, and cannot change the interfaces, routes and settings even of
+its own network.
 
-Settings below /proc/sys/net are each namespace's own. They are changed while a /proc is at hand
-that may be written to. Every port may be listened at, as there is no one else there to take it
-from, and a job may ping. In a private network only the loopback has IPv6, as the wall lets none of
-it through.
+Each network namespace has its own settings below /proc/sys/net. They are set before the root is
+assembled, since the job's own /proc/sys is read-only. The job may listen at every port, because
+no other job shares its ports, and it may send pings. In a private network only the loopback has
+IPv6, because the wall passes IPv4 alone.
 
 Standard library only.
 """
@@ -27,24 +28,24 @@ from jobworker.sandbox import syscalls as sc
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 _STAGE = "/run/.jobworker"
-"""A place to mount for a moment: /run is the job's own and empty."""
+"""A mount point for a moment. /run is a new tmpfs of the job, so the name is free."""
 _PORTS = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
 _PINGS = "/proc/sys/net/ipv4/ping_group_range"
-"""Of IPv6 as well. A new network lets no group send any."""
+"""The groups that may send pings, of IPv6 as well. In a new namespace no group may."""
 _WITHOUT_IPV6 = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
 
 
 def unshare_network(groups: range) -> None:
-    """Enter a network namespace of one's own, with its loopback up; see `allow` for `groups`."""
+    """Move this process into a new network namespace with a loopback; see `allow` for `groups`."""
     sc.unshare(sc.CLONE_NEWNET)
     bring_up("lo")
     allow(groups)
 
 
 def allow(groups: range) -> None:
-    """Let every port be listened at, low ones too (ip(7)), and `groups` send pings (icmp(7)).
+    """Allow the job to listen at every port (ip(7)), and `groups` to send pings (icmp(7)).
 
-    The groups are the job's, as this process's user namespace numbers them.
+    `groups` are the ids of the job's groups in this process's user namespace. Raises OSError.
     """
     for path, text in ((_PORTS, "0"), (_PINGS, f"{groups[0]} {groups[-1]}")):
         with open(path, "w", encoding="ascii") as file:
@@ -52,8 +53,8 @@ def allow(groups: range) -> None:
 
 
 def keep_to_ipv4() -> None:
-    """Have interfaces that are made later do without IPv6: ip-sysctl.rst of the kernel."""
-    # Bytes and no text: a gateway's root has no module for an encoding that is not loaded yet.
+    """Disable IPv6 on interfaces that are made later: ip-sysctl.rst of the kernel."""
+    # Bytes, not text: Python may have to import a codec, which is not in a gateway's root.
     with (
         contextlib.suppress(FileNotFoundError),  # a kernel without IPv6
         open(_WITHOUT_IPV6, "wb", buffering=0) as file,
@@ -69,7 +70,10 @@ def bring_up(interface: str) -> None:
 
 
 def write_names(files: tuple[tuple[str, str], ...]) -> None:
-    """Cover each file that exists by one with the given text, which the job cannot change."""
+    """Replace `files`, as (path, text), by read-only mounts of files with these texts.
+
+    A path that does not exist is left out.
+    """
     os.mkdir(_STAGE, 0o700)
     flags = sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC
     sc.mount("tmpfs", _STAGE, "tmpfs", flags, "mode=755,size=64k")
@@ -79,5 +83,5 @@ def write_names(files: tuple[tuple[str, str], ...]) -> None:
             with open(source, "w", encoding="utf-8") as file:
                 file.write(text)
             sc.mount(source, path, None, sc.MS_BIND)
-    sc.umount(_STAGE)  # what is bound elsewhere keeps its file
+    sc.umount(_STAGE)  # the bind mounts keep the file system
     os.rmdir(_STAGE)

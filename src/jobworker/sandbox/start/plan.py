@@ -1,24 +1,24 @@
-"""From what a job asks for and what the launcher allows to an ordered tuple of steps.
+"""Makes the plan of a start: an ordered tuple of steps, from an order and the launcher's policy.
 
-Pure: no clock, no I/O, no privilege; the same input gives the same steps. There are two
-halves. `prepare` holds what every job needs alike, so that a spare child can have it done
-before anybody asks: all of the isolation. `finish` holds what only the request tells, and ends
-with `Execute`.
+Pure: no clock, no I/O, no privilege; the same input gives the same steps. A plan has two halves.
+`prepare` has the steps that all jobs share, which are the whole isolation, so a spare child applies
+them before a request comes. `finish` has the steps that depend on the request, and ends with
+`Execute`.
 
-The order is what makes the whole safe, and holds for both halves together:
+The order of the steps is what makes a start safe:
 
-1. the scope first, so that nothing of the job ever runs outside its limits;
-2. the root is assembled with the launcher's rights and pivoted into;
-3. the user namespace last but a few: from then on the process has no right over the host, and
-   its mounts, which an outer namespace owns, cannot be changed from inside;
-4. capabilities after the user namespace, whose entry hands out a full set;
-5. descriptors after that, since entering the user namespace needs one;
-6. the system-call filter then: setting up a job takes calls that no job may make, and what is
-   left to do, waiting, chdir(2) and execve(2), every job may;
-7. the trampoline last of what is prepared (`sandbox.start.trampoline`): it waits for the request.
+1. The process enters the scope first, so it never runs outside the job's limits.
+2. It assembles the root with the launcher's rights, and pivots into it.
+3. It enters the user namespace near the end. From then on it has no right over the host, and cannot
+   change its mounts, which belong to an outer user namespace.
+4. It drops capabilities after that, because entering the user namespace grants a full set.
+5. It closes descriptors after that, because entering the user namespace needs one.
+6. It installs the system-call filter then, because the steps before make calls that no job may
+   make. What is left to do (waiting, chdir(2), execve(2)) every job may.
+7. It executes the trampoline last (`sandbox.start.trampoline`), which waits for the request.
 
-Standard library only: the launcher itself builds the plan, from its own policy. The service
-asks for a job, never for steps.
+Standard library only: the launcher makes the plan, from its own policy. The service asks for a job,
+never for steps.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WORKSPACE = "/workspace"
 FIRST_VOLUME_DESCRIPTOR = 64
 DISK = "/disk"
-"""Where a job's own disk is mounted in the launcher's namespace: out of the job's sight."""
+"""The mount point of a job's disk in the launcher's namespace, which the job cannot see."""
 
 ENVIRONMENT = {
     "PATH": PATH,
@@ -41,10 +41,10 @@ ENVIRONMENT = {
     "SHELL": "/bin/sh",
     "LANG": "C.UTF-8",
 }
-"""What every job finds; nothing of the service's or the launcher's own environment."""
+"""The variables of every job. It gets none of the service's or the launcher's own environment."""
 
 SCRATCH = {"tmp": "/tmp", "vartmp": "/var/tmp", "home": "/root", "workspace": WORKSPACE}  # noqa: S108
-"""What is writable of a read-only root: directories on disk, by their place."""
+"""The writable directories of a read-only root: the name on disk, and the path in the root."""
 
 DEVICES = (
     *(("null", 1, 3), ("zero", 1, 5), ("full", 1, 7)),
@@ -113,13 +113,13 @@ KEPT_CAPABILITIES = frozenset(
         Capability.SETFCAP,
     }
 )
-"""What a job's root has, over the job's own user namespace only. It is the set that containers
-commonly get, less NET_RAW and MKNOD."""
+"""The capabilities of a job's root, which hold in the job's own user namespace only. It is the set
+that containers commonly get, without NET_RAW and MKNOD."""
 
 RESOURCE_LIMITS = (
     s.SetResourceLimit("RLIMIT_CORE", 0, 0),
-    # The launcher has to forget what /proc showed of the first process's: see
-    # `sandbox.launcher.zombies`.
+    # When the launcher reaps the first process, the kernel drops its entries of /proc/1/fd. So this
+    # bounds how long the launcher waits: see `sandbox.launcher.zombies`.
     s.SetResourceLimit("RLIMIT_NOFILE", 1024, 65_536),
     s.SetResourceLimit("RLIMIT_MEMLOCK", 8 << 20, 8 << 20),
     s.SetResourceLimit("RLIMIT_MSGQUEUE", 819_200, 819_200),
@@ -135,41 +135,42 @@ class Layer(NamedTuple):
     """One overlay of a job's root."""
 
     at: str
-    """Its place in the root, "" for the root itself; in the order of mounting."""
+    """The path in the root at which it is mounted, "" for the root itself."""
     lower: tuple[str, ...]
     """The read-only directories that it shows, the uppermost first."""
 
 
 class View(NamedTuple):
-    """What jobs' roots are made of, as it stands in the launcher's mount namespace.
+    """The parts of a job's root, by their paths in the launcher's mount namespace.
 
-    Without layers it is a whole root, read-only and the same for all.
+    A view without layers is a complete root, read-only and one for all jobs.
     """
 
     null: str
-    """A /dev/null."""
+    """The path of a /dev/null."""
     mapped: tuple[str, ...] = ()
-    """Mounts whose ids are to be those of the job's range."""
+    """Mounts that the job sees with the ids of its range."""
     layers: tuple[Layer, ...] = ()
+    """The overlays in the order in which they are mounted."""
     scratch: str = ""
-    """Where the directories of a read-only root are made."""
+    """The directory in which a job's writable directories are made, if the root is read-only."""
     volumes: tuple[tuple[str, str, str], ...] = ()
-    """Volumes: the name, the path of the image, the place in the root."""
+    """The volumes: name, path of the image, path in the root."""
 
 
 class Sizes(NamedTuple):
     """Bounds on what a job may store, in bytes, and on its terminals."""
 
     disk: int
-    """All that it writes below its root, if that has layers."""
+    """The size of its disk, if its root has layers."""
     tmpfs: int
-    """Each of the memory file systems, which the job's memory limit also counts."""
+    """The size of each of its memory file systems. The job's memory limit counts them as well."""
     terminals: int
-    """How many pseudo-terminals."""
+    """How many pseudo-terminals it may have open."""
 
 
 class Slot(NamedTuple):
-    """What one live job alone has: its range of ids."""
+    """The name and the range of user ids that one live job has to itself."""
 
     name: str
     first_uid: int
@@ -178,29 +179,29 @@ class Slot(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What the request tells about the job to start."""
+    """The part of a request that the start of a job needs."""
 
     hostname: str
-    """Set by the launcher, from outside: the job may not, and its child is a job's already."""
+    """The launcher sets it: a child that has applied `prepare` has no right to."""
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     workdir: str
     network: str = "host"
-    """One of its own, and another user than root, stand in the way of a spare (`fits_spare`)."""
+    """"host", "none" or "private"."""
     uid: int = 0
     gid: int = 0
     disk_bytes: int = 0
     """The size of its disk; 0 is the usual one."""
     runtime: str = ""
-    """The name of a root tree; "" is the host's programs."""
+    """The name of a runtime; "" is the host's programs."""
     volumes: tuple[tuple[str, str], ...] = ()
-    """Names of volumes, each with its place in the root."""
+    """The volumes: name, and path in the root."""
     init: bool = False
-    """Whether an init is to be PID 1 in front of the program."""
+    """Whether the init is PID 1 in front of the program."""
 
 
 class OwnNetwork(NamedTuple):
-    """A network that is not the host's, and the names in it."""
+    """A network namespace of the job's own, and the texts for its /etc/hosts and resolv.conf."""
 
     hostname: str
     address: str = "127.0.0.1"
@@ -216,17 +217,16 @@ def prepare(
     order: Order | None = None,
     own_network: OwnNetwork | None = None,
 ) -> tuple[s.Step, ...]:
-    """The steps before the request: the root at `root`, pivoted into, and all rights given up.
+    """The steps before the request: assemble the root at `root`, enter it, give up all rights.
 
-    `order` is given where the child is made for it and not kept as a spare, and `own_network` where
-    that asks for one.
+    `order` is None for a spare; otherwise the child is made for this order. `own_network` is None
+    for the host's network.
     """
     owner = slot.first_uid
     return (
         s.AttachScope(),
-        *_network(
-            own_network, slot
-        ),  # before the domain, which would keep it away from its gateway
+        # Before the Landlock domain, in which the process cannot reach its gateway.
+        *_network(own_network, slot),
         s.ScopeSocketsAndSignals(),
         s.KeepOwnDescriptors(view.null),
         s.UnshareCgroupNamespace(),
@@ -257,7 +257,7 @@ def prepare(
 
 
 def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step, ...]:
-    """A root of the job's own to change."""
+    """The steps for a root that the job can change, with a disk of its own."""
     return (
         *(s.MapIds(mount) for mount in view.mapped),
         s.MountDisk(DISK, disk_bytes),
@@ -274,7 +274,7 @@ def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step,
 
 
 def _places(view: View, owner: int) -> tuple[s.Step, ...]:
-    """Volumes are placed where no path leads out of the job's root any more."""
+    """The steps that mount volumes. They follow PivotRoot, so no path leads out of the root."""
     return tuple(
         s.PlaceVolume(place, FIRST_VOLUME_DESCRIPTOR + number, owner)
         for number, (_, _, place) in enumerate(view.volumes)
@@ -282,7 +282,7 @@ def _places(view: View, owner: int) -> tuple[s.Step, ...]:
 
 
 def _scratch(root: str, view: View, slot: Slot) -> tuple[s.Step, ...]:
-    """A read-only root with some directories to write to."""
+    """The steps for a read-only root with some writable directories."""
     own = f"{view.scratch}/{slot.name}"
     return (
         s.MakeScratch(own, tuple(SCRATCH), slot.first_uid),
@@ -291,7 +291,7 @@ def _scratch(root: str, view: View, slot: Slot) -> tuple[s.Step, ...]:
 
 
 def finish(order: Order) -> tuple[s.ChangeDirectory, s.Execute]:
-    """The steps after the request: they are the trampoline's."""
+    """The steps after the request, which the trampoline carries out."""
     return (
         s.ChangeDirectory(order.workdir or WORKSPACE),
         s.Execute(order.arguments, tuple(_environment(order).items())),
@@ -306,7 +306,7 @@ def _network(own: OwnNetwork | None, slot: Slot) -> tuple[s.Step, ...]:
 
 
 def _names(own: OwnNetwork | None) -> tuple[s.Step, ...]:
-    """What a network of the job's own needs in place of the host's files."""
+    """The step that replaces the host's /etc/hosts and resolv.conf, for a network of its own."""
     if own is None:
         return ()
     local = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
@@ -315,7 +315,7 @@ def _names(own: OwnNetwork | None) -> tuple[s.Step, ...]:
 
 
 def fits_spare(order: Order, usual_disk_bytes: int) -> bool:
-    """Whether what was prepared for nobody in particular is right for this order."""
+    """Whether a spare fits this order: it is root on the host's network, with the usual disk."""
     usual_root = not (order.runtime or order.volumes) and order.disk_bytes in (0, usual_disk_bytes)
     usual_process = not (order.uid or order.gid or order.init)
     return usual_root and usual_process and order.network == "host"
@@ -329,7 +329,7 @@ def _user(order: Order | None) -> tuple[s.Step, ...]:
 
 
 def _environment(order: Order) -> Mapping[str, str]:
-    """Root's variables name root; another user's home is the workspace."""
+    """The job's variables. Another user than root has the workspace as HOME, and no user name."""
     found = dict(ENVIRONMENT)
     if order.uid:
         found["HOME"] = WORKSPACE

@@ -1,15 +1,16 @@
-"""The job's side of a private network, run by the process that becomes the job.
+"""Sets up the job's side of a private network, in the process that becomes the job.
 
-The gateway (`sandbox.network.gateway`) makes the network and starts slirp4netns in it. The job's
-process enters the network, waits until it is up, and builds the wall, while it still may.
+The gateway (`sandbox.network.gateway`) makes the network namespace and starts slirp4netns in it.
+The job's process enters the namespace, waits until slirp4netns is ready, and builds the wall. It
+does so before it gives up its rights.
 
 The kernel has one table of neighbours for the host and all its namespaces, with room for 1,024
 entries (gc_thresh3 of arp(7)). For a socket that is bound to the device and uses no route, each
 address is a neighbour's. While the kernel asks for a neighbour by ARP, nothing removes its entry,
-for some 3 s. So a job could fill the table. Here the kernel knows the two neighbours that there
-are, and asks for no other (`_settle_neighbours`): it marks a new entry as failed at once, and
-removes failed entries when the table is full. Rejected: an interface without ARP (IFF_NOARP), as
-slirp4netns would not learn the job's hardware address.
+for some 3 s. So a job could fill the table. `_settle_neighbours` prevents this: it adds the two
+neighbours that exist, and turns requests for others off. The kernel then marks a new entry as
+failed at once, and removes failed entries when the table is full. Rejected: an interface without
+ARP (IFF_NOARP), because slirp4netns would not learn the job's hardware address.
 
 Standard library only.
 """
@@ -26,35 +27,34 @@ from jobworker.sandbox.start import network, wall
 
 PROGRAM = "slirp4netns"
 TAP = "tap0"
-"""The interface inside."""
+"""The name of the interface in the job's network."""
 START_SECONDS = 20.0
 WALL = "its wall"
-"""What a failed start names where the wall could not be built."""
+"""The detail of a failed start whose wall could not be built."""
 
-_OF_SLIRP = bytes.fromhex("5255")
-"""What its hardware addresses begin with; the IPv4 address follows."""
+_HARDWARE_PREFIX = bytes.fromhex("5255")
+"""The first two bytes of slirp4netns's hardware addresses; the IPv4 address follows."""
 
 
 class Way(NamedTuple):
-    """What the process that becomes a job has of its network."""
+    """The private network, as the process that becomes the job gets it from the launcher."""
 
     link: int
     """A socket to the gateway."""
     process: int
     """The gateway's pidfd."""
     wall: bytes
-    """The program of its wall."""
+    """The BPF program of the wall."""
     neighbours: Sequence[str]
-    """The addresses that slirp4netns answers for."""
+    """The IPv4 addresses that slirp4netns answers for."""
 
 
 def enter(way: Way, groups: range) -> None:
-    """In the process that becomes the job: enter the network, wait until it is up, and wall it in.
+    """Move this process into the private network, wait until it is up, and build the wall.
 
-    `groups` are those of the job: see `network.allow`.
-
-    It must not be in a Landlock domain yet, which would keep it from the gateway's descriptors.
-    Raises OSError: the kernel's, or one with errno 0 whose file name is what slirp4netns said.
+    `groups` are those of the job, see `network.allow`. The process must not be in a Landlock domain
+    yet, which would deny it the gateway's descriptors. Raises OSError with the kernel's errno, or
+    with errno 0 and the messages of slirp4netns as file name.
     """
     with socket.socket(fileno=way.link) as link:
         link.settimeout(START_SECONDS)
@@ -65,7 +65,7 @@ def enter(way: Way, groups: range) -> None:
     code, detail = message.get("errno"), message.get("detail")
     if isinstance(code, int):
         raise OSError(code, os.strerror(code), str(detail))
-    namespace, ready, said = descriptors
+    namespace, ready, log = descriptors
     sc.setns(namespace, sc.CLONE_NEWNET)
     network.allow(groups)
     poll = select.poll()
@@ -73,9 +73,9 @@ def enter(way: Way, groups: range) -> None:
     if not poll.poll(START_SECONDS * 1000):
         raise OSError(0, "failed", f"{PROGRAM} was not ready after {START_SECONDS:.0f} s")
     if not os.read(ready, 1):
-        said_text = os.pread(said, 4096, 0).decode("utf-8", "replace")
-        words = [line for line in said_text.splitlines() if not line.startswith("WARNING")]
-        raise OSError(0, "failed", ": ".join([PROGRAM, *(words or ["ended"])]))
+        text = os.pread(log, 4096, 0).decode("utf-8", "replace")
+        lines = [line for line in text.splitlines() if not line.startswith("WARNING")]
+        raise OSError(0, "failed", ": ".join([PROGRAM, *(lines or ["ended"])]))
     _settle_neighbours(way.neighbours)
     try:
         wall.build(way.process, way.wall)
@@ -84,14 +84,14 @@ def enter(way: Way, groups: range) -> None:
 
 
 def _settle_neighbours(addresses: Sequence[str]) -> None:
-    """Make these the only neighbours in this namespace, for good.
+    """Make `addresses` the only neighbours in this namespace, permanently.
 
-    The hardware addresses are those that slirp4netns gives for ARP; it reads frames to any other as
-    well. The job's it learns from the first request, which it reads before any packet of the job:
-    some versions lose an answer that comes while they do not know whom to send it.
+    The entries get the hardware addresses that slirp4netns would send as ARP replies. One ARP
+    request is sent first. From it slirp4netns learns the job's hardware address before any packet
+    of the job: some versions lose a packet for the job while they do not know that address.
     """
     tap = socket.if_nametoindex(TAP)
     netlink.look_for_neighbour(tap, addresses[0])
     netlink.ask_for_no_neighbours(tap)
     for address in addresses:
-        netlink.keep_neighbour(tap, address, _OF_SLIRP + socket.inet_aton(address))
+        netlink.keep_neighbour(tap, address, _HARDWARE_PREFIX + socket.inet_aton(address))

@@ -1,7 +1,7 @@
-"""The mounts that a job's root is made of: what `sandbox.start.apply` does for these steps.
+"""Makes the mounts of a job's root: the functions of `sandbox.start.apply` for these steps.
 
-Run in the job's own process, before it has left the launcher's mount namespace. Nothing is
-half-made where one fails: what was mounted goes with the process.
+They run in the job's own process, which has a copy of the launcher's mount namespace. If one fails,
+nothing has to be undone: the kernel removes the mounts with the process. All raise OSError.
 
 Standard library only. Sources: mount_setattr(2), overlayfs.rst, null(4).
 """
@@ -15,13 +15,13 @@ from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import Workshop
 from jobworker.sandbox.start import steps as s
 
-# volatile: what is written need not reach the disk at the end, the disk itself goes then.
+# volatile: the overlay skips all syncs. The disk is discarded with the job, so nothing is lost.
 _OVERLAY = "volatile,redirect_dir=on,index=off,metacopy=off"
 
 
 def map_ids(step: s.MapIds, user_namespace: int) -> None:
-    """Have a mount show the ids of the user namespace, in its own place."""
-    # There overlays find it by path: not every kernel takes a detached mount as a layer.
+    """Replace a mount by a copy of it that shows the ids of the user namespace."""
+    # The copy stays at its path, since not every kernel takes a detached mount as a layer.
     tree = sc.open_tree_clone(step.path, recursive=False)
     sc.map_mount(tree, user_namespace)
     sc.move_mount(tree, step.path)
@@ -29,7 +29,7 @@ def map_ids(step: s.MapIds, user_namespace: int) -> None:
 
 
 def mount_disk(step: s.MountDisk, workshop: Workshop) -> disk_images.Disk:
-    """Mount a new disk."""
+    """Make and mount the job's disk. Returns the descriptors by which the launcher holds it."""
     image = disk_images.create(workshop, step.size_bytes)
     disk_images.mount_image(image, step.path)
     again = disk_images.open_again(image)
@@ -39,7 +39,7 @@ def mount_disk(step: s.MountDisk, workshop: Workshop) -> disk_images.Disk:
 
 
 def mount_overlay(step: s.MountOverlay) -> None:
-    """Lay a writable directory of the disk over read-only ones."""
+    """Mount an overlay of the read-only directories, with a new directory of the disk on top."""
     upper, work = f"{step.disk}/upper", f"{step.disk}/work"
     for path in (step.disk, upper, work):
         os.mkdir(path, 0o755)
@@ -50,13 +50,13 @@ def mount_overlay(step: s.MountOverlay) -> None:
 
 
 def mount_devices(step: s.MountDevices) -> None:
-    """Make device nodes, links and directories in a small tmpfs."""
+    """Mount a small tmpfs, and make device files, links and directories in it."""
     options = f"mode=755,size=64k,nr_inodes=256,uid={step.owner},gid={step.owner}"
     sc.mount("tmpfs", step.path, "tmpfs", sc.MS_NOSUID | sc.MS_NOEXEC, options)
     for name, major, minor in step.devices:
         path = f"{step.path}/{name}"
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(major, minor))
-        os.chmod(path, 0o666)  # noqa: S103 - devices that are for all
+        os.chmod(path, 0o666)  # noqa: S103 - every user of the job may use these devices
         os.chown(path, step.owner, step.owner)
     for name, target in step.links:
         os.symlink(target, f"{step.path}/{name}")
@@ -65,7 +65,7 @@ def mount_devices(step: s.MountDevices) -> None:
 
 
 def make_scratch(step: s.MakeScratch) -> None:
-    """Make directories of the job's own in one that the launcher keeps for them."""
+    """Make the job's directory in the launcher's scratch directory, and its subdirectories."""
     os.mkdir(step.directory, 0o700)
     for name in step.names:
         path = f"{step.directory}/{name}"
@@ -75,9 +75,9 @@ def make_scratch(step: s.MakeScratch) -> None:
 
 
 def open_volume(step: s.OpenVolume, user_namespace: int) -> tuple[int, bool]:
-    """Mount a volume, take hold of it as the job is to see it, and let go of the mount.
+    """Mount a volume as a detached mount with the job's ids, at the step's descriptor.
 
-    Returns a descriptor of its root, and whether it is thin.
+    Returns a descriptor of the volume's root directory, and whether the volume is thin.
     """
     os.mkdir(step.stage, 0o700)
     try:
@@ -86,7 +86,7 @@ def open_volume(step: s.OpenVolume, user_namespace: int) -> tuple[int, bool]:
         if error.filename == step.image:
             error.filename = step.name
         raise
-    with contextlib.suppress(OSError):  # gone since the first time
+    with contextlib.suppress(OSError):  # an earlier job's start has removed it
         os.rmdir(f"{step.stage}/lost+found")
     tree = sc.open_tree_clone(step.stage, recursive=False)
     sc.map_mount(tree, user_namespace)
@@ -99,9 +99,9 @@ def open_volume(step: s.OpenVolume, user_namespace: int) -> tuple[int, bool]:
 
 
 def place_volume(step: s.PlaceVolume) -> None:
-    """Go to a place in the job's root, make what is missing on the way, and mount there.
+    """Attach an opened volume at its path in the job's root, and make missing directories.
 
-    The root may be of anybody's making, so no link is followed.
+    A runtime or a volume may contain links that lead elsewhere, so this follows no link.
     """
     way = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     here = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

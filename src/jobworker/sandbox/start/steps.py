@@ -1,19 +1,21 @@
-"""The steps by which a process becomes a job: frozen data, no effect.
+"""The steps by which a process becomes a job: frozen data without behaviour.
 
-A step says what is to hold, `sandbox.start.apply` makes it so, `sandbox.start.plan` puts steps in
-order. `name_of` is the word by which a failed step is reported and by which the documents speak of
-it. Standard library only: the launcher carries them.
+A step describes one change, `sandbox.start.apply` makes it, and `sandbox.start.plan` puts steps in
+order. `name_of` gives the name of a step in error messages and documents. The first line of each
+docstring is what `worker-cli run --dry-run` prints for the step.
+
+Standard library only: the launcher uses them.
 """
 
 import re
 from typing import NamedTuple
 
 ROOT = "/root"
-"""Where the launcher's mount namespace has a job's root, until the job's process pivots to it."""
+"""The path of a job's root in the launcher's mount namespace, until the job's process enters it."""
 
 
 class AttachScope(NamedTuple):
-    """Enter the job's control groups, so that all that follows is inside its limits."""
+    """Enter the job's control groups, so that its limits hold for all that follows."""
 
 
 class ScopeSocketsAndSignals(NamedTuple):
@@ -21,7 +23,7 @@ class ScopeSocketsAndSignals(NamedTuple):
 
 
 class KeepOwnDescriptors(NamedTuple):
-    """Put the job's standard streams in their places and close all that belongs to others."""
+    """Set up the job's standard streams, and close all descriptors that are not the job's."""
 
     stdin: str
 
@@ -48,7 +50,7 @@ class MountTmpfs(NamedTuple):
 
 
 class MakeScratch(NamedTuple):
-    """Make the job's directories on disk, empty and its own, where its root is read-only."""
+    """Make the job's own empty directories on disk, for a root that is read-only."""
 
     directory: str
     names: tuple[str, ...]
@@ -56,7 +58,7 @@ class MakeScratch(NamedTuple):
 
 
 class BindScratch(NamedTuple):
-    """Put one of the job's directories on disk in its place in the root."""
+    """Mount one of the job's directories on disk in its root."""
 
     source: str
     path: str
@@ -69,35 +71,36 @@ class MapIds(NamedTuple):
 
 
 class MountDisk(NamedTuple):
-    """Mount a new disk of the job's own, which goes with it: loop(4), ext4(5)."""
+    """Mount a new disk, which is discarded with the job: loop(4), ext4(5)."""
 
     path: str
     size_bytes: int
 
 
 class MountOverlay(NamedTuple):
-    """Show read-only directories with what the job changes laid over them: overlayfs.rst."""
+    """Mount an overlay of read-only directories that takes the job's changes: overlayfs.rst."""
 
     path: str
     lower: tuple[str, ...]
     disk: str
-    """A directory, not there yet, for what the job changes."""
+    """A directory for the job's changes, which the step makes."""
     owner: int
 
 
 class OpenVolume(NamedTuple):
-    """Mount a volume with the ids of the job's range, nowhere yet: at a descriptor."""
+    """Open a volume as a detached mount with the ids of the job's range: open_tree(2)."""
 
     name: str
     image: str
-    """Its path in the launcher's namespace."""
+    """The path of its image in the launcher's namespace."""
     stage: str
-    """A directory, not there yet, to mount upon for a moment."""
+    """A mount point for a moment, which the step makes and removes."""
     descriptor: int
+    """The number of the descriptor that the detached mount gets."""
 
 
 class PlaceVolume(NamedTuple):
-    """Put an opened volume into its place in the root, on no way through a link."""
+    """Mount an opened volume in the job's root, at a path that leads through no link."""
 
     path: str
     descriptor: int
@@ -105,7 +108,7 @@ class PlaceVolume(NamedTuple):
 
 
 class MountDevices(NamedTuple):
-    """Mount a /dev of the job's own with the devices that everybody may use: null(4)."""
+    """Mount the job's own /dev, with the devices that every user may use: null(4)."""
 
     path: str
     owner: int
@@ -115,51 +118,53 @@ class MountDevices(NamedTuple):
 
 
 class MountDevpts(NamedTuple):
-    """Mount terminals of the job's own: a new devpts instance.
+    """Mount a devpts instance of the job's own, for its terminals: pts(4).
 
-    The kernel counts terminals for the whole host, so an instance has a bound: open(2) of
-    /dev/ptmx answers ENOSPC beyond.
+    The kernel bounds the number of terminals of the whole host, so each instance has a bound of its
+    own. Beyond it open(2) of /dev/ptmx fails with ENOSPC.
     """
 
     path: str
     tty_group: int
     most: int
+    """How many terminals the instance may have."""
 
 
 class MountProc(NamedTuple):
-    """Mount a fresh /proc that shows the job's process namespace alone: proc(5)."""
+    """Mount a new /proc that shows only the job's process namespace: proc(5)."""
 
     path: str
 
 
 class MaskPath(NamedTuple):
-    """Hide a file behind /dev/null or a directory behind an empty one, where it exists."""
+    """Cover a file with /dev/null or a directory with an empty one, where it exists."""
 
     path: str
 
 
 class ReadOnlyPath(NamedTuple):
-    """Make what stands at a path read-only, where it exists."""
+    """Make a path and all below it read-only, where it exists."""
 
     path: str
 
 
 class PivotRoot(NamedTuple):
-    """Make the assembled tree the root and let go of the old one: pivot_root(2)."""
+    """Make the assembled tree the root and unmount the old one: pivot_root(2)."""
 
     path: str
 
 
 class UnshareNetwork(NamedTuple):
-    """Leave the host's network for one with nothing but a loopback: network_namespaces(7)."""
+    """Leave the host's network for one with only a loopback: network_namespaces(7)."""
 
     first_gid: int
-    """The job's first group, as the launcher numbers it, which may ping there as the rest may."""
+    """The id of the job's first group in the launcher's user namespace. Its groups may ping."""
     ids: int
+    """How many groups the job has from `first_gid` on."""
 
 
 class EnterNetwork(NamedTuple):
-    """Enter the network that a gateway has made, once it is up."""
+    """Enter the network that the job's gateway has made, once it is up."""
 
     first_gid: int
     """See `UnshareNetwork`."""
@@ -167,9 +172,10 @@ class EnterNetwork(NamedTuple):
 
 
 class WriteNames(NamedTuple):
-    """Put files of the job's own, by path, in the place of the host's, where those exist."""
+    """Replace the host's files of names and addresses by the job's own, where they exist."""
 
     files: tuple[tuple[str, str], ...]
+    """Each file's path and text."""
 
 
 class SetResourceLimit(NamedTuple):
@@ -181,7 +187,7 @@ class SetResourceLimit(NamedTuple):
 
 
 class SetOomScore(NamedTuple):
-    """How soon, at least, the kernel picks the job when the host has no memory left: proc(5)."""
+    """Raise the job's OOM score to this value, if it is lower: proc_pid_oom_score_adj(5)."""
 
     value: int
 
@@ -190,7 +196,7 @@ class EnterUserNamespace(NamedTuple):
     """Enter the user namespace that maps root inside to an unprivileged id outside."""
 
     leave_groups: bool
-    """Not where the launcher's user has a single id: the kernel lets nobody leave groups there."""
+    """Whether to drop supplementary groups. With a single mapped id the kernel forbids it."""
 
 
 class DropCapabilities(NamedTuple):
@@ -200,7 +206,7 @@ class DropCapabilities(NamedTuple):
 
 
 class SetUser(NamedTuple):
-    """Become an ordinary user of the job's own, who then owns these of its directories."""
+    """Become an ordinary user of the job, who then owns these of its directories."""
 
     uid: int
     gid: int
@@ -208,11 +214,11 @@ class SetUser(NamedTuple):
 
 
 class ForbidNewPrivileges(NamedTuple):
-    """No setuid program and no file capability gives anything any more: no_new_privs."""
+    """Set no_new_privs: setuid programs and file capabilities give no rights any more."""
 
 
 class DieWithLauncher(NamedTuple):
-    """Have the kernel kill the job should the launcher be killed: PR_SET_PDEATHSIG."""
+    """Have the kernel kill the job if the launcher dies: PR_SET_PDEATHSIG."""
 
 
 class ResetSignals(NamedTuple):
@@ -220,7 +226,7 @@ class ResetSignals(NamedTuple):
 
 
 class CloseDescriptors(NamedTuple):
-    """Close every descriptor above standard error, but those that the trampoline needs."""
+    """Close every descriptor above standard error, except those that the trampoline needs."""
 
 
 class BecomeInit(NamedTuple):
@@ -232,13 +238,13 @@ class BecomeTrampoline(NamedTuple):
 
 
 class ChangeDirectory(NamedTuple):
-    """Go to the job's working directory, inside its root."""
+    """Change to the job's working directory, inside its root."""
 
     path: str
 
 
 class FilterSystemCalls(NamedTuple):
-    """Load the system-call filter, under which the wait for an order runs already: seccomp(2)."""
+    """Install the system-call filter, under which the process waits for its order: seccomp(2)."""
 
 
 class Execute(NamedTuple):
@@ -290,13 +296,13 @@ Step = (
 
 
 def explain(step: Step) -> tuple[str, str, str]:
-    """A step for people: its name, what it is about where that is a text, and what it does."""
+    """A step for people: its name, its first field that is a text (or ""), and what it does."""
     subject = next((value for value in step if isinstance(value, str)), "")
     what = (type(step).__doc__ or "").partition("\n")[0]
     return name_of(step), subject, what
 
 
 def name_of(step: Step | type[Step]) -> str:
-    """The step's name in words: `EnterUserNamespace` is "enter-user-namespace"."""
+    """The step's name with hyphens: `EnterUserNamespace` is "enter-user-namespace"."""
     kind = step if isinstance(step, type) else type(step)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()

@@ -1,22 +1,23 @@
-"""The trampoline: what a prepared child is until its order comes, in 400 bytes of machine code.
+"""The trampoline: 400 bytes of machine code in which a prepared child waits for its order.
 
-A child prepares itself in Python and then executes this program, which waits for a word on the
-status socket, maps the order's memory, goes to the working directory and executes the job's
-program. Python could do that too; but execve(2) has to take down the memory of who calls it, which
-for an interpreter takes longer than everything else from the request to the job's first
-instruction, and an interpreter that waits costs half a megabyte. So that is done ahead too.
+A child applies its steps in Python and then executes this program. The trampoline waits for `GO` on
+the status socket, maps the memory of the order, changes to the working directory and executes the
+job's program. Python could do that too. But execve(2) frees the caller's memory, and for a Python
+interpreter that takes longer than everything else from the request to the job's first instruction.
+A waiting interpreter also costs half a megabyte. So a spare executes the trampoline in advance.
 
-    status socket   READY when it waits; then b"go"; then closed by execve(2), or a failure
-    order           a memfd that the launcher has filled: an image, to be mapped at `IMAGE`
-                    cwd*, argv*, envp*, count, path*[count], then what these point to
+    status socket   the trampoline sends {"ready": true} when it waits, and reads b"go". Then either
+                    execve(2) closes the socket, or the trampoline sends a failure.
+    order           a memfd with an image that the launcher has written, to be mapped at `IMAGE`:
+                    cwd*, argv*, envp*, count, path*[count], then what these pointers point to
 
-The program has no data, no stack to speak of and nothing to overflow: it follows the pointers of
-an image that the launcher made. Paths are tried in order as execvp(3) does; the source, with a
-comment on each call, is in `trampoline_MACHINE.S`, and a test assembles it and compares.
+The program has no data and a stack of a few words, and copies no input: it follows the pointers of
+an image that the launcher made. It tries the paths in order, as execvp(3) does. The source, with a
+comment on each call, is in `trampoline_MACHINE.S`; a test assembles it and compares the bytes.
 
-What must hold: a job never gets to run it with anything to go on. Its two descriptors are
-close-on-exec, and without them it ends (a job that executes /proc/self/exe as its own program sees
-just that). The memory that holds the program is sealed.
+What must hold: a job cannot use the trampoline for anything. Its two descriptors are close-on-exec,
+and without them it exits, also if a job executes /proc/self/exe before it has executed its program.
+The memory that holds the code is sealed.
 
 Standard library only.
 """
@@ -33,12 +34,12 @@ from jobworker.sandbox.start.steps import ChangeDirectory, Execute
 
 GO = b"go"
 NOTHING_TO_DO = 127
-"""Its exit status where it has no order to take, or has told of a failure."""
+"""The trampoline's exit status if it gets no order, or has sent a failure."""
 IMAGE = 0x10000000
 MAX_IMAGE_BYTES = 0x1000000
 MAX_NAME_BYTES = 255  # NAME_MAX of <linux/limits.h>
 FAILURE = b"t"
-"""First byte of the packet that tells of a failure; `channel` begins none of its packets so."""
+"""The first byte of a packet that reports a failure. No packet of `channel` begins with it."""
 
 _CODE = {
     "x86_64": bytes.fromhex(
@@ -71,16 +72,16 @@ _MFD_EXEC = 0x10
 
 
 STEPS = ("take-order", "change-directory", "execute")
-"""What it does, by the number in a failure; the names are those of `sandbox.start.steps`."""
+"""The names of its steps, by the number in a failure. The last two are in `sandbox.start.steps`."""
 
 
 def program(machine: str) -> bytes:
-    """The executable."""
+    """The trampoline as an ELF executable for `machine`, "x86_64" or "aarch64"."""
     return executable(machine, _CODE[machine])
 
 
 def executable(machine: str, code: bytes) -> bytes:
-    """An ELF header, one segment (read, execute), the code: elf(5)."""
+    """An ELF executable: a header, one segment (read, execute) and `code`, see elf(5)."""
     size = _HEADER_BYTES + len(code)
     identity = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)
     entry = _BASE + _HEADER_BYTES
@@ -92,12 +93,15 @@ def executable(machine: str, code: bytes) -> bytes:
 
 
 def open_program() -> int:
-    """The executable in sealed memory, close-on-exec. Raises HostUnsupported."""
+    """A descriptor of the executable in sealed memory, close-on-exec. Raises HostUnsupported."""
     return keep_program("trampoline", program(os.uname().machine))
 
 
 def keep_program(name: str, content: bytes) -> int:
-    """An executable in sealed memory, close-on-exec. Raises HostUnsupported."""
+    """A descriptor of a sealed memfd with the executable `content`, close-on-exec.
+
+    Raises HostUnsupported.
+    """
     try:
         descriptor = _executable_memory(name)
         os.write(descriptor, content)
@@ -115,23 +119,26 @@ def _executable_memory(name: str) -> int:
     try:
         return os.memfd_create(name, flags | _MFD_EXEC)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # before Linux 6.3 there is no such flag and no need
+        if error.errno != errno.EINVAL:  # Linux before 6.3 has no such flag, and needs none
             raise
         return os.memfd_create(name, flags)
 
 
 class Errand(NamedTuple):
-    """What the trampoline is sent to do: the image, and what its failures speak of."""
+    """The image for the trampoline, and the texts that a report of its failure needs."""
 
     image: bytes
     directory: str
     name: str
     paths: Sequence[str]
-    """Where the program may stand."""
+    """The paths at which the program is looked for."""
 
 
 def errand(change: ChangeDirectory, execute: Execute) -> Errand:
-    """The two last steps of a plan for the trampoline. Raises TooLarge beyond 16 MiB."""
+    """The last two steps of a plan as an image for the trampoline.
+
+    Raises TooLarge if the image is larger than `MAX_IMAGE_BYTES`, 16 MiB.
+    """
     name = execute.arguments[0]
     paths = _candidates(name, dict(execute.environment).get("PATH", ""))
     return Errand(_image(change.path, execute, paths), change.path, name, paths)
@@ -164,24 +171,24 @@ def _image(directory: str, execute: Execute, paths: Sequence[str]) -> bytes:
 
 
 def _candidates(name: str, search: str) -> list[str]:
-    """The paths that `name` may stand for, with `search` as PATH: execvp(3)."""
+    """The paths to try for the program `name`, with `search` as PATH: execvp(3)."""
     if "/" in name:
         return [name]
-    if len(name.encode()) > MAX_NAME_BYTES:  # no directory can hold it
+    if len(name.encode()) > MAX_NAME_BYTES:  # no directory can have such a name
         return []
     return [f"{directory or '.'}/{name}" for directory in dict.fromkeys(search.split(":"))]
 
 
 def failure_from(packet: bytes, errand: Errand) -> dict[str, object]:
-    """`{"step", "errno", "detail"}` of a packet that begins with `FAILURE`.
+    """The failure in a packet that begins with `FAILURE`, as `{"step", "errno", "detail"}`.
 
-    Raises ProtocolError where the trampoline would not have sent it.
+    Raises ProtocolError for a packet that the trampoline does not send.
     """
     try:
         _, step, code, index, lacks_interpreter = struct.unpack("<5i", packet)
         name = STEPS[step]
     except (struct.error, IndexError):
-        raise ProtocolError("cannot take the trampoline's word: it is none of its own") from None
+        raise ProtocolError("cannot read the trampoline's report: it is malformed") from None
     detail = errand.directory if name == "change-directory" else errand.name
     if name == "execute" and 0 <= index < len(errand.paths):
         detail = errand.paths[index] + (" (its interpreter)" if lacks_interpreter else "")

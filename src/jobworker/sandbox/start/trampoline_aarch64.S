@@ -1,4 +1,4 @@
-// What a prepared child is until its order comes; see trampoline.py, which holds the assembled bytes.
+// The trampoline: a prepared child waits in it for its order. trampoline.py has the assembled bytes.
 // System calls: number in x8, arguments in x0 to x5; -errno comes back in x0.
 
 .equ STATUS, 3
@@ -24,7 +24,7 @@ _start:
         mov     x2, #ready_bytes
         svc     #0
         sub     sp, sp, #128
-        mov     x8, #63                 // read(STATUS): the word to go on, or the end
+        mov     x8, #63                 // read(STATUS): b"go", or the end of the stream
         mov     x0, #STATUS
         mov     x1, sp
         mov     x2, #64
@@ -43,7 +43,7 @@ _start:
         mov     x19, #IMAGE
         mov     x20, #0                 // x20: the path that is tried
         mov     w21, #-1                // w21: the first path that may not be executed, or -1
-        mov     w22, #0                 // w22: whether a path is there and its interpreter is not
+        mov     w22, #0                 // w22: 1 if the program exists and its interpreter does not
         mov     w23, #0                 // w23: 0 take the order, 1 go to the directory, 2 execute
         cmp     x0, x19
         b.ne    failed

@@ -1,4 +1,4 @@
-# What a prepared child is until its order comes; see trampoline.py, which holds the assembled bytes.
+# The trampoline: a prepared child waits in it for its order. trampoline.py has the assembled bytes.
 # System calls: number in rax, arguments in rdi, rsi, rdx, r10, r8, r9; -errno comes back in rax.
 
 .equ STATUS, 3
@@ -26,7 +26,7 @@ _start:
         lea     ready(%rip), %rsi
         mov     $ready_bytes, %edx
         syscall
-        xor     %eax, %eax              # read(STATUS): the word to go on, or the end
+        xor     %eax, %eax              # read(STATUS): b"go", or the end of the stream
         mov     $STATUS, %edi
         lea     -128(%rsp), %rsi
         mov     $64, %edx
@@ -43,7 +43,7 @@ _start:
         syscall
         xor     %ebx, %ebx              # rbx: the path that is tried
         mov     $-1, %r12d              # r12: the first path that may not be executed, or -1
-        xor     %r14d, %r14d            # r14: whether a path is there and its interpreter is not
+        xor     %r14d, %r14d            # r14: 1 if the program exists and its interpreter does not
         xor     %r15d, %r15d            # r15: 0 take the order, 1 go to the directory, 2 execute
         cmp     $IMAGE, %rax
         jne     failed

@@ -1,20 +1,20 @@
-"""The wall of a private network: a packet filter on the job's only way to its gateway.
+"""Builds the wall of a private network: a packet filter on the job's only way to its gateway.
 
     job ── its kernel's routes ── tap0 ──[ wall ]── slirp4netns ── the host's sockets
 
-slirp4netns opens a socket of the host for whatever frame it reads from its tap device. The kernel
-runs the wall on each frame before slirp4netns can read it (TUNATTACHFILTER of tuntap.rst), so how
-the frame came to be there does not matter: no route, rule, socket option, family or source address
-leads around it. The filter belongs to the descriptor that slirp4netns has open, not to the job's
-network, so even a job with all rights over its network could not take it off. It needs no module
-of the kernel: not every host has Netfilter, traffic control or eBPF, nor lets every user have them.
+slirp4netns opens a socket of the host for any frame that it reads from its tap device. The kernel
+runs the wall on each frame before slirp4netns can read it (TUNATTACHFILTER of tuntap.rst). So no
+route, rule, socket option, family or source address leads around the wall. The filter belongs to
+the descriptor that slirp4netns has open, not to the job's network. So even a job with all rights
+over its network could not remove it. Rejected: Netfilter, traffic control and eBPF, which not every
+kernel has and not every user may use.
 
-What passes: ARP, and TCP, UDP and ICMP over IPv4 without options, from the job's own address, to
-addresses that are outside of the host. Of the gateway's network that is the resolver alone, at port
-53 and in whole packets, since a fragment has no port. Everything else is dropped.
+The wall passes ARP. It passes TCP, UDP and ICMP over IPv4 without options, from the job's own
+address to addresses outside of the host. In the gateway's network it passes packets to port 53 of
+the resolver, but no fragments, since these have no port. It drops everything else.
 
-The host's addresses change. The launcher attaches a new program then (`sandbox.network.modes`), in
-the place of the old one and at once.
+When the host's addresses change, the launcher replaces the program by a new one in a single call
+(`sandbox.network.modes`).
 
 Standard library only.
 """
@@ -28,15 +28,15 @@ from collections.abc import Iterable, Iterator
 from jobworker.sandbox import syscalls as sc
 
 Range = tuple[int, int]
-"""The first and the last of IPv4 addresses that follow each other, as numbers."""
+"""The first and the last address of a range of IPv4 addresses, as numbers."""
 
 MAX_RANGES = 256
-"""Keeps a program and its successor below net.core.optmem_max, which may be 20 KiB."""
+"""Keeps a program and its successor below net.core.optmem_max, 20 KiB on older kernels."""
 _SEARCHED_DESCRIPTORS = 64
 _NEVER_OUTSIDE = ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4")
-"""This host, its loopback, multicast, and what is reserved, with the broadcast: RFC 6890."""
+"""This host, its loopback, multicast, and reserved addresses with the broadcast: RFC 6890."""
 
-# <linux/bpf_common.h>: classes, sizes, modes and jumps, put together
+# <linux/bpf_common.h>: class, size, mode and jump in one code
 _LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
 _EQUAL, _GREATER, _AT_LEAST, _ANY_BIT, _RETURN = 0x15, 0x25, 0x35, 0x45, 0x06
 _DROP, _PASS = 0, 0xFFFFFFFF
@@ -45,9 +45,9 @@ _TYPE, _VERSION, _FRAGMENT, _PROTOCOL, _SOURCE, _DESTINATION = 12, 14, 20, 23, 2
 _DESTINATION_PORT = 36
 _ARP, _IPV4 = 0x0806, 0x0800
 _PLAIN_HEADER = 0x45
-"""Version 4 and a header of five words: no options, so no source route."""
+"""Version 4 and a header of five words: a packet without options, so without a source route."""
 _IN_PARTS = 0x3FFF
-"""More fragments follow, or this is not the first."""
+"""The bits of a fragment: the flag "more fragments" and the offset."""
 
 
 def number_of(address: str) -> int:
@@ -56,7 +56,7 @@ def number_of(address: str) -> int:
 
 
 def range_of(network: str) -> Range:
-    """The addresses of a network, such as "10.0.2.0/24"; of one address without a length."""
+    """The addresses of a network such as "10.0.2.0/24", or of one address without a length."""
     address, _, length = network.partition("/")
     behind = (1 << (32 - int(length or 32))) - 1
     first = number_of(address) & ~behind
@@ -64,10 +64,10 @@ def range_of(network: str) -> Range:
 
 
 def merged(ranges: Iterable[Range], most: int = MAX_RANGES) -> tuple[Range, ...]:
-    """The same addresses in order, in at most `most` ranges.
+    """All addresses of `ranges` in order, in at most `most` ranges.
 
-    Where there are more, those with the smallest gap between them become one: a wall may be too
-    long and never too short.
+    If there are more, the ranges with the smallest gaps between them are joined. So the result may
+    close a few addresses too many, but never one too few.
     """
     found: list[Range] = []
     for first, last in sorted(ranges):
@@ -84,9 +84,9 @@ def merged(ranges: Iterable[Range], most: int = MAX_RANGES) -> tuple[Range, ...]
 
 
 def program(own: str, resolver: str, network: str, of_the_host: Iterable[Range]) -> bytes:
-    """The filter for the job at `own` as an array of struct sock_filter.
+    """The filter for the job with the address `own`, as an array of struct sock_filter.
 
-    `network` is that of the gateway, `of_the_host` what the host answers at.
+    `network` is the gateway's network, and `of_the_host` has the addresses of the host.
     """
     closed = merged([*map(range_of, (*_NEVER_OUTSIDE, network)), *of_the_host])
     return b"".join((
@@ -107,10 +107,10 @@ def program(own: str, resolver: str, network: str, of_the_host: Iterable[Range])
 
 
 def build(gateway: int, program: bytes) -> None:
-    """Put `program` on the tap device that the process behind the pidfd `gateway` has open.
+    """Attach `program` to the tap device that the process with the pidfd `gateway` has open.
 
-    Raises OSError: ENODEV where it has none, EPERM where the kernel lets nobody look into another
-    process (kernel.yama.ptrace_scope is 3).
+    Raises OSError: ENODEV if the process has none, EPERM if no process may get the descriptors of
+    another one (kernel.yama.ptrace_scope is 3).
     """
     for number in range(3, _SEARCHED_DESCRIPTORS):
         try:
@@ -129,7 +129,7 @@ def build(gateway: int, program: bytes) -> None:
 
 
 def _resolver(address: int) -> Iterator[bytes]:
-    """Pass or drop what goes to the resolver; everything else goes on."""
+    """Pass or drop a packet to the resolver; any other packet continues behind this part."""
     part = (
         _load(_LOAD_HALF, _FRAGMENT),
         *(_jump(_ANY_BIT, _IN_PARTS, no=1), _end(_DROP)),
@@ -153,7 +153,7 @@ def _none_of(closed: Range) -> Iterator[bytes]:
 
 
 def _only(*values: int) -> Iterator[bytes]:
-    """Drop unless what was loaded last is one of `values`."""
+    """Drop the packet unless the value that was loaded last is one of `values`."""
     for left, value in zip(range(len(values), 0, -1), values, strict=True):
         yield _jump(_EQUAL, value, yes=left)
     yield _end(_DROP)
