@@ -1,1 +1,1 @@
-"""The service's side of the launcher: start it, ask it, put its refusals into words."""
+"""The service's side of the launcher: starting it, sending requests, explaining refusals."""

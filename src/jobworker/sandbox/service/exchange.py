@@ -1,12 +1,12 @@
-"""Requests to the launcher and their replies, over one socket, and the events in between.
+"""Sends requests to the launcher over one socket, and receives replies and events.
 
-Requests may overlap: replies are told apart by their number. `sandbox.protocol.operations` says of
-each request how it is written and how its reply is read. When the launcher goes, every waiting
-request hears of it at once (`LauncherGone`); nothing hangs.
+Requests may overlap: a reply has the number of its request. `sandbox.protocol.operations` has the
+format of each request and reply. When the launcher ends, every waiting request fails at once
+(`LauncherGone`); none hangs.
 
 A reply that the protocol does not allow fails its own request. An event that it does not allow ends
-the conversation as the launcher's end does, with a word in the log, and so does a packet that is no
-message: an event may be the end of a job, which nobody would hear of otherwise.
+the conversation as if the launcher had ended, with a line in the log, and so does a packet that is
+no message. The reason: such an event may be the end of a job, and would be lost otherwise.
 """
 
 import logging
@@ -29,41 +29,42 @@ from jobworker.sandbox.service.start_failures import explain
 log = logging.getLogger("jobworker.sandbox")
 
 SILENT_SECONDS = 10.0
-"""The launcher's turns take milliseconds (`sandbox.event_loop`)."""
+"""The launcher is silent if it answers nothing for so long. Its turns take milliseconds
+(`sandbox.event_loop`)."""
 LOOK_SECONDS = 1.0
 LONG_PIECE = 16_384
-"""Characters of a request after which other tasks have their turn: a quarter of a millisecond."""
+"""After so many characters of a request, which take 0.25 ms to encode, other tasks run."""
 
 Q = TypeVar("Q", bound=Request)
 A = TypeVar("A", bound=ops.Reply)
 
 
 class Waitable(Protocol):
-    """An event, such as trio.Event."""
+    """A condition to wait for, such as a trio.Event."""
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Whether the condition holds."""
 
     async def wait(self) -> None:
-        """Wait until it has."""
+        """Wait until the condition holds."""
 
 
 @define(eq=False)
 class _Waiting:
-    """A request on its way."""
+    """A request without a reply yet, and then its reply."""
 
     may_be_large: bool
-    """Whether its reply may travel in a descriptor."""
+    """Whether the reply may travel in a memfd."""
     answered: trio.Event = Factory(trio.Event)
     message: channel.Message | None = None
     descriptors: list[int] = Factory(list)
     descriptors_lost: bool = False
-    """Whether this process had no room for what came with the reply."""
+    """Whether descriptors of the reply were lost, because this process can open no more."""
 
 
 @define(eq=False)
 class Exchange:
-    """The service's end of the socket."""
+    """The service's end of the socket to the launcher."""
 
     _sock: trio.socket.SocketType
     _on_event: Callable[[events.Event], None]
@@ -71,29 +72,30 @@ class Exchange:
     _next: int = 1
     _sending: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
     _unsent: dict[trio.CancelScope, bool] = Factory(dict)
-    """Of what waits for its turn to be sent, or for room in the socket: whether it is patient."""
+    """Messages that wait for the lock or for room in the socket, and whether each is patient."""
     given_up: bool = False
-    """Whether the launcher is asked nothing more, as after `give_up`."""
+    """Whether `give_up` was called: no further request is sent."""
     silent: bool = False
-    """Whether the launcher is there and has not answered for `SILENT_SECONDS`."""
+    """Whether the launcher runs and has not answered for `SILENT_SECONDS`."""
     gone: trio.Event = Factory(trio.Event)
-    """Set once the launcher has ended; no job of it is alive then."""
+    """Set once the launcher has ended. Then none of its jobs is alive."""
 
     async def ask(self, operation: ops.Operation[Q, A], request: Q) -> tuple[A, list[int]]:
-        """Send a request and wait for its reply.
+        """Send a request and return its reply, with the descriptors that the caller now owns.
 
-        A request that went out has its effect, so whoever waits is shielded, until the launcher
-        answers or ends, or is given up at the end of this service. A request that is not patient
-        raises LauncherSilent where the launcher does neither; the rest, on which jobs' lives
-        depend, goes on when it does. Raises what the launcher has refused, and SandboxError for a
-        reply that the protocol does not allow.
+        The call is shielded from cancellation, because a request that was sent has its effect. It
+        ends when the launcher answers or ends, or when this service ends (`give_up`). If the
+        launcher is silent, a request that is not patient raises LauncherSilent. A patient request,
+        on which the life of a job depends, waits until the launcher answers again. Raises the
+        error that `start_failures.explain` makes of a refusal, and SandboxError for a reply that
+        the protocol does not allow.
         """
         number, waiting = self._expect(operation.may_be_large)
         with trio.CancelScope(shield=True):
             try:
                 message = ops.request_message(number, request)
                 await self._send(message, patient=operation.is_patient)
-            except JobworkerError:  # nothing went out
+            except JobworkerError:  # the request was not sent
                 self._waiting.pop(number, None)
                 raise
             if operation.is_patient:
@@ -110,8 +112,8 @@ class Exchange:
             channel.close_all(waiting.descriptors)
             raise
 
-    async def tell(self, request: Request) -> None:
-        """Send a request whose reply nobody waits for."""
+    async def send(self, request: Request) -> None:
+        """Send a request without waiting for its reply, which is dropped."""
         number, self._next = self._next, self._next + 1
         await self._send(ops.request_message(number, request))
 
@@ -123,17 +125,18 @@ class Exchange:
     # --- whether the launcher answers -------------------------------------------------------
 
     async def wait_unless_silent(self, event: Waitable) -> None:
-        """Wait for what only a launcher that answers can bring about. Raises LauncherSilent."""
+        """Wait for `event`, which only the launcher can cause. Raises LauncherSilent meanwhile."""
         while not event.is_set():
             if self.silent:
                 raise errors.launcher_silent()
             with trio.move_on_after(LOOK_SECONDS):
                 await event.wait()
 
-    async def listen(self) -> None:
-        """Notice where the launcher answers nothing (`silent`); never returns.
+    async def watch_silence(self) -> None:
+        """Set `silent` while the launcher answers nothing; never returns.
 
-        A request alone cannot tell, since some take long: so it is asked for a mere answer.
+        While requests wait, this pings the launcher. A waiting request alone is no sign of silence,
+        since some take long.
         """
         while True:
             await trio.sleep(LOOK_SECONDS)
@@ -142,28 +145,29 @@ class Exchange:
             with trio.move_on_after(SILENT_SECONDS):
                 await self._ping()
                 continue
-            await self._be_silent()
+            await self._wait_out_silence()
 
     async def _ping(self) -> bool:
-        """Ask for an answer, and nothing else: whether one came. May be cancelled."""
+        """Send a ping and return whether its answer came. The caller may cancel it."""
         number, waiting = self._expect(may_be_large=False)
         try:
             await self._send(ops.request_message(number, Ping()))
             await waiting.answered.wait()
             return waiting.message is not None
-        except JobworkerError:  # it was given up before that was sent
+        except JobworkerError:  # `give_up` was called before the ping was sent
             return False
         finally:
             self._waiting.pop(number, None)
 
-    async def _be_silent(self) -> None:
+    async def _wait_out_silence(self) -> None:
+        """Set `silent` until the launcher answers a ping or ends. Fails impatient requests."""
         log.error("the launcher has not answered for %.0f s: see what holds it", SILENT_SECONDS)
         self.silent = True
         for unsent, patient in self._unsent.items():
             if not patient:
                 unsent.cancel()
         try:
-            if await self._ping():  # else it is gone, or was given up
+            if await self._ping():  # if not, the launcher has ended, or `give_up` was called
                 log.warning("the launcher answers again")
         finally:
             self.silent = False
@@ -171,24 +175,24 @@ class Exchange:
     # --- the socket -------------------------------------------------------------------------
 
     async def _send(self, message: channel.Message, *, patient: bool = True) -> None:
-        """Send a message as soon as there is room for it.
+        """Send a message as soon as the socket has room for it.
 
-        Raises LauncherSilent or LauncherGone where the launcher is given up before, or is silent
-        and the message not `patient`. Nothing of it went out then: the socket takes a packet as a
-        whole.
+        Raises LauncherGone or LauncherSilent if `give_up` is called before that, or if the launcher
+        is silent and the message not `patient`. Then no part of the message was sent: the socket
+        takes a packet as a whole. Raises OutOfDescriptors for a large message without a memfd.
         """
         body = await _body_of(message)
         if self.given_up or (self.silent and not patient):
             raise self._not_sent()
         try:
             packet, ancillary, mine = channel.pack(body, ())
-        except OSError as error:  # a large message travels in a descriptor
+        except OSError as error:  # a large message travels in a memfd
             raise errors.out_of_descriptors() from error
         with trio.CancelScope() as scope:
             self._unsent[scope] = patient
             try:
                 try:
-                    self._sending.acquire_nowait()  # a turn of the loop less
+                    self._sending.acquire_nowait()  # acquire() would always run other tasks first
                 except trio.WouldBlock:
                     await self._sending.acquire()
                 try:
@@ -196,7 +200,7 @@ class Exchange:
                 finally:
                     self._sending.release()
             except OSError:
-                await self.gone.wait()  # the reader sees the end of the stream too
+                await self.gone.wait()  # the launcher has ended; `serve` reads that and sets `gone`
             finally:
                 del self._unsent[scope]
                 channel.close_all(mine)
@@ -209,7 +213,7 @@ class Exchange:
         return errors.not_sent() if self.given_up else errors.launcher_silent()
 
     async def serve(self) -> None:
-        """Hand out what the launcher sends; returns once it is gone, everyone woken."""
+        """Receive replies and events, until the launcher has ended and all requests have failed."""
         try:
             while True:
                 packet, ancillary, flags, _ = await self._sock.recvmsg(
@@ -228,15 +232,15 @@ class Exchange:
                 else:
                     self._dispatch(message, descriptors)
         except (fields.Malformed, JobworkerError) as fault:
-            log.error("the launcher does not keep to the protocol, and is left: %s", fault)
+            log.error("the launcher breaks the protocol, so the service leaves it: %s", fault)
         except OSError:
-            return  # reset: the same as its end
+            return  # a reset connection is the launcher's end as well
         finally:
             self.gone.set()
             self.give_up()
 
     def give_up(self) -> None:
-        """Ask nothing more: no request waits longer, be it for an answer or to be sent."""
+        """Fail all requests that wait for an answer or to be sent, and send no more."""
         self.given_up = True
         for unsent in self._unsent:
             unsent.cancel()
@@ -256,9 +260,10 @@ class Exchange:
             self._on_event(event)
 
     def _dispatch_without_descriptors(self, message: channel.Message | None) -> None:
-        """Fail the request whose reply came in part; where it cannot be told which, all it may be.
+        """Fail the request whose reply came without its descriptors.
 
-        Such a request had its effect, or has to be made again.
+        If `message` is None, its number was lost too, so this fails every request whose reply may
+        be large. A failed request may have had its effect.
         """
         for number, waiting in list(self._waiting.items()):
             if message.get("id") == number if message else waiting.may_be_large:
@@ -268,7 +273,7 @@ class Exchange:
 
 
 def _reply_of(operation: ops.Operation[Q, A], waiting: _Waiting) -> A:
-    """What the launcher has answered. Raises what it has refused."""
+    """The launcher's reply. Raises the error for a refusal or a reply that is malformed."""
     assert waiting.message is not None
     try:
         reply = ops.read_reply(operation, waiting.message)
@@ -283,7 +288,7 @@ def _reply_of(operation: ops.Operation[Q, A], waiting: _Waiting) -> A:
 
 
 async def _body_of(message: channel.Message) -> bytes:
-    """Encode a message; other tasks have turns meanwhile where it is long."""
+    """The encoded message. Other tasks run while a long one is encoded."""
     body, made = list[str](), 0
     for piece in channel.pieces(message):
         body.append(piece)

@@ -1,4 +1,4 @@
-"""Facts about this host that requests are measured against."""
+"""Reads the facts about this host that bound what a job can ask for."""
 
 import os
 
@@ -7,7 +7,7 @@ from attrs import frozen
 
 @frozen(kw_only=True)
 class HostFacts:
-    """What there is at most."""
+    """The processors and the memory of the host."""
 
     cpus: int
     memory_bytes: int
@@ -16,7 +16,7 @@ class HostFacts:
 
 
 def read_host_facts() -> HostFacts:
-    """The host as it is now: sysconf(3)."""
+    """The facts as they are now: sysconf(3), sched_getaffinity(2)."""
     return HostFacts(
         cpus=os.cpu_count() or 1,
         cores=frozenset(os.sched_getaffinity(0)),

@@ -1,8 +1,7 @@
-"""The ends of jobs, and what the launcher tells of them before: handed to whoever has the job.
+"""Passes the launcher's events to the executions of the jobs, by memory channels.
 
-Each job that was started or taken over has two memory channels. One gets its single `Exit`, the
-other gets notices while it runs. Both close when the job has ended, or when nothing more is to be
-expected of the launcher.
+Each job that was started or taken over has two memory channels. One gets the job's only `Exit`, the
+other gets notices while the job runs. Both close when the job or the launcher has ended.
 """
 
 import time
@@ -16,9 +15,9 @@ from jobworker.sandbox.protocol.events import Ended, Event
 from jobworker.sandbox.service.jobs_told import AskedBefore, Exit, Listed, exit_from
 
 Exits = trio.MemoryReceiveChannel[Exit]
-"""Gets a job's one `Exit`, or closes if the launcher goes."""
+"""Gets a job's only `Exit`, or closes without one if the launcher ends."""
 Notices = trio.MemoryReceiveChannel[str]
-"""What the launcher tells of a job while it runs, in words; closes with its end."""
+"""Gets sentences about a running job for its log; closes when the job has ended."""
 NOTICES_KEPT = 8
 
 
@@ -30,7 +29,7 @@ def _no_notices() -> Notices:
 
 @frozen(kw_only=True)
 class Started:
-    """A running job: its process, and the read ends of its pipes, which the receiver owns."""
+    """A running job: its first process, and the read ends of its pipes, which the caller owns."""
 
     pid: int
     stdout: int
@@ -38,11 +37,11 @@ class Started:
     since: float = Factory(time.monotonic)
     notices: Notices = Factory(_no_notices)
     asked: AskedBefore | None = None
-    """What an earlier service has asked for of its end."""
+    """The end that an earlier service has asked for; None if it has not."""
 
     @property
     def age_seconds(self) -> float:
-        """How long it has run."""
+        """How long the job has run."""
         return time.monotonic() - self.since
 
 
@@ -60,13 +59,16 @@ class JobEnds:
         return exits, notices
 
     def expect_no_more(self, job: JobId) -> None:
-        """Close the channels of a job, such as one whose start has failed."""
+        """Close the channels of a job that has ended, or whose start has failed."""
         for channels in (self._exits, self._notices):
             if (unwanted := channels.pop(job, None)) is not None:
                 unwanted.close()
 
     def inherit(self, listed: Listed) -> tuple[Started, Exits]:
-        """Open the channels of a job that the launcher has kept: one that has ended has its end."""
+        """Open the channels of a job that the launcher has kept.
+
+        If the job has ended already, its `Exit` is in the channel and both are closed.
+        """
         job = JobId(listed.job)
         exits, notices = self.expect(job)
         if listed.network_end:
@@ -84,25 +86,26 @@ class JobEnds:
         return started, exits
 
     def on_event(self, event: Event) -> None:
-        """Hand out what the launcher tells; what nobody expects is passed over."""
+        """Pass an event to the channel of its job. An event of an unknown job is dropped."""
         if isinstance(event, Ended):
             self._on_end(JobId(event.job), exit_from(event))
         else:
             self._on_network_end(JobId(event.job), event.why)
 
     def close(self) -> None:
-        """Expect nothing more: every channel closes."""
+        """Close the channels of all jobs."""
         for job in list(self._exits):
             self.expect_no_more(job)
 
     def _on_end(self, job: JobId, ending: Exit) -> None:
         if (exits := self._exits.get(job)) is not None:
-            with suppress(trio.BrokenResourceError):  # nobody wants to know any more
+            with suppress(trio.BrokenResourceError):  # the receiver has closed its end
                 exits.send_nowait(ending)
         self.expect_no_more(job)
 
     def _on_network_end(self, job: JobId, why: str) -> None:
         notices = self._notices.get(job)
         if notices is not None:
-            with suppress(trio.WouldBlock, trio.BrokenResourceError):  # nobody wants to know
+            # The channel is full, or the receiver has closed its end: the notice is dropped.
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
                 notices.send_nowait(f"its private network ended: {why}")

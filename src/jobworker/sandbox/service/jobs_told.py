@@ -1,7 +1,7 @@
-"""What the launcher tells of a job: how it ended, and what it was when a service took it over.
+"""The launcher's reports of jobs as the service's data: an end, a job to take over, its usage.
 
-The launcher says of a moment how long ago it was. That is made a time of this host's monotonic
-clock at once (time.monotonic), since much may pass before somebody asks.
+The launcher reports a time as the seconds since then. These functions convert it at once to a time
+of the host's monotonic clock (time.monotonic), which stays right until a caller reads it.
 """
 
 import time
@@ -18,44 +18,46 @@ from jobworker.sandbox.protocol.replies import JobEntry
 
 @frozen(kw_only=True)
 class Exit:
-    """How a job's first process ended: its code, or the signal that ended it."""
+    """How a job's first process ended: its exit code, or the signal that killed it."""
 
     code: int | None
     signal: int | None
     usage: Usage | None
-    """None where it could not be read."""
+    """The job's usage; None if the launcher could not read it."""
     lost: tuple[str, ...] = ()
-    """Where it lost some of what it wrote: names of volumes, "" for its own disk."""
+    """Where writes of the job were lost: names of volumes, and "" for its own disk."""
     unseen: tuple[str, ...] = ()
-    """Names of volumes of which that could not be found out."""
+    """Names of volumes for which the launcher could not find out whether writes were lost."""
     want: Want = ""
-    """For want of what memory processes of it were killed."""
+    """Which memory was short when the kernel killed processes of the job; "" if it killed none."""
     ended_at: float = Factory(time.monotonic)
 
     @property
     def seconds_ago(self) -> float:
-        """How long ago it ended."""
+        """How long ago the job ended."""
         return time.monotonic() - self.ended_at
 
 
 @frozen(kw_only=True)
 class AskedBefore:
-    """What an earlier service has asked for of a job's end: see `sandbox.protocol.asks`."""
+    """The end of a job that an earlier service has asked for: see `sandbox.protocol.asks`."""
 
     cause: str
     first_at: float
+    """When the service asked first."""
     kill_at: float
+    """When the job is to be killed."""
     signals: frozenset[int]
-    """The signals that were sent for it."""
+    """The signals that the service has sent for it."""
 
     @property
     def seconds_ago(self) -> float:
-        """How long ago that was asked for first."""
+        """How long ago the service asked first."""
         return time.monotonic() - self.first_at
 
     @property
     def kill_in_seconds(self) -> float:
-        """When the job is to be killed; negative where that was due already."""
+        """The time until the job is to be killed; negative if that time has passed."""
         return self.kill_at - time.monotonic()
 
 
@@ -68,67 +70,67 @@ class Listed:
     since: float
     """When its program was started."""
     exit: Exit | None
-    """None while it lives."""
+    """How it ended; None while it is alive."""
     stdout: int
     stderr: int
     network_end: str = ""
-    """Why it lost its private network, if it did."""
+    """Why it lost its private network; "" if it did not."""
     asked: AskedBefore | None = None
-    """None where nobody asked for its end, or an earlier launcher did not keep that."""
+    """None if no service asked for its end, or an earlier launcher did not keep that."""
 
 
-def exit_from(told: Ended) -> Exit:
-    """How a job ended, as the launcher has told it."""
-    used = usage_from(told.usage)
+def exit_from(event: Ended) -> Exit:
+    """The end of a job, of the launcher's event."""
+    used = usage_from(event.usage)
     return Exit(
-        code=told.how.code,
-        signal=told.how.signal,
-        usage=used if told.measured else None,
-        lost=told.how.lost,
-        unseen=told.how.unseen,
-        want=_want_from(told.how.want, used),
-        ended_at=time.monotonic() - told.seconds_ago,
+        code=event.how.code,
+        signal=event.how.signal,
+        usage=used if event.measured else None,
+        lost=event.how.lost,
+        unseen=event.how.unseen,
+        want=_want_from(event.how.want, used),
+        ended_at=time.monotonic() - event.seconds_ago,
     )
 
 
-def listed_from(told: JobEntry, stdout: int, stderr: int) -> Listed:
-    """A job as the launcher has listed it, and the read ends of its pipes."""
+def listed_from(entry: JobEntry, stdout: int, stderr: int) -> Listed:
+    """The job of an entry in the launcher's list, with the read ends of its pipes."""
     end = None
-    if told.exit is not None:
+    if entry.exit is not None:
         end = exit_from(
-            Ended(told.job, told.ended_seconds_ago, told.exit, told.usage, told.measured)
+            Ended(entry.job, entry.ended_seconds_ago, entry.exit, entry.usage, entry.measured)
         )
     return Listed(
-        job=told.job,
-        pid=told.pid,
-        since=time.monotonic() - told.age_seconds,
+        job=entry.job,
+        pid=entry.pid,
+        since=time.monotonic() - entry.age_seconds,
         exit=end,
         stdout=stdout,
         stderr=stderr,
-        network_end=told.network_end,
-        asked=None if told.asked is None else _asked_from(told.asked),
+        network_end=entry.network_end,
+        asked=None if entry.asked is None else _asked_from(entry.asked),
     )
 
 
-def usage_from(told: scope.Usage) -> Usage:
-    """What a job has used, as the launcher has told it."""
-    numbers = told._asdict()
+def usage_from(usage: scope.Usage) -> Usage:
+    """The usage that the service records, of the numbers of a job's control groups."""
+    numbers = usage._asdict()
     return Usage(processes=numbers.pop("pids"), **numbers)
 
 
-def _asked_from(told: AskedFor) -> AskedBefore:
+def _asked_from(asked: AskedFor) -> AskedBefore:
     now = time.monotonic()
     return AskedBefore(
-        cause=told.cause,
-        first_at=now - told.seconds_ago,
-        kill_at=now + told.kill_in_seconds,
-        signals=frozenset(told.signals),
+        cause=asked.cause,
+        first_at=now - asked.seconds_ago,
+        kill_at=now + asked.kill_in_seconds,
+        signals=frozenset(asked.signals),
     )
 
 
-def _want_from(told: str | None, usage: Usage) -> Want:
-    """What an earlier launcher does not tell is taken for the job's own limit."""
-    match told:
+def _want_from(want: str | None, usage: Usage) -> Want:
+    """Which memory was short. If an earlier launcher does not report it: the job's own limit."""
+    match want:
         case "" | "host" | "kernel":
-            return told
+            return want
     return "limit" if usage.oom_kills else ""

@@ -1,9 +1,9 @@
-"""Before Trio runs: start a launcher of the service's own, or find the one that runs already.
+"""Starts a launcher of the service's own, or connects to one that runs already; before Trio runs.
 
-`start_launcher` is for a launcher that ends with the service, `connect_launcher` for one that
-outlives services: it tells of the jobs that an earlier service has left, and hands over their
-pipes. Both wait, with a bound, until the launcher is ready. `sandbox.service.link` goes on from
-there.
+`start_launcher` starts a launcher that ends with the service. `connect_launcher` connects to one
+that outlives services: it lists the jobs that an earlier service has left, and sends their pipes.
+Both wait until the launcher is ready, at most `START_SECONDS` for each of its answers. The caller
+then passes the socket to `sandbox.service.link`.
 """
 
 import socket
@@ -33,7 +33,7 @@ from jobworker.sandbox.service.start_failures import explain
 
 START_SECONDS = 30
 _SILENT = (
-    "it is there and does not answer: see what holds it (ps, systemctl status worker-launcher), "
+    "it runs and does not answer: see what holds it (ps, systemctl status worker-launcher), "
     "then start the service again"
 )
 _ABSENT = (
@@ -50,25 +50,27 @@ _BOOTSTRAP = (
 
 @frozen(kw_only=True)
 class OpenedLauncher:
-    """A launcher that is ready: our end of its socket, and what it has told of itself."""
+    """A launcher that is ready: the service's end of its socket, and the facts of its greeting."""
 
     sock: socket.socket
     cgroup_kind: str
+    """The kind of its control groups, such as "v2"."""
     gaps: tuple[str, ...]
-    """What this host cannot enforce, in words."""
+    """What this host cannot enforce, as sentences for the log."""
     policy: Mapping[str, object]
-    """What it was told at its start, as `policy_message` writes it."""
+    """The policy of its start, as `policy_message` writes it."""
     bounds_disks: bool
     """Whether each job has a disk of its own."""
     keeps_asks: bool = False
-    """Whether it takes and keeps why a job is sent a signal, and gives up starts that nobody wants
-    any more: one of before does not."""
+    """Whether it keeps the reason of a signal for the next service, and can give up a start. A
+    launcher of an earlier version does neither."""
     jobs: tuple[Listed, ...] = ()
+    """The jobs that it has kept."""
     unstarted: frozenset[int] = frozenset()
-    """Jobs that it was to start and whose program was not executed: the latest that it knows."""
+    """The latest jobs that it should start and whose program was not executed."""
 
     def close(self) -> None:
-        """Close our end of the socket and the jobs' pipes: for a start that fails."""
+        """Close the socket and the jobs' pipes: for a service whose start fails."""
         self.sock.close()
         for job in self.jobs:
             channel.close_all([job.stdout, job.stderr])
@@ -88,10 +90,11 @@ def launcher_command(descriptor: int) -> list[str]:
 
 
 def start_launcher(policy: Policy, locks: Mapping[str, int] = NO_LOCKS) -> LauncherProcess:
-    """Start a launcher and wait until it is ready; raises what it could not do.
+    """Start a launcher and wait until it is ready.
 
-    It holds the descriptors `locks`, by name, as long as it lives. Call as root, from a process of
-    one thread, before Trio runs.
+    It keeps the descriptors `locks`, by name, open as long as it runs. The caller is root, has one
+    thread, and has not started Trio yet. Raises HostUnsupported if the launcher is not ready within
+    `START_SECONDS`, and the error that it sends if it cannot run jobs here.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with far:
@@ -101,13 +104,13 @@ def start_launcher(policy: Policy, locks: Mapping[str, int] = NO_LOCKS) -> Launc
             stdin=subprocess.DEVNULL,
             env={},
             cwd="/",
-            start_new_session=True,  # Ctrl-C is the service's to handle
+            start_new_session=True,  # so that Ctrl-C reaches the service only
         )
     try:
         near.settimeout(START_SECONDS)
         message = {**policy_message(policy), "carries": list(locks)}
         channel.send(near, message, list(locks.values()))
-        hello = _hello(near)
+        hello = _greet(near)
         near.setblocking(False)
         return LauncherProcess(process=process, sock=near, **_facts(hello))
     except TimeoutError:
@@ -115,7 +118,7 @@ def start_launcher(policy: Policy, locks: Mapping[str, int] = NO_LOCKS) -> Launc
         process.kill()
         process.wait()
         raise HostUnsupported(
-            f"cannot start the launcher: no word from it within {START_SECONDS} s"
+            f"cannot start the launcher: no answer within {START_SECONDS} s"
         ) from None
     except BaseException:
         near.close()
@@ -124,10 +127,11 @@ def start_launcher(policy: Policy, locks: Mapping[str, int] = NO_LOCKS) -> Launc
 
 
 def connect_launcher(path: str) -> OpenedLauncher:
-    """Connect to the launcher that listens at `path`, and take over the jobs that it has kept.
+    """Connect to the launcher that listens at `path`, and get the jobs that it has kept.
 
-    Raises LauncherGone where there is none, and what the launcher refuses: Busy while another
-    service is connected.
+    Raises LauncherGone if none answers there, HostUnsupported if the launcher is not root's or has
+    another protocol, and the error that the launcher sends: Busy while another service is
+    connected.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pipes: list[int] = []
@@ -135,7 +139,7 @@ def connect_launcher(path: str) -> OpenedLauncher:
         sock.settimeout(START_SECONDS)
         sock.connect(path)
         _check_is_roots(sock, path)
-        hello = _hello(sock)
+        hello = _greet(sock)
         jobs, unstarted = _list(sock, pipes)
         sock.setblocking(False)
         return OpenedLauncher(sock=sock, jobs=jobs, unstarted=unstarted, **_facts(hello))
@@ -155,7 +159,10 @@ def connect_launcher(path: str) -> OpenedLauncher:
 
 
 def _check_is_roots(sock: socket.socket, path: str) -> None:
-    """Whoever listens there will be told every command: it must be root (SO_PEERCRED)."""
+    """Raise HostUnsupported if the listening process is not root's, by SO_PEERCRED of unix(7).
+
+    The service sends every job's command and variables to it.
+    """
     credentials = struct.Struct("iII")
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
     uid = credentials.unpack(raw)[1]
@@ -167,23 +174,23 @@ def _check_is_roots(sock: socket.socket, path: str) -> None:
         )
 
 
-def _hello(sock: socket.socket) -> Ready:
-    """Greet the launcher: what it tells of itself. Raises what it refuses."""
+def _greet(sock: socket.socket) -> Ready:
+    """Exchange greetings with the launcher, and return its facts. Raises the error of a refusal."""
     hello = _receive_first(sock)[0]
-    with _stated():
+    with _checked_protocol():
         refused = greeting.refusal_in(hello)
     if refused is not None:
         cls = error_classes().get(refused.code, HostUnsupported)
         raise cls(refused.message, remedy=refused.remedy)
     _check_version(mismatch(hello.get("protocol"), PROTOCOL))
-    with _stated():
+    with _checked_protocol():
         ready = greeting.ready_from(hello)
     channel.send(sock, ops.request_message(0, requests.Hello(PROTOCOL)))
     while True:
         message, descriptors = _receive_first(sock)
-        channel.close_all(descriptors)  # of the end of a job, which `list` tells again
+        channel.close_all(descriptors)  # of the end of a job, which the list of jobs reports again
         if message.get("id") == 0:
-            with _stated():
+            with _checked_protocol():
                 reply = ops.read_reply(ops.HELLO, message)
             _check_version(reply.detail if isinstance(reply, Refusal) else "")
             return ready
@@ -192,7 +199,7 @@ def _hello(sock: socket.socket) -> Ready:
 def _receive_first(sock: socket.socket) -> tuple[channel.Message, list[int]]:
     received = channel.receive(sock)
     if received is None:
-        raise HostUnsupported("cannot start the launcher: it ended without a word")
+        raise HostUnsupported("cannot start the launcher: it ended without an answer")
     return received
 
 
@@ -205,8 +212,8 @@ def _check_version(problem: str) -> None:
 
 
 @contextmanager
-def _stated() -> Iterator[None]:
-    """Raise HostUnsupported where the launcher says what its protocol does not allow."""
+def _checked_protocol() -> Iterator[None]:
+    """Raise HostUnsupported for a message of the launcher that its protocol does not allow."""
     try:
         yield
     except Malformed as fault:
@@ -235,9 +242,9 @@ def _facts(ready: Ready) -> _Facts:
 
 
 def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], frozenset[int]]:
-    """Ask for all jobs, page by page, and for those whose program was not executed.
+    """All jobs, requested page by page, and the numbers of those whose program was not executed.
 
-    Every pipe that comes along is also put into `pipes`.
+    Appends every received pipe to `pipes`, so that the caller can close them after an error.
     """
     jobs: dict[int, Listed] = {}
     number, page = 0, None
@@ -245,7 +252,7 @@ def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], fr
         number += 1
         request = requests.ListJobs(after=max(jobs, default=0))
         channel.send(sock, ops.request_message(number, request))
-        with _stated():
+        with _checked_protocol():
             page, descriptors = _page(sock, number, jobs, pipes)
         for entry, stdout, stderr in zip(
             page.jobs, descriptors[::2], descriptors[1::2], strict=True
@@ -257,9 +264,10 @@ def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], fr
 def _page(
     sock: socket.socket, number: int, jobs: dict[int, Listed], pipes: list[int]
 ) -> tuple[JobEntries, list[int]]:
-    """The reply to a request for a page, and its pipes; ends of jobs on earlier pages are noted.
+    """The reply to the request `number` for a page, and its pipes.
 
-    Raises Malformed, and what the launcher refuses.
+    A job of an earlier page that ends meanwhile gets its end in `jobs`. Raises Malformed, and the
+    error of a refusal.
     """
     while True:
         received = channel.receive(sock)

@@ -1,4 +1,4 @@
-"""Errors of the service's conversation with the launcher: none of them is about a job's command."""
+"""The errors of the service's exchange with the launcher. None is about a job's command."""
 
 import errno
 
@@ -13,7 +13,7 @@ from jobworker.model.job import JobId
 
 
 def out_of_descriptors() -> OutOfDescriptors:
-    """The error for a request that this process has no descriptor for."""
+    """The error for a request for which this process can open no more descriptors."""
     return OutOfDescriptors(
         "cannot serve the request: the service has no file descriptor left for it",
         remedy="try again later, or raise the service's LimitNOFILE",
@@ -28,7 +28,11 @@ def launcher_gone() -> LauncherGone:
 
 
 def launcher_silent(job: JobId | None = None) -> LauncherSilent:
-    """The error for a request that a silent launcher keeps waiting; `job` goes on when it can."""
+    """The error for a request that a silent launcher does not answer.
+
+    `job` is the job that the request is to start, if it is one. It starts when the launcher
+    answers again.
+    """
     if job is None:
         return LauncherSilent(
             "cannot serve the request: the launcher does not answer",
@@ -43,16 +47,16 @@ def launcher_silent(job: JobId | None = None) -> LauncherSilent:
 
 
 def not_sent() -> LauncherSilent:
-    """The error for a request that did not go out before the service's end."""
+    """The error for a request that was not sent before the end of the service."""
     return LauncherSilent(
-        "cannot serve the request: the service is shutting down, and the launcher takes none",
+        "cannot serve the request: the service is shutting down, and sends no more requests",
         remedy="try again once the next service is there",
         data={"sent": False},
     )
 
 
 def unanswered() -> LauncherSilent:
-    """The error for a request that went out and had no reply before the service's end."""
+    """The error for a request that was sent and got no reply before the end of the service."""
     return LauncherSilent(
         "cannot tell what becomes of the request: the service is shutting down, and the "
         "launcher has not answered",
@@ -61,13 +65,13 @@ def unanswered() -> LauncherSilent:
 
 
 def reply_was_lost(error: JobworkerError) -> bool:
-    """Whether a request failed by this though the launcher may have served it."""
+    """Whether the launcher may have served a request that failed with this error."""
     is_malformed = error.data.get("step") == "reply" and error.data.get("errno") == errno.EPROTO
     return is_malformed or isinstance(error, OutOfDescriptors)
 
 
 def malformed(fault: object) -> SandboxError:
-    """The error for a reply that the launcher's protocol does not allow: `fault` names the field.
+    """The error for a reply that the launcher's protocol does not allow; `fault` names the field.
 
     The request may have had its effect.
     """

@@ -1,9 +1,9 @@
-"""The service's conversation with the launcher: ask it, hear of its jobs' ends.
+"""The link: the service's calls to the launcher, and the ends of its jobs.
 
-`Link` belongs to Trio. It has a call for each operation of `sandbox.protocol.operations` that the
-service uses. Requests and replies go over its `Exchange`; ends of jobs arrive as events and go to
-whoever expects them, by its `JobEnds`. When the launcher goes, every waiting request and every job
-hears of it at once.
+`Link` runs in Trio. It has a method for each operation of `sandbox.protocol.operations` that the
+service uses. Its `Exchange` carries requests and replies. The end of a job arrives as an event, and
+its `JobEnds` passes it to the job's execution. When the launcher ends, every waiting request fails
+and every job's channel closes, at once.
 """
 
 import os
@@ -33,7 +33,7 @@ from jobworker.sandbox.start.plan import Order
 from jobworker.threads import in_thread
 
 FAREWELL_SECONDS = 20.0
-"""How long a launcher of the service's own may take to end."""
+"""How long the service waits for the end of its own launcher."""
 
 
 def _exchange_of(link: "Link") -> Exchange:
@@ -46,126 +46,125 @@ class Link:
 
     _sock: trio.socket.SocketType
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
-    """Jobs of an earlier service: to be taken over, or removed and their pipes closed."""
+    """Jobs of an earlier service: the caller takes over each, or removes it and closes its pipes."""
     unstarted: frozenset[int] = frozenset()
-    """Jobs that an earlier service wanted started and whose program was not executed."""
+    """Jobs that an earlier service asked to start, and whose program was not executed."""
     keeps_asks: bool = False
-    """Whether the launcher keeps why a job was sent a signal, for the next service, and gives up
-    starts."""
+    """Whether the launcher keeps the reason of a signal for the next service, and can give up a
+    start."""
     _ends: JobEnds = field(factory=JobEnds, init=False)
     _exchange: Exchange = field(default=Factory(_exchange_of, takes_self=True), init=False)
 
     @property
     def silent(self) -> bool:
-        """Whether the launcher is there and has not answered for a while."""
+        """Whether the launcher runs and has not answered for 10 s."""
         return self._exchange.silent
 
     @property
     def gone(self) -> trio.Event:
-        """Set once the launcher has ended; no job of it is alive then."""
+        """Set once the launcher has ended. Then none of its jobs is alive."""
         return self._exchange.gone
 
     def inherit(self, jobs: Iterable[Listed]) -> None:
-        """Expect the ends of jobs that the launcher has kept: before `serve`."""
+        """Open the channels of jobs that the launcher has kept. Call it before `serve`."""
         self.inherited = {JobId(listed.job): self._ends.inherit(listed) for listed in jobs}
 
     async def serve(self) -> None:
-        """Hand out what the launcher sends; returns once it is gone, everyone woken."""
+        """Receive replies and events, until the launcher has ended and all requests have failed."""
         try:
             await self._exchange.serve()
         finally:
             self.give_up()
 
-    async def listen(self) -> None:
-        """Notice where the launcher answers nothing (`silent`); never returns."""
-        await self._exchange.listen()
+    async def watch_silence(self) -> None:
+        """Set `silent` while the launcher answers nothing; never returns."""
+        await self._exchange.watch_silence()
 
     async def wait_unless_silent(self, event: Waitable) -> None:
-        """Wait for what only a launcher that answers can bring about. Raises LauncherSilent."""
+        """Wait for `event`, which only the launcher can cause. Raises LauncherSilent meanwhile."""
         await self._exchange.wait_unless_silent(event)
 
     def give_up(self) -> None:
-        """Ask nothing more: no request waits longer, be it for an answer or to be sent, and no
-        job's end is told any more.
+        """Fail all waiting requests, send no more, and close the channels of all jobs.
 
-        For the end of the launcher, and for that of a service, which no request may hold up:
-        whoever waits gets LauncherSilent then.
+        For the end of the launcher, and for the end of this service, which no request may delay.
+        In the latter case a waiting request raises LauncherSilent.
         """
         self._exchange.give_up()
         self._ends.close()
 
     async def spawn(self, job: JobId, order: Order, limits: Limits) -> tuple[Started, Exits]:
-        """Start a job; the channel gets its one `Exit`, or closes if the launcher goes.
+        """Start a job, and return it with the channel for its end.
 
         Raises SandboxError (or CommandNotFound, CommandNotExecutable) if a step of the start
-        fails, and OutOfDescriptors where this process cannot take the job's pipes; then nothing
-        of the job is left. Not to be cancelled: see `Exchange.ask`.
+        fails, and OutOfDescriptors if this process cannot open the job's pipes; then nothing of
+        the job is left. The call cannot be cancelled, see `Exchange.ask`.
         """
         _check_descriptors()
         exits, notices = self._ends.expect(job)
         try:
             request = requests.Spawn(job, order, limits)
-            told, (stdout, stderr) = await self._exchange.ask(ops.SPAWN, request)
+            reply, (stdout, stderr) = await self._exchange.ask(ops.SPAWN, request)
         except BaseException as error:
             self._ends.expect_no_more(job)
             exits.close()
             if isinstance(error, JobworkerError) and errors.reply_was_lost(error):
-                # It may run, and nobody could read from it.
+                # The job may run, but its pipes are lost: remove it.
                 error.data["may_have_run"] = True
                 with suppress(JobworkerError):
                     await self.remove(job)
             raise
-        return Started(pid=told.pid, stdout=stdout, stderr=stderr, notices=notices), exits
+        return Started(pid=reply.pid, stdout=stdout, stderr=stderr, notices=notices), exits
 
     async def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
-        """The steps by which a job would be started, each with its subject and what it does.
+        """The steps of a job's start, each as (name, subject, what it does). Starts nothing.
 
-        Raises what would refuse the job before its first step.
+        Raises the error that would refuse the job before its first step.
         """
-        told, _ = await self._exchange.ask(ops.PLAN, requests.PlanOf(order, limits))
-        return list(told.steps)
+        reply, _ = await self._exchange.ask(ops.PLAN, requests.PlanOf(order, limits))
+        return list(reply.steps)
 
     async def signal(self, job: JobId, number: signal.Signals, ask: Ask | None = None) -> bool:
         """Send a signal to the job's first process; False if that has no handler for it.
 
-        The launcher keeps `ask` for the next service, if it can.
+        The launcher keeps `ask`, the reason, for the next service, if it can.
         """
-        request = requests.Signal(job, int(number), self._kept(ask))
-        told, _ = await self._exchange.ask(ops.SIGNAL, request)
-        return told.delivered
+        request = requests.Signal(job, int(number), self._if_kept(ask))
+        reply, _ = await self._exchange.ask(ops.SIGNAL, request)
+        return reply.delivered
 
     async def kill(self, job: JobId, ask: Ask | None = None) -> None:
-        """End every process of the job with SIGKILL, and have `ask` kept; its `Exit` follows."""
-        await self._exchange.ask(ops.KILL, requests.Kill(job, self._kept(ask)))
+        """Kill every process of the job by SIGKILL; its `Exit` follows. `ask` as in `signal`."""
+        await self._exchange.ask(ops.KILL, requests.Kill(job, self._if_kept(ask)))
 
-    def _kept(self, ask: Ask | None) -> Ask | None:
+    def _if_kept(self, ask: Ask | None) -> Ask | None:
         return ask if self.keeps_asks else None
 
     async def give_up_start(self, job: JobId) -> None:
-        """Have a start under way fail, if the launcher can; a program that runs goes on."""
+        """Make a start fail, if the launcher can; a program that runs already is not stopped."""
         if self.keeps_asks:
             await self._exchange.ask(ops.GIVE_UP, requests.GiveUpStart(job))
 
     async def remove(self, job: JobId) -> None:
-        """Have the launcher forget a job, with its scope and files; a live one is killed.
+        """Remove a job with its scope and files from the launcher; a live job is killed.
 
-        Returns when its place is free.
+        Returns when the job's slot is free.
         """
         await self._exchange.ask(ops.REMOVE, requests.Remove(job))
 
     async def begin_to_remove(self, job: JobId) -> None:
-        """As `remove`, but return at once: what holds its place holds up nothing here."""
-        await self._exchange.tell(requests.Remove(job))
+        """As `remove`, but return once the request is sent, without waiting for a free slot."""
+        await self._exchange.send(requests.Remove(job))
 
     async def usage(self, job: JobId) -> Usage:
-        """What the job has used so far."""
-        told, _ = await self._exchange.ask(ops.USAGE, requests.UsageOf(job))
-        return usage_from(told)
+        """The job's usage so far."""
+        reply, _ = await self._exchange.ask(ops.USAGE, requests.UsageOf(job))
+        return usage_from(reply)
 
     async def promised_bytes(self) -> int:
-        """How much may still be written to the disks and volumes of live jobs."""
-        told, _ = await self._exchange.ask(ops.PROMISED, requests.PromisedBytes())
-        return told.bytes
+        """How many bytes the disks and thin volumes of live jobs may still take together."""
+        reply, _ = await self._exchange.ask(ops.PROMISED, requests.PromisedBytes())
+        return reply.bytes
 
     async def make_volume(self, name: str, size_bytes: int, *, thin: bool) -> None:
         """Make a volume, reserved unless it is thin."""
@@ -176,21 +175,25 @@ class Link:
         await self._exchange.ask(ops.REMOVE_VOLUME, requests.RemoveVolume(name))
 
     async def volumes(self) -> tuple[Volume, ...]:
-        """All volumes, by name."""
-        told, _ = await self._exchange.ask(ops.LIST_VOLUMES, requests.ListVolumes())
-        return tuple(Volume(**volume._asdict()) for volume in told.volumes)
+        """All volumes, sorted by name."""
+        reply, _ = await self._exchange.ask(ops.LIST_VOLUMES, requests.ListVolumes())
+        return tuple(Volume(**volume._asdict()) for volume in reply.volumes)
 
 
 @asynccontextmanager
 async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
-    """Talk to a launcher; at exit one of our own ends with its jobs, and is waited for."""
+    """Open the link to a launcher.
+
+    At exit the connection closes. A launcher that this service has started ends then with its jobs,
+    and this waits for it.
+    """
     sock = trio.socket.from_stdlib_socket(launcher.sock)
     link = Link(sock, unstarted=launcher.unstarted, keeps_asks=launcher.keeps_asks)
     link.inherit(launcher.jobs)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.serve)
-            nursery.start_soon(link.listen)
+            nursery.start_soon(link.watch_silence)
             try:
                 yield link
             finally:
@@ -204,9 +207,9 @@ async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
 
 
 async def _reap(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the launcher, which bounds its own farewell; kill it if it breaks its word.
+    """Wait for the end of the launcher, and kill it after `FAREWELL_SECONDS`.
 
-    A service that has given up root's rights may not: then it says what it leaves behind.
+    A service that has given up root's rights cannot kill it. Then it logs the process id.
     """
     with trio.move_on_after(FAREWELL_SECONDS):
         await in_thread(process.wait, abandon_on_cancel=True)
@@ -222,7 +225,7 @@ async def _reap(process: subprocess.Popen[bytes]) -> None:
 
 
 def _check_descriptors() -> None:
-    """Raise OutOfDescriptors where there is no room for a job's pipes: before it is started."""
+    """Raise OutOfDescriptors if this process cannot open two descriptors for a job's pipes."""
     found = list[int]()
     try:
         while len(found) < 2:

@@ -1,7 +1,7 @@
-"""Why a start failed, in words for whoever asked.
+"""Makes an error for the client of a refusal by the launcher.
 
-The launcher and its children know names of steps and the kernel's errnos; people need to hear
-what could not be done, why, and what to do.
+A refusal has the name of a step and the kernel's errno. The error says what failed, why, and what
+to do.
 """
 
 import errno
@@ -36,21 +36,21 @@ _REMEDIES = {
     "change-directory": "choose a directory that exists inside the job, such as /workspace",
     "place": "stop a job, or raise worker.max_concurrent_jobs",
 }
-"""By the step alone, where the kernel's reason is none of those below."""
+"""The remedy by step, if neither `_SPECIAL` nor `_SHORTAGES` has one for the errno."""
 ENOTSUPP = 524
-"""The kernel's own, and no errno of the C library: linux/errno.h."""
+"""An errno of the kernel (linux/errno.h) that the C library does not know."""
 _SHORTAGES = {
     ENOTSUPP: "the host's programs have filled net.core.bpf_jit_limit with filters: raise it by "
     "sysctl, or end those with many (Seccomp_filters in /proc/PID/status)",
     errno.EAGAIN: "the launcher, or all jobs together, may have no more processes: raise TasksMax= "
     "of its unit, pids.max of its control group, or the host's kernel.pid_max and "
-    "kernel.threads-max (and start the launcher anew), of which jobs have a part",
+    "kernel.threads-max, of which jobs have a part (then start the launcher anew)",
     errno.ENOMEM: "the kernel has no memory for it: end something on the host, or run fewer jobs "
     "at a time",
     errno.EMFILE: "raise the launcher's LimitNOFILE=",
     errno.ENFILE: "raise the host's fs.file-max",
 }
-"""What a host runs out of, whatever the step that notices."""
+"""The remedy by errno for a shortage of the host, in any step."""
 _DAMAGED = (
     "the image, volumes/NAME.img below worker.state_dir, is cut short or damaged: put a whole copy "
     "back, or try e2fsck -f"
@@ -73,7 +73,8 @@ _SPECIAL = {
     ("change-directory", errno.EACCES): "let the job's user into it, or choose another directory",
 }
 _OF_NO_START = frozenset({"launcher", "request", "reply"})
-"""What failed may be a signal as well: the launcher itself, a request as a whole, its reply."""
+"""Steps of a refusal that is about the launcher, a whole request or its reply. The request may be
+another one than a start."""
 _HELD = "see what holds the launcher's processes (ps), and the disk below worker.state_dir"
 _WALL_REMEDY = (
     "let the launcher look into its own processes (kernel.yama.ptrace_scope below 3), "
@@ -86,7 +87,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     errno.EBUSY: (
         Busy,
         "a live job has it",
-        "stop the job, or wait for its end (`worker-cli list --json` tells the volumes of each)",
+        "stop the job, or wait for its end (`worker-cli list --json` has the volumes of each)",
     ),
     CROWDED: (Busy, "several are being made, listed or removed", "try again"),
     errno.EAGAIN: (
@@ -108,7 +109,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     ),
     errno.ETOOMANYREFS: (
         Busy,
-        "jobs that have volumes keep too many disks of ended jobs, by descriptors that those gave",
+        "live jobs with volumes keep open files on the disks of too many ended jobs",
         "stop the jobs that keep them, or wait for their end",
     ),
     errno.EOPNOTSUPP: (
@@ -118,7 +119,7 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
     ),
     errno.EPERM: (
         SandboxError,
-        "without root's rights there are none",
+        "volumes need root's rights",
         "run the service as root",
     ),
 }
@@ -127,7 +128,8 @@ _VOLUME_FAULTS: dict[int, tuple[type[JobworkerError], str, str]] = {
 def explain(refusal: Refusal) -> JobworkerError:
     """The error for a refusal of the launcher.
 
-    Its `step` is one of a start, or says that a request was refused as a whole.
+    The refusal's `step` is a step of a start, or one of "start", "job", "volume" and
+    `_OF_NO_START`.
     """
     step, code, detail, more = refusal
     reason = _reason(code) if code else detail
@@ -162,7 +164,7 @@ def _explain_request(
     step: str, code: int, reason: str, data: Mapping[str, object]
 ) -> JobworkerError:
     if step == "reply":
-        why = f"the launcher's reply is large, and it could not send it: {reason}"
+        why = f"the launcher's reply is large, and the launcher cannot send it: {reason}"
         return Busy(f"cannot serve the request: {why}", remedy=_SHORTAGES.get(code, ""), data=data)
     remedy = _SHORTAGES.get(code, "see the launcher's log")
     return SandboxError(f"cannot serve the request: {reason}", remedy=remedy, data=data)

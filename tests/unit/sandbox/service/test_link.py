@@ -37,7 +37,7 @@ async def open_silent() -> AsyncIterator[tuple[Link, socket.socket]]:
         link = Link(sock)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.serve)
-            nursery.start_soon(link.listen)
+            nursery.start_soon(link.watch_silence)
             with pytest.raises(LauncherSilent):
                 await link.promised_bytes()
             yield link, far
@@ -180,7 +180,7 @@ async def test_event_that_does_not_fit_ends_the_conversation_by_name(
                 await link.inherited[JobId(1)][1].receive()
             with pytest.raises(LauncherGone):
                 await link.kill(JobId(1))
-    assert f"does not keep to the protocol, and is left: {words}" in caplog.text
+    assert f"breaks the protocol, so the service leaves it: {words}" in caplog.text
 
 
 def answer_all(far: socket.socket) -> None:
@@ -238,7 +238,7 @@ async def test_requests_that_wait_for_room_in_the_socket_end_with_the_rest(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.serve)
-            nursery.start_soon(link.listen)
+            nursery.start_soon(link.watch_silence)
             async with trio.open_nursery() as asking:
                 for job in range(1, many + 1):
                     asking.start_soon(ask, JobId(job))

@@ -27,7 +27,7 @@ from jobworker.sandbox.service.start_failures import ENOTSUPP, explain
         ("change-directory", errno.EACCES, "let the job's user"),
         ("place", 0, "worker.max_concurrent_jobs"),
         ("volume", errno.ETOOMANYREFS, "stop the jobs that keep them"),
-        ("volume", errno.EBUSY, "`worker-cli list --json` tells the volumes of each"),
+        ("volume", errno.EBUSY, "`worker-cli list --json` has the volumes of each"),
     ],
 )
 def test_remedy_is_for_what_the_kernel_said(step: str, code: int, remedy: str) -> None:
