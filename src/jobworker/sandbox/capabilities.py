@@ -1,7 +1,7 @@
-"""Linux capabilities by their names: the numbers of linux/capability.h, see capabilities(7).
+"""The numbers of Linux capabilities by name: linux/capability.h, see capabilities(7).
 
-Only those stand here that this program names. What is dropped is dropped by number, up to `LAST`,
-since a kernel may have capabilities that are newer than this list.
+The list has only the capabilities that this program names. Others are dropped by number, up to
+`LAST`, since a kernel may have capabilities that are newer than this list.
 
 Standard library only.
 """
@@ -9,11 +9,11 @@ Standard library only.
 from enum import IntEnum
 
 LAST = 63
-"""The highest number that the kernel's sets have room for."""
+"""The highest number that fits in the kernel's capability sets, which have 64 bits."""
 
 
 class Capability(IntEnum):
-    """A right that the kernel tells apart from being root."""
+    """A part of root's rights that a process can have without the others."""
 
     CHOWN = 0
     DAC_OVERRIDE = 1

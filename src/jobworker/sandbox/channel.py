@@ -1,13 +1,15 @@
 """Messages with descriptors over a SOCK_SEQPACKET socket, between service, launcher and child.
 
-One packet is one message: JSON in UTF-8, with up to `MAX_DESCRIPTORS` descriptors beside it.
-A body that does not fit a packet travels in a sealed memfd, the first descriptor of its packet,
-so that no message is ever sent in halves and a sender never waits for its receiver to read
-one. The receiver trusts nothing: only a memfd sealed against writing and shrinking is read (any
-other descriptor could block the reader or change under it), and only up to `MAX_BODY_BYTES`.
+One packet is one message: a JSON object in UTF-8, with up to `MAX_DESCRIPTORS` descriptors. A body
+that does not fit in a packet travels in a sealed memfd, the first descriptor of its packet. So a
+message is never sent in parts, and a sender never waits for the receiver to read a part.
 
-Both sides use the two pure halves, `encode` and `decode`, with a send and a receive of their
-own: the launcher's never block, the service's are Trio's, the child's are plain.
+The receiver does not trust the sender. It reads a body only from a memfd that is sealed against
+writing and shrinking, since any other descriptor could block the reader or change while it reads.
+It reads at most `MAX_BODY_BYTES`.
+
+`encode` and `decode` do no I/O on the socket. Each side sends and receives in its own way: the
+launcher never blocks, the service awaits Trio's socket, the child blocks.
 """
 
 import array
@@ -37,34 +39,38 @@ Message = dict[str, object]
 
 
 def encode(message: Message, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, list[int]]:
-    """The packet and ancillary data of `message`, and the descriptors to close once it is sent."""
+    """The packet and ancillary data of `message`, and the descriptors to close once it is sent.
+
+    Raises ProtocolError for a message of more than `MAX_BODY_BYTES`, and OSError if the kernel has
+    no memfd for a large one.
+    """
     return pack(_ENCODER.encode(message).encode(), descriptors)
 
 
 def pieces(message: Message) -> Iterator[str]:
-    """The body of a message in small pieces, for a sender that does other things in between."""
+    """The body of a message in small pieces, so that the caller can do other work in between."""
     return json_pieces.pieces(message, _ENCODER.encode)
 
 
 def pack(body: bytes, descriptors: Sequence[int]) -> tuple[bytes, Ancillary, list[int]]:
-    """As `encode`, of a body that is encoded already."""
+    """As `encode`, for a body that is encoded already."""
     if len(body) > MAX_BODY_BYTES:
         raise ProtocolError(f"cannot send a message of {len(body)} bytes: the bound is 4 MiB")
-    packet, passed, mine = _INLINE + body, list(descriptors), []
+    packet, passed, to_close = _INLINE + body, list(descriptors), []
     if len(body) > MAX_INLINE_BYTES:
         memory = _sealed(body)
-        mine.append(memory)
+        to_close.append(memory)
         passed.insert(0, memory)
         packet = _ATTACHED
     ancillary: Ancillary = []
     if passed:
         rights = array.array("i", passed).tobytes()
         ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights))
-    return packet, ancillary, mine
+    return packet, ancillary, to_close
 
 
 def _sealed(body: bytes) -> int:
-    """A memfd with `body` that nobody can change any more."""
+    """A memfd with `body`, sealed against all changes."""
     memory = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         written = 0
@@ -78,10 +84,10 @@ def _sealed(body: bytes) -> int:
 
 
 class BadMessage(ProtocolError):
-    """A packet that `encode` would not have made.
+    """A packet that `encode` does not make.
 
-    Its `descriptors` stay open: closing what a hostile sender has attached may block (SO_LINGER).
-    Who must not block leaves that to the end of its process.
+    Its `descriptors` are still open. Closing one that a hostile sender has attached may block
+    (SO_LINGER of socket(7)), so the launcher leaves that to another process.
     """
 
     def __init__(self, why: str, descriptors: list[int]) -> None:
@@ -90,10 +96,9 @@ class BadMessage(ProtocolError):
 
 
 class DescriptorsLost(BadMessage):
-    """A packet of which not all descriptors arrived: they are too many, or this process can open
-    no more.
+    """A packet that lost descriptors: they were too many, or this process can open no more.
 
-    `said` is what it says, or None where that travelled in one of them.
+    `said` is its message, or None if the message travelled in a descriptor.
     """
 
     def __init__(self, said: Message | None, descriptors: list[int]) -> None:
@@ -145,29 +150,36 @@ def _parse(body: bytes, owned: list[int]) -> Message:
 def _read_sealed(owned: list[int]) -> bytes:
     memory, body = owned[0], b""
     try:
-        # Nothing else is asked of it before: on a file system of the sender's own that may block.
+        # Before the seals are known only fcntl(2) is safe: on a file system of the sender's own
+        # (FUSE) other calls may block.
         seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
         if seals & _SEALS == _SEALS and (size := os.fstat(memory).st_size) <= MAX_BODY_BYTES:
             while len(body) < size:
                 body += os.pread(memory, size - len(body), len(body))
             return body
     except OSError:
-        pass  # it has no seals, or the kernel has no memory to read it
+        pass  # the descriptor has no seals, or the kernel has no memory for the body
     raise BadMessage("its body is no sealed memory of at most 4 MiB that can be read", owned)
 
 
 def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
-    """Send one message; raises BlockingIOError where a non-blocking socket is full."""
-    packet, ancillary, mine = encode(message, descriptors)
+    """Send one message with descriptors, which stay open here.
+
+    Raises BlockingIOError if a non-blocking socket is full, and other OSErrors.
+    """
+    packet, ancillary, to_close = encode(message, descriptors)
     try:
         sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
     finally:
-        for descriptor in mine:
+        for descriptor in to_close:
             os.close(descriptor)
 
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
-    """Receive one message and its descriptors; None at the end of the stream."""
+    """One message and its descriptors, which the caller owns; None at the end of the stream.
+
+    Raises BadMessage and OSError.
+    """
     packet, ancillary, flags, _ = sock.recvmsg(
         PACKET_BYTES, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
     )
@@ -177,7 +189,7 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
 
 
 def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors, each one even where another one fails."""
+    """Close all of `descriptors`, even if closing one of them fails."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

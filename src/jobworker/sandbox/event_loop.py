@@ -1,18 +1,19 @@
-"""The launcher's turns: waits for descriptors and moments, and calls whoever watches them.
+"""The launcher's event loop: calls functions when a descriptor is readable or a time has come.
 
-One epoll(7) and a handful of alarms. An alarm is known by the function that it calls, so that
-there is one of each: setting it again moves it. A watched descriptor is closed by its owner, after
-`unwatch`; one that was closed by an earlier call of the same turn is not called any more.
+The loop has one epoll(7) instance, level-triggered, and a few alarms. An alarm is identified by the
+function that it calls, so each function has at most one: setting it again moves it. The owner of a
+watched descriptor calls `unwatch` before it closes the descriptor. An event of a descriptor that an
+earlier call of the same turn has unwatched is dropped.
 
-An unexpected exception ends the call that it struck and no more: the log has it, it is counted, and
-what raised it is called again a while later, where it is still watched. All jobs would end with the
-launcher otherwise. What is not watched any more, such as the rest of an end, is called by
-`see_through`.
+An unexpected exception ends only the call that raised it, since all jobs would end with the
+launcher otherwise. The loop logs and counts it, and calls the function again after a pause if its
+descriptor is still watched. Work without a watched descriptor, such as the steps after the end of a
+job, uses `see_through`.
 
-A turn takes few events, so that one with many of them keeps nobody waiting, and is timed: all jobs
-wait for the longest one. What counts is how long the thread ran or waited for the kernel; the time
-for which it was ready and had no CPU is the scheduler's (/proc/PID/schedstat, proc(5)) and not
-counted.
+A turn is one pass of the loop. It takes a bounded number of events, so that a source with many
+events does not delay the others. The loop times each turn, because all jobs wait for the longest
+one. The time for which the thread was ready and had no CPU does not count: it depends on the
+scheduler (/proc/PID/schedstat, proc(5)).
 
 Standard library only.
 """
@@ -29,56 +30,57 @@ from jobworker.sandbox.log import say, say_fault
 Call = Callable[[], None]
 EVENTS_A_TURN = 16
 SLOW_SECONDS = 0.02
-"""The promise: no turn is longer. One that is, is told in the log."""
+"""The bound that the launcher promises for a turn. The log has each turn that takes longer and is
+half as long again as the one before in the log."""
 AGAIN_SECONDS = 1.0
-"""What has raised an exception rests this long: it may raise one each time."""
+"""The pause after a function has raised an exception, since it may raise one each time."""
 TRIES = 10
-"""How often `see_through` calls in all: over some eight minutes, since each pause doubles."""
+"""How often `see_through` calls in all. Each pause doubles, so it goes on for some 8 minutes."""
 _LOOK_SECONDS = 0.002
-"""A shorter turn is not looked at more closely."""
+"""The scheduler's delay is read only after a turn that took longer, since reading takes time."""
 
 
 class TurnTimes(NamedTuple):
-    """What turns have taken since this was last asked for."""
+    """The statistics of the turns since they were last taken."""
 
     turns: int
     longest_ms: float
     slowest: str
-    """What was called in the longest one, by name."""
+    """The name of the slowest function of the longest turn."""
     over_bound: int
-    """How many took longer than `SLOW_SECONDS`."""
+    """How many turns took longer than `SLOW_SECONDS`."""
     incidents: int
     """How many unexpected exceptions there were."""
 
 
 class Turns:
-    """Who waits for what."""
+    """The event loop: watched descriptors, alarms, and statistics of its turns."""
 
     def __init__(self) -> None:
         self._poll = select.epoll()
         self._sources: dict[int, Call] = {}
         self._events: dict[int, int] = {}
-        """What each source is watched for."""
+        """The epoll events that each source is watched for."""
         self._resting: set[int] = set()
-        """Sources that have raised an exception, and are not in the kernel's list meanwhile."""
+        """Sources that are not in the epoll set for a pause, after their call has raised."""
         self._alarms: dict[Call, float] = {}
         self._delays = _open_delays()
         self._times = TurnTimes(0, 0.0, "", 0, 0)
-        self._slowest_told = SLOW_SECONDS
+        self._slowest_logged = SLOW_SECONDS
 
     def watch(self, descriptor: int, call: Call) -> None:
-        """Call whenever the descriptor is readable, or at its end. Raises OSError."""
+        """Call `call` whenever the descriptor is readable or at its end. Raises OSError."""
         self._poll.register(descriptor, select.EPOLLIN)
         self._sources[descriptor], self._events[descriptor] = call, select.EPOLLIN
 
     def watch_room(self, descriptor: int, wanted: bool) -> None:
-        """Call a watched descriptor's watcher also when it is writable, or no longer so."""
+        """Also call when the watched descriptor is writable, if `wanted`; otherwise no longer."""
         self._events[descriptor] = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
         if descriptor not in self._resting:
             self._poll.modify(descriptor, self._events[descriptor])
 
     def unwatch(self, descriptor: int) -> None:
-        """Stop watching; nothing happens where it is not watched."""
+        """Stop watching a descriptor. Does nothing if it is not watched."""
         if self._sources.pop(descriptor, None) is None:
             return
         if descriptor in self._resting:
@@ -91,23 +93,23 @@ class Turns:
         return descriptor in self._sources
 
     def call_in(self, seconds: float, call: Call) -> None:
-        """Call once, so many seconds from now, instead of when that was to be called before."""
+        """Set the alarm of `call` to so many seconds from now, in place of an earlier alarm."""
         self._alarms[call] = time.monotonic() + seconds
 
     def is_set(self, call: Call) -> bool:
-        """Whether it is going to be called."""
+        """Whether `call` has an alarm."""
         return call in self._alarms
 
     def cancel(self, call: Call) -> None:
-        """Undo `call_in`."""
+        """Remove the alarm of `call`, if it has one."""
         self._alarms.pop(call, None)
 
     def see_through(self, call: Call, tried: int = 0) -> None:
-        """Call now, and again later where that raises an unexpected exception, up to `TRIES` times.
+        """Call now, and again after an unexpected exception, up to `TRIES` times in all.
 
-        For what nobody asks for a second time: a process ends once.
+        For work that no later event would start again: a process, for example, ends only once.
         """
-        if self._survive(call):
+        if self._call(call):
             return
         tried += 1
         if tried < TRIES:
@@ -117,44 +119,47 @@ class Turns:
             say(f"{_name(call)} is given up: it has failed {tried} times")
 
     def turn(self) -> None:
-        """Wait until there is something to do, and do it."""
-        ready = self._poll.poll(self._patience(), EVENTS_A_TURN)
-        delayed = self._delay()
+        """Wait for events or the next alarm, and call what is due: one pass of the loop."""
+        ready = self._poll.poll(self._seconds_to_alarm(), EVENTS_A_TURN)
+        delayed = self._read_delay()
         began = last = time.monotonic()
         slowest: tuple[float, Call | None] = (0.0, None)
         for descriptor, _ in ready:
             source = self._sources.get(descriptor)
             if source is not None:
-                if not self._survive(source) and self._sources.get(descriptor) is source:
+                if not self._call(source) and self._sources.get(descriptor) is source:
                     self._rest(descriptor)
                 now = time.monotonic()
                 slowest, last = max(slowest, (now - last, source), key=_seconds), now
         for call, moment in list(self._alarms.items()):
             if moment <= last and self._alarms.get(call) == moment:
                 del self._alarms[call]
-                if not self._survive(call):
+                if not self._call(call):
                     self.call_in(AGAIN_SECONDS, call)
                 now = time.monotonic()
                 slowest, last = max(slowest, (now - last, call), key=_seconds), now
-        self._note(last - began, delayed, slowest[1])
+        self._record_turn(last - began, delayed, slowest[1])
 
     def take_times(self) -> TurnTimes:
-        """What turns have taken since this was last called."""
+        """The statistics of the turns since this was last called."""
         times, self._times = self._times, TurnTimes(0, 0.0, "", 0, 0)
         return times
 
-    def record(self, struck: str) -> str:
-        """Log and count the exception that is being handled. Returns the incident's number."""
+    def record(self, failed: str) -> str:
+        """Log and count the exception that is being handled. Returns the incident's number.
+
+        `failed` is what has raised it, for the log.
+        """
         number = os.urandom(4).hex()
-        say_fault(f"incident {number}: {struck}")
+        say_fault(f"incident {number}: {failed}")
         self._times = self._times._replace(incidents=self._times.incidents + 1)
         return number
 
-    def _survive(self, call: Call) -> bool:
-        """Call, and tell whether it has returned."""
+    def _call(self, call: Call) -> bool:
+        """Call a function, and return False if it has raised an exception, which is recorded."""
         try:
             call()
-        except Exception:  # noqa: BLE001 - recorded; here it would end all jobs
+        except Exception:  # noqa: BLE001 - it is recorded; outside of here it would end all jobs
             self.record(_name(call))
             return False
         return True
@@ -170,25 +175,26 @@ class Turns:
             self._poll.register(descriptor, self._events[descriptor])
             self._resting.discard(descriptor)
 
-    def _note(self, seconds: float, delayed: bytes, slowest: Call | None) -> None:
+    def _record_turn(self, seconds: float, delayed: bytes, slowest: Call | None) -> None:
+        """Count a turn. `delayed` is the scheduler's delay before it, as `_read_delay` has it."""
         turns, longest_ms, name, over, incidents = self._times
         if seconds > _LOOK_SECONDS and slowest is not None:
-            seconds -= max(0.0, _nanoseconds(self._delay()) - _nanoseconds(delayed)) / 1e9
+            seconds -= max(0.0, _nanoseconds(self._read_delay()) - _nanoseconds(delayed)) / 1e9
             if seconds * 1000 > longest_ms:
                 longest_ms, name = seconds * 1000, _name(slowest)
             over += seconds > SLOW_SECONDS
-            if seconds > self._slowest_told:  # each time that it grew by half, not at each turn
-                self._slowest_told = 1.5 * seconds
+            if seconds > self._slowest_logged:  # so slow turns that recur do not fill the log
+                self._slowest_logged = 1.5 * seconds
                 say(f"a turn took {seconds * 1000:.0f} ms, most of it {_name(slowest)}")
         self._times = TurnTimes(turns + 1, longest_ms, name, over, incidents)
 
-    def _delay(self) -> bytes:
+    def _read_delay(self) -> bytes:
         try:
             return b"" if self._delays is None else os.pread(self._delays, 96, 0)
-        except OSError:  # the kernel has no memory for it just now
+        except OSError:  # the kernel has no memory to format the text
             return b""
 
-    def _patience(self) -> float | None:
+    def _seconds_to_alarm(self) -> float | None:
         if not self._alarms:
             return None
         return max(0.0, min(self._alarms.values()) - time.monotonic())
@@ -197,12 +203,12 @@ class Turns:
 def _open_delays() -> int | None:
     try:
         return os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # a kernel without CONFIG_SCHED_INFO: delays are counted, then
+    except OSError:  # a kernel without CONFIG_SCHED_INFO: turns then include the delay
         return None
 
 
 def _nanoseconds(schedstat: bytes) -> int:
-    """Time spent ready without a CPU, in the second field."""
+    """The time for which the thread was ready without a CPU: the second field."""
     fields = schedstat.split()
     return int(fields[1]) if len(fields) > 1 else 0
 

@@ -1,7 +1,8 @@
-"""What forbids user namespaces on this host, and the command that allows them.
+"""Finds the setting that forbids user namespaces on this host, and the command that allows them.
 
-The kernel says EPERM or ENOSPC for several different switches. These are read only once it has
-refused, to name the one that stands in the way: what a switch says is no proof of anything.
+The kernel answers EPERM or ENOSPC for several different settings. The launcher reads them only
+after such an answer, to name the one that is the cause. Reading a setting before would prove
+nothing: the kernel may refuse for another reason.
 
 Sources: namespaces(7), user_namespaces(7); Debian's kernel.unprivileged_userns_clone; Ubuntu's
 kernel.apparmor_restrict_unprivileged_userns (23.10 and newer).
@@ -11,11 +12,15 @@ Standard library only.
 
 import os
 
-ALLOW = "allow user namespaces on this host, and in the container around us if there is one"
+ALLOW = "allow user namespaces on this host, and in the service's container if there is one"
 
 
 def user_namespace_remedy(sysctls: str = "/proc/sys", *, root: bool | None = None) -> str:
-    """The remedy for a refused user namespace; `root`: whether the right to all of them is ours."""
+    """The remedy for a user namespace that the kernel has refused.
+
+    `sysctls` is the directory of the settings. `root` is whether this process has root's rights;
+    None reads its user id.
+    """
     if _read(sysctls, "user/max_user_namespaces") == "0":
         return "allow user namespaces: sysctl -w user.max_user_namespaces=65536"
     if os.geteuid() == 0 if root is None else root:

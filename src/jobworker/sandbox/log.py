@@ -1,15 +1,15 @@
-"""Lines for the launcher's log, which never hold it up and never end it.
+"""Writes lines to the launcher's log without blocking and without raising.
 
-The log may be a pipe whose reader has stopped, a terminal that is held (Ctrl-S), or a file on a
-full disk. A line for which there is no room at once is dropped, and the next one that finds room
-tells how many were.
+The log may be a pipe whose reader has stopped, a terminal that is stopped (Ctrl-S), or a file on a
+full disk. If the log has no room for a line at once, the line is dropped. The next line that is
+written has the number of dropped ones.
 
-poll(2) alone does not promise that a write returns: the service writes to the same log, and may
-take the room in between. So the launcher opens the log once more (`open_log`), and that open file
-description does not block. Where it cannot be opened, poll(2) has to do.
+poll(2) alone does not ensure that a write returns: the service writes to the same log, and may fill
+it between poll(2) and write(2). So the launcher opens the log a second time (`open_log`), and this
+open file description does not block. If it cannot be opened, the launcher uses poll(2).
 
-A regular file on a disk that hangs holds the launcher up all the same: poll(2) calls it writable,
-O_NONBLOCK does nothing for it, and RWF_NOWAIT (pwritev2(2)) is refused by ext4.
+A regular file on a disk that hangs blocks the launcher all the same: poll(2) reports it as
+writable, O_NONBLOCK has no effect on it, and ext4 refuses RWF_NOWAIT (pwritev2(2)).
 
 Standard library only.
 """
@@ -25,22 +25,24 @@ from types import TracebackType
 
 _LOG = 2
 _MAX_LINE_BYTES = 4000
-"""Below PIPE_BUF: a pipe that is writable takes that much at once; pipe(7)."""
+"""Below PIPE_BUF (4096): a pipe that is writable takes so many bytes at once, see pipe(7)."""
 
 
 class _Log:
     dropped = 0
     own: int | None = None
-    """The log once more, without waiting."""
+    """A second descriptor of the log, which does not block."""
     file = (0, 0)
-    """Which file that is: a process made by the launcher may have closed its descriptor."""
+    """The device and inode of the log. A child of the launcher may have closed `own`, and its
+    number may belong to another file."""
     is_socket = False
 
 
 def open_log() -> None:
-    """Have what this process says never wait, and its uncaught exceptions said; raises nothing.
+    """Open the log without blocking, and log uncaught exceptions from now on. Raises nothing.
 
-    Call it while /proc is there. O_NONBLOCK is not set on the log itself, which others share.
+    Call it while /proc is mounted. It does not set O_NONBLOCK on the log itself, because other
+    processes share that open file description.
     """
     sys.excepthook = _say_exception
     with contextlib.suppress(OSError):
@@ -53,22 +55,19 @@ def open_log() -> None:
 
 
 def say(text: str, level: str = "WARNING") -> None:
-    """Write a line to the log, as the service writes its own, if it takes one now.
-
-    Raises nothing.
-    """
+    """Write a line to the log in the format of the service, or drop it. Raises nothing."""
     now = time.time()
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     _write(f"{moment}.{int(now * 1000) % 1000:03d}Z {level} launcher: {text}")
 
 
 def say_last(text: str) -> None:
-    """Say why a program cannot go on, in the form of its other last words; raises nothing."""
+    """Log why the program exits, in the format of `worker`'s error messages. Raises nothing."""
     _write(f"worker: {text}")
 
 
 def say_fault(what: str) -> None:
-    """Say the exception that is being handled, and where it came from; raises nothing."""
+    """Log the exception that is being handled, with its traceback. Raises nothing."""
     kind, error, trace = sys.exc_info()
     if kind is not None and error is not None:
         say(what, "ERROR")
@@ -76,16 +75,17 @@ def say_fault(what: str) -> None:
 
 
 def _write(text: str) -> None:
-    told = f" ({_Log.dropped} lines before this one were lost)" if _Log.dropped else ""
-    line = f"{text}{told}".encode("utf-8", "replace")[:_MAX_LINE_BYTES] + b"\n"
+    dropped = f" ({_Log.dropped} lines before this one were lost)" if _Log.dropped else ""
+    line = f"{text}{dropped}".encode("utf-8", "replace")[:_MAX_LINE_BYTES] + b"\n"
     with contextlib.suppress(OSError):
-        if _takes(line):
+        if _is_written(line):
             _Log.dropped = 0
             return
     _Log.dropped += 1
 
 
-def _takes(line: bytes) -> bool:
+def _is_written(line: bytes) -> bool:
+    """Write `line` without blocking, and return whether the log took all of it."""
     if _has_own():
         assert _Log.own is not None
         return os.write(_Log.own, line) == len(line)

@@ -1,9 +1,8 @@
-"""The Linux system calls that Python does not offer: one thin function for each.
+"""One thin function for each Linux system call that the sandbox needs and Python does not have.
 
-The only module of the launcher that touches ctypes. Every function raises OSError with the
-kernel's errno; what a call is used for stands where it is used. Numbers are those of x86-64 and
-arm64, the two machines served; another one is refused at import, as is a kernel ABI we never ran
-on.
+This is the launcher's only module with ctypes. Every function raises OSError with the kernel's
+errno. The reason for a call stands where it is made. The numbers are those of x86-64 and arm64. On
+another machine the import raises ImportError, since the code has never run there.
 """
 
 import ctypes
@@ -86,20 +85,20 @@ def _bytes(text: str | None) -> bytes | None:
 
 
 def syncfs(descriptor: int) -> None:
-    """syncfs(2); raises OSError where the file system has lost a write since this was opened."""
+    """syncfs(2). Raises OSError if the file system lost a write since `descriptor` was opened."""
     _check(_libc.syncfs(descriptor))
 
 
 def fallocate(descriptor: int, size: int) -> None:
-    """fallocate(2): have the file's first `size` bytes on disk, holes filled, data kept.
+    """Allocate the blocks of the file's first `size` bytes, and keep its data: fallocate(2).
 
-    posix_fallocate(3), which Python has, would write zeros where the file system cannot do it.
+    Python's posix_fallocate(3) would write zeros if the file system cannot do it.
     """
     _check(_libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)))
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    """mount(2); `data` is the file system's own options."""
+    """mount(2); `data` has the options of the file system."""
     _check(_libc.mount(_bytes(source), _bytes(target), _bytes(kind), flags, _bytes(data) or None))
 
 
@@ -124,7 +123,7 @@ def setns(descriptor: int, kind: int) -> None:
 
 
 def prctl(option: int, argument: int = 0, second: int = 0) -> None:
-    """prctl(2) with up to two arguments; the rest is zero, as most options demand."""
+    """prctl(2) with up to two arguments. The others are zero, as most options require."""
     _check(_libc.prctl(option, argument, second, 0, 0))
 
 
@@ -194,9 +193,9 @@ def mount_setattr(tree: int, attributes: int) -> None:
 
 
 def map_mount(tree: int, user_namespace: int) -> None:
-    """Show the detached mount `tree` with the ids of a user namespace: mount_setattr(2).
+    """Map the ids of the detached mount `tree` by a user namespace: mount_setattr(2).
 
-    Raises OSError: EINVAL where the file system cannot do it, or it is mapped already.
+    Raises OSError: EINVAL if the file system cannot do it, or the mount is ID-mapped already.
     """
     _set_mount_attributes(
         tree, _MountAttributes(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=user_namespace), 0
@@ -228,7 +227,10 @@ def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
 
 
 def set_default_signal(number: int) -> None:
-    """Give a signal its default disposition, also one that the C library keeps: rt_sigaction(2)."""
+    """Set a signal's disposition to the default: rt_sigaction(2).
+
+    Unlike Python's function it also takes the signals that the C library reserves.
+    """
     default = (ctypes.c_uint64 * 4)()  # SIG_DFL, no flags, no restorer, an empty mask
     mask_bytes = ctypes.c_size_t(8)
     call, signal = ctypes.c_long(_RT_SIGACTION), ctypes.c_int(number)
@@ -260,7 +262,7 @@ class _FilterProgram(ctypes.Structure):
 def seccomp(program: bytes, *, log: bool) -> None:
     """Add a filter to this thread, SECCOMP_SET_MODE_FILTER: seccomp(2).
 
-    `program` is an array of struct sock_filter; with `log` what it denies is told to the audit.
+    `program` is an array of struct sock_filter. With `log` the kernel's audit log has each denial.
     """
     set_mode_filter, flag_log = ctypes.c_uint(1), 2
     packed = _FilterProgram(len(program) // 8, program)
@@ -271,32 +273,33 @@ def seccomp(program: bytes, *, log: bool) -> None:
 def pidfd_getfd(process: int, descriptor: int) -> int:
     """A copy of another process's descriptor, which the caller closes: pidfd_getfd(2).
 
-    Raises OSError: EBADF where it has none of this number, EPERM without the right to trace it.
+    Raises OSError: EBADF if the process has no such descriptor, EPERM if the caller may not trace
+    it.
     """
     number, none = ctypes.c_long(_PIDFD_GETFD), ctypes.c_uint(0)
     return _check(_libc.syscall(number, ctypes.c_int(process), ctypes.c_int(descriptor), none))
 
 
 def kcmp(thread: int, other: int, kind: int) -> int:
-    """Compare what two threads have, `KCMP_FILES` or `KCMP_VM`: kcmp(2).
+    """Compare the open files (`KCMP_FILES`) or the memory (`KCMP_VM`) of two threads: kcmp(2).
 
-    0 where they share it, 1 where the first one's comes first in an order of the kernel's, else 2.
+    Returns 0 if they share it; 1 if the first thread's precedes in the kernel's order, else 2.
     """
     threads, none = (ctypes.c_int(thread), ctypes.c_int(other)), ctypes.c_ulong(0)
     return _check(_libc.syscall(ctypes.c_long(_KCMP), *threads, ctypes.c_int(kind), none, none))
 
 
 def is_tap(descriptor: int) -> bool:
-    """Whether the descriptor is one of a tun or tap device, attached to it: tuntap.rst."""
+    """Whether the descriptor is attached to a tun or tap device: TUNGETIFF of tuntap.rst."""
     request = ctypes.create_string_buffer(_IFREQ_BYTES)
     return int(_libc.ioctl(descriptor, ctypes.c_ulong(_TUNGETIFF), request)) == 0
 
 
 def getsockopt(descriptor: int, level: int, option: int, size: int) -> bytes:
-    """getsockopt(2), of at most `size` bytes.
+    """The value of a socket option, at most `size` bytes: getsockopt(2).
 
-    A socket object of Python's asks for the socket's name first, getsockname(2), which waits as
-    long as somebody has that socket locked.
+    Python's socket object would call getsockname(2) first, which waits while another process has
+    the socket locked.
     """
     value, length = ctypes.create_string_buffer(size), ctypes.c_uint(size)
     _check(_libc.getsockopt(descriptor, level, option, value, ctypes.byref(length)))
@@ -304,7 +307,7 @@ def getsockopt(descriptor: int, level: int, option: int, size: int) -> bytes:
 
 
 def attach_socket_filter(descriptor: int, program: bytes) -> None:
-    """Filter what a socket receives, SO_ATTACH_FILTER: socket(7).
+    """Filter the packets that a socket receives, SO_ATTACH_FILTER: socket(7).
 
     `program` is an array of struct sock_filter.
     """
@@ -314,9 +317,10 @@ def attach_socket_filter(descriptor: int, program: bytes) -> None:
 
 
 def attach_tap_filter(descriptor: int, program: bytes) -> None:
-    """Filter what a tap device's descriptor reads, in place of an earlier filter: tuntap.rst.
+    """Filter the frames that are read from a tap device's descriptor: TUNATTACHFILTER, tuntap.rst.
 
-    `program` is an array of struct sock_filter, of which the kernel takes a copy.
+    `program` is an array of struct sock_filter, which the kernel copies. It replaces an earlier
+    filter.
     """
     packed = _FilterProgram(len(program) // 8, program)
     request = ctypes.c_ulong(_TUNATTACHFILTER)
@@ -351,19 +355,18 @@ def landlock_restrict_self(ruleset: int) -> None:
 
 
 def file_system_type(path: str) -> int:
-    """Of what kind the file system that holds `path` is, as statfs(2) numbers them."""
-    status = (ctypes.c_long * 32)()  # of which it is the first field; struct statfs has 15
+    """The type of the file system that holds `path`: f_type of statfs(2)."""
+    status = (ctypes.c_long * 32)()  # struct statfs has 15 fields; f_type is the first
     _check(_libc.statfs(os.fsencode(path), ctypes.byref(status)))
     return int(status[0]) & 0xFFFFFFFF
 
 
 def keep_freed_memory(trim_bytes: int, mmap_bytes: int) -> None:
-    """Have malloc keep up to `trim_bytes` that are free, and take what is below `mmap_bytes` there.
+    """Let malloc keep up to `trim_bytes` of freed memory, and use it for blocks below `mmap_bytes`.
 
-    Threads that are started afterwards have no arenas of their own: of such, malloc_trim(3) gives
-    back nothing that lies at the end.
-
-    mallopt(3), of glibc; with another C library nothing is done.
+    Threads that start afterwards share the main arena, since malloc_trim(3) does not return the
+    free memory at the end of other arenas. Uses mallopt(3) of glibc; does nothing with another C
+    library.
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
@@ -391,7 +394,10 @@ def freed_bytes() -> int:
 
 
 def give_back_freed_memory() -> None:
-    """Give back every page that malloc holds free: malloc_trim(3), of glibc, as above."""
+    """Return all free pages of malloc to the kernel: malloc_trim(3) of glibc.
+
+    Does nothing with another C library.
+    """
     malloc_trim = getattr(_libc, "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(ctypes.c_size_t(0))

@@ -1,9 +1,9 @@
-"""User namespaces made ahead, one for each job, to be entered by setns(2).
+"""Makes the user namespace of a job in advance, for its process to enter by setns(2).
 
-Writing the maps of a namespace takes a helper process and costs about a millisecond, which a spare
-has behind it; entering one that stands ready costs a tenth of that. A namespace lives as long as
-its descriptor and its processes. It maps 65,536 ids from 0 to an unprivileged range, so root
-inside is nobody outside. None is used twice: keys that a job leaves are kept by namespace.
+Writing the maps of a namespace takes a helper process and about 1 ms. A spare has that behind it,
+and entering the namespace takes a tenth of that. A namespace exists as long as a descriptor or a
+process of it. It maps 65,536 ids from 0 on to an unprivileged range, so root inside has no rights
+outside. Each job gets a new one, since the kernel keeps a job's keys (keyrings(7)) by namespace.
 
 Standard library only.
 """
@@ -20,44 +20,44 @@ IDS_PER_JOB = 65_536
 
 
 class Ids(NamedTuple):
-    """The ids that jobs get outside, as the launcher's own user namespace numbers them."""
+    """The user ids of jobs, as numbers of the launcher's own user namespace."""
 
     first: int
     each: int = IDS_PER_JOB
-    """How many a job gets."""
+    """How many ids a job gets."""
     step: int = IDS_PER_JOB
-    """From one job's first id to the next one's; 0 where all jobs have the same."""
+    """The distance between the first ids of two jobs; 0 if all jobs have the same ids."""
     gaps: tuple[str, ...] = ()
-    """What this costs in isolation, in words."""
+    """What isolates jobs less than with root's rights, as sentences for the log."""
 
     def first_of(self, index: int) -> int:
-        """The first id of the job in this place."""
+        """The first id of the job with the slot number `index`."""
         return self.first + index * self.step
 
 
 def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
     """A descriptor of a new user namespace that maps 0… to `first_id`…; the caller closes it.
 
-    Its creator is the user `first_id`: what is counted for each user (inotify instances,
-    namespaces, see user_namespaces(7) and proc(5), /proc/sys/user) is counted for that one then,
-    and a job cannot use up what the host's root may have.
+    Its creator is the user `first_id`. So the kernel counts inotify instances, namespaces and the
+    like for that user (user_namespaces(7), /proc/sys/user in proc(5)), and a job cannot use up the
+    numbers of the host's root.
 
-    Raises OSError: EPERM or ENOSPC where a security module or user.max_user_namespaces forbids it.
+    Raises OSError: EPERM or ENOSPC if a security module or user.max_user_namespaces forbids it.
     """
-    ready, tell = os.pipe2(os.O_CLOEXEC)
+    ready, notify = os.pipe2(os.O_CLOEXEC)
     try:
         pid, pidfd = sc.clone3(0)
-    except OSError:  # no process to be had
+    except OSError:
         os.close(ready)
-        os.close(tell)
+        os.close(notify)
         raise
     if pid == 0:
-        _hold_namespace(first_id, tell, leave_groups=ids > 1)
+        _hold_namespace(first_id, notify, leave_groups=ids > 1)
     try:
-        os.close(tell)
-        said = os.read(ready, 8)
-        if len(said) != 1 or said[0]:
-            code = said[0] if said else errno.ESRCH
+        os.close(notify)
+        answer = os.read(ready, 8)
+        if len(answer) != 1 or answer[0]:
+            code = answer[0] if answer else errno.ESRCH
             raise OSError(code, os.strerror(code))
         for kind in ("uid_map", "gid_map"):
             descriptor = os.open(f"/proc/{pid}/{kind}", os.O_WRONLY | os.O_CLOEXEC)
@@ -73,24 +73,27 @@ def make_user_namespace(first_id: int, ids: int = IDS_PER_JOB) -> int:
         os.close(pidfd)
 
 
-def _hold_namespace(first_id: int, tell: int, *, leave_groups: bool) -> NoReturn:
-    """In the helper: make the namespace as its user, tell 0 or the errno, and wait for the end."""
+def _hold_namespace(first_id: int, notify: int, *, leave_groups: bool) -> NoReturn:
+    """In the helper: make the namespace as the user `first_id`, then wait to be killed.
+
+    Writes one byte to `notify`: 0, or the errno if it fails.
+    """
     try:
-        # The right to make it is kept across the change of user: some hosts deny it to others.
+        # Keep CAP_SYS_ADMIN across the change of user, since some hosts require it.
         sc.prctl(sc.PR_SET_KEEPCAPS, 1)
-        if leave_groups:  # who has a single id may not, see sandbox.own_namespace
+        if leave_groups:  # forbidden with a single id, see sandbox.launcher.own_namespace
             os.setgroups([])
         os.setresgid(first_id, first_id, first_id)
         os.setresuid(first_id, first_id, first_id)
         sc.capset(frozenset({Capability.SYS_ADMIN}))
-        # Its files in /proc went to the root of the whole host with the change of user; the
-        # launcher, which has to write the maps there, may be another root.
+        # With the change of user the kernel gave the files in /proc/self to the host's root. The
+        # launcher has to write the maps there, and may be root of another user namespace.
         sc.prctl(sc.PR_SET_DUMPABLE, 1)
         sc.unshare(sc.CLONE_NEWUSER)
-        os.write(tell, b"\0")
+        os.write(notify, b"\0")
         while True:
             signal.pause()
     except OSError as error:
-        os.write(tell, bytes([(error.errno or errno.EPERM) & 0xFF]))
+        os.write(notify, bytes([(error.errno or errno.EPERM) & 0xFF]))
     finally:
         os._exit(127)

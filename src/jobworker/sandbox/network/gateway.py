@@ -68,9 +68,9 @@ class Means(NamedTuple):
 
 
 def start_gateway(means: Means) -> tuple[int, int]:
-    """Clone a gateway. Returns its pidfd, and a socket that `start.private_network.enter` reads.
+    """Clone a gateway: its pidfd, and a socket whose reader is `start.private_network.enter`.
 
-    The caller closes both and reaps the gateway. Raises OSError.
+    The caller owns both, and reaps it. Raises OSError.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with far:

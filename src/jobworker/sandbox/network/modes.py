@@ -92,7 +92,7 @@ class Networks:
         return wall.program(layout.address, layout.resolver, network, self.host.local)
 
     def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int]:
-        """Start the gateway for the job with the slot number `index`: see `start_gateway`."""
+        """Start the gateway for the job in place `index`: see `start_gateway`."""
         uid = self._first_uid + index
         means = Means(
             layout=layout,

@@ -46,7 +46,7 @@ class Link:
 
     _sock: trio.socket.SocketType
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
-    """Jobs of an earlier service: the caller takes over each, or removes it and closes its pipes."""
+    """Jobs of an earlier service. The caller takes each over, or removes it and its pipes."""
     unstarted: frozenset[int] = frozenset()
     """Jobs that an earlier service asked to start, and whose program was not executed."""
     keeps_asks: bool = False
