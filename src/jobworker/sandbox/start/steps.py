@@ -143,7 +143,7 @@ class MaskPath(NamedTuple):
 
 
 class ReadOnlyPath(NamedTuple):
-    """Make a path and all below it read-only, where it exists."""
+    """Make a path read-only, where it exists."""
 
     path: str
 
