@@ -16,8 +16,8 @@ an image that the launcher made. It tries the paths in order, as execvp(3) does.
 comment on each call, is in `trampoline_MACHINE.S`; a test assembles it and compares the bytes.
 
 What must hold: a job cannot use the trampoline for anything. Its two descriptors are close-on-exec,
-and without them it exits, also if a job executes /proc/self/exe before it has executed its program.
-The memory that holds the code is sealed.
+and without them it exits. That is all that a job sees whose program is /proc/self/exe. The memory
+that holds the code is sealed.
 
 Standard library only.
 """
