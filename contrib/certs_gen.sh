@@ -1,7 +1,7 @@
 #!/bin/sh
-# Make the classical set of certificates in one go: CA, server, admin and viewer client.
+# Make the usual set of certificates: CA, server, admin and viewer client.
 #
-# All work is done by `worker certs init`; this only finds `worker` and the directory.
+# This only finds `worker` and the directory; `worker certs init` does the work.
 
 set -eu
 
@@ -9,12 +9,12 @@ usage() {
     cat <<'EOF'
 usage: certs_gen.sh [--dir DIR] [--host NAME|IP ...]
 
-Make ca, server, admin-client and viewer-client certificates and keys (PEM) in DIR,
-./certs unless said otherwise. The server's certificate bears localhost, 127.0.0.1, ::1
-and every --host. Nothing that exists is overwritten.
+Make ca, server, admin-client and viewer-client certificates and keys (PEM) in DIR
+(default: ./certs). The server's certificate has the names localhost, 127.0.0.1, ::1
+and every --host. Existing files are not overwritten.
 
-This runs `worker certs init`, from PATH or from .venv/bin beside contrib; further
-arguments are passed on to it.
+This runs `worker certs init`, from PATH or from .venv/bin beside contrib, and passes
+further arguments on to it.
 EOF
 }
 

@@ -3,10 +3,10 @@
 #
 #   contrib/e2e.sh VENV RUN [SCENARIO...]
 #
-# RUN is a command that is called as `RUN DIRECTORY COMMAND`: it is to have what stands in DIRECTORY
-# in /mnt/share of such a machine, run COMMAND there as root by sh, and exit with its code. The
-# machine needs Python 3.11 or newer of the same minor version and architecture as VENV's.
-# SCENARIO: scripts of tests/e2e, "restart_under_systemd.py" and "service_on_v2.py" unless given.
+# This calls `RUN DIRECTORY COMMAND`. RUN must provide the content of DIRECTORY as /mnt/share of such
+# a machine, run COMMAND there as root by sh, and exit with its exit code. The machine needs Python 3.11
+# or newer, of the same minor version and architecture as VENV's.
+# SCENARIO is a script of tests/e2e; without it, restart_under_systemd.py and service_on_v2.py run.
 set -eu
 cd "$(dirname "$0")/.."
 venv=${1:?usage: contrib/e2e.sh VENV RUN [SCENARIO...]}
@@ -19,7 +19,7 @@ trap 'rm -rf "$bundle"' EXIT
 cp -r src tests contrib etc pyproject.toml "$bundle"
 find "$bundle" -name __pycache__ -prune -exec rm -rf {} +
 "$venv/bin/python" - "$bundle/site" <<'END'
-# What the service and the client need, from this environment, without what only tests need.
+# Copies the packages that service and client need from this environment, without those of tests.
 import importlib.metadata, re, shutil, sys
 from pathlib import Path
 target, done, names = Path(sys.argv[1]), set(), ["jobworker"]

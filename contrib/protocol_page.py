@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write the generated parts of docs/protocol.md; with --check, say whether the page is up to date.
+"""Write the generated parts of docs/protocol.md; with --check, only check that they are up to date.
 
-Between `<!-- begin NAME -->` and `<!-- end NAME -->` stands what the code knows: methods,
-notifications, types, errors. The rest of the page is written by hand. `make docs` runs this, and a
-test fails where page and code differ.
+The parts between `<!-- begin NAME -->` and `<!-- end NAME -->` are generated from the code:
+methods, types, errors and limits. The rest of the page is written by hand. `make docs` runs this,
+and a test fails if page and code differ.
 """
 
 import argparse
@@ -54,11 +54,11 @@ SAMPLES: dict[str, Json] = {
     "methods": [],
     "components": {"schemas": {}},
 }
-"""Values for examples, by the name of the member."""
+"""Values for the examples, by the name of the member, or by class and member."""
 
 
 def kind(schema: Json) -> str:
-    """A type in a few words."""
+    """The text for a type, with its bounds."""
     if "$ref" in schema:
         name = schema["$ref"].removeprefix(REFERENCE)
         return f"[{name}](#{name.lower()})"
@@ -75,24 +75,24 @@ def kind(schema: Json) -> str:
 
 
 def bounds(schema: Json) -> str:
-    """What is allowed of a type, in a few words; "" where all of it is."""
-    told = []
+    """The text for a type's bounds, in parentheses; "" if it has none."""
+    texts = []
     if {"const": 0} in schema.get("anyOf", []):
         inner = schema["anyOf"][1]
-        told.append(f"0, or {inner['minimum']:,} to {inner['maximum']:,}")
+        texts.append(f"0, or {inner['minimum']:,} to {inner['maximum']:,}")
     if "maximum" in schema:
-        told.append(f"{schema['minimum']:,} to {schema['maximum']:,}")
+        texts.append(f"{schema['minimum']:,} to {schema['maximum']:,}")
     if "maxLength" in schema:
-        told.append(f"up to {schema['maxLength']:,} characters")
+        texts.append(f"up to {schema['maxLength']:,} characters")
     if "maxItems" in schema:
-        told.append(f"{schema.get('minItems', 0):,} to {schema['maxItems']:,}")
+        texts.append(f"{schema.get('minItems', 0):,} to {schema['maxItems']:,}")
     if "pattern" in schema:
-        told.append(f"`{schema['pattern'].replace('|', chr(92) + '|')}`")
-    return f" ({', '.join(told)})" if told else ""
+        texts.append(f"`{schema['pattern'].replace('|', chr(92) + '|')}`")
+    return f" ({', '.join(texts)})" if texts else ""
 
 
 def table(properties: dict[str, Json], required: list[str]) -> list[str]:
-    """The members of an object."""
+    """The lines of a table of an object's members."""
     if not properties:
         return ["None."]
     lines = ["| member | type | default | |", "|---|---|---|---|"]
@@ -104,7 +104,7 @@ def table(properties: dict[str, Json], required: list[str]) -> list[str]:
 
 
 def sample(cls: str, name: str, schema: Json, *, whole: bool) -> Json:
-    """A value for a member of a class; `whole` has members that may be left out as well."""
+    """An example of a member of a class. With `whole` it includes optional members."""
     for key in (f"{cls}.{name}", name):
         if key in SAMPLES:
             return SAMPLES[key]
@@ -121,7 +121,7 @@ def sample(cls: str, name: str, schema: Json, *, whole: bool) -> Json:
 
 
 def sample_of(cls: str, *, whole: bool) -> Json:
-    """An example of an object, or of an enumeration; a record stands whole only on its own."""
+    """An example of an object or an enumeration. A record inside has only its required members."""
     schema = TYPES[cls]
     if "enum" in schema:
         return schema["enum"][0]
@@ -133,27 +133,27 @@ def sample_of(cls: str, *, whole: bool) -> Json:
 
 
 def exchange(name: str, params: Json, result: Json) -> list[str]:
-    """A request and its reply."""
+    """The lines of an example: a request and its reply."""
     request = {"jsonrpc": "2.0", "id": 1, "method": name, "params": params}
     reply = {"jsonrpc": "2.0", "id": 1, "result": result}
     return ["```", f"→ {json.dumps(request)}", f"← {json.dumps(reply)}", "```"]
 
 
 def besides(row: Method) -> str:
-    """Which permissions some calls of a method need besides its own; "" where none does."""
-    told = [f"`{each.permission.value}` {each.when}" for each in row.conditions]
-    return f" Besides: {'; '.join(told)}." if told else ""
+    """The sentence on further permissions that some calls of a method need; "" if none does."""
+    needs = [f"`{each.permission.value}` {each.when}" for each in row.conditions]
+    return f" Some calls also need {'; '.join(needs)}." if needs else ""
 
 
 def methods() -> list[str]:
-    """Every method."""
+    """The section of all methods."""
     lines = []
-    for row, told in zip(METHODS.values(), DOCUMENT.methods, strict=True):
+    for row, described in zip(METHODS.values(), DOCUMENT.methods, strict=True):
         params = TYPES[row.params.__name__]
         lines += [
             f"### `{row.name}`",
             "",
-            f"{row.summary}. Permission: `{told['x-permission']}`.{besides(row)}",
+            f"{row.summary}. Permission: `{described['x-permission']}`.{besides(row)}",
             "",
         ]
         lines += [*table(params["properties"], params["required"]), ""]
@@ -169,7 +169,7 @@ def methods() -> list[str]:
 
 
 def types() -> list[str]:
-    """Every class that travels, but for the parameters, which stand with their methods."""
+    """The section of all classes of messages, except parameters, which are with their methods."""
     params = {row.params.__name__ for row in METHODS.values()}
     lines = []
     for name in sorted(TYPES.keys() - (params - {"Nothing"})):
@@ -183,7 +183,7 @@ def types() -> list[str]:
 
 
 def errors() -> list[str]:
-    """Every error."""
+    """The section of all errors."""
     lines = ["| code | name | exit code of `worker-cli` | |", "|---|---|---|---|"]
     by_code = sorted(error_classes().items(), key=lambda pair: (pair[0] > 0, abs(pair[0])))
     for code, cls in by_code:
@@ -207,27 +207,27 @@ REACHED = {
     "ping_interval": ("", ""),
     "ping_timeout": ("ping_unanswered", "closed with 1013"),
 }
-"""What becomes of who reaches a limit: the error's name, and how it is told."""
+"""The error of each limit, and what happens to a client that reaches it."""
 
 
 def limits() -> list[str]:
-    """Every limit of `[limits]`."""
+    """The section of all keys of `[limits]`."""
     words = field_descriptions(ConnectionLimits)
-    lines = ["| key in `[limits]` | default | error | told by | |", "|---|---|---|---|---|"]
+    lines = ["| key in `[limits]` | default | error | effect | |", "|---|---|---|---|---|"]
     for limit in attrs.fields(ConnectionLimits):
-        name, how = REACHED[limit.name]
-        told = f"`{name}`" if name else ""
+        name, effect = REACHED[limit.name]
+        error = f"`{name}`" if name else ""
         default = json.dumps(default_of(limit))
-        lines.append(f"| `{limit.name}` | `{default}` | {told} | {how} | {words[limit.name]} |")
+        lines.append(f"| `{limit.name}` | `{default}` | {error} | {effect} | {words[limit.name]} |")
     return lines
 
 
 def frames() -> list[str]:
-    """The bounds on frames."""
+    """The section of the bounds on frames."""
     return [
-        f"A message has {MAX_FRAGMENTS:,} frames at the most (the connection is cut).",
-        f"A connection has {SMALL_FRAMES_PER_SECOND} control frames and unfinished parts of less",
-        f"than {SMALL_BYTES:,} bytes a second, after {SMALL_FRAMES_BURST:,} at once",
+        f"A message may have {MAX_FRAGMENTS:,} frames (beyond, the connection is cut).",
+        f"A client may send {SMALL_FRAMES_BURST:,} control frames and unfinished parts of less",
+        f"than {SMALL_BYTES:,} bytes at once, and then {SMALL_FRAMES_PER_SECOND} a second",
         f"(`{TooManyFrames.name}`, closed with 1013).",
     ]
 
@@ -242,7 +242,7 @@ SECTIONS = {
 
 
 def rendered(page: str) -> str:
-    """The page with its generated parts made anew."""
+    """The page with its generated parts made again."""
     for name, make in SECTIONS.items():
         body = "\n".join(make()).rstrip("\n")
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draw the rooms of src/jobworker into docs/architecture.md; with --check, say whether it is so.
+"""Draw the rooms of src/jobworker into docs/architecture.md; with --check, only check the picture.
 
-A room is a package, and an arrow says that a module of one room imports a module of another, also
-where only a type checker does (`if TYPE_CHECKING`). The picture leaves out an arrow that another
-way of arrows implies, and the modules that stand above all rooms (`errors`, `convert` and the
-like), which every room may import. `make docs` writes the picture, a test compares it.
+A room is a package. An arrow means that a module of one room imports a module of another, even
+if only a type checker sees the import (`if TYPE_CHECKING`). The picture leaves out an arrow that
+a path of other arrows implies. It also leaves out the modules beside the rooms (`errors`, `convert`
+and the like), which every room may import. `make docs` writes the picture, a test compares it.
 """
 
 import argparse
@@ -20,11 +20,11 @@ PACKAGE = "jobworker"
 BEGIN, END = "<!-- begin rooms -->", "<!-- end rooms -->"
 
 Graph = dict[str, set[str]]
-"""What each name imports."""
+"""The names that each name imports."""
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name, packages without `__init__`."""
+    """The path of each module by its dotted name, packages without `__init__`."""
     found = {}
     for path in sorted(SOURCE.rglob("*.py")):
         parts = [PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts]
@@ -33,7 +33,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports() -> Graph:
-    """Which module imports which, wherever in the file the import stands."""
+    """The modules that each module imports, at any place in its file."""
     known = modules()
     return {name: set(_imported(path, known)) - {name} for name, path in known.items()}
 
@@ -50,13 +50,13 @@ def _imported(path: Path, known: Iterable[str]) -> Iterable[str]:
 
 
 def room_of(module: str, known: Mapping[str, Path]) -> str:
-    """The package that a module stands in, below `jobworker`; "" for those above all rooms."""
+    """The package of a module, below `jobworker`; "" for the modules beside the rooms."""
     package = module if known[module].name == "__init__.py" else module.rpartition(".")[0]
     return package.removeprefix(PACKAGE).removeprefix(".")
 
 
 def rooms() -> Graph:
-    """Which room imports from which."""
+    """The rooms that each room imports from."""
     known, graph = modules(), Graph()
     for module, imported in imports().items():
         room = room_of(module, known)
@@ -67,7 +67,7 @@ def rooms() -> Graph:
 
 
 def circles(graph: Graph) -> list[set[str]]:
-    """Names that reach one another: none where imports run one way."""
+    """The sets of names that import each other, directly or not. None if imports run one way."""
     reached = {name: _reach(graph, name) for name in graph}
     found: list[set[str]] = []
     for name in graph:
@@ -89,7 +89,7 @@ def _reach(graph: Graph, start: str) -> set[str]:
 
 
 def reduced(graph: Graph) -> Graph:
-    """Without the arrows that other arrows imply."""
+    """The graph without the arrows that other arrows imply."""
     return {
         name: {
             other
@@ -123,7 +123,7 @@ def _node(room: str) -> str:
 
 
 def rendered(page: str) -> str:
-    """The page with its picture made anew."""
+    """The page with its picture drawn again."""
     pattern = rf"({BEGIN}\n).*?({END})"
     marks = re.search(pattern, page, re.DOTALL)
     if marks is None:

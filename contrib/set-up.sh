@@ -1,11 +1,11 @@
 #!/bin/sh
-# Set up what `make` needs: Debian packages that are missing (as root), and a virtual environment.
+# Install what `make` needs: missing Debian packages (as root), and a virtual environment.
 #
-#   contrib/set-up.sh demo VENV    what the product needs, and the package in VENV
-#   contrib/set-up.sh tests VENV   that, and what tests use: a test whose tool is missing is skipped
-#   contrib/set-up.sh bench        the programs that the benchmark is measured beside
+#   contrib/set-up.sh demo VENV    the packages that jobworker needs, and jobworker in VENV
+#   contrib/set-up.sh tests VENV   also the tools of tests; a test whose tool is missing is skipped
+#   contrib/set-up.sh bench        the programs that the benchmark compares with
 #
-# It does nothing that is done already, and says what is missing where it may not install it.
+# It skips steps that are done already. If it may not install a package, it names the package.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -36,7 +36,7 @@ need() {
     install "$@"
 }
 
-# use COMMAND PACKAGE...: the same for what only some tests use
+# use COMMAND PACKAGE...: the same for tools that only some tests use; does not fail
 use() {
     check=$1
     shift
@@ -72,27 +72,27 @@ if [ -z "$python" ]; then
         exit 1
     }
 fi
-# The product, and the demonstration's jobs, which run the host's own programs.
+# For jobworker itself, and for the jobs of the demonstration, which run the host's programs.
 need 'command -v ps' procps
 need "$python -c 'import ctypes; ctypes.CDLL(\"libseccomp.so.2\")'" libseccomp2
 need 'test -x /usr/bin/python3' python3-minimal
-# Disks of jobs, which root's have, are formatted by this one; it may lie outside of PATH.
+# mke2fs formats the jobs' disks, which only root's service has. It may be outside of PATH.
 [ "$(id -u)" != 0 ] || need 'PATH=$PATH:/usr/sbin:/sbin; command -v mke2fs' e2fsprogs
 
 extra=server
 if [ "$what" = tests ]; then
     extra=dev
-    # Attacks are compiled, and real tools run.
+    # Tests compile attacks, and run these tools in jobs.
     use 'command -v gcc' gcc
-    # The trampoline's source is assembled anew by a test, for both machines.
+    # A test assembles the trampoline's source, for both machines.
     use 'command -v aarch64-linux-gnu-as || test "$(uname -m)" = aarch64' binutils-aarch64-linux-gnu
     use 'PATH=$PATH:/usr/sbin:/sbin; command -v capsh' libcap2-bin
     use 'command -v stress-ng' stress-ng
     use 'PATH=$PATH:/usr/sbin:/sbin; command -v mkfs.btrfs' btrfs-progs
-    # Jobs run in root trees of these.
+    # Tests make root trees by these.
     use 'command -v busybox' busybox-static
     use 'command -v mmdebstrap' mmdebstrap
-    # Outbound connections of jobs with a network of their own, and the cable that the tests lay.
+    # For private networks of jobs, and for the virtual cables of their tests.
     use 'command -v slirp4netns' slirp4netns
     use 'PATH=$PATH:/usr/sbin:/sbin; command -v ip' iproute2
     # The clients of contrib/clients.

@@ -3,9 +3,9 @@
 //   npm install && node run.mjs sh -c 'echo hello; sleep 60'
 //
 // Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
-// WORKER_CA_PATH. Output travels in binary messages: a line of JSON, then the bytes. Where the
-// connection is lost, the service is restarted, or this machine slept, it connects again and goes
-// on with the output where it stopped.
+// WORKER_CA_PATH. Output comes in binary messages: a line of JSON, then the bytes. If the connection
+// is lost, the service is restarted, or this machine slept, it connects again and resumes the output
+// where it stopped.
 import { readFileSync } from "node:fs";
 import { createSecureContext } from "node:tls";
 import { JSONRPCClient, JSONRPCServer, JSONRPCServerAndClient } from "json-rpc-2.0";
@@ -13,16 +13,16 @@ import WebSocket from "ws";
 
 const { WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH, WORKER_CA_PATH } = process.env;
 
-// Credits: the server may be so many bytes ahead of us, and what was written is granted anew.
+// Credits: the server may send so many bytes in advance. Bytes that were printed are granted again.
 const WINDOW = 1 << 20;
 const DELIVERY = { encoding: "binary", credit_bytes: WINDOW };
 const PATIENCE_MS = 120_000;
-// Closing codes after which the same would come of it: see docs/protocol.md, Closing.
+// Closing codes after which another connection would fail as well: see docs/protocol.md, Closing.
 const IN_VAIN = new Set([1002, 1007, 1008, 1009, 1011]);
 
-let asked = false; // whether the server may have been told to start the job
-let job; // its number, once it was told
-let offset = 0; // of what was printed, in both streams together
+let asked = false; // whether the server may have got the request to start the job
+let job; // the job's number, once the server has sent it
+let offset = 0; // the end of the printed output, counted in both streams together
 let stopping = false;
 let lostAt = null;
 let stop = () => {};
@@ -73,7 +73,7 @@ function connect() {
   );
   let failure = "the connection was lost";
 
-  // A call whose connection ends has no answer, and is asked again over the next one.
+  // A call gets no answer if its connection ends. It is repeated on the next connection.
   const call = (method, params) =>
     rpc.request(method, params).catch((error) => {
       if (socket.readyState === WebSocket.OPEN) fail(70, error.message);

@@ -4,9 +4,9 @@
     pip install websockets && python run.py sh -c 'echo hello; sleep 60'
 
 Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
-WORKER_CA_PATH. Output travels as base64 in JSON. Where the connection is lost, the service is
-restarted, or this machine slept, it connects again and goes on with the output where it stopped.
-From Python, `jobworker.open_client` does all of this and more; here is what it takes without it.
+WORKER_CA_PATH. Output comes as base64 in JSON. If the connection is lost, the service is restarted,
+or this machine slept, it connects again and resumes the output where it stopped. In Python,
+`jobworker.open_client` does all of this and more; this program shows how to do it without.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 WINDOW = 1 << 20
-"""Credits: the server may be so many bytes ahead, and what was written is granted anew."""
+"""Credits: the server may send so many bytes in advance. Printed bytes are granted again."""
 PATIENCE_SECONDS = 120
 IN_VAIN = {1002, 1007, 1008, 1009, 1011}
-"""Closing codes after which the same would come of it: see docs/protocol.md, Closing."""
+"""Closing codes after which another connection would fail as well: docs/protocol.md, Closing."""
 
 
 FILES = ("WORKER_CERT_PATH", "WORKER_KEY_PATH", "WORKER_CA_PATH")
 
 
 def check_environment() -> None:
-    """Exit with a word and a code of its own where a variable or a file is missing."""
+    """Exit with a message and code 78 if a variable or a file is missing."""
     if unset := [name for name in ("WORKER_SERVER", *FILES) if not os.environ.get(name)]:
         print(f"cannot connect: not set in the environment: {', '.join(unset)}", file=sys.stderr)
         sys.exit(78)
     try:
         for name in FILES:
-            with open(os.environ[name], "rb"):  # ssl's own words do not name the file
+            with open(os.environ[name], "rb"):  # the errors of ssl do not name the file
                 pass
         tls()
     except OSError as error:
@@ -48,7 +48,7 @@ def check_environment() -> None:
 
 
 def tls() -> ssl.SSLContext:
-    """Mutual TLS, with our CA and nobody else's."""
+    """A context for mutual TLS that trusts only the service's CA."""
     context = ssl.create_default_context(cafile=os.environ["WORKER_CA_PATH"])
     context.load_cert_chain(os.environ["WORKER_CERT_PATH"], os.environ["WORKER_KEY_PATH"])
     return context
@@ -68,7 +68,8 @@ def write(stream: TextIO, data: bytes) -> None:
         stream.buffer.write(data)
         stream.buffer.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or it is tried again at exit
+        # Otherwise Python tries to flush the stream again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise Unprintable from error
 
 
@@ -79,14 +80,14 @@ class Run:
         self.command = command
         self.ids = itertools.count(1)
         self.job: int | None = None
-        self.offset = 0  # of what was printed, in both streams together
-        self.asked = False  # whether the server may have been told to start it
+        self.offset = 0  # the end of the printed output, counted in both streams together
+        self.asked = False  # whether the server may have got the request to start the job
         self.stopping = False
         self.socket: ClientConnection | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def call(self, method: str, params: Any) -> None:
-        """Send a request; its reply comes among all the other messages."""
+        """Send a request. The reply arrives among the other messages."""
         request = {"jsonrpc": "2.0", "id": next(self.ids), "method": method, "params": params}
         assert self.socket is not None
         await self.socket.send(json.dumps(request))
@@ -105,7 +106,7 @@ class Run:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def begin(self) -> None:
-        """Run the command, or go on with the output of the job that runs."""
+        """Run the command, or resume the output of the job that runs already."""
         delivery = {"encoding": "base64", "credit_bytes": WINDOW}
         if self.job is None:
             self.asked = True
@@ -117,7 +118,7 @@ class Run:
             self.stop()
 
     async def serve(self) -> dict[str, Any]:
-        """Print what comes to the job's end: its last record. Raises ConnectionClosed, Refused."""
+        """Print output until the job's end; its final record. Raises ConnectionClosed, Refused."""
         await self.begin()
         assert self.socket is not None
         while True:
@@ -144,7 +145,7 @@ class Run:
 
 
 async def main(command: list[str]) -> int:
-    """Run the command: the exit code."""
+    """Run the command, and return its exit code."""
     run, loop = Run(command), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, run.stop)
     lost_at = None

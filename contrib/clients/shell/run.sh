@@ -4,8 +4,8 @@
 #   ./run.sh sh -c 'echo hello; sleep 60'
 #
 # Server and certificates come from WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
-# WORKER_CA_PATH. Output travels as text in JSON: what is no UTF-8 becomes U+FFFD. Where the connection
-# is lost, the service is restarted, or this machine slept, it connects again and goes on.
+# WORKER_CA_PATH. Output comes as text in JSON: bytes that are not UTF-8 become U+FFFD. If the
+# connection is lost, the service is restarted, or this machine slept, it connects again and resumes.
 set -eu
 
 for name in WORKER_SERVER WORKER_CERT_PATH WORKER_KEY_PATH WORKER_CA_PATH; do
@@ -22,10 +22,10 @@ case $host in
 *) name=-verify_hostname ;;
 esac
 
-# What a lost connection does not take is met where something is read.
+# A write to a lost connection is ignored: the next read finds out.
 byte() { printf "\\x$(printf %02x "$1")" >&4; } 2>/dev/null
 
-# send JSON: one text frame (RFC 6455, 5.2), masked with zeroes, which leave the text as it is.
+# send JSON: sends one text frame (RFC 6455, 5.2), with a mask of zeroes, which does not change it.
 send() {
     local size
     size=$(printf %s "$1" | wc -c)
@@ -34,7 +34,7 @@ send() {
         byte $((128 | size))
     else
         local shift shifts='8 0' code=254
-        if [ "$size" -ge 65536 ]; then # the shortest form that holds it
+        if [ "$size" -ge 65536 ]; then # a length must have its shortest form
             shifts='56 48 40 32 24 16 8 0' code=255
         fi
         byte "$code"
@@ -43,13 +43,13 @@ send() {
     printf '\0\0\0\0%s' "$1" >&4
 } 2>/dev/null
 
-# take N: so many bytes, as decimal numbers; in a subshell. Ctrl-C goes to all, and is not for these.
+# take N: prints N bytes as decimal numbers, in a subshell, which ignores Ctrl-C.
 take() {
     trap '' INT
     head -c "$1" <&3 | od -An -v -tu1
 }
 
-# receive: the next text message, in $message; pings are answered.
+# receive: puts the next text message into $message, and answers pings.
 receive() {
     local first size
     while :; do
@@ -81,12 +81,12 @@ receive() {
     done
 }
 
-# connect: a connection, on 3 and 4; false where there is none.
+# connect: opens a connection on descriptors 3 and 4; fails if there is none.
 connect() {
     local head= character
     disconnect
     closed=1006 # as long as no other code has come
-    # A process of its own session, so that Ctrl-C is ours alone.
+    # openssl has a session of its own, so that Ctrl-C reaches this script alone.
     coproc TLS {
         exec setsid openssl s_client -quiet -no_ign_eof -verify_return_error -tls1_3 \
             -connect "$WORKER_SERVER" "$name" "${host//[][]/}" \
@@ -99,7 +99,7 @@ connect() {
         'Connection: Upgrade' 'Sec-WebSocket-Version: 13' \
         "Sec-WebSocket-Key: $(openssl rand -base64 16)" \
         'Sec-WebSocket-Protocol: jobworker.v1' '' 2>/dev/null >&4
-    # The head of the answer, a byte at a time: what follows it is the first frame.
+    # Read the head of the answer byte by byte, since the first frame follows it.
     while [[ $head != *$'\r\n\r'* ]]; do
         IFS= read -r -N 1 -u 3 character || return 1
         head+=$character
@@ -131,12 +131,12 @@ stop() {
 trap 'stop' INT
 trap '' PIPE
 
-# print: the text of $message; where its reader has left, that is the end, and the job goes on.
+# print: prints the text of $message. If its reader has left, this program exits; the job goes on.
 print() {
     (trap - PIPE && exec jq -j .params.text <<<"$message") || exit $(($? == 141 ? 141 : 83))
 }
 
-# serve: run the command, or go on with its output; to the job's end, or the connection's.
+# serve: runs the command or resumes its output, until the job or the connection ends.
 serve() {
     if [ -z "$job" ]; then
         asked=1
