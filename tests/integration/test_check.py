@@ -252,7 +252,7 @@ def test_ordinary_user_that_may_make_no_user_namespace() -> None:
 
 def test_too_few_descriptors() -> None:
     findings = found("resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))")
-    assert "no more than 300 descriptors" in findings["resource limits"].detail
+    assert "the hard limit of open files is 300" in findings["resource limits"].detail
 
 
 @pytest.fixture

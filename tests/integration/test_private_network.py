@@ -162,7 +162,7 @@ async def test_gateway_has_no_rights_no_descriptors_and_ends_with_its_job(
     assert sorted(os.listdir(at / "root")) == ["etc", "run"]
     assert os.listdir(at / "root" / "run") == []
     names = [os.readlink(entry) for entry in (at / "fd").iterdir()]
-    own = ("/null", "/net/tun", "/said", "net:[", "socket:[")
+    own = ("/null", "/net/tun", "/log", "net:[", "socket:[")
     assert all(name.startswith(own) for name in names), names
     assert sum(name.startswith("socket:[") for name in names) <= 5, names
     environment = (at / "environ").read_bytes()

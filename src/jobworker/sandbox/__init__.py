@@ -1,1 +1,1 @@
-"""What stands between a job and the host: plan, launcher, namespaces, root, control groups."""
+"""The sandbox of jobs: plan, launcher, namespaces, root, network, control groups."""

@@ -27,7 +27,7 @@ from jobworker.sandbox.root.stage import (
 from jobworker.sandbox.start.plan import DEVICE_LINKS, DEVICES, View
 from jobworker.sandbox.start.steps import ROOT
 
-GAP = "what a job writes to disk is not bounded without root's rights"
+GAP = "without root's rights the space that a job takes on disk has no bound"
 
 
 def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str]) -> Stage:

@@ -14,7 +14,7 @@ The order of the steps is what makes a start safe:
 4. It drops capabilities after that, because entering the user namespace grants a full set.
 5. It closes descriptors after that, because entering the user namespace needs one.
 6. It installs the system-call filter then, because the steps before make calls that no job may
-   make. What is left to do (waiting, chdir(2), execve(2)) every job may.
+   make. The calls that follow (for waiting, chdir(2), execve(2)) every job may make.
 7. It executes the trampoline last (`sandbox.start.trampoline`), which waits for the request.
 
 Standard library only: the launcher makes the plan, from its own policy. The service asks for a job,
