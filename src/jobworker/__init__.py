@@ -1,7 +1,7 @@
 """Run other people's commands on a Linux host without giving those people the host.
 
-The client's names are loaded when they are first asked for: the launcher imports this package
-with nothing but the standard library. Their types stand in `__init__.pyi`.
+The names of the Python API are imported at their first use, because the launcher imports this
+package and must load nothing but the standard library. `__init__.pyi` declares their types.
 """
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""A token bucket: how much of something may still come, after a burst, at a bounded rate.
+"""A token bucket: it allows a burst, and after it a bounded rate.
 
-The caller passes the time, so that nothing here has a clock.
+The caller passes the time; the bucket has no clock.
 """
 
 from attrs import Factory, define
@@ -8,7 +8,7 @@ from attrs import Factory, define
 
 @define
 class Bucket:
-    """Full at first; fills again by `per_second`, up to `burst`."""
+    """A bucket that begins full and refills by `per_second` tokens a second, up to `burst`."""
 
     filled_at: float
     burst: float
@@ -16,7 +16,7 @@ class Bucket:
     _tokens: float = Factory(lambda self: self.burst, takes_self=True)
 
     def take(self, now: float, count: int = 1) -> bool:
-        """Take so many tokens; returns False, and takes none, where there are fewer."""
+        """Take `count` tokens and return True; if there are fewer, take none and return False."""
         self._fill(now)
         if self._tokens < count:
             return False
@@ -24,22 +24,22 @@ class Bucket:
         return True
 
     def draw(self, now: float, count: float) -> None:
-        """Take so many tokens, whether there are as many or not."""
+        """Take `count` tokens even if there are fewer: the balance may become negative."""
         self._fill(now)
         self._tokens -= count
 
     def is_overdrawn(self, now: float) -> bool:
-        """Whether more was drawn than there was, and has not been filled again."""
+        """Whether the balance is negative."""
         self._fill(now)
         return self._tokens < 0
 
     def seconds_overdrawn(self, now: float) -> float:
-        """How long it takes until as much is filled again as was drawn too much."""
+        """Seconds until the balance is no longer negative; 0 if it is not."""
         self._fill(now)
         return max(0.0, -self._tokens / self.per_second)
 
     def is_full(self, now: float) -> bool:
-        """Whether it is as good as a new one."""
+        """Whether the bucket is full, so that a new one could replace it."""
         self._fill(now)
         return self._tokens >= self.burst
 

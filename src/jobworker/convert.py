@@ -1,14 +1,14 @@
-"""Plain values, as JSON has them, to attrs classes and back, exactly or not at all.
+"""Convert plain values, as JSON has them, to attrs classes and back, without changing a type.
 
-cattrs as it comes turns "5" into 5, "false" into True and "abc" into ('a', 'b', 'c'). For the
+By default, cattrs turns "5" into 5, "false" into True and "abc" into ('a', 'b', 'c'). For the
 arguments of a job that is a security hole, so one hardened converter serves the whole project:
 
 - exact types: an int is an int (True is not), a float may be written as an int, a string is a
   string of Unicode scalar values (no lone surrogates), a list never comes from a string;
 - unknown keys are refused, and every fault is reported with the path of its value.
 
-The module knows no class of the project: whoever has bounds to check states them as attrs
-validators, which raise ValueError or TypeError.
+The module knows no class of the project. A class states its bounds as attrs validators, which raise
+ValueError or TypeError.
 """
 
 from collections.abc import Iterable, Mapping
@@ -48,9 +48,9 @@ def _is_mapping(cls: Any) -> bool:
 def _each(
     cls: Any, items: Iterable[tuple[Any, object]], plain: Any, kind: Any
 ) -> list[tuple[Any, Any]]:
-    """Structure what stands at each place, up to `MAX_REPORTED_FAULTS` faults.
+    """Structure the value at each place; stop after `MAX_REPORTED_FAULTS` faults.
 
-    cattrs itself goes on to the end, and makes an exception for each of a stranger's values.
+    cattrs itself would go on to the end and make an exception for each of a client's values.
     """
     made, faults = [], list[Exception]()
     for place, value in items:
@@ -141,9 +141,9 @@ def _make_converter() -> cattrs.Converter:
 
 
 def _too_many(cls: Any, values: Mapping[str, object]) -> list[Exception]:
-    """The faults of lists and objects that have more entries than a class's validators allow.
+    """The faults of lists and objects with more entries than the validators of `cls` allow.
 
-    Counting costs nothing, and what has too many is not looked at further.
+    The count comes first because it costs nothing: entries beyond a bound are never converted.
     """
     faults: list[Exception] = []
     for attribute in attrs.fields(cls):
@@ -158,7 +158,7 @@ def _too_many(cls: Any, values: Mapping[str, object]) -> list[Exception]:
 
 
 def _has_place(fault: Exception) -> bool:
-    """Whether a fault is a value's own: a validator's says nothing of where it was met."""
+    """Whether a fault carries the path of its value; one from a validator carries none."""
     notes = getattr(fault, "__notes__", ())
     return isinstance(fault, ForbiddenExtraKeysError | KeyError) or any(
         isinstance(note, AttributeValidationNote) for note in notes
@@ -166,9 +166,9 @@ def _has_place(fault: Exception) -> bool:
 
 
 def _out_of_bounds(converter: cattrs.Converter, cls: Any, values: Any) -> list[Exception]:
-    """Run the validators of a class on what is given, all of them: attrs stops at the first fault.
+    """Run the validators of all given fields; attrs itself would stop at the first fault.
 
-    Values of the wrong type, told of already, are passed over.
+    Values of a wrong type are skipped: the converter has already reported them.
     """
     faults: list[Exception] = []
     for attribute in attrs.fields(cls):
@@ -200,7 +200,7 @@ _converter = _make_converter()
 
 
 def _made_or_faults(cls: type[T], value: object) -> tuple[T | None, list[tuple[str, str]]]:
-    """The object, or None and at most `MAX_REPORTED_FAULTS` faults: path, and what is wrong."""
+    """The object, or None and at most `MAX_REPORTED_FAULTS` faults, each a path and a problem."""
     try:
         return _converter.structure(value, cls), []
     except (cattrs.BaseValidationError, TypeError, ValueError, KeyError) as error:
@@ -211,45 +211,45 @@ def _made_or_faults(cls: type[T], value: object) -> tuple[T | None, list[tuple[s
         return None, faults[:MAX_REPORTED_FAULTS]
 
 
-def _told(path: str, what: str) -> str:
+def _format_fault(path: str, what: str) -> str:
     return f"{path}: {what}" if path else what
 
 
 def faults_of(cls: type[T], value: object) -> tuple[T | None, tuple[str, ...]]:
-    """Make a `cls` of plain `value`: the object and no faults, or None and the faults.
+    """Make a `cls` from a plain `value`: the object and no faults, or None and the faults.
 
-    Each fault is "path: what is wrong", at most `MAX_REPORTED_FAULTS` of them; the path is in
-    dots and brackets below the value, such as `limits.cpu_percent`.
+    There are at most `MAX_REPORTED_FAULTS` faults, each "path: problem". A path has dots and
+    brackets, such as `limits.cpu_percent`.
     """
     made, faults = _made_or_faults(cls, value)
-    return made, tuple(_told(*fault) for fault in faults)
+    return made, tuple(_format_fault(*fault) for fault in faults)
 
 
 def structure(cls: type[T], value: object) -> T:
-    """Make a `cls` of plain `value`; raises InvalidParams with the path of every fault.
+    """Make a `cls` from a plain `value`. Raises InvalidParams with the path of every fault.
 
-    Its `data["faults"]` are objects of `path` ("" for the value as a whole) and `problem`.
+    Its `data["faults"]` is a list of objects with `path` ("" for the whole value) and `problem`.
     """
     made, faults = _made_or_faults(cls, value)
     if faults or made is None:
         raise InvalidParams(
-            "; ".join(_told(*fault) for fault in faults),
+            "; ".join(_format_fault(*fault) for fault in faults),
             data={"faults": [{"path": path, "problem": what} for path, what in faults]},
         )
     return made
 
 
 def unstructure(value: object) -> Any:
-    """Make dicts, lists, strings, numbers, bools and None of attrs instances."""
+    """Convert attrs instances to dicts, lists, strings, numbers, bools and None."""
     return _converter.unstructure(value)
 
 
 def as_plain(value: object) -> object:
-    """A value of Python as it would come out of JSON; what JSON has no form for, itself.
+    """Convert a Python value to the plain value that JSON would have; leave other values as is.
 
-    What Python has several forms for is taken in each: a sequence or another iterable, a member of
-    an enumeration or its value. Raises ValueError for what is nested deeper than `MAX_DEPTH`, as
-    what holds itself is, and where the value's own code fails.
+    Any iterable becomes a list, and a member of an enumeration becomes its value. Raises ValueError
+    for a value nested deeper than `MAX_DEPTH` (also one that contains itself), and where the
+    value's own code raises.
     """
     try:
         return _as_plain(value, MAX_DEPTH)
@@ -275,9 +275,10 @@ def _as_plain(value: object, depth: int) -> object:
 
 
 def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str, ...]:
-    """What is wrong with the values of Python that a class of attrs was to be made of.
+    """Return the faults of Python values that were passed to the constructor of an attrs class.
 
-    Told as by `faults_of`: types by the fields' annotations, and then bounds by their validators.
+    The form is that of `faults_of`. Types are checked by the fields' annotations, and then bounds
+    by their validators.
     """
     fields: dict[str, Any] = {each.name: each for each in attrs.fields(cls)}
     faults = [f"unknown name {shortened(name)!r}" for name in values if name not in fields]
@@ -304,9 +305,9 @@ def faults_of_fields(cls: type[Any], values: Mapping[str, object]) -> tuple[str,
 
 
 def _refused_as_it_is(attribute: Any, value: object) -> list[str]:
-    """The faults of a value that is sound only after it was made plain: a set for a list, say.
+    """The faults of a value that is valid only as a plain value, such as a set instead of a list.
 
-    Where parts of it are to blame, such as a path among strings, those alone are named.
+    If only parts of it are wrong, such as a Path in a list of strings, the faults name these parts.
     """
     try:
         attribute.validator(None, attribute, value)
@@ -320,7 +321,7 @@ def _refused_as_it_is(attribute: Any, value: object) -> list[str]:
 
 
 def _parts_of_another_kind(cls: Any, value: object) -> dict[str, object]:
-    """By their places, the parts of a list or mapping that are not what `cls` is to hold."""
+    """The entries of a list or mapping that have another type than `cls` states, by place."""
     if _is_tuple(cls) and isinstance(value, list | tuple):
         kind, items = get_args(cls)[0], list[tuple[object, object]](enumerate(value))
     elif _is_mapping(cls) and isinstance(value, Mapping):
@@ -333,5 +334,5 @@ def _parts_of_another_kind(cls: Any, value: object) -> dict[str, object]:
 
 
 def _below(name: str, path: str, what: str) -> str:
-    """A fault of a value that is called `name`: paths in it begin with a bracket or a name."""
+    """Format a fault at `path` inside the value `name`; a path begins with a bracket or a name."""
     return f"{name}{path if path.startswith('[') or not path else f'.{path}'}: {what}"

@@ -1,21 +1,20 @@
 """A list of processor cores, as cpuset(7) and taskset(1) write it: "0-3,5".
 
-The service checks such a list in a request, and root's side reads the same list where it limits a
-job. This module is the one place that knows the form, and it imports the standard library alone, so
-both sides can have it.
+The service checks such a list in a request, and the launcher reads the same list to limit a job.
+This module alone knows the form. It imports the standard library alone, so both can use it.
 """
 
 import re
 
 MAX_LENGTH = 1024
-"""Characters of a list: far above one that names each core of a large host by ranges."""
+"""Characters of a list: far more than the ranges of all cores of a large host need."""
 
 PATTERN = r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*"
 """A list that names at least one core, where \\d stands for the digits of ASCII."""
 
 
 def is_core_list(text: str) -> bool:
-    """Whether `text` has the form of a list; a range in it may still end before it begins."""
+    """Whether `text` has the form of a core list. A range in it may still be reversed ("3-1")."""
     return len(text) <= MAX_LENGTH and re.fullmatch(PATTERN, text, re.ASCII) is not None
 
 
@@ -26,9 +25,9 @@ def span_of(part: str) -> tuple[int, int]:
 
 
 def parse_cores(text: str) -> frozenset[int]:
-    """The cores of a list, none for ""; raises ValueError.
+    """Return the cores of a list, the empty set for "". Raises ValueError.
 
-    Each core is counted once, however often the list has it: ranges that overlap are joined first.
+    Overlapping ranges are merged first, so a core that the list repeats costs no time.
     """
     found: set[int] = set()
     beyond = 0

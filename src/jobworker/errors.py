@@ -1,30 +1,30 @@
 """The tree of errors: one class for each situation that a caller can be in.
 
-Every class carries the code that stands on the wire (JSON-RPC 2.0, section 5.1: -32768 to
--32000 are the protocol's, ours start at 1000), the exit code of `worker-cli`, and a stable
-name for programs. A message says what could not be done and why; `remedy` says what to do.
+Every class carries its wire code (JSON-RPC 2.0, section 5.1, reserves -32768 to -32000; ours start
+at 1000), the exit code of `worker-cli`, and a stable name for programs. The message names what
+failed and why; `remedy` names what to do.
 
-Standard library only: the launcher raises these too.
+Standard library only: the launcher raises these errors too.
 """
 
 from collections.abc import Mapping
 from typing import ClassVar
 
 MOST_QUOTED = 300
-"""Characters of a stranger's value in a message: a screen's lines, and enough to know it by."""
+"""Characters of a client's value that a message quotes: a few lines, enough to recognize it."""
 
 
 def shortened(text: str) -> str:
-    """What is told of a stranger's value, bounded: an argument may have 128 KiB."""
+    """Cut a client's value to `MOST_QUOTED` characters: an argument may have 128 KiB."""
     return text if len(text) <= MOST_QUOTED else text[:MOST_QUOTED] + "…"
 
 
 class JobworkerError(Exception):
-    """Something that a caller can act upon.
+    """An error that a caller can act on.
 
-    `message` is one line, "cannot X: reason". `remedy` is what to do about it, "" where
-    nothing can be said. `data` goes to the client beside the message: JSON values only, and
-    nothing that the client may not see.
+    `message` is one line, "cannot X: reason". `remedy` is the advice what to do, or "" where there
+    is none. `data` is sent to the client beside the message: JSON values only, and nothing that the
+    client may not see.
     """
 
     code: ClassVar[int] = -32603
@@ -44,11 +44,11 @@ class JobworkerError(Exception):
 
 
 class InternalError(JobworkerError):
-    """A fault of ours: the client gets an incident id, the log has the rest."""
+    """An unexpected fault: the client gets an incident id, and the log has the traceback."""
 
 
 class OutputError(InternalError):
-    """The disk refuses a job's output: full, failing, or changed by another hand.
+    """A job's output cannot be stored or read: disk full or failing, or files changed by others.
 
     `__cause__` is the OSError where there is one.
     """
@@ -59,7 +59,7 @@ class OutputError(InternalError):
 
 
 class FollowerStalled(JobworkerError):
-    """A follower took too little for too long and was let go; it may go on from its offset."""
+    """The follower read too slowly, so its subscription ended; it can resume at its offset."""
 
     code = 1041
     exit_code = 82
@@ -70,7 +70,7 @@ class FollowerStalled(JobworkerError):
 
 
 class ProtocolError(JobworkerError):
-    """A message that is not JSON-RPC 2.0, or not at this moment."""
+    """A message that is not JSON-RPC 2.0, or that is not allowed at this moment."""
 
     code = -32600
     exit_code = 76
@@ -78,7 +78,7 @@ class ProtocolError(JobworkerError):
 
 
 class NoUpgrade(ProtocolError):
-    """An HTTP request that opens no WebSocket of this protocol; the remedy says what would."""
+    """An HTTP request that opens no WebSocket of this protocol; the remedy names what it lacks."""
 
     code = 1050
     name = "no_upgrade"
@@ -92,7 +92,7 @@ class MalformedJSON(ProtocolError):
 
 
 class UnknownMethod(ProtocolError):
-    """A method that the catalogue does not hold."""
+    """The protocol has no method of this name."""
 
     code = -32601
     name = "method_not_found"
@@ -122,7 +122,7 @@ class MessageTooLarge(TooLarge):
 
 
 class PermissionDenied(JobworkerError):
-    """The caller's role does not hold the operation."""
+    """The caller's role does not permit the operation."""
 
     code = 1002
     exit_code = 77
@@ -167,14 +167,14 @@ class TooManyFollows(Busy):
 
 
 class TooManyFrames(Busy):
-    """Control frames, or short parts of messages, came faster than is taken."""
+    """The client sends control frames, or short parts of messages, faster than is allowed."""
 
     code = 1034
     name = "too_many_frames"
 
 
 class TooManyFailures(Busy):
-    """Too many handshakes from this address failed in the last minute; too many wait for a turn."""
+    """Too many handshakes of this address failed within a minute, and too many wait for a turn."""
 
     code = 1009
     name = "too_many_failures"
@@ -188,28 +188,28 @@ class OutOfDescriptors(Busy):
 
 
 class QuotaExceeded(Busy):
-    """The caller's quota is used up; `data` says which, its limit, and what is used."""
+    """The caller's quota is used up; `data` names the quota, its limit, and how much is used."""
 
     code = 1019
     name = "quota_exceeded"
 
 
 class TooManyHandshakes(Busy):
-    """Newer connections needed the place of one that was not open yet."""
+    """The handshake was not over when newer connections needed its place."""
 
     code = 1025
     name = "too_many_handshakes"
 
 
 class ShuttingDown(Busy):
-    """The service is on its way out and takes no new work."""
+    """The service is shutting down and accepts no new work."""
 
     code = 1005
     name = "shutting_down"
 
 
 class TooSlow(JobworkerError):
-    """The client did not say, take or answer in time what it had to; its connection is closed."""
+    """The client did not send, read or answer in time; its connection is closed."""
 
     code = 1015
     exit_code = 69
@@ -231,7 +231,7 @@ class PingUnanswered(TooSlow):
 
 
 class SendStalled(TooSlow):
-    """The client took none of what was sent to it for longer than the limits allow."""
+    """The client read nothing of what was sent to it for longer than the limits allow."""
 
     code = 1018
     name = "send_stalled"
@@ -249,7 +249,7 @@ class SandboxError(JobworkerError):
 
 
 class CommandNotFound(SandboxError):
-    """The job's executable does not exist inside its root (exit code 127, as a shell has it)."""
+    """The job's executable does not exist inside its root (exit code 127, as in a shell)."""
 
     code = 1011
     exit_code = 127
@@ -257,7 +257,7 @@ class CommandNotFound(SandboxError):
 
 
 class CommandNotExecutable(SandboxError):
-    """The executable is there but cannot be executed: mode, format or a missing interpreter."""
+    """The executable exists but cannot be executed: mode, format or a missing interpreter."""
 
     code = 1012
     exit_code = 126
@@ -273,7 +273,7 @@ class LauncherGone(JobworkerError):
 
 
 class LauncherSilent(JobworkerError):
-    """The launcher is there and answers nothing: it is stopped, or the host is in great need."""
+    """The launcher runs but does not answer: it is stopped, or the host is overloaded."""
 
     code = 1026
     exit_code = 71
@@ -300,14 +300,14 @@ class HostUnknown(ConnectionFailed):
 
 
 class NoService(ConnectionFailed):
-    """What answers at the address is no jobworker service: no TLS, or another protocol."""
+    """The server at the address is no jobworker service: it has no TLS, or another protocol."""
 
     code = 1029
     name = "no_service"
 
 
 class CertificateRefused(JobworkerError):
-    """The server refused this client's certificate, or asked for one in vain."""
+    """The server refused this client's certificate, or the client sent none."""
 
     code = 1022
     exit_code = 67
@@ -315,7 +315,7 @@ class CertificateRefused(JobworkerError):
 
 
 class ServerUntrusted(JobworkerError):
-    """The server's certificate is not from our CA, has ended, or bears another name."""
+    """The server's certificate is not from the client's CA, has expired, or names another host."""
 
     code = 1023
     exit_code = 74
@@ -323,7 +323,7 @@ class ServerUntrusted(JobworkerError):
 
 
 class CredentialsUnusable(JobworkerError):
-    """A certificate, key or CA file is missing, unreadable, malformed or does not fit."""
+    """A certificate, key or CA file is missing, unreadable or malformed, or they do not match."""
 
     code = 1024
     exit_code = 72
@@ -331,7 +331,7 @@ class CredentialsUnusable(JobworkerError):
 
 
 class LoopMissing(JobworkerError):
-    """The Python client was called outside of a Trio event loop, from asyncio say."""
+    """The Python client was called outside of a Trio event loop, for example from asyncio."""
 
     code = 1033
     exit_code = 64
@@ -339,7 +339,7 @@ class LoopMissing(JobworkerError):
 
 
 class PrintFailed(JobworkerError):
-    """Standard output is closed, or it or standard error refuses bytes: a full disk, say."""
+    """Standard output is closed, or a write to it or to standard error fails (disk full)."""
 
     code = 1042
     exit_code = 83
@@ -350,7 +350,7 @@ class PrintFailed(JobworkerError):
 
 
 class ConfigError(JobworkerError):
-    """The configuration cannot be read or holds bad values; all of them are named at once."""
+    """The configuration cannot be read or has invalid values; the message names all of them."""
 
     code = 1030
     exit_code = 78
@@ -358,7 +358,7 @@ class ConfigError(JobworkerError):
 
 
 class AddressUnavailable(JobworkerError):
-    """The service cannot listen at its address: in use, not ours, or reserved."""
+    """The service cannot listen at its address: in use, reserved, or not of this host."""
 
     code = 1031
     exit_code = 73
@@ -374,7 +374,7 @@ class HostUnsupported(JobworkerError):
 
 
 def error_classes() -> dict[int, type[JobworkerError]]:
-    """Every class by its wire code."""
+    """Return all error classes by wire code."""
     found: dict[int, type[JobworkerError]] = {}
     waiting: list[type[JobworkerError]] = [InternalError]
     waiting.extend(JobworkerError.__subclasses__())
@@ -386,7 +386,7 @@ def error_classes() -> dict[int, type[JobworkerError]]:
 
 
 def error_from_wire(code: int, message: str, data: Mapping[str, object]) -> JobworkerError:
-    """The error that a reply's error object stands for; unknown codes become `InternalError`."""
+    """Make the error that a reply's error object describes; `InternalError` for unknown codes."""
     cls = error_classes().get(code, InternalError)
     rest = dict(data)
     remedy = rest.pop("remedy", "")

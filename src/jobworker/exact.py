@@ -1,6 +1,6 @@
-"""Plain values taken exactly or not at all: the hooks of the converter, one for each type.
+"""The converter's hooks, one for each type: accept a plain value exactly, without conversion.
 
-Each answers the value or raises TypeError or ValueError that says what it must be.
+Each returns the value, or raises TypeError or ValueError, whose message says what it must be.
 """
 
 import math
@@ -21,19 +21,19 @@ _KINDS: dict[type, str] = {
 
 
 def kind(value: object) -> str:
-    """What a plain value is, in words."""
+    """Name the JSON type of a plain value in words, such as "a list"."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
 def integer(value: object, _: object) -> int:
-    """Take an integer, and no boolean."""
+    """Accept an integer, but no boolean."""
     if type(value) is not int:
         raise TypeError(f"must be an integer, not {kind(value)}")
     return value
 
 
 def number(value: object, _: object) -> float:
-    """Take a finite number."""
+    """Accept a finite number."""
     if type(value) not in (int, float):
         raise TypeError(f"must be a number, not {kind(value)}")
     try:
@@ -46,14 +46,14 @@ def number(value: object, _: object) -> float:
 
 
 def boolean(value: object, _: object) -> bool:
-    """Take a boolean."""
+    """Accept a boolean."""
     if type(value) is not bool:
         raise TypeError(f"must be true or false, not {kind(value)}")
     return value
 
 
 def string(value: object, _: object) -> str:
-    """Take a string of Unicode scalar values."""
+    """Accept a string of Unicode scalar values: no lone surrogates, which UTF-8 cannot encode."""
     if type(value) is not str:
         raise TypeError(f"must be a string, not {kind(value)}")
     try:
@@ -64,7 +64,7 @@ def string(value: object, _: object) -> str:
 
 
 def are_strings(*values: Iterable[object]) -> bool:
-    """Whether all of them are what `string` takes; much faster for many than one by one."""
+    """Whether `string` accepts every entry of `values`; much faster than one call for each."""
     for each in values:
         if not set(map(type, each)) <= {str}:
             return False
@@ -76,7 +76,7 @@ def are_strings(*values: Iterable[object]) -> bool:
 
 
 def member(value: object, cls: type[Enum]) -> Enum:
-    """Take a member of an enumeration, by its value."""
+    """Accept the value of a member of an enumeration, and return the member."""
     try:
         return cls(string(value, str))
     except ValueError:
@@ -85,7 +85,7 @@ def member(value: object, cls: type[Enum]) -> Enum:
 
 
 def moment(value: object, _: object) -> datetime:
-    """Take an ISO 8601 date and time that carries its zone."""
+    """Accept an ISO 8601 date and time with a time zone, and return it in UTC."""
     text = string(value, str)
     try:
         found = datetime.fromisoformat(text)
@@ -100,7 +100,7 @@ def moment(value: object, _: object) -> datetime:
 
 
 def literal(value: object, cls: Any) -> object:
-    """Take one of a literal's values."""
+    """Accept one of the values of a `typing.Literal`."""
     for allowed in get_args(cls):
         if type(value) is type(allowed) and value == allowed:
             return value

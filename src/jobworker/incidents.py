@@ -1,11 +1,11 @@
-"""Incidents: unexpected faults, each told once in the log under a number, counted, and outlived.
+"""Incidents: unexpected exceptions, each logged once under a number and counted.
 
-A fault that no code foresaw must end no more than what it struck: one connection, one job, one
-turn of a background task. Whoever stands at such a boundary records the fault here. The client or
-the job's record gets the incident's number, and the log has the traceback beside the same number.
+An exception that no code expects must end nothing but its own unit of work: one connection, one
+job, one run of a background task. The code at such a boundary records it here. The client or the
+job's record gets the incident's number; the log has the traceback beside the same number.
 
-A background task (retention, the audit, reloads, warnings) belongs to nobody who could ask for it
-again. So `keep_running` starts it anew after a pause, which doubles while it keeps failing.
+No client can repeat a background task (retention, the audit, reloads, warnings) that has failed. So
+`keep_running` restarts it after a pause, which doubles at each failure (exponential backoff).
 """
 
 import logging
@@ -23,20 +23,20 @@ log = logging.getLogger("jobworker")
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
-"""A task that fails at once, each time, is tried this seldom in the end."""
+"""The upper bound of the backoff. A run that lasts longer resets the pause to the first one."""
 
 
 @define(eq=False)
 class Incidents:
-    """The incidents of one service, by what they struck."""
+    """The incidents of one service, counted by kind."""
 
     _counts: Counter[str] = field(factory=Counter, init=False)
 
     def record(self, struck: str, what: str = "") -> str:
         """Log and count the exception that is being handled. Returns the incident's number.
 
-        `struck` is the kind of thing that it ended ("connection", "job", a task's name), `what`
-        the one of them.
+        `struck` is the kind of work that it ended: "connection", "job", or a task's name. `what`
+        names the one that ended, for the log.
         """
         number = secrets.token_hex(4)
         self._counts[struck] += 1
@@ -44,20 +44,20 @@ class Incidents:
         return number
 
     def statistics(self) -> Mapping[str, int]:
-        """How many there were of each kind since the service started."""
+        """The number of incidents of each kind since the service started."""
         return dict(self._counts)
 
     async def keep_running(self, name: str, task: Callable[[], Awaitable[object]]) -> NoReturn:
-        """Run a background task for ever: an exception of it is counted, and starts it anew.
+        """Run a background task for ever: log and count an exception, pause, and run it again.
 
-        Cancellation ends it, as it ends any task.
+        Only cancellation ends it.
         """
         pause = FIRST_PAUSE_SECONDS
         while True:
             began = trio.current_time()
             try:
                 await task()
-            except* JobworkerError as group:  # foreseen: it needs no traceback
+            except* JobworkerError as group:  # expected: it needs no traceback
                 self._counts[name] += 1
                 log.error("%s: %s", name, "; ".join(map(str, _leaves(group))))
             except* Exception:  # noqa: BLE001 - recorded
@@ -69,7 +69,7 @@ class Incidents:
 
 
 def _leaves(group: BaseExceptionGroup[JobworkerError]) -> list[JobworkerError]:
-    """The errors of a group, whatever groups they stand in."""
+    """The errors of an exception group and of all groups nested in it."""
     found: list[JobworkerError] = []
     for each in group.exceptions:
         found += _leaves(each) if isinstance(each, BaseExceptionGroup) else [each]

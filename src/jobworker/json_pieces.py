@@ -1,7 +1,8 @@
-"""JSON in pieces of bounded size: Python's encoder lets nobody else run until it has all of it.
+"""Encode JSON in pieces of bounded size, so that other tasks and threads can run in between.
 
-A megabyte of arguments and variables takes it some ten milliseconds. Whoever joins the pieces may
-let others run between two. Pure, and of the standard library alone.
+Python's encoder holds the interpreter's lock until the whole text is made: some ten milliseconds
+for a megabyte of arguments and variables. The caller that joins the pieces may yield after each.
+Pure, standard library only.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,13 +14,14 @@ Encode = Callable[[object], str]
 
 PIECE_ENTRIES = 500
 PIECE_CHARACTERS = 65_536
-"""A piece ends with the entry that goes beyond: about a millisecond."""
+"""A piece ends with the entry that exceeds this size: encoding it takes about a millisecond."""
 
 
 def pieces(value: object, encode: Encode) -> Iterator[str]:
-    """Pieces of the JSON of `value`; `encode` makes that of a part of it, without white space.
+    """Yield the JSON text of `value` in pieces.
 
-    Lists and objects are taken apart, and what they hold that is neither is encoded many at a time.
+    `encode` returns the JSON of a part of the value, without white space. Nested lists and objects
+    are walked here; entries that are neither go to `encode` in batches.
     """
     if isinstance(value, Mapping):
         entries = _batches(value.items(), lambda entry: entry[1])
@@ -32,7 +34,7 @@ def pieces(value: object, encode: Encode) -> Iterator[str]:
 
 
 def batches_of(variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Consecutive parts of a mapping, of which none takes long to encode."""
+    """Yield the mapping in consecutive parts, each of at most about one piece."""
     for batch in _batches(variables.items(), lambda entry: entry[1]):
         yield dict(batch)
 
@@ -61,7 +63,7 @@ def _has_parts(value: object) -> bool:
 
 
 def _batches(entries: Iterable[T], value_of: Callable[[T], object]) -> Iterator[list[T]]:
-    """Consecutive entries, none of them with parts; or one that has, alone."""
+    """Yield batches of consecutive plain entries; a list or an object gets a batch of its own."""
     batch, size = list[T](), 0
     for entry in entries:
         value = value_of(entry)

@@ -1,7 +1,8 @@
 """JSON as text (RFC 8259), read strictly and written on one line.
 
-What is read has no key twice in one object, no NaN and no Infinity. What strangers send has besides
-a bounded depth and number of values, and a long text is decoded while other threads run.
+The reader refuses duplicate keys in one object, NaN and Infinity. For a text from the network it
+also bounds the depth and the number of values, and lets other threads run while it decodes a long
+one.
 """
 
 import json
@@ -11,9 +12,9 @@ from jobworker.errors import MalformedJSON, shortened
 from jobworker.patient_json import PatientDecoder
 
 MAX_DEPTH = 32
-"""Levels of lists and objects in one message: the deepest that the protocol knows has six."""
+"""Levels of lists and objects in one message. The deepest message of the protocol has six."""
 MAX_VALUES = 100_000
-"""Values in one message: several times what a job may have of arguments and variables."""
+"""Values in one message: several times as many as a job may have arguments and variables."""
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -21,7 +22,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shortened(repr(twice))} stands twice in one object")
+        raise ValueError(f"the key {shortened(repr(twice))} appears twice in one object")
     return made
 
 
@@ -41,9 +42,9 @@ _decoder = json.JSONDecoder(
 )
 
 LONG_CHARACTERS = 16_384
-"""A text that is longer takes milliseconds to decode: in a thread, where others wait."""
+"""A longer text takes milliseconds to decode, so the service decodes it in a worker thread."""
 MANY_CONTAINERS = 500
-"""Lists and objects: one costs as much as thirty characters, or as four other values, do."""
+"""Lists and objects. To decode one costs as much as thirty characters or four other values."""
 
 
 def takes_long(text: str | bytes) -> bool:
@@ -56,10 +57,10 @@ def takes_long(text: str | bytes) -> bool:
 
 
 def loads(text: str, *, bounded: bool = False) -> object:
-    """Parse one JSON text; raises MalformedJSON that says where it is none.
+    """Parse one JSON text. Raises MalformedJSON, which says what is wrong and where.
 
-    `bounded` takes at most `MAX_DEPTH` levels and `MAX_VALUES` values: for what strangers send. A
-    long text is decoded such that other threads run meanwhile.
+    `bounded` is for a text from the network: at most `MAX_DEPTH` levels and `MAX_VALUES` values,
+    and other threads run while a long text is decoded.
     """
     try:
         if bounded and takes_long(text):
@@ -86,7 +87,7 @@ def _patient_decoder(text: str) -> PatientDecoder:
 
 
 def _check_depth(value: object) -> None:
-    """Raise ValueError for what is nested deeper than is taken: a level at a time."""
+    """Raise ValueError if a value has more than `MAX_DEPTH` levels. Walks it level by level."""
     level, depth = [value], 0
     while level := [each for each in level if isinstance(each, list | dict)]:
         depth += 1

@@ -1,13 +1,12 @@
 """A JSON decoder for long texts that lets other threads run while it works.
 
-CPython's own decoder holds the interpreter's lock from a list's first value to its last: a tenth of
-a second for a few megabytes, in which no other thread runs, the event loop's neither. This one
-walks lists and objects in Python and leaves to C what is short: strings, piece by piece, and a few
-plain values at a time where such follow each other, so that the lock can be handed over many times
-in a millisecond.
+CPython's own decoder holds the global interpreter lock (GIL) while it decodes: a tenth of a second
+for a few megabytes, in which no other thread runs, not even the event loop's. This decoder walks
+lists and objects in Python and calls C only for short parts: strings, piece by piece, and runs of
+up to 64 plain values. So Python can release the lock many times in a millisecond.
 
-It counts while it decodes, and stops at the first value or level that is too many. What it takes
-and refuses is what `json.JSONDecoder` does (RFC 8259); the hooks are the same too.
+The decoder counts values and levels, and stops at the first that is too many. It accepts and
+refuses the same texts as `json.JSONDecoder` (RFC 8259), and calls the same hooks.
 """
 
 import re
@@ -20,9 +19,9 @@ from attrs import define, field
 
 FIRST_PIECE = 4096
 ESCAPE_CHARACTERS = 12
-"""Of one character, as two UTF-16 units are written."""
+"""The longest escape of one character: two UTF-16 units, such as `\\ud83d\\ude00`."""
 MAX_STRING_CHARACTERS = 6 * 131_072
-"""Of one string as it is written: a job's longest argument with every character escaped."""
+"""The longest string, as written: a job's longest argument (128 KiB), each character escaped."""
 
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*+))(\.[0-9]++)?([eE][-+]?[0-9]++)?")
@@ -42,13 +41,14 @@ _PLAIN_VALUES = re.compile(rf"(?:{_PLAIN}){{2,64}}+")
 _PLAIN_PAIRS = re.compile(
     rf"(?:[ \t\n\r]{{0,9}}+{_SHORT_STRING}[ \t\n\r]{{0,9}}+:{_PLAIN}){{2,64}}+"
 )
-"""Entries of a list or an object that C decodes at once, the comma behind the last included: most
-entries of most texts. None of them can be at fault but for a number's size."""
+"""Matches 2 to 64 entries of a list or an object that C decodes in one call, each with its comma.
+Most entries of most texts match. The only fault that such an entry can have is a number that is out
+of range."""
 
 
 @define(eq=False, kw_only=True)
 class PatientDecoder:
-    """Decodes one text."""
+    """A decoder of one text; `decode` is called once."""
 
     text: str
     object_pairs_hook: Callable[[list[tuple[str, object]]], object]
@@ -68,14 +68,14 @@ class PatientDecoder:
         self._pairs_decoder = JSONDecoder(parse_float=self.parse_float, object_pairs_hook=list)
 
     def decode(self) -> Any:
-        """The text's value. Raises ValueError that says what is wrong, and where."""
+        """Return the text's value. Raises ValueError, which names the fault and its position."""
         value = self._value()
         if self._next():
             raise self._fault("Extra data")
         return value
 
     def _next(self) -> str:
-        """The next character that is no white space, without taking it; "" at the end."""
+        """Skip white space and return the next character without consuming it; "" at the end."""
         found = _SPACE.match(self.text, self._place)
         assert found is not None
         self._place = found.end()
@@ -90,7 +90,7 @@ class PatientDecoder:
             raise ValueError(f"it holds more than {self.max_values} values")
 
     def _several(self, shape: re.Pattern[str], decoder: JSONDecoder, form: str) -> list[Any]:
-        """Take the entries that have such a shape, with their last comma: none of them, or many."""
+        """Decode and consume the entries that match `shape`, each with its comma; maybe none."""
         found = None if self._depth >= self.max_depth else shape.match(self.text, self._place)
         if found is None:
             return []
@@ -143,7 +143,7 @@ class PatientDecoder:
                 return self.object_pairs_hook(pairs)
 
     def _goes_on(self, end: str) -> bool:
-        """Take the comma, and answer True, or take the `end`."""
+        """Consume a comma and return True, or consume the character `end` and return False."""
         found = self._next()
         if found not in (",", end):
             raise self._fault("Expecting ',' delimiter")
@@ -151,10 +151,10 @@ class PatientDecoder:
         return found == ","
 
     def _string(self) -> str:
-        """Decode a string, of which ever larger pieces are looked at until its end is among them.
+        """Decode a string: try larger and larger pieces of the text until one contains its end.
 
-        C code does that and keeps the lock, so a string that is longer than any that a message may
-        have is not looked at further.
+        The scan is C code and holds the lock, so a string longer than `MAX_STRING_CHARACTERS` is
+        refused instead of scanned to its end.
         """
         start, size = self._place + 1, FIRST_PIECE
         while True:
@@ -162,7 +162,7 @@ class PatientDecoder:
             try:
                 value, used = scanstring(piece, 0, True)
             except JSONDecodeError as fault:
-                # Only at its end may it be the piece that is at fault.
+                # A fault near the end of a piece may only mean that the piece was cut there.
                 whole = len(piece) < size or fault.pos + ESCAPE_CHARACTERS < size
                 if (whole and "Unterminated" not in fault.msg) or len(piece) < size:
                     raise JSONDecodeError(fault.msg, self.text, start + fault.pos) from None

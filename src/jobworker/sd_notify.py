@@ -1,7 +1,7 @@
-"""Messages to whoever supervises a process: the datagrams of sd_notify(3).
+"""Send sd_notify(3) datagrams to the supervisor of this process, such as systemd.
 
-systemd has one queue for all units of the host (/run/systemd/notify). So others may have filled it,
-and one message that finds no room there says nothing about the next.
+All units of a host share one queue (/run/systemd/notify). Other units may have filled it, so after
+a message that finds no room, the next one may still pass.
 
 Standard library only: the launcher needs it too.
 """
@@ -12,13 +12,13 @@ import time
 from enum import Enum, auto
 
 PATIENCE_SECONDS = 2.0
-"""For what is told once. Whatever comes next waits meanwhile, so it is short."""
+"""How long `send` tries. The caller blocks for as long, so the time is short."""
 AGAIN_SECONDS = 0.01
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE)
 
 
 class Outcome(Enum):
-    """What became of a message."""
+    """The result of an attempt to send a message."""
 
     SENT = auto()
     NO_ROOM = auto()
@@ -26,7 +26,7 @@ class Outcome(Enum):
 
 
 def try_to_send(notify: socket.socket, message: str) -> Outcome:
-    """Send a message by a connected socket where there is room for it. Raises nothing."""
+    """Send a message on a connected socket without blocking. Raises nothing."""
     try:
         notify.send(message.encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except OSError as error:
@@ -35,9 +35,9 @@ def try_to_send(notify: socket.socket, message: str) -> Outcome:
 
 
 def send(notify: socket.socket, message: str) -> None:
-    """Send a message by a connected socket, and try so for PATIENCE_SECONDS. Raises nothing.
+    """Send a message on a connected socket; try for up to PATIENCE_SECONDS. Raises nothing.
 
-    Nothing else is served meanwhile.
+    The calling thread sleeps between two attempts.
     """
     until = time.monotonic() + PATIENCE_SECONDS
     while try_to_send(notify, message) is Outcome.NO_ROOM and time.monotonic() < until:

@@ -1,7 +1,7 @@
-"""The descriptors 0 to 2, which a program may be started without.
+"""Make sure that descriptors 0 to 2 are open: a program may be started without them.
 
-A program whose standard error is closed (`2>&-`) gets the number 2 for the next file that it
-opens. What then writes to standard error writes into that file: a lock, a socket, a database.
+A program whose standard error is closed (`2>&-`) gets descriptor 2 for the next file that it opens.
+A later write to standard error then goes into that file: a lock, a socket, a database.
 
 Standard library only: the launcher needs it too.
 """
@@ -10,10 +10,10 @@ import os
 
 
 def fill_standard_streams() -> None:
-    """Open those that are closed on /dev/null. Call it before anything else is opened."""
+    """Open /dev/null for each of descriptors 0 to 2 that is closed. Call it before any open."""
     while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free; open(2)
+        descriptor = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number; open(2)
         if descriptor > 2:
             os.close(descriptor)
             return
-        os.set_inheritable(descriptor, True)  # as standard streams are: a child is to have them
+        os.set_inheritable(descriptor, True)  # children inherit standard streams

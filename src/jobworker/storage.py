@@ -1,15 +1,15 @@
-"""What may be the name of a runtime or volume, and where in a job's root a volume may stand.
+"""Which names runtimes and volumes may have, and where in a job's root a volume may be mounted.
 
-Pure, standard library only: the service checks what clients say by it, and the launcher checks
-again what the service says.
+Pure, standard library only: the service checks the requests of clients with these functions, and
+the launcher checks the requests of the service with them again.
 """
 
 import re
 
 MIN_DISK_BYTES = 16 << 20
-"""The smallest file system that is worth the name."""
+"""16 MiB, the smallest disk or volume that a job may ask for."""
 MAX_DISK_BYTES = 1 << 44
-"""The largest that ext4 has with 32-bit block numbers."""
+"""16 TiB, the largest ext4 with 32-bit block numbers, at blocks of 4 KiB."""
 MAX_VOLUMES = 16
 MAX_PATH_BYTES = 1024
 
@@ -20,7 +20,7 @@ _NEVER_AT = frozenset("/bin /sbin /lib /lib32 /lib64 /libx32 /usr /etc /var /run
 
 
 def name_fault(name: str) -> str | None:
-    """Say why `name` can be none; None if it can."""
+    """Return why `name` is not allowed for a runtime or volume; None if it is allowed."""
     if _NAME.fullmatch(name):
         return None
     return (
@@ -30,7 +30,7 @@ def name_fault(name: str) -> str | None:
 
 
 def place_fault(path: str) -> str | None:  # noqa: PLR0911 - a list of refusals
-    """Say why a volume cannot stand at `path`; None if it can."""
+    """Return why a volume cannot be mounted at `path`; None if it can."""
     if not path.startswith("/") or "\0" in path:
         return f"must be an absolute path, not {path!r}"
     if path == "/":
@@ -48,5 +48,5 @@ def place_fault(path: str) -> str | None:  # noqa: PLR0911 - a list of refusals
 
 
 def default_place(name: str) -> str:
-    """Where a volume stands if nothing else is said."""
+    """The path at which a volume is mounted if the request names none."""
     return f"/volumes/{name}"

@@ -1,8 +1,8 @@
-"""Blocking work in a worker thread, which waits while the system gives the process no thread.
+"""Run blocking work in a worker thread; wait while the system refuses the process another thread.
 
-A limit on the processes of a service (`TasksMax=`, RLIMIT_NPROC) counts its threads too. Where it
-is reached, clone(2) fails with EAGAIN for a moment: other work's thread is soon free to be used
-again. That moment must not end a job, nor be told as a fault.
+A limit on the processes of a service (`TasksMax=`, RLIMIT_NPROC) counts its threads too. At the
+limit, clone(2) fails with EAGAIN, but only for a moment: a thread that ends its work can be used
+again. Such a moment must neither end a job nor reach a client as an error.
 """
 
 import logging
@@ -18,14 +18,14 @@ Arguments = TypeVarTuple("Arguments")
 log = logging.getLogger("jobworker")
 
 AGAIN_SECONDS = 0.05
-TOLD_EVERY_SECONDS = 60.0
+LOG_EVERY_SECONDS = 60.0
 REFUSED = "can't start new thread"
-"""What `threading` says of EAGAIN: its RuntimeError has no errno."""
+"""The message of the RuntimeError that `threading` raises for EAGAIN; it carries no errno."""
 
 
 @frozen
 class _Prompt:
-    """A limiter that takes no turn of the event loop where it has room, as trio's own does."""
+    """A capacity limiter without the checkpoint that trio's own makes even where it has room."""
 
     _limiter: trio.CapacityLimiter
 
@@ -45,9 +45,9 @@ async def in_thread(
     limiter: trio.CapacityLimiter | None = None,
     abandon_on_cancel: bool = False,
 ) -> T:
-    """Like `trio.to_thread.run_sync`, but waits for a thread where none can be started.
+    """Run `work` as `trio.to_thread.run_sync` does, but wait while no thread can be started.
 
-    Work that has begun is not begun again, whatever it raises.
+    The work is started once: whatever it raises, it is not tried again.
     """
     begun = False
 
@@ -56,7 +56,7 @@ async def in_thread(
         begun = True
         return work(*arguments)
 
-    tell_at = trio.current_time()
+    log_at = trio.current_time()
     while True:
         try:
             return await trio.to_thread.run_sync(
@@ -67,8 +67,8 @@ async def in_thread(
         except RuntimeError as error:
             if begun or str(error) != REFUSED:
                 raise
-        if trio.current_time() >= tell_at:
-            tell_at = trio.current_time() + TOLD_EVERY_SECONDS
+        if trio.current_time() >= log_at:
+            log_at = trio.current_time() + LOG_EVERY_SECONDS
             log.error(
                 "the system refuses a thread: waiting for one "
                 "(raise the limit of processes: TasksMax=, ulimit -u, pids.max)"

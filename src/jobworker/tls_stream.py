@@ -1,19 +1,20 @@
-"""TLS over TCP, either side's, for one reader and any number of writers; fast for large output.
+"""TLS over TCP, client or server side: one reader, any number of writers, fast for large output.
 
-OpenSSL works on two buffers in memory, never on the socket: there a peer's messages below the
-application (RFC 8446, section 4.6) would hold the event loop for as long as they came, and a
-half-sent record would stand in the way of all else. It gets one record at a time, since it makes
-all changes of keys (section 4.6.3) that it has before it returns: six hundred took 10 to 20 ms.
-trio.SSLStream has such buffers too, but reads a record (16 KiB) at a time and encrypts a message as
-a whole. Here a message is encrypted and sent a few records at a time, so that what is copied stays
-in the processor's cache, and a read goes on while there is more, so that a large message costs few
-turns of the loop.
+OpenSSL works on two buffers in memory, never on the socket. On the socket, it would block the event
+loop for as long as a peer sends post-handshake messages (RFC 8446, section 4.6), and a half-sent
+record would block everything else. OpenSSL gets one record at a time, because it handles all key
+updates (section 4.6.3) that it has before it returns: six hundred took 10 to 20 ms.
 
-A message that was cut off breaks the stream for all who would send after it. An end of which TLS
-said nothing reads like any other: WebSocket has one of its own. In TLS 1.3 the server judges the
-client's certificate after the handshake is over on the client's side (RFC 8446, section 2); its
-alert then stands in what the client reads next. Whatever else fails is raised as
-trio.BrokenResourceError, whose cause is the ssl.SSLError or OSError.
+trio.SSLStream has such buffers too, but it reads one record (16 KiB) at a time and encrypts a whole
+message at once. Here, a message is encrypted and sent a few records at a time, so the copied data
+stays in the processor's cache. A read continues while data is available, so a large message costs
+few turns of the event loop.
+
+If the send of a message is cut off, the stream is broken for every later send. An end of the stream
+without a TLS close_notify reads like one with it: WebSocket has a close message of its own. In TLS
+1.3 the server checks the client's certificate after the client has finished its handshake (RFC
+8446, section 2), so the client gets the server's alert at its next read. Any other failure is
+raised as trio.BrokenResourceError, whose cause is the ssl.SSLError or OSError.
 """
 
 import math
@@ -31,16 +32,16 @@ T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 
 RECORD_BYTES = 16_384
-"""Of plain text, at the most: RFC 8446, section 5.1."""
+"""Maximum of plain text in one TLS record: RFC 8446, section 5.1."""
 RECORD_HEADER_BYTES = 5
 BATCH_BYTES = 4 * RECORD_BYTES
 MAX_LINGER_BYTES = 16 << 20
 LEAST_TAKEN_BYTES = 4096
-"""Who takes less in `stall_seconds` takes nothing."""
+"""A peer that acknowledges fewer bytes in `stall_seconds` counts as one that reads nothing."""
 _DER = 2
 """ENCODING_DER of CPython's module _ssl."""
 _BYTES_ACKED = struct.Struct("=120xQ")
-"""Of struct tcp_info, linux/tcp.h."""
+"""The field tcpi_bytes_acked of struct tcp_info, linux/tcp.h."""
 
 
 async def _at_once() -> None:
@@ -48,7 +49,7 @@ async def _at_once() -> None:
 
 
 class TLSStream(trio.abc.Stream):
-    """One side of a TLS connection over the socket of `tcp`, which it takes over."""
+    """One side of a TLS connection over the socket of `tcp`, whose ownership it takes."""
 
     def __init__(
         self,
@@ -60,31 +61,31 @@ class TLSStream(trio.abc.Stream):
         receive_bytes: int = RECORD_BYTES,
         take_turn: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
-        """`receive_bytes` is what is taken from the socket in one turn of the loop."""
+        """`receive_bytes` is the most that one recv(2) reads from the socket."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side, server_hostname=server_name
         )
-        """To be asked about the peer's certificate."""
+        """The TLS object: it answers questions about the peer's certificate."""
         taken = tcp.socket
         self.socket = socket.socket(taken.family, taken.type, taken.proto, fileno=taken.detach())
-        """What it runs over."""
+        """The TCP socket below; this stream owns it."""
         self.socket.setblocking(False)
         self.stall_seconds = math.inf
-        """How long a peer may take nothing of what is being sent to it."""
+        """How long a peer may read nothing while something is being sent to it."""
         self.take_turn = take_turn
-        """Waits until a record, or the part of one that has come, may be decrypted or dropped."""
+        """Waits until this connection may decrypt or drop a record, or the part that has come."""
         self._receive_bytes = receive_bytes
         self._received = memoryview(b"")
-        """What OpenSSL was not given yet."""
+        """Bytes from the socket that OpenSSL did not get yet."""
         self._record_left = 0
-        """What it was not given yet of the record that it has the beginning of."""
+        """Bytes that OpenSSL did not get yet of the record whose beginning it has."""
         self._unsent = memoryview(b"")
         self._sending = trio.StrictFIFOLock()
         self._broken = self._finished = False
 
     async def do_handshake(self) -> None:
-        """Shake hands. A peer that is refused is told why, as far as that can be sent now."""
+        """Do the handshake. A refused peer gets an alert, as far as it can be sent at once."""
         while True:
             try:
                 self.tls.do_handshake()
@@ -104,14 +105,14 @@ class TLSStream(trio.abc.Stream):
 
     @property
     def peer_certificate(self) -> Mapping[str, object]:
-        """The peer's certificate, after the handshake, as `ssl.SSLObject.getpeercert` tells it."""
+        """The peer's certificate, in the form of `ssl.SSLObject.getpeercert`; {} for none."""
         return self.tls.getpeercert() or {}
 
     @property
     def peer_chain(self) -> tuple[bytes, ...]:
         """The certificates that the peer has presented, in DER, its own first.
 
-        Python has that in public since 3.13; before, the object within has it (3.10 to 3.12).
+        Python 3.13 has a public method for it; in 3.10 to 3.12, only the inner object has it.
         """
         if sys.version_info >= (3, 13):
             return tuple(self.tls.get_unverified_chain())
@@ -121,28 +122,28 @@ class TLSStream(trio.abc.Stream):
     # --- reading ----------------------------------------------------------------------------
 
     async def receive_into(self, buffer: memoryview) -> int:
-        """Wait for something to read: how many bytes now stand in `buffer`; 0 is the end."""
+        """Wait for data and read it into `buffer`. Returns the number of bytes; 0 at the end."""
         return await self._receive(lambda: self._read_into(buffer))
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """See trio.abc.ReceiveStream; a record's content at the most."""
+        """See trio.abc.ReceiveStream; returns the content of one record at the most."""
         size = min(max_bytes or RECORD_BYTES, RECORD_BYTES)
         return await self._receive(lambda: self._read_some(size))
 
     async def _receive(self, read: Callable[[], T | None]) -> T:
-        """Wait until there is something to `read`, which gives None where there is nothing."""
+        """Call `read` until it returns a result; it returns None while there is no data."""
         await trio.lowlevel.checkpoint_if_cancelled()
         yielded = fruitless = False
         while True:
             self._check_open()
-            if self._outgoing.pending:  # the answer to a change of keys
+            if self._outgoing.pending:  # the answer to a key update
                 await self._flush()
             found = read()
             if found is not None:
                 if not yielded:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                 return found
-            if fruitless:  # messages below the application, of which a peer may send any number
+            if fruitless:  # post-handshake messages: a peer may send any number of them
                 await trio.lowlevel.checkpoint()
             fruitless = True
             if not self._give_record():
@@ -160,7 +161,7 @@ class TLSStream(trio.abc.Stream):
             raise trio.BrokenResourceError from error
 
     def _read_into(self, buffer: memoryview) -> int | None:
-        """Decrypt what there is: None where that is nothing, 0 at the end."""
+        """Decrypt available data. Returns its size; None if there is none, 0 at the end."""
         filled = at_last_receive = 0
         try:
             while filled < len(buffer):
@@ -179,12 +180,12 @@ class TLSStream(trio.abc.Stream):
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return filled
         except ssl.SSLError as error:
-            if not filled:  # else it is met again
+            if not filled:  # otherwise the next read raises it again
                 raise trio.BrokenResourceError from error
         return filled
 
     async def _receive_more(self) -> bool:
-        """Wait until something has come; whether that took a turn of the loop."""
+        """Wait until the socket has data. Returns whether the task had to yield for it."""
         yielded = False
         while not self._receive_now():
             await trio.lowlevel.wait_readable(self.socket)
@@ -210,7 +211,7 @@ class TLSStream(trio.abc.Stream):
         return True
 
     def _give_record(self) -> bool:
-        """Give OpenSSL the next record, or what has come of it; False where that is nothing."""
+        """Pass the next record to OpenSSL, or the received part of it; False if there is none."""
         received = self._received
         if not self._record_left and len(received) >= RECORD_HEADER_BYTES:
             length = int.from_bytes(received[3:RECORD_HEADER_BYTES])
@@ -220,21 +221,21 @@ class TLSStream(trio.abc.Stream):
             return False
         self._incoming.write(given)
         self._record_left -= len(given)
-        more = len(received) > len(given)  # an empty view would hold all that it was cut from
+        more = len(received) > len(given)  # an empty view would keep the whole buffer alive
         self._received = received[len(given) :] if more else memoryview(b"")
         return True
 
     # --- sending ----------------------------------------------------------------------------
 
     async def send_all(self, data: Data, *more: Data) -> None:
-        """Send all of it, `more` too; several tasks may, and what each sends stays together.
+        """Send `data` and `more`. Several tasks may send; the data of one call stays together.
 
-        If cancelled half way, the stream is broken. Raises trio.TooSlowError where the peer takes
-        nothing for `stall_seconds` (or twice that), not where it is merely slow.
+        A cancellation half way breaks the stream. Raises trio.TooSlowError if the peer reads
+        nothing for `stall_seconds` (at most twice that), not if it is only slow.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
-            self._sending.acquire_nowait()  # a turn of the loop less, for each of many pieces
+            self._sending.acquire_nowait()  # saves one turn of the event loop for each call
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
@@ -266,7 +267,7 @@ class TLSStream(trio.abc.Stream):
             await self._send_outgoing()
 
     async def _send_outgoing(self) -> bool:
-        """Send what is encrypted; whether that took a turn of the loop."""
+        """Send all encrypted data. Returns whether the task had to yield for it."""
         yielded = False
         while True:
             try:
@@ -278,7 +279,7 @@ class TLSStream(trio.abc.Stream):
                 return yielded
 
     def _flush_now(self) -> None:
-        """Send what is encrypted. Raises BlockingIOError where there is no room for the rest."""
+        """Send encrypted data without blocking. Raises BlockingIOError if the socket is full."""
         self._check_open()
         while self._unsent or self._outgoing.pending:
             if not self._unsent:
@@ -289,7 +290,7 @@ class TLSStream(trio.abc.Stream):
                 raise
             except OSError as error:
                 raise trio.BrokenResourceError from error
-            # An empty view would hold all that it was cut from, for as long as nothing is sent.
+            # An empty view would keep the whole buffer alive until the next send.
             self._unsent = self._unsent[sent:] if sent < len(self._unsent) else memoryview(b"")
 
     async def _wait_for_room(self) -> None:
@@ -305,10 +306,10 @@ class TLSStream(trio.abc.Stream):
 
     @property
     def taken_bytes(self) -> int:
-        """What the peer's kernel has acknowledged so far: tcpi_bytes_acked, tcp(7). Linux only."""
+        """Bytes that the peer's kernel has acknowledged so far: TCP_INFO of tcp(7). Linux only."""
         self._check_open()
-        told = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
-        return int(_BYTES_ACKED.unpack(told)[0])
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
+        return int(_BYTES_ACKED.unpack(info)[0])
 
     async def wait_send_all_might_not_block(self) -> None:
         """See trio.abc.SendStream."""
@@ -323,13 +324,13 @@ class TLSStream(trio.abc.Stream):
             raise trio.ClosedResourceError
 
     def finish(self) -> None:
-        """Say that nothing follows, as far as that can be sent now; a second call does nothing.
+        """Send the end of the stream, as far as it can be sent at once. Idempotent.
 
-        Those who read or send are told that the stream is closed.
+        Tasks that read or send now get trio.ClosedResourceError.
         """
         if not self._finished:
             if not self._broken:
-                with suppress(ssl.SSLError):  # it waits for the peer's word, or had no handshake
+                with suppress(ssl.SSLError):  # no close_notify of the peer yet, or no handshake
                     self.tls.unwrap()
                 with suppress(BlockingIOError, trio.BrokenResourceError):
                     self._flush_now()
@@ -339,10 +340,10 @@ class TLSStream(trio.abc.Stream):
                 self.socket.shutdown(socket.SHUT_WR)
 
     async def linger(self) -> None:
-        """Finish, and wait until the peer does too (the caller bounds the time).
+        """Call `finish`, and wait until the peer closes its side too (the caller bounds the time).
 
-        A socket that is closed while something unread stands in it sends a reset, which overtakes
-        what was sent last: the reason of a refusal.
+        A socket that is closed with unread data sends a TCP reset. The reset can overtake the last
+        data that was sent, such as the reason of a refusal.
         """
         self.finish()
         left = MAX_LINGER_BYTES
@@ -362,7 +363,7 @@ class TLSStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
-        """Finish and close."""
+        """Call `finish`, and close the socket."""
         self.finish()
         if self.socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self.socket)

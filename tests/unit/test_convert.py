@@ -209,8 +209,8 @@ def test_no_value_raises_anything_but_invalid_params(value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice"),
-        ('[{"x": {"a": 1, "a": 2}}]', "the key 'a' stands twice"),
+        ('{"a": 1, "b": 2, "a": 1}', "the key 'a' appears twice"),
+        ('[{"x": {"a": 1, "a": 2}}]', "the key 'a' appears twice"),
         ("NaN", "NaN is not JSON"),
         ("[Infinity]", "Infinity is not JSON"),
         ("-Infinity", "-Infinity is not JSON"),

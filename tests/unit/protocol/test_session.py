@@ -180,7 +180,7 @@ def test_ids_of_calls_are_never_used_again() -> None:
     [
         ("", MalformedJSON, "as JSON"),
         ("{", MalformedJSON, "as JSON"),
-        ('{"id":1,"id":1}', MalformedJSON, "stands twice"),
+        ('{"id":1,"id":1}', MalformedJSON, "appears twice"),
         ("[" * 90_000, MalformedJSON, "nested deeper than 32"),
         ("[" + "1," * 200_000 + "1]", MalformedJSON, "more than 100000 values"),
         (b"{}", ProtocolError, "requests are text"),
