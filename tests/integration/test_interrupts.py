@@ -120,7 +120,7 @@ async def leave_open(peer: Peer) -> None:
         ("run -q true", "the job may have been started: see `worker-cli list` before"),
         ("run -f true", "the job may have been started: see `worker-cli list` before"),
         ("rm 7", "job 7 may have been removed: see `worker-cli list`"),
-        ("prune", "output may have been removed: `worker-cli status JOB` tells of each job"),
+        ("prune", "output may have been removed: see `worker-cli status JOB` for each job"),
         (
             "volume create --size=64M cache",
             "the volume cache may have been made: see `worker-cli volume list`",
@@ -165,7 +165,7 @@ async def test_stop_tells_what_has_come_and_names_the_jobs_that_are_being_stoppe
     assert out == "job 4: STOPPED\n"
     assert lines == [
         "worker-cli: cannot find job 999: no such job",
-        "the server goes on to stop what it was asked to: worker-cli wait 3 5",
+        "the server goes on with the stop: worker-cli wait 3 5",
     ]
 
 
@@ -184,7 +184,7 @@ async def test_stop_names_the_jobs_that_were_not_asked_to(site: Site) -> None:
     under_way = " ".join(str(job) for job in jobs if job in asked)
     passed_over = " ".join(str(job) for job in jobs if job not in asked)
     assert lines == [
-        f"the server goes on to stop what it was asked to: worker-cli wait {under_way}",
+        f"the server goes on with the stop: worker-cli wait {under_way}",
         f"not asked to stop: {passed_over}",
     ]
 

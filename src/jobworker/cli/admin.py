@@ -5,7 +5,7 @@ import sys
 from jobworker.server.beginning import keep_hangups
 
 if sys.argv[1:2] in (["serve"], ["launcher"]):
-    keep_hangups()  # the imports below take some tenths of a second, in which one may come
+    keep_hangups()  # a SIGHUP may arrive during the imports below, which take tenths of a second
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import asyncclick as click
 import jobworker
 from jobworker.cli.audit import audit
 from jobworker.cli.certs import certs
-from jobworker.cli.console import say
+from jobworker.cli.console import print_text
 from jobworker.cli.failures import run_program
 from jobworker.cli.parameters import config_option, prune_options
 from jobworker.standard_streams import fill_standard_streams
@@ -35,13 +35,13 @@ def worker() -> None:
 @click.option(
     "--launcher-socket",
     type=click.Path(path_type=Path),
-    help="Where a launcher listens that outlives the service [default: launcher.socket].",
+    help="Socket of a launcher that outlives the service [default: launcher.socket].",
 )
 async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
     from jobworker.server.beginning import begin, ignore_hangups
 
-    stderr = begin()  # before the rest is imported, which takes a while
+    stderr = begin()  # before the other imports, which take tenths of a second
 
     from jobworker.server import memory
     from jobworker.server.logs import set_up_logging
@@ -65,18 +65,18 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     "--socket",
     "launcher_socket",
     type=click.Path(path_type=Path),
-    help="Where to listen [default: launcher.socket of the configuration].",
+    help="Socket to listen on [default: launcher.socket of the configuration].",
 )
 async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
-    """Start jobs for services that come and go, and keep the jobs meanwhile, until SIGTERM.
+    """Start jobs for a service, and keep them while no service runs, until SIGTERM.
 
-    A service uses it where its configuration names the socket (launcher.socket). Both read the same
-    configuration.
+    A service uses this launcher if its configuration names the socket (launcher.socket). Launcher
+    and service read the same configuration.
     """
     from jobworker.server.beginning import begin, ignore_hangups
 
     begin()
-    ignore_hangups()  # it reloads nothing
+    ignore_hangups()  # a launcher does not reload its configuration
 
     from jobworker.server.launcher_start import become_launcher
 
@@ -96,7 +96,7 @@ def _settings(config: Path | None, launcher_socket: Path | None) -> "Settings":
 @config_option
 @click.option("--json", is_flag=True, help="One JSON object, for programs.")
 async def check(config: Path | None, json: bool) -> int:
-    """Try all that this host must offer, for real; exit with 1 if something needed is missing."""
+    """Test all that jobs and service need of this host; exit with 1 if something is missing."""
     from jobworker.cli.check import run_check
 
     return await run_check(config, json=json)
@@ -114,17 +114,18 @@ def prune(
 ) -> None:
     """Remove ended jobs' output on this host, whether or not the service runs.
 
-    Without options, as the configuration says. What has not ended or is being followed stays.
+    Without options, it applies the configuration. Output of a job that has not ended stays, and so
+    does output that a client follows.
     """
     from jobworker.cli.prune import prune_here
 
-    say(prune_here(config, older_than=older_than, keep=keep, max_size=max_size))
+    print_text(prune_here(config, older_than=older_than, keep=keep, max_size=max_size))
 
 
 @worker.command()
-@click.option("--serve", "stay", is_flag=True, help="Stay up and print how to connect.")
+@click.option("--serve", "stay", is_flag=True, help="Keep the service; print how to connect.")
 async def demo(stay: bool) -> int:
-    """Show what it does: a service of its own, some jobs, their limits; then clean up."""
+    """Demonstrate jobworker: start a service, run jobs, measure their limits, clean up."""
     from jobworker.cli.demo import run_demo
 
     return await run_demo(stay=stay)

@@ -1,7 +1,7 @@
 """`worker-cli`: the client's command line, from global options to exit code.
 
-Every failure is one line on standard error (one JSON object, with --json) and its own exit code:
-2 for misuse, and what `errors` says for the rest.
+Every failure is one line on standard error (with --json, one JSON object) and an exit code: 2 for a
+usage error, and for the rest that of its class in `errors`.
 """
 
 import logging
@@ -11,8 +11,8 @@ import asyncclick as click
 
 import jobworker
 from jobworker.cli import jobs, output, session, volumes
-from jobworker.cli.console import PROGRAM, Notes, tell
-from jobworker.cli.failures import end_of_printing, leaves, print_note, run_program, words_of
+from jobworker.cli.console import PROGRAM, LogPrinter, print_error
+from jobworker.cli.failures import describe_misuse, end_of_printing, leaves, print_note, run_program
 from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
 from jobworker.cli.parameters import json_option, pass_invocation
 from jobworker.errors import JobworkerError
@@ -20,7 +20,7 @@ from jobworker.json_text import dumps
 
 
 class _Program(click.Group):
-    """The group of commands, and what it tells where one fails."""
+    """The group of commands; prints the error of one that fails."""
 
     async def make_context(
         self,
@@ -29,49 +29,49 @@ class _Program(click.Group):
         parent: click.Context | None = None,
         **extra: object,
     ) -> click.Context:
-        """See click.Command; misuse of global options is told as JSON where that is asked."""
+        """See click.Command. With --json, prints a usage error of a global option as JSON."""
         try:
             return await super().make_context(info_name, args, parent, **extra)
         except click.UsageError as misuse:
-            _tell_as_json(misuse)
+            _exit_with_json(misuse)
             raise
 
     async def invoke(self, ctx: click.Context) -> object:
-        """See click.Command; what fails is told, as JSON where that is asked, with its code."""
+        """See click.Command. Prints a failure, as JSON with --json, and exits with its code."""
         try:
             return await super().invoke(ctx)
         except click.UsageError as misuse:
-            _tell_as_json(misuse)
+            _exit_with_json(misuse)
             raise
         except JobworkerError as error:
-            tell(error, json=ctx.ensure_object(Invocation).json)
+            print_error(error, json=ctx.ensure_object(Invocation).json)
             raise click.exceptions.Exit(error.exit_code) from None
         except (OSError, BaseExceptionGroup) as raised:
             faults = list(leaves(raised))
             first = faults[0]
             if not isinstance(first, OSError) or any(not isinstance(f, OSError) for f in faults):
                 raise
-            # All others have been mapped: it is from printing.
+            # Every other OSError has been mapped to a JobworkerError: this one is from printing.
             code, failed = end_of_printing(first)
             if failed is not None:
-                tell(failed, json=ctx.ensure_object(Invocation).json)
+                print_error(failed, json=ctx.ensure_object(Invocation).json)
             raise click.exceptions.Exit(code) from None
 
 
-def _tell_as_json(misuse: click.UsageError) -> None:
-    """Tell misuse as a program wants it, and end; return where it asked for no JSON."""
+def _exit_with_json(misuse: click.UsageError) -> None:
+    """With --json, print a usage error as JSON and exit; without it, return."""
     invocation = misuse.ctx.find_object(Invocation) if misuse.ctx else None
     if invocation is not None and invocation.json:
-        message, remedy = words_of(misuse, PROGRAM)
-        told = {"name": "usage", "message": message, "remedy": remedy, "exit_code": 2}
-        print_note(dumps({"error": told}))
+        message, remedy = describe_misuse(misuse, PROGRAM)
+        error = {"name": "usage", "message": message, "remedy": remedy, "exit_code": 2}
+        print_note(dumps({"error": error}))
         raise click.exceptions.Exit(misuse.exit_code) from None
 
 
-def _given(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    """Refuse an option without a value: a script's own variable that is not set, most likely."""
+def _refuse_empty(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuse an empty value: it is most likely an unset variable of a script."""
     if value == "":
-        raise click.BadParameter("it is empty; leave it out to take what is configured")
+        raise click.BadParameter("it is empty; leave it out to use the configured value")
     return value
 
 
@@ -79,22 +79,25 @@ def _given(_: click.Context, __: click.Parameter, value: str | None) -> str | No
 @click.option(
     "--server",
     metavar="HOST:PORT",
-    callback=_given,
+    callback=_refuse_empty,
     help="The server [default: 127.0.0.1:50051].",
 )
 @click.option(
     "--cert",
     metavar="FILE",
-    callback=_given,
-    help="Our certificate [default: ~/.worker/client-cert.pem].",
+    callback=_refuse_empty,
+    help="Your certificate [default: ~/.worker/client-cert.pem].",
 )
 @click.option(
-    "--key", metavar="FILE", callback=_given, help="Its key [default: ~/.worker/client-key.pem]."
+    "--key",
+    metavar="FILE",
+    callback=_refuse_empty,
+    help="Its key [default: ~/.worker/client-key.pem].",
 )
 @click.option(
     "--ca",
     metavar="FILE",
-    callback=_given,
+    callback=_refuse_empty,
     help="The server's CA [default: ~/.worker/ca-cert.pem].",
 )
 @json_option()
@@ -107,10 +110,11 @@ def worker_cli(
     key: str | None,
     ca: str | None,
 ) -> None:
-    """Run commands on a worker, and see how they do.
+    """Run commands on a worker, and watch and stop them.
 
-    Options may also stand in WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and WORKER_CA_PATH,
-    and in ~/.worker/config as lines such as export WORKER_SERVER="host:50051".
+    Instead of options you can set WORKER_SERVER, WORKER_CERT_PATH, WORKER_KEY_PATH and
+    WORKER_CA_PATH, in the environment or in ~/.worker/config, in lines such as export
+    WORKER_SERVER="host:50051".
     """
     given = {SERVER: server, CERTIFICATE: cert, KEY: key, CA: ca}
     invocation.options.update({name: value for name, value in given.items() if value is not None})
@@ -136,5 +140,5 @@ def main() -> None:
     """Run `worker-cli` with the process's arguments."""
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.getLogger("jobworker").addHandler(Notes())
+    logging.getLogger("jobworker").addHandler(LogPrinter())
     run_program(PROGRAM, worker_cli)

@@ -1,7 +1,7 @@
-"""`worker audit`: who did what, when, and what came of it, read from the service's history.
+"""`worker audit`: print the audit log (who did what, when, with what result) from the history.
 
-It reads the file itself, so it works while the service runs and when it does not; who may read that
-file may read the log.
+The command reads the file of the history itself, so it works with or without a running service. A
+user who may read that file may read the audit log.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.cli.console import say
+from jobworker.cli.console import print_text
 from jobworker.cli.failures import one_line as visible
 from jobworker.cli.parameters import Count, Filled, JobNumber, Moment, config_option
 from jobworker.errors import ConfigError
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     "--since",
     type=Moment(),
     metavar="TIME|DURATION",
-    help="Only what came later: 10m, 2026-01-31T12:00 (local time where no zone is named).",
+    help="Only entries after this time: 10m, 2026-01-31T12:00 (local time unless a zone is given).",
 )
 @click.option(
-    "--who", type=Filled(), metavar="NAME", help="Only what certificates of this name did."
+    "--who", type=Filled(), metavar="NAME", help="Only entries of certificates with this name."
 )
-@click.option("--job", type=JobNumber(), help="Only what was done to this job.")
+@click.option("--job", type=JobNumber(), help="Only entries about this job.")
 @click.option(
     "--limit",
     type=Count(min=1),
     default=1000,
     show_default=True,
     metavar="N",
-    help="At most so many, the latest.",
+    help="At most N entries, the latest.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
 def audit(
@@ -49,7 +49,7 @@ def audit(
     limit: int,
     as_json: bool,
 ) -> None:
-    """Tell who did what, oldest first: runs, stops, reads of output, and all that was refused."""
+    """Print who did what, oldest first: runs, stops, reads of output, and all refused requests."""
     from jobworker.config.settings import Settings, load
     from jobworker.jobs.history.audit import read_rows
 
@@ -59,20 +59,20 @@ def audit(
     history = Path(settings.worker.state_dir) / "service" / "history.db"
     _become_owner(history.parent)
     for row in read_rows(history, since=since, name=who, job=job, limit=limit):
-        say(row.line().rstrip("\n") if as_json else _line(row))
+        print_text(row.line().rstrip("\n") if as_json else _line(row))
 
 
 def _become_owner(directory: Path) -> None:
-    """Give root up: what the service may write to is not for root to open.
+    """Change from root to the owner of `directory`: root must not open files of the service.
 
-    Raises ConfigError where the owner cannot be seen.
+    Raises ConfigError if the owner cannot be determined.
     """
     if os.geteuid() != 0:
         return
     try:
         status = directory.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return  # the reader of the log says so
+        return  # `read_rows` reports the missing file
     except OSError as error:
         raise ConfigError(
             f"cannot read the audit log in {directory}: {error.strerror}",

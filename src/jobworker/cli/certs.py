@@ -1,7 +1,7 @@
-"""`worker certs`: an authority's certificates, made and managed where its key is.
+"""`worker certs`: make and manage the certificates of an authority, on the host that has its key.
 
-None of this needs the service. What the service is to know of (a revoked or renewed certificate) it
-reads at its next start or SIGHUP; the commands say so.
+No command needs the service. The service reads a changed revocation list or a renewed certificate
+at its next start or SIGHUP; the commands that change these files print that.
 """
 
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 from jobworker.cli import render_certs
-from jobworker.cli.console import say
+from jobworker.cli.console import print_text
 from jobworker.cli.passphrases import ca_passphrase, new_passphrase, pkcs12_password
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ _directory = click.option(
     type=click.Path(path_type=Path),
     default=DEFAULT_DIRECTORY,
     show_default=True,
-    help="The authority's directory, as `worker certs init` made it.",
+    help="The authority's directory, made by `worker certs init`.",
 )
 _passphrase_file = click.option(
     "--passphrase-file",
     type=click.Path(path_type=Path),
-    help="Holds the passphrase of the CA's key [default: WORKER_CA_PASSPHRASE, or a prompt].",
+    help="File with the passphrase of the CA's key [default: WORKER_CA_PASSPHRASE, or a prompt].",
 )
 _days = click.option(
-    "--days", type=int, default=365, show_default=True, help="How long it is valid."
+    "--days", type=int, default=365, show_default=True, help="Days for which it is valid."
 )
 _out = click.option(
     "--out",
@@ -74,12 +74,12 @@ def _now() -> datetime:
     "directory",
     type=click.Path(path_type=Path),
     required=True,
-    help="Where to write; made if it is missing.",
+    help="Directory to write to; created if it is missing.",
 )
 @_hosts
 @_days
 @click.option(
-    "--ca-days", type=int, default=3650, show_default=True, help="How long the CA is valid."
+    "--ca-days", type=int, default=3650, show_default=True, help="Days for which the CA is valid."
 )
 @click.option("--encrypt-key", is_flag=True, help="Encrypt the CA's key with a passphrase.")
 @_passphrase_file
@@ -98,16 +98,16 @@ def init(
     made = init_authority(
         directory, hosts, now=_now(), days=days, ca_days=ca_days, passphrase=passphrase
     )
-    say(f"Certificates for {', '.join(made.hosts)}")
+    print_text(f"Certificates for {', '.join(made.hosts)}")
     for path in made.files:
-        say(f"  {path}")
-    say(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
+        print_text(f"  {path}")
+    print_text(f"They are valid until {made.not_after:%Y-%m-%d}. Keep ca-key.pem off the server.")
 
 
 @certs.command("issue")
 @_directory
-@click.option("--name", help="Who is to bear it: a person or a program. One name is one tenant.")
-@click.option("--role", help="What they may do: admin, viewer, or a role of the configuration.")
+@click.option("--name", help="Name of the client, a person or a program. One name is one tenant.")
+@click.option("--role", help="Role of the client: admin, viewer, or a role of the configuration.")
 @click.option("--server", is_flag=True, help="Issue a server's certificate instead, for --host.")
 @_hosts
 @_days
@@ -116,10 +116,12 @@ def init(
     "--pkcs12",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write certificate and key for a browser, too. The password comes from "
-    "WORKER_PKCS12_PASSWORD, or is made up and printed.",
+    help="Also write certificate and key for a browser. The password comes from "
+    "WORKER_PKCS12_PASSWORD; without it, one is generated and printed.",
 )
-@click.option("--again", is_flag=True, help="Although the name has one: both are the same tenant.")
+@click.option(
+    "--again", is_flag=True, help="Issue it even if the name has one; both are the same tenant."
+)
 @_passphrase_file
 def issue(  # noqa: PLR0913
     *,
@@ -161,7 +163,7 @@ def issue(  # noqa: PLR0913
             out=out,
             again=again,
         )
-    _tell(made)
+    _print_issued(made)
     if pkcs12 is not None:
         _write_pkcs12(pkcs12, made, authority)
 
@@ -174,7 +176,7 @@ def _check_role(role: str | None) -> None:
         return
     if fault := role_name_fault(role):
         raise InvalidParams(f"cannot issue a certificate: the role {fault}")
-    say(f"Note: the service must know the role: [roles.{role}] in its configuration.")
+    print_text(f"Note: the service must know the role: [roles.{role}] in its configuration.")
 
 
 def _write_pkcs12(path: Path, made: "Made", authority: "Authority") -> None:
@@ -183,15 +185,15 @@ def _write_pkcs12(path: Path, made: "Made", authority: "Authority") -> None:
     password, fresh = pkcs12_password()
     bundle = made.issued.pkcs12(made.entry.name, authority.root.certificate, password.encode())
     write_new(path.parent, {path.name: (bundle, KEY_MODE)})
-    say(f"  {path}")
+    print_text(f"  {path}")
     if fresh:
-        say(f"Its password is {password}")
+        print_text(f"Its password is {password}")
 
 
-def _tell(made: "Made") -> None:
-    say(render_certs.issued(made.entry))
+def _print_issued(made: "Made") -> None:
+    print_text(render_certs.issued(made.entry))
     for path in made.files:
-        say(f"  {path}")
+        print_text(f"  {path}")
 
 
 @certs.command("renew")
@@ -202,8 +204,7 @@ def _tell(made: "Made") -> None:
     "hosts",
     multiple=True,
     metavar="NAME|IP",
-    help="A name or address that a server's certificate is to bear besides those that it bears; "
-    "may be repeated.",
+    help="A name or address to add to those in a server's certificate; may be repeated.",
 )
 @_days
 @_out
@@ -217,9 +218,9 @@ def renew(
     out: Path | None,
     passphrase_file: Path | None,
 ) -> None:
-    """Issue a successor, with a new key, in place of the files of NAME ("server", say) or SERIAL.
+    """Issue a successor, with a new key, and replace the files of NAME (or "server") or SERIAL.
 
-    The old certificate stays good until it ends or is revoked by its serial.
+    The old certificate stays valid until it expires or is revoked by its serial.
     """
     from jobworker.pki.administration import renew as renew_certificate
 
@@ -227,9 +228,9 @@ def renew(
     made = renew_certificate(
         directory, authority, which, now=_now(), days=days, hosts=hosts, out=out
     )
-    _tell(made)
+    _print_issued(made)
     if made.entry.kind == "server":
-        say(RELOAD)
+        print_text(RELOAD)
 
 
 @certs.command("revoke")
@@ -238,7 +239,7 @@ def renew(
 @click.option("--reason", default="", help="Why: keyCompromise, superseded, … (RFC 5280, 5.3.1).")
 @_passphrase_file
 def revoke(which: str, directory: Path, reason: str, passphrase_file: Path | None) -> None:
-    """Revoke a certificate by serial or file, or all of a name, and write the list anew."""
+    """Revoke a certificate by serial or file, or all of a name; rewrite the revocation list."""
     from jobworker.pki import registry
     from jobworker.pki.administration import revoke as revoke_certificates
 
@@ -248,26 +249,26 @@ def revoke(which: str, directory: Path, reason: str, passphrase_file: Path | Non
     wanted = Path(which) if _is_file(which) else which
     revoked = revoke_certificates(directory, authority, wanted, now=_now(), reason=reason)
     for entry in revoked:
-        say(render_certs.revoked(entry))
+        print_text(render_certs.revoked(entry))
     if not revoked:
-        say("It was revoked before; the list is written anew.")
-    say(f"  {directory / registry.LIST}")
-    say(RELOAD)
+        print_text("It was revoked before; the revocation list has been rewritten.")
+    print_text(f"  {directory / registry.LIST}")
+    print_text(RELOAD)
 
 
 @certs.command("crl")
 @_directory
 @_passphrase_file
 def crl(directory: Path, passphrase_file: Path | None) -> None:
-    """Write the revocation list anew, as for an authority that has none yet."""
+    """Rewrite the revocation list, also for an authority that has none yet."""
     from jobworker.pki.administration import write_list
 
-    say(f"  {write_list(directory, _authority(directory, passphrase_file), now=_now())}")
-    say(RELOAD)
+    print_text(f"  {write_list(directory, _authority(directory, passphrase_file), now=_now())}")
+    print_text(RELOAD)
 
 
 def _is_file(which: str) -> bool:
-    """Whether a file is named, and neither a name nor a serial."""
+    """Whether `which` names a file, not a client or a serial."""
     return "/" in which or which.endswith(".pem")
 
 
@@ -275,12 +276,12 @@ def _is_file(which: str) -> bool:
 @_directory
 @_json
 def list_certificates(directory: Path, as_json: bool) -> None:
-    """List what was issued: serials, names, roles, ends, and what was revoked."""
+    """List all issued certificates: name, role, state, end of validity, serial."""
     from jobworker.pki.registry import locked, read_registry
 
     with locked(directory):
         entries = read_registry(directory).certificates
-    say(render_certs.as_json(entries) if as_json else render_certs.table(entries, _now()))
+    print_text(render_certs.as_json(entries) if as_json else render_certs.table(entries, _now()))
 
 
 @certs.command("show")
@@ -288,7 +289,7 @@ def list_certificates(directory: Path, as_json: bool) -> None:
 @_directory
 @_json
 def show(which: str, directory: Path, as_json: bool) -> None:
-    """Tell about one certificate: a PEM file, or one that was issued here."""
+    """Show one certificate: a PEM file, or one that this authority has issued."""
     from jobworker.pki.reading import read_certificate
     from jobworker.pki.registry import read_registry
 
@@ -298,4 +299,4 @@ def show(which: str, directory: Path, as_json: bool) -> None:
         entry = known[0] if known and known[0].fingerprint == entry.fingerprint else entry
     else:
         entry = read_registry(directory).find(which, or_file=True)
-    say(render_certs.as_json([entry]) if as_json else render_certs.details(entry, _now()))
+    print_text(render_certs.as_json([entry]) if as_json else render_certs.details(entry, _now()))

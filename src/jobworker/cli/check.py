@@ -1,9 +1,9 @@
-"""`worker check`: try everything that jobs and service need, and say what is there.
+"""`worker check`: test everything that jobs and service need, and print the findings.
 
     probes of the kernel (sandbox.host_check)  →  the service's files  →  one whole job
 
-The last is the proof: a launcher of its own starts a real job with the configured limits, by the
-code that `worker serve` runs. Whatever was made for it is gone at the end.
+The job is the proof: a launcher of the check's own starts a real job with the configured limits, by
+the code that `worker serve` runs. The check removes all that it has made.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from jobworker.cli import check_service
 from jobworker.cli.check_job import trial_ids, whole_jobs
 from jobworker.cli.check_service import nearest_directory
-from jobworker.cli.console import say
+from jobworker.cli.console import print_text
 from jobworker.cli.failures import one_line
 from jobworker.config.settings import Settings, load
 from jobworker.errors import JobworkerError
@@ -36,8 +36,8 @@ _GROUPS = (
 
 
 async def run_check(config: Path | None, *, json: bool) -> int:
-    """Try everything and print it: 0 if all that is needed is there, else 1."""
-    step_into_leaf()  # of a group that is delegated to us, as the service does
+    """Test everything and print the findings. Returns 0 if all needed things are there, else 1."""
+    step_into_leaf()  # as the service does, in a control group that is delegated to this user
     settings, about = _settings(config)
     found = [about]
     with trial_ids(settings) as first_uid:
@@ -56,14 +56,14 @@ async def run_check(config: Path | None, *, json: bool) -> int:
     lacking = [finding for finding in found if finding.needed and not finding.supported]
     if json:
         rows = [finding._asdict() for finding in found]
-        say(dumps({"ok": not lacking, "mode": _mode(), "findings": rows}))
+        print_text(dumps({"ok": not lacking, "mode": _mode(), "findings": rows}))
     else:
-        say(table(found, _mode()))
+        print_text(table(found, _mode()))
     return 1 if lacking else 0
 
 
 def _settings(config: Path | None) -> tuple[Settings, Finding]:
-    """The settings to check with: the defaults where the file is at fault, which is found."""
+    """The settings to check with, and a finding about the file; the defaults if it is invalid."""
     if config is None:
         return Settings(), Finding("service", "configuration", True, True, "the defaults", "")
     try:
@@ -80,7 +80,7 @@ def _mode() -> str:
 
 
 def table(found: Sequence[Finding], mode: str) -> str:
-    """The findings as text, group by group; remedies below what is missing."""
+    """The findings as text, group by group; a remedy stands below its finding."""
     width = max(len(finding.name) for finding in found)
     lines = [f"Mode: {mode}"]
     group = ""

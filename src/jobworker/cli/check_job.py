@@ -1,7 +1,7 @@
-"""One whole job, by a launcher of its own: the proof that `worker check` ends with.
+"""Run one whole job with a launcher of its own: the proof at the end of `worker check`.
 
-What each probe tries alone has to hold together too, in the order of a job's start. The trial
-launcher stands beside a service that may run: with its own directory, groups and range of ids.
+The probes test each feature alone; a job needs all of them together, in the order of its start. A
+service may run meanwhile, so this trial launcher has its own directory, control groups and ids.
 """
 
 import os
@@ -36,9 +36,9 @@ _REMEDIES = {
 
 
 async def whole_jobs(settings: Settings, first_uid: int) -> list[Finding]:
-    """Start real jobs within the default limits and hear them speak, in each kind of network.
+    """Run one job with the default limits in each kind of network, and check its output.
 
-    Their ids are those from `first_uid` on: see `trial_ids`.
+    The jobs have the user ids from `first_uid` on: see `trial_ids`.
     """
     try:
         async with _trial_directory(settings) as state:
@@ -49,14 +49,14 @@ async def whole_jobs(settings: Settings, first_uid: int) -> list[Finding]:
         return [_finding("host", str(error))]
 
 
-def _finding(network: str, said: str, remedy: str = "", *, works: bool = False) -> Finding:
+def _finding(network: str, detail: str, remedy: str = "", *, works: bool = False) -> Finding:
     name = "start, limits, output, end" if network == "host" else f"--network={network}"
-    return Finding("a whole job", name, works, network == "host", said, remedy)
+    return Finding("a whole job", name, works, network == "host", detail, remedy)
 
 
 @asynccontextmanager
 async def _trial_directory(settings: Settings) -> AsyncIterator[Path]:
-    """A directory where the service's own is, or would be: what holds there has to hold."""
+    """Make a trial directory beside the service's own, to test the same file system."""
     above = nearest_directory(Path(settings.worker.state_dir))
     try:
         state = Path(tempfile.mkdtemp(prefix=".check-", dir=above))
@@ -84,32 +84,34 @@ async def _try_networks(settings: Settings) -> list[Finding]:
         for number, network in enumerate(("host", "none", "private"), start=1):
             try:
                 with trio.fail_after(SECONDS):
-                    said = await _speak(link, JobId(number), network, limits)
+                    took = await _run_job(link, JobId(number), network, limits)
             except JobworkerError as error:
                 found.append(_finding(network, error.message, error.remedy or _REMEDIES[network]))
             except trio.TooSlowError:
-                found.append(_finding(network, f"no end of it within {SECONDS} s"))
+                found.append(_finding(network, f"the job did not end within {SECONDS} s"))
             else:
-                found.append(_finding(network, said, works=True))
+                found.append(_finding(network, took, works=True))
     return found
 
 
-async def _speak(link: Link, job: JobId, network: str, limits: Limits) -> str:
+async def _run_job(link: Link, job: JobId, network: str, limits: Limits) -> str:
     order = Order("check", ("/bin/sh", "-c", _PROOF), {}, "/", network)
     began = trio.current_time()
     started, exits = await link.spawn(job, order, limits)
     out, err = trio.lowlevel.FdStream(started.stdout), trio.lowlevel.FdStream(started.stderr)
     async with out, err:
-        said = b"".join([piece async for piece in out])
+        output = b"".join([piece async for piece in out])
         ended = await exits.receive()
     await link.remove(job)
-    if said != b"works from inside\n" or ended.code:
-        raise HostUnsupported(f"cannot run a job: it said {said!r} and ended with {ended.code}")
+    if output != b"works from inside\n" or ended.code:
+        raise HostUnsupported(
+            f"cannot run a job: it printed {output!r} and ended with code {ended.code}"
+        )
     return f"{1000 * (trio.current_time() - began):.0f} ms"
 
 
 def _trial_settings(settings: Settings, state: Path, first_uid: int) -> Settings:
-    """The settings for a launcher beside one that may run: other files, another range of ids."""
+    """The settings of the trial launcher: other files and ids than those of a service."""
     worker = evolve(settings.worker, state_dir=str(state), max_concurrent_jobs=1)
     sandbox = evolve(settings.sandbox, first_uid=first_uid, spares=0)
     return evolve(settings, worker=worker, sandbox=sandbox)
@@ -117,9 +119,9 @@ def _trial_settings(settings: Settings, state: Path, first_uid: int) -> Settings
 
 @contextmanager
 def trial_ids(settings: Settings) -> Iterator[int]:
-    """The first of a range of ids that nobody else on this host uses, while the block lasts.
+    """Reserve a range of user ids that nothing else on this host uses, for the block.
 
-    0 for an ordinary user, who has no range to choose. Raises ConfigError.
+    Yields the first id; 0 for an ordinary user, who has no range to choose. Raises ConfigError.
     """
     if os.geteuid():
         yield 0

@@ -1,7 +1,6 @@
-"""What `worker check` finds about the service: its configuration, files, port and Python.
+"""The findings of `worker check` about the service: its configuration, files, port and Python.
 
-Each answers a finding, by the same functions that `worker serve` uses at its start; nothing is
-made or changed.
+Each check calls the functions that `worker serve` calls at its start, and changes nothing.
 """
 
 import fcntl
@@ -34,7 +33,7 @@ GROUP = "service"
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
-    """Everything about the service that `settings` describe."""
+    """Yield a finding for everything that the service of `settings` needs."""
     yield _try("python", _python)
     yield _try("history (apsw)", _history)
     yield _try("system-call profile", lambda: _profile(settings))
@@ -78,7 +77,7 @@ def _history() -> str:
 def _profile(settings: Settings) -> str:
     path = settings.sandbox.seccomp_profile
     listed = len(load_filters(path).listed) // INSTRUCTION_BYTES
-    return f"{path or 'the one of the package'}, {listed} instructions"
+    return f"{path or 'the profile of the package'}, {listed} instructions"
 
 
 def _user(settings: Settings) -> str:
@@ -93,7 +92,7 @@ def _user(settings: Settings) -> str:
 def _descriptors(settings: Settings) -> str:
     limit = descriptor_limit()
     outputs = outputs_within(settings, limit)
-    return f"{limit}: all jobs and connections, and outputs of {outputs} ended jobs at a time"
+    return f"{limit}: enough for all jobs and connections, and outputs of {outputs} ended jobs"
 
 
 def _is_running(settings: Settings) -> bool:
@@ -113,7 +112,7 @@ def _is_running(settings: Settings) -> bool:
 
 def _state(settings: Settings, *, running: bool) -> str:
     state = Path(settings.worker.state_dir)
-    holds(state)  # refuses what cannot be looked at, as a start does
+    holds(state)  # raises if the directory cannot be examined, as a start does
     there = nearest_directory(state)
     status = there.stat()
     if there == state and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
@@ -127,8 +126,8 @@ def _state(settings: Settings, *, running: bool) -> str:
             remedy="set worker.state_dir to a directory of this user's",
         )
     free = shutil.disk_usage(there).free >> 20
-    made = "in use by a service that runs" if running else "" if there == state else "to be made"
-    return ", ".join(filter(None, (str(state), made, f"{free} MiB free")))
+    use = "in use by a running service" if running else "" if there == state else "to be created"
+    return ", ".join(filter(None, (str(state), use, f"{free} MiB free")))
 
 
 def _room(settings: Settings) -> str:
@@ -140,14 +139,14 @@ def _room_for_ends(settings: Settings) -> str:
 
 
 def nearest_directory(path: Path) -> Path:
-    """The directory `path`, or the first one above it that this user can look at."""
+    """The directory `path`, or the nearest parent that exists and that this user can see."""
     return next((each for each in (path, *path.parents) if os.path.isdir(each)), Path("/"))
 
 
 def _port(settings: Settings, *, running: bool) -> str:
     server = settings.server
     if running and server.port:
-        return f"{server.address}:{server.port}, left to the service that runs"
+        return f"{server.address}:{server.port}, in use by the running service"
     listeners = bind(server.address, server.port)
     try:
         listen(listeners)
@@ -168,7 +167,7 @@ def _terms(settings: Settings) -> str:
     if warnings := expiry_warnings(files, datetime.now(UTC)):
         warning, _, remedy = "; ".join(warnings).rpartition("; ")
         raise ConfigError(warning, remedy=remedy)
-    return f"not soon: a third of the time left, or {WARN_BEFORE.days} days"
+    return f"none soon: a third of the time is left, or {WARN_BEFORE.days} days"
 
 
 def _key_mode(settings: Settings) -> str:
@@ -177,7 +176,7 @@ def _key_mode(settings: Settings) -> str:
         mode = key.stat().st_mode & 0o777
     except OSError as error:
         raise ConfigError(
-            f"cannot look at the key {key}: {error.strerror}", remedy=SERVER_REMEDY
+            f"cannot examine the key {key}: {error.strerror}", remedy=SERVER_REMEDY
         ) from None
     if warning := key_mode_warning(key):
         raise ConfigError(warning)

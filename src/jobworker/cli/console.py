@@ -1,8 +1,8 @@
-"""The program's own streams: lines for people, errors, and a job's bytes.
+"""The program's standard streams: lines for people, errors, and a job's bytes.
 
-Lines go through Python's text layer. A job's bytes go past it, to the file descriptor, from a
-thread: a reader that is slow (a pager, say) must stop neither the connection nor Ctrl-C. On a
-terminal, bytes that it would act upon are made visible where that is asked for.
+Lines go through Python's text layer. A worker thread writes a job's bytes directly to the file
+descriptor, so a slow reader (a pager, for example) blocks neither the connection nor Ctrl-C. On
+request, control bytes of a job are made visible if the stream is a terminal.
 """
 
 import logging
@@ -29,64 +29,65 @@ from jobworker.threads import in_thread
 PROGRAM = "worker-cli"
 MOST_BYTES = 1 << 20
 MOST_PIECES = 1024
-"""What is gathered for one write, at the least: some milliseconds' work."""
+"""A flush is due after so many bytes or pieces: some milliseconds of work for the thread."""
 
 
-def say(text: str) -> None:
-    """Print a line, or lines, on standard output. Raises PrintFailed where it is closed."""
+def print_text(text: str) -> None:
+    """Print one or more lines on standard output. Raises PrintFailed if it is closed."""
     if sys.stdout is None:
         raise cannot_print(CLOSED)
     click.echo(text)
 
 
-def tell(error: JobworkerError, *, json: bool) -> None:
+def print_error(error: JobworkerError, *, json: bool) -> None:
     """Print an error on standard error: one line, in words or as JSON."""
     print_note(error_as_json(error) if json else f"{PROGRAM}: {one_line(str(error))}")
 
 
-class Notes(logging.Handler):
-    """Prints what the client's modules have to warn of, an open key say, as lines of our own."""
+class LogPrinter(logging.Handler):
+    """Prints the warnings that the client's modules log, such as a key that others can read."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
         print_note(f"{PROGRAM}: {one_line(record.getMessage())}")
 
 
-class Losses:
-    """Says that a connection was lost and what is done about it: in one line for each loss.
+class LossReporter:
+    """Prints one line for each lost connection: the reason, and what the program does next.
 
-    The code that prints output hears of a loss, and then the client that makes a new connection.
+    Two callers report the same loss: first the code that prints output, then the client that makes
+    a new connection. The second report is dropped.
     """
 
     def __init__(self) -> None:
-        self._told = ""
+        self._printed = ""
 
-    def going_on(self, lost: JobworkerError, offset: int) -> None:
-        """Say that output goes on from `offset` once there is a connection."""
-        self._told = lost.message
-        _note_lost(lost, f"going on from byte {offset}")
+    def report_resume(self, lost: JobworkerError, offset: int) -> None:
+        """Print that output will resume at `offset` over a new connection."""
+        self._printed = lost.message
+        _print_loss(lost, f"going on from byte {offset}")
 
-    def trying_again(self, lost: JobworkerError) -> None:
-        """Say that a new connection is made, unless this loss was told."""
-        told, self._told = self._told, ""
-        if told != lost.message:
-            _note_lost(lost, "trying again")
+    def report_reconnect(self, lost: JobworkerError) -> None:
+        """Print that the client is making a new connection, unless this loss was printed."""
+        printed, self._printed = self._printed, ""
+        if printed != lost.message:
+            _print_loss(lost, "trying again")
 
 
-def _note_lost(lost: JobworkerError, plan: str) -> None:
-    fact = lost.message.removeprefix("cannot go on: ")  # for it does go on
+def _print_loss(lost: JobworkerError, plan: str) -> None:
+    fact = lost.message.removeprefix("cannot go on: ")  # wrong here: the program does go on
     print_note(f"{PROGRAM}: {one_line(fact)}; {plan}")
 
 
 class Outlet:
-    """The standard streams, for bytes: what is put in comes out in that order.
+    """Writes bytes to the standard streams, in the order in which they were put in.
 
-    Where output comes in many small pieces, a thread for each costs far more than the pieces. So
-    they are gathered: put in what there is, and then flush.
+    A thread for each small piece would cost far more than the write. So the caller puts in all
+    pieces that it has, and one `flush` writes them together.
     """
 
     def __init__(self, streams: Mapping[Stream, TextIO | None], *, visible: bool) -> None:
-        """Take `streams`, None where one is closed; `visible` asks for a terminal's protection."""
+        """`streams` has None for a closed one. `visible`: show control bytes on a terminal."""
         self._descriptors = {
             stream: file.fileno() for stream, file in streams.items() if file is not None
         }
@@ -100,14 +101,14 @@ class Outlet:
 
     @property
     def has_room(self) -> bool:
-        """Whether more may be put in before a flush."""
+        """Whether the caller may put in more before it flushes."""
         return self._size < MOST_BYTES and len(self._pieces) < MOST_PIECES
 
     def put(self, stream: Stream, data: bytes, *, final: bool = False) -> None:
-        """Put in what is to be written; `final` takes what was held back for what follows.
+        """Add bytes to the next write. `final`: nothing follows, so write held-back bytes too.
 
-        Raises PrintFailed where standard output is closed. Who closes standard error wants to
-        have nothing of it.
+        Raises PrintFailed if standard output is closed. Bytes for a closed standard error are
+        dropped: the user has closed it on purpose.
         """
         descriptor = self._descriptors.get(stream)
         if descriptor is None:
@@ -121,7 +122,7 @@ class Outlet:
             self._size += len(data)
 
     async def flush(self) -> None:
-        """Write all that was put in; what cancellation interrupts is written in part."""
+        """Write all bytes that were put in. A cancellation may leave a part unwritten."""
         pieces, self._pieces, self._size = self._pieces, [], 0
         if pieces:
             await in_thread(_write_all, pieces, abandon_on_cancel=True)
@@ -133,13 +134,13 @@ def _write_all(pieces: Sequence[tuple[int, bytes]]) -> None:
         while rest:
             try:
                 rest = rest[os.write(descriptor, rest) :]
-            except BlockingIOError:  # someone who shares the terminal made it non-blocking
+            except BlockingIOError:  # another process has made the shared terminal non-blocking
                 select.select([], [descriptor], [])
 
 
 @contextmanager
 def cancelled_by_interrupt() -> Iterator[trio.CancelScope]:
-    """A block that Ctrl-C cancels (the scope tells), where nobody has SIGINT ignored."""
+    """A block that Ctrl-C cancels, unless SIGINT is ignored. The scope has `cancelled_caught`."""
     token = trio.lowlevel.current_trio_token()
     with trio.CancelScope() as scope:
         before = signal.getsignal(signal.SIGINT)
@@ -155,9 +156,9 @@ def cancelled_by_interrupt() -> Iterator[trio.CancelScope]:
 
 @contextmanager
 def ended_by_interrupt() -> Iterator[None]:
-    """A block in which a command asks for changes: Ctrl-C ends it, and the program with 130.
+    """A block in which a command requests changes: Ctrl-C ends it, and the program with code 130.
 
-    What Ctrl-C leaves open is told by `told_at_interrupt`.
+    Inside it, `print_at_interrupt` prints a line at Ctrl-C.
     """
     with cancelled_by_interrupt() as scope:
         yield
@@ -166,8 +167,8 @@ def ended_by_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def told_at_interrupt(line: str) -> Iterator[None]:
-    """A part of such a block: where Ctrl-C ends it, `line` is told, if there is one."""
+def print_at_interrupt(line: str) -> Iterator[None]:
+    """A part of a block of `ended_by_interrupt`: print `line`, if not "", when Ctrl-C ends it."""
     try:
         yield
     except trio.Cancelled:
@@ -176,10 +177,10 @@ def told_at_interrupt(line: str) -> Iterator[None]:
         raise
 
 
-def asking(perhaps: str) -> AbstractContextManager[None]:
-    """A call that changes something: where Ctrl-C ends the wait for its answer, what to do then.
+def explain_interrupt(perhaps: str) -> AbstractContextManager[None]:
+    """For a call that changes something: print `perhaps` when Ctrl-C ends the wait for its reply.
 
-    The server may have the request and go on, so a person is told as much as where a connection
-    breaks.
+    The server may have received the request and carry it out. `perhaps` says what may have been
+    done and how to find out, as the error does after a broken connection.
     """
-    return told_at_interrupt(f"{PROGRAM}: interrupted: {perhaps}")
+    return print_at_interrupt(f"{PROGRAM}: interrupted: {perhaps}")

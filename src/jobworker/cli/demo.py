@@ -1,7 +1,7 @@
-"""`worker demo`: a service of its own, some jobs, their limits measured; then nothing is left.
+"""`worker demo`: start a service, run some jobs, measure their limits, and remove everything.
 
-Every command shown is run as shown, by the real `worker-cli`. A promise that does not hold on
-this host is told as such, and the program exits with 1.
+The program runs every command exactly as it prints it, with the real `worker-cli`. It marks each
+promise that does not hold on this host as FAIL, and then exits with 1.
 """
 
 import os
@@ -55,17 +55,17 @@ _RIGHTS = (
 _COUNTER = "for i in 1 2 3 4 5; do echo tick $i; sleep 0.3; done"
 
 
-def _say(text: str = "") -> None:
+def _print(text: str = "") -> None:
     print(text, flush=True)  # noqa: T201 - this is what the program is for
 
 
 @define(eq=False)
 class _Demo:
-    """The scenes, and what did not hold."""
+    """The parts of the demonstration, and the promises that did not hold."""
 
     service: Embedded
     missing: Mapping[str, str]
-    """Controllers that this host does not give us, each with the reason."""
+    """Controllers that this user cannot use on this host, each with the reason."""
     broken: list[str] = field(factory=list)
 
     @property
@@ -76,7 +76,7 @@ class _Demo:
     async def cli(
         self, *arguments: str, role: str = "admin"
     ) -> "subprocess.CompletedProcess[bytes]":
-        """Run worker-cli and keep what it prints."""
+        """Run worker-cli and capture its output."""
         return await trio.run_process(
             [*program("worker-cli"), *arguments],
             env={**os.environ, **self.service.environment(role)},
@@ -88,27 +88,27 @@ class _Demo:
     async def show(
         self, *arguments: str, role: str = "admin"
     ) -> "subprocess.CompletedProcess[bytes]":
-        """Run worker-cli, and show the command and what it prints."""
-        _say(f"$ worker-cli {' '.join(shlex.quote(argument) for argument in arguments)}")
+        """Run worker-cli, and show the command and its output."""
+        _print(f"$ worker-cli {' '.join(shlex.quote(argument) for argument in arguments)}")
         done = await self.cli(*arguments, role=role)
-        _say((done.stdout + done.stderr).decode(errors="replace").rstrip("\n"))
+        _print((done.stdout + done.stderr).decode(errors="replace").rstrip("\n"))
         return done
 
     def check(self, promise: str, held: bool) -> None:
         """Show whether a promise held."""
-        _say(f"  {'ok  ' if held else 'FAIL'}  {promise}")
+        _print(f"  {'ok  ' if held else 'FAIL'}  {promise}")
         if not held:
             self.broken.append(promise)
 
     async def processes(self) -> None:
-        """The host's processes and the job's own, side by side."""
-        _say("\n--- Isolation: the host's processes, and what a job sees of them\n")
+        """Show the host's processes, and those that a job sees."""
+        _print("\n--- Isolation: the host's processes, and what a job sees of them\n")
         host = (await trio.run_process(["ps", "aux"], capture_stdout=True)).stdout.decode()
         lines = host.splitlines()
-        _say("$ ps aux   # on the host")
+        _print("$ ps aux   # on the host")
         for line in lines[:4]:
-            _say(line[:100])
-        _say(f"… {len(lines) - 1} processes in all\n")
+            _print(line[:100])
+        _print(f"… {len(lines) - 1} processes in all\n")
         done = await self.show("run", "--follow", "ps", "aux")
         seen = done.stdout.decode().splitlines()[1:]
         self.check(
@@ -117,21 +117,22 @@ class _Demo:
         )
 
     async def rights(self) -> None:
-        """Root inside, and what that is worth."""
-        _say("\n--- Isolation: root inside is nobody outside\n")
+        """Show that a job is root inside and has no rights outside."""
+        _print("\n--- Isolation: root inside is nobody outside\n")
         done = await self.show("run", "--follow", "sh", "-c", _RIGHTS)
-        said = (done.stdout + done.stderr).decode()
-        self.check("the job is root where it is", said.startswith("uid=0(root)"))
-        hidden = "/etc/shadow: No such file" in said
+        output = (done.stdout + done.stderr).decode()
+        self.check("the job is root where it is", output.startswith("uid=0(root)"))
+        hidden = "/etc/shadow: No such file" in output
         self.check("the host's secrets are not there", hidden)
         words = ("not permitted", "ermission denied", "Read-only file system")
-        refused = sum(said.count(word) for word in words)
+        refused = sum(output.count(word) for word in words)
         self.check("the kernel refuses it mounts, namespaces and the host's settings", refused >= 3)
 
     async def limits(self) -> None:
-        """Each limit, measured; and what is refused where one cannot be enforced."""
-        _say(f"\n--- Limits: {' '.join(self.limits_asked) or 'none that this user can enforce'}\n")
-        # Into the page cache, or the first job would read Python itself at the I/O limit.
+        """Measure each limit; for one that cannot be enforced, show that a job is refused."""
+        limits = " ".join(self.limits_asked) or "none that this user can enforce"
+        _print(f"\n--- Limits: {limits}\n")
+        # Load Python into the page cache, or the first job would read it at the I/O limit.
         await trio.run_process(["/usr/bin/python3", "-c", "import time"])
         for name, scene in (("cpu", self._cpu), ("io", self._io), ("memory", self._memory)):
             if name in self.missing:
@@ -140,7 +141,7 @@ class _Demo:
                 await scene()
 
     async def _refused(self, controller: str) -> None:
-        _say(f"  -     {self.missing[controller]}")
+        _print(f"  -     {self.missing[controller]}")
         done = await self.cli("run", LIMITS[controller], "true")
         self.check(
             f"so a job that asks for {LIMITS[controller]} is refused",
@@ -150,9 +151,9 @@ class _Demo:
     async def _cpu(self) -> None:
         spun = await self.cli("run", "-f", *self.limits_asked, "python3", "-c", _SPIN)
         percent = float(spun.stdout or b"0")
-        told = f"CPU: 3 s of a busy loop got {percent:.0f} % of a core"
+        measured = f"CPU: 3 s of a busy loop got {percent:.0f} % of a core"
         busy = " (this host is busy: without a limit it would get little more)"
-        self.check(told + (busy if percent < 45 else ""), percent <= 55)
+        self.check(measured + (busy if percent < 45 else ""), percent <= 55)
 
     async def _io(self) -> None:
         began = time.monotonic()
@@ -173,9 +174,9 @@ class _Demo:
         )
 
     async def follow(self) -> None:
-        """A counter, as it counts."""
-        _say("\n--- Output: live, as it is written\n")
-        _say(f"$ worker-cli run --follow sh -c {shlex.quote(_COUNTER)}")
+        """Show the lines of a counter as the job writes them."""
+        _print("\n--- Output: live, as it is written\n")
+        _print(f"$ worker-cli run --follow sh -c {shlex.quote(_COUNTER)}")
         command = [*program("worker-cli"), "run", "--follow", "sh", "-c", _COUNTER]
         moments = []
         process = await trio.lowlevel.open_process(
@@ -189,17 +190,17 @@ class _Demo:
                 async for piece in process.stdout:
                     for line in piece.decode().splitlines():
                         moments.append(time.monotonic())
-                        _say(f"{line:10} (after {moments[-1] - moments[0]:.1f} s)")
+                        _print(f"{line:10} (after {moments[-1] - moments[0]:.1f} s)")
             await process.wait()
         finally:
-            if process.returncode is None:  # it would try for minutes to reach its service again
+            if process.returncode is None:  # it would try for minutes to reconnect
                 process.kill()
         spread = moments[-1] - moments[0] if moments else 0
         self.check("five lines came one by one", len(moments) == 5 and spread > 0.8)
 
     async def roles(self) -> None:
-        """A viewer may look and not touch."""
-        _say("\n--- Access: the same commands with the viewer's certificate\n")
+        """Show that a viewer may list jobs and may not run one."""
+        _print("\n--- Access: the same commands with the viewer's certificate\n")
         listed = await self.show("list", role="viewer")
         refused = await self.show("run", "id", role="viewer")
         self.check("a viewer may list", listed.returncode == 0)
@@ -215,7 +216,7 @@ def _field(output: bytes, name: str) -> object:
 
 
 def _left_behind(service: Embedded) -> list[str]:
-    """What a service that has ended has left on this host, its directory aside."""
+    """Mounts, processes and control groups that an ended service has left on this host."""
     left = []
     mine = str(service.directory)
     if mine in Path("/proc/self/mountinfo").read_text():
@@ -232,10 +233,10 @@ def _left_behind(service: Embedded) -> list[str]:
 
 
 async def run_demo(*, stay: bool) -> int:
-    """Run the demonstration (or, with `stay`, just the service until Ctrl-C): an exit code.
+    """Run the demonstration, or with `stay` only the service until Ctrl-C. Returns the exit code.
 
-    Each signal that asks for its end ends it, and takes the service along: of a closed terminal,
-    too. One that is ignored stays so, as nohup(1) wants it.
+    Each of the signals `ENDING` ends it and its service, also the SIGHUP of a closed terminal. A
+    signal that is ignored at the start stays ignored, as nohup(1) needs it.
     """
     token = trio.lowlevel.current_trio_token()
     received: list[int] = []
@@ -270,17 +271,17 @@ async def _demonstrate(*, stay: bool) -> int:
         left = _left_behind(service)
     finally:
         shutil.rmtree(directory)
-    _say("\n--- Clean-up\n")
-    _say(f"  {'FAIL' if left else 'ok  '}  left behind: {', '.join(left) or 'nothing'}")
+    _print("\n--- Clean-up\n")
+    _print(f"  {'FAIL' if left else 'ok  '}  left behind: {', '.join(left) or 'nothing'}")
     if broken or left:
-        _say("\nNot all of it held on this host; see the lines marked FAIL.")
+        _print("\nNot all of it held on this host; see the lines marked FAIL.")
         return 1
-    _say("\nAll of it held. `worker demo --serve` keeps such a service running for you to try.")
+    _print("\nAll of it held. `worker demo --serve` keeps such a service running for you to try.")
     return 0
 
 
 async def _missing_controllers() -> dict[str, str]:
-    """What of limits this host does not give us, tried for real."""
+    """The controllers that this user cannot use, with the reasons; tested by the probes."""
     found = await host_findings(Wanted(CONTROLLERS, "", (), tempfile.gettempdir(), 0, 1))
     limits = {finding.name: finding for finding in found if finding.group == "limits"}
     tried = {name: limits.get(f"{name} limit") for name in CONTROLLERS}
@@ -292,17 +293,17 @@ async def _missing_controllers() -> dict[str, str]:
 
 
 def _settings(missing: Collection[str]) -> dict[str, dict[str, object]]:
-    """Settings for a service that does without some controllers."""
+    """Settings for a service without the `missing` controllers."""
     enabled = [name for name in CONTROLLERS if name not in missing]
     defaults: dict[str, object] = {_DEFAULT_LIMITS[name]: 0 for name in missing}
     return {"cgroup": {"enable_controllers": enabled}, "worker": defaults} if missing else {}
 
 
 async def _scenes(service: Embedded, missing: Mapping[str, str]) -> list[str]:
-    _say(f"A service listens on {service.address}, with certificates of its own.")
+    _print(f"A service listens on {service.address}, with certificates of its own.")
     gaps = [line.partition("this host: ")[2] for line in service.log_text().splitlines()]
     for gap in filter(None, gaps):
-        _say(f"  on this host, for this user: {gap}")
+        _print(f"  on this host, for this user: {gap}")
     demo = _Demo(service, missing)
     await demo.processes()
     await demo.rights()
@@ -313,12 +314,12 @@ async def _scenes(service: Embedded, missing: Mapping[str, str]) -> list[str]:
 
 
 async def _stay(service: Embedded) -> None:
-    """Say how to connect; return, having said so, when the service has ended unasked."""
+    """Print how to connect. Returns when the service ends by itself, after a line about it."""
     for name, value in service.environment().items():
-        _say(f"export {name}={shlex.quote(value)}")
-    _say("\n# Paste these lines into another terminal, then try: worker-cli run ps aux")
-    _say(f"# worker-cli stands in {Path(sys.executable).parent}. Ctrl-C ends the service.")
+        _print(f"export {name}={shlex.quote(value)}")
+    _print("\n# Paste these lines into another terminal, then try: worker-cli run ps aux")
+    _print(f"# worker-cli stands in {Path(sys.executable).parent}. Ctrl-C ends the service.")
     code = await service.process.wait()
-    told = f"it or its guard ended with code {code if code >= 0 else 128 - code}"
+    fault = f"it or its guard ended with code {code if code >= 0 else 128 - code}"
     last = one_line("".join(service.log_text().splitlines()[-1:]))
-    print_note(f"worker: cannot keep the service running: {told}; its log ends with: {last}")
+    print_note(f"worker: cannot keep the service running: {fault}; its log ends with: {last}")

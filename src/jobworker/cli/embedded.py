@@ -1,7 +1,7 @@
-"""A service of one's own for a while: certificates, configuration, process, port, clean end.
+"""Run a private service for a block: its own certificates, configuration, process and port.
 
-`worker demo` and the tests run their services like this: the real `worker serve`, in a process
-of its own, on a free loopback port, with a free range of ids.
+`worker demo` and the tests use it. It is the real `worker serve`, in a process of its own, on a
+free loopback port, with a free range of user ids.
 """
 
 import os
@@ -23,7 +23,7 @@ from jobworker.json_text import dumps
 from jobworker.pki.administration import init_authority
 from jobworker.server.notify import ADDRESS_FIELD
 
-START_SECONDS = 120  # an emulated machine takes its time; one that fails is not waited for
+START_SECONDS = 120  # for an emulated machine; a service that fails ends the wait at once
 END_SECONDS = 30
 
 
@@ -38,7 +38,7 @@ class Embedded:
     process: trio.Process
 
     def environment(self, role: str = "admin") -> dict[str, str]:
-        """The variables by which `worker-cli` reaches it with the certificate of `role`."""
+        """The variables with which `worker-cli` connects with the certificate of `role`."""
         certs = self.directory / "certs"
         return {
             "WORKER_SERVER": self.address,
@@ -48,12 +48,12 @@ class Embedded:
         }
 
     def log_text(self) -> str:
-        """What the service and its launcher have logged so far."""
+        """The log of the service and its launcher so far."""
         return (self.directory / "log").read_text(encoding="utf-8", errors="replace")
 
 
 def program(name: str) -> list[str]:
-    """The command for `worker` or `worker-cli` with this very Python and package."""
+    """The command that runs `worker` or `worker-cli` with this Python and this package."""
     begin = name.replace("-", "_")
     return [sys.executable, "-c", f"from jobworker.cli.start import {begin}; {begin}()"]
 
@@ -84,7 +84,7 @@ def write_configuration(directory: Path, extra: Mapping[str, Mapping[str, object
 
 
 def _toml(value: object) -> str:
-    # For strings, integers and lists of them JSON and TOML are one (TOML 1.0, basic strings).
+    # JSON and TOML write strings, integers and lists of them alike (TOML 1.0, basic strings).
     return dumps(list(value) if isinstance(value, tuple) else value)
 
 
@@ -95,12 +95,11 @@ async def open_embedded(
     *,
     guarded: bool = False,
 ) -> AsyncIterator[Embedded]:
-    """Run a service in `directory`; at exit it is asked to end and waited for.
+    """Run a service in `directory` for the block; then send SIGTERM and wait for its end.
 
-    `extra` are settings by section and key. A `guarded` service is in a session of its own, where
-    a terminal's signals do not reach it, and ends when this process dies (`guard`); `process` is
-    then the guard. Raises HostUnsupported with the service's own last words where it does not
-    start.
+    `extra` has settings by section and key. A `guarded` service runs in a session of its own, so a
+    terminal's signals do not reach it, and ends when this process dies (`guard`); `process` is then
+    the guard. Raises HostUnsupported with the end of the service's log if it does not start.
     """
     directory.chmod(0o755)
     if not (directory / "certs").exists():
@@ -123,12 +122,12 @@ async def open_embedded(
             plain.setblocking(False)
             address = await _await_ready(trio.socket.from_stdlib_socket(plain.dup()), process)
             if address is None:
-                said = (directory / "log").read_text(errors="replace").strip()
-                raise HostUnsupported(f"cannot start the service: {said[-2000:]}")
+                log_text = (directory / "log").read_text(errors="replace").strip()
+                raise HostUnsupported(f"cannot start the service: {log_text[-2000:]}")
             yield Embedded(address=address, directory=directory, process=process)
         finally:
             await _end(process)
-            if guarded and process.returncode and process.returncode < 0:  # it ended nothing
+            if guarded and process.returncode and process.returncode < 0:  # the guard was killed
                 await _end_group(process.pid)
             if process.stdin is not None:
                 await process.stdin.aclose()
@@ -136,7 +135,7 @@ async def open_embedded(
 
 
 async def _await_ready(notes: trio.socket.SocketType, process: trio.Process) -> str | None:
-    """The address that the service announces; None if it ends or stays silent."""
+    """Wait for the address that the service announces; None if it ends or announces nothing."""
     found: str | None = None
 
     async def listen(scope: trio.CancelScope) -> None:
@@ -168,9 +167,10 @@ async def _end(process: trio.Process) -> None:
 
 
 async def _end_group(group: int) -> None:
-    """Ask the processes of a group to end, and kill them where they do not; what has gone is gone.
+    """Send SIGTERM to a process group, and then SIGKILL, until no process of it is left.
 
-    PID 1 may leave what has ended unreaped, so it waits no longer than END_SECONDS.
+    Each wait has a bound, END_SECONDS: the host's PID 1 may never reap an ended process, which then
+    stays in the group.
     """
     with suppress(ProcessLookupError):
         for number in (signal.SIGTERM, signal.SIGKILL):

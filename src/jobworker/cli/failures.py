@@ -1,4 +1,4 @@
-"""How a program ends that could not do what it was asked: one line, and an exit code."""
+"""Run a command line and end the program: a failure is one line on standard error and a code."""
 
 import errno
 import os
@@ -17,36 +17,36 @@ from jobworker.errors import ConfigError, JobworkerError, PrintFailed
 
 CLOSED = "standard output is closed"
 INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
+"""128 + SIGINT, as in shells."""
 SERVER_MODULES = frozenset({"apsw"})
-"""What the extra `server` of the package brings along."""
+"""Modules that only the extra `server` of the package installs."""
 BROKEN_PIPE = 141
-"""128 + SIGPIPE, as shells have it."""
+"""128 + SIGPIPE, as in shells."""
 
 
 def run_program(program: str, command: click.Command) -> None:
     """Run a command line to its end and exit with its code.
 
-    Usage errors exit with 2; a JobworkerError is told in one line, and exits with its code.
+    A usage error exits with 2. A JobworkerError is printed in one line and exits with its code.
     """
     try:
         _run(program, command)
     finally:
-        _give_up_notes()
+        _drop_refused_notes()
 
 
 def _run(program: str, command: click.Command) -> NoReturn:
-    """Run a command line to its end, and tell what failed; exit with its code."""
+    """Run a command line to its end, print a failure, and exit with the code."""
     _watch_for_closed_output(command)
     try:
         result: object = trio.run(partial(command.main, prog_name=program, standalone_mode=False))
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except SystemExit as ended:
-        # Click's own, for standard output whose reader has left: with 1.
+        # Click exits so, with 1, if the reader of standard output has closed its end.
         sys.exit(BROKEN_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
     except click.ClickException as misuse:
-        _tell_misuse(program, misuse)
+        _print_misuse(program, misuse)
         sys.exit(misuse.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
@@ -54,8 +54,8 @@ def _run(program: str, command: click.Command) -> NoReturn:
         if missing.name not in SERVER_MODULES:
             raise
         absent = ConfigError(
-            f"cannot do this: the Python module {missing.name} is not installed, which the server "
-            "needs and the client does not",
+            f"cannot do this: the Python module {missing.name} is not installed; the server needs "
+            "it, the client does not",
             remedy="pip install 'jobworker[server]' (in a clone: pip install '.[server]')",
         )
         print_note(f"{program}: {absent}")
@@ -79,18 +79,18 @@ def _run(program: str, command: click.Command) -> NoReturn:
     sys.exit(result if isinstance(result, int) else 0)
 
 
-def _tell_misuse(program: str, misuse: click.ClickException) -> None:
-    """Tell misuse in one line; a group's name alone has the group's help shown, in many."""
+def _print_misuse(program: str, misuse: click.ClickException) -> None:
+    """Print a usage error in one line; for a group without a command, print the group's help."""
     if isinstance(misuse, click.exceptions.NoArgsIsHelpError):
         with suppress(OSError):
             misuse.show()
         return
-    message, remedy = words_of(misuse, program)
+    message, remedy = describe_misuse(misuse, program)
     print_note(f"{program}: {one_line(message)}; {remedy}")
 
 
-def words_of(misuse: click.ClickException, program: str) -> tuple[str, str]:
-    """What is wrong with a command line, and where to read how it is meant."""
+def describe_misuse(misuse: click.ClickException, program: str) -> tuple[str, str]:
+    """The message and the remedy of a usage error."""
     context = getattr(misuse, "ctx", None)
     remedy = f"see {program if context is None else context.command_path} --help"
     if isinstance(misuse, click.exceptions.NoArgsIsHelpError):
@@ -103,7 +103,7 @@ def words_of(misuse: click.ClickException, program: str) -> tuple[str, str]:
 
 
 class _Context(click.Context):
-    """A command's context. Click ends through `aexit` when it has printed a help or a version."""
+    """A command's context. Click calls `aexit` after it has printed a help text or a version."""
 
     async def __aexit__(
         self,
@@ -111,20 +111,20 @@ class _Context(click.Context):
         exc_value: BaseException | None,
         tb: TracebackType | None,
     ) -> bool | None:
-        """See click.Context. Misuse that click's parser finds gets its command: it names none."""
+        """See click.Context. Adds the command to a usage error of click's parser without one."""
         if isinstance(exc_value, click.UsageError) and exc_value.ctx is None:
             exc_value.ctx = self
         return await super().__aexit__(exc_type, exc_value, tb)
 
     async def aexit(self, code: int = 0) -> NoReturn:
-        """See click.Context. Raises PrintFailed where nothing was printed: click says nothing."""
+        """See click.Context. Raises PrintFailed if standard output is closed: click ignores it."""
         if code == 0 and sys.stdout is None:
             raise cannot_print(CLOSED)
         await super().aexit(code)
 
 
 def _watch_for_closed_output(command: click.Command) -> None:
-    """Have a command, and all below it, fail where help is asked for and cannot be printed."""
+    """Make a command and its subcommands fail if they cannot print a help text."""
     command.context_class = _Context
     if isinstance(command, click.Group):
         for each in command.commands.values():
@@ -132,18 +132,21 @@ def _watch_for_closed_output(command: click.Command) -> None:
 
 
 def print_note(line: str) -> None:
-    """Print a line on standard error. One that is refused is lost: the exit code tells the rest."""
+    """Print a line on standard error. A failed write is ignored: the exit code still counts."""
     with suppress(OSError):
         click.echo(line, err=True)
 
 
 def one_line(text: str) -> str:
-    """`text` with control characters made visible: what is told may hold what others chose."""
+    """`text` with control characters made visible: it may contain text that other users chose."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def end_of_printing(error: OSError) -> tuple[int, PrintFailed | None]:
-    """The exit code of a program whose output is refused, and what to say: nothing of a pipe."""
+    """The exit code after a failed write to standard output, and an error to print.
+
+    The error is None for a broken pipe: other programs exit silently then, too.
+    """
     _discard(sys.stdout)
     if error.errno == errno.EPIPE:
         return BROKEN_PIPE, None
@@ -152,15 +155,15 @@ def end_of_printing(error: OSError) -> tuple[int, PrintFailed | None]:
 
 
 def cannot_print(why: str) -> PrintFailed:
-    """The error for what is to be printed, and cannot be."""
+    """The error for output that cannot be printed."""
     return PrintFailed(
         f"cannot print: {why}",
-        remedy="see what standard output and standard error lead to; what was done is not undone",
+        remedy="check where standard output and standard error go; what was done is not undone",
     )
 
 
-def _give_up_notes() -> None:
-    """Let notes vanish that standard error refused: Python would try again, and exit with 120."""
+def _drop_refused_notes() -> None:
+    """Drop notes that standard error refused: Python would write them again and exit with 120."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()
@@ -169,7 +172,7 @@ def _give_up_notes() -> None:
 
 
 def _discard(file: TextIO | None) -> None:
-    """Let what is still buffered for a standard stream vanish, instead of failing at exit."""
+    """Drop the buffered text of a standard stream, which would fail at exit."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, file.fileno())  # type: ignore[union-attr]
@@ -177,7 +180,7 @@ def _discard(file: TextIO | None) -> None:
 
 
 def _is_from_printing(error: OSError) -> bool:
-    """Whether click raised it, whose only writing is that to the standard streams."""
+    """Whether click raised the error: click writes to the standard streams only."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -185,7 +188,7 @@ def _is_from_printing(error: OSError) -> bool:
 
 
 def leaves(raised: BaseException) -> Iterator[BaseException]:
-    """The exceptions in a group, or the one that is none."""
+    """Yield the exceptions in a group and its nested groups, or `raised` if it is no group."""
     if isinstance(raised, BaseExceptionGroup):
         for inner in raised.exceptions:
             yield from leaves(inner)

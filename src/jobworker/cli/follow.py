@@ -1,4 +1,4 @@
-"""A job's output on this program's own streams, as it comes, whatever becomes of a connection."""
+"""Print a job's output on this program's own streams, as it comes, across lost connections."""
 
 import base64
 import sys
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 from jobworker.cli import render
-from jobworker.cli.console import Losses, Outlet, asking, told_at_interrupt
+from jobworker.cli.console import LossReporter, Outlet, explain_interrupt, print_at_interrupt
 from jobworker.cli.failures import print_note
 from jobworker.cli.terminal import LineStamper
 from jobworker.convert import unstructure
@@ -21,54 +21,57 @@ if TYPE_CHECKING:
     from jobworker.client.job import JobOutput
 
     OpenOutput = Callable[..., JobOutput]
-    """`Job.output`, with what part of it is wanted."""
+    """`Job.output`, with arguments that select a part of the output."""
 
 
 MAY_RUN = "the job may have been started: see `worker-cli list` before running it again"
 
 
 @frozen(kw_only=True)
-class Look:
-    """How output is to be shown."""
+class OutputStyle:
+    """How output is printed."""
 
     json: bool = False
-    """Lines of JSON on standard output."""
+    """Print lines of JSON on standard output."""
     visible: bool = False
-    """Keep a terminal from acting on it."""
+    """Show control bytes on a terminal, instead of sending them to it."""
     timestamps: bool = False
-    """Begin each line with the time at which its first byte was seen."""
+    """Begin each line with the time at which the service read its first byte."""
     quiet: bool = False
-    """No word of our own about it."""
+    """Print the job's output only, no lines of this program."""
     ending: bool = False
-    """Say how the job ended."""
-    losses: Losses = field(factory=Losses)
-    """Shared with the connection, or each loss would be told twice."""
+    """Print how the job ended."""
+    losses: LossReporter = field(factory=LossReporter)
+    """Shared with the connection, or each loss would be printed twice."""
 
 
-async def follow_job(client: "Client", spec: JobSpec, look: Look) -> int:
-    """Run a job and print its output to its end: the exit code that tells how it went.
+async def follow_job(client: "Client", spec: JobSpec, style: OutputStyle) -> int:
+    """Run a job, print its output to its end, and return the job's shell exit code.
 
-    For a block of `ended_by_interrupt`: Ctrl-C detaches, and the job goes on.
+    Call it inside a block of `ended_by_interrupt`: Ctrl-C detaches, and the job goes on.
     """
-    with asking(MAY_RUN):
+    with explain_interrupt(MAY_RUN):
         job = await client.run(spec, follow=True)
     detached = (
         f"detached from job {job.id}; it goes on: "
         f"worker-cli log -f {job.id}, worker-cli stop {job.id}"
     )
-    with told_at_interrupt("" if look.quiet else detached):
-        return shell_exit_code(await print_output(job.output, look, started=job.record))
+    with print_at_interrupt("" if style.quiet else detached):
+        return shell_exit_code(await print_output(job.output, style, started=job.record))
 
 
 async def print_output(
-    open_output: "OpenOutput", look: Look, *, started: JobRecord | None = None
+    open_output: "OpenOutput", style: OutputStyle, *, started: JobRecord | None = None
 ) -> JobRecord:
-    """Print a job's output to its end, over as many connections as it takes: its last record."""
-    printer = Printer.make(look)
+    """Print a job's output to its end, and return the job's last record.
+
+    A lost connection is made anew, and the output resumes.
+    """
+    printer = Printer.make(style)
     if started is not None:
         await printer.start(started)
 
-    with open_output(on_break=None if look.quiet else look.losses.going_on) as output:
+    with open_output(on_break=None if style.quiet else style.losses.report_resume) as output:
         try:
             async for chunk in output:
                 printer.take(chunk)
@@ -86,55 +89,55 @@ async def print_output(
 class Printer:
     """Prints chunks: each stream on its own, or all as lines of JSON."""
 
-    _look: Look
+    _style: OutputStyle
     _outlet: Outlet
     _stampers: dict[Stream, LineStamper]
 
     @classmethod
-    def make(cls, look: Look) -> "Printer":
-        """One for this program's own streams."""
+    def make(cls, style: OutputStyle) -> "Printer":
+        """Make a printer for this program's own streams."""
         streams = {Stream.STDOUT: sys.stdout, Stream.STDERR: sys.stderr}
-        stampers = {stream: LineStamper() for stream in Stream} if look.timestamps else {}
-        return cls(look, Outlet(streams, visible=look.visible), stampers)
+        stampers = {stream: LineStamper() for stream in Stream} if style.timestamps else {}
+        return cls(style, Outlet(streams, visible=style.visible), stampers)
 
     async def start(self, job: JobRecord) -> None:
-        """Tell of a job that has only just begun."""
-        if self._look.json:
+        """With JSON, print that the job has started."""
+        if self._style.json:
             self._event("started", {"job": unstructure(job)})
             await self.flush()
 
     @property
     def has_room(self) -> bool:
-        """Whether it may take more before a flush."""
+        """Whether the caller may pass more chunks before it flushes."""
         return self._outlet.has_room
 
     def take(self, chunk: "Chunk") -> None:
-        """Take a chunk, to be printed with the next flush."""
-        if self._look.json:
+        """Add a chunk, to be printed with the next flush."""
+        if self._style.json:
             self._event("output", _described(chunk))
             return
         data = chunk.data
-        if self._look.timestamps:
+        if self._style.timestamps:
             data = self._stampers[chunk.stream].feed(data, chunk.time)
         self._outlet.put(chunk.stream, data)
 
     async def flush(self) -> None:
-        """Print what was taken."""
+        """Print the chunks that were added."""
         await self._outlet.flush()
 
     async def finish(self) -> None:
-        """Print what was held back until it was known what follows."""
+        """Print bytes that the filter holds back until it sees the next ones; none follow."""
         for stream in Stream:
             self._outlet.put(stream, b"", final=True)
         await self.flush()
 
     async def end(self, record: JobRecord) -> None:
-        """Say what output and exit code do not tell: what was not kept, and why the job ended."""
-        if self._look.json:
+        """Print what the output does not show: lost output and, if asked, why the job ended."""
+        if self._style.json:
             self._event("end", {"job": unstructure(record)})
             await self.flush()
-        elif not self._look.quiet:
-            for line in (render.ending if self._look.ending else render.losses)(record):
+        elif not self._style.quiet:
+            for line in (render.ending if self._style.ending else render.losses)(record):
                 print_note(line)
 
     def _event(self, event: str, body: dict[str, object]) -> None:

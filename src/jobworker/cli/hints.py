@@ -1,6 +1,6 @@
-"""What people type who come from other tools, and what it is called here.
+"""Commands and options of similar tools, and what to write here instead.
 
-Hints alone: there is one name for each thing, so that scripts and documents read alike.
+They are hints, not aliases: each thing has one name, so scripts and documents agree.
 """
 
 import re
@@ -51,12 +51,12 @@ HINTS = {
         "write worker-cli volume rm for each that no job has, by worker-cli volume list": "prune",
     },
 }
-"""By command: what to do, and the words that ask for it elsewhere."""
+"""By command: the advice, and the words of other tools that it answers."""
 _UNKNOWN = re.compile(r"No such (?:command|option):? '?(?P<name>[^\s'.]+)'?")
 
 
 def hint(command_path: str, message: str) -> str:
-    """What to write instead of a command or option that there is not; "" if nobody can tell."""
+    """The advice for an unknown command or option; "" if there is none."""
     found = _UNKNOWN.match(message)
     meant = HINTS.get(command_path, {}).items()
     return next((todo for todo, words in meant if found and found["name"] in words.split()), "")

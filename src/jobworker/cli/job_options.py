@@ -1,8 +1,8 @@
-"""The options of `run` that say what a job sees and who it is, gathered into fields of `JobSpec`.
+"""The options of `run` for a job's surroundings and identity, collected into fields of `JobSpec`.
 
-`--env`, `--env-file` and `--secret-env` give variables; where a name is given twice, the command
-line counts more than a file, and what stands later more than what stands before. Values of secret
-variables go to the server and the job and nowhere else: no message here tells one.
+`--env`, `--env-file` and `--secret-env` set variables. If a name is set twice, the command line
+wins over a file, and a later value over an earlier one. The values of secret variables go to the
+server and the job alone: no message here contains one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         "--runtime",
         type=Filled(),
         metavar="NAME",
-        help="A root tree of the server's instead of its programs.",
+        help="Run in this root tree of the server, instead of with the server's own programs.",
     ),
     click.option(
         "--volume",
@@ -36,29 +36,29 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         multiple=True,
         type=VolumePlace(),
         metavar="NAME[:PATH]",
-        help="Have a volume, at /volumes/NAME if not told; may be repeated.",
+        help="Mount a volume at PATH [default: /volumes/NAME]; may be repeated.",
     ),
     click.option(
         "--network",
         type=click.Choice(["host", "none", "private"]),
         default="host",
         show_default=True,
-        help="The host's network; nothing but a loopback; or outbound connections only.",
+        help="The server's network; only a loopback; or a private one, outbound only.",
     ),
     click.option(
         "--cpu-cores",
         type=Filled(),
         metavar="LIST",
-        help="Processor cores to run on, such as 0-3,5.",
+        help="Processor cores that the job may use, such as 0-3,5.",
     ),
     click.option(
         "--init",
         is_flag=True,
-        help="Put an init in front of the program: it reaps orphans and forwards signals. Without "
-        "it the program is PID 1, which no signal of its own ends: kill -9 $$ does nothing.",
+        help="Start the program below an init, which reaps orphans and forwards signals. Without "
+        "it, the program is PID 1 and cannot kill itself: kill -9 $$ does nothing.",
     ),
     click.option(
-        "--user", "-u", type=User(), metavar="UID[:GID]", help="Who it is inside; 0 is root there."
+        "--user", "-u", type=User(), metavar="UID[:GID]", help="User inside the job; 0 is root."
     ),
     click.option(
         "--env",
@@ -73,14 +73,14 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
         multiple=True,
         type=VariableFile(),
         metavar="FILE",
-        help="Set variables of a file of NAME=VALUE lines; may be repeated.",
+        help="Set variables from a file of NAME=VALUE lines; may be repeated.",
     ),
     click.option(
         "--secret-env",
         multiple=True,
         type=Variable(from_environment=True),
         metavar="NAME[=VALUE]",
-        help="Set a variable that no record shows; without VALUE, to what it is here.",
+        help="Set a variable that no record shows; without VALUE, use its value here.",
     ),
     click.option(
         "--label",
@@ -99,7 +99,7 @@ _NAMES = (
 
 
 def job_options(command: Callable[..., object]) -> Callable[..., object]:
-    """Give `command` these options, and call it with `fields`: those of `JobSpec` by name."""
+    """Add these options to `command`, and pass their values as `fields`: `JobSpec` by name."""
 
     @wraps(command)
     def gathered(*args: object, **values: object) -> object:

@@ -1,7 +1,7 @@
 """The commands about jobs: run, status, stop, list, wait.
 
-Each opens one connection, makes its calls and prints. What can be known without the server (a
-malformed option, an argument that is no text) is refused before it is dialled.
+Each opens one connection, makes its calls and prints. Faults that need no server to find (a
+malformed option, an argument that is no text) are refused before the program connects.
 """
 
 import sys
@@ -17,9 +17,15 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import Losses, asking, ended_by_interrupt, say, tell
+from jobworker.cli.console import (
+    LossReporter,
+    ended_by_interrupt,
+    explain_interrupt,
+    print_error,
+    print_text,
+)
 from jobworker.cli.failures import print_note
-from jobworker.cli.follow import MAY_RUN, Look, follow_job
+from jobworker.cli.follow import MAY_RUN, OutputStyle, follow_job
 from jobworker.cli.job_options import job_options
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
@@ -48,10 +54,10 @@ from jobworker.protocol.messages import MAX_LIST
 if TYPE_CHECKING:
     from jobworker.client.client import Client
 
-Told = TypeVar("Told", bound=JobRecord)
+Record = TypeVar("Record", bound=JobRecord)
 
 CALLS_AT_A_TIME = 64
-"""Well below what a server takes in flight from one connection."""
+"""Well below the number of requests that a server allows in flight on one connection."""
 
 
 def open_connection(
@@ -59,20 +65,21 @@ def open_connection(
     *,
     patient: bool = True,
     quiet: bool = False,
-    losses: Losses | None = None,
+    losses: LossReporter | None = None,
 ) -> "AbstractAsyncContextManager[Client]":
-    """Connect to the server that options, environment and file name.
+    """Connect to the server that options, environment or configuration file name.
 
-    A service that is being restarted is waited for: WORKER_PATIENCE for the first connection, the
-    client's patience for later ones. Not so without `patient`. `quiet` says nothing of it; of the
-    wait for the first one only a person at a terminal hears, since its end is told in any case.
-    `losses` are those that a printer of output tells of too.
+    If the server does not answer, for example during a restart, the client tries again: for
+    WORKER_PATIENCE at the first connection, for its own `PATIENCE_SECONDS` at later ones. With
+    `patient=False` it does not. `quiet` prints no line about a lost connection. A line about the
+    first connection goes to a terminal only, because its failure is printed in any case. `losses`
+    is the reporter that a printer of output also uses.
     """
     from jobworker.client.calls import PATIENCE_SECONDS
     from jobworker.client.opening import open_client
 
     target = invocation.target()
-    tell_lost = (losses or Losses()).trying_again
+    report_lost = (losses or LossReporter()).report_reconnect
     return open_client(
         target.address,
         ca=target.ca,
@@ -80,13 +87,13 @@ def open_connection(
         key=target.key,
         patience_seconds=PATIENCE_SECONDS if patient else 0,
         start_patience_seconds=target.start_patience_seconds if patient else 0,
-        on_lost=None if quiet else tell_lost,
-        on_refused=tell_lost if sys.stderr is not None and sys.stderr.isatty() else None,
+        on_lost=None if quiet else report_lost,
+        on_refused=report_lost if sys.stderr is not None and sys.stderr.isatty() else None,
     )
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--max-cpu", type=Percent(), metavar="PERCENT", help="CPU limit; 200 is two cores.")
+@click.option("--max-cpu", type=Percent(), metavar="PERCENT", help="CPU limit: 200 is two cores.")
 @click.option(
     "--max-memory",
     type=Megabytes(),
@@ -103,7 +110,7 @@ def open_connection(
     "--max-disk",
     type=Megabytes(),
     metavar="SIZE",
-    help="Room for what it writes to disk: 64M, 2G; a number alone is MB.",
+    help="Size of the disk that the job writes to: 64M, 2G; a number alone is MB.",
 )
 @click.option("--max-pids", type=int, metavar="N", help="Limit on processes and threads.")
 @click.option(
@@ -115,14 +122,14 @@ def open_connection(
 @click.option(
     "--at-max-output",
     type=click.Choice(get_args(OutputPolicy)),
-    help="At that limit: go on without, or stop the job.",
+    help="At the limit on output: drop further output, or stop the job.",
 )
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
 @click.option("--workdir", "-w", type=Filled(), metavar="PATH", help="Directory to start in.")
-@click.option("--name", type=Filled(), help="A name to tell the job by.")
+@click.option("--name", type=Filled(), help="A name for the job; `list --name` finds it.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
-@click.option("--raw", is_flag=True, help="With -f: exact bytes on a terminal too, as log --raw.")
+@click.option("--raw", is_flag=True, help="With -f: print exact bytes also on a terminal.")
 @click.option("--dry-run", is_flag=True, help="Print limits and steps of the start; run nothing.")
 @json_option()
 @click.argument("command", nargs=-1, required=True, type=Typed(), metavar="COMMAND [ARG]...")
@@ -148,11 +155,12 @@ async def run(  # noqa: PLR0913 - each option is an argument
     raw: bool,
     dry_run: bool,
 ) -> int:
-    """Run COMMAND as a job. All that comes after COMMAND is its own, dashes included.
+    """Run COMMAND as a job. Everything after COMMAND belongs to it, options included.
 
-    With --follow Ctrl-C detaches: the job goes on; on a terminal, control characters are shown and
-    not acted upon. A limit of 0 asks for none. What the job writes to its two outputs one shortly
-    after the other may be kept in the other order; `exec 2>&1` in its shell makes them one.
+    With --follow, Ctrl-C detaches and the job goes on. On a terminal, control characters of the
+    output are shown, not executed. A limit of 0 means no limit. If a job writes to standard output
+    and standard error within a short time, the order of the two may change; `exec 2>&1` in the
+    job's shell merges them.
     """
     spec = make_spec(
         command,
@@ -170,29 +178,29 @@ async def run(  # noqa: PLR0913 - each option is an argument
         workdir=workdir,
         name=name,
     )
-    look = Look(json=invocation.json, quiet=quiet, ending=True, visible=not raw)
+    style = OutputStyle(json=invocation.json, quiet=quiet, ending=True, visible=not raw)
     try:
-        async with open_connection(invocation, quiet=quiet, losses=look.losses) as client:
+        async with open_connection(invocation, quiet=quiet, losses=style.losses) as client:
             if dry_run:
                 plan = await client.plan(spec)
-                say(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
+                print_text(dumps(unstructure(plan)) if invocation.json else render_plan(plan))
                 return 0
             with ended_by_interrupt():
                 if follow:
-                    return await follow_job(client, spec, look)
+                    return await follow_job(client, spec, style)
                 return await _run_only(client, spec, json=invocation.json, quiet=quiet)
     except InvalidParams as error:
         raise in_options(error) from None
 
 
 async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool) -> int:
-    with asking(MAY_RUN):
+    with explain_interrupt(MAY_RUN):
         job = (await client.run(spec)).record
     assert job is not None
     if json:
-        say(render.as_json(job))
+        print_text(render.as_json(job))
     else:
-        say(str(job.id) if quiet else render.started(job))
+        print_text(str(job.id) if quiet else render.started(job))
     return 0
 
 
@@ -201,7 +209,7 @@ async def _run_only(client: "Client", spec: JobSpec, *, json: bool, quiet: bool)
 @click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
 @pass_invocation
 async def status(invocation: Invocation, jobs: tuple[int, ...]) -> int:
-    """Tell how each JOB is: state, limits, usage, times."""
+    """Show the state, limits, usage and times of each JOB."""
     apart = "\n" * (len(jobs) > 1)
 
     def show(record: JobStatus) -> str:
@@ -216,21 +224,21 @@ async def status(invocation: Invocation, jobs: tuple[int, ...]) -> int:
 
 @click.command()
 @click.option(
-    "--signal", type=Filled(), default="TERM", show_default=True, help="What to ask it with."
+    "--signal", type=Filled(), default="TERM", show_default=True, help="The signal to send first."
 )
-@click.option("--grace", type=Duration(), help="How long to wait before SIGKILL.")
+@click.option("--grace", type=Duration(), help="Time between this signal and SIGKILL.")
 @json_option()
 @click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
 @pass_invocation
 async def stop(
     invocation: Invocation, jobs: tuple[int, ...], signal: str, grace: float | None
 ) -> int:
-    """Stop each JOB and wait for its end: a signal, a grace period, then SIGKILL for all of it.
+    """Stop each JOB and wait for its end: a signal, a grace period, SIGKILL for all its processes.
 
-    Ctrl-C ends the waiting; the server goes on with the stop.
+    Ctrl-C ends the wait; the server goes on with the stop.
     """
     asked = dict.fromkeys(jobs, False)
-    """Whether the server may have been asked to stop each that has no outcome."""
+    """Each job without an outcome: whether the server may have received the request to stop it."""
 
     async def stop_one(job: int) -> JobRecord:
         try:
@@ -248,16 +256,15 @@ async def stop(
             try:
                 _, failed = await _each(jobs, stop_one, render.outcome, json=invocation.json)
             finally:
-                _tell_left(asked)
+                _print_unfinished_stops(asked)
     return failed
 
 
-def _tell_left(asked: Mapping[int, bool]) -> None:
-    """Tell what becomes of those that nobody waits for any more, after Ctrl-C."""
-    if names := " ".join(str(job) for job, may_have_been in asked.items() if may_have_been):
-        told = "the server goes on to stop what it was asked to"
-        print_note(f"{told}: worker-cli wait {names}")
-    if names := " ".join(str(job) for job, may_have_been in asked.items() if not may_have_been):
+def _print_unfinished_stops(asked: Mapping[int, bool]) -> None:
+    """After Ctrl-C, print which jobs the server still stops, and which it was not asked to stop."""
+    if names := " ".join(str(job) for job, may_be_asked in asked.items() if may_be_asked):
+        print_note(f"the server goes on with the stop: worker-cli wait {names}")
+    if names := " ".join(str(job) for job, may_be_asked in asked.items() if not may_be_asked):
         print_note(f"not asked to stop: {names}")
 
 
@@ -276,16 +283,17 @@ async def wait(invocation: Invocation, jobs: tuple[int, ...]) -> int:
 
 async def _each(
     jobs: Sequence[int],
-    call: Callable[[int], Awaitable[Told]],
-    show: Callable[[Told], str],
+    call: Callable[[int], Awaitable[Record]],
+    show: Callable[[Record], str],
     *,
     json: bool,
-) -> tuple[Told | None, int]:
-    """Call for all jobs at once, print in their order: the last record, the first error's code.
+) -> tuple[Record | None, int]:
+    """Call for all jobs at once, and print the outcomes in the order of `jobs`.
 
-    Where Ctrl-C ends it, what has come is printed.
+    Returns the last record and the exit code of the first error. At Ctrl-C, the outcomes that have
+    arrived are printed.
     """
-    outcomes: dict[int, Told | JobworkerError] = {}
+    outcomes: dict[int, Record | JobworkerError] = {}
     ended = {job: trio.Event() for job in jobs}
     limiter = trio.CapacityLimiter(CALLS_AT_A_TIME)
 
@@ -297,18 +305,18 @@ async def _each(
                 outcomes[job] = error
         ended[job].set()
 
-    last: Told | None = None
+    last: Record | None = None
     code = 0
 
-    def tell_of(job: int) -> None:
+    def show_outcome(job: int) -> None:
         nonlocal last, code
         outcome = outcomes[job]
         if isinstance(outcome, JobworkerError):
-            tell(outcome, json=json)
+            print_error(outcome, json=json)
             code = code or outcome.exit_code
         else:
             last = outcome
-            say(render.as_json(outcome) if json else show(outcome))
+            print_text(render.as_json(outcome) if json else show(outcome))
 
     rest = deque(jobs)
     async with trio.open_nursery() as nursery:
@@ -317,11 +325,11 @@ async def _each(
         try:
             while rest:
                 await ended[rest[0]].wait()
-                tell_of(rest.popleft())
+                show_outcome(rest.popleft())
         except (trio.Cancelled, KeyboardInterrupt):
             for job in rest:
                 if job in outcomes:
-                    tell_of(job)
+                    show_outcome(job)
             raise
     return last, code
 
@@ -352,7 +360,7 @@ async def _each(
     default=100,
     show_default=True,
     metavar="N",
-    help="At most so many, the newest.",
+    help="At most N jobs, the newest.",
 )
 @json_option()
 @pass_invocation
@@ -374,13 +382,13 @@ async def list_jobs(
                 states=chosen, labels=labels, name=name or "", limit=asked, before=before
             )
             found.extend(page)
-            if not page:  # a shorter one is no end: the server bounds a page's size too
+            if not page:  # a short page is not the last: the server also bounds a page's bytes
                 break
     if invocation.json:
-        say(dumps(unstructure(found)))
+        print_text(dumps(unstructure(found)))
         return
     terminal = sys.stdout is not None and sys.stdout.isatty()
-    say(
+    print_text(
         render.table(
             found,
             _now(),

@@ -1,11 +1,13 @@
-"""Which server, and who we are to it: option, environment, file, default, in this order.
+"""The server's address and the client's files: from options, environment, file or defaults.
 
-The file is `~/.worker/config`, lines as a shell would source them: `export NAME="value"`, with or
-without `export`, `#` comments, quotes as in sh(1), `$NAME` and `${NAME}` outside of single quotes,
-from the lines above or the environment; nothing else. A leading `~` of a path is the home
-directory, quoted or not. Names that are not ours are passed over, so that a shell may source the
-same file; one that begins with WORKER or looks like one of ours is refused, unless a later line
-uses it. The file is read only where option and environment leave open which server or files.
+The first of these four that has a value wins. The file is `~/.worker/config`. It has lines that a
+shell could source: `export NAME="value"`, with or without `export`, `#` comments, quotes as in
+sh(1), and outside of single quotes `$NAME` and `${NAME}`, from the lines above or the environment.
+It may contain nothing else. A leading `~` of a path is the home directory, quoted or not.
+
+The reader ignores unknown names, so that a shell may source the same file. It refuses an unknown
+name that begins with WORKER or resembles one of ours, because it is most likely misspelt, unless a
+later line uses it. It reads the file only if options and environment leave a setting open.
 """
 
 import os
@@ -37,7 +39,7 @@ DEFAULTS = {
 
 PATIENCE = "WORKER_PATIENCE"
 DEFAULT_PATIENCE = "5s"
-"""As long as a restart of the service takes: more would only keep a person waiting."""
+"""As long as a restart of the service takes. With more, a user would wait for a dead server."""
 
 _OURS = (*DEFAULTS, PATIENCE)
 
@@ -46,26 +48,26 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @frozen(kw_only=True)
 class Target:
-    """A server, and the files by which client and server know one another."""
+    """A server, and the files by which client and server authenticate each other."""
 
     address: Address
     certificate: Path
     key: Path
     ca: Path
     start_patience_seconds: float
-    """How long a command waits for a server that nobody listens at."""
+    """How long a command tries to reach a server that does not listen."""
 
 
 @define(eq=False)
 class Invocation:
-    """What the global options of one call of the program say."""
+    """The global options of one run of the program."""
 
     options: dict[str, str] = field(factory=dict)
-    """Values by variable name, those alone that were given."""
+    """The given values, by the name of the variable that each option replaces."""
     json: bool = False
 
     def target(self) -> Target:
-        """The server to dial. Raises ConfigError that names where a bad value stands."""
+        """The server to connect to. Raises ConfigError, which names the place of a bad value."""
         return resolve(self.options, os.environ, Path(os.path.expanduser(f"{DIRECTORY}/config")))
 
 
@@ -75,12 +77,12 @@ def _start_patience(text: str, place: str) -> float:
     except ValueError as error:
         raise ConfigError(
             f"cannot use {PATIENCE} of {place}: {error}",
-            remedy="give it as 30s or 2m, or 0 for no waiting",
+            remedy="write it as 30s or 2m, or 0 for no wait",
         ) from None
 
 
 def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Path) -> Target:
-    """Find each setting in the first place that has it; empty variables count as unset."""
+    """Take each setting from the first place that has it; an empty variable counts as unset."""
     places = [("its option", options), ("the environment", environment)]
     if any(not options.get(name) and not environment.get(name) for name in DEFAULTS):
         places.append((str(file), read_settings(file)))
@@ -97,7 +99,7 @@ def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Pa
         address = parse_address(server)
     except ValueError as fault:
         raise ConfigError(
-            f"cannot tell which server to dial: {fault} (from {place})",
+            f"cannot use the server's address: {fault} (from {place})",
             remedy="give --server or WORKER_SERVER as HOST, HOST:PORT or [IPv6]:PORT",
         ) from None
     patience, patience_text = find(PATIENCE)
@@ -111,7 +113,10 @@ def resolve(options: Mapping[str, str], environment: Mapping[str, str], file: Pa
 
 
 def read_settings(file: Path) -> dict[str, str]:
-    """The variables that `file` sets, {} where there is none; raises ConfigError with the line."""
+    """Read the variables that `file` sets; {} if it does not exist.
+
+    Raises ConfigError, which names the line.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -119,7 +124,7 @@ def read_settings(file: Path) -> dict[str, str]:
     except OSError as error:
         why = os.strerror(error.errno or 0)
         allow = "let this user read it"
-        remedy = allow if isinstance(error, PermissionError) else "put a file of text there"
+        remedy = allow if isinstance(error, PermissionError) else "put a text file there"
         raise ConfigError(f"cannot read {file}: {why}", remedy=remedy) from None
     except UnicodeDecodeError:
         raise ConfigError(
@@ -129,7 +134,7 @@ def read_settings(file: Path) -> dict[str, str]:
     unknown: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{file}, line {number}"
-        names, used = _settings_of(line, where, {**os.environ, **found})
+        names, used = _read_line(line, where, {**os.environ, **found})
         found.update(names)
         unknown.update({name: where for name in names if name not in _OURS})
         for name in used:
@@ -140,22 +145,22 @@ def read_settings(file: Path) -> dict[str, str]:
 
 
 def _refuse_misspelt(name: str, where: str) -> None:
-    """Raise ConfigError for a name that was meant to be one of ours."""
+    """Raise ConfigError for a name that is probably a misspelt one of ours."""
     from difflib import get_close_matches
 
     likely = get_close_matches(name.upper(), _OURS, n=1, cutoff=0.8)
     if not likely and not name.upper().startswith("WORKER"):
         return
     raise ConfigError(
-        f"cannot read {where}: {name} is no name that is known here",
+        f"cannot read {where}: {name} is not a known name",
         remedy=f"write {likely[0]}" if likely else f"give one of {', '.join(_OURS)}",
     )
 
 
-def _settings_of(
+def _read_line(
     line: str, where: str, variables: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The variables that a line sets, and the names of those that it uses."""
+    """Parse one line: the variables that it sets, and the names of those that it uses."""
 
     def malformed(why: str) -> ConfigError:
         return ConfigError(
@@ -176,22 +181,22 @@ def _settings_of(
             raise malformed(f"{word!r} is not NAME=value")
         value, unknown = _fill_in(value, names, variables)
         if unknown and name in _OURS:
-            raise malformed(f"{unknown} in the value of {name} is no variable that is set here")
+            raise malformed(f"{unknown} in the value of {name} is not set")
         if "\0" in value and name in _OURS:
-            raise malformed(f"the value of {name} holds a NUL character")
+            raise malformed(f"the value of {name} contains a NUL character")
         found[name] = value
     return found, names
 
 
 _MARK = "\ue000"
-"""Of a private use area: stands for a variable while quotes and blanks are looked at."""
+"""A private-use character: it replaces variables while shlex parses quotes and blanks."""
 _VARIABLE = re.compile(
     r"""(?P<plain>\\.|'[^']*')|\$(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<command>[({]))|(?P<tick>`)"""
 )
 
 
 def _mark_variables(line: str) -> tuple[str, list[str]]:
-    """The line with a mark for each variable that a shell would replace, and what stood there."""
+    """Replace each variable that a shell would expand by a mark: the line, and their names."""
     names: list[str] = []
     within = False
 
@@ -215,7 +220,7 @@ def _mark_variables(line: str) -> tuple[str, list[str]]:
 
 
 def _fill_in(value: str, names: list[str], variables: Mapping[str, str]) -> tuple[str, str]:
-    """The value with its variables, and the first that nobody knows, "" where there is none."""
+    """Replace the marks by values: the result, and the first unknown variable, "" for none."""
     unknown = ""
 
     def variable(found: re.Match[str]) -> str:

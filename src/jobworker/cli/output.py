@@ -6,8 +6,8 @@ from functools import partial
 
 import asyncclick as click
 
-from jobworker.cli.console import asking, ended_by_interrupt, say, tell
-from jobworker.cli.follow import Look, print_output
+from jobworker.cli.console import ended_by_interrupt, explain_interrupt, print_error, print_text
+from jobworker.cli.follow import OutputStyle, print_output
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import (
@@ -25,24 +25,24 @@ from jobworker.model.job import Stream
 from jobworker.model.units import format_size
 from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
 
-MAY_PRUNE = "output may have been removed: `worker-cli status JOB` tells of each job"
+MAY_PRUNE = "output may have been removed: see `worker-cli status JOB` for each job"
 
 
 @click.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on until the job's end.")
+@click.option("--follow", "-f", is_flag=True, help="Print new output until the job ends.")
 @click.option(
     "--tail",
     "-n",
     type=Count(0, MAX_TAIL_LINES),
     metavar="N",
-    help="Only the last N lines, and those that begin from now on.",
+    help="Only the last N lines, and new lines.",
 )
 @click.option(
     "--since",
     type=Moment(),
     metavar="TIME|DURATION",
-    help="Only lines begun since a time, or since so long ago: 10m, 2026-01-31T12:00:00 (local "
-    "time where it names no zone, as Z or +02:00 do).",
+    help="Only lines that began after this time, or in the last DURATION: 10m, "
+    "2026-01-31T12:00:00 (local time without a zone such as Z or +02:00).",
 )
 @click.option("--timestamps", "-t", is_flag=True, help="Begin each line with its time.")
 @click.option(
@@ -50,12 +50,12 @@ MAY_PRUNE = "output may have been removed: `worker-cli status JOB` tells of each
     "chosen",
     flag_value=Stream.STDOUT.value,
     multiple=True,
-    help="Only standard output, or with --stderr both.",
+    help="Only standard output (with --stderr, both).",
 )
 @click.option(
     "--stderr", "chosen", flag_value=Stream.STDERR.value, multiple=True, help="Only standard error."
 )
-@click.option("--raw", is_flag=True, help="Exact bytes on a terminal too: it will act on them.")
+@click.option("--raw", is_flag=True, help="Print exact bytes also on a terminal, which obeys them.")
 @json_option()
 @click.argument("job", type=JobNumber())
 @pass_invocation
@@ -72,13 +72,14 @@ async def log(
 ) -> None:
     """Print the output of JOB, its standard error on standard error.
 
-    On a terminal, control characters are shown and not acted upon. Where the connection breaks, it
-    is made anew and the output goes on where it stopped. What a job writes to its two outputs one
-    shortly after the other may be kept in the other order; `exec 2>&1` in its shell makes them one.
+    On a terminal, control characters are shown, not executed. If the connection breaks, the program
+    reconnects and resumes the output where it stopped. If a job writes to standard output and
+    standard error within a short time, the order of the two may change; `exec 2>&1` in the job's
+    shell merges them.
     """
     streams = tuple(map(Stream, dict.fromkeys(chosen))) or tuple(Stream)
-    look = Look(json=invocation.json, visible=not raw, timestamps=timestamps)
-    async with open_connection(invocation, losses=look.losses) as client:
+    style = OutputStyle(json=invocation.json, visible=not raw, timestamps=timestamps)
+    async with open_connection(invocation, losses=style.losses) as client:
         output = partial(
             client.job(job).output,
             follow=follow,
@@ -87,28 +88,30 @@ async def log(
             streams=streams,
             coalesce=not timestamps,
         )
-        await print_output(output, look)
+        await print_output(output, style)
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Kill it first where it has not ended.")
+@click.option("--force", is_flag=True, help="Kill a job that has not ended, then remove it.")
 @json_option()
 @click.argument("jobs", nargs=-1, required=True, type=JobNumber(), metavar="JOB...")
 @pass_invocation
 async def rm(invocation: Invocation, jobs: tuple[int, ...], force: bool) -> int:
-    """Remove each JOB that has ended: its output, and all that is known of it."""
+    """Remove each JOB that has ended: its output and its record."""
     code = 0
     async with open_connection(invocation) as client:
         with ended_by_interrupt():
             for job in dict.fromkeys(jobs):
                 try:
-                    with asking(f"job {job} may have been removed: see `worker-cli list`"):
+                    with explain_interrupt(
+                        f"job {job} may have been removed: see `worker-cli list`"
+                    ):
                         removed = await client.job(job).remove(force=force)
                 except JobworkerError as error:
-                    tell(error, json=invocation.json)
+                    print_error(error, json=invocation.json)
                     code = code or error.exit_code
                 else:
-                    say(dumps(unstructure(removed)) if invocation.json else str(job))
+                    print_text(dumps(unstructure(removed)) if invocation.json else str(job))
     return code
 
 
@@ -121,13 +124,13 @@ async def prune(
 ) -> None:
     """Remove ended jobs' output, the oldest first; the jobs themselves stay listed.
 
-    Without options, as the server is configured. What is being followed stays.
+    Without options, the server applies its configuration. Output that a client follows stays.
     """
     asked = PruneParams(older_than_seconds=older_than, keep_jobs=keep, keep_bytes=max_size)
     async with open_connection(invocation) as client:
-        with ended_by_interrupt(), asking(MAY_PRUNE):
+        with ended_by_interrupt(), explain_interrupt(MAY_PRUNE):
             removed = await client.prune(asked)
     if invocation.json:
-        say(dumps(unstructure(removed)))
+        print_text(dumps(unstructure(removed)))
     else:
-        say(f"removed the output of {len(removed.jobs)} jobs, {format_size(removed.bytes)}")
+        print_text(f"removed the output of {len(removed.jobs)} jobs, {format_size(removed.bytes)}")

@@ -1,4 +1,4 @@
-"""Kinds of values on the command line; what is no such value is a usage error."""
+"""Types of values on the command line; a value of another form is a usage error."""
 
 import os
 import re
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def as_typed(text: str) -> str:
-    """An argument or a variable of the environment as the UTF-8 that its bytes are.
+    """Decode an argument or environment variable as UTF-8, whatever the locale is.
 
-    Python has decoded them as the locale says, which may know no UTF-8 (LC_ALL=C). What is no
-    UTF-8 stays as it is. Not for names of files here, which Python encodes as it has decoded them.
+    Python has decoded it by the locale, which may not be UTF-8 (LC_ALL=C). Text that is not UTF-8
+    stays as it is. Not for names of local files: Python encodes those back by the locale.
     """
     try:
         return os.fsencode(text).decode("utf-8")
@@ -49,7 +49,7 @@ class Typed(click.ParamType[str]):
 
 
 class Filled(Typed):
-    """Text that goes to the server, and some: none is a script's variable that is not set."""
+    """Text that goes to the server and is not empty: "" is most likely an unset variable."""
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -97,7 +97,7 @@ class Duration(click.ParamType[float]):
 
 
 class Moment(click.ParamType["datetime | timedelta"]):
-    """A time (ISO 8601, local where it names no zone), or how long ago: 90s, 10m, 1h30m."""
+    """A time (ISO 8601, local without a zone), or a duration before now: 90s, 10m, 1h30m."""
 
     name = "time"
 
@@ -122,26 +122,26 @@ class Size(click.ParamType[int]):
     """Bytes, or a number with a binary unit: 4096, 500K, 64M, 2G."""
 
     name = "size"
-    _alone, _told = "B", "bytes"
+    _unit, _unit_words = "B", "bytes"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """See click.ParamType."""
         try:
-            return parse_size(str(value), alone=self._alone)
+            return parse_size(str(value), alone=self._unit)
         except ValueError as fault:
-            self.fail(f"{fault}; a number alone is {self._told}", param, ctx)
+            self.fail(f"{fault}; a number alone is {self._unit_words}", param, ctx)
 
 
 class Megabytes(Size):
-    """A number with a binary unit; one alone is of 2^20 bytes each."""
+    """A number with a binary unit; a number without one counts units of 2^20 bytes."""
 
-    _alone, _told = "M", "MB"
+    _unit, _unit_words = "M", "MB"
 
 
 class Percent(click.ParamType[int]):
-    """A whole number of percent, with or without the sign: 50, 200%."""
+    """A whole number of percent, with or without the percent sign: 50, 200%."""
 
     name = "percent"
 
@@ -157,9 +157,9 @@ class Percent(click.ParamType[int]):
 
 
 class Variable(click.ParamType[tuple[str, str]]):
-    """NAME=VALUE; the value may hold anything, further equal signs too.
+    """NAME=VALUE; the value may contain anything, also equal signs.
 
-    `from_environment`: NAME alone stands for the variable of that name here.
+    `from_environment`: NAME alone takes the value of this program's own variable NAME.
     """
 
     name = "variable"
@@ -184,7 +184,7 @@ class Variable(click.ParamType[tuple[str, str]]):
 
 
 class VolumePlace(click.ParamType[dict[str, str]]):
-    """NAME or NAME:PATH, as `VolumeMount` takes it."""
+    """NAME or NAME:PATH, as the fields of a `VolumeMount`."""
 
     name = "volume"
 
@@ -205,10 +205,10 @@ class VolumePlace(click.ParamType[dict[str, str]]):
                 param,
                 ctx,
             )
-        if ":" in path:  # Docker's NAME:PATH:ro would be a mount that can be written to
+        if ":" in path:  # Docker's NAME:PATH:ro would become a writable mount here
             self.fail(
-                f"{text!r} has a second ':'; there is no read-only mount, and a path may "
-                "hold no ':'",
+                f"{text!r} has a second ':'; there is no read-only mount, and a path may not "
+                "contain ':'",
                 param,
                 ctx,
             )
@@ -216,9 +216,9 @@ class VolumePlace(click.ParamType[dict[str, str]]):
 
 
 class VariableFile(click.ParamType[tuple[tuple[str, str], ...]]):
-    """A file of NAME=VALUE lines, without any quoting; empty lines and those with # are passed.
+    """A file of NAME=VALUE lines, without quoting; empty lines and lines with # are skipped.
 
-    NAME alone takes the variable of that name from the environment here, where it is set.
+    NAME alone takes the value of this program's own variable NAME, if it is set.
     """
 
     name = "file"
@@ -268,7 +268,7 @@ class Label(click.ParamType[tuple[str, str]]):
 
 
 class LabelSought(Label):
-    """NAME=VALUE: the server finds jobs by both, so NAME alone would find an empty value only."""
+    """NAME=VALUE: the server compares both, so NAME alone would only match an empty value."""
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -287,7 +287,7 @@ class LabelSought(Label):
 def one_of_each(
     ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
-    """The labels of a job; a callback of click.
+    """Join the labels of a new job in a dict; a callback of click.
 
     Raises click.BadParameter for two values of one label.
     """
@@ -299,9 +299,9 @@ def one_of_each(
 def all_sought(
     ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
-    """The labels that a job has together; a callback of click.
+    """Join the labels of a search, all of which a job must have, in a dict; a callback of click.
 
-    Raises click.BadParameter for two values of one label.
+    Raises click.BadParameter for two values of one label: no job has both.
     """
     return _together(pairs, "no job has both {0} and {1}: ask for one of them", ctx, param)
 
@@ -318,7 +318,7 @@ def _together(
 
 
 class User(click.ParamType[tuple[int, int | None]]):
-    """UID or UID:GID, numbers inside the job."""
+    """UID or UID:GID, numeric ids inside the job."""
 
     name = "user"
 
@@ -344,33 +344,37 @@ def _ask_for_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 def config_option(command: "click.decorators.FC") -> "click.decorators.FC":
-    """`--config`, the service's configuration file: of each command of `worker` that reads it."""
+    """Add `--config`, the service's configuration file, to a command of `worker`."""
     return click.option(
         "--config",
         type=click.Path(path_type=Path),
         default=configuration_in_use,
-        help=f"Configuration file [default: {default_configuration()} where it exists].",
+        help=f"Configuration file [default: {default_configuration()} if it exists].",
     )(command)
 
 
 def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
-    """What `prune` shall not keep."""
+    """Add the options that select the output that `prune` removes."""
     for option in (
         click.option(
             "--max-size",
             type=Size(),
             metavar="SIZE",
-            help="As much as is over a size: 500M, 10G; a number alone is bytes.",
+            help="Remove until the rest fits this size: 500M, 10G; a number alone is bytes.",
         ),
-        click.option("--keep", type=Count(0), metavar="N", help="All but the last N."),
-        click.option("--older-than", type=Duration(), help="What ended longer ago: 12h, 30d."),
+        click.option(
+            "--keep", type=Count(0), metavar="N", help="Remove all but that of the last N jobs."
+        ),
+        click.option(
+            "--older-than", type=Duration(), help="Remove that of jobs ended longer ago: 12h, 30d."
+        ),
     ):
         command = option(command)
     return command
 
 
 def json_option() -> "Callable[[click.decorators.FC], click.decorators.FC]":
-    """`--json`, before a command or among its options."""
+    """Add `--json`, which may stand before a command or among its options."""
     return click.option(
         "--json",
         is_flag=True,

@@ -1,6 +1,6 @@
-"""Passphrases for keys: from a file, a variable or a prompt; never from the command line.
+"""Read passphrases for keys from a file, a variable or a prompt, never from the command line.
 
-Arguments can be seen by every user of the host.
+Every user of the host can see a program's arguments.
 """
 
 import os
@@ -15,17 +15,19 @@ from jobworker.errors import CredentialsUnusable
 CA_VARIABLE = "WORKER_CA_PASSPHRASE"
 PKCS12_VARIABLE = "WORKER_PKCS12_PASSWORD"
 LEAST = 8
-"""Characters of a new one."""
+"""Characters of a new passphrase, at least."""
 
 
 def ca_passphrase(file: Path | None) -> bytes:
-    """The passphrase of a CA's key that exists. Raises CredentialsUnusable."""
-    return _given(file) or _prompted("Passphrase of the CA's key", confirm=False)
+    """Return the passphrase of an existing CA key. Raises CredentialsUnusable."""
+    return _from_file_or_variable(file) or _from_prompt("Passphrase of the CA's key", confirm=False)
 
 
 def new_passphrase(file: Path | None) -> bytes:
-    """One to encrypt a CA's key with. Raises CredentialsUnusable."""
-    made = _given(file) or _prompted("New passphrase for the CA's key", confirm=True)
+    """Return a passphrase to encrypt a new CA key with. Raises CredentialsUnusable."""
+    made = _from_file_or_variable(file) or _from_prompt(
+        "New passphrase for the CA's key", confirm=True
+    )
     if len(made) < LEAST:
         raise CredentialsUnusable(
             f"cannot encrypt the key: the passphrase has fewer than {LEAST} characters",
@@ -35,12 +37,12 @@ def new_passphrase(file: Path | None) -> bytes:
 
 
 def pkcs12_password() -> tuple[str, bool]:
-    """The password of a bundle, and whether it was made up here."""
+    """Return the password of a PKCS #12 bundle, and whether it was generated here."""
     given = os.environ.get(PKCS12_VARIABLE, "")
     return (given, False) if given else (secrets.token_urlsafe(12), True)
 
 
-def _given(file: Path | None) -> bytes:
+def _from_file_or_variable(file: Path | None) -> bytes:
     if file is None:
         return os.environ.get(CA_VARIABLE, "").encode()
     try:
@@ -58,10 +60,10 @@ def _given(file: Path | None) -> bytes:
     return first[0]
 
 
-def _prompted(words: str, *, confirm: bool) -> bytes:
+def _from_prompt(words: str, *, confirm: bool) -> bytes:
     if not sys.stdin.isatty():
         raise CredentialsUnusable(
-            "cannot use the CA's key: it needs a passphrase, and nobody can be asked",
+            "cannot use the CA's key: it needs a passphrase, and standard input is not a terminal",
             remedy=f"give --passphrase-file or set {CA_VARIABLE}",
         )
     import getpass

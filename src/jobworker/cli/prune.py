@@ -1,8 +1,8 @@
-"""`worker prune`: retention on this host, in a process of its own, whether the service runs or not.
+"""`worker prune`: apply retention in a process of its own, whether the service runs or not.
 
-Locks on the files say what is in use (see `retention`). A directory `7.removed` is left for
-each job: the service finds it at its start, when it applies its policy or looks at the job, notes
-the removal in the job's record and takes the directory away.
+Locks on the files show which output is in use (see `retention`). For each job, such as job 7, the
+program leaves a directory `7.removed`. The service finds it at its start, when it applies its
+policy or when it reads the job's record. It records the removal and deletes the directory.
 """
 
 from pathlib import Path
@@ -19,7 +19,10 @@ from jobworker.server.setup import spool_directory
 def prune_here(
     config: Path | None, *, older_than: float | None, keep: int | None, max_size: int | None
 ) -> str:
-    """Prune as the options ask (else the configuration); what to say of it. Raises ConfigError."""
+    """Prune by the options, or without any by the configuration. Returns a line to print.
+
+    Raises ConfigError if the directory of the output cannot be read.
+    """
     settings = Settings() if config is None else load(config)
     policy = retention_policy(settings)
     if (older_than, keep, max_size) != (None, None, None):

@@ -1,8 +1,8 @@
-"""Jobs as text for people and as JSON for programs: pure, records in and strings out.
+"""Render jobs as text for people and as JSON for programs. Pure: records in, strings out.
 
-Whatever a job or another user chose (commands, names, details) may hold control characters that
-would act on a terminal, or bidirectional marks that would make a line read as another. All such
-text goes through `visible`. A job's output is another matter, and `console`'s.
+Text that a job or another user chose (commands, names, details) may contain control characters,
+which a terminal would obey, or bidirectional marks, which change how a line reads. All such text
+goes through `visible`. A job's output does not come here; `console` prints it.
 """
 
 import shlex
@@ -29,7 +29,7 @@ from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_limit, format_size
 
 MAX_TABLE_COMMAND = 200
-"""Characters of a command line in a table, where no terminal's width says how many."""
+"""Characters of a command line in a table without a terminal, whose width would be the bound."""
 
 _COLOURS = {
     State.PENDING: "33",
@@ -42,17 +42,18 @@ _COLOURS = {
 
 
 def as_json(record: JobRecord) -> str:
-    """One line of JSON: the record as it stands on the wire."""
+    """Render a record as one line of JSON, as on the wire."""
     return dumps(unstructure(record))
 
 
 def error_as_json(error: JobworkerError) -> str:
-    """One line of JSON: what stands on the wire of an error, and the program's exit code."""
-    told = {"code": error.code, "name": error.name, "message": error.message}
+    """Render an error as one line of JSON: its members on the wire, and the exit code."""
     return dumps(
         {
             "error": {
-                **told,
+                "code": error.code,
+                "name": error.name,
+                "message": error.message,
                 "remedy": error.remedy,
                 "exit_code": error.exit_code,
                 "data": error.data,
@@ -62,14 +63,14 @@ def error_as_json(error: JobworkerError) -> str:
 
 
 def timestamp(moment: datetime | None) -> str:
-    """UTC, to the second, as RFC 3339 has it; "-" for what has not happened."""
+    """Format a time as RFC 3339, in UTC, to the second; "-" for None."""
     if moment is None:
         return "-"
     return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def command_line(record: JobRecord) -> str:
-    """The command as a shell would take it, on one line."""
+    """The command, quoted for a shell, on one line."""
     return visible(shlex.join(record.spec.command))
 
 
@@ -80,7 +81,7 @@ def short_command(record: JobRecord) -> str:
 
 
 def state_words(record: JobRecord) -> str:
-    """Such as "RUNNING", "FAILED (oom)", or "STOPPED (service ended)"."""
+    """The state with its reason, such as "RUNNING", "FAILED (oom)", "STOPPED (service ended)"."""
     if _ended_with_service(record):
         return f"{record.state.value} (service ended)"
     if record.reason is None:
@@ -91,7 +92,7 @@ def state_words(record: JobRecord) -> str:
 
 
 def started(record: JobRecord) -> str:
-    """What `run` prints of a job that has begun."""
+    """The lines that `run` prints about a started job."""
     return "\n".join(
         [
             "Job started:",
@@ -110,18 +111,18 @@ def outcome(record: JobRecord) -> str:
 
 
 def ending(record: JobRecord) -> list[str]:
-    """Lines about an end that the job's output and exit code do not tell."""
+    """Lines about a job's end that the job's output and exit code do not show."""
     why = _why_ended(record)
     lines = [visible(f"job {record.id} {why}")] if why else []
-    told = (LOST_WRITES, LOSSES_UNKNOWN, KILLED_FOR_MEMORY)
-    grave = [words for words in told if words in record.detail]
+    facts = (LOST_WRITES, LOSSES_UNKNOWN, KILLED_FOR_MEMORY)
+    grave = [words for words in facts if words in record.detail]
     if any(words not in why for words in grave):
         lines.append(visible(f"job {record.id}: {record.detail}"))
     return [*lines, *_not_kept(record)]
 
 
 def losses(record: JobRecord) -> list[str]:
-    """Lines about output that is not kept, or may not be, and about an end that cut it short."""
+    """Lines about output that is or may be lost, and about an end that cut the output short."""
     lines = []
     if record.reason is Reason.LOST:
         lost = f"job {record.id} {_why_ended(record)}; the end of its output may be missing"
@@ -132,7 +133,7 @@ def losses(record: JobRecord) -> list[str]:
 
 
 def _ended_with_service(record: JobRecord) -> bool:
-    """Whether it was stopped, and by no person."""
+    """Whether the end of the service stopped the job."""
     return record.state is State.STOPPED and SERVICE_ENDED in record.detail
 
 
@@ -145,7 +146,7 @@ def _not_kept(record: JobRecord) -> list[str]:
 
 
 def _why_cut(record: JobRecord) -> str:
-    """Why output was not kept, as far as that is known."""
+    """The reason why output was not kept, as far as it is known."""
     limit = record.spec.limits.output_bytes
     words = {
         OutputCut.LIMIT: "it reached its limit on output"
@@ -178,7 +179,7 @@ def _why_out_of_memory(record: JobRecord) -> str:
         if KILLED_FOR_MEMORY in words:
             return words
     limit = record.spec.limits.memory_bytes
-    if limit == 0:  # the record is of a release that did not tell more
+    if limit == 0:  # the record is from a release that recorded no detail
         return f"it was {KILLED_FOR_MEMORY}"
     return "it went over its memory limit" + (f" of {format_limit(limit)}" if limit else "")
 
@@ -197,7 +198,7 @@ def _limit(value: int | None, words: str) -> str:
 
 
 def status(record: JobStatus, now: datetime) -> str:
-    """All about a job, a line for each thing; `now` is for the age of one that runs."""
+    """Render all of a job's record, one line for each item; `now` gives a live job's age."""
     spec, limits = record.spec, record.spec.limits
     usage = record.usage or Usage()
     unmeasured = record.usage is None and record.ended and record.started_at is not None
@@ -253,7 +254,7 @@ def _timeout(seconds: float | None) -> str:
 
 def _cpu(usage: Usage) -> str:
     words = f"{usage.cpu_ns / 1e9:.1f}s used"
-    if usage.throttled_ns >= 50_000_000:  # what would not round to nothing
+    if usage.throttled_ns >= 50_000_000:  # less would be rounded to 0.0 s
         words += f", {usage.throttled_ns / 1e9:.1f}s held back"
     return words
 
@@ -292,7 +293,7 @@ def _output(record: JobRecord) -> str:
 def table(
     records: Sequence[JobRecord], now: datetime, *, width: int | None = None, colour: bool = False
 ) -> str:
-    """Jobs as an aligned table; lines are cut at `width` columns where it is given."""
+    """Render jobs as an aligned table; `width` cuts lines at so many columns."""
     rows = [("ID", "STATUS", "CREATED", "DURATION", "COMMAND")]
     for record in records:
         label = f"{visible(record.spec.name)}: " if record.spec.name else ""
@@ -313,7 +314,7 @@ def table(
         if width is not None and len(line) > width:
             line = line[: max(width - 1, 0)] + "…"
         if colour and number:
-            # From the start of the column to its end, by position: a cut line keeps its reset.
+            # Colour the column by position, after the cut, so that the reset is never cut off.
             begin, end = sizes[0] + 2, sizes[0] + 2 + sizes[1]
             code = _COLOURS[records[number - 1].state]
             line = f"{line[:begin]}\x1b[{code}m{line[begin:end]}\x1b[0m{line[end:]}"

@@ -1,4 +1,4 @@
-"""Certificates as text for people and as JSON for programs: pure."""
+"""Render certificates as text for people and as JSON for programs. Pure."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def as_json(entries: "Sequence[Entry]") -> str:
-    """One line: a list of what stands in the index."""
+    """Render entries of the registry as one line of JSON, a list."""
     return dumps([unstructure(entry) for entry in entries])
 
 
@@ -24,17 +24,17 @@ def _who(entry: "Entry") -> str:
 
 
 def issued(entry: "Entry") -> str:
-    """What was just made."""
+    """The line about a certificate that was just issued."""
     return f"Issued {entry.serial} to {_who(entry)}, valid until {entry.not_after:%Y-%m-%d}"
 
 
 def revoked(entry: "Entry") -> str:
-    """What was just revoked."""
+    """The line about a certificate that was just revoked."""
     return f"Revoked {entry.serial} of {_who(entry)}"
 
 
 def table(entries: "Sequence[Entry]", now: datetime) -> str:
-    """One line for each."""
+    """Render certificates as a table, one line for each."""
     rows = [("NAME", "ROLE", "STATE", "UNTIL", "SERIAL")]
     rows += [
         (
@@ -54,7 +54,7 @@ def table(entries: "Sequence[Entry]", now: datetime) -> str:
 
 
 def details(entry: "Entry", now: datetime) -> str:
-    """All about one, a line for each thing."""
+    """Render all of one certificate's entry, one line for each item."""
     lines = [
         ("Name", entry.name),
         ("Role", entry.role),

@@ -1,4 +1,4 @@
-"""A job's plan as text: its limits, and the steps of its start. Pure."""
+"""Render a job's plan as text: its limits, and the steps of its start. Pure."""
 
 from itertools import groupby
 from textwrap import wrap
@@ -10,7 +10,7 @@ from jobworker.protocol.messages import Plan
 
 
 def render_plan(plan: Plan) -> str:
-    """Lines for people; steps of one kind that follow one another stand together."""
+    """Render a plan for people; consecutive steps of one kind share a line."""
     lines = ["Limits:", *(f"  {text}" for text in _limits(plan.limits)), "Steps:"]
     width = max((len(step.name) for step in plan.steps), default=0)
     kinds = groupby(plan.steps, lambda step: (step.name, step.explanation))
@@ -30,15 +30,15 @@ def render_plan(plan: Plan) -> str:
 
 
 def _limits(limits: Limits) -> list[str]:
-    def told(value: int | None, text: str) -> str:
+    def limit_or_none(value: int | None, text: str) -> str:
         return text if value else "no limit"
 
     memory, disk, output = limits.memory_bytes, limits.disk_bytes, limits.output_bytes
     return [
-        f"CPU: {told(limits.cpu_percent, f'{limits.cpu_percent} % of a core')}",
-        f"Memory: {told(memory, format_limit(memory or 0))}",
-        f"I/O: {told(limits.io_bps, f'{format_limit(limits.io_bps or 0)}/s')}",
-        f"Processes: {told(limits.processes, str(limits.processes))}",
-        f"Disk: {told(disk, format_limit(disk or 0))}",
-        f"Output: {told(output, format_limit(output or 0))}",
+        f"CPU: {limit_or_none(limits.cpu_percent, f'{limits.cpu_percent} % of a core')}",
+        f"Memory: {limit_or_none(memory, format_limit(memory or 0))}",
+        f"I/O: {limit_or_none(limits.io_bps, f'{format_limit(limits.io_bps or 0)}/s')}",
+        f"Processes: {limit_or_none(limits.processes, str(limits.processes))}",
+        f"Disk: {limit_or_none(disk, format_limit(disk or 0))}",
+        f"Output: {limit_or_none(output, format_limit(output or 0))}",
     ]

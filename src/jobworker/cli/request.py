@@ -1,6 +1,6 @@
-"""A job as the options of `run` ask for it, and faults in the words of those options.
+"""Make a `JobSpec` from the options of `run`, and name these options in its faults.
 
-Bounds stand with `JobSpec` alone; what they say of `limits.cpu_percent` is told of `--max-cpu`.
+`JobSpec` alone states the bounds. A fault at `limits.cpu_percent` becomes one of `--max-cpu`.
 """
 
 import re
@@ -35,9 +35,9 @@ _OPTIONS = {
 _SIZES = frozenset(
     {"limits.memory_bytes", "limits.disk_bytes", "limits.output_bytes", "limits.io_bps"}
 )
-"""What is asked for with a unit and counted in bytes."""
+"""Fields in bytes, whose options take a unit."""
 _BOUNDS = re.compile(r"(?P<words>must be .*?)from (\d+) to (\d+), not (-?\d+)")
-"""As `model.bounds.within` puts it."""
+"""Matches the messages of `model.bounds.within`."""
 _NO_TEXT = "is not UTF-8 text"
 _SURROGATE = "must be Unicode text: it holds a lone surrogate"
 
@@ -48,10 +48,10 @@ def make_spec(
     limits: dict[str, int | None],
     **fields: object,
 ) -> JobSpec:
-    """The request, checked. Raises InvalidParams and TooLarge.
+    """Make the request and check it. Raises InvalidParams and TooLarge.
 
-    `limits` are those of `Limits` by name, `fields` those of `JobSpec`; None where an option was
-    not given.
+    `limits` has the fields of `Limits` by name, `fields` those of `JobSpec`; None for an option
+    that was not given.
     """
     try:
         spec = structure(
@@ -69,27 +69,27 @@ def make_spec(
 
 
 def in_options(error: InvalidParams) -> InvalidParams:
-    """The error about a request, with the options in place of the paths of `data["faults"]`.
+    """Return the error with options in place of the paths of `data["faults"]`.
 
-    One without faults stays as it is. Values are the user's own words, and are not touched.
+    An error without faults is returned unchanged, and the values that a fault quotes stay too.
     """
     faults = error.data.get("faults")
     if not isinstance(faults, list) or not faults:
         return error
-    told = [
-        _told(str(fault.get("path")).removeprefix("job."), str(fault.get("problem")))
+    problems = [
+        _format_fault(str(fault.get("path")).removeprefix("job."), str(fault.get("problem")))
         for fault in faults
         if isinstance(fault, dict)
     ]
-    message = "cannot run the command: " + "; ".join(told)
+    message = "cannot run the command: " + "; ".join(problems)
     remedy = error.remedy
-    if not remedy and any(words.endswith(_NO_TEXT) for words in told):
-        remedy = "convert it to UTF-8; bytes that are no text may go encoded, as base64 say"
+    if not remedy and any(words.endswith(_NO_TEXT) for words in problems):
+        remedy = "convert it to UTF-8; encode bytes that are not text, for example as base64"
     return InvalidParams(message, remedy=remedy, data=error.data)
 
 
-def _told(path: str, problem: str) -> str:
-    """A fault in words: the option, or the argument of the command, and what is wrong with it."""
+def _format_fault(path: str, problem: str) -> str:
+    """Format a fault: the option, or the argument of the command, and what is wrong with it."""
     if problem == _SURROGATE:
         problem = _NO_TEXT
     if path in _SIZES:
@@ -109,10 +109,10 @@ def _told(path: str, problem: str) -> str:
 
 
 def _with_units(problem: str) -> str:
-    """A fault of a number of bytes, told as sizes are."""
+    """Write the numbers of bytes in a fault as sizes with units."""
 
-    def told(found: re.Match[str]) -> str:
+    def with_units(found: re.Match[str]) -> str:
         low, high, asked = (format_limit(int(number)) for number in found.groups()[1:])
         return f"{found['words']}from {low} to {high}, not {asked}"
 
-    return _BOUNDS.sub(told, problem)
+    return _BOUNDS.sub(with_units, problem)

@@ -1,10 +1,10 @@
-"""`whoami` and `ping`: who the server takes us for, and how fast it answers."""
+"""`whoami` and `ping`: the name and role that the server sees, and how fast it answers."""
 
 import time
 
 import asyncclick as click
 
-from jobworker.cli.console import say
+from jobworker.cli.console import print_text
 from jobworker.cli.failures import one_line
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
@@ -17,15 +17,15 @@ from jobworker.json_text import dumps
 @json_option()
 @pass_invocation
 async def whoami(invocation: Invocation) -> None:
-    """Tell our name and role, as the server takes them from our certificate."""
+    """Show your name and role, which the server reads from your certificate."""
     async with open_connection(invocation) as client:
         welcome = await client.hello()
     if invocation.json:
-        say(dumps({**unstructure(welcome), "server": str(invocation.target().address)}))
+        print_text(dumps({**unstructure(welcome), "server": str(invocation.target().address)}))
         return
-    say(f"Name: {one_line(welcome.name)}")
-    say(f"Role: {one_line(welcome.role)}")
-    say(f"Server: {invocation.target().address} (jobworker {one_line(welcome.version)})")
+    print_text(f"Name: {one_line(welcome.name)}")
+    print_text(f"Role: {one_line(welcome.role)}")
+    print_text(f"Server: {invocation.target().address} (jobworker {one_line(welcome.version)})")
 
 
 @click.command()
@@ -36,23 +36,23 @@ async def whoami(invocation: Invocation) -> None:
     default=1,
     show_default=True,
     metavar="N",
-    help="How many times.",
+    help="Number of requests.",
 )
 @json_option()
 @pass_invocation
 async def ping(invocation: Invocation, count: int) -> None:
-    """Tell how long the server takes to be reached, and to answer a request."""
+    """Measure how long it takes to connect to the server, and to get a reply."""
     began = time.perf_counter()
     async with open_connection(invocation, patient=False) as client:
         connected = time.perf_counter() - began
         address = str(invocation.target().address)
         if not invocation.json:
-            say(f"connected to {address} in {connected * 1000:.1f} ms")
+            print_text(f"connected to {address} in {connected * 1000:.1f} ms")
         for number in range(1, count + 1):
             began = time.perf_counter()
             await client.hello()
             taken = time.perf_counter() - began
             if invocation.json:
-                say(dumps({"server": address, "number": number, "seconds": round(taken, 6)}))
+                print_text(dumps({"server": address, "number": number, "seconds": round(taken, 6)}))
             else:
-                say(f"answer {number} in {taken * 1000:.1f} ms")
+                print_text(f"answer {number} in {taken * 1000:.1f} ms")

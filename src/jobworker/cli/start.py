@@ -1,14 +1,14 @@
-"""Where `worker-cli` and `worker` begin and end: Ctrl-C is silent while Python loads and unloads.
+"""Entry points of `worker-cli` and `worker`: Ctrl-C prints no traceback during imports and exit.
 
-Python raises KeyboardInterrupt wherever it is. Inside of an import, or when the interpreter shuts
-down, nothing can catch it, and a person who changed their mind is shown twenty lines of a trace. So
-SIGINT ends the process at once, as it ends a program in C, until the program can answer it and
-after it has. Where somebody has SIGINT ignored, it stays ignored. What comes before this module,
-the start of Python itself, is beyond our reach.
+Python raises KeyboardInterrupt in whatever code runs. During an import or the interpreter's
+shutdown, nothing can catch it, and the user gets twenty lines of traceback. So SIGINT has its
+default action, which ends the process at once, until `main` can handle it, and again after `main`.
+If SIGINT is ignored at the start, it stays ignored. The start of Python itself, before this module,
+cannot be protected.
 """
 
-# The C module below `signal`, whose own import (`enum`, `functools`, `collections`) takes longer
-# than all that it would protect from here.
+# The C module below `signal`. Importing `signal` itself would import `enum`, `functools` and
+# `collections`, and these imports take longer than the time that they would protect.
 import _signal as signal  # type: ignore[import-not-found]
 
 

@@ -1,4 +1,4 @@
-"""What a job's bytes become before a person sees them: controls made visible, lines stamped."""
+"""Transform a job's bytes for a person: make control characters visible, add times to lines."""
 
 import codecs
 import re
@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 
 
 class TerminalFilter:
-    """Makes visible what a terminal would act upon, but for line ends and tabs.
+    """Makes control characters visible, except line ends and tabs.
 
-    Control characters of ISO 6429 (C0, DEL and C1) become `\\x1b` and the like, and so do a
-    carriage return that no line feed follows (it would have a line overwritten) and bytes that are
-    no UTF-8. Marks that change the direction of text (Unicode, annex 9) become `\\u202e` and the
-    like. A character may be split over several pieces.
+    Control characters of ISO 6429 (C0, DEL and C1) become `\\x1b` and the like. So do bytes that
+    are not UTF-8, and a carriage return without a line feed, because it would overwrite the line.
+    Marks that change the direction of text (Unicode, annex 9) become `\\u202e` and the like. A
+    character may be split over several pieces.
     """
 
     _ACTS = re.compile(
@@ -23,7 +23,7 @@ class TerminalFilter:
         self._held = ""
 
     def feed(self, data: bytes, *, final: bool = False) -> bytes:
-        """The visible form of the next piece; what the piece after it decides is held back."""
+        """Return the visible form of the next piece; the end may be held back for the next one."""
         text = self._held + self._decoder.decode(data, final)
         self._held = "\r" if text.endswith("\r") and not final else ""
         text = text.removesuffix(self._held)
@@ -42,7 +42,7 @@ class LineStamper:
         self._within = False
 
     def feed(self, data: bytes, time: datetime) -> bytes:
-        """The next piece, which is not empty, with its stamps."""
+        """Return the next piece, which must not be empty, with the times of its lines."""
         moment = time.astimezone(UTC).isoformat(timespec="microseconds")
         stamp = moment.replace("+00:00", "Z ").encode("ascii")
         *lines, rest = data.split(b"\n")

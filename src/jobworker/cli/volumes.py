@@ -2,7 +2,7 @@
 
 import asyncclick as click
 
-from jobworker.cli.console import asking, ended_by_interrupt, say, tell
+from jobworker.cli.console import ended_by_interrupt, explain_interrupt, print_error, print_text
 from jobworker.cli.jobs import open_connection
 from jobworker.cli.options import Invocation
 from jobworker.cli.parameters import Megabytes, Typed, json_option, pass_invocation
@@ -17,7 +17,7 @@ SEE_LIST = "see `worker-cli volume list`"
 
 @click.group()
 def volume() -> None:
-    """Directories of a fixed size that outlive jobs: `run --volume NAME`."""
+    """Manage volumes: directories of a fixed size that outlive jobs (`run --volume NAME`)."""
 
 
 @volume.command()
@@ -26,19 +26,19 @@ def volume() -> None:
     type=Megabytes(),
     metavar="SIZE",
     required=True,
-    help="Its size: 100M, 10G; a number alone is MB of 2^20 bytes.",
+    help="Size of the volume: 100M, 10G; a number alone is MB of 2^20 bytes.",
 )
-@click.option("--thin", is_flag=True, help="Take from the disk only what is written.")
+@click.option("--thin", is_flag=True, help="Do not reserve the size on the server's disk.")
 @json_option()
 @click.argument("name", type=Typed())
 @pass_invocation
 async def create(invocation: Invocation, name: str, size: int, thin: bool) -> None:
-    """Make the volume NAME.
+    """Create the volume NAME.
 
-    Its size is reserved on the server's disk. With --thin it is not: a job that writes to it
-    while that disk is full loses what it writes, and FAILs. The size must fit into what is free
-    there in both cases; an empty thin volume takes what its file system needs, such as 257 MiB
-    of 60 GiB.
+    The server reserves its size on the disk. With --thin it does not; if the disk is full, a job
+    that writes to the volume loses its data and FAILs. In both cases, the size must fit into the
+    free space of the disk. An empty thin volume takes the space of its file system's own tables,
+    for example 257 MiB of 60 GiB.
     """
     _check_name("create", name)
     if not MIN_DISK_BYTES <= size <= MAX_DISK_BYTES:
@@ -46,10 +46,13 @@ async def create(invocation: Invocation, name: str, size: int, thin: bool) -> No
         fault = f"--size must be from {bounds}, not {format_limit(size)}"
         raise InvalidParams(f"cannot create the volume {name}: {fault}")
     async with open_connection(invocation) as client:
-        with ended_by_interrupt(), asking(f"the volume {name} may have been made: {SEE_LIST}"):
+        with (
+            ended_by_interrupt(),
+            explain_interrupt(f"the volume {name} may have been made: {SEE_LIST}"),
+        ):
             await client.make_volume(name, size, thin=thin)
     if invocation.json:
-        say(dumps({"name": name, "size_bytes": size, "thin": thin}))
+        print_text(dumps({"name": name, "size_bytes": size, "thin": thin}))
 
 
 @volume.command(name="list")
@@ -60,7 +63,7 @@ async def list_volumes(invocation: Invocation) -> None:
     async with open_connection(invocation) as client:
         found = await client.volumes()
     if invocation.json:
-        say(dumps(unstructure(found)))
+        print_text(dumps(unstructure(found)))
         return
     rows = [("NAME", "SIZE", "ON DISK", "JOBS", "KIND")]
     for each in found:
@@ -68,7 +71,7 @@ async def list_volumes(invocation: Invocation) -> None:
         rows.append((each.name, *sizes, str(each.jobs), "thin" if each.thin else "reserved"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        say("  ".join(map(str.ljust, row, widths)).rstrip())
+        print_text("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @volume.command()
@@ -76,7 +79,7 @@ async def list_volumes(invocation: Invocation) -> None:
 @click.argument("names", nargs=-1, required=True, type=Typed(), metavar="NAME...")
 @pass_invocation
 async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
-    """Remove volumes with all that is on them. Where one cannot be, the others are."""
+    """Remove volumes with all their files. If one cannot be removed, the others still are."""
     code = 0
     for name in names:
         _check_name("remove", name)
@@ -84,14 +87,14 @@ async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
         with ended_by_interrupt():
             for name in dict.fromkeys(names):
                 try:
-                    with asking(f"the volume {name} may have been removed: {SEE_LIST}"):
+                    with explain_interrupt(f"the volume {name} may have been removed: {SEE_LIST}"):
                         await client.remove_volume(name)
                 except JobworkerError as error:
-                    tell(error, json=invocation.json)
+                    print_error(error, json=invocation.json)
                     code = code or error.exit_code
                 else:
                     if invocation.json:
-                        say(dumps({"name": name}))
+                        print_text(dumps({"name": name}))
     return code
 
 

@@ -34,7 +34,7 @@ def finding(name: str, settings: Settings) -> Finding:
 def test_missing_key_is_named_with_a_remedy(tmp_path: Path) -> None:
     security = evolve(Settings().security, server_key=str(tmp_path / "none.pem"))
     found = finding("mode of the key", evolve(Settings(), security=security))
-    assert found.detail == f"cannot look at the key {tmp_path}/none.pem: No such file or directory"
+    assert found.detail == f"cannot examine the key {tmp_path}/none.pem: No such file or directory"
     assert "worker certs init" in found.remedy
 
 

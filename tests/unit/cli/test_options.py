@@ -96,7 +96,7 @@ def test_malformed_line_is_named_with_its_number(file: Path, line: str) -> None:
 @pytest.mark.parametrize("value", ["$NOBODY/x", '"${NOBODY}"', "$(pwd)/x", "`pwd`/x"])
 def test_variable_that_is_not_set_is_named_and_no_command_is_run(file: Path, value: str) -> None:
     file.write_text(f"export WORKER_CA_PATH={value}\n")
-    with pytest.raises(ConfigError, match=r"line 1: .* of WORKER_CA_PATH is no variable"):
+    with pytest.raises(ConfigError, match=r"line 1: .* of WORKER_CA_PATH is not set"):
         read_settings(file)
 
 
@@ -108,7 +108,7 @@ def test_file_that_is_no_text_is_refused(file: Path) -> None:
 
 def test_file_that_cannot_be_read_is_refused(file: Path) -> None:
     file.mkdir()
-    with pytest.raises(ConfigError, match="Is a directory; put a file of text there"):
+    with pytest.raises(ConfigError, match="Is a directory; put a text file there"):
         read_settings(file)
 
 
@@ -147,7 +147,7 @@ def test_patience_that_is_no_duration_is_refused_with_its_place(file: Path) -> N
 )
 def test_misspelt_name_is_refused_with_what_was_meant(file: Path, name: str, remedy: str) -> None:
     file.write_text(f"export A=b\nexport {name}=x\n")
-    with pytest.raises(ConfigError, match=f"config, line 2: {name} is no name") as caught:
+    with pytest.raises(ConfigError, match=f"config, line 2: {name} is not a known name") as caught:
         read_settings(file)
     assert caught.value.remedy.startswith(remedy)
 
