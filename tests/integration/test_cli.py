@@ -489,5 +489,5 @@ def test_key_that_others_can_read_is_told(cli: Cli, tmp_path: Path) -> None:
     key.chmod(0o644)
     done = cli("whoami", WORKER_KEY_PATH=str(key))
     assert done.returncode == 0
-    assert f"worker-cli: the key {key} is open to others" in done.stderr
+    assert f"worker-cli: the key {key} is open to other users" in done.stderr
     assert f"chmod 600 {key}" in done.stderr

@@ -299,7 +299,7 @@ async def test_remedy_of_an_address_is_for_every_caller(site: Site, address: str
     with pytest.raises(ConnectionFailed) as caught:
         async with jobworker.open_client(address, **site.files()):
             raise AssertionError("the connection was made")
-    assert "the address (of worker-cli: --server or " in caught.value.remedy
+    assert "the address (for worker-cli: --server " in caught.value.remedy
 
 
 async def echo(websocket: trio_websocket.WebSocketConnection) -> None:

@@ -96,7 +96,7 @@ async def test_request_that_is_too_large_is_refused_and_disturbs_no_other(
         nursery.start_soon(wait)
         await until(lambda: bytes(seen) == b"one\n")
         for _ in range(2):
-            with pytest.raises(MessageTooLarge, match="it was not carried out"):
+            with pytest.raises(MessageTooLarge, match="it was not executed"):
                 with trio.fail_after(20):
                     await client.run(too_large())
         assert (await client.job(job.id).status()).state is State.RUNNING

@@ -219,7 +219,7 @@ def test_certs_init_writes_the_set_and_never_overwrites(open_directory: Callable
     for path in directory.glob("*-key.pem"):
         assert path.stat().st_mode & 0o777 == 0o600
     again = subprocess.run(command, capture_output=True, text=True, check=False)
-    fails_with(again, 72, "there already")
+    fails_with(again, 72, "exists already")
 
 
 def test_certs_init_refuses_a_bad_host(open_directory: Callable[[], Path]) -> None:

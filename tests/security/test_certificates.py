@@ -237,7 +237,7 @@ def test_user_of_worker_cli_is_told_which_of_the_causes_it_is(
 async def test_host_name_that_the_server_does_not_bear(house: Embedded) -> None:
     names = house.environment()
     address = parse_address(house.address)
-    with pytest.raises(ServerUntrusted, match="bears another name"), trio.fail_after(PROMPTLY):
+    with pytest.raises(ServerUntrusted, match="is for another name"), trio.fail_after(PROMPTLY):
         async with open_client(
             f"127.1:{address.port}",  # resolves to 127.0.0.1, and is no name of the certificate
             ca=names["WORKER_CA_PATH"],

@@ -1,1 +1,1 @@
-"""The client's side: an address dialled, a connection kept, calls made and output followed."""
+"""The client's side: dial an address, keep the connection, make calls and follow output."""

@@ -1,7 +1,7 @@
-"""Where a server listens, as people write it: HOST, HOST:PORT, [IPv6] or [IPv6]:PORT.
+"""Parse the address of a server: HOST, HOST:PORT, [IPv6] or [IPv6]:PORT.
 
-An IPv6 address with a port stands in brackets (RFC 3986, section 3.2.2); alone it may stand
-bare, since nothing else has two colons.
+An IPv6 address with a port needs brackets (RFC 3986, section 3.2.2). Without a port it needs none,
+because no other form has two colons.
 """
 
 import socket
@@ -23,19 +23,19 @@ class Address:
 
     @property
     def server_name(self) -> str:
-        """The name that the server's certificate must bear: no zone of a link-local address."""
+        """The name that must be in the server's certificate: the host without an IPv6 zone."""
         return self.host.partition("%")[0]
 
 
 def parse_address(text: str) -> Address:
-    """The address that `text` stands for; the port is 50051 where it names none.
+    """Parse an address; without a port in `text`, the port is 50051.
 
-    Raises ValueError that says what is wrong.
+    Raises ValueError, which says what is wrong.
     """
     scheme, separator, rest = text.partition("://")
     if separator:
-        told = rest.partition("/")[0] or "HOST:PORT"
-        raise ValueError(f"{text!r} is a URL: write {told}, without {scheme}://")
+        form = rest.partition("/")[0] or "HOST:PORT"
+        raise ValueError(f"{text!r} is a URL: write {form}, without {scheme}://")
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or not _is_ipv6(host) or (rest and not rest.startswith(":")):
@@ -45,8 +45,8 @@ def parse_address(text: str) -> Address:
         host, port = text, str(DEFAULT_PORT)
         if not _is_ipv6(host):
             before, _, last = text.rpartition(":")
-            told = f"[{before}]:{last}" if _is_ipv6(before) else f"HOST:PORT or [::1]:{port}"
-            raise ValueError(f"{text!r} is not an IPv6 address: with a port, write {told}")
+            form = f"[{before}]:{last}" if _is_ipv6(before) else f"HOST:PORT or [::1]:{port}"
+            raise ValueError(f"{text!r} is not an IPv6 address: with a port, write {form}")
     else:
         host, colon, port = text.partition(":")
         port = port if colon else str(DEFAULT_PORT)

@@ -1,15 +1,15 @@
-"""Calls to one server, over as many connections as it takes.
+"""Calls to one server, which are retried over new connections when one breaks.
 
-One task keeps a connection (`serve`): it dials, serves the connection to its end, and dials anew
-when someone next needs one, with growing pauses, until patience ends. Those who wait then get the
-error; a later call begins again. The first connection must succeed: what is wrong with an address
-or a certificate is told at once.
+One task keeps a connection (`serve`). It dials, serves the connection to its end, and dials again
+when a call needs a connection, with growing pauses (exponential backoff), until the patience is
+over. The waiting calls then raise the error; a later call starts the attempts again. The first
+connection must succeed, so a wrong address or certificate is reported at once.
 
-What a call does when its connection breaks depends on why (`protocol.closing`) and on what it asks
-for. Asking, waiting, stopping and removing may be done twice, and are. Running a command and making
-a volume may not: they are asked again only where no server can have the whole request, or a service
-that is ending refused it (`shutting_down`); else the caller learns that the job may have been
-started.
+If its connection breaks, a call is retried or not, which depends on the reason (`protocol.closing`)
+and on the method. Queries, waits, stops and removals are idempotent, and are retried. To run a
+command or create a volume is not: such a call is retried only if no server can have the whole
+request, or if a service that is ending has refused it (`shutting_down`). Otherwise, the caller gets
+an error that the job may have been started.
 """
 
 import random
@@ -21,7 +21,7 @@ import trio
 from attrs import define, field
 
 from jobworker.client.address import Address
-from jobworker.client.following import Following, anew
+from jobworker.client.following import Following, copied
 from jobworker.client.link import Link, LinkLost
 from jobworker.errors import (
     Busy,
@@ -47,10 +47,11 @@ T = TypeVar("T")
 
 LARGE_BYTES = 1 << 20
 MOST_LOSSES = 3
-"""So often a call may break its connection before that is held for its fault: of a request of
-LARGE_BYTES that it is too large, of another that the line is too slow for it or its answer."""
+"""A call fails after so many broken connections, because the call itself may be the cause. With a
+request of LARGE_BYTES or more, the error is that the request is too large; with a smaller one, that
+the network may be too slow for the request or its reply."""
 PATIENT = frozenset({"job.wait", "job.stop"})
-"""Calls that wait for a job's end, for days perhaps: connections break meanwhile."""
+"""Calls that wait for a job's end, perhaps for days: any number of connections may break."""
 
 Dial = Callable[..., Awaitable[None]]
 """Serves one connection to its end, and reports it as started: `dial.serve_connection`."""
@@ -58,7 +59,7 @@ Dial = Callable[..., Awaitable[None]]
 
 @define(eq=False)
 class _Attempt:
-    """One try to have a connection, and how it went for all who wait for it."""
+    """One attempt to get a connection, shared by all calls that wait for it, and its result."""
 
     decided: trio.Event = field(factory=trio.Event)
     failure: JobworkerError | None = None
@@ -66,22 +67,22 @@ class _Attempt:
 
 @define(eq=False)
 class _Tries:
-    """How often one call was asked, and whether it may be asked again."""
+    """The history of one call's attempts, which decides whether it may be retried."""
 
     _uncertain: str = ""
-    """Of a call that must not be carried out twice: what to do where that is not known."""
+    """For a call that is not idempotent: the remedy if a server may have executed it; else ""."""
     _on_asked: Callable[[bool], None] | None = None
     may_have_been_done: bool = field(default=False, init=False)
-    """Whether a server may have had the request, and its answer was lost."""
+    """Whether an earlier request may have reached a server, and its reply was lost."""
     _losses: int = field(default=0, init=False)
 
-    def tell_asked(self, sent: bool) -> None:
-        """Tell whether a server may have the request, which is on its way or was sent last."""
+    def report_asked(self, sent: bool) -> None:
+        """Call the callback with whether a server may have the request; `sent`: the latest may."""
         if self._on_asked is not None:
             self._on_asked(self.may_have_been_done or sent)
 
     def lose(self, lost: LinkLost, name: str) -> None:
-        """Note that the connection was lost. Raises where the call may not be asked again."""
+        """Record that the connection was lost. Raises if the call must not be retried."""
         self.may_have_been_done = self.may_have_been_done or lost.sent
         self._losses += lost.broke and name not in PATIENT
         if self.may_have_been_done and self._uncertain:
@@ -99,19 +100,19 @@ class _Tries:
             raise MessageTooLarge(
                 f"cannot call {name}: {self._losses} connections broke under this request of "
                 f"{lost.size} bytes as JSON; the last one: {lost.reason.message}",
-                remedy="ask for less at once, or raise limits.max_message_bytes of the server",
+                remedy="send a smaller request, or raise limits.max_message_bytes of the server",
             ) from None
         raise ConnectionFailed(
-            f"cannot call {name}: {self._losses} connections broke before its answer had come; the "
-            f"last one: {lost.reason.message}",
-            remedy="is the line too slow for the answer? ask for less at once, such as a shorter "
-            "list (of worker-cli: --limit)",
+            f"cannot call {name}: {self._losses} connections broke before the reply had arrived; "
+            f"the last one: {lost.reason.message}",
+            remedy="is the network too slow for the reply? request less at once, such as a shorter "
+            "list (for worker-cli: --limit)",
         ) from None
 
 
 @define(eq=False, kw_only=True)
 class Calls:
-    """Calls methods of the protocol at one server, and keeps the connection for that."""
+    """Calls methods of the protocol at one server, and keeps the connection to it."""
 
     _address: Address
     _dial: Dial = field(repr=False)
@@ -132,12 +133,12 @@ class Calls:
         gone: T | None = None,
         on_asked: Callable[[bool], None] | None = None,
     ) -> T:
-        """Call a method of the protocol by name, as often as it takes to get an answer.
+        """Call an idempotent method of the protocol by name; retry it until there is a reply.
 
-        `on_asked` hears whether a server may have the request, when that changes.
+        `on_asked` is called with whether a server may have the request, whenever that changes.
 
-        `gone` is the result where the answer of an earlier try was lost, and a later one learns
-        NotFound: what was to be removed is.
+        `gone` is the result if the reply of an earlier attempt was lost and a later attempt gets
+        NotFound: the earlier one has removed the object.
         """
         tries = _Tries(on_asked=on_asked)
         try:
@@ -148,17 +149,17 @@ class Calls:
             return gone
 
     async def open_following(self, params: m.LogParams) -> Following:
-        """Open a subscription; it lasts no longer than the connection that it is opened on."""
+        """Open a subscription. It ends with the connection on which it is opened."""
         link, result = await self._call("job.log", params, m.LogResult, _Tries())
         return link.following(result.subscription, result.offset, result.starts)
 
     async def call_once(
         self, name: str, params: object, result: type[T], uncertain: str
     ) -> tuple[Link, T]:
-        """Call a method that must not be carried out twice.
+        """Call a method that must not be executed twice.
 
-        Where the server may have the request but its answer is lost, raises ConnectionFailed with
-        the remedy `uncertain`. Where it certainly does not have it, asks again.
+        If the reply is lost and the server may have the request, raises ConnectionFailed with the
+        remedy `uncertain`. If the server certainly does not have the request, retries it.
         """
         return await self._call(name, params, result, _Tries(uncertain))
 
@@ -168,33 +169,34 @@ class Calls:
         while True:
             link = await self._linked()
             try:
-                return link, await link.call(name, params, result, tries.tell_asked)
+                return link, await link.call(name, params, result, tries.report_asked)
             except LinkLost as lost:
                 tries.lose(lost, name)
                 if self._patience_seconds <= 0:
                     raise lost.reason from None
             except ShuttingDown:
-                tries.tell_asked(False)
-                # Not asked again here: an answer that is lost would leave open what became of it.
+                tries.report_asked(False)
+                # Wait for a new connection: if a retry on this one lost its reply, the caller
+                # could not know whether the request was executed.
                 with trio.move_on_after(self._patience_seconds):
                     await link.lost.wait()
                 if link.failure is None or self._patience_seconds <= 0:
                     raise
 
     async def _linked(self) -> Link:
-        """Wait for a connection. Raises why there is none."""
+        """Wait for a connection. Raises the reason if there is none."""
         while self._link is None or self._link.failure is not None:
             attempt = self._attempt
             self._wanted.set()
             await attempt.decided.wait()
             if attempt.failure is not None:
-                raise anew(attempt.failure)
+                raise copied(attempt.failure)
         return self._link
 
     # --- the task that keeps a connection ---------------------------------------------------
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep a connection; started once the first stands. Raises why that one cannot be made."""
+        """Keep a connection; reports `started` after the first one. Raises if that one fails."""
         lost = await self._serve_first_link(task_status.started)
         while self._patience_seconds > 0:
             await self._wanted.wait()
@@ -207,28 +209,31 @@ class Calls:
                 self._decide(refused)
         self._decide(lost, for_good=True)
 
-    async def _serve_first_link(self, tell_started: Callable[[], None]) -> JobworkerError:
-        """As `_serve_link`, for as long as a restart of the service may take."""
+    async def _serve_first_link(self, on_started: Callable[[], None]) -> JobworkerError:
+        """Call `_serve_link`; retry for the start patience, which covers a service's restart."""
         patience_ends = trio.current_time() + self._start_patience_seconds
-        told = False
+        reported = False
         while True:
             try:
-                return await self._serve_link(tell_started)
+                return await self._serve_link(on_started)
             except ConnectionFailed as failed:
                 over = trio.current_time() >= patience_ends
                 if over or isinstance(failed, HostUnknown | NoService):
                     raise
-                if self._on_refused is not None and not told:
+                if self._on_refused is not None and not reported:
                     self._on_refused(failed)
-                told = True
+                reported = True
             await trio.sleep(START_PAUSE_SECONDS * random.uniform(0.5, 1))  # noqa: S311
 
     async def _serve_next_link(self, lost: JobworkerError) -> JobworkerError:
-        """Dial until a connection stands, serve it: why it was lost. Raises when patience ends."""
+        """Dial until there is a connection, and serve it to its end.
+
+        Returns why the connection was lost. Raises if there is none when the patience is over.
+        """
         patience_ends = trio.current_time() + self._patience_seconds
         pause = FIRST_PAUSE_SECONDS
         while True:
-            # Not all clients at once, where a restart broke many.
+            # A random pause: after a restart, not all clients must connect at the same time.
             await trio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             try:
@@ -244,22 +249,25 @@ class Calls:
                     f"{lost.message}; connecting again: {why}", remedy=lost.remedy
                 ) from None
 
-    async def _serve_link(self, tell_started: Callable[[], None]) -> JobworkerError:
-        """Dial, and serve the connection to its end: why it was lost. Raises why there is none."""
+    async def _serve_link(self, on_started: Callable[[], None]) -> JobworkerError:
+        """Dial once, and serve the connection to its end.
+
+        Returns why the connection was lost. Raises if there is none.
+        """
         refusal: JobworkerError | None = None
         failure: JobworkerError | None = None
         async with trio.open_nursery() as nursery:
             try:
                 with _connecting(self._address):
                     connection = await nursery.start(self._dial)
-            except JobworkerError as error:  # carried around the nursery, which would wrap it
+            except JobworkerError as error:  # raised after the nursery, which would wrap it
                 refusal = error
             else:
                 self._link = link = Link(connection)
                 nursery.start_soon(link.serve_writer)
                 nursery.start_soon(link.serve_reader)
                 self._decide(None)
-                tell_started()
+                on_started()
                 await link.lost.wait()
                 failure = link.failure
             nursery.cancel_scope.cancel()
@@ -283,9 +291,10 @@ class Calls:
             self._attempt = _Attempt()
 
     async def aclose(self, *, goodbye: bool = True) -> None:
-        """Close: a call that waits, or comes later, raises ConnectionFailed.
+        """Close the connection: waiting and later calls raise ConnectionFailed.
 
-        With `goodbye` the server is told, for at most a second; without, this does not wait.
+        With `goodbye`, send a closing frame first, which takes at most a second. Without it, this
+        does not wait.
         """
         if goodbye and self._link is not None:
             await self._link.connection.aclose()
@@ -307,6 +316,6 @@ def _connecting(address: Address) -> Iterator[None]:
     except trio.TooSlowError:
         raise ConnectionFailed(
             f"cannot connect to {address}: no answer within {CONNECT_SECONDS:.0f} s",
-            remedy="is a firewall in between? check the address (of worker-cli: --server or "
+            remedy="is a firewall in between? check the address (for worker-cli: --server or "
             "WORKER_SERVER)",
         ) from None

@@ -1,8 +1,7 @@
-"""The parameters of a call, made of what a caller gave, by the rules that the server has.
+"""Make the parameters of a call from a caller's Python values, by the rules of the server.
 
-Whatever is wrong with them is told as InvalidParams, with the path of the value, before anything is
-sent. What Python has several forms for is taken in each: a sequence or another iterable, a member
-of an enumeration or its value.
+An invalid value is InvalidParams, with the path of the value, before anything is sent. Any iterable
+is accepted as a list, and a member of an enumeration or its value.
 """
 
 from typing import TypeVar
@@ -15,13 +14,13 @@ T = TypeVar("T")
 
 
 def check_callback(doing: str, name: str, value: object) -> None:
-    """Raise InvalidParams for what is neither None nor to be called."""
+    """Raise InvalidParams for a value that is neither None nor callable."""
     if value is not None and not callable(value):
         raise InvalidParams(f"cannot {doing}: {name}: must be a function, not {kind(value)}")
 
 
 def checked(doing: str, cls: type[T], **values: object) -> T:
-    """A `cls` of these values. Raises InvalidParams: "cannot DOING: path: what is wrong"."""
+    """Make a `cls` from values. Raises InvalidParams: "cannot DOING: path: problem"."""
     plain = {}
     for name, value in values.items():
         try:

@@ -1,6 +1,6 @@
 """The public client: a typed method for each method of the protocol.
 
-`calls` keeps the connection and asks again where one breaks.
+`calls` keeps the connection and retries calls when it breaks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,16 +23,16 @@ from jobworker.protocol import messages as m
 class Client:
     """A client of one server; `open_client` makes one.
 
-    Every method raises ConnectionFailed where the connection is lost and patience ends,
-    CertificateRefused where the server ends it because our certificate was revoked or has expired,
-    PermissionDenied where the certificate's role does not allow the call, and NotFound for a job
-    that does not exist. Cancelling a call abandons its wait and stops no job.
+    Every method raises ConnectionFailed if the connection is lost and the patience is over,
+    CertificateRefused if the server closes the connection because the client's certificate was
+    revoked or has expired, PermissionDenied if the certificate's role does not allow the call, and
+    NotFound for a job that does not exist. A cancelled call abandons its wait and stops no job.
     """
 
     _calls: Calls
 
     async def hello(self) -> m.Welcome:
-        """Ask who the server is, and whom it takes this client for.
+        """Ask for the server's version, and for this client's name and role.
 
         >>> welcome = await client.hello()
         >>> welcome.name, welcome.role
@@ -41,13 +41,13 @@ class Client:
         return await self._calls.call("service.hello", m.Nothing(), m.Welcome)
 
     async def run(self, spec: JobSpec | Sequence[str], *, follow: bool = False) -> Job:
-        """Run a command, alone or with all that a JobSpec says of it: the job as admitted.
+        """Run a command, given as a list or in a JobSpec, and return the admitted job.
 
-        With `follow` the output comes along, which saves `Job.output` a round trip; a window of it
-        is kept until someone takes it.
+        With `follow`, the reply opens a subscription to the output, which saves `Job.output` a
+        round trip; one window of output is buffered until `Job.output` is called.
 
-        Raises InvalidParams, TooLarge, Busy, SandboxError where the job cannot be started, and
-        ConnectionFailed where it may have been.
+        Raises InvalidParams, TooLarge, Busy, SandboxError if the job cannot be started, and
+        ConnectionFailed if it is unknown whether it was started.
 
         >>> job = await client.run(["echo", "hello"])
         >>> async for chunk in job.output():
@@ -77,9 +77,9 @@ class Client:
         return Job(self._calls, result.job.id, result.job, first)
 
     async def plan(self, spec: JobSpec | Sequence[str]) -> m.Plan:
-        """How a command would be run: its limits, and the steps of its start; nothing is run.
+        """Return how a command would be run: its limits, and the steps of its start. Runs nothing.
 
-        Raises what would refuse it before its first step.
+        Raises the same errors as `run` before the first step of a start.
 
         >>> plan = await client.plan(["true"])
         >>> plan.steps[0].name, plan.steps[-1].subject
@@ -88,7 +88,7 @@ class Client:
         return await self._calls.call("job.plan", m.PlanParams(job=_spec(spec)), m.Plan)
 
     def job(self, number: int) -> Job:
-        """The job of that number; the server is not asked yet.
+        """Return the job with this id, without a request to the server.
 
         >>> job = client.job((await client.run(["true"])).id)
         >>> (await job.wait()).exit_code
@@ -109,12 +109,12 @@ class Client:
         limit: int = 100,
         before: int | None = None,
     ) -> tuple[JobRecord, ...]:
-        """List at most `limit` (at most 1000) jobs, newest first, by summaries.
+        """List summaries of at most `limit` (at most 1000) jobs, newest first.
 
-        Only those in `states`, where any are given, with all of `labels`, called `name` if that is
-        given, and with ids below `before`: the smallest id of the page before. Fewer may come where
-        the search is long; none is the end. A summary has no variables, and its command may be cut
-        (`record.abridged`); `Job.status` tells all.
+        The jobs are in one of `states` (any state if empty), have all of `labels`, have the name
+        `name` (any name if ""), and have ids below `before`, the smallest id of the page before. If
+        the search is long, fewer jobs are returned; no job is the end. A summary has no variables,
+        and its command may be cut (`record.abridged`); `Job.status` returns all of a job.
 
         >>> job = await client.run(["sleep", "60"])
         >>> [record.spec.command for record in await client.list(states=[State.RUNNING], limit=1)]
@@ -143,20 +143,20 @@ class Client:
         """
         if not isinstance(params, m.PruneParams):
             raise InvalidParams(
-                f"cannot prune: what is to go must be PruneParams, not {kind(params)}",
+                f"cannot prune: params: must be PruneParams, not {kind(params)}",
                 remedy="such as PruneParams(older_than_seconds=86400)",
             )
         sound = checked("prune", m.PruneParams, **asdict(params))
         return await self._calls.call("job.prune", sound, m.Removed)
 
     async def make_volume(self, name: str, size_bytes: int, *, thin: bool = False) -> None:
-        """Make a volume: a disk of that size which outlives jobs, at least 16 MiB.
+        """Create a volume: a disk of this size, at least 16 MiB, that outlives jobs.
 
-        The server's disk has it reserved. A thin one takes what is written to it, and a job that
-        writes to it while that disk is full loses what it writes, and is FAILED. Either must fit
-        into what is free there when it is made.
+        The server reserves the size on its disk. A `thin` volume uses only the space that is
+        written to it; if the server's disk is full, a job that writes to it loses its data and is
+        FAILED. In both cases, the size must fit into the disk's free space at the creation.
 
-        Raises InvalidParams where it exists, or the server's disk has no room for it.
+        Raises InvalidParams if the volume exists, or if the server's disk has no room for it.
 
         >>> await client.make_volume("cache", 64 << 20)
         >>> await client.remove_volume("cache")
@@ -176,7 +176,7 @@ class Client:
         return (await self._calls.call("volume.list", m.Nothing(), m.Volumes)).volumes
 
     async def remove_volume(self, name: str) -> None:
-        """Remove a volume with all that is on it. Raises NotFound, and Busy while a job has it.
+        """Remove a volume with its files. Raises NotFound, and Busy while a live job uses it.
 
         >>> await client.make_volume("old", 16 << 20)
         >>> await client.remove_volume("old")
@@ -189,7 +189,7 @@ def _spec(spec: JobSpec | Sequence[str]) -> JobSpec:
     if isinstance(spec, str):
         raise InvalidParams(
             f"cannot run {shortened(spec)!r}: the command is one string",
-            remedy='give program and arguments apart: ["ls", "-l"], or ["sh", "-c", "ls | wc"]',
+            remedy='give a list of program and arguments: ["ls", "-l"], or ["sh", "-c", "ls | wc"]',
         )
     values = {"command": spec} if not isinstance(spec, JobSpec) else asdict(spec, recurse=False)
     made = checked("run the command", JobSpec, **values)

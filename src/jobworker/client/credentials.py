@@ -1,9 +1,9 @@
-"""The client's three files, read anew for each connection.
+"""The client's three files, which are read again for each connection.
 
-Certificates are renewed while clients run. A client that dials makes its TLS context of the files
-as they are then. Files that are being replaced may not fit each other for a moment: they are given
-`SETTLE_SECONDS`, and then the last context that was good is used, as it is where the files cannot
-be read any more (a process that gave its rights up, say).
+Certificates are renewed while clients run, so a client that dials makes its TLS context from the
+current files. While the files are being replaced, they may not match for a moment. The client then
+retries for `SETTLE_SECONDS`, and after that uses the last good context. It also uses that context
+if it can no longer read the files, for example after it has changed its user.
 """
 
 import logging
@@ -28,17 +28,17 @@ def _absolute(path: Path) -> Path:
 
 @define(eq=False)
 class Credentials:
-    """The files, and the TLS context that was made of them last."""
+    """The files, and the last TLS context that was made of them."""
 
     ca: Path = field(converter=_absolute)
     certificate: Path = field(converter=_absolute)
     key: Path = field(converter=_absolute)
-    """All of them absolute: the working directory may change before they are read again."""
+    """All three are absolute: the working directory may change before they are read again."""
     _context: ssl.SSLContext | None = field(default=None, init=False, repr=False)
     _content: tuple[bytes, ...] = field(default=(), init=False, repr=False)
 
     def read(self) -> ssl.SSLContext:
-        """The context of the files as they are now. Raises CredentialsUnusable."""
+        """Return the TLS context of the current files. Raises CredentialsUnusable."""
         before = self._contents()
         while self._context is None or before != self._content:
             context = client_context(ca=self.ca, certificate=self.certificate, key=self.key)
@@ -51,7 +51,10 @@ class Credentials:
         return self._context
 
     async def renewed(self) -> ssl.SSLContext:
-        """The same; of files that are unusable now but once were not, the last good context."""
+        """Return the same, or the last good context if the files have become unusable.
+
+        Raises CredentialsUnusable if there was no good context before.
+        """
         ends = trio.current_time() + SETTLE_SECONDS
         while True:
             try:
@@ -67,4 +70,4 @@ class Credentials:
         try:
             return tuple(path.read_bytes() for path in (self.ca, self.certificate, self.key))
         except (OSError, ValueError):
-            return ()  # whoever loads them names the fault
+            return ()  # `client_context` reports the error

@@ -2,12 +2,12 @@
 
     name ─► TCP ─► TLS 1.3 ─► HTTP upgrade ─► messages
 
-In TLS 1.3 the client's handshake is over before the server has looked at its certificate
-(RFC 8446, section 2), so a refusal arrives as an alert on the first read after it. Every refusal
-is told at once, in words, and no exception of TLS or WebSocket leaves this module.
+In TLS 1.3 the client's handshake is over before the server has checked its certificate (RFC 8446,
+section 2), so a refusal arrives as an alert at the first read after it. Each refusal is raised as a
+JobworkerError; no exception of TLS or WebSocket leaves this module.
 
-What a server that answers in plain HTTP says (a refusal for this role, say) is taken from its
-body: `{"error": {"code", "message", "remedy"}}`.
+A server may refuse the upgrade with a plain HTTP response, for example because of the client's
+role. The error is then in its body: `{"error": {"code", "message", "remedy"}}`.
 """
 
 import os
@@ -33,7 +33,7 @@ from jobworker.errors import (
     error_from_wire,
 )
 from jobworker.json_text import loads
-from jobworker.pki.own_certificate import told_precisely
+from jobworker.pki.own_certificate import with_cause
 from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.closing import ENDED, Verdict, verdict
 from jobworker.protocol.methods import SUBPROTOCOL
@@ -46,15 +46,15 @@ _EXCERPT_CHARACTERS = 200
 
 @define(eq=False)
 class Connection:
-    """An open connection: whole messages, both ways, in order."""
+    """An open connection: whole messages in both directions, in order."""
 
     _socket: WebSocket
     _address: Address
     is_ended: bool = False
-    """Whether the server said that it ends, and broke nothing off."""
+    """Whether the server has announced its end by a closing frame (`closing.ENDED`)."""
 
     async def send(self, message: str) -> None:
-        """Send a message. Raises as `receive` does; if cancelled, the connection is broken."""
+        """Send a message. Raises as `receive` does; a cancellation breaks the connection."""
         try:
             await self._socket.send(message)
         except Closed as closed:
@@ -63,8 +63,8 @@ class Connection:
     async def receive(self) -> str | bytes | memoryview:
         """Wait for the next message; a view is valid until the next call.
 
-        Raises, once there is none to come, what `closing` says of the server's closing frame:
-        ConnectionFailed where the client may go on over another connection, CertificateRefused,
+        At the end, raises the error that `closing` has for the server's closing frame:
+        ConnectionFailed if the client may go on over a new connection, CertificateRefused,
         MessageTooLarge, or ProtocolError.
         """
         try:
@@ -78,14 +78,14 @@ class Connection:
             raise self._lost(failure) from None
 
     async def aclose(self) -> None:
-        """Say goodbye, for at most a second, and close."""
+        """Send a closing frame, wait at most a second for the server's, and close."""
         with trio.move_on_after(CLOSE_SECONDS, shield=True):
             await self._socket.aclose()
 
     def _lost(self, failure: Exception) -> JobworkerError:
         if isinstance(failure, Violation):
             return ProtocolError(
-                f"cannot go on: the server does not keep to the protocol ({failure})",
+                f"cannot go on: the server violates the protocol ({failure})",
                 remedy="do client and server have the same version?",
             )
         if isinstance(failure, Closed) and failure.code != LOST:
@@ -121,10 +121,9 @@ async def serve_connection(
 ) -> None:
     """Connect, report the Connection as started, and keep it until it is closed.
 
-    Before it has started, raises HostUnknown, ConnectionFailed, ServerUntrusted,
-    CertificateRefused (`own`, our certificate's file, helps to say why) or what the server
-    answered; the caller bounds the time. Afterwards it raises nothing: whoever sends or receives
-    is told.
+    Before `started`, raises HostUnknown, ConnectionFailed, ServerUntrusted, CertificateRefused
+    (with the cause found in `own`, the client's certificate file) or the server's error; the caller
+    bounds the time. After `started`, it raises nothing: `send` and `receive` raise.
     """
     stream: trio.abc.AsyncResource = (tcp := await _reach(address))
     try:
@@ -136,7 +135,7 @@ async def serve_connection(
             socket_ = await upgrade(secured, str(address), SUBPROTOCOL)
         except trio.BrokenResourceError as broken:
             refusal = _refusal(address, broken.__cause__)
-            raise told_precisely(refusal, own) if own else refusal from None
+            raise with_cause(refusal, own) if own else refusal from None
         except Closed:
             raise _refusal(address, None) from None
         except Violation as violation:
@@ -153,25 +152,25 @@ async def _reach(address: Address) -> trio.SocketStream:
     try:
         stream = await trio.open_tcp_stream(address.host, address.port)
     except (socket.gaierror, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no host name"
+        why = error.strerror if isinstance(error, OSError) else "it is not a host name"
         raise HostUnknown(
             f"cannot connect to {address}: cannot resolve {address.host!r}: {why}",
-            remedy="check the name in the address (of worker-cli: --server or WORKER_SERVER)",
+            remedy="check the name in the address (for worker-cli: --server or WORKER_SERVER)",
         ) from None
     except OSError as error:
-        # For several addresses trio gives a group of what each attempt met.
+        # If the name has several addresses, trio raises a group of each attempt's error.
         why = _system_reason(error.__cause__) or _system_reason(error) or str(error)
         raise ConnectionFailed(
             f"cannot connect to {address}: {why}",
-            remedy="is `worker serve` running there? check the address (of worker-cli: --server or "
-            "WORKER_SERVER)",
+            remedy="is `worker serve` running there? check the address (for worker-cli: --server "
+            "or WORKER_SERVER)",
         ) from None
     _keep_alive(stream)
     return stream
 
 
 def _keep_alive(stream: trio.SocketStream) -> None:
-    """Have the kernel find out that the server's machine is gone: tcp(7)."""
+    """Enable TCP keep-alive, so that the kernel detects a lost server machine: tcp(7)."""
     with suppress(OSError):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
@@ -180,14 +179,14 @@ def _keep_alive(stream: trio.SocketStream) -> None:
 
 
 def _refusal(address: Address, failure: BaseException | None) -> JobworkerError:
-    """Why there is no connection: how the stream failed, None where it was closed."""
+    """Make the error for a failed start: `failure` of the stream, None if it was closed."""
     if isinstance(failure, ssl.SSLError):
         return client_refusal(failure)
     if failure is None:
         return _other_server(address, "it closed the connection", ConnectionFailed)
     why = _system_reason(failure) or "the connection broke"
     return ConnectionFailed(
-        f"cannot connect to {address}: the server broke off ({why})",
+        f"cannot connect to {address}: the server broke the connection ({why})",
         remedy="its log may say why; check the certificate and the key as well",
     )
 
@@ -198,7 +197,7 @@ def _other_server(
     return cls(
         f"cannot connect to {address}: the server closed the connection, "
         f"or does not speak {SUBPROTOCOL} ({why})",
-        remedy="check that a jobworker service has this address, and its log",
+        remedy="check that a jobworker service has this address, and read its log",
     )
 
 
@@ -206,9 +205,9 @@ def _rejection(address: Address, rejected: Rejected) -> JobworkerError:
     text = rejected.body.decode("utf-8", "replace")
     with suppress(MalformedJSON):
         body = loads(text)
-        told = body.get("error") if isinstance(body, dict) else None
-        if isinstance(told, dict):
-            code, message, remedy = told.get("code"), told.get("message"), told.get("remedy", "")
+        error = body.get("error") if isinstance(body, dict) else None
+        if isinstance(error, dict):
+            code, message, remedy = error.get("code"), error.get("message"), error.get("remedy", "")
             if type(code) is int and isinstance(message, str) and isinstance(remedy, str):
                 return error_from_wire(code, message, {"remedy": remedy})
     excerpt = " ".join(text.split())[:_EXCERPT_CHARACTERS]
@@ -220,7 +219,7 @@ def _rejection(address: Address, rejected: Rejected) -> JobworkerError:
 
 
 def _system_reason(error: BaseException | None) -> str:
-    """What the system says of a failure, such as "Connection refused"; "" where it is silent."""
+    """The system's reason for a failure, such as "Connection refused"; "" if it has none."""
     if isinstance(error, BaseExceptionGroup):
         reasons = [_system_reason(inner) for inner in error.exceptions]
         return ", ".join(dict.fromkeys(reason for reason in reasons if reason))

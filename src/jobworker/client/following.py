@@ -1,8 +1,9 @@
 """A job's output as it arrives: a queue that the connection's reader fills and one task empties.
 
-Flow control is by credits. The server may be `WINDOW_BYTES` ahead of the consumer, and what the
-consumer has taken is granted anew, half a window at a time. So the reader never waits
-for a consumer: a slow one delays neither replies nor another one, and costs one window.
+Flow control is by credits. The server may be `WINDOW_BYTES` ahead of the consumer, and the client
+grants new credit for consumed bytes, half a window at a time. So the reader never waits for a
+consumer. A slow consumer delays neither replies nor another consumer, and costs one window of
+memory.
 """
 
 from collections.abc import Callable
@@ -37,18 +38,18 @@ class Chunk:
 
 @define(eq=False)
 class Inbox:
-    """What has arrived for one subscription: the reader's end."""
+    """The queue of one subscription's messages: the reader's end."""
 
     _send: trio.MemorySendChannel[Output | OutputEnd | JobworkerError]
     receiver: trio.MemoryReceiveChannel[Output | OutputEnd | JobworkerError]
 
     @classmethod
     def make(cls) -> "Inbox":
-        """An empty one; credits bound it."""
+        """Make an empty queue. It needs no bound, because the credits bound it."""
         return cls(*trio.open_memory_channel[Output | OutputEnd | JobworkerError](float("inf")))
 
     def put(self, item: Output | OutputEnd | JobworkerError) -> None:
-        """Add what has come, unless nobody is to take it any more."""
+        """Add a message, or drop it if the subscription was closed."""
         try:
             self._send.send_nowait(item)
         except trio.BrokenResourceError:
@@ -62,33 +63,33 @@ class Following:
     record: JobRecord | None = field(default=None, init=False)
     """The job at the end of its output; None before."""
     offset: int = 0
-    """Position after the last chunk, in both streams together: where to go on."""
+    """Position after the last chunk, in both streams together: the offset to resume at."""
     starts: tuple[StreamStart, ...] = ()
-    """Where streams are to begin of which no chunk has come."""
+    """The starts of the streams of which no chunk has arrived yet."""
     _inbox: Inbox
     _grant: Callable[[int], None]
     _forget: Callable[[bool], None]
     _drop: Callable[[], None]
     _next: Output | OutputEnd | JobworkerError | None = field(default=None, init=False)
-    """What has come and was only looked at."""
+    """A message that `receive_nowait` has read from the queue and left for `__anext__`."""
     _taken_bytes: int = field(default=0, init=False)
     _closed: bool = field(default=False, init=False)
 
     def __del__(self) -> None:
-        # Whoever left its loop half way and kept nothing. Collection may run anywhere, so this
-        # only leaves a mark for the connection's reader.
+        # The consumer has left its loop half way without `close`. Garbage collection may run in
+        # any thread and at any point, so this only leaves a mark for the connection's reader.
         if not self._closed and self.record is None:
             self._drop()
 
     def close(self) -> None:
-        """End the subscription; a second call does nothing."""
+        """End the subscription. Idempotent."""
         if not self._closed:
             self._closed = True
             self._inbox.receiver.close()
             self._forget(self.record is not None)
 
     def receive_nowait(self) -> Chunk | None:
-        """The next chunk if it has come; None where it has not, or what came is no chunk."""
+        """Return the next chunk if it has arrived; None if nothing has, or an end or an error."""
         if self._next is None:
             try:
                 self._next = self._inbox.receiver.receive_nowait()
@@ -110,8 +111,8 @@ class Following:
             await trio.lowlevel.checkpoint()
         item, self._next = self._next, None
         if isinstance(item, JobworkerError):
-            self._inbox.put(item)  # so that another try does not wait for ever
-            raise anew(item)
+            self._inbox.put(item)  # a second call must raise too, not wait for ever
+            raise copied(item)
         if isinstance(item, OutputEnd):
             return self._finish(item)
         return self._take(item)
@@ -142,6 +143,6 @@ def _error_named(name: str, message: str) -> JobworkerError:
     return classes.get(name, InternalError)(message)
 
 
-def anew(error: JobworkerError) -> JobworkerError:
-    """A copy to raise: one that several tasks raise would carry the traces of all."""
+def copied(error: JobworkerError) -> JobworkerError:
+    """Return a copy to raise: if several tasks raised one error, its traceback would grow."""
     return type(error)(error.message, remedy=error.remedy, data=error.data)

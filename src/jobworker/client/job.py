@@ -1,6 +1,7 @@
-"""A job as its client sees it: a number, what can be asked about it, and its output.
+"""A job on the client's side: its id, the calls about it, and its output.
 
-Neither holds the job itself: dropping them, leaving a loop or being cancelled never stops it.
+These objects do not own the job. It goes on if they are deleted, if a loop over its output is left,
+or if a call is cancelled.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,39 +32,39 @@ class Job:
     """One job of a server; `Client.run` and `Client.job` make it.
 
     Every method raises NotFound for a job that does not exist (or is another tenant's),
-    PermissionDenied where the certificate's role does not allow it, and ConnectionFailed where
-    the connection is lost and the client's patience ends.
+    PermissionDenied if the certificate's role does not allow the call, and ConnectionFailed if the
+    connection is lost and the client's patience is over.
     """
 
     _calls: Calls = field(repr=False)
     id: JobId
     record: JobRecord | None = None
-    """The job as it was when the server last told of it; None where it was never asked.
+    """The latest record that the server has sent; None before the first.
 
-    A summary (`JobRecord.abridged`) unless `status` has asked for all of it.
+    It is a summary (`JobRecord.abridged`), or the whole record after `status`.
     """
     _first: Following | None = field(default=None, repr=False)
-    """The subscription that came with the job, until someone takes it."""
+    """The subscription that `Client.run` has opened, until `output` uses it."""
 
     async def status(self) -> JobStatus:
-        """Ask for all of the job's record, with what it uses at this moment.
+        """Return the whole record of the job, with its current usage.
 
         >>> (await job.status()).state
         <State.RUNNING: 'RUNNING'>
         """
         params = checked("ask for the job", m.JobParams, id=self.id)
-        self.record = told = await self._calls.call("job.status", params, JobStatus)
-        return told
+        self.record = record = await self._calls.call("job.status", params, JobStatus)
+        return record
 
     async def wait(self) -> JobRecord:
-        """Wait for the job's end: a summary of its final record.
+        """Wait for the job's end, and return a summary of its final record.
 
         >>> job = await client.run(["sh", "-c", "exit 3"])
         >>> record = await job.wait()
         >>> record.state, record.reason, record.exit_code
         (<State.FAILED: 'FAILED'>, <Reason.EXIT: 'exit'>, 3)
         """
-        return await self._told("job.wait", checked("wait for the job", m.JobParams, id=self.id))
+        return await self._call("job.wait", checked("wait for the job", m.JobParams, id=self.id))
 
     async def stop(
         self,
@@ -72,11 +73,12 @@ class Job:
         grace_seconds: float | None = None,
         on_asked: Callable[[bool], None] | None = None,
     ) -> JobRecord:
-        """Stop the job and wait for its end: a signal, a grace period, SIGKILL for what is left.
+        """Stop the job and wait for its end: a signal, a grace period, SIGKILL for all processes.
 
-        One that has ended already is left as it is. None stands for the server's grace period.
-        Where the wait is cancelled, the server goes on with the stop if it has been asked:
-        `on_asked` hears whether it may have been, when that changes.
+        A job that has ended stays unchanged. `grace_seconds=None` is the server's grace period.
+        Returns a summary of the final record. If the wait is cancelled after the server has got the
+        request, the server goes on with the stop. `on_asked` is called with whether the server may
+        have the request, whenever that changes.
 
         >>> (await job.stop(signal="INT", grace_seconds=2)).state
         <State.STOPPED: 'STOPPED'>
@@ -85,14 +87,14 @@ class Job:
         params = checked(
             "stop the job", m.StopParams, id=self.id, signal=signal, grace_seconds=grace_seconds
         )
-        return await self._told("job.stop", params, on_asked)
+        return await self._call("job.stop", params, on_asked)
 
     async def remove(self, *, force: bool = False) -> m.Removed:
-        """Remove an ended job: its output, and all that is known of it.
+        """Remove an ended job: its output and its record.
 
-        With `force` one that is alive is killed first. Raises Busy where it is alive, or where its
-        output is being followed. Where the answer was lost with a connection, and the job is gone
-        when asked again, 0 bytes are told.
+        `force` kills a live job first. Without it, raises Busy if the job is alive or a client
+        follows its output. If the reply is lost with the connection and the retry does not find the
+        job, it is removed, and the result has 0 bytes.
 
         >>> job = await client.run(["echo", "gone"])
         >>> record = await job.wait()
@@ -114,14 +116,16 @@ class Job:
         coalesce: bool = True,
         on_break: Callable[[JobworkerError, int], None] | None = None,
     ) -> "JobOutput":
-        """The job's output, from byte `offset` of both streams together.
+        """Return the job's output, from byte `offset` of both streams together.
 
-        With `tail_lines` or `since` (a moment, or so long ago by the server's clock) each stream
-        begins later, with a whole line: at the latest of all. A moment without a zone is local
-        time. With `follow` it goes on to the job's last byte, else it ends with what there is now.
-        Without `coalesce` no chunk joins what was written at two times. What is written to both
-        streams one shortly after the other may come in the other order. `on_break` hears of each
-        lost connection, and of the offset at which it goes on.
+        `tail_lines` and `since` let each stream begin later, with a whole line; the latest of the
+        given starts counts. `since` is a time (local without a zone), or a duration before now by
+        the server's clock. With `follow`, the output goes on to the job's last byte; without it,
+        it ends after the bytes that exist now.
+
+        Without `coalesce`, no chunk contains bytes that were written at different times. If a job
+        writes to both streams within a short time, their order may change. `on_break` is called
+        with the error of each lost connection and the offset at which the output resumes.
 
         >>> job = await client.run(["sh", "-c", "echo hello; echo oops >&2"])
         >>> async for chunk in job.output(streams=[Stream.STDOUT]):
@@ -131,8 +135,8 @@ class Job:
         check_callback("follow the job", "on_break", on_break)
         ago = since.total_seconds() if isinstance(since, timedelta) else None
         if not isinstance(since, datetime | timedelta | None):
-            told = f"must be a datetime or a timedelta, not {kind(since)}"
-            raise InvalidParams(f"cannot follow the job: since: {told}")
+            problem = f"must be a datetime or a timedelta, not {kind(since)}"
+            raise InvalidParams(f"cannot follow the job: since: {problem}")
         if not 0 <= (ago or 0) <= MAX_TIMEOUT_SECONDS:
             raise InvalidParams("cannot follow the job: since: must be from 0 to 3650 days ago")
         params = checked(
@@ -153,7 +157,7 @@ class Job:
             first, self._first = self._first, None
         return JobOutput(self._calls, params, on_break, first)
 
-    async def _told(
+    async def _call(
         self, method: str, params: object, on_asked: Callable[[bool], None] | None = None
     ) -> JobRecord:
         self.record = await self._calls.call(method, params, JobRecord, on_asked=on_asked)
@@ -164,12 +168,12 @@ class Job:
 class JobOutput:
     """The output of a job, chunk by chunk; iterate over it once, in one task.
 
-    A connection that breaks is made anew and the output goes on at the next byte, without gap or
-    repeat, as long as the client's patience lasts. After the last chunk `record` tells how the job
-    went. Leaving the `with` block, or `close`, ends the subscription at once; whoever leaves the
-    loop without one leaves that to Python's collection of garbage.
+    If the connection breaks, the client reconnects and the output resumes at the next byte, without
+    gap or repeat, as long as the client's patience lasts. After the last chunk, `record` is the
+    job's final record. The end of the `with` block, or `close`, ends the subscription at once. If a
+    loop is left without either, the garbage collector ends it later.
 
-    Iterating raises what the server met where it could not send the output to its end.
+    The iteration raises the server's error if the server could not send the output to its end.
 
     >>> job = await client.run(["seq", "3"])
     >>> with job.output() as output:
@@ -186,13 +190,13 @@ class JobOutput:
     """The job at the end of its output; None before."""
 
     offset: int = field(init=False)
-    """Position after the last chunk, in both streams together: where to go on."""
+    """Position after the last chunk, in both streams together: the offset to resume at."""
 
     def __attrs_post_init__(self) -> None:
         self.offset = self._params.offset
 
     def close(self) -> None:
-        """End the subscription; a second call does nothing."""
+        """End the subscription. Idempotent."""
         if self._following is not None:
             self._following.close()
             self._params = self._rest(self._following)
@@ -224,7 +228,7 @@ class JobOutput:
                 self.record = self._following.record
                 self.close()
             except (FollowerStalled, ShuttingDown):
-                # The consumer had paused, or the next service has the rest: go on.
+                # The consumer was too slow, or the service ends and the next one has the rest.
                 self.close()
             except (ConnectionFailed, CertificateRefused) as lost:
                 self.close()
@@ -236,9 +240,9 @@ class JobOutput:
         raise StopAsyncIteration
 
     def receive_nowait(self) -> Chunk | None:
-        """The next chunk if it has come already, for who would rather have many at once.
+        """Return the next chunk if it has arrived, to process many chunks at once.
 
-        None where nothing has come, or where it is no chunk: iterate on to wait, or to learn what.
+        Returns None if nothing has arrived, or an end or an error: iterate to wait, or to get it.
 
         >>> job = await client.run(["seq", "3"])
         >>> data = b""
@@ -256,7 +260,7 @@ class JobOutput:
         return chunk
 
     def _rest(self, begun: Following) -> m.LogParams:
-        """What to ask for next: what follows, whatever it began with."""
+        """The parameters of a new subscription to the output after that of `begun`."""
         return evolve(
             self._params,
             offset=begun.offset,

@@ -1,19 +1,19 @@
-"""One connection's calls and subscriptions: what is asked meets what is answered.
+"""One connection's calls and subscriptions: match replies to calls, and output to subscriptions.
 
-Three tasks serve a connection. The dialled connection's own reads frames. The reader gives
-each reply to the call that waits for it, by id, and each piece of output to its subscription. The
-writer alone sends: a call that is cancelled while it waits has its request sent whole or not at
-all. One whose sending has not begun is not sent any more; else cancelling abandons only the wait.
-What the server then answers is dropped, and a subscription that nobody took is ended.
+Three tasks serve a connection. The task of `dial.serve_connection` keeps it open. The reader passes
+each reply to the call with its id, and each piece of output to its subscription. The writer alone
+sends, so a request is sent whole or not at all, even if its call is cancelled. If the writer has
+not begun to send it, a cancelled call's request is dropped. Otherwise the request is sent, its
+reply is dropped, and a subscription that the reply opens is ended.
 
-Output may overtake the task that asked for it. The reader therefore opens a subscription's inbox
-itself, when it first hears of its number; numbers grow, so one below the highest that has no inbox
-is one that was closed here.
+Output may arrive before the task that asked for it runs. So the reader itself opens the inbox of a
+subscription at the first message with its number. Numbers grow: a number below the highest without
+an inbox belongs to a subscription that the client has closed.
 
-Once the connection is lost, every waiting call and every later one raises LinkLost, which says why
-and whether the server may have the request. One whose request was the largest of a connection that
-the server closed for a message's size (1009) is refused instead: sent again, it would break
-connection after connection.
+Once the connection is lost, every waiting or later call raises LinkLost, with the reason and
+whether the server may have the request. If the server has closed the connection because of a
+message's size (1009), the call with the largest request gets MessageTooLarge instead: its retry
+would break connection after connection.
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ import trio
 from attrs import define, field
 
 from jobworker.client.dial import Connection
-from jobworker.client.following import Following, Inbox, anew
+from jobworker.client.following import Following, Inbox, copied
 from jobworker.errors import ConnectionFailed, JobworkerError, MessageTooLarge, ProtocolError
 from jobworker.protocol import messages as m
 from jobworker.protocol.session import CallId, ClientSession, Output, Reply
@@ -32,16 +32,16 @@ from jobworker.protocol.session import CallId, ClientSession, Output, Reply
 T = TypeVar("T")
 
 
-def _nobody_asks(_: bool) -> None:
+def _ignore(_: bool) -> None:
     pass
 
 
 WORD_SECONDS = 1.0
-"""How long a connection that takes nothing more is read on: the server may say why."""
+"""After a failed send, how long the reader goes on: the server's closing frame may arrive."""
 
 
 class LinkLost(Exception):
-    """The connection was lost before the call was answered."""
+    """The connection was lost before the reply to a call arrived."""
 
     def __init__(
         self, reason: JobworkerError, *, sent: bool, size: int, broke: bool = False
@@ -49,9 +49,9 @@ class LinkLost(Exception):
         super().__init__(reason)
         self.reason, self.size = reason, size
         self.sent = sent
-        """False where the server certainly does not have the whole request."""
+        """False if the server certainly does not have the whole request."""
         self.broke = broke
-        """Whether sending had begun, and the server did not say that it ends."""
+        """Whether sending had begun, and the server had not announced its end."""
 
 
 @define(eq=False)
@@ -60,20 +60,20 @@ class _Pending:
 
     id: CallId
     size: int
-    """Of the request, in bytes."""
+    """Size of the request in bytes."""
     answered: trio.Event = field(factory=trio.Event)
     reply: Reply | JobworkerError | LinkLost | None = None
-    tell_sent: Callable[[bool], None] = _nobody_asks
-    """Hears of `sent` when that changes."""
+    on_sent: Callable[[bool], None] = _ignore
+    """Called with `sent` when that changes."""
     begun: bool = False
-    """Whether it is being sent, or was."""
+    """Whether the writer has begun to send it."""
     sent: bool = False
     """Whether the server may have the whole request."""
     abandoned: bool = False
-    """Whether the caller has gone."""
+    """Whether the call was cancelled."""
 
     def answer(self, reply: Reply | JobworkerError | LinkLost) -> None:
-        if self.reply is None:  # a connection may be lost before the caller has seen its reply
+        if self.reply is None:  # the connection may be lost before the caller has seen its reply
             self.reply = reply
             self.answered.set()
 
@@ -88,16 +88,16 @@ class Link:
     """Why the connection was lost; None while it is open."""
     _session: ClientSession = field(factory=ClientSession, init=False)
     _pending: dict[CallId, _Pending] = field(factory=dict, init=False)
-    """Calls without a reply, those of callers that have gone too."""
+    """Calls without a reply, cancelled ones included."""
     _inboxes: dict[int, Inbox] = field(factory=dict, init=False)
     _highest_subscription: int = field(default=0, init=False)
     _dropped: deque[int] = field(factory=deque, init=False)
-    """Subscriptions whose Following went without a word; filled by whoever collects garbage."""
+    """Subscriptions whose Following was deleted without `close`; filled by garbage collection."""
     _outgoing: trio.MemorySendChannel[tuple[str, _Pending | None]] = field(init=False)
     _to_send: trio.MemoryReceiveChannel[tuple[str, _Pending | None]] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        # Unbounded: each call in it has a task that waits for its reply.
+        # Unbounded, because each call in it has a task that waits for its reply.
         self._outgoing, self._to_send = trio.open_memory_channel[tuple[str, _Pending | None]](
             float("inf")
         )
@@ -107,23 +107,23 @@ class Link:
         name: str,
         params: object,
         result: type[T],
-        tell_sent: Callable[[bool], None] = _nobody_asks,
+        on_sent: Callable[[bool], None] = _ignore,
     ) -> T:
-        """Call a method and wait for its result. Raises what the server says, and LinkLost.
+        """Call a method and wait for its result. Raises the server's error, and LinkLost.
 
-        `tell_sent` hears whether the server may have the request: not before it is sent.
+        `on_sent` is called with whether the server may have the request, first when it is sent.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()  # before it is put out
+        await trio.lowlevel.checkpoint_if_cancelled()  # before the request is queued
         id_, message = self._session.call(name, params)
         size = len(message.encode())
         if self.failure is not None:
-            raise LinkLost(anew(self.failure), sent=False, size=size)
-        pending = self._pending[id_] = _Pending(id_, size, tell_sent=tell_sent)
+            raise LinkLost(copied(self.failure), sent=False, size=size)
+        pending = self._pending[id_] = _Pending(id_, size, on_sent=on_sent)
         self._outgoing.send_nowait((message, pending))
         try:
             await pending.answered.wait()
         except trio.Cancelled:
-            if isinstance(pending.reply, Reply):  # answered and cancelled at once
+            if isinstance(pending.reply, Reply):  # the reply arrived in the same turn
                 self._abandon(pending.reply)
             pending.abandoned = True
             raise
@@ -139,7 +139,7 @@ class Link:
     def following(
         self, subscription: int | None, offset: int, starts: tuple[m.StreamStart, ...] = ()
     ) -> Following:
-        """The output of a subscription that a call has just opened."""
+        """Return the output of a subscription that a call has just opened."""
         inbox = None if subscription is None else self._inboxes.get(subscription)
         if subscription is None or inbox is None:
             raise ProtocolError("cannot follow the job: the server opened no subscription")
@@ -167,38 +167,38 @@ class Link:
     # --- the connection's tasks -------------------------------------------------------------
 
     async def serve_writer(self) -> None:
-        """Send what calls have put out, until the connection is lost."""
+        """Send the queued messages of calls, until the connection is lost."""
         async for message, pending in self._to_send:
             if pending is not None:
                 if pending.abandoned:
                     self._session.forget(pending.id)
                     self._pending.pop(pending.id, None)
                     continue
-                # Before: it may be lost while the last of it is under way.
+                # Set before the send: the connection may be lost when all but the end is sent.
                 pending.begun = pending.sent = True
-                pending.tell_sent(True)
+                pending.on_sent(True)
             try:
                 await self.connection.send(message)
             except JobworkerError as lost:
                 if pending is not None:
-                    pending.sent = False  # a message is sent whole, or raises
-                    pending.tell_sent(False)
+                    pending.sent = False  # `send` raises only if the message is not sent whole
+                    pending.on_sent(False)
                 with trio.move_on_after(WORD_SECONDS):
                     await self.lost.wait()
                 self.lose(lost)
                 return
 
     async def serve_reader(self) -> None:
-        """Give what comes to those who wait for it, until the connection is lost."""
+        """Pass messages to their calls and subscriptions, until the connection is lost."""
         try:
             while True:
-                self._take(self._session.receive(await self.connection.receive()))
+                self._dispatch(self._session.receive(await self.connection.receive()))
                 while self._dropped:
                     self._forget(self._dropped.popleft())
         except JobworkerError as lost:
             self.lose(lost)
 
-    def _take(self, received: Reply | Output | m.OutputEnd | None) -> None:
+    def _dispatch(self, received: Reply | Output | m.OutputEnd | None) -> None:
         match received:
             case Reply():
                 pending = self._pending.pop(received.id, None)
@@ -226,13 +226,13 @@ class Link:
         return self._inboxes.get(subscription)
 
     def _abandon(self, reply: Reply) -> None:
-        """End a subscription whose caller has gone."""
+        """End the subscription that the reply to a cancelled call has opened."""
         subscription = m.opened_by(reply.result)
         if subscription is not None:
             self._forget(subscription)
 
     def lose(self, error: JobworkerError) -> None:
-        """Be lost, for this reason; a second one changes nothing."""
+        """Mark the connection as lost for this reason, and fail all calls. Idempotent."""
         if self.failure is not None:
             return
         if isinstance(error, MessageTooLarge):
@@ -244,24 +244,24 @@ class Link:
         self.failure = error
         for pending in self._pending.values():
             broke = pending.begun and not self.connection.is_ended
-            reason = LinkLost(anew(error), sent=pending.sent, size=pending.size, broke=broke)
+            reason = LinkLost(copied(error), sent=pending.sent, size=pending.size, broke=broke)
             pending.answer(reason)
         for inbox in self._inboxes.values():
             inbox.put(error)
         self.lost.set()
 
     def _refuse_largest(self, refusal: MessageTooLarge) -> None:
-        """Refuse the request that was too large, or one that would be as well.
+        """Fail the call with the largest request: it is the one that was too large, or larger.
 
-        No request that the server took whole is larger than the one that it closed for, so the
-        largest is beyond the bound in any case.
+        The server has closed the connection at the first message above its bound, so the largest
+        request is above the bound in any case.
         """
         largest = max(self._pending.values(), key=lambda pending: pending.size, default=None)
         if largest is not None:
             largest.answer(
                 MessageTooLarge(
                     f"cannot send the request: it has {largest.size} bytes as JSON, more than the "
-                    f"server takes in one message ({refusal.message}); it was not carried out",
-                    remedy="ask for less at once, or raise limits.max_message_bytes there",
+                    f"server allows in one message ({refusal.message}); it was not executed",
+                    remedy="send a smaller request, or raise limits.max_message_bytes there",
                 )
             )

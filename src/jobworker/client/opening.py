@@ -1,4 +1,4 @@
-"""Connecting: from an address and three files to a client whose connection is kept in a task."""
+"""Open a client: from an address and three files to a client with a task for its connection."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,21 +31,22 @@ async def open_client(
     on_lost: Callable[[JobworkerError], None] | None = None,
     on_refused: Callable[[JobworkerError], None] | None = None,
 ) -> AsyncIterator[Client]:
-    """Connect to a server and be its client; the connection ends with the block, jobs go on.
+    """Connect to a server for the block; at its end, the connection is closed and jobs go on.
 
     `address` is HOST, HOST:PORT or [IPv6]:PORT; the server's certificate must be from the CA in
-    the PEM file `ca` and bear that host. `certificate` and `key` are the client's own PEM files.
-    All three are read anew for each connection, so they may be replaced meanwhile.
+    the PEM file `ca` and for that host. `certificate` and `key` are the client's own PEM files. All
+    three are read again for each connection, so they may be replaced meanwhile.
 
-    A connection that is lost is made anew when it is next needed: for `patience_seconds` (0 is
-    never), after which ConnectionFailed is raised to those who wait. `on_lost` hears of it.
+    If the connection is lost, the client reconnects when a call needs it. It tries for
+    `patience_seconds` (0 is never), and then the waiting calls raise ConnectionFailed. `on_lost` is
+    called with the reason before it reconnects.
 
-    The first connection is dialled once, or for `start_patience_seconds` where the service may be
-    in the middle of a restart: where nothing listens, or what does breaks off. `on_refused` hears
-    of the first failure.
+    The client tries to make the first connection once. With `start_patience_seconds`, it retries
+    for so long if nothing listens or the connection breaks, as during a restart of the service.
+    `on_refused` is called with the first failure.
 
-    Where the block is cancelled, its `finally` clauses may still make calls, in a shielded scope
-    that they bound.
+    If the block is cancelled, its `finally` clauses may still make calls, in a shielded scope with
+    a time-out of their own.
 
     Raises LoopMissing outside of Trio, InvalidParams for the arguments, CredentialsUnusable,
     HostUnknown, ConnectionFailed (after 10 s at the latest), ServerUntrusted, CertificateRefused
@@ -81,7 +82,7 @@ async def open_client(
     service, raised = trio.CancelScope(), None
     faults: list[BaseException] = []
     async with trio.open_nursery() as nursery:
-        # What ends the block is carried around the nursery, which would wrap it in a group.
+        # The block's exception is raised after the nursery, which would wrap it in a group.
         try:
             await nursery.start(_serve, calls, service, nursery.cancel_scope, faults)
             try:
@@ -97,7 +98,7 @@ async def open_client(
         finally:
             await calls.aclose(goodbye=False)
             service.cancel()
-    for fault in faults:  # of which `raised` is a consequence
+    for fault in faults:  # the cause of `raised`
         raise fault
     if raised is not None:
         raise raised
@@ -124,17 +125,17 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Serve until `service` is cancelled, and once a connection stands until nothing else.
+    """Serve the connection until `service` is cancelled.
 
-    A block that is cancelled may still make calls while it ends, to stop a job say; without the
-    shield nobody would be there to answer them. What a callback raises later cancels the block, and
-    is put into `faults`.
+    Once there is a connection, `service` is shielded from other cancellations. So a cancelled block
+    may still make calls while it ends, for example to stop a job. An exception of a callback is
+    added to `faults` and cancels the block.
     """
     with service:
         try:
             await calls.serve(task_status=_Shielding(service, task_status))
         except BaseException as fault:
-            if _is_cancellation(fault) or not service.shield:  # who waits for the start gets it
+            if _is_cancellation(fault) or not service.shield:  # before `started`, `start` raises it
                 raise
             faults.append(fault)
             block.cancel()
@@ -151,7 +152,7 @@ def _check_loop() -> None:
     if not trio.lowlevel.in_trio_run():
         raise LoopMissing(
             "cannot open a client: no Trio event loop runs here",
-            remedy="call it below trio.run(); from asyncio speak the protocol, as "
+            remedy="call it below trio.run(); in an asyncio program, speak the protocol as "
             "contrib/clients/python does, or run Trio in a thread of its own",
         )
 
@@ -173,7 +174,7 @@ def _file(name: str, path: object) -> Path:
 
 
 def _check_seconds(name: str, seconds: object) -> None:
-    """Raise InvalidParams for what is no time to wait; infinity is one."""
+    """Raise InvalidParams for a value that is not a number of at least 0; infinity is allowed."""
     wrong: object = kind(seconds)
     if isinstance(seconds, int | float) and not isinstance(seconds, bool):
         try:
@@ -188,7 +189,7 @@ def _check_seconds(name: str, seconds: object) -> None:
 
 def _parsed(address: str) -> Address:
     if not isinstance(address, str):
-        raise InvalidParams(f"cannot connect: the address is no string but {kind(address)}")
+        raise InvalidParams(f"cannot connect: address: must be a string, not {kind(address)}")
     try:
         return parse_address(address)
     except ValueError as fault:

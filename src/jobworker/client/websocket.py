@@ -1,10 +1,10 @@
-"""The client's side of a WebSocket connection (RFC 6455), over a TLS stream; wsproto stands here.
+"""The client's side of a WebSocket connection (RFC 6455) over a TLS stream; only user of wsproto.
 
-One task receives, any number send. A whole binary message is given as a view of the receiving
-buffer, valid until the next call: what a large one costs is its decryption. Everything else goes
-through wsproto (see `protocol.frames`).
+One task receives, any number send. A whole binary message is returned as a view of the receive
+buffer, valid until the next call: it is not copied, so a large one costs only its decryption. All
+other frames go through wsproto (see `protocol.frames`).
 
-Pings are answered and a closing frame is returned by whoever receives, so somebody always should.
+`receive` answers pings and closing frames, so one task should always be in it.
 """
 
 from collections import deque
@@ -27,11 +27,11 @@ MAX_FRAGMENTS = 16_384
 MAX_HEAD_BYTES = 65_536
 MAX_BODY_BYTES = 65_536
 LOST = 1006
-"""RFC 6455, section 7.4.1: no closing frame came."""
+"""RFC 6455, section 7.4.1: no closing frame was received."""
 
 
 class Closed(Exception):
-    """No message follows: the code and reason of the closing frame, LOST where none came."""
+    """No message follows. Has the code and reason of the closing frame; LOST without a frame."""
 
     def __init__(self, code: int = LOST, reason: str = "") -> None:
         super().__init__(code, reason)
@@ -39,22 +39,22 @@ class Closed(Exception):
 
 
 class Violation(Exception):
-    """The server does not keep to the protocol."""
+    """The server violates the protocol."""
 
 
 @frozen
 class Rejected(Exception):
-    """The server answered with an HTTP status and no WebSocket."""
+    """The server answered the upgrade with an HTTP status instead of a WebSocket."""
 
     status: int
     body: bytes
 
 
 async def upgrade(stream: TLSStream, host: str, subprotocol: str) -> "WebSocket":
-    """Ask for a WebSocket that speaks `subprotocol`; raises Rejected, Violation and Closed.
+    """Upgrade the stream to a WebSocket with `subprotocol`.
 
-    Closed also where the server closes without an answer, trio.BrokenResourceError where the
-    stream does.
+    Raises Rejected, Violation, Closed if the server closes the stream without a response, and
+    trio.BrokenResourceError if the stream breaks.
     """
     handshake = H11Handshake(ConnectionType.CLIENT)
     request = ws.Request(host=host, target="/", subprotocols=[subprotocol])
@@ -63,7 +63,7 @@ async def upgrade(stream: TLSStream, host: str, subprotocol: str) -> "WebSocket"
     while b"\r\n\r\n" not in raw:
         raw += await _receive(stream)
         if not raw.startswith(b"HTTP/1."[: len(raw)]) or len(raw) > MAX_HEAD_BYTES:
-            raise Violation("it answers no request for a WebSocket")
+            raise Violation("it does not answer a WebSocket request")
     head, _, rest = raw.partition(b"\r\n\r\n")
     events = _events(handshake, head + b"\r\n\r\n")
     answer = events[0] if events else None
@@ -74,7 +74,7 @@ async def upgrade(stream: TLSStream, host: str, subprotocol: str) -> "WebSocket"
         return WebSocket(stream, handshake.connection, rest)
     if isinstance(answer, ws.RejectConnection):
         raise Rejected(answer.status_code, await _body(stream, handshake, events[1:], rest))
-    raise Violation("it answers no request for a WebSocket")
+    raise Violation("it does not answer a WebSocket request")
 
 
 async def _body(
@@ -110,12 +110,12 @@ async def _receive(stream: TLSStream) -> bytes:
 
 @define(eq=False)
 class WebSocket:
-    """An open connection: whole messages, both ways, in order."""
+    """An open connection: whole messages in both directions, in order."""
 
     _stream: TLSStream
     _protocol: Connection
     _rest: bytes
-    """What came behind the server's answer to the upgrade."""
+    """The bytes received after the server's response to the upgrade."""
     _buffer: bytearray = field(factory=lambda: bytearray(BUFFER_BYTES), init=False)
     _start: int = field(default=0, init=False)
     _end: int = field(default=0, init=False)
@@ -132,7 +132,7 @@ class WebSocket:
         self._end = len(self._rest)
 
     async def send(self, text: str) -> None:
-        """Send a text message. Raises Closed; if cancelled, the connection is broken."""
+        """Send a text message. Raises Closed. A cancellation breaks the connection."""
         if self._ended is not None or self._protocol.state is not ConnectionState.OPEN:
             raise Closed(*(self._ended.args if self._ended else ()))
         await self._send(ws.TextMessage(data=text))
@@ -146,7 +146,7 @@ class WebSocket:
     async def receive(self) -> str | bytes | memoryview:
         """Wait for the next message; a view is valid until the next call.
 
-        Raises Closed once there is none to come, Violation, and trio.BrokenResourceError.
+        Raises Closed at the end, Violation, and trio.BrokenResourceError.
         """
         self._receiving = True
         try:
@@ -179,7 +179,7 @@ class WebSocket:
         elif self._start == self._end:
             self._start = self._end = 0
         view = memoryview(self._buffer)[self._end :]
-        if header is not None and header.size >= LARGE_BYTES:  # or its end would have to be moved
+        if header is not None and header.size >= LARGE_BYTES:  # read no bytes of the next frame
             view = view[: self._start + header.size - self._end]
         count = await self._stream.receive_into(view)
         if not count:
@@ -187,7 +187,7 @@ class WebSocket:
         self._end += count
 
     async def _take(self, frame: bytes) -> None:
-        """Give a frame to wsproto, and do what it says."""
+        """Pass a frame to wsproto, and handle the events that it returns."""
         try:
             self._protocol.receive_data(frame)
             events = list(self._protocol.events())
@@ -198,10 +198,10 @@ class WebSocket:
                 case ws.TextMessage() | ws.BytesMessage():
                     self._take_part(event)
                 case ws.Ping():
-                    if self._protocol.state is ConnectionState.OPEN:  # else nothing follows ours
+                    if self._protocol.state is ConnectionState.OPEN:  # else no pong may follow
                         await self._send(event.response())
                 case ws.CloseConnection():
-                    if self._protocol.state is ConnectionState.OPEN:  # wsproto's word, no frame
+                    if self._protocol.state is ConnectionState.OPEN:  # from wsproto, not a frame
                         raise Violation(event.reason or "a bad frame")
                     self._ended = Closed(int(event.code), event.reason or "")
                     if self._protocol.state is ConnectionState.REMOTE_CLOSING:
@@ -221,11 +221,11 @@ class WebSocket:
             self._whole.append(empty.join(parts))  # type: ignore[arg-type] # all of one kind
 
     async def aclose(self) -> None:
-        """Say goodbye, wait for the server's (the caller bounds that), and close."""
+        """Send a closing frame, wait for the server's (the caller bounds the time), and close."""
         try:
             if self._ended is None and self._protocol.state is ConnectionState.OPEN:
                 await self._send(ws.CloseConnection(code=1000))
-                while not self._receiving:  # else who receives sees to the rest
+                while not self._receiving:  # otherwise, the task in `receive` handles the rest
                     await self.receive()
         except (Closed, Violation, trio.BrokenResourceError, trio.ClosedResourceError):
             pass

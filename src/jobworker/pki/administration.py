@@ -1,12 +1,13 @@
-"""What an administrator does with an authority's directory: init, issue, renew, revoke.
+"""The administrator's operations on an authority's directory: init, issue, renew, revoke.
 
     ca-cert.pem ca-key.pem     the authority
-    ca-crl.pem                 what it has revoked; the service reads it
-    issued.json                what it has issued (`registry`)
-    NAME-cert.pem NAME-key.pem server's and clients' own
+    ca-crl.pem                 its revocation list; the service reads it
+    issued.json                the certificates that it has issued (`registry`)
+    NAME-cert.pem NAME-key.pem certificates and keys of the server and the clients
 
-A name is a tenant, so a second living certificate of a name is asked for by `again` and never made
-by mistake; a name that differs from a living one only in case or form is refused in any case.
+A name is a tenant, so a second valid certificate of a name needs `again`: nobody gets one by
+mistake. A name that differs from that of a valid certificate only in case or Unicode form is always
+refused.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9._@-]")
 
 @frozen(kw_only=True)
 class Summary:
-    """What `init_authority` made. `hosts` are the names that the server's certificate bears."""
+    """The result of `init_authority`. `hosts` are the names in the server's certificate."""
 
     directory: Path
     files: tuple[Path, ...]
@@ -45,7 +46,7 @@ class Summary:
 
 @frozen(kw_only=True)
 class Made:
-    """A certificate that was issued, and where its files stand."""
+    """An issued certificate and the paths of its files."""
 
     entry: r.Entry
     issued: Issued
@@ -63,10 +64,10 @@ def init_authority(
 ) -> Summary:
     """Make a CA, a server's and two clients' certificates, and write all ten files.
 
-    The server's certificate bears localhost, 127.0.0.1, ::1 and `hosts`. With a `passphrase` the
-    CA's key is encrypted. Raises `InvalidParams` for a bad host or number of days, and
-    `CredentialsUnusable` where a file is there already or cannot be written; then no file of this
-    call is left.
+    The server's certificate is for localhost, 127.0.0.1, ::1 and `hosts`. A `passphrase` encrypts
+    the CA's key. Raises `InvalidParams` for an invalid host or number of days, and
+    `CredentialsUnusable` if a file exists already or cannot be written; then no file of this call
+    is left.
     """
     authority = Authority.create(now=now, days=ca_days)
     server = authority.issue_server([*ALWAYS_HOSTS, *hosts], now=now, days=days)
@@ -101,14 +102,14 @@ def issue_client(
 ) -> Made:
     """Issue a client's certificate, and write its two files to `out` (else `directory`).
 
-    Raises `InvalidParams`, also where the name is taken, and `CredentialsUnusable`.
+    Raises `InvalidParams`, also if the name has a valid certificate, and `CredentialsUnusable`.
     """
     with r.locked(directory):
         registry = r.read_registry(directory)
         _check_name(registry, name, now, again=again)
         issued = authority.issue_client(name, role, now=now, days=days)
         entry = r.entry_of(issued.certificate, "client", _stem(name))
-        return _keep(directory, registry, entry, issued, out, fresh=True)
+        return _store(directory, registry, entry, issued, out, fresh=True)
 
 
 def issue_server(
@@ -124,7 +125,7 @@ def issue_server(
     with r.locked(directory):
         issued = authority.issue_server(hosts, now=now, days=days)
         entry = r.entry_of(issued.certificate, "server", "server")
-        return _keep(directory, r.read_registry(directory), entry, issued, out, fresh=True)
+        return _store(directory, r.read_registry(directory), entry, issued, out, fresh=True)
 
 
 def renew(
@@ -137,11 +138,12 @@ def renew(
     hosts: Sequence[str] = (),
     out: Path | None = None,
 ) -> Made:
-    """Issue a successor, with a key of its own, to a certificate named by name or serial.
+    """Issue a successor, with a new key, to the certificate of a name or serial.
 
-    Its files take the place of the old ones where they stand. The old certificate stays good until
-    it ends or is revoked. A server's bears `hosts` besides those of the old one. Raises `NotFound`,
-    `InvalidParams` if it was revoked or `hosts` are for a client, and `CredentialsUnusable`.
+    Its files replace the old ones. The old certificate stays valid until it expires or is revoked.
+    A server's successor is for the hosts of the old one and for `hosts`. Raises `NotFound`,
+    `InvalidParams` if the old one was revoked or if `hosts` are given for a client, and
+    `CredentialsUnusable`.
     """
     with r.locked(directory):
         registry = r.read_registry(directory)
@@ -149,35 +151,36 @@ def renew(
         if old.revoked_at is not None:
             raise errors.InvalidParams(
                 f"cannot renew the certificate {old.serial} of {old.name!r}: it was revoked",
-                remedy="issue a new one, if it is to be: worker certs issue",
+                remedy="issue a new one, if that is what you want: worker certs issue",
             )
         if hosts and old.kind != "server":
             raise errors.InvalidParams(
                 f"cannot renew the certificate of {old.name!r} with --host: it is not a server's",
-                remedy="renew it without",
+                remedy="renew it without --host",
             )
         if old.kind == "server":
             issued = authority.issue_server([*old.hosts, *hosts], now=now, days=days)
         else:
             issued = authority.issue_client(old.name, old.role, now=now, days=days)
         entry = r.entry_of(issued.certificate, old.kind, old.stem)
-        return _keep(directory, registry, entry, issued, out, fresh=False)
+        return _store(directory, registry, entry, issued, out, fresh=False)
 
 
 def revoke(
     directory: Path, authority: Authority, wanted: str | Path, *, now: datetime, reason: str = ""
 ) -> tuple[r.Entry, ...]:
-    """Revoke a certificate by serial or file, or every living one of a name; write the list anew.
+    """Revoke a certificate by serial or file, or all of a name; rewrite the revocation list.
 
-    Those that were revoked before stay as they are. Raises `NotFound`, `CredentialsUnusable`, and
-    `InvalidParams` for the file of a certificate that this authority has not signed.
+    Certificates that were revoked before stay unchanged. Returns the newly revoked ones. Raises
+    `NotFound`, `CredentialsUnusable`, and `InvalidParams` for the file of a certificate that this
+    authority has not signed.
     """
     with r.locked(directory):
         registry = r.read_registry(directory)
         if isinstance(wanted, Path):
             entry = _signed_here(authority, wanted)
             wanted = entry.serial
-            if all(each.serial != wanted for each in registry.certificates):  # the index lost it
+            if all(each.serial != wanted for each in registry.certificates):  # the index was lost
                 registry = registry.with_entry(entry)
         found = registry.find(wanted, or_file=True)
         same = [each for each in registry.certificates if each.name == found.name]
@@ -207,14 +210,14 @@ def _signed_here(authority: Authority, path: Path) -> r.Entry:
 
 
 def write_list(directory: Path, authority: Authority, *, now: datetime) -> Path:
-    """Write the revocation list anew, or for the first time. Raises `CredentialsUnusable`."""
+    """Write or rewrite the revocation list, and return its path. Raises `CredentialsUnusable`."""
     with r.locked(directory):
         before = directory / r.LIST
         replace(directory, r.files_of(r.read_registry(directory), authority, before, now=now))
         return before
 
 
-def _keep(
+def _store(
     directory: Path,
     registry: r.Registry,
     entry: r.Entry,
@@ -223,7 +226,10 @@ def _keep(
     *,
     fresh: bool,
 ) -> Made:
-    """Put a certificate into the index, then write its files; take it out again if that fails."""
+    """Add a certificate to the index, then write its files; if that fails, remove it again.
+
+    Write-ahead: no certificate exists that the index does not have.
+    """
     target = directory if out is None else out
     files = issued.files(entry.stem)
     r.write_index(directory, registry.with_entry(entry))
@@ -243,12 +249,12 @@ def _check_name(registry: r.Registry, name: str, now: datetime, *, again: bool) 
             raise errors.InvalidParams(
                 f"cannot issue a certificate to {name!r}: there is a valid one "
                 f"({entry.serial}), and one name is one tenant",
-                remedy="renew or revoke that one, or say --again for a second of the same tenant",
+                remedy="renew or revoke that one, or use --again for a second of the same tenant",
             )
         if entry.name != name and _folded(entry.name) == _folded(name):
             raise errors.InvalidParams(
-                f"cannot issue a certificate to {name!r}: people would take it for {entry.name!r}",
-                remedy="choose a name that cannot be mistaken",
+                f"cannot issue a certificate to {name!r}: it looks like {entry.name!r}",
+                remedy="choose a name that cannot be confused with another",
             )
 
 
@@ -257,7 +263,7 @@ def _folded(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """What the files of a client's certificate are called: no two names share one."""
+    """The stem of the file names of a client's certificate; no two clients share one."""
     stem = _UNFIT.sub("_", name).lstrip("-.")
     if stem in ("ca", "server"):
         stem = f"client-{stem}"

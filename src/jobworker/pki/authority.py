@@ -1,13 +1,13 @@
-"""The certificate authority of one installation: makes the keys and certificates of both ends.
+"""The certificate authority of an installation: makes keys and certificates of server and clients.
 
-One root signs everything and nothing stands between, so pathlen is 0. Who may do what is in the
-certificate: extended key usage keeps a client's from posing as a server and a server's from
-logging in, and a client's only OU is its role. Server certificates bear no OU. All of it must
-pass OpenSSL's X509_V_FLAG_X509_STRICT (RFC 5280), because both ends switch that on.
+One root signs every certificate, without intermediate CAs, so its pathlen is 0. A certificate
+itself states what its holder may do. The extended key usage keeps a client from posing as a server
+and a server from logging in. A client's only OU is its role; server certificates have no OU. All
+certificates must pass OpenSSL's X509_V_FLAG_X509_STRICT (RFC 5280), which both ends set.
 
-How the files reach the disk, closed and all or none, is told in `files`; what was issued to whom
-is kept by `registry`. Times come in as arguments. Importing this costs cryptography (some 30 ms),
-so the command line does it only for `worker certs`.
+`files` writes the files to disk, and `registry` records what was issued to whom. Times come in as
+arguments. Importing this module imports cryptography (some 30 ms), so the command line imports it
+only for `worker certs`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ from jobworker.pki.identity import name_fault
 ORGANIZATION = "jobworker"
 _CA_NAME = "jobworker CA "
 
-CLOCK_SKEW = timedelta(minutes=5)  # a peer whose clock is behind takes a new certificate too
+CLOCK_SKEW = timedelta(minutes=5)  # a peer whose clock is behind accepts a new certificate too
 
 DAYS_MAX = 36_500
 
@@ -48,7 +48,7 @@ class Issued:
     key: ec.EllipticCurvePrivateKey = field(repr=False)
 
     def files(self, stem: str, passphrase: bytes | None = None) -> dict[str, tuple[bytes, int]]:
-        """The content and mode of STEM-cert.pem and STEM-key.pem, encrypted with a passphrase."""
+        """The content and mode of STEM-cert.pem and STEM-key.pem; a passphrase encrypts the key."""
         certificate = self.certificate.public_bytes(serialization.Encoding.PEM)
         key = self.key.private_bytes(
             serialization.Encoding.PEM,
@@ -63,7 +63,7 @@ class Issued:
         }
 
     def pkcs12(self, name: str, ca: x509.Certificate, password: bytes) -> bytes:
-        """Certificate, key and CA in one encrypted bundle (RFC 7292), as browsers import it."""
+        """Certificate, key and CA in one encrypted PKCS #12 bundle (RFC 7292) for a browser."""
         return pkcs12.serialize_key_and_certificates(
             name.encode(),
             self.key,
@@ -75,7 +75,7 @@ class Issued:
 
 @frozen(kw_only=True)
 class Authority:
-    """A root certificate and its key, able to issue."""
+    """A root certificate and its key; issues certificates."""
 
     root: Issued
 
@@ -84,7 +84,7 @@ class Authority:
         """Make a new root, valid for `days` (1 to 36,500) from `now`."""
         key = ec.generate_private_key(ec.SECP256R1())
         public = key.public_key()
-        # Own names keep two authorities apart, for people and for OpenSSL's look-up by name.
+        # A name of its own distinguishes two authorities, for people and for OpenSSL's look-up.
         mark = x509.SubjectKeyIdentifier.from_public_key(public).digest.hex()[:8]
         name = _subject(f"{_CA_NAME}{mark}")
         usage = _key_usage(key_cert_sign=True, crl_sign=True)
@@ -98,7 +98,7 @@ class Authority:
 
     @classmethod
     def load(cls, directory: Path, passphrase: Callable[[], bytes] | None = None) -> Self:
-        """Read ca-cert.pem and ca-key.pem; `passphrase` is asked for if the key is encrypted.
+        """Read ca-cert.pem and ca-key.pem; call `passphrase` if the key is encrypted.
 
         Raises `CredentialsUnusable`.
         """
@@ -109,9 +109,9 @@ class Authority:
             certificate = x509.load_pem_x509_certificate(pem.content)
             constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
         except (ValueError, x509.ExtensionNotFound) as exc:
-            raise _unusable(paths[0], f"it is damaged or no CA's ({exc})") from None
+            raise _unusable(paths[0], f"it is damaged or not a CA certificate ({exc})") from None
         if not constraints.value.ca:
-            raise _unusable(paths[0], "it is not a CA's")
+            raise _unusable(paths[0], "it is not a CA certificate")
         key = _load_key(key_pem, passphrase)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise _unusable(paths[1], "it is not an elliptic curve key")
@@ -122,7 +122,7 @@ class Authority:
     def issue_server(self, hosts: Sequence[str], *, now: datetime, days: int = 365) -> Issued:
         """Issue a server's certificate for `hosts`, names or addresses, at least one.
 
-        Raises `InvalidParams` for a host that a certificate cannot bear.
+        Raises `InvalidParams` for a host that a certificate cannot contain.
         """
         names = dict.fromkeys(general_name(host) for host in hosts)
         if not names:
@@ -144,10 +144,11 @@ class Authority:
     def revocation_list(
         self, revoked: Iterable[x509.RevokedCertificate], number: int, *, now: datetime
     ) -> bytes:
-        """The list (PEM) that names `revoked`; `number` grows by one with each (RFC 5280, 5.2.3).
+        """Make the revocation list (PEM) of `revoked`; `number` is one more than in the list before
+        (RFC 5280, 5.2.3).
 
-        It is valid as long as the CA: it stands on the server's own disk, so nothing is gained by
-        one that has to be made anew just because time has passed.
+        The list is valid as long as the CA. It lies on the server's own disk, so a shorter validity
+        would only force an administrator to rewrite an unchanged list.
         """
         root = self.root.certificate
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.root.key.public_key())
@@ -179,7 +180,7 @@ class Authority:
                 f"cannot issue a certificate: the CA expired at {root.not_valid_after_utc}",
                 remedy="make a new one in another directory: worker certs init --dir DIR",
             )
-        # A certificate outside its issuer's time would fail with a puzzling reason.
+        # Outside of its issuer's validity, a certificate would fail with an unclear reason.
         start, end = max(start, root.not_valid_before_utc), min(end, root.not_valid_after_utc)
         key = ec.generate_private_key(ec.SECP256R1())
         issuer_key = self.root.key.public_key()
@@ -195,7 +196,7 @@ class Authority:
 
 
 def is_made_here(authority: x509.Name) -> bool:
-    """Whether an authority of this name is one of `Authority.create`, by all appearance."""
+    """Whether an authority of this name was probably made by `Authority.create`."""
     found = {each.oid: str(each.value) for each in authority}
     return found.get(NameOID.ORGANIZATION_NAME) == ORGANIZATION and found.get(
         NameOID.COMMON_NAME, ""
@@ -228,7 +229,7 @@ def _builder(
     issuer_key: ec.EllipticCurvePublicKey,
     validity: tuple[datetime, datetime],
 ) -> x509.CertificateBuilder:
-    """What all certificates have: names, a random serial of 159 bits, times, key identifiers."""
+    """Begin a certificate: names, a random serial of 159 bits, validity, key identifiers."""
     own = x509.SubjectKeyIdentifier.from_public_key(key)
     issuers = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
     return (

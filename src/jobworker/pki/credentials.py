@@ -1,8 +1,8 @@
-"""Certificate, key and CA files: read, loaded, and checked before they are used.
+"""Read certificate, key and CA files, load them into a TLS context, and check them before use.
 
-Each fault names the file, what is wrong with it and the remedy. A server's own certificate is
-checked by the rules that its clients will apply, with X509Store of pyOpenSSL, which says what
-fails; cryptography and OpenSSL are imported for that alone: they would double a client's start.
+Each error names the file, what is wrong with it and the remedy. A server's own certificate is
+checked by the rules that its clients will apply, with the X509Store of pyOpenSSL, which reports the
+cause. Only this check imports cryptography and OpenSSL, which would double a client's start time.
 """
 
 import os
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 SERVER_REMEDY = "make a set with 'worker certs init --dir DIR' and name it in the configuration"
-"""Where there is no usable CA: its clients' certificates are of no use without it either."""
+"""For an unusable CA file: without the CA, the clients' certificates are of no use either."""
 RENEWAL = (
-    "get the server a new certificate and key of the same CA, which keeps its clients: from those "
-    "who run it, or, where that is 'worker certs', by 'worker certs renew server --dir DIR' "
-    "(--host NAME for another name)"
+    "get the server a new certificate and key from the same CA, so that its clients still work: "
+    "from whoever runs the CA, or for a CA of 'worker certs' by 'worker certs renew server --dir "
+    "DIR' (--host NAME for another name)"
 )
-PEM_BYTES_MAX = 1024 * 1024  # far above any chain; a wrong path may name a disk image
+PEM_BYTES_MAX = 1024 * 1024  # far larger than any chain; a wrong path may name a disk image
 
 
 @frozen
@@ -36,10 +36,10 @@ class PemFile:
     """A PEM file that was read."""
 
     path: Path
-    """Where people know it to be: what faults name."""
+    """The path that error messages name."""
     content: bytes = field(repr=False)
     at: Path = field(default=Factory(lambda self: self.path, takes_self=True), repr=False)
-    """Where OpenSSL is to read it."""
+    """The path from which OpenSSL reads it."""
 
 
 class _Encrypted(Exception):
@@ -47,11 +47,10 @@ class _Encrypted(Exception):
 
 
 def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = "") -> PemFile:
-    """Read a PEM file of at most `PEM_BYTES_MAX`; `label` is what its BEGIN line must hold.
+    """Read a PEM file of at most `PEM_BYTES_MAX`, with `label` in one of its BEGIN lines.
 
-    `absent` is the remedy where there is no such file, if it is another.
-
-    Raises `CredentialsUnusable`.
+    `what` names the kind of file in errors. `absent` is the remedy for a missing file, if it
+    differs from `remedy`. Raises `CredentialsUnusable`.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -66,7 +65,7 @@ def read_pem(path: Path, what: str, label: str, remedy: str, *, absent: str = ""
         raise _unusable(path, what, "this user may not read it", allow) from None
     except OSError as exc:
         raise _unusable(path, what, os.strerror(exc.errno or 0), remedy) from None
-    except ValueError:  # a NUL or a lone surrogate in it
+    except ValueError:  # a NUL or a lone surrogate in the path
         raise _unusable(path, what, "no file can have that path", remedy) from None
     if len(content) > PEM_BYTES_MAX:
         raise _unusable(path, what, f"it is larger than {PEM_BYTES_MAX} bytes", remedy)
@@ -85,10 +84,10 @@ def load(
     key: PemFile,
     pair_remedy: str = "",
 ) -> None:
-    """Put the three files into `context`, whose `side` ("server", "client") the faults name.
+    """Load the three files into `context`; errors name its `side` ("server", "client").
 
-    `pair_remedy` is for certificate and key, where it is another than for the CA.
-    Nobody is asked for a passphrase. Raises `CredentialsUnusable`.
+    `pair_remedy` is the remedy for certificate and key, if it differs from the CA's. An encrypted
+    key is refused: there is no prompt. Raises `CredentialsUnusable`.
     """
     try:
         context.load_verify_locations(cafile=ca.at)
@@ -98,7 +97,7 @@ def load(
         ) from None
 
     def passphrase() -> str:
-        raise _Encrypted  # without this, OpenSSL would ask at the terminal
+        raise _Encrypted  # without this, OpenSSL would prompt at the terminal
 
     try:
         context.load_cert_chain(certificate.at, key.at, password=passphrase)
@@ -114,8 +113,8 @@ def load(
 def _pair_fault(
     error: ssl.SSLError, side: str, remedy: str, *, certificate: PemFile, key: PemFile
 ) -> errors.CredentialsUnusable:
-    """Find out which of the two files OpenSSL did not take."""
-    # A key of another type lands in another slot of the context, where no certificate is.
+    """Find out which of the two files OpenSSL has refused."""
+    # OpenSSL keeps a key of another type in another slot, which has no certificate.
     if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
         if _belongs_to_a_later_one(certificate, key):
             alien = f"it does not belong to the first certificate of {certificate.path}"
@@ -124,7 +123,7 @@ def _pair_fault(
             alien = f"it does not belong to {certificate.path}"
         return _unusable(key.path, f"{side} key", alien, remedy)
     if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
-        weak = f"OpenSSL holds it for too weak ({words(error.reason)})"
+        weak = f"OpenSSL considers it too weak ({words(error.reason)})"
         return _unusable(certificate.path, f"{side} certificate", weak, remedy)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate.at)
@@ -143,12 +142,12 @@ def _belongs_to_a_later_one(certificate: PemFile, key: PemFile) -> bool:
         own = load_pem_private_key(key.content, None).public_key()
         later = x509.load_pem_x509_certificates(certificate.content)[1:]
         return any(each.public_key() == own for each in later)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # then nobody can tell
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # unreadable, so unknown
         return False
 
 
 def _reason(error: ssl.SSLError) -> str:
-    return error.reason or "OpenSSL cannot decode it"  # there is none beyond Python's table
+    return error.reason or "OpenSSL cannot decode it"  # None if Python's table lacks the reason
 
 
 def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.CredentialsUnusable:
@@ -156,7 +155,7 @@ def _unusable(path: Path, what: str, why: str, remedy: str) -> errors.Credential
 
 
 def check_authorities(ca: PemFile) -> None:
-    """See that all certificates of a CA file are CAs': each of them is trusted by itself.
+    """Check that a CA file contains CA certificates only, because each one is a trust anchor.
 
     Raises `CredentialsUnusable`.
     """
@@ -180,17 +179,17 @@ def check_authorities(ca: PemFile) -> None:
             raise _unusable(
                 ca.path,
                 what,
-                f"{name} in it is no CA (no CA:TRUE in its basic constraints), and whoever has its "
-                "key would be let in",
-                "leave CAs alone in that file",
+                f"{name} in it is not a CA (no CA:TRUE in its basic constraints), and the holder "
+                "of its key would be trusted",
+                "leave only CA certificates in that file",
             )
 
 
 def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
-    """Check a server's chain, times and purpose as its clients will (RFC 5280, strictly).
+    """Check a server's chain, validity and purpose as its clients will (RFC 5280, strict).
 
-    `certificate` may hold intermediate certificates after the server's own; its host names are
-    not compared with anything, but there must be some. Raises `CredentialsUnusable`.
+    `certificate` may contain intermediate certificates after the server's own. It must have at
+    least one host name; the names are not compared with anything. Raises `CredentialsUnusable`.
     """
     from cryptography import x509
     from OpenSSL import crypto
@@ -234,14 +233,14 @@ def _server_use_fault(leaf: "x509.Certificate") -> str | None:
     if isinstance(usage, x509.KeyUsage) and not usage.digital_signature:
         return "its key may not sign (no digitalSignature in its key usage)"
     if x509.SubjectAlternativeName not in present:
-        return "it bears no host name (no subject alternative name), so no client can check it"
+        return "it has no host name (no subject alternative name), so no client can check it"
     return None
 
 
 def _chain_fault(
     code: int, text: str, culprit: "x509.Certificate", owner: Path, ca: Path
 ) -> errors.CredentialsUnusable:
-    """Turn an X509_V_ERR_* code about `culprit`, a certificate of the file `owner`, into words."""
+    """Make the error for an X509_V_ERR_* code about `culprit`, a certificate in file `owner`."""
     what = "CA certificate" if owner == ca else "server certificate"
     if code in FOREIGN:
         why = f"it is not from the CA in {ca} ({text})"

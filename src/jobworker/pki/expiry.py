@@ -1,4 +1,4 @@
-"""Warnings about a server's files: what comes to its end, and lists that cannot be checked yet."""
+"""Warnings about a server's files: what expires soon, and lists that cannot be verified yet."""
 
 from datetime import datetime, timedelta
 
@@ -12,7 +12,7 @@ from jobworker.pki.revocation import read_all, unproven_lists
 
 WARN_BEFORE = timedelta(days=30)
 WARN_FRACTION = 3
-"""What lasts less than thrice as long is warned about in the last third of its time."""
+"""A file that is valid for less than 90 days is warned about in the last third of its validity."""
 
 _CERTIFICATE, _CA, _LIST = "server certificate", "CA certificate", "revocation list"
 _RENEW = {
@@ -23,26 +23,26 @@ _RENEW = {
     (_CA, False): "get the CA's next one in good time: every certificate ends with it",
     (_LIST, False): "get that CA's next one, put it into the file and reload the service",
 }
-"""By whether the authority is one of `worker certs`."""
+"""The remedy by kind of file, and by whether `worker certs` made the authority."""
 
 
 @frozen(kw_only=True)
-class _Term:
-    """What comes to its end."""
+class _Validity:
+    """The validity of a certificate or a list."""
 
     what: str
     path: str
     name: x509.Name
-    """Whose: the bearer of a certificate, the issuer of a list."""
+    """The subject of a certificate, or the issuer of a list."""
     issuer: x509.Name
     start: datetime
     end: datetime
 
 
 def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
-    """One line for each certificate or list that ends soon, or has ended.
+    """Return a line for each certificate or list that expires soon or has expired.
 
-    And one for each unproven list. The files were judged before.
+    Also one for each unproven list (`revocation`). The caller has checked the files before.
     """
     ends = [
         *_certificates(_CERTIFICATE, files.certificate),
@@ -61,9 +61,9 @@ def expiry_warnings(files: ServerFiles, now: datetime) -> tuple[str, ...]:
     return (*warnings, *unproven_lists(files, now))
 
 
-def _certificates(what: str, file: PemFile) -> list[_Term]:
+def _certificates(what: str, file: PemFile) -> list[_Validity]:
     return [
-        _Term(
+        _Validity(
             what=what,
             path=str(file.path),
             name=each.subject,
@@ -75,11 +75,11 @@ def _certificates(what: str, file: PemFile) -> list[_Term]:
     ]
 
 
-def _lists(file: PemFile | None) -> list[_Term]:
+def _lists(file: PemFile | None) -> list[_Validity]:
     if file is None:
         return []
     return [
-        _Term(
+        _Validity(
             what=_LIST,
             path=str(file.path),
             name=each.issuer,

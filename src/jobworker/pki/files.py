@@ -1,9 +1,9 @@
-"""Files, whole and durable; new ones all of a set or none.
+"""Write files whole and durably; of a set of new files, all or none.
 
-A private key exists on disk only under mode 0600, from its first instant. A file appears under
-its name by link(2), which never replaces anything: two calls at once cannot mix their sets, and
-the loser removes what it made. Content and modes come in as arguments: what the files mean is
-not known here.
+A private key has mode 0600 from the moment its file is created. A new file gets its name by
+link(2), which never replaces anything: two concurrent calls cannot mix their sets, and the loser
+removes the files that it made. Content and modes come in as arguments; this module does not know
+what the files mean.
 """
 
 import os
@@ -18,13 +18,13 @@ KEY_MODE, CERTIFICATE_MODE, DIRECTORY_MODE, PARENT_MODE = 0o600, 0o644, 0o700, 0
 
 
 def write_new(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
-    """Write files (name: content, mode) that must not exist, durably, all or none.
+    """Write files (name: content, mode) that must not exist yet, durably, all or none.
 
-    The directory is made with mode 0700 if it is missing, and keeps its mode otherwise. Raises
+    A missing directory is created with mode 0700; an existing one keeps its mode. Raises
     `CredentialsUnusable`.
     """
     with _directory(directory) as at:
-        made: list[str] = []  # everything to remove if this fails
+        made: list[str] = []  # the files to remove if this call fails
         try:
             staged: dict[str, str] = {}
             for name, (content, mode) in files.items():
@@ -47,10 +47,10 @@ def write_new(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
 
 
 def replace(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
-    """Write files (name: content, mode) over those that stand there, each whole and durably.
+    """Write files (name: content, mode), each atomically and durably, in place of existing ones.
 
-    All are on the disk under other names before the first one takes its place, so what may go wrong
-    goes wrong before. Raises `CredentialsUnusable`.
+    All are on disk under temporary names before the first is renamed, so a full disk or a missing
+    right fails before anything is replaced. Raises `CredentialsUnusable`.
     """
     with _directory(directory) as at:
         staged: dict[str, str] = {}
@@ -74,7 +74,7 @@ def replace(directory: Path, files: Mapping[str, tuple[bytes, int]]) -> None:
 def _stage(temporary: str, content: bytes, mode: int, at: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(temporary, flags, KEY_MODE, dir_fd=at), "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask; only a certificate's opens up
+        os.fchmod(file.fileno(), mode)  # ignores the umask; only a certificate gets more than 0600
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -82,7 +82,7 @@ def _stage(temporary: str, content: bytes, mode: int, at: int) -> None:
 
 @contextmanager
 def _directory(path: Path) -> Iterator[int]:
-    """Open a directory, made if it is missing, and removed again if the block then fails."""
+    """Open a directory for the block. A missing one is created, and removed if the block fails."""
     fresh = False
     try:
         if not path.exists():
@@ -98,7 +98,7 @@ def _directory(path: Path) -> Iterator[int]:
         yield at
     except BaseException:
         if fresh:
-            with suppress(OSError):  # another call may have put its files there meanwhile
+            with suppress(OSError):  # another call may have written its files there meanwhile
                 path.rmdir()
         raise
     finally:
@@ -106,18 +106,19 @@ def _directory(path: Path) -> Iterator[int]:
 
 
 def _make_above(path: Path) -> None:
-    """Make directories that are missing, with their mode whatever the umask is.
+    """Create missing parent directories with `PARENT_MODE`, whatever the umask is.
 
-    All pass through them to certificates; who could write there could put other keys in place.
+    Every user must be able to pass through them to certificates. A user who could write there could
+    replace keys.
     """
     if not path.exists():
         _make_above(path.parent)
-        path.mkdir(exist_ok=True)  # another call may make it meanwhile
+        path.mkdir(exist_ok=True)  # another call may create it meanwhile
         path.chmod(PARENT_MODE)
 
 
 def _sync_entry(path: Path) -> None:
-    """Make a new directory's own name durable: that stands in its parent, fsync(2)."""
+    """Make a new directory's name durable: sync its parent, which has the entry, fsync(2)."""
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(parent)
@@ -127,12 +128,12 @@ def _sync_entry(path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Map what the kernel says while `path` is made."""
+    """Map an OSError of the block, which writes `path`, to `CredentialsUnusable`."""
     try:
         yield
     except FileExistsError:
         raise errors.CredentialsUnusable(
-            f"cannot write {path}: it is there already",
+            f"cannot write {path}: it exists already",
             remedy="name another directory, or move the old files away first",
         ) from None
     except OSError as exc:

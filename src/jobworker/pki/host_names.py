@@ -1,4 +1,4 @@
-"""Host names and addresses as a server's certificate bears them."""
+"""Convert host names and addresses to the form that a server's certificate contains."""
 
 import ipaddress
 import re
@@ -12,18 +12,18 @@ _LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)  # RFC 1123, sectio
 
 
 def general_name(host: str) -> x509.DNSName | x509.IPAddress:
-    """Turn an IP literal or a host name into what a certificate bears, lower-case and IDNA.
+    """Convert an IP literal or a host name to a certificate's name, in lower case and IDNA.
 
-    IDNA as of RFC 3490, as Python's ssl module encodes the name that it checks. Names that this
-    would change into others (straße.de into strasse.de) are refused, as are wildcards. Raises
-    `InvalidParams`.
+    The encoding is IDNA 2003 (RFC 3490), which Python's ssl module uses for the name that it
+    checks. Names that it would change into others (straße.de into strasse.de) are refused, and
+    wildcards too. Raises `InvalidParams`.
     """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return x509.DNSName(_dns_name(host))
     if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
-        raise _bad_host(host, "a certificate cannot bear an address's zone")
+        raise _bad_host(host, "a certificate cannot contain the zone of an address")
     return x509.IPAddress(address)
 
 
@@ -42,12 +42,12 @@ def _dns_name(host: str) -> str:
         raise _bad_host(host, f"IDNA turns it into another name, {encoded}")
     labels = encoded.split(".")
     if len(encoded) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise _bad_host(host, "a host name is letters, digits and hyphens, parted by dots")
+        raise _bad_host(host, "a host name has letters, digits and hyphens, separated by dots")
     if labels[-1].isdecimal():
-        raise _bad_host(host, "it looks like an IP address and is none")
+        raise _bad_host(host, "it looks like an IP address, but is not valid as one")
     return encoded
 
 
 def _bad_host(host: str, why: str) -> errors.InvalidParams:
-    remedy = "give a name as in 'worker1.example.org', or an address without port or brackets"
+    remedy = "give a name such as 'worker1.example.org', or an address without port or brackets"
     return errors.InvalidParams(f"cannot use the host {host!r}: {why}", remedy=remedy)

@@ -1,12 +1,13 @@
-"""Who the peer of a connection is, by its certificate.
+"""Read the name and role of a connection's peer from its certificate.
 
 The configuration's table of subjects comes first (`model.subjects`): it may find a role by any CN,
-OU, host name, URI or address that the certificate bears. Where it says nothing the certificate
-needs exactly one OU, the role. The name is the certificate's one CN; a certificate that the table
-found and that has no CN, or several, is called by the value that found it.
+OU, host name, URI or e-mail address in the certificate. If no entry of the table matches, the
+certificate's only OU is the role. The name is the certificate's only CN. If the table matches a
+certificate with no CN, or with several, the name is the value that matched.
 
-None, two, empty ones or white space around them are refused, never mended. Whether the role
-exists is the caller's to know; that the certificate was verified is the TLS context's to see to.
+A certificate with a missing, a second or an empty CN or OU, or with white space around one, is
+refused, never corrected. The caller checks that the role exists, and the TLS context has verified
+the certificate.
 """
 
 import ssl
@@ -21,10 +22,10 @@ from jobworker.model.subjects import Match, Subjects
 
 @frozen(kw_only=True)
 class Identity:
-    """Who a peer is, by its verified certificate.
+    """The identity of a peer, from its verified certificate.
 
-    `role` is what the table of subjects says, or the subject's only OU as it stands there.
-    `serial` is upper-case hexadecimal, as `openssl x509 -serial` prints it.
+    `role` comes from the table of subjects, or is the subject's only OU, unchanged. `serial` is
+    upper-case hexadecimal, as `openssl x509 -serial` prints it.
     """
 
     common_name: str
@@ -37,11 +38,11 @@ def identity(
     peer_certificate: Mapping[str, object] | None,
     subjects: Subjects = Subjects(),  # noqa: B008 - frozen
 ) -> Identity:
-    """Read name and role from what `ssl.SSLSocket.getpeercert()` returned.
+    """Read name and role from the result of `ssl.SSLSocket.getpeercert()`.
 
-    By the table `subjects`, else by exactly one OU; and exactly one CN, wherever in the subject
-    they stand, taken as they are: nothing is stripped, folded or chosen among several. Whether the
-    role exists is the caller's to know. Raises `PermissionDenied`.
+    The role comes from the table `subjects`, or else from exactly one OU. The name is exactly one
+    CN. Both may stand anywhere in the subject, and are taken unchanged: nothing is stripped, folded
+    or chosen among several. The caller checks that the role exists. Raises `PermissionDenied`.
     """
     if not peer_certificate:
         raise errors.PermissionDenied(
@@ -63,7 +64,7 @@ def identity(
 
 
 def borne_by(peer_certificate: Mapping[str, object]) -> dict[str, list[str]]:
-    """What a certificate bears, by the kinds of `model.subjects`."""
+    """The values in a certificate that the table of subjects may name, by kind."""
     names = {"DNS": "dns", "URI": "uri", "email": "email"}
     alternative = peer_certificate.get("subjectAltName", ())
     assert isinstance(alternative, tuple)
@@ -92,7 +93,7 @@ def _name(peer_certificate: Mapping[str, object], match: Match | None) -> str:
 def _end(peer_certificate: Mapping[str, object]) -> datetime:
     try:
         seconds = ssl.cert_time_to_seconds(str(peer_certificate["notAfter"]))
-    except ValueError:  # OpenSSL writes "Bad time value" for what it cannot read
+    except ValueError:  # OpenSSL prints "Bad time value" for a time that it cannot parse
         raise errors.PermissionDenied(
             "cannot tell when your certificate ends: its time is malformed",
             remedy="use a client certificate that the administrator issued",
@@ -101,25 +102,25 @@ def _end(peer_certificate: Mapping[str, object]) -> datetime:
 
 
 def name_fault(value: str) -> str | None:
-    """Say why a certificate's CN or OU cannot serve as a name or role; None if it can.
+    """Return why a certificate's CN or OU cannot serve as a name or role; None if it can.
 
-    Names go into logs, tables and comparisons: what cannot be seen there must not decide. The
-    bound is RFC 5280's ub-common-name.
+    Names are printed in logs and tables, and compared. So two names must not differ in characters
+    that a reader cannot see. The bound of 64 characters is RFC 5280's ub-common-name.
     """
     if not value:
         return "is empty"
     if value != value.strip():
         return "has white space around it"
     if not value.isprintable():
-        return "holds unprintable characters"
+        return "contains unprintable characters"
     return "is longer than 64 characters" if len(value) > 64 else None
 
 
 def _values(peer_certificate: Mapping[str, object], attribute: str) -> list[str]:
     subject = peer_certificate.get("subject", ())
     assert isinstance(subject, tuple)
-    # A relative name may hold several attributes, and an attribute may come again in another:
-    # looking at each one's first would let a certificate bear two roles.
+    # A relative distinguished name may contain several attributes, and several of them may have
+    # the same attribute. To read only the first of each would allow a certificate with two roles.
     return [str(value) for relative in subject for name, value in relative if name == attribute]
 
 

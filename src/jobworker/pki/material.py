@@ -1,10 +1,10 @@
-"""A server's PEM files as they are read: bytes, and the paths by which people know them.
+"""A server's PEM files in memory: their bytes, and the paths that error messages name.
 
-Whoever may read the files (root, at start; the reader, later) hands them on to whoever makes a
-context of them, so that what was judged is what is used, and a service that has given root up can
-have new ones. OpenSSL takes chains and revocation lists from files only; `placed` gives it
-descriptors of memory in their stead (memfd_create(2)), which never touch a disk and are gone after
-the block. Faults name the files' own paths.
+One process reads the files (root at the start, the reader later) and passes the bytes to the code
+that makes a TLS context of them. So the checked bytes are the used ones, and a service that has
+dropped root's rights can get new ones. OpenSSL reads chains and revocation lists from files only;
+`placed` gives it descriptors of memory instead (memfd_create(2)), which are never on a disk and are
+closed after the block. Error messages name the files' own paths.
 """
 
 import os
@@ -17,14 +17,14 @@ from attrs import evolve, field, frozen
 from jobworker.pki.credentials import RENEWAL, SERVER_REMEDY, PemFile, read_pem
 
 CRL_REMEDY = (
-    "get one from the CA (of one's own: worker certs crl --dir DIR, where its key is), or set "
-    "security.crl to '' to do without"
+    "get one from the CA (for your own CA: worker certs crl --dir DIR, on the host of its key), or "
+    "set security.crl to '' for none"
 )
 
 
 @frozen(kw_only=True)
 class ServerFiles:
-    """What a server's context is made of."""
+    """The files from which a server's TLS context is made."""
 
     ca: PemFile
     certificate: PemFile
@@ -35,7 +35,7 @@ class ServerFiles:
     def read(
         cls, *, ca: Path, certificate: Path, key: Path, crl: Path | None = None
     ) -> "ServerFiles":
-        """Read the files. Raises `CredentialsUnusable` that names the one which is unusable."""
+        """Read the files. Raises `CredentialsUnusable`, which names the unusable file."""
         return cls(
             ca=_read(ca, "CA certificate", "CERTIFICATE", SERVER_REMEDY),
             certificate=_read(certificate, "server certificate", "CERTIFICATE", RENEWAL),
@@ -45,7 +45,7 @@ class ServerFiles:
 
     @contextmanager
     def placed(self) -> Iterator["ServerFiles"]:
-        """The same files with their content where OpenSSL can read it."""
+        """For the block, the same files in memory descriptors that OpenSSL can open (`at`)."""
         with ExitStack() as stack:
 
             def place(file: PemFile) -> PemFile:
@@ -63,5 +63,5 @@ class ServerFiles:
 
 
 def _read(path: Path, what: str, label: str, remedy: str) -> PemFile:
-    absent = f"name the file that is meant in the configuration, or {remedy}"
+    absent = f"name the right file in the configuration, or {remedy}"
     return read_pem(path, what, label, remedy, absent=absent)

@@ -1,9 +1,9 @@
-"""Why a server may have refused our certificate, found out by looking at it ourselves.
+"""Find out why a server has refused the client's certificate, by reading that certificate.
 
-TLS has one alert, bad_certificate, for one that is not valid yet, that is too weak, or that is
-damaged (RFC 8446, section 6.2), and none for a server whose clock is wrong. Which of these it is,
-the client's own file tells, with the client's clock. This is looked up only after a refusal: it
-imports cryptography, which would double a client's start.
+TLS has one alert, bad_certificate, for a certificate that is not valid yet, is too weak, or is
+damaged (RFC 8446, section 6.2), and none for a server whose clock is wrong. The client's own file
+and clock distinguish these causes. The client does this only after a refusal, because it imports
+cryptography, which would double a client's start time.
 """
 
 from datetime import UTC, datetime
@@ -16,8 +16,8 @@ EXPIRED_ALERT = "certificate_expired"
 LEAST_RSA_BITS = 2048
 
 
-def told_precisely(refused: JobworkerError, certificate: Path) -> JobworkerError:
-    """The same refusal, with the cause that our own certificate shows, if it shows one."""
+def with_cause(refused: JobworkerError, certificate: Path) -> JobworkerError:
+    """Return the refusal with the cause that the client's certificate shows, if there is one."""
     alert = refused.data.get("alert")
     if alert not in (AMBIGUOUS, EXPIRED_ALERT):
         return refused
@@ -45,15 +45,15 @@ def _cause(certificate: Path, now: datetime, *, expired: bool) -> str | None:
         return f"has expired: it ended at {ends}, and {here}"
     if expired:
         return (
-            f"has expired by the server's clock, or its list of revoked ones has: the certificate "
-            f"ends at {ends}, and {here}; the server's clock may be ahead"
+            f"has expired by the server's clock, or the server's revocation list has: the "
+            f"certificate ends at {ends}, and {here}; the server's clock may be ahead"
         )
     weakness = _weakness(key, digest)
     if own.not_valid_before_utc > now:
         return f"is not valid yet: it begins at {begins}, and {here}"
     return weakness or (
         f"is not valid yet by the server's clock: it begins at {begins}, and {here}; the server's "
-        "clock may be behind (or the server holds the certificate for damaged: its log says which)"
+        "clock may be behind (or the certificate is damaged for the server: see the server's log)"
     )
 
 
@@ -62,7 +62,7 @@ def _weakness(key: object, digest: object) -> str | None:
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     if isinstance(key, rsa.RSAPublicKey) and key.key_size < LEAST_RSA_BITS:
-        return f"is too weak: its RSA key has {key.key_size} bits, {LEAST_RSA_BITS} are asked for"
+        return f"is too weak: its RSA key has {key.key_size} bits, {LEAST_RSA_BITS} are required"
     if isinstance(digest, hashes.SHA1 | hashes.MD5):
         return f"is too weak: it is signed by {digest.name}"
     return None

@@ -1,4 +1,4 @@
-"""A certificate from a PEM file, and as the index would have it."""
+"""Read a certificate from a PEM file, together with the entry that the index would have of it."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from jobworker.pki.registry import Entry, Kind, entry_of
 
 
 def read_certificate(path: Path) -> tuple[x509.Certificate, Entry]:
-    """The first certificate of a PEM file, and its entry. Raises `CredentialsUnusable`."""
+    """Return the first certificate of a PEM file and its entry. Raises `CredentialsUnusable`."""
     remedy = "name the PEM file of a certificate"
     file = read_pem(path, "certificate", "CERTIFICATE", remedy)
     try:

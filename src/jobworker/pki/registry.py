@@ -1,10 +1,10 @@
-"""The index of what an authority has issued, issued.json, and the list of what it has revoked.
+"""The index of an authority's certificates, issued.json, and its revocation list.
 
-An entry is on the disk before its certificate is, so no certificate exists that the index does not
-know. Index and revocation list are written whole under other names and renamed; a lock on the
-directory keeps two calls apart. The list is made of the index, and of what the list before it
-named: an index that was lost does not bring a revoked certificate back. A certificate that it has
-lost comes into it again when it is revoked by its file.
+An entry is on disk before its certificate (write-ahead), so no certificate exists that the index
+does not have. Index and revocation list are written under temporary names and renamed, and a lock
+on the directory serializes calls. A new list is made from the index and from the list before it:
+even if the index is lost, a revoked certificate stays revoked. To revoke a certificate by its file
+adds it to an index that has lost it.
 """
 
 import fcntl
@@ -35,12 +35,12 @@ REASONS = tuple(
     for flag in x509.ReasonFlags
     if flag not in (x509.ReasonFlags.remove_from_crl, x509.ReasonFlags.certificate_hold)
 )
-"""Why a certificate was revoked (RFC 5280, section 5.3.1), those that are for good."""
+"""The reasons of a permanent revocation (RFC 5280, section 5.3.1)."""
 
 
 @frozen(kw_only=True)
 class Entry:
-    """One certificate that was issued."""
+    """The entry of one issued certificate."""
 
     serial: str
     """Upper-case hexadecimal, as `openssl x509 -serial` prints it."""
@@ -58,7 +58,7 @@ class Entry:
     reason: str | None = None
 
     def state(self, now: datetime) -> str:
-        """One word."""
+        """Return "valid", "expired" or "revoked"."""
         if self.revoked_at is not None:
             return "revoked"
         return "expired" if self.not_after <= now else "valid"
@@ -66,16 +66,16 @@ class Entry:
 
 @frozen(kw_only=True)
 class Registry:
-    """All of them, in the order in which they were issued."""
+    """All entries, in the order in which the certificates were issued."""
 
     list_number: int = 0
     """The number of the latest revocation list."""
     certificates: tuple[Entry, ...] = ()
 
     def find(self, wanted: str, *, or_file: bool = False) -> Entry:
-        """The certificate of that serial number, or the latest one of that name.
+        """Return the certificate with the serial number, or the latest one with the name, `wanted`.
 
-        Raises `NotFound`, whose remedy names a file where the caller takes one (`or_file`).
+        Raises `NotFound`. `or_file`: the caller also accepts a file, and the remedy says so.
         """
         plain = wanted.replace(":", "").upper().lstrip("0")
         for entry in reversed(self.certificates):
@@ -87,7 +87,7 @@ class Registry:
         )
 
     def with_entry(self, entry: Entry) -> "Registry":
-        """One more, or one changed."""
+        """Return the registry with `entry` added, or with the entry of its serial replaced."""
         rest = tuple(each for each in self.certificates if each.serial != entry.serial)
         if len(rest) == len(self.certificates):
             return evolve(self, certificates=(*rest, entry))
@@ -98,7 +98,7 @@ class Registry:
 
 
 def entry_of(certificate: x509.Certificate, kind: Kind, stem: str) -> Entry:
-    """The entry of a certificate."""
+    """Make the entry of a certificate."""
     names = {each.oid: str(each.value) for each in certificate.subject}
     hosts: tuple[str, ...] = ()
     for extension in certificate.extensions:
@@ -118,13 +118,13 @@ def entry_of(certificate: x509.Certificate, kind: Kind, stem: str) -> Entry:
 
 
 def serial_text(serial: int) -> str:
-    """As OpenSSL prints it: whole bytes, upper case."""
+    """Format a serial number as OpenSSL prints it: hexadecimal, whole bytes, upper case."""
     text = f"{serial:X}"
     return text if len(text) % 2 == 0 else f"0{text}"
 
 
 def read_registry(directory: Path) -> Registry:
-    """Read the index; empty where there is none. Raises `CredentialsUnusable`."""
+    """Read the index; it is empty if there is no file. Raises `CredentialsUnusable`."""
     path = directory / INDEX
     try:
         content = path.read_text(encoding="utf-8")
@@ -144,23 +144,23 @@ def read_registry(directory: Path) -> Registry:
 def _unusable(path: Path, why: str) -> errors.CredentialsUnusable:
     return errors.CredentialsUnusable(
         f"cannot use the index {path}: {why}",
-        remedy="restore it from a backup, or move it away: what was revoked stays revoked, but no "
-        "name or serial is known any more, so that a name may be given twice, nothing is renewed, "
-        "and a certificate is revoked by its file alone (worker certs revoke FILE)",
+        remedy="restore it from a backup, or move it away: revoked certificates stay revoked, but "
+        "all names and serials are lost, so a name may be issued twice, no certificate can be "
+        "renewed, and only its file can revoke one (worker certs revoke FILE)",
     )
 
 
 def files_of(
     registry: Registry, authority: Authority, before: Path | None, *, now: datetime
 ) -> dict[str, tuple[bytes, int]]:
-    """The index with a new revocation list, which takes in `before`, as files to be written."""
+    """Return the files to write: the index, and a new revocation list that includes `before`."""
     registry = evolve(registry, list_number=registry.list_number + 1)
     made = authority.revocation_list(_revoked(registry, before), registry.list_number, now=now)
     return {INDEX: (index_bytes(registry), KEY_MODE), LIST: (made, CERTIFICATE_MODE)}
 
 
 def index_bytes(registry: Registry) -> bytes:
-    """The index as it stands in its file."""
+    """The content of the index file."""
     return dumps(unstructure(registry)).encode() + b"\n"
 
 
@@ -194,7 +194,7 @@ def _revoked(registry: Registry, before: Path | None) -> Iterator[x509.RevokedCe
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other calls away from an authority's directory while it is changed."""
+    """Hold an exclusive lock on an authority's directory for the block."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

@@ -1,18 +1,21 @@
-"""Revocation lists: judged before they are used, and asked about clients that are inside already.
+"""Check revocation lists before use, and check connected clients against a new list.
 
-A handshake asks the TLS context. A client that came in before a list changed is asked about here,
-by OpenSSL's own X509Store through pyOpenSSL (cryptography's verifier accepts revoked certificates),
-with the chain that it has presented, so that both judge alike.
+During a handshake, the TLS context checks the client. A client that connected before a list changed
+is checked here, with the chain that it has presented and with OpenSSL's own X509Store (through
+pyOpenSSL), so both checks agree. The verifier of cryptography was rejected: it accepts revoked
+certificates.
 
-What must hold: a list decides only if it is signed by its CA, lies within its time (RFC 5280,
-section 5.1.2), and there is one for each CA that we trust. Everything else is refused by name; what
-would be the use of a list that silently does not count? A list of a CA that we do not know yet is
-the exception: a company's root is trusted, and clients bring their issuing CA's certificate along.
-OpenSSL checks such a list's signature when it is used, and refuses each client whose issuer has no
-good list; until then a warning tells of it (`unproven_lists`).
+A list is accepted only if its CA has signed it and it is within its validity (RFC 5280, section
+5.1.2), and each trusted CA must have a list. Otherwise the file is refused with the reason, because
+a list that is silently ignored protects nobody.
 
-Where all chains end in a root of ours, and every issuer above has a list, all certificates of a
-chain are looked for in the lists, an issuing CA's own too; else the client's alone (`reaches_up`).
+One exception is a list of a CA that the server does not know yet, an unproven list: a company's
+root is trusted, and clients send their issuing CA's certificate. OpenSSL verifies the signature of
+such a list when a client needs it, and refuses each client whose issuer has no valid list. Until
+then, a warning names the list (`unproven_lists`).
+
+If all chains end in a trusted root and every issuer has a list, all certificates of a chain are
+checked, also those of issuing CAs. Otherwise, only the client's own is checked (`reaches_up`).
 """
 
 from collections.abc import Sequence
@@ -34,22 +37,22 @@ _WEAK = (hashes.SHA1, hashes.MD5)
 
 @frozen
 class Lists:
-    """The revocation lists of a server, judged."""
+    """The revocation lists of a server, after the check."""
 
     all: tuple[x509.CertificateRevocationList, ...]
     reaches_up: bool
-    """Whether every trusted CA's issuer is trusted and has a list: whole chains can be asked.
+    """Whether every trusted CA's issuer is trusted and has a list: whole chains can be checked.
 
-    OpenSSL asks about each certificate of a chain then, its last included, which has to be a root.
+    OpenSSL then checks each certificate of a chain, also the last one, which has to be a root.
     """
     unproven: tuple[x509.CertificateRevocationList, ...]
-    """Those of CAs whose certificates are in none of the server's files."""
+    """The lists of CAs whose certificates are in none of the server's files."""
 
 
 def read_lists(files: ServerFiles, now: datetime) -> Lists:
-    """The lists of the server, one for each CA of `ca_cert` at least; none where it has no file.
+    """Read and check the server's lists: at least one for each CA of `ca_cert`.
 
-    Raises `CredentialsUnusable`.
+    There are none if the server has no such file. Raises `CredentialsUnusable`.
     """
     file = files.crl
     if file is None:
@@ -70,25 +73,25 @@ def read_lists(files: ServerFiles, now: datetime) -> Lists:
         if authority.subject not in issuers:
             name = authority.subject.rfc4514_string()
             others = ", ".join(each.issuer.rfc4514_string() for each in unproven)
-            instead = f"; it is of another CA ({others})" if others else ""
-            raise _unusable(file, f"it holds no list of the CA {name}{instead}")
+            instead = f"; it is from another CA ({others})" if others else ""
+            raise _unusable(file, f"it contains no list of the CA {name}{instead}")
     trusted = {each.subject for each in authorities}
     reaches_up = all(each.issuer in issuers & trusted for each in authorities)
     return Lists(lists, reaches_up, unproven)
 
 
 def read_all(file: PemFile) -> tuple[x509.CertificateRevocationList, ...]:
-    """Every list of a PEM file. Raises ValueError."""
+    """Read every list of a PEM file. Raises ValueError."""
     pieces = file.content.split(_BEGIN)[1:]
     return tuple(x509.load_pem_x509_crl(_BEGIN + piece) for piece in pieces)
 
 
 def unproven_lists(files: ServerFiles, now: datetime) -> tuple[str, ...]:
-    """A warning for each list whose CA is not known yet. Raises `CredentialsUnusable`."""
+    """Return a warning for each list of an unknown CA. Raises `CredentialsUnusable`."""
     return tuple(
         f"the revocation list of {each.issuer.rfc4514_string()} in {files.crl.path} can be checked "
-        "only when a client brings that CA's certificate along; add the certificate to "
-        "security.ca_cert or to the chain in security.server_cert"
+        "only when a client sends that CA's certificate; add the certificate to security.ca_cert "
+        "or to the chain in security.server_cert"
         for each in read_lists(files, now).unproven
         if files.crl is not None
     )
@@ -106,7 +109,7 @@ def _fault(
         return f"it is not valid before {found.last_update_utc.isoformat()}; check the clock"
     end = found.next_update_utc
     if end is None:
-        return "it does not say until when it is valid"
+        return "it has no end of validity (nextUpdate)"
     return f"it expired at {end.isoformat()}" if end <= now else None
 
 
@@ -118,13 +121,13 @@ def _unusable(file: PemFile, why: str) -> errors.CredentialsUnusable:
 
 @frozen
 class Verifier:
-    """Judges the certificates of clients that are connected."""
+    """Checks the certificates of connected clients."""
 
     _store: crypto.X509Store
 
     @classmethod
     def of(cls, files: ServerFiles, now: datetime) -> "Verifier":
-        """By the CAs and the lists in `files`. Raises `CredentialsUnusable`."""
+        """Make a verifier with the CAs and the lists in `files`. Raises `CredentialsUnusable`."""
         store = crypto.X509Store()
         flags = crypto.X509StoreFlags.X509_STRICT
         for authority in x509.load_pem_x509_certificates(files.ca.content):
@@ -141,9 +144,9 @@ class Verifier:
         return cls(store)
 
     def fault(self, chain: Sequence[bytes]) -> str | None:
-        """Why a client's certificate is not good any more, in words; None if it is.
+        """Return why a client's certificate is no longer valid, in words; None if it is valid.
 
-        `chain` is what the client has presented, in DER, its own certificate first.
+        `chain` has the certificates that the client has presented, in DER, its own first.
         """
         try:
             peer, *between = (

@@ -1,7 +1,8 @@
-"""The hosts that a server's certificate is for: what a browser may have dialled.
+"""The hosts in a server's certificate, to which a browser may have connected.
 
-A page whose name was rebound to our address (DNS rebinding) sends its own name as `Host`. TLS would
-have stopped it, had its user not clicked the warning away; so the name is compared once more.
+In an attack by DNS rebinding, a page's own name resolves to the server's address, and the browser
+sends this name as `Host`. TLS refuses the name, unless the user clicks the warning away. So the
+server compares `Host` with its certificate again.
 """
 
 from attrs import frozen
@@ -15,7 +16,7 @@ class ServedHosts:
 
     @classmethod
     def of(cls, pem: bytes) -> "ServedHosts":
-        """Those of the first certificate in `pem` (RFC 5280, section 4.2.1.6)."""
+        """Read the hosts of the first certificate in `pem` (RFC 5280, section 4.2.1.6)."""
         from cryptography import x509
 
         leaf = x509.load_pem_x509_certificates(pem)[0]
@@ -28,7 +29,7 @@ class ServedHosts:
         return cls(frozenset(names | addresses))
 
     def hold(self, host: str) -> bool:
-        """Whether a `Host` header, with or without a port, names one of them."""
+        """Whether a `Host` header, with or without a port, names one of the hosts."""
         name, bracket, _ = host.lower().partition("]")
         name = name.removeprefix("[") if bracket else name.partition(":")[0]
         # A wildcard stands for the first label alone (RFC 6125, section 6.4.3).

@@ -1,15 +1,19 @@
-"""Mutual TLS: the contexts of both ends.
+"""Mutual TLS: the contexts of server and client.
 
-Three rules carry the access control (RFC 8446, RFC 5280). Both ends trust the CAs of the one file
-that they are given and nothing of the system's: each of these CAs by itself, whether it is a root
-or was issued by one that is not in the file. Both ends demand a certificate. Nothing is resumed:
-a resumed session skips the peer's certificate, and with it a revocation that came in between,
-so no tickets are sent. (TLS 1.2, where it is allowed, still resumes by session id inside one
-context.) New revocations mean a new context: OpenSSL would keep the old list beside the new one.
+Three rules carry the access control (RFC 8446, RFC 5280):
 
-A server's own files are checked before it listens, by the rules that its clients will apply; a
-client leaves that to the server's answer, because OpenSSL's bindings would double its start.
-So this module reaches only the standard library and attrs until a server asks for more.
+- Both ends trust the CAs in one given file and none of the system's. Each of these CAs is a trust
+  anchor, whether it is a root or was issued by a CA outside of the file.
+- Both ends require a certificate.
+- No session is resumed. A resumed session would skip the check of the peer's certificate, and with
+  it a later revocation, so the server sends no tickets. (TLS 1.2, where it is allowed, still
+  resumes by session id inside one context.)
+
+A new revocation list needs a new context: OpenSSL would keep the old list beside the new one.
+
+A server checks its own files before it listens, by the rules that its clients will apply. A client
+does not check its own and relies on the server's answer, because pyOpenSSL would double its start
+time. So this module imports only the standard library and attrs until a server needs more.
 """
 
 import os
@@ -32,23 +36,24 @@ if TYPE_CHECKING:
     from jobworker.pki.material import ServerFiles
 
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
-"""Those of TLS 1.2; of 1.3 all are good. Level 2 of SSL_CTX_set_security_level(3), for both: no
-chain with an RSA key below 2,048 bits or a curve below 224, and none that is signed by SHA-1."""
+"""The ciphers for TLS 1.2; those of 1.3 are all strong. For both versions, security level 2 of
+SSL_CTX_set_security_level(3): no chain with an RSA key below 2,048 bits, a curve below 224 bits, or
+a signature with SHA-1."""
 
 _CLIENT_REMEDY = (
     "copy ca-cert.pem and a client's two files from the directory of 'worker certs init', "
-    "or name others (for worker-cli: with --ca, --cert and --key)"
+    "or name other files (for worker-cli: with --ca, --cert and --key)"
 )
 
 
 def server_context(
     files: "ServerFiles", *, min_version: Literal["1.2", "1.3"] = "1.3"
 ) -> ssl.SSLContext:
-    """Make the context of a server that takes only clients of its CA; check its own files too.
+    """Make the context of a server that accepts only clients of its CA; check its own files too.
 
-    The certificate's file may hold intermediate certificates after the server's own. Clients that
-    the revocation list names are refused, and all of them once it has expired. Raises
-    `CredentialsUnusable`, naming the file and the reason.
+    The certificate's file may contain intermediate certificates after the server's own. The context
+    refuses clients in the revocation list, and every client once the list has expired. Raises
+    `CredentialsUnusable`, which names the file and the reason.
     """
     from jobworker.pki.revocation import read_lists
     from jobworker.pki.tls_groups import set_groups
@@ -84,9 +89,9 @@ def server_context(
 
 
 def client_context(*, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    """Make the context of a client that takes only servers of `ca`, under the name it dialled.
+    """Make the context of a client that accepts only a server of `ca` with the name it dialled.
 
-    Raises `CredentialsUnusable`, naming the file and the reason.
+    Raises `CredentialsUnusable`, which names the file and the reason.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # CERT_REQUIRED and check_hostname are on
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -105,11 +110,11 @@ def client_context(*, ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 def key_mode_warning(key: Path) -> str | None:
-    """Say that others than its owner can reach a key file, as ssh does; None if all is well."""
+    """Return a warning if other users than its owner can open a key file, as ssh does, or None."""
     try:
         mode = stat.S_IMODE(key.stat().st_mode)
     except OSError:
-        return None  # making the context names this fault
+        return None  # the code that makes the context reports this error
     if os.name != "posix" or not mode & 0o077:
         return None
-    return f"the key {key} is open to others than its owner (mode {mode:04o}); chmod 600 {key}"
+    return f"the key {key} is open to other users than its owner (mode {mode:04o}); chmod 600 {key}"

@@ -425,7 +425,7 @@ async def test_a_server_that_breaks_the_protocol_is_left() -> None:
             peer.to_client.send_nowait('{"jsonrpc":"2.0","id":99,"result":{}}')
 
         nursery.start_soon(serve)
-        with pytest.raises(ProtocolError, match="answers no call"):
+        with pytest.raises(ProtocolError, match="no call with its id"):
             await client.job(7).status()
 
 

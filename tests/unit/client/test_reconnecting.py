@@ -164,7 +164,7 @@ async def test_call_that_breaks_each_connection_is_given_up(autojump_clock: obje
     """Its answer is too long for the line, say: the server cuts that, and can say nothing."""
     servers = Servers([lambda peer: hang_up_after(peer, 1)] * 5)
     async with served(servers, PATIENCE_SECONDS) as client:
-        with pytest.raises(ConnectionFailed, match="3 connections broke before its answer"):
+        with pytest.raises(ConnectionFailed, match="3 connections broke before the reply"):
             await client.job(7).status()
     assert len(servers.plays) == 2
 

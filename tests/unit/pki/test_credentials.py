@@ -101,7 +101,7 @@ def test_key_of_no_certificate_in_a_chain_is_not_told_the_order(
 def test_missing_file_is_named(files: Files, side: str, which: str) -> None:
     path: Path = getattr(files, which)
     path.unlink()
-    where = "name the file that is meant in the config" if side == "server" else "copy ca-cert.pem"
+    where = "name the right file in the config" if side == "server" else "copy ca-cert.pem"
     with pytest.raises(errors.CredentialsUnusable, match=f"no such file; {where}"):
         files.make(side)
     assert "no such file" in files.fault(side, path)
@@ -256,4 +256,4 @@ def test_server_with_client_certificate_does_not_start(site: Site) -> None:
 
 def test_server_without_host_name_does_not_start(site: Site) -> None:
     issued = issue(site, [(type_cn, "localhost")], ExtendedKeyUsageOID.SERVER_AUTH)
-    assert "bears no host name" in server_fault(site, site.add("bare", issued)).message
+    assert "has no host name" in server_fault(site, site.add("bare", issued)).message

@@ -61,7 +61,7 @@ def test_mode_of_existing_directory_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_existing_file_is_kept_and_nothing_is_made(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
-    with pytest.raises(errors.CredentialsUnusable, match="there already") as caught:
+    with pytest.raises(errors.CredentialsUnusable, match="exists already") as caught:
         init_authority(tmp_path, [], now=NOW)
     assert str(tmp_path / name) in caught.value.message
     assert os.listdir(tmp_path) == [name]
@@ -73,7 +73,7 @@ def test_dangling_link_is_not_written_through(tmp_path: Path) -> None:
     directory = tmp_path / "certs"
     directory.mkdir()
     (directory / "ca-key.pem").symlink_to(target)
-    with pytest.raises(errors.CredentialsUnusable, match="there already"):
+    with pytest.raises(errors.CredentialsUnusable, match="exists already"):
         init_authority(directory, [], now=NOW)
     assert not target.exists()
 
@@ -89,7 +89,7 @@ def test_file_that_appears_meanwhile_wins_and_ours_go(
         sync(fd)
 
     monkeypatch.setattr(os, "fsync", race)
-    with pytest.raises(errors.CredentialsUnusable, match="there already"):
+    with pytest.raises(errors.CredentialsUnusable, match="exists already"):
         init_authority(tmp_path, [], now=NOW)
     assert os.listdir(tmp_path) == [rival.name]
     assert rival.read_text() == "rival"

@@ -26,10 +26,10 @@ def test_server_learns_who_the_client_is(site: Site) -> None:
         ([(type_ou, "admin"), (type_ou, "admin"), (type_cn, "a")], "2 OU"),
         ([(type_ou, " admin"), (type_cn, "a")], "OU has white space"),
         ([(type_ou, "admin\n"), (type_cn, "a")], "OU has white space"),
-        ([(type_ou, "ad\0min"), (type_cn, "a")], "OU holds unprintable"),
+        ([(type_ou, "ad\0min"), (type_cn, "a")], "OU contains unprintable"),
         ([(type_ou, "admin")], "no CN"),
         ([(type_ou, "admin"), (type_cn, "a"), (type_cn, "b")], "2 CN"),
-        ([(type_ou, "admin"), (type_cn, "a\nb")], "CN holds unprintable"),
+        ([(type_ou, "admin"), (type_cn, "a\nb")], "CN contains unprintable"),
     ],
 )
 def test_subject_without_one_plain_role_and_name_is_denied(

@@ -7,7 +7,7 @@ import pytest
 
 from jobworker.errors import CertificateRefused
 from jobworker.pki.administration import init_authority
-from jobworker.pki.own_certificate import told_precisely
+from jobworker.pki.own_certificate import with_cause
 
 
 def refusal(alert: str) -> CertificateRefused:
@@ -20,7 +20,7 @@ def test_certificate_that_is_not_valid_yet_is_found_out(
 ) -> None:
     init_authority(tmp_path / "certs", [], now=datetime.now(UTC) + begins_in)
     path = tmp_path / "certs" / "admin-client-cert.pem"
-    told = told_precisely(refusal("bad_certificate"), path)
+    told = with_cause(refusal("bad_certificate"), path)
     assert "is not valid yet" in told.message
     assert "here it is 20" in told.message
     assert ("the server's clock may be behind" in told.message) == (begins_in < timedelta())
@@ -32,9 +32,7 @@ def test_certificate_that_has_expired_is_told_from_a_clock_that_is_ahead(
     tmp_path: Path, begun: timedelta
 ) -> None:
     init_authority(tmp_path / "certs", [], now=datetime.now(UTC) - begun)
-    told = told_precisely(
-        refusal("certificate_expired"), tmp_path / "certs" / "admin-client-cert.pem"
-    )
+    told = with_cause(refusal("certificate_expired"), tmp_path / "certs" / "admin-client-cert.pem")
     assert "has expired" in told.message
     assert ("the server's clock may be ahead" in told.message) == (begun.days < 5000)
 
@@ -42,4 +40,4 @@ def test_certificate_that_has_expired_is_told_from_a_clock_that_is_ahead(
 def test_other_refusals_and_unreadable_files_are_left_as_they_are(tmp_path: Path) -> None:
     for alert, path in (("certificate_revoked", tmp_path), ("bad_certificate", tmp_path / "none")):
         refused = refusal(alert)
-        assert told_precisely(refused, path) is refused
+        assert with_cause(refused, path) is refused

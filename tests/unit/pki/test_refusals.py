@@ -168,7 +168,7 @@ def test_server_that_hangs_up_is_a_failed_connection(site: Site) -> None:
 @pytest.mark.parametrize(
     ("alert", "kind", "text"),
     [
-        (40, errors.CertificateRefused, "no common terms"),
+        (40, errors.CertificateRefused, "no common TLS parameters"),
         (42, errors.CertificateRefused, "not valid yet, is too weak, or is damaged"),
         (44, errors.CertificateRefused, "revoked"),
         (45, errors.CertificateRefused, "expired"),
@@ -194,7 +194,7 @@ def test_alert_is_put_into_words(
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "plain HTTP"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "did not speak TLS"),
-        (b"", "went away"),
+        (b"", "closed the connection"),
     ],
 )
 def test_log_says_what_was_no_handshake(site: Site, spoken: bytes, reason: str) -> None:
