@@ -1,6 +1,7 @@
-"""The limits of the configuration: `[limits]`, what clients may ask of the service itself.
+"""The section `[limits]` of the configuration: how much of the service itself clients may use.
 
-Each has an error by which it is told (`errors`), and reaching it is counted under the error's name.
+A client that reaches a limit gets the limit's error (`errors`), and the service counts it under the
+error's name.
 """
 
 from attrs import field, frozen
@@ -14,30 +15,30 @@ MAX_MESSAGE_BYTES = 64 << 20
 
 @frozen(kw_only=True)
 class ConnectionLimits:
-    """How much of the service clients may take up."""
+    """How much of the service clients may use."""
 
     max_connections: int = field(default=1000, validator=within(1, 1_000_000))
-    """Open connections in all; the last tenth is for names that have few."""
+    """Open connections in all; the last tenth is for names with few connections."""
     max_connections_per_certificate: int = field(default=200, validator=within(1, 1_000_000))
-    """Open connections of one name, with whichever of its certificates."""
+    """Open connections of one name, with all its certificates together."""
     max_handshakes: int = field(default=256, validator=within(1, 1_000_000))
-    """Connections that are not open yet; at one more, the oldest of them is let go."""
+    """Connections during their handshake; one more closes the oldest of them."""
     handshake_timeout: str = field(default="10s", validator=check_positive_duration)
-    """For TLS, HTTP request and upgrade together."""
+    """Time for TLS handshake, HTTP request and upgrade together."""
     max_failed_handshakes: int = field(default=300, validator=within(1, 1_000_000, or_zero=True))
-    """A minute from one address (an IPv6 /64), of this host from one user, jobs being one; then its
-    handshakes take turns. 0 is no limit."""
+    """Failed handshakes a minute from one address (an IPv6 /64), or from one user of this host, all
+    jobs being one user. After these, its handshakes take turns. 0 is no limit."""
     max_message_bytes: int = field(
         default=4 << 20, validator=within(MIN_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
     )
-    """Of one message from a client."""
+    """Size of one message from a client."""
     max_requests_in_flight: int = field(default=128, validator=within(1, 65_536))
-    """Requests of one connection that are not answered yet."""
+    """Unanswered requests of one connection."""
     max_follows: int = field(default=256, validator=within(1, 65_536))
     """Subscriptions of one connection."""
     max_waits: int = field(default=2000, validator=within(1, 1_000_000))
-    """Of one name, on all of its connections: subscriptions, and requests that wait for an end."""
+    """Subscriptions and requests that wait for a job's end, of one name on all its connections."""
     ping_interval: str = field(default="30s", validator=check_duration)
-    """Between pings to a client; "0" sends none."""
+    """Time between two pings to a client; "0" sends none."""
     ping_timeout: str = field(default="1m", validator=check_positive_duration)
-    """For the answer to a ping."""
+    """Time for a client to answer a ping."""

@@ -1,4 +1,4 @@
-"""Where a service keeps things by default: the host's places for root, else the user's own.
+"""The default paths of a service: the host's directories for root, else the user's own.
 
 Source: the XDG Base Directory Specification, and file-hierarchy(7) for root's.
 """
@@ -8,21 +8,22 @@ from pathlib import Path
 
 
 def default_state_directory() -> str:
-    """What the service must remember: history, output, jobs' files."""
+    """The directory of history, output and jobs' files."""
     if os.geteuid() == 0:
         return "/var/lib/jobworker"
     return str(_own("XDG_STATE_HOME", ".local/state") / "jobworker")
 
 
 def default_configuration() -> Path:
-    """The configuration file, which need not exist."""
+    """The path of the configuration file, which may not exist."""
     return _configuration() / "worker.toml"
 
 
 def configuration_in_use() -> Path | None:
-    """The configuration file; None where there is none.
+    """The path of the configuration file; None if it does not exist.
 
-    One that this user may not look for counts as there: whoever reads it says why that fails.
+    If this user may not see whether it exists, the path is returned: the code that reads the file
+    then reports the reason.
     """
     own = default_configuration()
     try:
@@ -32,7 +33,7 @@ def configuration_in_use() -> Path | None:
 
 
 def default_certificate(name: str) -> str:
-    """The PEM file called `name`."""
+    """The path of the PEM file `name`."""
     return str(_configuration() / "certs" / name)
 
 
@@ -48,5 +49,5 @@ def _own(variable: str, below_home: str) -> Path:
     if chosen.startswith("/"):
         return Path(chosen)
     home = os.path.expanduser("~")
-    # A user without a home has to name places: this one is refused by name when it is used.
+    # A user without a home has to configure paths: a use of this one fails and names it.
     return Path(home if home.startswith("/") else "/nonexistent") / below_home

@@ -1,6 +1,6 @@
-"""The roles of the configuration: `[roles.NAME]` tables, and the table that they make.
+"""The tables `[roles.NAME]` of the configuration, and the table of roles made of them.
 
-`admin` and `viewer` are always there (`model.access`); a configuration adds to them.
+The roles `admin` and `viewer` always exist (`model.access`); a configuration adds others.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from jobworker.model.units import MEBIBYTE
 
 @frozen(kw_only=True)
 class RoleSettings:
-    """What the bearers of a role may do, upon whose jobs, and how much each name at once."""
+    """The permissions of a role, the jobs that it reaches, and the quota of each name."""
 
     operations: tuple[Permission, ...]
     scope: Scope = Scope.OWN
@@ -25,7 +25,7 @@ class RoleSettings:
 
     @property
     def quota(self) -> Quota:
-        """The bounds in their own units."""
+        """The quota, with sizes converted from MiB to bytes."""
         return Quota(
             jobs=self.max_jobs,
             cpu_percent=self.max_cpu,
@@ -35,14 +35,14 @@ class RoleSettings:
 
 
 def check_names(_: object, __: object, value: Mapping[str, RoleSettings]) -> None:
-    """An attrs validator: raises ValueError for names that no role may have."""
+    """A validator of attrs: raises ValueError for names that no role may have."""
     faults = [fault for name in value if (fault := role_name_fault(name))]
     if faults:
         raise ValueError("; ".join(faults))
 
 
 def role_table(settings: Mapping[str, RoleSettings]) -> Roles:
-    """The built-in roles and these."""
+    """Make the table of the built-in roles and those of `settings`."""
     return Roles.with_own(
         *(
             Role(

@@ -8,7 +8,7 @@ from jobworker.storage import name_fault
 
 
 def check_runtime_names(_: object, __: object, value: Mapping[str, object]) -> None:
-    """Be a validator of attrs: the names of a table of runtimes."""
+    """A validator of attrs: raises ValueError for names that no runtime may have."""
     for name in value:
         if fault := name_fault(name):
             raise ValueError(fault)
@@ -21,6 +21,6 @@ def _check_path(_: object, __: object, value: str) -> None:
 
 @frozen(kw_only=True)
 class RuntimeSettings:
-    """One root tree."""
+    """The settings of one runtime."""
 
     path: str = field(validator=_check_path)

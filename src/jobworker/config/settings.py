@@ -1,9 +1,9 @@
-"""The service's settings: one TOML file, every key with its default, all faults told at once.
+"""The service's settings: one TOML file, a default for every key, one error for all faults.
 
-`load` answers a `Settings` or raises a ConfigError that names the file and, for each fault, the
-key and what would be right. Nothing is guessed: an unknown key is a fault, and so is a string
-where a number belongs. Paths that are relative are taken from the file's own directory.
-`etc/worker.toml` documents each key; a test holds that it names every one, at its default.
+`load` returns a `Settings`, or raises a ConfigError that names the file and, for each fault, the
+key and what is allowed. Nothing is guessed: an unknown key is a fault, and so is a string in place
+of a number. Relative paths are relative to the file's own directory. `etc/worker.toml` documents
+each key; a test checks that it has every key, with its default.
 """
 
 import os
@@ -38,9 +38,9 @@ from jobworker.model.units import MEBIBYTE
 DEFAULT_PORT = 50051
 
 FIRST_UID = 1_879_048_192
-"""Where the ranges for jobs begin: systemd's allotment of ids leaves what follows it free up to
-2,147,352,575 (its document UIDS-GIDS), which is room for 4,096 ranges of 65,536. The last 16 are
-left to services' own ids (`server.id_ranges`)."""
+"""The first id of the jobs' ranges. systemd reserves no ids from here to 2,147,352,575 (see its
+document UIDS-GIDS): 4,096 ranges of 65,536. The last 16 ranges are for the services' own ids
+(`server.id_ranges`)."""
 LAST_UID = 2_147_352_575
 
 Controller = Literal["cpu", "memory", "io", "pids"]
@@ -71,7 +71,7 @@ def _absolute_all(_: object, __: object, value: tuple[str, ...]) -> None:
     for path in value:
         _absolute(None, None, path)
         if path == "/":
-            raise ValueError("must not be '/': jobs see an allow-list, never all of the host")
+            raise ValueError("must not be '/': jobs must never see all of the host")
 
 
 def _file(_: object, __: object, value: str) -> None:
@@ -102,7 +102,7 @@ def _socket(_: object, __: object, value: str) -> None:
     if value:
         _absolute(None, None, value)
         if len(os.fsencode(value)) > 107:
-            raise ValueError("is longer than 107 bytes, which no socket's path may be (unix(7))")
+            raise ValueError("is longer than 107 bytes, the most for a socket's path (unix(7))")
 
 
 def _group(_: object, __: object, value: str) -> None:
@@ -118,27 +118,27 @@ def _first_uid(_: object, __: object, value: int) -> None:
 def _below_etc(_: object, __: object, value: tuple[str, ...]) -> None:
     for name in value:
         if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise ValueError(f"must hold names below /etc, such as 'hosts', not {name!r}")
+            raise ValueError(f"must contain names below /etc, such as 'hosts', not {name!r}")
 
 
 def _host(_: object, __: object, value: str) -> None:
     if not value or any(character.isspace() or character == "\0" for character in value):
-        raise ValueError("must be an address to listen at, such as 0.0.0.0, :: or 127.0.0.1")
+        raise ValueError("must be an address to listen on, such as 0.0.0.0, :: or 127.0.0.1")
 
 
 @frozen(kw_only=True)
 class ServerSettings:
-    """Where to listen."""
+    """The address to listen on, and the patience with slow clients."""
 
     address: str = field(default="0.0.0.0", validator=_host)  # noqa: S104 - clients need a certificate
     port: int = field(default=DEFAULT_PORT, validator=within(0, 65_535))
-    """0 takes a free port, which is logged."""
+    """0 uses a free port, which the service logs."""
     stall_timeout: str = field(default="1m", validator=check_positive_duration)
 
 
 @frozen(kw_only=True)
 class WorkerSettings:
-    """What jobs get, and where the service keeps what it must remember."""
+    """The jobs' limits, the retention of their output, and the directory of the service's state."""
 
     state_dir: str = field(factory=default_state_directory, validator=_absolute)
     user: str = field(default="auto", validator=_user)
@@ -159,13 +159,13 @@ class WorkerSettings:
     keep_output_jobs: int = field(default=10_000, validator=within(1, 1 << 30, or_zero=True))
     job_timeout: str = field(default="1h", validator=check_duration)
     max_job_timeout: str = field(default="7d", validator=check_positive_duration)
-    """What a role without the permission `unbounded` may ask for at the most."""
+    """The longest time-out that a role without the permission `unbounded` may request."""
     stop_grace: str = field(default="5s", validator=check_duration)
     jobs_on_exit: Literal["auto", "leave", "stop"] = "auto"
 
     @property
     def default_limits(self) -> Limits:
-        """The limits of a job that asks for none."""
+        """The limits of a job whose request has none."""
         return Limits(
             cpu_percent=self.default_cpu_limit,
             memory_bytes=self.default_memory_limit * MEBIBYTE,
@@ -183,16 +183,16 @@ class SecuritySettings:
     server_cert: str = field(factory=_certificate("server-cert.pem"), validator=_file)
     server_key: str = field(factory=_certificate("server-key.pem"), validator=_file)
     crl: str = field(factory=_certificate("ca-crl.pem"), validator=_path_or_empty)
-    """The CA's revocation list; "" does without."""
+    """The CA's revocation list; "" for none."""
     min_tls_version: Literal["1.2", "1.3"] = "1.3"
     subjects: Mapping[str, str] = field(factory=dict, validator=_entries)
-    """Roles by what certificates bear (`model.subjects`)."""
+    """The table of roles by values in certificates (`model.subjects`)."""
     roles_from_ou: bool = True
 
 
 @frozen(kw_only=True)
 class CgroupSettings:
-    """How limits are enforced."""
+    """The control groups that enforce limits."""
 
     enable_controllers: tuple[Controller, ...] = CONTROLLERS
     parent: str = field(default="", validator=_group)
@@ -200,12 +200,12 @@ class CgroupSettings:
 
 @frozen(kw_only=True)
 class SandboxSettings:
-    """What a job sees, and who it is outside."""
+    """The files that a job sees, its user ids on the host, and its confinement."""
 
     programs: tuple[str, ...] = field(default=DEFAULT_PROGRAMS, validator=_absolute_all)
     etc: tuple[str, ...] = field(default=DEFAULT_ETC, validator=_below_etc)
     first_uid: int = field(default=FIRST_UID, validator=_first_uid)
-    """0 takes a range that is free."""
+    """0 uses a free range."""
     spares: int = field(default=2, validator=within(0, 64))
     tmpfs_limit: int = field(default=256, validator=within(1, 1 << 30))
     seccomp_profile: str = field(default="", validator=_path_or_empty)
@@ -222,7 +222,7 @@ class LauncherSettings:
 
 @frozen(kw_only=True)
 class LoggingSettings:
-    """What is logged, and how."""
+    """The level and the format of the log."""
 
     level: Literal["DEBUG", "INFO", "WARN", "ERROR"] = "INFO"
     format: Literal["text", "json"] = "text"
@@ -230,7 +230,7 @@ class LoggingSettings:
 
 @frozen(kw_only=True)
 class Settings:
-    """Everything."""
+    """All settings of a service, one field for each section of the file."""
 
     server: ServerSettings = ServerSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -245,7 +245,7 @@ class Settings:
 
 
 def load(path: Path) -> Settings:
-    """Read the settings in `path`; raises ConfigError with every fault of the file."""
+    """Read the settings in `path`. Raises ConfigError with every fault of the file."""
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text)
@@ -273,7 +273,7 @@ def load(path: Path) -> Settings:
 
 
 def with_launcher_socket(settings: Settings, path: Path) -> Settings:
-    """The settings with another launcher.socket; raises ConfigError."""
+    """Return the settings with another launcher.socket. Raises ConfigError."""
     try:
         launcher = LauncherSettings(socket=os.path.abspath(path))
     except ValueError as error:
@@ -284,7 +284,7 @@ def with_launcher_socket(settings: Settings, path: Path) -> Settings:
 
 
 def with_first_uid(settings: Settings, first_uid: int) -> Settings:
-    """The settings with another sandbox.first_uid: the one that was free."""
+    """Return the settings with another sandbox.first_uid, the start of the range in use."""
     return evolve(settings, sandbox=evolve(settings.sandbox, first_uid=first_uid))
 
 
@@ -307,7 +307,7 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
 
 
 def _faults_between(settings: Settings) -> tuple[str, ...]:
-    """What is wrong though each key on its own is right."""
+    """The faults of keys that are valid alone and do not fit together."""
     known = sorted({*settings.roles, *(role.name for role in BUILT_IN)})
     faults = [
         f"security.subjects: {entry!r} has the role {role!r}, which is none of {', '.join(known)}"
@@ -315,8 +315,8 @@ def _faults_between(settings: Settings) -> tuple[str, ...]:
         if role not in known
     ]
     faults += [
-        f"roles[{name!r}].scope: must be 'all' where 'volumes' is the one operation: all share the "
-        "volumes, so a role of the scope 'own' may do nothing with them"
+        f"roles[{name!r}].scope: must be 'all' if 'volumes' is the only operation: all names share "
+        "the volumes, so a role with the scope 'own' could do nothing with them"
         for name, role in settings.roles.items()
         if set(role.operations) == {Permission.VOLUMES} and role.scope is Scope.OWN
     ]
@@ -346,5 +346,5 @@ def _faults_between(settings: Settings) -> tuple[str, ...]:
 
 
 def _lies_in(path: str, directory: str) -> bool:
-    # Links are followed, since jobs are shown what stands at a link's end.
+    # Follow symbolic links: a job sees the target of a link.
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))

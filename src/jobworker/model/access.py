@@ -1,13 +1,13 @@
-"""Roles: what each may do, upon whose jobs, and how much at once. Pure, one table.
+"""Roles: their permissions, the jobs that they reach, and their quotas. Pure, one table.
 
-A certificate's one OU is its role and its one CN its name, both compared exactly, character by
-character. The name is the tenant: two certificates of one name are one tenant, whatever their
-roles, since the authority that signs names answers for them. A role of the scope `own` reaches
-the jobs of its own name alone; every other job does not exist for it.
+A certificate's only OU is its role, and its only CN is its name; both are compared exactly. The
+name is the tenant: two certificates of one name are one tenant, whatever their roles, because the
+authority that signs the names vouches for them. A role with the scope `own` reaches the jobs of its
+own name alone; for it, no other job exists.
 
-`admin` and `viewer` are built in and cannot be redefined, so that no edit of the configuration
-makes a certificate that was issued to look on able to act. A role that the table does not hold
-may do nothing.
+`admin` and `viewer` are built in and cannot be redefined. So no change of the configuration can
+give more rights to a certificate that was issued to a viewer. A role outside of the table may do
+nothing.
 """
 
 import re
@@ -23,7 +23,7 @@ _ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 class Permission(Enum):
-    """What an operation needs."""
+    """A permission that an operation needs."""
 
     RUN = "run"
     """Start jobs, and see the values of their variables."""
@@ -31,33 +31,33 @@ class Permission(Enum):
     REMOVE = "remove"
     """Remove ended jobs and their output; jobs that have not ended (`force`) with STOP besides."""
     VIEW = "view"
-    """See jobs and how they do; not what they print."""
+    """See jobs, their states and their usage, but not their output."""
     LOG = "log"
-    """Read what jobs print."""
+    """Read the output of jobs."""
     VOLUMES = "volumes"
-    """Make, list and remove volumes, and have them in jobs; all share them."""
+    """Create, list and remove volumes, and mount them in jobs; all names share them."""
     UNBOUNDED = "unbounded"
-    """Ask for no time limit (timeout 0), as for a service that runs for good."""
+    """Request no time limit (timeout 0), as for a service that never ends."""
 
 
 _DONE = {
     Permission.RUN: "run jobs",
     Permission.STOP: "stop jobs",
     Permission.REMOVE: "remove jobs or their output",
-    Permission.VIEW: "look at jobs",
-    Permission.LOG: "read what jobs print",
+    Permission.VIEW: "see jobs",
+    Permission.LOG: "read the output of jobs",
     Permission.VOLUMES: "use volumes",
     Permission.UNBOUNDED: "run jobs without a time limit, or beyond worker.max_job_timeout",
 }
-"""What a role may not do without a permission, in words."""
+"""For error messages, in words: the action that each permission allows."""
 
 
 SHARED = frozenset({Permission.VOLUMES})
-"""Permissions upon what all names share: only a role that reaches all of them can use these."""
+"""Permissions on things that all names share. Only a role with the scope `all` can use them."""
 
 
 class Scope(Enum):
-    """Whose jobs a role reaches."""
+    """The jobs that a role reaches: those of all names, or of its own."""
 
     ALL = "all"
     OWN = "own"
@@ -65,7 +65,7 @@ class Scope(Enum):
 
 @frozen(kw_only=True)
 class Quota:
-    """What the live jobs of one name may have together, waiting ones included; 0 is no bound."""
+    """The bounds on all live jobs of one name together, waiting ones included; 0 is no bound."""
 
     jobs: int = field(default=0, validator=within(0, 1_000_000))
     cpu_percent: int = field(default=0, validator=within(0, 1 << 40))
@@ -73,7 +73,7 @@ class Quota:
     memory_bytes: int = field(default=0, validator=within(0, 1 << 60))
     """Sum of their memory limits."""
     output_bytes: int = field(default=0, validator=within(0, 1 << 60))
-    """Output on disk: what is kept of ended jobs, and the caps of live ones."""
+    """Output on disk: the kept output of ended jobs, and the limits of live ones."""
 
 
 NO_QUOTA = Quota()
@@ -81,7 +81,7 @@ NO_QUOTA = Quota()
 
 @frozen(kw_only=True)
 class Role:
-    """One row of the table."""
+    """A role: one row of the table."""
 
     name: str
     permissions: frozenset[Permission]
@@ -89,7 +89,7 @@ class Role:
     quota: Quota = NO_QUOTA
 
     def may(self, permission: Permission) -> bool:
-        """Whether the role holds `permission`."""
+        """Whether the role has `permission`."""
         return permission in self.permissions
 
     def can_use(self, permission: Permission) -> bool:
@@ -114,30 +114,31 @@ BUILT_IN = (
 
 @frozen
 class Roles:
-    """The table, by name."""
+    """The table of all roles, by name."""
 
     _rows: Mapping[str, Role] = field(factory=lambda: {role.name: role for role in BUILT_IN})
 
     @classmethod
     def with_own(cls, *own: Role) -> "Roles":
-        """The built-in roles and those of the configuration, whose names must not clash."""
+        """Make the table of the built-in roles and `own`, which must have other names."""
         return cls({role.name: role for role in (*own, *BUILT_IN)})
 
     def __iter__(self) -> Iterator[Role]:
         return iter(self._rows.values())
 
     def find(self, name: str) -> Role:
-        """The role of exactly that name. Raises PermissionDenied."""
+        """Return the role of exactly that name. Raises PermissionDenied."""
         role = self._rows.get(name)
         if role is None:
             raise PermissionDenied(
-                f"cannot serve this certificate: its OU {name!r} is no role of this server",
+                f"cannot serve this certificate: its OU {name!r} is not a role of this server",
                 remedy="use a certificate whose OU is one of " + ", ".join(sorted(self._rows)),
             )
         return role
 
     def authorize(self, name: str, permission: Permission, operation: str) -> Role:
-        """The role, if it may use `permission`, else PermissionDenied; `operation` is for words."""
+        """Return the role if it may use `permission`. Raises PermissionDenied, which names
+        `operation`."""
         role = self.find(name)
         if not role.may(permission):
             holders = sorted(each.name for each in self if each.can_use(permission))
@@ -148,7 +149,7 @@ class Roles:
             )
         if not role.can_use(permission):
             raise PermissionDenied(
-                f"cannot call {operation}: all share the volumes, and the role {name!r} "
+                f"cannot call {operation}: all names share the volumes, and the role {name!r} "
                 "reaches its own jobs alone",
                 remedy="use a certificate whose role has the scope 'all'",
             )
@@ -156,19 +157,19 @@ class Roles:
 
 
 def role_name_fault(name: str) -> str | None:
-    """Say why `name` can be no role of the configuration; None if it can.
+    """Return why `name` cannot be a role of the configuration; None if it can.
 
-    Only what cannot be taken for another name by eye: ASCII, lower-case, no white space.
+    A name is ASCII, in lower case and without white space, so that no two names look alike.
     """
     if any(name == role.name for role in BUILT_IN):
         return f"{name!r} is built in and cannot be changed; choose another name"
     if not _ROLE_NAME.fullmatch(name):
-        return f"{name!r} is no name for a role: a to z first, then a to z, 0 to 9, '-' and '_'"
+        return f"{name!r} is not a name for a role: a to z first, then a to z, 0 to 9, '-' and '_'"
     return None
 
 
 def no_such_job(job: int) -> NotFound:
-    """What is told of a job that does not exist, and of one that the caller may not know of."""
+    """The error for a job that does not exist, and for one that the caller may not see."""
     return NotFound(
         f"cannot find job {job}: no such job",
         remedy="see the ids in the list of jobs (`worker-cli list`)",

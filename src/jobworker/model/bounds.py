@@ -1,7 +1,7 @@
-"""Validators for values: what is out of bounds is told with the bounds, and can be documented.
+"""Validators for values, whose errors name the bounds and whose bounds can be documented.
 
-Each has a `schema`: the bounds in the words of JSON Schema (2020-12), from which the protocol's
-documents are made, so that a bound is stated once.
+Each validator has a `schema`: the same bounds in keywords of JSON Schema (2020-12). The protocol's
+documents are generated from them, so each bound is stated once.
 """
 
 from collections.abc import Callable, Mapping, Sized
@@ -15,7 +15,7 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 @frozen
 class Documented(Generic[T_contra]):
-    """A validator and what it demands."""
+    """A validator with the JSON Schema of its bounds."""
 
     _check: Callable[[object, object, T_contra], None]
     schema: Mapping[str, object] = field(hash=False)
@@ -28,7 +28,7 @@ class Documented(Generic[T_contra]):
 def states(
     **schema: object,
 ) -> Callable[[Callable[[object, object, T], None]], Callable[[object, object, T], None]]:
-    """Document a validator by the keywords of JSON Schema that say the same, as far as they can."""
+    """A decorator: add to a validator the keywords of JSON Schema that express its bounds best."""
 
     def document(check: Callable[[object, object, T], None]) -> Callable[[object, object, T], None]:
         return Documented(check, schema)
@@ -39,7 +39,7 @@ def states(
 def within(
     low: float, high: float, *, or_zero: bool = False
 ) -> Callable[[object, object, T], None]:
-    """A validator for None and numbers from `low` to `high` (and 0, where that is "no limit")."""
+    """Make a validator for None and numbers from `low` to `high`; `or_zero` also allows 0."""
     words = f"0 (no limit) or from {low} to {high}" if or_zero else f"from {low} to {high}"
     bounds: dict[str, object] = {"minimum": low, "maximum": high}
     schema = {"anyOf": [{"const": 0}, bounds]} if or_zero and low > 0 else bounds
@@ -49,16 +49,16 @@ def within(
             return
         raise ValueError(f"must be {words}, not {value}")
 
-    # mypy cannot see that the class is as general as the function in it.
+    # mypy cannot infer that `Documented` accepts all that `check` accepts.
     return Documented(check, schema)  # type: ignore[return-value]
 
 
 def at_most(count: int) -> Callable[[object, object, T], None]:
-    """A validator for collections of at most `count`."""
+    """Make a validator for collections of at most `count` entries."""
 
     def check(_: object, __: object, value: T) -> None:
         if isinstance(value, Sized) and len(value) > count:
             raise ValueError(f"must have at most {count} entries, not {len(value)}")
 
-    # mypy cannot see that the class is as general as the function in it.
+    # mypy cannot infer that `Documented` accepts all that `check` accepts.
     return Documented(check, {"maxItems": count})  # type: ignore[return-value]

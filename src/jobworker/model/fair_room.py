@@ -1,13 +1,13 @@
-"""Who may have one more of a bounded number of places: the last tenth is for those who have few.
+"""Share a bounded number of places: the last tenth is reserved for names that have few places.
 
-One that fills the rest is refused more, and everybody else still gets in.
+A name that fills all other places gets no more, and everybody else still gets one.
 """
 
 KEPT_PART, FEW_PART = 10, 10
-"""A tenth of the places is kept, and a tenth of that is "few"."""
+"""A tenth of the places is reserved. "Few" are fewer than a tenth of these."""
 
 
 def has_room(size: int, *, taken: int, mine: int) -> bool:
-    """Whether one who has `mine` of the places may have one more, where `taken` of `size` are."""
+    """Whether a name that has `mine` places may get one more, if `taken` of `size` are in use."""
     kept = size // KEPT_PART
     return taken < size - kept or (taken < size and mine < max(1, kept // FEW_PART))

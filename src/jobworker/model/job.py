@@ -1,7 +1,7 @@
-"""What a job is: the request for one, its limits, and the record of how it went.
+"""The data of a job: its request, its limits, and its record.
 
-Frozen data with bounds; no clock and no I/O. The same classes stand in the wire's messages,
-in the history and in the client's API, so that a bound is stated once.
+Frozen data with bounds; no clock and no I/O. The messages on the wire, the history and the client's
+API use the same classes, so each bound is stated once.
 """
 
 import re
@@ -19,7 +19,7 @@ from jobworker.model.bounds import states, within
 from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
-from jobworker.model.made import altered, told
+from jobworker.model.made import altered, raises_invalid_params
 from jobworker.model.volumes import VolumeMount, check_mounts
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
@@ -41,15 +41,15 @@ MAX_PROCESSES = 4_194_304
 MAX_TIMEOUT_SECONDS = 10 * 365 * 86400.0
 MAX_NAME_LENGTH = 128
 MAX_ID = 65_535
-"""The last of the user and group ids that a job has of its own."""
+"""The last user or group id inside a job: each job has a range of 65,536 ids."""
 MAX_DETAIL = 4096
-"""Characters of what is said of an end."""
+"""Characters of the detail of an end."""
 MAX_SIGNAL_LENGTH = 32
 MASK = "***"
 
 Network = Literal["host", "none", "private"]
 Part = Literal["command", "environment", "secret_environment", "workdir", "labels", "volumes"]
-"""A part of a request that may be too long to be told often."""
+"""A part of a request that may be too long for frequent messages."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _IN_VARIABLES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_\n"
@@ -64,24 +64,24 @@ class Stream(Enum):
 
 
 OutputPolicy = Literal["discard-output", "stop"]
-"""What becomes of a job whose output cannot be kept: it goes on without, or is stopped."""
+"""For a job whose output cannot be kept: drop the output and let the job go on, or stop it."""
 
 
 class OutputCut(Enum):
-    """Why a job's log does not hold all of its output."""
+    """The reason why a job's log does not contain all of its output."""
 
     LIMIT = "limit"
-    """It reached the job's own limit."""
+    """The output reached the job's own limit."""
     TOTAL = "total"
     """All jobs' output together reached the server's limit."""
     DISK = "disk"
-    """The disk was full, or refused to write."""
+    """The server's disk was full, or a write failed."""
 
 
-@told
+@raises_invalid_params
 @frozen(kw_only=True)
 class Limits:
-    """A job's resource limits: None stands for the server's default, 0 for no limit."""
+    """A job's resource limits: unset is the server's default, 0 is no limit."""
 
     cpu_percent: int | None = field(
         default=None, validator=within(1, MAX_CPU_PERCENT, or_zero=True)
@@ -90,20 +90,20 @@ class Limits:
     memory_bytes: int | None = field(
         default=None, validator=within(MIN_MEMORY_BYTES, MAX_MEMORY_BYTES, or_zero=True)
     )
-    """Hard, swap included; going over ends the job with reason `oom`."""
+    """Hard limit, swap included; a job that exceeds it ends with reason `oom`."""
     io_bps: int | None = field(default=None, validator=within(MIN_IO_BPS, MAX_IO_BPS, or_zero=True))
-    """Bytes per second, reads and writes each, on every block device."""
+    """Bytes per second on each block device, for reads and for writes."""
     processes: int | None = field(default=None, validator=within(1, MAX_PROCESSES, or_zero=True))
     """Processes and threads alive at a time."""
     output_bytes: int | None = field(
         default=None, validator=within(1, MAX_OUTPUT_BYTES, or_zero=True)
     )
-    """Output that is kept, both streams together; what is done at the limit: `at_max_output`."""
+    """Kept output of both streams together; `at_max_output` says what happens at the limit."""
     disk_bytes: int | None = field(default=None, validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
-    """All that it writes to its own root; there is always a limit."""
+    """Size of the disk for all that the job writes to its own root; there is always a limit."""
 
     def or_defaults(self, defaults: "Limits") -> "Limits":
-        """These limits, with those of `defaults` where they are None."""
+        """Return these limits, with those of `defaults` in place of None."""
         return Limits(
             **{
                 name: mine if mine is not None else attrs.asdict(defaults)[name]
@@ -113,16 +113,16 @@ class Limits:
 
 
 def _are_texts(values: Collection[str]) -> bool:
-    """Whether all of many values surely pass `_text`: looked at together, since that is fast.
+    """Whether all values certainly pass `_text`, each alone or after a variable's name.
 
-    A variable's name may stand before each of them.
+    One check of all values together is fast. If it is False, the caller checks each value.
     """
     longest = max(map(len, values), default=0)
     return 4 * longest <= MAX_ARGUMENT_BYTES // 2 and "\0" not in "".join(values)
 
 
 def _are_variables(names: Collection[str]) -> bool:
-    """Whether all of many names surely are names of variables."""
+    """Whether all names are certainly valid names of variables; one fast check for all."""
     lines = "\n".join(["", *names, "x"]).encode("utf-8", "replace")
     if lines.count(b"\n") > len(names) + 1 or _NO_VARIABLE.search(lines):
         return False
@@ -131,14 +131,14 @@ def _are_variables(names: Collection[str]) -> bool:
 
 def _text(what: str, value: str) -> None:
     if "\0" in value:
-        raise ValueError(f"{what} holds a NUL character, which no program can be given")
+        raise ValueError(f"{what} contains a NUL character, which execve(2) cannot pass on")
     size = len(value.encode("utf-8", "surrogatepass"))
     if size > MAX_ARGUMENT_BYTES:
-        raise ValueError(f"{what} has {size} bytes; the kernel takes {MAX_ARGUMENT_BYTES}")
+        raise ValueError(f"{what} has {size} bytes; the kernel allows {MAX_ARGUMENT_BYTES}")
 
 
 def _bytes_of(texts: Collection[str]) -> int:
-    """What texts take as C strings, each with its closing NUL."""
+    """The bytes of texts as C strings, each with its closing NUL."""
     return len("".join(texts).encode()) + len(texts)
 
 
@@ -147,7 +147,7 @@ def _check_command(_: object, __: object, value: tuple[str, ...]) -> None:
     if not value or not value[0]:
         raise ValueError("is empty: name the program to run")
     if len(value) > MAX_ARGUMENTS:
-        raise ValueError(f"has {len(value)} arguments; at most {MAX_ARGUMENTS} are taken")
+        raise ValueError(f"has {len(value)} arguments; at most {MAX_ARGUMENTS} are allowed")
     if _are_texts(value):
         return
     for number, argument in enumerate(value):
@@ -179,65 +179,66 @@ def _check_runtime(_: object, __: object, value: str) -> None:
 
 
 def check_job_name(_: object, __: object, value: str) -> None:
-    """Be a validator of attrs for names of jobs."""
+    """A validator of attrs for names of jobs. Raises ValueError."""
     if len(value) > MAX_NAME_LENGTH or not value.isprintable():
         raise ValueError(f"must be at most {MAX_NAME_LENGTH} printable characters")
 
 
-@told
+@raises_invalid_params
 @frozen(kw_only=True)
 class JobSpec:
-    """A request for a job, as the client makes it."""
+    """A client's request for a job."""
 
     command: tuple[str, ...] = field(validator=_check_command)
-    """The program, a path or a name looked up in the job's PATH, and its arguments."""
+    """The program (a path, or a name in the job's PATH) and its arguments."""
     environment: Mapping[str, str] = field(factory=dict, validator=_check_environment)
-    """Variables besides the sandbox's own (PATH, HOME, USER, LANG…), which these replace."""
+    """Variables; they add to or replace the sandbox's own (PATH, HOME, USER, LANG…)."""
     secret_environment: Mapping[str, str] = field(
         factory=dict, validator=_check_environment, repr=False
     )
-    """Variables that the job alone gets to see; in records their values are masked for everyone."""
+    """Variables that only the job sees; in records their values are masked for everyone."""
     workdir: str = field(default="", validator=_check_workdir)
-    """Absolute, inside the job's root; "" is the job's workspace."""
+    """Working directory, an absolute path inside the job's root; "" is the job's workspace."""
     name: str = field(default="", validator=check_job_name)
     limits: Limits = Limits()
     timeout_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
-    """Longest run time; None stands for the server's default, 0 for no limit."""
+    """Longest run time in seconds; unset is the server's default, 0 is no limit."""
     network: Network = "host"
-    """`host`: the host's own, which the job may use and not configure; `none`: loopback alone;
-    `private`: outbound connections over IPv4 alone, none of them to the host."""
+    """`host`: the host's own, which the job can use but not configure; `none`: only a loopback;
+    `private`: only outbound connections over IPv4, none of them to the host."""
     runtime: str = field(default="", validator=_check_runtime)
     """A root tree of the server's configuration; "" is the host's programs."""
     volumes: tuple[VolumeMount, ...] = field(default=(), validator=check_mounts)
     cpu_cores: str = field(default="", validator=check_cores)
-    """The processor cores that it may run on, such as "0-3,5"; "" is all."""
+    """The processor cores that the job may use, such as "0-3,5"; "" is all."""
     uid: int = field(default=0, validator=within(0, MAX_ID))
-    """The user that the program runs as, inside the job."""
+    """User id of the program, inside the job."""
     gid: int | None = field(default=None, validator=within(0, MAX_ID))
-    """Its group; None is the one with the number of the user."""
+    """Group id of the program, inside the job; unset is the same number as `uid`."""
     init: bool = False
-    """Put a reaping init in front of the program as PID 1: signals have their default action."""
+    """Start the program below a reaping init, PID 1: signals then have their default action."""
     labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
-    """What to find the job by, see `model.labels`."""
+    """Labels by which clients find the job, see `model.labels`."""
     at_max_output: OutputPolicy | None = None
-    """What to do at `limits.output_bytes`; None stands for the server's default."""
+    """What happens at `limits.output_bytes`; unset is the server's default."""
 
     def check_size(self) -> int:
-        """The bytes of arguments and environment. Raises TooLarge beyond `MAX_ARGUMENTS_BYTES`."""
+        """Return the bytes of arguments and environment. Raises TooLarge above
+        `MAX_ARGUMENTS_BYTES`."""
         variables = {**self.environment, **self.secret_environment}
         total = _bytes_of(self.command) + _bytes_of(variables) + _bytes_of(variables.values())
         if total > MAX_ARGUMENTS_BYTES:
             raise TooLarge(
                 f"cannot run the command: arguments and environment have {total} bytes, "
-                f"at most {MAX_ARGUMENTS_BYTES} are taken",
+                f"at most {MAX_ARGUMENTS_BYTES} are allowed",
                 remedy="put the data into a file or read it from a program",
             )
         return total
 
     def without_secrets(self, **changes: Any) -> "JobSpec":
-        """The request as it may be shown and stored: values of secret variables are masked.
+        """Return the request with masked values of secret variables, to be shown and stored.
 
-        `changes` are other fields to set, whose values are sound.
+        `changes` are other fields to set; the caller guarantees that their values are valid.
         """
         masked = dict.fromkeys(self.secret_environment, MASK)
         return altered(self, secret_environment=masked, **changes)
@@ -256,47 +257,48 @@ class Usage:
     write_bytes: int = 0
     processes: int = 0
     oom_kills: int = 0
-    """Kills for want of memory: at the job's own limit, or (`detail` says so) elsewhere."""
+    """Kills for memory: at the job's own limit, or elsewhere if `detail` says so."""
 
 
 @frozen(kw_only=True)
 class JobRecord:
-    """One job: what was asked for, where it stands and how it ended."""
+    """The record of one job: its request, its state and its end."""
 
     id: JobId
     spec: JobSpec
     owner: str
-    """Common name of the certificate that asked for the job."""
+    """Common name of the certificate of the client that requested the job."""
     state: State = State.PENDING
     created_at: datetime
     started_at: datetime | None = None
     stop_requested_at: datetime | None = None
-    """When somebody first asked for its end."""
+    """When a client first asked to stop the job."""
     ended_at: datetime | None = None
     reason: Reason | None = None
     exit_code: int | None = None
     signal: int | None = None
     detail: str = ""
-    """What more is to be said of the end, such as the failed step of a start."""
+    """Further facts about the end, such as the failed step of a start."""
     usage: Usage | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     discarded_bytes: int = 0
-    """Output that was not kept: beyond the cap on a job's output, or refused by the disk."""
+    """Output that was not kept: above the limit on a job's output, or refused by the disk."""
     output_cut: OutputCut | None = None
-    """Why output was not kept, if any was not."""
+    """Why output was not kept; unset if all of it was."""
     output_removed_at: datetime | None = None
-    """When its output was removed, by retention or on request."""
+    """When the job's output was removed, by retention or on request."""
     abridged: tuple[Part, ...] = ()
-    """What of `spec` is cut or left out here; `job.status` tells all of it."""
+    """The parts of `spec` that are cut or left out here; `job.status` returns all of it."""
 
     def masked(self) -> "JobRecord":
-        """The record for those who may look and not run: values of variables may be secrets."""
+        """Return the record for a client that may not run jobs: values of variables are masked,
+        because they may be secrets."""
         hidden = dict.fromkeys(self.spec.environment, MASK)
         return attrs.evolve(self, spec=altered(self.spec, environment=hidden))
 
     def noted(self, words: str) -> "JobRecord":
-        """The record with more to be said, unless it says that."""
+        """Return the record with `words` added to its detail, unless the detail contains them."""
         if words in self.detail:
             return self
         return attrs.evolve(self, detail="; ".join(filter(None, (self.detail, words))))
@@ -309,29 +311,29 @@ class JobRecord:
 
 @frozen(kw_only=True)
 class JobStatus(JobRecord):
-    """One job as it is at this moment, and how well its host can keep what it promised."""
+    """The current record of one job, with warnings about its host."""
 
     warnings: tuple[str, ...] = ()
-    """What may go wrong for the job while it runs, through no fault of its own."""
+    """Conditions of the host that may harm the running job, such as a disk that is almost full."""
 
 
 LOST_WRITES = "is lost: the host could not write it"
-"""How `detail` ends of a job that lost some of what it wrote."""
+"""The end of a sentence in `detail`, for a job that lost some data that it wrote."""
 LOSSES_UNKNOWN = "is not known: the host could not look"
-"""How `detail` ends of a job that may have lost some of what it wrote to a volume."""
+"""The end of a sentence in `detail`, for a job that may have lost data on a volume."""
 SERVICE_ENDED = "its service ended"
-"""In `detail` of a job that was stopped since its service ended, and nobody else asked for that."""
+"""In `detail` of a job that was stopped only because its service ended."""
 KILLED_FOR_MEMORY = "killed for memory"
-"""In `detail` where processes were killed for memory, and not for the job's own limit."""
+"""In `detail` if processes were killed for memory for another cause than the job's own limit."""
 
 
 def shell_exit_code(record: JobRecord) -> int:
-    """The code by which a shell would tell how an ended job went.
+    """Return an ended job's exit code in the convention of shells.
 
-    0 for COMPLETED; the job's own code; 124 on time-out (timeout(1)); 137 on OOM;
-    74 (EX_IOERR, sysexits.h) where it ended with 0 and lost what it wrote;
-    128 + N on signal N, also where a stop caused it; 127 or 126 where the program could not
-    be executed; 125 where the job ended without ever having run.
+    0 for COMPLETED; the job's own code; 124 for a time-out (timeout(1)); 137 for OOM;
+    74 (EX_IOERR, sysexits.h) if the job ended with 0 and lost data that it wrote;
+    128 + N for signal N, also if a stop sent it; 127 or 126 if the program could not
+    be executed; 125 if the job ended and never ran.
     """
     if record.reason is Reason.TIMEOUT:
         return 124
@@ -347,7 +349,7 @@ def shell_exit_code(record: JobRecord) -> int:
 
 
 def parse_signal(name: str) -> signal.Signals:
-    """The signal that "TERM", "SIGTERM" or "15" names; raises InvalidParams."""
+    """Return the signal that "TERM", "SIGTERM" or "15" names. Raises InvalidParams."""
     try:
         if name.isascii() and name.isdigit():
             return signal.Signals(int(name))
@@ -356,5 +358,5 @@ def parse_signal(name: str) -> signal.Signals:
     except (KeyError, ValueError):
         raise InvalidParams(
             f"cannot send the signal {name[:MAX_SIGNAL_LENGTH]!r}: no such signal",
-            remedy="name one as kill(1) does, such as TERM, INT or 15",
+            remedy="name a signal as for kill(1), such as TERM, INT or 15",
         ) from None

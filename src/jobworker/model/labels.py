@@ -1,7 +1,7 @@
-"""Labels: short words about a job by which its owner finds it again.
+"""Labels: short names and values by which the owner of a job finds it again.
 
-A name is as in the field: letters and digits, with ".", "_", "-" and "/" between them. So it can
-stand in a query, a table or a shell without quoting. A value is printable text, or nothing.
+A name has letters and digits, with ".", "_", "-" and "/" between them. So a query, a table or a
+shell needs no quotes for it. A value is printable text, or empty.
 """
 
 import re
@@ -22,9 +22,9 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?")
     additionalProperties={"type": "string", "maxLength": MAX_LABEL_VALUE},
 )
 def check_labels(_: object, __: object, labels: Mapping[str, str]) -> None:
-    """A validator: raises ValueError for the first label that is none."""
+    """A validator of attrs: raises ValueError for the first invalid label."""
     if len(labels) > MAX_LABELS:
-        raise ValueError(f"has {len(labels)} labels; at most {MAX_LABELS} are taken")
+        raise ValueError(f"has {len(labels)} labels; at most {MAX_LABELS} are allowed")
     for name, value in labels.items():
         if len(name) > MAX_LABEL_NAME or not _NAME.fullmatch(name):
             raise ValueError(

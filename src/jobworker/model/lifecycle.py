@@ -5,15 +5,16 @@
        └──stop──► STOPPED   ├──fail──► FAILED     └─────stop──────► STOPPED
                             └──stop──► STOPPED
 
-`advance` is pure: it answers the next state or raises ValueError; nothing else decides. A job
-that was being stopped ends as STOPPED whatever its exit status was: the caller asked for it.
+`advance` is pure: it returns the next state or raises ValueError. No other code decides about
+states. A job that ends while it is being stopped becomes STOPPED, whatever its exit status is,
+because the caller asked for the stop.
 """
 
 from enum import Enum
 
 
 class State(Enum):
-    """Where a job stands."""
+    """The state of a job."""
 
     PENDING = "PENDING"
     INITIALIZING = "INITIALIZING"
@@ -24,7 +25,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What may befall a job."""
+    """An event that changes the state of a job."""
 
     ADMIT = "admit"
     START = "start"
@@ -34,16 +35,16 @@ class Event(Enum):
 
 
 class Reason(Enum):
-    """Why a job is FAILED."""
+    """The reason why a job is FAILED."""
 
     EXIT = "exit"  #: it ended with a code other than 0
-    SIGNAL = "signal"  #: a signal ended it that we did not send
-    OOM = "oom"  #: killed for want of memory: its own limit, or what `detail` says
+    SIGNAL = "signal"  #: a signal ended it that the service did not send
+    OOM = "oom"  #: it was killed for memory: at its own limit, or as `detail` explains
     TIMEOUT = "timeout"  #: it ran longer than allowed
-    OUTPUT = "output"  #: its output could not be kept, and the policy is to stop it then
-    DISK = "disk"  #: it ended with 0, and some of what it wrote to its disk or volumes is lost
+    OUTPUT = "output"  #: its output could not be kept, and its policy is to stop it then
+    DISK = "disk"  #: it ended with 0, but some data that it wrote to its disk or volumes is lost
     START = "start"  #: a step of its start failed
-    LOST = "lost"  #: the service or its launcher died under it
+    LOST = "lost"  #: the service or its launcher died while it ran
 
 
 WAITING = frozenset({State.PENDING})
@@ -64,7 +65,7 @@ _TABLE: dict[tuple[State, Event], State] = {
 
 
 def advance(state: State, event: Event) -> State:
-    """The state after `event`; raises ValueError where the table has no such pair."""
+    """Return the state after `event`. Raises ValueError if the table has no such pair."""
     try:
         return _TABLE[state, event]
     except KeyError:

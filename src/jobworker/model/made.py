@@ -1,4 +1,4 @@
-"""Classes that callers of the Python API make: what is wrong with a value is InvalidParams."""
+"""For attrs classes that callers of the Python API construct: an invalid value is InvalidParams."""
 
 import copy
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from jobworker.errors import InvalidParams
 T = TypeVar("T")
 
 
-def told(cls: type[T]) -> type[T]:
-    """Have a class of attrs, with keywords alone, raise InvalidParams that names the value."""
+def raises_invalid_params(cls: type[T]) -> type[T]:
+    """Make a keyword-only attrs class raise InvalidParams, which names each invalid value."""
     make = cast("Callable[..., None]", cls.__init__)
     takes = _checked_fields(cls)
 
@@ -37,7 +37,7 @@ def told(cls: type[T]) -> type[T]:
             make(self, **values)
         except InvalidParams:
             raise
-        except Exception as fault:  # noqa: BLE001 - as any validator fails over a wrong type
+        except Exception as fault:  # noqa: BLE001 - a validator may raise anything on a wrong type
             why = "; ".join(faults_of_fields(cls, values)) or str(fault)
             raise InvalidParams(f"cannot make a {cls.__name__}: {why}") from None
 
@@ -46,10 +46,11 @@ def told(cls: type[T]) -> type[T]:
 
 
 def _checked_fields(cls: type) -> dict[str, tuple[set[type], set[object]]]:
-    """The fields that hold one text, number, boolean or object of attrs: the types that each takes,
-    and the values where they are few.
+    """For each field of a single text, number, boolean or attrs object: the types that it accepts,
+    and the values if it is an enumeration.
 
-    Looked at before all else: validators of numbers pass over what is none, and others are absent.
+    The constructor checks these first, because not all fields have a validator, and those of
+    numbers accept values that are not numbers.
     """
     found = {}
     for each in attrs.fields(cast("type[AttrsInstance]", cls)):
@@ -70,9 +71,9 @@ def _checked_fields(cls: type) -> dict[str, tuple[set[type], set[object]]]:
 
 
 def altered(made: T, **changes: object) -> T:
-    """A copy with other values, which are sound: nothing is checked again.
+    """Return a copy with other values, which the caller guarantees to be valid.
 
-    `attrs.evolve` has every validator run, and a request may have a megabyte to look through.
+    `attrs.evolve` would run every validator again, over a request of up to a megabyte.
     """
     new = copy.copy(made)
     for name, value in changes.items():

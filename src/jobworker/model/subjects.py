@@ -1,9 +1,9 @@
-"""Roles by what a certificate bears, for certificates that are not made for this service. Pure.
+"""The table of subjects: roles for certificates that another authority has issued. Pure.
 
-`worker certs` writes a role into a certificate's one OU. A company's own authority writes what it
-always writes: several OUs, host names, URIs such as SPIFFE ids. So a table of the configuration
-says which of these has which role. Entries are compared exactly, character by character; there are
-no patterns, since a pattern grants what nobody has looked at.
+`worker certs` writes a role into a certificate's only OU. The certificates of a company's authority
+have other contents: several OUs, host names, URIs such as SPIFFE ids. So a table of the
+configuration maps such values to roles. Entries are compared exactly. Patterns were rejected: they
+would grant a role to certificates that nobody has reviewed.
 
     uri:spiffe://corp.example/ci  →  tenant          cn:alice  →  admin
 """
@@ -16,18 +16,18 @@ from attrs import field, frozen
 from jobworker.errors import PermissionDenied
 
 KINDS = ("cn", "ou", "dns", "uri", "email")
-"""What an entry can name: of the subject CN and OU, of the subject alternative name the rest."""
+"""The kinds of entries: `cn` and `ou` of the subject, the rest of the subject alternative name."""
 
 _ENTRY = re.compile(rf"({'|'.join(KINDS)}):(\S|\S.*\S)")
 
 
 @frozen
 class Match:
-    """What the table says of a certificate."""
+    """The entry that matches a certificate."""
 
     role: str
     value: str
-    """That by which it was found, without its kind."""
+    """The value in the certificate that matched, without its kind."""
 
 
 @frozen
@@ -36,12 +36,13 @@ class Subjects:
 
     _roles: Mapping[str, str] = field(factory=dict)
     roles_from_ou: bool = True
-    """Whether a certificate that no entry names has its one OU for its role."""
+    """Whether the only OU is the role of a certificate that no entry matches."""
 
     def find(self, borne: Mapping[str, Collection[str]]) -> Match | None:
-        """What the table says of a certificate that bears these values, by kind; None is nothing.
+        """Return the match for a certificate with the values `borne`, by kind; None for no match.
 
-        Raises PermissionDenied where its entries have different roles: none of them is chosen.
+        Raises PermissionDenied if the matching entries have different roles: the choice would be
+        arbitrary.
         """
         matches = [
             Match(role, entry.partition(":")[2])
@@ -53,14 +54,14 @@ class Subjects:
             raise PermissionDenied(
                 "cannot take a role from your certificate: the server's table gives it "
                 + " and ".join(roles),
-                remedy="ask the administrator to mend security.subjects",
+                remedy="ask the administrator to correct security.subjects",
             )
         return matches[0] if matches else None
 
 
 def entry_fault(entry: str) -> str | None:
-    """Say why a key of the table names nothing; None if it is good."""
+    """Return why a key of the table is invalid; None if it is valid."""
     if _ENTRY.fullmatch(entry) and entry.isprintable():
         return None
     kinds = ", ".join(f"{kind}:" for kind in KINDS)
-    return f"{entry!r} begins with none of {kinds} or names nothing after it"
+    return f"{entry!r} does not begin with one of {kinds} or has no value after it"

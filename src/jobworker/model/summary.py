@@ -1,9 +1,9 @@
-"""Summaries: records of bounded size, for whatever is told often or of many jobs.
+"""Summaries: records of bounded size, for messages that are frequent or contain many jobs.
 
-A job may have a megabyte of arguments and variables. A list of a thousand such jobs, or a thousand
-followers that are told of one end, would multiply it. So lists and ends carry a summary, in which
-variables are left out and what else is long is cut; `abridged` names those parts. Whoever wants
-them asks for the one job (`job.status`). Pure.
+A job may have a megabyte of arguments and variables. A list of a thousand such jobs, or the end of
+one job sent to a thousand followers, would multiply that. So lists and ends carry summaries: they
+leave out variables and cut other long parts, and `abridged` names these parts. A client gets all
+parts of one job by `job.status`. Pure.
 """
 
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ from jobworker.model.made import altered
 from jobworker.model.volumes import VolumeMount
 
 MAX_COMMAND = 2048
-"""Characters of a command in a summary, with one between two arguments: some screen lines."""
+"""Characters of a command in a summary, plus one between two arguments: some lines of a screen."""
 MAX_WORKDIR = 1024
 MAX_LABELS = 1024
 """Characters of all names and values of labels together."""
 MAX_VOLUMES = 1024
-"""Characters of all names and places of volumes together."""
+"""Characters of all names and paths of volumes together."""
 MAX_KEPT = 4096
-"""Characters of a request that stay in memory while its job lives: a thousand may wait."""
+"""Characters of a request that stay in memory while its job lives: a thousand jobs may wait."""
 _CUT = "…"
 
 
 def summarize(record: JobRecord) -> JobRecord:
-    """The summary of a record; a summary is its own."""
+    """Return the summary of a record. Idempotent."""
     changes = _changes(record.spec)
     if changes:
         parts = tuple(sorted({*record.abridged, *changes}))
@@ -37,20 +37,21 @@ def summarize(record: JobRecord) -> JobRecord:
 
 
 def _sound_detail(detail: str) -> str:
-    """What was said of an end, bounded, and as text that any disk and wire take."""
+    """Cut the detail of an end to `MAX_DETAIL` characters, and make it valid UTF-8 text."""
     if len(detail) > MAX_DETAIL:
         detail = detail[: MAX_DETAIL - 1] + _CUT
     try:
         detail.encode()
-    except UnicodeEncodeError:  # it quotes the name of a file that is none
+    except UnicodeEncodeError:  # it quotes a file name that is not UTF-8
         return detail.encode(errors="backslashreplace").decode()[:MAX_DETAIL]
     return detail
 
 
 def without_bulk(record: JobRecord) -> JobRecord:
-    """The record as it is kept in memory for as long as a job lives: its bulk is on the disk.
+    """Return the record that stays in memory while a job lives, without a large request's bulk.
 
-    A request of a megabyte takes five in memory. Labels stay, by which jobs are searched.
+    The whole request is on disk, and a megabyte of it would take five in memory. Labels stay,
+    because searches read them.
     """
     if not _is_large(record.spec):
         return record
@@ -61,16 +62,16 @@ def without_bulk(record: JobRecord) -> JobRecord:
 
 
 def with_labels(summary: JobRecord, labels: Mapping[str, str]) -> JobRecord:
-    """The summary with all of its job's labels."""
+    """Return the summary with all labels of its job."""
     parts = tuple(part for part in summary.abridged if part != "labels")
     return evolve(summary, spec=altered(summary.spec, labels=labels), abridged=parts)
 
 
 def _is_large(spec: JobSpec) -> bool:
-    """Whether what may be long has more characters than is kept."""
+    """Whether the long parts of a request have more than `MAX_KEPT` characters together."""
     variables_in_all = len(spec.environment) + len(spec.secret_environment)
     if len(spec.command) + variables_in_all > MAX_KEPT:
-        return True  # each has one at least
+        return True  # each counts at least one character
     size = sum(map(len, spec.command)) + len(spec.command) + len(spec.workdir)
     for variables in (spec.environment, spec.secret_environment):
         size += sum(map(len, variables)) + sum(map(len, variables.values())) + len(variables)
@@ -79,12 +80,12 @@ def _is_large(spec: JobSpec) -> bool:
 
 
 def whole(summary: JobRecord, spec: JobSpec) -> JobRecord:
-    """The record that has been summarized, with the request that was made."""
+    """Return the record of a summary with its whole request."""
     return evolve(summary, spec=spec, abridged=())
 
 
 def _changes(spec: JobSpec) -> dict[Part, object]:
-    """What a summary shows instead of long parts of a request, by part."""
+    """The shorter values that a summary has instead of long parts of a request, by part."""
     changes: dict[Part, object] = {}
     if spec.environment:
         changes["environment"] = {}
@@ -105,7 +106,7 @@ def _changes(spec: JobSpec) -> dict[Part, object]:
 
 
 def short_command(command: tuple[str, ...]) -> tuple[str, ...]:
-    """The command itself, or its first arguments, the last one cut to end with an ellipsis."""
+    """Return a short command itself, or the first arguments of a long one, ending with "…"."""
     size = 0
     for argument in command:
         size += len(argument) + 1

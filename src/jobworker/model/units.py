@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them, strictly, and back."""
+"""Parse and format durations and sizes in the form that people write."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -7,13 +7,13 @@ _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 
 MAX_DURATION_SECONDS = 10 * 365 * 86400.0
-"""Ten years: what is longer is a mistake, and would overflow timers."""
+"""Ten years: a longer duration is a mistake, and would overflow timers."""
 
 
 def parse_duration(text: str) -> float:
-    """Seconds that `text` stands for: "90", "1.5", "500ms", "10s", "1h30m", "2d".
+    """Return the seconds of a duration such as "90", "1.5", "500ms", "10s", "1h30m", "2d".
 
-    Raises ValueError for anything else, and for more than ten years.
+    Raises ValueError for other text, and for more than ten years.
     """
     words = text.strip()
     if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", words):
@@ -32,17 +32,17 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def nanoseconds(moment: datetime) -> int:
-    """Nanoseconds since the epoch, exactly: a float would lose some."""
+    """Return nanoseconds since the epoch, exactly: a float would lose digits."""
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
 def from_nanoseconds(time_ns: int) -> datetime:
-    """The moment so many nanoseconds after the epoch, to the microsecond below."""
+    """Return the time `time_ns` nanoseconds after the epoch, rounded down to a microsecond."""
     return _EPOCH + timedelta(microseconds=time_ns // 1000)
 
 
 def format_duration(seconds: float) -> str:
-    """`seconds` in at most two units, such as "350ms", "12.3s", "4m10s", "2h5m", "3d1h"."""
+    """Format seconds in at most two units, such as "350ms", "12.3s", "4m10s", "2h5m", "3d1h"."""
     if seconds < 1:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 60:
@@ -65,10 +65,10 @@ _UNITS = {0: "B", 10: "KiB", 20: "MiB", 30: "GiB", 40: "TiB"}
 
 
 def parse_size(text: str, *, alone: str = "B") -> int:
-    """Bytes that `text` stands for: "4096", "500K", "64Mi", "1.5GiB"; units are binary.
+    """Return the bytes of a size such as "4096", "500K", "64Mi", "1.5GiB"; units are binary.
 
-    `alone` is the unit of a number that names none: B, K, M, G or T. Raises ValueError for
-    anything else, and for more than 1024 TiB.
+    `alone` is the unit of a number without one: B, K, M, G or T. Raises ValueError for other text,
+    and for more than 1024 TiB.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
@@ -83,25 +83,25 @@ MEBIBYTE = 1 << 20
 
 
 def format_mebibytes(count: int) -> str:
-    """`count` bytes in the unit in which limits are given, rounded up: "64 MiB", "64.1 MiB".
+    """Format `count` bytes in MiB, the unit of limits, rounded up: "64 MiB", "64.1 MiB".
 
-    So what is more than a limit also reads as more.
+    So a size above a limit never looks equal to it.
     """
     tenths = -(-count * 10 // MEBIBYTE)
     return f"{tenths // 10}.{tenths % 10} MiB".replace(".0 ", " ")
 
 
 def format_limit(count: int) -> str:
-    """`count` bytes as a bound, exactly: "512 MiB", "1 GiB", "1100 MiB", "1500 B".
+    """Format `count` bytes exactly, for a bound: "512 MiB", "1 GiB", "1100 MiB", "1500 B".
 
-    In the largest binary unit in which it is a whole number.
+    The unit is the largest binary one in which the number is whole.
     """
     shift = max(n for n in _UNITS if count % (1 << n) == 0) if count else 0
     return f"{count >> shift} {_UNITS[shift]}"
 
 
 def format_size(count: float) -> str:
-    """`count` bytes in binary units with one decimal: "512 B", "1.5 KiB", "64.0 MiB"."""
+    """Format `count` bytes in binary units with one decimal: "512 B", "1.5 KiB", "64.0 MiB"."""
     if count < 1024:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB", "TiB"):

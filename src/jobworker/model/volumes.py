@@ -3,7 +3,7 @@
 from attrs import field, frozen
 
 from jobworker.model.bounds import states, within
-from jobworker.model.made import told
+from jobworker.model.made import raises_invalid_params
 from jobworker.storage import (
     MAX_DISK_BYTES,
     MAX_VOLUMES,
@@ -17,7 +17,7 @@ from jobworker.storage import (
 
 @states(pattern=f"^{NAME_PATTERN}$")
 def check_name(_: object, __: object, value: str) -> None:
-    """Be a validator of attrs for names of volumes and runtimes."""
+    """A validator of attrs for names of volumes. Raises ValueError."""
     if fault := name_fault(value):
         raise ValueError(fault)
 
@@ -27,26 +27,27 @@ def _check_place(_: object, __: object, value: str) -> None:
         raise ValueError(fault)
 
 
-@told
+@raises_invalid_params
 @frozen(kw_only=True)
 class VolumeMount:
-    """A volume in a job's root."""
+    """A volume that is mounted in a job's root."""
 
     name: str = field(validator=check_name)
     path: str = field(default="", validator=_check_place)
-    """Where; "" stands for /volumes/NAME."""
+    """The path of the mount in the job's root; "" is /volumes/NAME."""
 
     @property
     def place(self) -> str:
-        """Where, in any case."""
+        """The path of the mount, also if `path` is ""."""
         return self.path or default_place(self.name)
 
 
 @states(maxItems=MAX_VOLUMES)
 def check_mounts(_: object, __: object, value: tuple[VolumeMount, ...]) -> None:
-    """Be a validator of attrs: none twice, and none in the way of another one."""
+    """A validator of attrs: raises ValueError for a volume or path that is used twice, and for a
+    mount inside of another one."""
     if len(value) > MAX_VOLUMES:
-        raise ValueError(f"has {len(value)} volumes; at most {MAX_VOLUMES} are taken")
+        raise ValueError(f"has {len(value)} volumes; at most {MAX_VOLUMES} are allowed")
     names = [mount.name for mount in value]
     places = [mount.place for mount in value]
     for name in names:
@@ -61,13 +62,13 @@ def check_mounts(_: object, __: object, value: tuple[VolumeMount, ...]) -> None:
 
 @frozen(kw_only=True)
 class Volume:
-    """A volume as it is."""
+    """A volume, as the server lists it."""
 
     name: str = field(validator=check_name)
     size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
     used_bytes: int = field(default=0, validator=within(0, 1 << 60))
-    """What it takes on the host's disk."""
+    """Bytes that the volume uses on the host's disk."""
     thin: bool = False
-    """Whether it takes what is written to it, and not its size at once."""
+    """Whether the volume uses only the space that is written to it; else its size is reserved."""
     jobs: int = field(default=0, validator=within(0, 1 << 30))
-    """How many live jobs have it."""
+    """Number of live jobs that use it."""

@@ -1,1 +1,1 @@
-"""The wire, sans-IO: messages in, events and messages out; no clock, no socket."""
+"""The wire protocol, sans-IO: messages in, events and messages out; no clock, no socket."""

@@ -1,7 +1,7 @@
 """The protocol's description of itself (`rpc.discover`): an OpenRPC document made of the table.
 
-https://spec.open-rpc.org/ (1.3.2). What the document has no word for stands in members that begin
-with `x-`: a method's permission; in `info` the notifications that the server sends, and the errors.
+Source: https://spec.open-rpc.org/ (1.3.2). Facts for which OpenRPC has no member are in members
+that begin with `x-`: a method's permission, and in `info` the server's notifications and errors.
 """
 
 from jobworker.errors import JobworkerError, error_classes
@@ -13,7 +13,7 @@ OPENRPC = "1.3.2"
 
 
 def describe(version: str) -> Discovery:
-    """The document, for a service of this version."""
+    """Make the document for a service of this version."""
     schemas = Schemas()
     methods = [_method(row, schemas) for row in METHODS.values()]
     notifications = [

@@ -1,10 +1,10 @@
-"""WebSocket frames (RFC 6455, section 5), as far as large output needs them to be fast.
+"""A fast path for the WebSocket frames of output (RFC 6455, section 5).
 
-wsproto speaks the protocol: handshake, text, control frames, fragments, masks, and what is wrong.
-Output comes in binary messages of a frame each, up to a mebibyte long, and there its
-copies and its layers of generators were most of what a byte cost. So whoever sends makes such
-frames here, once for all who get them, and whoever receives looks at each frame's header: a whole
-binary message is taken as it stands in the buffer, everything else goes to wsproto, frame by frame.
+wsproto implements the protocol: handshake, text, control frames, fragments, masks, and violations.
+Output is in binary messages of one frame each, up to a mebibyte long, and for these the copies and
+layers of generators in wsproto were most of the cost of a byte. So the sender makes such frames
+here, once for all followers. The receiver reads each frame's header here: it uses a whole binary
+message directly in the receive buffer, and passes all other frames to wsproto.
 """
 
 import struct
@@ -12,23 +12,23 @@ import struct
 from attrs import frozen
 
 CONTINUATION, TEXT, BINARY, PING, PONG = 0x0, 0x1, 0x2, 0x9, 0xA
-"""Opcodes: what a frame is."""
+"""Opcodes: the type of a frame."""
 FINAL, MASKED = 0x80, 0x80
 PIECE_BYTES = 63 << 14
-"""Output in one message, at the most: whole TLS records (RFC 8446, section 5.1), and a message
-below the mebibyte that some WebSocket libraries take if nobody tells them otherwise."""
+"""Maximum of output in one message: a multiple of a TLS record (RFC 8446, section 5.1), and below
+the mebibyte that is the default bound of some WebSocket libraries."""
 
 Frame = tuple[bytes, bytes | bytearray]
-"""A frame in two parts, to be sent one after the other: a large payload need not be copied."""
+"""A frame in two parts, which are sent one after the other: a large payload is not copied."""
 
 
 def frame_binary(start: bytes, payload: bytes | bytearray) -> Frame:
-    """A whole binary message, `start` and then `payload`, in one unmasked frame, a server's."""
+    """Make a whole binary message of `start` and `payload` in one unmasked (server's) frame."""
     return _header(BINARY, len(start) + len(payload)) + start, payload
 
 
 def frame_text(text: str) -> Frame:
-    """A whole text message in one unmasked frame."""
+    """Make a whole text message in one unmasked frame."""
     payload = text.encode()
     return _header(TEXT, len(payload)), payload
 
@@ -43,10 +43,10 @@ def _header(opcode: int, size: int) -> bytes:
 
 @frozen
 class FrameHeader:
-    """What the first bytes of a frame say."""
+    """The header of a frame."""
 
     first: int
-    """FIN, the reserved bits and the opcode, as they stand there."""
+    """The first byte: FIN, the reserved bits and the opcode."""
     masked: bool
     header_bytes: int
     payload_bytes: int
@@ -58,12 +58,12 @@ class FrameHeader:
 
     @property
     def whole_binary_message(self) -> bool:
-        """Whether it is a binary message of its own, neither masked nor extended."""
+        """Whether the frame is a whole binary message, unmasked and without extensions."""
         return self.first == FINAL | BINARY and not self.masked
 
 
 def read_header(data: memoryview) -> FrameHeader | None:
-    """The header at the start of `data`; None where more bytes are needed to tell."""
+    """Read the header at the start of `data`; None if it is not complete yet."""
     if len(data) < 2:
         return None
     first, second = data[0], data[1]

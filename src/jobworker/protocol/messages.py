@@ -1,7 +1,7 @@
-"""What travels in the messages: the parameters and results of each method.
+"""The contents of messages: the parameters and results of each method.
 
-Frozen attrs classes; `convert` makes them of JSON and back, so these classes are the schema.
-Whatever is a job's own stands in `model`. Names on the wire are the names here.
+These are frozen attrs classes, which `convert` makes from JSON and back, so they are the schema.
+The classes of a job are in `model`. Names on the wire are the names here.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from jobworker.model.job import (
 )
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
-from jobworker.model.made import told
+from jobworker.model.made import raises_invalid_params
 from jobworker.model.volumes import Volume, check_name
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES
 
@@ -33,23 +33,23 @@ MAX_TAIL_LINES = 1 << 31
 
 
 class Encoding(Enum):
-    """How output bytes travel."""
+    """How the bytes of output are encoded."""
 
     BASE64 = "base64"
     """In `job.output` notifications, as base64 (RFC 4648) in `data`."""
     TEXT = "text"
-    """In `job.output` notifications, as text in `text`: UTF-8, with U+FFFD for what is none."""
+    """In `job.output` notifications, as text in `text`; bytes that are not UTF-8 become U+FFFD."""
     BINARY = "binary"
     """In binary messages: the notification without `data` as one line of JSON, then the bytes."""
 
 
 @frozen(kw_only=True)
 class Delivery:
-    """How a subscription's output is to be sent."""
+    """How the server sends a subscription's output."""
 
     encoding: Encoding = Encoding.BASE64
     credit_bytes: int | None = field(default=None, validator=within(0, MAX_CREDIT_BYTES))
-    """Bytes that may be sent before the first `job.credit`; null sends as fast as is read."""
+    """Bytes that may be sent before the first `job.credit`; null sends as fast as you read."""
 
 
 @frozen(kw_only=True)
@@ -63,16 +63,16 @@ class RunParams:
 
 @frozen(kw_only=True)
 class RunResult:
-    """A summary of the job as admitted, and the subscription that `follow` asked for."""
+    """A summary of the admitted job, and the subscription that `follow` has opened."""
 
     job: JobRecord
     subscription: int | None = None
-    """Null also where the output could not be followed at once: the service ends, say."""
+    """Null without `follow`, or if the output cannot be followed, such as when the service ends."""
 
 
 @frozen(kw_only=True)
 class PlanParams:
-    """Tell how a command would be run as a job; nothing is run."""
+    """Return how a command would be run as a job; run nothing."""
 
     job: JobSpec
 
@@ -83,7 +83,7 @@ class PlannedStep:
 
     name: str
     subject: str
-    """What it is about, a path mostly; it may be empty."""
+    """The object of the step, mostly a path; it may be empty."""
     explanation: str
 
 
@@ -104,7 +104,7 @@ class JobParams:
 
 @frozen(kw_only=True)
 class StopParams:
-    """Stop a job: a signal, a grace period, SIGKILL for all that is left."""
+    """Stop a job: a signal, a grace period, SIGKILL for all processes that are left."""
 
     id: JobId = field(validator=within(1, MAX_OFFSET))
     signal: str = "TERM"
@@ -116,66 +116,67 @@ class ListParams:
     """List jobs, newest first."""
 
     states: tuple[State, ...] = field(default=(), validator=at_most(len(State)))
-    """Only jobs in these; empty stands for all."""
+    """Only jobs in these states; empty is all."""
     labels: Mapping[str, str] = field(factory=dict, validator=check_labels)
-    """Only jobs that have all of these."""
+    """Only jobs with all of these labels."""
     name: str = field(default="", validator=check_job_name)
-    """Only jobs of this name; empty stands for all."""
+    """Only jobs of this name; empty is all."""
     limit: int = field(default=100, validator=within(1, MAX_LIST))
+    # Not a JobId: it need not be the id of a job.
     before: int | None = field(default=None, validator=within(1, MAX_OFFSET))
-    """Only jobs with smaller ids: `next` of the page before. No JobId: it names no job."""
+    """Only jobs with smaller ids: `next` of the page before."""
 
 
 @frozen(kw_only=True)
 class ListResult:
-    """A page of summaries: fewer than `limit`, perhaps none, where the search was long."""
+    """A page of summaries; it has fewer than `limit`, perhaps none, if the search was long."""
 
     jobs: tuple[JobRecord, ...]
     next: int | None = None
-    """What to ask for as `before` to go on; null is the end."""
+    """The value of `before` for the next page; null is the end."""
 
 
 @frozen(kw_only=True)
 class RemoveParams:
-    """Remove an ended job: its output, and all that is known of it."""
+    """Remove an ended job: its output and its record."""
 
     id: JobId = field(validator=within(1, MAX_OFFSET))
     force: bool = False
-    """Kill it first where it has not ended, and remove it though its output is being followed."""
+    """Kill the job first if it has not ended, and remove it even if its output is followed."""
 
 
-@told
+@raises_invalid_params
 @frozen(kw_only=True)
 class PruneParams:
-    """Remove ended jobs' output, the oldest first; with nothing given, as the server is configured.
+    """Remove ended jobs' output, the oldest first; without parameters, by the configuration.
 
-    The jobs' records stay. Output that is being followed stays too.
+    The jobs' records stay. Output that is followed stays too.
     """
 
     older_than_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
-    """What ended longer ago. A time of day that has jumped counts after a day."""
+    """Remove output of jobs that ended longer ago. A jump of the clock counts after a day."""
     keep_jobs: int | None = field(default=None, validator=within(0, MAX_OFFSET))
-    """All but that of the last so many."""
+    """Remove all output but that of the last `keep_jobs` jobs."""
     keep_bytes: int | None = field(default=None, validator=within(0, MAX_OFFSET))
-    """The oldest, until all output together has no more."""
+    """Remove the oldest output until all output together has at most `keep_bytes` bytes."""
 
 
 @frozen(kw_only=True)
 class Removed:
-    """What was removed."""
+    """The jobs that were removed, or whose output was."""
 
     jobs: tuple[JobId, ...]
     bytes: int
-    """That their output had on the disk."""
+    """Size of their output on the disk."""
 
 
 @frozen(kw_only=True)
 class StreamStart:
-    """Where a stream begins: with a whole line, the first one that is not before."""
+    """The start of one stream: the first whole line that meets both conditions."""
 
     stream: Stream
     offset: int = field(default=0, validator=within(0, MAX_OFFSET))
-    """Bytes of this stream alone: the line's first byte stands there or later."""
+    """Position in this stream alone: the line's first byte is there or later."""
     since: datetime | None = None
     """The line's first byte was read from the job at this time or later."""
 
@@ -186,48 +187,48 @@ class LogParams:
 
     id: JobId = field(validator=within(1, MAX_OFFSET))
     follow: bool = True
-    """Go on until the job's last byte; else end with what there is now."""
+    """Go on until the job's last byte; else end after the bytes that exist now."""
     offset: int = field(default=0, validator=within(0, MAX_OFFSET))
-    """Start at this byte of both streams together; with what follows, at the latest of all."""
+    """Start at this byte of both streams together. Of all given starts, the latest counts."""
     tail_lines: int | None = field(default=None, validator=within(0, MAX_TAIL_LINES))
-    """Only the last so many lines of `streams`, and what begins from now on; 0: what comes."""
+    """Only the last `tail_lines` lines of `streams`, and all lines that begin later."""
     since: datetime | None = None
     """Only lines whose first byte was read from the job at this time or later."""
     since_seconds: float | None = field(default=None, validator=within(0, MAX_TIMEOUT_SECONDS))
-    """The same, so long ago by the server's clock."""
+    """The same as a duration before now, by the server's clock."""
     starts: tuple[StreamStart, ...] = field(factory=tuple, validator=at_most(len(Stream)))
-    """To go on: those that `job.log` answered, of streams of which nothing has come yet."""
+    """To resume: the `starts` of the `job.log` result, for streams without output so far."""
     streams: tuple[Stream, ...] = field(
         default=(Stream.STDOUT, Stream.STDERR), validator=at_most(len(Stream))
     )
     coalesce: bool = True
-    """Join what was written at different times into one piece; else each has its own time."""
+    """Join bytes that were written at different times; else each piece has bytes of one time."""
     delivery: Delivery = Delivery()
 
 
 @frozen(kw_only=True)
 class LogResult:
-    """The number that the subscription's notifications bear, and where it begins."""
+    """The number in the subscription's notifications, and where the output begins."""
 
     subscription: int
     offset: int
-    """Position in both streams together: where to go on if nothing comes before a break."""
+    """Position in both streams together: resume here if no output arrives before a break."""
     starts: tuple[StreamStart, ...] = ()
-    """With which line each stream begins that does not begin there."""
+    """The first line of each stream that does not begin at `offset`."""
 
 
 Opening = RunResult | LogResult
-"""The results of calls that may open a subscription; a test holds that there are no others."""
+"""The results of calls that may open a subscription; a test checks that there are no others."""
 
 
 def opened_by(result: object) -> int | None:
-    """The number of the subscription that a call with this result has opened, if it has."""
+    """Return the number of the subscription that a call with this result has opened, or None."""
     return result.subscription if isinstance(result, Opening) else None
 
 
 @frozen(kw_only=True)
 class CreditParams:
-    """Allow a subscription to send more (a notification)."""
+    """Grant a subscription more bytes of output (a notification)."""
 
     subscription: int
     bytes: int = field(validator=within(1, MAX_CREDIT_BYTES))
@@ -242,7 +243,7 @@ class SubscriptionParams:
 
 @frozen(kw_only=True)
 class Nothing:
-    """No parameters, or nothing to tell."""
+    """No parameters, or an empty result."""
 
 
 @frozen(kw_only=True)
@@ -257,7 +258,7 @@ class Discovery:
 
 @frozen(kw_only=True)
 class Welcome:
-    """Who the server takes the caller for, and what it is itself."""
+    """The server's version, and the caller's name and role."""
 
     version: str
     name: str
@@ -282,32 +283,32 @@ class OutputEnd:
 
     subscription: int
     offset: int
-    """Where a later subscription would go on."""
+    """The offset at which a later subscription resumes."""
     job: JobRecord
-    """A summary of it."""
+    """A summary of the job."""
     error: Mapping[str, str] | None = None
-    """`name` and `message` where the output could not be sent to its end, or the job is gone."""
+    """`name` and `message`, if the output could not be sent to its end or the job is gone."""
 
 
 @frozen(kw_only=True)
 class VolumeSpec:
-    """A volume to be made."""
+    """The request for a new volume."""
 
     name: str = field(validator=check_name)
     size_bytes: int = field(validator=within(MIN_DISK_BYTES, MAX_DISK_BYTES))
     thin: bool = False
-    """Whether it takes what is written to it from the server's disk, and not its size at once."""
+    """Do not reserve the size on the server's disk: use only the space that is written."""
 
 
 @frozen(kw_only=True)
 class VolumeParams:
-    """A volume by name."""
+    """Name one volume."""
 
     name: str = field(validator=check_name)
 
 
 @frozen(kw_only=True)
 class Volumes:
-    """All of them."""
+    """All volumes, by name."""
 
     volumes: tuple[Volume, ...]

@@ -1,11 +1,11 @@
 """The catalogue: every method of the protocol, in one table.
 
-A row says what a method is called, what it takes and answers, and which permissions it needs: one
-for every call, and others for calls whose parameters ask for more (`Condition`). The gate asks the
-row for them (`Method.needs`), so no operation has a permission of its own to check.
+A row has a method's name, the types of its parameters and its result, and its permissions: one for
+every call, and others for calls with certain parameters (`Condition`). The gate checks the
+permissions of the row (`Method.needs`), so no operation checks a permission itself.
 
-The server's operations, the client and the documents all follow this table; a test holds that
-each row has its operation and each operation its row.
+The server's operations, the client and the documents all follow this table. A test checks that each
+row has its operation and each operation its row.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,15 +25,16 @@ OUTPUT_END = "job.output_end"
 
 @frozen
 class Condition:
-    """A permission that a call needs besides its method's own, if its parameters ask for more."""
+    """A permission that a call needs besides its method's own if it has certain parameters."""
 
     permission: Permission
     when: str
-    """For the documents: which calls those are."""
+    """For the documents: which calls need it."""
     asked_for: Callable[[object, float], str]
-    """What a call asks for, in words that follow its method's name; "" where it does not ask.
+    """Return why a call needs it, in words that follow the method's name; "" if it does not.
 
-    Gets the parameters, and the longest time limit of those without the permission `unbounded`.
+    The arguments are the call's parameters, and the longest time limit in seconds that a role
+    without the permission `unbounded` may request.
     """
 
 
@@ -77,21 +78,21 @@ _FORCE = Condition(Permission.STOP, "with `force`", _force)
 
 @frozen
 class Method:
-    """One row."""
+    """A method: one row of the table."""
 
     name: str
     params: type
     result: type
     permission: Permission
-    """What every call needs."""
+    """The permission that every call needs."""
     summary: str
     conditions: tuple[Condition, ...] = ()
-    """What some calls need besides."""
+    """The permissions that some calls need besides."""
 
     def needs(self, params: object, longest_seconds: float) -> Iterator[tuple[Permission, str]]:
-        """Each permission that a call with these parameters needs, and what needs it, in words.
+        """Yield each permission that a call with these parameters needs, and the reason in words.
 
-        The method's own comes first. The parameters are looked at for the later ones alone.
+        The method's own permission is first; only the later ones depend on the parameters.
         """
         yield self.permission, self.name
         for condition in self.conditions:
@@ -100,7 +101,7 @@ class Method:
 
 
 _ROWS = (
-    Method("service.hello", m.Nothing, m.Welcome, Permission.VIEW, "Tell who is who"),
+    Method("service.hello", m.Nothing, m.Welcome, Permission.VIEW, "Return the caller's identity"),
     Method(
         "job.run",
         m.RunParams,
@@ -114,10 +115,10 @@ _ROWS = (
         m.PlanParams,
         m.Plan,
         Permission.RUN,
-        "Tell how a command would be run",
+        "Return how a command would be run",
         conditions=(_LONG_TIME, _VOLUMES),
     ),
-    Method("job.status", m.JobParams, JobStatus, Permission.VIEW, "Tell about one job"),
+    Method("job.status", m.JobParams, JobStatus, Permission.VIEW, "Return one job's record"),
     Method("job.list", m.ListParams, m.ListResult, Permission.VIEW, "List jobs, newest first"),
     Method("job.wait", m.JobParams, JobRecord, Permission.VIEW, "Answer at the job's end"),
     Method("job.stop", m.StopParams, JobRecord, Permission.STOP, "Stop a job, answer at its end"),
@@ -144,7 +145,7 @@ METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 @frozen
 class Notification:
-    """What the server sends unasked, by the subscription that it belongs to."""
+    """A message that the server sends for a subscription, without a request."""
 
     name: str
     params: type

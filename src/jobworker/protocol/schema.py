@@ -1,11 +1,11 @@
-"""JSON Schema (2020-12) of the classes that travel: types, bounds, enumerations, words.
+"""Make the JSON Schema (2020-12) of message classes: types, bounds, enumerations, descriptions.
 
-Everything comes from the attrs classes by which messages are decoded: types from annotations,
-bounds from validators (`model.bounds`), defaults from fields, descriptions from the docstrings of
-classes and the strings below fields. Python keeps the latter in the source alone, so it is read
-from there; a package without its source has schemas without descriptions.
+All of it comes from the attrs classes that decode messages: types from annotations, bounds from
+validators (`model.bounds`), defaults from fields, descriptions from the docstrings of classes and
+the strings below fields. Python does not keep these strings at run time, so this module reads them
+from the source; a package without its source has schemas without descriptions.
 
-Each class becomes an entry of `definitions`, referred to by name.
+Each class becomes an entry of `definitions`, which others refer to by name.
 """
 
 import ast
@@ -38,13 +38,13 @@ _PLAIN: dict[object, Schema] = {
 
 
 class Schemas:
-    """Schemas that refer to one another by name, made as they are asked for."""
+    """A set of schemas that refer to each other by name; each is made at its first use."""
 
     def __init__(self) -> None:
         self.definitions: dict[str, Schema] = {}
 
     def of(self, kind: Any) -> Schema:
-        """The schema of a type, in place or as a reference. Raises TypeError for an unknown one."""
+        """Return the schema of a type, or a reference to it. Raises TypeError for other types."""
         if isinstance(kind, NewType):
             kind = kind.__supertype__
         if kind in _PLAIN:
@@ -74,8 +74,8 @@ class Schemas:
         words = field_descriptions(cls)
         if issubclass(cls, Enum):
             values = [member.value for member in cls]
-            told = [f"`{member.value}`: {words[member.name]}" for member in cls if words]
-            return _described({"enum": values}, " ".join([first_line(cls), *told]))
+            members = [f"`{member.value}`: {words[member.name]}" for member in cls if words]
+            return _described({"enum": values}, " ".join([first_line(cls), *members]))
         types = get_type_hints(cls)
         properties, required = {}, []
         for attribute in attrs.fields(cls):
@@ -96,7 +96,7 @@ class Schemas:
 
 
 def default_of(attribute: "attrs.Attribute[Any]") -> object:
-    """What stands for a field that a message leaves out, as a plain value."""
+    """The default of a field, as a plain value."""
     default = attribute.default
     if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
         default = default.factory()  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def _described(schema: Schema, words: str) -> Schema:
 
 
 def _add_bounds(schema: Schema, validator: object) -> None:
-    """Add what validators state, to the alternative that is not null where there are two."""
+    """Add the validators' bounds to a schema; if it also allows null, to the other alternative."""
     for each in getattr(validator, "_validators", (validator,)):
         stated = getattr(each, "schema", {})
         inner = schema.get("anyOf")

@@ -1,20 +1,20 @@
-"""JSON-RPC 2.0 as this service speaks it, sans-IO: messages in, events and messages out.
+"""This service's dialect of JSON-RPC 2.0, sans-IO: messages in, events and messages out.
 
-One message is one JSON-RPC object, in a WebSocket text message; output may travel in binary
-messages instead (`Encoding.BINARY`). Of what the standard leaves open:
+One message is one JSON-RPC object, in a WebSocket text message; output may be in binary messages
+instead (`Encoding.BINARY`). The standard leaves some points open, and here they are so:
 
 - parameters are objects, never lists; an absent `params` is an empty object;
-- an id is a printable string of up to 128 characters, a number within 64 bits or null, and not
-  one that is in flight; the standard advises against fractions and null, and we take them, since
-  it allows them;
-- a notification is never answered: a method that does not exist, or parameters that are wrong,
-  are passed over; what is no sound request at all is answered with id null, as the standard has it;
-- a batch is refused as one invalid request: replies here come in the order in which they are
-  ready, so there is nothing to gain from one;
-- unknown members of a request are refused, as unknown parameters are.
+- an id is a printable string of up to 128 characters, a number within 64 bits or null, and not the
+  id of another request in flight; the standard advises against fractions and null but allows
+  them, so they are accepted;
+- a notification gets no reply, also if its method does not exist or its parameters are invalid; a
+  message that is not a request gets an error with id null, as the standard demands;
+- a batch is refused as one invalid request: replies are sent in the order in which they are ready,
+  so a batch would gain nothing;
+- unknown members of a request are refused, and unknown parameters too.
 
-The two sides share nothing but these rules. No clock and no socket: what a call means, and when
-it is answered, is the caller's business.
+The two sides share only these rules. No clock and no socket: the caller executes the calls and
+decides when it replies.
 """
 
 import base64
@@ -54,31 +54,31 @@ CallId = str | int | float | None
 
 @frozen
 class Call:
-    """A request, or a notification, that is sound so far."""
+    """A valid request or notification."""
 
     id: CallId
     method: Method
     params: object
     """An instance of `method.params`."""
     answered: bool = True
-    """False for a notification: it gets no reply, whatever comes of it."""
+    """False for a notification, which never gets a reply."""
 
 
 @frozen
 class Refusal:
-    """What came in was no sound request: the message to send back at once, if any."""
+    """The refusal of an invalid request, with the message to send back at once."""
 
     message: str | None
-    """None where the fault is a notification's."""
+    """The reply; None for a notification."""
     error: JobworkerError
     method: Method | None = None
-    """What was asked for, where that is known."""
+    """The method of the request, if it is known."""
     id: CallId = None
-    """What the message answers; None also where the request had none."""
+    """The id in the reply; None also if the request has no valid id."""
 
 
 Denied = Callable[[Method], JobworkerError | None]
-"""Why the client may not call a method, if it may not."""
+"""Return the error for a method that the client may not call; None for one that it may call."""
 
 
 def _nothing_is_denied(_: Method) -> None:
@@ -87,7 +87,7 @@ def _nothing_is_denied(_: Method) -> None:
 
 @frozen
 class Encoded:
-    """A result that is JSON already, as `unstructure` and `dumps` would have it."""
+    """A result that is JSON text already, equal to that of `unstructure` and `dumps`."""
 
     text: str
 
@@ -101,15 +101,15 @@ class ServerSession:
 
     @property
     def in_flight(self) -> int:
-        """Calls whose replies are not made yet."""
+        """The number of calls whose replies are not made yet."""
         return len(self._in_flight)
 
     def receive(self, message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
-        """What a message asks for, or the error to send back at once."""
+        """Return the call in a message, or the refusal to send back at once."""
         return self.admit(read_request(message, denied))
 
     def admit(self, request: Call | Refusal) -> Call | Refusal:
-        """Take a request that was read, if there is room for one more."""
+        """Admit a request from `read_request`, or refuse it if too many are in flight."""
         if isinstance(request, Call) and request.answered:
             try:
                 self._admit(request.id)
@@ -119,28 +119,29 @@ class ServerSession:
 
     def _admit(self, id_: CallId) -> None:
         if id_ in self._in_flight:
-            raise ProtocolError(f"cannot take the request: its id {id_!r} is in flight")
+            raise ProtocolError(f"cannot accept the request: its id {id_!r} is in flight")
         if len(self._in_flight) >= self._max_in_flight:
             raise TooManyRequests(
-                f"cannot take the request: {self._max_in_flight} are in flight on this connection",
+                f"cannot accept the request: {self._max_in_flight} are in flight on this "
+                "connection",
                 remedy="wait for replies, or open another connection",
             )
         self._in_flight.add(id_)
 
     def result(self, id_: CallId, value: object) -> str:
-        """The reply to a call that succeeded."""
+        """Make the reply to a call that succeeded."""
         self._in_flight.discard(id_)
         text = value.text if isinstance(value, Encoded) else dumps(unstructure(value))
         return f'{{"jsonrpc":"2.0","id":{dumps(id_)},"result":{text}}}'
 
     def error(self, id_: CallId, error: JobworkerError) -> str:
-        """The reply to a call that failed."""
+        """Make the reply to a call that failed."""
         self._in_flight.discard(id_)
         return error_message(id_, error)
 
 
 def error_message(id_: CallId, error: JobworkerError) -> str:
-    """The reply that tells an error."""
+    """Make the reply with an error."""
     data: dict[str, object] = {"name": error.name, **error.data}
     if error.remedy:
         data["remedy"] = error.remedy
@@ -149,10 +150,10 @@ def error_message(id_: CallId, error: JobworkerError) -> str:
 
 
 def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
-    """Read what a message asks for. Pure, so that a thread may read a large one.
+    """Parse a message into a call. Pure, so a worker thread may parse a large one.
 
-    A client is told that it may not call a method before anything is told of the parameters, and
-    before they are looked at where that takes long.
+    If the client may not call the method, it gets that error and none about the parameters. In that
+    case, the parameters of a large message are not even checked.
     """
     id_: CallId = None
     answered = True
@@ -174,25 +175,25 @@ def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> C
                 f"cannot call {name}: {error.message}", data=error.data
             ) from None
     except JobworkerError as error:
-        # In the frames where it was raised are the message, and in a thread what it results in.
+        # The traceback's frames would keep the message, and in a thread its result, in memory.
         error.__traceback__ = error.__context__ = None
         return Refusal(error_message(id_, error) if answered else None, error, method, id_)
     return Call(id_, method, params, answered)
 
 
 def encode_output(header: OutputHeader, data: bytes | bytearray) -> str:
-    """The message for a piece of output, in base64."""
+    """Make the message for a piece of output, in base64."""
     text = base64.b64encode(data).decode("ascii")
-    return f'{{"jsonrpc":"2.0",{_told(header)},"data":"{text}"}}}}'
+    return f'{{"jsonrpc":"2.0",{_header_json(header)},"data":"{text}"}}}}'
 
 
 def frame_output(header: OutputHeader, data: bytes | bytearray) -> Frame:
-    """The binary message for a piece of output, in its frame."""
-    return frame_binary(f"{{{_told(header)}}}}}\n".encode("ascii"), data)
+    """Make the frame with the binary message for a piece of output."""
+    return frame_binary(f"{{{_header_json(header)}}}}}\n".encode("ascii"), data)
 
 
-def _told(header: OutputHeader) -> str:
-    # By hand: nothing in it needs escaping, and it is made for every piece.
+def _header_json(header: OutputHeader) -> str:
+    # Formatted by hand for speed, once for every piece: nothing in it needs an escape.
     return (
         f'"method":"{OUTPUT}","params":{{"subscription":{header.subscription},'
         f'"stream":"{header.stream.value}","offset":{header.offset},'
@@ -201,20 +202,21 @@ def _told(header: OutputHeader) -> str:
 
 
 def encode_output_end(end: OutputEnd, job: str | None = None) -> str:
-    """The message for the end of a subscription; `job` is the JSON of its job, if that is made.
+    """Make the message for the end of a subscription.
 
-    A thousand subscriptions may end at once, with the same job.
+    `job` is the JSON of `end.job`, if the caller has it already: a thousand subscriptions to the
+    same job may end at once.
     """
-    told = dumps(unstructure(end.job)) if job is None else job
+    job_json = dumps(unstructure(end.job)) if job is None else job
     return (
         f'{{"jsonrpc":"2.0","method":"{OUTPUT_END}","params":{{"subscription":{end.subscription},'
-        f'"offset":{end.offset},"job":{told},"error":{dumps(unstructure(end.error))}}}}}'
+        f'"offset":{end.offset},"job":{job_json},"error":{dumps(unstructure(end.error))}}}}}'
     )
 
 
 @frozen
 class Reply:
-    """The result of a call, still plain values, or the error that it ended with."""
+    """The reply to a call: its result, an instance of the method's class, or its error."""
 
     id: CallId
     result: object
@@ -237,25 +239,25 @@ class ClientSession:
     _methods: dict[CallId, Method] = field(factory=dict)
 
     def call(self, name: str, params: object) -> tuple[int, str]:
-        """A new request: its id and its message."""
+        """Make a request: its id and its message."""
         id_, self._next = self._next, self._next + 1
         self._methods[id_] = METHODS[name]
         body = {"jsonrpc": "2.0", "id": id_, "method": name, "params": unstructure(params)}
         return id_, dumps(body)
 
     def forget(self, id_: CallId) -> None:
-        """Take back a request that was not sent."""
+        """Forget a request that was not sent."""
         self._methods.pop(id_, None)
 
     def notify(self, name: str, params: object) -> str:
-        """A notification's message."""
+        """Make the message of a notification."""
         return dumps({"jsonrpc": "2.0", "method": name, "params": unstructure(params)})
 
     def receive(self, message: str | bytes | memoryview) -> Reply | Output | OutputEnd | None:
-        """What the server says; None for notifications that this client does not know.
+        """Parse a message of the server; None for notifications that this client does not know.
 
-        Nothing of a view is kept. Raises ProtocolError where the server does not keep to the
-        protocol.
+        The result keeps no reference to a memoryview. Raises ProtocolError if the server violates
+        the protocol, and the error of a reply without id.
         """
         if not isinstance(message, str):
             return _output(message)
@@ -267,29 +269,29 @@ class ClientSession:
             text = params.pop("data", None)
             if not isinstance(text, str):
                 raise ProtocolError("cannot read a piece of output: it has no data")
-            return Output(_taken(OutputHeader, params), _taken_bytes(text))
+            return Output(_from_server(OutputHeader, params), _decoded(text))
         if body["method"] == OUTPUT_END:
-            return _taken(OutputEnd, params)
+            return _from_server(OutputEnd, params)
         return None
 
     def _reply(self, body: Mapping[str, object]) -> Reply:
         id_ = body.get("id")
         problem = body.get("error")
         if isinstance(problem, dict):
-            error = _taken_error(problem)
+            error = _error_from_server(problem)
             if id_ is None:
                 raise error  # about the connection as a whole
         else:
             error = None
-        if type(id_) is not int or id_ not in self._methods:  # True is equal to 1, and no id
-            raise ProtocolError("cannot read a reply: it answers no call")
+        if type(id_) is not int or id_ not in self._methods:  # True equals 1, but is not an id
+            raise ProtocolError("cannot read a reply: there is no call with its id")
         method = self._methods.pop(id_)
-        result = None if error is not None else _taken(method.result, body.get("result"))
+        result = None if error is not None else _from_server(method.result, body.get("result"))
         return Reply(id_, result, error)
 
 
 def _output(message: bytes | memoryview) -> Output | None:
-    """A piece of output in a binary message."""
+    """Parse the piece of output in a binary message; None for another notification."""
     head, newline, _ = bytes(message[: MAX_HEADER_BYTES + 1]).partition(b"\n")
     if not newline:
         raise ProtocolError("cannot read a binary message: it has no header line")
@@ -300,13 +302,13 @@ def _output(message: bytes | memoryview) -> Output | None:
 
 
 def _header_of(params: object) -> OutputHeader:
-    """The header; by hand where it is as we send it, since each piece has one."""
+    """Parse a header; by hand for speed, since each piece has one, if it has the usual form."""
     if not (
         isinstance(params, dict)
         and params.keys() == _HEADER_TYPES.keys()
         and all(type(params[name]) is kind for name, kind in _HEADER_TYPES.items())
     ):
-        return _taken(OutputHeader, params)
+        return _from_server(OutputHeader, params)
     with suppress(ValueError):
         time, stream = datetime.fromisoformat(params["time"]), Stream(params["stream"])
         if time.tzinfo is UTC:
@@ -316,17 +318,17 @@ def _header_of(params: object) -> OutputHeader:
                 offset=params["offset"],
                 time=time,
             )
-    return _taken(OutputHeader, params)
+    return _from_server(OutputHeader, params)
 
 
 def _object(message: str | bytes, *, bounded: bool = False) -> dict[str, object]:
     if isinstance(message, bytes):
-        raise ProtocolError("cannot take a binary message: requests are text")
+        raise ProtocolError("cannot accept a binary message: requests are text")
     body = loads(message, bounded=bounded)
     if isinstance(body, list):
-        raise ProtocolError("cannot take a batch: send each request as a message of its own")
+        raise ProtocolError("cannot accept a batch: send each request as a message of its own")
     if not isinstance(body, dict):
-        raise ProtocolError("cannot take the message: it is no JSON-RPC object")
+        raise ProtocolError("cannot accept the message: it is not a JSON-RPC object")
     return body
 
 
@@ -338,23 +340,23 @@ def _checked_id(value: object) -> CallId:
     if type(value) is str and len(value) <= MAX_ID_LENGTH and value.isprintable():
         return value
     raise ProtocolError(
-        "cannot take the request: its id is no printable string of up to "
-        f"{MAX_ID_LENGTH} characters, no number within 64 bits and not null"
+        "cannot accept the request: its id must be a printable string of up to "
+        f"{MAX_ID_LENGTH} characters, a number within 64 bits, or null"
     )
 
 
 def _checked_envelope(request: Mapping[str, object]) -> str:
-    """The name of the method that a sound request or notification calls."""
+    """Check the members of a request or notification, and return the name of its method."""
     if request.get("jsonrpc") != "2.0":
-        raise ProtocolError('cannot take the request: "jsonrpc" is not "2.0"')
+        raise ProtocolError('cannot accept the request: "jsonrpc" is not "2.0"')
     name = request.get("method")
     if not isinstance(name, str):
-        raise ProtocolError('cannot take the request: "method" is no string')
+        raise ProtocolError('cannot accept the request: "method" is not a string')
     extra = request.keys() - {"jsonrpc", "id", "method", "params"}
     if extra:
-        raise ProtocolError(f"cannot take the request: unknown member {min(extra)[:64]!r}")
+        raise ProtocolError(f"cannot accept the request: unknown member {min(extra)[:64]!r}")
     if not isinstance(request.get("params", {}), dict | list):
-        raise ProtocolError('cannot take the request: "params" is no object')
+        raise ProtocolError('cannot accept the request: "params" is not an object')
     return name
 
 
@@ -368,21 +370,21 @@ def _method_called(name: str) -> Method:
     return method
 
 
-def _taken(cls: type[T], value: object) -> T:
+def _from_server(cls: type[T], value: object) -> T:
     try:
         return structure(cls, value)
     except InvalidParams as error:
         raise ProtocolError(f"cannot read the server's message: {error.message}") from None
 
 
-def _taken_bytes(text: str) -> bytes:
+def _decoded(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise ProtocolError(f"cannot read a piece of output: {error}") from None
 
 
-def _taken_error(problem: Mapping[str, object]) -> JobworkerError:
+def _error_from_server(problem: Mapping[str, object]) -> JobworkerError:
     code, message, data = problem.get("code"), problem.get("message"), problem.get("data", {})
     if type(code) is not int or not isinstance(message, str) or not isinstance(data, dict):
         return InternalError("cannot read the server's error")

@@ -1,9 +1,9 @@
-"""Output as text: a job's bytes decoded from UTF-8 for who only wants to read them, sans-IO.
+"""Encode output as text, sans-IO: a job's bytes decoded from UTF-8, for clients that display them.
 
-A character whose bytes are torn apart by two pieces of its stream comes whole with the later
-one, and what is no UTF-8 becomes U+FFFD, one for each maximal part (Unicode 15, section 3.9). So
-a piece may hold no text yet, and `bytes` says how many of the job's bytes it stands for. Whoever
-needs the exact bytes asks for one of the other encodings.
+If the bytes of a character are in two pieces of its stream, the character is in the later one.
+Bytes that are not UTF-8 become U+FFFD, one for each maximal subpart (Unicode 15, section 3.9). So
+the text of a piece may be empty, and `bytes` is the number of the job's bytes in the piece. A
+client that needs the exact bytes uses another encoding.
 """
 
 import codecs
@@ -21,19 +21,19 @@ _make_decoder = codecs.getincrementaldecoder("utf-8")
 
 @define(eq=False)
 class TextOutput:
-    """The messages of one subscription, in order."""
+    """Makes the messages of one subscription, in order."""
 
     _decoders: dict[Stream, codecs.IncrementalDecoder] = field(factory=dict, init=False)
     _last: dict[Stream, OutputHeader] = field(factory=dict, init=False)
 
     def encode(self, header: OutputHeader, data: bytes) -> str:
-        """The message for a piece of output."""
+        """Make the message for a piece of output."""
         decoder = self._decoders.setdefault(header.stream, _make_decoder("replace"))
         self._last[header.stream] = header
         return _message(header, decoder.decode(data), len(data))
 
     def flush(self, offset: int) -> tuple[str, ...]:
-        """The messages for what no later piece will complete; `offset` is the output's end."""
+        """Make the messages for incomplete characters at the output's end, at `offset`."""
         left = [(stream, made.decode(b"", final=True)) for stream, made in self._decoders.items()]
         self._decoders.clear()
         return tuple(

@@ -28,7 +28,7 @@ def test_options_become_a_request() -> None:
     ("command", "words"),
     [
         (("a", "b\udcff"), "argument 1 is not UTF-8 text"),
-        (("a\0",), "argument 0 holds a NUL"),
+        (("a\0",), "argument 0 contains a NUL"),
         (("",), "the command is empty"),
         (("a", "x" * 131_072), "argument 1 has 131072 bytes"),
     ],

@@ -56,7 +56,7 @@ def test_what_all_share_takes_a_role_that_reaches_all() -> None:
         if scope is Scope.ALL:
             assert roles.authorize("builder", Permission.VOLUMES, "volume.list") is role
             continue
-        with pytest.raises(PermissionDenied, match="all share the volumes") as caught:
+        with pytest.raises(PermissionDenied, match="all names share the volumes") as caught:
             roles.authorize("builder", Permission.VOLUMES, "volume.list")
         assert "'all'" in caught.value.remedy
 

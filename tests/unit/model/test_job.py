@@ -114,9 +114,9 @@ def test_any_name_is_a_signal_or_refused(name: str) -> None:
 BAD: dict[str, Callable[[], JobSpec]] = {
     "is empty": lambda: JobSpec(command=()),
     "name the program to run": lambda: JobSpec(command=("", "x")),
-    "argument 1 holds a NUL": lambda: JobSpec(command=("a", "b\0c")),
-    "argument 0 holds a NUL": lambda: JobSpec(command=("\0",)),
-    "at most 16384 are taken": lambda: JobSpec(command=("a",) * (job.MAX_ARGUMENTS + 1)),
+    "argument 1 contains a NUL": lambda: JobSpec(command=("a", "b\0c")),
+    "argument 0 contains a NUL": lambda: JobSpec(command=("\0",)),
+    "at most 16384 are allowed": lambda: JobSpec(command=("a",) * (job.MAX_ARGUMENTS + 1)),
     "argument 1 has 131072 bytes": lambda: JobSpec(command=("a", "é" * 65_536)),
     "'' is not a name for a variable": lambda: JobSpec(command=("a",), environment={"": "x"}),
     "'1A' is not a name": lambda: JobSpec(command=("a",), environment={"1A": "x"}),
@@ -124,12 +124,12 @@ BAD: dict[str, Callable[[], JobSpec]] = {
     "'A-B' is not a name": lambda: JobSpec(command=("a",), environment={"A-B": "x"}),
     r"'A\\n' is not a name": lambda: JobSpec(command=("a",), environment={"A\n": "x"}),
     "'Ä' is not a name": lambda: JobSpec(command=("a",), environment={"Ä": "x"}),
-    "the variable A holds a NUL": lambda: JobSpec(command=("a",), environment={"A": "\0"}),
+    "the variable A contains a NUL": lambda: JobSpec(command=("a",), environment={"A": "\0"}),
     "the variable A has 131072 bytes": lambda: JobSpec(
         command=("a",), environment={"A": "x" * 131_070}
     ),
     "must be an absolute path": lambda: JobSpec(command=("a",), workdir="tmp"),
-    "the path holds a NUL": lambda: JobSpec(command=("a",), workdir="/tmp\0"),
+    "the path contains a NUL": lambda: JobSpec(command=("a",), workdir="/tmp\0"),
     "at most 128 printable": lambda: JobSpec(command=("a",), name="x" * 129),
     "128 printable": lambda: JobSpec(command=("a",), name="a\x1b[2J"),
     "must be from 0 to 3153": lambda: JobSpec(command=("a",), timeout_seconds=-1),
@@ -180,7 +180,7 @@ def test_arguments_and_environment_count_together() -> None:
     fits = JobSpec(command=(piece,) * 5, environment={f"V{n}": piece for n in range(5)})
     fits.check_size()
     too_much = JobSpec(command=(piece,) * 6, environment={f"V{n}": piece for n in range(5)})
-    with pytest.raises(TooLarge, match="at most 1048576 are taken"):
+    with pytest.raises(TooLarge, match="at most 1048576 are allowed"):
         too_much.check_size()
 
 

@@ -186,12 +186,12 @@ def test_ids_of_calls_are_never_used_again() -> None:
         (b"{}", ProtocolError, "requests are text"),
         ("[]", ProtocolError, "a batch"),
         (f"[{HELLO % 1}]", ProtocolError, "a batch"),
-        ("null", ProtocolError, "no JSON-RPC object"),
-        ('"x"', ProtocolError, "no JSON-RPC object"),
+        ("null", ProtocolError, "not a JSON-RPC object"),
+        ('"x"', ProtocolError, "not a JSON-RPC object"),
         ('{"id":1,"method":"service.hello"}', ProtocolError, '"jsonrpc" is not "2.0"'),
         ('{"jsonrpc":2.0,"id":1,"method":"service.hello"}', ProtocolError, "is not"),
-        ('{"jsonrpc":"2.0","id":1}', ProtocolError, '"method" is no string'),
-        ('{"jsonrpc":"2.0","id":1,"method":["x"]}', ProtocolError, '"method" is no string'),
+        ('{"jsonrpc":"2.0","id":1}', ProtocolError, '"method" is not a string'),
+        ('{"jsonrpc":"2.0","id":1,"method":["x"]}', ProtocolError, '"method" is not a string'),
         ('{"jsonrpc":"2.0","id":1,"method":"x","more":1}', ProtocolError, "member 'more'"),
         ('{"jsonrpc":"2.0","id":1,"method":"rm"}', UnknownMethod, "cannot call 'rm'"),
         ('{"jsonrpc":"2.0","id":1,"method":"\\ud800"}', UnknownMethod, "no such method"),
@@ -204,11 +204,11 @@ def test_ids_of_calls_are_never_used_again() -> None:
         (
             '{"jsonrpc":"2.0","id":1,"method":"job.wait","params":null}',
             ProtocolError,
-            '"params" is no object',
+            '"params" is not an object',
         ),
-        ('{"jsonrpc":"2.0","id":1,"method":"job.wait","params":"x"}', ProtocolError, "no object"),
-        ('{"jsonrpc":"2.0","method":1,"params":"bar"}', ProtocolError, '"method" is no string'),
-        ('{"jsonrpc":"2.0","method":"job.wait","params":"bar"}', ProtocolError, "no object"),
+        ('{"jsonrpc":"2.0","id":1,"method":"job.wait","params":"x"}', ProtocolError, "an object"),
+        ('{"jsonrpc":"2.0","method":1,"params":"bar"}', ProtocolError, '"method" is not a string'),
+        ('{"jsonrpc":"2.0","method":"job.wait","params":"bar"}', ProtocolError, "an object"),
         ('{"jsonrpc":"2.0","method":"job.wait","x":1}', ProtocolError, "member 'x'"),
     ],
 )
@@ -400,7 +400,7 @@ def test_reply_answers_once() -> None:
     client, server = in_flight(), ServerSession()
     reply = server.result(1, m.Welcome(version="1", name="a", role="admin"))
     assert client.receive(reply) is not None
-    with pytest.raises(ProtocolError, match="answers no call"):
+    with pytest.raises(ProtocolError, match="no call with its id"):
         client.receive(reply)
 
 

@@ -91,7 +91,7 @@ class Conversation(RuleBasedStateMachine):
     def hear(self, reply: str) -> None:
         id_ = json.loads(reply)["id"]
         if id_ not in self.waiting:
-            with pytest.raises(ProtocolError, match="answers no call"):
+            with pytest.raises(ProtocolError, match="no call with its id"):
                 self.client.receive(reply)
             return
         received = self.client.receive(reply)
