@@ -85,7 +85,7 @@ class NoUpgrade(ProtocolError):
 
 
 class MalformedJSON(ProtocolError):
-    """A message that is not JSON as this protocol takes it (RFC 8259, no duplicate keys)."""
+    """A message that is not strict JSON (RFC 8259, and no duplicate keys)."""
 
     code = -32700
     name = "parse_error"

@@ -318,7 +318,7 @@ async def _stay(service: Embedded) -> None:
     for name, value in service.environment().items():
         _print(f"export {name}={shlex.quote(value)}")
     _print("\n# Paste these lines into another terminal, then try: worker-cli run ps aux")
-    _print(f"# worker-cli stands in {Path(sys.executable).parent}. Ctrl-C ends the service.")
+    _print(f"# worker-cli is in {Path(sys.executable).parent}. Ctrl-C ends the service.")
     code = await service.process.wait()
     fault = f"it or its guard ended with code {code if code >= 0 else 128 - code}"
     last = one_line("".join(service.log_text().splitlines()[-1:]))

@@ -65,7 +65,7 @@ async def print_output(
 ) -> JobRecord:
     """Print a job's output to its end, and return the job's last record.
 
-    A lost connection is made anew, and the output resumes.
+    If the connection is lost, the client makes a new one and the output resumes.
     """
     printer = Printer.make(style)
     if started is not None:

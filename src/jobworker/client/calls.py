@@ -5,11 +5,11 @@ when a call needs a connection, with growing pauses (exponential backoff), until
 over. The waiting calls then raise the error; a later call starts the attempts again. The first
 connection must succeed, so a wrong address or certificate is reported at once.
 
-If its connection breaks, a call is retried or not, which depends on the reason (`protocol.closing`)
-and on the method. Queries, waits, stops and removals are idempotent, and are retried. To run a
-command or create a volume is not: such a call is retried only if no server can have the whole
-request, or if a service that is ending has refused it (`shutting_down`). Otherwise, the caller gets
-an error that the job may have been started.
+Whether a call is retried after its connection breaks depends on the reason (`protocol.closing`) and
+on the method. Queries, waits, stops and removals are idempotent, and are retried. `job.run` and
+`volume.create` are not idempotent. Such a call is retried only if no server can have the whole
+request, or if a service that is ending has refused it (`shutting_down`). Otherwise the caller gets
+an error which says that the job may have been started.
 """
 
 import random
@@ -277,12 +277,12 @@ class Calls:
         return failure
 
     def _decide(self, failure: JobworkerError | None, *, for_good: bool = False) -> None:
-        """Tell those who wait for a connection that it stands, or why it does not.
+        """End the current attempt: wake the calls that wait for it, which raise a `failure`.
 
-        Whoever wants one later starts another attempt, unless there is none `for_good`.
+        A later call then starts a new attempt; after `for_good`, it raises `failure` too.
         """
         attempt = self._attempt
-        if attempt.decided.is_set():  # for good
+        if attempt.decided.is_set():  # it was final
             return
         attempt.failure = failure
         attempt.decided.set()

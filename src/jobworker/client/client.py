@@ -113,8 +113,9 @@ class Client:
 
         The jobs are in one of `states` (any state if empty), have all of `labels`, have the name
         `name` (any name if ""), and have ids below `before`, the smallest id of the page before. If
-        the search is long, fewer jobs are returned; no job is the end. A summary has no variables,
-        and its command may be cut (`record.abridged`); `Job.status` returns all of a job.
+        the search is long, fewer jobs are returned; an empty result is the end. A summary has no
+        variables, and its command may be cut (`record.abridged`); `Job.status` returns the whole
+        record.
 
         >>> job = await client.run(["sleep", "60"])
         >>> [record.spec.command for record in await client.list(states=[State.RUNNING], limit=1)]

@@ -1,1 +1,1 @@
-"""What a job is, which states it passes through and who may touch it: pure data, no I/O."""
+"""The data of jobs: their requests, records and states, and the roles of clients. Pure, no I/O."""

@@ -46,7 +46,7 @@ def identity(
     """
     if not peer_certificate:
         raise errors.PermissionDenied(
-            "cannot tell who you are: no verified certificate was presented",
+            "cannot identify you: no verified certificate was presented",
             remedy="use a client certificate that the administrator issued",
         )
     match = subjects.find(borne_by(peer_certificate))
@@ -95,7 +95,7 @@ def _end(peer_certificate: Mapping[str, object]) -> datetime:
         seconds = ssl.cert_time_to_seconds(str(peer_certificate["notAfter"]))
     except ValueError:  # OpenSSL prints "Bad time value" for a time that it cannot parse
         raise errors.PermissionDenied(
-            "cannot tell when your certificate ends: its time is malformed",
+            "cannot read the end of your certificate: its time is malformed",
             remedy="use a client certificate that the administrator issued",
         ) from None
     return datetime.fromtimestamp(seconds, UTC)

@@ -206,7 +206,7 @@ def test_loaded_authority_issues_what_its_old_self_would(made: Path) -> None:
     [
         ("ca-cert.pem", None, "no such file"),
         ("ca-key.pem", None, "no such file"),
-        ("ca-cert.pem", "server-cert.pem", "not a CA's"),
+        ("ca-cert.pem", "server-cert.pem", "not a CA certificate"),
         ("ca-cert.pem", "ca-key.pem", "no PEM block 'CERTIFICATE'"),
         ("ca-key.pem", "server-key.pem", "does not belong to"),
     ],
