@@ -581,7 +581,7 @@ async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embe
                 await zoe.get_message()
         assert closed.value.reason is not None
         assert closed.value.reason.code == 1008
-        assert "'visitor' is no role" in str(closed.value.reason.reason)
+        assert "'visitor' is not a role" in str(closed.value.reason.reason)
         await admin.send_message('{"jsonrpc":"2.0","id":1,"method":"service.hello"}')
         await admin.get_message()
 
