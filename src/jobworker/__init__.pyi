@@ -1,5 +1,5 @@
-# Declares the names that `__getattr__` of __init__.py imports. Rejected: imports in __init__.py under
-# TYPE_CHECKING, because import-linter would count them as imports of the whole package.
+# Declares the names that `__getattr__` of __init__.py imports. Rejected: imports in __init__.py
+# under TYPE_CHECKING, because import-linter would count them as imports of the whole package.
 from jobworker.client.client import Client as Client
 from jobworker.client.following import Chunk as Chunk
 from jobworker.client.job import Job as Job

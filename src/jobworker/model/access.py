@@ -29,7 +29,7 @@ class Permission(Enum):
     """Start jobs, and see the values of their variables."""
     STOP = "stop"
     REMOVE = "remove"
-    """Remove ended jobs and their output; jobs that have not ended (`force`) with STOP besides."""
+    """Remove ended jobs and their output; together with STOP, also live jobs (`force`)."""
     VIEW = "view"
     """See jobs, their states and their usage, but not their output."""
     LOG = "log"
@@ -93,11 +93,11 @@ class Role:
         return permission in self.permissions
 
     def can_use(self, permission: Permission) -> bool:
-        """Whether the role holds `permission`, and reaches what that is about."""
+        """Whether the role has `permission`, and the scope `all` if all names share its object."""
         return self.may(permission) and (permission not in SHARED or self.scope is Scope.ALL)
 
     def is_within(self, other: "Role") -> bool:
-        """Whether `other` may do all that this role may, upon all jobs that this role reaches."""
+        """Whether `other` has all permissions of this role, on all jobs that this role reaches."""
         reaches = other.scope is Scope.ALL or self.scope is Scope.OWN
         return reaches and self.permissions <= other.permissions
 
