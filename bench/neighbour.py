@@ -81,6 +81,24 @@ def bomb():
         pass
 bomb()
 """
+_FORKS = """
+import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+try:
+    for _ in range(8900):
+        if os.fork() == 0:
+            signal.pause()
+except OSError:
+    pass
+for _ in range(8):
+    if os.fork() == 0:
+        while True:
+            try:
+                if os.fork() == 0:
+                    os._exit(0)
+            except OSError:
+                pass
+"""
 _THREADS = """
 import threading, time
 threading.stack_size(32768)
@@ -174,6 +192,11 @@ ATTACKS: dict[str, Attack] = {
     "extents": Attack("a volume of 12,000 extents is removed", _EXTENTS, volume=True),
     "processes": Attack(
         "9,000 processes", _PROCESSES, limits=LIMITS._replace(pids=9_000, memory_bytes=4096 * MIB)
+    ),
+    "forks": Attack(
+        "8,900 processes, and 8 that fork",
+        _FORKS,
+        limits=LIMITS._replace(pids=9_000, memory_bytes=4096 * MIB, cpu_percent=0),
     ),
     "threads": Attack("9,000 threads", _THREADS, limits=LIMITS._replace(pids=9_000)),
     "descriptors": Attack(

@@ -15,6 +15,7 @@ import trio
 from jobworker.cli.embedded import Embedded, open_embedded
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.disk.images import label_of
+from jobworker.sandbox.fork_server import NAME
 from jobworker.server import reader
 from jobworker.server.setup import instance_name
 
@@ -67,6 +68,13 @@ def child_of(pid: int) -> int:
         if Path(f"/proc/{each}/comm").read_text().strip() != reader.NAME
     ]
     return child
+
+
+def fork_server_of(launcher: int) -> int:
+    """The process that makes a launcher's processes: its first child, while that lives."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    named = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == NAME]
+    return int(named[0])
 
 
 def disks_in(directory: Path) -> list[str]:

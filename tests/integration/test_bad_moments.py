@@ -18,15 +18,18 @@ from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 NO_PROCESS = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
-from jobworker.sandbox.launcher import jobs as launcher_jobs
+from jobworker.sandbox.launcher import volume_losses
 refusals = [errno.EAGAIN, errno.ENOMEM, errno.EMFILE] * 10
-launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
-class Refusing(launcher_jobs.Chores):
+volume_losses.INSPECT_AGAIN_SECONDS = 0.001
+class Refusing(volume_losses.Chores):
     def start(self, work, done, holding=()):
-        if refusals:
+        if len(refusals) % 2:
+            done({"errno": refusals.pop(), "detail": "on purpose", "begun": False})
+        elif refusals:
             raise OSError(refusals.pop(), "on purpose")
-        super().start(work, done, holding)
-launcher_jobs.Chores = Refusing
+        else:
+            super().start(work, done, holding)
+volume_losses.Chores = Refusing
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that finds no process, many times, to look after a job's volumes."""
@@ -34,9 +37,11 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 KILLED_PROCESS = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os
-from jobworker.sandbox.launcher import jobs as launcher_jobs
-launcher_jobs.INSPECT_AGAIN_SECONDS = 0.001
-launcher_jobs._find_losses = lambda volumes: os._exit(9)
+from jobworker.sandbox.launcher import volume_losses
+volume_losses.INSPECT_AGAIN_SECONDS = 0.001
+def find(volumes):
+    os._exit(9)
+volume_losses._find_losses = find
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher whose process that looks after a job's volumes is killed each time."""
@@ -44,17 +49,16 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 NO_WATCH = """
 import sys; sys.path.insert(0, sys.argv[1])
 import errno
-from jobworker.sandbox.launcher import jobs as launcher_jobs
+from jobworker.sandbox.launcher import children
 unwatched = [NAMES]
-class Refusing(launcher_jobs.Turns):
+class Refusing(children.Turns):
     def watch(self, descriptor, call):
-        name = getattr(getattr(call, "func", call), "__name__", "")
+        name = getattr(getattr(call, "func", call), "__qualname__", "")
         if name in unwatched:
             unwatched.remove(name)
             raise OSError(errno.ENOSPC, "on purpose")
         super().watch(descriptor, call)
-from jobworker.sandbox.launcher import loop as launcher_loop
-launcher_loop.Turns = Refusing
+children.Turns = Refusing
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that cannot watch a child by the method of one of these names, once."""
@@ -66,6 +70,7 @@ from jobworker.sandbox import event_loop as turns
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.jobs import Jobs
+from jobworker.sandbox.launcher.volume_losses import VolumeLosses
 turns.AGAIN_SECONDS = 0.01
 struck = []
 def call(*given, call=OWNER.NAME):
@@ -142,13 +147,13 @@ def test_volumes_that_could_not_be_looked_at_are_not_told_as_lost(
     assert "ok" in service.ask("remove", 1)[0]
 
 
-@pytest.mark.parametrize("name", ["_on_exit", "_on_word", "_on_event"])
+@pytest.mark.parametrize("name", ["Jobs._on_exit", "Jobs._on_word", "OomWatch._on_event"])
 def test_child_that_cannot_be_watched_leaves_its_place(
     serving: Callable[..., Service], name: str
 ) -> None:
     service = serving(NO_WATCH.replace("NAMES", repr(name)), max_jobs=1, spares=0)
     reply, _ = service.spawn(1, "true")
-    if name == "_on_event" and "ok" in reply:
+    if name == "OomWatch._on_event" and "ok" in reply:
         pytest.skip("cgroup v2 has no event for want of memory")
     assert "on purpose" in str(reply["error"])
     reply, descriptors = service.spawn(2, "true")
@@ -189,8 +194,8 @@ def _name_of(pid: str) -> str:
     ("owner", "name"),
     [
         pytest.param("Child", "want", id="its end is looked into"),
-        pytest.param("Jobs", "_on_inspected", id="its volumes were looked at"),
-        pytest.param("launcher_jobs", "_end", id="its end is told"),
+        pytest.param("VolumeLosses", "_on_inspected", id="its volumes were looked at"),
+        pytest.param("launcher_jobs", "how_ended", id="its end is told"),
         pytest.param("Nursery", "clear", id="its place is taken back"),
     ],
 )
@@ -260,7 +265,7 @@ def test_removal_that_meets_an_unforeseen_fault_is_answered(
 def test_removal_is_answered_though_nothing_can_watch_what_clears_away(
     serving: Callable[..., Service],
 ) -> None:
-    service = serving(NO_WATCH.replace("NAMES", "'_on_sweeper'"))
+    service = serving(NO_WATCH.replace("NAMES", "'Chores._on_exit', 'ForkServer._on_exit'"))
     reply, descriptors = service.spawn(1, "sleep", "600")
     assert "ok" in reply, reply
     assert "ok" in service.ask("remove", 1)[0]

@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
 from jobworker.sandbox.kernel_memory import search as kernel_search
@@ -241,16 +242,22 @@ def test_search_ends_when_it_has_found_enough_in_sockets() -> None:
     assert not early.is_all
 
 
+def as_message(search: Callable[[], kernel_search.Found]) -> channel.Message:
+    return search()._asdict()
+
+
 def test_search_waits_for_no_lock_that_a_job_holds() -> None:
     turns, outcomes = Turns(), list[channel.Message]()
     with open_process(
         ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", HOLDS]
     ) as (process):
         search = partial(kernel_search.search, process, {}, sockets_too=True)
-        searchers = Chores(turns, at_once=1, waiting=0, unending=1)
-        searchers.start(lambda: search()._asdict(), outcomes.append)
+        forks = ForkServer(turns, {})
+        searchers = Chores(turns, forks, at_once=1, waiting=0, unending=1)
+        searchers.start(partial(as_message, search), outcomes.append)
         while not outcomes:
             turns.turn()
+        forks.close()
     (found,) = outcomes
     assert found.get("is_all"), found
     assert found["locks"] == 10 * kernel_memory.BYTES_PER_LOCK

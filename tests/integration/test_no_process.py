@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from .conftest import child_of, disks_of_size, until
+from .conftest import child_of, disks_of_size, fork_server_of, until
 from .outside import open_launcher
 from .test_takeover import Settings, serving
 from .wire import Refused, open_wire
@@ -49,7 +49,7 @@ async def test_disk_of_a_dead_job_goes_once_there_are_processes_again(
         async with serving(directory, SETTINGS) as service, open_wire(service) as wire:
             job = await wire.start("sleep", "600", limits={"disk_bytes": DISK_BYTES})
             assert disks_of_size(DISK_BYTES) == 1
-            with no_more_processes(child_of(guard.pid)):
+            with no_more_processes(fork_server_of(child_of(guard.pid))):
                 record = await wire.call("job.stop", id=job, signal="KILL")
                 assert record["state"] == "STOPPED"
                 with pytest.raises(Refused, match=r"list the volumes: the system gives .* process"):
@@ -74,7 +74,7 @@ async def test_jobs_that_wait_go_on_waiting_where_there_is_no_process_for_them(
                 await wire.start("sh", "-c", "echo $TOKEN", secret_environment={"TOKEN": str(n)})
                 for n in range(4)
             ]
-            with no_more_processes(child_of(guard.pid)):
+            with no_more_processes(fork_server_of(child_of(guard.pid))):
                 await wire.call("job.stop", id=running, signal="KILL")
                 await until(lambda: "is tried again" in service.log_text())
                 record = await wire.call("job.stop", id=waiting.pop(0))
@@ -94,7 +94,7 @@ async def test_job_that_cannot_be_started_is_left_to_the_next_service(
         async with serving(directory, ONE) as service, open_wire(service) as wire:
             running = await wire.start("sleep", "600")
             waiting = await wire.start("echo", "at last")
-            stack.enter_context(no_more_processes(child_of(guard.pid)))
+            stack.enter_context(no_more_processes(fork_server_of(child_of(guard.pid))))
             await wire.call("job.stop", id=running, signal="KILL")
             await until(lambda: "is tried again" in service.log_text())
         stack.close()
@@ -111,7 +111,7 @@ async def test_job_ended_when_it_did_and_not_when_its_volume_was_written_out(
             await wire.call("volume.create", name="v", size_bytes=32 << 20)
             job = await wire.start("sleep", "600", volumes=[{"name": "v"}])
             async with trio.open_nursery() as nursery:
-                with no_more_processes(child_of(guard.pid)):
+                with no_more_processes(fork_server_of(child_of(guard.pid))):
                     nursery.start_soon(partial(wire.call, "job.stop", id=job, signal="KILL"))
                     log = directory / "launcher-log"
                     await until(lambda: "cannot look at the volumes" in log.read_text())

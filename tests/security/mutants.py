@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN, APPLY = "src/jobworker/sandbox/start/plan.py", "src/jobworker/sandbox/start/apply.py"
-CHILDREN, FILTER = "src/jobworker/sandbox/launcher/children.py", "etc/seccomp.toml"
+MAKING, FILTER = "src/jobworker/sandbox/launcher/making.py", "etc/seccomp.toml"
 BPF = "src/jobworker/sandbox/seccomp/program.py"
 SECONDS = 240
 
@@ -97,8 +97,8 @@ APPLIED = (
 )
 # Not the UTS namespace: without it the launcher would name the host itself.
 NAMESPACES = (
-    Mutant("no IPC namespace", CHILDREN, " | sc.CLONE_NEWIPC", ""),
-    Mutant("no PID namespace", CHILDREN, "sc.CLONE_NEWPID | ", ""),
+    Mutant("no IPC namespace", MAKING, " | sc.CLONE_NEWIPC", ""),
+    Mutant("no PID namespace", MAKING, "sc.CLONE_NEWPID | ", ""),
 )
 LIMITS = tuple(
     Mutant(f"no limit {name}", PLAN, f'    s.SetResourceLimit("RLIMIT_{name}", {limits}),\n', "")

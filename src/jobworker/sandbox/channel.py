@@ -113,6 +113,14 @@ def decode(
 
     Raises BadMessage.
     """
+    body, owned = unpack(packet, ancillary, flags)
+    return _parse(body, owned), owned
+
+
+def unpack(
+    packet: bytes, ancillary: Sequence[tuple[int, int, bytes]], flags: int
+) -> tuple[bytes, list[int]]:
+    """As `decode`, of a body that may be anything: what `pack` was given."""
     owned = _descriptors(ancillary)
     if flags & socket.MSG_TRUNC:
         raise BadMessage("it is cut short", owned)
@@ -126,7 +134,7 @@ def decode(
         body = packet[1:]
     else:
         raise BadMessage("its first byte tells no kind", owned)
-    return _parse(body, owned), owned
+    return body, owned
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

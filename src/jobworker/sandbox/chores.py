@@ -2,8 +2,10 @@
 
 The launcher's one thread must not wait for a disk: unlink(2) of a volume with many extents takes
 seconds, and even a look into a directory waits for the journal of a file system that jobs write
-to. So such work is a function that runs in a cloned process and returns a message; the launcher
-goes on meanwhile, and hears of the outcome in a later turn.
+to. So such work is a function that runs in a process of its own and returns a message; the launcher
+goes on meanwhile, and hears of the outcome in a later turn. The fork server makes the process
+(`sandbox.forks`), so the work is pickled: a function of a module, and plain arguments. It has the
+descriptors that it is given, and no others of the launcher's, at the launcher's numbers.
 
 Few run at a time and some wait. More are refused with `CROWDED`.
 
@@ -24,12 +26,12 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import NamedTuple
 
-from jobworker.sandbox import channel
-from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disposal import close_all_but
+from jobworker.sandbox import channel, fork_server
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.fork_server import GO, Work
+from jobworker.sandbox.forks import ForkServer
 
 CROWDED = errno.EUSERS
 """Too much waits: an errno that the kernel has for nothing that a chore does."""
@@ -43,10 +45,16 @@ MOST_SECONDS = 60.0
 """In all, so on a busy machine also for a processor."""
 LOOK_SECONDS = 1.0
 
-Work = Callable[[], channel.Message]
-"""Runs in the process; may raise OSError."""
 Done = Callable[[channel.Message], None]
-"""Gets what the work returned, or {"errno": …} with "detail" where it failed."""
+"""Gets what the work returned, or {"errno": …} with "detail" where it failed; the latter with
+"begun" False where it has not begun, since there was no process to be had."""
+
+
+class _Chore(NamedTuple):
+    work: Work
+    done: Done
+    holding: Sequence[int]
+    given: Sequence[int]
 
 
 class _UnderWay:
@@ -75,52 +83,90 @@ class Chores:
     `unending`: up to so many may be left that cannot be ended; where it is 0, they have no end.
     """
 
-    def __init__(self, turns: Turns, *, at_once: int, waiting: int, unending: int = 0) -> None:
-        self._turns, self._at_once, self._room = turns, at_once, waiting
+    def __init__(
+        self, turns: Turns, forks: ForkServer, *, at_once: int, waiting: int, unending: int = 0
+    ) -> None:
+        self._turns, self._forks, self._at_once, self._room = turns, forks, at_once, waiting
         self._most_unending = unending
         self._under_way: dict[int, _UnderWay] = {}
         """By pidfd, where they have an end."""
         self._unending: set[int] = set()
-        self._waiting: deque[tuple[Work, Done, Sequence[int]]] = deque()
+        self._waiting: deque[_Chore] = deque()
         self._running = 0
 
-    def start(self, work: Work, done: Done, holding: Sequence[int] = ()) -> None:
+    @property
+    def running(self) -> int:
+        """How many are under way; those that cannot be ended are not counted."""
+        return self._running
+
+    def start(
+        self,
+        work: Work,
+        done: Done,
+        holding: Sequence[int] = (),
+        given: Sequence[int] = (),
+    ) -> None:
         """Have the work done, now or later. Raises OSError, `CROWDED` where too much waits.
 
-        The process holds the descriptors in `holding`, which stay open here until it is done.
+        The process has the descriptors in `holding`, which stay open here until it is done, and
+        those in `given`, which are closed here before it begins: so the last close of them is never
+        made here. Where it does not begin, they are left to `done`.
         """
+        chore = _Chore(work, done, holding, given)
         if self._running < self._at_once:
-            self._run(work, done, holding)
+            self._run(chore)
         elif len(self._waiting) < self._room:
-            self._waiting.append((work, done, holding))
+            self._waiting.append(chore)
         else:
             raise OSError(CROWDED, "too much waits")
 
-    def _run(self, work: Work, done: Done, holding: Sequence[int]) -> None:
+    def _run(self, chore: _Chore) -> None:
         if len(self._unending) >= self._most_unending > 0:
             raise OSError(CROWDED, "too many processes are left that cannot be ended")
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with far:
-            try:
-                pid, pidfd = sc.clone3(0)
-            except OSError:
-                near.close()
-                raise
-            if pid == 0:
-                _work_and_exit(work, far, holding)
         near.setblocking(False)
-        on_exit = partial(self._on_exit, near, pidfd, done)
+        passed = [far.fileno(), *chore.holding, *chore.given]
+        try:
+            made = partial(self._on_made, near, far, chore)
+            self._forks.call("run", (chore.work, passed), made, passed)
+        except BaseException:
+            near.close()
+            far.close()
+            raise
+        self._running += 1
+
+    def _on_made(
+        self,
+        near: socket.socket,
+        far: socket.socket,
+        chore: _Chore,
+        answer: channel.Message,
+        descriptors: list[int],
+    ) -> None:
+        """Its process is there, and may begin; or there is none."""
+        far.close()
+        pid = answer.get("pid")
+        if not isinstance(pid, int):
+            near.close()
+            self._running -= 1
+            self._turns.see_through(self._start_next)
+            self._hand_over(chore.done, {**answer, "begun": False})
+            return
+        (pidfd,) = descriptors
+        channel.close_all(chore.given)
+        on_exit = partial(self._on_exit, near, pidfd, chore.done)
         try:
             # The process has said its word before it ends, and its end is soon after.
             self._turns.watch(pidfd, on_exit)
         except OSError:  # of epoll: no memory, or no more watches to be had
             self._turns.call_in(LOOK_AGAIN_SECONDS, on_exit)
-        self._running += 1
         if self._most_unending:
-            give_up = partial(self._give_up, near, pidfd, done)
+            give_up = partial(self._give_up, near, pidfd, chore.done)
             self._under_way[pidfd] = _UnderWay(pid, give_up)
             if not self._turns.is_set(self._look):
                 self._turns.call_in(LOOK_SECONDS, self._look)
+        with contextlib.suppress(OSError):  # it was killed already
+            near.send(GO, socket.MSG_NOSIGNAL)
 
     def _look(self) -> None:
         """End what is overdue, and give up what has not ended for that."""
@@ -171,11 +217,11 @@ class Chores:
 
     def _start_next(self) -> None:
         while self._waiting and self._running < self._at_once:
-            work, done, holding = self._waiting.popleft()
+            chore = self._waiting.popleft()
             try:
-                self._run(work, done, holding)
-            except OSError as error:  # no process to be had
-                self._hand_over(done, _failure(error))
+                self._run(chore)
+            except OSError as error:  # no descriptor to be had
+                self._hand_over(chore.done, {**fork_server.failure(error), "begun": False})
 
     def _hand_over(self, done: Done, outcome: channel.Message) -> None:
         """Tell an outcome; one that meets an unexpected fault is told as a failure.
@@ -189,19 +235,6 @@ class Chores:
             done({"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"})
 
 
-def _work_and_exit(work: Work, far: socket.socket, holding: Sequence[int]) -> NoReturn:
-    """In the process: no more of the launcher's is held, so that no end of a job is delayed."""
-    try:
-        close_all_but([far.fileno(), *holding])
-        try:
-            outcome = work()
-        except OSError as error:
-            outcome = _failure(error)
-        channel.send(far, outcome)
-    finally:
-        os._exit(0)
-
-
 def _busy_seconds(pid: int) -> float:
     """How long a process has run or been ready to: proc_pid_schedstat(5).
 
@@ -210,7 +243,3 @@ def _busy_seconds(pid: int) -> float:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/schedstat", "rb") as file:
         return sum(map(int, file.read().split()[:2])) / 1e9
     return 0.0
-
-
-def _failure(error: OSError) -> channel.Message:
-    return {"errno": error.errno or errno.EIO, "detail": str(error.filename or "")}

@@ -56,7 +56,7 @@ MNT_DETACH = 2
 # clone(2), namespaces(7)
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x8000000, 0x10000000, 0x20000000
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_PARENT = 0x40000000, 0x8000
 _CLONE_PIDFD, _CLONE_INTO_CGROUP = 0x1000, 1 << 33
 # mount_setattr(2)
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
@@ -154,13 +154,16 @@ _SIGCHLD = 17
 def clone3(flags: int, cgroup_descriptor: int | None = None) -> tuple[int, int]:
     """clone3(2) used as fork(2): (pid, pidfd) in the parent, (0, -1) in the child.
 
-    `cgroup_descriptor` is a cgroup v2 directory that the child is born in. The C library's and
+    `cgroup_descriptor` is a cgroup v2 directory that the child is born in. With `CLONE_PARENT` the
+    caller's parent is the child's, and is told of its end as of the caller's. The C library's and
     Python's after-fork steps do not run: only a process of one thread may call this, and the
     child may do little more than system calls and exec.
     """
     pidfd = ctypes.c_int(-1)
     arguments = _CloneArguments(
-        flags=flags | _CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=_SIGCHLD
+        flags=flags | _CLONE_PIDFD,
+        pidfd=ctypes.addressof(pidfd),
+        exit_signal=0 if flags & CLONE_PARENT else _SIGCHLD,
     )
     if cgroup_descriptor is not None:
         arguments.flags |= _CLONE_INTO_CGROUP

@@ -1,4 +1,4 @@
-"""A process that has ended and cannot be collected yet."""
+"""A process that has ended and cannot be collected yet; a fork server."""
 
 import ctypes
 import os
@@ -9,8 +9,24 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 
 _PTRACE_SEIZE = 0x4206
+
+
+@pytest.fixture
+def turns() -> Turns:
+    """An event loop, whose turns the test takes."""
+    return Turns()
+
+
+@pytest.fixture
+def forks(turns: Turns) -> Iterator[ForkServer]:
+    """A fork server that is asked in this loop."""
+    made = ForkServer(turns, {})
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.sandbox import channel, disposal
+from jobworker.sandbox import channel
 from jobworker.sandbox import chores as chores_module
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 
 from .held_locks import held_epoll
 
@@ -25,21 +27,31 @@ def refuse(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def read_from(descriptor: int) -> Message:
+    return {"read": len(os.read(descriptor, 1))}
+
+
+def done() -> Message:
+    return {"done": True}
+
+
 def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
-    monkeypatch: pytest.MonkeyPatch,
+    turns: Turns, forks: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns, outcomes = Turns(), list[Message]()
-    made = Chores(turns, at_once=1, waiting=0)
+    outcomes = list[Message]()
+    made = Chores(turns, forks, at_once=1, waiting=0)
     monkeypatch.setattr(turns, "watch", refuse)
-    monkeypatch.setattr(chores_module, "LOOK_AGAIN_SECONDS", 0)
+    monkeypatch.setattr(chores_module, "LOOK_AGAIN_SECONDS", 0.001)
     before = os.listdir("/proc/self/fd")
     wait, go = os.pipe2(os.O_CLOEXEC)
-    made.start(lambda: {"read": len(os.read(wait, 1))}, outcomes.append, [wait])
+    made.start(partial(read_from, wait), outcomes.append, [wait])
+    while not forks.is_idle:
+        turns.turn()
     for _ in range(3):
         turns.turn()
     assert not outcomes, "nothing has waited for it"
     with pytest.raises(OSError, match="too much waits") as refused:
-        made.start(lambda: {}, outcomes.append)
+        made.start(done, outcomes.append)
     assert refused.value.errno == CROWDED, "it takes its place meanwhile"
     os.write(go, b"!")
     while not outcomes:
@@ -48,20 +60,23 @@ def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
     os.close(wait)
     os.close(go)
     assert os.listdir("/proc/self/fd") == before
-    made.start(lambda: {}, outcomes.append)
+    made.start(done, outcomes.append)
     while len(outcomes) < 2:
         turns.turn()
 
 
 def test_process_that_a_tracer_has_is_not_waited_for(
-    traced: tuple[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+    turns: Turns,
+    forks: ForkServer,
+    traced: tuple[int, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    turns, outcomes, (pidfd, let_go) = Turns(), list[Message](), traced
+    outcomes, (pidfd, let_go) = list[Message](), traced
     monkeypatch.setattr(chores_module, "LOOK_AGAIN_SECONDS", 0)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         channel.send(far, {"done": True})
-        made = Chores(turns, at_once=1, waiting=0)
+        made = Chores(turns, forks, at_once=1, waiting=0)
         turns.watch(pidfd, partial(made._on_exit, near, pidfd, outcomes.append))
         for _ in range(3):
             turns.turn()
@@ -72,26 +87,56 @@ def test_process_that_a_tracer_has_is_not_waited_for(
         assert outcomes == [{"done": True}]
 
 
-def test_disposal_that_a_tracer_has_is_not_waited_for(
-    traced: tuple[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+def test_descriptors_that_are_given_are_closed_here_before_the_last_close(
+    turns: Turns, forks: ForkServer
 ) -> None:
-    turns, (pidfd, let_go) = Turns(), traced
-    monkeypatch.setattr(disposal, "AGAIN_SECONDS", 0)
-    disposed = Disposal(turns)
-    disposed._processes.add(pidfd)
-    turns.watch(pidfd, partial(disposed._on_exit, pidfd))
-    for _ in range(3):
-        turns.turn()
-    assert disposed._processes == {pidfd}
-    let_go()
-    while disposed._processes:
-        turns.turn()
+    read, write = os.pipe2(os.O_CLOEXEC)
+    outcomes = list[Message]()
+    Chores(turns, forks, at_once=1, waiting=0).start(
+        partial(write_to, write), outcomes.append, given=[write]
+    )
+    outcome_of(turns, outcomes)
+    assert os.read(read, 2) == b"!", "it had it at the same number"
+    assert os.read(read, 1) == b"", "and nobody else has it"
+    os.close(read)
 
 
-def test_long_outcome_that_finds_no_descriptor_is_told_as_that() -> None:
-    turns, outcomes = Turns(), list[Message]()
-    long: Message = {"text": "x" * (2 * channel.MAX_INLINE_BYTES)}
-    Chores(turns, at_once=1, waiting=0).start(lambda: long, outcomes.append)
+def write_to(descriptor: int) -> Message:
+    os.write(descriptor, b"!")
+    return {}
+
+
+def test_descriptors_on_their_way_out_are_closed_elsewhere(turns: Turns, forks: ForkServer) -> None:
+    disposed = Disposal(turns, forks)
+    ends = []
+    for _ in range(300):
+        read, write = os.pipe2(os.O_CLOEXEC)
+        ends.append(read)
+        disposed.take([write])
+    for read in ends:
+        os.set_blocking(read, False)
+        while True:
+            try:
+                assert os.read(read, 1) == b""
+                break
+            except BlockingIOError:
+                turns.turn()
+        os.close(read)
+    assert not disposed.overloaded
+
+
+def long_outcome() -> Message:
+    return {"text": "x" * (2 * channel.MAX_INLINE_BYTES)}
+
+
+def test_long_outcome_that_finds_no_descriptor_is_told_as_that(
+    turns: Turns, forks: ForkServer
+) -> None:
+    outcomes = list[Message]()
+    chores = Chores(turns, forks, at_once=1, waiting=0)
+    chores.start(long_outcome, outcomes.append)
+    while forks.is_idle is False:
+        turns.turn()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
@@ -100,6 +145,24 @@ def test_long_outcome_that_finds_no_descriptor_is_told_as_that() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert outcomes[0]["errno"] == errno.EMFILE
+
+
+def test_chore_whose_fork_server_ends_is_done_by_the_next_one_and_once(
+    turns: Turns, forks: ForkServer
+) -> None:
+    """The process may have been made: it has not begun, since nobody has let it."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    outcomes = list[Message]()
+    chores = Chores(turns, forks, at_once=9, waiting=0)
+    signal.pidfd_send_signal(forks._pidfd, signal.SIGSTOP)
+    for _ in range(3):
+        chores.start(partial(write_to, write), outcomes.append, [write])
+    signal.pidfd_send_signal(forks._pidfd, signal.SIGKILL)
+    outcome_of(turns, outcomes, 3)
+    assert outcomes == [{}, {}, {}]
+    assert os.read(read, 9) == b"!!!"
+    os.close(read)
+    os.close(write)
 
 
 @pytest.fixture
@@ -113,6 +176,10 @@ def outcome_of(turns: Turns, outcomes: list[Message], count: int = 1) -> Message
     while len(outcomes) < count:
         turns.turn()
     return outcomes[-1]
+
+
+def text_of(path: str) -> Message:
+    return {"text": Path(path).read_text()}
 
 
 def wait_for_ever() -> Message:
@@ -132,19 +199,21 @@ def work_a_while() -> Message:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_chore_that_waits_too_long_is_ended() -> None:
-    turns, outcomes = Turns(), list[Message]()
+def test_chore_that_waits_too_long_is_ended(turns: Turns, forks: ForkServer) -> None:
+    outcomes = list[Message]()
     before = os.listdir("/proc/self/fd")
-    Chores(turns, at_once=1, waiting=0, unending=1).start(wait_for_ever, outcomes.append)
+    Chores(turns, forks, at_once=1, waiting=0, unending=1).start(wait_for_ever, outcomes.append)
     assert outcome_of(turns, outcomes)["errno"] == errno.EINTR
     assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the kernel does not tell")
-def test_chore_that_uses_a_processor_has_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, outcomes = Turns(), list[Message]()
-    chores = Chores(turns, at_once=1, waiting=0, unending=1)
+def test_chore_that_uses_a_processor_has_longer(
+    turns: Turns, forks: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = list[Message]()
+    chores = Chores(turns, forks, at_once=1, waiting=0, unending=1)
     chores.start(work_a_while, outcomes.append)
     assert outcome_of(turns, outcomes) == {"done": True}
     monkeypatch.setattr(chores_module, "MOST_SECONDS", 0.2)
@@ -154,26 +223,26 @@ def test_chore_that_uses_a_processor_has_longer(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.skipif(os.geteuid() != 0, reason="having the kernel wait for a page needs root")
-def test_chore_that_cannot_be_ended_gives_its_place_to_others_up_to_a_bound() -> None:
-    turns, outcomes = Turns(), list[Message]()
-    chores = Chores(turns, at_once=1, waiting=9, unending=2)
+def test_chore_that_cannot_be_ended_gives_its_place_to_others_up_to_a_bound(
+    turns: Turns, forks: ForkServer
+) -> None:
+    outcomes = list[Message]()
+    chores = Chores(turns, forks, at_once=1, waiting=9, unending=2)
     before = os.listdir("/proc/self/fd")
 
-    def held() -> Message:
-        return {"text": Path(fdinfo).read_text()}
-
     with held_epoll() as fdinfo:
+        held = partial(text_of, fdinfo)
         chores.start(held, outcomes.append)
-        chores.start(lambda: {"done": True}, outcomes.append)
+        chores.start(done, outcomes.append)
         outcome_of(turns, outcomes, 2)
         assert [each.get("errno") for each in outcomes] == [UNENDING, None], outcomes
         chores.start(held, outcomes.append)
-        chores.start(lambda: {"done": True}, outcomes.append)
+        chores.start(done, outcomes.append)
         assert outcome_of(turns, outcomes, 4)["errno"] == UNENDING, "the third was refused before"
         assert outcomes[2]["errno"] == CROWDED
         with pytest.raises(OSError, match="cannot be ended"):
-            chores.start(lambda: {"done": True}, outcomes.append)
+            chores.start(done, outcomes.append)
     while not set(os.listdir("/proc/self/fd")) <= set(before):  # an earlier test's may go, too
         turns.turn()
-    chores.start(lambda: {"done": True}, outcomes.append)
+    chores.start(done, outcomes.append)
     assert outcome_of(turns, outcomes, 5) == {"done": True}

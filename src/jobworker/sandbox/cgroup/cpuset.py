@@ -18,7 +18,7 @@ from jobworker.sandbox.cgroup import files, mounts
 
 CONTROLLER = "cpuset"
 _CORES = "cpuset.cpus"
-_EFFECTIVE = {False: "cpuset.effective_cpus", True: "cpuset.cpus.effective"}
+EFFECTIVE = {False: "cpuset.effective_cpus", True: "cpuset.cpus.effective"}
 
 
 def open_v1(found: mounts.Hierarchies, name: str, parent: str) -> tuple[str, int] | None:
@@ -45,9 +45,8 @@ def open_v1(found: mounts.Hierarchies, name: str, parent: str) -> tuple[str, int
     return path, top
 
 
-def limit_cores(top: int, name: str, cores: str, *, v2: bool) -> None:
-    """Bind the scope `name` to `cores`, or to all that there are for "". Raises SandboxError."""
-    there = files.read(top, _EFFECTIVE[v2]).strip()
+def limit_cores(top: int, name: str, cores: str, there: str, *, v2: bool) -> None:
+    """Bind the scope `name` to `cores`, or to all that are `there` for "". Raises SandboxError."""
     missing = parse_cores(cores) - parse_cores(there)
     if missing:
         raise files.refused(
@@ -58,7 +57,7 @@ def limit_cores(top: int, name: str, cores: str, *, v2: bool) -> None:
         top, f"{name}/{_CORES}", cores or there, lambda kept: parse_cores(kept) == wanted
     )
     if v2:
-        effective = files.read(top, f"{name}/{_EFFECTIVE[v2]}").strip()
+        effective = files.read(top, f"{name}/{EFFECTIVE[v2]}").strip()
         with contextlib.suppress(ValueError):
             if parse_cores(effective) == wanted:
                 return

@@ -78,7 +78,9 @@ def set_limit(top: int, path: str, value: str, accepted: Callable[[str], bool]) 
 def refused(path: str, value: str, reason: str, remedy: str = "") -> errors.SandboxError:
     """The error for a limit that cannot be set."""
     return errors.SandboxError(
-        f"cannot set {path} to {value}: {reason}", remedy=remedy, data={"step": "limits"}
+        f"cannot set {path.removeprefix('./')} to {value}: {reason}",
+        remedy=remedy,
+        data={"step": "limits"},
     )
 
 

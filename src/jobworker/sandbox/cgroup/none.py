@@ -4,7 +4,7 @@ A scope is nothing here. Every limit is refused by name (`Scope.arm`), nothing i
 job ends with its process namespace, which a group would only have helped to catch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
@@ -47,5 +47,5 @@ class NoTree(Tree):
     def missing_features(self) -> tuple[str, ...]:
         return (f"no limit is enforced and no usage is measured: {self._why}",)
 
-    def _new_scope(self, name: str) -> NoScope:
-        return NoScope(self, name)
+    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> NoScope:
+        return NoScope(self, name, directories)

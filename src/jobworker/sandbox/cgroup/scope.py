@@ -6,6 +6,11 @@ directory of the same name in each of them. The life of a scope:
     create() -> attach_self() in the child, or clone into clone_fd -> arm() -> usage() …
              -> kill() -> (reap) -> remove()
 
+create(), attach_self(), clone3(2), kill() and remove() wait for the kernel's one lock on groups.
+Meanwhile mkdir(2) and rmdir(2) have our directory locked, in which a scope would be looked up. So a
+process that must not wait leaves these to another one. It has a scope by `adopt()`: by descriptors
+of its own directories, below which only its own removal locks anything.
+
 Counters of the kernel run from the scope's creation. A spare waits in its scope before a job
 takes it, so arm() notes a baseline and usage() is the difference. Where the limits to come can be
 guessed, arm_ahead() sets them while nobody waits, and arm() has nothing left to do.
@@ -19,6 +24,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from jobworker import errors
@@ -62,18 +68,23 @@ class Usage(NamedTuple):
 
 
 class Scope(ABC):
-    """One job's control group, made by `Tree.create()`.
+    """One job's control group, made by `Tree.create()`, or known by `Tree.adopt()`.
 
     `clone_fd`: its directory on cgroup2, for CLONE_INTO_CGROUP; None on a host without.
     `oom_fd`: readable when the kernel may be about to kill for want of memory (v1: look at
     oom_kills() then and again a little later, see cgroup_v1); None where no event is needed.
     """
 
-    oom_fd: int | None = None
-
-    def __init__(self, tree: "Tree", name: str) -> None:
+    def __init__(self, tree: "Tree", name: str, directories: Sequence[int] = ()) -> None:
         self.name = name
         self.clone_fd: int | None = None
+        self.oom_fd: int | None = None
+        self.directories = list(directories)
+        """Its own, in the order of the tree's `tops`; empty where it is reached by its name."""
+        self._path = "." if directories else name
+        places = dict(zip(tree.tops, directories, strict=True)) if directories else {}
+        self._tops = {name: places.get(top, top) for name, top in tree.by_controller.items()}
+        self._unified = places.get(tree.unified or -1, tree.unified)
         self._tree = tree
         self._baseline = Usage()
         self._ahead: Limits | None = None
@@ -81,8 +92,6 @@ class Scope(ABC):
         self._memory_limit_bytes = 0
         self._own_ooms = self._oom_events = 0
         self._removed = False
-        if tree.unified is not None:
-            self.clone_fd = os.open(name, files.DIRECTORY, dir_fd=tree.unified)
 
     def attach_self(self, *, cloned: bool = True) -> None:
         """Put the calling process into the scope: to be called in the child.
@@ -119,8 +128,9 @@ class Scope(ABC):
             self._memory_limit_bytes = limits.memory_bytes
             self._write_limits(limits)
             if limits.cores != self._cores:
-                top = self._tree.by_controller["cpuset"]
-                cgroup_cpuset.limit_cores(top, self.name, limits.cores, v2=self._tree.kind == "v2")
+                there, top = self._tree.cores(), self._tops["cpuset"]
+                v2 = self._tree.kind == "v2"
+                cgroup_cpuset.limit_cores(top, self._path, limits.cores, there, v2=v2)
                 self._cores = limits.cores
             self._restart_peak()
         except OSError as error:
@@ -197,8 +207,7 @@ class Scope(ABC):
     def remove(self) -> None:
         """Remove the scope from every hierarchy and close its descriptors; idempotent.
 
-        Take `oom_fd` out of epoll before: a forked child may still hold a copy, which keeps the
-        registration alive. Raises OSError (EBUSY) while a process is left; call it again then.
+        Raises OSError (EBUSY) while a process is left; call it again then.
         """
         if self._removed:
             return
@@ -206,13 +215,29 @@ class Scope(ABC):
             files.remove_group(top, self.name)
         self._removed = True
         self._tree.forget(self.name)
+        self.close()
+
+    def close(self) -> None:
+        """Close its descriptors: another process removes it, or has done so; idempotent.
+
+        Take `oom_fd` out of epoll before: a forked child may still hold a copy, which keeps the
+        registration alive.
+        """
+        self._removed = True
         for descriptor in self._descriptors():
             os.close(descriptor)
         self.clone_fd = self.oom_fd = None
+        self.directories = []
 
     def _descriptors(self) -> list[int]:
         """The descriptors that this scope owns."""
-        return [each for each in (self.clone_fd, self.oom_fd) if each is not None]
+        own = [each for each in (self.clone_fd, self.oom_fd) if each is not None]
+        return [*own, *self.directories]
+
+    def open(self) -> None:
+        """Open `clone_fd` and `oom_fd` of a scope that was just made. Raises OSError."""
+        if self._tree.unified is not None:
+            self.clone_fd = os.open(self.name, files.DIRECTORY, dir_fd=self._tree.unified)
 
     @abstractmethod
     def _write_limits(self, limits: Limits) -> None: ...
@@ -257,6 +282,8 @@ class Tree(ABC):
         self.kills_groups = unified is not None and files.exists(unified, "cgroup.kill")
         self._scopes: set[str] = set()
         self._closed = False
+        self._cores_fd: int | None = None
+        """What tells the cores that there are: looked up once, for our directory may be locked."""
 
     def check_controllers(self, limits: Limits) -> None:
         """Raise `SandboxError` if a limit is asked for whose controller is not in use."""
@@ -267,6 +294,35 @@ class Tree(ABC):
                     remedy=_remedy(controller),
                     data={"step": "limits"},
                 )
+
+    def cores(self) -> str:
+        """The cores that our directory has, where there is a cpuset. Raises OSError."""
+        if self._cores_fd is None:
+            file = cgroup_cpuset.EFFECTIVE[self.kind == "v2"]
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            self._cores_fd = os.open(file, flags, dir_fd=self.by_controller["cpuset"])
+        return os.pread(self._cores_fd, 65536, 0).decode("ascii", "replace").strip()
+
+    def adopt(self, name: str, directories: Sequence[int] = (), oom_fd: int | None = None) -> Scope:
+        """The scope of that name, which another process has made: see `open_directories`.
+
+        It owns the descriptors. Without any it serves to be killed and removed by its name.
+        """
+        scope = self._new_scope(name, directories)
+        scope.oom_fd = oom_fd
+        return scope
+
+    def open_directories(self, name: str) -> list[int]:
+        """A descriptor of each directory of a scope, for `adopt`. Raises OSError."""
+        opened: list[int] = []
+        try:
+            for top in self.tops:
+                opened.append(os.open(name, files.DIRECTORY, dir_fd=top))  # noqa: PERF401 - undone
+        except OSError:
+            for descriptor in opened:
+                os.close(descriptor)
+            raise
+        return opened
 
     def bound_processes(self, most: int) -> None:
         """Let the scopes have no more processes and threads together, where these are counted.
@@ -287,6 +343,11 @@ class Tree(ABC):
                 os.mkdir(scope_name, 0o755, dir_fd=top)
                 made.append(top)
             scope = self._new_scope(scope_name)
+            try:
+                scope.open()
+            except OSError:
+                scope.close()
+                raise
         except OSError as error:
             for top in made:
                 os.rmdir(scope_name, dir_fd=top)
@@ -327,13 +388,15 @@ class Tree(ABC):
         self._closed = True
         for top in self.tops:
             os.close(top)
+        if self._cores_fd is not None:
+            os.close(self._cores_fd)
 
     @abstractmethod
     def missing_features(self) -> tuple[str, ...]:
         """What this host cannot do as the limits mean it: a line each for `worker check`."""
 
     @abstractmethod
-    def _new_scope(self, name: str) -> Scope: ...
+    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> Scope: ...
 
     def _sweep_one(self, name: str, deadline: float) -> None:
         while True:

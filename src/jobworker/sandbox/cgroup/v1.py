@@ -47,37 +47,34 @@ _IO_COUNTERS = "blkio.throttle.io_service_bytes_recursive"
 class ScopeV1(Scope):
     """A scope in v1 hierarchies."""
 
-    def __init__(self, tree: "TreeV1", name: str) -> None:
+    def __init__(self, tree: "TreeV1", name: str, directories: Sequence[int] = ()) -> None:
         self._v1 = tree
-        self._tops = tree.by_controller
-        super().__init__(tree, name)
+        super().__init__(tree, name, directories)
+
+    def open(self) -> None:
+        super().open()
         if "memory" in self._tops:
-            try:
-                self.oom_fd = _watch_oom(self._tops["memory"], name)
-            except OSError:
-                for descriptor in self._descriptors():
-                    os.close(descriptor)
-                raise
+            self.oom_fd = _watch_oom(self._tops["memory"], self._path)
 
     def _write_limits(self, limits: Limits) -> None:
         if "cpu" in self._tops:
-            _limit_cpu(self._tops["cpu"], self.name, limits.cpu_percent)
+            _limit_cpu(self._tops["cpu"], self._path, limits.cpu_percent)
         if "memory" in self._tops:
-            _limit_memory(self._tops["memory"], self.name, limits.memory_bytes)
+            _limit_memory(self._tops["memory"], self._path, limits.memory_bytes)
         if "io" in self._tops:
             devices = self._v1.devices()
-            _limit_io(self._tops["io"], self.name, limits.io_bps, devices)
+            _limit_io(self._tops["io"], self._path, limits.io_bps, devices)
         if "pids" in self._tops:
             value = str(limits.pids or "max")
-            files.set_limit(self._tops["pids"], f"{self.name}/pids.max", value, value.__eq__)
+            files.set_limit(self._tops["pids"], f"{self._path}/pids.max", value, value.__eq__)
 
     def _lift_io_limit(self) -> None:
-        _limit_io(self._tops["io"], self.name, 0, ())
+        _limit_io(self._tops["io"], self._path, 0, ())
 
     def _counters(self) -> Usage:
         usage = Usage(cpu_ns=self._cpu_ns())
         if "cpu" in self._tops:
-            stat = files.table(files.read(self._tops["cpu"], f"{self.name}/cpu.stat"))
+            stat = files.table(files.read(self._tops["cpu"], f"{self._path}/cpu.stat"))
             usage = usage._replace(throttled_ns=stat.get("throttled_time", 0))
         if "memory" in self._tops:
             usage = usage._replace(
@@ -86,7 +83,7 @@ class ScopeV1(Scope):
                 oom_kills=self._oom_count(),
             )
         if "io" in self._tops:
-            text = files.read(self._tops["io"], f"{self.name}/{_IO_COUNTERS}")
+            text = files.read(self._tops["io"], f"{self._path}/{_IO_COUNTERS}")
             read, written = sum_io(text, self._v1.stacked)
             usage = usage._replace(read_bytes=read, write_bytes=written)
         if "pids" in self._tops:
@@ -96,15 +93,15 @@ class ScopeV1(Scope):
     def _cpu_ns(self) -> int:
         if "cpuacct" in self._tops:
             return self._number("cpuacct", "cpuacct.usage")
-        if self._tree.unified is not None:
-            stat = files.table(files.read(self._tree.unified, f"{self.name}/cpu.stat"))
+        if self._unified is not None:
+            stat = files.table(files.read(self._unified, f"{self._path}/cpu.stat"))
             return stat.get("usage_usec", 0) * 1000
         return 0
 
     def _oom_count(self) -> int:
         if "memory" not in self._tops:
             return 0
-        text = files.read(self._tops["memory"], f"{self.name}/memory.oom_control")
+        text = files.read(self._tops["memory"], f"{self._path}/memory.oom_control")
         return files.table(text).get("oom_kill", 0)
 
     def _own_oom_count(self) -> int:
@@ -126,17 +123,17 @@ class ScopeV1(Scope):
         try:
             most = self._number("memory", f"{_SOCKETS}.max_usage_in_bytes")
             now = self._number("memory", f"{_SOCKETS}.usage_in_bytes")
-            files.write(self._tops["memory"], f"{self.name}/{_SOCKETS}.max_usage_in_bytes", "0")
+            files.write(self._tops["memory"], f"{self._path}/{_SOCKETS}.max_usage_in_bytes", "0")
         except OSError:
             return super().sockets_counted()
         return most, now
 
     def _restart_peak(self) -> None:
         if "memory" in self._tops:
-            files.write(self._tops["memory"], f"{self.name}/memory.max_usage_in_bytes", "0")
+            files.write(self._tops["memory"], f"{self._path}/memory.max_usage_in_bytes", "0")
 
     def _number(self, controller: str, file: str) -> int:
-        return int(files.read(self._tops[controller], f"{self.name}/{file}"))
+        return int(files.read(self._tops[controller], f"{self._path}/{file}"))
 
 
 class TreeV1(Tree):
@@ -195,8 +192,8 @@ class TreeV1(Tree):
             os.close(self._oom_fd)
             self._oom_fd = -1
 
-    def _new_scope(self, name: str) -> ScopeV1:
-        return ScopeV1(self, name)
+    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> ScopeV1:
+        return ScopeV1(self, name, directories)
 
 
 def open_v1(

@@ -34,12 +34,12 @@ _NEEDED = {
 class ScopeV2(Scope):
     """A scope in the one hierarchy of v2."""
 
-    def __init__(self, tree: "TreeV2", name: str) -> None:
+    def __init__(self, tree: "TreeV2", name: str, directories: Sequence[int] = ()) -> None:
         self._v2 = tree
-        self._top = tree.top
+        self._top = directories[0] if directories else tree.top
         self._peak_fd: int | None = None
         self._peak_seen = 0
-        super().__init__(tree, name)
+        super().__init__(tree, name, directories)
 
     def _write_limits(self, limits: Limits) -> None:
         if "cpu" in self._tree.by_controller:
@@ -54,7 +54,7 @@ class ScopeV2(Scope):
 
     def _limit_memory(self, memory_bytes: int) -> None:
         page = os.sysconf("SC_PAGESIZE")
-        path, value = f"{self.name}/memory.max", str(memory_bytes or "max")
+        path, value = f"{self._path}/memory.max", str(memory_bytes or "max")
         charged = self._number("memory.current")
         if memory_bytes and charged > memory_bytes:
             reason = f"{charged} bytes are charged to the scope already"
@@ -67,7 +67,7 @@ class ScopeV2(Scope):
         files.set_limit(self._top, path, value, in_pages.__eq__)
 
     def _limit_io(self, io_bps: int, devices: Sequence[block_devices.Device]) -> None:
-        path = f"{self.name}/io.max"
+        path = f"{self._path}/io.max"
         if io_bps and not devices:
             raise files.refused(path, str(io_bps), "the host has no block device", "lift io_bps")
         for number in keyed(self._read("io.max")):
@@ -116,7 +116,7 @@ class ScopeV2(Scope):
         try:
             if descriptor is None:
                 flags = os.O_RDWR | os.O_CLOEXEC
-                descriptor = os.open(f"{self.name}/memory.peak", flags, dir_fd=self._top)
+                descriptor = os.open(f"{self._path}/memory.peak", flags, dir_fd=self._top)
             os.write(descriptor, b"0")
             self._peak_fd = descriptor
         except OSError as error:
@@ -143,10 +143,10 @@ class ScopeV2(Scope):
         return own if self._peak_fd is None else [*own, self._peak_fd]
 
     def _set(self, file: str, value: str) -> None:
-        files.set_limit(self._top, f"{self.name}/{file}", value, value.__eq__)
+        files.set_limit(self._top, f"{self._path}/{file}", value, value.__eq__)
 
     def _read(self, file: str) -> str:
-        return files.read(self._top, f"{self.name}/{file}")
+        return files.read(self._top, f"{self._path}/{file}")
 
     def _number(self, file: str) -> int:
         return int(self._read(file))
@@ -193,8 +193,8 @@ class TreeV2(Tree):
             self._blocks = None
         self._base.restore()
 
-    def _new_scope(self, name: str) -> ScopeV2:
-        return ScopeV2(self, name)
+    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> ScopeV2:
+        return ScopeV2(self, name, directories)
 
 
 def open_v2(

@@ -21,6 +21,7 @@ from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.protocol.asks import Asked
+from jobworker.sandbox.protocol.requests import Spawn
 from jobworker.sandbox.start import init_program, trampoline
 from jobworker.sandbox.start.plan import Slot
 
@@ -34,6 +35,18 @@ class Exit(NamedTuple):
 
 _AS_MUCH = (channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
 
+
+class Start(NamedTuple):
+    """A start that a child is made for."""
+
+    number: int
+    """That of its request."""
+    request: Spawn
+    errand: trampoline.Errand
+    by: int
+    """When it is given up: at which look at starts."""
+
+
 NOBODY = -1
 """The request of a start whose service has gone: nobody is told what becomes of it."""
 NO_ERRAND = trampoline.Errand(b"", "", "", ())
@@ -46,8 +59,11 @@ class Child:
     """What was asked for of its end, for the next service."""
     start_by = 0
     """When its start is given up: at which look at starts (`launcher.jobs`)."""
-    end_is_taken = False
-    """Whether its last words were heard and its losses are looked for: then what it held may go."""
+    start: Start | None = None
+    """What it becomes once it is made; None afterwards, and for a spare."""
+    end_is_taken = is_clearing = False
+    """Whether its last words were heard and its losses are looked for: then what it held may go.
+    And whether it is going."""
 
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope
@@ -143,10 +159,17 @@ class Child:
         close_all(descriptors)
         return message
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has a process that has not ended."""
+        return self.pidfd >= 0 and self.exit is None
+
     def usage(self) -> Usage:
         """What it has used. Raises OSError where that cannot be read."""
         if self.final_usage is not None:
             return self.final_usage
+        if self.pidfd < 0:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         usage = self.scope.usage()
         return usage._replace(oom_kills=max(1, usage.oom_kills)) if self.hoards else usage
 
@@ -154,6 +177,8 @@ class Child:
         """For want of what memory processes of it were killed; "" where none was."""
         if self.hoards:
             return "kernel"
+        if self.pidfd < 0:
+            return ""
         try:
             if not self.scope.oom_kills():
                 return ""

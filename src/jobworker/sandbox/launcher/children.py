@@ -1,66 +1,84 @@
 """The launcher's children: one for each spare and each job, made, watched and cleared away.
 
-The nursery makes children from free slots and takes everything back when one has ended: process,
-scope, files, descriptors. The pipes alone stay, for who reads what is left in them. What is
-half-made when a step fails goes too.
+The nursery has children made from free slots, by the fork server, and takes everything back when
+one has ended: process, scope, files, descriptors. The pipes alone stay, for who reads what is left
+in them. What is half-made when a step fails goes too.
+
+A fork server that ends while it makes a child is no failure of the child's: its program was not
+executed, since the order is given to none of which the launcher has not heard. So another child is
+made in its place.
 
 Standard library only.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from jobworker.errors import SandboxError
-from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree
-from jobworker.sandbox.channel import close_all
+from jobworker.errors import HostUnsupported, SandboxError
+from jobworker.sandbox.cgroup.hierarchy import Limits, Tree
+from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import rounded
 from jobworker.sandbox.disk.volumes import Volumes, refusal
+from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import DIED, TRIES, ForkServer
 from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.launcher.making import Maker, Wanted, made_of
+from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.launcher.terminals import terminals_each
 from jobworker.sandbox.network.modes import Networks
-from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.start import init_program, landlock, trampoline
-from jobworker.sandbox.start.apply import Means
-from jobworker.sandbox.start.child import become_job
 from jobworker.sandbox.start.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
-from jobworker.sandbox.start.private_network import Way
 from jobworker.sandbox.start.steps import ROOT, Step, explain
-from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
+from jobworker.sandbox.user_namespaces import Ids
 
-PIPE_BYTES = 1 << 20
-"""Room for output while nobody reads, such as between two turns of the service."""
-
-_NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
+OnMade = Callable[[Message | None], None]
+"""Told that a child is there, or why none could be made: the step, if there is one, the errno and
+the detail."""
 
 
 class Nursery:
-    """Makes and clears children; holds the slots."""
+    """Has children made and cleared; holds the slots."""
 
     def __init__(
         self, tree: Tree, policy: Policy, ids: Ids, stage: Stage, room_for_volumes: int
     ) -> None:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
-        self.sweepers = Sweepers()
         self.volumes = Volumes(stage.volumes, room_for_volumes)
         self._free = deque(range(self.slots))
         self._start = os.urandom(3).hex()
         """Names of this start differ from those that an earlier one left to be swept."""
         self._made = 0
-        self._scope_ahead: Scope | None = None
         self._terminals = terminals_each(self.slots)
         self._landlock = landlock.open_scope()
-        self._trampoline, self._init = trampoline.open_program(), init_program.open_init()
         behind = ids.first_of(self.slots) + 1  # and behind the service's own
         self.networks = Networks(stage.view, behind, self._landlock)
+        maker = Maker(
+            tree,
+            self.networks,
+            policy.filters,
+            stage.workshop,
+            landlock=self._landlock,
+            trampoline=trampoline.open_program(),
+            init=init_program.open_init(),
+        )
+        self.turns = Turns()
+        try:
+            self.forks = ForkServer(self.turns, maker.functions, maker.descriptors)
+        except OSError as error:
+            raise HostUnsupported(
+                f"cannot make the launcher's fork server: {error}",
+                remedy="let the service have more processes (TasksMax=, ulimit -u)",
+            ) from error
+        self.sweepers = Sweepers(self.turns, self.forks)
+        self.scopes = Scopes(self.turns, self.forks)
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -83,35 +101,22 @@ class Nursery:
         """How many children there may be at a time."""
         return self._policy.max_jobs + self._policy.spares
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left of children that were cleared, or could not be made."""
+        return self.sweepers.is_idle and self.scopes.is_idle and self.forks.is_idle
+
     def has_room(self) -> bool:
         """Whether another child can be made."""
         return bool(self._free)
 
-    def make_scope_ahead(self) -> bool:
-        """Make the control group of the next child, if there is none: whether there was none.
+    # --- making -----------------------------------------------------------------------------
 
-        The kernel has one lock for all control groups, which may take ten milliseconds: a turn of
-        the launcher's of its own. Raises SandboxError.
-        """
-        if self._scope_ahead is not None:
-            return False
-        self._scope_ahead = self._new_scope()
-        return True
+    def make(self, order: Order | None, on_made: Callable[[Child, Message | None], None]) -> Child:
+        """Have a child made that prepares itself, for `order` or as a spare.
 
-    def remove_scope_ahead(self) -> None:
-        """Remove it: no child is made any more. Raises OSError."""
-        if self._scope_ahead is not None:
-            self._scope_ahead.remove()
-            self._scope_ahead = None
-
-    def _new_scope(self) -> Scope:
-        self._made += 1
-        return self._tree.create(f"job-{self._start}-{self._made}")
-
-    def make(self, order: Order | None = None) -> Child:
-        """Clone a child that prepares itself, for `order` or as a spare.
-
-        Raises OSError or SandboxError, and then nothing is left of it.
+        It has no process until `on_made` is called; then it is to be cleared, also where none could
+        be made. Raises OSError or SandboxError, and then nothing is left of it.
         """
         view = self._stage.view_for(order)
         if not self._free:
@@ -119,21 +124,81 @@ class Nursery:
         index = self._free.popleft()  # the one that has rested longest
         with contextlib.ExitStack() as undo:
             undo.callback(self._free.appendleft, index)
-            scope, self._scope_ahead = self._scope_ahead or self._new_scope(), None
-            slot = Slot(scope.name, self._ids.first_of(index), self._ids.each)
-            child = Child(slot, index, scope)
-            undo.callback(child.scope.remove)
+            slot = self._new_slot(index)
+            child = Child(slot, index, self._tree.adopt(slot.name))
             if order is not None and order.volumes:
                 if self.sweepers.count_kept() >= MAX_KEPT_DISKS:
                     raise refusal(errno.ETOOMANYREFS, order.volumes[0][0])
-                child.volumes = tuple(name for name, _ in order.volumes)
-                child.shares = True
-                images = self.volumes.take(child.volumes)
-                undo.callback(self.volumes.give_back, child.volumes)
+                names = tuple(name for name, _ in order.volumes)
+                images = self.volumes.take(names)
+                undo.callback(self.volumes.give_back, names)
+                child.volumes, child.shares = names, True
                 view = _with_volumes(view, order, images)
-            self._clone(child, view, order, undo)
+            self._ask_for(child, order, view, partial(on_made, child), 1)
             undo.pop_all()
         return child
+
+    def _new_slot(self, index: int) -> Slot:
+        self._made += 1
+        name = f"job-{self._start}-{self._made}"
+        return Slot(name, self._ids.first_of(index), self._ids.each)
+
+    def _ask_for(
+        self, child: Child, order: Order | None, view: View, on_made: OnMade, tried: int
+    ) -> None:
+        own_network, layout = self.networks.describe(order)
+        steps = self._steps(child.slot, view, order, own_network)
+        wall = b"" if layout is None else self.networks.wall_for(layout)
+        has_init = order is not None and order.init
+        child.layout, child.wall = layout, wall
+        wanted = Wanted(child.slot, child.index, steps, layout, wall, has_init)
+        again = partial(self._make_again, child, order, view, on_made, tried)
+        done = partial(self._on_answer, child, on_made, again)
+        self.forks.call("make", (wanted,), done, repeat=False)
+
+    def _on_answer(
+        self,
+        child: Child,
+        on_made: OnMade,
+        again: Callable[[], None],
+        answer: Message,
+        descriptors: list[int],
+    ) -> None:
+        pid, named = answer.get("pid"), answer.get("descriptors")
+        if isinstance(pid, int) and isinstance(named, list):
+            made = made_of(named, descriptors)
+            child.pid, child.pidfd, child.order = pid, made.pidfd, made.order
+            child.stdout, child.stderr = made.stdout, made.stderr
+            child.sock, child.report = socket.socket(fileno=made.sock), made.report
+            child.gateway = made.gateway if made.gateway >= 0 else None
+            oom = made.oom if made.oom >= 0 else None
+            child.scope = self._tree.adopt(child.slot.name, made.scope, oom)
+            on_made(None)
+            return
+        gateway = answer.pop("gateway_pid", None)
+        if isinstance(gateway, int):
+            self.forks.end(gateway)
+        if answer.get("errno") == DIED and not child.doomed:
+            again()
+        else:
+            on_made(answer)
+
+    def _make_again(
+        self, child: Child, order: Order | None, view: View, on_made: OnMade, tried: int
+    ) -> None:
+        """Have another one made in place of a child that ended with its fork server."""
+        if tried >= TRIES:
+            on_made({"errno": DIED, "detail": "the fork server has ended each time"})
+            return
+        left = child.slot.name
+        self.scopes.kill(left)
+        self.scopes.remove(left, lambda: None)
+        child.slot = self._new_slot(child.index)
+        child.scope = self._tree.adopt(child.slot.name)
+        try:
+            self._ask_for(child, order, view, on_made, tried + 1)
+        except (OSError, SandboxError) as error:
+            on_made({"errno": getattr(error, "errno", None) or errno.EIO, "detail": str(error)})
 
     def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
         """The steps by which `order` would be started, told; raises SandboxError like `make`."""
@@ -152,70 +217,24 @@ class Nursery:
         sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes, self._terminals)
         return prepare(ROOT, view, slot, sizes, order, own_network)
 
-    def _clone(
-        self, child: Child, view: View, order: Order | None, undo: contextlib.ExitStack
-    ) -> None:
-        own_network, layout = self.networks.describe(order)
-        with contextlib.ExitStack() as theirs:
-            user_namespace = _closed_by(theirs, _user_namespace(child.slot))
-            memory = _closed_by(undo, os.memfd_create("order", os.MFD_CLOEXEC))
-            stdout, stdout_of_job = _open_pipe(undo, theirs)
-            stderr, stderr_of_job = _open_pipe(undo, theirs)
-            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            theirs.callback(far.close)
-            undo.callback(near.close)
-            near.setblocking(False)
-            steps = self._steps(child.slot, view, order, own_network)
-            way = None if layout is None else self._open_way(child, layout, undo, theirs)
-            has_init = order is not None and order.init
-            means = Means(
-                scope=child.scope,
-                stdout=stdout_of_job,
-                stderr=stderr_of_job,
-                status=far.fileno(),
-                order=memory,
-                trampoline=self._trampoline,
-                user_namespace=user_namespace,
-                filters=self._policy.filters,
-                landlock=self._landlock,
-                workshop=self._stage.workshop,
-                way=way,
-                init=self._init if has_init else -1,
-                report=_open_report(child, undo, theirs) if has_init else -1,
-            )
-            child.pid, child.pidfd = sc.clone3(_NAMESPACES, child.scope.clone_fd)
-            if child.pid == 0:
-                become_job(steps, means)
-        child.sock, child.order = near, memory
-        child.stdout, child.stderr = stdout, stderr
+    # --- clearing ---------------------------------------------------------------------------
 
-    def _open_way(
-        self,
-        child: Child,
-        layout: Layout,
-        undo: contextlib.ExitStack,
-        theirs: contextlib.ExitStack,
-    ) -> Way:
-        """Start the gateway of a child's own network; the child gets what is answered."""
-        child.gateway, link = self.networks.open_gateway(layout, child.index, child.scope)
-        _closed_by(theirs, link)
-        undo.callback(self.sweepers.end, child.gateway)
-        child.layout, child.wall = layout, self.networks.wall_for(layout)
-        return Way(link=link, process=child.gateway, wall=child.wall, neighbours=layout.neighbours)
-
-    def clear(self, child: Child) -> None:
-        """Take back all that a reaped child had, but for its pipes.
-
-        Its disk goes at once. Raises OSError if its scope is still busy: it keeps its slot then,
-        and this may be called again.
-        """
+    def discard_disk(self, child: Child) -> None:
+        """Let go of the disk of a child that has ended."""
         disk, root = child.disk, child.root
         if disk is not None:
             child.disk = child.root = None  # before: this may be called again, whatever fails
             self.sweepers.discard_disk(disk, root, shared=child.shares)
-        if child.gateway is not None:
-            raise OSError(errno.EBUSY, "its gateway has not been reaped")
-        child.scope.remove()
+
+    def clear(self, child: Child, done: Callable[[], None]) -> None:
+        """Take back all that a reaped child had, but for its pipes; then `done` is called.
+
+        Its gateway has been reaped, too.
+        """
+        self.scopes.remove(child.scope.name, partial(self._on_removed, child, done))
+
+    def _on_removed(self, child: Child, done: Callable[[], None]) -> None:
+        child.scope.close()
         if child.sock is not None:
             child.sock.close()
             child.sock = None
@@ -224,6 +243,7 @@ class Nursery:
         if self._stage.view.scratch:
             self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}")
         self._free.append(child.index)
+        self.turns.see_through(done)
 
     def give_back_volumes(self, child: Child) -> None:
         """Let others remove the volumes that a child had."""
@@ -243,45 +263,6 @@ class Nursery:
             self.sweepers.remove(path)
 
 
-def _closed_by(stack: contextlib.ExitStack, descriptor: int) -> int:
-    """The descriptor, which is closed when `stack` is."""
-    stack.callback(close_all, [descriptor])
-    return descriptor
-
-
-def _open_pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe for output of a child's: our end to read from, and its end to write to."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    _closed_by(undo, read)
-    _closed_by(theirs, write)
-    os.set_blocking(read, False)
-    with contextlib.suppress(PermissionError):  # beyond pipe-max-size: smaller, then
-        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    return read, write
-
-
-def _open_report(child: Child, undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> int:
-    """The end of a pipe that a child's init writes to; the child object has the other one."""
-    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    child.report = _closed_by(undo, read)
-    return _closed_by(theirs, write)
-
-
 def _with_volumes(view: View, order: Order, images: Sequence[str]) -> View:
     found = ((name, image, at) for (name, at), image in zip(order.volumes, images, strict=True))
     return view._replace(volumes=tuple(found))
-
-
-def _user_namespace(slot: Slot) -> int:
-    """See `make_user_namespace`; raises SandboxError by the name of the step that needs it."""
-    try:
-        return make_user_namespace(slot.first_uid, slot.ids)
-    except OSError as error:
-        reason = error.strerror
-        if error.errno == errno.ENOSPC:  # user_namespaces(7)'s word for a limit that is reached
-            reason = "the host's limit on them is reached"
-        elif error.errno not in (errno.EPERM, errno.EACCES):  # no process, memory or descriptor
-            raise
-        raise SandboxError(
-            f"cannot make a user namespace: {reason}", data={"step": "enter-user-namespace"}
-        ) from error

@@ -21,6 +21,7 @@ Standard library only.
 import contextlib
 import signal
 
+from jobworker.sandbox.fork_server import NAME
 from jobworker.sandbox.launcher.child import Child
 
 
@@ -28,7 +29,7 @@ def hold(child: Child) -> bool:
     """Stop a child that has not ended; whether its program cannot begin to run any more."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(child.pidfd, signal.SIGSTOP)
-    return child.report < 0 or _is_launcher_still(child)
+    return child.report < 0 or _has_executed_nothing(child)
 
 
 def go_on(child: Child) -> None:
@@ -37,10 +38,10 @@ def go_on(child: Child) -> None:
         signal.pidfd_send_signal(child.pidfd, signal.SIGCONT)
 
 
-def _is_launcher_still(child: Child) -> bool:
-    """Whether a child has executed nothing since its clone: by its name, which execve(2) sets."""
+def _has_executed_nothing(child: Child) -> bool:
+    """Whether a child has its maker's name still, which execve(2) changes."""
     try:
-        with open(f"/proc/{child.pid}/comm", "rb") as its, open("/proc/self/comm", "rb") as ours:
-            return its.read() == ours.read()
+        with open(f"/proc/{child.pid}/comm", encoding="utf-8", errors="replace") as name:
+            return name.read().strip() == NAME
     except OSError:
         return False

@@ -42,7 +42,7 @@ Standard library only.
 
 import contextlib
 import errno
-import mmap
+import os
 import struct
 import time
 from collections import ChainMap, Counter, defaultdict
@@ -54,6 +54,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.chores import CROWDED, MOST_SECONDS, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
 from jobworker.sandbox.kernel_memory import search as kernel_search
@@ -100,6 +101,7 @@ class KernelWatch:
     def __init__(
         self,
         turns: Turns,
+        forks: ForkServer,
         slots: int,
         running: Callable[[], dict[int, Child]],
         kill: Callable[[Child], None],
@@ -113,8 +115,10 @@ class KernelWatch:
             kernel_connections.measure,
         )
         kinds = len(self._measures)
-        self._measurers = Chores(turns, at_once=kinds, waiting=0, unending=kinds)
-        self._searchers = Chores(turns, at_once=SEARCHES_AT_ONCE, waiting=slots, unending=slots)
+        self._measurers = Chores(turns, forks, at_once=kinds, waiting=0, unending=kinds)
+        self._searchers = Chores(
+            turns, forks, at_once=SEARCHES_AT_ONCE, waiting=slots, unending=slots
+        )
         host = HostMemory()
         self._explained: dict[Measure, int] = {}
         """What each measurement told the last time, of jobs and of others."""
@@ -206,16 +210,20 @@ class KernelWatch:
         due = [each for each in self._measures if each in may and not self._paces[each].rests(now)]
         pids = {child.pid: job for job, child in running.items()} if due else {}
         for measure in due:
-            looked_at = _LookedAt()
+            try:
+                looked_at = _LookedAt()
+            except OSError:  # no descriptor to be had: at the next look, then
+                break
             work = partial(_in_its_own_proc, partial(measure, pids, looked_at.tell))
             judge = partial(self._judge, measure, looked_at)
             self._due.discard(measure)
             try:
-                self._measurers.start(work, judge, [self._locks])
+                self._measurers.start(work, judge, [self._locks, looked_at.memory])
             except OSError as error:
                 if error.errno == CROWDED:
                     judge({"errno": CROWDED, "detail": error.strerror})
                 else:  # no process to be had: at the next look, then
+                    looked_at.close()
                     self._due.add(measure)
                 continue
             self._measuring.add(measure)
@@ -236,11 +244,16 @@ class KernelWatch:
 
     def _judge(self, measure: Measure, looked_at: "_LookedAt", outcome: channel.Message) -> None:
         self._measuring.discard(measure)
+        job_looked_at = looked_at.job
+        looked_at.close()
+        if outcome.get("begun") is False:  # no process to be had: at the next look, then
+            self._due.add(measure)
+            return
         self._paces[measure].add(time.monotonic(), _used_by(outcome))
         if "errno" in outcome:
-            at = f" at job {looked_at.job}" if looked_at.job else ""
+            at = f" at job {job_looked_at}" if job_looked_at else ""
             say(f"cannot measure jobs' kernel memory{at}: {outcome}")
-            self._judge_failure(looked_at.job, measure, outcome)
+            self._judge_failure(job_looked_at, measure, outcome)
             return
         held, unknown, unfinished, in_sockets, orphans = (
             outcome[name] for name in Measured._fields
@@ -326,15 +339,18 @@ class KernelWatch:
 
     def _judge_found(self, job: int, wanted: _Wanted, outcome: channel.Message) -> None:
         self._searching.discard(job)
-        self._search_paces[job].add(time.monotonic(), _used_by(outcome))
+        has_begun = outcome.get("begun") is not False
+        if has_begun:
+            self._search_paces[job].add(time.monotonic(), _used_by(outcome))
         child = self._running().get(job)
         if child is None:
             return
         if "errno" in outcome:
-            say(f"cannot search job {job} for kernel memory: {outcome}")
             sockets_too, doubts = self._wanted.get(job, _Wanted())
             self._wanted[job] = _Wanted(sockets_too or wanted.sockets_too, doubts or wanted.doubts)
-            self._judge_failure(job, None, outcome)
+            if has_begun:  # else there was no process to be had: at the next look, then
+                say(f"cannot search job {job} for kernel memory: {outcome}")
+                self._judge_failure(job, None, outcome)
             return
         del self._failures[job, None]
         locks, netlink, in_flight, is_all, in_sockets, in_requests = (
@@ -388,17 +404,22 @@ class _LookedAt:
     """The job that a process looks at, which is known whatever becomes of the process."""
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, _NUMBER.size)
+        self.memory = os.memfd_create("looked-at", os.MFD_CLOEXEC)
+        """The process has it at the same number."""
 
     def tell(self, job: int) -> None:
         """In the process: what comes now is this job's, or with 0 no job's."""
-        _NUMBER.pack_into(self._shared, 0, job)
+        os.pwrite(self.memory, _NUMBER.pack(job), 0)
 
     @property
     def job(self) -> int:
         """The latest."""
-        (job,) = _NUMBER.unpack_from(self._shared)
-        return int(job)
+        said = os.pread(self.memory, _NUMBER.size, 0)
+        return int(_NUMBER.unpack(said)[0]) if said else 0
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.memory)
 
 
 def _in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:

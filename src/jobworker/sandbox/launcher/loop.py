@@ -9,8 +9,8 @@ goes, its jobs go, and then the loop ends. One that runs on its own lets service
 that nobody waits for any more, since the service went in the midst of it, is undone, and the next
 service is told that the program was not executed, where that is sure.
 
-What must hold: the loop never waits for a child, for a file system that a job can slow down, or
-for the service to read.
+What must hold: the loop never waits for a child, for a file system that a job can slow down, for
+the kernel's locks on control groups, or for the service to read.
 
 Standard library only.
 """
@@ -28,12 +28,13 @@ from jobworker.errors import JobworkerError, SandboxError
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import Nursery
-from jobworker.sandbox.launcher.jobs import Jobs, deliver, fault, keep_ask, listed, problem
+from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.listener import Doorway
 from jobworker.sandbox.launcher.service_connection import ServiceLink
+from jobworker.sandbox.launcher.signals import deliver, keep_ask
+from jobworker.sandbox.launcher.told import fault, listed, problem
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies, requests
@@ -59,13 +60,13 @@ class Launcher:
     """The loop, and who is connected to it."""
 
     def __init__(self, nursery: Nursery, spares: int, hello: channel.Message, locks: int) -> None:
-        self._turns = Turns()
+        self._turns, forks = nursery.turns, nursery.forks
         self._volumes = nursery.volumes
-        self._disposal = Disposal(self._turns)
-        self._makers = Chores(self._turns, at_once=4, waiting=0)
+        self._disposal = Disposal(self._turns, forks)
+        self._makers = Chores(self._turns, forks, at_once=4, waiting=0)
         """Apart from the rest, since formatting a large volume takes long."""
-        self._chores = Chores(self._turns, at_once=4, waiting=256)
-        self._jobs = Jobs(self._turns, nursery, spares, self._send, locks)
+        self._chores = Chores(self._turns, forks, at_once=4, waiting=256)
+        self._jobs = Jobs(nursery, spares, self._send, locks)
         self._functions = self._table()
         self._hello = {**hello, "protocol": PROTOCOL}
         self._link: ServiceLink | None = None

@@ -46,9 +46,10 @@ from jobworker.sandbox.user_namespaces import Ids
 from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 16
-"""Process, gateway, pipes, report, order, disk and image, root, socket, scope, user namespace,
-replies, the image again after its end, and a process that looks at it and cannot be ended."""
+DESCRIPTORS_PER_CHILD = 22
+"""Process, gateway, pipes, report, order, disk and image, root, socket, memory events, directories
+of its scope (seven on v1), replies, the image again after its end, and two for a process that looks
+at it and cannot be ended."""
 
 
 def _warm_up(tree: Tree) -> None:
@@ -58,6 +59,8 @@ def _warm_up(tree: Tree) -> None:
         scope.arm(Limits(io_bps=1 << 30 if "io" in tree.by_controller else 0))
     finally:
         scope.remove()
+    if "cpuset" in tree.by_controller:
+        tree.cores()
 
 
 def _raise_descriptor_limit(policy: Policy) -> int:
@@ -115,9 +118,6 @@ def main(descriptor: int) -> NoReturn:
                 sys.exit(error.exit_code)
             channel.send(link, message_of(Unready(error.code, error.message, error.remedy)))
             sys.exit(1)
-        gc.collect()
-        gc.freeze()
-        gc.disable()
         gaps = (*tree.missing_features(), *nursery.gaps, *ids.gaps)
         ready = Ready(tree.kind, gaps, message, bounds_disks=has_rights, keeps_asks=True)
         launcher = Launcher(nursery, policy.spares, message_of(ready), locks)
@@ -250,10 +250,13 @@ def _prepare(
         if has_rights
         else plain_root.enter(policy.stage, policy.scratch, *shown)
     )
-    nursery = Nursery(tree, policy, ids, stage, room_for_volumes)
-    nursery.sweep_scratch()
     _warm_up(tree)
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+    gc.collect()  # what the fork server shares with the launcher then stays shared
+    gc.freeze()
+    gc.disable()
+    nursery = Nursery(tree, policy, ids, stage, room_for_volumes)
+    nursery.sweep_scratch()
     return tree, nursery
 
 

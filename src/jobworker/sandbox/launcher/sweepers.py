@@ -1,26 +1,32 @@
 """Processes that let go of what ended jobs had on disk, so that the launcher need not wait.
 
 A hostile job can make that take long: a million names, a tree deeper than any path. What waits is
-taken by the next process that is started, all of it at once; there are a few at a time. The
-launcher itself does nothing on the file system, not even where a directory seems to be empty:
-rmdir(2) waits for the journal, and goes through every block of a directory that was large once.
+taken by the next process that is started, as much of it as it can be given; there are a few at a
+time. The launcher itself does nothing on the file system, not even where a directory seems to be
+empty: rmdir(2) waits for the journal, and goes through every block of a directory that was large
+once.
 
 Standard library only.
 """
 
 import contextlib
 import fcntl
-import os
-import signal
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
+from jobworker.sandbox.channel import Message
+from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disposal import close_all_but, give_away
+from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import scratch
 from jobworker.sandbox.log import say
 
 MAX_SWEEPERS = 4
+MAX_EACH = 60
+"""Disks, paths and descriptors, each, that one process is given: they fit one call."""
+AGAIN_SECONDS = 0.5
 MAX_KEPT_DISKS = 4
 """While so many disks of ended jobs are kept by descriptors in others, no job gets a volume:
 through one they are passed. Each costs a loop device, and memory up to its job's limit."""
@@ -28,21 +34,34 @@ through one they are passed. Each costs a loop device, and memory up to its job'
 T = TypeVar("T")
 
 
+class _Load(NamedTuple):
+    """What one process lets go of."""
+
+    disks: list[disk_images.Disk]
+    paths: list[str]
+    others: list[int]
+    """Descriptors that only have to be closed."""
+    watched: list[int]
+    """Images of disks, where it matters whether they are really gone afterwards."""
+
+
 class Sweepers:
     """The processes, and what waits for one."""
 
-    def __init__(self) -> None:
-        self.running: set[int] = set()
-        """pidfds, which somebody has to watch: see `reap`."""
+    def __init__(self, turns: Turns, forks: ForkServer) -> None:
+        self._turns = turns
+        self._chores = Chores(turns, forks, at_once=MAX_SWEEPERS, waiting=0)
         self._disks: list[disk_images.Disk] = []
         self._paths: list[str] = []
         self._others: list[int] = []
         self._watched: list[int] = []
-        """Images of disks that wait, where it matters whether they are really gone then."""
-        self._under_way: dict[int, list[int]] = {}
-        """Such images that a process is busy with, by its pidfd."""
         self._kept: list[int] = []
-        """Such images whose disks were still there when their process had ended."""
+        """Watched images whose disks were still there when their process had ended."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and no process is under way."""
+        return not (self._waits or self._chores.running)
 
     def discard_disk(self, disk: disk_images.Disk, overlay: int | None, *, shared: bool) -> None:
         """Let go of a disk and of the overlay on it, whose root's descriptor is taken over, too.
@@ -75,58 +94,53 @@ class Sweepers:
         self._paths.append(path)
         self._start()
 
-    def end(self, pidfd: int) -> None:
-        """Kill a process that nobody needs after all, and have it reaped with the others."""
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        self.running.add(pidfd)
+    def _start(self) -> None:
+        while self._waits and self._chores.running < MAX_SWEEPERS:
+            load = self._take()
+            given = [*load.others, *(number for disk in load.disks for number in disk)]
+            work = partial(_sweep, load.disks, load.paths)
+            try:
+                self._chores.start(work, partial(self._on_end, load), given=given)
+            except OSError:  # no descriptor to be had
+                self._try_later(load)
+                return
 
-    def reap(self, pidfd: int) -> bool:
-        """Collect a process whose descriptor is readable, and close that; then `go_on`.
+    @property
+    def _waits(self) -> bool:
+        return bool(self._disks or self._paths or self._others)
 
-        False where it cannot be collected yet: a tracer of the host's has it. Not to be called
-        again once it has returned True: the number may be another descriptor's.
-        """
-        if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
-            return False
-        self.running.discard(pidfd)
-        self._kept += self._under_way.pop(pidfd, ())
-        os.close(pidfd)
-        return True
+    def _take(self) -> _Load:
+        load = _Load(
+            self._disks[:MAX_EACH], self._paths[:MAX_EACH], self._others[:MAX_EACH], self._watched
+        )
+        del self._disks[:MAX_EACH], self._paths[:MAX_EACH], self._others[:MAX_EACH]
+        self._watched = []
+        return load
 
-    def go_on(self) -> None:
-        """Start a process for what waits, now that one has ended."""
+    def _try_later(self, load: _Load) -> None:
+        self._disks[:0], self._paths[:0], self._others[:0] = load.disks, load.paths, load.others
+        self._watched += load.watched
+        self._turns.call_in(AGAIN_SECONDS, self._start)
+
+    def _on_end(self, load: _Load, outcome: Message) -> None:
+        if "begun" in outcome:  # there was no process to be had
+            self._try_later(load)
+            return
+        self._kept += load.watched
+        self._turns.see_through(self._go_on)
+
+    def _go_on(self) -> None:
         self.count_kept()
         self._start()
 
-    @property
-    def stuck(self) -> bool:
-        """Whether something waits, and no process is under way whose end has it taken."""
-        return bool(self._disks or self._paths or self._others) and not self.running
 
-    def _start(self) -> None:
-        if not (self._disks or self._paths or self._others) or len(self.running) >= MAX_SWEEPERS:
-            return
-        try:
-            pid, pidfd = give_away([*self._others, *(n for disk in self._disks for n in disk)])
-        except OSError:
-            return  # no process to be had: see `stuck`
-        if pid == 0:
-            _sweep_and_exit(self._disks, self._paths)
-        self._under_way[pidfd] = self._watched
-        self._disks, self._paths, self._others, self._watched = [], [], [], []
-        self.running.add(pidfd)
-
-
-def _sweep_and_exit(disks: list[disk_images.Disk], paths: list[str]) -> NoReturn:
+def _sweep(disks: list[disk_images.Disk], paths: list[str]) -> Message:
     """In the process: what cannot be removed now is removed at the launcher's next start."""
-    try:
-        close_all_but([descriptor for disk in disks for descriptor in disk])
-        for disk in disks:
-            _try(disk_images.discard, disk)
-        for path in paths:
-            _try(scratch.remove_tree, path)
-    finally:
-        os._exit(0)
+    for disk in disks:
+        _try(disk_images.discard, disk)
+    for path in paths:
+        _try(scratch.remove_tree, path)
+    return {}
 
 
 def _try(remove: Callable[[T], None], what: T) -> None:

@@ -67,21 +67,23 @@ class Means(NamedTuple):
     """The ruleset of `sandbox.start.landlock`; None if the kernel cannot scope."""
 
 
-def start_gateway(means: Means) -> tuple[int, int]:
-    """Clone a gateway: its pidfd, and a socket whose reader is `start.private_network.enter`.
+def start_gateway(means: Means) -> tuple[int, int, int]:
+    """Clone a gateway: its pid and pidfd, and a socket whose reader is
+    `start.private_network.enter`.
 
-    The caller owns both, and reaps it. Raises OSError.
+    The caller owns both descriptors. The gateway is a child of the caller's parent, which reaps
+    it: see `sandbox.fork_server`. Raises OSError.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with far:
         try:
-            pid, pidfd = sc.clone3(_NAMESPACES)
+            pid, pidfd = sc.clone3(_NAMESPACES | sc.CLONE_PARENT)
         except OSError:
             near.close()
             raise
         if pid == 0:
             _become_gateway(means, far.fileno())
-    return pidfd, near.detach()
+    return pid, pidfd, near.detach()
 
 
 def reap(pidfd: int) -> str | None:

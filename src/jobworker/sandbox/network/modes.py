@@ -91,7 +91,7 @@ class Networks:
         network = f"{layout.prefix}.0/24"
         return wall.program(layout.address, layout.resolver, network, self.host.local)
 
-    def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int]:
+    def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int, int]:
         """Start the gateway for the job in place `index`: see `start_gateway`."""
         uid = self._first_uid + index
         means = Means(

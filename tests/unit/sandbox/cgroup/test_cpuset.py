@@ -14,8 +14,6 @@ from jobworker.sandbox.cgroup.cpuset import limit_cores
 def group(tmp_path: Path) -> Iterator[int]:
     """A group that has the cores 0 to 3, and a scope in it: plain files."""
     (tmp_path / "job").mkdir()
-    for name in ("cpuset.effective_cpus", "cpuset.cpus.effective"):
-        (tmp_path / name).write_text("0-3\n")
     (tmp_path / "job" / "cpuset.cpus").touch()
     (tmp_path / "job" / "cpuset.cpus.effective").write_text("1-2\n")
     top = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
@@ -27,17 +25,17 @@ def group(tmp_path: Path) -> Iterator[int]:
 def test_cores_are_written_and_those_that_are_missing_refused(
     group: int, v2: bool, tmp_path: Path
 ) -> None:
-    limit_cores(group, "job", "1,2", v2=v2)
+    limit_cores(group, "job", "1,2", "0-3", v2=v2)
     assert (tmp_path / "job" / "cpuset.cpus").read_text().strip() == "1,2"
     with pytest.raises(SandboxError, match="the cores here are 0-3"):
-        limit_cores(group, "job", "1-4", v2=v2)
+        limit_cores(group, "job", "1-4", "0-3", v2=v2)
 
 
 def test_cores_that_the_kernel_does_not_give_are_refused_on_v2(group: int) -> None:
     with pytest.raises(SandboxError, match="the kernel uses '1-2'"):
-        limit_cores(group, "job", "0-1", v2=True)
+        limit_cores(group, "job", "0-1", "0-3", v2=True)
 
 
 def test_all_cores_are_given_back(group: int, tmp_path: Path) -> None:
-    limit_cores(group, "job", "", v2=False)
+    limit_cores(group, "job", "", "0-3", v2=False)
     assert (tmp_path / "job" / "cpuset.cpus").read_text().strip() == "0-3"

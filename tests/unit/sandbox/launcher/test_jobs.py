@@ -24,12 +24,17 @@ from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.disk.volumes import Volumes
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import held_starts
 from jobworker.sandbox.launcher.child import Child, Exit, status_of
 from jobworker.sandbox.launcher.children import Nursery
-from jobworker.sandbox.launcher.jobs import Jobs, deliver, listed
+from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
+from jobworker.sandbox.launcher.scopes import Scopes
+from jobworker.sandbox.launcher.signals import deliver
 from jobworker.sandbox.launcher.sweepers import Sweepers
+from jobworker.sandbox.launcher.told import DIED, listed
+from jobworker.sandbox.launcher.walls import Walls
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.protocol.fields import decode
 from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
@@ -111,8 +116,10 @@ def test_usage_that_cannot_be_read_is_none_and_not_zeros(
 class Told(Jobs):
     """As much of the launcher's jobs as these tests need, and what it has told."""
 
-    def __init__(self) -> None:
-        self._turns, self._nursery = Turns(), cast("Nursery", SimpleNamespace(sweepers=Sweepers()))
+    def __init__(self, turns: Turns, forks: ForkServer) -> None:
+        scopes, sweepers = Scopes(turns, forks), Sweepers(turns, forks)
+        nursery = SimpleNamespace(sweepers=sweepers, scopes=scopes)
+        self._turns, self._nursery = turns, cast("Nursery", nursery)
         self._children, self._untold, self._spares = set(), set(), cast("object", [])  # type: ignore[assignment]
         self._jobs, self._late, self._unstarted = {}, cast("object", []), {}  # type: ignore[assignment]
         self._looks = 0
@@ -124,8 +131,10 @@ class Told(Jobs):
             self._turns.turn()
 
 
-def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(child: Child) -> None:
-    jobs = Told()
+def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
+    child: Child, turns: Turns, forks: ForkServer
+) -> None:
+    jobs = Told(turns, forks)
     near, child.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     channel.send(near, {"disk": True}, [null, null])
@@ -143,17 +152,17 @@ def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(child: Child
     assert "LimitNOFILE=" in explain(decode(Refusal, REFUSAL, child.failure)).remedy
     assert child.doomed
     sweepers = jobs._nursery.sweepers
-    jobs.pass_turns_until(lambda: not sweepers.running and not sweepers.stuck)
+    jobs.pass_turns_until(lambda: sweepers.is_idle and forks.is_idle)
     assert len(os.listdir("/proc/self/fd")) == before - 1, "its socket has gone, nothing has come"
     near.close()
     os.close(null)
 
 
 def test_word_that_a_place_is_free_is_said_again_where_that_failed(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    jobs, said = Told(), list[str]()
+    jobs, said = Told(turns, forks), list[str]()
 
     def fail_once() -> None:
         said.append("free")
@@ -168,10 +177,10 @@ def test_word_that_a_place_is_free_is_said_again_where_that_failed(
 
 
 def test_word_that_could_not_be_said_is_not_for_the_next_service(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    jobs, said = Told(), list[str]()
+    jobs, said = Told(turns, forks), list[str]()
 
     def fail() -> None:
         said.append("free")
@@ -191,8 +200,10 @@ def test_word_that_could_not_be_said_is_not_for_the_next_service(
 class Undoing(Told):
     """A start that could not be undone at the first try."""
 
-    def __init__(self, child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
+    def __init__(
+        self, child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    ) -> None:
+        super().__init__(turns, forks)
         monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
         self.struck = False
 
@@ -205,6 +216,7 @@ class Undoing(Told):
         monkeypatch.setattr(held_starts, "hold", hold)
         monkeypatch.setattr(self._nursery, "close_pipes", lambda _: None, raising=False)
         self._kernel_watch = cast("KernelWatch", SimpleNamespace(wake=lambda: None))
+        self._walls = cast("Walls", SimpleNamespace(build=lambda _: None))
         child.job, child.request = 1, 7
         self._jobs[1], self._children = child, {child}
         self.undo_starts()
@@ -214,27 +226,27 @@ class Undoing(Told):
 
 
 def test_start_whose_undoing_failed_is_undone_later(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
 ) -> None:
-    jobs = Undoing(child, monkeypatch)
+    jobs = Undoing(child, monkeypatch, turns, forks)
     jobs.pass_turns_until(lambda: jobs.find(1) is None)
     assert child.doomed
     assert not jobs.told
 
 
 def test_start_that_fails_before_it_could_be_undone_is_not_told_to_the_next_service(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
 ) -> None:
-    jobs = Undoing(child, monkeypatch)
+    jobs = Undoing(child, monkeypatch, turns, forks)
     jobs._tell_failure(child, None)
     assert not jobs.told
     assert child.request is None
 
 
 def test_program_that_runs_before_its_start_could_be_undone_goes_on_and_is_not_told_of(
-    child: Child, monkeypatch: pytest.MonkeyPatch
+    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
 ) -> None:
-    jobs = Undoing(child, monkeypatch)
+    jobs = Undoing(child, monkeypatch, turns, forks)
     child.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.close()
     child.ready = True
@@ -242,6 +254,20 @@ def test_program_that_runs_before_its_start_could_be_undone_goes_on_and_is_not_t
     assert jobs.started_after(0) == [child]
     assert not child.doomed
     assert not jobs.told
+
+
+def test_child_that_ends_before_it_has_its_order_is_told_as_no_start(
+    child: Child, turns: Turns, forks: ForkServer
+) -> None:
+    jobs = Told(turns, forks)
+    child.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.close()
+    child.ready, child.order = True, os.memfd_create("order", os.MFD_CLOEXEC)
+    child.job, child.request = 1, 7
+    jobs._on_word(child)
+    assert (child.request, child.failure) == (7, DIED)
+    assert not jobs.told
+    os.close(child.order)
 
 
 def test_end_that_a_tracer_hears_first_is_not_waited_for(
@@ -289,8 +315,8 @@ def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: C
     nursery._free = deque()
     child.disk, child.volume_roots, own = Disk(100, 101), {"kept": 102}, os.dup(child.pidfd)
     with pytest.raises(KeyError):
-        nursery.clear(child)
-    nursery.clear(child)
+        nursery.discard_disk(child)
+    nursery.discard_disk(child)
     assert discarded == [Disk(100, 101)], "the numbers are others' by now"
     for _ in range(2):
         with pytest.raises(KeyError):

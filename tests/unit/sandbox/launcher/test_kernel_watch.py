@@ -13,6 +13,7 @@ import pytest
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
 from jobworker.sandbox.kernel_memory.pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.launcher import kernel_watch
@@ -64,7 +65,7 @@ class Host:
 class Processes:
     """Chores that are done when the test says so."""
 
-    def __init__(self, _turns: Turns, **_bounds: int) -> None:
+    def __init__(self, _turns: Turns, _forks: ForkServer, **_bounds: int) -> None:
         self.dones: list[Callable[[dict[str, object]], None]] = []
         self.works: list[Any] = []
         self.refuses = 0
@@ -109,7 +110,7 @@ class Watched:
         self.asked = 0
         """How often the watch has asked which jobs run, for which all of them are looked at."""
         self.watch = kernel_watch.KernelWatch(
-            Turns(), 4, self._running, self.ended.append, locks=-1
+            Turns(), cast("ForkServer", None), 4, self._running, self.ended.append, locks=-1
         )
         self.watch.wake()
         self.measurers = cast("Processes", self.watch._measurers)
@@ -465,19 +466,34 @@ def test_job_at_which_a_measurement_waits_without_an_end_is_ended_at_once(
     assert watched.measurers.dones, "and is made again"
 
 
-def test_job_that_is_looked_at_is_told_by_a_process_that_dies() -> None:
-    turns, outcomes = Turns(), list[Message]()
-    looked_at = kernel_watch._LookedAt()
-
-    def die() -> Message:
-        looked_at.tell(7)
-        os.kill(os.getpid(), signal.SIGKILL)
-        return {}
-
-    Chores(turns, at_once=1, waiting=0).start(die, outcomes.append)
+def test_job_that_is_looked_at_is_told_by_a_process_that_dies(
+    turns: Turns, forks: ForkServer
+) -> None:
+    outcomes, looked_at = list[Message](), kernel_watch._LookedAt()
+    dies = partial(tell_and_die, looked_at.tell)
+    Chores(turns, forks, at_once=1, waiting=0).start(dies, outcomes.append, [looked_at.memory])
     while not outcomes:
         turns.turn()
     assert (outcomes[0]["errno"], looked_at.job) == (errno.EINTR, 7)
+    looked_at.close()
+
+
+def tell_and_die(tell: Callable[[int], None]) -> Message:
+    tell(7)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_measurement_for_which_there_is_no_process_is_made_later_and_ends_no_job(
+    watched: Watched,
+) -> None:
+    for _ in range(2 * kernel_watch.DOUBTS):
+        watched.grow()
+        lacks = {"errno": errno.EOWNERDEAD, "detail": "", "begun": False}
+        watched.measurers.finish(*[lacks] * len(watched.measurers.dones))
+    assert not watched.ended
+    watched.grow()
+    assert watched.measurers.dones
 
 
 class File(str):

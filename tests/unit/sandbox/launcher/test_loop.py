@@ -12,6 +12,8 @@ import pytest
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.none import NoTree
+from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import listener as doorway
 from jobworker.sandbox.launcher import loop as launcher_loop
 from jobworker.sandbox.launcher.child import Child
@@ -42,10 +44,13 @@ class NoJobs:
         self.undone += 1
 
 
-def make_launcher(monkeypatch: pytest.MonkeyPatch) -> tuple[Launcher, NoJobs]:
+def make_launcher(
+    monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+) -> tuple[Launcher, NoJobs]:
     monkeypatch.setattr(launcher_loop, "Jobs", NoJobs)
     monkeypatch.setattr(Launcher, "_leave_on_signals", lambda _: None)
-    launcher = Launcher(cast("Nursery", SimpleNamespace(volumes=None)), 0, {}, locks=-1)
+    nursery = SimpleNamespace(volumes=None, turns=turns, forks=forks)
+    launcher = Launcher(cast("Nursery", nursery), 0, {}, locks=-1)
     return launcher, cast("NoJobs", launcher._jobs)
 
 
@@ -72,8 +77,8 @@ class Service:
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    service = Service(make_launcher(monkeypatch)[0])
+def service(monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer) -> Iterator[Service]:
+    service = Service(make_launcher(monkeypatch, turns, forks)[0])
     with service.near, service.sock:
         yield service
 
@@ -129,10 +134,10 @@ def test_ask_for_the_end_of_a_job_is_kept_where_its_signal_meets_a_fault(
 
 
 def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doorway, "AGAIN_SECONDS", 3600)
-    launcher, jobs = make_launcher(monkeypatch)
+    launcher, jobs = make_launcher(monkeypatch, turns, forks)
     listener, first, second = (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)
     )
@@ -159,16 +164,16 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
                 assert launcher._link is None or launcher._link.is_at_its_end
         assert heard[0]["protocol"] == PROTOCOL, "it is let in at once, and not an hour later"
         assert jobs.asked == 48
-        while launcher._disposal._processes:
+        while launcher._disposal._chores.running:
             launcher._turns.turn()
         assert launcher._link is not None
         launcher._link._sock.close()
 
 
 def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer, tmp_path: Path
 ) -> None:
-    launcher, jobs = make_launcher(monkeypatch)
+    launcher, jobs = make_launcher(monkeypatch, turns, forks)
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service,

@@ -1,87 +1,79 @@
-"""What clears away after jobs is collected once, whatever fails around that."""
+"""What ended jobs had is let go of by processes, whatever fails around that."""
 
+import errno
 import os
-import select
-import signal
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import cast
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from jobworker.sandbox import event_loop as turns_module
-from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import Turns
-from jobworker.sandbox.launcher import jobs as launcher_jobs
-from jobworker.sandbox.launcher.children import Nursery
-from jobworker.sandbox.launcher.jobs import Jobs
-from jobworker.sandbox.launcher.sweepers import Sweepers
+from jobworker.sandbox.forks import ForkServer
+from jobworker.sandbox.launcher import sweepers as sweepers_module
+from jobworker.sandbox.launcher.sweepers import MAX_EACH, Sweepers
 
 
-def clone(*, ends: bool) -> int:
-    """The pidfd of a process that has ended, or of one that goes on."""
-    pid, pidfd = sc.clone3(0)
-    if pid == 0:
-        sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
-        if not ends:
-            signal.pause()
-        os._exit(0)
-    if ends:
-        select.select([pidfd], [], [])
-    return pidfd
+def test_all_is_let_go_of_however_much_there_is_at_a_time(
+    turns: Turns, forks: ForkServer, tmp_path: Path
+) -> None:
+    sweepers, ends = Sweepers(turns, forks), []
+    for number in range(3 * MAX_EACH):
+        (tmp_path / str(number) / "below").mkdir(parents=True)
+        read, write = os.pipe2(os.O_CLOEXEC)
+        ends.append(read)
+        sweepers.remove(str(tmp_path / str(number)))
+        sweepers.close([write])
+    while not sweepers.is_idle:
+        turns.turn()
+    assert not list(tmp_path.iterdir())
+    assert {os.read(read, 1) for read in ends} == {b""}, "nobody has the other ends"
+    for read in ends:
+        os.close(read)
 
 
-def jobs_with(sweepers: Sweepers) -> Jobs:
-    """As much of the launcher's jobs as looks after sweepers."""
-    jobs = Jobs.__new__(Jobs)
-    jobs._turns = Turns()
-    jobs._nursery = cast("Nursery", SimpleNamespace(sweepers=sweepers))
-    return jobs
+def test_what_no_process_could_let_go_of_goes_later(
+    turns: Turns, forks: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweepers_module, "AGAIN_SECONDS", 0)
+    sweepers, refused = Sweepers(turns, forks), list[str]()
+    call = forks.call
+
+    def refuse(name: str, arguments: Sequence[object], done: object, *rest: object) -> None:
+        refused.append(name)
+        if len(refused) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if len(refused) == 2:
+            turns.call_in(0, lambda: done({"errno": errno.EAGAIN, "detail": ""}, []))  # type: ignore[operator]
+        else:
+            call(name, arguments, done, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(forks, "call", refuse)
+    sweepers.remove(str(tmp_path))
+    while not sweepers.is_idle:
+        turns.turn()
+    assert refused == ["run"] * 3
+    assert not tmp_path.exists()
 
 
-def test_sweeper_is_collected_once_also_where_what_follows_fails(
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_follows_a_sweep_is_tried_again_where_it_fails(
+    turns: Turns, forks: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    sweepers, others = Sweepers(), list[int]()
-    jobs, counted = jobs_with(sweepers), list[bool]()
+    sweepers, counted = Sweepers(turns, forks), list[bool]()
 
     def fail_once() -> int:
         counted.append(True)
         if len(counted) == 1:
-            others.append(clone(ends=False))
             raise KeyError("unforeseen")
         return 0
 
     monkeypatch.setattr(sweepers, "count_kept", fail_once)
-    ended = clone(ends=True)
-    sweepers.running.add(ended)
-    jobs._watch_sweepers()
-    while len(counted) < 2:  # it waits for no other process
-        jobs._turns.turn()
-    assert others == [ended], "the number is another process's now, such as a job's"
-    signal.pidfd_send_signal(ended, signal.SIGKILL)
-    assert os.waitid(os.P_PIDFD, ended, os.WEXITED) is not None, (
-        "it was neither collected nor closed"
-    )
-    os.close(ended)
-
-
-def test_sweeper_that_a_tracer_has_is_collected_later(
-    traced: tuple[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launcher_jobs, "SWEEP_AGAIN_SECONDS", 0)
-    sweepers, (pidfd, let_go) = Sweepers(), traced
-    jobs = jobs_with(sweepers)
-    sweepers.running.add(pidfd)
-    jobs._watch_sweepers()
-    for _ in range(3):
-        jobs._turns.turn()
-    assert sweepers.running == {pidfd}
-    let_go()
-    while sweepers.running:
-        jobs._turns.turn()
+    sweepers.remove(str(tmp_path))
+    while len(counted) < 2:
+        turns.turn()
+    assert sweepers.is_idle
 
 
 def test_disk_counts_as_kept_where_nothing_tells() -> None:

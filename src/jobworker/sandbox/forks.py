@@ -1,0 +1,319 @@
+"""The launcher's side of the fork server: it asks for processes and groups, and waits for nothing.
+
+A call is answered in a later turn, by `done`. Calls are answered in their order. A fork server that
+ends is replaced, and asked anew for whatever it has not answered: see `sandbox.fork_server` for why
+this is safe. What it had made without telling is a stray then, and is killed: a child of the
+launcher's which none of its descriptors names.
+
+A fork server that does not answer is killed after a while, since nothing could be started for good.
+The time is counted in looks: a launcher that was stopped itself kills nothing.
+
+Standard library only.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from jobworker.errors import ProtocolError
+from jobworker.sandbox import channel, fork_server
+from jobworker.sandbox.channel import Message
+from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.fork_server import Function
+from jobworker.sandbox.log import say
+
+AT_ONCE = 4
+"""Calls that are sent and not answered: they fit the socket, and the fork server never idles."""
+TRIES = 3
+"""A call that the fork server has not survived so often is told as a failure."""
+AGAIN_SECONDS = 0.1
+LOOK_SECONDS = 1.0
+MOST_SECONDS = 60.0
+"""A fork server that answers nothing for so long is killed: the kernel's lock was held for 3.4 s at
+the most."""
+DIED = errno.EOWNERDEAD
+"""It has ended each time: an errno that the kernel has for nothing that it does."""
+
+Done = Callable[[Message, list[int]], None]
+"""Gets the answer, or {"errno": …, "detail": …}, and descriptors, which are its own then."""
+
+
+class _Call(NamedTuple):
+    body: bytes
+    descriptors: Sequence[int]
+    done: Done
+    repeat: bool
+    tries: int = 0
+
+
+class ForkServer:
+    """The process, and what it is asked for.
+
+    `functions` and `kept` are as for `fork_server.start`; the launcher never closes these
+    descriptors. Raises OSError.
+    """
+
+    def __init__(
+        self, turns: Turns, functions: Mapping[str, Function], kept: Sequence[int] = ()
+    ) -> None:
+        self._turns, self._functions, self._kept = turns, functions, kept
+        self._waiting: deque[_Call] = deque()
+        self._sent: deque[_Call] = deque()
+        self._sock: socket.socket | None = None
+        """None while there is no fork server."""
+        self._pidfd = -1
+        self._looks = 0
+        self._strays: set[int] = set()
+        """Children that nobody was told of: they were killed, and are still to be collected."""
+        self._start()
+
+    def call(
+        self,
+        name: str,
+        arguments: Sequence[object],
+        done: Done,
+        descriptors: Sequence[int] = (),
+        *,
+        repeat: bool = True,
+    ) -> None:
+        """Have a function called; the descriptors go along, and stay open here until it is done.
+
+        Where the fork server ends meanwhile, the function is called again by the next one; without
+        `repeat` that is told as `DIED`. Raises OSError where this cannot even be asked.
+        """
+        body = fork_server.pack_call(name, arguments)
+        if len(body) > channel.MAX_BODY_BYTES or len(descriptors) >= fork_server.MAX_PASSED:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        self._waiting.append(_Call(body, descriptors, done, repeat))
+        self._send_more()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything is answered, and nothing is left of fork servers that have ended."""
+        return not (self._waiting or self._sent or self._strays)
+
+    def close(self) -> None:
+        """End the fork server, and wait for that: for tests, since the launcher's ends with it."""
+        if self._sock is not None:
+            self._turns.unwatch(self._sock.fileno())
+            self._sock.close()
+        if self._pidfd >= 0:
+            self._turns.unwatch(self._pidfd)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            os.close(self._pidfd)
+
+    # --- asking -----------------------------------------------------------------------------
+
+    def _send_more(self) -> None:
+        while self._sock is not None and self._waiting and len(self._sent) < AT_ONCE:
+            call = self._waiting[0]
+            try:
+                packet, ancillary, mine = channel.pack(call.body, call.descriptors)
+                try:
+                    self._sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+                finally:
+                    channel.close_all(mine)
+            except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+                self._send_later()  # its end, if it is that, is told by its pidfd
+                return
+            except (OSError, ProtocolError) as error:  # no descriptor or memory to be had
+                self._waiting.popleft()
+                code = error.errno if isinstance(error, OSError) else None
+                failed = _failure(code or errno.EMSGSIZE, str(error))
+                self._turns.see_through(_Told(call.done, failed, []))
+                continue
+            self._sent.append(self._waiting.popleft())
+            if not self._turns.is_set(self._look):
+                self._looks = 0
+                self._turns.call_in(LOOK_SECONDS, self._look)
+
+    def _send_later(self) -> None:
+        if not self._turns.is_set(self._send_more):
+            self._turns.call_in(AGAIN_SECONDS, self._send_more)
+
+    def _on_answer(self) -> None:
+        """Take one answer, if there is one."""
+        assert self._sock is not None
+        try:
+            try:
+                received = channel.receive(self._sock)
+            except ConnectionResetError:  # told once, and before what waits to be read
+                received = channel.receive(self._sock)
+        except BlockingIOError:
+            return
+        except channel.DescriptorsLost as error:
+            channel.close_all(error.descriptors)
+            self._end_unnamed(error.said or {})
+            received = _failure(errno.EMFILE, "the launcher has no room"), []
+        except (OSError, ProtocolError) as error:
+            say(f"the fork server is ended: {error}")
+            received = None
+        if received is None:  # its end: what it has not answered is asked of the next one
+            self._turns.unwatch(self._sock.fileno())
+            self._kill()
+            return
+        self._looks = 0
+        call = self._sent.popleft()
+        self._send_more()
+        self._turns.see_through(_Told(call.done, *received))
+
+    def _end_unnamed(self, said: Message) -> None:
+        """Kill what was made, of which the descriptors did not arrive; its numbers are certain."""
+        for name in ("pid", "gateway_pid"):
+            pid = said.get(name)
+            if isinstance(pid, int):
+                self.end(pid)
+
+    # --- its end ----------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Clone a fork server. The launcher itself has to: only who has root's rights ends one."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        near.setblocking(False)
+        try:
+            with far:
+                _, pidfd = fork_server.start(self._functions, self._kept, far)
+        except OSError:
+            near.close()
+            raise
+        self._sock, self._pidfd = near, pidfd
+        self._watch()
+        self._send_more()
+
+    def _watch(self) -> None:
+        assert self._sock is not None
+        try:
+            if not self._turns.watches(self._pidfd):
+                self._turns.watch(self._pidfd, self._on_exit)
+            if not self._turns.watches(self._sock.fileno()):
+                self._turns.watch(self._sock.fileno(), self._on_answer)
+        except OSError:  # of epoll: no memory, or no more watches to be had
+            self._turns.call_in(AGAIN_SECONDS, self._watch)
+
+    def _on_exit(self) -> None:
+        """It has ended: take what it has still answered, and have another one do the rest."""
+        self._turns.unwatch(self._pidfd)
+        if os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG) is None:
+            self._turns.call_in(AGAIN_SECONDS, self._watch)  # a tracer of the host's has it
+            return
+        os.close(self._pidfd)
+        self._pidfd = -1
+        say("the fork server has ended, and another one is made")
+        self._turns.see_through(self._replace)
+
+    def _replace(self) -> None:
+        sock = self._sock
+        if sock is not None:
+            while self._turns.watches(sock.fileno()):
+                before = len(self._sent)
+                self._on_answer()
+                if len(self._sent) == before:
+                    break
+            self._turns.unwatch(sock.fileno())
+            self._sock = None
+            sock.close()
+        self._end_strays()
+        self._ask_anew()
+        self._start_again()
+
+    def _kill(self) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _ask_anew(self) -> None:
+        sent, self._sent = self._sent, deque()
+        for call in reversed(sent):
+            if call.repeat and call.tries + 1 < TRIES:
+                self._waiting.appendleft(call._replace(tries=call.tries + 1))
+            else:
+                failed = _failure(DIED, "the fork server has ended")
+                self._turns.see_through(_Told(call.done, failed, []))
+
+    def _start_again(self) -> None:
+        try:
+            self._start()
+        except OSError as error:
+            say(f"cannot make a fork server, and tries again: {error}")
+            self._turns.call_in(AGAIN_SECONDS, self._start_again)
+
+    def _look(self) -> None:
+        """Kill it where it has answered nothing for too long."""
+        if not self._sent:
+            return
+        self._turns.call_in(LOOK_SECONDS, self._look)
+        self._looks += 1
+        if self._looks * LOOK_SECONDS > MOST_SECONDS:
+            say(f"the fork server answers nothing for {MOST_SECONDS:.0f} s, and is killed")
+            self._looks = 0
+            self._kill()
+
+    # --- strays -----------------------------------------------------------------------------
+
+    def _end_strays(self) -> None:
+        """Kill the children that no descriptor names: their maker has ended without a word."""
+        try:
+            strays = _children() - _named()
+        except OSError as error:
+            say(f"cannot look for what the fork server has left: {error}")
+            return
+        for pid in strays:
+            self.end(pid)
+
+    def end(self, pid: int) -> None:
+        """Kill a child that no descriptor names: its number is its own until it is collected."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        self._strays.add(pid)
+        self._turns.call_in(AGAIN_SECONDS, self._collect_strays)
+
+    def _collect_strays(self) -> None:
+        for pid in list(self._strays):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+                    continue
+            self._strays.discard(pid)
+        if self._strays:
+            self._turns.call_in(AGAIN_SECONDS, self._collect_strays)
+
+
+class _Told:
+    """Tells an answer; one that meets an unexpected fault is told as a failure, at the next try.
+
+    Whoever asked would wait for ever.
+    """
+
+    def __init__(self, done: Done, message: Message, descriptors: list[int]) -> None:
+        self._done, self._answer = done, (message, descriptors)
+
+    def __call__(self) -> None:
+        message, descriptors = self._answer
+        self._answer = _failure(errno.EPROTO, "an unexpected fault, which the log has"), []
+        self._done(message, descriptors)
+
+
+def _failure(code: int, detail: str) -> Message:
+    return {"errno": code, "detail": detail}
+
+
+def _children() -> set[int]:
+    """All children of this process, which has one thread: proc_pid_children(5)."""
+    with open("/proc/thread-self/children", encoding="ascii") as file:
+        return set(map(int, file.read().split()))
+
+
+def _named() -> set[int]:
+    """The processes that descriptors of this process name: pidfd_open(2), proc_pid_fdinfo(5)."""
+    named = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "pidfd" in os.readlink(f"/proc/self/fd/{number}"):
+                with open(f"/proc/self/fdinfo/{number}", encoding="ascii") as file:
+                    named |= {int(line.split()[1]) for line in file if line.startswith("Pid:")}
+    return named

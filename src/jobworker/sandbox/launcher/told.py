@@ -1,0 +1,102 @@
+"""What the launcher tells of jobs and of starts: how a job stands, and why a start failed.
+
+Standard library only.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+
+from jobworker.errors import JobworkerError
+from jobworker.sandbox import channel
+from jobworker.sandbox.cgroup.hierarchy import Usage
+from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.protocol.replies import HowEnded, JobEntry
+
+Tell = Callable[[channel.Message, Sequence[int]], None]
+"""Sends the service a message, with descriptors."""
+
+DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
+TOO_FEW_DESCRIPTORS: channel.Message = {
+    "step": "prepare",
+    "errno": errno.EMFILE,
+    "detail": "the launcher takes what its process has made by descriptors",
+}
+TOO_LITTLE_MEMORY: channel.Message = {
+    "step": "limits",
+    "errno": errno.ENOMEM,
+    "detail": "the memory limit leaves no room for a start",
+}
+NO_MEMORY_ABOVE: channel.Message = {
+    "step": "memory",
+    "errno": errno.ENOMEM,
+    "detail": "the host, or a control group above the job's, has none left",
+}
+
+GIVEN_UP: channel.Message = {
+    "step": "start",
+    "errno": errno.ECANCELED,
+    "detail": "its start was given up, and its program was not executed",
+}
+MAY_HAVE_RUN: channel.Message = {
+    "step": "start",
+    "errno": errno.ETIMEDOUT,
+    "detail": "its start was given up; its program may have begun to run",
+}
+
+
+def too_long(held: str, seconds: float) -> channel.Message:
+    """Why a start is given up that was held up for so long."""
+    return {"step": "start", "errno": errno.ETIMEDOUT, "detail": f"{held} within {seconds:.0f} s"}
+
+
+def listed(child: Child) -> JobEntry:
+    """What a service that takes a job over has to know of it, its pipes aside."""
+    assert child.job is not None
+    usage, is_measured = measured(child)
+    return JobEntry(
+        job=child.job,
+        pid=child.pid,
+        age_seconds=time.monotonic() - child.started_at,
+        ended_seconds_ago=since_end(child),
+        exit=how_ended(child) if child.end_is_known else None,
+        usage=usage,
+        measured=is_measured,
+        network_end=child.network_end,
+        asked=None if child.asked is None else child.asked.told(time.monotonic()),
+    )
+
+
+def measured(child: Child) -> tuple[Usage, bool]:
+    """What a job has used, and whether that could be read: earlier services take numbers only."""
+    try:
+        return child.usage(), True
+    except OSError:
+        return Usage(), False
+
+
+def since_end(child: Child) -> float:
+    """How long ago a job ended: its end is told once its volumes were written out."""
+    return time.monotonic() - child.ended_at
+
+
+def how_ended(child: Child) -> HowEnded:
+    assert child.exit is not None
+    code, number = child.exit
+    return HowEnded(code, number, tuple(child.lost), tuple(child.unseen), child.final_want)
+
+
+def fault(incident: str) -> channel.Message:
+    """A refusal of a request that met an unexpected fault, which the log has by this number."""
+    why = f"an unexpected fault; the launcher's log has it as incident {incident}"
+    return {"step": "launcher", "errno": 0, "detail": why}
+
+
+def problem(step: str, error: OSError | JobworkerError) -> channel.Message:
+    """A refusal of a request, as the service is told of it; `step` where the error names none."""
+    if isinstance(error, OSError):
+        return {"step": step, "errno": error.errno or 0, "detail": str(error)}
+    code = error.data.get("errno", 0)
+    assert isinstance(code, int)
+    detail = str(error.data.get("detail", error.message))
+    return {"step": str(error.data.get("step", "limits")), "errno": code, "detail": detail}
