@@ -4,6 +4,10 @@ A message is a header (length, kind, flags, sequence, port), a fixed body and at
 kind, value, padded to four bytes). The kernel answers each request with an error of 0, or each dump
 with messages up to a last one. Only IPv4 addresses pass here, as text.
 
+A dump that fails half way looks like a short one, and whoever takes it for the whole would leave
+addresses open or memory uncounted. So each sign of that raises OSError: an error instead of
+messages or in the last one, a lost message, a cut one, and a list that changed while it was read.
+
 Standard library only.
 """
 
@@ -15,7 +19,12 @@ from collections.abc import Iterator
 
 from jobworker.sandbox import syscalls as sc
 
-_ERROR, _DONE = 2, 3
+_ERROR, _DONE, _OVERRUN = 2, 3, 4
+_INTERRUPTED = 0x10
+"""NLM_F_DUMP_INTR: the list has changed while it was read, so it may lack what was there before."""
+_TRIES = 10
+_HEADER, _CODE = struct.Struct("=IHHII"), struct.Struct("=i")
+_PACKET_BYTES = 65_536
 _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _NEW_RULE = 20, 22, 24, 32
 _REQUEST, _ACKNOWLEDGE, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 SOCK_DIAG, SOCKETS = 4, 20
@@ -35,7 +44,7 @@ def addresses() -> list[tuple[str, int]]:
     """The IPv4 addresses of this network namespace, each with the length of its prefix."""
     body = struct.pack("BBBBi", socket.AF_INET, 0, 0, 0, 0)
     found = []
-    for message in dump(_GET_ADDRESS, body):
+    for message in _whole(_GET_ADDRESS, body):
         family, prefix = message[0], message[1]
         local = dict(_attributes(message[8:])).get(_LOCAL_ADDRESS)
         if family == socket.AF_INET and local is not None:
@@ -50,7 +59,7 @@ def local_networks() -> list[tuple[str, int]]:
     """
     body = struct.pack("BBBBBBBBI", socket.AF_INET, 0, 0, 0, _LOCAL_TABLE, 0, 0, 0, 0)
     found = []
-    for message in dump(_GET_ROUTE, body, strict=True):
+    for message in _whole(_GET_ROUTE, body, strict=True):
         if message[0] == socket.AF_INET and message[4] == _LOCAL_TABLE:
             destination = dict(_attributes(message[12:])).get(_DESTINATION, bytes(4))
             found.append((socket.inet_ntoa(destination), message[1]))
@@ -181,16 +190,63 @@ def _ask(kind: int, body: bytes, flags: int = 0) -> None:
         raise OSError(-code, os.strerror(-code))
 
 
+def _whole(kind: int, body: bytes, *, strict: bool = False) -> list[bytes]:
+    """A dump that did not change while it was read. Raises OSError, EINTR where each try did."""
+    for tried in range(1, _TRIES + 1):
+        try:
+            return list(dump(kind, body, strict=strict))
+        except InterruptedError:
+            if tried == _TRIES:
+                raise
+    raise AssertionError
+
+
 def dump(kind: int, body: bytes, *, strict: bool = False, protocol: int = 0) -> Iterator[bytes]:
-    """The messages of a dump; a strict one is of those alone that the body's fields ask for."""
+    """The messages of a dump; a strict one is of those alone that the body's fields ask for.
+
+    Raises OSError where these are not all, at the latest instead of the end: InterruptedError where
+    the list has changed meanwhile.
+    """
+    changed = False
     with _open(protocol) as kernel:
         kernel.setsockopt(_NETLINK, _STRICT, strict)
         kernel.sendto(_message(kind, _DUMP, body), (0, 0))
         while True:
-            packet, at = kernel.recv(65_536), 0
-            while at < len(packet):
-                length, answered = struct.unpack_from("IH", packet, at)
-                if answered in (_DONE, _ERROR):
+            packet, _, cut, _ = kernel.recvmsg(_PACKET_BYTES)
+            if cut & socket.MSG_TRUNC:
+                raise _failure(errno.EMSGSIZE)
+            for answered, flags, content in _messages(packet):
+                changed |= bool(flags & _INTERRUPTED)
+                if answered == _OVERRUN:
+                    raise _failure(errno.ENOBUFS)
+                if answered not in (_DONE, _ERROR):
+                    yield content
+                elif code := _code_in(content):
+                    raise _failure(-code)
+                elif changed:
+                    raise _failure(errno.EINTR)
+                else:
                     return
-                yield packet[at + 16 : at + length]
-                at += (length + 3) & ~3
+
+
+def _messages(packet: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Of each message in a packet the kind, the flags and what follows the header."""
+    at = 0
+    while at < len(packet):
+        if len(packet) - at < _HEADER.size:
+            raise _failure(errno.EBADMSG)
+        length, kind, flags, _, _ = _HEADER.unpack_from(packet, at)
+        if not _HEADER.size <= length <= len(packet) - at:
+            raise _failure(errno.EBADMSG)
+        yield kind, flags, packet[at + _HEADER.size : at + length]
+        at += (length + 3) & ~3
+
+
+def _code_in(content: bytes) -> int:
+    """The negative errno of an error or of a last message; 0 where all went well."""
+    (code,) = _CODE.unpack_from(content) if len(content) >= _CODE.size else (0,)
+    return int(code)
+
+
+def _failure(code: int) -> OSError:
+    return OSError(code, f"the kernel's answer over netlink: {os.strerror(code)}")

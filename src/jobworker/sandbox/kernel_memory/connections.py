@@ -34,7 +34,7 @@ import re
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jobworker.sandbox import syscalls as sc
@@ -204,12 +204,18 @@ def _enter(place: str) -> None:
         os.close(network)
 
 
+def _listed(protocol: int) -> Iterator[Socket]:
+    """The sockets of a protocol; none where this kernel cannot list them, as the log has it."""
+    with contextlib.suppress(FileNotFoundError):
+        yield from kernel_sockets.sockets(protocol)
+
+
 def _read(place: str, seconds: float) -> _Network:
     """The sockets of this process's network, which is that of `place` as well."""
     end = time.process_time() + seconds
     found = _Network([], [], [], is_all=True)
     for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
-        for one in kernel_sockets.sockets(protocol):
+        for one in _listed(protocol):
             if protocol == socket.IPPROTO_TCP:
                 found.tcp.append(one)
             if one.memory_bytes and one.inode:

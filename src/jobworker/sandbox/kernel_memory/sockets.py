@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox import netlink
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.log import say
 
 ESTABLISHED, CLOSE_WAIT, LISTEN = 1, 8, 10
 _SYN_RECEIVED, _TIME_WAIT = 3, 6
@@ -55,7 +56,10 @@ class Socket(NamedTuple):
 
 
 def sockets(protocol: int) -> Iterator[Socket]:
-    """The sockets of IPPROTO_TCP or IPPROTO_UDP in this process's network. Raises OSError."""
+    """The sockets of IPPROTO_TCP or IPPROTO_UDP in this process's network.
+
+    Raises OSError, FileNotFoundError where the kernel cannot list those.
+    """
     for family in (socket.AF_INET, socket.AF_INET6):
         wanted = 1 << (_MEMORY - 1)
         body = struct.pack("=BBBxI48x", family, protocol, wanted, _STATES)
@@ -73,6 +77,15 @@ def sockets(protocol: int) -> Iterator[Socket]:
             yield Socket(
                 family, state, port, address, device, queue, uid, inode, memory_bytes, only_ipv6
             )
+
+
+def tell_what_cannot_be_listed() -> None:
+    """Say in the log whose sockets this kernel cannot list, since no bound holds for them then."""
+    for name, protocol in (("TCP", socket.IPPROTO_TCP), ("UDP", socket.IPPROTO_UDP)):
+        try:
+            next(sockets(protocol), None)
+        except OSError as error:
+            say(f"cannot list sockets of {name}: {error}; what they hold uncounted is not bounded")
 
 
 def ping_sockets(place: str) -> Iterator[tuple[int, int]]:

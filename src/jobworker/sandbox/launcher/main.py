@@ -33,6 +33,7 @@ from jobworker.sandbox.cgroup.hierarchy import (
 )
 from jobworker.sandbox.disk.images import Terms, rounded
 from jobworker.sandbox.kernel_memory.measure import open_locks
+from jobworker.sandbox.kernel_memory.sockets import tell_what_cannot_be_listed
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.launcher.own_namespace import become_root, split
@@ -109,6 +110,7 @@ def main(descriptor: int) -> NoReturn:
                 ids = split(become_root(), policy.max_jobs + policy.spares)
             # The host's, not those of the process namespace to come.
             locks, most = open_locks(), most_processes()
+            tell_what_cannot_be_listed()
             _become_first_process([descriptor, *passed], carried.get("lock"), place)
             tree, nursery = _prepare(policy, ids, undo, most, has_rights=has_rights)
         except JobworkerError as error:
