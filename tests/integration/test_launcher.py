@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from jobworker.config.settings import DEFAULT_ETC, SandboxSettings, Settings, WorkerSettings
-from jobworker.errors import HostUnsupported
+from jobworker.errors import HostUnsupported, ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import Policy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.profile import NEEDED_TO_START
+from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import LauncherProcess, start_launcher
 from jobworker.server.id_ranges import lock_ids
 
@@ -225,6 +226,20 @@ def test_more_jobs_than_allowed_are_refused(service: Service) -> None:
     assert all("every place is in use" in str(error) for error in refused)
     for _, descriptors in started:
         channel.close_all(descriptors)
+
+
+@pytest.mark.parametrize("wrong", [{"spares": "1"}, {"gpus": 1}])
+def test_policy_that_it_cannot_take_is_refused_by_name(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, wrong: Message
+) -> None:
+    policy = make_policy()
+
+    def written(policy: Policy) -> Message:
+        return {**policy_message(policy), **wrong}
+
+    monkeypatch.setattr(launch, "policy_message", written)
+    with pytest.raises(ProtocolError, match=f"cannot take the policy: .*{next(iter(wrong))}"):
+        start_launcher(policy)
 
 
 def test_id_in_use_is_refused(service: Service) -> None:

@@ -39,7 +39,7 @@ from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.log import open_log, say, say_last
 from jobworker.sandbox.protocol.greeting import Ready, Unready, message_of
-from jobworker.sandbox.protocol.policy import Policy, policy_from
+from jobworker.sandbox.protocol.policy import Policy, carried_in, policy_from, service_uid_in
 from jobworker.sandbox.root import host_view as rootfs
 from jobworker.sandbox.root import plain_root
 from jobworker.sandbox.seccomp import program as bpf
@@ -100,10 +100,15 @@ def main(descriptor: int) -> NoReturn:
     if received is None:
         sys.exit(1)
     message, passed = received
-    carried = _carried(message, passed)
-    place = _Place.of(carried["listener"]) if "listener" in carried else None
+    place, uids = None, frozenset[int]()
     with contextlib.ExitStack() as undo:
         try:
+            carried = carried_in(message, passed)
+            if "listener" in carried:
+                place, uids = (
+                    _Place.of(carried["listener"]),
+                    frozenset({0, service_uid_in(message)}),
+                )
             policy = policy_from(message)
             has_rights, ids = os.geteuid() == 0, Ids(policy.first_uid)
             if not has_rights:
@@ -114,38 +119,29 @@ def main(descriptor: int) -> NoReturn:
             _become_first_process([descriptor, *passed], carried.get("lock"), place)
             tree, nursery = _prepare(policy, ids, undo, most, has_rights=has_rights)
         except JobworkerError as error:
-            if place is not None:
+            if place is None:
+                with contextlib.suppress(OSError):  # else nobody is there to be told
+                    word = Unready(error.code, error.message, error.remedy)
+                    channel.send(link, message_of(word))
+                    sys.exit(1)
+            else:
                 place.clear()
-                say_last(str(error))
-                sys.exit(error.exit_code)
-            channel.send(link, message_of(Unready(error.code, error.message, error.remedy)))
-            sys.exit(1)
+            say_last(str(error))
+            sys.exit(error.exit_code)
         gaps = (*tree.missing_features(), *nursery.gaps, *ids.gaps)
-        ready = Ready(tree.kind, gaps, message, bounds_disks=has_rights, keeps_asks=True)
+        told = {name: value for name, value in message.items() if name != "carries"}
+        ready = Ready(tree.kind, gaps, told, bounds_disks=has_rights, keeps_asks=True)
         launcher = Launcher(nursery, policy.spares, message_of(ready), locks)
-        if "listener" not in carried:
+        if place is None:
             launcher.serve_one(link)
         else:
             link.close()
             listener = socket.socket(fileno=carried["listener"])
-            launcher.serve_callers(listener, {0, _service_uid(message)})
+            launcher.serve_callers(listener, uids)
             say(f"listening at {listener.getsockname()}", "INFO")
             _notify(carried.get("notify"), "READY=1")
         launcher.run()
     sys.exit(0)
-
-
-def _carried(message: channel.Message, passed: Sequence[int]) -> dict[str, int]:
-    """The descriptors that came with the policy, by name."""
-    names = message.pop("carries", [])
-    assert isinstance(names, list)
-    return dict(zip(names, passed, strict=True))
-
-
-def _service_uid(message: channel.Message) -> int:
-    uid = message["service_uid"]
-    assert isinstance(uid, int)
-    return uid
 
 
 def _notify(descriptor: int | None, text: str) -> None:

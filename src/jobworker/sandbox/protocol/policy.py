@@ -1,12 +1,19 @@
 """The launcher's policy: what it was told by whoever started it, before the first request.
 
+The message has a member for each value, and `carries`, which names the descriptors that come along.
+A launcher that serves one service after the other is also told `service_uid`, whose service it is.
+Whoever started the launcher is trusted, but may be of another version, or have a fault: a member
+that is missing, not of its kind or not known is refused by name, before anything is done by it.
+
 Standard library only.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jobworker.errors import ProtocolError
 from jobworker.sandbox.channel import Message
+from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.seccomp import program as bpf
 
 
@@ -36,49 +43,92 @@ class Policy(NamedTuple):
     """Root trees that jobs may ask for, by name."""
 
 
-def policy_from(message: Message) -> Policy:
-    """The policy in the first message; its sender started the launcher and is trusted."""
+MAX_UID = 1 << 32
+MAX_PLACES = 1 << 20
+"""Jobs or spares: far above what the settings take."""
+MAX_BYTES = 1 << 62
 
-    def texts(key: str) -> tuple[str, ...]:
-        value = message[key]
-        assert isinstance(value, list)
-        return tuple(str(item) for item in value)
 
-    def number(key: str) -> int:
-        value = message[key]
-        assert isinstance(value, int)
-        return value
+def _texts(name: str) -> f.Field:
+    return f.many(name, f.as_text)._replace(write=lambda value: {name: list(value)})
 
-    filters = message["filters"]
-    assert isinstance(filters, dict)
-    runtimes = message["runtimes"]
-    assert isinstance(runtimes, dict)
-    return Policy(
-        instance=str(message["instance"]),
-        stage=str(message["stage"]),
-        scratch=str(message["scratch"]),
-        volumes=str(message["volumes"]),
-        controllers=texts("controllers"),
-        cgroup_parent=str(message["cgroup_parent"]),
-        programs=texts("programs"),
-        etc=texts("etc"),
-        first_uid=number("first_uid"),
-        max_jobs=number("max_jobs"),
-        spares=number("spares"),
-        tmpfs_bytes=number("tmpfs_bytes"),
-        filters=bpf.filters_from(filters),
-        disk_bytes=number("disk_bytes"),
-        keep_free_bytes=number("keep_free_bytes"),
-        overcommit=message["overcommit"] is True,
-        runtimes={str(name): str(path) for name, path in runtimes.items()},
-    )
+
+def _filters(message: f.Object) -> bpf.Filters:
+    told = f.as_object(message.get("filters"), "filters")
+    f.as_flag(told.get("log"), "filters.log")
+    return bpf.filters_from(told)
+
+
+def _runtimes(value: object, name: str) -> dict[str, str]:
+    trees = f.as_object(value, name)
+    return {runtime: f.as_text(path, f"{name}.{runtime}") for runtime, path in trees.items()}
+
+
+_FIELDS: f.Fields = (
+    *(f.text(name) for name in ("instance", "stage", "scratch", "volumes")),
+    _texts("controllers"),
+    f.text("cgroup_parent"),
+    _texts("programs"),
+    _texts("etc"),
+    f.integer("first_uid", 0, MAX_UID),
+    f.integer("max_jobs", 1, MAX_PLACES),
+    f.integer("spares", 0, MAX_PLACES),
+    f.integer("tmpfs_bytes", 1, MAX_BYTES),
+    f.Field(("filters",), _filters, lambda filters: {"filters": bpf.filters_message(filters)}),
+    f.integer("disk_bytes", 1, MAX_BYTES),
+    f.integer("keep_free_bytes", 0, MAX_BYTES),
+    f.flag("overcommit"),
+    f.member("runtimes", _runtimes)._replace(write=lambda trees: {"runtimes": dict(trees)}),
+)
+_CARRIES, _SERVICE_UID = _texts("carries"), f.integer("service_uid", 0, MAX_UID)
+_KNOWN = frozenset(n for field in (*_FIELDS, _CARRIES, _SERVICE_UID) for n in field.names)
+
+
+def policy_from(message: f.Object) -> Policy:
+    """The policy in the first message. Raises ProtocolError, which names the field."""
+    try:
+        policy = f.decode(Policy, _FIELDS, message)
+        if unknown := message.keys() - _KNOWN:  # it would be left out without a word
+            raise f.Malformed(f"it knows no field {min(unknown)[:64]!r}")
+    except f.Malformed as fault:
+        raise _refused(fault) from None
+    return policy
 
 
 def policy_message(policy: Policy) -> Message:
     """What `policy_from` reads."""
-    message: Message = dict(policy._asdict())
-    for key, value in message.items():
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            message[key] = list(value)
-    message["filters"] = bpf.filters_message(policy.filters)
-    return message
+    return f.encode(_FIELDS, policy)
+
+
+def carried_in(message: f.Object, passed: Sequence[int]) -> dict[str, int]:
+    """The descriptors that came with the policy, by name. Raises ProtocolError."""
+    try:
+        names = f.decode(_Carried, (_CARRIES,), {"carries": [], **message}).names
+        if len(set(names)) != len(passed) or len(names) != len(passed):
+            raise f.Malformed(f"carries has other names than one for each of {len(passed)}")
+    except f.Malformed as fault:
+        raise _refused(fault) from None
+    return dict(zip(names, passed, strict=True))
+
+
+def service_uid_in(message: f.Object) -> int:
+    """The user whose service may call. Raises ProtocolError."""
+    try:
+        return f.decode(_Service, (_SERVICE_UID,), message).uid
+    except f.Malformed as fault:
+        raise _refused(fault) from None
+
+
+class _Carried(NamedTuple):
+    names: tuple[str, ...]
+
+
+class _Service(NamedTuple):
+    uid: int
+
+
+def _refused(fault: f.Malformed) -> ProtocolError:
+    return ProtocolError(
+        f"cannot take the policy: {fault}",
+        remedy="start the launcher by the program that it belongs to",
+    )
