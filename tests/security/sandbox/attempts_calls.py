@@ -303,6 +303,24 @@ def take_a_label_of_ipv6_flows() -> None:
         mine.setsockopt(socket.IPPROTO_IPV6, 32, wanted)
 
 
+@attempt
+def take_huge_pages_by_a_mapping() -> None:
+    """MAP_HUGETLB beside MAP_NORESERVE: none has to be there before the memory is touched."""
+    call("mmap", 0, 2 << 20, 3, 0x44022, -1, 0)
+
+
+@attempt
+def take_huge_pages_by_a_memory_file() -> None:
+    os.close(os.memfd_create("huge", os.MFD_HUGETLB))
+
+
+@attempt
+def take_huge_pages_by_a_segment() -> None:
+    """SHM_HUGETLB beside SHM_NORESERVE and IPC_CREAT."""
+    segment = call("shmget", 0, 2 << 20, 0o1600 | 0x800 | 0x1000)
+    call("shmctl", segment, 0, 0)
+
+
 def _attach_filter(option: int) -> None:
     """A program of one instruction, "take all of it": socket(7)."""
     program = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF))

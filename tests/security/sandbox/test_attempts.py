@@ -36,6 +36,7 @@ BY_THE_FILTER_ALONE = {
     *("attach_a_filter_to_a_socket", "attach_a_filter_with_high_bits"),
     *("take_other_code_above_tcp", "sign_connections", "name_the_senders_of_a_group"),
     "take_a_label_of_ipv6_flows",
+    *("take_huge_pages_by_a_mapping", "take_huge_pages_by_a_memory_file"),
     # Calls with arguments that mean nothing: the kernel's word about those comes first.
     *(f"call_{name}" for name in attempts_calls.RAW),
     *("call_the_next_number_to_come", "call_socketpair_of_another_family"),
