@@ -3,7 +3,8 @@
 `sandbox.kernel_memory.measure` knows of such memory, and not whose it is: netlink sockets on the
 host's network, and locks on files of which a job has not the device to itself (memfds, pipes,
 volumes that others have too, files of the host), and sockets over IP that are in no list
-(`sandbox.kernel_memory.sockets`). Here is found what descriptors show, and mapped memfds.
+(`sandbox.kernel_memory.sockets`), and pages in pipes (`sandbox.kernel_memory.pipes`). Here is found
+what descriptors show, and mapped memfds.
 What is in flight over UNIX sockets cannot be seen: fdinfo tells only how much is (`scm_fds`).
 
 A netlink socket is asked itself what it holds. The kernel's list of them takes longer by the square
@@ -26,6 +27,7 @@ proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
 import contextlib
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -33,6 +35,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
+from jobworker.sandbox.kernel_memory import pipes as kernel_pipes
 from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
 from jobworker.sandbox.kernel_memory.measure import (
     BOUND_BYTES,
@@ -40,12 +43,16 @@ from jobworker.sandbox.kernel_memory.measure import (
     NETLINK_BYTES,
     NetlinkSocket,
 )
+from jobworker.sandbox.kernel_memory.pipes import InPipe
 
 SEARCH_SECONDS = 2.0
 """Of a processor: some 200,000 descriptors, or 60,000 sockets."""
+PIPES_SECONDS = 1.0
+"""Of a processor, after that: some 100,000 pipes."""
 MOST_SENT_BYTES = 2 * 212_992
 """In one request, by the kernel's own net.core.wmem_max: SO_SNDBUF takes it twice, socket(7)."""
 _SOCKET, _KIND_OF_SOCKET = "socket:[", "system.sockprotoname"
+_PIPE = "pipe:["
 _IN_FLIGHT = b"scm_fds:"
 _WATCHES = {"anon_inode:[eventpoll]", "anon_inode:inotify", "anon_inode:[fanotify]"}
 """Their fdinfo has a line for each thing that is watched, and waits for a lock."""
@@ -66,6 +73,10 @@ class Found(NamedTuple):
     """In those over IP, with what the job's group counts."""
     in_requests: int = 0
     """At most in requests of its netlink sockets. What is surely in them counts as netlink, too."""
+    in_pipes: int = 0
+    """The bytes in its pipes, where these are so many that they may be over the bound."""
+    most_in_pipes: int = 0
+    """What their slots keep at most."""
 
 
 def search(
@@ -77,8 +88,9 @@ def search(
 ) -> Found:
     """Look at the job of this PID 1; `unknown_locks` are bytes by file, as in /proc/locks.
 
-    `sockets_too`: tell what sockets over IP hold. It ends early where more than the bound is found,
-    or more than `enough_bytes` in those: a job that hoards goes on meanwhile.
+    `sockets_too`: tell what sockets over IP hold, and pipes, where these may hold `enough_bytes`.
+    It ends early where more than the bound is found, or more than `enough_bytes` in those: a job
+    that hoards goes on meanwhile.
     """
     shown = _Shown(unknown_locks, sockets_too=sockets_too)
     end = time.process_time() + SEARCH_SECONDS
@@ -111,7 +123,17 @@ def search(
             shown.netlink += known
         elif shown.unasked:
             is_all = False
-    return Found(shown.locks, shown.netlink, shown.in_flight, is_all, shown.in_sockets, in_requests)
+    in_pipes = shown.ask_pipes(enough_bytes)
+    return Found(
+        locks=shown.locks,
+        netlink=shown.netlink,
+        in_flight=shown.in_flight,
+        is_all=is_all,
+        in_sockets=shown.in_sockets,
+        in_requests=in_requests,
+        in_pipes=in_pipes.bytes,
+        most_in_pipes=in_pipes.most_bytes,
+    )
 
 
 def _is_on_host(first_process: int) -> bool:
@@ -130,6 +152,10 @@ class _Shown:
         self.sockets, self.unasked = set[int](), set[int]()
         """By inode: all, and those of netlink that this host does not let be asked."""
         self._sockets_too, self._unknown_locks = sockets_too, unknown_locks
+        self._pipes = dict[tuple[int, int], tuple[int, int]]()
+        """Those that may be filled, by device and inode: the thread and descriptor to ask."""
+        self._read = set[tuple[int, int]]()
+        """Those of which an end was seen that tells whether they are filled."""
 
     def take_in(self, threads: Iterable[int]) -> Iterator[None]:
         """Look at what they have open, a piece at a time."""
@@ -138,6 +164,8 @@ class _Shown:
             if inode and inode not in self.sockets:
                 self.sockets.add(inode)
                 self._add_socket(thread, name, inode)
+            elif self._sockets_too and target.startswith((_PIPE, "/")):
+                self._add_pipe(thread, int(name))
             if target not in _WATCHES or _file_at(thread, name) in self._unknown_locks:
                 for lines in _fdinfo(thread, name):
                     self._add(lines)
@@ -160,6 +188,33 @@ class _Shown:
                 self.unasked.add(inode)
         elif self._sockets_too:
             self.in_sockets += _held_by(thread, int(name)) or 0
+
+    def _add_pipe(self, thread: int, number: int) -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # it is closed
+            status = os.stat(f"/proc/{thread}/fd/{number}")
+            place = status.st_dev, status.st_ino
+            if not stat.S_ISFIFO(status.st_mode) or place in self._read:
+                return
+            is_filled = kernel_pipes.is_filled(_copy_of(thread, number, opened))
+            if is_filled is not None:
+                self._read.add(place)
+            if is_filled is False:
+                self._pipes.pop(place, None)
+            else:
+                self._pipes.setdefault(place, (thread, number))
+
+    def ask_pipes(self, enough_bytes: int) -> InPipe:
+        """What its pipes hold, where that may be enough: to ask one takes its lock."""
+        size = most = 0
+        if len(self._pipes) * kernel_pipes.most_in_one() > enough_bytes:
+            end = time.process_time() + PIPES_SECONDS
+            for thread, number in kernel_memory.until(end, self._pipes.values()):
+                with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+                    held = kernel_pipes.held_in(_copy_of(thread, number, opened))
+                    size, most = size + held.bytes, most + held.most_bytes
+                if size > enough_bytes:
+                    break
+        return InPipe(size, most)
 
 
 def _threads_of(first_process: int) -> list[int]:
@@ -211,16 +266,21 @@ def _held_by(thread: int, number: int) -> int | None:
     """
     try:
         with contextlib.ExitStack() as opened:
-            try:
-                process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
-            except OSError:  # before Linux 6.9 only a process's first thread can be opened
-                process = os.pidfd_open(thread)
-            opened.callback(os.close, process)
-            copy = sc.pidfd_getfd(process, number)
-            opened.callback(os.close, copy)
-            return kernel_sockets.held_by(copy)
+            return kernel_sockets.held_by(_copy_of(thread, number, opened))
     except OSError as error:
         return 0 if error.errno in _GONE else None
+
+
+def _copy_of(thread: int, number: int, opened: contextlib.ExitStack) -> int:
+    """A descriptor like the thread's, until `opened` is left. Raises OSError."""
+    try:
+        process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
+    except OSError:  # before Linux 6.9 only a process's first thread can be opened
+        process = os.pidfd_open(thread)
+    opened.callback(os.close, process)
+    copy = sc.pidfd_getfd(process, number)
+    opened.callback(os.close, copy)
+    return copy
 
 
 def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str]]:

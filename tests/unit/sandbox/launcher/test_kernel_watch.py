@@ -16,7 +16,12 @@ from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
 from jobworker.sandbox.kernel_memory.pace import LONGEST_REST_SECONDS
-from jobworker.sandbox.launcher import kernel_watch
+from jobworker.sandbox.launcher import (
+    kernel_looks,
+    kernel_searches,
+    kernel_verdicts,
+    kernel_watch,
+)
 from jobworker.sandbox.launcher.child import Child
 
 MUCH = BOUND_BYTES + 1
@@ -37,6 +42,8 @@ FOUND: dict[str, object] = {
     "is_all": True,
     "in_sockets": 0,
     "in_requests": 0,
+    "in_pipes": 0,
+    "most_in_pipes": 0,
     "used_seconds": 0.0,
 }
 
@@ -100,7 +107,8 @@ class Watched:
         self.now = self.used = 0.0
         """The time, and what this thread has used of a processor."""
         clock = SimpleNamespace(monotonic=lambda: self.now, thread_time=lambda: self.used)
-        monkeypatch.setattr(kernel_watch, "time", clock)
+        for module in (kernel_watch, kernel_searches):
+            monkeypatch.setattr(module, "time", clock)
         monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", -1)
         self.in_sockets = {1: 0, 2: 0}
         self.counted: dict[int, tuple[int, int]] = {}
@@ -219,10 +227,10 @@ def test_search_that_takes_long_delays_no_other(watched: Watched) -> None:
 def test_job_of_which_searches_cannot_tell_is_ended(
     watched: Watched, doubt: dict[str, object]
 ) -> None:
-    for _ in range(kernel_watch.DOUBTS - 1):
+    for _ in range(kernel_verdicts.DOUBTS - 1):
         watched.search({**FOUND, **doubt}, FOUND)
     watched.search(FOUND, FOUND)
-    for _ in range(kernel_watch.DOUBTS - 1):
+    for _ in range(kernel_verdicts.DOUBTS - 1):
         watched.search({**FOUND, **doubt}, FOUND)
     assert watched.ended == [], "not often enough in a row"
     watched.search({**FOUND, **doubt}, FOUND)
@@ -240,7 +248,7 @@ def test_job_with_too_many_sockets_to_count_is_ended(watched: Watched) -> None:
 
 
 def test_doubts_end_when_all_is_known_again(watched: Watched) -> None:
-    for _ in range(3 * kernel_watch.DOUBTS):
+    for _ in range(3 * kernel_verdicts.DOUBTS):
         watched.search({**FOUND, "in_flight": 1}, FOUND)
         watched.grow()
         watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
@@ -255,6 +263,57 @@ def test_job_whose_sockets_hold_too_much_beyond_its_limit_is_ended(watched: Watc
     watched.watch._look()
     assert watched.ended == [watched.jobs[2]]
     assert len(watched.measurers.dones) == 1, "what waits to be accepted; nothing else has grown"
+
+
+def hide(watched: Watched) -> None:
+    """Have the host's memory grow by what no list explains, and each job searched."""
+    watched.host.other += 2 * MUCH
+    watched.watch._look()
+    watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
+
+
+def test_job_whose_pipes_hold_too_much_beyond_its_limit_is_ended(watched: Watched) -> None:
+    hide(watched)
+    within, beyond = LIMIT + MUCH - 1, LIMIT + MUCH
+    watched.searchers.finish({**FOUND, "in_pipes": within}, {**FOUND, "in_pipes": beyond})
+    assert watched.ended == [watched.jobs[2]]
+
+
+def test_job_whose_pipes_may_keep_too_much_is_searched_again_and_ended(watched: Watched) -> None:
+    """Nothing else is a reason any more, and nothing is nobody's."""
+    unsure = {**FOUND, "most_in_pipes": LIMIT + 2 * BOUND_BYTES + 1}
+    hide(watched)
+    watched.searchers.finish(unsure, {**FOUND, "most_in_pipes": LIMIT + 2 * BOUND_BYTES})
+    for _ in range(kernel_verdicts.DOUBTS - 1):
+        assert watched.ended == []
+        watched.grow()  # which is a reason to measure, and must not put off the search
+        watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
+        assert watched.searchers.dones == []
+        watched.now += 1.01 * kernel_verdicts.AGAIN_SECONDS
+        watched.grow()
+        watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
+        watched.searchers.finish(unsure)
+    assert watched.ended == [watched.jobs[1]]
+
+
+def test_search_that_finds_little_in_pipes_ends_the_doubt(watched: Watched) -> None:
+    unsure = {**FOUND, "most_in_pipes": LIMIT + 2 * BOUND_BYTES + 1}
+    for _ in range(kernel_verdicts.DOUBTS):
+        hide(watched)
+        watched.searchers.finish(unsure, FOUND)
+        hide(watched)
+        watched.searchers.finish(FOUND, FOUND)
+    assert watched.ended == []
+
+
+def test_search_for_what_is_nobodys_tells_nothing_of_pipes(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", 60)
+    hide(watched)
+    watched.searchers.finish({**FOUND, "most_in_pipes": LIMIT + 2 * BOUND_BYTES + 1}, FOUND)
+    watched.search(FOUND, FOUND)
+    assert watched.watch._verdicts._doubts == {(1, kernel_verdicts.PIPES): 1}
 
 
 def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
@@ -317,7 +376,7 @@ def test_search_that_is_put_off_counts_though_another_that_does_not_is_wanted_me
     monkeypatch.setattr(kernel_watch, "AGAIN_SECONDS", 60)
     unsure = {**FOUND, **LONG, "is_all": False}
     watched.search(unsure, FOUND)
-    for _ in range(kernel_watch.DOUBTS - 1):
+    for _ in range(kernel_verdicts.DOUBTS - 1):
         assert watched.ended == []
         watched.search(FOUND)
         watched.host.other += 2 * MUCH
@@ -377,7 +436,7 @@ def test_job_whose_searches_fail_is_ended(watched: Watched) -> None:
     """They are made again by themselves, and what is known again meanwhile excuses nothing."""
     watched.search(failed(errno.EINTR), FOUND)
     watched.host.slabs -= MUCH
-    for _ in range(kernel_watch.DOUBTS - 1):
+    for _ in range(kernel_verdicts.DOUBTS - 1):
         assert watched.ended == []
         watched.measurers.finish(*[NONE] * len(watched.measurers.dones))
         rest(watched)
@@ -387,7 +446,7 @@ def test_job_whose_searches_fail_is_ended(watched: Watched) -> None:
 
 
 def test_search_that_succeeds_excuses_those_that_failed(watched: Watched) -> None:
-    for outcome in [*[failed(errno.EINTR)] * (kernel_watch.DOUBTS - 1), FOUND] * 2:
+    for outcome in [*[failed(errno.EINTR)] * (kernel_verdicts.DOUBTS - 1), FOUND] * 2:
         watched.search(outcome, FOUND)
         watched.now += 1.01 * LONGEST_REST_SECONDS
     assert watched.ended == []
@@ -398,7 +457,7 @@ def test_search_for_which_the_host_had_no_room_is_made_again_and_ends_nothing(
     watched: Watched, code: int
 ) -> None:
     watched.search(failed(code), FOUND)
-    for _ in range(2 * kernel_watch.DOUBTS):
+    for _ in range(2 * kernel_verdicts.DOUBTS):
         rest(watched)
         watched.searchers.finish(failed(code))
     assert watched.ended == []
@@ -418,7 +477,7 @@ def test_job_that_cannot_be_searched_for_others_that_do_not_end_is_ended(watched
     watched.searchers.refuses = errno.EAGAIN
     watched.search()
     watched.searchers.refuses = CROWDED
-    for _ in range(kernel_watch.DOUBTS):
+    for _ in range(kernel_verdicts.DOUBTS):
         assert watched.ended == []
         watched.watch._look()
         watched.watch._look()
@@ -440,7 +499,7 @@ def fail_to_measure(watched: Watched, number: int, job: int, code: int) -> None:
 @pytest.mark.parametrize("number", range(3))
 def test_job_at_which_a_measurement_fails_is_ended(watched: Watched, number: int) -> None:
     watched.host.slabs += kernel_watch.STEP_BYTES + 1
-    for _ in range(kernel_watch.DOUBTS):
+    for _ in range(kernel_verdicts.DOUBTS):
         assert watched.ended == []
         fail_to_measure(watched, number, 2, errno.EINTR)
         watched.now += 1.01 * LONGEST_REST_SECONDS
@@ -449,7 +508,7 @@ def test_job_at_which_a_measurement_fails_is_ended(watched: Watched, number: int
 
 
 def test_measurement_that_fails_at_no_job_ends_none(watched: Watched) -> None:
-    for _ in range(2 * kernel_watch.DOUBTS):
+    for _ in range(2 * kernel_verdicts.DOUBTS):
         watched.host.slabs += kernel_watch.STEP_BYTES + 1
         fail_to_measure(watched, 0, 0, UNENDING)
         watched.now += 1.01 * LONGEST_REST_SECONDS
@@ -469,7 +528,7 @@ def test_job_at_which_a_measurement_waits_without_an_end_is_ended_at_once(
 def test_job_that_is_looked_at_is_told_by_a_process_that_dies(
     turns: Turns, forks: ForkServer
 ) -> None:
-    outcomes, looked_at = list[Message](), kernel_watch._LookedAt()
+    outcomes, looked_at = list[Message](), kernel_looks.LookedAt()
     dies = partial(tell_and_die, looked_at.tell)
     Chores(turns, forks, at_once=1, waiting=0).start(dies, outcomes.append, [looked_at.memory])
     while not outcomes:
@@ -487,7 +546,7 @@ def tell_and_die(tell: Callable[[int], None]) -> Message:
 def test_measurement_for_which_there_is_no_process_is_made_later_and_ends_no_job(
     watched: Watched,
 ) -> None:
-    for _ in range(2 * kernel_watch.DOUBTS):
+    for _ in range(2 * kernel_verdicts.DOUBTS):
         watched.grow()
         lacks = {"errno": errno.EOWNERDEAD, "detail": "", "begun": False}
         watched.measurers.finish(*[lacks] * len(watched.measurers.dones))
@@ -671,7 +730,7 @@ def test_what_was_counted_while_a_list_and_a_search_went_on_counts_for_both(
 
 
 def test_memory_of_the_hosts_own_puts_no_job_in_doubt(watched: Watched) -> None:
-    for _ in range(3 * kernel_watch.DOUBTS):
+    for _ in range(3 * kernel_verdicts.DOUBTS):
         watched.host.other += MUCH
         measure_sockets(watched)
         watched.searchers.finish({**FOUND, "in_flight": 1}, {**FOUND, "is_all": False})

@@ -1,0 +1,144 @@
+"""Searches of jobs for kernel memory: which are wanted, a process for each, and what it has found.
+
+A job is searched where much memory is nobody's, or where the host's grows by what no list explains:
+the second kind looks at sockets and pipes, too. Two jobs are searched at a time. A search that has
+used much of a processor rests (`sandbox.kernel_memory.pace`) and is made afterwards; one that has
+failed is made again.
+
+What waits in pipes may be charged to the job or not. So it is only held against the job as far as
+it goes beyond the memory limit.
+
+Standard library only.
+"""
+
+import time
+from collections import ChainMap, defaultdict
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from jobworker.sandbox import channel
+from jobworker.sandbox.chores import CROWDED, Chores
+from jobworker.sandbox.kernel_memory import search as kernel_search
+from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
+from jobworker.sandbox.kernel_memory.pace import Pace
+from jobworker.sandbox.kernel_memory.search import Found
+from jobworker.sandbox.launcher.child import Child
+from jobworker.sandbox.launcher.kernel_looks import in_its_own_proc, used_by
+from jobworker.sandbox.launcher.kernel_verdicts import AGAIN_SECONDS, PIPES, Verdicts
+from jobworker.sandbox.log import say
+
+
+class _Wanted(NamedTuple):
+    """What a search of a job is to look for, beside what is nobody's."""
+
+    sockets_too: bool = False
+    doubts: bool = False
+    """Whether one that cannot tell counts against the job: there is what is nobody's."""
+
+
+class Searches:
+    """The searches of the running jobs."""
+
+    def __init__(
+        self,
+        chores: Chores,
+        running: Callable[[], dict[int, Child]],
+        verdicts: Verdicts,
+        measure_sockets_again: Callable[[], None],
+    ) -> None:
+        self._chores, self._running, self._verdicts = chores, running, verdicts
+        self._measure_sockets_again = measure_sockets_again
+        self._wanted: dict[int, _Wanted] = {}
+        """Jobs that are to be searched, and for what."""
+        self._again_at: dict[int, float] = {}
+        """When jobs in doubt for their pipes are to be searched again, whatever else grows."""
+        self._under_way: set[int] = set()
+        self._paces: defaultdict[int, Pace] = defaultdict(Pace)
+
+    def forget_all_but(self, running: Collection[int]) -> None:
+        """Drop what concerns jobs that have ended."""
+        for of_jobs in (self._paces, self._again_at):
+            for ended in of_jobs.keys() - running:
+                del of_jobs[ended]
+
+    def want(self, job: int, *, sockets_too: bool, doubts: bool) -> None:
+        """Have a job searched, also for what an earlier wish said that was not begun yet."""
+        before = self._wanted.get(job, _Wanted())
+        self._wanted[job] = _Wanted(before.sockets_too or sockets_too, before.doubts or doubts)
+
+    def start(self, running: Mapping[int, Child], unknown: list[dict[str, int]]) -> None:
+        """Begin those that are wanted and do not rest; `unknown` is what is nobody's, by file."""
+        now, files = time.monotonic(), ChainMap(*unknown)
+        for job in [job for job, moment in self._again_at.items() if moment <= now]:
+            del self._again_at[job]
+            self.want(job, sockets_too=True, doubts=False)
+        for job, wanted in list(self._wanted.items()):
+            child = running.get(job)
+            if child is None:
+                del self._wanted[job]
+            elif job not in self._under_way and not self._paces[job].rests(now):
+                search = partial(
+                    kernel_search.search,
+                    child.pid,
+                    files,
+                    sockets_too=wanted.sockets_too,
+                    enough_bytes=_enough_bytes(child),
+                )
+                work = partial(in_its_own_proc, search)
+                judge = partial(self._judge, job, wanted)
+                try:
+                    self._chores.start(work, judge)
+                except OSError as error:
+                    if error.errno == CROWDED:
+                        judge({"errno": CROWDED, "detail": error.strerror})
+                    continue  # no process to be had: at the next look, then
+                self._under_way.add(job)
+                self._verdicts.begin(None, job)
+                del self._wanted[job]
+
+    def _judge(self, job: int, wanted: _Wanted, outcome: channel.Message) -> None:
+        self._under_way.discard(job)
+        has_begun = outcome.get("begun") is not False
+        if has_begun:
+            self._paces[job].add(time.monotonic(), used_by(outcome))
+        child = self._running().get(job)
+        if child is None:
+            return
+        if "errno" in outcome:
+            self.want(job, **wanted._asdict())
+            if has_begun:  # else there was no process to be had: at the next look, then
+                say(f"cannot search job {job} for kernel memory: {outcome}")
+                self._verdicts.failed(job, None, outcome)
+            return
+        self._verdicts.succeeded(job, None)
+        found = _found_in(outcome)
+        self._verdicts.end_beyond(child, max(found.locks, found.netlink))
+        if self._verdicts.judge_sockets(job, child, None, found.in_sockets):
+            self._measure_sockets_again()
+        if wanted.doubts:  # not where the host's memory alone is a reason: much else takes of that
+            why = "it has descriptors in flight" if found.in_flight else ""
+            if found.in_requests > BOUND_BYTES:
+                why = "requests over netlink may be its own"
+            why = why if found.is_all else "it has too many descriptors"
+            self._verdicts.doubt(job, child, None, why)
+        if wanted.sockets_too:
+            self._judge_pipes(job, child, found)
+
+    def _judge_pipes(self, job: int, child: Child, found: Found) -> None:
+        beyond = found.in_pipes - child.scope.sockets_limit_bytes
+        self._verdicts.end_beyond(child, beyond, "in pipes beyond its memory limit")
+        is_much = found.most_in_pipes > _enough_bytes(child)
+        self._verdicts.doubt(job, child, PIPES, "its pipes keep too many pieces" if is_much else "")
+        if is_much:
+            self._again_at[job] = time.monotonic() + AGAIN_SECONDS
+
+
+def _enough_bytes(child: Child) -> int:
+    return child.scope.sockets_limit_bytes + 2 * BOUND_BYTES
+
+
+def _found_in(outcome: channel.Message) -> Found:
+    numbers = [outcome[name] for name in Found._fields]
+    assert all(isinstance(number, int) for number in numbers)
+    return Found(*numbers)  # type: ignore[arg-type]
