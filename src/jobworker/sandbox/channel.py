@@ -44,7 +44,12 @@ def encode(message: Message, descriptors: Sequence[int]) -> tuple[bytes, Ancilla
     Raises ProtocolError for a message of more than `MAX_BODY_BYTES`, and OSError if the kernel has
     no memfd for a large one.
     """
-    return pack(_ENCODER.encode(message).encode(), descriptors)
+    return pack(body_of(message), descriptors)
+
+
+def body_of(message: Message) -> bytes:
+    """The body of a message, encoded at once, for `pack`."""
+    return _ENCODER.encode(message).encode()
 
 
 def pieces(message: Message) -> Iterator[str]:
@@ -175,7 +180,12 @@ def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ())
 
     Raises BlockingIOError if a non-blocking socket is full, and other OSErrors.
     """
-    packet, ancillary, to_close = encode(message, descriptors)
+    send_body(sock, body_of(message), descriptors)
+
+
+def send_body(sock: socket.socket, body: bytes, descriptors: Sequence[int] = ()) -> None:
+    """As `send`, for a body that is encoded already."""
+    packet, ancillary, to_close = pack(body, descriptors)
     try:
         sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
     finally:

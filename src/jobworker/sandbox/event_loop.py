@@ -73,9 +73,13 @@ class Turns:
         self._poll.register(descriptor, select.EPOLLIN)
         self._sources[descriptor], self._events[descriptor] = call, select.EPOLLIN
 
-    def watch_room(self, descriptor: int, wanted: bool) -> None:
-        """Also call when the watched descriptor is writable, if `wanted`; otherwise no longer."""
-        self._events[descriptor] = select.EPOLLIN | (select.EPOLLOUT if wanted else 0)
+    def watch_room(self, descriptor: int, wanted: bool, *, alone: bool = False) -> None:
+        """Also call when the watched descriptor is writable, if `wanted`; otherwise no longer.
+
+        `alone`: do not call when it is readable meanwhile. Its end is reported in any case.
+        """
+        events = select.EPOLLOUT if wanted else select.EPOLLIN
+        self._events[descriptor] = events if alone else events | select.EPOLLIN
         if descriptor not in self._resting:
             self._poll.modify(descriptor, self._events[descriptor])
 

@@ -1,10 +1,13 @@
 """The launcher's end of its connection to the service: requests in, replies and events out.
 
-Nothing here waits. The service is taken for hostile: `sandbox.protocol.operations` checks what it
-sends, and a request that does not parse or that carries descriptors ends the connection, since
-only a broken or hostile service sends one. Descriptors that came along are
-handed on unclosed: closing them may block (SO_LINGER), and so may closing the socket
-itself, which may hold more of them unread. `Disposal` does both elsewhere.
+Nothing here waits. Requests of a service that does not take its replies stay in its socket until it
+does, so that it cannot fill this process with them.
+
+The service is taken for hostile: `sandbox.protocol.operations` checks what it sends, and a request
+that does not parse or that carries descriptors ends the connection, since only a broken or hostile
+service sends one. Descriptors that came along are handed on unclosed: closing them may block
+(SO_LINGER), and so may closing the socket itself, which may hold more of them unread. `Disposal`
+does both elsewhere.
 
 What a service said before it was killed is served to the last request, though no reply reaches it:
 the signal that it sent for a client, say, with the reason for it. Each request has a turn of its
@@ -40,7 +43,7 @@ class ServiceLink:
         self._sock, self._turns = sock, turns
         self._serve, self._lost = serve, lost
         self._outbox = Outbox(sock)
-        self._awaits_room = False
+        self._awaits_room = self._is_full = False
         self.open = True
         turns.watch(sock.fileno(), self._on_ready)
 
@@ -52,10 +55,12 @@ class ServiceLink:
         return bool(poll.poll(0))
 
     def _on_ready(self) -> None:
-        """Take one request, if there is one."""
+        """Take one request, if there is one and room for its reply."""
         strangers: list[int] = []
         try:
             self._flush()
+            if self._is_full:
+                return
             received = self._receive()
             if received is None:
                 self._end("", [])
@@ -107,9 +112,10 @@ class ServiceLink:
 
     def _await_room(self) -> None:
         """Be woken when there is room again for what waits to be sent."""
-        if self._outbox.waiting != self._awaits_room:
-            self._awaits_room = self._outbox.waiting
-            self._turns.watch_room(self._sock.fileno(), self._awaits_room)
+        state = self._outbox.waiting, self._outbox.is_full
+        if state != (self._awaits_room, self._is_full):
+            self._awaits_room, self._is_full = state
+            self._turns.watch_room(self._sock.fileno(), self._awaits_room, alone=self._is_full)
 
     def _end(self, reason: str, strangers: list[int]) -> None:
         self.open = False

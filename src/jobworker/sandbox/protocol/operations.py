@@ -127,11 +127,10 @@ def _parse(message: f.Object) -> q.Request:
     row = _BY_NAME.get(name) if type(name) is str else None
     if row is None:
         raise f.Malformed("op is none of the launcher's operations")
-    request = f.decode(row.request, row.fields, message)
     known = _EVERYWHERE.union(*(field.names for field in row.fields))
-    if unknown := sorted(message.keys() - known):  # it would be left out without a word
-        raise f.Malformed(f"it knows no field {unknown[0][:64]!r}")
-    return request
+    if unknown := message.keys() - known:  # it would be left out without a word
+        raise f.Malformed(f"it knows no field {min(unknown)[:64]!r}")
+    return f.decode(row.request, row.fields, message)
 
 
 def answer(operation: Operation[Q, A], reply: A) -> dict[str, object]:

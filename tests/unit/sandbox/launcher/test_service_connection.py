@@ -3,8 +3,11 @@
 import os
 import socket
 
+import pytest
+
 from jobworker.sandbox import channel
 from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.launcher import outbox
 from jobworker.sandbox.launcher.service_connection import ServiceLink
 from jobworker.sandbox.protocol import requests
 
@@ -33,3 +36,94 @@ def test_last_words_of_a_service_that_was_killed_are_heard() -> None:
             turns.turn()
     assert heard == [1, 2, 3]
     assert lost == [""]
+
+
+@pytest.mark.parametrize(("descriptors", "size"), [(0, 20_000), (4, 10)])
+def test_service_that_takes_no_replies_has_its_requests_left_in_its_socket(
+    descriptors: int, size: int
+) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.setblocking(False)
+    turns, heard = Turns(), list[int]()
+    null = os.open(os.devnull, os.O_RDONLY)
+
+    def serve(number: int, _: requests.Request) -> None:
+        heard.append(number)
+        link.send({"id": number, "ok": "x" * size}, [null] * descriptors)
+
+    link = ServiceLink(near, turns, serve, lambda _, left: channel.close_all(left))
+    sent = taken = 0
+    while sent < 3000 and sent - len(heard) < 100:
+        try:
+            channel.send(far, {"id": sent + 1, "op": "ping"})
+            sent += 1
+        except BlockingIOError:
+            break
+        turns.call_in(0, list[int]().clear)  # so that a turn without a request ends
+        turns.turn()
+    assert sent > len(heard), "the rest waits in the socket"
+    assert link._outbox._bytes < outbox.ENOUGH_BYTES + size + 100
+    kept = [one for each in link._outbox._unsent for one in each.descriptors]
+    assert len(kept) < outbox.ENOUGH_DESCRIPTORS + descriptors
+    alarm = list[int]().clear
+    turns.call_in(0.05, alarm)
+    turns.turn()
+    assert not turns.is_set(alarm), "nobody is called meanwhile"
+    while taken < sent:
+        try:
+            received = channel.receive(far)
+        except BlockingIOError:
+            turns.turn()
+            continue
+        assert received is not None
+        channel.close_all(received[1])
+        taken += 1
+    assert heard == list(range(1, sent + 1))
+    for one in kept:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(one)
+    far.close()
+    turns.turn()
+    os.close(null)
+
+
+def test_requests_are_heard_though_replies_wait_that_nobody_will_take() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    turns, heard, lost = Turns(), list[int](), list[str]()
+
+    def serve(number: int, _: requests.Request) -> None:
+        heard.append(number)
+
+    def on_lost(why: str, left: list[int]) -> None:
+        lost.append(why)
+        channel.close_all(left)
+
+    link = ServiceLink(near, turns, serve, on_lost)
+    while not link._outbox.is_full:
+        link.send({"event": "x" * 20_000})
+    channel.send(far, {"id": 7, "op": "ping"})
+    far.close()
+    while not lost:
+        turns.turn()
+    assert heard == [7]
+
+
+def test_no_request_is_taken_while_too_much_waits_though_some_of_it_was_sent() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    turns, heard = Turns(), list[int]()
+    link = ServiceLink(
+        near, turns, lambda number, _: heard.append(number), lambda _, left: channel.close_all(left)
+    )
+    while link._outbox._bytes < 2 * outbox.ENOUGH_BYTES:
+        link.send({"event": "x" * 20_000})
+    channel.send(far, {"id": 7, "op": "ping"})
+    while link._outbox.is_full:
+        assert heard == []
+        channel.receive(far)
+        turns.call_in(0, list[int]().clear)
+        turns.turn()
+    while not heard:
+        channel.receive(far)
+        turns.turn()
+    far.close()
+    turns.turn()
