@@ -107,9 +107,14 @@ def flag(name: str) -> Field:
 
 def many(name: str, check: Check) -> Field:
     """A list of values, each of which has to pass a check: a tuple in the record."""
-    return member(
-        name, lambda value, name: tuple(check(each, name) for each in as_list(value, name))
-    )
+
+    def read(message: Object) -> tuple[object, ...]:
+        return tuple(check(each, name) for each in as_list(message.get(name), name))
+
+    def write(value: Sequence[object]) -> Object:
+        return {name: list(value)}
+
+    return Field((name,), read, write)
 
 
 def flat(record: type[R], fields: Fields) -> Field:
@@ -173,10 +178,13 @@ def as_count(value: object, name: str) -> int:
 
 
 def as_seconds(value: object, name: str) -> float:
-    """A finite number."""
-    if type(value) not in (int, float) or not math.isfinite(cast("float", value)):
-        raise Malformed(f"{name} is no finite number")
-    return cast("float", value)
+    """A finite number, and no integer beyond all floats."""
+    try:
+        if type(value) in (int, float) and math.isfinite(cast("float", value)):
+            return cast("float", value)
+    except OverflowError:
+        pass
+    raise Malformed(f"{name} is no finite number")
 
 
 def as_text(value: object, name: str) -> str:

@@ -49,10 +49,6 @@ MAX_PLACES = 1 << 20
 MAX_BYTES = 1 << 62
 
 
-def _texts(name: str) -> f.Field:
-    return f.many(name, f.as_text)._replace(write=lambda value: {name: list(value)})
-
-
 def _filters(message: f.Object) -> bpf.Filters:
     told = f.as_object(message.get("filters"), "filters")
     f.as_flag(told.get("log"), "filters.log")
@@ -66,10 +62,10 @@ def _runtimes(value: object, name: str) -> dict[str, str]:
 
 _FIELDS: f.Fields = (
     *(f.text(name) for name in ("instance", "stage", "scratch", "volumes")),
-    _texts("controllers"),
+    f.many("controllers", f.as_text),
     f.text("cgroup_parent"),
-    _texts("programs"),
-    _texts("etc"),
+    f.many("programs", f.as_text),
+    f.many("etc", f.as_text),
     f.integer("first_uid", 0, MAX_UID),
     f.integer("max_jobs", 1, MAX_PLACES),
     f.integer("spares", 0, MAX_PLACES),
@@ -80,7 +76,7 @@ _FIELDS: f.Fields = (
     f.flag("overcommit"),
     f.member("runtimes", _runtimes)._replace(write=lambda trees: {"runtimes": dict(trees)}),
 )
-_CARRIES, _SERVICE_UID = _texts("carries"), f.integer("service_uid", 0, MAX_UID)
+_CARRIES, _SERVICE_UID = f.many("carries", f.as_text), f.integer("service_uid", 0, MAX_UID)
 _KNOWN = frozenset(n for field in (*_FIELDS, _CARRIES, _SERVICE_UID) for n in field.names)
 
 
