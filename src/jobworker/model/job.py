@@ -30,6 +30,8 @@ MAX_ARGUMENT_BYTES = 131_071
 MAX_ARGUMENTS_BYTES = 1 << 20
 """Arguments and environment together; the kernel's own bound is 2 MiB with an 8 MiB stack."""
 MAX_ARGUMENTS = 16_384
+MAX_VARIABLES = 49_152
+"""Both environments together. The launcher checks them all in one turn of its loop."""
 MIN_MEMORY_BYTES = 4 << 20
 MAX_MEMORY_BYTES = 1 << 50
 MAX_CPU_PERCENT = 100 * 8192
@@ -223,9 +225,17 @@ class JobSpec:
     """What happens at `limits.output_bytes`; unset is the server's default."""
 
     def check_size(self) -> int:
-        """Return the bytes of arguments and environment. Raises TooLarge above
-        `MAX_ARGUMENTS_BYTES`."""
+        """Return the bytes of arguments and environment.
+
+        Raises TooLarge above `MAX_ARGUMENTS_BYTES`, or for over `MAX_VARIABLES` variables.
+        """
         variables = {**self.environment, **self.secret_environment}
+        if len(variables) > MAX_VARIABLES:
+            raise TooLarge(
+                f"cannot run the command: the environment has {len(variables)} variables, "
+                f"at most {MAX_VARIABLES} are allowed",
+                remedy="put the data into a file or read it from a program",
+            )
         total = _bytes_of(self.command) + _bytes_of(variables) + _bytes_of(variables.values())
         if total > MAX_ARGUMENTS_BYTES:
             raise TooLarge(

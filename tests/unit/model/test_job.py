@@ -184,6 +184,15 @@ def test_arguments_and_environment_count_together() -> None:
         too_much.check_size()
 
 
+def test_variables_of_both_environments_are_counted() -> None:
+    """The launcher checks them all in one turn of its loop, whatever their size."""
+    most = {f"V{number}": "" for number in range(job.MAX_VARIABLES)}
+    JobSpec(command=("true",), environment=most, secret_environment={"V0": "x"}).check_size()
+    too_many = JobSpec(command=("true",), environment=most, secret_environment={"W": "x"})
+    with pytest.raises(TooLarge, match="has 49153 variables, at most 49152 are allowed"):
+        too_many.check_size()
+
+
 def test_size_counts_a_byte_for_each_end_and_equals_sign() -> None:
     name = {"V": "é"}  # "V=é\0" has 5 bytes
     last = "x" * (job.MAX_ARGUMENTS_BYTES - 8 * 131_000 - 5 - 1)

@@ -24,6 +24,8 @@ from jobworker.storage import (
 )
 
 MAX_ARGUMENTS = 16_384
+MAX_VARIABLES = 49_153
+"""What a client may have (`model.job.MAX_VARIABLES`), and the job's id."""
 MAX_TEXT_BYTES = 131_071
 MAX_ORDER_BYTES = 1 << 20
 MAX_NUMBER = 1 << 52
@@ -142,6 +144,32 @@ def _text(value: object, key: str) -> str:
     return value
 
 
+def _texts(values: object, most: int) -> list[str]:
+    """The values, checked all together: one by one, 45,000 of them take the loop 40 ms."""
+    if type(values) is not list or len(values) > most or not set(map(type, values)) <= {str}:
+        raise f.Malformed(f"the arguments or variables are no list of at most {most} texts")
+    if max(map(len, values), default=0) > MAX_TEXT_BYTES // 4:
+        return [_text(value, "an argument or variable") for value in values]
+    together = "".join(values)
+    if "\0" in together or not (together.isascii() or _is_unicode(together)):
+        raise f.Malformed("an argument or variable has a NUL or is no Unicode")
+    return values
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text: a lone surrogate is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bytes_of(texts: list[str]) -> int:
+    """The bytes of texts as C strings, each with its closing NUL."""
+    return len("".join(texts).encode()) + len(texts)
+
+
 def _number(message: f.Object, key: str, high: int = MAX_NUMBER) -> int:
     return f.as_integer(message.get(key), key, 0, high)
 
@@ -156,18 +184,15 @@ def _ask(message: f.Object) -> Ask | None:
 
 
 def _order(message: f.Object) -> Order:
-    arguments = message.get("arguments")
+    arguments = _texts(message.get("arguments"), MAX_ARGUMENTS)
     environment = message.get("environment")
-    if type(arguments) is not list or not 1 <= len(arguments) <= MAX_ARGUMENTS:
-        raise f.Malformed("arguments is no list of 1 to 16384 texts")
     if type(environment) is not dict:
         raise f.Malformed("environment is no object")
-    texts = tuple(_text(argument, "an argument") for argument in arguments)
-    variables = {_text(k, "a variable"): _text(v, "a value") for k, v in environment.items()}
-    if not texts[0] or any(not name or "=" in name for name in variables):
-        raise f.Malformed("a program or variable without a name")
-    size = sum(len(text.encode()) + 1 for text in (*texts, *variables, *variables.values()))
-    if size > MAX_ORDER_BYTES:
+    names = _texts(list(environment), MAX_VARIABLES)
+    values = _texts(list(environment.values()), MAX_VARIABLES)
+    if not arguments or not arguments[0] or "" in environment or "=" in "".join(names):
+        raise f.Malformed("no arguments, or a program or variable without a name")
+    if sum(map(_bytes_of, (arguments, names, values))) > MAX_ORDER_BYTES:
         raise f.Malformed("arguments and environment exceed 1 MiB")
     hostname = _text(message.get("hostname"), "hostname")
     if not 1 <= len(hostname.encode()) <= 63:
@@ -191,8 +216,8 @@ def _order(message: f.Object) -> Order:
         raise f.Malformed("init is neither true nor false")
     return Order(
         hostname=hostname,
-        arguments=texts,
-        environment=variables,
+        arguments=tuple(arguments),
+        environment=environment,
         workdir=workdir,
         network=network,
         uid=uid,

@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobworker.errors import ProtocolError
+from jobworker.model.job import MAX_VARIABLES
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.protocol import requests as r
 from jobworker.sandbox.protocol.asks import CAUSES, Ask
@@ -197,6 +198,23 @@ def test_text_at_its_bound_is_taken() -> None:
 )
 def test_order_out_of_bounds_is_refused(fields: dict[str, object]) -> None:
     refused({**SPAWN, **fields})
+
+
+def test_variables_are_bounded_in_number() -> None:
+    """A client's most, with the job's id."""
+    most = {f"V{number}": "" for number in range(MAX_VARIABLES)} | {"JOBWORKER_JOB_ID": "3"}
+    assert len(spawn(environment=most).order.environment) == r.MAX_VARIABLES
+    assert "at most 49153 texts" in refused({**SPAWN, "environment": most | {"W": ""}})
+
+
+@pytest.mark.parametrize("text", ["\0", "\ud800", 7, None, ["x"]])
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_text_among_many_is_checked(text: object, length: int) -> None:
+    """Many short texts are checked together, and each alone where one is long."""
+    arguments = ["x" * length, *["x"] * 1000, text, *["é"] * 1000]
+    assert "argument" in refused({**SPAWN, "arguments": arguments})
+    environment = {str(number): value for number, value in enumerate(arguments)}
+    assert "variable" in refused({**SPAWN, "environment": environment})
 
 
 def test_arguments_and_environment_are_bounded_together() -> None:
