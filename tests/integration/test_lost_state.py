@@ -15,11 +15,12 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.output.directory import NOTE
 from jobworker.sandbox.protocol.requests import MAX_JOB
 
+from ..services import open_embedded
 from .conftest import left_behind, until
 from .outside import open_launcher
 from .test_full_disk import small_disk

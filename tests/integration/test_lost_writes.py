@@ -14,13 +14,13 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.cli.embedded import open_embedded
 from jobworker.convert import structure
 from jobworker.model.job import JobRecord, shell_exit_code
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.server.disk_promises import free_bytes
 
+from ..services import open_embedded
 from .conftest import until
 from .outside import open_launcher
 from .test_full_disk import fill

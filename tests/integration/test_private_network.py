@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.sandbox.start.private_network import PROGRAM
 
+from ..services import open_embedded
 from .conftest import child_of, left_behind, until
 from .test_cli import Cli, fails
 from .wire import Refused, Wire, open_wire

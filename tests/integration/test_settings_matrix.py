@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import HostUnsupported
 from jobworker.server.id_ranges import own_id
 
+from ..services import open_embedded
 from .conftest import left_behind
 from .outside import open_launcher, settings_with
 from .wire import Wire, open_wire

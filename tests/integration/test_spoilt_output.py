@@ -16,10 +16,11 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.jobs.output.directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput, Policy
 
+from ..services import open_embedded
 from .conftest import until
 from .outside import open_launcher
 from .test_ends_over_restarts import end

@@ -13,11 +13,12 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, program
 from jobworker.sandbox.service.launch import connect_launcher
 from jobworker.server.descriptors import OWN
 
 from ..security.raw_socket import open_raw
+from ..services import open_embedded, write_configuration
 from .conftest import left_behind, locked_history, until
 from .outside import open_launcher, settings_with
 from .test_cli import Cli

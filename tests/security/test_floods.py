@@ -15,10 +15,11 @@ import trio
 from bench.turns import Turns, watched_turns
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
 from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
+from ..services import open_embedded
 from .raw_socket import TEXT, frame, open_raw
 
 MEBIBYTE = 1 << 20

@@ -10,10 +10,11 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
 from ..integration.conftest import running
 from ..integration.wire import open_socket, open_wire
+from ..services import open_embedded
 from .raw_socket import CONTINUATION, TEXT, frame, open_raw
 from .test_floods import large_job
 

@@ -14,13 +14,14 @@ import pytest
 import trio
 
 import jobworker
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import TooManyConnections
 from jobworker.pki.authority import Authority
 
 from ..integration.conftest import running, until
 from ..integration.test_access import certificate_of
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
+from ..services import open_embedded
 from .raw_socket import (
     BINARY,
     CONTINUATION,
