@@ -15,13 +15,13 @@ demo: $(DEMO_STAMP)
 	@$(BIN)/worker demo
 
 #: make test    everything: lint, types, import rules, all tests (several at a time, but for some)
-WITH_SERVICES := tests/integration tests/security tests/e2e
+WITH_SERVICES := tests/e2e tests/integration tests/security# the longest first
 test: compiled
 	@$(MAKE) --no-print-directory check AT_ONCE=1 > $(VENV)/check.log 2>&1 & check=$$!; failed=0; \
 	$(BIN)/python -m pytest $(WITH_SERVICES) -m alone || failed=1; \
 	wait $$check || failed=1; echo "make check beside them:"; cat $(VENV)/check.log; \
 	$(BIN)/python -m pytest $(WITH_SERVICES) -m "not alone" -n 3 --dist loadfile \
-		2> $(VENV)/workers.log || failed=1; cat $(VENV)/workers.log >&2; \
+		--no-loadscope-reorder 2> $(VENV)/workers.log || failed=1; cat $(VENV)/workers.log >&2; \
 	exit $$failed
 
 #: make check   in a minute: lint, types, import rules, unit tests

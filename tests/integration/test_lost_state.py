@@ -173,6 +173,7 @@ async def test_older_copy_of_the_history_takes_nothing_along(
             early = await start(wire, "sleep 1; exit 5")
             waited = await start(wire, f"echo ran >> {directory}/ran; echo ran; exit 6")
             source = apsw.Connection(str(history(directory)))
+            source.set_busy_timeout(60_000)
             with apsw.Connection(str(older)).backup("main", source, "main") as backup:
                 backup.step()
             source.close()

@@ -290,6 +290,7 @@ async def test_end_that_was_told_is_known_though_output_went_before_its_record(
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
             history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
+            history.set_busy_timeout(60_000)
             history.execute(
                 "CREATE TRIGGER full BEFORE UPDATE ON jobs WHEN NEW.state = 'FAILED' "
                 "BEGIN SELECT RAISE(ABORT, 'no room'); END"
