@@ -225,7 +225,8 @@ async def test_killed_service_leaves_nothing_and_tells_what_was_lost(
 ) -> None:
     directory = open_directory()
     async with open_embedded(directory) as service, open_wire(service) as wire:
-        script = "echo before; setsid sleep 7654321 & sleep 7654321"
+        seconds = f"7654321.{os.getpid()}"
+        script = f"echo before; setsid sleep {seconds} & sleep {seconds}"
         result = await wire.call("job.run", job={"command": ["sh", "-c", script]}, follow={})
         job = result["job"]
         assert isinstance(job, dict)
@@ -234,7 +235,7 @@ async def test_killed_service_leaves_nothing_and_tells_what_was_lost(
         await service.process.wait()
         # The launcher hears of it and takes the jobs along.
         await until(lambda: left_behind(directory) == [])
-        assert processes("sleep\x007654321") == []
+        assert processes(f"sleep\0{seconds}") == []
     async with open_embedded(directory) as service, open_wire(service) as wire:
         lost = await wire.call("job.status", id=job["id"])
         assert (lost["state"], lost["reason"]) == ("FAILED", "lost")
@@ -249,14 +250,14 @@ async def test_killed_launcher_ends_the_service_with_a_reason(
 ) -> None:
     directory = open_directory()
     async with open_embedded(directory) as service, open_wire(service) as wire:
-        await wire.start("sleep", "7654322")
+        await wire.start("sleep", seconds := f"7654322.{os.getpid()}")
         launcher = child_of(service.process.pid)
         os.kill(child_of(launcher) if inner else launcher, signal.SIGKILL)
         with trio.fail_after(20):
             await service.process.wait()
         assert service.process.returncode == 71
         assert "the launcher has ended; see its last words above" in service.log_text()
-        await until(lambda: processes("sleep\x007654322") == [])
+        await until(lambda: processes(f"sleep\0{seconds}") == [])
     async with open_embedded(directory) as service, open_wire(service) as wire:
         await wire.run("true")
     assert left_behind(directory) == [], "the next launcher sweeps what a killed one left"
