@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DEMO_STAMP := $(VENV)/.set-up-demo
 
-.PHONY: bench-fairness bench-neighbour bench-connect bench-output demo test check bench docs site soak e2e mutants lint unit fuzz clean help
+.PHONY: bench-fairness bench-neighbour bench-connect bench-output demo test check bench docs site soak e2e mutants lint unit compiled fuzz clean help
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -14,19 +14,20 @@ help:
 demo: $(DEMO_STAMP)
 	@$(BIN)/worker demo
 
-#: make test    everything: lint, types, import rules, all tests (two at a time, but for some)
-WITH_SERVICES := tests/integration tests/security tests/e2e
-test: lint
-	@$(BIN)/python -m pytest tests/unit -q > $(VENV)/unit.log 2>&1 & unit=$$!; failed=0; \
+#: make test    everything: lint, types, import rules, all tests (several at a time, but for some)
+WITH_SERVICES := tests/e2e tests/integration tests/security# the longest first
+test: compiled
+	@$(MAKE) --no-print-directory check AT_ONCE=1 > $(VENV)/check.log 2>&1 & check=$$!; failed=0; \
 	$(BIN)/python -m pytest $(WITH_SERVICES) -m alone || failed=1; \
-	wait $$unit || { failed=1; cat $(VENV)/unit.log; }; \
-	echo "unit tests beside them: $$(tail -n 1 $(VENV)/unit.log)"; \
-	$(BIN)/python -m pytest $(WITH_SERVICES) -m "not alone" -n 2 --dist loadfile \
-		2> $(VENV)/workers.log || failed=1; cat $(VENV)/workers.log >&2; \
+	wait $$check || failed=1; echo "make check beside them:"; cat $(VENV)/check.log; \
+	$(BIN)/python -m pytest $(WITH_SERVICES) -m "not alone" -n 3 --dist loadfile \
+		--no-loadscope-reorder 2> $(VENV)/workers.log || failed=1; cat $(VENV)/workers.log >&2; \
 	exit $$failed
 
-#: make check   in a few minutes: lint, types, import rules, unit tests
-check: lint unit
+#: make check   in a minute: lint, types, import rules, unit tests
+AT_ONCE := 2
+check: compiled
+	@$(MAKE) --no-print-directory -j $(AT_ONCE) --output-sync=target lint unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,8 +35,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --verbose > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 
-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit -q
+unit: compiled
+	$(BIN)/python -m pytest tests/unit -q -n $(AT_ONCE)
+
+# Services that tests start find the package compiled; the launcher writes no files by itself.
+unexport PYTHONDONTWRITEBYTECODE
+compiled: $(STAMP)
+	@$(BIN)/python -m compileall -q src
 
 #: make bench   time the start of jobs beside bwrap and crun
 bench: $(STAMP)
@@ -44,8 +50,9 @@ bench: $(STAMP)
 
 #: make soak    long runs of what the tests do shortly; half an hour
 soak: $(STAMP)
-	JOBWORKER_SOAK=1 $(BIN)/python -m pytest tests/security tests/e2e tests/integration/test_vanishing.py \
-		tests/integration/test_full_disk_steps.py tests/integration/test_lost_state.py -q --timeout=3600
+	JOBWORKER_SOAK=1 $(BIN)/python -m pytest tests/unit tests/security tests/e2e \
+		tests/integration/test_vanishing.py tests/integration/test_full_disk_steps.py \
+		tests/integration/test_lost_state.py tests/integration/test_lifecycle.py -q --timeout=3600
 
 #: make mutants take one defence away at a time and see a test go red; ten minutes
 mutants: $(STAMP)

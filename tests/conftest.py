@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-UNIT_TESTS = Path(__file__).parent / "unit"
+UNIT_TESTS = Path(__file__).resolve().parent / "unit"
 
 
 def pytest_configure() -> None:
@@ -46,6 +46,12 @@ def attached_disks() -> set[str]:
     return {path.parts[3] for path in Path("/sys/block").glob("loop*/loop/backing_file")}
 
 
+def _unit_tests_only(config: pytest.Config) -> bool:
+    """By what was asked for: with pytest-xdist only its workers know the tests."""
+    asked = (config.invocation_params.dir / each.partition("::")[0] for each in config.args)
+    return all(path.resolve().is_relative_to(UNIT_TESTS) for path in asked)
+
+
 BEFORE = pytest.StashKey[set[str]]()
 
 
@@ -60,9 +66,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     Unit tests start no service, and `make test` runs them beside some that do.
     """
-    items = getattr(session, "items", ())
-    unit_tests_only = items and all(item.path.is_relative_to(UNIT_TESTS) for item in items)
-    if unit_tests_only or hasattr(session.config, "workerinput"):
+    if _unit_tests_only(session.config) or hasattr(session.config, "workerinput"):
         return
     deadline, before = time.monotonic() + 20, session.config.stash[BEFORE]
     while (left := attached_disks() - before) and time.monotonic() < deadline:

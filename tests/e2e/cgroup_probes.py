@@ -232,12 +232,15 @@ def two_spinners_get_half_a_core(tree: Tree, _: Path) -> str:
         assert child.stdout is not None
         child.stdout.readline()
         child.stdout.readline()
-        before, started = scope.usage(), time.monotonic()
-        time.sleep(2)  # the time that is measured
-        after, seconds = scope.usage(), time.monotonic() - started
-        percent = (after.cpu_ns - before.cpu_ns) / seconds / 1e7
-        throttled = after.throttled_ns - before.throttled_ns
-        assert percent <= 55, percent  # less where others keep the host busy
+        for _attempt in range(20):  # a busy host may give them less than their limit, for a while
+            before, started = scope.usage(), time.monotonic()
+            time.sleep(2)  # the time that is measured
+            after, seconds = scope.usage(), time.monotonic() - started
+            percent = (after.cpu_ns - before.cpu_ns) / seconds / 1e7
+            throttled = after.throttled_ns - before.throttled_ns
+            assert percent <= 55, percent
+            if throttled > 0:
+                break
         assert throttled > 0, throttled
         assert after.pids == 2, after
         return f"{percent:.1f} % of a core, throttled for {throttled / 1e9:.2f} s"

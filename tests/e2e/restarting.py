@@ -12,11 +12,12 @@ from pathlib import Path
 import trio
 from attrs import define
 
-from jobworker.cli.embedded import program, write_configuration
+from jobworker.cli.embedded import program
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 
 from ..integration.outside import open_launcher, settings_with
+from ..services import write_configuration
 
 CRASHING = str(Path(__file__).with_name("crash_points.py"))
 

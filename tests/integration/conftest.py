@@ -12,13 +12,15 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
+from jobworker.config.settings import DEFAULT_PROGRAMS
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.disk.images import label_of
 from jobworker.sandbox.fork_server import NAME
 from jobworker.server import reader
 from jobworker.server.setup import instance_name
 
+from ..services import open_embedded
 from .wire import Wire, open_wire
 
 
@@ -165,7 +167,11 @@ def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
     """A running service, one for the whole run."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")
-    with running(open_directory(), {"worker": {"max_concurrent_jobs": 60}}) as made:
+    settings: dict[str, Mapping[str, object]] = {
+        "worker": {"max_concurrent_jobs": 60},
+        "sandbox": {"programs": DEFAULT_PROGRAMS},
+    }
+    with running(open_directory(), settings) as made:
         yield made
 
 

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobworker.cli.embedded import program, write_configuration
+from jobworker.cli.embedded import program
 from jobworker.pki.administration import init_authority
+
+from ..services import write_configuration
 
 START_SECONDS = 30
 END_SECONDS = 30

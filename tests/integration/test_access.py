@@ -14,10 +14,11 @@ import trio_websocket
 import trustme
 from attrs import evolve
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import write_new
 
+from ..services import open_embedded
 from .conftest import until
 from .wire import Refused, Wire, context_for, open_socket, open_wire
 

@@ -1,5 +1,6 @@
 """One request that the launcher cannot answer holds up neither a stop nor the service's end."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -199,21 +200,25 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
         async with serving(directory) as service, open_wire(service) as wire:
             await until(lambda: len(children(launcher)) == 3)  # two spares, and the fork server
 
-            async def make(name: str) -> None:
+            async def make(name: str, done: trio.Event) -> None:
                 with suppress(trio.EndOfChannel):
                     try:
                         await wire.call("volume.create", name=name, size_bytes=1 << 30)
                     except Refused as refusal:
                         refusals.append(str(refusal))
+                done.set()
 
             async with trio.open_nursery() as nursery:
                 spares, maker = set(children(launcher)), 0
-                nursery.start_soon(make, "v")
-                with trio.fail_after(20):
-                    while not maker:
-                        maker = next(iter(children(launcher).keys() - spares), 0)
-                        await trio.lowlevel.checkpoint()
-                os.kill(maker, signal.SIGSTOP)
+                with trio.fail_after(60):
+                    for number in itertools.count():  # until one is caught before it is through
+                        done = trio.Event()
+                        nursery.start_soon(make, f"v{number}", done)
+                        while not (maker or done.is_set()):
+                            maker = stopped(children(launcher).keys() - spares)
+                            await trio.lowlevel.checkpoint()
+                        if maker:
+                            break
                 try:
                     with trio.fail_after(END_SECONDS):
                         await end(service, signal.SIGTERM)
@@ -224,6 +229,19 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
             assert "the service is shutting down" in refusals[0]
         await until(lambda: maker not in children(launcher))
     assert left_behind(directory) == []
+
+
+def stopped(processes: set[int]) -> int:
+    """The one of these processes, if there is one, that could be stopped before its end."""
+    for pid in processes:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGSTOP)
+            while (state := Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][1]) != "T":
+                if state == "Z":
+                    break
+            else:
+                return pid
+    return 0
 
 
 async def run_in_vain(wire: Wire, *command: str) -> None:

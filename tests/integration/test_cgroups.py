@@ -93,7 +93,17 @@ def disk() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize("probe", probes.PROBES)
+SPINNERS = pytest.param(probes.two_spinners_get_half_a_core, marks=pytest.mark.alone)
+"""It needs half a core of this host to be had."""
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        SPINNERS if probe is probes.two_spinners_get_half_a_core else probe
+        for probe in probes.PROBES
+    ],
+)
 def test_limits_hold(probe: Callable[[Tree, Path], str], tree: Tree, disk: Path) -> None:
     probe(tree, disk)
 
@@ -102,7 +112,7 @@ def test_limits_hold(probe: Callable[[Tree, Path], str], tree: Tree, disk: Path)
     "probe",
     [
         probes.memory_hog_is_killed,
-        probes.two_spinners_get_half_a_core,
+        SPINNERS,
         probes.fork_bomb_stops_at_its_limit,
         probes.kill_reaches_daemons,
         probes.counting_starts_at_arm,

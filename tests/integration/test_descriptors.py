@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, program
 from jobworker.pki.administration import init_authority
 from jobworker.server.descriptors import (
     MIN_OUTPUTS,
@@ -23,6 +23,7 @@ from jobworker.server.descriptors import (
     PER_WAITING,
 )
 
+from ..services import open_embedded, write_configuration
 from .conftest import until
 from .wire import Refused, Wire, open_wire
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import open_embedded
 from jobworker.sandbox import syscalls as sc
 
+from ..services import open_embedded
 from .conftest import left_behind, until
 from .wire import Refused, open_wire
 

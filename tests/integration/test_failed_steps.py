@@ -20,7 +20,9 @@ __all__ = ["make_policy"]
 
 FAILING = """
 import sys; sys.path.insert(0, sys.argv[1])
+from jobworker.sandbox.launcher import zombies
 from jobworker.sandbox.start import apply, child, steps
+zombies.COLLECT_SECONDS = 0.02  # else a second would pass after each step
 real = apply.apply
 def failing(prepare, means):
     try:

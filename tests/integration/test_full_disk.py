@@ -14,7 +14,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.history.history import History
 from jobworker.model.job import JobRecord, JobSpec
@@ -22,6 +22,7 @@ from jobworker.model.lifecycle import State
 from jobworker.model.units import format_size
 from jobworker.server.overwriting import check_overwrites
 
+from ..services import open_embedded
 from .conftest import left_behind, until
 from .outside import open_launcher, settings_with
 from .test_cli import Cli

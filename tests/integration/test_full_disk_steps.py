@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.server.disk_promises import free_bytes
 
+from ..services import open_embedded
 from .conftest import disks_in, disks_of_size, left_behind, until
 from .outside import open_launcher, settings_with
 from .test_full_disk import kill, told, until_stored

@@ -14,7 +14,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, program
 from jobworker.config.settings import SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import ConfigError
 from jobworker.sandbox import channel
@@ -23,6 +23,7 @@ from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
 
+from ..services import open_embedded, write_configuration
 from .conftest import child_of, until
 from .outside import open_launcher, settings_with
 from .test_launcher import Service, make_policy

@@ -1,6 +1,7 @@
 """`--init`: a reaping init as PID 1, signals as everywhere else, and nothing to be had from it."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -65,15 +66,17 @@ async def test_stop_has_the_default_action_of_its_signal(admin: Wire) -> None:
 async def test_stop_lets_the_program_say_goodbye_and_takes_all_along(
     admin: Wire, service: Embedded
 ) -> None:
-    script = "trap 'echo bye; exit 0' TERM; (trap '' TERM; sleep 601) & echo ready; wait"
+    seconds = f"601.{os.getpid()}"
+    sleeper = f"sleep\0{seconds}\0".encode()
+    script = f"trap 'echo bye; exit 0' TERM; (trap '' TERM; sleep {seconds}) & echo ready; wait"
     job = {"command": ["bash", "-c", script], "init": True}
     result = await admin.call("job.run", job=job, follow={})
     number = result["job"]["id"]  # type: ignore[index]
     notes = admin.notes(result["subscription"])
     await notes.receive()
-    sleepers = [p for p in Path("/proc").glob("[0-9]*") if _is(p, b"sleep\x00601\x00")]
+    sleepers = [p for p in Path("/proc").glob("[0-9]*") if _is(p, sleeper)]
     await admin.call("job.stop", id=number, grace_seconds=60)
-    await until(lambda: not any(_is(p, b"sleep\x00601\x00") for p in sleepers))
+    await until(lambda: not any(_is(p, sleeper) for p in sleepers))
     done = await admin.call("job.status", id=number)
     assert (done["exit_code"], done["stdout_bytes"]) == (0, len("ready\nbye\n"))
 

@@ -48,14 +48,15 @@ async def test_mount_is_refused(admin: Wire) -> None:
 
 
 async def test_root_inside_is_nobody_outside(admin: Wire) -> None:
-    job = await admin.start("sleep", "60")
-    other = await admin.start("sleep", "61")
+    seconds = [f"{number}.{os.getpid()}" for number in (60, 61)]  # no other run says the same
+    commands = {f"sleep\0{each}\0".encode() for each in seconds}
+    job, other = [await admin.start("sleep", each) for each in seconds]
     try:
         owners = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # others of the host come and go
                 command = (process / "cmdline").read_bytes()
-                if command in (b"sleep\x0060\x00", b"sleep\x0061\x00"):
+                if command in commands:
                     owners[command] = process.stat().st_uid
         assert len(set(owners.values())) == 2, "two live jobs never share a range"
         assert all(uid >= 1_879_048_192 for uid in owners.values())

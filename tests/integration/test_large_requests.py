@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import open_embedded
-
+from ..services import open_embedded
 from .conftest import until
 from .outside import open_launcher
 from .test_takeover import Settings, serving, start

@@ -26,6 +26,7 @@ from jobworker.sandbox.service.launch import LauncherProcess, start_launcher
 from jobworker.server.id_ranges import lock_ids
 
 from ..conftest import compiler
+from ..services import FEW_PROGRAMS
 from .conftest import child_of, disks_in
 
 HELLO = """
@@ -53,11 +54,6 @@ void _start(void) {
 """A program that makes two calls, write(2) and exit_group(2)."""
 
 Message = dict[str, object]
-FEW_PROGRAMS = (
-    *("/usr/bin", "/usr/sbin", "/usr/lib64", f"/usr/lib/{os.uname().machine}-linux-gnu"),
-    *map(str, Path("/usr/lib").glob("python3*")),
-)
-"""Enough for these tests, and quicker to go through than all of /usr."""
 
 
 class Service:

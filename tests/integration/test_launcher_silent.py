@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import open_embedded
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.protocol import version
@@ -16,6 +15,7 @@ from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import start_launcher
 
+from ..services import open_embedded
 from .conftest import child_of, until
 from .test_launcher import Service, make_policy  # noqa: F401 - a fixture
 from .wire import Refused, open_wire

@@ -49,20 +49,32 @@ async def test_limits_of_one_job_are_not_those_of_the_next(admin: Wire) -> None:
             assert job["state"] == state, (megabytes, job)
 
 
+@pytest.mark.alone
 async def test_spinners_share_half_a_core(admin: Wire) -> None:
     spin = (
         "import os, time\nos.fork()\nend = time.monotonic() + 3\n"
         "while time.monotonic() < end: pass\n"
     )
-    percents: list[float] = []
-    while len(percents) < 4 and max(percents, default=0) < 43:  # a busy host gives a job less
+
+    async def percent(**limits: int) -> tuple[float, int]:
+        """What a job got of a core, and how long its limit held it."""
         began = time.monotonic()
-        _, _, job = await admin.run("python3", "-c", spin, limits={"cpu_percent": 50})
+        _, _, job = await admin.run("python3", "-c", spin, limits=limits)
         # The job's time is a little less than ours: it has to be started and told of.
-        percents.append(usage_of(job)["cpu_ns"] / 1e7 / (time.monotonic() - began))
-        assert percents[-1] <= 55
-        assert usage_of(job)["throttled_ns"] > 0
-    assert max(percents) >= 43
+        usage = usage_of(job)
+        return usage["cpu_ns"] / 1e7 / (time.monotonic() - began), usage["throttled_ns"]
+
+    for _attempt in range(5):
+        got, throttled_ns = await percent(cpu_percent=50)
+        assert got <= 55
+        if got >= 43:
+            assert throttled_ns > 0
+            break
+        without, _ = await percent(cpu_percent=0)
+        if without < 86:  # a busy host has no half a core for anybody
+            break
+    else:
+        pytest.fail(f"it got {got:.0f} % of a core, and {without:.0f} % without a limit")
 
 
 @pytest.mark.parametrize("direction", ["write", "read"])

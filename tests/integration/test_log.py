@@ -15,8 +15,9 @@ import pytest
 import trio
 from attrs import define
 
-from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.cli.embedded import Embedded, program
 
+from ..services import open_embedded
 from .wire import Json, Refused, Wire, open_wire
 
 

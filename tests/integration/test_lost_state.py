@@ -7,19 +7,22 @@ there may be destroyed, and no id may be given twice.
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.output.directory import NOTE
 from jobworker.sandbox.protocol.requests import MAX_JOB
 
+from ..services import open_embedded
 from .conftest import left_behind, until
 from .outside import open_launcher
 from .test_full_disk import small_disk
@@ -52,6 +55,42 @@ def empty_history(directory: Path) -> None:
 
 async def told(wire: Wire, job: int) -> Json:
     return await wire.call("job.status", id=job)
+
+
+JOBS = 20
+"""The last one's id, too, in `after_an_end` and `after_a_kill`."""
+
+
+async def run_some(directory: Path, *, kill: bool) -> Path:
+    async with service_in(directory) as (service, wire):
+        for n in range(1, JOBS + 1):
+            job = await start(wire, f"echo {n}", labels={"filler": "x" * 60})
+            assert job == n
+            await wire.call("job.wait", id=job)
+        if kill:
+            service.process.kill()
+            await service.process.wait()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def after_an_end(open_directory: Callable[[], Path]) -> Path:
+    """What a service has left that ran JOBS jobs: for copies, to be as it is for each test."""
+    return trio.run(partial(run_some, open_directory(), kill=False))
+
+
+@pytest.fixture(scope="module")
+def after_a_kill(open_directory: Callable[[], Path]) -> Path:
+    """The same of one that was killed."""
+    return trio.run(partial(run_some, open_directory(), kill=True))
+
+
+def copy(made: Path, directory: Path) -> Path:
+    """What a service has left, in the directory of another."""
+    for name in ("certs", "state"):
+        (directory / name).mkdir(exist_ok=True)
+        subprocess.run(["cp", "-a", f"{made / name}/.", directory / name], check=True)
+    return directory
 
 
 SAME = ("owner", "state", "reason", "exit_code", "spec", "created_at", "ended_at", "stdout_bytes")
@@ -127,14 +166,15 @@ async def test_older_copy_of_the_history_takes_nothing_along(
     open_directory: Callable[[], Path],
 ) -> None:
     directory = open_directory()
-    copy = directory / "copy.db"
+    older = directory / "copy.db"
     one = {"worker": {"max_concurrent_jobs": 1}}
     with open_launcher(directory):
         async with serving(directory, one) as service, open_wire(service) as wire:
             early = await start(wire, "sleep 1; exit 5")
             waited = await start(wire, f"echo ran >> {directory}/ran; echo ran; exit 6")
             source = apsw.Connection(str(history(directory)))
-            with apsw.Connection(str(copy)).backup("main", source, "main") as backup:
+            source.set_busy_timeout(60_000)
+            with apsw.Connection(str(older)).backup("main", source, "main") as backup:
                 backup.step()
             source.close()
             before = {job: await wire.call("job.wait", id=job) for job in (early, waited)}
@@ -142,7 +182,7 @@ async def test_older_copy_of_the_history_takes_nothing_along(
             await until_bigger(wire, lives, 0)
             later = await start(wire, "echo later")
         remove_history(directory)
-        shutil.copy(copy, history(directory))  # as root does it: the file is root's now
+        shutil.copy(older, history(directory))  # as root does it: the file is root's now
         async with serving(directory, one) as service, open_wire(service) as wire:
             for job in (early, waited):
                 after = await told(wire, job)
@@ -157,12 +197,9 @@ async def test_older_copy_of_the_history_takes_nothing_along(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a service that root starts is given its files")
 async def test_files_that_were_put_back_read_only_can_be_written_again(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_an_end: Path
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (_, wire):
-        job = await start(wire, "echo here")
-        await wire.call("job.wait", id=job)
+    directory = copy(after_an_end, open_directory())
     for path in (*history(directory).parent.rglob("*"), history(directory).parent):
         path.chmod(path.stat().st_mode & ~0o222)
     other = directory / "other"
@@ -170,9 +207,9 @@ async def test_files_that_were_put_back_read_only_can_be_written_again(
     other.chmod(0o400)
     os.link(other, history(directory).with_name("a second name"))
     async with service_in(directory) as (service, wire):
-        assert await start(wire, "true") == job + 1
-        assert (await log_of(wire, job))[0] == b"here\n"
-        await wire.call("job.remove", id=job)
+        assert await start(wire, "true") == JOBS + 1
+        assert (await log_of(wire, JOBS))[0] == f"{JOBS}\n".encode()
+        await wire.call("job.remove", id=JOBS)
         assert "ERROR" not in service.log_text()
     assert (other.stat().st_mode & 0o777, other.stat().st_uid) == (0o400, 0)
 
@@ -237,13 +274,9 @@ SPOILT: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("spoil", SPOILT)
 async def test_history_that_cannot_be_used_is_refused_by_name_and_stays_as_it_is(
-    open_directory: Callable[[], Path], spoil: Callable[[Path], None]
+    open_directory: Callable[[], Path], after_an_end: Path, spoil: Callable[[Path], None]
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (_, wire):
-        for n in range(20):
-            job = await start(wire, f"echo {n}", labels={"filler": "x" * 60})
-            await wire.call("job.wait", id=job)
+    directory = copy(after_an_end, open_directory())
     path = history(directory)
     spoil(path)
     before = tree(path.parent)
@@ -257,8 +290,8 @@ async def test_history_that_cannot_be_used_is_refused_by_name_and_stays_as_it_is
     for other in path.parent.glob("history.db-*"):
         other.unlink()
     async with service_in(directory) as (_, wire):  # as the error says
-        assert (await log_of(wire, job))[0] == b"19\n"
-        assert await start(wire, "true") == job + 1
+        assert (await log_of(wire, JOBS))[0] == f"{JOBS}\n".encode()
+        assert await start(wire, "true") == JOBS + 1
     assert left_behind(directory) == []
 
 
@@ -277,12 +310,13 @@ def tree(directory: Path) -> dict[str, bytes]:
     [("", "put a copy back"), ("-wal", "put the file itself back"), ("-shm", "made anew")],
 )
 async def test_what_is_no_file_of_the_history_is_named_with_what_to_do(
-    open_directory: Callable[[], Path], make: Callable[[Path], None], end: str, remedy: str
+    open_directory: Callable[[], Path],
+    after_a_kill: Path,
+    make: Callable[[Path], None],
+    end: str,
+    remedy: str,
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (service, _):
-        service.process.kill()
-        await service.process.wait()
+    directory = copy(after_a_kill, open_directory())
     file = history(directory).with_name(f"history.db{end}")
     file.unlink()
     make(file)
@@ -299,13 +333,11 @@ async def test_what_is_no_file_of_the_history_is_named_with_what_to_do(
     [("history.db", "a", None), ("history.db-wal", "i", None), ("history.db-wal", "i", 0)],
 )
 async def test_file_that_nobody_may_change_is_named_with_what_lets_it_be_changed(
-    open_directory: Callable[[], Path], name: str, flag: str, owner: int | None
+    open_directory: Callable[[], Path], after_a_kill: Path, name: str, flag: str, owner: int | None
 ) -> None:
     directory = open_directory()
     async with small_disk(directory, size=256 << 20):
-        async with service_in(directory) as (service, _):
-            service.process.kill()
-            await service.process.wait()
+        copy(after_a_kill, directory)
         file = history(directory).with_name(name)
         if owner is not None:  # as where it was copied back
             os.chown(file, owner, owner)
@@ -338,11 +370,9 @@ async def test_start_without_the_spool_directory_is_refused_with_what_to_do(
 
 
 async def test_something_else_at_the_place_of_the_clock_is_told(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_an_end: Path
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory):
-        pass
+    directory = copy(after_an_end, open_directory())
     clock = history(directory).with_name("clock")
     clock.unlink()
     clock.mkdir()
@@ -351,27 +381,22 @@ async def test_something_else_at_the_place_of_the_clock_is_told(
 
 
 async def test_fifo_at_the_place_of_a_file_holds_no_start_up(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_an_end: Path
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (_, wire):
-        job = await start(wire, "true")
-        await wire.call("job.wait", id=job)
+    directory = copy(after_an_end, open_directory())
     kept = history(directory).parent
-    for name in ("clock", "last-id", f"spool/{job}/{NOTE}"):
+    for name in ("clock", "last-id", f"spool/{JOBS}/{NOTE}"):
         (kept / name).unlink()
         os.mkfifo(kept / name)
     async with service_in(directory) as (_, wire):
-        assert await start(wire, "true") == job + 1
+        assert await start(wire, "true") == JOBS + 1
 
 
 async def test_history_that_a_kill_left_and_that_is_damaged_since_stays_as_it_is(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_an_end: Path
 ) -> None:
     """What its write-ahead log has may be all that can be saved."""
-    directory = open_directory()
-    async with service_in(directory):
-        pass  # what is damaged is no more in the log
+    directory = copy(after_an_end, open_directory())  # what is damaged is no more in the log
     async with service_in(directory) as (service, wire):
         await wire.call("job.wait", id=await start(wire, "echo here"))
         service.process.kill()
@@ -390,20 +415,15 @@ async def test_history_that_a_kill_left_and_that_is_damaged_since_stays_as_it_is
 
 
 async def test_write_ahead_log_without_its_database_is_set_aside(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_a_kill: Path
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (service, wire):
-        job = await start(wire, "echo here")
-        await wire.call("job.wait", id=job)
-        service.process.kill()
-        await service.process.wait()
+    directory = copy(after_a_kill, open_directory())
     wal = history(directory).with_name("history.db-wal")
     said = wal.read_bytes()
     assert said
     history(directory).unlink()
-    async with service_in(directory) as (service, wire):
-        assert (await log_of(wire, job))[0] == b"here\n"
+    async with service_in(directory) as (_, wire):
+        assert (await log_of(wire, JOBS))[0] == f"{JOBS}\n".encode()
     (kept,) = wal.parent.glob("history.db-wal.orphan-*")
     assert kept.read_bytes() == said
 
@@ -493,31 +513,28 @@ async def test_output_of_a_live_job_that_cannot_be_used_is_set_aside(
 @pytest.mark.parametrize("spoil", SPOILT_SPOOLS)
 @pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.soak)])
 async def test_output_of_an_ended_job_that_cannot_be_used_stays(
-    open_directory: Callable[[], Path], spoil: Callable[[Path], None], known: bool
+    open_directory: Callable[[], Path],
+    after_an_end: Path,
+    spoil: Callable[[Path], None],
+    known: bool,
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (_, wire):
-        job = await start(wire, "echo precious")
-        await wire.call("job.wait", id=job)
-    spoil(spool(directory, job))
-    before = tree(spool(directory, job).parent)
+    directory = copy(after_an_end, open_directory())
+    spoil(spool(directory, JOBS))
+    before = tree(spool(directory, JOBS).parent)
     if not known:
         remove_history(directory)
     async with service_in(directory) as (_, wire):
-        assert await start(wire, "true") == job + 1
+        assert await start(wire, "true") == JOBS + 1
         if known:
-            assert (await told(wire, job))["state"] == "COMPLETED"
-    after = tree(spool(directory, job).parent)
+            assert (await told(wire, JOBS))["state"] == "COMPLETED"
+    after = tree(spool(directory, JOBS).parent)
     assert {name for name in before if "index" not in name} <= after.keys()
 
 
 async def test_what_is_no_job_in_the_spool_directory_is_left_alone(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_an_end: Path
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory) as (_, wire):
-        job = await start(wire, "true")
-        await wire.call("job.wait", id=job)
+    directory, job = copy(after_an_end, open_directory()), JOBS
     spools = spool(directory, job).parent
     high = (str(MAX_JOB), str(MAX_JOB + 1), "9007199254740991")
     names = ("²", "007", "-1", "9" * 40, "lost+found", "0", *high)
@@ -537,11 +554,9 @@ async def test_what_is_no_job_in_the_spool_directory_is_left_alone(
 
 
 async def test_job_is_refused_where_ids_are_used_up_and_the_others_go_on(
-    open_directory: Callable[[], Path],
+    open_directory: Callable[[], Path], after_an_end: Path
 ) -> None:
-    directory = open_directory()
-    async with service_in(directory):
-        pass
+    directory = copy(after_an_end, open_directory())
     history(directory).with_name("last-id").write_text(f"{MAX_JOB - 1}\n")
     async with service_in(directory) as (_, wire):
         last = await start(wire, COUNTER)

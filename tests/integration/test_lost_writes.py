@@ -14,13 +14,13 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.cli.embedded import open_embedded
 from jobworker.convert import structure
 from jobworker.model.job import JobRecord, shell_exit_code
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.server.disk_promises import free_bytes
 
+from ..services import open_embedded
 from .conftest import until
 from .outside import open_launcher
 from .test_full_disk import fill
@@ -147,6 +147,11 @@ async def first_start_that_succeeds(wire: Wire) -> tuple[str, object]:
             await trio.sleep(0.05)
 
 
+def remove(link: OpenedLauncher, job: int) -> None:
+    """Have the launcher forget a job; its place is free then."""
+    assert "ok" in ask(link.sock, "remove", job)[0]
+
+
 def spares_fail(link: OpenedLauncher, job: int) -> bool:
     """Ask for two jobs on a full disk: the spare's disk is lost, and nothing makes another.
 
@@ -156,6 +161,7 @@ def spares_fail(link: OpenedLauncher, job: int) -> bool:
     reply, made = ask(link.sock, "spawn", job, **{**ORDER, "arguments": ["true"]})
     if "ok" in reply:
         channel.close_all(made)
+        remove(link, job)
         return False
     again, _ = ask(link.sock, "spawn", job + 1, **{**ORDER, "arguments": ["true"]})
     for each in (reply, again):
@@ -175,6 +181,7 @@ async def test_spare_whose_disk_lost_writes_becomes_no_job(open_directory: Direc
                 os.sync()
                 if spares_fail(link, job + 1):
                     break
+                remove(link, job)
                 (place / "filler").unlink()
             else:
                 pytest.fail("ten spares in a row were written back before the disk was full")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -102,6 +102,9 @@ async def test_job_that_cannot_be_started_is_left_to_the_next_service(
             assert (await wire.call("job.wait", id=waiting))["state"] == "COMPLETED"
 
 
+HELD_SECONDS = 4.0
+
+
 async def test_job_ended_when_it_did_and_not_when_its_volume_was_written_out(
     open_directory: Callable[[], Path],
 ) -> None:
@@ -116,5 +119,8 @@ async def test_job_ended_when_it_did_and_not_when_its_volume_was_written_out(
                     log = directory / "launcher-log"
                     await until(lambda: "cannot look at the volumes" in log.read_text())
                     held = datetime.now(UTC)
+                    await trio.sleep(HELD_SECONDS)
             record = await wire.call("job.wait", id=job)
-            assert datetime.fromisoformat(str(record["ended_at"])) <= held
+            ended_at = datetime.fromisoformat(str(record["ended_at"]))
+            # What the launcher says takes a moment to arrive: on a busy host tenths of a second.
+            assert ended_at < held + timedelta(seconds=HELD_SECONDS / 2)

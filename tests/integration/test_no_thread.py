@@ -8,8 +8,7 @@ from pathlib import Path
 
 import trio
 
-from jobworker.cli.embedded import open_embedded
-
+from ..services import open_embedded
 from .conftest import until
 from .wire import open_wire
 

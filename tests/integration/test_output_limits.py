@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.cli.embedded import Embedded, program
 
+from ..services import open_embedded
 from .conftest import until
 from .wire import Json, Refused, Wire, open_wire
 

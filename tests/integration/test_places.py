@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import open_embedded
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.sandbox.start.private_network import PROGRAM
 
+from ..services import open_embedded
 from .conftest import child_of, disks_of_size, left_behind, until
 from .outside import open_launcher
 from .test_outside_launcher import ORDER, ask, connect, reconnect_when_free, spawn

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli import embedded
-from jobworker.cli.embedded import open_embedded
 from jobworker.server import reader
 
+from ..services import open_embedded
 from .conftest import until
 from .wire import open_wire
 

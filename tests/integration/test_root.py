@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import HostUnsupported
 
+from ..services import open_embedded
 from .conftest import disks_in, left_behind, until
 from .wire import Refused, Wire, open_wire
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import open_embedded
 from jobworker.errors import HostUnsupported
 
+from ..services import open_embedded
 from .conftest import left_behind
 from .wire import Refused, Wire, open_wire
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import HostUnsupported
 from jobworker.server.id_ranges import own_id
 
+from ..services import open_embedded
 from .conftest import left_behind
 from .outside import open_launcher, settings_with
 from .wire import Wire, open_wire
@@ -23,6 +24,9 @@ from .wire import Wire, open_wire
 pytestmark = pytest.mark.alone
 
 Settings = Mapping[str, Mapping[str, object]]
+
+LONG = f"100000.{os.getpid()}"
+"""Seconds that no other job of this host sleeps."""
 
 BASE: dict[str, dict[str, object]] = {
     "worker": {"max_concurrent_jobs": 1, "max_waiting_jobs": 5, "keep_output_jobs": 100},
@@ -123,7 +127,7 @@ async def test_any_change_works_or_is_refused_by_name_and_jobs_go_on(
     with open_launcher(directory, BASE):
         async with open_embedded(directory, merged({}, directory)) as service:
             async with open_wire(service) as wire:
-                running = await wire.start("sleep", "100000", timeout_seconds=0)
+                running = await wire.start("sleep", LONG, timeout_seconds=0)
                 waiting = await wire.start("echo", "at last")
             uid = user_of(service)
             assert uid == own_id(directory / "state")
@@ -134,7 +138,7 @@ async def test_any_change_works_or_is_refused_by_name_and_jobs_go_on(
                 own = user_of(service)
                 assert own == uid or "user" in name, (name, own)
             assert "Traceback" not in (directory / "log").read_text(), name
-        user = user_of_process("sleep", "100000")
+        user = user_of_process("sleep", LONG)
         special = {"AMONG": str(user), "ELSEWHERE": str(directory / "elsewhere")}
         for name, (changes, words) in REFUSED.items():
             named = {

@@ -16,10 +16,11 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.jobs.output.directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput, Policy
 
+from ..services import open_embedded
 from .conftest import until
 from .outside import open_launcher
 from .test_ends_over_restarts import end
@@ -289,6 +290,7 @@ async def test_end_that_was_told_is_known_though_output_went_before_its_record(
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:
             history = apsw.Connection(str(directory / "state" / "service" / "history.db"))
+            history.set_busy_timeout(60_000)
             history.execute(
                 "CREATE TRIGGER full BEFORE UPDATE ON jobs WHEN NEW.state = 'FAILED' "
                 "BEGIN SELECT RAISE(ABORT, 'no room'); END"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import program, write_configuration
+from jobworker.cli.embedded import program
 from jobworker.pki.administration import init_authority
 from jobworker.server.notify import ADDRESS_FIELD
 
+from ..services import write_configuration
 from .conftest import child_of, left_behind
 
 
@@ -189,7 +190,9 @@ def test_service_whose_log_is_on_a_frozen_disk_serves(site: Path) -> None:
     with (
         disk(site) as place,
         (place / "log").open("ab") as log,
-        started(site, "launcher", stderr=log.fileno()),
+        # A launcher that had a word to say there, of a slow turn, would wait: see architecture.md.
+        (site / "launcher-log").open("ab") as other,
+        started(site, "launcher", stderr=other.fileno()),
         started(site, "serve", stderr=log.fileno()) as service,
     ):
         with frozen(place):

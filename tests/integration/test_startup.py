@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, program
 from jobworker.pki.administration import init_authority
 
+from ..services import open_embedded, write_configuration
 from .conftest import left_behind, until
 
 

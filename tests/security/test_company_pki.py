@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded, write_configuration
+from jobworker.cli.embedded import Embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.config.settings import load
 from jobworker.errors import ConfigError, HostUnsupported, JobworkerError
 
 from ..integration.conftest import _needs_root, open_directory, until
+from ..services import open_embedded, write_configuration
 
 __all__ = ["_needs_root", "open_directory"]
 

@@ -14,10 +14,11 @@ import trio
 from bench.fairness import MB, PEAK_BYTES, flood, percentile, place
 
 from jobworker.cli import embedded
-from jobworker.cli.embedded import open_embedded, program
+from jobworker.cli.embedded import program
 
 from ..integration.outside import open_launcher, settings_with
 from ..integration.wire import open_wire
+from ..services import open_embedded
 
 pytestmark = pytest.mark.alone
 

@@ -15,10 +15,11 @@ import trio
 from bench.turns import Turns, watched_turns
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
 from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
+from ..services import open_embedded
 from .raw_socket import TEXT, frame, open_raw
 
 MEBIBYTE = 1 << 20
@@ -272,7 +273,7 @@ async def test_too_large_a_message_is_told_also_while_output_is_sent(
     async with open_embedded(open_directory(), {}) as service:
         for number in range(1, 4):
             async with open_socket(service) as socket, trio.open_nursery() as nursery:
-                job = {"command": ["head", "-c", "60000000", "/dev/zero"]}
+                job = {"command": ["head", "-c", "20000000", "/dev/zero"]}
                 call = {"jsonrpc": "2.0", "id": 1, "method": "job.run"}
                 await socket.send_message(
                     json.dumps({**call, "params": {"job": job, "follow": {}}})

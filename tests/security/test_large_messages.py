@@ -10,10 +10,11 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
 from ..integration.conftest import running
 from ..integration.wire import open_socket, open_wire
+from ..services import open_embedded
 from .raw_socket import CONTINUATION, TEXT, frame, open_raw
 from .test_floods import large_job
 
@@ -48,13 +49,16 @@ async def begun(service: Embedded, role: str) -> AsyncIterator[trio_websocket.We
         yield socket
 
 
-async def test_client_that_may_run_nothing_takes_no_slot(hasty: Embedded) -> None:
+async def test_client_that_may_run_nothing_takes_no_slot(
+    open_directory: Callable[[], Path],
+) -> None:
     request = {"jsonrpc": "2.0", "id": 1, "method": "job.run", "params": {"job": BIG}}
-    async with AsyncExitStack() as stack:
+    patient = {"server": {"stall_timeout": "1h"}}
+    async with open_embedded(open_directory(), patient) as service, AsyncExitStack() as stack:
         for _ in range(SLOTS):
-            await stack.enter_async_context(begun(hasty, "viewer"))
-        socket = await stack.enter_async_context(open_socket(hasty, "viewer"))
-        with trio.fail_after(1.5):  # before the others are let go for saying nothing more
+            await stack.enter_async_context(begun(service, "viewer"))
+        socket = await stack.enter_async_context(open_socket(service, "viewer"))
+        with trio.fail_after(60):  # nobody is let go for saying nothing more
             await socket.send_message(json.dumps(request))
             reply = json.loads(await socket.get_message())
             assert reply["id"] is None
@@ -102,11 +106,15 @@ async def test_client_that_waits_for_a_slot_is_not_silent(hasty: Embedded) -> No
             await wire.call("service.hello")
 
 
+PIECE_SECONDS = 0.4
+
+
 @pytest.mark.parametrize(("piece_bytes", "is_ended"), [(5_000, True), (60_000, False)])
 async def test_large_reply_has_to_be_taken_at_a_rate_where_others_wait(
     piece_bytes: int, is_ended: bool, open_directory: Callable[[], Path]
 ) -> None:
-    async with open_embedded(open_directory(), SETTINGS) as service, open_wire(service) as wire:
+    settings = {"server": SETTINGS["server"]}
+    async with open_embedded(open_directory(), settings) as service, open_wire(service) as wire:
         job = (await wire.call("job.run", job=large_job()))["job"]
         assert isinstance(job, dict)
         ask = {"jsonrpc": "2.0", "id": 1, "method": "job.status", "params": {"id": job["id"]}}
@@ -116,6 +124,7 @@ async def test_large_reply_has_to_be_taken_at_a_rate_where_others_wait(
                 await raw.send(frame(TEXT, json.dumps(ask).encode()))
                 taken = piece = len(await raw.stream.receive_some())
                 task_status.started()
+                next_at = trio.current_time()
                 while piece:
                     piece = 0
                     with suppress(trio.BrokenResourceError):
@@ -124,7 +133,8 @@ async def test_large_reply_has_to_be_taken_at_a_rate_where_others_wait(
                     taken += piece
                     if taken > 900_000:
                         return
-                    await trio.sleep(0.4)
+                    next_at += PIECE_SECONDS
+                    await trio.sleep_until(next_at)  # what came late is made up for
 
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:

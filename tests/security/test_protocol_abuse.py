@@ -14,13 +14,14 @@ import pytest
 import trio
 
 import jobworker
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import TooManyConnections
 from jobworker.pki.authority import Authority
 
 from ..integration.conftest import running, until
 from ..integration.test_access import certificate_of
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
+from ..services import open_embedded
 from .raw_socket import (
     BINARY,
     CONTINUATION,
@@ -371,9 +372,8 @@ async def test_message_beyond_the_limit_is_refused_by_name(
     async with closed_with(guarded, 1009) as raw:  # in fragments as well
         await raw.send(frame(TEXT, b"x" * 600_000, first=0))
         await raw.send(frame(CONTINUATION, b"x" * 600_000, first=0))
-    assert "message_too_large: cannot take a message of more than 1048576 bytes" in (
-        guarded.log_text()
-    )
+    words = "message_too_large: cannot take a message of more than 1048576 bytes"
+    await until(lambda: words in guarded.log_text())
 
 
 SMALL = {

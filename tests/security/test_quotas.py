@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import Busy, QuotaExceeded
 
 from ..integration.wire import Refused, Wire, open_wire
+from ..services import open_embedded
 from .conftest import ROLES, make_people
 
 SMALL = {"cpu_percent": 10, "memory_bytes": 8 << 20, "output_bytes": 100_000}

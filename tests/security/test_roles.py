@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 from jobworker.errors import NotFound, PermissionDenied
 from jobworker.model.access import BUILT_IN, Permission
 from jobworker.model.job import JobId, JobSpec
@@ -24,6 +24,7 @@ from jobworker.protocol.methods import METHODS, Method
 
 from ..integration.test_takeover import until_bigger
 from ..integration.wire import Refused, Wire, open_wire
+from ..services import open_embedded
 from .conftest import ROLES
 
 NAMES_NO_JOB = {

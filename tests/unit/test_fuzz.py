@@ -56,7 +56,7 @@ def test_seeds(target: str) -> None:
 def test_mutations_of_seeds(target: str) -> None:
     one, given_seeds = load(target), seeds(target)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(mutated(given_seeds))
     def never_raises(data: bytes) -> None:
         one(data)

@@ -10,14 +10,16 @@ import pytest
 
 from jobworker.regular_file import open_regular
 
+from ..descriptors import descriptors
+
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY])
 def test_fifo_is_refused_at_once(flags: int, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     with pytest.raises(OSError, match=r"not a regular file|No such device"):
         open_regular(tmp_path / "fifo", flags)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 def test_file_that_another_has_a_lease_on_is_refused_at_once(tmp_path: Path) -> None:

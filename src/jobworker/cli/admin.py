@@ -42,13 +42,13 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     from jobworker.server.beginning import begin, ignore_hangups
 
     stderr = begin()  # before the other imports, which take tenths of a second
+    settings = _settings(config, launcher_socket)  # a bad configuration is refused before them
 
     from jobworker.server import memory
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare
 
-    settings = _settings(config, launcher_socket)
     set_up_logging(settings.logging.level, settings.logging.format)
     prepared = prepare(settings, config)
     memory.set_up()

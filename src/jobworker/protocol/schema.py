@@ -10,7 +10,7 @@ Each class becomes an entry of `definitions`, which others refer to by name.
 
 import ast
 import inspect
-import textwrap
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
@@ -108,18 +108,25 @@ def first_line(cls: type) -> str:
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
-@cache
 def field_descriptions(cls: type) -> Mapping[str, str]:
     """The string below each field (or member), by name; empty without the source."""
+    node = _classes_in(cls.__module__).get(cls.__qualname__)
+    if node is None:
+        return {}
+    return {name: " ".join(text.split()) for name, text in _strings_below(node)}
+
+
+@cache
+def _classes_in(module: str) -> Mapping[str, ast.ClassDef]:
+    """The classes of a module as its source has them, parsed once for all of them."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError, SyntaxError):
         return {}
-    return {name: " ".join(text.split()) for name, text in _strings_below(tree.body[0])}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _strings_below(node: ast.stmt) -> Iterator[tuple[str, str]]:
-    assert isinstance(node, ast.ClassDef)
+def _strings_below(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for statement, after in zip(node.body, node.body[1:], strict=False):
         match statement, after:
             case (

@@ -20,9 +20,9 @@ from weakref import WeakValueDictionary
 
 import trio
 from attrs import define, field
-from trio.testing import wait_all_tasks_blocked
 
 from jobworker.bucket import Bucket
+from jobworker.server.idle import wait_all_tasks_blocked
 from jobworker.threads import in_thread
 
 T = TypeVar("T")

@@ -12,10 +12,11 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.embedded import Embedded
 
 from ...integration.conftest import left_behind, until
 from ...integration.wire import Json, Wire, open_wire
+from ...services import open_embedded
 
 SOAK = bool(os.environ.get("JOBWORKER_SOAK"))
 

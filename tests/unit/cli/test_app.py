@@ -1,31 +1,74 @@
-"""The command line as a process: one line for every failure, and its exit code."""
+"""The command line: one line for every failure, and its exit code.
+
+What stands in no need of a process of its own is called in this one, by the program's own `main`: a
+process takes a fifth of a second to load the program.
+"""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import asyncclick as click
 import pytest
 
+from jobworker.cli import admin, app
 from jobworker.cli.app import worker_cli
 from jobworker.cli.embedded import program
 from jobworker.cli.hints import HINTS
 
 
-def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[bytes]":
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("WORKER_")
-    }
-    return subprocess.run(
-        [*program("worker-cli"), *arguments],
-        env={**environment, "HOME": str(home)},
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
+class Done(NamedTuple):
+    """How a program ended."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+Program = Callable[..., Done]
+
+
+@pytest.fixture
+def run_main(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path
+) -> Callable[[str, Callable[[], None], tuple[str | bytes, ...]], Done]:
+    """Calls a program's `main` in this process, as a user without files or variables of ours."""
+    for name in [name for name in os.environ if name.startswith("WORKER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def run(name: str, main: Callable[[], None], arguments: tuple[str | bytes, ...]) -> Done:
+        monkeypatch.setattr(sys, "argv", [name, *map(os.fsdecode, arguments)])
+        logger = logging.getLogger("jobworker")
+        handlers = list(logger.handlers)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            logger.handlers[:] = handlers
+        sys.stdout.flush()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, *capfdbinary.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def call(run_main: Callable[..., Done]) -> Program:
+    """Calls `worker-cli` with arguments."""
+    return lambda *arguments: run_main("worker-cli", app.main, arguments)
+
+
+@pytest.fixture
+def administer(run_main: Callable[..., Done]) -> Program:
+    """Calls `worker` with arguments."""
+    return lambda *arguments: run_main("worker", admin.main, arguments)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +123,9 @@ def call(*arguments: str | bytes, home: Path) -> "subprocess.CompletedProcess[by
     ],
 )
 def test_misuse_is_one_line_and_exit_code_2(
-    arguments: list[str], words: str, tmp_path: Path
+    arguments: list[str], words: str, call: Program
 ) -> None:
-    done = call(*arguments, home=tmp_path)
+    done = call(*arguments)
     assert done.returncode == 2
     assert done.stdout == b""
     lines = done.stderr.decode().splitlines()
@@ -105,8 +148,10 @@ def test_hints_are_for_words_that_mean_nothing_here(path: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["bogus"], ["--bogus"], ["certs", "renew"], ["demo", "x"]])
-def test_misuse_of_the_administration_is_told_the_same_way(arguments: list[str]) -> None:
-    done = subprocess.run([*program("worker"), *arguments], capture_output=True, check=False)
+def test_misuse_of_the_administration_is_told_the_same_way(
+    arguments: list[str], administer: Program
+) -> None:
+    done = administer(*arguments)
     assert done.returncode == 2
     assert done.stdout == b""
     (line,) = done.stderr.decode().splitlines()
@@ -124,8 +169,8 @@ def test_group_without_a_command_shows_its_help(name: str, arguments: list[str])
     assert b"\nCommands:\n" in done.stderr
 
 
-def test_group_without_a_command_is_json_where_json_is_asked_for(tmp_path: Path) -> None:
-    done = call("--json", "volume", home=tmp_path)
+def test_group_without_a_command_is_json_where_json_is_asked_for(call: Program) -> None:
+    done = call("--json", "volume")
     assert done.returncode == 2
     told = json.loads(done.stderr)["error"]
     assert (told["message"], told["remedy"]) == ("Missing command", "see worker-cli volume --help")
@@ -142,8 +187,8 @@ def test_help_that_cannot_be_printed_is_a_failure(name: str, asked: str) -> None
     assert b"cannot print: standard output is closed" in done.stderr
 
 
-def test_error_is_one_line_with_a_remedy_and_its_exit_code(tmp_path: Path) -> None:
-    done = call("list", home=tmp_path)
+def test_error_is_one_line_with_a_remedy_and_its_exit_code(call: Program) -> None:
+    done = call("list")
     assert done.returncode == 72
     assert done.stderr.startswith(b"worker-cli: cannot use the CA certificate ")
     assert b"; copy ca-cert.pem" in done.stderr
@@ -152,51 +197,51 @@ def test_error_is_one_line_with_a_remedy_and_its_exit_code(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("arguments", [["--json", "list"], ["list", "--json"]])
 def test_error_is_one_json_object_where_json_is_asked_for(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], call: Program
 ) -> None:
-    done = call(*arguments, home=tmp_path)
+    done = call(*arguments)
     assert done.returncode == 72
     assert done.stdout == b""
     assert json.loads(done.stderr)["error"]["name"] == "credentials_unusable"
 
 
-def test_misuse_is_json_too(tmp_path: Path) -> None:
+def test_misuse_is_json_too(call: Program) -> None:
     for arguments in (["status", "x"], ["log", "1", "--tail"]):
-        done = call("--json", *arguments, home=tmp_path)
+        done = call("--json", *arguments)
         assert done.returncode == 2
         assert json.loads(done.stderr)["error"]["exit_code"] == 2
 
 
-def test_control_characters_in_an_error_are_made_visible(tmp_path: Path) -> None:
-    done = call("--ca", "/a\x1b[2J\nb", "list", home=tmp_path)
+def test_control_characters_in_an_error_are_made_visible(call: Program) -> None:
+    done = call("--ca", "/a\x1b[2J\nb", "list")
     assert done.stderr.count(b"\n") == 1
     assert b"/a\\x1b[2J\\x0ab" in done.stderr
 
 
-def test_argument_that_is_no_text_is_named_by_number(tmp_path: Path) -> None:
-    done = call("run", "ls", b"a\xff", home=tmp_path)
+def test_argument_that_is_no_text_is_named_by_number(call: Program) -> None:
+    done = call("run", "ls", b"a\xff")
     assert done.returncode == 65
     assert b"argument 1 is not UTF-8 text" in done.stderr
 
 
-def test_dashes_after_the_command_are_the_jobs(tmp_path: Path) -> None:
+def test_dashes_after_the_command_are_the_jobs(call: Program) -> None:
     for arguments in (["run", "ls", "--help"], ["run", "--", "ls", "--help", "--bogus"]):
         # Not the help of `run`, and no misuse: it gets as far as its credentials.
-        assert call(*arguments, home=tmp_path).returncode == 72
+        assert call(*arguments).returncode == 72
 
 
-def test_values_stand_after_a_blank_or_an_equal_sign(tmp_path: Path) -> None:
+def test_values_stand_after_a_blank_or_an_equal_sign(call: Program) -> None:
     for arguments in (["--server", "h:0", "list"], ["--server=h:0", "list"]):
-        done = call(*arguments, home=tmp_path)
+        done = call(*arguments)
         assert done.returncode == 78
         assert b"port '0'" in done.stderr
 
 
-def test_version_and_help_are_told(tmp_path: Path) -> None:
-    assert b"0." in call("--version", home=tmp_path).stdout
-    assert b"--max-memory" in call("run", "--help", home=tmp_path).stdout
+def test_version_and_help_are_told(call: Program) -> None:
+    assert b"0." in call("--version").stdout
+    assert b"--max-memory" in call("run", "--help").stdout
     for command in ("run", "log"):
-        assert b"exec 2>&1" in call(command, "--help", home=tmp_path).stdout
+        assert b"exec 2>&1" in call(command, "--help").stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

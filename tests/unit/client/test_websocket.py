@@ -6,7 +6,7 @@ import pytest
 import trio
 import wsproto.events as ws
 from attrs import define, field
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 
@@ -74,7 +74,6 @@ MESSAGES = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(messages=MESSAGES, cuts=st.lists(st.integers(1, 50), max_size=40), ping=st.booleans())
 def test_messages_arrive_whole_and_in_order_however_they_are_cut(
     messages: list[tuple[str | bytes, int]], cuts: list[int], ping: bool

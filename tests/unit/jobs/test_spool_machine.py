@@ -282,4 +282,4 @@ class SpoolMachine(RuleBasedStateMachine):
 
 
 TestSpool = SpoolMachine.TestCase
-TestSpool.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestSpool.settings = settings(stateful_step_count=40)

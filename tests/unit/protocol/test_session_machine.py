@@ -121,5 +121,5 @@ class Conversation(RuleBasedStateMachine):
         assert self.server._in_flight == set(self.in_flight)
 
 
-Conversation.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Conversation.TestCase.settings = settings(stateful_step_count=40)
 TestConversation = Conversation.TestCase

@@ -18,6 +18,7 @@ from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox.channel import Message
 
+from ...descriptors import descriptors
 from ..strategies import examples, texts
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -369,7 +370,7 @@ def test_body_that_cannot_be_read_is_refused_with_its_descriptors(
 
 def test_body_that_cannot_be_stored_leaves_nothing_open() -> None:
     """Here by RLIMIT_FSIZE; it may be the memory of a control group as well."""
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -377,4 +378,4 @@ def test_body_that_cannot_be_stored_leaves_nothing_open() -> None:
             channel.encode({"body": "x" * (1 << 20)}, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before

@@ -20,6 +20,7 @@ from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.forks import ForkServer
 
+from ...descriptors import descriptors
 from .held_locks import held_epoll
 
 
@@ -42,7 +43,7 @@ def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
     made = Chores(turns, forks, at_once=1, waiting=0)
     monkeypatch.setattr(turns, "watch", refuse)
     monkeypatch.setattr(chores_module, "LOOK_AGAIN_SECONDS", 0.001)
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     wait, go = os.pipe2(os.O_CLOEXEC)
     made.start(partial(read_from, wait), outcomes.append, [wait])
     while not forks.is_idle:
@@ -59,7 +60,7 @@ def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
     assert outcomes == [{"read": 1}]
     os.close(wait)
     os.close(go)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
     made.start(done, outcomes.append)
     while len(outcomes) < 2:
         turns.turn()
@@ -201,10 +202,10 @@ def work_a_while() -> Message:
 @pytest.mark.usefixtures("impatient")
 def test_chore_that_waits_too_long_is_ended(turns: Turns, forks: ForkServer) -> None:
     outcomes = list[Message]()
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     Chores(turns, forks, at_once=1, waiting=0, unending=1).start(wait_for_ever, outcomes.append)
     assert outcome_of(turns, outcomes)["errno"] == errno.EINTR
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 @pytest.mark.usefixtures("impatient")
@@ -228,7 +229,7 @@ def test_chore_that_cannot_be_ended_gives_its_place_to_others_up_to_a_bound(
 ) -> None:
     outcomes = list[Message]()
     chores = Chores(turns, forks, at_once=1, waiting=9, unending=2)
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
 
     with held_epoll() as fdinfo:
         held = partial(text_of, fdinfo)

@@ -44,7 +44,9 @@ async def written(path: Path, act: object) -> list[AuditRow]:
     return read_rows(path, limit=100_000)
 
 
-async def test_calls_that_count_are_noted_and_mere_looking_is_not(tmp_path: Path) -> None:
+async def test_calls_that_count_are_noted_and_mere_looking_is_not(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     job = m.JobParams(id=JobId(7))
 
     def act(auditor: Auditor) -> None:
@@ -68,7 +70,9 @@ async def test_calls_that_count_are_noted_and_mere_looking_is_not(tmp_path: Path
 
 
 @pytest.mark.parametrize("outcome", ["refused", "denied"])
-async def test_flood_is_bounded_and_counted(tmp_path: Path, outcome: str) -> None:
+async def test_flood_is_bounded_and_counted(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, outcome: str
+) -> None:
     def act(auditor: Auditor) -> None:
         for _ in range(5000):
             if outcome == "refused":
@@ -88,7 +92,9 @@ async def test_flood_is_bounded_and_counted(tmp_path: Path, outcome: str) -> Non
     assert len(noted) - 1 + told == 5000
 
 
-async def test_flood_of_strangers_hides_nobody(tmp_path: Path) -> None:
+async def test_flood_of_strangers_hides_nobody(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     def act(auditor: Auditor) -> None:
         for _ in range(5000):
             auditor.refused(PEER, "no certificate")
@@ -99,7 +105,9 @@ async def test_flood_of_strangers_hides_nobody(tmp_path: Path) -> None:
     assert [row.outcome for row in rows if row.name == "eve"] == ["permission_denied"]
 
 
-async def test_flood_of_one_kind_hides_no_other_of_the_same_name(tmp_path: Path) -> None:
+async def test_flood_of_one_kind_hides_no_other_of_the_same_name(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     """A tenant's own refusals emptied its bucket, and what it tried then left no row."""
     denied, missing = PermissionDenied("cannot"), NotFound("cannot find")
 
@@ -120,7 +128,9 @@ async def test_flood_of_one_kind_hides_no_other_of_the_same_name(tmp_path: Path)
     ]
 
 
-async def test_what_was_left_out_names_who_tried_what_and_upon_which_jobs(tmp_path: Path) -> None:
+async def test_what_was_left_out_names_who_tried_what_and_upon_which_jobs(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     bob = evolve(EVE, common_name="bob", serial="0B0B")
 
     def act(auditor: Auditor) -> None:
@@ -155,7 +165,11 @@ REPEATED: list[tuple[str, object, object]] = [
 
 @pytest.mark.parametrize(("method", "params", "result"), REPEATED)
 async def test_repeated_call_that_changes_nothing_is_bounded_and_counted(
-    tmp_path: Path, method: str, params: object, result: object
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    method: str,
+    params: object,
+    result: object,
 ) -> None:
     def act(auditor: Auditor) -> None:
         for _ in range(2000):
@@ -171,7 +185,9 @@ async def test_repeated_call_that_changes_nothing_is_bounded_and_counted(
     assert f"{method} (ok)" in told[0]
 
 
-async def test_each_call_that_changes_something_is_noted(tmp_path: Path) -> None:
+async def test_each_call_that_changes_something_is_noted(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     def act(auditor: Auditor) -> None:
         for number in range(300):
             removed = m.Removed(jobs=(JobId(number + 1),), bytes=1)
@@ -184,7 +200,7 @@ async def test_each_call_that_changes_something_is_noted(tmp_path: Path) -> None
 
 
 async def test_calls_about_too_many_jobs_are_bounded_as_vain_ones_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobworker.server.auditor.MAX_REPEATED", 10)
 
@@ -198,7 +214,10 @@ async def test_calls_about_too_many_jobs_are_bounded_as_vain_ones_are(
     assert len(rows) < 10 * KIND_BURST + VAIN_BURST + KIND_BURST + 3
 
 
-async def test_rows_that_the_disk_refuses_wait_for_it(tmp_path: Path) -> None:
+async def test_rows_that_the_disk_refuses_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobworker.server.auditor.AGAIN_SECONDS", 0.02)
     path = tmp_path / "history.db"
     history = History.open(path)
     try:
@@ -207,12 +226,14 @@ async def test_rows_that_the_disk_refuses_wait_for_it(tmp_path: Path) -> None:
             nursery.start_soon(auditor.serve)
             with room_for(1):
                 auditor.service("one")
-                await trio.sleep(0.3)
+                with trio.fail_after(60):
+                    while not auditor._refused:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
                 auditor.service("two")
-                await trio.sleep(0.3)
-            with trio.fail_after(20):
+                await trio.sleep(0.1)
+            with trio.fail_after(60):
                 while len(read_rows(path, limit=9)) < 2:  # noqa: ASYNC110
-                    await trio.sleep(0.05)
+                    await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
     finally:
         history.close()
@@ -220,7 +241,7 @@ async def test_rows_that_the_disk_refuses_wait_for_it(tmp_path: Path) -> None:
     assert (tmp_path / FILE).read_bytes().count(b"\n") == 2
 
 
-async def test_names_forge_no_line(tmp_path: Path) -> None:
+async def test_names_forge_no_line(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     evil = 'x\n{"action":"job.run"}\u2028\u2029\x1b[2J\u202e'
 
     def act(auditor: Auditor) -> None:
@@ -233,7 +254,9 @@ async def test_names_forge_no_line(tmp_path: Path) -> None:
     assert all(32 <= byte < 127 for byte in content[:-1])
 
 
-async def test_row_that_is_no_text_does_not_stop_the_others(tmp_path: Path) -> None:
+async def test_row_that_is_no_text_does_not_stop_the_others(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     def act(auditor: Auditor) -> None:
         auditor.refused(PEER, "a name of \udcff")
         auditor.service("after")

@@ -36,7 +36,10 @@ class Turns(trio.abc.Instrument):
         self.now += 1
 
 
-async def test_several_are_accepted_in_a_turn_and_no_more() -> None:
+async def test_several_are_accepted_in_a_turn_and_no_more(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    assert mock_clock.rate == 0, "by it no turn lasts too long"
     turns, accepted = Turns(), Counter[int]()
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=COUNT))

@@ -72,9 +72,9 @@ def test_reader_that_has_stopped_holds_nothing_up_and_is_told_what_it_missed(bef
 def test_fast_reader_gets_every_line_in_order(before: str, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as file:
         write = os.dup(file.fileno())
-    pause = "import time\n" + LOG_MANY.replace(
-        "log.info", "number % 1500 or time.sleep(0.02); log.info"
-    )
+    reader = "while stream._queued_bytes: time.sleep(0.001)"  # it keeps up, on a busy host too
+    pause = LOG_MANY.replace(" log.info", f"\n  if number % 1500 == 0:\n    {reader}\n  log.info")
+    pause = f"import time\n{pause}"
     with start(f"{before}{pause}", write) as process:
         os.close(write)
         process.communicate(timeout=60)

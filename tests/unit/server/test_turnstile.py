@@ -315,7 +315,10 @@ def burn() -> None:
         pass
 
 
-async def test_who_asks_for_one_spell_stands_behind_one_of_each_name() -> None:
+async def test_who_asks_for_one_spell_stands_behind_one_of_each_name(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    assert mock_clock.rate == 0, "by it no account comes into credit again, however long it takes"
     spells, order = Spells(Presence()), list[str]()
     for name in ("flood", "other flood", "quiet"):
         await spells.run(name, burn)

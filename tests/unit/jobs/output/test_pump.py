@@ -234,7 +234,7 @@ async def test_followers_who_join_at_any_time_get_all_without_gap_or_repeat(
         received.append(chunks)
 
     async def write() -> None:
-        for _ in range(300):
+        for _ in range(100):
             stream = rng.choice(list(Stream))
             piece = rng.randbytes(rng.choice([1, 10, 1000, 60_000]))
             sent[stream] += piece
@@ -244,7 +244,7 @@ async def test_followers_who_join_at_any_time_get_all_without_gap_or_repeat(
                     piece = piece[os.write(job.write_ends[stream], piece) :]
                 except BlockingIOError:  # less room than a write takes in one piece
                     await trio.lowlevel.checkpoint()
-            if rng.random() < 0.1:
+            if rng.random() < 0.2:
                 followers.start_soon(follow, rng.choice([1_000, 65_526]))
         job.end()
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 from attrs import evolve, frozen
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobworker.errors import InvalidParams
@@ -119,7 +119,6 @@ async def seen(
         spool.close()
 
 
-@settings(deadline=None)
 @given(
     pieces=PIECES,
     later=PIECES,
@@ -154,7 +153,6 @@ def test_reader_sees_whole_lines_with_the_times_of_their_first_bytes(
     ]
 
 
-@settings(deadline=None)
 @given(pieces=PIECES, later=PIECES, tail=st.integers(1, 8), breaks=st.lists(st.integers(0, 3)))
 def test_joined_pieces_hold_the_same_lines(
     pieces: Pieces, later: Pieces, tail: int, breaks: list[int]

@@ -44,6 +44,8 @@ from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
+from ....descriptors import descriptors
+
 
 @pytest.fixture
 def child(request: pytest.FixtureRequest) -> Iterator[Child]:
@@ -139,7 +141,7 @@ def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     channel.send(near, {"disk": True}, [null, null])
     jobs._turns.watch(child.sock.fileno(), partial(jobs._on_word, child))
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     first_free = os.dup(null)
     os.close(first_free)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -153,7 +155,7 @@ def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
     assert child.doomed
     sweepers = jobs._nursery.sweepers
     jobs.pass_turns_until(lambda: sweepers.is_idle and forks.is_idle)
-    assert len(os.listdir("/proc/self/fd")) == before - 1, "its socket has gone, nothing has come"
+    assert len(descriptors()) == before - 1, "its socket has gone, nothing has come"
     near.close()
     os.close(null)
 
@@ -291,10 +293,10 @@ def test_user_namespace_that_no_process_can_make_leaves_no_descriptor(
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(sc, "clone3", refuse)
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     with pytest.raises(BlockingIOError):
         make_user_namespace(100_000, 1)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: Child) -> None:

@@ -10,6 +10,8 @@ import pytest
 from jobworker.sandbox import channel
 from jobworker.sandbox.launcher.outbox import Outbox
 
+from ....descriptors import descriptors
+
 LARGE: channel.Message = {"id": 7, "ok": {"steps": "x" * (2 * channel.MAX_INLINE_BYTES)}}
 
 
@@ -47,7 +49,7 @@ def test_message_that_cannot_be_kept_leaves_no_descriptor() -> None:
     with near, far:
         while not outbox.waiting:
             outbox.send({"id": 0}, ())
-        opened = os.listdir("/proc/self/fd")
+        opened = descriptors()
         first_free = os.dup(0)
         os.close(first_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, before[1]))
@@ -56,5 +58,5 @@ def test_message_that_cannot_be_kept_leaves_no_descriptor() -> None:
                 outbox.send({"id": 1}, [near.fileno(), far.fileno()])
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        assert os.listdir("/proc/self/fd") == opened
+        assert descriptors() == opened
         outbox.close()

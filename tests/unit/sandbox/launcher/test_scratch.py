@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jobworker.sandbox.launcher.scratch import remove_tree
 
+from ....descriptors import descriptors
 from ...strategies import examples
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IMMUTABLE_FL = 0x80086601, 0x40086602, 0x10
@@ -150,11 +151,11 @@ def test_special_files_go_unopened(tree: Path) -> None:
 
 def test_no_descriptor_is_left_open(tree: Path) -> None:
     (tree / "a" / "b").mkdir(parents=True)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     remove_tree(str(tree))
     with pytest.raises(NotADirectoryError):
         remove_tree("/dev/null")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(descriptors()) == before
 
 
 def _set_immutable(path: Path, on: bool) -> None:

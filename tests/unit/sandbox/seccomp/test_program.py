@@ -1,7 +1,6 @@
 """The programs as the launcher takes them: whole, or not at all."""
 
 import base64
-import os
 import struct
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ from jobworker.errors import HostUnsupported
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.program import Filters, filters_from, filters_message, try_out
 
+from ....descriptors import descriptors
 from ...strategies import examples
 
 SOUND = filters_message(load_filters(""))
@@ -70,6 +70,6 @@ def test_program_that_the_kernel_does_not_take_is_refused_with_its_reason(progra
 
 def test_trial_leaves_no_process_and_no_descriptor() -> None:
     own = f"/proc/self/task/{threading.get_native_id()}/children"
-    before = os.listdir("/proc/self/fd"), Path(own).read_text()
+    before = descriptors(), Path(own).read_text()
     try_out(Filters(RETURN_ALLOW, RETURN_ALLOW, True))
-    assert (os.listdir("/proc/self/fd"), Path(own).read_text()) == before
+    assert (descriptors(), Path(own).read_text()) == before

@@ -1,6 +1,5 @@
 """What is told of a launcher that cannot be reached, and what one tells of earlier jobs."""
 
-import os
 import socket
 import threading
 import time
@@ -16,6 +15,8 @@ from jobworker.sandbox.protocol.version import PROTOCOL
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.jobs_told import exit_from, listed_from
 from jobworker.sandbox.service.link import Link
+
+from ....descriptors import descriptors
 
 
 def test_launcher_that_does_not_answer_is_not_to_be_started(
@@ -99,7 +100,7 @@ def test_launcher_that_does_not_keep_to_the_protocol_is_refused_by_what_does_not
 ) -> None:
     monkeypatch.setattr(launch, "_check_is_roots", lambda *_: None)
     path = str(tmp_path / "launcher.sock")
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
         listener.listen()
@@ -119,7 +120,7 @@ def test_launcher_that_does_not_keep_to_the_protocol_is_refused_by_what_does_not
             launch.connect_launcher(path)
         thread.join()
     assert words in caught.value.message
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 def test_list_that_the_launcher_refuses_is_told_as_that() -> None:

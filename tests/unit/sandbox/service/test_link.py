@@ -2,7 +2,6 @@
 
 import array
 import errno
-import os
 import socket
 import subprocess
 import threading
@@ -24,6 +23,8 @@ from jobworker.sandbox.service import link
 from jobworker.sandbox.service.jobs_told import Listed
 from jobworker.sandbox.service.link import Link
 from jobworker.sandbox.start.plan import Order
+
+from ....descriptors import descriptors
 
 AGAIN = "the launcher answers again"
 
@@ -71,12 +72,12 @@ async def test_end_of_a_private_network_reaches_whoever_has_the_job(
 async def test_message_that_is_none_leaves_no_descriptor() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with trio.socket.from_stdlib_socket(near) as sock, far:
-        before = os.listdir("/proc/self/fd")
+        before = descriptors()
         rights = array.array("i", [far.fileno()]).tobytes()
         far.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         with trio.fail_after(20):
             await Link(sock).serve()
-        assert os.listdir("/proc/self/fd") == before
+        assert descriptors() == before
 
 
 @asynccontextmanager
@@ -113,7 +114,7 @@ async def test_reply_that_does_not_fit_fails_its_own_request_by_name(
     reply: channel.Message, words: str
 ) -> None:
     failed = []
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
 
     async def ask(link: Link) -> None:
         with pytest.raises(SandboxError) as caught:
@@ -131,7 +132,7 @@ async def test_reply_that_does_not_fit_fails_its_own_request_by_name(
         nursery.start_soon(link.kill, JobId(1))
         asked = await hear(far)
         channel.send(far, {"id": asked["id"], "ok": {}})
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(("pid", "pipes"), [(None, 2), (7, 1), (7, 0), (7, 3)])
@@ -140,7 +141,7 @@ async def test_job_whose_start_is_answered_by_what_does_not_fit_is_removed(
 ) -> None:
     """It may run, and nobody reads from it."""
     failed = []
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
 
     async def start(link: Link) -> None:
         with pytest.raises(SandboxError) as caught:
@@ -156,7 +157,7 @@ async def test_job_whose_start_is_answered_by_what_does_not_fit_is_removed(
         channel.send(far, {"id": removal["id"], "ok": {}})
     assert "the reply to spawn" in failed[0].message
     assert failed[0].data["may_have_run"] is True
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(
