@@ -179,7 +179,7 @@ async def test_large_request_of_a_role_that_runs_nothing_is_refused_unread(
         assert reply["id"] is None
         assert reply["error"]["data"]["name"] == "permission_denied"
         assert (
-            "of more than 32768 characters: such are for those who may run"
+            "of more than 32768 characters: only clients that may run jobs"
             in reply["error"]["message"]
         )
         await socket.send_message('{"jsonrpc":"2.0","id":8,"method":"service.hello"}')

@@ -1,24 +1,25 @@
-"""Admission: how many may come in at a time, and whose handshakes take turns.
+"""Connection limits: how many connections may arrive or be open, and whose handshakes are delayed.
 
     accepted ─► arriving (half-open: TLS, HTTP request, upgrade) ─► inside (an open connection)
 
-Those who arrive are bounded apart from those who are inside, so that strangers who stall cannot
-take up the places of clients. At one too many, of those networks that have most of the places the
-oldest is let go that stalls (it has not said a byte, or does not go on), or else the oldest without
-a certificate: an honest client arrives within milliseconds (sshd's MaxStartups has the same aim and
-drops the newcomer by lot).
+Arriving connections have a limit of their own, apart from open ones, so that strangers who stall
+cannot take the places of clients. If one too many arrives, another leaves for it. The candidates
+are those of the networks that have most of the places. The oldest one that stalls leaves: it has
+sent nothing, or does not go on. If none stalls, the oldest one without a certificate leaves. An
+honest client arrives within milliseconds. (sshd's MaxStartups has the same aim, and drops the
+newcomer by lot.)
 
-An address from which handshakes keep failing is slowed down: its handshakes begin one after the
-other, by lot (`turns`), so that it has no more than a part of the processor for signatures. It
-is not shut out, since a program behind the same address could then keep an administrator away:
-every newcomer has the same chance that there is a place, and who has none is told at once by a
-closed connection, which costs next to nothing (`refusal`), and tries again. On the service's own
-host each user is slowed down alone (`local_user`), and jobs as if they were one: none
-of them stands in the way of an account. Who closes without having said its hello, as health checks
-do, has not failed.
+An address whose handshakes keep failing is slowed down: its handshakes begin one after the other,
+in an order drawn by lot (`turns`), so it uses a bounded part of the processor for signatures. It is
+not shut out, since a program behind the same address could then keep an administrator away. Every
+newcomer has the same chance of a place. If there is none, the server closes the connection at once,
+which costs next to nothing (`refusal`), and the client tries again. On the service's own host each
+user is slowed down alone (`local_user`), and all jobs together as one user. So no user and no job
+delays another account. A client that closes before it has sent its hello, such as a health check,
+has not failed.
 
-Every refusal has an error of its own name; it is counted, and logged at most once a second, since a
-flood must not become a flood of log lines.
+Each limit has an error of its own name. Each refusal is counted, and each error is logged at most
+once a second, since a flood must not become a flood of log lines.
 """
 
 import ipaddress
@@ -48,12 +49,13 @@ log = logging.getLogger("jobworker.server")
 
 WINDOW_SECONDS = 60.0
 MAX_ADDRESSES = 10_000
-"""Whose failures are remembered at a time; at one more, the oldest are forgotten."""
+"""The failures of so many addresses are kept; for one more, the oldest are dropped."""
 LOG_SECONDS = 1.0
 SLOWED_PART = 4
-"""Of the places a network that is slowed down has a quarter: more would only wait longer."""
+"""A network that is slowed down gets a quarter of the places: in more, its connections would only
+wait longer for their turns."""
 STALL_SECONDS = 0.5
-"""How long a handshake may take, once it could begin, where others wait for the place."""
+"""How long the client's next step of a handshake may take, while others wait for its place."""
 
 
 @define(eq=False)
@@ -62,38 +64,41 @@ class Arrival:
 
     peer: str
     network: str
-    """What its failure is counted by, see `network_of`."""
+    """The network that its failure is counted for, see `network_of`."""
     _scope: trio.CancelScope
     _admission: "Admission"
     sound: bool = False
-    """Whether the client has shown a certificate of ours: then it is no failed handshake."""
+    """Whether the client has shown a certificate of our CA: then its handshake has not failed."""
     came_at: float = field(factory=trio.current_time)
     heard: bool = False
-    """Whether it has said its hello."""
+    """Whether the client has sent its hello."""
     turn_at: float = math.inf
-    """Since when it has been the client's turn; infinite while it waits for the service."""
+    """Since when the service has waited for the client; infinite while the client waits for it."""
     is_gone: Callable[[], bool] = field(kw_only=True)
-    """Whether the peer has closed."""
+    """Returns whether the peer has closed."""
     let_go_for: JobworkerError | None = field(default=None, init=False)
-    """Why it was let go before its time, where there is something to tell."""
+    """Why it was ended early; None if there is nothing to log."""
     was_let_go: bool = field(default=False, init=False)
 
     def has_turn(self) -> None:
-        """It is for the client now to go on."""
+        """Record that the service now waits for the client's next step."""
         self.turn_at = trio.current_time()
 
     def has_shown_certificate(self) -> None:
-        """It is sound, and waits for the service."""
+        """Record that the client has shown a certificate of our CA, and waits for the service."""
         self.sound, self.turn_at = True, math.inf
 
     def let_go(self, why: JobworkerError | None) -> None:
-        """End it, for someone else's sake, or because the peer has gone."""
+        """End the connection, to free its place or because the peer has closed.
+
+        `why` is logged as a limit that was reached; None logs nothing.
+        """
         self.was_let_go, self.let_go_for = True, why
         self._admission.forget(self)
         self._scope.cancel()
 
     def finish(self) -> None:
-        """The connection is open: it takes no place among those that arrive, and all its time."""
+        """Record that the connection is open: free its place, and lift the handshake's deadline."""
         self.sound = True
         self._scope.deadline = math.inf
         self._admission.forget(self)
@@ -101,7 +106,7 @@ class Arrival:
 
 @frozen
 class Statistics:
-    """How many there are at this moment."""
+    """How many connections arrive and are open at this moment."""
 
     arriving: int
     inside: int
@@ -109,26 +114,26 @@ class Statistics:
 
 @define(eq=False)
 class _Failures:
-    """Of one address, since a moment."""
+    """The failed handshakes of one address since `since`."""
 
     since: float
     count: int = 0
     turns: Turns = field(factory=Turns)
-    """Of its handshakes, once it is slowed down."""
+    """The turns of its handshakes, once it is slowed down."""
 
 
 @define(eq=False)
 class Admission:
-    """Of one service."""
+    """The connections of one service, counted against its limits."""
 
     limits: ConnectionLimits = field(factory=ConnectionLimits)
     counters: Counters = field(factory=Counters)
     job_ids: Container[int] = ()
-    """Of users of this host: those that jobs have."""
+    """The user ids of this host that jobs have."""
     _arriving: dict[Arrival, None] = field(factory=dict, init=False)
     """Oldest first."""
     _arriving_of: Counter[str] = field(factory=Counter, init=False)
-    """How many of each network."""
+    """How many connections of each network are arriving."""
     _inside: Counter[str] = field(factory=Counter, init=False)
     _failures: dict[str, _Failures] = field(factory=dict, init=False)
     """Oldest window first."""
@@ -136,18 +141,18 @@ class Admission:
     _logged: dict[str, tuple[float, int]] = field(factory=dict, init=False)
 
     def statistics(self) -> Statistics:
-        """How many are here."""
+        """The number of arriving and of open connections."""
         return Statistics(arriving=len(self._arriving), inside=self._inside.total())
 
     @contextmanager
     def arrive(
         self, peer: str, network: str, is_gone: Callable[[], bool] = lambda: False
     ) -> Iterator[Arrival]:
-        """Serve a connection in the block, and end it where it is not open in time.
+        """Count a connection as arriving in the block, and cancel the block if it takes too long.
 
-        `network` is what its failure is counted by (`network_of`). `is_gone` tells whether the peer
-        has closed. Raises TooManyFailures where there is no place for one more of a network that is
-        slowed down.
+        The bound is `limits.handshake_timeout`, until `Arrival.finish`. A failure is counted for
+        `network` (`network_of`). `is_gone` returns whether the peer has closed. Raises
+        TooManyFailures if the network is slowed down and there is no place for one more of it.
         """
         if not self._has_place(network):
             self._make_room(network)
@@ -169,7 +174,7 @@ class Admission:
             self.tell(peer, HandshakeTooSlow(f"cannot wait for it: {seconds:g} s are over"))
 
     async def take_turn(self, arrival: Arrival) -> None:
-        """Wait until a handshake may begin: at once, but for addresses that are slowed down."""
+        """Wait until a handshake may begin: only addresses that are slowed down have to wait."""
         arrival.heard = True
         failures = self._slowed(arrival.network)
         if failures is None:
@@ -178,7 +183,7 @@ class Admission:
             await failures.turns.take(arrival)
 
     def refusal(self, network: str) -> TooManyFailures | None:
-        """Why there is no place for one more of a network, if there is none."""
+        """The error if a network is slowed down and there is no place for one more of it."""
         return self._too_many(network) if self._is_full(network) else None
 
     def _is_full(self, network: str) -> bool:
@@ -198,16 +203,19 @@ class Admission:
         return trio.current_time() < self._slows_until
 
     def _has_place(self, network: str) -> bool:
-        """Whether one more of a network has a place without that another leaves."""
+        """Whether there is a place for one more of a network without ending another connection."""
         return not self._has_its_part(network) and len(self._arriving) < self.limits.max_handshakes
 
     def _has_its_part(self, network: str) -> bool:
-        """Whether a network is slowed down and has all places that such may have."""
+        """Whether a network is slowed down and has all its places (one in `SLOWED_PART`)."""
         part = self.limits.max_handshakes / SLOWED_PART
         return self._slowed(network) is not None and self._arriving_of[network] >= part
 
     def _make_room(self, network: str) -> None:
-        """Let one go that has not arrived. Raises TooManyFailures where the newcomer has to."""
+        """End one arriving connection for a newcomer.
+
+        Raises TooManyFailures if none has to leave for a newcomer of this network.
+        """
         if self._is_full(network):
             raise self._too_many(network)
         crowd = self._candidates(network)
@@ -217,9 +225,10 @@ class Admission:
         given_up.let_go(TooManyHandshakes("cannot wait for it: newer ones need its place"))
 
     def _candidates(self, network: str) -> list[Arrival]:
-        """Who may have to leave for a newcomer of a network, the oldest first.
+        """The connections that may have to leave for a newcomer of a network, oldest first.
 
-        Those from where most arrive; of a network that has all it may have, its own.
+        These are the connections of the networks with most of them. If the newcomer's network is
+        slowed down and has all its places, they are its own connections.
         """
         if self._has_its_part(network):
             return [each for each in self._arriving if each.network == network]
@@ -227,10 +236,10 @@ class Admission:
         return [each for each in self._arriving if self._arriving_of[each.network] == most]
 
     def _stalled(self, crowd: list[Arrival], network: str) -> Arrival | None:
-        """The oldest of a crowd that takes too long, so that it has to leave for a newcomer."""
-        # A client with a certificate is in within moments of its turn.
+        """The oldest of `crowd` that stalls, and so has to leave for a newcomer; else None."""
+        # A client with a certificate takes its next step within milliseconds.
         late = trio.current_time() - STALL_SECONDS
-        # One that has just come leaves for nobody who is slowed down.
+        # A connection that has just come does not leave for a network that is slowed down.
         silent = late if self._slowed(network) is not None else math.inf
         for each in crowd:
             if each.turn_at < late or (not each.heard and each.came_at < silent):
@@ -238,7 +247,7 @@ class Admission:
         return None
 
     def forget(self, arrival: Arrival) -> None:
-        """Count no longer what has arrived, or never will."""
+        """Count a connection as arriving no longer, since it is open or has ended."""
         if arrival in self._arriving:
             del self._arriving[arrival]
             self._arriving_of[arrival.network] -= 1
@@ -247,9 +256,9 @@ class Admission:
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
-        """Count an open connection of a name, with whichever certificate, while the block lasts.
+        """Count an open connection of a name while the block lasts.
 
-        Raises TooManyConnections.
+        All certificates of a name count together. Raises TooManyConnections.
         """
         limits, mine, taken = self.limits, self._inside[name], self._inside.total()
         if mine >= limits.max_connections_per_certificate:
@@ -274,7 +283,7 @@ class Admission:
                 del self._inside[name]
 
     def tell(self, peer: str, error: JobworkerError) -> None:
-        """Count that a limit was reached, and log it, at most once a second."""
+        """Count that a limit was reached, and log it at most once a second for each error."""
         self.counters.add(LIMITS_REACHED, error.name)
         now = trio.current_time()
         last, passed_over = self._logged.get(error.name, (-LOG_SECONDS, 0))
@@ -286,7 +295,7 @@ class Admission:
         self._logged[error.name] = (now, 0)
 
     def _slowed(self, network: str) -> _Failures | None:
-        """The failures of a network that is slowed down for them; None where it is not."""
+        """The failures of a network if it is slowed down for them; else None."""
         limit = self.limits.max_failed_handshakes
         failures = self._failures_of(network)
         return failures if limit and failures is not None and failures.count >= limit else None
@@ -303,7 +312,7 @@ class Admission:
             self._slows_until = max(self._slows_until, failures.since + WINDOW_SECONDS)
 
     def _failures_of(self, network: str) -> _Failures | None:
-        """Those of the minute that runs for it, if one does."""
+        """The failures of a network within its current window of `WINDOW_SECONDS`, if any."""
         failures = self._failures.get(network)
         if failures is not None and trio.current_time() - failures.since >= WINDOW_SECONDS:
             del self._failures[network]
@@ -312,15 +321,16 @@ class Admission:
 
 
 def _oldest(crowd: list[Arrival]) -> Arrival | None:
-    """Who leaves where nobody stalls: of those that have not shown a certificate, if there are."""
+    """The oldest connection that has shown no certificate; the oldest of all if each has."""
     return next((each for each in crowd if not each.sound), crowd[0] if crowd else None)
 
 
 def network_of(address: str, user: str | None = None) -> str:
-    """What failures are counted by: an IPv4 address, or the /64 that an IPv6 host chooses from.
+    """The network that failures of an address are counted for.
 
-    Of 127.0.0.0/8 a program may have any, so all are one. Of the service's own host each user
-    counts alone, by whichever of its addresses.
+    That is an IPv4 address itself, or the /64 from which an IPv6 host chooses its addresses. All of
+    127.0.0.0/8 is one network, since a program may have any address in it. Each `user` of the
+    service's own host is a network of its own, whichever address it has.
     """
     if user is not None:
         return f"this host ({user})"
@@ -336,8 +346,8 @@ def network_of(address: str, user: str | None = None) -> str:
 
 
 def line_of(network: str) -> str:
-    """In whose name strangers of a network take turns: all who have not shown a certificate yet.
+    """The name under which connections of a network take turns until they show a certificate.
 
-    No certificate bears such a name, since it begins with a space (`pki.identity.name_fault`).
+    No certificate has such a name, since it begins with a space (`pki.identity.name_fault`).
     """
     return f" {network}"

@@ -1,22 +1,22 @@
-"""The auditor: notes who did what, and has it written while the service goes on.
+"""The auditor: records which client did what in the audit log, while the service goes on.
 
-What changes something or shows what a job printed is noted with its outcome, and so is each call
-that was denied, each connection that was refused, and the service's own start, reloads and end.
-Mere looking (status, list) is not noted.
+The auditor records, with its outcome, each call that changes something or shows a job's output. It
+also records each denied call, each refused connection, and the service's own start, reloads and
+end. Calls that only read records (status, list) are not recorded.
 
-Notes are written in the order in which they come, a batch at a time, within moments: the bound is
-LINGER_SECONDS and the disk's pace. What comes in vain (denied, not found, malformed) can be had
-without a right or at no cost, so a flood of it must not fill the disk: beyond a burst it is written
-at a bounded rate. Each name has a rate of its own, and all who have none share one: nobody can hide
-another's attempts, or its own under a name, behind a flood without one. Nor can a name hide one
-kind of attempt behind a flood of another: each pair of action and outcome has a small rate besides.
-What was left out is told every ten seconds in a row for each name: how often each kind came, and
-about which jobs.
+Rows are written in the order in which they come, in batches, within moments: LINGER_SECONDS and the
+speed of the disk are the bound. A client needs no right to cause a row about a failed attempt
+(denied, not found, malformed). So a flood of these must not fill the disk: a token bucket allows a
+burst, and then a bounded rate. Each name has a bucket, and all clients without a name share one. So
+no client can hide another's attempts, or its own attempts under a name, behind a flood without a
+name. Each pair of action and outcome (a kind) has a small bucket besides. So no name can hide one
+kind of attempt behind a flood of another kind. Every ten seconds a row for each name summarizes the
+rows that were left out: how often each kind came, and about which jobs.
 
-Calls that succeed and change nothing (`job.log`, `job.plan`, a second `job.stop`) cost nothing
-either, so a name has a small rate of each kind about each job: the first are always noted, so that
-nobody reads a job's output unseen. Where too many jobs are kept in mind for that, such calls are
-bounded as those in vain are.
+Calls that succeed and change nothing (`job.log`, `job.plan`, a second `job.stop`) cost a client
+nothing either. So each name has a small bucket for each action on each job. The first such calls
+are always recorded, so that no client reads a job's output without a row. If there are too many of
+these buckets, further calls are limited like failed attempts.
 """
 
 import logging
@@ -44,15 +44,16 @@ log = logging.getLogger("jobworker.server")
 
 LINGER_SECONDS = 0.05
 AGAIN_SECONDS = 1.0
-"""After which rows that the disk refused are tried again."""
+"""The time after which rows that the disk refused are written again."""
 MAX_WAITING = 10_000
-"""Notes that wait for a disk which takes none; more are counted and left out."""
+"""The most rows that wait for a disk which takes none; further rows are counted and left out."""
 VAIN_BURST, VAIN_PER_SECOND = 100, 0.1
-"""Rows of one name."""
+"""Token bucket for one name's rows about failed attempts."""
 KIND_BURST, KIND_PER_SECOND = 5, 1 / 600
-"""Rows of one kind of one name besides, of which there are a hundred at most."""
+"""Token bucket for each kind of one name besides; there are a hundred kinds at most. Also the
+bucket for calls that change nothing, for each triple of name, action and job."""
 MAX_REPEATED = 10_000
-"""Of how many (name, kind, job) the repetitions are counted at a time."""
+"""The most triples of name, action and job that have a bucket at a time."""
 REPEATABLE = frozenset({"job.log", "job.plan", "job.stop", "job.prune"})
 """Calls that may succeed again and again, and change nothing."""
 TELL_SECONDS = 10.0
@@ -60,7 +61,7 @@ DETAIL_CHARACTERS = 200
 MAX_KINDS_TOLD = 12
 SUPPRESSED = "audit.suppressed"
 MALFORMED = "request.refused"
-"""What was no call: an unknown method, parameters that are none, no JSON-RPC at all."""
+"""The action of a message that is no call: an unknown method, invalid parameters, no JSON-RPC."""
 
 _Kind = tuple[str, str]
 """An action and its outcome."""
@@ -68,7 +69,7 @@ _Kind = tuple[str, str]
 
 @define
 class _Left:
-    """What was left out of one kind: how often it came, and the lowest and highest job."""
+    """The rows of one kind that were left out: their number, and the lowest and highest job id."""
 
     count: int = 0
     jobs: tuple[int, int] | None = None
@@ -89,7 +90,7 @@ class _Left:
 
 @define
 class _Suppressed:
-    """What was left out of one name: the last of it, and all by kind."""
+    """The rows of one name that were left out: the last one, and their counts by kind."""
 
     last: AuditRow
     kinds: dict[_Kind, _Left] = Factory(dict)
@@ -115,38 +116,39 @@ class _Suppressed:
 
 @define(eq=False)
 class Auditor:
-    """Of one service."""
+    """The audit log of one service: takes rows at once, and writes them in a task (`serve`)."""
 
     _history: History
     _clock: Callable[[], datetime]
     _waiting: deque[AuditRow] = field(factory=deque)
     _arrival: trio.Event = field(factory=trio.Event)
     _suppressed: dict[str, _Suppressed] = field(factory=dict)
-    """By the certificate's name, of which there are as many as the CA has given; "" is nobody's."""
+    """By the certificate's name; the CA bounds how many names there are. Clients without a name
+    have ""."""
     _buckets: dict[str, Bucket] = field(factory=dict)
-    """By name too."""
+    """By name, as in `_suppressed`."""
     _kinds: dict[tuple[str, _Kind], Bucket] = field(factory=dict)
     _repeated: dict[tuple[str, str, int | None], Bucket] = field(factory=dict)
-    """By name, action and job, the one that came last at the end."""
+    """By name, action and job; the bucket that was used last stands at the end."""
     _refused: bool = False
-    """Whether the disk took nothing of the last rows."""
+    """Whether the disk refused the last rows."""
 
     def service(self, action: str, outcome: str = "ok", detail: str = "") -> None:
-        """Note what the service itself did."""
+        """Record an action of the service itself, such as its start."""
         self._note(AuditRow(at=self._clock(), action=action, outcome=outcome, detail=_cut(detail)))
 
     def refused(self, peer: str, why: str, who: Identity | None = None) -> None:
-        """Note a connection that was not let in."""
+        """Record a connection that was refused, and why."""
         self._note_vain(self._row("connection.refused", peer, who, "refused", why))
 
     def dismissed(self, peer: str, why: str, who: Identity) -> None:
-        """Note a connection that was ended for its certificate's sake."""
+        """Record a connection that was ended because of its certificate or role, and why."""
         self._note(self._row("connection.ended", peer, who, "certificate_refused", why))
 
     def called(
         self, who: Identity, peer: str, method: Method, params: object, result: object
     ) -> None:
-        """Note a call that was answered, if it is of those that are noted."""
+        """Record a call that succeeded, unless it only read records."""
         if method.permission is Permission.VIEW:
             return
         row = self._row(method.name, peer, who, "ok", _subject(params), _job_of(params, result))
@@ -159,7 +161,7 @@ class Auditor:
     def failed(
         self, who: Identity, peer: str, method: Method, params: object, error: JobworkerError
     ) -> None:
-        """Note a call that was not, if it is of those, or was denied."""
+        """Record a call that failed. A call that only reads records is recorded only if denied."""
         denied = isinstance(error, PermissionDenied | NotFound)
         if denied or method.permission is not Permission.VIEW:
             row = self._row(
@@ -168,7 +170,7 @@ class Auditor:
             self._note_vain(row)
 
     def malformed(self, who: Identity, peer: str, error: JobworkerError) -> None:
-        """Note a message that was no call of this protocol."""
+        """Record a message that was no call of this protocol."""
         self._note_vain(self._row(MALFORMED, peer, who, error.name, error.message))
 
     def _row(
@@ -231,7 +233,7 @@ class Auditor:
         self._suppressed.setdefault(row.name, _Suppressed(row)).add(row)
 
     async def serve(self) -> None:
-        """Write what comes; once cancelled, what is left, and then no more."""
+        """Write rows as they come, never returns. Once cancelled, write the rows that are left."""
         tell_at = trio.current_time()
         try:
             while True:
@@ -251,7 +253,8 @@ class Auditor:
                 log.error("%d rows of the audit log are lost", len(self._waiting))
 
     async def _write(self) -> bool:
-        """Write what waits: whether the disk took it. What it refuses waits on, in order."""
+        """Write the waiting rows. Returns whether the disk took them; else they wait on, in order.
+        """
         if not self._waiting:
             return True
         rows = list(self._waiting)

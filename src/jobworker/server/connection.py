@@ -2,13 +2,13 @@
 
     handshake ─► who is it? ─► HTTP head ─► WebSocket ─► `Conversation`
 
-trio-websocket has faults that a hostile client can reach (an uncaught exception in one
-connection ends the whole server; a request that is no upgrade holds its task). So nothing of it
-runs before the head has been read and checked here, under a deadline, and `serve_connection`
-catches everything: a fault ends its own connection and no other.
+trio-websocket has faults that a hostile client can reach (an uncaught exception in one connection
+ends the whole server; a request that is no upgrade holds its task). So this module first reads and
+checks the HTTP head, under a deadline, before any code of trio-websocket runs. `serve_connection`
+catches every exception: a fault ends its own connection and no other.
 
-A refusal is always sent: OpenSSL's alert while the handshake goes on, and after it an HTTP reply
-that says why. Who speaks HTTP without TLS gets such a reply too.
+The server always sends a refusal. During the handshake it is an alert of OpenSSL's, and after it an
+HTTP reply with the reason. A client that speaks HTTP without TLS gets such a reply too.
 """
 
 import logging
@@ -59,20 +59,20 @@ from jobworker.tls_stream import RECORD_BYTES, TLSStream
 log = logging.getLogger("jobworker.server")
 
 MAX_FRAGMENTS = 16_384
-"""Frames of one message: empty ones add nothing to its size, and a place in memory each."""
+"""The most frames of one message. Empty frames add nothing to its size, but each takes memory."""
 
 HANDSHAKE_3_X = b"\x16\3"
 RECORD_HEADER_BYTES = 5
 ESTABLISHED = 1
 """TCP_ESTABLISHED of the kernel's net/tcp_states.h."""
 UNREAD = "\0" * (LARGE_BYTES + 1)
-"""Stands for a large message that was dropped: as large, and no JSON whatever follows it."""
+"""Replaces a large message that was dropped: it is large too, and never JSON, whatever follows."""
 
 
 def turn_away(accepted: socket.socket, admission: Admission) -> bool:
-    """Whether there is nothing to do for a connection that has just come, or no place.
+    """Whether to close a connection that was just accepted: its peer is gone, or it has no place.
 
-    Little is spent on such, for they come in floods.
+    The check is cheap, since such connections come in floods.
     """
     if _is_gone(accepted):
         return True
@@ -93,9 +93,9 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
     try:
         network, is_gone = _network(peer, tcp.socket, admission), partial(_is_gone, tcp.socket)
         with admission.arrive(peer, network, is_gone) as arrival, ExitStack() as inside:
-            # Little is made before this: a flood's connections come no further.
+            # Before this the service makes few objects: a flood's connections come no further.
             if not await _says_hello(tcp.socket):
-                return  # a health check
+                return  # a health check, for example
             await admission.take_turn(arrival)
             await context.handshakes.enter(line_of(network))
             arrival.has_turn()
@@ -132,9 +132,9 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
                 headless = head is not None and head.request.method == b"HEAD"
                 await reply(stream, http, refused, without_body=headless)
             finally:
-                if not parted:  # else it has what was said last: the server closes first
+                if not parted:  # else the client has the last message, and the server closes first
                     with trio.move_on_after(CLOSE_SECONDS):
-                        await stream.linger()  # or what was said last might not arrive
+                        await stream.linger()  # else the last message might not arrive
     except* CertificateRefused as group:
         log.info("%s: refused: %s", peer, group.exceptions[0])
         context.auditor.refused(peer, str(group.exceptions[0]))
@@ -146,7 +146,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
         trio.ClosedResourceError,
         trio_websocket.ConnectionClosed,
         h11.ProtocolError,
-        wsproto.utilities.ProtocolError,  # a frame that came behind the server's closing frame
+        wsproto.utilities.ProtocolError,  # the client sent a frame after the server's closing frame
     ) as group:
         log.debug("%s: ended: %r", peer, group.exceptions)
     except* Exception:  # noqa: BLE001 - recorded
@@ -157,7 +157,7 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
 
 @contextmanager
 def _entered(admission: Admission, who: Identity, peer: str) -> Iterator[None]:
-    """Take a place inside; raises Refused where there is none."""
+    """Count the connection as open while the block lasts; raises Refused if there is no place."""
     with ExitStack() as place:
         try:
             place.enter_context(admission.enter(who.common_name))
@@ -185,7 +185,7 @@ def _peer_name(tcp: socket.socket | trio.socket.SocketType) -> str:
 
 
 def _keep_alive(tcp: trio.SocketStream) -> None:
-    """Have the kernel find out that a client's machine is gone: tcp(7)."""
+    """Turn on TCP keepalive: the kernel then detects that a client's machine is gone: tcp(7)."""
     with suppress(OSError):
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
@@ -194,13 +194,14 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
 
 
 async def _says_hello(tcp: trio.socket.SocketType) -> bool:
-    """Wait for a client's first TLS record, without taking it; False where it closes before.
+    """Wait for a client's first TLS record without reading it; False if the client closes first.
 
-    So who sends less costs no turn of those that shake hands. What is no record of a handshake
-    (RFC 8446, section 5.1) is left to OpenSSL to refuse.
+    So a client that sends less than a record takes no turn from the handshakes. OpenSSL refuses
+    bytes that are no record of a handshake (RFC 8446, section 5.1).
     """
     with suppress(OSError):
-        said = await tcp.recv(RECORD_HEADER_BYTES + RECORD_BYTES, socket.MSG_PEEK)  # all, mostly
+        # This mostly returns the whole record.
+        said = await tcp.recv(RECORD_HEADER_BYTES + RECORD_BYTES, socket.MSG_PEEK)
         for _ in ("header", "content"):
             if len(said) < (size := _record_size(said)):
                 said = await _peek(tcp, size)
@@ -209,7 +210,10 @@ async def _says_hello(tcp: trio.socket.SocketType) -> bool:
 
 
 def _record_size(said: bytes) -> int:
-    """How long the record is that begins so; 0 where it is none, or too long for one."""
+    """The size in bytes of the TLS record that begins so.
+
+    It is 0 if these bytes begin no record of a handshake, or one that is too long.
+    """
     if len(said) < RECORD_HEADER_BYTES:
         return RECORD_HEADER_BYTES
     length = int.from_bytes(said[3:RECORD_HEADER_BYTES])
@@ -218,7 +222,10 @@ def _record_size(said: bytes) -> int:
 
 
 async def _peek(tcp: trio.socket.SocketType, size: int) -> bytes:
-    """Wait until so much can be read: less at the end, or where the kernel is short of memory."""
+    """Wait until `size` bytes can be read, and return them without taking them.
+
+    Returns fewer at the stream's end, or if the kernel is short of memory.
+    """
     tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
     try:
         await trio.lowlevel.wait_readable(tcp)
@@ -233,7 +240,10 @@ def _is_gone(tcp: socket.socket | trio.socket.SocketType) -> bool:
 
 
 async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
-    """The TLS handshake; a refused client is told why, and False returned."""
+    """Do the TLS handshake. If it fails, log the reason and return False.
+
+    The client gets OpenSSL's alert, or an HTTP reply if it spoke HTTP without TLS.
+    """
     try:
         await stream.do_handshake()
     except trio.BrokenResourceError as broken:
@@ -241,8 +251,8 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
         if not isinstance(cause, ssl.SSLError):
             log.info("%s: TLS refused: the client went away", peer)
             return False
-        if cause.reason == "HTTP_REQUEST":  # openssl/sslerr.h: no alert would be understood
-            with suppress(OSError):  # it fits into an empty buffer
+        if cause.reason == "HTTP_REQUEST":  # openssl/sslerr.h: an HTTP client understands no alert
+            with suppress(OSError):  # the reply fits into the socket's empty buffer
                 stream.socket.send(plain_reply())
         why = explain_server_side(cause)
         log.info("%s: TLS refused: %s", peer, why)
@@ -254,9 +264,10 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
 def _look_at_certificate(
     stream: TLSStream, arrival: Arrival, fittings: Fittings, context: operations.Context
 ) -> Identity | PermissionDenied:
-    """Who has shown one of ours, or why that is nobody; who it is counts as being about.
+    """The client's identity, or the error if its certificate has none; count the client as active.
 
-    Not before: strangers could slow down everybody who works alone by a few bytes a second.
+    A connection does not count as active before this. Otherwise strangers could slow down each
+    client that works alone, with a few bytes a second.
     """
     arrival.has_shown_certificate()
     shown = find_identity(stream, context.gate.roles, fittings)
@@ -266,23 +277,27 @@ def _look_at_certificate(
 
 
 def _line_of(shown: Identity | PermissionDenied, network: str) -> str:
-    """Where the rest of a handshake stands in line: its own client's, behind no other name."""
+    """The line for the rest of a handshake: the client's own, so that it waits for no other name.
+
+    Without an identity it is the line of its network.
+    """
     return shown.common_name if isinstance(shown, Identity) else line_of(network)
 
 
 async def _serve_websocket(
     stream: PrefixStream, visitor: Visitor, arrival: Arrival, context: operations.Context
 ) -> bool:
-    """Serve to the end. Returns whether the client has answered the server's closing frame.
+    """Serve a connection to its end. Returns whether the client answered the closing frame.
 
-    Then nothing follows from either, and the server closes first: RFC 6455, section 7.1.1.
+    After the answer neither side sends anything more, and the server closes the TCP connection
+    first: RFC 6455, section 7.1.1.
     """
     parted = False
     who, peer = visitor.identity, visitor.peer
 
     async def leave_when_closed() -> None:
         await stream.closed.wait()
-        await trio.sleep(CLOSE_SECONDS)  # what came before may still be answered
+        await trio.sleep(CLOSE_SECONDS)  # calls from before the close may still be answered
         nursery.cancel_scope.cancel()
 
     try:
@@ -292,7 +307,7 @@ async def _serve_websocket(
             request = await trio_websocket.wrap_server_stream(
                 nursery,
                 stream,
-                message_queue_size=0,  # what waits for its turn stays with the client
+                message_queue_size=0,  # backpressure: messages wait at the client, not here
                 max_message_size=context.admission.limits.max_message_bytes,
                 receive_buffer_size=RECORD_BYTES,
             )
@@ -318,11 +333,11 @@ async def _serve_websocket(
 async def _check_parts(
     socket_: trio_websocket.WebSocketConnection, conversation: Conversation
 ) -> float:
-    """Wait until more of the message that is coming may be read. Returns how long that may take.
+    """Wait until more of the current message may be read. Returns the seconds until the next check.
 
-    A large message of a client that may send none is dropped as it comes, so it needs no slot; what
-    is kept in its place is refused once it has ended. Raises BrokenResourceError for a message that
-    comes in more frames than are taken.
+    If the client may send no large message, its bytes are dropped as they come, so the message
+    needs no slot. `UNREAD` stands in its place and is refused once the message has ended. Raises
+    BrokenResourceError if the message has more than `MAX_FRAGMENTS` frames.
     """
     parts, size = socket_._message_parts, socket_._message_size
     if len(parts) > MAX_FRAGMENTS:

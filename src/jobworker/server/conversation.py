@@ -1,17 +1,19 @@
-"""What is said on one open connection: calls and their answers, output, pings, and a goodbye.
+"""One open connection's traffic: calls and replies, output, pings, and a closing frame.
 
     reader: a task for each call ─► reply ─► its subscription, if it opened one
     pings
 
-The reader never waits for a job: what is bounded is what costs memory, replies that are not sent
-yet and notifications that are being served. So a client whose requests all wait for jobs still has
-its credits read. Long answers are made one at a time, each when the one before it has been taken,
-and large requests and replies need a slot (`slots`): a client that sends and takes nothing back
-makes itself wait, and costs a bounded amount of memory on all of its connections together.
+The reader never waits for a job. It waits only for what costs memory: replies that are not sent yet
+and notifications that are being served are bounded in number. So the server still reads the credits
+of a client whose requests all wait for jobs. The server makes long replies one at a time, each when
+the client has taken the one before it. Large requests and replies need a slot (`slots`). So a
+client that sends requests and reads no replies delays only itself (backpressure), and all of its
+connections together cost a bounded amount of memory.
 
-A message is sent whole or not at all. One that is cut off breaks the stream (`tls_stream`), so
-that ending a subscription would end its connection: only the connection's own end, or a client
-that takes nothing for too long, cancels what is being sent.
+A message is sent whole or not at all. A message that is cut off breaks the stream (`tls_stream`),
+so the end of a subscription does not cancel a message that is being sent: otherwise it would end
+the connection. Only the end of the connection cancels it, or a client that takes nothing for too
+long.
 """
 
 import logging
@@ -64,27 +66,28 @@ from jobworker.server.subscriptions import Subscriptions
 log = logging.getLogger("jobworker.server")
 
 DISMISSAL_SECONDS = 0.3
-"""What a client that has to leave gets to take what is on its way, and then the reason."""
+"""The time for a dismissed client to take the messages on their way, and then again to take the
+closing frame with the reason."""
 IN_ORDER = frozenset({"job.credit", "job.unfollow"})
-"""Notifications that wait for nothing: what the client says next finds them done."""
+"""Notifications that wait for nothing. They are done before the client's next message is served."""
 IN_TURN = frozenset({"job.list", "job.status", "job.plan", "volume.list", "rpc.discover"})
-"""Calls that wait for nothing and may have long answers: one at a time of each connection."""
+"""Calls that wait for nothing and may have long replies: one at a time on each connection."""
 LARGE_REQUESTS = frozenset({"job.run", "job.plan"})
-"""Methods whose parameters may be large; what else is large was padded."""
+"""Methods whose parameters may be large. Any other large request was padded."""
 SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND = 1000, 20
-"""Control frames, and short parts of a message: see `frame_scan`.
+"""Token bucket for control frames and short parts of messages (`frame_scan`).
 
 Clients ping once a second at the most, and answer our pings, which come twice a minute.
 """
 SERVE_SECONDS = 60.0
 """How long a large request may take beyond `stall_seconds`; a job starts within seconds."""
 MAX_REASON_BYTES = 120
-"""Of a closing frame's reason; a control frame holds 125 bytes (RFC 6455, 5.5)."""
+"""The longest reason of a closing frame; a control frame holds 125 bytes (RFC 6455, 5.5)."""
 
 
 @define(eq=False)
 class Conversation:
-    """A client that has been let in."""
+    """The server's side of one open connection: reads calls, serves them, and sends the replies."""
 
     _socket: FramedSocket
     _visitor: Visitor
@@ -93,22 +96,22 @@ class Conversation:
     _subscriptions: Subscriptions = field(init=False)
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
     _sends: set[trio.CancelScope] = field(factory=set)
-    """Messages that are being sent, each with the right to be sent whole."""
+    """A shielded scope for each message that is being sent, since messages are sent whole."""
     _calls: set[trio.CancelScope] = field(factory=set)
-    """Of the tasks that serve them."""
+    """The scopes of the tasks that serve calls."""
     _busy: int = 0
-    """Replies that are being sent, and notifications that are being served."""
+    """How many replies are being sent, and notifications are being served."""
     _less_busy: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
-    """Where tasks wait until less is to be sent."""
+    """Here tasks wait until a reply has been sent, or a notification has been served."""
     _small_frames: Bucket = field(init=False)
     intake: Intake = field(init=False)
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
     _fault: JobworkerError | None = None
-    """What the client has done that it has to go."""
+    """Why the server ends the connection, if the client reached a limit."""
     _leaving: bool = False
     _quiet: trio.Event = field(factory=trio.Event)
-    """Set once nothing is being sent any more to a client that has to leave."""
+    """Set once no message is being sent any more to a client that has to leave."""
 
     def __attrs_post_init__(self) -> None:
         limits = self._context.admission.limits
@@ -132,9 +135,10 @@ class Conversation:
         )
 
     async def wait_for_room(self, size: int) -> float:
-        """Wait until more may be read of a message that has `size` so far; see `Intake`.
+        """Wait until the rest of a message may be read, of which `size` bytes have come.
 
-        Where the client has sent what is not taken the conversation ends, and this never returns.
+        Returns what `Intake.wait_for_room` returns. If the client has sent too many small frames,
+        or its large message too slowly, the conversation ends and this never returns.
         """
         small = self._socket.take_small_frames()
         if small and not self._small_frames.take(trio.current_time(), small):
@@ -152,7 +156,7 @@ class Conversation:
             await trio.sleep_forever()
 
     def _cancel(self) -> None:
-        """Have the conversation end; no message is sent any further, those of the reader too."""
+        """End the conversation, and cancel each message that is being sent, also by the reader."""
         self._scope.cancel()
         self._cancel_sends()
 
@@ -173,15 +177,15 @@ class Conversation:
         return self._denied(METHODS["job.run"]) is not None
 
     async def serve(self) -> None:
-        """Answer calls until the client goes, or has to."""
+        """Answer calls until the client closes, or the server ends the conversation."""
         try:
             async with trio.open_nursery() as calls:
                 try:
                     with self._scope:
                         async with trio.open_nursery() as nursery:
                             nursery.start_soon(self._ping)
-                            # Not by an exception through nurseries: what a group of them has in
-                            # its frames stays until Python searches for cycles.
+                            # ConnectionClosed does not leave the nursery: Python keeps the frames
+                            # of an exception group until it next collects cycles.
                             with suppress(ConnectionClosed):
                                 while True:
                                     await self._take(await self._next_message(), calls)
@@ -200,13 +204,13 @@ class Conversation:
             self.intake.close()
 
     async def end_when_dismissed(self) -> None:
-        """End when the client has to leave, which is no limit's doing (`door`).
+        """Wait until the door dismisses the client (`door`), then end the conversation.
 
-        Where the service ends, the client first gets what it is owed: replies, and output whose
-        end is known. The service bounds that.
+        If the service ends, the client first gets what the server owes it: replies, and output
+        whose end is known. The service bounds that time.
 
-        What is being sent gets a moment: a message that is cut off breaks the stream, and then the
-        reason could not be told.
+        A message that is being sent gets `DISMISSAL_SECONDS` to be taken. If it were cut off, the
+        stream would break, and the client could not get the reason.
         """
         try:
             await self._visitor.leaving.wait()
@@ -224,12 +228,13 @@ class Conversation:
         return bool(self._session.in_flight or self._busy or self._subscriptions.owe)
 
     async def say_goodbye(self) -> bool:
-        """Close, and tell the client by the code whether it may come back, and why by the reason.
+        """Send a closing frame. Returns whether the client answered it in `DISMISSAL_SECONDS`.
 
-        Returns whether the client answered in time: it says nothing more then.
+        The frame's code says whether the client may connect again, and its reason says why. After
+        its answer a client sends nothing more.
 
-        A client that closed first, or broke the connection, is told nothing. One whose answer is
-        long on its way still gets the frame: the connection lingers.
+        A client that closed first, or broke the connection, gets no frame. A client whose answer
+        comes late still gets the frame, since the connection lingers.
         """
         if self._fault is not None:
             code, reason = TRY_AGAIN, f"{self._fault.name}: {self._fault.message}"
@@ -245,7 +250,7 @@ class Conversation:
         return not bound.cancelled_caught
 
     async def _next_message(self) -> str | bytes:
-        """The next message, when a turn of the client's name has come."""
+        """Read the next message, and wait until a turn of the client's name has come."""
         message = await self._socket.get_message()
         name = self._visitor.identity.common_name
         self._context.presence.saw(name)
@@ -255,15 +260,16 @@ class Conversation:
     async def _take(self, message: str | bytes, calls: trio.Nursery) -> None:
         """Serve a message, or have a task serve it.
 
-        The reader waits for the end of large ones, since they hold memory. One that was only
-        padded holds none any more, and may wait for a job: that is no reason to read no further.
+        The reader waits until a large request is served, since the request holds memory. A request
+        that was only padded holds no memory any more, and may wait for a job, so the reader goes on
+        to the next message.
         """
         large = len(message) > LARGE_BYTES
         if large:
             calls.start_soon(self._end_unless_served, self.intake.begin())
         received = await self._read(message)
         del message
-        # Requests that wait for a job do not count here, for credits must pass them.
+        # Requests that wait for a job do not count here: credits behind them must be read.
         while self._busy >= self._context.admission.limits.max_requests_in_flight:
             await self._less_busy.park()
         if isinstance(received, Refusal):
@@ -284,7 +290,10 @@ class Conversation:
             self.intake.end()
 
     async def _end_unless_served(self, served: trio.Event) -> None:
-        """End with a large request that is not served, since its client takes no replies."""
+        """End the conversation if a large request is not served in time.
+
+        The server cannot serve it while the client takes no replies.
+        """
         seconds = self._context.stall_seconds + SERVE_SECONDS
         with trio.move_on_after(seconds):
             await served.wait()
@@ -292,13 +301,13 @@ class Conversation:
         self._end(TooSlow(f"cannot go on: a large request was not served in {seconds:g} s"))
 
     async def _read(self, message: str | bytes) -> Call | Refusal:
-        """Read a request: a long one in a thread, and only from a client that may run jobs."""
+        """Decode a request: a long one in a thread, a large one only if the client may run jobs."""
         if not takes_long(message):
             return self._session.receive(message, self._denied)
         if len(message) > LARGE_BYTES and (error := self._denied(METHODS["job.run"])) is not None:
             error = PermissionDenied(
-                f"cannot take a message of more than {LARGE_BYTES} characters: such are for those "
-                "who may run jobs",
+                f"cannot take a message of more than {LARGE_BYTES} characters: only clients that "
+                "may run jobs may send one",
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
@@ -308,7 +317,7 @@ class Conversation:
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:
-        """Why this client may not call a method, if it may not."""
+        """The error if this client may not call a method, whatever its parameters; else None."""
         try:
             self._context.gate.may_call(self._visitor.identity, method)
         except PermissionDenied as denied:
@@ -316,11 +325,11 @@ class Conversation:
         return None
 
     def _note(self, refused: Refusal) -> None:
-        """Have a message that came in vain noted: in the audit, or among the limits reached."""
+        """Record a refused message in the audit, and also among the limits if it reached one."""
         who, peer, error = self._visitor.identity, self._visitor.peer, refused.error
         if isinstance(error, PermissionDenied) and refused.method is not None:
             self._context.auditor.failed(who, peer, refused.method, Nothing(), error)
-        elif not isinstance(error, Busy):  # that is no fault of the message
+        elif not isinstance(error, Busy):  # Busy does not mean that the message is malformed
             self._context.auditor.malformed(who, peer, error)
         if isinstance(error, TooManyRequests):
             self._tell(error)
@@ -333,13 +342,13 @@ class Conversation:
 
     async def _serve_call(self, call: Call) -> None:
         outcome = await self._answer(call)
-        del call  # what it asked for may be long, and delivery too
+        del call  # its parameters may be large, and the delivery may take long
         await self._deliver(outcome)
 
     async def _answer(self, call: Call) -> object:
-        """Serve a call and reply to it; returns its outcome.
+        """Serve a call and send the reply. Returns its outcome, which may be an error.
 
-        What may be long is made when its turn has come to be sent, and not before.
+        A reply that may be long is made only when the one before it has been sent.
         """
         if call.method.name in IN_TURN:
             async with self._turn:
@@ -356,9 +365,9 @@ class Conversation:
             slots, name = self._context.replies, self._visitor.identity.common_name
             again = False
             if not slots.take_nowait(name):
-                again = call.method.permission is Permission.VIEW  # then it changes nothing
+                again = call.method.permission is Permission.VIEW  # then a second call is harmless
                 if again:
-                    del outcome, message  # so that no memory is held while it waits
+                    del outcome, message  # frees their memory while the call waits for a slot
                 await slots.take(name)
             try:
                 if again:
@@ -375,8 +384,12 @@ class Conversation:
         return outcome
 
     async def _end_unless_taken(self, slots: Slots, name: str) -> None:
-        """End the conversation once its client takes a large reply too slowly and others wait."""
-        with suppress(trio.ClosedResourceError):  # then it has ended
+        """End the conversation if the client takes a large reply too slowly and others wait.
+
+        The client has a grace of `stall_seconds`, and one second more for each
+        `LEAST_BYTES_PER_SECOND` bytes that it has taken.
+        """
+        with suppress(trio.ClosedResourceError):  # then the connection has ended
             began, before = trio.current_time(), self._socket.taken_bytes
             left = grace = self._context.stall_seconds
             while left > 0 or not slots.are_wanted_of(name):
@@ -405,7 +418,7 @@ class Conversation:
             self._less_busy.unpark_all()
 
     async def _outcome(self, call: Call) -> object:
-        """What a call results in: an error is a result like any other here."""
+        """Run a call. Returns its result, or its error as a value: both are sent as a reply."""
         caller = Caller(
             identity=self._visitor.identity,
             subscriptions=self._subscriptions,
@@ -422,18 +435,21 @@ class Conversation:
             incident = self._context.incidents.record("call", call.method.name)
             return InternalError(
                 f"cannot serve {call.method.name}: an internal fault (incident {incident})",
-                remedy="give the incident's number to who runs the service",
+                remedy="give the incident's number to the service's administrator",
             )
 
     async def _deliver(self, outcome: object) -> None:
-        """Send the output of the subscription that a call has opened, if it has."""
+        """Send the output of the subscription that a call has opened, if it opened one."""
         subscription = opened_by(outcome)
         if subscription is not None:
             await self._subscriptions.run(subscription, self._send)
             self._less_busy.unpark_all()
 
     async def _send(self, message: str | Sequence[Frame]) -> None:
-        """Send a message, or several; whole or not at all. Who takes nothing is let go."""
+        """Send a message or several, each whole or not at all.
+
+        The conversation ends if the client takes nothing for too long.
+        """
         if self._leaving:
             await trio.sleep_forever()  # until the connection has ended
         sent = False
@@ -454,12 +470,13 @@ class Conversation:
                     self._quiet.set()
         await trio.lowlevel.checkpoint_if_cancelled()
         if not sent:
-            await trio.sleep_forever()  # until it is let go
+            await trio.sleep_forever()  # until the conversation's end cancels this task
 
     async def _ping(self) -> None:
-        """Ping the client from time to time; one that neither answers nor takes anything has to go.
+        """Ping the client at intervals; end the conversation if it shows no sign of life.
 
-        What is on its way comes before a ping: for long on a slow line.
+        Messages on their way come before a ping, which may take long on a slow line. So the bytes
+        that the client takes are a sign of life too.
         """
         limits = self._context.admission.limits
         interval, timeout = (
@@ -474,9 +491,10 @@ class Conversation:
                 nursery.cancel_scope.cancel()
 
     async def _end_in_silence(self, seconds: float) -> None:
-        """End the conversation once nothing is taken for so long; the ping too is something.
+        """End the conversation if the client takes no byte for that long, the ping included.
 
-        While nothing is read from the client its answer may be among what was not.
+        While the reader is paused this goes on waiting: the client's answer may be among the bytes
+        that were not read yet.
         """
         before, now = None, self._signs_of_life()
         while now != before or self.intake.paused:

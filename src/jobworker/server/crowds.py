@@ -1,6 +1,6 @@
-"""How many requests of each name wait for something, on all of its connections together.
+"""A quota of waiting requests and subscriptions for each name, on all of its connections together.
 
-What one event answers, such as a job's end, costs the service so much work for each that waits.
+One event, such as a job's end, may answer all of them at once, and each costs the service work.
 """
 
 from collections import Counter
@@ -14,14 +14,14 @@ from jobworker.errors import Busy, TooManyRequests
 
 @define(eq=False)
 class Crowds:
-    """Requests that wait, and subscriptions, by the client's name."""
+    """Counts waiting requests and subscriptions by the client's name."""
 
     _most: int
     _counts: Counter[str] = field(factory=Counter, init=False)
 
     @contextmanager
     def one_more(self, name: str) -> Iterator[None]:
-        """Count a request that waits while the block lasts. Raises TooManyRequests."""
+        """Count a waiting request while the block lasts. Raises TooManyRequests."""
         self.take(name, TooManyRequests)
         try:
             yield
@@ -29,7 +29,7 @@ class Crowds:
             self.give_back(name)
 
     def check(self, name: str, refusal: type[Busy]) -> None:
-        """Raise `refusal` where `take` would."""
+        """Raise `refusal` if `take` would."""
         if self._counts[name] >= self._most:
             raise refusal(
                 f"cannot wait or follow: {name} does so {self._most} times already, on all of its "
@@ -38,7 +38,7 @@ class Crowds:
             )
 
     def take(self, name: str, refusal: type[Busy]) -> None:
-        """Count one more. Raises `refusal` where there are as many as may be."""
+        """Count one more. Raises `refusal` if the name already has as many as it may have."""
         self.check(name, refusal)
         self._counts[name] += 1
 

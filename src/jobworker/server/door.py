@@ -1,13 +1,13 @@
-"""The door: who may come in, and who has to leave when that changes.
+"""The open connections of the service, and which of them end when the configuration changes.
 
-It holds what a handshake goes by (the TLS context with CA and revocation list), the table of roles
-and everyone who is inside. `refit` exchanges all of it at once: connections go on, but for those
-whose certificate or role is not good any more, or whose role may do less: what such a connection
-follows was allowed by the role of before. They are told why and are out within a second. A
-certificate that comes to its end ends its connections too.
+The door holds the TLS context with CA and revocation list, the table of roles, and all open
+connections. `refit` exchanges context and roles at once. Most connections go on. A connection ends
+if its certificate or role is no longer valid, or if its role may do less than before: the earlier
+role allowed what such a connection follows. Its client gets the reason, and the connection ends
+within a second. A connection also ends when its certificate expires.
 
-A handshake that began before a change and ended after it was judged by the old context, so everyone
-who comes in is judged once more where the context is not the one of now.
+A handshake that began before a change and ended after it was checked with the old context. So the
+door checks a new connection once more if its context is not the current one.
 """
 
 import logging
@@ -33,15 +33,16 @@ from jobworker.server.gate import Gate
 log = logging.getLogger("jobworker.server")
 
 LONGEST_WAIT_SECONDS = 3600.0
-"""How often the clock on the wall is looked at: it may be set."""
+"""How often the time of day is read again, since the clock may be set."""
 
 JUDGED_A_TURN = 10
-"""Connections, after a reload: a verification takes 0.2 ms, and there may be a thousand."""
+"""How many connections one turn of the event loop checks after a reload: one verification takes
+0.2 ms, and there may be a thousand connections."""
 
 
 @frozen
 class Fittings:
-    """What handshakes and open connections are judged by."""
+    """The certificates, hosts and subjects by which the door checks connections."""
 
     tls: ssl.SSLContext
     verifier: Verifier
@@ -50,7 +51,7 @@ class Fittings:
 
     @classmethod
     def of(cls, files: ServerFiles, security: SecuritySettings) -> "Fittings":
-        """Made of the files. Raises CredentialsUnusable."""
+        """Make them from the files and settings. Raises CredentialsUnusable."""
         context = server_context(files, min_version=security.min_tls_version)
         hosts = ServedHosts.of(files.certificate.content)
         subjects = Subjects(security.subjects, security.roles_from_ou)
@@ -59,28 +60,28 @@ class Fittings:
 
 @frozen
 class PeerCertificates:
-    """What a client has presented."""
+    """The certificates that a client has presented."""
 
     own: Mapping[str, object]
-    """Its own certificate, as `ssl.SSLObject.getpeercert` tells it."""
+    """Its own certificate, as `ssl.SSLObject.getpeercert` returns it."""
     chain: tuple[bytes, ...]
-    """All of them in DER, its own first."""
+    """All certificates in DER, its own first."""
 
 
 @define(eq=False)
 class Visitor:
-    """An open connection."""
+    """An open connection, with the identity of its client."""
 
     identity: Identity
     certificates: PeerCertificates = field(repr=False)
     peer: str
     leaving: trio.Event = field(factory=trio.Event)
-    """Set when it has to go."""
+    """Set when the connection has to end."""
     reason: str = ""
-    """What is wrong with its certificate or role; empty where the service ends."""
+    """What is wrong with the certificate or role; empty if the service ends."""
 
     def dismiss(self, reason: str) -> None:
-        """Have the connection ended."""
+        """Ask the conversation to end the connection; the client gets the reason."""
         if not self.reason:
             self.reason = reason
             log.info(
@@ -93,7 +94,7 @@ class Visitor:
             self.leaving.set()
 
     async def leave_at_expiry(self) -> None:
-        """Wait for the certificate's end; never returns before the connection ends."""
+        """Dismiss the connection when its certificate expires; never returns."""
         while True:
             left = (self.identity.not_after - datetime.now(UTC)).total_seconds()
             if left <= 0:
@@ -103,7 +104,7 @@ class Visitor:
 
 @define(eq=False)
 class Door:
-    """Of one service."""
+    """The open connections of one service, and the fittings by which it checks them."""
 
     fittings: Fittings
     gate: Gate
@@ -118,7 +119,11 @@ class Door:
         peer: str,
         judged_by: ssl.SSLContext,
     ) -> Iterator[Visitor]:
-        """Count a connection as inside while the block lasts. Raises CertificateRefused."""
+        """Count a connection as open while the block lasts.
+
+        `judged_by` is the TLS context of its handshake. If that is not the current one, the door
+        checks the client's certificates again. Raises CertificateRefused.
+        """
         visitor = Visitor(who, certificates, peer)
         if judged_by is not self.fittings.tls and (fault := self._fault(visitor)):
             raise CertificateRefused(f"cannot serve this certificate: {fault}")
@@ -131,7 +136,7 @@ class Door:
             self._inside.discard(visitor)
 
     async def refit(self, fittings: Fittings, roles: Roles) -> None:
-        """Judge by these from now on, and those who are inside, a few in a turn of the loop."""
+        """Use these from now on, and check all open connections, a few in a turn of the loop."""
         before = self.gate.roles
         self.fittings, self.gate.roles = fittings, roles
         for count, visitor in enumerate(tuple(self._inside)):
@@ -143,7 +148,7 @@ class Door:
                 visitor.dismiss(fault)
 
     def close(self) -> None:
-        """Have everyone leave, because the service ends: those too who come in from now on."""
+        """Ask all connections to end, since the service ends; also those that open from now on."""
         self._closed = True
         for visitor in self._inside:
             visitor.leaving.set()
@@ -161,7 +166,10 @@ class Door:
         return None
 
     def _loss(self, visitor: Visitor, before: Roles) -> str | None:
-        """What a visitor is told whose role, which the table still has, may do less than before."""
+        """The reason if a visitor's role may do less than before; else None.
+
+        The table must still have the role.
+        """
         role = visitor.identity.role
         if visitor.reason or before.find(role).is_within(self.gate.roles.find(role)):
             return None

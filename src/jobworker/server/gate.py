@@ -1,15 +1,16 @@
-"""The gate: every call of every client passes here, before any operation sees it.
+"""The gate: it authorizes every call of every client, before an operation gets it.
 
-The gate asks two questions, in this order. May the caller's role do this (PermissionDenied)? The
-row of the catalogue says which permissions the call needs, by its parameters too. And does each job
-that the parameters name exist for the caller (NotFound)? The gate asks this of the parameters'
-types: wherever a value of the type `JobId` stands in them, at whatever depth, it is a reference to
-a job and is looked up. So an operation that is added to the catalogue is behind the gate without a
-line of its own, and what it is given by name may be touched. An operation that answers with jobs
-that were not named (a list, say) asks `Caller.only_owner`.
+The gate checks two things, in this order. First, may the caller's role make this call
+(PermissionDenied)? The row of the catalogue says which permissions the call needs; they may depend
+on its parameters. Second, does each job that the parameters name exist for the caller (NotFound)?
+The gate finds these jobs by the types of the parameters: each value of the type `JobId`, at
+whatever depth, refers to a job, and the gate looks it up. So the gate also covers an operation that
+is added to the catalogue, without a line of its own. The caller may touch each job that an
+operation gets by name. An operation that returns jobs that were not named (a list, say) reads
+`Caller.only_owner`.
 
-The table of roles may change while connections are open (a reload); each call is judged by the
-table of its own moment.
+The table of roles may change while connections are open (a reload). The gate uses the table as it
+is at the moment of the call.
 """
 
 import types
@@ -32,22 +33,22 @@ FindJob = Callable[[JobId], Awaitable[JobRecord]]
 
 @define(eq=False)
 class Gate:
-    """Who may do what, at this moment."""
+    """Authorizes calls by the current table of roles."""
 
     roles: Roles
     longest_seconds: float
-    """The longest time limit of jobs of those without the permission `unbounded`."""
+    """The longest time limit that a job may have if its caller lacks the permission `unbounded`."""
 
     def may_call(self, who: Identity, method: Method) -> None:
-        """Raise PermissionDenied where no call of a method could pass, whatever its parameters."""
+        """Raise PermissionDenied if no call of the method may pass, whatever its parameters."""
         self.roles.authorize(who.role, method.permission, method.name)
 
     async def admit(self, who: Identity, method: Method, params: object, find: FindJob) -> None:
-        """Let a call pass, or raise PermissionDenied or NotFound."""
+        """Return if the caller may make this call; else raise PermissionDenied or NotFound."""
         for permission, what in method.needs(params, self.longest_seconds):
             self.roles.authorize(who.role, permission, what)
         role = self.roles.find(who.role)
-        if role.scope is Scope.ALL:  # the operation itself finds out what does not exist
+        if role.scope is Scope.ALL:  # the operation itself raises NotFound for a missing job
             return
         for job in jobs_named(params):
             record = await find(job)
@@ -57,7 +58,7 @@ class Gate:
 
 @frozen(kw_only=True)
 class Caller:
-    """Who calls, by its certificate, and the subscriptions of its connection."""
+    """The client that makes a call: its identity, and the subscriptions of its connection."""
 
     identity: Identity
     subscriptions: Subscriptions
@@ -67,7 +68,7 @@ class Caller:
 
     @property
     def role(self) -> Role:
-        """The caller's role, as the table has it now. Raises PermissionDenied where it is gone."""
+        """The caller's role in the current table. Raises PermissionDenied if it is gone."""
         return self.gate.roles.find(self.identity.role)
 
     @property
@@ -76,15 +77,15 @@ class Caller:
         return None if self.role.scope is Scope.ALL else self.identity.common_name
 
     def show(self, record: JobRecord) -> JobRecord:
-        """A record as this caller may see it: values of variables are for those who may run jobs.
+        """A record as this caller may see it: only callers that may run jobs see variables' values.
 
-        Summaries have no variables, so that they are shown to all alike.
+        Summaries have no variables, so all callers get the same ones.
         """
         return record if self.role.may(Permission.RUN) else record.masked()
 
 
 def jobs_named(params: object) -> Iterator[JobId]:
-    """Every job that parameters refer to: each value that stands in a place of the type `JobId`."""
+    """Every job that parameters refer to: each value in a place of the type `JobId`."""
     for place in attrs.fields(typing.cast("type[AttrsInstance]", type(params))):
         yield from _named(place.type, getattr(params, place.name))
 

@@ -1,8 +1,8 @@
-"""The HTTP request that opens a WebSocket, read and judged before any WebSocket code runs.
+"""The HTTP request that opens a WebSocket: read and checked before any WebSocket code runs.
 
-A request is read under the caller's deadline and within `MAX_HEAD_BYTES` (h11); what it asks for
-and who asks is judged; a refusal is an HTTP reply that says why, as JSON. What was read is given
-back to whoever goes on, by `PrefixStream`.
+The head is read with h11, under the caller's deadline and within `MAX_HEAD_BYTES`. Then this module
+checks the client's identity and what the request asks for. A refusal is an HTTP reply with the
+reason as JSON. After that `PrefixStream` gives the bytes that were read to the WebSocket code.
 """
 
 import math
@@ -33,33 +33,33 @@ CLOSE_SECONDS = 2.0
 
 
 class PrefixStream(trio.abc.Stream):
-    """A stream that first gives back what was already read from it, and tells when it is closed.
+    """A stream that first returns bytes that were already read, and then WebSocket frames.
 
-    What comes after that are frames, which it gives a few at a time (`frame_scan`), each time when
-    a turn of the client's name has come. Nothing that is yet to come takes a turn.
+    It returns a few frames at a time (`frame_scan`), each time when a turn of the client's name has
+    come. It takes a turn only for bytes that have come, not while it waits for the client.
 
-    trio-websocket closes it without a word to its caller where a client breaks the protocol, and
-    then leaves who waits for a message waiting for ever.
+    It sets `closed` when it is closed. If a client breaks the protocol, trio-websocket closes the
+    stream without telling its caller, and a task that waits for a message would wait forever.
     """
 
     def __init__(
         self, inner: TLSStream, prefix: bytes, take_turn: Callable[[int], Awaitable[None]]
     ) -> None:
-        """`take_turn` waits until what costs so much may be read or handed over."""
+        """`take_turn` waits until bytes of a given cost may be read or handed over."""
         self._inner, self._prefix, self._take_turn = inner, prefix, take_turn
         inner.take_turn = partial(self._wait_for_turn, RECORD_COST)
         self._bound = trio.CancelScope()
-        """Of the wait for what is to come."""
+        """The bound on the wait for the client's next bytes."""
         self._slice: bytes | None = None
-        """What is to be handed over next."""
+        """The frames to hand over next."""
         self._unread = b""
-        """Frames that have come and stand behind it."""
+        """The frames after those of `_slice` that have come."""
         self.frames = FrameScanner()
         self.closed = trio.Event()
         self.check: Callable[[], Awaitable[float]] | None = None
-        """Looks, before each read, at what became of the last, and waits until there may be more.
+        """Called before each read: checks the current message, and waits until more may be read.
 
-        Returns the seconds after which it wants to look again. Raises BrokenResourceError.
+        Returns the seconds after which to call it again. Raises BrokenResourceError.
         """
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -76,7 +76,7 @@ class PrefixStream(trio.abc.Stream):
             size = len(self._prefix) if max_bytes is None else max_bytes
             given, self._prefix = self._prefix[:size], self._prefix[size:]
             return given
-        if self._slice is None:  # else it was cancelled while it waited for its turn
+        if self._slice is None:  # else the last call was cancelled while it waited for its turn
             if self._unread:
                 await trio.lowlevel.checkpoint()
                 data = self._unread
@@ -96,15 +96,15 @@ class PrefixStream(trio.abc.Stream):
             raise
 
     async def _wait_for_turn(self, cost: int) -> None:
-        """Wait for a turn, which is no wait for the client: what stands in line has come."""
+        """Wait for a turn for bytes that have come; the bound on the client does not run."""
         deadline, self._bound.deadline = self._bound.deadline, math.inf
         try:
             await self._take_turn(cost)
         finally:
-            self._bound.deadline = deadline  # else records that carry nothing would move it
+            self._bound.deadline = deadline  # as before: empty TLS records must not extend it
 
     async def send_all(self, data: Data, *more: Data) -> None:
-        """See `TLSStream.send_all`. Raises SendStalled where that raises trio.TooSlowError."""
+        """See `TLSStream.send_all`. Raises SendStalled in place of trio.TooSlowError."""
         try:
             await self._inner.send_all(data, *more)
         except trio.TooSlowError:
@@ -121,10 +121,10 @@ class PrefixStream(trio.abc.Stream):
         await self._inner.wait_send_all_might_not_block()
 
     def part(self) -> None:
-        """Break the cycles that this stream is in, for a connection that has ended.
+        """Break the reference cycles of this stream, once the connection has ended.
 
-        The conversation has the stream, which asks it, and the stream below asks this one. Python's
-        search for cycles comes seldom, and until then all that the connection held would stay.
+        The conversation refers to the stream, which calls it. The TLS stream below calls this one.
+        Python collects cycles seldom, and until then the connection's memory would stay in use.
         """
         self.check = None
         self._inner.take_turn = partial(self._take_turn, RECORD_COST)
@@ -132,12 +132,12 @@ class PrefixStream(trio.abc.Stream):
     async def aclose(self) -> None:
         """See trio.abc.AsyncResource."""
         self.closed.set()
-        self._inner.finish()  # whoever made the stream waits for the client's end, and closes it
+        self._inner.finish()  # `serve_connection` waits for the client's end and then closes it
         await trio.lowlevel.checkpoint()
 
 
 class Refused(Exception):
-    """The request is answered with an HTTP status and no WebSocket."""
+    """The request is refused: the reply has an HTTP status, and no WebSocket is opened."""
 
     def __init__(self, status: int, error: JobworkerError) -> None:
         super().__init__(status, error)
@@ -152,22 +152,25 @@ class Head:
     connection: h11.Connection
 
     def value(self, name: bytes) -> bytes:
-        """A header's value, b"" where it is absent; repeated ones are joined."""
+        """A header's value, b"" if it is absent; values of repeated headers are joined."""
         return b", ".join(value for key, value in self.request.headers if key == name)
 
     def tokens(self, name: bytes, *, fold: bool = True) -> list[bytes]:
-        """The elements of a header that is a list, in lower case where case means nothing."""
+        """The elements of a header that is a list; in lower case, unless `fold` is false."""
         value = self.value(name)
         return [each.strip() for each in (value.lower() if fold else value).split(b",")]
 
 
 def http_connection() -> h11.Connection:
-    """What reads a request, and writes the reply where it is refused."""
+    """A parser for one request, which also writes the reply if the request is refused."""
     return h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
 
 
 async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[bytes, Head]:
-    """Read an HTTP request's head: its bytes, and what they say. Raises Refused if it is none."""
+    """Read an HTTP request's head. Returns its bytes and the parsed head.
+
+    Raises Refused if the bytes are no HTTP/1.1 request, or have more than `MAX_HEAD_BYTES`.
+    """
     raw = b""
     while True:
         try:
@@ -189,7 +192,7 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
 def find_identity(
     stream: TLSStream, roles: Roles, fittings: Fittings
 ) -> Identity | PermissionDenied:
-    """Who has shown a certificate, or why that is nobody."""
+    """The identity in the client's certificate, or the error if it has none with a known role."""
     try:
         who = identity(stream.peer_certificate, fittings.subjects)
         roles.find(who.role)
@@ -199,7 +202,7 @@ def find_identity(
 
 
 def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> Identity:
-    """Let somebody in, with a request that may be upgraded; raises Refused."""
+    """The identity of a client whose request may be upgraded; raises Refused."""
     if isinstance(who, PermissionDenied):
         raise Refused(403, who)
     origin, host = head.value(b"origin"), head.value(b"host")
@@ -223,9 +226,9 @@ def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> I
 
 
 def _check_upgrade(head: Head) -> None:
-    """Raise Refused for what is no request to open a WebSocket of this protocol (RFC 6455, 4.2.1).
+    """Raise Refused if the request opens no WebSocket of this protocol (RFC 6455, section 4.2.1).
 
-    All of it is looked at here, since the WebSocket code has no words for what it refuses.
+    This checks everything, since the WebSocket code would refuse a request without a reason.
     """
     request = head.request
     if request.target != PATH:
@@ -253,7 +256,7 @@ def _no_upgrade(status: int, why: str) -> Refused:
 
 
 def plain_reply() -> bytes:
-    """The answer to a request that came without TLS, to be sent without it."""
+    """The reply to an HTTP request that came without TLS; it is sent without TLS too."""
     told = NoUpgrade(
         "cannot serve the request: this port speaks TLS, and it came in plain HTTP",
         remedy="dial wss:// with a client certificate, or use worker-cli: see docs/protocol.md",
@@ -264,7 +267,7 @@ def plain_reply() -> bytes:
 async def reply(
     stream: TLSStream, connection: h11.Connection, refused: Refused, *, without_body: bool
 ) -> None:
-    """Answer a request that is refused, as JSON that says why and what to do."""
+    """Send the reply to a refused request: JSON with the reason and a remedy."""
     await stream.send_all(_written(connection, refused, without_body=without_body))
 
 
@@ -285,7 +288,7 @@ def _written(connection: h11.Connection, refused: Refused, *, without_body: bool
     if refused.status == 426:
         headers += [("upgrade", "websocket"), ("sec-websocket-version", VERSION.decode())]
     events: list[h11.Event] = [h11.Response(status_code=refused.status, headers=headers)]
-    if not without_body:  # as the answer to HEAD has to be: RFC 9110, section 9.3.2
+    if not without_body:  # a reply to HEAD has no body: RFC 9110, section 9.3.2
         events += [h11.Data(data=body), h11.EndOfMessage()]
     data = [connection.send(event) for event in events]
     return b"".join(piece for piece in data if piece)

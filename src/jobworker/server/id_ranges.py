@@ -1,17 +1,20 @@
 """The user ids of one service and of its jobs, locked against every other service of this host.
 
-Two services with overlapping ranges would run jobs of the same user ids: what the kernel counts by
-user would be shared, and one job's files would belong to another. So each launcher holds a write
-lock on its part of one file: byte N stands for the user id N, and the kernel itself finds overlaps.
-The lock belongs to an open file (F_OFD_SETLK, fcntl(2)), which the launcher and its children share:
-it ends with the last of them, however they end, and no stale lock can stay.
+Two services with overlapping ranges would run jobs with the same user ids. Then the kernel's limits
+for each user would be shared, and one job's files would belong to another. So each launcher holds a
+write lock on its part of one file. Byte N stands for the user id N, so the kernel finds overlaps.
+The lock belongs to an open file description (F_OFD_SETLK, fcntl(2)), which the launcher and its
+children share. The kernel releases it with the last of them, however they end, so no stale lock can
+stay.
 
-A service that becomes no user of the host has an id of its own (`lock_own_id`), by the path of its
-state directory: no setting changes it, and no file has to tell it. What is copied or restored from
-elsewhere can name no wrong one then, whomever it belongs to. The service locks its id itself.
+A service that becomes no user of the host has an id of its own (`lock_own_id`), which follows from
+the path of its state directory. No setting changes it, and no file stores it. So a state directory
+that is copied or restored from elsewhere cannot name a wrong id, whoever owns it. The service locks
+its id itself.
 
-Programs that take no such lock, such as an earlier version of this one, are found by the maps of
-their user namespaces and by their processes' own ids (/proc/PID/uid_map, user_namespaces(7)).
+Some programs take no such lock, such as an earlier version of this one. Their ids are found by the
+maps of their user namespaces and by the ids of their processes (/proc/PID/uid_map,
+user_namespaces(7)).
 
 Ordinary users have no range of their own choice: see `sandbox.launcher.own_namespace`.
 """
@@ -36,9 +39,9 @@ from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 LOCK_FILE = Path("/run/jobworker.ids")
 """In /run, which all services of a host share and which only root may write to."""
 LEAVING_SECONDS = 15.0
-"""How long the jobs of a launcher that was killed may take to die."""
+"""How long the jobs of a killed launcher may take to die."""
 _LOCKED_SECONDS = 2.0
-"""How long a launcher that is about to exit may keep its lock beyond that on its directory."""
+"""How long an exiting launcher may hold this lock after it has released its state directory's."""
 _PAUSE_SECONDS = 0.05
 _FLOCK = struct.Struct("hhqqi4x")
 """struct flock: type, whence, start, length, pid."""
@@ -60,36 +63,37 @@ class Span:
 
 
 _OWN = Span(LAST_UID - 16 * IDS_PER_JOB + 1, LAST_UID)
-"""Services' own ids: so many that hardly two state directories of a host come to the same one."""
+"""The ids that services may have for their own: so many that two state directories of a host hardly
+ever get the same one."""
 _OWN_ELSEWHERE = Span((1 << 32) - 2 - IDS_PER_JOB, (1 << 32) - 3)
-"""For a service whose jobs have all of the former."""
+"""The ids for a service whose jobs have all ids of `_OWN`."""
 _AREAS = ((FIRST_UID, _OWN.first - 1), (1 << 31, _OWN_ELSEWHERE.first - 1))
-"""Where a free range is looked for: first the ids that systemd's allotment leaves free, then those
-that no allotment knows at all. The first is searched from its end, since services with a range of
-their configuration have theirs at its beginning."""
+"""The areas in which a free range is searched: first the ids that systemd's allotment leaves free,
+then the ids that are in no allotment. The search of the first area begins at its end, since
+services with a configured range have theirs at its beginning."""
 
 
 @frozen
 class LockedIds:
-    """A range that is ours while the descriptor, or a duplicate of it, is open."""
+    """A locked range of ids; the lock lasts while the descriptor, or a duplicate of it, is open."""
 
     first: int
     descriptor: int
 
 
 def span_of(first: int, places: int) -> Span:
-    """All ids of a service whose jobs have `config.places` ranges from `first` on.
+    """All ids of a service whose jobs have `places` ranges from `first` on.
 
-    Behind the jobs' ranges stand the id that the service had in earlier versions, and one for each
-    job's gateway.
+    After the jobs' ranges come one id for the service itself in earlier versions, and one id for
+    each job's gateway.
     """
     return Span(first, first + places * IDS_PER_JOB + places)
 
 
 def lock_ids(settings: Settings) -> LockedIds:
-    """Lock the ids of `settings`, or free ones where `first_uid` is 0. Raises ConfigError.
+    """Lock the ids of `settings`, or a free range if `first_uid` is 0. Raises ConfigError.
 
-    Root alone may call this.
+    Only root may call this.
     """
     first, places = settings.sandbox.first_uid, places_of(settings)
     with _opened() as descriptor:
@@ -101,16 +105,16 @@ def lock_ids(settings: Settings) -> LockedIds:
 
 
 def lock_own_id(state: Path, jobs: Span) -> LockedIds:
-    """Lock the id that the service of this state directory has for its own.
+    """Lock an id for the service of this state directory itself.
 
-    It is always `own_id`, but where others have that, or the ranges of its own `jobs` lie there.
-    Root alone may call this. Raises ConfigError.
+    The id is `own_id`, unless others have that one or it is among the ids of its own `jobs`. Only
+    root may call this. Raises ConfigError.
     """
     wanted = own_id(state)
     places = (jobs.last - jobs.first + 1) // IDS_PER_JOB
     own_jobs = span_of(jobs.first, places)
     with _opened() as descriptor:
-        # What was killed, or its helpers, may be about to leave.
+        # A service that was killed, or its child processes, may be about to exit.
         until = time.monotonic() + (0 if wanted in own_jobs else _LOCKED_SECONDS)
         while True:
             used = [own_jobs, *(span for _, span in _users())]
@@ -131,13 +135,13 @@ def lock_own_id(state: Path, jobs: Span) -> LockedIds:
 
 
 def own_id(state: Path) -> int:
-    """The id of the service of this state directory, as long as nobody else has it."""
+    """The id of the service of this state directory, unless another user or service has it."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(state))).digest()
     return _OWN.first + int.from_bytes(digest[:8]) % (_OWN.last - _OWN.first + 1)
 
 
 def _lock_id_of(descriptor: int, span: Span, used: Sequence[Span]) -> int | None:
-    """Lock the first id of these that is free; None where none is."""
+    """Lock the first free id of `span` and return it; None if none is free."""
     at = span.first
     while at <= span.last:
         taken = Span(at, at) if _is_known(at) else _taken(descriptor, Span(at, at), used)
@@ -148,7 +152,7 @@ def _lock_id_of(descriptor: int, span: Span, used: Sequence[Span]) -> int | None
 
 
 def _is_known(uid: int) -> bool:
-    """Whether it is a user or group of this host."""
+    """Whether this host has a user or group with this id."""
     with suppress(KeyError):
         pwd.getpwuid(uid)
         return True
@@ -195,7 +199,8 @@ def _lock_these(descriptor: int, first: int, places: int) -> None:
         if time.monotonic() >= until:
             raise _in_use(wanted, f"another service has {holder.first} to {holder.last}")
         time.sleep(_PAUSE_SECONDS)
-    # Nothing behind them: a service of an earlier version, whose launcher has just ended, may live.
+    # Only the jobs' ranges are checked, not the ids after them: a service of an earlier version may
+    # still live there, though its launcher has just ended.
     ranges = Span(first, first + places * IDS_PER_JOB - 1)
     until = time.monotonic() + LEAVING_SECONDS
     while (found := _user_of(ranges)) is not None:
@@ -213,7 +218,7 @@ def _in_use(wanted: Span, why: str) -> ConfigError:
 
 
 def _lock_free(descriptor: int, places: int) -> int:
-    """Lock the first range that is free, and answer where it begins."""
+    """Lock the first free range, and return its first id."""
     (low, high), (beyond, end) = _AREAS
     used = [span for _, span in _users()]
     size = span_of(0, places).last
@@ -240,7 +245,7 @@ def _aligned(first: int) -> int:
 
 
 def _taken(descriptor: int, wanted: Span, used: Sequence[Span]) -> Span | None:
-    """Who has some of these ids; None where nobody has, and then we have locked them."""
+    """Lock these ids. Returns None if they are locked now, else ids of another among them."""
     for span in used:
         if span.overlaps(wanted):
             return span
@@ -248,7 +253,7 @@ def _taken(descriptor: int, wanted: Span, used: Sequence[Span]) -> Span | None:
 
 
 def _lock(descriptor: int, span: Span) -> Span | None:
-    """Lock these bytes; answers what another has locked of them, if anything."""
+    """Lock these bytes. Returns None if they are locked now, else another's locked range."""
     wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, span.first, span.last - span.first + 1, 0)
     while True:
         try:
@@ -256,22 +261,22 @@ def _lock(descriptor: int, span: Span) -> Span | None:
         except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: fcntl(2)
             found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted)
             kind, _, first, length, _ = _FLOCK.unpack(found)
-            if kind != fcntl.F_UNLCK:  # else it has just been let go
+            if kind != fcntl.F_UNLCK:  # else its holder has just released it: try again
                 return Span(first, first + length - 1)
         else:
             return None
 
 
 def _user_of(span: Span) -> tuple[int, Span] | None:
-    """A process that uses some of these ids, and which it has."""
+    """The pid of a process that uses some of these ids, and the ids that it has; else None."""
     return next((found for found in _users() if found[1].overlaps(span)), None)
 
 
 def _users() -> Iterator[tuple[int, Span]]:
-    """Which ids processes have, by themselves or by the map of their user namespace."""
+    """The pid and the ids of each process: its own id, and those that its user namespace maps."""
     own = Path("/proc/self/uid_map").read_text()
     for name in filter(str.isdecimal, os.listdir("/proc")):
-        with suppress(OSError, ValueError):  # it has just ended
+        with suppress(OSError, ValueError):  # the process has just ended
             uid = os.stat(f"/proc/{name}").st_uid
             if uid:
                 yield int(name), Span(uid, uid)
@@ -280,5 +285,5 @@ def _users() -> Iterator[tuple[int, Span]]:
                 continue
             for line in text.splitlines():
                 _, first, count = map(int, line.split())
-                if first:  # a map from 0 on is that of the whole host
+                if first:  # a map from 0 on is the whole host's
                     yield int(name), Span(first, first + count - 1)

@@ -1,10 +1,11 @@
-"""What comes in on one connection: one large request at a time, in a slot of its own.
+"""Backpressure for one connection: the server reads one large request at a time, in a slot.
 
-The slot is taken when a message has grown large, before more of it is read, and given back when the
-request has been served. Until then nothing more is read from the client (TCP's backpressure makes
-it wait), so a connection holds one large request at the most. Where others wait for the slot, a
-client that has it and sends nothing for too long, or less than `LEAST_BYTES_PER_SECOND`, is let go.
-While it sends, it counts as being about (`turnstile.Presence`): what it asks for is on its way.
+When a message has grown large, the reader takes a slot before it reads more of it. The slot is
+given back when the request has been served. Until then the server reads nothing more from the
+client, and TCP makes the client wait. So a connection holds one large request at the most. If
+others wait for the slot, the server ends the connection of a client that has it and sends nothing
+for too long, or less than `LEAST_BYTES_PER_SECOND`. While a client sends a large request, it counts
+as active (`turnstile.Presence`).
 """
 
 import math
@@ -21,7 +22,7 @@ from jobworker.server.turnstile import Presence
 
 @define(eq=False)
 class Intake:
-    """Of one connection."""
+    """Decides when more may be read from one connection."""
 
     _slots: Slots
     _name: str
@@ -29,26 +30,26 @@ class Intake:
     _presence: Presence
     _holding: bool = field(default=False, init=False)
     _served: trio.Event | None = field(default=None, init=False)
-    """Set once the large request that is being served has been; None where there is none."""
+    """Set once the current large request has been served; None if there is no such request."""
     _closed: bool = field(default=False, init=False)
     _began: tuple[float, int] = field(default=(0.0, 0), init=False)
-    """When the slot was taken, and how much of the message there was."""
+    """When the slot was taken, and how many bytes of the message had come by then."""
     _grew: tuple[float, int] = field(default=(0.0, 0), init=False)
-    """When more of the message was seen last, and how much there was."""
+    """When the message last grew, and how many bytes had come by then."""
     _pausing: int = field(default=0, init=False)
     pauses: int = field(default=0, init=False)
-    """How many have ended."""
+    """How many pauses have ended."""
 
     @property
     def paused(self) -> bool:
-        """Whether nothing is read from the client now, its answers to pings included."""
+        """Whether the server now reads nothing from the client, not even answers to pings."""
         return self._pausing > 0
 
     async def wait_for_room(self, size: int) -> float:
-        """Wait until more may be read of a message that has `size` so far.
+        """Wait until the rest of a message may be read, of which `size` bytes have come.
 
-        Returns the seconds within which more has to come, or this is to be asked again. Raises
-        TooSlow if it has not and somebody waits for the slot.
+        Returns the time in seconds for which the caller may wait for more bytes; then it calls this
+        again. Raises TooSlow if the client sends too slowly and others wait for its slot.
         """
         if self._served is not None:
             with self.pause():
@@ -81,7 +82,7 @@ class Intake:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Nothing is read in the block; it may overlap with another."""
+        """Count the block as a pause, in which nothing is read; pauses may overlap."""
         self._pausing += 1
         try:
             yield
@@ -90,19 +91,19 @@ class Intake:
             self.pauses += 1
 
     def begin(self) -> trio.Event:
-        """A large request has come whole and is being served. Returns what is set at its end."""
+        """Record that a large request has come whole. Returns the event that `end` sets."""
         self._served = trio.Event()
         return self._served
 
     def end(self) -> None:
-        """It has been."""
+        """Record that the large request has been served, and give its slot back."""
         if self._served is not None:
             self._served.set()
             self._served = None
         self._give_back()
 
     def close(self) -> None:
-        """Nothing is read any more."""
+        """Give the slot back for good: the connection reads nothing any more."""
         self._closed = True
         self.end()
 

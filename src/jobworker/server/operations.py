@@ -1,9 +1,9 @@
-"""What each method does, once the gate has let the call pass: the supervisor, mostly.
+"""What each method does, once the gate has let the call pass: most of them call the supervisor.
 
-Functions take the caller and the method's parameters and answer its result, or raise a
-JobworkerError for the caller. They hold no state and do no I/O of their own, and they check no
-permission: the gate has let the call pass by its row of the catalogue. A job that the parameters
-name is one that the caller may touch; an operation that answers with other jobs asks
+Each function takes the caller and the method's parameters. It returns the method's result, or
+raises a JobworkerError for the caller. The functions hold no state and do no I/O of their own. They
+check no permission: the gate has authorized the call by its row of the catalogue. The caller may
+touch each job that the parameters name. An operation that returns other jobs reads
 `Caller.only_owner`. The table at the end has a function for every row of the catalogue.
 """
 
@@ -54,54 +54,56 @@ from jobworker.server.traffic import ALONE, Traffic
 from jobworker.server.turnstile import Presence, Spells, Turnstile
 
 MESSAGES_A_TURN = 4
-"""Of one turn of the event loop: one to two milliseconds."""
+"""Messages that pass in one turn of the event loop: they take one to two milliseconds."""
 MESSAGES_A_SECOND = 250.0
-"""Of one name, where others are about: one that asks without a pause sends ten times as many. With
-500 a run of `true` took 2.5 times as long beside tails of long indexes and ends of large jobs, and
-with 250 it takes 1.2 to 1.5 times."""
+"""The rate of one name while others are active; a client that asks without a pause sends ten times
+as many. With 500 a run of `true` took 2.5 times as long beside tails of long indexes and ends of
+large jobs, and with 250 it takes 1.2 to 1.5 times."""
 INCOMING_A_TURN = 1 << 19
-"""Bytes that are unmasked in one to two milliseconds. What else is done with what comes in costs as
-many as are unmasked in the same time (`frame_scan`)."""
+"""Incoming bytes that pass in one turn: the server unmasks them in one to two milliseconds. Other
+work on incoming data is counted as the bytes that are unmasked in the same time (`frame_scan`)."""
 INCOMING_A_SECOND = float(1 << 26)
-"""Of one name, where others are about: a sixth of the loop. 16 MB a second come in as large
-messages, and 1,000 small ones."""
+"""The rate of one name in bytes while others are active: a sixth of the loop. It lets 16 MB a
+second come in as large messages, or 1,000 small ones."""
 HANDSHAKES_A_TURN = 1
-"""Half of one: a signature, or what follows when the client has answered, is a millisecond."""
+"""One of the two halves of a handshake: the signature, or the work after the client's answer. Each
+takes a millisecond."""
 HANDSHAKE_REST_SECONDS = 0.003
-"""Honest clients of a flood's network stand in line with it, and hundreds may."""
+"""The longest rest after such a turn. It is short, since honest clients of a flood's network wait
+in the same line, and hundreds may."""
 
 
 @frozen(kw_only=True)
 class Context:
-    """What operations work upon."""
+    """The parts of the service that operations use, and the limits that all connections share."""
 
     supervisor: Supervisor
     link: Link
     promises: DiskPromises
     host: HostFacts
     runtimes: frozenset[str]
-    """The names of those that the configuration has."""
+    """The names of the runtimes in the configuration."""
     gate: Gate
     auditor: Auditor
     incidents: Incidents
     stall_seconds: float
-    """How long a client may take nothing of what waits for it."""
+    """How long a client may take no byte while data waits for it."""
     admission: Admission
     traffic: Traffic
     presence: Presence
     messages: Turnstile = field(init=False)
     incoming: Turnstile = field(init=False)
-    """For what clients send, until it is a message or was refused."""
+    """Delays incoming bytes, until they are a message or were refused."""
     handshakes: Turnstile = field(init=False)
     crowds: Crowds
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
-    """For large ones, from their first bytes until they are served."""
+    """Slots for large requests, from their first bytes until they are served."""
     replies: Slots = field(factory=lambda: Slots(in_all=16, for_each=4))
-    """For large ones, until they are taken."""
+    """Slots for large replies, until the client has taken them."""
     making: Slots = field(factory=lambda: Slots(in_all=4, for_each=1))
-    """For the whole records of jobs with long requests, while they are made."""
+    """Slots for the encoding of whole records of jobs with long requests."""
     reading: Spells = field(init=False)
-    """For long requests, while they are decoded."""
+    """Decodes long requests in threads."""
 
     @messages.default
     def _messages(self) -> Turnstile:
@@ -121,7 +123,10 @@ class Context:
 
 
 async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
-    """Run a method for a caller, and have it noted. Raises what the gate and the method raise."""
+    """Run a method for a caller and return its result; record the call in the audit.
+
+    Raises what the gate and the method raise.
+    """
     who, peer = caller.identity, caller.peer
     try:
         find = partial(context.supervisor.record, who=who.common_name)
@@ -160,7 +165,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
         )
     subscription, record = None, execution.record_now()
     if params.follow is not None:
-        # The job is admitted: an error here would have its caller run it once more.
+        # The job is admitted: after an error here the caller would run it once more.
         with suppress(JobworkerError):
             follower = await context.supervisor.follow(execution.record.id)
             opened = caller.subscriptions.open(record, follower, params.follow, None)
@@ -188,7 +193,7 @@ def _check_runtime(name: str, known: frozenset[str]) -> None:
 
 
 def _refused(path: str, problem: str, *, remedy: str) -> InvalidParams:
-    """The error for a value of the job that this host cannot have, with its path as a fault."""
+    """The error for a value of a job's spec that this host cannot serve; its path is a fault."""
     return InvalidParams(
         f"cannot run the command: {path}: {problem}",
         remedy=remedy,
@@ -235,7 +240,7 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> Enco
 
 
 async def _whole_record(context: Context, caller: Caller, record: JobRecord) -> str:
-    """The JSON of all of a record, however long."""
+    """The whole record as JSON, however long it is."""
     if not summarize(record).abridged:
         return await encode_record(caller.show(record))
     who = caller.identity.common_name
@@ -339,7 +344,7 @@ async def _unfollow(_: Context, caller: Caller, params: m.SubscriptionParams) ->
     return m.Nothing()
 
 
-# Made while the sources can be read: later the service may be a user that cannot.
+# Made at import: later the service may run as a user that cannot read the sources.
 _DISCOVERY = describe(jobworker.__version__)
 
 

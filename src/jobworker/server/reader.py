@@ -1,11 +1,12 @@
-"""The reader: a process of root's that reads again, when asked, the files the configuration names.
+"""The reader: a process with root's rights that reads the configuration and its files again.
 
-The service has given root up and can read neither its key nor, often, its configuration. The reader
-was forked before that, and keeps the right to do one thing. It takes no arguments: a request is a
-single byte, and what it reads stands in the configuration, which root alone can change. So a
-service that has fallen into wrong hands learns from it nothing but what it held in memory already.
+The service has given up root and can read neither its key nor, often, its configuration. The reader
+was forked before that, and keeps root's rights for this one task. It takes no arguments: a request
+is a single byte, and only root can change the configuration that names the files. So an attacker
+who has taken over the service learns nothing from the reader that was not in memory already.
 
-It ends with the service: at the end of the stream, or by the kernel (PR_SET_PDEATHSIG, prctl(2)).
+The reader ends with the service: at the end of the stream, or by the kernel (PR_SET_PDEATHSIG,
+prctl(2)).
 """
 
 import base64
@@ -30,7 +31,7 @@ from jobworker.pki.material import ServerFiles
 from jobworker.sandbox import syscalls as sc
 
 NAME = "worker-reader"
-"""What ps(1) shows of it; at most 15 characters."""
+"""The name of its process in ps(1); at most 15 characters."""
 READ_SECONDS = 10.0
 _LENGTH = struct.Struct("!Q")
 _FILES = tuple(attribute.name for attribute in attrs.fields(ServerFiles))
@@ -38,14 +39,14 @@ _FILES = tuple(attribute.name for attribute in attrs.fields(ServerFiles))
 
 @frozen
 class Reading:
-    """What the files hold now."""
+    """The current contents of the files."""
 
     settings: Settings
     files: ServerFiles
 
 
 def read_configured(config: Path | None) -> Reading:
-    """Read the settings (the defaults where there is no file) and the files that they name.
+    """Read the settings (the defaults if there is no file) and the files that they name.
 
     Raises ConfigError and CredentialsUnusable.
     """
@@ -65,14 +66,17 @@ def configured_files(security: SecuritySettings) -> ServerFiles:
 
 @define(eq=False)
 class Reader:
-    """The service's end."""
+    """The service's side of the reader: asks its process to read, and checks that it lives."""
 
     _socket: socket.socket
     _pid: int
     _asking: trio.Lock = field(factory=trio.Lock)
 
     async def read(self) -> Reading:
-        """Have the files read. Raises what `read_configured` raises, and ConfigError."""
+        """Ask the reader to read the files, and return their contents.
+
+        Raises what `read_configured` raises, and ConfigError if the reader is gone or stuck.
+        """
         async with self._asking:
             return await self._read()
 
@@ -91,13 +95,13 @@ class Reader:
                 (length,) = _LENGTH.unpack(await _exactly(stream, _LENGTH.size))
                 return _understand((await _exactly(stream, length)).decode())
         except (trio.TooSlowError, trio.BrokenResourceError, EOFError):
-            self._socket.close()  # a late answer must not be taken for that of the next request
+            self._socket.close()  # else a late answer would be taken for the next request's
             raise silent from None
         finally:
             await trio.aclose_forcefully(stream)
 
     async def wait_gone(self) -> None:
-        """Wait for its end, which only the service's own end is to bring about."""
+        """Wait until the reader's process ends; it should only end with the service."""
         pidfd = os.pidfd_open(self._pid)
         try:
             await trio.lowlevel.wait_readable(pidfd)
@@ -105,7 +109,10 @@ class Reader:
             os.close(pidfd)
 
     def close(self) -> None:
-        """End it, and wait for its end; one that a dead disk holds ends with this process."""
+        """End the reader and wait up to 2 s for it; if a dead disk holds it, the kernel ends it.
+
+        The kernel does so when this process ends.
+        """
         self._socket.close()
         for _ in range(200):
             if os.waitpid(self._pid, os.WNOHANG)[0]:
@@ -131,10 +138,10 @@ def start_reader(config: Path | None) -> Reader:
 
 def _become_reader(sock: socket.socket, config: Path | None, service: int) -> NoReturn:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != service:  # it ended before the kernel was told
+    if os.getppid() != service:  # the service ended before the prctl above
         os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a signal to the group is the service's to act upon
+        signal.signal(number, signal.SIG_IGN)  # a signal to the group is meant for the service
     signal.set_wakeup_fd(-1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):

@@ -1,8 +1,8 @@
-"""SIGHUP: configuration, certificates and revocation list read again, all of it or nothing.
+"""Reload on SIGHUP: configuration, certificates and revocation list are exchanged, all or nothing.
 
-What can change under way is exchanged (certificates, key, CA, revocation list, the lowest TLS
-version, roles, logging); what cannot is named in the log, and waits for the next start. Where
-anything is wrong with any of the files, everything stays as it was, and the log says why.
+Certificates, key, CA, revocation list, the lowest TLS version, roles and logging change at once. If
+another setting has changed, the log names it, and it takes effect at the next start. If any of the
+files has a fault, everything stays as it was, and the log has the reason.
 """
 
 import logging
@@ -39,7 +39,7 @@ _FROM_THE_COMMAND_LINE = ("launcher",)
 
 @frozen(kw_only=True)
 class Reloading:
-    """What a reload reads by, changes, and tells of it."""
+    """The parts of the service that a reload uses and changes."""
 
     reader: Reader
     door: Door
@@ -56,7 +56,8 @@ async def serve_reloads(
 ) -> None:
     """Reload at each SIGHUP; never returns. `settings` are those that the service started with.
 
-    One that came while the service started, which may have read its files before, counts too.
+    A SIGHUP that came while the service started counts too: the service may have read its files
+    before it.
     """
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
@@ -67,11 +68,12 @@ async def serve_reloads(
 
 
 async def reload(reloading: Reloading, started_with: Settings) -> None:
-    """Read all again and go by it; what waits for a start differs from `started_with`.
+    """Read the configuration and its files again, and use them from now on. Raises nothing.
 
-    Raises nothing.
+    The log names the settings that differ from `started_with` and need a new start.
 
-    The boundary for faults stands here: without a receiver the next SIGHUP would end the process.
+    This is a boundary for faults: an exception would end the receiver of signals, and the next
+    SIGHUP would end the process.
     """
     notifier, auditor = reloading.notifier, reloading.auditor
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
@@ -112,21 +114,21 @@ def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
                 for key in attrs.fields(type(old))
                 if getattr(old, key.name) != getattr(new, key.name)
             ]
-        elif old != new:  # tables by names of the reader's own
+        elif old != new:  # a table whose keys are names that the administrator chose
             changed.append(section.name)
     return changed
 
 
 def warn_of_expiry(files: ServerFiles) -> None:
-    """Log what comes to its end soon."""
+    """Log a warning for each certificate or list that expires soon."""
     for warning in expiry_warnings(files, datetime.now(UTC)):
         log.warning("%s", warning)
 
 
 async def tell_of_readers_end(reader: Reader, notifier: Notifier, auditor: Auditor) -> NoReturn:
-    """Tell at once that nothing can be reloaded any more; never returns.
+    """Log, audit and notify when the reader ends, since no reload is possible then; never returns.
 
-    It is not started anew: that takes root's rights, which the service has given up.
+    The service does not start the reader anew: that takes root's rights, which it has given up.
     """
     await reader.wait_gone()
     log.error(
@@ -141,7 +143,7 @@ async def tell_of_readers_end(reader: Reader, notifier: Notifier, auditor: Audit
 
 
 async def warn_of_expiry_daily(reader: Reader) -> None:
-    """Do so once a day; never returns."""
+    """Log the warnings of `warn_of_expiry` once a day; never returns."""
     while True:
         await trio.sleep(DAY_SECONDS)
         try:

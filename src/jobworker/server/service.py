@@ -1,15 +1,15 @@
-"""The service: everything that runs, in one tree of nurseries.
+"""The service: all its tasks, in one tree of nurseries.
 
     service ⊃ launcher link
             ⊃ supervisor ⊃ executions
             ⊃ listener   ⊃ connections
 
-Its start: take over what an earlier service has left, then open the port. Its end, on SIGTERM or
-SIGINT: stop accepting, stop every job (followers see their ends) or leave all to the next service
-(where the launcher outlives this one), have clients leave, and go. SIGHUP reads
-configuration and certificates again (`reload`). If the launcher is gone, no job can be run or
-stopped any more, so the service ends too, with an error, and whoever supervises it starts both
-anew.
+At its start the service takes over the jobs that an earlier service has left, and then opens the
+port. On SIGTERM or SIGINT it ends: it stops accepting, and stops every job, whose followers see its
+end. If the launcher outlives the service, it may leave the jobs to the next service instead. Then
+it ends the connections. On SIGHUP it reads configuration and certificates again (`reload`). If the
+launcher is gone, no job can be started or stopped any more. Then the service ends too, with an
+error, and its supervisor (systemd) starts both anew.
 """
 
 import logging
@@ -63,12 +63,12 @@ from jobworker.server.turnstile import Presence
 log = logging.getLogger("jobworker.server")
 
 FAREWELL_SECONDS = 1.0
-"""What connections get to take what they are owed, the closing frame, and to close in turn.
+"""The time for clients to take their last replies and the closing frame, and to close in turn.
 
-Those of clients that do so end much sooner.
+Most connections end much sooner.
 """
 SWITCH_SECONDS = 0.0001
-"""How long a thread may keep the interpreter's lock while the event loop waits for it."""
+"""How long a thread may keep the interpreter's lock while the event loop waits for the lock."""
 
 
 def _now() -> datetime:
@@ -88,7 +88,7 @@ def _rules(settings: Settings, *, bounds_disks: bool) -> Rules:
 
 
 def retention_policy(settings: Settings) -> Policy:
-    """What the configuration says about ended jobs' output."""
+    """The configuration's rules for ended jobs' output: the most age, number of jobs and bytes."""
     worker = settings.worker
     return Policy(
         max_age_seconds=parse_duration(worker.keep_output_age) or None,
@@ -220,7 +220,7 @@ async def _serve_until_signal(
 
 
 def _max_running(prepared: Prepared) -> int:
-    """How many jobs run at a time: a launcher that was started earlier may have room for fewer."""
+    """How many jobs may run at a time: an earlier launcher may have room for fewer than set."""
     wanted, room = (
         prepared.settings.worker.max_concurrent_jobs,
         prepared.launcher.policy["max_jobs"],
@@ -230,14 +230,17 @@ def _max_running(prepared: Prepared) -> int:
 
 
 def _knows_promises(prepared: Prepared) -> bool:
-    """Whether the launcher bounds disks, and tells what they may take: an earlier one does not."""
+    """Whether the launcher bounds jobs' disks and reports what they may still take.
+
+    A launcher of an earlier version does not.
+    """
     return prepared.launcher.bounds_disks and "overcommit" in prepared.launcher.policy
 
 
 def _leaves_room_for_disks(prepared: Prepared) -> bool:
-    """Whether output is to leave room for what live jobs' disks may still take.
+    """Whether output must leave room for the bytes that live jobs' disks may still take.
 
-    Not where they are promised more than there is: nothing would be left for output then.
+    Not if the disks are promised more than the host has: no room would be left for output then.
     """
     settings = prepared.settings
     return (
@@ -275,7 +278,7 @@ async def _watch(link: Link, is_own: bool) -> None:
 
 
 async def _tell_watchdog(notifier: Notifier) -> None:
-    """Tell whoever supervises us that tasks still get their turns."""
+    """Send keep-alive messages to systemd's watchdog as long as the event loop runs tasks."""
     if not notifier.watchdog_seconds:
         await trio.sleep_forever()
     while True:
@@ -285,17 +288,17 @@ async def _tell_watchdog(notifier: Notifier) -> None:
 
 @define(eq=False)
 class _Listener:
-    """Accepts connections, and serves them until they end."""
+    """The service's listeners: accepts connections, and serves each until it ends."""
 
     _prepared: Prepared
     _door: Door
     _context: Context
     _accepting: trio.CancelScope = field(factory=trio.CancelScope)
     idle: trio.Event = field(factory=trio.Event)
-    """Set once nothing is accepted any more and the last connection has ended."""
+    """Set once accepting has stopped and the last connection has ended."""
 
     async def serve(self) -> None:
-        """Accept and serve."""
+        """Accept connections until `stop_accepting`, and return when the last one has ended."""
         presence = self._context.presence
         listeners = [
             BatchListener(each, self._turn_away, presence) for each in self._prepared.listeners
@@ -316,5 +319,5 @@ class _Listener:
         await serve_connection(stream, self._door, self._context)
 
     def stop_accepting(self) -> None:
-        """Close the listeners."""
+        """Close the listeners; open connections go on."""
         self._accepting.cancel()

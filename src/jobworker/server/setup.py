@@ -1,13 +1,13 @@
-"""What the service does before its first client, with root's rights where it has them.
+"""The service's preparation before its first client, with root's rights if it has them.
 
 In order: read certificates and key, make the state directory, take its lock, bind the port, start
-the launcher or connect to the one that runs already, become the unprivileged user. Everything that
-may fail does so here, before the first client, with an error that names the remedy; and nothing is
-left behind then.
+the launcher or connect to a running one, become the unprivileged user. Each step that may fail is
+done here, before the first client. If one fails, its error has a remedy, and the service leaves
+nothing behind.
 
-An ordinary user may run a service too. It stays that user, and so does its launcher, as root of a
-user namespace of its own (`sandbox.launcher.own_namespace`); what cannot be enforced then is
-refused or, at the start, logged.
+An ordinary user may run a service too. The service then stays that user. So does its launcher, as
+root of its own user namespace (`sandbox.launcher.own_namespace`). If such a launcher cannot enforce
+something, the service refuses it, or logs it at the start.
 """
 
 import hashlib
@@ -51,38 +51,39 @@ from jobworker.server.state_directory import (
 )
 
 _LATE_IMPORTS = ("_strptime", "encodings.idna", "stringprep", "unicodedata")
-"""What the standard library imports at first use. The unprivileged user may be unable to read the
-directory that holds Python (below /root, say), so all that may be needed is imported before."""
+"""Modules that the standard library imports only at first use. The unprivileged user may be unable
+to read Python's directory (below /root, say), so the service imports them before."""
 
 
 @frozen(kw_only=True)
 class Prepared:
-    """All that comes before the first client."""
+    """The result of the preparation: what the service needs to serve clients."""
 
     settings: Settings
-    """In force: with the ids that were free, where the configuration leaves them open."""
+    """The settings in force. If the configuration names no ids of jobs, these have free ones."""
     configured: Settings
-    """As they were read, for a reload to compare with."""
+    """The settings as they were read; a reload compares with them."""
     fittings: Fittings
     reader: Reader
     listeners: tuple[socket.socket, ...]
-    """Bound, and not listening yet."""
+    """Bound sockets that do not listen yet."""
     launcher: OpenedLauncher
     directory: Path
     """The service's own part of the state directory."""
     notifier: Notifier
     locks: tuple[int, ...]
-    """On the state directory and on the service's id, held to the end of this process."""
+    """Descriptors of the locks on the state directory and on the service's id; this process holds
+    them until it ends."""
     warnings: tuple[str, ...]
-    """What is worth a word in the log: an exposed key, what this host cannot enforce."""
+    """Lines for the log: an exposed key, say, or a limit that this host cannot enforce."""
     max_open_outputs: int
     """Outputs of ended jobs that may be read at a time."""
 
 
 def prepare(settings: Settings, config: Path | None) -> Prepared:
-    """Do all that may need root, and give root up. Raises JobworkerError; see the module.
+    """Do everything that may need root, and then give up root's rights. Raises JobworkerError.
 
-    `config.settings` is the file that the settings come from: it is read again at each reload.
+    `config` is the file that the settings come from: the reader reads it again at each reload.
     """
     if settings.worker.jobs_on_exit == "leave" and not settings.launcher.socket:
         raise ConfigError(
@@ -91,18 +92,18 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
         )
     limit = raise_descriptor_limit()
     small_files = lift_file_size_limit()
-    outputs_within(settings, limit)  # refuses what does not fit, before anything is made
+    outputs_within(settings, limit)  # raises if there are too few descriptors, before any change
     files = configured_files(settings.security)
     fittings = Fittings.of(files, settings.security)
     exposed = key_mode_warning(Path(settings.security.server_key))
-    service_ids(settings)  # refuses a user that there is not, before anything is made
+    service_ids(settings)  # raises if there is no such user, before any change
     with ExitStack() as undo:
-        reader = start_reader(config)  # first: it is to hold nothing of what comes now
+        reader = start_reader(config)  # first: it must not inherit descriptors opened below
         undo.callback(reader.close)
         state = Path(settings.worker.state_dir)
         configured, opened = settings, None
         if settings.launcher.socket and not holds(state, "lock"):
-            opened = _open_launcher(settings, state)  # it may be another directory's
+            opened = _open_launcher(settings, state)  # raises if it serves another state directory
             undo.callback(opened[0].close)
         make_state_directory(state)
         lock = lock_for_service(state)
@@ -160,7 +161,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
 
 
 def _unreachable(state: Path, uid: int) -> ConfigError:
-    """Name the directory on the way to the state directory that keeps this user out."""
+    """The error that names the first directory on the path which this user may not pass."""
     real = Path(os.path.realpath(state))
     closed = [each for each in (*reversed(real.parents), real) if not os.access(each, os.X_OK)]
     where = closed[0] if closed else real / "service"
@@ -180,9 +181,10 @@ def instance_name(state: Path) -> str:
 def _open_launcher(
     settings: Settings, state: Path
 ) -> tuple[OpenedLauncher, Settings, Sequence[str]]:
-    """The launcher that the settings name, or one of our own.
+    """Connect to the launcher that the settings name, or start one.
 
-    With it come the settings with its ids, and what it was told otherwise than it would be now.
+    Returns the launcher, the settings with its ids of jobs, and a warning if its policy differs
+    from the one that these settings would give it.
     """
     if settings.launcher.socket:
         launcher = connect_launcher(settings.launcher.socket)
@@ -204,7 +206,7 @@ def _open_launcher(
         return start_launcher(policy_for(settings, state), locks), settings, ()
     finally:
         for lock in locks.values():
-            os.close(lock)  # the launcher has them
+            os.close(lock)  # the launcher has duplicates
 
 
 def _check_instance(launcher: OpenedLauncher, state: Path, path: str) -> None:
@@ -216,7 +218,7 @@ def _check_instance(launcher: OpenedLauncher, state: Path, path: str) -> None:
 
 
 def _differences(launcher: OpenedLauncher, policy: Policy) -> list[str]:
-    """What the launcher was told otherwise than it would be told now, in words."""
+    """A warning with the keys in which the launcher's policy differs from `policy`, if any do."""
     now = policy_message(policy)
     different = [key for key, value in now.items() if launcher.policy.get(key, value) != value]
     if not different:
@@ -228,7 +230,7 @@ def _differences(launcher: OpenedLauncher, policy: Policy) -> list[str]:
 
 
 def policy_for(settings: Settings, state: Path) -> Policy:
-    """What the launcher of the service that has this state directory is told."""
+    """The policy for the launcher of the service with this state directory."""
     sandbox, worker = settings.sandbox, settings.worker
     return Policy(
         instance=instance_name(state),
@@ -252,12 +254,12 @@ def policy_for(settings: Settings, state: Path) -> Policy:
 
 
 def spool_directory(settings: Settings) -> Path:
-    """Where output is kept."""
+    """The directory that holds jobs' output."""
     return Path(settings.worker.state_dir) / "service" / "spool"
 
 
 def _give_up_root(uid: int, gid: int) -> None:
-    """Become the unprivileged user, for good."""
+    """Become the unprivileged user; root's rights cannot come back. Raises JobworkerError."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     if os.geteuid() == 0:

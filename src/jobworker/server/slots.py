@@ -1,12 +1,12 @@
-"""Slots for what is large, shared fairly: so many in all, and so many for each name.
+"""A fair semaphore for large requests and replies: so many slots in all, and so many for each name.
 
-A large request takes memory from its first byte until it has been served, and a large reply until
-its client has taken it, for as long as the client likes. So each needs a slot, and the memory for
-all of them is bounded however many connections there are. One name (the certificate's) has a part
-of the slots at the most: whoever fills its own, on any number of connections, waits for itself.
-The last quarter of the slots is for names that have none, so that a few names together cannot make
-all others wait. A slot comes free in a bounded time, since messages are sent and taken at a least
-rate. What is small needs none, so it never waits here.
+A large request takes memory from its first byte until it has been served. A large reply takes
+memory until its client has taken it, which the client may delay. So each needs a slot, and the
+memory for all of them is bounded, however many connections there are. One name (the certificate's)
+gets a part of the slots at the most. A client that has filled its part, on any number of
+connections, waits for itself. The last quarter of the slots is for names that have none, so that a
+few names together cannot make all others wait. A slot comes free in a bounded time, since clients
+must send and take messages at a least rate. Small messages need no slot, so they never wait here.
 """
 
 from collections import Counter, deque
@@ -17,19 +17,19 @@ import trio
 from attrs import define, field, frozen
 
 LARGE_BYTES = 32_768
-"""A request or a reply of more needs a slot."""
+"""A request or a reply of more bytes needs a slot."""
 LEAST_BYTES_PER_SECOND = 65_536
-"""What a client sends, or takes, whose slot somebody waits for, after a grace of
-`server.stall_timeout`: a message of 4 MiB has another 64 s."""
+"""The least rate at which a client must send or take a large message while others wait for its
+slot, after a grace of `server.stall_timeout`: a message of 4 MiB has another 64 s."""
 LOOK_SECONDS = 1.0
-"""How often it is looked whether somebody waits for the slot of one that is slower."""
+"""How often the server checks whether others wait for the slot of a client below that rate."""
 _KEPT_PART = 4
 """A quarter of the slots is for names that have none."""
 
 
 @frozen
 class Statistics:
-    """How many there are at this moment."""
+    """How many slots are taken and how many tasks wait for one, at this moment."""
 
     taken: int
     waiting: int
@@ -46,15 +46,15 @@ class Slots:
     """Each event is set once its slot has been taken for it."""
 
     def statistics(self) -> Statistics:
-        """How many are taken, and how many wait."""
+        """The number of slots that are taken, and of tasks that wait for one."""
         return Statistics(taken=self._taken.total(), waiting=len(self._waiting))
 
     def are_wanted_of(self, name: str) -> bool:
-        """Whether somebody waits for whom a slot of this name's stands in the way."""
+        """Whether a task waits that could have a slot if this name gave one back."""
         return any(who == name or self._taken[who] < self.for_each for who, _ in self._waiting)
 
     def take_nowait(self, name: str) -> bool:
-        """Take a slot if one is free for that name."""
+        """Take a slot if one is free for that name; returns whether it took one."""
         mine = self._taken[name]
         room = self.in_all - self.in_all // _KEPT_PART if mine else self.in_all
         if self._taken.total() >= room or mine >= self.for_each:
@@ -63,7 +63,10 @@ class Slots:
         return True
 
     async def take(self, name: str) -> None:
-        """Take a slot, in turn with the others that wait."""
+        """Wait for a slot and take it; the waiting tasks get slots in the order in which they came.
+
+        A task whose name has all the slots that it may have is passed over.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self.take_nowait(name):
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -80,9 +83,10 @@ class Slots:
             raise
 
     def give_back(self, name: str) -> None:
-        """Free a slot, for the first that waits and may have it.
+        """Give a slot back, and hand free slots to the waiting tasks that may have one.
 
-        A name that has none now may have one of the last quarter besides.
+        If it was the last slot of this name, a task of the name may now get one of the last quarter
+        too.
         """
         self._taken[name] -= 1
         if not self._taken[name]:
@@ -94,7 +98,7 @@ class Slots:
 
     @asynccontextmanager
     async def slot(self, name: str) -> AsyncIterator[None]:
-        """Have a slot during the block."""
+        """Hold a slot during the block."""
         await self.take(name)
         try:
             yield

@@ -1,21 +1,22 @@
-"""Standard error of the service: a stream that never makes its writer wait.
+"""Standard error of the service: a stream whose writes do not block the event loop.
 
-The log may lead to a pipe whose reader has stopped, to a terminal that is held (Ctrl-S), or to a
-disk that is full, frozen or gone. write(2) then waits or fails, and the event loop must do neither.
-So a write puts its text into a bounded queue, and a daemon thread writes the queue out, in order.
-What finds no room in the queue is dropped and counted; the number is told as soon as there is room
-again. The end of the process waits a bounded moment for the queue (`drain`).
+The log may go to a pipe whose reader has stopped, to a terminal that is held (Ctrl-S), or to a disk
+that is full, frozen or gone. write(2) then waits or fails, and the event loop must do neither. So a
+write puts its text into a bounded queue, and a daemon thread writes the queue out, in order. A line
+that finds no room in the queue is dropped and counted. A line with the number of lost lines follows
+as soon as there is room again. At its end the process waits a bounded time for the queue (`drain`).
 
 The descriptor is not made non-blocking: O_NONBLOCK belongs to the open file description, which
-others share (the shell's terminal, the launcher's log).
+other processes share (the shell's terminal, the launcher's log).
 
-Until `start_thread`, writes go out at once if the descriptor takes them (poll(2), in pieces that a
-writable pipe takes whole), and stay in the queue otherwise. So it is where no thread can be had:
-only there a disk may hold the writer up, since poll(2) calls every regular file writable.
+Until `start_thread`, a write goes out at once if the descriptor takes it (poll(2), in pieces that a
+writable pipe takes whole); otherwise it stays in the queue. The same holds if no thread can be
+started. Only then a disk can block the writer, since poll(2) reports every regular file as
+writable.
 
-Whoever is told something looks for the line in a regular file, and whoever looks into a crash for
-the last ones. So a write to one gives the thread a moment, as long as that is short: a disk may be
-slow, and on a busy host the thread waits for a processor.
+A person reads the log in a regular file, and expects the latest line there; after a crash the last
+lines matter most. So a write to a regular file waits a moment for the thread. This wait is short: a
+disk may be slow, and on a busy host the thread waits for a processor.
 """
 
 import atexit
@@ -33,17 +34,18 @@ from collections.abc import Callable
 from contextlib import suppress
 
 ROOM_BYTES = 1 << 20
-"""The most that waits to be written: some thousand lines."""
+"""The most bytes in the queue: some thousand lines."""
 BATCH_BYTES = 1 << 16
 PIECE_BYTES = 4096
-"""PIPE_BUF: a pipe that poll(2) calls writable takes that much at once; pipe(7)."""
+"""PIPE_BUF: a pipe that poll(2) reports as writable takes that many bytes at once; pipe(7)."""
 AGAIN_SECONDS = 0.1
 PROMPT_SECONDS = 0.001
-"""How long a write to a regular file waits for the thread, which mostly has it there in 0.1 ms."""
+"""How long a write to a regular file waits for the thread, which mostly needs 0.1 ms."""
 PROMPT_AGAIN_SECONDS = 1.0
-"""Once a write has waited so long none waits for this time: a thousandth of it is lost so."""
+"""After a write has waited for all of `PROMPT_SECONDS`, no write waits for this time. So at most a
+thousandth of the time is lost."""
 END_SECONDS = 1.0
-"""How long the end of the process waits for a reader of the log."""
+"""How long the process waits at its end until the queue is written."""
 
 
 def _plain_note(lines: int) -> str:
@@ -53,7 +55,7 @@ def _plain_note(lines: int) -> str:
 class StandardError(io.TextIOBase):
     """A text stream to a file descriptor; none of its methods raises.
 
-    `drain` waits, and a write to a regular file a moment (PROMPT_SECONDS); nothing else does.
+    Only `drain` waits, and a write to a regular file for up to PROMPT_SECONDS.
     """
 
     def __init__(self, descriptor: int = 2) -> None:
@@ -68,9 +70,9 @@ class StandardError(io.TextIOBase):
         self._writing = False
         self._wants_thread = self._has_thread = False
         self._prompt_from = math.inf
-        """From when on a write gives the thread a moment."""
+        """The time from which a write waits for the thread; infinite if no write does."""
         self.note: Callable[[int], str] = _plain_note
-        """Says how many lines were lost, in a line of the log's form."""
+        """Formats the line that reports how many lines were lost, in the log's form."""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -95,7 +97,7 @@ class StandardError(io.TextIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, text: str, /) -> int:
-        """Put text into the queue, or drop it where there is no room."""
+        """Put text into the queue, or drop it if there is no room."""
         data = text.encode(self.encoding, self.errors)
         with self._changed:
             was_idle = self._is_idle()
@@ -118,9 +120,10 @@ class StandardError(io.TextIOBase):
             self._prompt_from = now + PROMPT_AGAIN_SECONDS
 
     def start_thread(self) -> None:
-        """Have a thread write from now on. Call once the process has become what it is to be.
+        """Have a thread write from now on. Call it after the last fork(2) and prctl(2).
 
-        fork(2) must not find other threads, and prctl(2) changes the calling thread alone.
+        A fork must not happen while there are other threads, and prctl(2) changes only the calling
+        thread.
         """
         with self._changed:
             with suppress(OSError):
@@ -130,7 +133,7 @@ class StandardError(io.TextIOBase):
             self._try_thread()
 
     def drain(self, seconds: float) -> None:
-        """Wait until all is written, but at most so long."""
+        """Wait until the queue is written, for at most `seconds`."""
         until = time.monotonic() + seconds
         with self._changed:
             if self._has_thread:
@@ -141,7 +144,7 @@ class StandardError(io.TextIOBase):
                     return
 
     def _put(self, data: bytes) -> None:
-        # Once something was dropped, half of the room has to be free: one note for many lines.
+        # After a drop, half of the room must be free again, so that one note covers many lines.
         room = ROOM_BYTES // 2 if self._dropping else ROOM_BYTES
         if self._queued_bytes + len(data) > room:
             self._dropping = True
@@ -165,7 +168,7 @@ class StandardError(io.TextIOBase):
         return not (self._queue or self._writing or untold)
 
     def _try_thread(self) -> None:
-        with suppress(RuntimeError):  # there is none to be had; the next write tries again
+        with suppress(RuntimeError):  # no thread can be started; the next write tries again
             threading.Thread(target=self._serve, name="standard error", daemon=True).start()
             self._has_thread = True
 
@@ -173,7 +176,7 @@ class StandardError(io.TextIOBase):
         while True:
             try:
                 self._serve_batch()
-            except Exception:  # noqa: BLE001 - such as MemoryError; what was taken is lost
+            except Exception:  # noqa: BLE001 - such as MemoryError; the batch is lost
                 with self._changed:
                     self._writing = False
                     self._queued_bytes = sum(map(len, self._queue))
@@ -192,7 +195,7 @@ class StandardError(io.TextIOBase):
             self._changed.notify_all()
 
     def _take_batch(self) -> tuple[bytes, int]:
-        """What to write next, and how many lost lines it tells of."""
+        """Take the next bytes to write from the queue, and the number of lost lines in their note."""
         pieces: list[bytes] = []
         size = told = 0
         if self._lost_lines and (self._refused or not self._queue):
@@ -208,24 +211,24 @@ class StandardError(io.TextIOBase):
 
     def _note_outcome(self, batch: bytes, told: int, problem: bool) -> None:
         self._refused = problem
-        if problem:  # of what it tells nobody has heard; its own line is not one of those lost
+        if problem:  # the lines that its note reports stay lost; the note itself is not counted
             self._lost_lines += batch.count(b"\n") - bool(told) + told
 
     def _write_out(self, batch: bytes) -> bool:
-        """Write, however long it takes; whether it failed."""
+        """Write a batch, however long it takes; returns whether that failed."""
         rest = memoryview(batch)
         try:
             while rest:
                 try:
                     rest = rest[os.write(self._descriptor, rest) :]
-                except BlockingIOError:  # someone who shares the file has made it non-blocking
+                except BlockingIOError:  # a process that shares the file made it non-blocking
                     select.select([], [self._descriptor], [])
         except OSError:
             return True
         return False
 
     def _write_at_once(self, seconds: float) -> bool:
-        """Write all that the descriptor takes within this time; whether all was written."""
+        """Write what the descriptor takes within `seconds`; returns whether all was written."""
         until = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
@@ -255,7 +258,7 @@ class StandardError(io.TextIOBase):
 
 
 def be_patient() -> StandardError:
-    """Put such a stream in the place of `sys.stderr`, for the rest of the process."""
+    """Replace `sys.stderr` by a `StandardError` for the rest of the process, and return it."""
     stream = StandardError()
     sys.stderr = stream
     atexit.register(stream.drain, END_SECONDS)

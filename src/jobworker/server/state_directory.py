@@ -1,4 +1,4 @@
-"""The state directory: what stands where, whose it is, and who has it.
+"""The state directory: its layout, the owners of its parts, and the locks on it.
 
     state_dir/          root's, or the user's who runs the service; only the launcher writes here
       lock              held as long as the service lives
@@ -8,8 +8,8 @@
       volumes/          disks that outlive jobs
       service/          the unprivileged user's: history.db, spool/
 
-Two locks, since a launcher may outlive services: each lock is flock(2) on an open file, which
-ends with the last process that holds it, however that one ends.
+There are two locks, since a launcher may outlive services. Each lock is flock(2) on an open file.
+The kernel releases it with the last process that holds the file open, however that process ends.
 """
 
 import errno
@@ -24,7 +24,7 @@ from pathlib import Path
 from jobworker.errors import ConfigError
 
 LEAVING_SECONDS = 15.0
-"""How long the launcher of a service that was killed may take to end its jobs and leave."""
+"""How long the launcher of a killed service may take to end its jobs and exit."""
 _PAUSE_SECONDS = 0.02
 _REMEDIES = {
     errno.ENOENT: "name a directory on a disk: the file system there takes no files",
@@ -40,20 +40,23 @@ _REMEDIES = {
 
 
 def holds(state: Path, name: str = "") -> bool:
-    """Whether it has something by this name; without a name, whether it stands itself.
+    """Whether the state directory has an entry of this name; without a name, whether it exists.
 
-    Raises ConfigError where that cannot be seen.
+    Raises ConfigError if this cannot be read.
     """
     with _state_errors(state):
         return (state / name).exists()
 
 
 def make_state_directory(state: Path) -> None:
-    """Make what is missing of it, for this user alone. Raises ConfigError."""
+    """Make the missing parts of the state directory, owned by this user. Raises ConfigError.
+
+    Raises it too if another user may write there, or could lead a link in the path elsewhere.
+    """
     own = os.geteuid()
     with _state_errors(state):
         _check_link(state, own)
-        # The unprivileged service has to pass; where there is no other user, nobody has to.
+        # With root the unprivileged service must pass through; else there is no other user.
         state.parent.mkdir(parents=True, exist_ok=True)
         state.mkdir(mode=0o700 if own else 0o755, exist_ok=True)
         status = state.stat()
@@ -69,7 +72,10 @@ def make_state_directory(state: Path) -> None:
 
 
 def _check_link(state: Path, own: int) -> None:
-    """See that a link at the state directory's place is one that nobody else can lead elsewhere."""
+    """Raise ConfigError for a link in the state directory's place that another user can change.
+
+    Raises it too for a link that leads to no directory.
+    """
     if not state.is_symlink():
         return
     owner = state.lstat().st_uid
@@ -88,7 +94,8 @@ def _check_link(state: Path, own: int) -> None:
 
 
 def _refuse_link(state: Path, name: str) -> None:
-    """Refuse a link by name where the code that opens the file follows none."""
+    """Raise a ConfigError that names the entry if it is a link: the code that opens it follows none.
+    """
     if (state / name).is_symlink():
         raise ConfigError(
             f"cannot use worker.state_dir {state}: {name} in it is a link, and it is not followed",
@@ -101,10 +108,10 @@ def _refuse_link(state: Path, name: str) -> None:
 
 
 def make_service_directory(state: Path, uid: int, gid: int) -> None:
-    """Make the service's own part of it, and give the service all that is there.
+    """Make the service's own part of the state directory; `uid` becomes the owner of all its files.
 
-    What an earlier service has left may belong to another user: to an earlier worker.user, or to
-    root where files were copied back, which may also be read-only then. Raises ConfigError.
+    Files of an earlier service may belong to another user: to an earlier worker.user, or to root if
+    they were copied back. Copied files may also be read-only. Raises ConfigError.
     """
     with _state_errors(state):
         for own in (state / "service", state / "service" / "spool"):
@@ -114,12 +121,12 @@ def make_service_directory(state: Path, uid: int, gid: int) -> None:
 
 
 def _give(service: Path, uid: int, gid: int) -> None:
-    """Make this user the owner of the service's directory and of all below it, who may write there.
+    """Make this user the owner of the service's directory and of all below it, with write access.
 
-    A directory's owner and mode change after those of all in it: where they are right, so is the
-    rest, and a start need not look into the directory of each job. The user may have put anything
-    there, and may still change it: paths are not followed but descriptors, links are left alone,
-    and a file with a second name, which may be one of root's, stays as it is.
+    A directory's owner and mode change after those of all its entries. So if a job's directory has
+    the right owner and mode, all in it is right too, and a start need not read it. The user may
+    have put anything there, and may still change it. So this function uses descriptors and not
+    paths, leaves links alone, and skips a file with a second name, which may be one of root's.
     """
 
     def give_below(directory: int, *, whole: bool) -> None:
@@ -170,12 +177,15 @@ def _may_not_give(path: Path, uid: int, error: OSError) -> ConfigError:
 
 
 def _owner_bits(status: os.stat_result) -> int:
-    """What the owner of a directory or file has to have of its mode."""
+    """The mode bits that the owner of a directory or file needs."""
     return 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
 
 
 def lock_for_service(state: Path) -> int:
-    """The descriptor of the service's lock. Raises ConfigError where another service has it."""
+    """Take the service's lock and return its descriptor.
+
+    Raises ConfigError if another service holds it.
+    """
     lock = _lock(state, "lock", 0)
     if lock is None:
         raise ConfigError(
@@ -186,9 +196,10 @@ def lock_for_service(state: Path) -> int:
 
 
 def lock_for_launcher(state: Path, patience_seconds: float) -> int:
-    """The descriptor of the launcher's lock.
+    """Take the launcher's lock and return its descriptor.
 
-    Waits for one that is about to leave. Raises ConfigError where another launcher stays.
+    Waits up to `patience_seconds` for an earlier launcher to exit. Raises ConfigError if another
+    launcher still holds it.
     """
     lock = _lock(state, "launcher.lock", patience_seconds)
     if lock is None:

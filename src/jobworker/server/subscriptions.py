@@ -1,14 +1,15 @@
-"""Output on its way to one connection: each subscription is a follower and the right to send.
+"""Output on its way to one connection: a subscription is a follower with flow control by credits.
 
-A subscription sends at the pace at which its client takes: never more than the credit that the
-client has granted, where it asked for credits, and one piece at a time on a connection. It reads
-only what it may send. So what waits for a slow client waits in the spool's files, and a stalled one
-costs a place in them. Where output waits and no credit comes for `stall_seconds`, the subscription
-ends with the error `follower_stalled`; the client may come back and go on at its offset.
+A subscription sends at the pace of its client (backpressure). A connection sends one piece at a
+time. If the client asked for credits, the subscription never sends more bytes than the client has
+granted. It reads only what it may send, so output for a slow client waits in the spool's files, and
+a stalled client costs only its offset in them. If output waits and no credit comes for
+`stall_seconds`, the subscription ends with the error `follower_stalled`. The client may follow the
+job again from its offset.
 
-Followers at one place get one and the same Chunk, and the message made of it is kept with it: what
-a thousand clients follow is encoded once. Where output comes in many small pieces, of two streams
-by turns or each with a time of its own, many of them are sent together.
+Followers at the same offset get the same Chunk object, which keeps the message made of it. So
+output that a thousand clients follow is encoded once. If output comes in many small chunks, because
+the two streams alternate or each chunk has its own time, many of them are sent together.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -40,7 +41,7 @@ from jobworker.server.record_json import summary_of
 from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES, Traffic
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
-"""Sends a text message, or messages in their frames, one after the other."""
+"""Send a text message, or several messages as frames, one after the other."""
 Problem = dict[str, str]
 """The name and the message of an error."""
 
@@ -49,7 +50,7 @@ _MOST_BYTES = {
     Encoding.BASE64: PIECE_BYTES // 2,  # four characters for three bytes
     Encoding.TEXT: PIECE_BYTES // 8,  # up to six for one
 }
-"""Output in one message, which has less than a mebibyte in any case."""
+"""The most bytes of output in one message; the message has less than a mebibyte in any encoding."""
 SLOW_SECONDS = 0.5
 
 
@@ -59,11 +60,12 @@ class Subscription:
 
     number: int
     record: JobRecord
-    """Its summary at the beginning: all there is to tell if it is removed meanwhile."""
+    """The job's summary when the subscription began. It is sent at the end if the job was removed
+    meanwhile."""
     follower: Follower
     encoding: Encoding
     until: int | None
-    """Where to end, for who wants only what there is; None goes on to the job's last byte."""
+    """The offset at which the subscription ends; None if it goes on to the job's last byte."""
     _credit: int | None
     _granted: trio.Event = field(factory=trio.Event)
     scope: trio.CancelScope = field(factory=trio.CancelScope)
@@ -72,13 +74,16 @@ class Subscription:
     _pace: int = LEAST_BYTES
 
     def grant(self, count: int) -> None:
-        """Allow `count` bytes more."""
+        """Allow the subscription to send `count` bytes more."""
         if self._credit is not None:
             self._credit += count
             self._granted.set()
 
     async def room(self, stall_seconds: float) -> int:
-        """Wait until something may be sent: how many bytes. Raises FollowerStalled."""
+        """Wait until the credit allows to send; returns how many bytes may be sent at most.
+
+        Raises FollowerStalled if no credit comes within `stall_seconds`.
+        """
         most = min(self._pace, _MOST_BYTES[self.encoding])
         if self._credit is None:
             return most
@@ -96,10 +101,11 @@ class Subscription:
         return min(self._credit, most)
 
     def keep_pace(self, cost: int, seconds: float) -> None:
-        """Send less at once where the last messages took long, and more where they did not.
+        """Adapt the size of the next piece to the time that the last one took.
 
-        What is cut off with its connection is sent again, so a slow line that often breaks has to
-        get small ones to get anywhere.
+        The size is halved after a slow piece, and doubled after a full one that was not slow. A
+        piece that is cut off with its connection is sent again. So on a slow line that often breaks
+        only small pieces make progress.
         """
         if seconds > SLOW_SECONDS:
             self._pace = max(LEAST_BYTES, self._pace // 2)
@@ -107,9 +113,10 @@ class Subscription:
             self._pace = min(PIECE_BYTES, self._pace * 2)
 
     async def take(self, limit: int) -> tuple[list[Frame], int]:
-        """Messages for what there is now, and what they cost, in bytes sent in the same time.
+        """Read output that is there now. Returns its messages, and their cost.
 
-        They end where they cost `limit`; they have no more bytes together than that.
+        The cost is the number of bytes of output that take the same time. The messages have at most
+        `limit` bytes of output together, and no message is added once they cost `limit`.
         """
         frames: list[Frame] = []
         size = cost = 0
@@ -118,7 +125,7 @@ class Subscription:
                 chunk = await self.follower.read(limit - size)
             except JobworkerError:
                 if frames:
-                    break  # the next read meets it again, and these are sent before
+                    break  # first these are sent; the next read meets the error again
                 raise
             if chunk is None:
                 break
@@ -133,18 +140,18 @@ class Subscription:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is something now that is to be sent."""
+        """Whether there is output now that is still to be sent."""
         if self.until is not None and self.follower.offset >= self.until:
             return False
         return self.follower.behind
 
     def _frame(self, chunk: Chunk) -> Frame:
-        if self.encoding is Encoding.TEXT:  # what it is depends on what came before
+        if self.encoding is Encoding.TEXT:  # the text depends on the bytes before it
             return frame_text(self.text.encode(self._header(chunk), bytes(chunk.data)))
         return chunk.forms.get((self.number, self.encoding), lambda: self._whole_frame(chunk))
 
     def _whole_frame(self, chunk: Chunk) -> Frame:
-        """The message for a chunk alone, the same for each subscription of this number."""
+        """The message for one chunk; it is the same for all subscriptions with this number."""
         header = self._header(chunk)
         if self.encoding is Encoding.BINARY:
             return frame_output(header, chunk.data)
@@ -161,7 +168,7 @@ class Subscription:
 
 @define(eq=False)
 class Subscriptions:
-    """Those of one connection, by number."""
+    """The subscriptions of one connection, by number."""
 
     _supervisor: Supervisor
     _traffic: Traffic
@@ -169,13 +176,13 @@ class Subscriptions:
     _max_open: int
     _crowds: Crowds
     _name: str
-    """Of the client."""
+    """The client's name."""
     _open: dict[int, Subscription] = field(factory=dict)
     _last: int = 0
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
 
     def check_room(self) -> None:
-        """Raise TooManyFollows where `open` would."""
+        """Raise TooManyFollows if `open` would."""
         if len(self._open) >= self._max_open:
             raise TooManyFollows(
                 f"cannot subscribe: this connection has {self._max_open} subscriptions",
@@ -186,7 +193,10 @@ class Subscriptions:
     def open(
         self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
     ) -> Subscription:
-        """Take charge of a follower; nothing is sent before `run`. Raises TooManyFollows."""
+        """Make a subscription that owns `follower`; nothing is sent before `run`.
+
+        Raises TooManyFollows, and then closes the follower.
+        """
         try:
             self.check_room()
         except TooManyFollows:
@@ -205,7 +215,7 @@ class Subscriptions:
         return made
 
     def find(self, number: int) -> Subscription:
-        """The subscription of that number. Raises InvalidParams."""
+        """The open subscription of that number. Raises InvalidParams if there is none."""
         try:
             return self._open[number]
         except KeyError:
@@ -214,7 +224,7 @@ class Subscriptions:
             ) from None
 
     def cancel(self, number: int) -> None:
-        """End a subscription without a word; one that has ended already is fine."""
+        """End a subscription without a message to the client; does nothing if it has ended."""
         subscription = self._open.get(number)
         if subscription is not None:
             self._drop(number)
@@ -228,16 +238,16 @@ class Subscriptions:
 
     @property
     def owe(self) -> bool:
-        """Whether something is to be sent whose end is known. What live jobs write is without."""
+        """Whether output whose end is known is still to be sent; a live job's end is not known."""
         return any(
             each.running and (each.until is not None or each.follower.ends)
             for each in self._open.values()
         )
 
     async def run(self, number: int, send: Send) -> None:
-        """Send a subscription's output to its end, and then how its job went."""
+        """Send a subscription's output to its end, and then the job's record (`OutputEnd`)."""
         subscription = self._open.get(number)
-        if subscription is None:  # ended before it began
+        if subscription is None:  # cancelled before it began
             return
         subscription.running = True
         try:
@@ -258,7 +268,7 @@ class Subscriptions:
             self._drop(number)
 
     def close(self) -> None:
-        """Let go of what was opened and never run."""
+        """Close the subscriptions that were opened and never run."""
         for subscription in list(self._open.values()):
             subscription.follower.close()
             self._drop(subscription.number)
@@ -266,7 +276,7 @@ class Subscriptions:
     async def _final_record(
         self, subscription: Subscription, problem: Problem | None
     ) -> tuple[JobRecord, Problem | None]:
-        """The job's last record, as far as there is one, and what is wrong."""
+        """The job's last record that can be had, and the error to send with it, if any."""
         job = subscription.record.id
         to_the_end = subscription.until is None and problem is None
         try:
@@ -292,7 +302,7 @@ class Subscriptions:
                     began = trio.current_time()
                     if frames:
                         await send(frames)
-                    del frames  # or each that waits for its turn would hold what it sent last
+                    del frames  # else each subscription that waits would hold its last piece
                     subscription.keep_pace(cost, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
                 await send(message)
@@ -303,9 +313,9 @@ class Subscriptions:
 
     @asynccontextmanager
     async def _taking_turns(self) -> AsyncIterator[None]:
-        """Read and send a piece at a time, however many subscriptions the connection has."""
+        """Hold the connection's turn: its subscriptions read and send one piece at a time."""
         try:
-            self._turn.acquire_nowait()  # most have one, and need no turn of the loop for this
+            self._turn.acquire_nowait()  # most connections have one subscription; no checkpoint
         except trio.WouldBlock:
             await self._turn.acquire()
         try:
@@ -314,7 +324,7 @@ class Subscriptions:
             self._turn.release()
 
     async def _more(self, subscription: Subscription) -> bool:
-        """Wait until there is something to read; False where nothing is to be sent any more."""
+        """Wait until there is output to read; False if nothing more is to be sent."""
         if subscription.until is None:
             return await subscription.follower.wait_for_more()
         return subscription.unfinished

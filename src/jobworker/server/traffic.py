@@ -1,11 +1,11 @@
-"""How large a piece each connection may send, by how many are sending.
+"""The size of the piece of output that each connection may send: all that send share one budget.
 
-One follower is served fastest by large pieces, and a service by small ones: a piece holds the
-event loop for as long as it is encrypted, some 0.8 ms a mebibyte, and is held in memory for as long
-as its client lets it wait. So a turn's worth is divided among those that have a piece on its way,
-with those whose clients let it wait; where many have the smallest piece, some of them wait for the
-next turn. Shares are the largest piece halved some times, so that
-followers at one place mostly have the same one, which is then encoded once.
+One follower is served fastest with large pieces. But a piece blocks the event loop while it is
+encrypted, some 0.8 ms per mebibyte, and stays in memory until its client has taken it. So the
+budget of one turn is divided among all connections with a piece on its way, slow clients included.
+If many connections have the smallest piece, some of them wait for the next turn. A share is the
+largest piece, halved several times. So followers at the same offset mostly get the same piece,
+which is then encoded once.
 """
 
 from collections.abc import AsyncIterator
@@ -19,19 +19,19 @@ from jobworker.server.turnstile import Presence, Turnstile
 TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16
 END_BYTES = TURN_BYTES // 8
-"""What telling an end costs, in bytes that are sent in the same time."""
+"""The cost of the message that ends a subscription, in bytes of output that take the same time."""
 WAKE_BYTES = TURN_BYTES // 16
-"""What a follower costs that has to be woken, however little there is for it."""
+"""The least cost of waking a follower, however little output there is for it."""
 FRAME_BYTES = TURN_BYTES // 128
-"""What a message costs, however short it is."""
+"""The least cost of a message, however short it is."""
 ALONE = 4
-"""Turns of a thousand followers are so many times as long while no other client asks for anything:
-each turn has its own cost, and nobody waits for its end."""
+"""A turn may be so many times as long while no other client is active: each turn has a fixed cost,
+and no other client waits for its end."""
 
 
 @define(eq=False)
 class Traffic:
-    """What is under way on all connections together."""
+    """Counts the pieces on their way on all connections, and gives each connection its share."""
 
     _presence: Presence
     _sending: int = field(default=0, init=False)
@@ -42,12 +42,15 @@ class Traffic:
         return Turnstile(TURN_BYTES, self._presence, alone=ALONE)
 
     async def take_turn(self, name: str) -> None:
-        """Wait until the end of a subscription may be told to a client of that name."""
+        """Wait until the end of a subscription may be sent to a client of that name."""
         await self._turns.enter(name, END_BYTES)
 
     @asynccontextmanager
     async def share(self, name: str) -> AsyncIterator[int]:
-        """Send a piece to a client of that name in the block: of so many bytes, at the most."""
+        """Wait for a turn of that name, and yield the most bytes that the block may send.
+
+        Counts the piece as on its way until the block ends.
+        """
         self._sending += 1
         try:
             share = PIECE_BYTES

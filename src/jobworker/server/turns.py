@@ -1,8 +1,8 @@
-"""Turns for the handshakes of one address: one after the other, drawn by lot among those that wait.
+"""Turns for the handshakes of one address: one at a time, drawn by lot among the waiting ones.
 
-By lot, so that nobody has to wait for all who came before: an honest client amid a flood from its
-own address has the same chance as each of the flood's connections at every turn. Those whose peers
-have closed cost no turn.
+With a lot, no connection has to wait for all that came before it: amid a flood from its own
+address, an honest client has the same chance as each connection of the flood at every turn. A
+connection whose peer has closed costs no turn.
 """
 
 import math
@@ -15,7 +15,7 @@ from attrs import define, field
 from jobworker.errors import JobworkerError
 
 TURN_SECONDS = 0.0025
-"""Between two handshakes of an address that is slowed down."""
+"""The time between two handshakes of an address that is slowed down."""
 
 
 class Waiter(Protocol):
@@ -25,22 +25,22 @@ class Waiter(Protocol):
         """Whether the peer has closed."""
 
     def let_go(self, why: JobworkerError | None) -> None:
-        """End it, which cancels `Turns.take`; None where there is nothing to tell."""
+        """End the connection, which cancels `Turns.take`; None logs nothing."""
 
 
 @define(eq=False)
 class Turns:
-    """Of one address."""
+    """The waiting handshakes of one address."""
 
     _next: float = field(default=-math.inf, init=False)
     """When the next turn may begin."""
     _waiting: list[tuple[Waiter, trio.CancelScope]] = field(factory=list, init=False)
     """Each scope is cancelled once its turn has come."""
     _drawing: trio.Lock = field(factory=trio.Lock, init=False)
-    """Held by the one of them that waits for the time of the next turn, to draw whose it is."""
+    """Held by the waiting task that sleeps until the next turn and then draws whose turn it is."""
 
     async def take(self, waiter: Waiter) -> None:
-        """Wait for a turn."""
+        """Wait until it is this connection's turn to begin its handshake."""
         with trio.CancelScope() as turn:
             mine = (waiter, turn)
             self._waiting.append(mine)

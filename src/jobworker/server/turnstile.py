@@ -1,12 +1,13 @@
-"""Lets tasks pass, a few of each client's name in each turn of the event loop.
+"""Fair queueing between clients: a few tasks of each name pass in each turn of the event loop.
 
-Each connection has tasks of its own, and a turn of the loop runs all that are ready: whoever opens
-two hundred and asks on all of them would have two hundred requests served before anybody else's.
+Each connection has its own tasks, and one turn of the event loop runs all tasks that are ready. A
+client that opens two hundred connections and sends a request on each would have two hundred
+requests served before the first request of any other client.
 
-A request of anybody takes several turns. So where some have to wait, and others are about who do
-not, the next turn of those who wait begins when the loop has nothing else to do and has then been
-left alone for some time: a flood has a third of the loop at most, and the others find it idle
-mostly. Who is alone has all of it.
+A request takes several turns of the loop. So the turnstile delays waiting tasks while other clients
+are active: the next turn of the waiting tasks begins after the loop has become idle and has then
+rested for some time. A flood gets a third of the loop at most, and the other clients mostly find
+the loop idle. A client that is alone gets all of it.
 """
 
 import logging
@@ -32,54 +33,57 @@ log = logging.getLogger("jobworker")
 
 RECENT_SECONDS = 0.5
 WAITING_SECONDS = 5.0
-"""For so long at the most somebody who waits for an answer counts as being about."""
+"""The longest time for which a client that waits for an answer counts as active."""
 BURST_SECONDS = 0.5
-"""Of its rate, what a name may pass at once."""
+"""The burst of a name's token bucket: what its rate allows in this time may pass at once."""
 REST = 2
-"""For so many times as long as a turn took, all that it has set going included, floods rest."""
+"""The length of a rest as a multiple of the turn before it. The turn includes all work that it has
+started. So a flood gets one third of the loop."""
 MAX_REST_SECONDS = 0.01
-"""After a turn that was long for another reason, such as a busy host; and for so long at the most
-it is waited until nobody else has anything to do."""
+"""The longest rest, since a turn may be long for another reason, such as a busy host. Also the
+longest wait for the loop to become idle before a rest."""
 MAX_LONG_REST_SECONDS = 2.0
 SPELL_BURST_SECONDS, SPELL_SHARE = 0.1, 0.05
-"""What a name may use of a processor for long work before that stands in line: so much at once,
-with the rest of the work that it ends with, and that share in the long run."""
+"""The token bucket of each name for long work: its capacity in seconds of processor time, and its
+refill in seconds of processor time per second. Work that begins while the bucket is in credit runs
+to its end, and may overdraw it. Further work of that name then waits in line."""
 MAX_SPELL_THREADS = 20
-"""Of these too, so that no flood takes the threads that jobs need. The largest requests (`slots`)
-leave most of them to others."""
+"""The most threads that do long work at a time, so that no flood takes the threads that jobs need.
+Each of the largest requests needs a slot (`slots`), so they leave most of these threads to others.
+"""
 
 
 @define(eq=False)
 class Presence:
-    """Who has come, sent or asked for something a moment ago, or waits for the answer.
+    """Which clients are active: they connected or sent something a moment ago, or wait for a reply.
 
-    A client that waits for the start of its job, or for the end of a short one, needs the processor
-    as much as one that asks: if a flood had all of it meanwhile, the client would only wait longer.
-    But who waits for hours is not about all that time.
+    A client that waits for the start of its job, or for the end of a short job, needs the processor
+    as much as a client that sends a request: if a flood had all of it meanwhile, the client would
+    only wait longer. But a client that waits for hours is not active all that time.
     """
 
     _until: dict[str, float] = field(factory=dict, init=False)
     _came: dict[tuple[str, str], float] = field(factory=dict, init=False)
-    """Until when somebody who has come counts, by name and by the line that let it in."""
+    """Until when a new client counts as active, by its name and by the line that let it in."""
     _served: Counter[str] = field(factory=Counter, init=False)
-    """How many requests of each are being served."""
+    """How many requests of each name are being served."""
 
     def saw(self, name: str) -> None:
-        """This client has asked, or sends what will be a request."""
+        """Record that this client has sent a request or a part of one."""
         self._extend(name, RECENT_SECONDS)
 
     def came(self, name: str, line: str) -> None:
-        """This client has come, let in by that line of newcomers, and is about to ask.
+        """Record that this client has connected through that line, and will soon send a request.
 
-        Nobody is an other for the line that let them in, before they ask. Otherwise a flood of
-        connections would make its own line rest, and an honest client that stands in the same line
-        would wait three times as long.
+        Until it sends one, the client does not count as another client for the line that let it in.
+        Otherwise a flood of connections would make its own line rest, and an honest client in the
+        same line would wait three times as long.
         """
         self._came[name, line] = trio.current_time() + RECENT_SECONDS
 
     @contextmanager
     def served(self, name: str) -> Iterator[None]:
-        """A request of this client is served in the block."""
+        """Count the client as active while its request is served in the block."""
         self._served[name] += 1
         self._extend(name, WAITING_SECONDS)
         try:
@@ -94,7 +98,7 @@ class Presence:
         self._until[name] = max(self._until.get(name, 0.0), trio.current_time() + seconds)
 
     def of_others(self, than: Container[str]) -> bool:
-        """Whether there is somebody else."""
+        """Whether a client is active whose name is not in `than`."""
         now = trio.current_time()
         for name in [name for name, until in self._until.items() if until < now]:
             del self._until[name]
@@ -107,10 +111,11 @@ class Presence:
     async def rest_after(
         self, began: float, than: Container[str] = (), most_seconds: float = MAX_REST_SECONDS
     ) -> None:
-        """Rest after work that began then, where others `than` those who wait are about.
+        """Leave the event loop idle after work, if clients other `than` these are active.
 
-        What the work has set going ends first, and counts; not for longer than twice
-        `most_seconds` in all.
+        First wait until all tasks that the work has started are blocked, for at most
+        `most_seconds`. This time counts as work. Then sleep for `REST` times the time since
+        `began`, again for at most `most_seconds`.
         """
         if self.of_others(than):
             with trio.move_on_after(most_seconds):
@@ -121,28 +126,33 @@ class Presence:
 
 @define(eq=False)
 class Spells:
-    """Long work in threads, which compete with the event loop: of each client's name one at a time.
+    """Runs long work in threads, one piece at a time for each client's name.
 
-    Each name has an account of a thread's time. While it is in credit its work begins at once,
-    beside that of others. Else it stands in the one line of those whose account is overdrawn: one
-    of them works at a time, and a rest follows. That is not charged to the account.
+    Threads compete with the event loop. So each name has a token bucket of thread time, its
+    account. While the account is in credit, work of that name begins at once, beside the work of
+    others. If the account is overdrawn, the work waits in one line for all such names. One piece of
+    work from this line runs at a time, and then the line rests. This work is not charged to the
+    account.
     """
 
     _presence: Presence
     _lines: WeakValueDictionary[str, trio.StrictFIFOLock] = field(
         factory=WeakValueDictionary, init=False
     )
-    """Of each name that has work."""
+    """One lock for each name that has work."""
     _lock: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
     _rests_until: float = field(default=-math.inf, init=False)
     _accounts: dict[str, Bucket] = field(factory=dict, init=False)
-    """Of those that have worked of late, in seconds."""
+    """The accounts of names that have used thread time lately, in seconds."""
     _threads: trio.CapacityLimiter = field(
         factory=lambda: trio.CapacityLimiter(MAX_SPELL_THREADS), init=False
     )
 
     async def run(self, name: str, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
-        """Do work for a client of that name in a thread, when the time has come."""
+        """Run `work` in a thread for a client of that name, and return its result.
+
+        Waits until earlier work of the name has ended, and in line if its account is overdrawn.
+        """
         async with self._lines.setdefault(name, trio.StrictFIFOLock()):
             account = self._accounts.get(name)
             if account is None or not account.is_overdrawn(trio.current_time()):
@@ -182,32 +192,34 @@ class Spells:
 
 @define(eq=False)
 class Turnstile:
-    """Who has passed during this turn of the loop, and who waits for the next."""
+    """Lets tasks pass in turns; keeps those that do not fit into this turn for the next one."""
 
     _most: int
-    """What may pass in a turn, by the costs that `enter` is told: the names share it, but one of
-    each may always pass."""
+    """The cost that may pass in one turn, in the unit of the costs that `enter` gets. The names
+    share it equally, but one task of each name may always pass."""
     _presence: Presence
     _most_seconds: float = MAX_REST_SECONDS
-    """Of a rest."""
+    """The longest rest."""
     _rate: float = math.inf
-    """What each name may pass by in a second, in the long run, where others are about."""
+    """The cost per second that each name may pass in the long run, while others are active."""
     _alone: int = 1
-    """So many times as much passes in a turn that begins while no others are about."""
+    """The factor of `_most` for turns that begin while no other client is active."""
     _most_now: int = field(default=0, init=False)
-    """What may pass in this turn."""
+    """The cost that may pass in this turn."""
     _accounts: dict[str, Bucket] = field(factory=dict, init=False)
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
-    """By name, in their order, with their costs."""
+    """The waiting tasks of each name, oldest first, with their costs."""
     _began: float | None = field(default=None, init=False)
-    """When the turn began, while one is counted."""
+    """When this turn began; None if no task has passed since the last turn."""
     _keeper: trio.lowlevel.Task | None = field(default=None, init=False)
 
     async def enter(self, name: str, cost: int = 1) -> None:
-        """Wait for a turn of this name. Without others of the name it is no checkpoint.
+        """Wait until a task of this name may pass; `cost` is its part of what passes in a turn.
 
-        A name that asks for more than its rate waits even so, where others are about.
+        If there is room in this turn, it returns at once, without a checkpoint. A name that is over
+        its rate first sleeps until its token bucket is no longer overdrawn, while others are
+        active. A task that is cancelled while it waits is not charged.
         """
         account = self._charge(name, cost)
         try:
@@ -220,7 +232,7 @@ class Turnstile:
                 self._count()
             else:
                 await self._wait(name, cost)
-        except trio.Cancelled:  # it does not pass: else who only comes and goes owes for hours
+        except trio.Cancelled:  # it does not pass; else a client that comes and goes owes for hours
             if account is not None:
                 account.draw(trio.current_time(), -cost)
             raise
@@ -237,7 +249,7 @@ class Turnstile:
         await trio.lowlevel.wait_task_rescheduled(leave)
 
     def _charge(self, name: str, cost: int) -> Bucket | None:
-        """The account that was charged; None where the name has no rate now."""
+        """Charge a cost to a name's account, and return it; None if the name has no rate now."""
         if self._rate == math.inf:
             return None
         now = trio.current_time()
@@ -269,7 +281,7 @@ class Turnstile:
                 trio.lowlevel.reschedule(self._keeper)
 
     async def _keep(self) -> None:
-        """Begin one turn after the other, for as long as somebody passes."""
+        """Begin one turn after the other, for as long as tasks pass."""
         while True:
             while self._began is not None:
                 await trio.lowlevel.checkpoint()
