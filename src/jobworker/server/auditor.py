@@ -253,8 +253,7 @@ class Auditor:
                 log.error("%d rows of the audit log are lost", len(self._waiting))
 
     async def _write(self) -> bool:
-        """Write the waiting rows. Returns whether the disk took them; else they wait on, in order.
-        """
+        """Write the waiting rows. Returns whether the disk took them; if not, they wait on."""
         if not self._waiting:
             return True
         rows = list(self._waiting)

@@ -1,8 +1,8 @@
 """A TCP listener that accepts several connections in one turn of the event loop.
 
-trio.SocketListener accepts one a turn. Where connections come faster than that, as in a flood on a
-busy host, the kernel's queue of them grows to seconds, and honest clients stand in it.
-What is in excess can only be told from the rest, and let go, once it has been accepted.
+trio.SocketListener accepts one in each turn. If connections come faster, as in a flood on a busy
+host, the kernel's queue of them grows to seconds, and honest clients wait in it. The service can
+recognize and close connections of a flood only after it has accepted them.
 """
 
 import errno
@@ -20,11 +20,13 @@ from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
 log = logging.getLogger("jobworker")
 
 A_TURN = 4
-"""Together 1 to 2 ms with what each has done until its handshake begins: others wait for that."""
+"""The most connections accepted in one turn. With their work before the handshake, four take 1 to
+2 ms, for which other tasks wait."""
 TURN_SECONDS = 0.002
-"""For those that are turned away: a hundred that have closed already, or ten of a flood's."""
+"""The time in a turn for connections that are closed at once: enough for a hundred whose peers have
+closed already, or for ten of a flood."""
 MANY_WAIT = 64
-"""With so many in the kernel's queue rests are short: honest clients stand in it too."""
+"""With so many connections in the kernel's queue rests are short: honest clients wait in it too."""
 SHORT_REST_SECONDS = 0.002
 SHORTAGES = {
     errno.EMFILE: "raise LimitNOFILE= of the service",
@@ -32,15 +34,15 @@ SHORTAGES = {
     errno.ENOMEM: "the kernel has no memory for it",
     errno.ENOBUFS: "the kernel has no memory for it",
 }
-"""For which accept(2) fails though a connection waits."""
+"""The errors by which accept(2) fails though a connection waits, with a remedy for each."""
 SHORTAGE_SECONDS = 0.1
 TELL_SECONDS = 60.0
 _UNACKED = slice(24, 28)
-"""Of struct tcp_info."""
+"""The place of tcpi_unacked in struct tcp_info."""
 
 
 class BatchListener(trio.abc.Listener[trio.SocketStream]):
-    """Listens on a socket that it takes over; closes those that `turn_away` tells it to."""
+    """A listener that owns its socket; it closes a connection if `turn_away` returns True."""
 
     def __init__(
         self,
@@ -56,9 +58,9 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
         self._began = self._told = -math.inf
 
     async def accept(self) -> trio.SocketStream:
-        """See trio.abc.Listener; but for one in `A_TURN`, it is no checkpoint."""
+        """See trio.abc.Listener. Only one call in `A_TURN` is a checkpoint."""
         while self._left and trio.current_time() < self._began + TURN_SECONDS:
-            with suppress(OSError):  # there is none, or a fault, which is met again below
+            with suppress(OSError):  # none waits, or accept failed: the call below raises it again
                 accepted, _ = self._socket.accept()
                 if self._turn_away(accepted):
                     accepted.close()
@@ -66,7 +68,7 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
                 self._left -= 1
                 return trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
             break
-        else:  # there are more
+        else:  # the turn is used up, and more may wait
             many = self._waiting() >= MANY_WAIT
             rest = SHORT_REST_SECONDS if many else MAX_REST_SECONDS
             await self._presence.rest_after(self._began, most_seconds=rest)
@@ -89,7 +91,7 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
             await trio.sleep(SHORTAGE_SECONDS)
 
     def _waiting(self) -> int:
-        """How many the kernel's queue has: tcpi_unacked of a listening socket, tcp(7)."""
+        """How many connections wait in the kernel's queue: tcpi_unacked of the socket, tcp(7)."""
         told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKED.stop)
         return int.from_bytes(told[_UNACKED], sys.byteorder)
 

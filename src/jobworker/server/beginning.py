@@ -1,8 +1,9 @@
-"""What `worker serve` and `worker launcher` set before they do anything: their process's traits.
+"""The process's umask, signals and standard error, which `worker serve` and `worker launcher` set.
 
-Whoever starts them may have left them anything: a umask that hides the state directory from the
-service's user, or opens it to everyone; and a reload (SIGHUP) may come at any moment, long before
-there is something to reload. By default that signal ends a process.
+They set them before anything else. The process that starts them may have any umask, such as one
+that hides the state directory from the service's user, or opens it to everyone. A reload (SIGHUP)
+may come at any moment, long before there is something to reload, and by default this signal ends a
+process.
 """
 
 import os
@@ -11,7 +12,7 @@ import signal
 from jobworker.server.standard_error import StandardError, be_patient
 
 UMASK = 0o022
-"""Others may pass and read; what is secret is made so by its own mode."""
+"""Other users may read files and pass directories; secret ones get a mode of their own."""
 
 
 class _Hangup:
@@ -19,27 +20,31 @@ class _Hangup:
 
 
 def begin() -> StandardError:
-    """Take a known umask, keep SIGHUP for later, and never wait for standard error."""
+    """Set the umask, keep SIGHUP for later, and replace standard error by one that does not wait.
+
+    Returns the new standard error.
+    """
     os.umask(UMASK)
     keep_hangups()
     return be_patient()
 
 
 def keep_hangups() -> None:
-    """Let SIGHUP end nothing, and note it for `take_hangup`."""
+    """Handle SIGHUP: it does not end the process, and `take_hangup` reports it later."""
     signal.signal(signal.SIGHUP, _keep_hangup)
 
 
 def take_hangup() -> bool:
-    """Whether SIGHUP has come since the last call, while nobody acted upon it."""
+    """Whether a SIGHUP has come since the last call that no other code has handled."""
     came, _Hangup.came = _Hangup.came, False
     return came
 
 
 def ignore_hangups() -> None:
-    """Ignore SIGHUP from now on, also in a program that is executed in this process's place.
+    """Ignore SIGHUP from now on, also in a program that this process executes in its place.
 
-    Python gives a signal that it handles its default action back, some time before a process ends.
+    An ignored signal stays ignored to the end of the process. Python restores the default action of
+    a handled signal some time before the process ends.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 

@@ -220,7 +220,7 @@ class Conversation:
             if self._sends:
                 with trio.move_on_after(DISMISSAL_SECONDS):
                     await self._quiet.wait()
-        finally:  # also where there is no time for that
+        finally:  # also if this task is cancelled before
             self._cancel()
 
     @property

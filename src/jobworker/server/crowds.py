@@ -43,7 +43,7 @@ class Crowds:
         self._counts[name] += 1
 
     def give_back(self, name: str) -> None:
-        """Count one less."""
+        """Count one fewer."""
         self._counts[name] -= 1
         if not self._counts[name]:
             del self._counts[name]

@@ -1,11 +1,11 @@
-"""The budget of file descriptors: what the configuration allows has to fit into RLIMIT_NOFILE.
+"""The budget of file descriptors: everything the configuration allows has to fit RLIMIT_NOFILE.
 
 A process that has no descriptor left can neither accept a connection nor open a file, and many
-things fail at once. So all that clients can make the service open is counted at the start, at its
-most, against the hard limit (getrlimit(2)). A configuration that does not fit is refused by name,
-before anything is touched. What is left over bounds how many ended jobs' outputs are open at a
-time, also for those who follow from before the end. At one more an output is closed under the
-readers of the owner that has the most, or the reader gets an error of its own name
+things fail at once. So at its start the service adds up the most descriptors that clients can make
+it open, and compares the sum with the hard limit (getrlimit(2)). If they do not fit, it refuses the
+configuration before it changes anything. The rest of the limit bounds how many ended jobs' outputs
+are open at a time, also for clients that followed the job before its end. For one more, an output
+is closed under the readers of the owner with the most, or the reader gets an error of its own name
 (`Archive.reading`).
 
     each running job        2 pipes, 3 files of its output
@@ -18,17 +18,17 @@ from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported
 
 OWN = 160
-"""The history and its readers, the log, the launcher, the reader, listeners, threads' epolls, and
-what is open for a moment only."""
+"""The service's own descriptors: the history and its readers, the log, the launcher, the reader,
+listeners, threads' epolls, and files that are open for a moment only."""
 PER_RUNNING, PER_WAITING, PER_CONNECTION, PER_OUTPUT = 5, 3, 1, 3
 MIN_OUTPUTS = 16
 
 
 def outputs_within(settings: Settings, limit: int, *, running: int = 0) -> int:
-    """How many ended jobs' outputs may be read at a time where `limit` descriptors may be open.
+    """How many ended jobs' outputs may be read at a time, with `limit` descriptors in all.
 
-    `running` jobs are there already, perhaps more than may be started. Raises HostUnsupported where
-    the rest of what is configured does not fit.
+    `running` is the number of jobs that run already; it may be more than the configuration allows.
+    Raises HostUnsupported if the descriptors for jobs and connections do not fit.
     """
     worker, limits = settings.worker, settings.limits
     jobs = PER_RUNNING * max(worker.max_concurrent_jobs, running)

@@ -1,7 +1,8 @@
-"""Whether all disks that jobs may have at a time could be filled, where the service keeps them.
+"""A check whether the host has room for all disks that jobs may have at a time, if all are filled.
 
-A host may promise more than it has: most jobs fill little of their disks. Where all fill them,
-writes are lost and jobs FAIL by that, so an administrator is told beforehand.
+A host may promise more than it has (overcommit), since most jobs fill little of their disks. If all
+jobs fill them, writes are lost and those jobs are FAILED. So the service warns the administrator
+beforehand.
 """
 
 import logging
@@ -24,23 +25,26 @@ LOOK_SECONDS = 1.0
 
 
 def promised_bytes(settings: Settings) -> int:
-    """What the disks of all jobs that run at a time, and what is to stay free, come to."""
+    """The bytes that the disks of all running jobs may take, plus those that must stay free."""
     return disks_bytes(settings) + settings.worker.keep_free * MEBIBYTE
 
 
 def disks_bytes(settings: Settings) -> int:
-    """What the disks of all jobs that run at a time come to, if each asks for what is usual."""
+    """The bytes that the disks of all running jobs may take, if each has the default size."""
     return settings.worker.max_concurrent_jobs * settings.sandbox.disk_limit * MEBIBYTE
 
 
 def free_bytes(directory: Path) -> int:
-    """What an unprivileged user may still take of the file system that holds a directory."""
+    """The free bytes of a directory's file system that an unprivileged user may take."""
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
 
 
 def check_promises(settings: Settings, directory: Path) -> str:
-    """Say by what the disks of jobs are covered. Raises ConfigError where they are not."""
+    """A line for `worker check` with promised and free bytes.
+
+    Raises ConfigError if the host has less than it promises to jobs' disks.
+    """
     promised, free = promised_bytes(settings), free_bytes(directory)
     if promised <= free:
         return f"{format_size(promised)} at most, {format_size(free)} free"
@@ -60,7 +64,7 @@ def check_promises(settings: Settings, directory: Path) -> str:
 
 
 def promise_warnings(settings: Settings, directory: Path) -> tuple[str, ...]:
-    """What is to be logged of that at the start."""
+    """The warnings of `check_promises` that the service logs at its start."""
     try:
         check_promises(settings, directory)
     except ConfigError as error:
@@ -70,20 +74,20 @@ def promise_warnings(settings: Settings, directory: Path) -> tuple[str, ...]:
 
 @define(eq=False, kw_only=True)
 class DiskPromises:
-    """What live jobs' disks may still take of the disk below them, and whether it has that."""
+    """Follows how much live jobs' disks may still take, and whether the host's disk has that."""
 
     _link: Link
     _directory: Path
     _budget: OutputBudget | None
-    """Of output, which is to leave room for the disks; None where it shall not."""
+    """The budget of output that must leave room for the disks; None if output need not."""
     _most: int
-    """Output leaves no more than this: the settings have room for it, and it is not known whether
-    the host has any for larger disks, which clients may ask for as they like."""
+    """Output leaves at most so many bytes: the settings have room for these. Clients may ask for
+    larger disks as they like, and the host may have no room for those."""
     shortfall: str = field(default="", init=False)
-    """What is to be said to those whose jobs run; "" where all can be written."""
+    """A warning for clients whose jobs run; "" if the host has room for all their writes."""
 
     async def follow(self) -> None:
-        """Look again and again; never returns."""
+        """Compare promised and free bytes every `LOOK_SECONDS`; never returns."""
         while True:
             try:
                 promised = await self._link.promised_bytes()

@@ -1,17 +1,17 @@
-"""Where WebSocket frames begin in what a client has sent: RFC 6455, section 5.2.
+"""A scanner for the beginnings of WebSocket frames in a client's bytes: RFC 6455, section 5.2.
 
-trio-websocket takes all frames of what it is handed in one turn of the event loop, but for those
-that make it wait: 2,700 pongs of 6 bytes are 45 ms in which nobody else is served. So it is handed
-a few frames at a time. Only the headers are looked at here: one large frame, as honest clients send
-them, costs as much as a small one and is not cut.
+trio-websocket parses all frames that it gets in one turn of the event loop, unless a frame makes it
+wait: 2,700 pongs of 6 bytes take 45 ms, in which no other client is served. So it gets a few frames
+at a time. The scanner reads only the headers. A large frame, as honest clients send it, costs as
+much as a small one and is not cut.
 
-What that costs is told besides, so that a name has a part of each turn, however many
-connections it has and however it cuts what it sends (`http_head.PrefixStream`).
+The scanner also computes the cost of each slice. So a name gets its part of each turn, however many
+connections it has and however it cuts its data into frames (`http_head.PrefixStream`).
 
-Small frames are counted besides. Control frames, and short parts of a message, cost
-the service as much as a request does and ask for nothing, so they have a rate (`conversation`).
+The scanner also counts small frames. Control frames and short parts of a message cost the service
+as much as a request does, and request nothing, so their rate is limited (`conversation`).
 
-Sans-IO. What breaks the protocol is left to wsproto, which refuses it.
+Sans-IO. The scanner does not check the protocol: wsproto refuses frames that break it.
 """
 
 from attrs import define, field
@@ -19,17 +19,18 @@ from attrs import define, field
 from jobworker.protocol.frames import BINARY, CONTINUATION, FINAL, MASKED, PING, PONG, TEXT
 
 SLICE_FRAMES = 8
-"""Some 0.15 ms for wsproto."""
+"""The most frames that are handed over at a time: they take wsproto some 0.15 ms."""
 SLICE_COST, FRAME_COST, CONTROL_COST = 16_384, 4096, 32_768
-"""What a slice costs, however little is in it, and each frame in it, in bytes that are unmasked in
-the same time. A control frame may have to be answered."""
+"""The fixed costs of a slice, of each frame in it, and of each control frame, which may need an
+answer. The unit is the bytes that are unmasked in the same time."""
 END_COST = 65_536
-"""What the end of a connection costs, by a closing frame, a wrong one or without any."""
+"""The cost of a connection's end, with a closing frame, with an invalid frame or without any."""
 RECORD_COST = 16_384
-"""Of a TLS record, or a part of one, whether it carries something or changes the keys."""
+"""The cost of a TLS record or a part of one, whether it carries data or changes the keys."""
 SMALL_BYTES = 512
-"""Clients that cut messages do so at the size of a buffer, and hardly any has a smaller one: Go's
-gorilla/websocket has 4 KiB, and 1 KiB in its usual example."""
+"""A part of a message with fewer bytes is small. Clients that cut messages cut them at the size of
+a buffer, which is hardly ever smaller: Go's gorilla/websocket has 4 KiB, and 1 KiB in its usual
+example."""
 _HEADER_BYTES = 2
 _MASK_BYTES = 4
 _LONGEST_HEADER_BYTES = 14
@@ -41,17 +42,17 @@ _LENGTH_BYTES = {126: 2, 127: 8}
 
 @define(eq=False)
 class FrameScanner:
-    """Of one connection's incoming bytes."""
+    """Scans the incoming bytes of one connection."""
 
     _header: bytes = field(default=b"", init=False)
     """The beginning of a header whose end has not come yet."""
     _payload_left: int = field(default=0, init=False)
     _small: int = field(default=0, init=False)
     cost: int = field(default=0, init=False)
-    """Of the last slice, in bytes that are unmasked in the same time."""
+    """The cost of the last slice, in bytes that are unmasked in the same time."""
 
     def slice(self, data: bytes) -> int:
-        """How many of these bytes to hand over at once; hand in the rest again."""
+        """How many of these bytes to hand over at once; pass the rest to the next call."""
         self.cost = SLICE_COST if data else END_COST
         size = self._slice(data)
         self.cost += size

@@ -1,9 +1,9 @@
-"""A client's WebSocket on which output goes out in frames that were made once for everybody.
+"""A client's WebSocket that sends output in frames which all its followers share.
 
-trio-websocket makes a frame of each message, and wsproto copies it on the way. Output comes here in
-whole frames (`protocol.frames`), the very objects that other connections send too, and goes to the
-stream as it is, many small ones together. The stream sends one thing at a time, so frames never mix
-with those of trio-websocket.
+trio-websocket makes a new frame of each message, and wsproto copies it. Output comes here in whole
+frames (`protocol.frames`): the same objects that other connections send too. They go to the stream
+as they are, many small frames together. The stream sends one piece at a time, so these frames never
+mix with those of trio-websocket.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from jobworker.tls_stream import RECORD_BYTES
 
 @define(eq=False)
 class FramedSocket:
-    """An open connection."""
+    """An open WebSocket connection."""
 
     _socket: trio_websocket.WebSocketConnection
     _stream: PrefixStream
@@ -28,7 +28,10 @@ class FramedSocket:
         return await self._socket.get_message()
 
     async def send_frames(self, frames: Sequence[Frame]) -> None:
-        """Send messages one after the other. Raises as `get_message`; breaks if cancelled."""
+        """Send messages one after the other. Raises ConnectionClosed.
+
+        If it is cancelled, a frame may be cut off, and the connection can send nothing more.
+        """
         if self._socket.closed:
             raise trio_websocket.ConnectionClosed(self._socket.closed)
         parts, small = [], bytearray()
@@ -42,11 +45,14 @@ class FramedSocket:
         await self._stream.send_all(*parts, small)
 
     async def aclose(self, code: int = 1000, reason: str | None = None) -> None:
-        """Say goodbye and close."""
+        """Send a closing frame with this code and reason, and wait for the client's answer."""
         await self._socket.aclose(code, reason)
 
     async def ping(self) -> None:
-        """Ping the client and wait for its answer. Raises as `get_message`; breaks if cancelled."""
+        """Ping the client and wait for its answer. Raises ConnectionClosed.
+
+        If it is cancelled, a frame may be cut off, and the connection can send nothing more.
+        """
         await self._socket.ping()
 
     def take_small_frames(self) -> int:

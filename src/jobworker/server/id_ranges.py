@@ -245,7 +245,7 @@ def _aligned(first: int) -> int:
 
 
 def _taken(descriptor: int, wanted: Span, used: Sequence[Span]) -> Span | None:
-    """Lock these ids. Returns None if they are locked now, else ids of another among them."""
+    """Lock these ids and return None; if others have some of them, return others' ids instead."""
     for span in used:
         if span.overlaps(wanted):
             return span
@@ -253,7 +253,7 @@ def _taken(descriptor: int, wanted: Span, used: Sequence[Span]) -> Span | None:
 
 
 def _lock(descriptor: int, span: Span) -> Span | None:
-    """Lock these bytes. Returns None if they are locked now, else another's locked range."""
+    """Lock these bytes and return None; if others have locked some, return their range instead."""
     wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, span.first, span.last - span.first + 1, 0)
     while True:
         try:

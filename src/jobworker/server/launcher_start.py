@@ -1,10 +1,10 @@
-"""What `worker launcher` does before it becomes the launcher: a socket to listen at, and a policy.
+"""The preparation of `worker launcher`: makes the launcher's socket and policy, then executes it.
 
-The launcher proper runs by the standard library alone (`sandbox.launcher.main`), and so what needs
-more stands here: reading the settings, finding the service's user. Then this process executes
-the launcher in its own place; the policy waits for it in a socket, and with it the descriptors
-that it needs: the locks on the state directory and on the jobs' ids, the listener, and the way to
-whoever supervises it.
+The launcher itself uses the standard library alone (`sandbox.launcher.main`). So the work that
+needs more is done here: reading the settings, finding the service's user. Then this process
+executes the launcher in its own place. The policy waits for the launcher in a socket, together with
+the descriptors that it needs: the locks on the state directory and on the jobs' ids, the listener,
+and the socket to its supervisor (systemd).
 """
 
 import os
@@ -42,10 +42,10 @@ def become_launcher(settings: Settings) -> NoReturn:
     path = settings.launcher.socket
     if not path:
         raise ConfigError(
-            "cannot run the launcher: nothing says where it is to listen",
+            "cannot run the launcher: no socket is set for it to listen at",
             remedy="give --socket=PATH, or set launcher.socket in the configuration",
         )
-    service_ids(settings)  # refuses a user that there is not
+    service_ids(settings)  # raises if there is no such user
     if small_files := lift_file_size_limit():
         say(small_files)
     state = Path(settings.worker.state_dir)
@@ -55,7 +55,7 @@ def become_launcher(settings: Settings) -> NoReturn:
     ids = lock_ids(settings)
     passed["ids"] = ids.descriptor
     settings = with_first_uid(settings, ids.first)
-    uid, gid = service_ids(settings) or (0, 0)  # with an id of its own it calls before it has that
+    uid, gid = service_ids(settings) or (0, 0)  # root: such a service connects before it has its id
     passed["listener"] = _listen(path, uid, gid)
     notifier = Notifier()
     if notifier.fault:
@@ -77,10 +77,10 @@ def become_launcher(settings: Settings) -> NoReturn:
 
 
 def _listen(path: str, uid: int, gid: int) -> int:
-    """A socket that listens at `path`, for the service's user alone: its descriptor.
+    """Listen at `path` for the service's user alone, and return the socket's descriptor.
 
-    What stood there before is replaced if it is a socket; the state directory's lock is held, so
-    no launcher of this state directory listens there. Raises ConfigError.
+    A socket that was there before is replaced: this process holds the state directory's lock, so no
+    other launcher of this state directory listens there. Raises ConfigError.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -110,7 +110,10 @@ def _listen(path: str, uid: int, gid: int) -> int:
 
 
 def _check_directory(path: str) -> None:
-    """Who can write there can put another socket in its place."""
+    """Raise ConfigError if users other than root may write to the socket's directory.
+
+    Such a user could put another socket in its place.
+    """
     directory = os.path.dirname(path)
     status = os.stat(directory)
     if status.st_uid != 0 or status.st_mode & 0o022:

@@ -1,4 +1,4 @@
-"""The port of the service: its sockets bound first, and opened once all else stands."""
+"""The port of the service: sockets are bound first, and listen once the service is ready."""
 
 import errno
 import os
@@ -11,7 +11,10 @@ BACKLOG = 1024
 
 
 def bind(address: str, port: int) -> tuple[socket.socket, ...]:
-    """Sockets bound to every address that `address` stands for."""
+    """Sockets bound to each IP address of `address`, not listening yet.
+
+    Raises AddressUnavailable.
+    """
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
@@ -38,11 +41,11 @@ def bind(address: str, port: int) -> tuple[socket.socket, ...]:
 
 
 def listen(listeners: Sequence[socket.socket]) -> None:
-    """Open the port: from here on clients can connect. Raises AddressUnavailable."""
+    """Listen on the bound sockets: clients can connect from now on. Raises AddressUnavailable."""
     for listener in listeners:
         try:
             listener.listen(BACKLOG)
-        except OSError as error:  # another has come to listen there since we bound it
+        except OSError as error:  # another process has begun to listen there since the bind
             raise _cannot_listen(str(listener.getsockname()[:2]), error) from None
 
 

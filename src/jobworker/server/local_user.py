@@ -1,7 +1,7 @@
-"""Which user of this host has opened a connection that comes from it: sock_diag(7).
+"""The user of this host that has opened a connection to the service: sock_diag(7).
 
-The kernel is asked for the socket at the other end. It is found only where that is in the network
-namespace of the service: a program on the host's network, a job's among them.
+The service asks the kernel for the socket at the other end. The kernel finds it only in the
+service's own network namespace: the socket of a program, or of a job, on the host's network.
 """
 
 import socket
@@ -20,32 +20,33 @@ _REQUEST = struct.Struct("=BBBxI")
 """struct inet_diag_req_v2 up to the id: family, protocol, extensions, states."""
 _PORTS = struct.Struct(">HH")
 _REST_OF_ID = struct.Struct("=III")
-"""Of struct inet_diag_sockid: interface, cookie."""
+"""The end of struct inet_diag_sockid: interface, cookie."""
 _ANY_STATE = _NO_COOKIE = 0xFFFFFFFF
 _ADDRESS_BYTES = 16
 _PLACE = slice(_HEADER.size + 4, _HEADER.size + 4 + _PORTS.size + 32)
-"""Of struct inet_diag_msg: the ports and addresses of its inet_diag_sockid."""
+"""The ports and addresses in the inet_diag_sockid of struct inet_diag_msg."""
 _OWNER = struct.Struct("=II")
 _OWNER_AT = _HEADER.size + 64
-"""idiag_uid and idiag_inode of it."""
+"""The place of idiag_uid and idiag_inode in struct inet_diag_msg."""
 _MAPPED = b"\0" * 10 + b"\xff\xff"
-"""Before an IPv4 address that an IPv6 socket has: RFC 4291, 2.5.5.2."""
+"""The prefix of an IPv4 address at an IPv6 socket: RFC 4291, section 2.5.5.2."""
 _TIMEOUT_SECONDS = 0.01
-"""The kernel answers within the call that asks; this is for one that never does."""
+"""The kernel answers within the system call that asks. This bound is for a kernel that does not
+answer at all."""
 _WHOLE_MAP = [0, 0, 0xFFFFFFFF]
 """uid_map of the initial user namespace: user_namespaces(7)."""
 _CLOSED = -1
 IDS_TOGETHER = 65_536
-"""Ids from here on belong to containers, by ranges of so many, and to directory services."""
+"""Ids from here on belong to containers, in ranges of this size, and to directory services."""
 
 
 def local_user(tcp: socket.socket | trio.socket.SocketType, jobs: Container[int]) -> str | None:
-    """Whose the other end of a connection is; None for one from elsewhere, or where unknown.
+    """A name for the user at the other end of a connection; None if it is unknown or not local.
 
-    All that have an id of `jobs` have one name, since each job has many. An account of the host has
-    one of its own, and so has each range of other ids that one container may have. All whose
-    program has closed them have one as well: who may have an address of the host's for each
-    connection would have a name for each.
+    All ids of `jobs` share one name, since each job has many ids. Each account of the host has its
+    own name, and so has each range of other ids that one container may have. All sockets that
+    their program has closed share one name. Otherwise a program that uses another address of the
+    host for each connection would get a new name each time.
     """
     with suppress(OSError, ValueError, struct.error):
         uid = _owner_of_peer(tcp)
@@ -63,7 +64,10 @@ def local_user(tcp: socket.socket | trio.socket.SocketType, jobs: Container[int]
 
 
 def _owner_of_peer(tcp: socket.socket | trio.socket.SocketType) -> int | None:
-    """The id, `_CLOSED` where it belongs to nobody any more, None where it is not here."""
+    """The user id of the socket at the other end.
+
+    It is `_CLOSED` if no process has the socket open any more, and None if it is not on this host.
+    """
     family = tcp.family
     theirs, ours = tcp.getpeername(), tcp.getsockname()
     addresses = [_packed(family, name[0]) for name in (theirs, ours)]
@@ -79,9 +83,9 @@ def _owner_of_peer(tcp: socket.socket | trio.socket.SocketType) -> int | None:
         kernel.settimeout(_TIMEOUT_SECONDS)
         kernel.send(header + body)
         reply = kernel.recv(1024)
-    if _HEADER.unpack_from(reply)[1] != _SOCK_DIAG_BY_FAMILY:  # NLMSG_ERROR: there is none
+    if _HEADER.unpack_from(reply)[1] != _SOCK_DIAG_BY_FAMILY:  # NLMSG_ERROR: no socket
         return None
-    # Where there is no such connection, the kernel tells of whoever listens at that port.
+    # If there is no such connection, the kernel returns the socket that listens at that port.
     uid, inode = _OWNER.unpack_from(reply, _OWNER_AT)
     mapped = _PORTS.pack(theirs[1], ours[1]) + b"".join(_MAPPED + each for each in addresses)
     if reply[_PLACE] not in (place, mapped):
@@ -96,5 +100,5 @@ def _packed(family: int, host: str) -> bytes:
 
 @cache
 def _sees_all_ids() -> bool:
-    """Whether this process is in the initial user namespace; else accounts can't be told apart."""
+    """Whether this process is in the initial user namespace; elsewhere many ids look the same."""
     return [int(word) for word in Path("/proc/self/uid_map").read_text().split()] == _WHOLE_MAP

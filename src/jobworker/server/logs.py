@@ -1,9 +1,9 @@
 """Log records on standard error, as text for people or JSON for programs, one line each.
 
-What clients and jobs chose (names, commands) may stand in a message, and in the exception of a
-traceback; so control characters are escaped, and no one can forge a second record or move a
-terminal's cursor. A traceback follows its line of text indented, so that none of its lines
-begins as a record does.
+A message, or the exception of a traceback, may contain text that clients and jobs chose (names,
+commands). So control characters are escaped, and such text can neither forge a second record nor
+move a terminal's cursor. A traceback follows its record indented, so none of its lines looks like a
+record.
 """
 
 import logging
@@ -55,7 +55,7 @@ def _note_of_loss(formatter: logging.Formatter, lines: int) -> str:
 
 
 def set_up_logging(level: str, form: Literal["text", "json"]) -> None:
-    """Send the records of `jobworker` to standard error; `level` as the configuration has it."""
+    """Send the records of `jobworker` to standard error, from the configured `level` on."""
     handler, formatter = logging.StreamHandler(sys.stderr), _Formatter(form)
     handler.setFormatter(formatter)
     if isinstance(sys.stderr, StandardError):

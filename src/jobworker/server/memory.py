@@ -1,13 +1,14 @@
-"""The service's own memory: what malloc holds free goes back, and what stays is not searched.
+"""The service's own memory: free pages go back to the kernel, and garbage collections stay short.
 
-malloc keeps what was freed, for the next piece of output, which is fast; but it never gives back
-by itself what lies below a block that is still in use, or in the arena of a thread. So after a
-flood the service would stay as large as it was at its largest. Here all free pages are given back,
-wherever they lie, soon after the process has grown or malloc has more that is free, and then again
-less and less often, as long as there is nothing to give back.
+malloc keeps freed memory for the next piece of output, which is fast. But by itself it never gives
+back memory below a block that is still in use, or in the arena of a thread. So after a flood the
+service would stay as large as it was at its largest. This module gives back all free pages,
+wherever they lie, soon after the process has grown or malloc has more free memory. While there is
+nothing to give back, it tries less and less often.
 
-Python searches all that it has made for cycles from time to time, in whatever turn of the loop that
-may be. What modules made at the start is most of that, takes 35 ms a time, and never goes.
+Python's garbage collector searches all objects for cycles from time to time, in any turn of the
+event loop. Most of these objects were made by modules at the start. A search of them takes 35 ms,
+and they are never freed. So `settle` takes them out of the search.
 """
 
 import gc
@@ -24,32 +25,33 @@ from jobworker.sandbox.syscalls import freed_bytes, give_back_freed_memory, keep
 from jobworker.threads import in_thread
 
 FREE_BYTES = 16 << 20
-"""What the service keeps of the memory that it has freed."""
+"""How much freed memory malloc keeps for the service."""
 LOOK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 64.0
 NOTABLE_BYTES = 4 << 20
 MAX_SEARCH_SECONDS = 0.005
-"""Of the processor; a search for cycles that took longer is the last for the longest pause."""
+"""Processor time of a garbage collection; after a longer one, none follows for the longest pause.
+"""
 _OWN = Path("/proc/self/statm")
 
 
 def set_up() -> None:
-    """Have malloc keep what is freed, in one arena: for the time before the first thread.
+    """Have malloc keep freed memory, in one arena. Call it before the first thread starts.
 
-    Else each piece of output would be mapped anew. A thread that has been started already has an
-    arena of its own, which all later threads then share.
+    Without this, malloc would map new memory for each piece of output. A thread that runs already
+    has an arena of its own, which all later threads would then share.
     """
     keep_freed_memory(FREE_BYTES, 2 * PIECE_BYTES)
 
 
 def settle() -> None:
-    """Leave what there is now out of the searches for cycles: for the end of the start."""
+    """Take all present objects out of garbage collections. Call it at the end of the start."""
     gc.collect()
     gc.freeze()
 
 
 def resident_bytes() -> int:
-    """What this process has in memory: proc(5), statm."""
+    """The resident memory of this process in bytes: proc(5), statm."""
     return int(_OWN.read_text().split()[1]) * mmap.PAGESIZE
 
 
@@ -63,10 +65,10 @@ async def keep_small() -> None:
         waited += LOOK_SECONDS
         try:
             before = resident_bytes()
-        except OSError:  # the host has no descriptor for it
+        except OSError:  # the host has no file descriptor left
             continue
         smallest, free = min(smallest, before), freed
-        if before > smallest + NOTABLE_BYTES:  # else there is nothing to gain by it
+        if before > smallest + NOTABLE_BYTES:  # else the process has too little to give back
             free = freed_bytes()
         if before > least + NOTABLE_BYTES or free > freed + NOTABLE_BYTES:
             pause = LOOK_SECONDS

@@ -1,6 +1,6 @@
-"""Telling whoever started the service how it stands: the protocol of sd_notify(3).
+"""Status messages to the process that started the service: the protocol of sd_notify(3).
 
-systemd listens, and so do `worker demo` and the tests, which need to know the port.
+systemd reads them, and so do `worker demo` and the tests, which need the port.
 """
 
 import os
@@ -15,22 +15,22 @@ ADDRESS_FIELD = "X_JOBWORKER_ADDRESS"
 
 
 class Notifier:
-    """A datagram socket to NOTIFY_SOCKET; without that variable it says nothing."""
+    """Sends datagrams to the supervisor at NOTIFY_SOCKET; without that variable it sends none."""
 
     def __init__(self) -> None:
         path = os.environ.pop("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
         self._telling = trio.Lock()
         self.watchdog_seconds = _watchdog_seconds()
-        """How often somebody wants to hear that the service is alive, by `tell_alive`; or never."""
+        """The longest time between two calls of `tell_alive`; None if there is no watchdog."""
         self.fault = ""
-        """Why nobody can be told, though somebody wants to be; else ""."""
+        """Why no message can be sent, though NOTIFY_SOCKET is set; else ""."""
         if path:
-            # Connected at once: later the path may be out of the service's reach.
+            # It connects here, since the unprivileged service may not reach the path later.
             notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             try:
                 notify.connect("\0" + path[1:] if path.startswith("@") else path)
-            except (OSError, ValueError) as error:  # a stale one; one that is too long, or has NULs
+            except (OSError, ValueError) as error:  # stale, or a path that is too long or has NULs
                 notify.close()
                 reason = error.strerror if isinstance(error, OSError) else None
                 self.fault = (
@@ -42,14 +42,14 @@ class Notifier:
 
     @property
     def descriptor(self) -> int | None:
-        """The socket's own, for a process that goes on in this one's place."""
+        """The socket's descriptor, for a program that this process executes in its place."""
         return None if self._socket is None else self._socket.fileno()
 
     async def tell(self, **fields: str) -> None:
-        """Send fields such as READY="1"; a listener that is gone is no fault of ours.
+        """Send fields such as READY="1"; a supervisor that is gone is no error.
 
-        Where it has no room for them, this waits up to PATIENCE_SECONDS, and those that are told
-        next wait behind: they may say the opposite.
+        If its queue has no room, this waits up to PATIENCE_SECONDS. Later messages wait behind this
+        one, since they may revoke it.
         """
         message = "\n".join(f"{name}={value}" for name, value in fields.items())
         async with self._telling:
@@ -60,11 +60,11 @@ class Notifier:
                     await trio.sleep(AGAIN_SECONDS)
 
     def tell_alive(self) -> None:
-        """Send WATCHDOG="1" if there is room for it: the next one follows soon."""
+        """Send WATCHDOG="1" if there is room; else drop it, since the next one follows soon."""
         self._is_done_with("WATCHDOG=1")
 
     def _is_done_with(self, message: str) -> bool:
-        """Send a message where there is room; whether there is no more to do about it."""
+        """Send a message if there is room. Returns False if the caller has to try again."""
         if self._socket is None:
             return True
         outcome = try_to_send(self._socket, message)
@@ -75,7 +75,7 @@ class Notifier:
 
 
 def _watchdog_seconds() -> float | None:
-    """WatchdogSec= of the unit, where it is meant for this process: sd_watchdog_enabled(3)."""
+    """WatchdogSec= of the unit in seconds, if it is for this process: sd_watchdog_enabled(3)."""
     period, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
     if not period.isascii() or not period.isdigit() or pid not in ("", str(os.getpid())):
         return None

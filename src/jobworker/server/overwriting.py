@@ -1,7 +1,9 @@
-"""Whether the room that the history sets aside for ends holds on the file system below it.
+"""A check that the room which the history sets aside for jobs' ends holds on its file system.
 
-SQLite writes to a mapped file too (history.db-shm). Where btrfs has no new block for that page, the
-kernel ends the process that writes to it: seen on a full disk with Linux 6.
+The history overwrites pages that it has allocated before. A file system that writes each block to a
+new place (copy-on-write) needs free space for that too, so a full disk may refuse the write. SQLite
+also writes to a mapped file (history.db-shm). If btrfs has no new block for that page, the kernel
+kills the process that writes to it (SIGBUS): seen on a full disk with Linux 6.
 """
 
 from pathlib import Path
@@ -16,13 +18,14 @@ _WRITES_ELSEWHERE = {
     0xF2F52010: "F2FS",
     0x3434: "NILFS2",
 }
-"""File systems that never overwrite, by what statfs(2) calls them."""
+"""File systems that never overwrite a block in its place, by their type in statfs(2)."""
 
 
 def check_overwrites(directory: Path) -> str:
-    """Say that the room holds. Raises ConfigError where it does not.
+    """A line for `worker check` that the room holds. Raises ConfigError if it does not.
 
-    It asks for the kind of the file system: what is below an overlay or a network is not seen.
+    The check reads the type of the file system. It does not see what lies below an overlay or a
+    network file system.
     """
     kind = _WRITES_ELSEWHERE.get(file_system_type(str(directory)))
     if kind is None:
@@ -35,7 +38,7 @@ def check_overwrites(directory: Path) -> str:
 
 
 def overwrite_warnings(directory: Path) -> tuple[str, ...]:
-    """What is to be logged of that at the start."""
+    """The warnings of `check_overwrites` that the service logs at its start."""
     try:
         check_overwrites(directory)
     except ConfigError as error:

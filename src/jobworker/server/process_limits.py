@@ -1,24 +1,24 @@
-"""Limits of the service's process (getrlimit(2)): raised as far as it may, and told where not."""
+"""Resource limits of the service's process (getrlimit(2)): raised as far as possible."""
 
 import resource
 
 UNLIMITED = 1 << 20
-"""Descriptors to reckon with where there is no limit: what Linux gives a process at most by
-default (fs.nr_open, proc(5))."""
+"""The number of descriptors to assume if there is no limit: Linux's default maximum for a process
+(fs.nr_open, proc(5))."""
 
 
 def raise_descriptor_limit() -> int:
-    """Let this process open as many descriptors as it may at all: that number."""
+    """Raise the soft limit of open descriptors to the hard limit, and return that number."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return descriptor_limit()
 
 
 def lift_file_size_limit() -> str:
-    """Let this process and those it starts write files of any size; say what limit stays, or "".
+    """Let this process and its children write files of any size.
 
-    Where a file grows to the limit write(2) fails with EFBIG, which looks like a full disk to all
-    that stands above.
+    Returns a warning if a limit stays, else "". If a file reaches the limit, write(2) fails with
+    EFBIG, which looks like a full disk to the code above.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft == resource.RLIM_INFINITY:
@@ -26,7 +26,7 @@ def lift_file_size_limit() -> str:
     unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    except (OSError, ValueError):  # not without the right to (CAP_SYS_RESOURCE)
+    except (OSError, ValueError):  # raising the hard limit needs CAP_SYS_RESOURCE
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         if hard != resource.RLIM_INFINITY:
             return (
@@ -37,6 +37,6 @@ def lift_file_size_limit() -> str:
 
 
 def descriptor_limit() -> int:
-    """How many descriptors a process started from here may open."""
+    """How many descriptors this process, or a child of it, may open."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return hard if hard != resource.RLIM_INFINITY else UNLIMITED

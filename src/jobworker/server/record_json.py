@@ -1,7 +1,7 @@
-"""A job's whole record as JSON, made without keeping other clients waiting.
+"""A job's whole record as JSON, encoded without delaying other clients.
 
-What the history has as JSON already goes out as it is stored; what is in memory is encoded in
-pieces (`jobs.history.spec_json`), with a checkpoint after each long one.
+A request that the history stores as JSON goes out as it is. A request in memory is encoded in
+pieces (`jobs.history.spec_json`), with a checkpoint after each long piece.
 """
 
 from functools import partial
@@ -16,17 +16,17 @@ from jobworker.model.summary import summarize
 from jobworker.threads import in_thread
 
 LONG = 1000
-"""Characters of a piece after which others get their turn."""
+"""A piece of more characters is followed by a checkpoint, so that other tasks run."""
 
 
 _last: tuple[JobRecord, JobRecord, str] | None = None
-"""A record, its summary and the JSON of that: what was told last."""
+"""A cache of one entry: the last record, its summary and the JSON of the summary."""
 
 
 def summary_of(record: JobRecord) -> tuple[JobRecord, str]:
-    """A record's summary and its JSON, made once for all who are told of one record in turn.
+    """A record's summary and its JSON; successive calls for one record encode it once.
 
-    A job's end wakes everybody who waits for it or follows it, in one turn of the event loop.
+    A job's end wakes all clients that wait for the job or follow it, in one turn of the event loop.
     """
     global _last  # noqa: PLW0603 - one entry, for the one thread of the event loop
     if _last is None or _last[0] is not record:
@@ -38,7 +38,8 @@ def summary_of(record: JobRecord) -> tuple[JobRecord, str]:
 async def encode_record(record: JobRecord) -> str:
     """The JSON of a record that is in memory as a whole.
 
-    A summary stays one, and says so: the job was removed before the rest was read.
+    For a summary it is the summary's JSON, with its `abridged`: the job was removed before the rest
+    could be read.
     """
     if record.abridged:
         return summary_of(record)[1]
@@ -52,14 +53,14 @@ async def encode_record(record: JobRecord) -> str:
 
 
 def with_spec(summary: JobRecord, spec: str) -> str:
-    """The JSON of a whole record, of its summary and the JSON of the request."""
+    """The JSON of a whole record, made from its summary and the JSON of its request."""
     plain = {name: value for name, value in unstructure(summary).items() if name != "spec"}
     rest = dumps({**plain, "abridged": []})
     return f'{{"spec":{spec},{rest[1:]}'
 
 
 async def read_spec(text: str) -> JobSpec:
-    """The request of which the history has JSON: in a thread, since it may be long."""
+    """Decode the JSON of a request from the history, in a thread, since it may be long."""
     return await in_thread(partial(_read_spec, text))
 
 

@@ -1,4 +1,4 @@
-"""Who the service becomes once it gives up root: the ids that `worker.user` stands for."""
+"""The user and group that the service becomes when it gives up root, from `worker.user`."""
 
 import os
 import pwd
@@ -14,14 +14,15 @@ SERVICE_USER = "jobworker"
 
 
 def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int] | None:
-    """The user and group that the service becomes; None is an id of its own. Raises ConfigError.
+    """The user and group that the service becomes; None stands for an id of its own.
 
-    `jobs` are the ids that the launcher gives to jobs, where it was started with other settings.
+    `jobs` are the ids that the launcher gives to jobs, if it runs already: they may differ from
+    those of `settings`. Raises ConfigError.
     """
     wanted = settings.worker.user
     if os.geteuid() != 0:
         return _own_ids(wanted)
-    is_known = jobs is not None or settings.sandbox.first_uid > 0  # else it is what will be free
+    is_known = jobs is not None or settings.sandbox.first_uid > 0  # else a free range, chosen later
     jobs = jobs or job_ids(settings)
     ids = _wanted_ids(wanted)
     if is_known and ids is not None and ids[0] in jobs:
@@ -35,7 +36,7 @@ def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]
 
 
 def launcher_ids(launcher: OpenedLauncher) -> Span:
-    """The ids of the jobs of a launcher, which may have been started with older settings."""
+    """The ids of a launcher's jobs; the launcher may have been started with older settings."""
     first, jobs, spares = (launcher.policy[key] for key in ("first_uid", "max_jobs", "spares"))
     assert isinstance(first, int)
     assert isinstance(jobs, int)
@@ -73,7 +74,7 @@ def _wanted_ids(wanted: str) -> tuple[int, int] | None:
 
 
 def _own_ids(wanted: str) -> tuple[int, int]:
-    """Who we are, if that is who `worker.user` wants us to be. Raises ConfigError."""
+    """This process's user and group. Raises ConfigError if `worker.user` names another user."""
     own = os.geteuid()
     names = {"auto", str(own)}
     with suppress(KeyError):

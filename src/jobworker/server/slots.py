@@ -76,7 +76,7 @@ class Slots:
         try:
             await waiting[1].wait()
         except trio.Cancelled:
-            if waiting[1].is_set():  # after it was cancelled, and before it ran
+            if waiting[1].is_set():  # the slot came after the cancellation, before this task ran
                 self.give_back(name)
             else:
                 self._waiting.remove(waiting)

@@ -195,7 +195,7 @@ class StandardError(io.TextIOBase):
             self._changed.notify_all()
 
     def _take_batch(self) -> tuple[bytes, int]:
-        """Take the next bytes to write from the queue, and the number of lost lines in their note."""
+        """Take the next bytes to write, and the number of lost lines that their note reports."""
         pieces: list[bytes] = []
         size = told = 0
         if self._lost_lines and (self._refused or not self._queue):

@@ -94,8 +94,7 @@ def _check_link(state: Path, own: int) -> None:
 
 
 def _refuse_link(state: Path, name: str) -> None:
-    """Raise a ConfigError that names the entry if it is a link: the code that opens it follows none.
-    """
+    """Raise a ConfigError that names the entry if it is a link: its later opening follows none."""
     if (state / name).is_symlink():
         raise ConfigError(
             f"cannot use worker.state_dir {state}: {name} in it is a link, and it is not followed",

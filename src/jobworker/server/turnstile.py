@@ -174,7 +174,7 @@ class Spells:
 
         def timed() -> T:
             nonlocal spent
-            began = time.thread_time()  # the time of day would count what others' threads take
+            began = time.thread_time()  # wall time would include other threads' work
             try:
                 return work(*arguments)
             finally:
@@ -291,7 +291,7 @@ class Turnstile:
                             self._began, self._waiting, self._most_seconds
                         )
                     self._begin()
-                except Exception:  # it would end the whole event loop
+                except Exception:  # an exception here would end the whole event loop
                     log.exception("an internal fault between two turns")
             await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
 

@@ -1,1 +1,1 @@
-"""Kernel memory that jobs hold and no control group counts, found by looking at jobs."""
+"""Kernel memory that jobs hold and no control group counts: how it is measured and searched."""

@@ -1,17 +1,18 @@
-"""The host's own figures of memory, which tell cheaply that some job may have taken more.
+"""The host's own figures of kernel memory: a cheap sign that some job may have taken more.
 
-There are three, read from files that stay open:
+There are three figures, read from files that stay open:
 
-- what slabs have that cannot be given back: SUnreclaim of /proc/meminfo. Locks, small buffers and
-  structures are there.
-- what all sockets of TCP have in buffers: /proc/net/sockstat.
-- pages that the kernel has taken and has no name for. Larger buffers of sockets are there, and
-  pipes and the memory of drivers. They are the host's memory less all kinds that /proc/meminfo
-  names, and less the free pages that each processor keeps for itself (/proc/zoneinfo). Those count
-  as taken in /proc/meminfo, and there may be a gigabyte of them (1.2 GB were seen on two
-  processors): a program that takes buffers from these would not be noticed otherwise.
+- the memory of slabs that cannot be reclaimed: SUnreclaim of /proc/meminfo. It includes locks,
+  small buffers and structures.
+- the memory in buffers of all TCP sockets: /proc/net/sockstat.
+- the pages that the kernel has taken and /proc/meminfo has no name for. They include larger buffers
+  of sockets, pipes, and the memory of drivers. The figure is the host's memory less all kinds that
+  /proc/meminfo names, and less the free pages that each processor keeps for itself
+  (/proc/zoneinfo). /proc/meminfo counts those free pages as taken, and they may be a gigabyte
+  (1.2 GB were seen on two processors). Without them, the figure would not show a program that takes
+  its buffers from these pages.
 
-One look takes 0.1 ms with two processors. Standard library only. Sources: proc_meminfo(5),
+One reading takes 0.1 ms with two processors. Standard library only. Sources: proc_meminfo(5),
 mm/show_mem.c, mm/vmstat.c (zoneinfo_show_print), fs/proc/meminfo.c, net/ipv4/proc.c.
 """
 
@@ -25,25 +26,25 @@ _NAMED = (
     b"MemFree Buffers Cached SwapCached AnonPages Slab KernelStack PageTables SecPageTables "
     b"Percpu Hugetlb Balloon"
 ).split()
-"""The kinds that /proc/meminfo names and that have no page in common."""
+"""The kinds in /proc/meminfo that share no page with each other."""
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
 class HostMemory:
-    """The figures, in bytes; one that this kernel does not tell stays the same."""
+    """The figures, in bytes; a figure that this kernel does not have never changes."""
 
     def __init__(self) -> None:
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
         self._zones = _open("/proc/zoneinfo")
-        # What the whole host holds in buffers of sockets, whatever network this is read in.
+        # The figure is of the whole host, in whichever network namespace this is read.
         self._sockets = _open("/proc/net/sockstat")
 
     def unreclaimable(self) -> int:
-        """What slabs have that cannot be given back."""
+        """The memory of slabs that cannot be reclaimed."""
         return _of_kind(_text(self._meminfo), b"SUnreclaim")
 
     def unnamed(self) -> int:
-        """Pages that the kernel has taken and has no name for."""
+        """The pages that the kernel has taken and /proc/meminfo has no name for."""
         meminfo = _text(self._meminfo)
         parts = _text(self._zones).split(b" count:")[1:]
         kept = sum(int(part[: part.index(b"\n")]) for part in parts) * _PAGE_BYTES
@@ -51,12 +52,12 @@ class HostMemory:
         return _of_kind(meminfo, b"MemTotal") - named - kept
 
     def in_tcp(self) -> int:
-        """What all sockets of TCP have in buffers."""
+        """The memory in buffers of all TCP sockets."""
         return tcp_bytes(_text(self._sockets))
 
 
 class Figure:
-    """One of them: whether it has grown since it was calm."""
+    """One figure, and its calm value: the lowest since growth was last reported."""
 
     def __init__(self, read: Callable[[], int], step_bytes: int) -> None:
         self._read, self._step_bytes = read, step_bytes
@@ -64,11 +65,14 @@ class Figure:
         self.wake()
 
     def wake(self) -> None:
-        """It may have been less meanwhile."""
+        """Lower the calm value to the current one, if that is lower, after a break in readings."""
         self._calm = min(self._calm, self._now())
 
     def has_grown(self) -> bool:
-        """Whether that is a reason to look; the same growth is one once."""
+        """Whether the figure is more than a step above its calm value.
+
+        The calm value then becomes the current one, so the same growth is reported only once.
+        """
         now = self._now()
         self._calm = min(self._calm, now)
         if now <= self._calm + self._step_bytes:
@@ -77,7 +81,7 @@ class Figure:
         return True
 
     def _now(self) -> int:
-        """What it is; as calm as it was where the kernel cannot tell just now."""
+        """The current value; the calm value if it cannot be read."""
         try:
             return self._read()
         except OSError:
@@ -97,7 +101,7 @@ def _open(path: str) -> int:
 
 
 def _text(file: int) -> bytes:
-    """All of it: the kernel gives a long one in parts."""
+    """The whole content of a file; the kernel returns a long one in parts."""
     parts, at = [], 0
     while part := os.pread(file, 1 << 16, at):
         parts.append(part)

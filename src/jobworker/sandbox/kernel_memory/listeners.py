@@ -1,17 +1,18 @@
-"""Whose a TCP connection on the host's network is that nobody has accepted: the listening socket's.
+"""The owner of a TCP connection on the host's network that no process has accepted.
 
-The connection itself tells no user. The kernel has chosen a listening socket for it, and what it
-took from that socket tells which: the port, the family, and the device that the socket is bound to.
-(So a connection over IPv4 at a socket of IPv6 is of IPv6 too, and its address an IPv4-mapped one.)
-Of sockets that have these in common, the kernel prefers one of the very address to one of any; one
-that is for IPv6 alone gets nothing of IPv4. Two listening sockets of different users never have the
-address in common as well: bind(2) and listen(2) refuse that, with SO_REUSEPORT too.
+The owner is the job of the listening socket, since the connection itself has no user. The kernel
+has chosen a listening socket for it, and the connection has the port, the family and the device of
+that socket. (So a connection over IPv4 at an IPv6 socket is an IPv6 connection too, with an
+IPv4-mapped address.) Among sockets that share these three, the kernel prefers a socket that is
+bound to the exact address over one that is bound to any address. A socket for IPv6 alone gets no
+connection over IPv4. Two listening sockets of different users never share the address as well:
+bind(2) and listen(2) refuse that, with SO_REUSEPORT too.
 
-A device may differ all the same: a listening socket can be bound to one later, and a connection
-with a link-local peer has its device. Then it is whose the sockets of all devices are, where that
-is one job. Else it is nobody's: no job ends for what may be another's. The queue's length tells of
-it where the connections really wait, as with those that were reset
-(`sandbox.kernel_memory.connections`).
+The device may still differ: a listening socket can be bound to a device later, and a connection
+with a link-local peer has that peer's device. Then the owner is the job that has the sockets of all
+devices, if that is one job. Otherwise the connection has no owner: no job ends for a connection
+that may be another's. The queue's length reports such connections while they really wait, as it
+does those that were reset (`sandbox.kernel_memory.connections`).
 
 Standard library only. Sources: net/ipv4/inet_hashtables.c and net/ipv6/inet6_hashtables.c
 (compute_score), inet_request_bound_dev_if, tcp_v6_syn_recv_sock, socket(7), ipv6(7).
@@ -39,7 +40,7 @@ class Owners:
         return frozenset(job for _, _, job in self._rows)
 
     def of(self, uid: int) -> int:
-        """The job that has this id; 0 where none has."""
+        """The job that has this user id; 0 if none has it."""
         at = bisect.bisect(self._rows, uid, key=lambda row: row[0]) - 1
         if at >= 0:
             _, stop, job = self._rows[at]
@@ -48,7 +49,7 @@ class Owners:
 
 
 class Listeners:
-    """The listening sockets of one network; 0 is the owner of those that are no job's."""
+    """The listening sockets of one network; a socket that belongs to no job has the owner 0."""
 
     def __init__(self, listening: Iterable[Socket], owners: Owners) -> None:
         self._jobs: dict[tuple[int, bytes, bytes], dict[int, set[int]]] = {}
@@ -62,7 +63,10 @@ class Listeners:
                 devices.setdefault(one.device, set()).add(owners.of(one.uid))
 
     def owner_of(self, connection: Socket) -> int | None:
-        """The job at whose socket a connection waits, 0 where no job's; None: it cannot be told."""
+        """The job at whose socket a connection waits.
+
+        It is 0 if the socket belongs to no job, and None if the owner is unknown.
+        """
         is_mapped = connection.address.startswith(_MAPPED)
         tiers = [
             self._jobs.get((connection.family, connection.port, address), {})

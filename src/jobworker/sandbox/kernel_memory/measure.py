@@ -1,29 +1,29 @@
 """Kernel memory that jobs hold and that no control group counts, measured from outside.
 
-What the kernel charges to a job is bounded by its memory limit (docs/threat-model.md has the list).
-Three kinds are charged to nobody, on cgroup v1 and v2 alike, and have no bound of their own:
+The job's memory limit bounds the memory that the kernel charges to it (docs/threat-model.md has the
+list). The kernel charges three kinds to no group, on cgroup v1 and v2 alike, and has no bound for
+them:
 
-- netlink sockets: what waits in their receive buffers, up to net.core.rmem_max, twice, for each;
-  a structure of 2 KiB; and a request for a list, up to net.core.wmem_max, twice, which the kernel
-  keeps until the socket has taken the list;
-- locks on ranges of files: 192 bytes for each, as many as a process likes;
-- connections that nobody has accepted: see `sandbox.kernel_memory.connections`.
+- netlink sockets. Each has data in its receive buffer, up to twice net.core.rmem_max; a structure
+  of 2 KiB; and a request for a list, up to twice net.core.wmem_max, which the kernel keeps until
+  the socket has taken the list;
+- locks on ranges of files: 192 bytes for each, and a process may have any number;
+- connections that no process has accepted: see `sandbox.kernel_memory.connections`.
 
-They are asked for where a job cannot hide them, and not by its descriptors, of which it has as
-many as it likes and which need not be in any table:
+They are measured where a job cannot hide them, and not by its descriptors. A job may have any
+number of descriptors, and they need not be in any table:
 
-- `measure_netlink` reads two files for each network. The host's tell nothing of whose a socket is.
-  Requests count there as received by the kernel's own sockets, whoever made them. The kernel makes
-  each read of a page from the list's beginning (20,000 sockets: 0.2 s, 100,000: 8 s), so a part of
-  a long list is read. How many sockets there are is told apart, at once.
-- `measure_locks` reads /proc/locks, which tells a lock's file and mostly not its owner: it belongs
-  to the job that alone has the file's device (its disk, its /dev/shm), else to nobody known. The
-  kernel makes each read from the list's beginning, so that a long list takes longer by the square
-  of its length (400,000 locks: a minute). So a list too short for the bound is not read, and of a
-  longer one a sample is.
+- `measure_netlink` reads two files for each network. Those of the host do not show the owner of a
+  socket. Requests count there as received by the kernel's own sockets, whoever made them. For each
+  page the kernel walks the list from its beginning (20,000 sockets: 0.2 s, 100,000: 8 s), so only a
+  part of a long list is read. The number of sockets comes from another file, at once.
+- `measure_locks` reads /proc/locks, which has a lock's file and mostly not its owner. A lock
+  belongs to the job that alone has the file's device (its disk, its /dev/shm); otherwise its owner
+  is unknown. For each read the kernel walks the list from its beginning, so the time grows with the
+  square of the list's length (400,000 locks: a minute). So a list that is too short to reach the
+  bound is not read, and a longer one is sampled.
 
-What neither can tell whose it is, is `unknown`: then `sandbox.kernel_memory.search` looks at
-descriptors.
+Memory without a known owner is `unknown`: then `sandbox.kernel_memory.search` looks at descriptors.
 
 Each runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
 proc_locks(5), proc_pid_mountinfo(5), proc_pid_net(5), netlink(7), fs/locks.c, fs/seq_file.c.
@@ -41,54 +41,54 @@ from jobworker.sandbox.log import say
 
 T = TypeVar("T")
 LookAt = Callable[[int], object]
-"""Is told of each job before something is looked at that it shapes, and of 0 before all else: a
-process that looks may die of it, or have to wait."""
+"""Called with a job's id before a process reads files whose content that job shapes, and with 0
+before it reads others: reading a job's files may kill the process or make it wait."""
 BOUND_BYTES = 64 << 20
-"""What a job may hold of each kind."""
+"""The most bytes that a job may hold of each kind."""
 BYTES_PER_LOCK = 192
 NETLINK_BYTES = 2048
-"""The structure of a netlink socket: of 1,096 bytes, for which the allocator takes 2,048."""
+"""The size of a netlink socket's structure: it has 1,096 bytes, and the allocator takes 2,048."""
 NETLINK_SECONDS = 0.5
-"""For one job's networks: 25,000 sockets take less."""
+"""Processor time for one job's networks: 25,000 sockets take less."""
 HOST_SECONDS = 1.0
 LOCKS_SECONDS = 3.0
-"""For all jobs: 12 samples of half a million locks take as long."""
+"""Processor time for the locks of all jobs: 12 samples of half a million locks take as long."""
 _LEAST_ROW_BYTES = 44
-"""Of a row in a list of some 100,000."""
+"""The shortest row in a list of some 100,000 locks."""
 _SHORT_BYTES = BOUND_BYTES // BYTES_PER_LOCK * _LEAST_ROW_BYTES
 _SAMPLES, _SAMPLE_BYTES = 12, 4096
 
 
 class Measured(NamedTuple):
-    """What is known of all jobs, in bytes."""
+    """The result of a measurement of all jobs, in bytes."""
 
     held: dict[int, int]
-    """By job."""
+    """The memory of each job."""
     unknown: dict[str, int]
-    """That of a job or of none, by file, or as a sum: never a long list, as the launcher has to
-    read it in one turn."""
+    """Memory of unknown owners, jobs or not, by file or as a sum. It is never a long list, since
+    the launcher has to read it in one turn."""
     unfinished: frozenset[int] = frozenset()
-    """Jobs of which more is held than could be counted in time."""
+    """Jobs that hold more than could be counted in time."""
     in_sockets: dict[int, int] = {}  # noqa: RUF012 - never changed
-    """By job, with what its group counts; by 0 what is no job's."""
+    """The memory in sockets of each job, also what its group counts; 0 stands for no job."""
     orphans: dict[int, int] = {}  # noqa: RUF012 - never changed
-    """What of that is in sockets which nobody has open: an ended job may have left them. It has
-    each job on the host's network whose ids were found, with 0 where there are none."""
+    """The part of it in sockets that no process has open: an ended job may have left them. It has
+    an entry for each job on the host's network whose ids were found, 0 if it has no such socket."""
 
 
 class NetlinkSocket(NamedTuple):
-    """One in the kernel's list."""
+    """A netlink socket in the kernel's list."""
 
     inode: int
-    """0 where it is the kernel's own."""
+    """0 if it is the kernel's own."""
     memory_bytes: int
-    """What waits in it."""
+    """The data that waits in its receive buffer."""
     is_listing: bool
-    """Whether it has asked for a list and not taken all, so that the kernel keeps its request."""
+    """Whether it has requested a list and not taken all of it: the kernel keeps the request."""
 
 
 def tell_nobody(_job: int) -> None:
-    """A `LookAt` for who does not mind."""
+    """A `LookAt` that does nothing."""
 
 
 def open_locks() -> int:
@@ -101,7 +101,10 @@ def open_locks() -> int:
 
 
 def measure_netlink(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
-    """What waits in netlink sockets; `first_processes` are the jobs' ids by their PID 1's pid."""
+    """Measure the memory of netlink sockets.
+
+    `first_processes` has each job's id by the pid of its first process.
+    """
     own = os.stat("/proc/self/ns/net").st_ino
     held: dict[int, int] = defaultdict(int)
     unfinished, is_on_host = set(), False
@@ -128,24 +131,25 @@ def measure_netlink(first_processes: Mapping[int, int], look_at: LookAt = tell_n
 
 
 def _netlink_on_host() -> int:
-    """What is there, as far as it matters whether that is more than the bound."""
+    """The memory of netlink sockets in the host's network, counted only up to `BOUND_BYTES`."""
     end = time.process_time() + HOST_SECONDS
     size = _netlink_structures("/proc/self")
     for one in netlink_sockets("/proc/self"):
         size += one.memory_bytes
         if size > BOUND_BYTES or time.process_time() > end:
-            return max(size, BOUND_BYTES + 1)  # the rest may hold as much
+            return max(size, BOUND_BYTES + 1)  # the sockets not counted may hold so much
     return size
 
 
 def measure_locks(
     file: int, first_processes: Mapping[int, int], look_at: LookAt = tell_nobody
 ) -> Measured:
-    """An estimate of the locks on files, where there are so many that a job may be over the bound.
+    """Estimate the memory of locks on files, if there are enough to bring a job over the bound.
 
-    Wrong by up to some 30 MiB. `file` is from `open_locks`. What is read through another process
-    namespace than the host's leaves out locks whose owner has ended, and those live on where its
-    descriptors are shared (clone(2) with CLONE_FILES). `first_processes` are as above.
+    The error is up to some 30 MiB. `file` is from `open_locks`. If it was opened in another process
+    namespace than the host's, it leaves out locks whose owner has ended. Such locks live on while
+    another process shares its descriptors (clone(2) with CLONE_FILES). `first_processes` is as in
+    `measure_netlink`.
     """
     held, unknown = defaultdict[int, float](float), defaultdict[str, float](float)
     rows = list(_sample(file, LOCKS_SECONDS))
@@ -167,13 +171,16 @@ def measure_locks(
 
 
 def _sample(file: int, seconds: float) -> Iterator[tuple[bytes, float]]:
-    """Rows of a long file, and how many of it each stands for; none of a short one."""
+    """Sample rows of a long file; each comes with the number of rows that it stands for.
+
+    A file that is too short for the bound has no sample.
+    """
     end = time.process_time() + seconds
     if not os.pread(file, 1, _SHORT_BYTES):
         return
     size = 2 * _SHORT_BYTES
     while os.pread(file, 1, size) and time.process_time() < end - seconds / 2:
-        size *= 2  # a list of millions is sampled as far as one read of it takes no longer
+        size *= 2  # of a list of millions, only the part that can be read in half the time
     width = size // _SAMPLES
     taken = []
     for number in random.sample(range(_SAMPLES), _SAMPLES):
@@ -182,14 +189,14 @@ def _sample(file: int, seconds: float) -> Iterator[tuple[bytes, float]]:
         if time.process_time() > end:
             break
     for part in taken:
-        rows = part.split(b"\n")[1:-1]  # without the halves
+        rows = part.split(b"\n")[1:-1]  # without the cut rows at both ends
         row_bytes = sum(map(len, rows)) + len(rows)
         for row in rows:
             yield row, width / row_bytes * _SAMPLES / len(taken)
 
 
 def _own_devices(first_processes: Mapping[int, int], look_at: LookAt) -> dict[str, int]:
-    """The jobs that alone have a device, by its number as /proc/locks writes it."""
+    """The job of each device that only one job has, by its number as in /proc/locks."""
     others, found = _devices(["/proc/self"]), dict[int, set[str]]()
     for pid, job in first_processes.items():
         look_at(job)
@@ -203,7 +210,7 @@ def _own_devices(first_processes: Mapping[int, int], look_at: LookAt) -> dict[st
 
 def _devices(places: Iterable[str]) -> set[str]:
     for place in places:
-        # Its paths are of the job's making, and need not be text.
+        # A job chooses the paths in it, and they need not be text.
         with contextlib.suppress(OSError), open(f"{place}/mountinfo", "rb") as file:
             numbers = {tuple(line.split(maxsplit=3)[2].split(b":")) for line in file}
             return {f"{int(major):02x}:{int(minor):02x}" for major, minor in numbers}
@@ -213,13 +220,13 @@ def _devices(places: Iterable[str]) -> set[str]:
 def _namespaces(first_processes: Mapping[int, int]) -> dict[int, int]:
     jobs = {}
     for pid, job in first_processes.items():
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             jobs[os.stat(f"/proc/{pid}/ns/pid").st_ino] = job
     return jobs
 
 
 def processes_of(first_process: int) -> Sequence[int]:
-    """The pids of the job whose PID 1 this is."""
+    """The pids of the job that has this first process."""
     return processes_by_job({first_process: 1}).get(1, [])
 
 
@@ -237,8 +244,10 @@ def processes_by_job(first_processes: Mapping[int, int]) -> dict[int, list[int]]
 
 
 def places_of(pid: int) -> Iterator[str]:
-    """Where /proc tells of a process that lives: of its first thread, which may have ended, else
-    of others."""
+    """The directories of /proc with a living process's entries.
+
+    That is the process's own. If its first thread has ended, it is those of its other threads.
+    """
     if os.path.exists(f"/proc/{pid}/ns/net"):
         yield f"/proc/{pid}"
         return
@@ -247,7 +256,7 @@ def places_of(pid: int) -> Iterator[str]:
 
 
 def threads_of(pid: int) -> list[int]:
-    """The ids of a process's threads; none where it has ended."""
+    """The ids of a process's threads; none if it has ended."""
     try:
         return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:
@@ -255,7 +264,7 @@ def threads_of(pid: int) -> list[int]:
 
 
 def netlink_sockets(place: str) -> Iterator[NetlinkSocket]:
-    """Those of a process's network that are bound."""
+    """The bound netlink sockets of a process's network."""
     with open(f"{place}/net/netlink") as file:
         next(file)
         for row in map(str.split, file):
@@ -265,7 +274,7 @@ def netlink_sockets(place: str) -> Iterator[NetlinkSocket]:
 
 
 def _netlink_structures(place: str) -> int:
-    """What all netlink sockets of a process's network take by themselves, bound or not."""
+    """The bytes of the structures of all netlink sockets of a process's network, bound or not."""
     with open(f"{place}/net/protocols") as file:
         for row in map(str.split, file):
             if row[0] == "NETLINK":
@@ -274,7 +283,7 @@ def _netlink_structures(place: str) -> int:
 
 
 def until(end: float, what: Iterable[T]) -> Iterator[T]:
-    """As long as this process has not used so much time of a processor."""
+    """Yield items until this process has used `end` seconds of processor time, or none are left."""
     for one in what:
         yield one
         if time.process_time() > end:

@@ -1,1 +1,1 @@
-"""What service and launcher say to one another: a table of operations, events, the policy."""
+"""The protocol between service and launcher: a table of operations, events, the policy."""

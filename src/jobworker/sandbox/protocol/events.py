@@ -1,8 +1,8 @@
-"""What the launcher tells unasked, in one table: the end of a job, and of a job's network.
+"""The launcher's events in one table: the end of a job, and the end of a job's network.
 
-Each row has the event's name on the socket, its class and its fields. The launcher makes its
-messages by `message_of`, the service reads them by `read`. An event of another name is of a later
-launcher and is passed over.
+The launcher sends an event without a request. Each row has the event's name on the socket, its
+class and its fields. The launcher makes a message by `message_of`, and the service reads it by
+`read`. The service ignores an event with an unknown name: a later launcher has sent it.
 
 Pure, standard library only.
 """
@@ -19,7 +19,8 @@ class Ended(NamedTuple):
 
     job: int
     seconds_ago: float
-    """How long ago: the launcher tells it once the job's volumes are written out."""
+    """The time since its end: the launcher sends the event once the job's volumes are written out.
+    """
     how: r.HowEnded
     usage: Usage
     measured: bool
@@ -27,7 +28,7 @@ class Ended(NamedTuple):
 
 
 class NetworkEnded(NamedTuple):
-    """A job goes on without its private network."""
+    """A job's private network has ended; the job goes on without it."""
 
     job: int
     why: str
@@ -55,13 +56,13 @@ _BY_CLASS: dict[type, _Row] = {row.event: row for row in _ROWS}
 
 
 def message_of(event: Event) -> dict[str, object]:
-    """The message that tells an event."""
+    """The message for an event."""
     row = _BY_CLASS[type(event)]
     return {"event": row.name, **f.encode(row.fields, event)}
 
 
 def read(message: f.Object) -> Event | None:
-    """The event that a message tells; None where it is a reply, or no event that is known.
+    """The event in a message; None if the message is a reply or an unknown event.
 
     Raises Malformed, with the event's name.
     """

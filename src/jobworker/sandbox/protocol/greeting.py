@@ -1,7 +1,7 @@
-"""The launcher's first word to a service, before any request: that it is ready, or why not.
+"""The launcher's first message to a service, before any request: it is ready, or why it is not.
 
-With it comes the version of the protocol (`sandbox.protocol.version`), which the service looks at
-before the rest: that may be of any form where the version is another.
+The message has the version of the protocol (`sandbox.protocol.version`). The service checks the
+version first, since in another version the rest may have any form.
 
 Pure, standard library only.
 """
@@ -13,23 +13,23 @@ from jobworker.sandbox.protocol import fields as f
 
 
 class Ready(NamedTuple):
-    """What the launcher is and can do."""
+    """The launcher serves this service; its properties and its policy."""
 
     kind: str
-    """Of control groups: v1, v2 or hybrid."""
+    """The kind of control groups: v1, v2 or hybrid."""
     gaps: tuple[str, ...]
-    """What this host cannot enforce, in words."""
+    """Sentences about limits that this host cannot enforce."""
     policy: Mapping[str, object]
-    """What it was told at its start, as `policy_message` writes it."""
+    """The policy that it got at its start, in the form of `policy_message`."""
     bounds_disks: bool
     """Whether each job has a disk of its own."""
     keeps_asks: bool
-    """Whether it takes and keeps why a job is sent a signal, and gives up starts that nobody wants
-    any more: one of before does not."""
+    """Whether it keeps the ask that comes with a signal, and can give up a start (`GiveUpStart`). A
+    launcher of an earlier version does neither."""
 
 
 class Unready(NamedTuple):
-    """Why the launcher serves nobody, or not this service: an error of `jobworker.errors`."""
+    """Why the launcher serves no service, or not this one: an error of `jobworker.errors`."""
 
     code: int
     message: str
@@ -47,19 +47,19 @@ _UNREADY: f.Fields = (f.count("code"), f.text("message"), f.text("remedy"))
 
 
 def message_of(word: Ready | Unready) -> dict[str, object]:
-    """The message that says it, the version aside."""
+    """The message for it, without the version."""
     if isinstance(word, Ready):
         return f.encode(_READY, word)
     return {"error": f.encode(_UNREADY, word)}
 
 
 def refusal_in(message: f.Object) -> Unready | None:
-    """Why the launcher does not serve; None where it does. Raises Malformed."""
+    """The reason if the launcher does not serve this service, else None. Raises Malformed."""
     if "error" not in message:
         return None
     return f.decode(Unready, _UNREADY, f.as_object(message["error"], "error"))
 
 
 def ready_from(message: f.Object) -> Ready:
-    """What a launcher of the same version tells of itself. Raises Malformed."""
+    """The properties of a launcher of the same version. Raises Malformed."""
     return f.decode(Ready, _READY, message)

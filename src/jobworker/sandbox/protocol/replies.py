@@ -1,11 +1,11 @@
-"""What the launcher answers to a request, and how the service checks it.
+"""The launcher's replies to requests, and how the service checks them.
 
-There is one class for each reply, and one `Field` for each value of it. The launcher has root's
+There is one class for each reply, and one `Field` for each value in it. The launcher has root's
 rights and the service trusts it, so bounds are few. But the launcher may be of another version or
-have a fault, so types are checked: a reply that does not fit is one error that names the field.
+have a fault, so types are checked: a reply that does not fit raises one error that names the field.
 
-A member that an earlier launcher does not send has a default here. A member that a later one sends
-in addition is passed over.
+A member that an earlier launcher does not send has a default here. The service ignores an unknown
+member, which a later launcher may send.
 
 Pure, standard library only.
 """
@@ -19,19 +19,19 @@ from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 
 class Done(NamedTuple):
-    """It was done; there is nothing to tell."""
+    """The request was done; the reply has no values."""
 
 
 class Refusal(NamedTuple):
-    """Why a request was not served, instead of its reply: `sandbox.service.start_failures`."""
+    """The reply to a request that was not served: `sandbox.service.start_failures` explains it."""
 
     step: str
-    """A step of a start, or a word that says that the request was refused as a whole."""
+    """The step of a start that failed, or a word for a request that was refused as a whole."""
     errno: int
-    """0 where the kernel gave no reason."""
+    """0 if the kernel gave no reason."""
     detail: str
     why: str = ""
-    """More about it, such as how much room a volume lacks."""
+    """More about the reason, such as how much room a volume lacks."""
 
 
 class Spawned(NamedTuple):
@@ -41,7 +41,7 @@ class Spawned(NamedTuple):
 
 
 class GivenUp(NamedTuple):
-    """Whether there was a start to give up."""
+    """Whether there was a start under way that the launcher gave up."""
 
     given_up: bool
 
@@ -53,26 +53,26 @@ class Delivered(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The steps of a start: of each the name, its subject and what it does."""
+    """The steps of a start; each is a name, a subject and a sentence about its effect."""
 
     steps: tuple[tuple[str, str, str], ...]
 
 
 class Promised(NamedTuple):
-    """How much may still be written to disks and thin volumes."""
+    """How many bytes may still be written to disks and thin volumes."""
 
     bytes: int
 
 
 class VolumeEntry(NamedTuple):
-    """A volume as it is."""
+    """The current state of a volume."""
 
     name: str
     size_bytes: int
     used_bytes: int
     thin: bool
     jobs: int
-    """How many live jobs have it."""
+    """How many live jobs use it."""
 
 
 class VolumeEntries(NamedTuple):
@@ -87,28 +87,29 @@ class HowEnded(NamedTuple):
     code: int | None
     signal: int | None
     lost: tuple[str, ...]
-    """Where the job lost some of what it wrote: names of volumes, "" for its own disk."""
+    """Where some of the job's writes were lost: names of volumes, "" for its own disk."""
     unseen: tuple[str, ...]
-    """Names of volumes of which that could not be found out."""
+    """Names of volumes for which it is unknown whether writes were lost."""
     want: str | None
-    """For want of what memory its processes were killed; an earlier launcher does not tell."""
+    """Which memory ran out when its processes were killed (`cgroup.scope.Want`). An earlier
+    launcher does not send it."""
 
 
 class JobEntry(NamedTuple):
-    """A job whose program was started, and which no service had removed."""
+    """A job whose program was started, and which no service has removed."""
 
     job: int
     pid: int
     age_seconds: float
     ended_seconds_ago: float
-    """Without meaning where it lives."""
+    """Without meaning while the job lives."""
     exit: HowEnded | None
     """None while it lives, and until its volumes were written out."""
     usage: Usage
     measured: bool
     """Whether `usage` could be read."""
     network_end: str
-    """Why it lost its private network, if it did."""
+    """Why the job lost its private network; "" if it did not."""
     asked: AskedFor | None
 
 

@@ -1,9 +1,9 @@
-"""What the service may ask of the launcher, checked as if the service were hostile.
+"""The service's requests to the launcher, checked as if the service were hostile.
 
-There is one class for each request, and one `Field` for each value of it. A field checks type and
-bound, so the launcher acts only on values that it would itself have chosen. The table of
-`sandbox.protocol.operations` says which fields a request has. It is a closed set, and it has no
-request for a process without a sandbox.
+There is one class for each request, and one `Field` for each value in it. A field checks type and
+bounds, so the launcher acts only on values that it would itself have chosen. The table of
+`sandbox.protocol.operations` lists the fields of each request. The set of requests is closed, and
+no request starts a process without a sandbox.
 
 Pure, standard library only. Each field raises Malformed, which names the member.
 """
@@ -30,7 +30,7 @@ MAX_TEXT_BYTES = 131_071
 MAX_ORDER_BYTES = 1 << 20
 MAX_NUMBER = 1 << 52
 MAX_JOB = MAX_NUMBER
-"""The highest id of a job: the service gives none beyond, and a request with one is refused."""
+"""The highest id of a job. The service assigns no higher one, and the launcher refuses it."""
 MAX_SIGNAL = 64
 MAX_ID = 65_535
 NETWORKS = ("host", "none", "private")
@@ -45,7 +45,7 @@ class Spawn(NamedTuple):
 
 
 class PlanOf(NamedTuple):
-    """Tell by which steps a job would be started, and start nothing."""
+    """List the steps by which a job would be started, and start nothing."""
 
     order: Order
     limits: Limits
@@ -57,7 +57,7 @@ class Signal(NamedTuple):
     job: int
     number: int
     ask: Ask | None = None
-    """Why, which the launcher keeps; a service of before does not tell."""
+    """Why the signal is sent; the launcher keeps it. A service of an earlier version sends none."""
 
 
 class Kill(NamedTuple):
@@ -68,49 +68,49 @@ class Kill(NamedTuple):
 
 
 class GiveUpStart(NamedTuple):
-    """Kill what is to become a job, unless its program runs already: the spawn is refused then."""
+    """Kill a job whose program does not run yet; the launcher then refuses its Spawn request."""
 
     job: int
 
 
 class Remove(NamedTuple):
-    """Forget a job, with its scope and its files; one that has not ended is killed."""
+    """Remove a job with its scope and its files; a job that has not ended is killed."""
 
     job: int
 
 
 class UsageOf(NamedTuple):
-    """Read what a job has used."""
+    """Read a job's resource usage."""
 
     job: int
 
 
 class ListJobs(NamedTuple):
-    """Tell of jobs with ids above `after`, a page of them, with their pipes."""
+    """List a page of the jobs with ids above `after`, with their pipes."""
 
     after: int
 
 
 class Hello(NamedTuple):
-    """Tell the version of the protocol that the service speaks: before any other request."""
+    """Announce the service's version of the protocol, before any other request."""
 
     protocol: int
 
 
 class Ping(NamedTuple):
-    """Answer."""
+    """Check that the launcher answers."""
 
 
 class TimesOfTurns(NamedTuple):
-    """Tell how long turns of the launcher's loop have taken since this was last asked."""
+    """Read how long turns of the launcher's loop have taken since the last such request."""
 
 
 class PromisedBytes(NamedTuple):
-    """Tell how much may still be written to the disks and thin volumes of live jobs."""
+    """Read how many bytes live jobs may still write to their disks and thin volumes."""
 
 
 class MakeVolume(NamedTuple):
-    """Make a volume of a size in bytes, which is reserved unless it is thin."""
+    """Make a volume of `size` bytes; they are reserved on the host's disk unless it is thin."""
 
     name: str
     size: int
@@ -124,7 +124,7 @@ class RemoveVolume(NamedTuple):
 
 
 class ListVolumes(NamedTuple):
-    """Tell of all volumes."""
+    """List all volumes."""
 
 
 VolumeRequest = MakeVolume | RemoveVolume | ListVolumes
@@ -235,17 +235,17 @@ def _volumes(value: object) -> tuple[tuple[str, str], ...]:
     found: list[tuple[str, str]] = []
     for pair in value:
         if type(pair) is not list or len(pair) != 2:
-            raise f.Malformed("a volume is no name and place")
+            raise f.Malformed("a volume is no pair of name and place")
         name, place = _text(pair[0], "a volume"), _text(pair[1], "a place")
         if name_fault(name) or place_fault(place):
-            raise f.Malformed("a volume's name or place is none")
+            raise f.Malformed("a volume's name or place is invalid")
         for other, taken in found:
             if (
                 name == other
                 or f"{place}/".startswith(f"{taken}/")
                 or f"{taken}/".startswith(f"{place}/")
             ):
-                raise f.Malformed("volumes stand in each other's way")
+                raise f.Malformed("two volumes have the same name, or places inside each other")
         found.append((name, place))
     return tuple(found)
 

@@ -1,19 +1,19 @@
-"""The version of what service and launcher say to one another.
+"""The version of the protocol between service and launcher.
 
-Both tell theirs before anything else. They are one program, but an upgrade starts them anew one
-after the other, and a launcher that outlives services may be older than the service that calls it.
+Each sends its version before anything else. They are one program, but an upgrade restarts one after
+the other. So a launcher that outlives services may be older than the service that connects to it.
 
 Standard library only.
 """
 
 PROTOCOL = 2
-"""Raise it with every change of a request, reply or event that an earlier service or launcher
-cannot do without; the rest has a default, and an unknown event is passed over. Version 1 told
-none."""
+"""Raise it with each change of a request, reply or event that an earlier service or launcher cannot
+work with. Any other new field has a default, and an unknown event is ignored. A launcher of version
+1 sent no version."""
 
 
 def mismatch(launcher: object, service: object) -> str:
-    """Why the two cannot work together; "" where they can."""
+    """Why launcher and service cannot work together; "" if they can."""
     if launcher == service:
         return ""
     return (
