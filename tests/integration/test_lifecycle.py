@@ -256,7 +256,7 @@ async def test_killed_launcher_ends_the_service_with_a_reason(
         with trio.fail_after(20):
             await service.process.wait()
         assert service.process.returncode == 71
-        assert "the launcher has ended; see its last words above" in service.log_text()
+        assert "the launcher has ended; see its last lines above" in service.log_text()
         await until(lambda: processes(f"sleep\0{seconds}") == [])
     async with open_embedded(directory) as service, open_wire(service) as wire:
         await wire.run("true")

@@ -347,7 +347,7 @@ def test_state_directory_that_cannot_be_looked_for_is_refused_by_name(
 def test_state_directory_is_no_link_of_another_user_and_none_to_nowhere(site: Path) -> None:
     config = write_configuration(site, {})
     (site / "state").symlink_to(site / "disk")
-    fails_with(serve(config), 78, "a link to", "there is nothing")
+    fails_with(serve(config), 78, "a link to", "does not exist")
     (site / "disk").mkdir(mode=0o755)
     os.chown(site / "state", 12345, 12345, follow_symlinks=False)
     fails_with(serve(config), 78, "a link of user 12345", "chown -h")
@@ -398,7 +398,7 @@ def test_launcher_socket_where_something_else_stands(site: Path, kind: str) -> N
     config = write_configuration(site, {"launcher": {"socket": str(path)}})
     command = [*program("worker"), "launcher", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    fails_with(done, 78, "stands there that is no socket", "move it away")
+    fails_with(done, 78, "a file that is no socket is there", "move it away")
     assert os.path.lexists(path)
 
 

@@ -412,7 +412,7 @@ async def test_job_that_the_launcher_does_not_have_is_lost(
             with trio.fail_after(20):
                 await service.process.wait()
             assert service.process.returncode == 71
-            why = "the launcher has ended; see the log of `worker launcher` for why"
+            why = "the launcher has ended; see the reason in the log of `worker launcher`"
             assert why in service.log_text()
     with open_launcher(directory):
         async with serving(directory) as service, open_wire(service) as wire:

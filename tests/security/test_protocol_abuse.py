@@ -162,7 +162,9 @@ async def test_handshake_that_stalls_at_any_stage_is_ended(
                 nursery.start_soon(stall, stage)
     assert sorted(ended) == sorted(stage.__name__ for stage in STAGES)
     await until(
-        lambda: "handshake_too_slow: cannot wait for it: 3 s are over" in guarded.log_text()
+        lambda: (
+            "handshake_too_slow: cannot wait for the handshake: 3 s are over" in guarded.log_text()
+        )
     )
 
 
@@ -179,7 +181,7 @@ async def test_those_who_stall_make_room_for_those_who_do_not(
             assert await rest(oldest) == b""
         async with open_wire(guarded) as wire:
             await wire.call("service.hello")
-    await until(lambda: "too_many_handshakes: cannot wait for it" in guarded.log_text())
+    await until(lambda: "too_many_handshakes: cannot wait for the handshake" in guarded.log_text())
 
 
 async def test_address_that_fails_and_fails_keeps_no_certificate_out(

@@ -171,7 +171,9 @@ class Admission:
         if arrival.let_go_for is not None:
             self.tell(peer, arrival.let_go_for)
         elif scope.cancelled_caught and not arrival.was_let_go:
-            self.tell(peer, HandshakeTooSlow(f"cannot wait for it: {seconds:g} s are over"))
+            self.tell(
+                peer, HandshakeTooSlow(f"cannot wait for the handshake: {seconds:g} s are over")
+            )
 
     async def take_turn(self, arrival: Arrival) -> None:
         """Wait until a handshake may begin: only addresses that are slowed down have to wait."""
@@ -222,7 +224,9 @@ class Admission:
         slowed = [each for each in self._arriving if self._slowed(each.network) is not None]
         given_up = self._stalled(crowd, network) or _oldest(slowed) or _oldest(crowd)
         assert given_up is not None
-        given_up.let_go(TooManyHandshakes("cannot wait for it: newer ones need its place"))
+        given_up.let_go(
+            TooManyHandshakes("cannot wait for the handshake: a newer connection needs its place")
+        )
 
     def _candidates(self, network: str) -> list[Arrival]:
         """The connections that may have to leave for a newcomer of a network, oldest first.

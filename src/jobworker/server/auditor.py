@@ -110,7 +110,7 @@ class _Suppressed:
             action=SUPPRESSED,
             outcome="suppressed",
             job=None,
-            detail=f"{count} more came too fast to be noted one by one: {kinds}",
+            detail=f"{count} more came too fast to have a row each: {kinds}",
         )
 
 
@@ -263,7 +263,7 @@ class Auditor:
                 await self._history.note(rows)
             except JobworkerError as error:
                 if not self._refused:
-                    log.error("%s; they wait for it", error)
+                    log.error("%s; the rows wait", error)
                 self._refused = True
                 self._waiting.extendleft(reversed(rows))
                 return False

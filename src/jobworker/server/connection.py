@@ -341,7 +341,7 @@ async def _check_parts(
     """
     parts, size = socket_._message_parts, socket_._message_size
     if len(parts) > MAX_FRAGMENTS:
-        raise trio.BrokenResourceError(f"a message of more than {MAX_FRAGMENTS} frames")
+        raise trio.BrokenResourceError(f"a message has more than {MAX_FRAGMENTS} frames")
     if size > LARGE_BYTES and conversation.refuses_large():
         parts[:] = [UNREAD if isinstance(parts[0], str) else UNREAD.encode()]
         size = 0

@@ -398,8 +398,8 @@ class Conversation:
                 left = grace + earned - (trio.current_time() - began)
             self._end(
                 SendStalled(
-                    f"cannot send a large reply: others wait, and after {grace:g} s less than "
-                    f"{LEAST_BYTES_PER_SECOND} bytes a second were taken"
+                    f"cannot send a large reply: others wait, and after {grace:g} s the client "
+                    f"took less than {LEAST_BYTES_PER_SECOND} bytes a second"
                 )
             )
 

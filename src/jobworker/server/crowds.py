@@ -34,7 +34,7 @@ class Crowds:
             raise refusal(
                 f"cannot wait or follow: {name} does so {self._most} times already, on all of its "
                 "connections",
-                remedy="end some of that, or raise limits.max_waits",
+                remedy="end some of these, or raise limits.max_waits",
             )
 
     def take(self, name: str, refusal: type[Busy]) -> None:

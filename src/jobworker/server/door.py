@@ -155,7 +155,7 @@ class Door:
 
     def _fault(self, visitor: Visitor) -> str | None:
         if fault := self.fittings.verifier.fault(visitor.certificates.chain):
-            return f"your certificate is not good any more: {fault}"
+            return f"your certificate is no longer valid: {fault}"
         try:
             now = identity(visitor.certificates.own, self.fittings.subjects)
             self.gate.roles.find(now.role)

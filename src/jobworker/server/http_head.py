@@ -109,7 +109,7 @@ class PrefixStream(trio.abc.Stream):
             await self._inner.send_all(data, *more)
         except trio.TooSlowError:
             seconds = self._inner.stall_seconds
-            raise SendStalled(f"cannot send: nothing was taken for {seconds:g} s") from None
+            raise SendStalled(f"cannot send: the client took nothing for {seconds:g} s") from None
 
     @property
     def taken_bytes(self) -> int:
@@ -209,7 +209,7 @@ def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> I
     if origin and origin != b"https://" + host:
         told = PermissionDenied(
             "cannot serve a page of another origin",
-            remedy="use a page of the same origin as this port, or a client that is no page",
+            remedy="use a page of the same origin as this port, or a client outside a browser",
         )
         raise Refused(403, told)
     if origin and not fittings.hosts.hold(host.decode("latin-1")):
@@ -220,8 +220,8 @@ def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> I
         raise Refused(421, PermissionDenied(rebound, remedy=remedy))
     _check_upgrade(head)
     if head.connection.trailing_data[0]:
-        early = "cannot serve the request: more was sent before it was answered"
-        raise Refused(400, NoUpgrade(early, remedy="wait for the answer to the upgrade"))
+        early = "cannot serve the request: the client sent more before the reply"
+        raise Refused(400, NoUpgrade(early, remedy="wait for the reply to the upgrade"))
     return who
 
 

@@ -212,8 +212,8 @@ def _lock_these(descriptor: int, first: int, places: int) -> None:
 def _in_use(wanted: Span, why: str) -> ConfigError:
     return ConfigError(
         f"cannot use the ids {wanted.first} to {wanted.last} for jobs: {why}",
-        remedy="stop what uses them, or give this service a sandbox.first_uid of its own: another "
-        "number, or 0 for a range that is free",
+        remedy="stop the processes that use them, or give this service a sandbox.first_uid of its "
+        "own: another number, or 0 for a range that is free",
     )
 
 

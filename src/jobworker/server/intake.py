@@ -76,8 +76,8 @@ class Intake:
         if not self._slots.are_wanted_of(self._name):
             return LOOK_SECONDS
         raise TooSlow(
-            f"cannot wait for the rest of a large message: others wait, and nothing came for "
-            f"{self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
+            "cannot wait for the rest of a large message: others wait, and the client sent nothing "
+            f"for {self._stall_seconds:g} s, or less than {LEAST_BYTES_PER_SECOND} bytes a second"
         )
 
     @contextmanager

@@ -88,8 +88,7 @@ def _listen(path: str, uid: int, gid: int) -> int:
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise ConfigError(
-                    f"cannot listen at launcher.socket {path}: something stands there that is no "
-                    "socket",
+                    f"cannot listen at launcher.socket {path}: a file that is no socket is there",
                     remedy="move it away, or name another path",
                 )
             os.unlink(path)

@@ -51,7 +51,7 @@ def listen(listeners: Sequence[socket.socket]) -> None:
 
 def _cannot_listen(where: str, error: OSError) -> AddressUnavailable:
     remedies = {
-        errno.EADDRINUSE: "stop what listens there, or choose another server.port",
+        errno.EADDRINUSE: "stop the program that listens there, or choose another server.port",
         errno.EADDRNOTAVAIL: "set server.address to an address of this host",
     }
     return AddressUnavailable(

@@ -34,8 +34,8 @@ class Notifier:
                 notify.close()
                 reason = error.strerror if isinstance(error, OSError) else None
                 self.fault = (
-                    f"cannot tell the supervisor at NOTIFY_SOCKET {path[:200]!r} how the service "
-                    f"stands: {reason or error}"
+                    f"cannot send the service's status to NOTIFY_SOCKET {path[:200]!r}: "
+                    f"{reason or error}"
                 )
             else:
                 self._socket = notify

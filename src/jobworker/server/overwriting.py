@@ -33,7 +33,7 @@ def check_overwrites(directory: Path) -> str:
     raise ConfigError(
         f"cannot keep room for jobs' ends in {directory}: {kind} writes each block to a new place, "
         "so a full disk may refuse an end, or end the service (SIGBUS), until there is room",
-        remedy="put worker.state_dir on ext4 or XFS, or see that this disk never fills",
+        remedy="put worker.state_dir on ext4 or XFS, or make sure that this disk never fills",
     )
 
 

@@ -270,7 +270,7 @@ async def _announce(prepared: Prepared) -> None:
 
 async def _watch(link: Link, is_own: bool) -> None:
     await link.gone.wait()
-    where = "its last words above" if is_own else "the log of `worker launcher` for why"
+    where = "its last lines above" if is_own else "the reason in the log of `worker launcher`"
     raise LauncherGone(
         "cannot go on: the launcher has ended",
         remedy=f"see {where}, and start {'again' if is_own else 'both again'}",

@@ -28,10 +28,10 @@ LEAVING_SECONDS = 15.0
 _PAUSE_SECONDS = 0.02
 _REMEDIES = {
     errno.ENOENT: "name a directory on a disk: the file system there takes no files",
-    errno.EEXIST: "move away what stands there",
-    errno.ENOTDIR: "move away what stands there",
-    errno.EISDIR: "move away what stands there",
-    errno.ELOOP: "put the file itself where the link stands",
+    errno.EEXIST: "move away the file that is in its place",
+    errno.ENOTDIR: "move away the file that is in its place",
+    errno.EISDIR: "move away the directory that is in its place",
+    errno.ELOOP: "put the file itself in place of the link",
     errno.EROFS: "mount that file system read-write, or name a directory on another one",
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
@@ -87,8 +87,8 @@ def _check_link(state: Path, own: int) -> None:
         )
     if not state.exists():
         raise ConfigError(
-            f"cannot use worker.state_dir {state}: it is a link to {os.readlink(state)}, and there "
-            "is nothing",
+            f"cannot use worker.state_dir {state}: it is a link to {os.readlink(state)}, which "
+            "does not exist",
             remedy="make that directory, or mount the disk that holds it",
         )
 
@@ -97,7 +97,7 @@ def _refuse_link(state: Path, name: str) -> None:
     """Raise a ConfigError that names the entry if it is a link: its later opening follows none."""
     if (state / name).is_symlink():
         raise ConfigError(
-            f"cannot use worker.state_dir {state}: {name} in it is a link, and it is not followed",
+            f"cannot use worker.state_dir {state}: {name} in it is a link, which is not followed",
             remedy=(
                 f"remove {state / name}: the lock is made anew"
                 if name.endswith("lock")

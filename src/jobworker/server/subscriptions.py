@@ -95,7 +95,7 @@ class Subscription:
                 await self._granted.wait()
         if self._credit <= 0:
             raise FollowerStalled(
-                f"cannot go on sending: nothing was taken for {format_duration(stall_seconds)}",
+                f"cannot go on sending: no credit came for {format_duration(stall_seconds)}",
                 remedy="follow again from the offset",
             )
         return min(self._credit, most)

@@ -45,7 +45,7 @@ async def test_arrival_that_takes_too_long_is_cancelled_and_told(
     assert trio.current_time() - began == pytest.approx(10)
     assert admission.counters.value(LIMITS_REACHED, "handshake_too_slow") == 1
     assert admission.counters.value(HANDSHAKES_FAILED) == 0  # it had not said a byte
-    assert "10.0.0.1:5: handshake_too_slow: cannot wait for it" in caplog.text
+    assert "10.0.0.1:5: handshake_too_slow: cannot wait for the handshake" in caplog.text
 
 
 async def test_arrival_that_is_open_has_all_its_time(autojump_clock: object) -> None:
