@@ -1,29 +1,28 @@
-"""What sockets over IP hold of jobs, measured network by network.
+"""The memory that jobs hold in sockets over IP, measured network by network.
 
-Connections that nobody has accepted: the kernel charges their memory to no group. A connection
-that comes in belongs to no control group until accept(2) gives it to a process, on cgroup v1 and v2
-alike. What it has received waits outside of every limit, and so does its own structure, however
-many there are: a queue has up to net.core.somaxconn, and a job as many queues as it likes. Measured
-on Linux 6.1: 218 MiB in 4,000 connections of a job that was charged 5 MiB.
+Connections that no process has accepted: the kernel charges their memory to no group. An incoming
+connection belongs to no control group until accept(2) gives it to a process, on cgroup v1 and v2
+alike. No limit counts its received data, nor its own structure. A queue has up to
+net.core.somaxconn connections, and a job may have any number of queues. Measured on Linux 6.1:
+218 MiB in 4,000 connections of a job that was charged 5 MiB.
 
-sock_diag(7) tells of each connection what it holds, and an inode of 0 where it is not accepted.
-But one that its sender has reset is in no list any more and keeps what it has received, until it is
-accepted. It still counts in the length of the queue that the listening socket tells. So where the
-kernel has more in TCP than all connections that can be seen, a job with many that cannot be seen is
-in doubt.
+sock_diag(7) shows the memory of each connection; its inode is 0 if it is not accepted. A connection
+that its sender has reset is in no list, and keeps its received data until it is accepted. But it
+still counts in the length of the listening socket's queue. So if the kernel has more memory in TCP
+than all listed connections hold, a job with many unlisted connections may be over the bound.
 
-Buffers of the jobs' other sockets: the kernel charges what they have received and what TCP is to
-send, but neither what waits in error queues nor what UDP has sent or keeps open (MSG_MORE). The
-list tells the sum of each socket, and the job's group what of all is charged. So the sums go to the
-launcher, which takes that off (`sandbox.launcher.kernel_watch`).
+Buffers of the jobs' other sockets: the kernel charges received data, and data that TCP has to send.
+It does not charge data in error queues, nor data that UDP has sent or keeps open (MSG_MORE). The
+list shows the sum of each socket, and the job's group shows how much of all sums is charged. So the
+launcher gets the sums and subtracts the charged part (`sandbox.launcher.kernel_watch`).
 
-A socket that is closed lives on until its peer has taken what was sent, for minutes where the peer
-takes nothing: an orphan, tcp(7). It has its user still, and on the host's network outlives the job,
-whose ids another job may have by then. So orphans there are told apart.
+A closed socket lives on until its peer has taken the sent data, for minutes if the peer takes
+nothing: an orphan, tcp(7). It keeps its user id. On the host's network it outlives its job, and
+another job may have the ids by then. So orphans there are counted apart.
 
-Runs in a process of its own (`sandbox.chores`), which enters each network. On the host's network a
-socket is the job's that has its user among its ids, and a connection that is not accepted is whose
-the listening socket is (`sandbox.kernel_memory.listeners`).
+This runs in a process of its own (`sandbox.chores`), which enters each network. On the host's
+network a socket belongs to the job that has the socket's user among its ids. A connection that is
+not accepted belongs to the owner of the listening socket (`sandbox.kernel_memory.listeners`).
 Standard library only. Sources: sock_diag(7), linux/inet_diag.h, net/ipv4/inet_connection_sock.c
 (inet_csk_accept, mem_cgroup_sk_alloc), net/core/skbuff.c (sock_queue_err_skb), tcp(7), udp(7).
 """
@@ -45,32 +44,33 @@ from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measure
 from jobworker.sandbox.kernel_memory.sockets import CLOSE_WAIT, ESTABLISHED, LISTEN, Socket
 
 CONNECTION_BYTES = 4096
-"""The structure of one, with what belongs to it: 3.8 KB measured on Linux 6.1."""
+"""The structures of one connection: 3.8 KB measured on Linux 6.1."""
 MOST_RECEIVED_BYTES = 2 * 212_992
-"""In one, by the kernel's own net.core.rmem_max: SO_RCVBUF takes it twice, socket(7)."""
+"""The most received data of one connection, by the kernel's default of net.core.rmem_max: the
+kernel doubles the value of SO_RCVBUF, socket(7)."""
 JOB_SECONDS = 1.0
 HOST_SECONDS = 1.0
-"""Of a processor: some 250,000 sockets."""
+"""Processor time for a network: enough for some 250,000 sockets."""
 _TCP = re.compile(rb"^TCP:.* mem (\d+)", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
 class Waiting(NamedTuple):
-    """Connections that are not accepted: of a job, or of one of its networks."""
+    """The connections of a job, or of one of its networks, that are not accepted."""
 
     memory_bytes: int = 0
     unseen: int = 0
-    """Those that were reset."""
+    """The number of connections that were reset, and so are in no list."""
 
 
 class _Network(NamedTuple):
-    """The sockets of one network, as far as there was time."""
+    """The sockets of one network that could be read in time."""
 
     tcp: list[Socket]
     buffers: list[tuple[int, int]]
-    """What each holds that is no connection to be accepted, after its user."""
+    """The user id and the bytes of each open socket, without connections that are not accepted."""
     orphans: list[tuple[int, int]]
-    """The same of those that nobody has open."""
+    """The same for each socket that no process has open."""
     is_all: bool
 
     @property
@@ -79,10 +79,10 @@ class _Network(NamedTuple):
 
 
 def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
-    """What sockets over IP hold; `first_processes` as in `sandbox.kernel_memory.measure`.
+    """Measure sockets over IP; `first_processes` is as in `sandbox.kernel_memory.measure`.
 
-    `held` is what waits to be accepted. `unfinished` are also jobs of which connections that cannot
-    be seen may be over the bound.
+    `held` of the result is the memory of connections that are not accepted. `unfinished` has also
+    the jobs whose unlisted connections may be over the bound.
     """
     held: dict[int, int] = defaultdict(int)
     unseen: dict[int, int] = defaultdict(int)
@@ -138,11 +138,11 @@ def _networks(
         look_at(job)
         for pid in pids:
             for place in kernel_memory.places_of(pid):
-                with contextlib.suppress(OSError, ValueError):  # it has just ended
+                with contextlib.suppress(OSError, ValueError):  # the process has just ended
                     network = os.stat(f"{place}/ns/net").st_ino
                     if network == own:
                         ids = _ids_at(place)
-                        if os.getuid() not in ids:  # else the user has the sockets of others, too
+                        if os.getuid() not in ids:  # else other sockets have that user, too
                             ranges[ids] = job
                     else:
                         networks.setdefault(network, (job, place))
@@ -151,7 +151,7 @@ def _networks(
 
 
 def tcp_bytes(sockstat: bytes) -> int:
-    """What the whole host has in buffers of TCP, in whatever network it is read."""
+    """The bytes in TCP buffers of the whole host, in whichever network the file was read."""
     found = _TCP.search(sockstat)
     return int(found[1]) * _PAGE_BYTES if found else 0
 
@@ -163,7 +163,7 @@ def _most_received() -> int:
 
 
 def waiting_in(sockets: Iterable[Socket]) -> Waiting:
-    """What waits to be accepted among the sockets of one network, or of one job in it."""
+    """The connections that are not accepted, among the sockets of one network or of one job."""
     queued = seen = memory_bytes = 0
     for one in sockets:
         if one.state == LISTEN:
@@ -179,7 +179,10 @@ def _is_waiting(one: Socket) -> bool:
 
 
 def _by_job(sockets: Sequence[Socket], owners: Owners) -> dict[int | None, list[Socket]]:
-    """The listening sockets on the host's network, and what waits in them, as `Listeners` tells."""
+    """The listening sockets on the host's network and their waiting connections, by their owner.
+
+    The owner is 0 if it is no job, and None if it is unknown (`Listeners`).
+    """
     found: dict[int | None, list[Socket]] = defaultdict(list)
     listening = [one for one in sockets if one.state == LISTEN]
     for one in listening:
@@ -205,13 +208,13 @@ def _enter(place: str) -> None:
 
 
 def _listed(protocol: int) -> Iterator[Socket]:
-    """The sockets of a protocol; none where this kernel cannot list them, as the log has it."""
+    """The sockets of a protocol; none if this kernel cannot list them, which the log reports."""
     with contextlib.suppress(FileNotFoundError):
         yield from kernel_sockets.sockets(protocol)
 
 
 def _read(place: str, seconds: float) -> _Network:
-    """The sockets of this process's network, which is that of `place` as well."""
+    """Read the sockets of this process's network; `place` is a process in it."""
     end = time.process_time() + seconds
     found = _Network([], [], [], is_all=True)
     for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):

@@ -1,26 +1,29 @@
-"""Looks through one job's descriptors for kernel memory that its place alone does not tell.
+"""A search of one job's descriptors for kernel memory whose owner no list shows.
 
-`sandbox.kernel_memory.measure` knows of such memory, and not whose it is: netlink sockets on the
-host's network, and locks on files of which a job has not the device to itself (memfds, pipes,
-volumes that others have too, files of the host), and sockets over IP that are in no list
-(`sandbox.kernel_memory.sockets`), and pages in pipes (`sandbox.kernel_memory.pipes`). Here is found
-what descriptors show, and mapped memfds.
-What is in flight over UNIX sockets cannot be seen: fdinfo tells only how much is (`scm_fds`).
+`sandbox.kernel_memory.measure` finds such memory, but not its owner: netlink sockets on the host's
+network, and locks on files whose device the job does not have alone (memfds, pipes, volumes that
+other jobs have too, files of the host). Sockets over IP that are in no list
+(`sandbox.kernel_memory.sockets`) and pages in pipes (`sandbox.kernel_memory.pipes`) are such memory
+too. This module finds the memory behind the job's descriptors, and mapped memfds. It cannot read
+descriptors in flight over UNIX sockets: fdinfo shows only how many there are (`scm_fds`).
 
-A netlink socket is asked itself what it holds. The kernel's list of them takes longer by the square
-of its length, which any job can make long. It is read, as far as there is time, for sockets that
-cannot be asked, and where a job has so many that requests which the kernel keeps for them may be
-over the bound: the list tells which sockets have made one, and only the sum of all requests.
+The search reads the memory of a netlink socket from the socket itself. Reading the kernel's list of
+them takes a time that grows with the square of its length, and any job can make it long. So the
+list is read, within the time limit, in two cases only: for sockets that cannot be read themselves,
+and if a job has so many sockets that the requests which the kernel keeps for them may be over the
+bound. The list shows which sockets have made a request, but only the sum of all requests.
 
-A job can have more descriptors than anyone can look at (tables of its threads, each charged to its
-memory limit), so a search has an end. A table that many share is looked at once: kcmp(2).
+A job can have more descriptors than a search can read (each of its threads may have a table, which
+its memory limit counts). So a search has a time limit. A table that threads share is read once:
+kcmp(2).
 
-A job can also hold locks of the kernel's for as long as it likes, by calls that wait for its own
-pages. So nothing is asked here that takes a socket's lock, or that of an epoll or inotify instance,
-as its fdinfo does. That is read only where much is locked on the inode that all of these share. A
-process that has to wait for a job all the same is ended by the launcher (`sandbox.chores`).
+A job can also hold locks of the kernel for as long as it likes, by calls that wait for its own
+pages. So the search calls nothing that takes a socket's lock, or the lock of an epoll or inotify
+instance. Reading the fdinfo of such an instance takes its lock. The search reads it only if much is
+locked on the inode that all of these share. If the process has to wait for a job all the same, the
+launcher ends it (`sandbox.chores`).
 
-Runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
+It runs in a process of its own (`sandbox.chores`). Standard library only. Sources:
 proc_pid_fdinfo(5), proc_pid_maps(5), unix(7).
 """
 
@@ -46,37 +49,39 @@ from jobworker.sandbox.kernel_memory.measure import (
 from jobworker.sandbox.kernel_memory.pipes import InPipe
 
 SEARCH_SECONDS = 2.0
-"""Of a processor: some 200,000 descriptors, or 60,000 sockets."""
+"""Processor time of a search: enough for some 200,000 descriptors, or 60,000 sockets."""
 PIPES_SECONDS = 1.0
-"""Of a processor, after that: some 100,000 pipes."""
+"""Processor time for pipes after that: enough for some 100,000."""
 MOST_SENT_BYTES = 2 * 212_992
-"""In one request, by the kernel's own net.core.wmem_max: SO_SNDBUF takes it twice, socket(7)."""
+"""The largest request, by the kernel's default of net.core.wmem_max: the kernel doubles the value
+of SO_SNDBUF, socket(7)."""
 _SOCKET, _KIND_OF_SOCKET = "socket:[", "system.sockprotoname"
 _PIPE = "pipe:["
 _IN_FLIGHT = b"scm_fds:"
 _WATCHES = {"anon_inode:[eventpoll]", "anon_inode:inotify", "anon_inode:[fanotify]"}
-"""Their fdinfo has a line for each thing that is watched, and waits for a lock."""
+"""Descriptors whose fdinfo has a line for each watched object, and takes a lock."""
 _PIECE_BYTES = 1 << 16
 _GONE = {errno.ESRCH, errno.EBADF, errno.ENOTSOCK}
 
 
 class Found(NamedTuple):
-    """What one job holds, as far as it was looked at, in bytes."""
+    """The memory of one job that the search has found, in bytes."""
 
     locks: int = 0
     netlink: int = 0
     in_flight: int = 0
-    """Descriptors that wait in its sockets."""
+    """The number of descriptors that wait in its sockets."""
     is_all: bool = True
-    """Whether there was time to look at everything."""
+    """Whether the search read everything within its time limit."""
     in_sockets: int = 0
-    """In those over IP, with what the job's group counts."""
+    """The memory in its sockets over IP, including the part that the job's group counts."""
     in_requests: int = 0
-    """At most in requests of its netlink sockets. What is surely in them counts as netlink, too."""
+    """The most memory that requests of its netlink sockets may have. The part that they surely have
+    is in `netlink`, too."""
     in_pipes: int = 0
-    """The bytes in its pipes, where these are so many that they may be over the bound."""
+    """The bytes in its pipes; 0 if it has too few pipes to be over the bound."""
     most_in_pipes: int = 0
-    """What their slots keep at most."""
+    """The most bytes that the slots of its pipes may keep."""
 
 
 def search(
@@ -86,11 +91,12 @@ def search(
     sockets_too: bool = False,
     enough_bytes: int = sys.maxsize,
 ) -> Found:
-    """Look at the job of this PID 1; `unknown_locks` are bytes by file, as in /proc/locks.
+    """Search the descriptors of the job with this first process.
 
-    `sockets_too`: tell what sockets over IP hold, and pipes, where these may hold `enough_bytes`.
-    It ends early where more than the bound is found, or more than `enough_bytes` in those: a job
-    that hoards goes on meanwhile.
+    `unknown_locks` are bytes by file, with files as in /proc/locks. With `sockets_too` the search
+    also reads sockets over IP, and pipes if they may hold `enough_bytes`. It ends early once it has
+    found more than the bound, or more than `enough_bytes` in sockets or pipes, since a job that
+    hoards goes on meanwhile.
     """
     shown = _Shown(unknown_locks, sockets_too=sockets_too)
     end = time.process_time() + SEARCH_SECONDS
@@ -109,12 +115,12 @@ def search(
         else:
             is_all = True
         shown.locks += sum(size for file, size in unknown_locks.items() if file in mapped)
-    # Another network has a list of its own, which is measured whole.
+    # The list of another network is the job's own, and `measure` reads all of it.
     on_host = _is_on_host(first_process)
     in_requests = shown.netlink_sockets * _most_sent() if on_host else 0
     if shown.netlink <= BOUND_BYTES and (shown.unasked or in_requests > BOUND_BYTES):
         listed = list(kernel_memory.until(end, kernel_memory.netlink_sockets("/proc/self")))
-        # Those that the job has opened since its descriptors were looked at are in the list, too.
+        # The list has also sockets that the job opened after its descriptors were read.
         opened = kernel_memory.until(end, _sockets_of(first_process))
         known, most = _in_requests(listed, {*shown.sockets, *opened}, _most_sent())
         shown.netlink += sum(one.memory_bytes for one in listed if one.inode in shown.unasked)
@@ -145,20 +151,20 @@ def _is_on_host(first_process: int) -> bool:
 
 
 class _Shown:
-    """What a job's descriptors show."""
+    """The memory behind the descriptors that were read so far."""
 
     def __init__(self, unknown_locks: Mapping[str, int], *, sockets_too: bool) -> None:
         self.locks = self.in_flight = self.in_sockets = self.netlink = self.netlink_sockets = 0
         self.sockets, self.unasked = set[int](), set[int]()
-        """By inode: all, and those of netlink that this host does not let be asked."""
+        """The inodes of all its sockets, and of netlink sockets that this host lets nobody read."""
         self._sockets_too, self._unknown_locks = sockets_too, unknown_locks
         self._pipes = dict[tuple[int, int], tuple[int, int]]()
-        """Those that may be filled, by device and inode: the thread and descriptor to ask."""
+        """The pipes that may have data, by device and inode: a thread and its descriptor."""
         self._read = set[tuple[int, int]]()
-        """Those of which an end was seen that tells whether they are filled."""
+        """The pipes of which the search has found an end that shows whether they have data."""
 
     def take_in(self, threads: Iterable[int]) -> Iterator[None]:
-        """Look at what they have open, a piece at a time."""
+        """Read the descriptors of threads; yields after each piece, so the caller can end it."""
         for thread, name, target in _descriptors(threads):
             inode = _inode_in(target)
             if inode and inode not in self.sockets:
@@ -190,7 +196,7 @@ class _Shown:
             self.in_sockets += _held_by(thread, int(name)) or 0
 
     def _add_pipe(self, thread: int, number: int) -> None:
-        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # it is closed
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # closed meanwhile
             status = os.stat(f"/proc/{thread}/fd/{number}")
             place = status.st_dev, status.st_ino
             if not stat.S_ISFIFO(status.st_mode) or place in self._read:
@@ -204,7 +210,7 @@ class _Shown:
                 self._pipes.setdefault(place, (thread, number))
 
     def ask_pipes(self, enough_bytes: int) -> InPipe:
-        """What its pipes hold, where that may be enough: to ask one takes its lock."""
+        """Read the job's pipes, if they may hold `enough_bytes`: reading one takes its lock."""
         size = most = 0
         if len(self._pipes) * kernel_pipes.most_in_one() > enough_bytes:
             end = time.process_time() + PIPES_SECONDS
@@ -226,20 +232,23 @@ def _threads_of(first_process: int) -> list[int]:
 
 
 def _sockets_of(first_process: int) -> Iterator[int]:
-    """The inodes of a job's sockets, with some 0."""
+    """The inodes of a job's sockets, and a 0 for each other descriptor."""
     for _, _, target in _descriptors(_threads_of(first_process)):
         yield _inode_in(target)
 
 
 def _inode_in(target: str) -> int:
-    """A socket's, by what a descriptor's link tells; 0 where that is no socket's."""
+    """The inode of a socket, from the target of a descriptor's link; 0 if it is no socket."""
     return int(target[len(_SOCKET) : -1]) if target.startswith(_SOCKET) else 0
 
 
 def _in_requests(
     listed: Sequence[NetlinkSocket], sockets: Set[int], most_sent: int
 ) -> tuple[int, int]:
-    """What requests of these sockets hold at least, where others hold the most, and at most."""
+    """The least and the most memory in requests of these sockets.
+
+    It is the least if all other sockets have the largest requests.
+    """
     kept = sum(one.memory_bytes for one in listed if not one.inode)
     listing = [one.inode in sockets for one in listed if one.is_listing]
     most, of_others = sum(listing) * most_sent, listing.count(False) * most_sent
@@ -253,16 +262,15 @@ def _most_sent() -> int:
 
 
 def _is_netlink(thread: int, name: str) -> bool:
-    with contextlib.suppress(OSError):  # it is closed
+    with contextlib.suppress(OSError):  # closed meanwhile
         return os.getxattr(f"/proc/{thread}/fd/{name}", _KIND_OF_SOCKET) == b"NETLINK\0"
     return False
 
 
 def _held_by(thread: int, number: int) -> int | None:
-    """What a descriptor's socket holds, as `kernel_memory.sockets.held_by` tells; 0 where it is
-    closed.
+    """The bytes that a descriptor's socket holds, from `kernel_memory.sockets.held_by`.
 
-    None where this host does not let it be asked.
+    It is 0 if the descriptor is closed, and None if this host does not let it be read.
     """
     try:
         with contextlib.ExitStack() as opened:
@@ -272,7 +280,7 @@ def _held_by(thread: int, number: int) -> int | None:
 
 
 def _copy_of(thread: int, number: int, opened: contextlib.ExitStack) -> int:
-    """A descriptor like the thread's, until `opened` is left. Raises OSError."""
+    """A duplicate of a thread's descriptor, which `opened` closes. Raises OSError."""
     try:
         process = os.pidfd_open(thread, os.O_EXCL)  # PIDFD_THREAD
     except OSError:  # before Linux 6.9 only a process's first thread can be opened
@@ -284,24 +292,24 @@ def _copy_of(thread: int, number: int, opened: contextlib.ExitStack) -> int:
 
 
 def _descriptors(threads: Iterable[int]) -> Iterator[tuple[int, str, str]]:
-    """Each by its thread and name: what it is."""
+    """The thread, the name and the link's target of each descriptor of these threads."""
     for thread in _distinct(threads, sc.KCMP_FILES):
         for name in _listed(f"/proc/{thread}/fd"):
             target = ""
-            with contextlib.suppress(OSError):  # it is closed
+            with contextlib.suppress(OSError):  # closed meanwhile
                 target = os.readlink(f"/proc/{thread}/fd/{name}")
             yield thread, name, target
 
 
 def _fdinfo(thread: int, name: str) -> Iterator[list[bytes]]:
-    """What a descriptor's fdinfo tells, a few of its lines at a time: it may have millions."""
+    """The lines of a descriptor's fdinfo, some at a time, since there may be millions."""
     with contextlib.suppress(OSError), open(f"/proc/{thread}/fdinfo/{name}", "rb") as file:
         while lines := file.readlines(_PIECE_BYTES):
             yield lines
 
 
 def _file_at(thread: int, name: str) -> str:
-    """The file that a descriptor leads to, as in /proc/locks; "" where it is closed."""
+    """The file of a descriptor, in the form of /proc/locks; "" if it is closed."""
     with contextlib.suppress(OSError):
         status = os.stat(f"/proc/{thread}/fd/{name}")
         device = status.st_dev
@@ -310,7 +318,11 @@ def _file_at(thread: int, name: str) -> str:
 
 
 def _mapped_memory_files(threads: Iterable[int]) -> Iterator[str]:
-    """Memfds that are mapped: nobody maps one by chance, as one does libraries."""
+    """The memfds that threads have mapped, in the form of /proc/locks; "" for another mapping.
+
+    Other mapped files do not count, since any program maps libraries. No program maps a memfd by
+    chance.
+    """
     for thread in _distinct(threads, sc.KCMP_VM):
         with contextlib.suppress(OSError), open(f"/proc/{thread}/maps", "rb") as file:
             for line in file:
@@ -322,7 +334,7 @@ def _mapped_memory_files(threads: Iterable[int]) -> Iterator[str]:
 
 
 def _distinct(threads: Iterable[int], kind: int) -> Iterator[int]:
-    """One thread of all that share the same."""
+    """One thread for each table of this kind, which several threads may share."""
     known: list[int] = []
     for thread in threads:
         try:
@@ -336,7 +348,7 @@ def _distinct(threads: Iterable[int], kind: int) -> Iterator[int]:
 
 
 def _place_among(known: Sequence[int], thread: int, kind: int) -> int | None:
-    """Where it comes in the kernel's order; None where one of them shares what it has."""
+    """The thread's place among `known` in the kernel's order; None if one shares its table."""
     low, high = 0, len(known)
     while low < high:
         middle = (low + high) // 2

@@ -1,12 +1,12 @@
-"""The sockets of a network over IP, and what each holds, as the kernel tells it.
+"""The sockets over IP of a network, and the memory that each holds, by the kernel's lists.
 
-sock_diag(7) tells of TCP and UDP, of this process's network. Of ping sockets (icmp(7)) a file of
-/proc tells. What waits in a socket's error queue (time stamps, IP_RECVERR) counts as received, and
+sock_diag(7) lists the TCP and UDP sockets of this process's network. A file of /proc lists ping
+sockets (icmp(7)). Data in a socket's error queue (time stamps, IP_RECVERR) counts as received, and
 a datagram that MSG_MORE keeps open counts as sent.
 
-A list has the sockets that the kernel can find by their port. A socket that is not bound any more
-is in none and keeps what it has: one of UDP after a connect(2) to AF_UNSPEC, and one of TCP that
-its peer has reset. `held_by` asks such a one by a descriptor of it.
+A list has the sockets that the kernel can find by their port. A socket that is no longer bound is
+in no list, and keeps its data: a UDP socket after a connect(2) to AF_UNSPEC, and a TCP socket that
+its peer has reset. `held_by` reads the memory of such a socket by one of its descriptors.
 
 Standard library only. Sources: sock_diag(7), linux/inet_diag.h, net/ipv4/inet_diag.c, ping.c,
 include/uapi/linux/sock_diag.h, socket(7).
@@ -25,7 +25,7 @@ from jobworker.sandbox.log import say
 ESTABLISHED, CLOSE_WAIT, LISTEN = 1, 8, 10
 _SYN_RECEIVED, _TIME_WAIT = 3, 6
 _STATES = 0xFFE & ~(1 << _SYN_RECEIVED | 1 << _TIME_WAIT)
-"""Those of sockets that have buffers."""
+"""The states of sockets that have buffers."""
 _MEMORY, _ONLY_IPV6 = 7, 11
 """INET_DIAG_SKMEMINFO, INET_DIAG_SKV6ONLY."""
 _ROW = struct.Struct("=BBxx2s2x16s16xI12xI4xII")
@@ -46,19 +46,19 @@ class Socket(NamedTuple):
     device: int
     """The index of the network device that it is bound to, or 0."""
     queue: int
-    """How many connections wait in it, where it listens."""
+    """How many connections wait in it, if it listens."""
     uid: int
     inode: int
-    """0 where it has no descriptor: not accepted yet, or closed."""
+    """0 if it has no descriptor: it is not accepted yet, or closed."""
     memory_bytes: int
     only_ipv6: bool = False
-    """Whether it listens on IPv6 and not on IPv4 as well."""
+    """Whether it listens on IPv6 alone, and not on IPv4 as well."""
 
 
 def sockets(protocol: int) -> Iterator[Socket]:
     """The sockets of IPPROTO_TCP or IPPROTO_UDP in this process's network.
 
-    Raises OSError, FileNotFoundError where the kernel cannot list those.
+    Raises OSError, and FileNotFoundError if this kernel cannot list them.
     """
     for family in (socket.AF_INET, socket.AF_INET6):
         wanted = 1 << (_MEMORY - 1)
@@ -80,7 +80,7 @@ def sockets(protocol: int) -> Iterator[Socket]:
 
 
 def tell_what_cannot_be_listed() -> None:
-    """Say in the log whose sockets this kernel cannot list, since no bound holds for them then."""
+    """Log the protocols whose sockets this kernel cannot list, since their memory has no bound."""
     for name, protocol in (("TCP", socket.IPPROTO_TCP), ("UDP", socket.IPPROTO_UDP)):
         try:
             next(sockets(protocol), None)
@@ -89,9 +89,9 @@ def tell_what_cannot_be_listed() -> None:
 
 
 def ping_sockets(place: str) -> Iterator[tuple[int, int]]:
-    """Ping sockets of a process's network: whose each is, and how many bytes it holds.
+    """The user id and the bytes of each ping socket in a process's network.
 
-    `place` is a directory of /proc, as `kernel_memory.measure.places_of` tells it. Raises OSError.
+    `place` is a directory of /proc from `kernel_memory.measure.places_of`. Raises OSError.
     """
     for name in ("icmp", "icmp6"):
         with contextlib.suppress(FileNotFoundError), open(f"{place}/net/{name}") as file:
@@ -102,9 +102,9 @@ def ping_sockets(place: str) -> Iterator[tuple[int, int]]:
 
 
 def held_by(descriptor: int) -> int:
-    """How many bytes a socket over IP or of netlink holds, in a list or not; 0 of another kind.
+    """How many bytes a socket over IP or netlink holds, listed or not; 0 for another kind.
 
-    None of these options waits for who has the socket locked. Raises OSError.
+    These socket options do not wait for the socket's lock. Raises OSError.
     """
     family, protocol = (
         _number(descriptor, name) for name in (socket.SO_DOMAIN, socket.SO_PROTOCOL)
@@ -120,7 +120,7 @@ def _number(descriptor: int, option: int) -> int:
 
 
 def _held(sizes: bytes, at: int, protocol: int) -> int:
-    """What TCP has sent is copies of what it has queued; other protocols queue nothing."""
+    """The bytes that a socket holds: TCP sends copies of its queue, other protocols have none."""
     received, _, sent, _, ahead, queued, options, backlog = _SIZES.unpack_from(sizes, at)
     outgoing = queued if protocol == socket.IPPROTO_TCP else sent
     return int(received + outgoing + max(ahead, 0) + options + backlog)

@@ -4,8 +4,8 @@ A message is a JSON object, and a record is the named tuple that stands for it. 
 one value of the record with the members of the object that carry it: mostly one member, but an
 order for a job takes eleven. `decode` makes a record of a message, `encode` a message of a record.
 
-A field reads whatever the other side has sent and raises Malformed, which names the field. Whoever
-decodes a whole message says whose it is.
+A field accepts any value that the other side sends; if the value does not fit, it raises Malformed,
+which names the field. The code that decodes a whole message adds the message's name.
 
 Pure, standard library only.
 """
@@ -18,11 +18,12 @@ Object = Mapping[str, object]
 R = TypeVar("R", bound=tuple[object, ...])
 Read = Callable[[Object], object]
 Check = Callable[[object, str], object]
-"""Returns a member's value as it stands in the record; gets the member's name for Malformed."""
+"""Checks a member's value and returns it as the record holds it. It gets the member's name, too,
+for Malformed."""
 
 
 class Malformed(Exception):
-    """A message that the table does not allow: which field, and what is wrong with it."""
+    """A message does not fit the table; the text names the field and its fault."""
 
 
 class Field(NamedTuple):
@@ -38,7 +39,7 @@ Fields = tuple[Field, ...]
 
 
 def decode(record: type[R], fields: Fields, message: Object) -> R:
-    """The record that a message stands for; raises Malformed."""
+    """The record in a message. Raises Malformed."""
     make = cast("Callable[..., R]", record)
     return make(*(field.read(message) for field in fields))
 
@@ -56,14 +57,17 @@ def encode(fields: Fields, record: tuple[object, ...]) -> dict[str, object]:
 
 
 def member(name: str, check: Check) -> Field:
-    """A value in one member, which has to pass a check."""
+    """A value in one member, which must pass `check`."""
     return Field(
         (name,), lambda message: check(message.get(name), name), lambda value: {name: value}
     )
 
 
 def optional(field: Field, default: object) -> Field:
-    """As `field`; `default` where the other side, of an earlier version, sends no member of it."""
+    """As `field`, or `default` if the message has none of its members.
+
+    Use it if the other side may be of an earlier version, which does not send them.
+    """
 
     def read(message: Object) -> object:
         return field.read(message) if any(n in message for n in field.names) else default
@@ -72,7 +76,7 @@ def optional(field: Field, default: object) -> Field:
 
 
 def integer(name: str, low: int, high: int) -> Field:
-    """An integer within bounds."""
+    """An integer from `low` to `high`."""
     return member(name, lambda value, name: as_integer(value, name, low, high))
 
 
@@ -82,7 +86,7 @@ def count(name: str) -> Field:
 
 
 def count_or_null(name: str) -> Field:
-    """An integer of any size, or None for a null; not for a member that is absent."""
+    """An integer of any size, or None for a null. An absent member is malformed."""
 
     def read(message: Object) -> int | None:
         return as_count(message.get(name), name) if message.get(name, "") is not None else None
@@ -106,7 +110,7 @@ def flag(name: str) -> Field:
 
 
 def many(name: str, check: Check) -> Field:
-    """A list of values, each of which has to pass a check: a tuple in the record."""
+    """A list of values, each of which must pass `check`; the record holds a tuple."""
 
     def read(message: Object) -> tuple[object, ...]:
         return tuple(check(each, name) for each in as_list(message.get(name), name))
@@ -118,7 +122,7 @@ def many(name: str, check: Check) -> Field:
 
 
 def flat(record: type[R], fields: Fields) -> Field:
-    """A record whose members stand in the message itself."""
+    """A record inside another; its members are members of the message itself."""
     names = tuple(name for field in fields for name in field.names)
     return Field(
         names, lambda message: decode(record, fields, message), lambda v: encode(fields, v)
@@ -126,7 +130,7 @@ def flat(record: type[R], fields: Fields) -> Field:
 
 
 def nested(name: str, record: type[R], fields: Fields) -> Field:
-    """A record whose members stand in an object of their own."""
+    """A record inside another; its members are in an object of their own."""
 
     def read(message: Object) -> R:
         return decode(record, fields, as_object(message.get(name), name))
@@ -135,7 +139,7 @@ def nested(name: str, record: type[R], fields: Fields) -> Field:
 
 
 def nested_or_null(name: str, record: type[R], fields: Fields) -> Field:
-    """As `nested`, or None for a null; not for a member that is absent."""
+    """As `nested`, or None for a null. An absent member is malformed."""
     inner = nested(name, record, fields)
 
     def read(message: Object) -> object:
@@ -148,7 +152,7 @@ def nested_or_null(name: str, record: type[R], fields: Fields) -> Field:
 
 
 def several(name: str, record: type[R], fields: Fields) -> Field:
-    """A list of records: a tuple in the record."""
+    """A list of records; the outer record holds a tuple."""
 
     def read(message: Object) -> tuple[R, ...]:
         entries = as_list(message.get(name), name)
@@ -164,7 +168,7 @@ def several(name: str, record: type[R], fields: Fields) -> Field:
 
 
 def as_integer(value: object, name: str, low: int, high: int) -> int:
-    """An integer within bounds; True and 1.0 are none."""
+    """An integer from `low` to `high`; True and 1.0 are no integers here."""
     if type(value) is not int or not low <= value <= high:
         raise Malformed(f"{name} is no integer from {low} to {high}")
     return value
@@ -178,7 +182,7 @@ def as_count(value: object, name: str) -> int:
 
 
 def as_seconds(value: object, name: str) -> float:
-    """A finite number, and no integer beyond all floats."""
+    """A finite number; an integer that is larger than all floats is malformed."""
     try:
         if type(value) in (int, float) and math.isfinite(cast("float", value)):
             return cast("float", value)

@@ -1,16 +1,16 @@
-"""The launcher's protocol in one table: every operation that the service may ask it for.
+"""The launcher's protocol in one table: every operation that the service may request.
 
-A row has the operation's name on the socket, the class of its request and of its reply, and the
-fields of both. Both sides go by it and have no names or checks of their own:
+A row has the operation's name on the socket, the classes of its request and reply, and the fields
+of both. Both sides use the table, and have no names or checks of their own:
 
     service                                                launcher
     request_message  {"id", "op", …}                    →  parse, and the function of the row
     read_reply       {"id", "ok": {…}} + descriptors    ←  answer
                      {"id", "error": {"step", "errno", "detail"}}
 
-The launcher takes the service for hostile: `parse` refuses whatever a row does not allow, and it
-names a member that no field knows. A member that an earlier service or launcher does not send has a
-default in its row. A change that the other side cannot do without raises `version.PROTOCOL`.
+The launcher assumes a hostile service: `parse` refuses every message that fits no row, and names an
+unknown member. A member that an earlier service or launcher does not send has a default in its row.
+A change that an earlier version cannot work with needs a new `version.PROTOCOL`.
 
 Pure, standard library only.
 """
@@ -27,27 +27,27 @@ from jobworker.sandbox.protocol import requests as q
 Q = TypeVar("Q", bound=q.Request)
 A = TypeVar("A", bound=tuple[object, ...])
 Reply = tuple[object, ...]
-"""A named tuple of `replies`, or one that the launcher has anyway (Usage, TurnTimes)."""
+"""A named tuple of `replies`, or one of the launcher's own modules (Usage, TurnTimes)."""
 
 
 class Operation(NamedTuple, Generic[Q, A]):
-    """One row."""
+    """One row of the table: an operation, its request and its reply."""
 
     name: str
     request: type[Q]
     fields: f.Fields
-    """Those of the request; `JOB` is the first where it is about a job."""
+    """The fields of the request; the first is `JOB` if the request is about a job."""
     reply: type[A]
     reply_fields: f.Fields = ()
     descriptors: int | None = 0
-    """How many descriptors come with the reply; None where the reply itself tells."""
+    """How many descriptors come with the reply; None if the reply itself has their number."""
     is_patient: bool = True
-    """Whether the service waits for a silent launcher: jobs' lives depend on the request. Any other
-    is refused as `launcher_silent`."""
+    """Whether the service waits for a silent launcher, since the life of a job depends on the
+    request. It refuses any other request as `launcher_silent`."""
     may_be_large: bool = False
-    """Whether the reply may be too large for a packet, and then travels in a descriptor."""
+    """Whether the reply may be too large for a packet; then it comes in a file descriptor."""
     step: str = "request"
-    """What a refusal names as the step that failed, where the fault itself names none."""
+    """The name of the failed step in a refusal, if the fault itself names none."""
 
 
 _START = (q.ORDER, q.LIMITS)
@@ -105,7 +105,7 @@ def operation_of(request: q.Request) -> Operation[q.Request, Reply]:
 
 
 def request_message(number: int, request: q.Request) -> dict[str, object]:
-    """The message of a request, whose reply will bear its number."""
+    """The message of a request. The reply has the same number."""
     row = operation_of(request)
     return {"id": number, "op": row.name, **f.encode(row.fields, request)}
 
@@ -128,18 +128,18 @@ def _parse(message: f.Object) -> q.Request:
     if row is None:
         raise f.Malformed("op is none of the launcher's operations")
     known = _EVERYWHERE.union(*(field.names for field in row.fields))
-    if unknown := message.keys() - known:  # it would be left out without a word
+    if unknown := message.keys() - known:  # else it would be dropped silently
         raise f.Malformed(f"it knows no field {min(unknown)[:64]!r}")
     return f.decode(row.request, row.fields, message)
 
 
 def answer(operation: Operation[Q, A], reply: A) -> dict[str, object]:
-    """What a reply says besides its number."""
+    """The message of a reply, without its number."""
     return {"ok": f.encode(operation.reply_fields, reply)}
 
 
 def read_reply(operation: Operation[Q, A], message: f.Object) -> A | a.Refusal:
-    """What the launcher has answered. Raises Malformed, with the operation's name."""
+    """The launcher's reply, or its refusal. Raises Malformed, with the operation's name."""
     refused = message.get("error")
     try:
         if refused is not None:

@@ -1,9 +1,10 @@
-"""The launcher's policy: what it was told by whoever started it, before the first request.
+"""The launcher's policy: the process that starts the launcher sends it once, before any request.
 
 The message has a member for each value, and `carries`, which names the descriptors that come along.
-A launcher that serves one service after the other is also told `service_uid`, whose service it is.
-Whoever started the launcher is trusted, but may be of another version, or have a fault: a member
-that is missing, not of its kind or not known is refused by name, before anything is done by it.
+For a launcher that outlives services it also has `service_uid`, the user whose service may connect.
+The launcher trusts the process that starts it. But that process may be of another version, or have
+a fault. So the launcher refuses a member that is missing, unknown or of another type, and names it,
+before it uses any value.
 
 Standard library only.
 """
@@ -18,7 +19,7 @@ from jobworker.sandbox.seccomp import program as bpf
 
 
 class Policy(NamedTuple):
-    """What the launcher was told by whoever started it, once and for all."""
+    """The limits, paths, programs and ids for which the launcher was started; they never change."""
 
     instance: str
     """Name of the directory of control groups that belongs to this service."""
@@ -36,16 +37,16 @@ class Policy(NamedTuple):
     filters: bpf.Filters
     disk_bytes: int
     keep_free_bytes: int
-    """So much stays free where disks are made."""
+    """The bytes that must stay free on the file system of jobs' disks."""
     overcommit: bool
-    """Whether jobs' disks take what is written to them, and not their size at once."""
+    """Whether a job's disk takes space only when the job writes, and not its whole size at once."""
     runtimes: Mapping[str, str]
     """Root trees that jobs may ask for, by name."""
 
 
 MAX_UID = 1 << 32
 MAX_PLACES = 1 << 20
-"""Jobs or spares: far above what the settings take."""
+"""The most jobs or spares: far above the bounds of the settings."""
 MAX_BYTES = 1 << 62
 
 
@@ -84,7 +85,7 @@ def policy_from(message: f.Object) -> Policy:
     """The policy in the first message. Raises ProtocolError, which names the field."""
     try:
         policy = f.decode(Policy, _FIELDS, message)
-        if unknown := message.keys() - _KNOWN:  # it would be left out without a word
+        if unknown := message.keys() - _KNOWN:  # else it would be dropped silently
             raise f.Malformed(f"it knows no field {min(unknown)[:64]!r}")
     except f.Malformed as fault:
         raise _refused(fault) from None
@@ -92,7 +93,7 @@ def policy_from(message: f.Object) -> Policy:
 
 
 def policy_message(policy: Policy) -> Message:
-    """What `policy_from` reads."""
+    """The message that `policy_from` reads."""
     return f.encode(_FIELDS, policy)
 
 
@@ -108,7 +109,7 @@ def carried_in(message: f.Object, passed: Sequence[int]) -> dict[str, int]:
 
 
 def service_uid_in(message: f.Object) -> int:
-    """The user whose service may call. Raises ProtocolError."""
+    """The id of the user whose service may connect. Raises ProtocolError."""
     try:
         return f.decode(_Service, (_SERVICE_UID,), message).uid
     except f.Malformed as fault:
