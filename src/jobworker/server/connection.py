@@ -194,7 +194,7 @@ def _keep_alive(tcp: trio.SocketStream) -> None:
 
 
 async def _says_hello(tcp: trio.socket.SocketType) -> bool:
-    """Wait for a client's first TLS record without reading it; False if the client closes first.
+    """Wait for a client's first TLS record, and leave it in the socket; False if the client closes.
 
     So a client that sends less than a record takes no turn from the handshakes. OpenSSL refuses
     bytes that are no record of a handshake (RFC 8446, section 5.1).

@@ -325,7 +325,10 @@ class Conversation:
         return None
 
     def _note(self, refused: Refusal) -> None:
-        """Record a refused message in the audit, and also among the limits if it reached one."""
+        """Record a refused message: in the audit unless the server was busy, and as a limit.
+
+        It counts as a limit only if it was one request too many.
+        """
         who, peer, error = self._visitor.identity, self._visitor.peer, refused.error
         if isinstance(error, PermissionDenied) and refused.method is not None:
             self._context.auditor.failed(who, peer, refused.method, Nothing(), error)

@@ -88,7 +88,7 @@ def _rules(settings: Settings, *, bounds_disks: bool) -> Rules:
 
 
 def retention_policy(settings: Settings) -> Policy:
-    """The configuration's rules for ended jobs' output: the most age, number of jobs and bytes."""
+    """The configured bounds for ended jobs' output: age, number of jobs, bytes."""
     worker = settings.worker
     return Policy(
         max_age_seconds=parse_duration(worker.keep_output_age) or None,

@@ -111,7 +111,7 @@ class Presence:
     async def rest_after(
         self, began: float, than: Container[str] = (), most_seconds: float = MAX_REST_SECONDS
     ) -> None:
-        """Leave the event loop idle after work, if clients other `than` these are active.
+        """Leave the event loop idle after work, if a client is active whose name is not in `than`.
 
         First wait until all tasks that the work has started are blocked, for at most
         `most_seconds`. This time counts as work. Then sleep for `REST` times the time since

@@ -9,10 +9,10 @@ connection over IPv4. Two listening sockets of different users never share the a
 bind(2) and listen(2) refuse that, with SO_REUSEPORT too.
 
 The device may still differ: a listening socket can be bound to a device later, and a connection
-with a link-local peer has that peer's device. Then the owner is the job that has the sockets of all
-devices, if that is one job. Otherwise the connection has no owner: no job ends for a connection
-that may be another's. The queue's length reports such connections while they really wait, as it
-does those that were reset (`sandbox.kernel_memory.connections`).
+with a link-local peer has the device on which it came in. Then the owner is the job that has the
+sockets of all devices, if that is one job. Otherwise the connection has no owner: no job ends for a
+connection that may be another's. It still counts in the length of the queue in which it waits, like
+a connection that was reset (`sandbox.kernel_memory.connections`).
 
 Standard library only. Sources: net/ipv4/inet_hashtables.c and net/ipv6/inet6_hashtables.c
 (compute_score), inet_request_bound_dev_if, tcp_v6_syn_recv_sock, socket(7), ipv6(7).

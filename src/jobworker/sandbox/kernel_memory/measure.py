@@ -196,7 +196,7 @@ def _sample(file: int, seconds: float) -> Iterator[tuple[bytes, float]]:
 
 
 def _own_devices(first_processes: Mapping[int, int], look_at: LookAt) -> dict[str, int]:
-    """The job of each device that only one job has, by its number as in /proc/locks."""
+    """The job of each device that one job alone has, by the device's number as in /proc/locks."""
     others, found = _devices(["/proc/self"]), dict[int, set[str]]()
     for pid, job in first_processes.items():
         look_at(job)

@@ -156,7 +156,7 @@ class _Shown:
     def __init__(self, unknown_locks: Mapping[str, int], *, sockets_too: bool) -> None:
         self.locks = self.in_flight = self.in_sockets = self.netlink = self.netlink_sockets = 0
         self.sockets, self.unasked = set[int](), set[int]()
-        """The inodes of all its sockets, and of netlink sockets that this host lets nobody read."""
+        """The inodes of all its sockets, and of the netlink sockets that could not be read."""
         self._sockets_too, self._unknown_locks = sockets_too, unknown_locks
         self._pipes = dict[tuple[int, int], tuple[int, int]]()
         """The pipes that may have data, by device and inode: a thread and its descriptor."""
