@@ -5,9 +5,9 @@
 Arriving connections have a limit of their own, apart from open ones, so that strangers who stall
 cannot take the places of clients. If one too many arrives, another leaves for it. The candidates
 are those of the networks that have most of the places. The oldest one that stalls leaves: it has
-sent nothing, or does not go on. If none stalls, the oldest one without a certificate leaves. An
-honest client arrives within milliseconds. (sshd's MaxStartups has the same aim, and drops the
-newcomer by lot.)
+sent nothing, or does not go on. If none stalls, the oldest one without a certificate leaves; those
+of an address that is slowed down leave first. An honest client arrives within milliseconds. (sshd's
+MaxStartups has the same aim, and drops the newcomer by lot.)
 
 An address whose handshakes keep failing is slowed down: its handshakes begin one after the other,
 in an order drawn by lot (`turns`), so it uses a bounded part of the processor for signatures. It is
