@@ -36,7 +36,11 @@ LONG = [pytest.param(name, marks=pytest.mark.soak) for name in ("unread", "garba
 
 @pytest.mark.parametrize("name", ["follows", "ends", "fragments", *LONG])
 async def test_flood_leaves_a_quiet_client_in_peace(directory: Path, name: str) -> None:
-    row = await flood(directory, name, 6 if name == "follows" else 1.5, idle_seconds=0.5)
+    seconds = 6 if name == "follows" else 1.5
+    for times in (1, 4, 16):  # on a busy machine a flood takes seconds to begin
+        row = await flood(directory, name, times * seconds, idle_seconds=0.5)
+        if row.asked:
+            break
     assert row.asked
     assert percentile(row.flooded.hello, 99) < MANY_MS
     assert percentile(row.flooded.run, 99) < 5 * MANY_MS
@@ -74,11 +78,12 @@ async def test_service_in_a_small_group_outlives_many_followers(
         async with open_embedded(directory, settings_with(directory, {})) as service:
             assert str(service.process.pid) in (group / "cgroup.procs").read_text().split()
             certs = directory / "certs"
-            done = await trio.run_process(
-                [sys.executable, "-m", "bench.floods", "follows", service.address, certs, "6"],
-                capture_stdout=True,
-            )
-            begun = int(done.stdout.split()[1])
+            flood_for = [sys.executable, "-m", "bench.floods", "follows", service.address, certs]
+            for seconds in ("6", "30"):  # the second one on a busy machine
+                done = await trio.run_process([*flood_for, seconds], capture_stdout=True)
+                begun = int(done.stdout.split()[1])
+                if begun > 200:
+                    break
             assert begun > 200, "some have read all of it, since there are never more at a time"
             async with open_wire(service) as wire:
                 assert (await wire.run("echo", "on"))[0] == "on\n"
