@@ -1,8 +1,8 @@
 """One child of the launcher: a process on its way to becoming a job, or a job.
 
-A child owns a slot: a range of ids, a scope, a place on disk and two pipes. `children` makes it and
-takes back what it had. Here stands what the launcher knows of it, what it hears from it, and how it
-ended.
+A child owns a slot: a range of ids, a scope, a directory on disk and two pipes. `launcher.children`
+makes it and releases what it had. This module has the launcher's state of a child, reads the
+child's messages and its exit status.
 
 Standard library only.
 """
@@ -27,7 +27,7 @@ from jobworker.sandbox.start.plan import Slot
 
 
 class Exit(NamedTuple):
-    """How a child's first process ended: one of the two is None."""
+    """How a child's first process ended: by an exit code or by a signal. The other is None."""
 
     code: int | None
     signal: int | None
@@ -37,18 +37,18 @@ _AS_MUCH = (channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEX
 
 
 class Start(NamedTuple):
-    """A start that a child is made for."""
+    """A start of a job that waits for its child to be made."""
 
     number: int
-    """That of its request."""
+    """The number of the request."""
     request: Spawn
     errand: trampoline.Errand
     by: int
-    """When it is given up: at which look at starts."""
+    """The count of `Jobs._look_at_starts` at which the launcher gives it up."""
 
 
 NOBODY = -1
-"""The request of a start whose service has gone: nobody is told what becomes of it."""
+"""The request number of a start whose service has gone: the start is not answered."""
 NO_ERRAND = trampoline.Errand(b"", "", "", ())
 
 
@@ -56,72 +56,76 @@ class Child:
     """A process on its way to becoming a job, or a job."""
 
     asked: Asked | None = None
-    """What was asked for of its end, for the next service."""
+    """The end that a service has asked for, kept so that the next service finds it."""
     start_by = 0
-    """When its start is given up: at which look at starts (`launcher.jobs`)."""
+    """The count of `Jobs._look_at_starts` at which the launcher gives its start up."""
     start: Start | None = None
-    """What it becomes once it is made; None afterwards, and for a spare."""
+    """The start that it is made for; None once it is made, and for a spare."""
     end_is_taken = is_clearing = False
-    """Whether its last words were heard and its losses are looked for: then what it held may go.
-    And whether it is going."""
+    """`end_is_taken`: its last messages were read and the search for lost writes has begun, so what
+    it held may be released. `is_clearing`: that release has begun."""
 
     def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
         self.slot, self.index, self.scope = slot, index, scope
         self.pid = self.pidfd = self.stdout = self.stderr = -1
         self.disk: Disk | None = None
         self.root: int | None = None
-        """The root that it sees, on its disk."""
+        """A descriptor of its root directory, which is on its disk."""
         self.volume_roots: dict[str, int] = {}
-        """The roots of its volumes, by name."""
+        """A descriptor of the root directory of each volume, by the volume's name."""
         self.thin_volumes: set[str] = set()
-        """Those of them that take from the disk below what is written."""
+        """The names of its volumes that take space of the host's disk only as they are written."""
         self.sock: socket.socket | None = None
-        """Open until the program is executed, or the process has ended."""
+        """The launcher's end of its socket, open until it executes the program or ends."""
         self.job: int | None = None
-        """The job that it was ordered to become; None for a spare."""
+        """The job that it is to become or is; None for a spare."""
         self.request: int | None = None
-        """The request to answer once the program runs or the start has failed; or `NOBODY`."""
+        """The number of the request to answer when the program runs or the start has failed; None
+        if there is none, `NOBODY` if its service has gone."""
         self.ready = self.shares = False
-        """It has said that it awaits its order: only then is the end of its socket a start. And it
-        has had volumes: through a socket there it may have given its descriptors to others."""
+        """`ready`: it has reported that it waits for its order. Only after that does the end of its
+        socket mean that the program was executed. `shares`: it has had volumes, so it may have sent
+        descriptors to other jobs over a UNIX socket there."""
         self.started_at = self.ended_at = 0.0
-        """When its program was executed and when it was reaped, by the monotonic clock."""
+        """When its program was executed and when its exit status was read (monotonic, seconds)."""
         self.order = -1
-        """Memory for the order, open until it is given."""
+        """The memfd for its order, open until the order is sent."""
         self._errand = NO_ERRAND
         self.failure: Message | None = None
         self.gateway: int | None = None
-        """The pidfd of its network's gateway, until that is reaped."""
+        """The pidfd of its network's gateway until the gateway is reaped; None without one."""
         self.layout: Layout | None = None
         self.wall, self.network_end = b"", ""
-        """The program that keeps it away from the host, where it has a gateway. And why its network
-        has ended, where that came before its own end."""
+        """`wall`: the packet filter between it and its gateway, empty without a gateway.
+        `network_end`: why its network has ended before the job; "" otherwise."""
         self.report = -1
-        """What its init tells of the program's end; -1 where it has none."""
+        """The pipe in which its init reports how the program ended; -1 if it has no init."""
         self.hoards = False
-        """It was ended for kernel memory that no group counts: see
-        `sandbox.launcher.kernel_watch`."""
+        """The launcher has ended it for kernel memory that no control group counts
+        (`sandbox.launcher.kernel_watch`)."""
         self.exit: Exit | None = None
+        """How it ended; None while it lives."""
         self.lost, self.unseen = list[str](), list[str]()
-        """Where it lost what it wrote: names of volumes, "" for its own disk. And the volumes of
-        which that could not be found out."""
+        """`lost`: where it lost writes, by the name of the volume, "" for its own disk. `unseen`:
+        the volumes for which the launcher could not find that out."""
         self.inspected, self.inspections = False, 0
-        """Whether its volumes are being written out for that, and how often that was begun."""
+        """`inspected`: a process is now writing out its volumes to find lost writes. `inspections`:
+        how many such processes have ended."""
         self.end_is_known = False
-        """Whether that, too, is known of its end."""
+        """Whether all of its end is known, lost writes included."""
         self.doomed = False
-        """It was killed, or has ended: its slot is about to become free."""
+        """It was killed or has ended, so its slot is about to become free."""
         self.final_want: Want = ""
-        """What it wanted memory of by its end, as `want` tells while it lives."""
+        """The result of `want` at its end."""
         self.final_usage: Usage | None = None
-        """What it had used when it ended; its scope is gone soon after."""
+        """The result of `usage` at its end, kept because its scope is removed soon after."""
         self.when_cleared: Callable[[], None] | None = None
-        """Called once nothing of it is left but its pipes."""
+        """Called when nothing of it is left but its pipes."""
         self.volumes: tuple[str, ...] = ()
-        """The names of those that it has."""
+        """The names of its volumes."""
 
     def send(self, errand: trampoline.Errand) -> None:
-        """Have the child go on to execute the job's program. Raises OSError."""
+        """Send the child its order, so that it executes the job's program. Raises OSError."""
         self._errand = errand
         if self.sock is None:
             raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -133,14 +137,15 @@ class Child:
         self.order = -1
 
     def hear(self) -> Message | None:
-        """What the child says; None at the end of the stream: it has executed, or has ended.
+        """Read one message of the child, and keep the descriptors in it.
 
-        Raises BlockingIOError where it says nothing, OSError, ProtocolError.
+        Returns None at the end of the stream: the child has executed the program or has ended.
+        Raises BlockingIOError if no message is waiting, OSError and ProtocolError.
         """
         assert self.sock is not None
         try:
             packet, ancillary, flags, _ = self.sock.recvmsg(*_AS_MUCH)
-        except ConnectionResetError:  # told once, and before what waits to be read
+        except ConnectionResetError:  # reported once, before the messages that are still unread
             packet, ancillary, flags, _ = self.sock.recvmsg(*_AS_MUCH)
         if not packet and not ancillary:
             return None
@@ -165,7 +170,7 @@ class Child:
         return self.pidfd >= 0 and self.exit is None
 
     def usage(self) -> Usage:
-        """What it has used. Raises OSError where that cannot be read."""
+        """What the job has used. Raises OSError if the counters cannot be read."""
         if self.final_usage is not None:
             return self.final_usage
         if self.pidfd < 0:
@@ -174,7 +179,10 @@ class Child:
         return usage._replace(oom_kills=max(1, usage.oom_kills)) if self.hoards else usage
 
     def want(self) -> Want:
-        """For want of what memory processes of it were killed; "" where none was."""
+        """Which memory was missing when the kernel or launcher killed a process of it; "" if none.
+
+        The values are those of `Want`.
+        """
         if self.hoards:
             return "kernel"
         if self.pidfd < 0:
@@ -188,9 +196,10 @@ class Child:
 
 
 def name_host(child: Child, name: str) -> None:
-    """Name the host that a child sees, from outside: it has no right to; uts_namespaces(7).
+    """Set the host name that a child sees: uts_namespaces(7). The child has no right to do so.
 
-    Raises OSError. The launcher itself is in no other namespace meanwhile than the child's.
+    The launcher enters the child's UTS namespace for the call and returns to its own, also if the
+    call fails. Raises OSError.
     """
     own = os.open("/proc/self/ns/uts", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -204,9 +213,10 @@ def name_host(child: Child, name: str) -> None:
 
 
 def status_of(child: Child) -> Exit | None:
-    """How a child ended whose pidfd is readable; it is still to be collected (`Zombies`).
+    """How a child ended whose pidfd is readable. The child is not reaped yet: see `Zombies`.
 
-    None where the kernel does not tell yet: a tracer of the host's hears it first (ptrace(2)).
+    Returns None if the kernel does not give the status yet, because a tracer on the host is
+    notified first (ptrace(2)).
     """
     info = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     if info is None:

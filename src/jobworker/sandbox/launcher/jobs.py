@@ -1,23 +1,24 @@
-"""The launcher's jobs and spares, each from its clone until nothing of it is left.
+"""The launcher's jobs and spares, each from its clone until all its resources are released.
 
-Spares are kept ready; `spawn` turns one into a job, or makes a child where none is left. Each
-child is watched: its last words, its end, its memory. What must be told goes to `tell`: the
-reply to a spawn once the program runs or nothing of the failed start is left, and the events of
-a job's end and of its network's, where that comes first.
+The launcher keeps spares ready. `spawn` turns a spare into a job, or makes a child if no spare is
+left. The event loop watches each child: its messages, its end, and the OOM events of its scope.
+`tell` sends three kinds of messages to the service: the reply to a spawn, the event that a job has
+ended, and the event that a job's network has ended before the job. The reply to a spawn is sent
+when the program runs, or when nothing of the failed start is left.
 
-An end is told with what the job lost of what it wrote (`disk.images.lost_writes`). That of its own
-disk is known at once; a volume is written out before, by a process of its own, and the end is told
-once the system has given one.
+The event of an end names the writes that the job lost (`disk.images.lost_writes`). For the job's
+own disk the launcher knows this at once. A volume is first written out by a process of its own, so
+the event waits until such a process was available and has finished.
 
-An end has two halves. What a job held (disk, mounts, scope, range of ids, scratch) goes as soon
-as it has ended, whatever becomes of its record and whether or not a service is there. Its exit
-status and its pipes stay until the service asks to `remove` it.
+An end has two halves. The launcher releases what a job held (disk, mounts, scope, range of ids,
+scratch) as soon as the job has ended, whether or not a service is connected. It keeps the exit
+status and the pipes until the service asks to `remove` the job.
 
 What must hold: nothing here waits for a child, for a file system that a job can slow down or for
-the kernel's locks on control groups. The fork server makes children and removes what they leave. A
-child that is asked for has its place and its job from then on, and no process until it is made. A
-child is cleared away only after it was reaped. `remove` is answered when the job's place is free,
-and a start that finds the last places about to become free waits for one.
+the kernel's locks on control groups. The fork server makes children and removes what they leave.
+Between the request for a child and its clone, the child has its slot and its job but no process.
+A child is cleared away only after its exit status was read. `remove` is answered when the job's
+slot is free. If no slot is free but some are about to become free, a start waits for one.
 
 Standard library only.
 """
@@ -68,18 +69,23 @@ from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.start.plan import Order, finish, fits_spare
 
 REFILL_SECONDS = 0.02
-"""A spare is made this long after one was taken: at once would slow the start that took it."""
+"""The delay between the use of a spare and the making of the next one.
+
+To make it at once would slow down the start that has taken the spare."""
 START_SECONDS = 30.0
-"""A start that takes longer is given up: what holds it may hold it for ever."""
+"""The launcher gives up a start that takes longer, since the cause may never go away."""
 GIVE_UP_SECONDS = 3.0
-"""How long what is left of a failed start may delay the word of that."""
+"""How long the launcher waits for a failed start to be cleared away before it reports the failure.
+"""
 LOOK_AT_STARTS_SECONDS = 0.5
-"""The time of a start is counted in looks: a launcher that was stopped itself gives nothing up."""
+"""The period of `_look_at_starts`. The age of a start is counted in these periods, not in seconds
+of the clock: a launcher that was itself stopped for a while then gives no start up."""
 LOOK_AGAIN_SECONDS = 0.1
+"""The pause before the launcher checks again for an end that it cannot watch or read yet."""
 TOGETHER_SECONDS = 0.1
-"""A kill of a whole control group ends a job and its gateway at most this far apart."""
+"""If a whole control group is killed, a job and its gateway end at most this far apart."""
 UNSTARTED_KEPT = 1000
-"""Starts that are remembered: their ids fit a packet, with a page of jobs."""
+"""How many starts the launcher remembers: their ids fit in one packet with a page of jobs."""
 
 
 class Jobs:
@@ -92,17 +98,19 @@ class Jobs:
         self._children: set[Child] = set()
         self._spares: deque[Child] = deque()
         self._making: deque[Child] = deque()
-        """Spares that have no process yet."""
+        """Spares that the fork server has been asked for and that have no process yet."""
         self._jobs: dict[int, Child] = {}
         self._late: deque[tuple[int, requests.Spawn, int]] = deque()
-        """Starts that wait for a place which an ended child still has, and until which look."""
+        """Starts that wait for the slot of an ended child: the number of the request, the request,
+        and the value of `_looks` at which the launcher gives the start up."""
         self._unstarted: dict[int, None] = {}
-        """Jobs that were to be started and whose program has surely not run, so far or at all."""
+        """Jobs whose start was requested and whose program has certainly not run."""
         self._looks = 0
+        """How often `_look_at_starts` has run."""
         self._untold: set[Child] = set()
         """Cleared children whose `when_cleared` has not returned yet."""
         self._usual_limits = Limits()
-        """Those of the latest job: spares are put under them, and most jobs ask for the same."""
+        """The limits of the latest job. Spares get them in advance: most jobs ask for the same."""
         self._zombies = Zombies(turns)
         self._losses = VolumeLosses(nursery, self._tell_end)
         self._walls = Walls(turns, nursery.networks, self._children, tell)
@@ -114,15 +122,18 @@ class Jobs:
 
     @property
     def nothing_left(self) -> bool:
-        """Whether no child is left, and nothing that removes what one has left."""
+        """Whether all children are cleared away, and all removal of their resources is done."""
         return not self._children and self._nursery.is_idle
 
     def find(self, job: int) -> Child | None:
-        """The child that is a job."""
+        """The child that is this job, or None if there is none."""
         return self._jobs.get(job)
 
     def started_after(self, job: int) -> list[Child]:
-        """The jobs with higher ids whose program was started, by id, those that ended included."""
+        """The jobs with higher ids whose program was started, in the order of their ids.
+
+        Jobs that have ended are included.
+        """
         return [
             child
             for number, child in sorted(self._jobs.items())
@@ -131,14 +142,17 @@ class Jobs:
 
     @property
     def unstarted(self) -> list[int]:
-        """The latest jobs that were to be started and whose program was not executed."""
+        """The latest jobs whose start was requested and whose program was not executed."""
         return list(self._unstarted)
 
     def _running(self) -> dict[int, Child]:
         return {job: child for job, child in self._jobs.items() if child.is_alive}
 
     def promised_bytes(self) -> int:
-        """How much more the disks of jobs and spares, and jobs' thin volumes, may take."""
+        """The bytes of the host's disk that jobs' disks may still take.
+
+        Counts the disks of jobs and spares, if they are overcommitted, and jobs' thin volumes.
+        """
         disks = [
             child.disk.root
             for child in self._children
@@ -153,7 +167,10 @@ class Jobs:
         return sum(disk_images.may_still_take(root) for root in (*disks, *thin.values()))
 
     def undo_starts(self) -> None:
-        """End the jobs whose start is under way: nobody is there to be told of it."""
+        """Give up all starts that are under way, because the service that asked for them has gone.
+
+        Their failures are reported to no one.
+        """
         self._late.clear()
         for child in self._untold:
             child.when_cleared = child.request = None
@@ -161,7 +178,8 @@ class Jobs:
         for child in list(self._children):
             child.when_cleared = None
             if child.request is not None:
-                # At once: when the rest is tried again, the number may be the next service's.
+                # Before `_undo_start`: that may be repeated later, and by then the next service
+                # may have used the same request number.
                 child.request = NOBODY
                 self._turns.see_through(partial(self._undo_start, child))
 
@@ -171,7 +189,7 @@ class Jobs:
             self._forget(child)
 
     def end_all(self) -> None:
-        """End every child, for good."""
+        """Kill every child, forget every job and make no spare any more."""
         self._wanted_spares = 0
         self._turns.cancel(self._refill)
         self._late.clear()
@@ -181,9 +199,9 @@ class Jobs:
     # --- from spare to job ------------------------------------------------------------------
 
     def spawn(self, number: int, request: requests.Spawn) -> None:
-        """Start a job; the reply to request `number` follows.
+        """Start a job. The reply to request `number` is sent later, by `tell`.
 
-        Raises OSError or JobworkerError where it cannot even be tried; nothing is left then.
+        Raises OSError or JobworkerError if the start cannot be tried. Nothing is left of it then.
         """
         if request.job in self._jobs or self._is_late(request.job):
             raise SandboxError(
@@ -209,9 +227,9 @@ class Jobs:
         return any(request.job == job for _, request, _ in self._late)
 
     def give_up_start(self, job: int) -> bool:
-        """Kill what is to become a job: False where nothing is, or its program runs.
+        """Give up the start of a job. Returns False if it has no start or its program runs.
 
-        The spawn is refused then, as soon as nothing of it is left.
+        The launcher refuses the spawn as soon as nothing of the start is left.
         """
         if self._is_late(job):
             self._refuse_late(lambda request, _: request.job == job, GIVEN_UP)
@@ -220,17 +238,17 @@ class Jobs:
         return child is not None and self._give_up(child, GIVEN_UP)
 
     def _give_up(self, child: Child, why: channel.Message) -> bool:
-        """Kill a child that starts, for a reason which says that its program was not executed.
+        """Kill a child that is starting. Returns False if its program runs: then it goes on.
 
-        Where that is not sure, the start is told as one whose program may have run, and no service
-        is told to make it again. False where the program runs: it goes on.
+        `why` is the reason for the service; it states that the program was not executed. If that is
+        not certain, the launcher reports `MAY_HAVE_RUN` instead, so no service repeats the start.
         """
         if child.request is None:
             return False
         is_held = child.pidfd < 0 or held_starts.hold(child)
         try:
             if child.sock is not None:
-                self._on_word(child)  # its program may run by now
+                self._on_word(child)  # finds out whether the program was executed meanwhile
         finally:
             if child.request is None and child.pidfd >= 0:
                 held_starts.go_on(child)
@@ -245,7 +263,7 @@ class Jobs:
         return True
 
     def _look_at_starts(self) -> None:
-        """Give up starts that take too long, and tell of those that cannot even be ended."""
+        """Give up starts that take too long, and report those that cannot be cleared away."""
         self._looks += 1
         self._refuse_late(
             lambda _, by: by <= self._looks, too_long("no place became free", START_SECONDS)
@@ -265,18 +283,21 @@ class Jobs:
         self, applies: Callable[[requests.Spawn, int], bool], why: channel.Message
     ) -> None:
         for late in [each for each in self._late if applies(each[1], each[2])]:
-            if late in self._late:  # else the word of the one before has found the service gone
+            if late in self._late:  # else an earlier `_tell` found that the service has gone
                 self._late.remove(late)
                 self._tell({"id": late[0], "error": why}, ())
 
     def _abandon(self, child: Child) -> None:
-        """Tell that a start has failed though something of it is left: its place stays taken."""
+        """Report that a start has failed although something of it is left: its slot stays taken."""
         say(f"{child.slot.name} cannot be cleared away: its start failed: {child.failure}")
         self._tell_failure(child, None)
         self._forget(child)
 
     def _must_wait(self, order: Order) -> bool:
-        """Whether an order needs a place, and the last ones are about to become free."""
+        """Whether a start has to wait for a slot: none is free, but an ended child will free one.
+
+        A start that can use a spare needs no free slot.
+        """
         if self._nursery.has_room():
             return False
         is_usual = fits_spare(order, self._nursery.usual_disk_bytes)
@@ -291,7 +312,7 @@ class Jobs:
                 self._start(number, request, by)
             except (OSError, JobworkerError) as error:
                 self._tell({"id": number, "error": problem(SPAWN.step, error)}, ())
-            except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+            except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever
                 self._tell({"id": number, "error": fault(self._turns.record("Spawn"))}, ())
 
     def _start(self, number: int, request: requests.Spawn, by: int) -> None:
@@ -308,7 +329,7 @@ class Jobs:
                 continue
             try:
                 self._order(spare, start)
-            except OSError as error:  # it has died while it waited
+            except OSError as error:  # the spare has died while it waited
                 say(f"a spare is lost: {error}")
             else:
                 self._become(spare, start)
@@ -317,17 +338,23 @@ class Jobs:
             spare = self._making.popleft()
             self._become(spare, start)
             spare.start = start
-        elif self._must_wait(request.order):  # for the places of spares that were no good
+        elif self._must_wait(request.order):  # for the slots of the spares that were killed above
             self._late.appendleft((number, request, by))
         else:
             self._make(None, start)
 
     def plan(self, request: requests.PlanOf) -> list[tuple[str, str, str]]:
-        """The steps of a start, as `plan.explain` tells them. Raises what would refuse it."""
+        """The steps of a start, as `steps.explain` describes them.
+
+        Raises the error with which that start would be refused.
+        """
         return self._nursery.plan(request.order, request.limits)
 
     def _order(self, child: Child, start: Start) -> None:
-        """Have a child become the job; if it cannot, it is reaped and cleared like any other."""
+        """Send a child its order, after its limits and its host name are set.
+
+        If that fails, the child is killed, then cleared like any other, and the error is raised.
+        """
         request = start.request
         try:
             child.scope.arm(room_beside(request.limits, request.order))
@@ -339,13 +366,13 @@ class Jobs:
             raise
 
     def _become(self, child: Child, start: Start) -> None:
-        """Note which job a child is to become, and who is to be told of its start."""
+        """Record which job a child is to become, and the request that its start answers."""
         job = start.request.job
         self._jobs[job] = child
         child.job, child.request, child.start_by = job, start.number, start.by
 
     def _make(self, order: Order | None, start: Start | None = None) -> Child:
-        """Have a child made: for a start, or as a spare."""
+        """Ask the fork server for a child, for a start or as a spare."""
         child = self._nursery.make(order, self._on_made)
         self._children.add(child)
         if start is not None:
@@ -354,7 +381,7 @@ class Jobs:
         return child
 
     def _on_made(self, child: Child, failure: channel.Message | None) -> None:
-        """A child is there, or none could be made."""
+        """Handle the fork server's answer: the child has a process, or none could be made."""
         start, child.start = child.start, None
         is_spare = child in self._making
         if is_spare:
@@ -362,15 +389,15 @@ class Jobs:
         if failure is not None and child.pidfd < 0:
             self._end_unmade(child, failure)
             return
-        child.failure = child.failure or failure  # a fault has struck here before
+        child.failure = child.failure or failure  # an earlier try of this call may have raised
         child.doomed = child.doomed or failure is not None
         try:
             self._watch(child)
-        except OSError as error:  # of epoll: no memory, or no more watches to be had
+        except OSError as error:  # epoll(7) has no memory, or its limit on watches is reached
             child.failure = child.failure or problem(SPAWN.step, error)
             child.doomed = True
             self._look_for_ends(child)
-        if child.doomed:  # its start was given up, or it was removed, before it was there
+        if child.doomed:  # its start was given up, or the job removed, before it had a process
             if child.request is not None:
                 child.failure = child.failure or GIVEN_UP
             self.kill(child)
@@ -381,9 +408,9 @@ class Jobs:
             self._turns.call_in(0, self._refill)
 
     def _order_new(self, child: Child, start: Start) -> None:
-        """Have a child that was made for this become the job.
+        """Send the order to a child that was made for this start.
 
-        It may have failed already: then its own words, which come with its end, say why.
+        The child may have failed already. Then its own message, read at its end, has the reason.
         """
         try:
             self._order(child, start)
@@ -391,17 +418,17 @@ class Jobs:
             pass
         except (OSError, JobworkerError) as error:
             child.failure = child.failure or problem(SPAWN.step, error)
-        except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+        except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever
             child.failure = fault(self._turns.record("Spawn"))
 
     def _end_unmade(self, child: Child, why: channel.Message) -> None:
-        """A child that was to be made is not: the start failed, and its place becomes free."""
+        """Fail the start of a child that could not be made, and free its slot."""
         child.exit, child.doomed, child.end_is_taken = Exit(None, None), True, True
         child.failure = child.failure or {"step": SPAWN.step, **why}
         if child.request is not None:
             child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
         elif child.job is None:
-            # The next request tries again and has the reason told to who asked.
+            # The next start tries again, and its reply has the reason if it fails too.
             say(f"cannot keep a spare: {why}")
         self._forget(child)
         self._turns.see_through(partial(self._clear, child))
@@ -415,7 +442,10 @@ class Jobs:
         self._oom_watch.watch(child)
 
     def _look_for_ends(self, child: Child) -> None:
-        """Take a child's end and its gateway's, as far as they are not watched."""
+        """Check without waiting for the ends of a child and its gateway that epoll does not watch.
+
+        Repeats itself every `LOOK_AGAIN_SECONDS` until both have ended.
+        """
         unwatched = False
         for pidfd, on_end in (
             (child.gateway, self._on_gateway_exit),
@@ -431,7 +461,7 @@ class Jobs:
             self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
-        """Have one spare made; more follow when it is there."""
+        """Ask for one spare, if more are wanted. `_on_made` asks for the next one."""
         ready = len(self._spares) + len(self._making)
         if ready >= self._wanted_spares or self._making or not self._nursery.has_room():
             return
@@ -440,10 +470,10 @@ class Jobs:
         except (OSError, JobworkerError) as error:
             say(f"cannot keep a spare: {error}")
 
-    # --- what children say and how they end -------------------------------------------------
+    # --- messages and ends of children ------------------------------------------------------
 
     def _on_word(self, child: Child) -> None:
-        """A child has spoken, or has executed its program, or is gone."""
+        """Read a child's socket: it has messages, or its end (execve(2) or the child's death)."""
         assert child.sock is not None
         try:
             while (message := child.hear()) is not None:
@@ -460,10 +490,10 @@ class Jobs:
         except (ProtocolError, OSError) as error:
             cut = isinstance(error, channel.DescriptorsLost)
             child.failure = child.failure or (TOO_FEW_DESCRIPTORS if cut else DIED)
-            self.kill(child)  # it may have its order, and would execute its program
+            self.kill(child)  # it may have its order already, and would execute its program
             if isinstance(error, channel.BadMessage):
                 self._nursery.sweepers.close(error.descriptors)
-        if not child.ready or child.order >= 0:  # it has had no order
+        if not child.ready or child.order >= 0:  # it had no order, so it cannot have executed
             child.failure = child.failure or DIED
         self._turns.unwatch(child.sock.fileno())
         child.sock.close()
@@ -489,7 +519,7 @@ class Jobs:
         self._turns.see_through(partial(self._take_end, child))
 
     def _take_end(self, child: Child) -> None:
-        """Hear an ended child's last words and tell its end; then what it held goes."""
+        """Read an ended child's last messages, report its end, and release what it held."""
         child.final_want = child.want()
         try:
             child.final_usage = child.usage()
@@ -497,9 +527,9 @@ class Jobs:
             say(f"cannot read what {child.slot.name} has used: {error}")
         if child.gateway is not None:
             signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
-        if child.sock is not None:  # its last words come before its end
+        if child.sock is not None:  # its last messages were sent before it ended
             self._on_word(child)
-        if child.request is not None:  # the start failed: tell once nothing of it is left
+        if child.request is not None:  # the start failed: report it once nothing of it is left
             if child.final_want and child.failure is not MAY_HAVE_RUN:
                 over = child.final_want == "limit"
                 child.failure = TOO_LITTLE_MEMORY if over else NO_MEMORY_ABOVE
@@ -507,7 +537,7 @@ class Jobs:
             child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
             self._forget(child)
         elif child.job is None:
-            if child.failure is not None and child.order >= 0:  # it has had no order
+            if child.failure is not None and child.order >= 0:  # a spare without an order
                 say(f"a spare failed: {child.failure}")
             self._forget(child)
         else:
@@ -518,14 +548,14 @@ class Jobs:
         self._turns.see_through(partial(self._clear, child))
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
-        if child.request is not None:  # else it was told already, or nobody waits for it
+        if child.request is not None:  # else it was reported already, or its service has gone
             self._answer(child.request, {"error": child.failure or DIED})
             child.request = None
-        if removed is not None:  # it was told to be, while it started
+        if removed is not None:  # a `remove` came while it started
             removed()
 
     def _answer(self, request: int, word: channel.Message, descriptors: Sequence[int] = ()) -> None:
-        """Answer the request for a start, where its service is still there."""
+        """Answer the request for a start, if its service is still connected."""
         if request != NOBODY:
             self._tell({"id": request, **word}, descriptors)
 
@@ -551,21 +581,21 @@ class Jobs:
     # --- the end ----------------------------------------------------------------------------
 
     def kill(self, child: Child) -> None:
-        """SIGKILL everything of a child that has not ended."""
+        """Send SIGKILL to all processes of a child, unless its first process has ended."""
         if child.exit is not None:
             return
         child.doomed = True
-        if child.pidfd >= 0:  # else it is killed when it is there
-            # The first process takes its namespace along; the scope catches what is still on
-            # its way there.
+        if child.pidfd >= 0:  # else `_on_made` kills it
+            # When the first process dies, the kernel kills its PID namespace. The kill of the
+            # scope also reaches processes that have not entered that namespace yet.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
             self._nursery.scopes.kill(child.scope.name)
 
     def remove(self, child: Child, done: Callable[[], None] | None = None) -> None:
-        """Forget a job; one that has not ended is killed. `done` is called when its place is free.
+        """Kill a job if it has not ended, and forget it.
 
-        A service that is told so may start the next job at once.
+        `done` is called when the job's slot is free: the service may then start the next job.
         """
         child.when_cleared = done or child.when_cleared
         self._forget(child)
@@ -575,17 +605,17 @@ class Jobs:
             self._tell_cleared(child)
 
     def _clear(self, child: Child) -> None:
-        """Take back what an ended child held, as soon as the kernel lets go of it."""
+        """Release what an ended child held; its scope follows when the kernel no longer uses it."""
         if child not in self._children or not child.end_is_taken or child.is_clearing:
             return
         self._oom_watch.forget(child)
-        if child.gateway is None:  # else this is called again when it has ended
+        if child.gateway is None:  # else this is called again when the gateway has ended
             self._nursery.clear(child, partial(self._on_cleared, child))
             child.is_clearing = True
         self._nursery.discard_disk(child)
 
     def _on_cleared(self, child: Child) -> None:
-        self._children.discard(child)  # whatever becomes of the rest: its place is free
+        self._children.discard(child)  # its slot is free, even if a step below fails
         if not child.inspected:
             self._turns.see_through(partial(self._nursery.give_back_volumes, child))
         self._untold.add(child)
@@ -599,7 +629,7 @@ class Jobs:
         self._untold.discard(child)
 
     def _forget(self, child: Child) -> None:
-        """Let go of a job's number, its exit status and its pipes."""
+        """Drop a job's id and exit status, and close its pipes."""
         if child.job is not None:
             self._jobs.pop(child.job, None)
             child.job = None
