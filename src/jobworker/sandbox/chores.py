@@ -1,19 +1,21 @@
-"""Chores: work on file systems that may take long, each done by a process of its own.
+"""Chores: work on file systems or on jobs' processes that may take long, a process for each.
 
-The launcher's one thread must not wait for a disk: unlink(2) of a volume with many extents takes
-seconds, and even a look into a directory waits for the journal of a file system that jobs write
-to. So such work is a function that runs in a process of its own and returns a message; the launcher
-goes on meanwhile, and hears of the outcome in a later turn. The fork server makes the process
-(`sandbox.forks`), so the work is pickled: a function of a module, and plain arguments. It has the
-descriptors that it is given, and no others of the launcher's, at the launcher's numbers.
+The launcher's one thread must not wait for a disk. unlink(2) of a volume with many extents takes
+seconds, and even to read a directory waits for the journal of a file system that jobs write to. So
+such work is a function that runs in a process of its own and returns a message. The launcher goes
+on meanwhile, and gets the outcome in a later turn. The fork server makes the process
+(`sandbox.forks`), so the work is pickled: a function of a module, and plain arguments. The process
+has only the descriptors that the chore names, at the same numbers as in the launcher.
 
-Few run at a time and some wait. More are refused with `CROWDED`.
+A bounded number of chores run at a time, and a bounded number wait. `start` refuses more with
+`CROWDED`.
 
-What looks at processes of jobs may have to wait for what a job holds, even where no signal ends a
-process. Such chores have an end, which is kept here: in their own process nothing runs then. One
-that cannot be ended gives its place to another and is told as a failure with `UNENDING`; where too
-many are left so, none is started any more, with `CROWDED`. The time is counted in looks: a launcher
-that was stopped itself ends nothing.
+A chore that inspects a job's processes may block on a kernel lock that the job holds, and then even
+SIGKILL may not end it. Such chores have a time limit. The launcher enforces it, because a blocked
+process cannot. A chore that does not end after SIGKILL fails with `UNENDING`, and another one may
+start in its place. If too many of these processes are left, `start` refuses every chore with
+`CROWDED`. The launcher counts the time in calls of `_look`, not by the clock: a launcher that was
+itself stopped for a while then kills no chore.
 
 Standard library only.
 """
@@ -34,20 +36,22 @@ from jobworker.sandbox.fork_server import GO, Work
 from jobworker.sandbox.forks import ForkServer
 
 CROWDED = errno.EUSERS
-"""Too much waits: an errno that the kernel has for nothing that a chore does."""
+"""The errno of a chore for which there is no room. No system call of a chore fails with it."""
 LOOK_AGAIN_SECONDS = 0.1
-"""A process that nothing can watch, or that cannot be collected yet, is looked at so often."""
+"""The pause before the launcher checks again a process that epoll cannot watch, or that cannot be
+reaped yet."""
 UNENDING = errno.ETIMEDOUT
-"""It was killed, and has not ended."""
+"""The errno of a chore that was killed and has not ended."""
 MOST_WAITING_SECONDS = 3.0
-"""For anything but a processor; those that look at jobs use processors, mostly."""
+"""The time limit for waits other than for a processor. A chore that inspects jobs mostly computes,
+so a longer wait means that it is blocked."""
 MOST_SECONDS = 60.0
-"""In all, so on a busy machine also for a processor."""
+"""The time limit in all, with the time in which it runs or waits for a processor."""
 LOOK_SECONDS = 1.0
 
 Done = Callable[[channel.Message], None]
-"""Gets what the work returned, or {"errno": …} with "detail" where it failed; the latter with
-"begun" False where it has not begun, since there was no process to be had."""
+"""Called with the message that the work returned, or with {"errno": …, "detail": …} if it failed.
+The latter has "begun": False if the work has not begun, since no process could be made."""
 
 
 class _Chore(NamedTuple):
@@ -58,29 +62,30 @@ class _Chore(NamedTuple):
 
 
 class _UnderWay:
-    """A process that has an end."""
+    """A process with a time limit."""
 
     def __init__(self, pid: int, give_up: Callable[[], None]) -> None:
         self._pid, self.give_up, self.is_killed = pid, give_up, False
         self._looks, self._busy_before = 0, _busy_seconds(pid)
 
     def is_overdue(self) -> bool:
-        """Whether its time is over; to be asked once in `LOOK_SECONDS`."""
+        """Whether its time is over. The caller has to call this once in `LOOK_SECONDS`."""
         self._looks += 1
         seconds = self._looks * LOOK_SECONDS
         busy = _busy_seconds(self._pid) - self._busy_before
         return seconds - busy > MOST_WAITING_SECONDS or seconds > MOST_SECONDS
 
     def kill(self, pidfd: int) -> None:
-        """End it; it has as long for that."""
+        """Send SIGKILL. The time limit starts again, for the process to end."""
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self.is_killed, self._looks, self._busy_before = True, 0, _busy_seconds(self._pid)
 
 
 class Chores:
-    """Processes at work, and chores that wait for their turn.
+    """Runs up to `at_once` chores at a time and lets up to `waiting` more wait.
 
-    `unending`: up to so many may be left that cannot be ended; where it is 0, they have no end.
+    `unending`: how many processes may be left that did not end after SIGKILL. With 0 the chores
+    have no time limit.
     """
 
     def __init__(
@@ -89,14 +94,14 @@ class Chores:
         self._turns, self._forks, self._at_once, self._room = turns, forks, at_once, waiting
         self._most_unending = unending
         self._under_way: dict[int, _UnderWay] = {}
-        """By pidfd, where they have an end."""
+        """The processes with a time limit, by pidfd."""
         self._unending: set[int] = set()
         self._waiting: deque[_Chore] = deque()
         self._running = 0
 
     @property
     def running(self) -> int:
-        """How many are under way; those that cannot be ended are not counted."""
+        """How many chores are running, without those that did not end after SIGKILL."""
         return self._running
 
     def start(
@@ -106,11 +111,13 @@ class Chores:
         holding: Sequence[int] = (),
         given: Sequence[int] = (),
     ) -> None:
-        """Have the work done, now or later. Raises OSError, `CROWDED` where too much waits.
+        """Do the work in a process of its own, now or when another chore has ended.
 
-        The process has the descriptors in `holding`, which stay open here until it is done, and
-        those in `given`, which are closed here before it begins: so the last close of them is never
-        made here. Where it does not begin, they are left to `done`.
+        The process gets duplicates of the descriptors in `holding`, which the caller keeps open
+        until `done` is called, and of those in `given`, which the launcher closes before the work
+        begins. So the process, not the launcher, makes the last close(2) of those. If the work does
+        not begin, they stay open, and `done` has to care for them. Raises OSError: `CROWDED` if
+        there is no room, others if the fork server cannot be called.
         """
         chore = _Chore(work, done, holding, given)
         if self._running < self._at_once:
@@ -143,7 +150,7 @@ class Chores:
         answer: channel.Message,
         descriptors: list[int],
     ) -> None:
-        """Its process is there, and may begin; or there is none."""
+        """Let a new process begin its work, or report that none could be made."""
         far.close()
         pid = answer.get("pid")
         if not isinstance(pid, int):
@@ -156,20 +163,20 @@ class Chores:
         channel.close_all(chore.given)
         on_exit = partial(self._on_exit, near, pidfd, chore.done)
         try:
-            # The process has said its word before it ends, and its end is soon after.
+            # Only its end is watched: it sends the outcome just before it ends.
             self._turns.watch(pidfd, on_exit)
-        except OSError:  # of epoll: no memory, or no more watches to be had
+        except OSError:  # epoll(7) has no memory, or its limit on watches is reached
             self._turns.call_in(LOOK_AGAIN_SECONDS, on_exit)
         if self._most_unending:
             give_up = partial(self._give_up, near, pidfd, chore.done)
             self._under_way[pidfd] = _UnderWay(pid, give_up)
             if not self._turns.is_set(self._look):
                 self._turns.call_in(LOOK_SECONDS, self._look)
-        with contextlib.suppress(OSError):  # it was killed already
+        with contextlib.suppress(OSError):  # the process was killed already
             near.send(GO, socket.MSG_NOSIGNAL)
 
     def _look(self) -> None:
-        """End what is overdue, and give up what has not ended for that."""
+        """Kill each chore that is overdue, and give up each one that SIGKILL has not ended."""
         if self._under_way:
             self._turns.call_in(LOOK_SECONDS, self._look)
         for pidfd, process in list(self._under_way.items()):
@@ -188,7 +195,7 @@ class Chores:
         self._hand_over(done, {"errno": UNENDING, "detail": "the process cannot be ended"})
 
     def _on_exit(self, near: socket.socket, pidfd: int, done: Done) -> None:
-        """Take the outcome of a process that has ended; else look again later."""
+        """Reap a process and pass on its outcome. If it cannot be reaped yet, try again later."""
         self._turns.unwatch(pidfd)
         if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
             on_exit = partial(self._on_exit, near, pidfd, done)
@@ -205,13 +212,13 @@ class Chores:
             try:
                 received = channel.receive(near)
                 outcome = outcome if received is None else received[0]
-            except channel.DescriptorsLost as error:  # of a long outcome, which travels in one
+            except channel.DescriptorsLost as error:  # a long outcome travels in a descriptor
                 channel.close_all(error.descriptors)
                 outcome = {"errno": errno.EMFILE, "detail": "its outcome finds no descriptor"}
             except channel.BadMessage as error:
                 channel.close_all(error.descriptors)
             except OSError:
-                pass  # it was killed before it could tell
+                pass  # it was killed before it sent an outcome
         self._turns.see_through(self._start_next)
         self._hand_over(done, outcome)
 
@@ -220,13 +227,13 @@ class Chores:
             chore = self._waiting.popleft()
             try:
                 self._run(chore)
-            except OSError as error:  # no descriptor to be had
+            except OSError as error:  # no descriptor is left
                 self._hand_over(chore.done, {**fork_server.failure(error), "begun": False})
 
     def _hand_over(self, done: Done, outcome: channel.Message) -> None:
-        """Tell an outcome; one that meets an unexpected fault is told as a failure.
+        """Call `done` with an outcome. If it raises, call it again with a failure.
 
-        Whoever asked would wait for ever.
+        Otherwise the caller of `start` would wait for the outcome for ever.
         """
         try:
             done(outcome)
@@ -236,9 +243,9 @@ class Chores:
 
 
 def _busy_seconds(pid: int) -> float:
-    """How long a process has run or been ready to: proc_pid_schedstat(5).
+    """The seconds in which a process ran or waited for a processor: proc_pid_schedstat(5).
 
-    0 where the kernel does not tell (CONFIG_SCHED_INFO): all its time counts as waiting, then.
+    Returns 0 if the kernel does not count them (CONFIG_SCHED_INFO): all time counts as waiting then.
     """
     with contextlib.suppress(OSError), open(f"/proc/{pid}/schedstat", "rb") as file:
         return sum(map(int, file.read().split()[:2])) / 1e9

@@ -1,10 +1,13 @@
 """Closes descriptors that a hostile sender or job may have made slow to close.
 
-The last close(2) of a socket with SO_LINGER waits as long as its maker said; of a file on a
-file system of the sender's own, for ever; of a job's disk, until a million inodes are forgotten. So
-the launcher never makes it: a chore is given the descriptors, the launcher closes its copies, and
-only then does the chore go on, to its end. While some are under way more can be taken, up to a
-bound; whoever lets senders in is to ask `overloaded` first.
+The last close(2) of a descriptor may block: of a socket with SO_LINGER, as long as its maker has
+set; of a file on a file system of the sender's own (FUSE), for ever; of a job's disk, until the
+kernel has freed a million inodes. So the launcher never makes the last close. A chore gets the
+descriptors, the launcher closes its own copies, and only then the chore goes on and exits, which
+closes the rest.
+
+`take` accepts descriptors at any time, and those for which no process is free wait. What must hold:
+the listener checks `overloaded` before it accepts another sender, so that few descriptors wait.
 
 Standard library only.
 """
@@ -18,12 +21,13 @@ from jobworker.sandbox.forks import ForkServer
 
 MAX_PROCESSES = 4
 MAX_EACH = 200
-"""Descriptors that one process is given: as many as go along with a call."""
+"""The most descriptors for one process: fewer than `fork_server.MAX_PASSED`, the bound of a call.
+"""
 AGAIN_SECONDS = 0.1
 
 
 class Disposal:
-    """Descriptors on their way out."""
+    """The descriptors that wait to be closed, and the processes that close them."""
 
     def __init__(self, turns: Turns, forks: ForkServer) -> None:
         self._turns = turns
@@ -32,11 +36,11 @@ class Disposal:
 
     @property
     def overloaded(self) -> bool:
-        """Whether some wait for a process."""
+        """Whether descriptors wait for a process."""
         return bool(self._waiting)
 
     def take(self, descriptors: list[int]) -> None:
-        """Close these, sooner or later, without making the caller wait."""
+        """Have a process close these descriptors. Returns without waiting for that."""
         self._waiting += descriptors
         self._start()
 
@@ -52,7 +56,7 @@ class Disposal:
         del self._waiting[:MAX_EACH]
 
     def _on_end(self, given: list[int], outcome: Message) -> None:
-        if "begun" in outcome:  # there was no process to be had
+        if "begun" in outcome:  # no process could be made, so the descriptors are still open
             self._waiting += given
             self._turns.call_in(AGAIN_SECONDS, self._start)
         else:
@@ -60,5 +64,5 @@ class Disposal:
 
 
 def end() -> Message:
-    """What a process does that only has to end, and with it its descriptors."""
+    """The work of the process: nothing, since its exit closes the descriptors."""
     return {}

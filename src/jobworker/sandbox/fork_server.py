@@ -1,20 +1,21 @@
 """The fork server: a process that makes processes and control groups in the launcher's place.
 
-clone3(2), and whatever makes, removes or fills a control group, wait for the kernel's locks on
-groups, which it has once for the whole host. Others hold them for as long as they like: 3.4 s were
-measured beside a job of 10,000 processes. The launcher's one thread must not wait, so it asks this
-process, and goes on (`sandbox.forks` is its side).
+The kernel has one set of locks on control groups for the whole host. clone3(2) waits for these
+locks, and so does every call that makes or removes a group or moves a process into one. There is no
+bound on how long other processes hold them: 3.4 s were measured beside a job of 10,000 processes.
+The launcher's one thread must not wait, so it sends such calls to this process and goes on
+(`sandbox.forks` is its side).
 
-It is a fork of the launcher with root's rights, so it has all code and all that was prepared at the
-start. Processes are cloned with CLONE_PARENT: the launcher is their parent, and gets their pidfds.
-It does one thing after the other.
+The fork server is a fork of the launcher with root's rights, so it has the same code and all that
+was prepared at the start. It clones processes with CLONE_PARENT: the launcher is their parent, and
+gets their pidfds. It handles one call after the other.
 
-What must hold: the fork server may be killed at any moment, and then everything of which the
-launcher has no answer is done anew. So a process that it makes does nothing that counts until the
-launcher has heard of it and lets it: a chore waits for `GO` (`run`), and a child for its order.
+What must hold: the fork server may be killed at any moment. The launcher then repeats every call
+that was not answered. So a process that the fork server makes has no effect until the launcher has
+the answer and releases the process: a chore waits for `GO` (`run`), and a child for its order.
 
-Calls and arguments are pickled: both ends are this program, with the same rights, and nobody else
-has a descriptor of the socket.
+Calls and arguments are pickled. That is safe here, because both ends are this program with the same
+rights, and no other process has a descriptor of the socket.
 
 Standard library only.
 """
@@ -36,34 +37,37 @@ from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.log import say_fault
 
 MAX_PASSED = 250
-"""Descriptors that one call may bring along: the kernel takes 253, unix(7)."""
+"""The bound on the descriptors of one call. The kernel takes at most 253 in a message: unix(7)."""
 GO = b"go"
 NAME = "fork-server"
-"""What ps(1) shows of it, and of what it has made until that executes a program."""
+"""The name that ps(1) shows for it, and for each process that it made until that process executes
+a program."""
 
 Answer = tuple[Message, list[int]]
-"""A message, and up to `channel.MAX_DESCRIPTORS` descriptors, which are closed once they are
-sent."""
+"""A message and up to `channel.MAX_DESCRIPTORS` descriptors. The fork server closes them once they
+are sent."""
 Function = Callable[..., Answer]
-"""Something that the launcher asks for; may raise OSError or JobworkerError. It gets the arguments
-of the call, and at last the descriptors that came along, if any, which are closed afterwards."""
+"""A function that the launcher can call. It gets the arguments of the call and then, if the call
+has descriptors, a list of them, which the fork server closes afterwards. May raise OSError or
+JobworkerError."""
 Work = Callable[[], Message]
-"""What a chore does, to be pickled; may raise OSError."""
+"""The function of a chore. It has to be picklable, and may raise OSError."""
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_PASSED * array.array("i").itemsize)
 _PASSED_OVER = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def pack_call(name: str, arguments: Sequence[object]) -> bytes:
-    """The body of a call."""
+    """The body of a message that calls the function `name` with `arguments`."""
     return pickle.dumps((name, arguments), pickle.HIGHEST_PROTOCOL)
 
 
 def start(
     functions: Mapping[str, Function], kept: Sequence[int], sock: socket.socket
 ) -> tuple[int, int]:
-    """Clone the fork server, which serves `sock`: (pid, pidfd). Raises OSError.
+    """Clone the fork server, which answers calls on `sock`. Returns its pid and pidfd.
 
-    It has the descriptors in `kept`, and no others of the launcher's.
+    It keeps `sock` and the descriptors in `kept`, and closes all others of the launcher. Raises
+    OSError.
     """
     pid, pidfd = sc.clone3(0)
     if pid == 0:
@@ -72,7 +76,7 @@ def start(
 
 
 def failure(error: OSError | JobworkerError) -> Message:
-    """The answer that tells of an error."""
+    """The answer to a call that has failed with this error: an errno, a detail, maybe a step."""
     if isinstance(error, OSError):
         return {"errno": error.errno or errno.EIO, "detail": str(error.filename or "")}
     code = error.data.get("errno", 0)
@@ -81,7 +85,10 @@ def failure(error: OSError | JobworkerError) -> Message:
 
 
 def close_all_but(kept: Sequence[int]) -> None:
-    """Close what belongs to others: it would be kept open."""
+    """Close all descriptors from 3 on except for `kept`.
+
+    Otherwise this process would keep open what the launcher has closed.
+    """
     first = 3
     for descriptor in sorted(kept):
         if descriptor > first:
@@ -95,7 +102,7 @@ def _serve(sock: socket.socket, functions: Mapping[str, Function], kept: Sequenc
         with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
             name.write(NAME)
         signal.set_wakeup_fd(-1)
-        for number in _PASSED_OVER:  # the launcher tells when to end; execve(2) undoes this
+        for number in _PASSED_OVER:  # it ends when the launcher does; execve(2) undoes this
             signal.signal(number, lambda *_: None)
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         close_all_but([sock.fileno(), *kept])
@@ -109,7 +116,7 @@ def _serve(sock: socket.socket, functions: Mapping[str, Function], kept: Sequenc
             answer, descriptors = _answer(functions, packet, ancillary, flags)
             channel.send(sock, answer, descriptors)
             close_all(descriptors)
-    except BaseException:  # noqa: BLE001 - recorded: nothing of the launcher's may run on here
+    except BaseException:  # noqa: BLE001 - recorded; no code of the launcher may go on in here
         say_fault("the fork server has ended")
     finally:
         os._exit(0)
@@ -120,7 +127,7 @@ def _answer(
 ) -> Answer:
     try:
         body, passed = channel.unpack(packet, ancillary, flags)
-    except channel.BadMessage as error:  # no room for what came with it
+    except channel.BadMessage as error:  # this process can open no more descriptors
         close_all(error.descriptors)
         return {"errno": errno.EMFILE, "detail": "the fork server has no room"}, []
     try:
@@ -128,7 +135,7 @@ def _answer(
         return functions[name](*arguments, *((passed,) if passed else ()))
     except (OSError, JobworkerError) as error:
         return failure(error), []
-    except Exception:  # noqa: BLE001 - recorded; whoever asked would wait for ever
+    except Exception:  # noqa: BLE001 - recorded; without an answer the launcher waits for ever
         incident = os.urandom(4).hex()
         say_fault(f"incident {incident}: the fork server")
         return {"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"}, []
@@ -137,11 +144,12 @@ def _answer(
 
 
 def _run(work: Work, numbers: Sequence[int], passed: Sequence[int]) -> Answer:
-    """Clone a process for a chore, which has `passed` at `numbers`, as the launcher has them.
+    """Clone a process for a chore.
 
-    The first one is its socket to the launcher. The process begins once it hears `GO` there, and
-    ends at the end of the stream. When the launcher is told of it, nobody but the launcher and the
-    process has those descriptors.
+    The process has the descriptors `passed` at the numbers `numbers`, which the launcher has for
+    them too. The first one is its socket to the launcher. The process waits for `GO` there, and
+    ends without any work if the stream ends instead. When the launcher has the answer, only the
+    launcher and the process hold these descriptors.
     """
     pid, pidfd = sc.clone3(sc.CLONE_PARENT)
     if pid == 0:
@@ -150,7 +158,11 @@ def _run(work: Work, numbers: Sequence[int], passed: Sequence[int]) -> Answer:
 
 
 def _work_and_exit(work: Work, numbers: Sequence[int], passed: Sequence[int]) -> NoReturn:
-    """In the process: no more of the launcher's is held, so that no end of a job is delayed."""
+    """Do a chore's work in its own process, send the outcome and exit.
+
+    The process first closes all descriptors except `numbers`: one that it kept open could delay the
+    end of a job.
+    """
     try:
         _put_in_place(passed, numbers)
         close_all_but(numbers)
@@ -169,7 +181,11 @@ def _outcome_of(work: Work) -> Message:
 
 
 def _put_in_place(passed: Sequence[int], numbers: Sequence[int]) -> None:
-    """Have `passed` at `numbers`, whichever of these overlap; the kernel gives the lowest first."""
+    """Duplicate `passed` to `numbers`, even if the two overlap.
+
+    dup(2) returns the lowest free number, which may be one of `numbers`. So each descriptor is
+    first duplicated to a number outside of `numbers`.
+    """
     taken, away = set(numbers), []
     for descriptor in passed:
         copy = os.dup(descriptor)

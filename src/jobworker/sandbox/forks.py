@@ -1,12 +1,14 @@
-"""The launcher's side of the fork server: it asks for processes and groups, and waits for nothing.
+"""The launcher's side of the fork server: calls for processes and groups that never block.
 
-A call is answered in a later turn, by `done`. Calls are answered in their order. A fork server that
-ends is replaced, and asked anew for whatever it has not answered: see `sandbox.fork_server` for why
-this is safe. What it had made without telling is a stray then, and is killed: a child of the
-launcher's which none of its descriptors names.
+`done` gets the answer to a call in a later turn. Calls are answered in their order. If the fork
+server ends, the launcher starts another one and repeats the calls that were not answered:
+`sandbox.fork_server` says why this is safe. A process that the old fork server made without an
+answer is a stray: a child of the launcher for which the launcher has no pidfd. The launcher kills
+strays.
 
-A fork server that does not answer is killed after a while, since nothing could be started for good.
-The time is counted in looks: a launcher that was stopped itself kills nothing.
+The launcher kills a fork server that answers nothing for `MOST_SECONDS`, since no job could be
+started any more. It counts the time in calls of `_look`, not by the clock: a launcher that was
+itself stopped for a while then kills no fork server.
 
 Standard library only.
 """
@@ -28,19 +30,22 @@ from jobworker.sandbox.fork_server import Function
 from jobworker.sandbox.log import say
 
 AT_ONCE = 4
-"""Calls that are sent and not answered: they fit the socket, and the fork server never idles."""
+"""How many calls may be sent and not answered: so many fit in the socket's buffer, and the fork
+server does not have to wait for the next one."""
 TRIES = 3
-"""A call that the fork server has not survived so often is told as a failure."""
+"""A call fails if the fork server has ended this often before it answered the call."""
 AGAIN_SECONDS = 0.1
 LOOK_SECONDS = 1.0
 MOST_SECONDS = 60.0
-"""A fork server that answers nothing for so long is killed: the kernel's lock was held for 3.4 s at
-the most."""
+"""The launcher kills a fork server that answers nothing for so long. The longest hold of the
+kernel's lock that was measured is 3.4 s."""
 DIED = errno.EOWNERDEAD
-"""It has ended each time: an errno that the kernel has for nothing that it does."""
+"""The errno of a call for which the fork server has ended. No system call that the fork server
+makes fails with this errno."""
 
 Done = Callable[[Message, list[int]], None]
-"""Gets the answer, or {"errno": …, "detail": …}, and descriptors, which are its own then."""
+"""Called with the answer, or with {"errno": …, "detail": …}, and with descriptors, which it owns
+from then on."""
 
 
 class _Call(NamedTuple):
@@ -52,10 +57,10 @@ class _Call(NamedTuple):
 
 
 class ForkServer:
-    """The process, and what it is asked for.
+    """The fork server's process and the calls to it.
 
-    `functions` and `kept` are as for `fork_server.start`; the launcher never closes these
-    descriptors. Raises OSError.
+    `functions` and `kept` are as for `fork_server.start`. The launcher never closes the descriptors
+    in `kept`, since a later fork server needs them too. Raises OSError.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class ForkServer:
         self._pidfd = -1
         self._looks = 0
         self._strays: set[int] = set()
-        """Children that nobody was told of: they were killed, and are still to be collected."""
+        """The pids of strays that were killed and are not reaped yet."""
         self._start()
 
     def call(
@@ -81,10 +86,12 @@ class ForkServer:
         *,
         repeat: bool = True,
     ) -> None:
-        """Have a function called; the descriptors go along, and stay open here until it is done.
+        """Call a function in the fork server. `done` gets the answer in a later turn.
 
-        Where the fork server ends meanwhile, the function is called again by the next one; without
-        `repeat` that is told as `DIED`. Raises OSError where this cannot even be asked.
+        The fork server gets duplicates of `descriptors`; the caller keeps its own open until `done`
+        is called. If the fork server ends before it answers, the next one is called again, up to
+        `TRIES` times in all; without `repeat` the call fails with `DIED` at once. Raises OSError
+        (EMSGSIZE) if the arguments or the descriptors are too many for a call.
         """
         body = fork_server.pack_call(name, arguments)
         if len(body) > channel.MAX_BODY_BYTES or len(descriptors) >= fork_server.MAX_PASSED:
@@ -94,11 +101,11 @@ class ForkServer:
 
     @property
     def is_idle(self) -> bool:
-        """Whether everything is answered, and nothing is left of fork servers that have ended."""
+        """Whether all calls are answered and all strays are reaped."""
         return not (self._waiting or self._sent or self._strays)
 
     def close(self) -> None:
-        """End the fork server, and wait for that: for tests, since the launcher's ends with it."""
+        """Kill the fork server and wait for its end. For tests: else it ends with the launcher."""
         if self._sock is not None:
             self._turns.unwatch(self._sock.fileno())
             self._sock.close()
@@ -120,9 +127,9 @@ class ForkServer:
                 finally:
                     channel.close_all(mine)
             except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-                self._send_later()  # its end, if it is that, is told by its pidfd
+                self._send_later()  # if the fork server has ended, its pidfd shows it
                 return
-            except (OSError, ProtocolError) as error:  # no descriptor or memory to be had
+            except (OSError, ProtocolError) as error:  # no descriptor or no memory is left
                 self._waiting.popleft()
                 code = error.errno if isinstance(error, OSError) else None
                 failed = _failure(code or errno.EMSGSIZE, str(error))
@@ -138,12 +145,12 @@ class ForkServer:
             self._turns.call_in(AGAIN_SECONDS, self._send_more)
 
     def _on_answer(self) -> None:
-        """Take one answer, if there is one."""
+        """Read one answer without blocking, and pass it to the `done` of its call."""
         assert self._sock is not None
         try:
             try:
                 received = channel.receive(self._sock)
-            except ConnectionResetError:  # told once, and before what waits to be read
+            except ConnectionResetError:  # reported once, before the answers that are still unread
                 received = channel.receive(self._sock)
         except BlockingIOError:
             return
@@ -154,7 +161,7 @@ class ForkServer:
         except (OSError, ProtocolError) as error:
             say(f"the fork server is ended: {error}")
             received = None
-        if received is None:  # its end: what it has not answered is asked of the next one
+        if received is None:  # the fork server has ended, or is to end: `_replace` repeats the rest
             self._turns.unwatch(self._sock.fileno())
             self._kill()
             return
@@ -164,7 +171,10 @@ class ForkServer:
         self._turns.see_through(_Told(call.done, *received))
 
     def _end_unnamed(self, said: Message) -> None:
-        """Kill what was made, of which the descriptors did not arrive; its numbers are certain."""
+        """Kill the processes of an answer whose descriptors were lost. Their pids are in `said`.
+
+        The pids are still theirs, since nothing but the launcher can reap them.
+        """
         for name in ("pid", "gateway_pid"):
             pid = said.get(name)
             if isinstance(pid, int):
@@ -173,7 +183,11 @@ class ForkServer:
     # --- its end ----------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Clone a fork server. The launcher itself has to: only who has root's rights ends one."""
+        """Clone a fork server and send it the calls that wait. Raises OSError.
+
+        Here the launcher itself may wait for the kernel's locks on groups. That is rare: only a
+        process with root's rights on the host can end a fork server.
+        """
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         near.setblocking(False)
         try:
@@ -197,10 +211,11 @@ class ForkServer:
             self._turns.call_in(AGAIN_SECONDS, self._watch)
 
     def _on_exit(self) -> None:
-        """It has ended: take what it has still answered, and have another one do the rest."""
+        """Reap a fork server that has ended. `_replace` reads its last answers and starts another.
+        """
         self._turns.unwatch(self._pidfd)
         if os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG) is None:
-            self._turns.call_in(AGAIN_SECONDS, self._watch)  # a tracer of the host's has it
+            self._turns.call_in(AGAIN_SECONDS, self._watch)  # a tracer on the host has it
             return
         os.close(self._pidfd)
         self._pidfd = -1
@@ -244,7 +259,7 @@ class ForkServer:
             self._turns.call_in(AGAIN_SECONDS, self._start_again)
 
     def _look(self) -> None:
-        """Kill it where it has answered nothing for too long."""
+        """Kill a fork server that has answered nothing for `MOST_SECONDS`."""
         if not self._sent:
             return
         self._turns.call_in(LOOK_SECONDS, self._look)
@@ -257,7 +272,7 @@ class ForkServer:
     # --- strays -----------------------------------------------------------------------------
 
     def _end_strays(self) -> None:
-        """Kill the children that no descriptor names: their maker has ended without a word."""
+        """Kill the children without a pidfd: their fork server has ended before it answered."""
         try:
             strays = _children() - _named()
         except OSError as error:
@@ -267,7 +282,10 @@ class ForkServer:
             self.end(pid)
 
     def end(self, pid: int) -> None:
-        """Kill a child that no descriptor names: its number is its own until it is collected."""
+        """Kill a child for which there is no pidfd, and reap it later.
+
+        Its pid cannot belong to another process before it is reaped.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         self._strays.add(pid)
@@ -284,9 +302,10 @@ class ForkServer:
 
 
 class _Told:
-    """Tells an answer; one that meets an unexpected fault is told as a failure, at the next try.
+    """Calls `done` with an answer, for `Turns.see_through`.
 
-    Whoever asked would wait for ever.
+    If `done` raises an unexpected exception, the next try calls it with a failure instead.
+    Otherwise the caller would wait for the answer for ever.
     """
 
     def __init__(self, done: Done, message: Message, descriptors: list[int]) -> None:
@@ -303,13 +322,13 @@ def _failure(code: int, detail: str) -> Message:
 
 
 def _children() -> set[int]:
-    """All children of this process, which has one thread: proc_pid_children(5)."""
+    """The pids of all children of this process, which has one thread: proc_pid_children(5)."""
     with open("/proc/thread-self/children", encoding="ascii") as file:
         return set(map(int, file.read().split()))
 
 
 def _named() -> set[int]:
-    """The processes that descriptors of this process name: pidfd_open(2), proc_pid_fdinfo(5)."""
+    """The pids for which this process has a pidfd: pidfd_open(2), proc_pid_fdinfo(5)."""
     named = set()
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

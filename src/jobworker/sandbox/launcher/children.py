@@ -1,12 +1,13 @@
-"""The launcher's children: one for each spare and each job, made, watched and cleared away.
+"""Makes the launcher's children, one for each spare and each job, and releases what they held.
 
-The nursery has children made from free slots, by the fork server, and takes everything back when
-one has ended: process, scope, files, descriptors. The pipes alone stay, for who reads what is left
-in them. What is half-made when a step fails goes too.
+The nursery takes a free slot and asks the fork server for a child. When a child has ended, the
+nursery releases its scope, files and descriptors, and frees the slot. Only the pipes stay open, so
+that the service can read the rest of the output. If a step of the making fails, what the earlier
+steps made is removed too.
 
-A fork server that ends while it makes a child is no failure of the child's: its program was not
-executed, since the order is given to none of which the launcher has not heard. So another child is
-made in its place.
+If the fork server ends while it makes a child, the start does not fail. The program was not
+executed, since a child gets its order only after the launcher has its descriptors. So the nursery
+asks for another child in its place, up to `TRIES` times in all.
 
 Standard library only.
 """
@@ -40,12 +41,12 @@ from jobworker.sandbox.start.steps import ROOT, Step, explain
 from jobworker.sandbox.user_namespaces import Ids
 
 OnMade = Callable[[Message | None], None]
-"""Told that a child is there, or why none could be made: the step, if there is one, the errno and
-the detail."""
+"""Called with None when a child was made, or with the reason why none could be made: the step, if
+there is one, the errno and the detail."""
 
 
 class Nursery:
-    """Has children made and cleared; holds the slots."""
+    """Asks the fork server to make and clear children; owns the slots."""
 
     def __init__(
         self, tree: Tree, policy: Policy, ids: Ids, stage: Stage, room_for_volumes: int
@@ -54,11 +55,12 @@ class Nursery:
         self.volumes = Volumes(stage.volumes, room_for_volumes)
         self._free = deque(range(self.slots))
         self._start = os.urandom(3).hex()
-        """Names of this start differ from those that an earlier one left to be swept."""
+        """A random part of the slots' names: they differ from those that an earlier launcher left,
+        which are still to be swept."""
         self._made = 0
         self._terminals = terminals_each(self.slots)
         self._landlock = landlock.open_scope()
-        behind = ids.first_of(self.slots) + 1  # and behind the service's own
+        behind = ids.first_of(self.slots) + 1  # behind the jobs' ids and the service's own
         self.networks = Networks(stage.view, behind, self._landlock)
         maker = Maker(
             tree,
@@ -82,28 +84,28 @@ class Nursery:
 
     @property
     def gaps(self) -> tuple[str, ...]:
-        """What this host cannot do for its jobs, in words."""
+        """A sentence for each feature that this host cannot offer to jobs."""
         own = () if self._landlock is not None else (landlock.GAP,)
         return (*own, *self._stage.gaps)
 
     @property
     def usual_disk_bytes(self) -> int:
-        """The size of the disk of a job that asks for none."""
+        """The size of the disk of a job that names no size."""
         return self._policy.disk_bytes
 
     @property
     def overcommits(self) -> bool:
-        """Whether jobs' disks take what is written to them, and not their size at once."""
+        """Whether jobs' disks take space as they are written, not their whole size at once."""
         return self._policy.overcommit
 
     @property
     def slots(self) -> int:
-        """How many children there may be at a time."""
+        """The largest number of children at a time."""
         return self._policy.max_jobs + self._policy.spares
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left of children that were cleared, or could not be made."""
+        """Whether nothing is left of children that were cleared or that could not be made."""
         return self.sweepers.is_idle and self.scopes.is_idle and self.forks.is_idle
 
     def has_room(self) -> bool:
@@ -113,15 +115,15 @@ class Nursery:
     # --- making -----------------------------------------------------------------------------
 
     def make(self, order: Order | None, on_made: Callable[[Child, Message | None], None]) -> Child:
-        """Have a child made that prepares itself, for `order` or as a spare.
+        """Ask the fork server for a child that prepares itself for `order`, or as a spare for None.
 
-        It has no process until `on_made` is called; then it is to be cleared, also where none could
-        be made. Raises OSError or SandboxError, and then nothing is left of it.
+        The child has no process until `on_made` is called. From then on the caller has to `clear`
+        it, even if no process could be made. Raises OSError or SandboxError; nothing is left then.
         """
         view = self._stage.view_for(order)
         if not self._free:
             raise SandboxError("every range of ids is in use", data={"step": "place"})
-        index = self._free.popleft()  # the one that has rested longest
+        index = self._free.popleft()  # the slot that has been free for the longest time
         with contextlib.ExitStack() as undo:
             undo.callback(self._free.appendleft, index)
             slot = self._new_slot(index)
@@ -186,7 +188,10 @@ class Nursery:
     def _make_again(
         self, child: Child, order: Order | None, view: View, on_made: OnMade, tried: int
     ) -> None:
-        """Have another one made in place of a child that ended with its fork server."""
+        """Ask for a child again, in place of one that was lost when the fork server ended.
+
+        The child gets a new name, and the scope of the old name is killed and removed.
+        """
         if tried >= TRIES:
             on_made({"errno": DIED, "detail": "the fork server has ended each time"})
             return
@@ -201,7 +206,10 @@ class Nursery:
             on_made({"errno": getattr(error, "errno", None) or errno.EIO, "detail": str(error)})
 
     def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
-        """The steps by which `order` would be started, told; raises SandboxError like `make`."""
+        """A description of each step by which `order` would be started.
+
+        Raises SandboxError like `make`.
+        """
         self._tree.check_controllers(limits)
         own_network, _ = self.networks.describe(order)
         slot = Slot("job", self._ids.first_of(0), self._ids.each)
@@ -220,16 +228,16 @@ class Nursery:
     # --- clearing ---------------------------------------------------------------------------
 
     def discard_disk(self, child: Child) -> None:
-        """Let go of the disk of a child that has ended."""
+        """Have a process discard the disk of a child that has ended."""
         disk, root = child.disk, child.root
         if disk is not None:
-            child.disk = child.root = None  # before: this may be called again, whatever fails
+            child.disk = child.root = None  # first, since a retry may call this a second time
             self.sweepers.discard_disk(disk, root, shared=child.shares)
 
     def clear(self, child: Child, done: Callable[[], None]) -> None:
-        """Take back all that a reaped child had, but for its pipes; then `done` is called.
+        """Release all that an ended child had except for its pipes, and then call `done`.
 
-        Its gateway has been reaped, too.
+        What must hold: its gateway has been reaped.
         """
         self.scopes.remove(child.scope.name, partial(self._on_removed, child, done))
 
@@ -246,19 +254,19 @@ class Nursery:
         self.turns.see_through(done)
 
     def give_back_volumes(self, child: Child) -> None:
-        """Let others remove the volumes that a child had."""
+        """End a child's use of its volumes, so that they may be removed."""
         roots, child.volume_roots = list(child.volume_roots.values()), {}
         volumes, child.volumes = child.volumes, ()
         self.volumes.give_back(volumes)
         self.sweepers.close(roots)
 
     def close_pipes(self, child: Child) -> None:
-        """Let go of a child's pipes, with what nobody has read."""
+        """Close a child's pipes. Output that was not read is lost."""
         close_all([child.stdout, child.stderr])
         child.stdout = child.stderr = -1
 
     def sweep_scratch(self) -> None:
-        """Have everything removed that an earlier launcher left on disk."""
+        """Have a process remove what an earlier launcher left on disk."""
         for path in self._stage.left_over():
             self.sweepers.remove(path)
 

@@ -1,7 +1,7 @@
-"""The processes that look at jobs' kernel memory: what runs in one, and what it leaves behind.
+"""The processes that measure jobs' kernel memory: the code that runs in one, and its outcome.
 
-A process may die of what it meets at a job, so it tells at which job it is by a memory file that
-the launcher shares with it.
+A hostile job may make such a process fail or block. So the process writes the id of the job that it
+inspects to a memfd that it shares with the launcher, and the launcher knows which job was the cause.
 
 Standard library only.
 """
@@ -22,33 +22,36 @@ _NUMBER = struct.Struct("=Q")
 
 
 class LookedAt:
-    """The job that a process looks at, which is known whatever becomes of the process."""
+    """The job that a process inspects now. The launcher can read it even if the process has died.
+    """
 
     def __init__(self) -> None:
         self.memory = os.memfd_create("looked-at", os.MFD_CLOEXEC)
-        """The process has it at the same number."""
+        """The memfd. The process has it at the same descriptor number."""
 
     def tell(self, job: int) -> None:
-        """In the process: what comes now is this job's, or with 0 no job's."""
+        """Called in the process before it inspects a job; 0 is for no job."""
         os.pwrite(self.memory, _NUMBER.pack(job), 0)
 
     @property
     def job(self) -> int:
-        """The latest."""
+        """The job that the process has last written; 0 for none."""
         said = os.pread(self.memory, _NUMBER.size, 0)
         return int(_NUMBER.unpack(said)[0]) if said else 0
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the memfd."""
         os.close(self.memory)
 
 
 def in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
-    """In a process: with a /proc of its own, which goes with it.
+    """Do the work in the chore's process with a /proc of its own, and return its outcome.
 
-    What is looked up in the launcher's, the launcher would have to forget when it collects the job.
+    The kernel keeps an entry for each name that is looked up in a /proc, and drops the entries of a
+    job when the job is reaped. In the launcher's /proc the launcher would have to wait for that. A
+    /proc of its own goes with this process.
     """
-    with contextlib.suppress(OSError):  # a kernel that lets no ordinary user do it: slower, then
+    with contextlib.suppress(OSError):  # some kernels forbid it to ordinary users: reaping is slow
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("proc", "/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
     outcome: channel.Message = {
@@ -61,7 +64,10 @@ def in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
 
 
 def used_by(outcome: channel.Message) -> float:
-    """What a process has used of a processor; one that had to be ended, as long as it could."""
+    """The seconds of a processor that a chore has used, for `kernel_memory.pace`.
+
+    If the chore has sent no outcome, the largest value that is possible: `MOST_SECONDS`.
+    """
     used = outcome.get("used_seconds", MOST_SECONDS)
     assert isinstance(used, int | float)
     return used

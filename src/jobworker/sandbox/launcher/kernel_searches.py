@@ -1,12 +1,13 @@
-"""Searches of jobs for kernel memory: which are wanted, a process for each, and what it has found.
+"""Searches of jobs for uncounted kernel memory: a queue of jobs, and a process for each search.
 
-A job is searched where much memory is nobody's, or where the host's grows by what no list explains:
-the second kind looks at sockets and pipes, too. Two jobs are searched at a time. A search that has
-used much of a processor rests (`sandbox.kernel_memory.pace`) and is made afterwards; one that has
-failed is made again.
+The watch has a job searched for one of two reasons. Either a measurement found much memory that
+belongs to no known job, or the host's kernel memory grew by more than all measurements explain. In
+the second case the search also inspects the job's sockets and pipes. Two searches run at a time.
+After a search that used much of a processor, the job's next search has to wait
+(`sandbox.kernel_memory.pace`). A search that has failed is repeated.
 
-What waits in pipes may be charged to the job or not. So it is only held against the job as far as
-it goes beyond the memory limit.
+The kernel charges some of the memory in pipes to the job, and some not. So only the part beyond the
+job's memory limit counts against the job.
 
 Standard library only.
 """
@@ -30,11 +31,13 @@ from jobworker.sandbox.log import say
 
 
 class _Wanted(NamedTuple):
-    """What a search of a job is to look for, beside what is nobody's."""
+    """The reasons for the search of a job."""
 
     sockets_too: bool = False
+    """Whether to inspect its sockets and pipes as well."""
     doubts: bool = False
-    """Whether one that cannot tell counts against the job: there is what is nobody's."""
+    """Whether a search without a clear result counts against the job, because a measurement found
+    memory that belongs to no known job."""
 
 
 class Searches:
@@ -50,25 +53,28 @@ class Searches:
         self._chores, self._running, self._verdicts = chores, running, verdicts
         self._measure_sockets_again = measure_sockets_again
         self._wanted: dict[int, _Wanted] = {}
-        """Jobs that are to be searched, and for what."""
+        """The jobs that wait for a search, with its reasons."""
         self._again_at: dict[int, float] = {}
-        """When jobs in doubt for their pipes are to be searched again, whatever else grows."""
+        """When to search again the jobs whose pipes are in doubt (monotonic clock, seconds)."""
         self._under_way: set[int] = set()
         self._paces: defaultdict[int, Pace] = defaultdict(Pace)
 
     def forget_all_but(self, running: Collection[int]) -> None:
-        """Drop what concerns jobs that have ended."""
+        """Drop the state of jobs that have ended."""
         for of_jobs in (self._paces, self._again_at):
             for ended in of_jobs.keys() - running:
                 del of_jobs[ended]
 
     def want(self, job: int, *, sockets_too: bool, doubts: bool) -> None:
-        """Have a job searched, also for what an earlier wish said that was not begun yet."""
+        """Queue a job for a search. The reasons of a search that has not begun are kept too."""
         before = self._wanted.get(job, _Wanted())
         self._wanted[job] = _Wanted(before.sockets_too or sockets_too, before.doubts or doubts)
 
     def start(self, running: Mapping[int, Child], unknown: list[dict[str, int]]) -> None:
-        """Begin those that are wanted and do not rest; `unknown` is what is nobody's, by file."""
+        """Begin the queued searches that need not wait for their pace.
+
+        `unknown`: the memory that belongs to no known job, by file, from each measurement.
+        """
         now, files = time.monotonic(), ChainMap(*unknown)
         for job in [job for job, moment in self._again_at.items() if moment <= now]:
             del self._again_at[job]
@@ -92,7 +98,7 @@ class Searches:
                 except OSError as error:
                     if error.errno == CROWDED:
                         judge({"errno": CROWDED, "detail": error.strerror})
-                    continue  # no process to be had: at the next look, then
+                    continue  # no process can be made now: `_look` tries again
                 self._under_way.add(job)
                 self._verdicts.begin(None, job)
                 del self._wanted[job]
@@ -107,7 +113,7 @@ class Searches:
             return
         if "errno" in outcome:
             self.want(job, **wanted._asdict())
-            if has_begun:  # else there was no process to be had: at the next look, then
+            if has_begun:  # else no process could be made, and `_look` tries again
                 say(f"cannot search job {job} for kernel memory: {outcome}")
                 self._verdicts.failed(job, None, outcome)
             return
@@ -116,7 +122,7 @@ class Searches:
         self._verdicts.end_beyond(child, max(found.locks, found.netlink))
         if self._verdicts.judge_sockets(job, child, None, found.in_sockets):
             self._measure_sockets_again()
-        if wanted.doubts:  # not where the host's memory alone is a reason: much else takes of that
+        if wanted.doubts:  # growth of the host's memory alone proves nothing about a job
             why = "it has descriptors in flight" if found.in_flight else ""
             if found.in_requests > BOUND_BYTES:
                 why = "requests over netlink may be its own"

@@ -1,14 +1,16 @@
-"""Whom the watch over kernel memory ends: verdicts of what was measured and found.
+"""Decides which jobs to end for uncounted kernel memory, from what measurements and searches found.
 
-A job that holds more than `BOUND_BYTES` is ended at once. A job of which several looks in a row
-cannot tell is ended too, and so is one at which several in a row have failed, or for which a
-process waits that cannot be ended: that lifts the job's I/O limit, with which it holds the kernel's
-locks longest.
+A job that holds more than `BOUND_BYTES` is ended at once. A job is also ended if `DOUBTS` looks in
+a row had no clear result or have failed, or if a process that inspects it cannot be ended. In the
+last case the end of the job also lifts its I/O limit, since a slow device is the usual reason why
+a job holds the kernel's locks for long.
 
-A job's group may count part of what its sockets hold. Both change meanwhile, so the highest count
-since the measurement or the search began comes off: what is left was surely held and not counted.
+A job's group may count part of the memory in the job's sockets. Both numbers change during a look.
+So the highest count since the look began is subtracted: the rest was certainly held and not
+counted.
 
-A look is known by the job and by its source, which is a measurement, or None for the job's search.
+"Look" is the word for both: a measurement of all jobs, or a search of one. A look is identified by
+the job and its source, which is the measurement, or None for the job's search.
 
 Standard library only.
 """
@@ -24,39 +26,42 @@ from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.log import say
 
 AGAIN_SECONDS = 1.0
-"""A job in doubt is looked at again so soon: a descriptor is in flight for a moment, usually."""
+"""The delay until the next look at a job in doubt. A descriptor is usually in flight for a shorter
+time, so an innocent job is not in doubt again."""
 DOUBTS = 3
-"""So many in a row end a job, and so many looks at it that have failed."""
+"""A job is ended after so many looks in a row without a clear result, or so many that failed."""
 PIPES = "pipes"
-"""A source of doubts of its own: a search that found what pipes may hold has told all else."""
+"""The source of doubts about pipes. They are counted apart: the same search may have had a clear
+result for everything else."""
 _WANTS = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC}
-"""What the host may lack, for which no job is to blame."""
+"""Errors that show a shortage on the host. They do not count against a job."""
 
 Source = Hashable
 
 
 class Verdicts:
-    """What looks have told of the running jobs so far."""
+    """The results of looks at the running jobs so far, and the ends that follow from them."""
 
     def __init__(
         self, running: Callable[[], dict[int, Child]], kill: Callable[[Child], None]
     ) -> None:
         self._running, self._kill = running, kill
         self._doubts: Counter[tuple[int, Source]] = Counter()
-        """How many in a row could not tell of a job."""
+        """How many looks in a row had no clear result, by job and source."""
         self._failures: Counter[tuple[int, Source]] = Counter()
-        """How many looks in a row at a job have failed."""
+        """How many looks in a row have failed, by job and source."""
         self._counted: dict[Source, dict[int, int]] = {}
-        """What jobs' groups counted in sockets at most since a source's look began.
-        A read sets the kernel's own figure back, whichever of them it is for."""
+        """The highest number of bytes that a job's group has counted in sockets since the look of a
+        source began. Each read resets the kernel's own maximum, so it is recorded for all sources.
+        """
 
     @property
     def are_pending(self) -> bool:
-        """Whether some job is to be looked at again soon."""
+        """Whether a job is in doubt, or a look at one has failed: then the next look comes soon."""
         return bool(self._doubts or self._failures)
 
     def forget_all_but(self, running: Collection[int]) -> None:
-        """Drop what concerns jobs that have ended."""
+        """Drop the state of jobs that have ended."""
         for counts in (self._doubts, self._failures):
             for look in [look for look in counts if look[0] not in running]:
                 del counts[look]
@@ -67,7 +72,7 @@ class Verdicts:
     # --- counts of sockets --------------------------------------------------------------------
 
     def begin(self, source: Source, job: int | None = None) -> None:
-        """A look begins, at one job or at all of them."""
+        """Record that a look begins, at one job or (None) at all of them."""
         counted = self._counted.setdefault(source, {})
         if job is None:
             counted.clear()
@@ -75,9 +80,10 @@ class Verdicts:
             counted.pop(job, None)
 
     def judge_sockets(self, job: int, child: Child, source: Source, size: int) -> bool:
-        """End a job whose sockets hold too much beyond what its group counts.
+        """End a job whose sockets hold over `BOUND_BYTES` more than its group has counted.
 
-        Returns whether to measure again: the count is only surely known of a time to come.
+        `size`: the bytes in its sockets. Returns whether to measure again: only from this call on is
+        the maximum of the group's count known, so an excess may show only in the next measurement.
         """
         if size <= BOUND_BYTES:
             return False
@@ -92,11 +98,14 @@ class Verdicts:
     # --- looks that have failed or cannot tell ------------------------------------------------
 
     def succeeded(self, job: int, source: Source) -> None:
-        """A look at this job has not failed."""
+        """Record that a look at this job has not failed."""
         del self._failures[job, source]
 
     def failed(self, job: int, source: Source, outcome: channel.Message) -> None:
-        """A process has failed while it looked at this job, or had to be ended."""
+        """Record that a process failed or was killed while it inspected this job.
+
+        Ends the job if that was too often, or if the process cannot be ended.
+        """
         child = self._running().get(job)
         if child is None or outcome["errno"] in _WANTS:
             return
@@ -107,7 +116,10 @@ class Verdicts:
             self._end(child, "may hold too much uncounted kernel memory: looks at it fail")
 
     def doubt(self, job: int, child: Child, source: Source, why: str) -> None:
-        """Count one more in a row that could not tell, for this reason, or none that could."""
+        """Record whether a look had a clear result: `why` is the reason if not, or "".
+
+        Ends the job after `DOUBTS` unclear results in a row.
+        """
         if not why:
             del self._doubts[job, source]
             return
@@ -116,14 +128,17 @@ class Verdicts:
             self._end(child, f"may hold too much uncounted kernel memory: {why}")
 
     def excuse_all(self) -> None:
-        """What is nobody's is little again: no job is in doubt for it any more."""
+        """Reset all doubts except those about pipes.
+
+        To be called when little memory belongs to no known job.
+        """
         for look in [look for look in self._doubts if look[1] != PIPES]:
             del self._doubts[look]
 
     # --- ends ---------------------------------------------------------------------------------
 
     def end_beyond(self, child: Child, size: int, what: str = "of uncounted kernel memory") -> None:
-        """End a job that holds more than the bound."""
+        """End a job if `size` is over `BOUND_BYTES`. `what` completes the reason in the log."""
         if size > BOUND_BYTES:
             self._end(child, f"holds {size >> 20} MiB {what}")
 

@@ -1,11 +1,10 @@
-"""What the fork server does for a child: it makes it and its control groups, and removes these.
+"""Functions of the fork server that make a child and its scope, and kill and remove scopes.
 
-All of it waits for the kernel's locks on groups, for as long as others hold them (see
-`sandbox.fork_server`). The launcher has what is made by its descriptors: `launcher.children` asks
-for it.
+All of them may wait for the kernel's locks on control groups, as long as others hold them (see
+`sandbox.fork_server`). `launcher.children` calls them, and gets descriptors of what was made.
 
-What must hold: a child that the launcher was not told of comes to nothing. It needs its order and
-its socket, whose other ends are closed then.
+What must hold: if the answer does not reach the launcher, the child executes no program. It needs
+its order and its socket, and their other ends are closed then.
 
 Standard library only.
 """
@@ -36,27 +35,28 @@ from jobworker.sandbox.start.steps import Step
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
 PIPE_BYTES = 1 << 20
-"""Room for output while nobody reads, such as between two turns of the service."""
+"""The size of a job's output pipes: a job can go on writing while the service does not read, such
+as between two turns of its event loop. 1 MiB is the default of pipe-max-size: pipe(7)."""
 
 _NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
 
 
 class Wanted(NamedTuple):
-    """A child to be made."""
+    """The description of a child that the fork server is to make."""
 
     slot: Slot
-    """Its name is that of its scope, too."""
+    """The child's scope has the slot's name."""
     place: int
     """The number of its slot."""
     steps: tuple[Step, ...]
     layout: Layout | None
-    """That of its network, where it has a gateway."""
+    """The layout of its network, if it has a gateway."""
     wall: bytes
     has_init: bool
 
 
 class Made(NamedTuple):
-    """The descriptors of a child that was made, by what they are; -1 where it has none."""
+    """The launcher's descriptors of a child; -1 for a kind that the child does not have."""
 
     pidfd: int
     sock: int
@@ -68,11 +68,11 @@ class Made(NamedTuple):
     report: int = -1
     oom: int = -1
     scope: tuple[int, ...] = ()
-    """Directories of its scope."""
+    """The directories of its scope, in the order of the tree's `tops`."""
 
 
 class Maker:
-    """Makes children; it is forked with the fork server, and used there alone."""
+    """Makes children. The fork server has it from the fork, and is the only one to use it."""
 
     def __init__(
         self,
@@ -91,30 +91,30 @@ class Maker:
 
     @property
     def descriptors(self) -> list[int]:
-        """Those that the fork server needs."""
+        """The descriptors that the fork server needs to make children."""
         own = [*self._tree.tops, self._trampoline, self._init]
         return own if self._landlock is None else [*own, self._landlock]
 
     @property
     def functions(self) -> dict[str, Function]:
-        """What the launcher may ask for, by name."""
+        """The functions that the launcher may call, by name."""
         return {"make": self._make, "kill": self._kill, "remove": self._remove}
 
     def _kill(self, name: str) -> Answer:
-        """SIGKILL everything in a scope."""
+        """Send SIGKILL to all processes in a scope."""
         self._tree.adopt(name).kill()
         return {}, []
 
     def _remove(self, name: str) -> Answer:
-        """Remove a scope; one that is gone is fine. Raises OSError (EBUSY) while it is in use."""
+        """Remove a scope, if it exists. Raises OSError (EBUSY) while it has processes."""
         self._tree.adopt(name).remove()
         return {}, []
 
     def _make(self, wanted: Wanted) -> Answer:
-        """Make a child: its pid, and a descriptor of each kind that is named.
+        """Make a child. The answer has its pid, its descriptors, and the names of their kinds.
 
-        Where that fails nothing of it is left, but for the gateway of its network, which is the
-        launcher's child: its number is told then.
+        If that fails, nothing of the child is left except for the gateway of its network. The
+        gateway is a child of the launcher, so the answer has its pid, and the launcher ends it.
         """
         with contextlib.ExitStack() as undo:
             scope = self._tree.create(wanted.slot.name)
@@ -183,7 +183,10 @@ class Maker:
         theirs: contextlib.ExitStack,
         gateways: list[int],
     ) -> tuple[int, Way]:
-        """Start the gateway of a child's own network: its pidfd, and what the child gets."""
+        """Start the gateway of a child's own network.
+
+        Returns the gateway's pidfd, and what the child needs to build its side of the network.
+        """
         pid, gateway, link = self._networks.open_gateway(layout, wanted.place, scope)
         gateways.append(pid)
         _closed_by(undo, gateway)
@@ -193,44 +196,51 @@ class Maker:
 
 
 def _remove_half_made(scope: Scope) -> None:
-    """Remove the scope of a child that was not made; the launcher tries again where it is busy."""
+    """Remove the scope of a child that was not made.
+
+    If it is busy, it stays: the launcher removes it again by name when it clears the child.
+    """
     with contextlib.suppress(OSError):
         scope.remove()
     scope.close()
 
 
 def _closed_by(stack: contextlib.ExitStack, descriptor: int) -> int:
-    """The descriptor, which is closed when `stack` is."""
+    """Return the descriptor, and have `stack` close it."""
     stack.callback(close_all, [descriptor])
     return descriptor
 
 
 def _open_pipe(undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe for output of a child's: our end to read from, and its end to write to."""
+    """A pipe for a child's output: the launcher's end to read, and the child's end to write."""
     read, write = os.pipe2(os.O_CLOEXEC)
     _closed_by(undo, read)
     _closed_by(theirs, write)
     os.set_blocking(read, False)
-    with contextlib.suppress(PermissionError):  # beyond pipe-max-size: smaller, then
+    with contextlib.suppress(PermissionError):  # above pipe-max-size: it keeps the usual size
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return read, write
 
 
 def _open_report(undo: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
-    """The pipe that a child's init writes to: our end, and its end."""
+    """The pipe in which a child's init reports the program's end: our end, and the init's end."""
     read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     return _closed_by(undo, read), _closed_by(theirs, write)
 
 
 def _user_namespace(slot: Slot) -> int:
-    """See `make_user_namespace`; raises SandboxError by the name of the step that needs it."""
+    """A new user namespace for a child: see `make_user_namespace`.
+
+    Raises SandboxError with the step that needs it, and OSError if the fork server lacks a process,
+    memory or a descriptor.
+    """
     try:
         return make_user_namespace(slot.first_uid, slot.ids)
     except OSError as error:
         reason = error.strerror
-        if error.errno == errno.ENOSPC:  # user_namespaces(7)'s word for a limit that is reached
+        if error.errno == errno.ENOSPC:  # user_namespaces(7): the limit on their number is reached
             reason = "the host's limit on them is reached"
-        elif error.errno not in (errno.EPERM, errno.EACCES):  # no process, memory or descriptor
+        elif error.errno not in (errno.EPERM, errno.EACCES):  # lacks a process, memory, descriptor
             raise
         raise SandboxError(
             f"cannot make a user namespace: {reason}", data={"step": "enter-user-namespace"}
@@ -238,6 +248,6 @@ def _user_namespace(slot: Slot) -> int:
 
 
 def made_of(names: Sequence[str], descriptors: Sequence[int]) -> Made:
-    """What an answer has brought: the names that it tells, and then the scope's directories."""
+    """The descriptors of an answer, first those in `names`, then the scope's directories."""
     named = dict(zip(names, descriptors, strict=False))
     return Made(**named, scope=tuple(descriptors[len(names) :]))

@@ -1,4 +1,4 @@
-"""What the launcher tells of jobs and of starts: how a job stands, and why a start failed.
+"""Parts of the launcher's messages to the service: the state of a job, and why a start failed.
 
 Standard library only.
 """
@@ -14,7 +14,7 @@ from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.protocol.replies import HowEnded, JobEntry
 
 Tell = Callable[[channel.Message, Sequence[int]], None]
-"""Sends the service a message, with descriptors."""
+"""Sends a message with descriptors to the service."""
 
 DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process ended"}
 TOO_FEW_DESCRIPTORS: channel.Message = {
@@ -46,12 +46,12 @@ MAY_HAVE_RUN: channel.Message = {
 
 
 def too_long(held: str, seconds: float) -> channel.Message:
-    """Why a start is given up that was held up for so long."""
+    """The failure of a start that took longer than `seconds`; `held` names what was not done."""
     return {"step": "start", "errno": errno.ETIMEDOUT, "detail": f"{held} within {seconds:.0f} s"}
 
 
 def listed(child: Child) -> JobEntry:
-    """What a service that takes a job over has to know of it, its pipes aside."""
+    """The state of a job, for a service that takes it over. The job's pipes are sent apart."""
     assert child.job is not None
     usage, is_measured = measured(child)
     return JobEntry(
@@ -68,7 +68,10 @@ def listed(child: Child) -> JobEntry:
 
 
 def measured(child: Child) -> tuple[Usage, bool]:
-    """What a job has used, and whether that could be read: earlier services take numbers only."""
+    """What a job has used, and whether that could be read.
+
+    If it could not, the numbers are 0: an earlier version of the service accepts numbers only.
+    """
     try:
         return child.usage(), True
     except OSError:
@@ -76,7 +79,7 @@ def measured(child: Child) -> tuple[Usage, bool]:
 
 
 def since_end(child: Child) -> float:
-    """How long ago a job ended: its end is told once its volumes were written out."""
+    """Seconds since a job ended. Its end is reported later, after its volumes were written out."""
     return time.monotonic() - child.ended_at
 
 
@@ -87,13 +90,13 @@ def how_ended(child: Child) -> HowEnded:
 
 
 def fault(incident: str) -> channel.Message:
-    """A refusal of a request that met an unexpected fault, which the log has by this number."""
+    """The refusal of a request that met an unexpected fault; the log has it by this number."""
     why = f"an unexpected fault; the launcher's log has it as incident {incident}"
     return {"step": "launcher", "errno": 0, "detail": why}
 
 
 def problem(step: str, error: OSError | JobworkerError) -> channel.Message:
-    """A refusal of a request, as the service is told of it; `step` where the error names none."""
+    """The refusal of a request because of an error. `step` is used if the error names no step."""
     if isinstance(error, OSError):
         return {"step": step, "errno": error.errno or 0, "detail": str(error)}
     code = error.data.get("errno", 0)
