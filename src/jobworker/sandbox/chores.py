@@ -245,7 +245,7 @@ class Chores:
 def _busy_seconds(pid: int) -> float:
     """The seconds in which a process ran or waited for a processor: proc_pid_schedstat(5).
 
-    Returns 0 if the kernel does not count them (CONFIG_SCHED_INFO): all time counts as waiting then.
+    Returns 0 if the kernel does not count them (CONFIG_SCHED_INFO). All time is then waiting time.
     """
     with contextlib.suppress(OSError), open(f"/proc/{pid}/schedstat", "rb") as file:
         return sum(map(int, file.read().split()[:2])) / 1e9

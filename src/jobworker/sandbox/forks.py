@@ -211,8 +211,7 @@ class ForkServer:
             self._turns.call_in(AGAIN_SECONDS, self._watch)
 
     def _on_exit(self) -> None:
-        """Reap a fork server that has ended. `_replace` reads its last answers and starts another.
-        """
+        """Reap a fork server that has ended. `_replace` reads its last answers and starts one."""
         self._turns.unwatch(self._pidfd)
         if os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG) is None:
             self._turns.call_in(AGAIN_SECONDS, self._watch)  # a tracer on the host has it

@@ -1,13 +1,14 @@
-"""Control files and groups, reached by name below an open directory.
+"""Reads, writes, removes and kills control groups, by a name below an open directory.
 
-A group is addressed as (top, name): the descriptor of a directory of ours and a path below it.
-Nothing here needs /sys/fs/cgroup to have a path: a descriptor keeps its mount alive, so all of
-this works on after the process has left the mount namespace that it started in. A control
-file is opened for each access (a few microseconds) and not kept, so that a job costs no
-descriptor for each of its files.
+A group is addressed as (top, name): the descriptor of a directory of ours and a path below it. A
+descriptor keeps its mount alive. So these functions need no path of /sys/fs/cgroup, and go on to
+work after the process has left the mount namespace in which it started. A control file is opened
+for each access (a few microseconds) and then closed, so that a job does not cost a descriptor for
+each of its files.
 
-What must hold: a limit is read back after it was written, because the kernel rounds some values
-and ignores others without a word; a process is killed only while it is seen to be a member.
+What must hold: a limit is read back after it was written, because the kernel rounds some values and
+ignores others without an error; a process is killed only if a pidfd holds it and it is a member
+then.
 """
 
 import errno
@@ -23,7 +24,7 @@ KILL_ROUNDS = 1000
 
 
 def read(top: int, path: str) -> str:
-    """The text of a control file; raises OSError."""
+    """The text of a control file. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=top)
     try:
         chunks = []
@@ -38,7 +39,7 @@ def read(top: int, path: str) -> str:
 
 
 def write(top: int, path: str, value: str) -> None:
-    """Write a value in one system call, as control files want it; raises OSError."""
+    """Write a value in one system call, as the kernel demands of control files. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=top)
     try:
         os.write(descriptor, value.encode("ascii"))
@@ -50,12 +51,15 @@ def write(top: int, path: str, value: str) -> None:
 
 
 def exists(top: int, path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether the file or directory exists."""
     return os.access(path, os.F_OK, dir_fd=top)
 
 
 def table(text: str) -> dict[str, int]:
-    """A flat keyed file such as memory.events: "KEY VALUE" on each line, others are skipped."""
+    """The numbers in a flat keyed file such as memory.events, by key.
+
+    Each line is "KEY VALUE"; other lines are skipped.
+    """
     rows = (line.split() for line in text.splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdecimal()}
 
@@ -63,8 +67,8 @@ def table(text: str) -> dict[str, int]:
 def set_limit(top: int, path: str, value: str, accepted: Callable[[str], bool]) -> None:
     """Write a limit and read it back.
 
-    Raises `SandboxError` with the file, the value and the kernel's reason, also where the
-    kernel took the write but `accepted` is not true of what the file holds then.
+    Raises `SandboxError` with the file, the value and the kernel's reason. It also raises if the
+    kernel accepts the write, but `accepted` is false for the text that the file has afterwards.
     """
     try:
         write(top, path, value)
@@ -85,7 +89,7 @@ def refused(path: str, value: str, reason: str, remedy: str = "") -> errors.Sand
 
 
 def groups_below(top: int, name: str) -> list[str]:
-    """The group and all groups below it, deepest first; empty when there is none."""
+    """The paths of the group and of all groups below it, deepest first; empty if it is gone."""
     try:
         descriptor = os.open(name, DIRECTORY, dir_fd=top)
     except FileNotFoundError:
@@ -99,7 +103,7 @@ def groups_below(top: int, name: str) -> list[str]:
 
 
 def groups_called(name: str, below: str = "/sys/fs/cgroup") -> list[str]:
-    """The paths of all groups of this name, in any hierarchy; other groups may come and go."""
+    """The paths of all groups of this name, in any hierarchy below the directory `below`."""
     return [f"{path}/{name}" for path, names, _ in os.walk(below) if name in names]
 
 
@@ -110,7 +114,7 @@ def subgroups(descriptor: int) -> list[str]:
 
 
 def remove_group(top: int, name: str) -> None:
-    """Remove a group and what a job may have made below it; nothing to do when it is gone.
+    """Remove a group, if it exists, and the groups that a job may have made below it.
 
     Raises OSError (EBUSY) while a process is in it.
     """
@@ -126,7 +130,7 @@ def remove_group(top: int, name: str) -> None:
 
 
 def members(top: int, name: str) -> set[int]:
-    """The processes in a group and below it, as this process's PID namespace numbers them."""
+    """The pids of the processes in a group and below it, in this process's PID namespace."""
     found: set[int] = set()
     for path in groups_below(top, name):
         try:
@@ -139,11 +143,11 @@ def members(top: int, name: str) -> set[int]:
 
 
 def kill_members(top: int, name: str) -> None:
-    """SIGKILL every process in a group one by one: for kernels without cgroup.kill (before 5.14).
+    """Send SIGKILL to each process in a group, for kernels without cgroup.kill (before 5.14).
 
-    Ends when each listed process has been signalled: a process with a fatal signal
-    pending cannot fork (fork(2) restarts), so each round leaves fewer. Raises OSError when it
-    has no end.
+    It repeats until each listed process has been signalled. A process with a pending fatal signal
+    cannot fork (fork(2) restarts), so each round leaves fewer. Raises OSError (EBUSY) after
+    `KILL_ROUNDS` rounds.
     """
     signalled: set[int] = set()
     for _ in range(KILL_ROUNDS):
@@ -157,7 +161,10 @@ def kill_members(top: int, name: str) -> None:
 
 
 def _kill(pids: set[int], members_now: Callable[[], set[int]]) -> None:
-    """Signal those that are still members once a pidfd holds them: a number may be used anew."""
+    """Kill the processes that are still members after a pidfd was opened for each of them.
+
+    Without that check a pid that the kernel has reused could name another process.
+    """
     held: dict[int, int] = {}
     try:
         for pid in pids:

@@ -1,21 +1,22 @@
-"""A job's scope and the tree of scopes, as far as cgroup v1 and v2 agree.
+"""A job's scope and the tree of scopes: the code that cgroup v1 and v2 have in common.
 
-A tree has a directory of its own in one hierarchy (v2) or in several (v1, hybrid); a scope is a
+A tree has a directory of its own in one hierarchy (v2) or in several (v1, hybrid). A scope is a
 directory of the same name in each of them. The life of a scope:
 
     create() -> attach_self() in the child, or clone into clone_fd -> arm() -> usage() …
              -> kill() -> (reap) -> remove()
 
-create(), attach_self(), clone3(2), kill() and remove() wait for the kernel's one lock on groups.
-Meanwhile mkdir(2) and rmdir(2) have our directory locked, in which a scope would be looked up. So a
-process that must not wait leaves these to another one. It has a scope by `adopt()`: by descriptors
-of its own directories, below which only its own removal locks anything.
+create(), attach_self(), clone3(2), kill() and remove() wait for the kernel's locks on control
+groups. While mkdir(2) or rmdir(2) waits for them, it holds the lock of the tree's directory, so the
+lookup of a scope by its name there waits too. A process that must not wait, such as the launcher,
+therefore leaves these calls to another one. It uses a scope by `adopt()`, with descriptors of the
+scope's own directories: only the removal of the scope locks these.
 
-Counters of the kernel run from the scope's creation. A spare waits in its scope before a job
-takes it, so arm() notes a baseline and usage() is the difference. Where the limits to come can be
-guessed, arm_ahead() sets them while nobody waits, and arm() has nothing left to do.
+The kernel's counters run from the creation of the scope. A spare waits in its scope before it
+becomes a job. So arm() stores the counters as a baseline, and usage() returns the difference. If
+the next job's limits can be guessed, arm_ahead() sets them in advance, so that arm() is fast.
 
-What must hold: no limit is left out silently (arm() refuses what it cannot set); after remove()
+What must hold: no limit is left out silently, so arm() raises if it cannot set one; after remove()
 no directory is left in any hierarchy.
 """
 
@@ -33,19 +34,19 @@ from jobworker.sandbox.cgroup import files
 
 Kind = Literal["v1", "hybrid", "v2", "none"]
 Want = Literal["", "limit", "host", "kernel"]
-"""What processes of a job were killed for want of: nothing; memory within the job's own limit;
-memory of the host or of a group above; the kernel's own memory
-(`sandbox.launcher.kernel_watch`)."""
+"""Which memory was missing when processes of a job were killed. "": no process was killed.
+"limit": memory within the job's own limit. "host": memory of the host or of a group above.
+"kernel": memory of the kernel (`sandbox.launcher.kernel_watch`)."""
 SWEEP_SECONDS = 5.0
 SWEEP_PAUSE_SECONDS = 0.005
 
 
 _CONTROLLERS = ("cpu", "memory", "io", "pids", "cpuset")
-"""Those of `Limits`, in its order."""
+"""The controller of each field of `Limits`, in the same order."""
 
 
 class Limits(NamedTuple):
-    """What a job may use; 0 is no limit. The caller has validated the ranges."""
+    """The limits of a job; 0 is no limit. The caller has to validate the ranges."""
 
     cpu_percent: int = 0  # of one core: 200 is two cores
     memory_bytes: int = 0  # hard, swap included
@@ -55,7 +56,7 @@ class Limits(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a job has used since arm(); 0 where its controller is not in use."""
+    """What a job has used since arm(). A field is 0 if its controller is not in use."""
 
     cpu_ns: int = 0
     memory_bytes: int = 0  # now
@@ -68,11 +69,11 @@ class Usage(NamedTuple):
 
 
 class Scope(ABC):
-    """One job's control group, made by `Tree.create()`, or known by `Tree.adopt()`.
+    """One job's control group. `Tree.create()` makes it; `Tree.adopt()` refers to an existing one.
 
-    `clone_fd`: its directory on cgroup2, for CLONE_INTO_CGROUP; None on a host without.
-    `oom_fd`: readable when the kernel may be about to kill for want of memory (v1: look at
-    oom_kills() then and again a little later, see cgroup_v1); None where no event is needed.
+    `clone_fd`: its directory on cgroup2, for CLONE_INTO_CGROUP; None on a host without cgroup2.
+    `oom_fd`: readable when the kernel may soon kill a process for want of memory. Read oom_kills()
+    then, and again a little later (`cgroup.v1`). None if the group needs no event (v2).
     """
 
     def __init__(self, tree: "Tree", name: str, directories: Sequence[int] = ()) -> None:
@@ -80,7 +81,8 @@ class Scope(ABC):
         self.clone_fd: int | None = None
         self.oom_fd: int | None = None
         self.directories = list(directories)
-        """Its own, in the order of the tree's `tops`; empty where it is reached by its name."""
+        """Descriptors of its directories, in the order of the tree's `tops`; empty if the scope is
+        reached by its name."""
         self._path = "." if directories else name
         places = dict(zip(tree.tops, directories, strict=True)) if directories else {}
         self._tops = {name: places.get(top, top) for name, top in tree.by_controller.items()}
@@ -94,30 +96,30 @@ class Scope(ABC):
         self._removed = False
 
     def attach_self(self, *, cloned: bool = True) -> None:
-        """Put the calling process into the scope: to be called in the child.
+        """Move the calling process, which is the child, into the scope.
 
-        `cloned`: the child was made with CLONE_INTO_CGROUP on `clone_fd`, so that only the v1
-        hierarchies are left. The first write after a while waits for an RCU grace period,
-        8 to 12 ms. Raises OSError.
+        `cloned`: the child was made with CLONE_INTO_CGROUP on `clone_fd`, so only the v1
+        hierarchies are left. After a pause in such writes, the first one waits for an RCU grace
+        period, 8 to 12 ms. Raises OSError.
         """
         for top in self._tree.tops:
             if not (cloned and top == self._tree.unified):
                 files.write(top, f"{self.name}/cgroup.procs", "0")
 
     def arm_ahead(self, limits: Limits) -> None:
-        """Do what arm() would for these limits, for a child that has nothing to do until then.
+        """Set the limits of a spare in advance, so that a later arm() with the same is fast.
 
-        Where it fails, arm() finds the same fault and tells of it.
+        Ignores a SandboxError: a later arm() meets the same fault and raises it.
         """
         with contextlib.suppress(errors.SandboxError):
             self.arm(limits)
             self._ahead = limits
 
     def arm(self, limits: Limits) -> None:
-        """Set all limits and start counting from here; to be called before the job.
+        """Set all limits and begin to count the usage. To be called before the program runs.
 
-        Raises `SandboxError` with the file, the value and the kernel's reason; the scope is
-        then to be removed, since some limits may be set and others not.
+        Raises `SandboxError` with the file, the value and the kernel's reason. The caller then has
+        to remove the scope, since some limits may be set and others not.
         """
         ahead, self._ahead = self._ahead, None
         if limits == ahead:
@@ -139,7 +141,7 @@ class Scope(ABC):
             ) from error
 
     def usage(self) -> Usage:
-        """What was used since arm(); raises OSError once the scope is removed."""
+        """What the job has used since arm(). Raises OSError once the scope is removed."""
         now, then = self._counters(), self._baseline
         return now._replace(
             cpu_ns=max(0, now.cpu_ns - then.cpu_ns),
@@ -150,47 +152,50 @@ class Scope(ABC):
         )
 
     def oom_kills(self) -> int:
-        """The kernel's kills for want of memory since arm(): v1 one process each, v2 the job."""
+        """How often the kernel has killed for want of memory since arm().
+
+        On v1 each kill is of one process, on v2 of the whole job.
+        """
         return max(0, self._oom_count() - self._baseline.oom_kills)
 
     def is_over_limit(self) -> bool:
-        """Whether the job's own memory limit was reached since arm(), and no memory was found.
+        """Whether an OOM since arm() was for the job's own memory limit. Clears `oom_fd`.
 
-        Else a kill was for want of memory in a group above, or on the host. Clears `oom_fd`.
+        Otherwise a kill was for want of memory in a group above or on the host.
         """
         return bool(self._memory_limit_bytes) and self._own_oom_count() > self._own_ooms
 
     def sockets_beyond_limit(self) -> int:
-        """Bytes in buffers of sockets beyond the memory limit, where they are counted apart.
+        """The bytes in socket buffers beyond their limit; 0 if the group does not count them apart.
 
-        The kernel grants each socket of a connection a piece or two whatever the limit is.
+        The kernel lets each TCP socket exceed the limit by a piece or two.
         """
         return 0
 
     def sockets_counted(self) -> tuple[int, int]:
-        """Bytes that the job's group counts in its sockets: at most since the last call, and now.
+        """The bytes in sockets that the job's group counts.
 
-        Where that is not told, it is taken to be the memory limit. A job without one may hold what
-        it likes.
+        Returns the maximum since the last call, and the present value. If the kernel does not show
+        them, both are the memory limit, or `sys.maxsize` for a job without one.
         """
         return self.sockets_limit_bytes, self.sockets_limit_bytes
 
     @property
     def sockets_limit_bytes(self) -> int:
-        """What the job's group counts in its sockets at most, but for `sockets_beyond_limit`."""
+        """The most that the group may count in sockets, without `sockets_beyond_limit` (bytes)."""
         return self._memory_limit_bytes or sys.maxsize
 
     def clear_oom(self) -> None:
-        """Take what `oom_fd` has to say, so that it is not readable until the next time."""
+        """Read and count the events of `oom_fd`, so that it is not readable until the next one."""
         if self.oom_fd is not None:
             with contextlib.suppress(BlockingIOError):
                 self._oom_events += os.eventfd_read(self.oom_fd)
 
     def kill(self) -> None:
-        """SIGKILL everything in the scope; the dead are still to be reaped. Raises OSError.
+        """Send SIGKILL to all processes in the scope. Their parents still have to reap them.
 
-        A process that waits for delayed direct I/O cannot die before that is through, which may
-        take minutes; so the I/O limit is lifted first.
+        A process in delayed direct I/O cannot die before the I/O is done, which may take minutes.
+        So the I/O limit is lifted first. Raises OSError.
         """
         if self._removed:
             return
@@ -205,9 +210,9 @@ class Scope(ABC):
             files.kill_members(top, self.name)
 
     def remove(self) -> None:
-        """Remove the scope from every hierarchy and close its descriptors; idempotent.
+        """Remove the scope from every hierarchy and close its descriptors. Idempotent.
 
-        Raises OSError (EBUSY) while a process is left; call it again then.
+        Raises OSError (EBUSY) while a process is in it; the caller tries again later.
         """
         if self._removed:
             return
@@ -218,10 +223,10 @@ class Scope(ABC):
         self.close()
 
     def close(self) -> None:
-        """Close its descriptors: another process removes it, or has done so; idempotent.
+        """Close its descriptors, if another process removes the scope. Idempotent.
 
-        Take `oom_fd` out of epoll before: a forked child may still hold a copy, which keeps the
-        registration alive.
+        The caller removes `oom_fd` from epoll before: a forked child may hold a copy of it, which
+        would keep the registration alive.
         """
         self._removed = True
         for descriptor in self._descriptors():
@@ -247,18 +252,18 @@ class Scope(ABC):
 
     @abstractmethod
     def _counters(self) -> Usage:
-        """The kernel's counters as they stand."""
+        """The present values of the kernel's counters, from the creation of the scope."""
 
     @abstractmethod
     def _oom_count(self) -> int: ...
 
     @abstractmethod
     def _own_oom_count(self) -> int:
-        """How often this group's own limit left no memory; only its growth says anything."""
+        """A counter of OOMs for this group's own limit. Only its growth has a meaning."""
 
     @abstractmethod
     def _restart_peak(self) -> None:
-        """Let the peak of memory start from the present usage, where the kernel can."""
+        """Reset the memory peak to the present usage, if the kernel can do that."""
 
     def _forbid_forks(self) -> None:
         if "pids" in self._tree.by_controller:
@@ -283,7 +288,8 @@ class Tree(ABC):
         self._scopes: set[str] = set()
         self._closed = False
         self._cores_fd: int | None = None
-        """What tells the cores that there are: looked up once, for our directory may be locked."""
+        """The open file that lists the cores of our directory. It is opened once, since a lookup in
+        the directory may wait for a lock."""
 
     def check_controllers(self, limits: Limits) -> None:
         """Raise `SandboxError` if a limit is asked for whose controller is not in use."""
@@ -296,7 +302,7 @@ class Tree(ABC):
                 )
 
     def cores(self) -> str:
-        """The cores that our directory has, where there is a cpuset. Raises OSError."""
+        """The cores of our directory, such as "0-3", by its cpuset. Raises OSError."""
         if self._cores_fd is None:
             file = cgroup_cpuset.EFFECTIVE[self.kind == "v2"]
             flags = os.O_RDONLY | os.O_CLOEXEC
@@ -304,16 +310,17 @@ class Tree(ABC):
         return os.pread(self._cores_fd, 65536, 0).decode("ascii", "replace").strip()
 
     def adopt(self, name: str, directories: Sequence[int] = (), oom_fd: int | None = None) -> Scope:
-        """The scope of that name, which another process has made: see `open_directories`.
+        """A scope that another process has made.
 
-        It owns the descriptors. Without any it serves to be killed and removed by its name.
+        `directories` are as from `open_directories`. The scope owns them and `oom_fd`. Without
+        directories it can only be killed and removed, by its name.
         """
         scope = self._new_scope(name, directories)
         scope.oom_fd = oom_fd
         return scope
 
     def open_directories(self, name: str) -> list[int]:
-        """A descriptor of each directory of a scope, for `adopt`. Raises OSError."""
+        """A descriptor of each directory of a scope, in the order of `tops`. Raises OSError."""
         opened: list[int] = []
         try:
             for top in self.tops:
@@ -325,16 +332,16 @@ class Tree(ABC):
         return opened
 
     def bound_processes(self, most: int) -> None:
-        """Let the scopes have no more processes and threads together, where these are counted.
+        """Limit all scopes together to `most` processes and threads. Raises `SandboxError`.
 
-        Raises `SandboxError`.
+        Does nothing if the pids controller is not in use.
         """
         if "pids" in self.by_controller:
             top, value = self.by_controller["pids"], str(most)
             files.set_limit(top, "pids.max", value, value.__eq__)
 
     def create(self, scope_name: str) -> Scope:
-        """Make an empty scope without limits; raises `SandboxError`, and leaves nothing then."""
+        """Make an empty scope without limits. Raises `SandboxError`; nothing is left then."""
         if not scope_name or "/" in scope_name or scope_name.startswith("."):
             raise ValueError(f"not a name for a scope: {scope_name!r}")
         made: list[int] = []
@@ -358,14 +365,14 @@ class Tree(ABC):
         return scope
 
     def forget(self, scope_name: str) -> None:
-        """A scope has removed itself."""
+        """Drop a scope from the tree. A scope calls this when it has removed itself."""
         self._scopes.discard(scope_name)
 
     def sweep(self) -> list[str]:
         """Kill and remove the scopes that an earlier instance of this name left behind.
 
-        Returns their names. Waits for the killed to die, up to `SWEEP_SECONDS` in all, which is
-        why it belongs to the start. Raises OSError when something cannot be removed.
+        Returns their names. Waits up to `SWEEP_SECONDS` in all until the killed processes are dead;
+        so only the start may call it. Raises OSError if a scope cannot be removed.
         """
         left = {name for top in self.tops for name in files.subgroups(top)} - self._scopes
         deadline = time.monotonic() + SWEEP_SECONDS
@@ -374,9 +381,9 @@ class Tree(ABC):
         return sorted(left)
 
     def close(self) -> None:
-        """Remove our own directories and close all descriptors; idempotent.
+        """Remove our own directories and close all descriptors. Idempotent.
 
-        Raises OSError (EBUSY, ENOTEMPTY) while a scope is left; call it again then.
+        Raises OSError (EBUSY, ENOTEMPTY) while a scope is left; the caller tries again later.
         """
         if self._closed:
             return
@@ -393,7 +400,7 @@ class Tree(ABC):
 
     @abstractmethod
     def missing_features(self) -> tuple[str, ...]:
-        """What this host cannot do as the limits mean it: a line each for `worker check`."""
+        """A line for each limit or counter that this host cannot fully offer (`worker check`)."""
 
     @abstractmethod
     def _new_scope(self, name: str, directories: Sequence[int] = ()) -> Scope: ...

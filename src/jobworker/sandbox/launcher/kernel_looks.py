@@ -1,7 +1,7 @@
 """The processes that measure jobs' kernel memory: the code that runs in one, and its outcome.
 
 A hostile job may make such a process fail or block. So the process writes the id of the job that it
-inspects to a memfd that it shares with the launcher, and the launcher knows which job was the cause.
+inspects to a memfd that it shares with the launcher. Then the launcher knows which job it was.
 
 Standard library only.
 """
@@ -22,8 +22,7 @@ _NUMBER = struct.Struct("=Q")
 
 
 class LookedAt:
-    """The job that a process inspects now. The launcher can read it even if the process has died.
-    """
+    """The job that a process inspects now, readable even after the process has died."""
 
     def __init__(self) -> None:
         self.memory = os.memfd_create("looked-at", os.MFD_CLOEXEC)

@@ -1,9 +1,8 @@
 """Decides which jobs to end for uncounted kernel memory, from what measurements and searches found.
 
 A job that holds more than `BOUND_BYTES` is ended at once. A job is also ended if `DOUBTS` looks in
-a row had no clear result or have failed, or if a process that inspects it cannot be ended. In the
-last case the end of the job also lifts its I/O limit, since a slow device is the usual reason why
-a job holds the kernel's locks for long.
+a row had no clear result or have failed, or if a process that inspects it cannot be ended. The kill
+of the job also lifts its I/O limit, which lets a job hold the kernel's locks the longest.
 
 A job's group may count part of the memory in the job's sockets. Both numbers change during a look.
 So the highest count since the look began is subtracted: the rest was certainly held and not
@@ -82,8 +81,8 @@ class Verdicts:
     def judge_sockets(self, job: int, child: Child, source: Source, size: int) -> bool:
         """End a job whose sockets hold over `BOUND_BYTES` more than its group has counted.
 
-        `size`: the bytes in its sockets. Returns whether to measure again: only from this call on is
-        the maximum of the group's count known, so an excess may show only in the next measurement.
+        `size`: the bytes in its sockets. Returns whether to measure again: the maximum of the
+        group's count is certain only from this call on, so the next measurement may show more.
         """
         if size <= BOUND_BYTES:
             return False

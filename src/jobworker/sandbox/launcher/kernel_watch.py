@@ -1,33 +1,33 @@
-"""Ends a job that holds more kernel memory than it may of what no control group counts.
+"""Ends a job that holds too much of the kernel memory that no control group counts.
 
-Measuring that takes a process a while (`sandbox.kernel_memory.measure`), so it is done only when
-there is a reason: the kernel's memory that cannot be given back, which one line of /proc/meminfo
-tells for the whole host, has grown. Who holds more than `BOUND_BYTES` then is ended as out of
-memory. Where so much is found that nothing tells whose it is, each job is searched
-(`sandbox.kernel_memory.search`).
+A measurement takes a process a while (`sandbox.kernel_memory.measure`). So the watch polls three
+cheap numbers of the whole host, and measures when one of them has grown:
 
-Buffers of TCP sockets have a control group's limit of their own on cgroup v1, which the kernel lets
-each socket pass by a piece or two. What is beyond it counts like the rest: it is read from the
-jobs' groups where the host's number for TCP (/proc/net/sockstat) has grown. The same is a reason to
-measure what nobody has accepted (`sandbox.kernel_memory.connections`), which no group counts.
+1. Slab memory that the kernel cannot reclaim (/proc/meminfo). It is a reason for all measurements.
+   A job that holds more than `BOUND_BYTES` is ended as out of memory. If the measurements find more
+   than that without an owner, each job is searched (`sandbox.kernel_memory.search`).
+2. Memory of TCP sockets (/proc/net/sockstat). On cgroup v1 TCP buffers have a limit of their own in
+   each group, which the kernel lets each socket exceed by a piece or two. So the watch reads the
+   excess from the jobs' groups; it counts like other memory. The watch also measures connections
+   that no process has accepted (`sandbox.kernel_memory.connections`), which no group counts.
+3. Pages that /proc/meminfo has under no name (`sandbox.kernel_memory.host`). It is a reason to
+   measure all IP sockets, since no group counts their error queues and open datagrams.
 
-A third number of the host's, pages that it has no name for (`sandbox.kernel_memory.host`), is a
-reason to measure all sockets over IP: error queues and open datagrams are in no group either.
+A socket that is in no list of the kernel still keeps its buffers and options, in pages or in slabs.
+So if the first and the third number together grow by more than all measurements explain, the watch
+has each job's descriptors searched for such sockets and for pipes. These two numbers alone are no
+reason to doubt a job: memory that is charged to jobs, drivers and the host's programs change them.
 
-Sockets that no list has keep their buffers and options, in pages or in slabs. So where the first
-and the third number together grow by more than all measurements explain, each job's descriptors are
-searched for such sockets, and for pipes. Nobody is in doubt for these numbers alone: what is
-charged to jobs, drivers and the host's programs change them, too.
+`sandbox.launcher.kernel_searches` has the searches. `sandbox.launcher.kernel_verdicts` decides
+which jobs end; this includes jobs for which several looks in a row had no clear result or failed.
 
-`sandbox.launcher.kernel_searches` has the searches, and `sandbox.launcher.kernel_verdicts` says who
-ends: also a job of which several looks in a row cannot tell, or at which they fail.
-
-What must hold: a job holds no more of each kind than the bound, what the host's grows by before
-it is looked at, and what the job can add meanwhile. No job delays the others' measurement: each
-kind has a process of its own, with an end, and so has each job's search; one that cannot be ended
-keeps no other from being started. None of them takes more of a processor than its pace
-(`sandbox.kernel_memory.pace`), though a job can give a reason for each at any time: what is to be
-measured while it rests is measured afterwards. Looking costs an idle launcher nothing.
+What must hold: a job never holds more of one kind than the sum of the bound, the growth of the host
+that is a reason to look (`STEP_BYTES`), and what the job can add before the measurement is done. No
+job delays the measurement of others: each kind of measurement has a process of its own with a time
+limit, and so has each search. A process that cannot be ended keeps no other from being started.
+None of them takes more of a processor than its pace (`sandbox.kernel_memory.pace`), although a job
+can give a reason for each at any time: a measurement that is due during a pause is done after it.
+An idle launcher does not poll.
 
 Standard library only.
 """
@@ -52,22 +52,24 @@ from jobworker.sandbox.launcher.kernel_verdicts import AGAIN_SECONDS, Verdicts
 from jobworker.sandbox.log import say
 
 STEP_BYTES = 32 << 20
-"""Growth of the host's that is a reason to look."""
+"""How much one of the host's numbers has to grow to be a reason for a measurement."""
 LOOK_SECONDS = 0.05
-"""In 0.2 s a job fills 600 MiB of error queues. A look takes 0.2 ms with two processors."""
+"""The shortest pause between two polls of the host's numbers. A job can fill 600 MiB of error
+queues in 0.2 s. A poll takes 0.2 ms with two processors."""
 LOOK_SHARE = 0.01
-"""Of a processor, at the most: with hundreds of them a look takes milliseconds."""
+"""The share of a processor that polls may take. With hundreds of processors a poll takes
+milliseconds, so the pause gets longer."""
 SELDOM_SECONDS = 30.0
-"""Looked at in any case this often: what others give back may hide what a job takes."""
+"""The longest time without a measurement: memory that others free may hide what a job takes."""
 GROUPS_A_TURN = 50
-"""Two files each: a few milliseconds."""
+"""How many jobs' groups are read in one turn. Each has two files, so a turn takes a few ms."""
 SEARCHES_AT_ONCE = 2
 
 Measure = Callable[[Mapping[int, int], LookAt], Measured]
 
 
 class KernelWatch:
-    """Looks at the host's number, and where that grows at each job."""
+    """Polls the host's numbers while jobs run, and starts measurements and searches."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class KernelWatch:
         )
         host = HostMemory()
         self._explained: dict[Measure, int] = {}
-        """What each measurement told the last time, of jobs and of others."""
+        """The bytes that each measurement found the last time, of jobs and of others."""
         self._slabs, self._tcp, self._unnamed = (
             Figure(read, STEP_BYTES) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
         )
@@ -111,22 +113,23 @@ class KernelWatch:
         self._measuring: set[Measure] = set()
         self._paces: dict[Measure, Pace] = {measure: Pace() for measure in self._measures}
         self._unknown: dict[Measure, dict[str, int]] = {}
-        """What was nobody's the last time, by file. All searches share it."""
+        """The memory for which each measurement found no owner the last time, by file. All searches
+        share it."""
         self._inherited: dict[int, int] = {}
-        """What orphans with a job's ids held when these were found for the first time: those of an
-        ended job that had them before may be among these, and are not the job's doing. A job that
-        still prepares itself has not its ids yet."""
+        """The bytes in orphaned sockets with a job's ids, when they were found for the first time.
+        Some may be of an ended job that had these ids before, so they do not count against this
+        job. A job that still prepares itself does not use its ids yet."""
         self._groups_due = False
         self._groups_pace = Pace()
         self._unseen: list[int] = []
-        """Jobs whose groups are still to be looked at, for what their sockets hold."""
+        """The jobs whose groups are still to be read for memory of their sockets."""
         self._unsolved: dict[Measure, bool] = {}
-        """Whether it could not tell whose more than the bound is."""
+        """Whether a measurement found more than the bound without an owner, or was incomplete."""
         self._measured_at = time.monotonic()
         self._pause = LOOK_SECONDS
 
     def wake(self) -> None:
-        """A job runs: look from now on, until none does."""
+        """Begin to poll, because a job runs. The polls end when no job runs any more."""
         if not self._turns.is_set(self._look):
             self._explained.clear()
             for figure in (self._slabs, self._tcp, self._unnamed, self._hidden):
@@ -158,7 +161,7 @@ class KernelWatch:
         self._start_due(running)
 
     def _start_due(self, running: Mapping[int, Child]) -> None:
-        """Begin what is due, as far as it is not under way and does not rest."""
+        """Begin what is due, except for what is under way already or has to wait for its pace."""
         now = time.monotonic()
         is_looking = self._turns.is_set(self._look_at_some)
         if self._groups_due and not is_looking and not self._groups_pace.rests(now):
@@ -172,7 +175,7 @@ class KernelWatch:
         for measure in due:
             try:
                 looked_at = LookedAt()
-            except OSError:  # no descriptor to be had: at the next look, then
+            except OSError:  # no descriptor is left: the next poll tries again
                 break
             work = partial(in_its_own_proc, partial(measure, pids, looked_at.tell))
             judge = partial(self._judge, measure, looked_at)
@@ -182,7 +185,7 @@ class KernelWatch:
             except OSError as error:
                 if error.errno == CROWDED:
                     judge({"errno": CROWDED, "detail": error.strerror})
-                else:  # no process to be had: at the next look, then
+                else:  # no process can be made now: the next poll tries again
                     looked_at.close()
                     self._due.add(measure)
                 continue
@@ -190,7 +193,10 @@ class KernelWatch:
             self._verdicts.begin(measure)
 
     def _look_at_some(self) -> None:
-        """Read the groups of a few jobs in this turn: thousands would keep all others waiting."""
+        """Read the groups of a few jobs, and go on in the next turn.
+
+        All of them in one turn would make the turn too long.
+        """
         began = time.thread_time()
         running = self._running()
         for job in self._unseen[:GROUPS_A_TURN]:
@@ -206,7 +212,7 @@ class KernelWatch:
         self._measuring.discard(measure)
         job_looked_at = looked_at.job
         looked_at.close()
-        if outcome.get("begun") is False:  # no process to be had: at the next look, then
+        if outcome.get("begun") is False:  # no process could be made: the next poll tries again
             self._due.add(measure)
             return
         self._paces[measure].add(time.monotonic(), used_by(outcome))
@@ -261,7 +267,10 @@ class KernelWatch:
                     self._due.add(kernel_connections.measure)
 
     def _leaves_hidden(self, measure: Measure, told: int) -> bool:
-        """Whether a list of sockets leaves more that nothing explains than the last one did."""
+        """Whether a list of sockets leaves more memory unexplained than the list before did.
+
+        `told`: the bytes that the measurement has found.
+        """
         self._explained[measure] = told
         if measure is kernel_connections.measure:
             return self._hidden.has_grown()

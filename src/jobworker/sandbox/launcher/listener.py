@@ -1,10 +1,10 @@
-"""The door of a launcher that runs on its own: who may come in, one at a time.
+"""The listening socket of a launcher that runs on its own: it admits one service at a time.
 
-The socket's file belongs to the service's user, mode 0600, or to root where the service has an id
-of its own, which it takes after it has called; besides, each caller is asked who it
-is (SO_PEERCRED, unix(7)): the service's user or root. One caller is served at a time. A newer
-one takes the place of one that has gone, and waits until all that this one said is done; while one
-is there, a second is refused by name.
+The socket's file has mode 0600. It belongs to the service's user, or to root if the service gets a
+user id of its own after it has connected. The launcher also checks the user of each connection
+(SO_PEERCRED, unix(7)): it admits the service's user and root. While a service is connected, the
+launcher refuses another one with the reason. When a service has gone, the next one waits until the
+launcher has handled all requests of the earlier one.
 
 Standard library only.
 """
@@ -26,7 +26,7 @@ AGAIN_SECONDS = 0.1
 
 
 class Doorway:
-    """The listening socket."""
+    """The listening socket, and the checks of each connection before it is admitted."""
 
     def __init__(
         self,
@@ -84,9 +84,10 @@ class Doorway:
             )
 
     def _pause(self) -> None:
-        """Leave callers waiting for a moment: there are no descriptors, or too much is going on.
+        """Accept no connection for `AGAIN_SECONDS`.
 
-        Or the service before them still has to be heard to its end.
+        The launcher has no descriptor left, too many descriptors wait to be closed, or requests of
+        the earlier service are still to be read.
         """
         self._turns.unwatch(self._listener.fileno())
         self._turns.call_in(AGAIN_SECONDS, self._resume)
@@ -95,12 +96,12 @@ class Doorway:
         self._turns.watch(self._listener.fileno(), self._on_caller)
 
     def go_on(self) -> None:
-        """Let callers in that wait: the service before them has been heard to its end."""
+        """End a pause at once: all requests of the earlier service have been read."""
         if self._turns.is_set(self._resume):
             self._turns.call_in(0, self._resume)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Close the socket, so that no service can connect any more."""
         self._turns.cancel(self._resume)
         self._turns.unwatch(self._listener.fileno())
         self._listener.close()

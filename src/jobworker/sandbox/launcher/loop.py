@@ -1,13 +1,13 @@
-"""The launcher's loop: requests of the service on one side, its children on the other.
+"""The launcher's loop: serves the requests of the service and watches the children.
 
-`sandbox.protocol.operations` and `sandbox.protocol.events` have the tables of what service and
-launcher say to one another. `Launcher` has the function of each operation.
+`sandbox.protocol.operations` has the table of requests and replies, `sandbox.protocol.events` that
+of events. `Launcher` has the function of each operation.
 
-A launcher has one of two lives. One that a service has started serves that service: when it
-goes, its jobs go, and then the loop ends. One that runs on its own lets services in by its
-`Doorway` and keeps jobs, pipes and exit statuses while none is there; SIGTERM ends it. A start
-that nobody waits for any more, since the service went in the midst of it, is undone, and the next
-service is told that the program was not executed, where that is sure.
+A launcher runs in one of two ways. If a service has started it, it serves that service alone: when
+the service goes, the launcher ends all jobs and then itself. If it runs on its own, it admits
+services by its `Doorway`, and keeps jobs, pipes and exit statuses while no service is connected;
+SIGTERM ends it. If a service goes during a start, the launcher gives the start up, and tells the
+next service that the program was not executed, if that is certain.
 
 What must hold: the loop never waits for a child, for a file system that a job can slow down, for
 the kernel's locks on control groups, or for the service to read.
@@ -41,7 +41,7 @@ from jobworker.sandbox.protocol import replies, requests
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
 
 FAREWELL_SECONDS = 10.0
-"""Bound on ending all jobs once the launcher is to leave."""
+"""How long the launcher waits for the end of all jobs before it exits anyway."""
 JOBS_PER_PAGE = channel.MAX_DESCRIPTORS // 2
 
 Q = TypeVar("Q", bound=requests.Request)
@@ -52,35 +52,35 @@ Function = Callable[[int, requests.Request], ops.Reply | None]
 def _served(
     operation: ops.Operation[Q, A], function: Callable[[int, Q], A | None]
 ) -> tuple[str, Function]:
-    """An entry of the launcher's table; types say that the function is one for this row."""
+    """An entry of the launcher's table. The types ensure that function and operation match."""
     return operation.name, cast("Function", function)
 
 
 class Launcher:
-    """The loop, and who is connected to it."""
+    """The loop, the connection to the service, and a function for each operation."""
 
     def __init__(self, nursery: Nursery, spares: int, hello: channel.Message, locks: int) -> None:
         self._turns, forks = nursery.turns, nursery.forks
         self._volumes = nursery.volumes
         self._disposal = Disposal(self._turns, forks)
         self._makers = Chores(self._turns, forks, at_once=4, waiting=0)
-        """Apart from the rest, since formatting a large volume takes long."""
+        """Chores that make volumes. They are apart, since to format a large volume takes long."""
         self._chores = Chores(self._turns, forks, at_once=4, waiting=256)
         self._jobs = Jobs(nursery, spares, self._send, locks)
         self._functions = self._table()
         self._hello = {**hello, "protocol": PROTOCOL}
         self._link: ServiceLink | None = None
         self._greeted = False
-        """Whether the service has told its version."""
+        """Whether the service has sent its version, and the launcher accepts it."""
         self._doorway: Doorway | None = None
         self._leave_by: float | None = None
 
     def serve_one(self, sock: socket.socket) -> None:
-        """Serve the service at the other end, and live as long as it does."""
+        """Serve the service at the other end of `sock`, and leave when it goes."""
         self._connect(sock)
 
     def serve_callers(self, listener: socket.socket, allowed_uids: Collection[int]) -> None:
-        """Serve whoever calls and may, one after the other, until SIGTERM."""
+        """Serve the services that connect and are allowed, one after the other, until SIGTERM."""
         self._leave_on_signals()
         self._doorway = Doorway(
             listener,
@@ -93,7 +93,10 @@ class Launcher:
         )
 
     def run(self) -> None:
-        """Do all that, until it is time to leave and no child is left."""
+        """Run the loop until the launcher is to leave and no child is left.
+
+        It returns at the latest `FAREWELL_SECONDS` after the launcher began to leave.
+        """
         while not self._finished():
             self._turns.turn()
 
@@ -103,7 +106,7 @@ class Launcher:
         return self._jobs.nothing_left or time.monotonic() > self._leave_by
 
     def _leave_on_signals(self) -> None:
-        # A signal that has no handler would not reach PID 1 of a namespace at all.
+        # The kernel does not deliver a signal without a handler to PID 1 of a namespace.
         awake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -124,7 +127,7 @@ class Launcher:
     def _on_lost(self, reason: str, descriptors: list[int]) -> None:
         self._link = None
         if self._doorway is None:
-            self._leave(reason)  # the descriptors are left open: they end with the process
+            self._leave(reason)  # the descriptors stay open until the process exits
             return
         say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._jobs.undo_starts()
@@ -142,7 +145,7 @@ class Launcher:
                 self._reply(number, operation, reply)
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(operation.step, error))
-        except Exception:  # noqa: BLE001 - recorded; its sender would wait for ever
+        except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever
             self._refuse(number, fault(self._turns.record(type(request).__name__)))
 
     def _table(self) -> dict[str, Function]:
@@ -184,7 +187,7 @@ class Launcher:
         self._refuse(number, {"step": "hello", "errno": errno.EPROTO, "detail": why})
 
     def _child(self, job: int) -> Child:
-        """The child that is a job; raises SandboxError where the launcher knows none."""
+        """The child that is this job. Raises SandboxError if there is none."""
         child = self._jobs.find(job)
         if child is None:
             gone = {"step": "job", "errno": errno.ESRCH, "detail": "no such job"}
@@ -199,7 +202,7 @@ class Launcher:
 
     def _signal(self, _: int, asked: requests.Signal) -> replies.Delivered:
         child = self._child(asked.job)
-        keep_ask(child, asked.ask, asked.number)  # whatever becomes of the signal
+        keep_ask(child, asked.ask, asked.number)  # even if the signal cannot be sent
         delivered = deliver(child, asked.number)
         if not delivered:
             keep_ask(child, asked.ask, asked.number, at_once=True)
@@ -227,8 +230,8 @@ class Launcher:
         self._volumes.list(self._chores, partial(self._on_volume, self._link, number))
 
     def _on_volume(self, asker: ServiceLink | None, number: int, outcome: channel.Message) -> None:
-        """Reply with what a process of its own has told: members of the reply, or a refusal."""
-        if asker is not self._link:  # whoever asked has gone
+        """Answer a request with the outcome of its chore: the members of the reply, or an error."""
+        if asker is not self._link:  # the service that asked has gone
             return
         if "errno" in outcome:
             self._refuse(number, outcome)
@@ -261,7 +264,7 @@ class Launcher:
             self._link.send(message, descriptors)
 
     def _leave(self, reason: str) -> None:
-        """End every job and then the loop."""
+        """Begin to leave: end every job, and let `run` return after that."""
         if self._leave_by is not None:
             return
         if reason:

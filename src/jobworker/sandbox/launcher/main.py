@@ -1,12 +1,12 @@
 """The launcher: the one process with root's rights, from its start to its end.
 
-It is started by root, with the standard library alone, one thread, and no way to be told
-anything but its policy, once, and then the requests of `sandbox.protocol.operations`. Either a
-service starts it before it drops its privileges, and takes it along; or it runs on its own and
-outlives services. It opens what it needs by descriptor, moves into a mount namespace that holds
-the jobs' root and little else, and then runs `sandbox.launcher.loop`.
+Root starts it. It has one thread and uses the standard library alone. Its only input is the policy,
+once, and then the requests of `sandbox.protocol.operations`. Either a service starts it before the
+service drops its privileges, and then the launcher ends with the service; or it runs on its own and
+outlives services. It opens what it needs by descriptor, moves into a mount namespace that holds the
+jobs' root and little else, and then runs `sandbox.launcher.loop`.
 
-Nothing is imported after that: Python's own files are out of reach then.
+What must hold: nothing is imported after the move, since Python's files cannot be reached then.
 """
 
 import contextlib
@@ -48,13 +48,13 @@ from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
 DESCRIPTORS_PER_CHILD = 22
-"""Process, gateway, pipes, report, order, disk and image, root, socket, memory events, directories
-of its scope (seven on v1), replies, the image again after its end, and two for a process that looks
-at it and cannot be ended."""
+"""The most descriptors that a child takes: process, gateway, pipes, report, order, disk and image,
+root, socket, memory events, directories of its scope (seven on v1), replies, the image again after
+its end, and two for a process that inspects it and cannot be ended."""
 
 
 def _warm_up(tree: Tree) -> None:
-    """Set limits once: the first time the kernel takes some 40 ms to get its I/O limits ready."""
+    """Set limits once: at the first I/O limit the kernel needs some 40 ms to prepare itself."""
     scope = tree.create("warm-up")
     try:
         scope.arm(Limits(io_bps=1 << 30 if "io" in tree.by_controller else 0))
@@ -65,9 +65,10 @@ def _warm_up(tree: Tree) -> None:
 
 
 def _raise_descriptor_limit(policy: Policy) -> int:
-    """Have room for the descriptors of all children: getrlimit(2).
+    """Raise the limit on open files for the descriptors of all children: getrlimit(2).
 
-    Returns how many volumes jobs may have together, each of which takes one more.
+    Returns how many volumes all jobs may have together, since each takes one more descriptor.
+    Raises HostUnsupported if the hard limit is too low.
     """
     needed = 64 + DESCRIPTORS_PER_CHILD * (policy.max_jobs + policy.spares)
     volumes = MAX_VOLUMES * policy.max_jobs
@@ -87,10 +88,10 @@ def _raise_descriptor_limit(policy: Policy) -> int:
 def main(descriptor: int) -> NoReturn:
     """Run the launcher on an inherited SOCK_SEQPACKET socket whose first message is the policy.
 
-    Descriptors may come along, named in the message's `carries`: `lock` and `ids` are locks, held
-    to the end of the launcher; at `listener` it lets services in, where the sender of the policy
-    would otherwise be the one that it serves; `notify` leads to whoever supervises it
-    (sd_notify(3)).
+    The message may have descriptors, which its `carries` names. `lock` and `ids` are locks, which
+    the launcher holds until its end. `listener` is the socket on which it admits services; without
+    it the launcher serves the sender of the policy. `notify` is the socket of the process that
+    supervises the launcher (sd_notify(3)).
     """
     fill_standard_streams()
     os.set_inheritable(descriptor, False)
@@ -113,14 +114,14 @@ def main(descriptor: int) -> NoReturn:
             has_rights, ids = os.geteuid() == 0, Ids(policy.first_uid)
             if not has_rights:
                 ids = split(become_root(), policy.max_jobs + policy.spares)
-            # The host's, not those of the process namespace to come.
+            # These are read before the new process namespace, which has values of its own.
             locks, most = open_locks(), most_processes()
             tell_what_cannot_be_listed()
             _become_first_process([descriptor, *passed], carried.get("lock"), place)
             tree, nursery = _prepare(policy, ids, undo, most, has_rights=has_rights)
         except JobworkerError as error:
             if place is None:
-                with contextlib.suppress(OSError):  # else nobody is there to be told
+                with contextlib.suppress(OSError):  # else the service has gone: the log has it
                     word = Unready(error.code, error.message, error.remedy)
                     channel.send(link, message_of(word))
                     sys.exit(1)
@@ -151,7 +152,7 @@ def _notify(descriptor: int | None, text: str) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a socket stands in the file system, and which one."""
+    """The path of a socket's file, with its device and inode numbers."""
 
     path: str
     identity: tuple[int, int]
@@ -171,26 +172,27 @@ class _Place(NamedTuple):
         return status.st_dev, status.st_ino
 
     def clear(self) -> None:
-        """Remove it, unless another stands there."""
+        """Remove the file, unless another file has taken its path."""
         with contextlib.suppress(OSError):
             if self._identity_at(self.path) == self.identity:
                 os.unlink(self.path)
 
 
 def _become_first_process(links: Sequence[int], lock: int | None, place: _Place | None) -> None:
-    """Go on as PID 1 of a new process namespace; the process that was started waits for it.
+    """Go on as PID 1 of a new process namespace. The original process, the guard, waits for it.
 
-    When PID 1 dies, the kernel kills all that are below it (pid_namespaces(7)): jobs can never
-    outlive the launcher, whatever they do about PR_SET_PDEATHSIG. The launcher in turn dies with
-    the process that waits, and is the last that the kernel picks when memory runs out. Where it
-    runs on its own, its socket is at `place`, out of its reach: the process that waits removes it,
-    and holds the `lock` until then, so that it is no other launcher's.
+    When PID 1 dies, the kernel kills all processes of its namespace (pid_namespaces(7)). So no job
+    can outlive the launcher, even if the job resets PR_SET_PDEATHSIG. The launcher in turn dies
+    with the guard. When memory runs out, the kernel kills these two last.
+
+    A launcher that runs on its own cannot reach its socket's file at `place` any more. So the guard
+    removes the file. It holds the `lock` until then, so that the file cannot be another launcher's.
     """
     on_its_own = place is not None
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("-900")  # a job takes it back: `SetOomScore`
+        file.write("-900")  # a job sets its own back to 0: `SetOomScore`
     alive, keep = os.pipe2(os.O_CLOEXEC)
-    if on_its_own:  # PID 1 would not notice a signal that it has no handler for
+    if on_its_own:  # the kernel delivers no signal without a handler to PID 1
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     sc.unshare(sc.CLONE_NEWPID)
     pid = os.fork()
@@ -199,9 +201,9 @@ def _become_first_process(links: Sequence[int], lock: int | None, place: _Place 
             if on_its_own and number != signal.SIGHUP:
                 signal.signal(number, lambda *_: os.kill(pid, signal.SIGTERM))
             else:
-                signal.signal(number, signal.SIG_IGN)  # the service leads the way out
+                signal.signal(number, signal.SIG_IGN)  # the launcher ends when its service ends
         os.close(alive)
-        # Their ends are how others learn of the launcher's.
+        # The other sides see the end of the launcher by the end of these streams.
         channel.close_all([each for each in links if place is None or each != lock])
         _, status = os.waitpid(pid, 0)
         if place is not None:
@@ -210,14 +212,17 @@ def _become_first_process(links: Sequence[int], lock: int | None, place: _Place 
     os.close(keep)
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([alive], [], [], 0)[0]:
-        os._exit(1)  # it died before the kernel was told
+        os._exit(1)  # the guard died before the prctl(2)
     os.close(alive)
 
 
 def _prepare(
     policy: Policy, ids: Ids, undo: contextlib.ExitStack, most: int, *, has_rights: bool
 ) -> tuple[Tree, Nursery]:
-    """Do all that comes before the first request; what it made of control groups is undone."""
+    """Prepare everything before the first request: limits, groups, mounts, fork server.
+
+    `undo` gets the removal of the control groups. Raises JobworkerError, such as HostUnsupported.
+    """
     room_for_volumes = _raise_descriptor_limit(policy)
     bpf.try_out(policy.filters)
     tree = open_tree(policy.controllers, policy.instance, policy.cgroup_parent, most)
@@ -231,7 +236,7 @@ def _prepare(
         ) from error
     try:
         sweep_elsewhere(tree, policy.cgroup_parent)
-    except OSError as error:  # it is empty, and in nobody's way
+    except OSError as error:  # the group is empty and harms nothing
         say(f"cannot clear away all groups that an earlier launcher left: {error}")
     shown = (policy.programs, policy.etc)
     if policy.runtimes and not has_rights:
@@ -250,7 +255,7 @@ def _prepare(
     )
     _warm_up(tree)
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-    gc.collect()  # what the fork server shares with the launcher then stays shared
+    gc.collect()  # later collections would write to pages that the fork server shares
     gc.freeze()
     gc.disable()
     nursery = Nursery(tree, policy, ids, stage, room_for_volumes)
@@ -259,6 +264,6 @@ def _prepare(
 
 
 def _close(tree: Tree) -> None:
-    # Where something is left that would not die, the next start sweeps.
+    # If a process is left that cannot die, the next launcher sweeps its group.
     with contextlib.suppress(OSError):
         tree.close()

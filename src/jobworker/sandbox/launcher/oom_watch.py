@@ -1,10 +1,11 @@
-"""Ends a job as a whole when the kernel has killed a part of it for its own memory limit.
+"""Ends a whole job when the kernel has killed one of its processes for the job's own memory limit.
 
-cgroup v2 does that by itself (memory.oom.group). v1 kills one process of the group, and tells
-of it by an event that comes up to some milliseconds before the kill is counted, and also for a
-group above, where nothing of this job is killed. So the count is looked at for a while. A job
-that lost a process because the host or a group above had no memory goes on: what that means for
-it, its program knows best.
+On cgroup v2 the kernel does that by itself (memory.oom.group). On v1 the kernel kills one process
+of the group and signals an event. The event comes up to some milliseconds before the kill is
+counted. It also comes for an OOM of a group above, which may kill no process of this job. So the
+watch reads the count again and again for `LOOK_SECONDS` after an event. If a process was killed
+because the host or a group above had no memory, the job goes on, since its program can decide best
+what to do.
 
 Standard library only.
 """
@@ -21,19 +22,19 @@ LOOK_AGAIN_SECONDS = 0.002
 
 
 class OomWatch:
-    """Children whose scope told of an OOM, and until when to look for the kill."""
+    """Children with an OOM event, each with the time until which the kill may still be counted."""
 
     def __init__(self, turns: Turns, kill: Callable[[Child], None]) -> None:
         self._turns, self._kill = turns, kill
         self._suspects: dict[Child, float] = {}
 
     def watch(self, child: Child) -> None:
-        """Watch a child's scope, where its kind needs that."""
+        """Watch the OOM events of a child's scope, if it has any (v1)."""
         if child.scope.oom_fd is not None:
             self._turns.watch(child.scope.oom_fd, partial(self._on_event, child))
 
     def forget(self, child: Child) -> None:
-        """Stop watching: to be called before the scope is removed."""
+        """Stop watching a child. To be called before its scope is closed."""
         if child.scope.oom_fd is not None:
             self._turns.unwatch(child.scope.oom_fd)
         self._suspects.pop(child, None)

@@ -1,13 +1,13 @@
-"""Messages on their way to a reader that may be slow: sent at once, or kept until there is room.
+"""Sends messages to a reader that may be slow, without blocking: at once, or when there is room.
 
-The sender never waits. Descriptors of a message that is kept are duplicated, since their owner
-may close them meanwhile. A large reply that finds no descriptor to travel in becomes a refusal: it
-is no reason to end the connection, on which jobs' lives depend.
+A message that finds no room in the socket is queued. Its descriptors are duplicated, since their
+owner may close them meanwhile. A large reply travels in a memfd. If no descriptor is left for that,
+the reply becomes a refusal: to end the connection would be worse, since jobs depend on it.
 
-A reader that asks and does not read would fill this process with replies. Whoever serves it is to
-take no further request while `is_full`: then the sockets hold the rest. What is sent without a
-request is kept all the same, and a reader is given up on after `MAX_UNSENT`. A message is encoded
-once, so that its size is known.
+Backpressure: a reader that sends requests and does not read would fill this process with replies.
+So the caller must take no further request while `is_full` is true; then further requests wait in
+the socket's buffer. Events are queued in any case. With `MAX_UNSENT` messages in the queue `send`
+fails, and the caller ends the connection. Each message is encoded once, so that its size is known.
 
 Standard library only.
 """
@@ -23,41 +23,45 @@ from jobworker.sandbox import channel
 
 MAX_UNSENT = 10_000
 ENOUGH_BYTES = 4 << 20
-"""Of replies that are kept: tens of thousands of the usual ones."""
+"""The size of the queue from which on it is full: tens of thousands of replies of the usual size.
+"""
 ENOUGH_DESCRIPTORS = channel.MAX_DESCRIPTORS
-"""Kept for them: jobs need the rest."""
+"""The number of queued descriptors from which on the queue is full, since jobs need the others."""
 _NO_MEMORY_FILE = frozenset({errno.EMFILE, errno.ENFILE})
-"""Why a large reply, which travels in a descriptor, cannot be sent; no small one fails so."""
+"""The errors for want of a descriptor. Only a large reply, which travels in a memfd, fails so."""
 
 
 class _Unsent(NamedTuple):
     number: object
-    """Of the request that it answers; None where it answers none."""
+    """The number of the request that it answers; None for an event."""
     body: bytes
     descriptors: Sequence[int]
 
 
 class Outbox:
-    """The sending side of a non-blocking socket."""
+    """The sending side of a non-blocking socket, with a queue of unsent messages."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._unsent: deque[_Unsent] = deque()
         self._bytes = self._descriptors = 0
-        """Of those that are kept."""
+        """The size of the queued messages, and the number of their descriptors."""
 
     @property
     def waiting(self) -> bool:
-        """Whether `flush` is to be called once the socket is writable."""
+        """Whether messages are queued: then call `flush` when the socket is writable."""
         return bool(self._unsent)
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more is to be asked for until some of it was sent."""
+        """Whether the caller has to stop taking requests until `flush` has sent some messages."""
         return self._bytes >= ENOUGH_BYTES or self._descriptors >= ENOUGH_DESCRIPTORS
 
     def send(self, message: channel.Message, descriptors: Sequence[int]) -> None:
-        """Send a message or keep it; raises OSError where the reader is gone or does not read."""
+        """Send a message or queue it. The caller keeps its descriptors.
+
+        Raises OSError if the reader has gone, or (ENOBUFS) if `MAX_UNSENT` messages are queued.
+        """
         unsent = _Unsent(message.get("id"), channel.body_of(message), descriptors)
         if not self._unsent:
             try:
@@ -70,7 +74,7 @@ class Outbox:
         kept: list[int] = []
         try:
             kept.extend(map(os.dup, descriptors))
-        except OSError:  # no descriptor left
+        except OSError:  # no descriptor is left
             channel.close_all(kept)
             raise
         self._unsent.append(unsent._replace(descriptors=kept))
@@ -78,7 +82,7 @@ class Outbox:
         self._descriptors += len(kept)
 
     def flush(self) -> None:
-        """Send what was kept, as far as there is room; raises OSError where the reader is gone."""
+        """Send queued messages while there is room. Raises OSError if the reader has gone."""
         try:
             while self._unsent:
                 self._send(self._unsent[0])
@@ -97,7 +101,7 @@ class Outbox:
             channel.send(self._sock, {"id": number, "error": told})
 
     def close(self) -> None:
-        """Drop what was kept."""
+        """Drop the queued messages and close their descriptors."""
         while self._unsent:
             self._let_go()
 

@@ -1,16 +1,16 @@
-"""Where we are not root: become root of a user namespace of our own, and do there what root does.
+"""Makes the launcher of an ordinary user root of a user namespace of its own.
 
-An ordinary user may make a user namespace (user_namespaces(7)) and has every capability in it:
-enough to mount, to pivot and to make further namespaces, one for each job. From here on the
-launcher goes one way, whoever started it. What differs is a matter of ids:
+An ordinary user may make a user namespace (user_namespaces(7)) and has every capability in it. That
+is enough to mount, to pivot and to make further namespaces, one for each job. From then on the
+launcher works as under root. Only the ids differ:
 
     root            each job gets its own range out of all ids of the host
-    a range         /etc/subuid and /etc/subgid give this user ids (subuid(5)): each job gets a
-                    part of them; newuidmap(1) writes the maps, with the right that it has
-    a single id     neither file nor program: every job is this very user outside. Jobs are apart
-                    by their namespaces alone, and keep the user's supplementary groups.
+    a range         /etc/subuid and /etc/subgid give this user ids (subuid(5)), and each job gets a
+                    part of them; newuidmap(1), a program with the right to do so, writes the maps
+    a single id     without these files or programs, every job has this user's id on the host. Only
+                    namespaces separate jobs, and jobs keep the user's supplementary groups.
 
-Raises HostUnsupported where the host forbids it, with the switch to change.
+Raises HostUnsupported if the host forbids it; the remedy names the setting to change.
 
 Standard library only.
 """
@@ -26,12 +26,13 @@ from jobworker.sandbox.host_restrictions import user_namespace_remedy
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB, Ids
 
 MIN_IDS_PER_JOB = 64
-"""Fewer are no use: Debian's system users go up to 42, its dynamic ones begin at 100."""
+"""With fewer ids per job a range is not used: Debian's system users have ids up to 42, and its
+dynamic users begin at 100."""
 _TOOLS = {"newuidmap": "/etc/subuid", "newgidmap": "/etc/subgid"}
 
 
 class Range(NamedTuple):
-    """Ids of the host."""
+    """A range of ids of the host."""
 
     first: int
     length: int
@@ -50,7 +51,10 @@ SINGLE_ID = Ids(
 
 
 def split(count: int, jobs: int) -> Ids:
-    """Part `count` ids, which stand from 1 on, between `jobs`; a single id if they are too few."""
+    """Divide the ids from 1 to `count` between `jobs` jobs.
+
+    Returns `SINGLE_ID` if a job would get fewer than `MIN_IDS_PER_JOB`.
+    """
     each = min(count // jobs, IDS_PER_JOB)
     return Ids(1, each, each) if each >= MIN_IDS_PER_JOB else SINGLE_ID
 
@@ -66,14 +70,14 @@ def granted(text: str, user: str, uid: int) -> Range | None:
 
 
 def become_root() -> int:
-    """Go on as root of a new user namespace; call with one thread, not as root.
+    """Go on as root of a new user namespace. The caller has one thread and is not root.
 
-    Answers how many ids stand there from 1 on, for `split`. Raises HostUnsupported.
+    Returns how many ids the namespace has from 1 on, for `split`. Raises HostUnsupported.
     """
     uid, gid = os.geteuid(), os.getegid()
     ranges = _ranges(uid)
     waiting, made = os.pipe2(os.O_CLOEXEC)
-    # The helper stays in the namespace where those ids mean something.
+    # The helper stays in the outer namespace, whose ids the maps name.
     helper = os.fork() if ranges else None
     if helper == 0:
         _write_ranges(waiting, made, uid, gid, ranges)
@@ -96,8 +100,8 @@ def become_root() -> int:
             remedy="correct /etc/subuid and /etc/subgid, or take this user out of them",
         )
     try:
-        # Some hosts let anyone in and take all capabilities away: here it shows. And the launcher
-        # has to have a right over the host name that it comes back to, see `child.name_host`.
+        # Some hosts allow the namespace but take all capabilities away: then this call fails. The
+        # launcher also needs a right over the UTS namespace that `child.name_host` returns to.
         sc.unshare(sc.CLONE_NEWUTS)
     except OSError as error:
         raise _forbidden(error) from error
@@ -105,7 +109,7 @@ def become_root() -> int:
 
 
 def _forbidden(error: OSError) -> HostUnsupported:
-    # user_namespaces(7) has ENOSPC for a limit that is reached.
+    # user_namespaces(7): ENOSPC is the error if the limit on their number is reached.
     limited = error.errno == errno.ENOSPC
     reason = "the host's limit on them is reached" if limited else error.strerror
     return HostUnsupported(
@@ -115,7 +119,7 @@ def _forbidden(error: OSError) -> HostUnsupported:
 
 
 def _ranges(uid: int) -> tuple[Range, ...]:
-    """This user's ranges of uids and of gids; empty where they cannot be had."""
+    """This user's ranges of uids and of gids; empty if a range or a program is missing."""
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -135,7 +139,7 @@ def _ranges(uid: int) -> tuple[Range, ...]:
 
 def _write_single(uid: int, gid: int) -> None:
     for name, text in (
-        ("setgroups", "deny"),  # or the kernel takes no map of groups from an ordinary user
+        ("setgroups", "deny"),  # else the kernel refuses a gid_map from an ordinary user
         ("uid_map", f"0 {uid} 1"),
         ("gid_map", f"0 {gid} 1"),
     ):
@@ -149,7 +153,7 @@ def _write_single(uid: int, gid: int) -> None:
 def _write_ranges(
     waiting: int, made: int, uid: int, gid: int, ranges: tuple[Range, ...]
 ) -> NoReturn:
-    """In the helper: wait for the namespace, then have its maps written."""
+    """In the helper: wait until the namespace exists, then run the programs that write its maps."""
     code = 1
     try:
         os.close(made)

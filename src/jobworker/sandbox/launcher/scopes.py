@@ -1,7 +1,8 @@
-"""Scopes on their way out: the fork server kills and removes them, again while they are busy.
+"""Has the fork server kill and remove scopes, and repeats a removal while the scope is busy.
 
-The kernel counts a process in its group until it is through with it, a moment after its parent was
-told. So a removal is refused then, and all that were refused are tried again together.
+A process stays in its control group until the kernel has released it, a moment after its parent was
+notified. Until then the kernel refuses to remove the group (EBUSY). All removals that were refused
+are tried again together.
 
 Standard library only.
 """
@@ -17,7 +18,7 @@ from jobworker.sandbox.log import say
 
 AGAIN_SECONDS = 0.005
 SELDOM_SECONDS = 0.08
-"""The pause doubles up to this, while none of those that are tried again lets go."""
+"""The longest pause between two tries. The pause doubles up to this while all scopes stay busy."""
 
 
 class Scopes:
@@ -26,20 +27,20 @@ class Scopes:
     def __init__(self, turns: Turns, forks: ForkServer) -> None:
         self._turns, self._forks = turns, forks
         self._killing: dict[str, bool] = {}
-        """Those that are being killed, and whether they are to be once more."""
+        """The scopes with a kill under way, and whether to kill once more after it."""
         self._removing: dict[str, Callable[[], None]] = {}
-        """What to call when they are gone."""
+        """The scopes that are being removed, and the function to call when each is gone."""
         self._busy: set[str] = set()
-        """Those of them that are tried again."""
+        """The scopes whose removal was refused and is tried again."""
         self._pause = AGAIN_SECONDS
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is to be removed."""
+        """Whether no scope is being removed."""
         return not self._removing
 
     def kill(self, name: str) -> None:
-        """SIGKILL everything in a scope, soon."""
+        """Have the fork server send SIGKILL to all processes in a scope. Returns at once."""
         if name in self._killing:
             self._killing[name] = True
             return
@@ -54,14 +55,17 @@ class Scopes:
             self.kill(name)
 
     def remove(self, name: str, done: Callable[[], None]) -> None:
-        """Remove a scope, whose processes have ended or were killed, and call `done` then."""
+        """Have the fork server remove a scope, and call `done` when it is gone.
+
+        What must hold: the processes of the scope have ended or were killed.
+        """
         self._removing[name] = done
         self._ask(name)
 
     def _ask(self, name: str) -> None:
         try:
             self._forks.call("remove", (name,), partial(self._on_answer, name))
-        except OSError:  # no memory to be had
+        except OSError:  # the fork server cannot be called now
             self._try_later(name)
 
     def _on_answer(self, name: str, answer: Message, _: list[int]) -> None:

@@ -1,9 +1,9 @@
-"""Removing what a job left on disk, however it is shaped.
+"""Removes the files that a job left on disk, whatever their number and depth.
 
-A hostile job may leave a tree deeper than any recursion or path can go, or names by the
-million. So nothing here recurses and no path has more than two components: a directory that is
-not empty is moved up beside its parent and emptied in its turn. Links are removed, never
-followed. The caller runs `remove_tree` in a process of its own, since it may take long.
+A hostile job may leave a tree that is deeper than any recursion or path can go, or millions of
+names. So the depth of calls here is bounded, and no path has more than two components: a directory
+that is not empty is moved up beside its parent, and emptied there later. Links are removed and
+never followed. The caller runs `remove_tree` in a process of its own, since it may take long.
 
 Standard library only.
 """
@@ -15,10 +15,10 @@ from itertools import count
 
 
 def remove_tree(path: str) -> None:
-    """Remove the directory `path` with all that it holds; one that is gone already is fine.
+    """Remove the directory `path` with its contents, if it exists.
 
-    Takes a bounded amount of memory, whatever stands there. Raises OSError where the kernel
-    refuses, after everything else has been removed.
+    The memory for that is bounded, whatever the tree. If the kernel refuses to remove an entry,
+    everything else is removed first, and then the first OSError is raised.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -39,11 +39,10 @@ def remove_tree(path: str) -> None:
 
 
 def _pass_over(top: int, name: str, asides: Iterator[str], refusals: list[OSError]) -> bool:
-    """Go over the directory `name` in `top` once; whether anything could be removed or moved.
+    """Go over the directory `name` in `top` once. Returns whether an entry was removed or moved.
 
-    The first refusal on the way is added to `refusals`.
-
-    Reading goes on while entries vanish, which may pass over some: hence another pass.
+    The first refusal of the kernel is added to `refusals`. Entries are removed while the directory
+    is read, so the kernel may skip some of them. Therefore the caller makes another pass.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     directory = os.open(name or ".", flags, dir_fd=top)
@@ -69,7 +68,10 @@ def _take_away(
     asides: Iterator[str],
     refusals: list[OSError],
 ) -> bool:
-    """Remove an entry or get nearer to it; False where nothing could be done, or OSError."""
+    """Remove an entry, or move it up, or remove a part of it.
+
+    Returns False or raises OSError if none of these was possible.
+    """
     if not entry.is_dir(follow_symlinks=False):
         os.unlink(entry.name, dir_fd=directory)
     elif name:
@@ -90,7 +92,7 @@ def _move_up(top: int, directory: int, name: str, asides: Iterator[str]) -> None
         try:
             os.rename(name, next(asides), src_dir_fd=directory, dst_dir_fd=top)
         except OSError as error:
-            # An earlier removal, cut short, may have left that name: take the next one.
+            # An earlier removal that was interrupted may have left that name: take the next one.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
         else:

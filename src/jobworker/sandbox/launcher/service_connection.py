@@ -1,17 +1,17 @@
 """The launcher's end of its connection to the service: requests in, replies and events out.
 
-Nothing here waits. Requests of a service that does not take its replies stay in its socket until it
-does, so that it cannot fill this process with them.
+Nothing here blocks. Backpressure: if a service does not read its replies, its further requests stay
+in its socket, so that it cannot fill the launcher's memory.
 
-The service is taken for hostile: `sandbox.protocol.operations` checks what it sends, and a request
-that does not parse or that carries descriptors ends the connection, since only a broken or hostile
-service sends one. Descriptors that came along are handed on unclosed: closing them may block
-(SO_LINGER), and so may closing the socket itself, which may hold more of them unread. `Disposal`
-does both elsewhere.
+The launcher does not trust the service. `sandbox.protocol.operations` checks each request. A
+request that does not parse or that carries descriptors ends the connection, since only a broken or
+hostile service sends one. This module does not close such descriptors, because close(2) of one may
+block (SO_LINGER). To close the socket may block too, since it may hold unread descriptors.
+`Disposal` closes both in another process.
 
-What a service said before it was killed is served to the last request, though no reply reaches it:
-the signal that it sent for a client, say, with the reason for it. Each request has a turn of its
-own: a start takes milliseconds.
+If a service is killed, the launcher still serves all requests that the service sent before,
+although no reply can reach it. One of them may be the signal that a client asked for. The launcher
+serves one request in a turn, since a start takes milliseconds.
 
 Standard library only.
 """
@@ -29,10 +29,10 @@ from jobworker.sandbox.protocol.requests import Request
 
 Serve = Callable[[int, Request], None]
 _GONE = (BrokenPipeError, ConnectionResetError)
-"""Nobody reads what is sent any more; what the service said before may still wait to be read."""
+"""The errors of send(2) if the service has gone. Its last requests may still be unread."""
 Lost = Callable[[str, list[int]], None]
-"""Told once, when the connection has ended: why ("" where the service merely went), and the
-descriptors that are to be closed elsewhere."""
+"""Called once when the connection has ended, with the reason ("" if the service has closed it) and
+the descriptors that another process has to close."""
 
 
 class ServiceLink:
@@ -49,13 +49,13 @@ class ServiceLink:
 
     @property
     def is_at_its_end(self) -> bool:
-        """Whether the service has gone, though its last words may not all have been taken yet."""
+        """Whether the service has gone. Its last requests may still be unread."""
         poll = select.poll()
         poll.register(self._sock, select.POLLRDHUP)
         return bool(poll.poll(0))
 
     def _on_ready(self) -> None:
-        """Take one request, if there is one and room for its reply."""
+        """Read and serve one request without blocking, if there is room for its reply."""
         strangers: list[int] = []
         try:
             self._flush()
@@ -80,13 +80,13 @@ class ServiceLink:
         self._serve(number, request)
 
     def send(self, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
-        """Send a message now or as soon as there is room; dropped where the connection ended."""
+        """Send a message now or when there is room. Drop it if the connection has ended."""
         if not self.open:
             return
         try:
             self._outbox.send(message, descriptors)
         except _GONE:
-            self._outbox.close()  # its last words are heard all the same
+            self._outbox.close()  # the last requests of the service are still served
         except OSError as error:
             self._end(str(error), [])
             return
@@ -102,16 +102,16 @@ class ServiceLink:
     def _receive(self) -> tuple[channel.Message, list[int]] | None:
         try:
             return channel.receive(self._sock)
-        except ConnectionResetError:  # told once, and before what waits to be read
+        except ConnectionResetError:  # reported once, before the requests that are still unread
             return channel.receive(self._sock)
 
     def mute(self) -> None:
-        """Take and send nothing more; the other side sees the end with this process's."""
+        """Stop reading and sending. The socket stays open until the launcher exits."""
         self.open = False
         self._turns.unwatch(self._sock.fileno())
 
     def _await_room(self) -> None:
-        """Be woken when there is room again for what waits to be sent."""
+        """Have the event loop call when the socket is writable, if messages are queued."""
         state = self._outbox.waiting, self._outbox.is_full
         if state != (self._awaits_room, self._is_full):
             self._awaits_room, self._is_full = state

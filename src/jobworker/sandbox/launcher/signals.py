@@ -1,4 +1,4 @@
-"""Signals to a job's first process, and why they were sent.
+"""Sends signals to a job's first process, and keeps the reason why they were sent.
 
 Standard library only.
 """
@@ -16,7 +16,10 @@ _HEEDED = (b"SigBlk:", b"SigIgn:", b"SigCgt:")
 
 
 def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = False) -> None:
-    """Keep why a live job was sent a signal; `at_once` where only its kill is left to be done."""
+    """Record the end that was asked for a live job and the signal, for the next service.
+
+    `at_once`: no grace period is left, so the next service has to kill the job at once.
+    """
     if ask is None or child.exit is not None:
         return
     if at_once:
@@ -28,23 +31,24 @@ def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = Fals
 
 
 def deliver(child: Child, number: int) -> bool:
-    """Send a signal to a job's first process; False if that would have no effect of any kind.
+    """Send a signal to a job's first process. Returns False if that could have no effect.
 
-    Raises ProcessLookupError for a job that has ended: its process id may be another's by now.
+    The kernel does not deliver a signal without a handler to PID 1 of a namespace
+    (pid_namespaces(7)), although the default action would end another process. So the masks in
+    /proc/PID/status decide (proc(5)). A process that catches the signal gets it. A process that
+    ignores it does so on purpose, and keeps its grace period. A process that blocks it may read it
+    from a signalfd(2). The init of `--init` waits for all signals by sigwaitinfo(2), which no mask
+    shows, and passes them on. If the masks cannot be read, the signal is sent: a stop must not fail
+    for want of a descriptor.
 
-    PID 1 of a namespace is spared every signal that it has no handler for
-    (pid_namespaces(7)), where another process would end by the signal's default action. One
-    that ignores the signal on purpose has said something, and gets its grace period; one that
-    blocks it may be told of it otherwise (signalfd(2)). The masks in proc(5) tell. An init of ours
-    waits for all signals (sigwaitinfo(2), which no mask shows) and passes them on. Where the masks
-    cannot be read, the signal is sent: a stop is not refused for want of a descriptor.
+    Raises ProcessLookupError if the job has ended, since its pid may belong to another process.
     """
     if child.exit is not None:
         raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-    if child.pidfd < 0:  # it has no process yet
+    if child.pidfd < 0:  # the job has no process yet
         return False
     if child.report < 0 and number not in (signal.SIGKILL, signal.SIGSTOP):
-        # As bytes: the first line is the process's name, which may be any.
+        # Read as bytes: the first line has the process's name, which may be no valid text.
         with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status", "rb") as status:
             masks = [line.split()[1] for line in status if line.startswith(_HEEDED)]
             if not any(int(mask, 16) >> (number - 1) & 1 for mask in masks):

@@ -1,10 +1,10 @@
-"""Processes that let go of what ended jobs had on disk, so that the launcher need not wait.
+"""Has processes release what ended jobs had on disk, so that the launcher does not wait for it.
 
-A hostile job can make that take long: a million names, a tree deeper than any path. What waits is
-taken by the next process that is started, as much of it as it can be given; there are a few at a
-time. The launcher itself does nothing on the file system, not even where a directory seems to be
-empty: rmdir(2) waits for the journal, and goes through every block of a directory that was large
-once.
+A hostile job can make that take long, with a million names or a tree that is deeper than any path.
+Up to `MAX_SWEEPERS` processes run at a time, and each takes up to `MAX_EACH` of the disks, paths
+and descriptors that wait. The launcher itself does nothing on the file system, even if a directory
+seems to be empty: rmdir(2) waits for the journal, and reads every block of a directory that was
+large before.
 
 Standard library only.
 """
@@ -25,28 +25,29 @@ from jobworker.sandbox.log import say
 
 MAX_SWEEPERS = 4
 MAX_EACH = 60
-"""Disks, paths and descriptors, each, that one process is given: they fit one call."""
+"""How many disks, how many paths and how many descriptors one process gets: they fit one call."""
 AGAIN_SECONDS = 0.5
 MAX_KEPT_DISKS = 4
-"""While so many disks of ended jobs are kept by descriptors in others, no job gets a volume:
-through one they are passed. Each costs a loop device, and memory up to its job's limit."""
+"""While descriptors in other jobs keep so many disks of ended jobs mounted, no job gets a volume,
+since jobs pass such descriptors over a socket in a volume. Each of these disks costs a loop device,
+and memory up to its job's limit."""
 
 T = TypeVar("T")
 
 
 class _Load(NamedTuple):
-    """What one process lets go of."""
+    """What one process releases."""
 
     disks: list[disk_images.Disk]
     paths: list[str]
     others: list[int]
     """Descriptors that only have to be closed."""
     watched: list[int]
-    """Images of disks, where it matters whether they are really gone afterwards."""
+    """Images of disks that another job may keep mounted: see `Sweepers.count_kept`."""
 
 
 class Sweepers:
-    """The processes, and what waits for one."""
+    """The processes, and the disks, paths and descriptors that wait for one."""
 
     def __init__(self, turns: Turns, forks: ForkServer) -> None:
         self._turns = turns
@@ -56,33 +57,34 @@ class Sweepers:
         self._others: list[int] = []
         self._watched: list[int] = []
         self._kept: list[int] = []
-        """Watched images whose disks were still there when their process had ended."""
+        """Watched images whose processes have ended. Those of unmounted disks are dropped later."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits, and no process is under way."""
+        """Whether nothing waits, and no process is running."""
         return not (self._waits or self._chores.running)
 
     def discard_disk(self, disk: disk_images.Disk, overlay: int | None, *, shared: bool) -> None:
-        """Let go of a disk and of the overlay on it, whose root's descriptor is taken over, too.
+        """Discard a disk and the overlay on it. Takes over the descriptors of both.
 
-        `shared` is for a job that could give descriptors to others, see `count_kept`.
+        `overlay`: a descriptor of the overlay's root. `shared`: the job could send descriptors to
+        others, so the disk is watched for `count_kept`.
         """
         self._disks.append(disk)
         if shared:
-            with contextlib.suppress(OSError):  # no descriptor left: it is not counted
+            with contextlib.suppress(OSError):  # without a descriptor the disk is not counted
                 self._watched.append(fcntl.fcntl(disk.image, fcntl.F_DUPFD_CLOEXEC, 0))
         if overlay is not None:
             self._others.append(overlay)
         self._start()
 
     def close(self, descriptors: list[int]) -> None:
-        """Close descriptors, where the last close may have a file system unmounted."""
+        """Close descriptors whose last close may unmount a file system."""
         self._others += descriptors
         self._start()
 
     def count_kept(self) -> int:
-        """How many disks of ended jobs are still mounted, by descriptors that other jobs have."""
+        """How many disks of ended jobs are still mounted because other jobs have descriptors."""
         gone = [image for image in self._kept if not disk_images.is_attached(image)]
         if gone:
             self._kept = [image for image in self._kept if image not in gone]
@@ -90,7 +92,7 @@ class Sweepers:
         return len(self._kept)
 
     def remove(self, path: str) -> None:
-        """Remove a directory and what it holds; one that is gone already is fine."""
+        """Remove a directory and its contents, if it exists."""
         self._paths.append(path)
         self._start()
 
@@ -101,7 +103,7 @@ class Sweepers:
             work = partial(_sweep, load.disks, load.paths)
             try:
                 self._chores.start(work, partial(self._on_end, load), given=given)
-            except OSError:  # no descriptor to be had
+            except OSError:  # no descriptor is left
                 self._try_later(load)
                 return
 
@@ -123,7 +125,7 @@ class Sweepers:
         self._turns.call_in(AGAIN_SECONDS, self._start)
 
     def _on_end(self, load: _Load, outcome: Message) -> None:
-        if "begun" in outcome:  # there was no process to be had
+        if "begun" in outcome:  # no process could be made
             self._try_later(load)
             return
         self._kept += load.watched
@@ -135,7 +137,10 @@ class Sweepers:
 
 
 def _sweep(disks: list[disk_images.Disk], paths: list[str]) -> Message:
-    """In the process: what cannot be removed now is removed at the launcher's next start."""
+    """In the process: discard the disks and remove the paths.
+
+    A path that cannot be removed stays until the next launcher starts.
+    """
     for disk in disks:
         _try(disk_images.discard, disk)
     for path in paths:

@@ -1,8 +1,8 @@
-"""How many pseudo-terminals a job may have: a part of what the kernel has for the whole host.
+"""The bound on the pseudo-terminals of a job: an equal part of what the host has for all jobs.
 
-There are kernel.pty.max of them, less kernel.pty.reserve for the host itself. Without a bound one
-job takes all, and `script`, `tmux` and `ssh` fail in every other. Where all jobs take all that they
-may have, none goes short.
+The host has kernel.pty.max of them, of which kernel.pty.reserve are for the host itself. Without a
+bound one job could take all, and `script`, `tmux` and `ssh` would fail in every other job. With
+equal parts each job can have its part even if all others take theirs.
 
 Standard library only. Source: Documentation/filesystems/devpts.rst.
 """
@@ -12,12 +12,12 @@ _USUAL_MAX, _USUAL_RESERVE = 4096, 1024
 
 
 def share(maximum: int, reserve: int, jobs: int) -> int:
-    """The terminals of one of so many jobs."""
+    """The terminals for each of `jobs` jobs, between `FEWEST` and `MOST`."""
     return max(FEWEST, min(MOST, (maximum - reserve) // jobs))
 
 
 def terminals_each(jobs: int) -> int:
-    """The terminals of one of so many jobs on this host."""
+    """The terminals for each of `jobs` jobs on this host: see `share`."""
     return share(_setting("max", _USUAL_MAX), _setting("reserve", _USUAL_RESERVE), jobs)
 
 
@@ -25,5 +25,5 @@ def _setting(name: str, usual: int) -> int:
     try:
         with open(f"/proc/sys/kernel/pty/{name}") as file:
             return int(file.read())
-    except (OSError, ValueError):  # hidden, as in some containers
+    except (OSError, ValueError):  # some containers hide the file
         return usual

@@ -1,6 +1,6 @@
-"""Finds out at a job's end whether its volumes have lost what was written to them.
+"""Finds out at a job's end whether its volumes have lost writes.
 
-A volume is written out for that, which may take long, by a process of its own.
+To find that out, a process of its own writes the job's volumes out, which may take long.
 
 Standard library only.
 """
@@ -18,20 +18,21 @@ from jobworker.sandbox.log import say
 
 INSPECT_AGAIN_SECONDS = 0.1
 MAX_INSPECTIONS = 20
-"""Of those that began: a process that is killed each time is not started for ever."""
+"""How many processes may look at the volumes of a job. If each one is killed, the launcher gives
+up."""
 
 
 class VolumeLosses:
-    """The processes that look; `tell_end` is called of each job once it is known."""
+    """The processes that write volumes out. `tell_end` is called for each job when it is known."""
 
     def __init__(self, nursery: Nursery, tell_end: Callable[[Child], None]) -> None:
         self._turns, self._nursery, self._tell_end = nursery.turns, nursery, tell_end
         self._inspectors = Chores(self._turns, nursery.forks, at_once=nursery.slots, waiting=0)
         self._lacks_inspectors = False
-        """Whether the latest one could not be started; the log was told then."""
+        """Whether the latest process could not be started; that is in the log once."""
 
     def find(self, child: Child) -> None:
-        """Find out whether what the job wrote to its volumes is there, and tell its end."""
+        """Find out whether a job's volumes have lost writes, and then report the job's end."""
         if not child.volume_roots:
             self._turns.see_through(partial(self._tell_end, child))
             return
@@ -40,15 +41,15 @@ class VolumeLosses:
         child.inspected = True
         try:
             self._inspectors.start(work, partial(self._on_inspected, child), roots)
-        except OSError as error:  # no descriptor to be had
+        except OSError as error:  # no descriptor is left
             self._lack_inspector(child, str(error))
 
     def _lack_inspector(self, child: Child, why: str) -> None:
-        """There is no process to be had for a job's volumes: for how long, nobody knows."""
+        """Try again later, since no process can be made now for a job's volumes."""
         if not self._lacks_inspectors:
             say(f"cannot look at the volumes of ended jobs, and tries again: {why}")
         self._lacks_inspectors = True
-        if child.job is None:  # removed meanwhile: nobody is told of its end
+        if child.job is None:  # it was removed meanwhile: its end is reported to no one
             self._on_inspected(child, {"lost": []})
         else:
             self._turns.call_in(INSPECT_AGAIN_SECONDS, partial(self.find, child))
@@ -62,7 +63,7 @@ class VolumeLosses:
         lost = outcome.get("lost")
         if isinstance(lost, list):
             child.lost += lost
-        elif child.inspections < MAX_INSPECTIONS:  # it was killed: that says nothing of the volumes
+        elif child.inspections < MAX_INSPECTIONS:  # the process was killed before it had a result
             self._turns.call_in(INSPECT_AGAIN_SECONDS, partial(self.find, child))
             return
         else:
@@ -74,5 +75,5 @@ class VolumeLosses:
 
 
 def _find_losses(volumes: Mapping[str, int]) -> channel.Message:
-    """In a process of its own: the volumes that have lost writes."""
+    """In the process: write the volumes out, and return the names of those that lost writes."""
     return {"lost": [n for n, root in volumes.items() if disk_images.volume_lost_writes(root)]}

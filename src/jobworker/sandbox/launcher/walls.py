@@ -1,4 +1,7 @@
-"""Keeps private networks of jobs away from the host, and tells of those that end before their job.
+"""Keeps jobs' private networks away from the host, and reports networks that end before the job.
+
+A wall is the packet filter between a job and its gateway. It closes the host's addresses, so it has
+to be replaced when these change.
 
 Standard library only.
 """
@@ -29,7 +32,7 @@ class Walls:
         turns.watch(networks.changes.fileno(), self._on_addresses)
 
     def _on_addresses(self) -> None:
-        """The host has other addresses: close them to the jobs that have a way out."""
+        """Rebuild the walls of all started jobs if the host's addresses have changed."""
         try:
             changed = self._networks.refresh()
         except OSError as error:
@@ -38,11 +41,14 @@ class Walls:
             return
         if changed:
             for child in self._children:
-                if child.sock is None:  # `_on_word` looks after one that is not started yet
+                if child.sock is None:  # `Jobs._on_word` builds the wall when a start is done
                     self.build(child)
 
     def build(self, child: Child) -> None:
-        """Have a started job's wall close what the host answers at now, or end its network."""
+        """Have a started job's wall close the host's present addresses.
+
+        If that fails, the job's network ends: its gateway is killed.
+        """
         if child.gateway is None or child.layout is None or child.exit is not None:
             return
         program = self._networks.wall_for(child.layout)
@@ -52,14 +58,17 @@ class Walls:
             wall.build(child.gateway, program)
             child.wall = program
         except ProcessLookupError:
-            return  # it has ended, and its network with it
+            return  # the gateway has ended, and the job's network with it
         except OSError as error:
             child.network_end = f"the host's new addresses could not be closed to it: {error}"
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
 
     def tell_end(self, child: Child, how: str) -> None:
-        """Tell that a job goes on without its network; a moment later, since all of it may end."""
+        """Report that a job goes on without its network.
+
+        To be called a moment after the end of the network: the job may be ending too.
+        """
         if child.exit is None and child.job is not None and not child.doomed:
             why = child.network_end = child.network_end or how
             say(f"job {child.job}: its private network ended: {why}")

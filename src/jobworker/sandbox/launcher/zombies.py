@@ -1,10 +1,11 @@
-"""Ended jobs' first processes, collected a little later than their status is read.
+"""Reaps the first processes of ended jobs a second after their exit status was read.
 
-Collecting a process, waitid(2), has the kernel forget what /proc showed of it. A job can make that
-long: a look at each of 20,000 descriptors in /proc/1/fd took 30 ms then. The job's own /proc goes
-with its mounts, mostly within a moment after the last process has ended; then there is nothing left
-to forget. Where it is not gone after the delay, the limit on open files bounds it. A process that
-has ended and was not collected takes a number, and no control group waits for it.
+When a process is reaped by waitid(2), the kernel drops the entries of /proc for it. A job can make
+that slow: after it had looked up 20,000 descriptors in /proc/1/fd, it took 30 ms. But the job's own
+/proc goes with its mounts, mostly within a moment after its last process has ended, and then no
+entries are left. If it is not gone after the delay, the job's limit on open files bounds the time.
+A process that has ended and is not reaped takes a pid and nothing else: its control group can be
+removed.
 
 Standard library only.
 """
@@ -19,17 +20,17 @@ COLLECT_SECONDS = 1.0
 
 
 class Zombies:
-    """Processes that have ended and whose status is known."""
+    """Processes that have ended, whose exit status is known, and that are not reaped yet."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._ended: deque[tuple[float, int]] = deque()
 
     def take(self, pidfd: int) -> None:
-        """Collect this process in a moment; the descriptor stays the caller's."""
+        """Reap this process in `COLLECT_SECONDS`. The caller keeps its descriptor."""
         try:
             own = os.dup(pidfd)
-        except OSError:  # no descriptor to be had: at once, then
+        except OSError:  # no descriptor is left: reap it at once
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             return
         self._ended.append((time.monotonic() + COLLECT_SECONDS, own))
