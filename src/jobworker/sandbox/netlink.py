@@ -1,12 +1,14 @@
-"""The few requests that networks of jobs take, spoken to the kernel: rtnetlink(7), sock_diag(7).
+"""Sends the netlink requests that jobs' networks need: rtnetlink(7), sock_diag(7).
 
 A message is a header (length, kind, flags, sequence, port), a fixed body and attributes (length,
-kind, value, padded to four bytes). The kernel answers each request with an error of 0, or each dump
-with messages up to a last one. Only IPv4 addresses pass here, as text.
+kind, value, padded to four bytes). The kernel answers a request with an error number, 0 for
+success. It answers a dump with messages, of which the last has a kind of its own. Addresses are
+IPv4 only, as text.
 
-A dump that fails half way looks like a short one, and whoever takes it for the whole would leave
-addresses open or memory uncounted. So each sign of that raises OSError: an error instead of
-messages or in the last one, a lost message, a cut one, and a list that changed while it was read.
+A dump that fails half way looks like a short one. A caller that took it for complete would leave
+addresses open or memory uncounted. So each sign of an incomplete dump raises OSError: an error
+instead of messages or in the last one, a lost or truncated message, and a list that has changed
+while it was read.
 
 Standard library only.
 """
@@ -21,14 +23,14 @@ from jobworker.sandbox import syscalls as sc
 
 _ERROR, _DONE, _OVERRUN = 2, 3, 4
 _INTERRUPTED = 0x10
-"""NLM_F_DUMP_INTR: the list has changed while it was read, so it may lack what was there before."""
+"""NLM_F_DUMP_INTR: the list has changed while it was read, so the dump may lack older entries."""
 _TRIES = 10
 _HEADER, _CODE = struct.Struct("=IHHII"), struct.Struct("=i")
 _PACKET_BYTES = 65_536
 _NEW_ADDRESS, _GET_ADDRESS, _NEW_ROUTE, _NEW_RULE = 20, 22, 24, 32
 _REQUEST, _ACKNOWLEDGE, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 SOCK_DIAG, SOCKETS = 4, 20
-"""A protocol, and its one request (SOCK_DIAG_BY_FAMILY): sock_diag(7)."""
+"""A netlink protocol and its request SOCK_DIAG_BY_FAMILY: sock_diag(7)."""
 _MAIN_TABLE = 254
 _LOCAL_ADDRESS, _DESTINATION, _PRIORITY, _PROTOCOL, _PORTS = 2, 1, 6, 22, 24
 _ROUTE_UNREACHABLE, _RULE_LOOKUP, _RULE_UNREACHABLE = 7, 1, 7
@@ -53,9 +55,10 @@ def addresses() -> list[tuple[str, int]]:
 
 
 def local_networks() -> list[tuple[str, int]]:
-    """What this network namespace delivers to itself, each with the length of its prefix.
+    """The IPv4 networks that this network namespace delivers to itself, with prefix lengths.
 
-    Addresses, broadcast addresses, and what an administrator has made local without an address.
+    They are its addresses, its broadcast addresses, and local routes that an administrator has
+    added.
     """
     body = struct.pack("BBBBBBBBI", socket.AF_INET, 0, 0, 0, _LOCAL_TABLE, 0, 0, 0, 0)
     found = []
@@ -67,7 +70,7 @@ def local_networks() -> list[tuple[str, int]]:
 
 
 class Changes:
-    """Tells that addresses or local routes of this network namespace have changed."""
+    """Reports that addresses or local routes of this network namespace have changed."""
 
     def __init__(self) -> None:
         self._kernel = _open()
@@ -76,7 +79,7 @@ class Changes:
         self._kernel.bind((0, _IPV4_ADDRESSES | _IPV4_ROUTES))
 
     def fileno(self) -> int:
-        """Readable when something has changed."""
+        """A descriptor that is readable when something has changed."""
         return self._kernel.fileno()
 
     def take(self) -> bool:
@@ -88,13 +91,13 @@ class Changes:
             except BlockingIOError:
                 return changed
             except OSError as error:
-                if error.errno != errno.ENOBUFS:  # there was no room for all that has changed
+                if error.errno != errno.ENOBUFS:  # ENOBUFS: changes were lost for want of room
                     raise
             changed = True
 
 
 def refuse_destination(address: str) -> None:
-    """Add a route by which nobody reaches `address`: EHOSTUNREACH for who tries."""
+    """Add a route that makes `address` unreachable: connections to it fail with EHOSTUNREACH."""
     body = struct.pack(
         "BBBBBBBBI", socket.AF_INET, 32, 0, 0, _MAIN_TABLE, 3, 0, _ROUTE_UNREACHABLE, 0
     )
@@ -104,10 +107,11 @@ def refuse_destination(address: str) -> None:
 def refuse_connections(
     address: str, priority: int, port_left: int | None = None, length: int = 32
 ) -> None:
-    """Add rules by which `address` is reached by TCP or UDP at one port, or at none: ip-rule(8).
+    """Add rules that refuse TCP and UDP to `address` except at `port_left`, if any: ip-rule(8).
 
-    With a `length` it is a network. The rules come before all routes but the local ones, and leave
-    the address to be a router. They take the priorities from `priority` to `priority` + 1.
+    `length`: the length of the prefix, for a whole network. The rules apply before all routes
+    except the local ones, and `address` can still be a router. They use the priorities `priority`
+    and `priority` + 1. Raises OSError.
     """
     destination = _attribute(_DESTINATION, socket.inet_aton(address))
     for protocol in (socket.IPPROTO_TCP, socket.IPPROTO_UDP):
@@ -119,23 +123,26 @@ def refuse_connections(
 
 
 def look_for_neighbour(interface: int, address: str) -> None:
-    """Ask for a neighbour by ARP, and wait for nothing: NTF_USE of ip-neighbour(8).
+    """Send an ARP request for a neighbour, without waiting: NTF_USE of ip-neighbour(8).
 
-    Whoever hears it learns the hardware address of this side.
+    The neighbour learns the hardware address of this side from the request.
     """
     body = struct.pack("BxxxiHBB", socket.AF_INET, interface, 0, _USE, 0)
     _ask(_NEW_NEIGHBOUR, body + _attribute(_NEIGHBOUR, socket.inet_aton(address)))
 
 
 def keep_neighbour(interface: int, address: str, hardware: bytes) -> None:
-    """Add or make a neighbour one that nobody has to look for: ip-neighbour(8)."""
+    """Add a permanent neighbour, or make it one, so that no ARP is needed: ip-neighbour(8)."""
     body = struct.pack("BxxxiHBB", socket.AF_INET, interface, _PERMANENT, 0, 0)
     known = _attribute(_NEIGHBOUR, socket.inet_aton(address))
     _ask(_NEW_NEIGHBOUR, body + known + _attribute(_HARDWARE_ADDRESS, hardware), _REPLACE)
 
 
 def ask_for_no_neighbours(interface: int) -> None:
-    """Have the kernel look for no neighbour there: no request by ARP, and none to a program."""
+    """Stop the kernel from looking for neighbours on an interface.
+
+    It then sends no ARP request and asks no program.
+    """
     settings = _attribute(_INTERFACE, struct.pack("I", interface))
     for kind in (_PROBES_BY_PROGRAM, _PROBES):
         settings += _attribute(kind, struct.pack("I", 0))
@@ -144,7 +151,10 @@ def ask_for_no_neighbours(interface: int) -> None:
 
 
 def _changes_wanted() -> bytes:
-    """A filter for changes of addresses and of local routes: a router has many others a second."""
+    """A socket filter that passes changes of addresses and of local routes only.
+
+    On a router many other routes change each second.
+    """
     kinds = [int.from_bytes(struct.pack("=H", kind)) for kind in (_NEW_ROUTE, _NEW_ROUTE + 1)]
     instructions = (
         (0x28, 0, 0, 4),  # the message's kind
@@ -191,7 +201,10 @@ def _ask(kind: int, body: bytes, flags: int = 0) -> None:
 
 
 def _whole(kind: int, body: bytes, *, strict: bool = False) -> list[bytes]:
-    """A dump that did not change while it was read. Raises OSError, EINTR where each try did."""
+    """A dump of a list that did not change while it was read.
+
+    Tries up to `_TRIES` times. Raises OSError: EINTR if the list changed at each try.
+    """
     for tried in range(1, _TRIES + 1):
         try:
             return list(dump(kind, body, strict=strict))
@@ -202,10 +215,11 @@ def _whole(kind: int, body: bytes, *, strict: bool = False) -> list[bytes]:
 
 
 def dump(kind: int, body: bytes, *, strict: bool = False, protocol: int = 0) -> Iterator[bytes]:
-    """The messages of a dump; a strict one is of those alone that the body's fields ask for.
+    """The messages of a dump.
 
-    Raises OSError where these are not all, at the latest instead of the end: InterruptedError where
-    the list has changed meanwhile.
+    `strict`: the kernel sends only the entries that match the fields of `body`. If the dump is not
+    complete, OSError is raised at its end at the latest: InterruptedError if the list has changed
+    meanwhile.
     """
     changed = False
     with _open(protocol) as kernel:
@@ -230,7 +244,7 @@ def dump(kind: int, body: bytes, *, strict: bool = False, protocol: int = 0) -> 
 
 
 def _messages(packet: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Of each message in a packet the kind, the flags and what follows the header."""
+    """The messages in a packet: kind, flags and the bytes after the header of each."""
     at = 0
     while at < len(packet):
         if len(packet) - at < _HEADER.size:
@@ -243,7 +257,7 @@ def _messages(packet: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _code_in(content: bytes) -> int:
-    """The negative errno of an error or of a last message; 0 where all went well."""
+    """The negative errno in an error or in the last message; 0 for success."""
     (code,) = _CODE.unpack_from(content) if len(content) >= _CODE.size else (0,)
     return int(code)
 

@@ -1,13 +1,14 @@
-"""The host's whole block devices, as an I/O limit needs them.
+"""Lists the host's block devices for which an I/O limit has to be set.
 
-A limit is set for each device by its number, whole disks only (a partition gives ENODEV). The
-descriptor of /sys/block is kept, so that a disk that was plugged in after the start is limited too
-for the jobs that follow.
+The kernel takes a limit for a device by its number, and for whole disks only (a partition gives
+ENODEV). The descriptor of /sys/block is kept open, so that a disk that is plugged in after the
+start is limited for later jobs.
 
-Memory disks (ram0…) are no storage, a device without a size (an empty card reader) takes no I/O,
-and what a loop device does the kernel does to the disk below in the name of whoever asked for it:
-all three are left out. A device that stands on others (device mapper, md) is limited like any, but
-its bytes are counted a second time below it, as are those of loop devices: `is_counted_below`.
+Three kinds of devices are left out. Memory disks (ram0…) are no storage. A device without a size,
+such as an empty card reader, takes no I/O. The I/O of a loop device is charged to its user on the
+disk below, and limited there. A device on top of others (device mapper, md) has a limit like any
+other. Its bytes are counted again on the device below, like those of loop devices; see
+`is_counted_below`.
 
 Source: Documentation/ABI/stable/sysfs-block.
 """
@@ -22,19 +23,19 @@ _LOOP = "7:"
 
 
 class Device(NamedTuple):
-    """A whole block device, `number` being "MAJOR:MINOR"."""
+    """A whole block device. `number` is "MAJOR:MINOR"; `stacked`: it is on top of others."""
 
     number: str
     stacked: bool
 
 
 def open_directory(path: str = "/sys/block") -> int:
-    """A descriptor to pass to `scan`; raises OSError."""
+    """A descriptor of /sys/block for `scan`. Raises OSError."""
     return os.open(path, DIRECTORY)
 
 
 def scan(directory: int) -> tuple[Device, ...]:
-    """The devices that exist now."""
+    """The devices that exist now, in the order of their names. Raises OSError."""
     devices = []
     for name in sorted(os.listdir(directory)):
         if name.startswith(("ram", "loop")):
@@ -44,14 +45,17 @@ def scan(directory: int) -> tuple[Device, ...]:
                 number = read(directory, f"{name}/dev").strip()
                 devices.append(Device(number, _is_stacked(directory, name)))
         except OSError as error:
-            # Just unplugged, or a hidden path of a multipath disk, which has no number.
+            # The disk was just unplugged, or it is a hidden path of a multipath disk (no number).
             if error.errno not in GONE:
                 raise
     return tuple(devices)
 
 
 def is_counted_below(number: str, stacked: frozenset[str]) -> bool:
-    """Whether a device's bytes are counted for another one too; `stacked` are those of `scan`."""
+    """Whether a device's bytes are counted again on a device below it.
+
+    `stacked`: the numbers of the stacked devices, from `scan`.
+    """
     return number in stacked or number.startswith(_LOOP)
 
 

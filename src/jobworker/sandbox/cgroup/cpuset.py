@@ -1,12 +1,13 @@
-"""The cores that a job may run on: the cpuset controller, used wherever the host offers it.
+"""Limits the cores that a job may run on, by the cpuset controller, if the host offers it.
 
-It is in no configuration: where it is missing nothing else changes, and only a job that asks for
-cores is refused, by its name. Documentation/admin-guide/cgroup-v1/cpusets.rst and cgroup-v2.rst:
+No configuration names this controller. On a host without it, only a job that asks for cores is
+refused, with the name of the controller. The two versions differ
+(Documentation/admin-guide/cgroup-v1/cpusets.rst and cgroup-v2.rst):
 
-- v1: a group without cores or memory nodes takes no process. Our directory copies both from the
-  group above, and those below copy them from it at their creation (cgroup.clone_children).
-- v2: a list that names more than the group above has is taken, and the rest of it then ignored. So
-  what is effective is read back.
+- v1: a group without cores or memory nodes accepts no process. So our directory copies both from
+  the group above, and the scopes copy them at their creation (cgroup.clone_children).
+- v2: the kernel accepts cores that the group above does not have, and ignores them. So the
+  effective cores are read back.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ EFFECTIVE = {False: "cpuset.effective_cpus", True: "cpuset.cpus.effective"}
 
 
 def open_v1(found: mounts.Hierarchies, name: str, parent: str) -> tuple[str, int] | None:
-    """Our directory in the v1 hierarchy, ready for scopes: its path, and a descriptor of it.
+    """The path and a descriptor of our directory in the v1 hierarchy, which is ready for scopes.
 
-    None where the host does not offer it.
+    Returns None if the host does not offer the controller.
     """
     mount = found.legacy(CONTROLLER)
     if mount is None:
@@ -46,7 +47,11 @@ def open_v1(found: mounts.Hierarchies, name: str, parent: str) -> tuple[str, int
 
 
 def limit_cores(top: int, name: str, cores: str, there: str, *, v2: bool) -> None:
-    """Bind the scope `name` to `cores`, or to all that are `there` for "". Raises SandboxError."""
+    """Bind the scope `name` to `cores`; "" is all cores.
+
+    `there`: the cores of our directory, such as "0-3". Raises SandboxError if a core is not among
+    them or the kernel uses others, and OSError.
+    """
     missing = parse_cores(cores) - parse_cores(there)
     if missing:
         raise files.refused(

@@ -1,16 +1,19 @@
-"""Where on cgroup2 our directory may stand, and the controllers on the way to it.
+"""Chooses the group on cgroup2 in which our directory is made, and enables controllers for it.
 
-In order: below `parent`, if given; below our own group, where systemd has delegated it
-(Delegate=yes, seen in its extended attributes) and no other process is in it; below the delegated
-group that our own is a leaf of (DelegateSubgroup=); else at the top of the mount, as Docker's
-cgroupfs driver does, which needs root.
+The choice, in this order:
 
-A group that gives controllers to its children must not hold processes itself, the real root
-excepted ("no internal process constraint", Documentation/admin-guide/cgroup-v2.rst). So in a
-group that holds only us, we step aside into a leaf, and go back in restore().
+1. `parent`, if it is given.
+2. Our own group, if systemd has delegated it (Delegate=yes, which its extended attributes show) and
+   no other process is in it.
+3. The group above our own, if that one is delegated (DelegateSubgroup=).
+4. The top of the mount, as Docker's cgroupfs driver does. This needs root.
 
-What must hold: other people's processes are never moved; in a delegated group nothing above it is
-written (systemd is the only writer there).
+A group that enables controllers for its children must not have processes itself, except for the
+real root ("no internal process constraint", Documentation/admin-guide/cgroup-v2.rst). So if only
+this process is in the group, it moves into a leaf of the group, and returns in restore().
+
+What must hold: processes of others are never moved; if the group is delegated, nothing above it is
+written, since systemd is the only writer there.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ LEAF = "launcher"
 
 
 class Base:
-    """The group that our directory stands in."""
+    """The group in which our directory is made."""
 
     def __init__(self, path: str, on_the_way: Sequence[str]) -> None:
         self.path = path
@@ -35,7 +38,7 @@ class Base:
 
     @classmethod
     def choose(cls, found: mounts.Hierarchies, parent: str) -> "Base":
-        """Choose the group and step aside if need be; raises `HostUnsupported`."""
+        """Choose the group, and move into a leaf of it if need be. Raises `HostUnsupported`."""
         mount = found.unified()
         if mount is None:
             raise errors.HostUnsupported("cannot use cgroup v2: it is not mounted")
@@ -59,16 +62,22 @@ class Base:
         return cls(way[-1], way)
 
     def enable(self, controllers: Sequence[str]) -> None:
-        """Enable controllers for the children of each group on the way."""
+        """Enable controllers for the children of each group on the way to ours, and of ours.
+
+        Raises `HostUnsupported`.
+        """
         for path in self._on_the_way:
             enable(path, controllers)
 
     def restore(self) -> None:
-        """Undo the step aside, if there was one, as far as the kernel lets us; idempotent."""
+        """Move back out of the leaf, if the process is in one and the kernel allows it. Idempotent.
+
+        Disables the controllers that were enabled here, and removes the leaf.
+        """
         if self._home is None:
             return
         home, self._home = self._home, None
-        # Where the group is used by others meanwhile, controllers stay on and so do we.
+        # If others use the group meanwhile, the controllers stay enabled and this process stays.
         with contextlib.suppress(OSError):
             for controller in set(_enabled(home)) - self._enabled_before:
                 files.write(home, "cgroup.subtree_control", f"-{controller}")
@@ -101,11 +110,11 @@ class Base:
 
 
 def step_into_leaf(found: mounts.Hierarchies) -> None:
-    """Leave the delegated group that holds this process alone, for a leaf of it.
+    """Move this process into a leaf of its delegated group, if it is alone in the group.
 
-    What systemd does itself with DelegateSubgroup= (from version 254 on). To be called before this
-    process forks: all of it then is in the leaf, and our directory can stand beside that. Nothing
-    happens where the group is not delegated or holds others.
+    systemd does the same by DelegateSubgroup= (from version 254 on). To be called before this
+    process forks: then all its children are in the leaf too, and our directory can be made beside
+    the leaf. Does nothing if the group is not delegated or has other processes.
     """
     mount = found.unified()
     if mount is None:
@@ -164,7 +173,7 @@ def _enable_one(group: int, path: str, controller: str) -> None:
 
 
 def _is_delegated(path: str) -> bool:
-    """Whether systemd has handed this group over (systemd.resource-control(5), Delegate=)."""
+    """Whether systemd has delegated this group (systemd.resource-control(5), Delegate=)."""
     for attribute in ("trusted.delegate", "user.delegate"):
         with contextlib.suppress(OSError):
             if os.getxattr(path, attribute) == b"1":
@@ -173,12 +182,15 @@ def _is_delegated(path: str) -> bool:
 
 
 def _is_real_root(path: str) -> bool:
-    """The root of the hierarchy lacks this file; the root of a cgroup namespace has it."""
+    """Whether this is the root of the hierarchy, which has no cgroup.type.
+
+    The root of a cgroup namespace has that file.
+    """
     return not os.path.exists(f"{path}/cgroup.type")
 
 
 def _members(path: str) -> set[int]:
-    """The processes of a group; 0 stands for those that our PID namespace cannot see."""
+    """The pids of the processes in a group; 0 is for all that our PID namespace cannot see."""
     try:
         with open(f"{path}/cgroup.procs", encoding="ascii") as procs:
             return {int(line) for line in procs}

@@ -8,12 +8,12 @@
     scope.usage(); scope.kill(); scope.remove()
     tree.close()
 
-v2 is used where one cgroup2 mount offers all the controllers that are asked for; else v1, with
-the cgroup2 mount beside it, if there is one, for tracking processes (`kind` "hybrid").
+v2 is used if one cgroup2 mount offers all controllers that are asked for. Otherwise v1 is used; if
+the host also has a cgroup2 mount, that serves to track processes (`kind` "hybrid").
 
-What must hold: only open_tree() and sweep_elsewhere() need paths (/proc, /sys, the cgroup
-mounts); everything after them works through descriptors, in any mount namespace. Nothing
-is changed in a group that is not ours, but for enabling controllers above our directory on v2.
+What must hold: only open_tree() and sweep_elsewhere() need paths (/proc, /sys, the cgroup mounts).
+All later calls use descriptors and work in any mount namespace. Nothing is changed in a group that
+is not ours, except that controllers are enabled above our directory on v2.
 """
 
 import contextlib
@@ -44,21 +44,22 @@ _OURS = frozenset({*mounts.V1_NAMES.values(), "cpuacct", cgroup_cpuset.CONTROLLE
 """The v1 controllers in whose hierarchies a tree may have had a directory."""
 
 HOSTS_PART = 8
-"""An eighth of what there could be is left to the host."""
+"""One part in 8 of all possible processes is left to the host."""
 NUMBERS_EACH = 3
-"""A process may keep three numbers: its own, and those of the ended leaders of its session and of
-its process group."""
+"""A process can keep three pids in use: its own, and those of its session and of its process group,
+whose leaders may have ended."""
 
 
 def open_tree(controllers: Sequence[str], name: str, parent: str = "", most: int = 0) -> Tree:
     """Find the hierarchies and make this instance's own directory in each.
 
-    `controllers`: some of "cpu", "memory", "io", "pids". `name`: the directory, such as
-    "jobworker-1a2b3c4d"; one that exists is taken over, see `Tree.sweep`. `parent`: the group that
-    it shall stand in, as a path from the top of the mount; "" for automatic.
-    `most`: what `most_processes` told; 0 has it asked here.
+    `controllers`: some of "cpu", "memory", "io", "pids"; if there are none, the tree may be one
+    without groups. `name`: the directory, such as "jobworker-1a2b3c4d"; an existing one is taken
+    over, see `Tree.sweep`. `parent`: the group for that directory, as a path from the top of the
+    mount; "" for automatic. `most`: the result of an earlier `most_processes()`; 0 to call it here.
+
     Raises `HostUnsupported` with the missing controller (`data["controller"]`), the reason and the
-    remedy; nothing is left behind then. Who asks for no controller at all gets a tree in any case.
+    remedy; nothing is left behind then.
     """
     if unknown := set(controllers) - set(mounts.CONTROLLERS):
         raise ValueError(f"no such controllers: {sorted(unknown)}")
@@ -94,8 +95,9 @@ def _open_tree(controllers: Sequence[str], name: str, parent: str) -> Tree:
 def sweep_elsewhere(tree: Tree, parent: str = "") -> None:
     """Remove what an earlier instance of this name left in hierarchies that the tree does not use.
 
-    It may have been told of more controllers. Looks only where this instance would have its
-    directory: elsewhere the name may be that of another container's. Raises OSError.
+    Its configuration may have had more controllers. Only the paths at which this instance would
+    make its directory are checked: elsewhere a group of this name may be another container's.
+    Raises OSError.
     """
     left = dict[str, int]()
     used = [os.fstat(top) for top in tree.tops]
@@ -117,7 +119,7 @@ def sweep_elsewhere(tree: Tree, parent: str = "") -> None:
 
 
 def _places(found: mounts.Hierarchies, name: str, parent: str) -> Iterator[str]:
-    """Where a directory of ours may be; on cgroup2 also at the top: `cgroup.delegation`."""
+    """The paths at which our directory may be; on cgroup2 also at the top: `cgroup.delegation`."""
     for mount in found.mounts:
         if mount.version == 2:
             yield f"{mounts.base_path(found, mount, '', parent)}/{name}"
@@ -127,16 +129,17 @@ def _places(found: mounts.Hierarchies, name: str, parent: str) -> Iterator[str]:
 
 
 def step_into_leaf() -> None:
-    """See `cgroup.delegation.step_into_leaf`."""
+    """Move this process into a leaf of its group: see `cgroup.delegation.step_into_leaf`."""
     delegation.step_into_leaf(_hierarchies())
 
 
 def most_processes() -> int:
-    """How many processes and threads the scopes may have together: what the host has, less a part.
+    """The most processes and threads that all scopes may have together.
 
-    proc(5), /proc/sys/kernel/pid_max and threads-max. Else some jobs within their own limits would
-    leave no process to others' starts, to the service and to the host. To be asked before a process
-    namespace is entered: from Linux 6.14 on each has a pid_max of its own, of 4,194,304 at first.
+    Without this bound some jobs, each within its own limit, could leave no process for other
+    starts, the service and the host. It is what the host can have, by pid_max and threads-max in
+    /proc/sys/kernel (proc(5)), less one part in `HOSTS_PART`. To be called before a new PID
+    namespace is entered: from Linux 6.14 on, each has a pid_max of its own, 4,194,304 at first.
     """
     numbers, threads = (int(_proc(f"sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
     most = min(numbers // NUMBERS_EACH, threads)
@@ -150,7 +153,7 @@ def _hierarchies() -> mounts.Hierarchies:
 
 
 def _offered(found: mounts.Hierarchies) -> list[str]:
-    """The controllers of the cgroup2 mount, those in our configuration's words."""
+    """The controllers that the cgroup2 mount offers; the configuration uses the same names."""
     mount = found.unified()
     if mount is None:
         return []

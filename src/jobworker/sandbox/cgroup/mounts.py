@@ -1,16 +1,16 @@
-"""Where this host's control-group hierarchies are, from the text of three files in /proc.
+"""Finds this host's control-group hierarchies, from the text of three files in /proc.
 
-A host has one of three shapes. v2: one hierarchy (file system cgroup2) with all controllers.
-v1: a hierarchy for each controller, or for a few together ("cpu,cpuacct"). Hybrid: v1 for the
-controllers, and a cgroup2 mount beside them without any. A controller belongs to one hierarchy
-at a time, so a controller that v1 has mounted is missing from v2.
+A host has one of three layouts. v2: one hierarchy (file system cgroup2) with all controllers. v1: a
+hierarchy for each controller, or for a few together ("cpu,cpuacct"). Hybrid: v1 hierarchies with
+the controllers, and a cgroup2 mount without any. A controller belongs to one hierarchy at a time,
+so a controller that is mounted on v1 is missing on v2.
 
-A process's place in a hierarchy is the pair of /proc/self/cgroup (a path from the
-hierarchy's root, or from the cgroup namespace's) and the mount's root field: in a container the
+The path of a process's group needs two facts: its path in /proc/self/cgroup, from the root of the
+hierarchy or of the cgroup namespace, and the root field of the mount, since in a container the
 mount may show only a part of the hierarchy.
 
-Sources: cgroups(7), cgroup_namespaces(7), proc_pid_mountinfo(5). Text in, facts out, but for the
-two functions at the end that make and discard a directory of ours.
+The functions are pure, except for `make_directory` and `discard` at the end. Sources: cgroups(7),
+cgroup_namespaces(7), proc_pid_mountinfo(5).
 """
 
 import contextlib
@@ -43,27 +43,27 @@ class Mount(NamedTuple):
 
 
 class Hierarchies(NamedTuple):
-    """All that was mounted, and where this process is ("" is the key of v2)."""
+    """All mounted hierarchies, and the group of this process in each ("" is the key of v2)."""
 
     mounts: tuple[Mount, ...]
     membership: dict[str, str]
     enabled: dict[str, bool]  # /proc/cgroups: v1 name, whether it is switched on
 
     def unified(self) -> Mount | None:
-        """The cgroup2 mount."""
+        """The cgroup2 mount, or None."""
         return next((mount for mount in self.mounts if mount.version == 2), None)
 
     def legacy(self, v1_name: str) -> Mount | None:
-        """The v1 mount that carries a controller."""
+        """The v1 mount with this controller, or None."""
         return next((mount for mount in self.mounts if v1_name in mount.controllers), None)
 
     def own_path(self, mount: Mount, v1_name: str = "") -> str:
-        """The directory of this process's own group."""
+        """The path of this process's own group, with the mount point."""
         return mount.point + below_mount(mount.root, self.membership.get(v1_name, "/"))
 
 
 def parse(mountinfo: str, membership: str, cgroups: str) -> Hierarchies:
-    """Read the text of /proc/self/mountinfo, /proc/self/cgroup and /proc/cgroups."""
+    """The hierarchies in the text of /proc/self/mountinfo, /proc/self/cgroup and /proc/cgroups."""
     rows = [line.split() for line in cgroups.splitlines() if not line.startswith("#")]
     return Hierarchies(
         parse_mounts(mountinfo),
@@ -88,7 +88,10 @@ def parse_mounts(mountinfo: str) -> tuple[Mount, ...]:
 
 
 def parse_membership(text: str) -> dict[str, str]:
-    """ "ID:CONTROLLERS:PATH" lines as controller to path; v2 has no controllers: key ""."""
+    """The path of this process's group by controller, from lines "ID:CONTROLLERS:PATH".
+
+    The line of v2 has no controllers; its key is "".
+    """
     places = {}
     for line in text.splitlines():
         _, names, path = line.split(":", 2)
@@ -100,8 +103,8 @@ def parse_membership(text: str) -> dict[str, str]:
 def below_mount(root: str, path: str) -> str:
     """A group's path below the mount point: "" or "/a/b".
 
-    A group outside what the mount shows (or outside the cgroup namespace, "/..") cannot be
-    reached: the mount's top stands in for it.
+    If the group is outside the part that the mount shows, or outside the cgroup namespace ("/.."),
+    it cannot be reached, and the result is "", the top of the mount.
     """
     if ".." in path.split("/"):
         return ""
@@ -112,7 +115,10 @@ def below_mount(root: str, path: str) -> str:
 def first_missing(
     controllers: Sequence[str], found: Hierarchies, v2_controllers: Sequence[str]
 ) -> str | None:
-    """The controller that keeps v1 from being used: one that is nowhere before one on v2."""
+    """The first controller that v1 does not have, so that v1 cannot be used; None if it has all.
+
+    A controller that v2 does not have either comes first.
+    """
     not_on_v1 = [name for name in controllers if found.legacy(V1_NAMES[name]) is None]
     nowhere = [name for name in not_on_v1 if name not in v2_controllers]
     return next(iter(nowhere or not_on_v1), None)
@@ -146,7 +152,7 @@ def missing(
 
 
 def unsupported(controller: str, reason: str, remedy: str) -> errors.HostUnsupported:
-    """The error that names a controller which this host cannot give us."""
+    """The error for a controller that this host does not offer."""
     return errors.HostUnsupported(
         f"cannot use the {controller} controller: {reason}",
         remedy=f"{remedy}, or take {controller} out of cgroup.enable_controllers",
@@ -155,16 +161,17 @@ def unsupported(controller: str, reason: str, remedy: str) -> errors.HostUnsuppo
 
 
 def base_path(found: Hierarchies, mount: Mount, v1_name: str, parent: str) -> str:
-    """The group that ours is to stand in: `parent` in this hierarchy, or this process's own."""
+    """The path of the group for our directory: `parent` in this hierarchy, or our own group."""
     if parent.strip("/"):
         return f"{mount.point}/{parent.strip('/')}"
     return found.own_path(mount, v1_name)
 
 
 def make_directory(path: str, controller: str = "") -> int:
-    """Make a group, or take the one an earlier instance left, and open it.
+    """Make a group, if it does not exist yet, and open it.
 
-    Raises `HostUnsupported`; `controller` is the one that the group is for, "" for several.
+    `controller`: the controller that the group is for, for the error; "" for several. Raises
+    `HostUnsupported`.
     """
     try:
         with contextlib.suppress(FileExistsError):
@@ -178,7 +185,7 @@ def make_directory(path: str, controller: str = "") -> int:
 
 
 def remedy_for(error: OSError) -> str:
-    """What to do about a group that cannot be made or written."""
+    """The remedy for a group that cannot be made or written."""
     if error.errno == errno.EROFS:
         return "mount the control groups read-write"
     if error.errno in {errno.EACCES, errno.EPERM}:
@@ -192,7 +199,7 @@ def remedy_for(error: OSError) -> str:
 
 
 def discard(path: str, top: int) -> None:
-    """Close and remove a group that was opened in vain; one still in use stays."""
+    """Close a group that is not needed, and remove it unless it is in use."""
     os.close(top)
     with contextlib.suppress(OSError):
         os.rmdir(path)

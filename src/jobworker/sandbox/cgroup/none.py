@@ -1,7 +1,8 @@
-"""No control groups at all: for a user who may make none, and whose configuration asks for none.
+"""The backend without control groups, for a user who may make none and asks for no limits.
 
-A scope is nothing here. Every limit is refused by name (`Scope.arm`), nothing is measured, and a
-job ends with its process namespace, which a group would only have helped to catch.
+A scope has no directory here. `Scope.arm` refuses every limit by its name, and no usage is
+measured. A kill of a job's first process still ends the job, since the kernel then kills all of its
+PID namespace.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
 
 
 class NoScope(Scope):
-    """The scope of a job that is in no group of ours."""
+    """The scope of a job without a control group."""
 
     def _write_limits(self, limits: Limits) -> None:
         assert not any(limits)  # `arm` has refused what no controller can keep
@@ -33,9 +34,10 @@ class NoScope(Scope):
 
 
 class NoTree(Tree):
-    """The tree that makes no directory anywhere; `why` there is none.
+    """A tree that makes no directory.
 
-    `left` are open directories of an earlier instance, by their paths: to be swept and closed.
+    `why`: the reason for that, for `missing_features`. `left`: open directories of an earlier
+    instance, by their paths, for `sweep` and `close`.
     """
 
     kind: Kind = "none"

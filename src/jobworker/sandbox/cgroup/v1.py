@@ -1,25 +1,25 @@
 """The cgroup v1 backend, with or without a cgroup2 mount beside it (hybrid).
 
-Each controller has a hierarchy of its own (or shares one: "cpu,cpuacct"). Our directory stands
-below this process's own group in each of them, so that the limits of whoever started us hold.
-On a hybrid host the cgroup2 mount tracks the processes: cgroup.kill, CLONE_INTO_CGROUP, and the
-CPU time, which every cgroup2 group counts without any controller.
+Each controller has a hierarchy of its own, or shares one ("cpu,cpuacct"). In each hierarchy our
+directory is below this process's own group, so that the limits of the parent groups hold. On a
+hybrid host the cgroup2 mount serves to track processes: cgroup.kill, CLONE_INTO_CGROUP, and the CPU
+time, which every cgroup2 group counts without any controller.
 
-Meaning of the limits, kernel doc Documentation/admin-guide/cgroup-v1:
+What the limits mean (kernel documentation, Documentation/admin-guide/cgroup-v1):
 - cpu: a quota for each period of 100 ms (Documentation/scheduler/sched-bwc.rst).
-- memory: limit_in_bytes, then memsw.limit_in_bytes, which must never be the lower one. A kernel
-  that does not count swap has no memsw files: fine on a host without swap, refused on one with.
-- sockets: buffers of TCP and UDP are counted apart (memory.kmem.tcp, which is UDP's too): as much
-  again as the memory limit, and beyond it a piece or two for each TCP socket, which the kernel
-  charges and does not refuse (net/ipv4/tcp_input.c, sk_forced_mem_schedule).
-- io: blkio.throttle counts and delays bios in the context that submits them. Buffered writes are
-  submitted by kernel threads and so are neither delayed nor counted here: `missing_features`.
-- OOM: the kernel kills one process, not the group, so the launcher ends the rest. `oom_fd` is
-  signalled when the kernel begins to look for a victim, in this group or in one above it: the
-  count in memory.oom_control follows a moment later, or never, if it is another group's.
-  Whose limit it was: an OOM of a group above is told to our directory too, which has no limit of
-  its own, and an OOM of the host to none. (memory.failcnt does not tell: it also counts each time
-  that the kernel found memory after all, as for a job that reads files.)
+- memory: limit_in_bytes, then memsw.limit_in_bytes, which must never be lower. A kernel that does
+  not count swap has no memsw files. The host is refused then if it has swap.
+- sockets: memory.kmem.tcp counts the buffers of TCP and UDP apart. Its limit is as large as the
+  memory limit, so a job may have twice the memory. Each TCP socket can exceed it by a piece or two,
+  which the kernel charges and does not refuse (net/ipv4/tcp_input.c, sk_forced_mem_schedule).
+- io: blkio.throttle counts and delays bios in the context that submits them. Kernel threads submit
+  buffered writes, so these are neither delayed nor counted (`missing_features`).
+- OOM: the kernel kills one process and not the group, so the launcher ends the others. The kernel
+  signals `oom_fd` when it begins to look for a victim, in this group or in one above it. The count
+  in memory.oom_control follows a moment later, or never if the victim is in another group.
+  Which limit it was: for an OOM of a group above, the kernel also signals our directory, which has
+  no limit of its own; for an OOM of the host it signals no group. (memory.failcnt is of no use: it
+  also counts each time that the kernel then found memory, as for a job that reads files.)
 """
 
 import contextlib
@@ -105,7 +105,7 @@ class ScopeV1(Scope):
         return files.table(text).get("oom_kill", 0)
 
     def _own_oom_count(self) -> int:
-        self.clear_oom()  # before those above are read: the kernel tells them first
+        self.clear_oom()  # read before the groups above, because the kernel signals those first
         return self._oom_events - self._v1.ooms_above()
 
     def sockets_beyond_limit(self) -> int:
@@ -114,7 +114,7 @@ class ScopeV1(Scope):
         try:
             held = self._number("memory", f"{_SOCKETS}.usage_in_bytes")
             return max(0, held - self._number("memory", f"{_SOCKETS}.limit_in_bytes"))
-        except OSError:  # it has just ended, or this kernel does not count them
+        except OSError:  # the job has just ended, or this kernel does not count them
             return 0
 
     def sockets_counted(self) -> tuple[int, int]:
@@ -148,18 +148,18 @@ class TreeV1(Tree):
         self._ooms_above = 0
 
     def devices(self) -> tuple[block_devices.Device, ...]:
-        """The block devices that exist now; `stacked` is brought up to date with them."""
+        """The block devices that exist now. Updates `stacked` too."""
         found = () if self._blocks is None else block_devices.scan(self._blocks)
         self.stacked = frozenset(device.number for device in found if device.stacked)
         return found
 
     def watch_memory(self) -> None:
-        """Have the kernel tell of groups above that have no memory left; raises OSError."""
+        """Have the kernel signal OOMs of the groups above. Raises OSError."""
         if "memory" in self.by_controller:
             self._oom_fd = _watch_oom(self.by_controller["memory"], ".")
 
     def ooms_above(self) -> int:
-        """How often a limit of a group above all scopes was told to leave no memory."""
+        """How many OOMs of groups above the scopes the kernel has signalled."""
         if self._oom_fd >= 0:
             with contextlib.suppress(BlockingIOError):
                 self._ooms_above += os.eventfd_read(self._oom_fd)
@@ -199,7 +199,7 @@ class TreeV1(Tree):
 def open_v1(
     found: mounts.Hierarchies, controllers: Sequence[str], name: str, parent: str, has_swap: bool
 ) -> TreeV1:
-    """Make our directories below our own group, or below `parent`, in each hierarchy.
+    """Make our directories in each hierarchy, below our own group or below `parent`.
 
     Raises `HostUnsupported` with the controller, the reason and the remedy.
     """
@@ -216,7 +216,7 @@ def open_v1(
             _check(by_controller[controller], controller, has_swap)
         unified = _open_unified(found, tops, name, parent)
         accounting = found.legacy("cpuacct")
-        # Where it shares cpu's mount it costs nothing; else only where cgroup2 cannot count.
+        # cpuacct costs nothing in cpu's mount. In another mount it is used only without cgroup2.
         shared = accounting is not None and "cpu" in accounting.controllers
         if "cpu" in controllers and accounting is not None and (shared or unified is None):
             base = mounts.base_path(found, accounting, "cpuacct", parent)
@@ -256,7 +256,10 @@ def _open_unified(
 
 
 def _own_directory(tops: dict[str, int], base: str, name: str, controller: str) -> int:
-    """Our directory below `base`, made when it is not there; one descriptor for each path."""
+    """A descriptor of our directory below `base`, which is made if it does not exist.
+
+    `tops` keeps the descriptors, so that each path is opened once.
+    """
     path = f"{base}/{name}"
     if path not in tops:
         tops[path] = mounts.make_directory(path, controller)
@@ -306,7 +309,7 @@ def _limit_memory(top: int, name: str, memory_bytes: int) -> None:
 
     counts_swap = files.exists(top, swap)
     if counts_swap:
-        # Out of the way first: it must never be below the plain limit.
+        # Lifted first, since it must never be below the plain limit.
         files.set_limit(top, swap, "-1", lambda kept: int(kept) >= _UNLIMITED)
     try:
         files.write(top, plain, value)
@@ -336,13 +339,16 @@ def _limit_io(top: int, name: str, io_bps: int, devices: Sequence[block_devices.
 
 
 def _has_line(number: str, bps: str, text: str) -> bool:
-    """Whether a throttle file holds this for a device; "" for no limit."""
+    """Whether a throttle file has this limit for a device; `bps` "" is no limit."""
     lines = dict(line.split() for line in text.splitlines())
     return lines.get(number, "") == bps
 
 
 def sum_io(text: str, stacked: frozenset[str]) -> tuple[int, int]:
-    """Bytes read and written from "MAJOR:MINOR Read|Write|… BYTES" lines, each counted once."""
+    """The bytes read and written, from lines "MAJOR:MINOR Read|Write|… BYTES".
+
+    Devices whose bytes are also counted on a device below them are left out.
+    """
     sums = {"Read": 0, "Write": 0}
     for line in text.splitlines():
         row = line.split()

@@ -1,13 +1,17 @@
 """The cgroup v2 backend: one directory for each job, with all controllers in it.
 
-Meaning of the limits (kernel doc Documentation/admin-guide/cgroup-v2.rst): cpu.max for periods of
-100 ms; memory.max with memory.swap.max 0 and memory.oom.group 1, so that the kernel itself ends
-the whole job and no event is needed; io.max for each device, which delays buffered writes too
-where the file system supports writeback by group (ext4, btrfs, xfs); pids.max.
+What the limits mean (kernel documentation, Documentation/admin-guide/cgroup-v2.rst):
 
-memory.max below what is charged makes the kernel kill the group, not fail the write:
-arm() looks first. memory.peak can start anew from Linux 6.12 on, for one open descriptor; before,
-it counts from the scope's creation.
+- cpu: cpu.max, with periods of 100 ms.
+- memory: memory.max, with memory.swap.max 0 and memory.oom.group 1. So the kernel itself ends the
+  whole job, and no event is needed.
+- io: io.max for each device. It also delays buffered writes if the file system supports writeback
+  by group (ext4, btrfs, xfs).
+- pids: pids.max.
+
+If memory.max is set below the memory that is charged already, the write succeeds and the kernel
+kills the group. So arm() reads the charge first. From Linux 6.12 on, memory.peak can be reset for
+one open descriptor; before, it counts from the creation of the scope.
 """
 
 import contextlib
@@ -32,7 +36,7 @@ _NEEDED = {
 
 
 class ScopeV2(Scope):
-    """A scope in the one hierarchy of v2."""
+    """A scope in the hierarchy of v2."""
 
     def __init__(self, tree: "TreeV2", name: str, directories: Sequence[int] = ()) -> None:
         self._v2 = tree
@@ -105,7 +109,7 @@ class ScopeV2(Scope):
             return int(os.pread(self._peak_fd, 64, 0))
         if self._v2.keeps_peak:
             return self._number("memory.peak")
-        self._peak_seen = max(self._peak_seen, now_bytes)  # the best that Linux before 5.19 gives
+        self._peak_seen = max(self._peak_seen, now_bytes)  # Linux before 5.19 has no peak
         return self._peak_seen
 
     def _restart_peak(self) -> None:
@@ -169,7 +173,7 @@ class TreeV2(Tree):
         self.devices()
 
     def devices(self) -> tuple[block_devices.Device, ...]:
-        """The block devices that exist now; `stacked` is brought up to date with them."""
+        """The block devices that exist now. Updates `stacked` too."""
         found = () if self._blocks is None else block_devices.scan(self._blocks)
         self.stacked = frozenset(device.number for device in found if device.stacked)
         return found
@@ -200,7 +204,7 @@ class TreeV2(Tree):
 def open_v2(
     found: mounts.Hierarchies, controllers: Sequence[str], name: str, parent: str, has_swap: bool
 ) -> TreeV2:
-    """Make our directory with all controllers in it.
+    """Make our directory on cgroup2, with all controllers enabled for the scopes in it.
 
     Raises `HostUnsupported` with the controller, the reason and the remedy.
     """
@@ -245,7 +249,10 @@ def _check(top: int, controllers: Sequence[str], has_swap: bool) -> None:
 
 
 def keyed(text: str) -> dict[str, dict[str, str]]:
-    """A nested keyed file such as io.max: "KEY NAME=VALUE NAME=VALUE" on each line."""
+    """The values in a nested keyed file such as io.max, by key and name.
+
+    Each line is "KEY NAME=VALUE NAME=VALUE".
+    """
     return {
         key: dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         for key, *pairs in (line.split() for line in text.splitlines() if line.strip())
@@ -253,13 +260,16 @@ def keyed(text: str) -> dict[str, dict[str, str]]:
 
 
 def _has_device(number: str, bps: str, text: str) -> bool:
-    """Whether io.max holds this for a device, in both directions; no line is "max"."""
+    """Whether io.max has this limit for a device in both directions; without a line it is "max"."""
     row = keyed(text).get(number, {})
     return row.get("rbps", "max") == bps and row.get("wbps", "max") == bps
 
 
 def sum_io(text: str, stacked: frozenset[str]) -> tuple[int, int]:
-    """Bytes read and written over the devices of io.stat, each counted once."""
+    """The bytes read and written, from io.stat.
+
+    Devices whose bytes are also counted on a device below them are left out.
+    """
     rows = [
         row
         for number, row in keyed(text).items()
