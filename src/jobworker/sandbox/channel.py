@@ -138,7 +138,7 @@ def unpack(
     elif packet[:1] == _INLINE:
         body = packet[1:]
     else:
-        raise BadMessage("its first byte tells no kind", owned)
+        raise BadMessage("its first byte is no known kind", owned)
     return body, owned
 
 
@@ -156,7 +156,7 @@ def _parse(body: bytes, owned: list[int]) -> Message:
     except (ValueError, RecursionError):
         raise BadMessage("it is not JSON", owned) from None
     if not isinstance(message, dict):
-        raise BadMessage("it is no object", owned)
+        raise BadMessage("it is no JSON object", owned)
     return message
 
 

@@ -125,7 +125,7 @@ class Chores:
         elif len(self._waiting) < self._room:
             self._waiting.append(chore)
         else:
-            raise OSError(CROWDED, "too much waits")
+            raise OSError(CROWDED, "too many chores wait")
 
     def _run(self, chore: _Chore) -> None:
         if len(self._unending) >= self._most_unending > 0:
@@ -214,7 +214,7 @@ class Chores:
                 outcome = outcome if received is None else received[0]
             except channel.DescriptorsLost as error:  # a long outcome travels in a descriptor
                 channel.close_all(error.descriptors)
-                outcome = {"errno": errno.EMFILE, "detail": "its outcome finds no descriptor"}
+                outcome = {"errno": errno.EMFILE, "detail": "no descriptor is left for its outcome"}
             except channel.BadMessage as error:
                 channel.close_all(error.descriptors)
             except OSError:

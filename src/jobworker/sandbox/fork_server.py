@@ -129,7 +129,7 @@ def _answer(
         body, passed = channel.unpack(packet, ancillary, flags)
     except channel.BadMessage as error:  # this process can open no more descriptors
         close_all(error.descriptors)
-        return {"errno": errno.EMFILE, "detail": "the fork server has no room"}, []
+        return {"errno": errno.EMFILE, "detail": "the fork server is out of descriptors"}, []
     try:
         name, arguments = pickle.loads(body)  # noqa: S301 - the launcher's own
         return functions[name](*arguments, *((passed,) if passed else ()))

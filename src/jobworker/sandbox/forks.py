@@ -157,7 +157,7 @@ class ForkServer:
         except channel.DescriptorsLost as error:
             channel.close_all(error.descriptors)
             self._end_unnamed(error.said or {})
-            received = _failure(errno.EMFILE, "the launcher has no room"), []
+            received = _failure(errno.EMFILE, "the launcher is out of descriptors"), []
         except (OSError, ProtocolError) as error:
             say(f"the fork server is ended: {error}")
             received = None
@@ -207,7 +207,7 @@ class ForkServer:
                 self._turns.watch(self._pidfd, self._on_exit)
             if not self._turns.watches(self._sock.fileno()):
                 self._turns.watch(self._sock.fileno(), self._on_answer)
-        except OSError:  # of epoll: no memory, or no more watches to be had
+        except OSError:  # epoll(7) has no memory, or its limit on watches is reached
             self._turns.call_in(AGAIN_SECONDS, self._watch)
 
     def _on_exit(self) -> None:

@@ -288,7 +288,7 @@ def test_attached_body_without_a_descriptor_is_refused(
 ) -> None:
     near, far = pair
     forge(near, b"a", [])
-    with pytest.raises(ProtocolError, match="its first byte tells no kind"):
+    with pytest.raises(ProtocolError, match="its first byte is no known kind"):
         channel.receive(far)
 
 

@@ -51,7 +51,7 @@ def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
     for _ in range(3):
         turns.turn()
     assert not outcomes, "nothing has waited for it"
-    with pytest.raises(OSError, match="too much waits") as refused:
+    with pytest.raises(OSError, match="too many chores wait") as refused:
         made.start(done, outcomes.append)
     assert refused.value.errno == CROWDED, "it takes its place meanwhile"
     os.write(go, b"!")

@@ -426,7 +426,7 @@ class Tree(ABC):
 def _remedy(controller: str) -> str:
     if controller == "cpuset":
         return (
-            "mount or delegate the cpuset controller, or choose no cores (of worker-cli: "
-            "--cpu-cores)"
+            "mount or delegate the cpuset controller, or start the job without a choice of cores "
+            "(worker-cli: --cpu-cores)"
         )
     return f"add {controller} to cgroup.enable_controllers"

@@ -241,7 +241,7 @@ def _tree(name: str, by_controller: dict[str, int], unified: int | None) -> Tree
     try:
         tree.watch_memory()
     except OSError as error:
-        reason = f"cannot have the kernel tell of want of memory: {error}"
+        reason = f"cannot have the kernel report OOM events: {error}"
         raise mounts.unsupported("memory", reason, "use a kernel with CONFIG_MEMCG_V1") from error
     return tree
 

@@ -94,7 +94,7 @@ class Verdicts:
         self.end_beyond(child, uncounted, "in sockets that its control group does not count")
         return size - now > BOUND_BYTES
 
-    # --- looks that have failed or cannot tell ------------------------------------------------
+    # --- looks that have failed or had no clear result ----------------------------------------
 
     def succeeded(self, job: int, source: Source) -> None:
         """Record that a look at this job has not failed."""
@@ -110,9 +110,9 @@ class Verdicts:
             return
         self._failures[job, source] += 1
         if outcome["errno"] == UNENDING:
-            self._end(child, "has a process that looks at it wait without an end")
+            self._end(child, "blocks a process that inspects it and that SIGKILL does not end")
         elif self._failures[job, source] >= DOUBTS:
-            self._end(child, "may hold too much uncounted kernel memory: looks at it fail")
+            self._end(child, "may hold too much uncounted kernel memory: measurements fail")
 
     def doubt(self, job: int, child: Child, source: Source, why: str) -> None:
         """Record whether a look had a clear result: `why` is the reason if not, or "".

@@ -54,7 +54,7 @@ class Doorway:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            say(f"cannot let a service in: {error}")
+            say(f"cannot accept a service's connection: {error}")
             self._pause()
             return
         caller.setblocking(False)

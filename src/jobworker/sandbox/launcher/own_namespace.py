@@ -43,7 +43,7 @@ SINGLE_ID = Ids(
     each=1,
     step=0,
     gaps=(
-        "all jobs run as this user outside: they are apart by their namespaces alone, and keep its "
+        "all jobs run as this user on the host: only namespaces separate them, and they keep its "
         "supplementary groups (install uidmap and give the user a range in /etc/subuid and "
         "/etc/subgid)",
     ),

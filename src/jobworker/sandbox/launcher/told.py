@@ -20,7 +20,7 @@ DIED: channel.Message = {"step": "prepare", "errno": 0, "detail": "the process e
 TOO_FEW_DESCRIPTORS: channel.Message = {
     "step": "prepare",
     "errno": errno.EMFILE,
-    "detail": "the launcher takes what its process has made by descriptors",
+    "detail": "the launcher has no descriptors left for what the job's process has made",
 }
 TOO_LITTLE_MEMORY: channel.Message = {
     "step": "limits",
@@ -30,7 +30,7 @@ TOO_LITTLE_MEMORY: channel.Message = {
 NO_MEMORY_ABOVE: channel.Message = {
     "step": "memory",
     "errno": errno.ENOMEM,
-    "detail": "the host, or a control group above the job's, has none left",
+    "detail": "the host, or a control group above the job's, has no memory left",
 }
 
 GIVEN_UP: channel.Message = {
