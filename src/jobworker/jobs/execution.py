@@ -569,7 +569,7 @@ class Execution:
                 self._settled.set()
 
     async def _remove(self) -> bool:
-        """Have the launcher forget a job that it has started. Returns False where it refuses.
+        """Have the launcher forget a job that it has started. Returns False where it may not have.
 
         The next service would adopt a job that the launcher has and the history does not.
         """
@@ -577,8 +577,9 @@ class Execution:
             try:
                 await self._link.remove(self.record.id)
             except JobworkerError as error:
-                gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
-                level = logging.DEBUG if gone else logging.ERROR
+                gone = isinstance(error, (LauncherGone, NotFound))
+                is_over = gone or isinstance(error, LauncherSilent)  # this service ends
+                level = logging.DEBUG if is_over else logging.ERROR
                 log.log(level, "job %d: the launcher keeps it, for now: %s", self.record.id, error)
                 return gone
         return True
