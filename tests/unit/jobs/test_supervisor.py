@@ -24,13 +24,13 @@ from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.history.search import Filter, Page
+from jobworker.jobs.inheritance import Ended, Inheritance, Running, Waiting
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.mover import DRAIN_SECONDS
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
