@@ -333,13 +333,14 @@ class Archive:
         if not jobs:
             return now
         unsettled = [self._unsettled[job] for job in jobs if job in self._unsettled]
-        records = [execution.note_removal(now) for execution in unsettled]
+        for execution in unsettled:
+            execution.note_removal(now)
         recorded = [job for job in jobs if job not in self._unsettled]
         try:
             if recorded:
                 await self._history.note_removed(recorded, now)
-            for record in records:
-                await self._history.put(record)
+            for execution in unsettled:
+                await execution.record_removal()
         except JobworkerError as error:  # the marks stay: the next look meets them again
             log.error("the output of %d jobs was removed: %s", len(jobs), error)
         else:

@@ -134,8 +134,8 @@ class Execution:
     """Set when the record of a job that runs tells something new."""
     _settled: trio.Event = field(factory=trio.Event, init=False)
     """Set once the end is on the disk, or the job removed, and the launcher has forgotten it."""
-    _record_removed: bool = field(default=False, init=False)
-    """Whether the history has forgotten the job: it must not have its record again."""
+    _unrecorded: bool = field(default=False, init=False)
+    """Whether the history must not have its record: it was refused, or removed."""
     _settling: trio.Lock = field(factory=trio.Lock, init=False)
     _inherited: tuple[Started, Exits] | None = field(default=None, init=False)
     _runs_since: float | None = field(default=None, init=False)
@@ -187,7 +187,7 @@ class Execution:
 
         It may run already; it is killed, and no record or output of it stays.
         """
-        self.refused = True
+        self.refused = self._unrecorded = True
         self._ending.stop(signal.SIGKILL, 0)
         self._unwanted.set()
 
@@ -440,14 +440,23 @@ class Execution:
         return await self._store(self.record_now())
 
     async def _store(self, record: JobRecord) -> bool:
-        if self.refused:
-            return True
         try:
-            await self._history.put(record)
+            await self._put(record)
         except JobworkerError as error:
             log.error("%s", error)
             return False
         return True
+
+    async def _put(self, record: JobRecord) -> None:
+        """Have the history take a record of a job that is admitted. Raises InternalError.
+
+        Of one whose admission is not recorded yet no later record may come before: it would have
+        the room that is set aside for ends, and stay where the job is refused.
+        """
+        if not self.admission.is_set():
+            await self.admission.wait()
+        if not self._unrecorded:
+            await self._history.put(record)
 
     def _seconds_left(self, started: Started) -> float | None:
         seconds = self.record.spec.timeout_seconds
@@ -461,7 +470,7 @@ class Execution:
             await self._changed.wait()
             self._changed = trio.Event()
             try:
-                await self._history.put(self.record_now())
+                await self._put(self.record_now())
             except JobworkerError as error:
                 log.debug("%s", error)
                 self._changed.set()
@@ -547,15 +556,18 @@ class Execution:
                 await self._settled.wait()
             async with self._settling:
                 with suppress(JobworkerError):
-                    if not (self._settled.is_set() or self._record_removed):
-                        await self._history.put(self.record)
+                    if not self._settled.is_set():
+                        await self._put(self.record)
                     if not self._settled.is_set() and await self._remove():
                         self._settled.set()
 
-    def note_removal(self, when: datetime) -> JobRecord:
-        """Note in the record of an ended job that its output was removed: the record."""
+    def note_removal(self, when: datetime) -> None:
+        """Note in the record of an ended job that its output was removed."""
         self.record = evolve(self.record, output_removed_at=when)
-        return self.record
+
+    async def record_removal(self) -> None:
+        """Have the history take what was noted. Raises InternalError."""
+        await self._put(self.record)
 
     async def remove_record(self) -> None:
         """Have neither history nor launcher know an ended job any more. Raises InternalError.
@@ -563,13 +575,14 @@ class Execution:
         Where the launcher refuses at the moment, `settle` tries it again.
         """
         async with self._settling:  # or the record would come back
-            await self._history.remove(self.record.id)
-            self._record_removed = True
+            if not self._unrecorded:
+                await self._history.remove(self.record.id)
+                self._unrecorded = True
             if not self._settled.is_set() and await self._remove():
                 self._settled.set()
 
     async def _remove(self) -> bool:
-        """Have the launcher forget a job that it has started. Returns False where it refuses.
+        """Have the launcher forget a job that it has started. Returns False where it may not have.
 
         The next service would adopt a job that the launcher has and the history does not.
         """
@@ -577,8 +590,9 @@ class Execution:
             try:
                 await self._link.remove(self.record.id)
             except JobworkerError as error:
-                gone = isinstance(error, (LauncherGone, LauncherSilent, NotFound))
-                level = logging.DEBUG if gone else logging.ERROR
+                gone = isinstance(error, (LauncherGone, NotFound))
+                is_over = gone or isinstance(error, LauncherSilent)  # this service ends
+                level = logging.DEBUG if is_over else logging.ERROR
                 log.log(level, "job %d: the launcher keeps it, for now: %s", self.record.id, error)
                 return gone
         return True

@@ -26,8 +26,9 @@ from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import RECORD_AGAIN_SECONDS, Clock, Execution, Rules
 from jobworker.jobs.history.history import History
-from jobworker.jobs.history.job_note import make_note
+from jobworker.jobs.history.job_note import make_note, note_refusal
 from jobworker.jobs.history.search import Filter, Page
+from jobworker.jobs.inheritance import Inheritance
 from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
 from jobworker.jobs.output.follower import Follower
@@ -39,7 +40,6 @@ from jobworker.jobs.quota import Use, check_quota
 from jobworker.jobs.removals import Removals
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
-from jobworker.jobs.takeover import Inheritance
 from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.json_text import LONG_CHARACTERS
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
@@ -175,11 +175,10 @@ class Supervisor:
     async def _take_back(self, job: JobId) -> None:
         """Remove what is left of a job that its client was told was not admitted.
 
-        The end of another job's record may have had the room that was refused to it, so that it
-        stands in the history: then it is there until the disk takes its removal.
+        What stays for the disk's sake is noted as refused, so that the next service removes it.
         """
         while True:
-            # Once at least, also where the service ends: the next would take it for a job.
+            # Once at least, also where the service ends.
             with suppress(JobworkerError), trio.CancelScope(shield=True):
                 await self._archive.remove(job, force=True)
                 return
@@ -320,12 +319,23 @@ class Supervisor:
         except Exception:
             execution.refuse()
             self._end_without_a_place(execution)
+            await self._note_refusal(job)
             raise
         finally:
             execution.admission.set()
         if not at_once:
             execution.shorten()
         return execution
+
+    async def _note_refusal(self, job: JobId) -> None:
+        """Note on the disk that a job is refused, before its client hears of that.
+
+        Else the next service, were this one killed now, would take it for one that was admitted.
+        """
+        try:
+            await in_thread(note_refusal, self._spools, job)
+        except JobworkerError as error:
+            log.error("job %d is refused, and no disk takes the note of that: %s", job, error)
 
     def _make_spool(self, record: JobRecord) -> Spool:
         """Make the place of a job's output, and note there whose it is: in a thread."""

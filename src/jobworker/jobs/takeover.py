@@ -6,7 +6,8 @@
     started             no                     is FAILED, lost
     waiting             no                     waits again, unless it had secrets: no disk has them
     ended               yes                    is removed there, and killed if it lives
-    removed, no output  either                 stays removed, and what it left goes
+    removed, no output  either                 stays removed, and what it left goes (`leftovers`)
+    refused (its note)  either                 is none: it is killed, and what it left goes, too
     nothing             either                 is adopted (`adoption`)
 
 Where a job's note knows more (`job_note`), which a full disk or an older copy of the history may be
@@ -19,43 +20,35 @@ having it still is a service that died between the commit of the end and the rem
 have had the disk's word on the output by then: the disk is asked again, as it is for each end that
 is told here.
 
-Output goes on exactly where it ends: what a service has moved is in the files, and what it has not
-is in the pipes, which the launcher kept. A live job whose files are gone or unreadable goes on with
-new ones; what stood in their place is set aside.
+What becomes of the output, `inherited_output` says.
 """
 
-import errno
 import logging
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
-from datetime import UTC, datetime, timedelta
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import trio
-from attrs import Factory, define, evolve
+from attrs import evolve
 
-from jobworker.errors import (
-    Busy,
-    InternalError,
-    JobworkerError,
-    NotFound,
-    OutOfDescriptors,
-    OutputError,
-)
+from jobworker.errors import InternalError, JobworkerError
 from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
 from jobworker.jobs.history.history import History
-from jobworker.jobs.history.job_note import make_note
-from jobworker.jobs.output.directory import clear_mark, was_removed
-from jobworker.jobs.output.ended import remove_output
-from jobworker.jobs.output.spool import Spool, with_sizes
-from jobworker.jobs.output.sync import NOT_SYNCED
+from jobworker.jobs.inheritance import Inheritance, Running, Waiting, have_forgotten, let_go
+from jobworker.jobs.inherited_output import (
+    cannot_go_on,
+    end_again,
+    end_as_told,
+    lose,
+    open_spool,
+    sync,
+)
+from jobworker.jobs.leftovers import remove_leftovers
 from jobworker.model.job import JobId, JobRecord
-from jobworker.model.lifecycle import WAITING, Event, Reason, State, advance
+from jobworker.model.lifecycle import WAITING, Event, State, advance
 from jobworker.model.summary import without_bulk
-from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.service.job_ends import Exits, Started
 from jobworker.sandbox.service.link import Link
 from jobworker.threads import in_thread
@@ -64,53 +57,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("jobworker.jobs")
 
-_OF_THE_HOST = frozenset(
-    {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.ENOLCK}
-)
 RECORDS_TOGETHER = 40
 """How many adopted records go to the history at a time: they share transactions. Each may take
 five megabytes of memory until it is there."""
-
-
-@define(eq=False)
-class Running:
-    """A job that goes on."""
-
-    record: JobRecord
-    spool: Spool
-    started: Started
-    exits: Exits
-
-
-@define(eq=False)
-class Waiting:
-    """A job that waits again."""
-
-    record: JobRecord
-    spool: Spool
-
-
-@define(eq=False)
-class Ended:
-    """A job that has ended, and whose end the history may have refused."""
-
-    record: JobRecord
-    spool: Spool
-
-
-@define(eq=False)
-class Inheritance:
-    """What was taken over, in the order of ids."""
-
-    running: list[Running] = Factory(list)
-    waiting: list[Waiting] = Factory(list)
-    ended: list[Ended] = Factory(list)
-
-    @property
-    def ids(self) -> frozenset[JobId]:
-        """The jobs that were taken over."""
-        every: list[Running | Waiting | Ended] = [*self.running, *self.waiting, *self.ended]
-        return frozenset(each.record.id for each in every)
 
 
 async def take_over(link: Link, history: History, spools: Path, now: datetime) -> Inheritance:
@@ -127,53 +76,29 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     there = await in_thread(jobs_in, spools)
     known = await history.known([*there, *link.inherited])
     unfinished = {record.id: record for record in history.unfinished}
-    undone = unfinished.keys() & link.unstarted
     unknown = (there | link.inherited.keys()) - known
-    removed = await history.removed_without_output(unknown)
-    for job in removed & link.inherited.keys():
-        await _remove(link, job)
-    await in_thread(partial(_finish_removals, spools, removed))
-    unfinished |= await _adopt(link, history, spools, unknown - removed, now)
-    ended_before = link.inherited.keys() - unfinished.keys() - removed
+    none = await remove_leftovers(
+        link, history, spools, unknown=unknown, unfinished=unfinished.keys()
+    )
+    unfinished = {job: record for job, record in unfinished.items() if job not in none}
+    undone = unfinished.keys() & link.unstarted
+    unfinished |= await _adopt(link, history, spools, unknown - none, now)
+    ended_before = link.inherited.keys() - unfinished.keys() - none
     unfinished = await _ask_notes(spools, unfinished)
     unfinished |= await _take_back_starts(history, [unfinished[job] for job in sorted(undone)])
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
-        alive = link.inherited.get(job)
-        if record.ended:
-            log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
-            if alive is not None:
-                _let_go(*alive)
-            inheritance.ended.append(await _end_as_told(spools, record, now))
-            continue
-        if alive is None and (problem := _cannot_wait_again(record)):
-            inheritance.ended.append(await _lose(spools, record, now, problem))
-            continue
-        try:
-            spool, going_on = await _open_spool(
-                spools / str(job), record, now, lives=alive is not None, ended=_has_ended(alive)
-            )
-        except JobworkerError as error:  # what it writes could not be kept
-            if alive is not None:
-                raise _cannot_go_on(job, error) from error
-            log.error("job %d: %s", job, error)
-            inheritance.ended.append(await _lose(spools, record, now, str(error)))
-            continue
-        if alive is None:
-            inheritance.waiting.append(Waiting(going_on, spool))
-        else:
-            going_on = _as_running(going_on, since[job])
-            inheritance.running.append(Running(going_on, spool, *alive))
-    again = [await _end_again(spools, history, job) for job in sorted(ended_before)]
-    await _sync([*inheritance.ended, *again])
+        await _go_on(inheritance, link.inherited.get(job), record, spools, since.get(job, now), now)
+    again = [await end_again(spools, history, job) for job in sorted(ended_before)]
+    await sync([*inheritance.ended, *again])
     inheritance.ended += [each for each in again if each.spool.sync_fault]
     await _record(history, [each.record for each in inheritance.ended])
     for each in again:
         if each.spool.sync_fault:  # the launcher forgets it when that is recorded
-            _let_go(*link.inherited[each.record.id])
+            let_go(*link.inherited[each.record.id])
         else:
             each.spool.close()
-            await _remove(link, each.record.id)
+            await have_forgotten(link, each.record.id)
     _tell(inheritance)
     return inheritance
 
@@ -200,18 +125,6 @@ async def _adopt(
     history.pass_over(max((record.id for record in records), default=JobId(0)))
     tell_adopted(records, link.inherited.keys())
     return {record.id: record for record in records if not record.ended}
-
-
-def _finish_removals(spools: Path, jobs: Iterable[JobId]) -> None:
-    """Remove the output of jobs that were removed while it was missing."""
-    for job in sorted(jobs):
-        try:
-            remove_output(spools / str(job), force=True, ended=True)
-            clear_mark(spools / str(job))
-        except JobworkerError as error:
-            log.warning("job %d was removed, and what is in %s stays: %s", job, spools, error)
-        else:
-            log.warning("job %d was removed while its output was missing: that goes now", job)
 
 
 async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dict[JobId, JobRecord]:
@@ -247,62 +160,47 @@ async def _put(history: History, record: JobRecord) -> None:
         log.error("%s", error)
 
 
+async def _go_on(
+    inheritance: Inheritance,
+    alive: tuple[Started, Exits] | None,
+    record: JobRecord,
+    spools: Path,
+    since: datetime,
+    now: datetime,
+) -> None:
+    """Add to `inheritance` what becomes of a job that has not ended in the history.
+
+    `alive` is what the launcher has of it, and `since` when its program began then.
+    """
+    job = record.id
+    if record.ended:
+        log.warning("job %d: its end is taken from its note: %s", job, record.state.value)
+        if alive is not None:
+            let_go(*alive)
+        inheritance.ended.append(await end_as_told(spools, record, now))
+        return
+    if alive is None and (problem := _cannot_wait_again(record)):
+        inheritance.ended.append(await lose(spools, record, now, problem))
+        return
+    try:
+        spool, going_on = await open_spool(
+            spools / str(job), record, now, lives=alive is not None, ended=_has_ended(alive)
+        )
+    except JobworkerError as error:  # what it writes could not be kept
+        if alive is not None:
+            raise cannot_go_on(job, error) from error
+        log.error("job %d: %s", job, error)
+        inheritance.ended.append(await lose(spools, record, now, str(error)))
+        return
+    if alive is None:
+        inheritance.waiting.append(Waiting(going_on, spool))
+    else:
+        inheritance.running.append(Running(_as_running(going_on, since), spool, *alive))
+
+
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
     """Whether the launcher has a job's end already."""
     return alive is not None and alive[1].statistics().current_buffer_used > 0
-
-
-async def _open_spool(
-    directory: Path, record: JobRecord, now: datetime, *, lives: bool, ended: bool
-) -> tuple[Spool, JobRecord]:
-    """Open a job's output, or make it anew, which its record then says.
-
-    Of one that has `ended` the output may have had to go for the disk to take the record of that,
-    and the service may have been killed between the two. Raises OutputError, and InternalError
-    where it is the host that lacks something: output that may be whole is not set aside.
-    """
-    try:
-        spool = await in_thread(Spool.open, directory)
-        return spool, _with_losses(record, spool, now)
-    except JobworkerError as error:
-        if _is_of_the_host(error):
-            raise _cannot_go_on(record.id, error) from error
-        missing, why = isinstance(error, NotFound), error.message
-    if ended and missing and await in_thread(was_removed, directory):
-        log.warning("job %s: its output was removed before its end was recorded", directory.name)
-        return Spool.gone(), evolve(record, output_removed_at=now)
-    kept = await in_thread(_set_aside, directory)
-    spool = await in_thread(Spool.create, directory)
-    with suppress(OutputError):  # it goes on without one
-        await in_thread(make_note, directory.parent, record)
-    where = f"; it is set aside as {kept}" if kept else ""
-    log.warning("job %s: its output so far is missing: %s%s", directory.name, why, where)
-    if not lives:  # it has written nothing yet
-        return spool, record
-    return spool, record.noted(f"output from before {now:%F %T} UTC is missing")
-
-
-def _with_losses(record: JobRecord, spool: Spool, now: datetime) -> JobRecord:
-    """The record of a job that goes on, with a word about output that is gone since it was kept."""
-    if not spool.lost_bytes:
-        return record
-    note = f"{spool.lost_bytes} bytes of output from before {now:%F %T} UTC are missing"
-    log.warning("job %d: %s: its files have become shorter", record.id, note)
-    return record.noted(note)
-
-
-def _set_aside(directory: Path) -> Path | None:
-    """Move away what stands where a job's output belongs: where to, if anything stood there."""
-    aside = directory.parent.parent / "set-aside"
-    kept = aside / f"{directory.name}-{time.time_ns()}"
-    try:
-        aside.mkdir(mode=0o700, exist_ok=True)
-        directory.rename(kept)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise OutputError(f"cannot set aside {directory}: {error.strerror}") from error
-    return kept
 
 
 def _cannot_wait_again(record: JobRecord) -> str:
@@ -314,99 +212,6 @@ def _cannot_wait_again(record: JobRecord) -> str:
     if record.spec.secret_environment or "secret_environment" in record.abridged:
         return "the service ended while the job waited, and its secret variables with it"
     return ""
-
-
-async def _remove(link: Link, job: JobId) -> None:
-    _let_go(*link.inherited[job])
-    await link.begin_to_remove(job)  # a start waits for its place, where it needs that
-
-
-def _let_go(started: Started, exits: Exits) -> None:
-    close_all([started.stdout, started.stderr])
-    exits.close()
-
-
-def _is_of_the_host(error: JobworkerError) -> bool:
-    """Whether opening output failed for a reason that has nothing to do with what stands there."""
-    if isinstance(error, (OutOfDescriptors, Busy)):
-        return True
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in _OF_THE_HOST
-
-
-def _cannot_go_on(job: JobId, error: JobworkerError) -> InternalError:
-    return InternalError(
-        f"cannot go on with job {job}: {error.message}; nothing of it was changed",
-        remedy=error.remedy or "see to the disk and the limits of the service, and start it again",
-    )
-
-
-async def _open_ended(spools: Path, record: JobRecord) -> Spool:
-    """The output of a job that the launcher does not have: to read, if its end is known."""
-    directory = spools / str(record.id)
-    open_it = partial(Spool.open_ended, written={}) if record.ended else Spool.open
-    try:
-        return await in_thread(open_it, directory)
-    except JobworkerError as error:
-        if _is_of_the_host(error):
-            raise _cannot_go_on(record.id, error) from error
-        if record.output_removed_at is None:
-            log.warning("job %d: its output is lost: %s", record.id, error)
-        return Spool.gone()
-
-
-async def _end_as_told(spools: Path, record: JobRecord, now: datetime) -> Ended:
-    """The end of a job as its note tells it: its output may have had to go meanwhile."""
-    if await in_thread(was_removed, spools / str(record.id)):
-        record = evolve(record, output_removed_at=record.output_removed_at or now)
-    return Ended(record, await _open_ended(spools, record))
-
-
-async def _end_again(spools: Path, history: History, job: JobId) -> Ended:
-    """A job whose end is recorded, with its output as far as that is there."""
-    record = await history.summary(job)
-    assert record is not None
-    try:
-        open_it = partial(Spool.open_ended, spools / str(job), written={})
-        return Ended(record, await in_thread(open_it))
-    except NotFound:
-        return Ended(record, Spool.gone())
-    except JobworkerError as error:
-        return Ended(record, Spool.gone(sync_fault=f"{NOT_SYNCED}: {error.message}"))
-
-
-async def _sync(ended: Sequence[Ended]) -> None:
-    """Have the disk take the output of ended jobs; where it refuses, the record says so.
-
-    That of all at a time: the start of the service waits no longer than the end of one job does.
-    """
-    async with AsyncExitStack() as under_way:
-        for each in ended:
-            synced = each.spool.synced(each.record.id, each.record.owner)
-            await under_way.enter_async_context(synced)
-    for each in ended:
-        if each.spool.sync_fault:
-            log.error("job %d: %s", each.record.id, each.spool.sync_fault)
-            each.record = each.record.noted(each.spool.sync_fault)
-
-
-async def _lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:
-    """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
-    spool = await _open_ended(spools, record)
-    spool.restore_discarded(record.discarded_bytes)
-    record = _with_losses(record, spool, now)
-    state = advance(record.state, Event.FAIL)
-    record = evolve(record.noted(detail), state=state, reason=Reason.LOST)
-    ended_at = now
-    if spool.sealed and spool.last_ns:
-        ended_at = datetime.fromtimestamp(spool.last_ns / 1e9, UTC)
-    # The time of day may have been set back since.
-    record = evolve(record, ended_at=max(ended_at, record.started_at or record.created_at))
-    try:
-        await spool.seal()
-    except OutputError as error:
-        log.warning("job %d: %s", record.id, error)
-    return Ended(with_sizes(record, spool), spool)
 
 
 def _as_running(record: JobRecord, since: datetime) -> JobRecord:

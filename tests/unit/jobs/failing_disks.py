@@ -7,7 +7,8 @@ work that is under way, and the order of everything is Trio's.
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Literal, TypeVar, TypeVarTuple
 
@@ -25,6 +26,8 @@ Arguments = TypeVarTuple("Arguments")
 HistoryFault = Literal["", "slow", "locked", "full", "full for what is new"]
 SLOW_SECONDS = 3.0
 
+OutputFault = Literal["", "full", "lost"]
+
 
 @define(eq=False)
 class Disks:
@@ -35,10 +38,26 @@ class Disks:
     """Whether no file of the spool can grow. What it has room for already can be written."""
     output_is_lost: bool = False
     """Whether fdatasync(2) fails."""
+    output_was_full: bool = False
+    """Whether a file of the spool could not grow at some time."""
 
     def mend(self) -> None:
         """Let all disks take everything again."""
         self.history, self.output_is_full, self.output_is_lost = "", False, False
+
+    def change_output(self, fault: OutputFault) -> None:
+        """Have the disk of the output refuse what is new, or to say that it has something."""
+        self.output_is_full, self.output_is_lost = fault == "full", fault == "lost"
+        self.output_was_full = self.output_was_full or self.output_is_full
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let the test itself write, during the block."""
+        was_full, self.output_is_full = self.output_is_full, False
+        try:
+            yield
+        finally:
+            self.output_is_full = was_full
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Stand between this process and its disks, and between its tasks and their threads."""

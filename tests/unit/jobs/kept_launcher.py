@@ -1,87 +1,48 @@
-"""A launcher that outlives services, played: its programs are pipes, and do what a test says.
+"""A launcher that outlives services, played: its programs do what a test says.
 
 Like the real one it keeps the jobs and their pipes while no service is there, gives up starts that
-are under way when a service leaves, and keeps why a job was sent a signal. `ServiceLink` is what
-one service has of it, in place of `sandbox.service.link.Link`.
+are under way when a service leaves, and keeps why a job was sent a signal. What one service has of
+it is a `played_link`.
 """
 
 import errno
 import os
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 from attrs import define, field
 
-from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, OutOfDescriptors
-from jobworker.model.job import JobId, Usage
+from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
+from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.protocol.asks import Ask, Asked
 from jobworker.sandbox.protocol.replies import Refusal
-from jobworker.sandbox.service.exchange import LOOK_SECONDS, SILENT_SECONDS, Waitable
-from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.jobs_told import AskedBefore, Exit
-from jobworker.sandbox.service.launcher_errors import launcher_silent
+from jobworker.sandbox.service.exchange import SILENT_SECONDS
 from jobworker.sandbox.service.start_failures import explain
-from jobworker.sandbox.start.plan import Order
 
-Start = Literal["runs", "refused", "lacks processes", "hangs", "may have run"]
-OnSignal = Literal["exits", "goes on", "has no handler"]
+from .played_program import Behaviour, Program
+
 Manner = Literal["answers", "refuses", "silent"]
 
 
-@define(kw_only=True)
-class Behaviour:
-    """What the program of one request does."""
+class Service(Protocol):
+    """A service that is told of ends."""
 
-    starts: list[Start]
-    """How its starts go, in turn; further ones succeed."""
-    on_signal: OnSignal
+    def on_exit(self, program: Program) -> None:
+        """Hear of the end of a program."""
 
+    def close_exits(self) -> None:
+        """Hear of no end any more."""
 
-@define(eq=False)
-class Program:
-    """A job whose program was executed."""
-
-    job: JobId
-    request: str
-    on_signal: OnSignal
-    reads: tuple[int, int]
-    writes: list[int]
-    since: float = field(factory=trio.current_time)
-    wrote: tuple[bytearray, bytearray] = field(factory=lambda: (bytearray(), bytearray()))
-    asked: Asked | None = None
-    exit: Exit | None = None
-    cause: str = ""
-    """Why it was asked to end, where that was before its end."""
-    lost: bool = False
-    """Whether its launcher died before it was told to forget it."""
-    may_only_have_run: bool = False
-    """Whether the service could not take its pipes, and had it removed."""
-
-    def write(self, stream: int, count: int) -> None:
-        """Write `count` bytes, each of which tells its place, or what the pipe has room for."""
-        begin = len(self.wrote[stream])
-        data = bytes(place % 251 for place in range(begin, begin + count))
-        try:
-            written = os.write(self.writes[stream], data)
-        except BlockingIOError:
-            return
-        self.wrote[stream].extend(data[:written])
-
-    def end(self, code: int | None, number: int | None, want: Want) -> None:
-        """Be gone, with all that could write to the pipes."""
-        close_all(self.writes)
-        self.writes = []
-        self.cause = self.asked.cause if self.asked else ""
-        self.exit = Exit(code=code, signal=number, usage=Usage(), want=want)
+    def die(self) -> None:
+        """Be gone with what moves in it."""
 
 
 @define(eq=False)
-class _Held:
+class Held:
     """A request to the launcher, until it is answered."""
 
     effect: Callable[[], object]
@@ -98,7 +59,7 @@ class _Held:
 
 
 @define(eq=False)
-class _Starting:
+class Starting:
     """A start under way, until its program runs or it has failed."""
 
     decided: trio.Event = field(factory=trio.Event)
@@ -117,21 +78,20 @@ class KeptLauncher:
     unstarted: set[JobId] = field(factory=set)
     gone: bool = False
     manner: Manner = "answers"
-    _link: "ServiceLink | None" = None
-    _held: list[_Held] = field(factory=list)
+    _service: Service | None = None
+    _held: list[Held] = field(factory=list)
     _silent_since: float = 0.0
-    _starting: dict[JobId, tuple[_Starting, str]] = field(factory=dict)
+    _starting: dict[JobId, tuple[Starting, str]] = field(factory=dict)
 
-    def connect(self) -> "ServiceLink":
-        """Serve the next service, which takes over what there is."""
-        link = ServiceLink(self, unstarted=frozenset(self.unstarted))
-        link.inherited = {job: link.expect(each) for job, each in sorted(self.programs.items())}
-        self._link = link
-        return link
+    def connect(self, service: Service) -> None:
+        """Serve the next service."""
+        self._service = service
 
-    def disconnect(self) -> None:
-        """The service has gone: what it had sent has its effect, and starts are given up."""
-        self._link = None
+    def disconnect(self, service: Service) -> None:
+        """A service has gone: what it had sent has its effect, and starts are given up."""
+        if self._service is not service:
+            return  # it was killed, and the next one is there
+        self._service = None
         self.behave("answers")
         for starting, _ in self._starting.values():
             starting.decided.set()
@@ -154,15 +114,20 @@ class KeptLauncher:
             program.lost = True
             self._forget(program)
         for starting, _ in self._starting.values():
-            starting.fault = _gone()
+            starting.fault = launcher_gone()
             starting.decided.set()
         for held in self._held:
-            held.fault = _gone()
+            held.fault = launcher_gone()
             held.answered.set()
         self._starting.clear()
         self._held.clear()
-        if self._link is not None:
-            self._link.close_exits()
+        if self._service is not None:
+            self._service.close_exits()
+
+    @property
+    def service(self) -> Service | None:
+        """The service that is there."""
+        return self._service
 
     @property
     def is_silent(self) -> bool:
@@ -181,15 +146,15 @@ class KeptLauncher:
     def end(self, program: Program, code: int | None, number: int | None, want: Want = "") -> None:
         """Have a program end, and tell the service."""
         program.end(code, number, want)
-        held = _Held(lambda: self._tell_exit(program))
+        held = Held(lambda: self._tell_exit(program))
         if self.manner == "silent":
             self._held.append(held)
         else:
             held.serve()
 
     def _tell_exit(self, program: Program) -> None:
-        if self._link is not None:
-            self._link.on_exit(program)
+        if self._service is not None:
+            self._service.on_exit(program)
 
     def finish_start(self, job: JobId) -> None:
         """Have a start that hangs succeed."""
@@ -197,9 +162,9 @@ class KeptLauncher:
         self._execute(job, request)
         starting.decided.set()
 
-    def take(self, effect: Callable[[], object]) -> _Held:
+    def take(self, effect: Callable[[], object]) -> Held:
         """Take a request, and answer it unless this is silent."""
-        held = _Held(effect)
+        held = Held(effect)
         if self.manner == "silent":
             self._held.append(held)
         else:
@@ -208,13 +173,13 @@ class KeptLauncher:
 
     # --- requests ---------------------------------------------------------------------------
 
-    def spawn(self, job: JobId, request: str) -> _Starting:
+    def spawn(self, job: JobId, request: str) -> Starting:
         """Begin a start."""
         self._check_willing()
         assert job not in self.programs
         assert job not in self._starting
         self.unstarted.add(job)
-        behaviour, starting = self.behaviours[request], _Starting()
+        behaviour, starting = self.behaviours[request], Starting()
         how = behaviour.starts.pop(0) if behaviour.starts else "runs"
         if how == "refused":
             raise explain(Refusal("execute", errno.ENOENT, request))
@@ -256,7 +221,7 @@ class KeptLauncher:
         """Forget a job; one that is alive is killed."""
         self._check_willing()
         if job not in self.programs:
-            raise _no_such_job()
+            raise no_such_job()
         self._forget(self.programs[job])
 
     def _check_willing(self) -> None:
@@ -267,7 +232,7 @@ class KeptLauncher:
         self._check_willing()
         program = self.programs.get(job)
         if program is None or program.exit is not None:
-            raise _no_such_job()
+            raise no_such_job()
         return program
 
     def _keep(self, program: Program, ask: Ask, number: int) -> None:
@@ -289,139 +254,9 @@ class KeptLauncher:
         del self.programs[program.job]
 
 
-@define(eq=False)
-class ServiceLink:
-    """One service's requests to the launcher."""
-
-    _launcher: KeptLauncher
-    unstarted: frozenset[JobId] = field(kw_only=True)
-    inherited: dict[JobId, tuple[Started, Exits]] = field(factory=dict, init=False)
-    keeps_asks: bool = field(default=True, init=False)
-    _given_up: trio.Event = field(factory=trio.Event, init=False)
-    _exits: dict[JobId, trio.MemorySendChannel[Exit]] = field(factory=dict, init=False)
-
-    @property
-    def silent(self) -> bool:
-        """Whether the launcher is there and has not answered for a while."""
-        return self._launcher.is_silent and not self._given_up.is_set()
-
-    def expect(self, program: Program) -> tuple[Started, Exits]:
-        """What a service gets of a program, and where it hears of its end."""
-        send, receive = trio.open_memory_channel[Exit](1)
-        self._exits[program.job] = send
-        if program.exit is not None:
-            self.on_exit(program)
-        stdout, stderr = map(os.dup, program.reads)
-        started = Started(
-            pid=1, stdout=stdout, stderr=stderr, since=program.since, asked=_told(program.asked)
-        )
-        return started, receive
-
-    def on_exit(self, program: Program) -> None:
-        """Tell of the end of a program, if anybody waits for it."""
-        send = self._exits.pop(program.job, None)
-        if send is not None and program.exit is not None:
-            with suppress(trio.BrokenResourceError):  # nobody wants to know any more
-                send.send_nowait(program.exit)
-            send.close()
-
-    def close_exits(self) -> None:
-        """Tell of no end any more."""
-        for send in self._exits.values():
-            send.close()
-        self._exits.clear()
-
-    def give_up(self) -> None:
-        """Ask nothing more; no request waits longer."""
-        self._given_up.set()
-        self.close_exits()
-
-    async def spawn(self, job: JobId, order: Order, _limits: object) -> tuple[Started, Exits]:
-        """Start a job."""
-        starting = await self._ask(lambda: self._launcher.spawn(job, order.arguments[0]))
-        assert isinstance(starting, _Starting)
-        await self._wait(starting.decided)
-        if starting.fault is not None:
-            raise starting.fault
-        return self.expect(self._launcher.programs[job])
-
-    async def signal(self, job: JobId, number: signal.Signals, ask: Ask) -> bool:
-        """Send a signal."""
-        return bool(await self._ask(lambda: self._launcher.signal(job, number, ask)))
-
-    async def kill(self, job: JobId, ask: Ask) -> None:
-        """Kill a job."""
-        await self._ask(lambda: self._launcher.kill(job, ask))
-
-    async def give_up_start(self, job: JobId) -> None:
-        """Have a start under way fail."""
-        await self._ask(lambda: self._launcher.give_up(job))
-
-    async def remove(self, job: JobId) -> None:
-        """Have the launcher forget a job."""
-        await self._ask(lambda: self._launcher.remove(job))
-
-    async def begin_to_remove(self, job: JobId) -> None:
-        """The same, and wait for nothing."""
-        await trio.lowlevel.checkpoint()
-        self._launcher.take(lambda: self._launcher.remove(job))
-
-    async def wait_unless_silent(self, event: Waitable) -> None:
-        """Wait for an event. Raises LauncherSilent."""
-        while not event.is_set():
-            if self.silent:
-                raise launcher_silent()
-            with trio.move_on_after(LOOK_SECONDS):
-                await event.wait()
-
-    async def _ask(self, effect: Callable[[], object]) -> object:
-        with trio.CancelScope(shield=True):
-            await trio.lowlevel.checkpoint()
-            if self._launcher.gone:
-                raise _gone()
-            if self._given_up.is_set():
-                raise LauncherSilent("the service is shutting down", data={"sent": False})
-            held = self._launcher.take(effect)
-            await self._wait(held.answered)
-        if held.fault is not None:
-            raise held.fault
-        return held.result
-
-    async def _wait(self, event: trio.Event) -> None:
-        """Wait for what the launcher does, unless this service gives it up."""
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-
-                async def watch() -> None:
-                    await self._given_up.wait()
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(watch)
-                await event.wait()
-                nursery.cancel_scope.cancel()
-        if not event.is_set():
-            raise LauncherSilent("cannot tell what becomes of the request")
-        if self._launcher.gone:
-            raise _gone()
-
-
-def _told(asked: Asked | None) -> AskedBefore | None:
-    """What the next service hears of why a job was sent a signal."""
-    if asked is None:
-        return None
-    now = trio.current_time()
-    told = asked.told(now)
-    return AskedBefore(
-        cause=told.cause,
-        first_at=now - told.seconds_ago,
-        kill_at=now + told.kill_in_seconds,
-        signals=frozenset(asked._signals),
-    )
-
-
-def _gone() -> LauncherGone:
+def launcher_gone() -> LauncherGone:
     return LauncherGone("cannot serve the request: the launcher has ended")
 
 
-def _no_such_job() -> JobworkerError:
+def no_such_job() -> JobworkerError:
     return explain(Refusal("job", errno.ESRCH, "no such job"))

@@ -6,6 +6,7 @@ The supervisor's calls are made by clients, each a task, as connections make the
 import os
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -28,6 +29,8 @@ from jobworker.model.job import JobId, JobRecord, Limits
 from jobworker.sandbox.channel import close_all
 
 from .kept_launcher import KeptLauncher
+from .played_link import ServiceLink
+from .told import Told
 
 RULES = Rules(
     defaults=Limits(cpu_percent=0, memory_bytes=0, io_bps=0, processes=0, output_bytes=0),
@@ -51,29 +54,37 @@ class PlayedService:
     supervisor: Supervisor
     budget: OutputBudget
     incidents: Incidents
+    told: Told
+    """What its clients hear."""
     leaving: bool = field(default=False, init=False)
     gone: trio.Event = field(factory=trio.Event, init=False)
     waiting: int = field(default=0, init=False)
     """How many clients wait for an answer."""
     _nursery: trio.Nursery
     _directory: Path
+    _link: ServiceLink
+    _killed: bool = field(default=False, init=False)
     _over: trio.Event = field(factory=trio.Event, init=False)
 
     @classmethod
-    async def start(cls, nursery: trio.Nursery, directory: Path, launcher: KeptLauncher) -> Self:
+    async def start(
+        cls, nursery: trio.Nursery, directory: Path, launcher: KeptLauncher, told: Told
+    ) -> Self:
         """Start a service in the background. Raises what keeps it from its start."""
-        return await nursery.start(cls._serve, directory, launcher)  # type: ignore[no-any-return]
+        serve = partial(cls._serve, directory, launcher, told)
+        return await nursery.start(serve)  # type: ignore[no-any-return]
 
     @classmethod
     async def _serve(
         cls,
         directory: Path,
         launcher: KeptLauncher,
+        told: Told,
         *,
         task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         open_before, spools = _descriptors(), directory / "spool"
-        link = launcher.connect()
+        link = ServiceLink.connect(launcher)
         history = None
         try:
             history = History.open(directory / "history.db", spools)
@@ -83,12 +94,13 @@ class PlayedService:
                 spools=spools, history=history, policy=Policy(), budget=budget, clock=now
             )
             await archive.load(inheritance.ids)
-        except JobworkerError:
-            launcher.disconnect()
+        except BaseException:
+            link.disconnect()
             if history is not None:
                 history.close()
             close_all(sorted(_descriptors() - open_before))  # as the end of the process does
             raise
+        service = None
         try:
             supervisor = Supervisor(
                 link=link,  # type: ignore[arg-type]
@@ -107,18 +119,23 @@ class PlayedService:
                     supervisor=supervisor,
                     budget=budget,
                     incidents=incidents,
+                    told=told,
                     nursery=nursery,
                     directory=directory,
+                    link=link,
                 )
                 nursery.start_soon(supervisor.serve)
                 task_status.started(service)
                 await service._over.wait()
                 nursery.cancel_scope.cancel()
+        except Exception:
+            if not (service and service._killed):
+                raise
         finally:
-            link.give_up()
-            launcher.disconnect()
+            link.disconnect()
             history.close()
-            service.gone.set()
+            if service is not None:
+                service.gone.set()
 
     async def leave(self) -> None:
         """Leave all jobs to the next service, and end."""
@@ -139,11 +156,22 @@ class PlayedService:
         self._over.set()
         await self.gone.wait()
 
+    async def die(self) -> None:
+        """Be killed at this moment: the next service must have another directory, a copy.
+
+        No task can be stopped without its `finally`. So what comes of those has no effect: it finds
+        the old directory, pipes with nothing in them, and a connection that is closed.
+        """
+        self._killed = True
+        self._link.die()
+        await self.abort()
+
     async def abort(self) -> None:
         """End at once, as where the launcher is gone: the end of the process closes its files."""
         self.leaving = True
         self._over.set()
         await self.gone.wait()
+        self._link.close_pipes()
         files = {number: os.readlink(f"/proc/self/fd/{number}") for number in _descriptors()}
         close_all([n for n, path in files.items() if path.startswith(f"{self._directory}/")])
 
@@ -157,6 +185,9 @@ class PlayedService:
                 await call()
             except JobworkerError as error:
                 refused(error)
+            except Exception:
+                if not self._killed:
+                    raise
             finally:
                 self.waiting -= 1
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -23,13 +24,13 @@ from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.history.search import Filter, Page
+from jobworker.jobs.inheritance import Ended, Inheritance, Running, Waiting
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.mover import DRAIN_SECONDS
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.jobs.takeover import Ended, Inheritance, Running, Waiting
 from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
@@ -63,6 +64,8 @@ class FakeLink:
     """Whether starts reach the launcher."""
     refusals: int = 0
     """How many requests to remove a job are refused before one is taken."""
+    forgets_nothing: bool = False
+    """Whether a request to remove a job fails once this was given up."""
     let_go: trio.Event = Factory(trio.Event)
     _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
 
@@ -126,6 +129,8 @@ class FakeLink:
     async def remove(self, job: JobId) -> None:
         with trio.CancelScope(shield=True):  # what was asked of a launcher has its effect
             await trio.lowlevel.checkpoint()
+        if self.given_up and self.forgets_nothing:
+            raise LauncherSilent("the service is shutting down", data={"sent": False})
         if self.refusals:
             self.refusals -= 1
             raise SandboxError("cannot serve the request: Too many open files")
@@ -680,6 +685,25 @@ async def test_job_is_told_as_removed_once_a_launcher_that_refused_has_forgotten
             await supervisor.wait(JobId(1))
             await supervisor.remove(JobId(1), force=False)
     assert (link.removed, history.records, link.refusals) == ([1], {}, 0)
+
+
+async def test_removal_that_the_launcher_did_not_hear_of_before_the_end_is_not_told(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The next service finds the job there, and takes it for one that was lost."""
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
+        link.refusals, link.forgets_nothing = 10**9, True
+        execution = await supervisor.submit(spec("first"), "alice")
+        link.finish(JobId(1))
+        await supervisor.wait(JobId(1))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(supervisor.remove, JobId(1), force=False))
+            while history.records:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            await supervisor.leave()
+            await trio.sleep(10)  # more than the service gives those who wait for an answer
+            assert not execution.forgotten.is_set()  # for which the removal waits
+            nursery.cancel_scope.cancel()
 
 
 async def test_service_that_leaves_does_not_wait_for_a_client_s_long_grace(

@@ -1,12 +1,19 @@
 """What clients of several services in turn were told of jobs, and what follows from that."""
 
-from attrs import define, evolve, field
+import re
+from copy import copy
+from typing import Self
 
+from attrs import define, evolve, field, fields
+
+from jobworker.errors import JobworkerError
+from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT
 
-from .kept_launcher import Program
+from .kept_launcher import KeptLauncher
+from .played_program import Program
 
 _REASONS = {TIMEOUT: Reason.TIMEOUT, OUTPUT: Reason.OUTPUT}
 _ANY = JobSpec(command=("any",))
@@ -28,16 +35,63 @@ class Told:
     removed: set[JobId] = field(factory=set)
     pruned: bool = False
     """Whether somebody has asked for removals of output."""
+    refused_ids: set[JobId] = field(factory=set)
+    """Which a refusal has named."""
+    stop_shown: set[JobId] = field(factory=set)
+    """Whose records were shown with the time at which their end was asked for."""
+    uncounted: dict[JobId, int] = field(factory=dict)
+    """How many discarded bytes killed services may have known of alone."""
+    was_killed_under: set[JobId] = field(factory=set)
+    """The jobs that lived when a service was killed."""
+
+    def copy(self) -> Self:
+        """The same, to be told more."""
+        copies = {each.name: copy(getattr(self, each.name)) for each in fields(type(self))}
+        return type(self)(**copies)
 
     def admitted(self, request: str, record: JobRecord) -> None:
         """A client was told that its job is admitted."""
         assert record.spec.name == request
-        assert record.id not in self.ids.values(), "each id once"
-        self.ids[request] = record.id
+        self.take_id(request, record.id)
         self.hear(record)
+
+    def take_id(self, request: str, job: JobId) -> None:
+        """A client was told the id of its job."""
+        assert job not in {*self.ids.values(), *self.refused_ids}, "each id once"
+        self.ids[request] = job
+
+    def refuse(self, request: str, error: JobworkerError) -> None:
+        """A client was told that there is no job."""
+        self.refused[request] = str(error)
+        for number in re.findall(r"record job (\d+)", str(error)):
+            assert int(number) not in self.ids.values(), "each id once"
+            self.refused_ids.add(JobId(int(number)))
+
+    def expect_loss(self) -> None:
+        """The launcher is about to be gone, and what it alone knows."""
+        self.stop_shown &= self.ends.keys()
+
+    def expect_kill(
+        self, supervisor: Supervisor, launcher: KeptLauncher, output_was_full: bool
+    ) -> None:
+        """The service is about to be killed, and what it alone knows goes with it.
+
+        A stop is the launcher's as soon as that has taken it. Of what was discarded the index has
+        at least half, if the disk took that.
+        """
+        asked = {job for job, each in launcher.programs.items() if each.asked is not None}
+        self.stop_shown &= asked | self.ends.keys()
+        for job, execution in supervisor._live.items():
+            self.was_killed_under.add(job)
+            discarded = execution.spool.statistics().discarded_bytes
+            lost = discarded if output_was_full else discarded // 2
+            self.uncounted[job] = self.uncounted.get(job, 0) + lost
 
     def hear(self, record: JobRecord) -> None:
         """A client was told how a job stands."""
+        if record.stop_requested_at is not None:
+            self.stop_shown.add(record.id)
+        assert record.stop_requested_at or record.id not in self.stop_shown, "a stop is forgotten"
         before = self.ends.get(record.id)
         if before is not None:
             assert record.ended, f"the end of job {record.id} is lost: {record}"
@@ -50,7 +104,8 @@ class Told:
         """A client has listed all jobs; `ended_before` had ended before it asked."""
         for record in listed.values():
             assert record.id not in self.removed, f"job {record.id} is back"
-            if record.id in self.ids.values() and (record.ended or record.id in ended_before):
+            if record.id in self.ids.values():
+                assert record.ended or record.id not in ended_before, "an end is taken back"
                 self.hear(record)
         names = [record.spec.name for record in listed.values()]
         assert len(names) == len(set(names)), "each request once"
@@ -81,7 +136,10 @@ class Told:
         told = record.stdout_bytes + record.stderr_bytes + record.discarded_bytes
         assert told <= wrote
         complete = program is None or not (program.lost or program.may_only_have_run)
-        assert not complete or told == wrote, f"{wrote} bytes were written: {record}"
+        least = wrote - self.uncounted.get(record.id, 0)
+        assert not complete or told >= least, f"{wrote} bytes were written: {record}"
+        if record.discarded_bytes and record.id not in self.was_killed_under:
+            assert record.output_cut is not None, f"nobody was told why: {record}"
 
 
 def _verdict(program: Program) -> tuple[State, Reason | None]:

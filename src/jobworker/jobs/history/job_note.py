@@ -36,6 +36,8 @@ _TAIL_BYTES = 4 * _BLOCK_BYTES
 _RESERVED_BYTES = 3072
 """Room for what is still to be told: each line has some 600 bytes and MAX_DETAIL at the most."""
 _MAX_DETAIL = 1024
+_REFUSED = b'{"refused":true}'
+"""The line of a job whose client was told that there is none."""
 _MANY_BYTES = 1 << 16
 """Of lines behind the first: whoever asks for something again and again makes no note grow. A line
 takes a tenth of it at most."""
@@ -66,6 +68,19 @@ def write_note(spools: Path, record: JobRecord) -> None:
         note = _open(spools, record.id, os.O_RDWR)
         try:
             _add_line(note, f"{_changes(record)}\n".encode(errors="surrogatepass"))
+        finally:
+            os.close(note)
+
+
+def note_refusal(spools: Path, job: JobId) -> None:
+    """Add to the note of a job that its client was told that there is none.
+
+    No other line of it may be under way. Raises OutputError.
+    """
+    with disk_errors("write"):
+        note = _open(spools, job, os.O_RDWR)
+        try:
+            _add_line(note, _REFUSED + b"\n")
         finally:
             os.close(note)
 
@@ -146,24 +161,33 @@ def read_note(spools: Path, job: JobId) -> JobRecord | None:
     return found if found is not None and found.id == job else None
 
 
+def was_refused(spools: Path, job: JobId) -> bool:
+    """Whether the note of a job says that its client was told that there is none."""
+    return _REFUSED in _last_lines(spools, job)
+
+
 def read_news(spools: Path, record: JobRecord) -> JobRecord | None:
     """What the note of a job says last that the history knows; None where it says nothing so far.
 
     The request is that of `record`: the note has all of it, up to a megabyte, which is not read.
     """
-    try:
-        note = _open(spools, record.id, os.O_RDONLY)
-        try:
-            tail = os.pread(note, _MANY_BYTES, max(0, os.fstat(note).st_size - _MANY_BYTES))
-        finally:
-            os.close(note)
-    except OSError:
-        return None
-    lines = tail.partition(b"\0")[0].split(b"\n")[1:]  # behind the request, or what is left of it
-    for line in reversed(lines):
+    for line in reversed(_last_lines(spools, record.id)):
         with suppress(JobworkerError, UnicodeDecodeError, TypeError, ValueError):
             fields = {**loads(line.decode()), "spec": _NO_SPEC_JSON}  # type: ignore[dict-item]
             found = structure(JobRecord, fields)
             if found.id == record.id:
                 return evolve(found, spec=record.spec, abridged=record.abridged)
     return None
+
+
+def _last_lines(spools: Path, job: JobId) -> list[bytes]:
+    """What a note says behind the request, or behind what is left of it; nothing without a note."""
+    try:
+        note = _open(spools, job, os.O_RDONLY)
+        try:
+            tail = os.pread(note, _MANY_BYTES, max(0, os.fstat(note).st_size - _MANY_BYTES))
+        finally:
+            os.close(note)
+    except OSError:
+        return []
+    return tail.partition(b"\0")[0].split(b"\n")[1:]

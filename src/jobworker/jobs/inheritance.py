@@ -1,0 +1,62 @@
+"""What a service has of the jobs of an earlier one, and how it lets go of one in the launcher."""
+
+from attrs import Factory, define
+
+from jobworker.jobs.output.spool import Spool
+from jobworker.model.job import JobId, JobRecord
+from jobworker.sandbox.channel import close_all
+from jobworker.sandbox.service.job_ends import Exits, Started
+from jobworker.sandbox.service.link import Link
+
+
+@define(eq=False)
+class Running:
+    """A job that goes on."""
+
+    record: JobRecord
+    spool: Spool
+    started: Started
+    exits: Exits
+
+
+@define(eq=False)
+class Waiting:
+    """A job that waits again."""
+
+    record: JobRecord
+    spool: Spool
+
+
+@define(eq=False)
+class Ended:
+    """A job that has ended, and whose end the history may have refused."""
+
+    record: JobRecord
+    spool: Spool
+
+
+@define(eq=False)
+class Inheritance:
+    """What was taken over, in the order of ids."""
+
+    running: list[Running] = Factory(list)
+    waiting: list[Waiting] = Factory(list)
+    ended: list[Ended] = Factory(list)
+
+    @property
+    def ids(self) -> frozenset[JobId]:
+        """The jobs that were taken over."""
+        every: list[Running | Waiting | Ended] = [*self.running, *self.waiting, *self.ended]
+        return frozenset(each.record.id for each in every)
+
+
+async def have_forgotten(link: Link, job: JobId) -> None:
+    """Have the launcher forget a job that it has kept, and kill it if it lives."""
+    let_go(*link.inherited[job])
+    await link.begin_to_remove(job)  # a start waits for its place, where it needs that
+
+
+def let_go(started: Started, exits: Exits) -> None:
+    """Close what came of a job with the launcher's list."""
+    close_all([started.stdout, started.stderr])
+    exits.close()
