@@ -78,7 +78,14 @@ async def test_service_in_a_small_group_outlives_many_followers(
         async with open_embedded(directory, settings_with(directory, {})) as service:
             assert str(service.process.pid) in (group / "cgroup.procs").read_text().split()
             certs = directory / "certs"
-            flood_for = [sys.executable, "-m", "bench.floods", "follows", service.address, certs]
+            flood_for = [
+                sys.executable,
+                "-m",
+                "bench.floods",
+                "follows",
+                service.address,
+                str(certs),
+            ]
             for seconds in ("6", "30"):  # the second one on a busy machine
                 done = await trio.run_process([*flood_for, seconds], capture_stdout=True)
                 begun = int(done.stdout.split()[1])
