@@ -15,8 +15,7 @@ import asyncclick as click
 import jobworker
 from jobworker.cli.audit import audit
 from jobworker.cli.certs import certs
-from jobworker.cli.console import print_text
-from jobworker.cli.failures import run_program
+from jobworker.cli.failures import print_text, run_program
 from jobworker.cli.parameters import config_option, prune_options
 from jobworker.standard_streams import fill_standard_streams
 

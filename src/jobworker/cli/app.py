@@ -13,8 +13,15 @@ import jobworker
 from jobworker.cli import jobs, output, session, volumes
 from jobworker.cli.console import PROGRAM, LogPrinter, print_error
 from jobworker.cli.failures import describe_misuse, end_of_printing, leaves, print_note, run_program
-from jobworker.cli.options import CA, CERTIFICATE, KEY, SERVER, Invocation
-from jobworker.cli.parameters import json_option, pass_invocation
+from jobworker.cli.options import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    SERVER,
+    Invocation,
+    json_option,
+    pass_invocation,
+)
 from jobworker.errors import JobworkerError
 from jobworker.json_text import dumps
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.cli.console import print_text
 from jobworker.cli.failures import one_line as visible
+from jobworker.cli.failures import print_text
 from jobworker.cli.parameters import Count, Filled, JobNumber, Moment, config_option
 from jobworker.errors import ConfigError
 

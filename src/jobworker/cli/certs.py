@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 from jobworker.cli import render_certs
-from jobworker.cli.console import print_text
+from jobworker.cli.failures import print_text
 from jobworker.cli.passphrases import ca_passphrase, new_passphrase, pkcs12_password
 
 if TYPE_CHECKING:

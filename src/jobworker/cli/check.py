@@ -13,8 +13,7 @@ from pathlib import Path
 from jobworker.cli import check_service
 from jobworker.cli.check_job import trial_ids, whole_jobs
 from jobworker.cli.check_service import nearest_directory
-from jobworker.cli.console import print_text
-from jobworker.cli.failures import one_line
+from jobworker.cli.failures import one_line, print_text
 from jobworker.config.settings import Settings, load
 from jobworker.errors import JobworkerError
 from jobworker.json_text import dumps

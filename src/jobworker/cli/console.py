@@ -9,7 +9,6 @@ import logging
 import os
 import select
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
@@ -30,13 +29,6 @@ PROGRAM = "worker-cli"
 MOST_BYTES = 1 << 20
 MOST_PIECES = 1024
 """A flush is due after so many bytes or pieces: some milliseconds of work for the thread."""
-
-
-def print_text(text: str) -> None:
-    """Print one or more lines on standard output. Raises PrintFailed if it is closed."""
-    if sys.stdout is None:
-        raise cannot_print(CLOSED)
-    click.echo(text)
 
 
 def print_error(error: JobworkerError, *, json: bool) -> None:

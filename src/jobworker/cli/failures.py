@@ -194,3 +194,10 @@ def leaves(raised: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield raised
+
+
+def print_text(text: str) -> None:
+    """Print one or more lines on standard output. Raises PrintFailed if it is closed."""
+    if sys.stdout is None:
+        raise cannot_print(CLOSED)
+    click.echo(text)

@@ -17,17 +17,11 @@ import asyncclick as click
 import trio
 
 from jobworker.cli import render
-from jobworker.cli.console import (
-    LossReporter,
-    ended_by_interrupt,
-    explain_interrupt,
-    print_error,
-    print_text,
-)
-from jobworker.cli.failures import print_note
+from jobworker.cli.console import LossReporter, ended_by_interrupt, explain_interrupt, print_error
+from jobworker.cli.failures import print_note, print_text
 from jobworker.cli.follow import MAY_RUN, OutputStyle, follow_job
 from jobworker.cli.job_options import job_options
-from jobworker.cli.options import Invocation
+from jobworker.cli.options import Invocation, json_option, pass_invocation
 from jobworker.cli.parameters import (
     Count,
     Duration,
@@ -39,8 +33,6 @@ from jobworker.cli.parameters import (
     Size,
     Typed,
     all_sought,
-    json_option,
-    pass_invocation,
 )
 from jobworker.cli.render_plan import render_plan
 from jobworker.cli.request import in_options, make_spec

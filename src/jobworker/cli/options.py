@@ -13,9 +13,10 @@ later line uses it. It reads the file only if options and environment leave a se
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import asyncclick as click
 from attrs import define, field, frozen
 
 from jobworker.client.address import Address, parse_address
@@ -231,3 +232,23 @@ def _fill_in(value: str, names: list[str], variables: Mapping[str, str]) -> tupl
         return variables.get(name, "")
 
     return re.sub(f"{_MARK}([0-9]+){_MARK}", variable, value), unknown
+
+
+pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
+
+
+def _ask_for_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Invocation).json = True
+
+
+def json_option() -> "Callable[[click.decorators.FC], click.decorators.FC]":
+    """Add `--json`, which may stand before a command or among its options."""
+    return click.option(
+        "--json",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_ask_for_json,
+        help="Print JSON for programs instead of text for people.",
+    )

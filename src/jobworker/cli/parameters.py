@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.cli.options import Invocation
 from jobworker.config.places import configuration_in_use, default_configuration
 from jobworker.model.job import MAX_ID
 from jobworker.model.labels import check_labels
@@ -18,7 +17,7 @@ from jobworker.model.units import parse_duration, parse_size
 from jobworker.protocol.messages import MAX_OFFSET
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 
 def as_typed(text: str) -> str:
@@ -335,14 +334,6 @@ class User(click.ParamType[tuple[int, int | None]]):
         return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
-pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
-
-
-def _ask_for_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Invocation).json = True
-
-
 def config_option(command: "click.decorators.FC") -> "click.decorators.FC":
     """Add `--config`, the service's configuration file, to a command of `worker`."""
     return click.option(
@@ -371,15 +362,3 @@ def prune_options(command: "click.decorators.FC") -> "click.decorators.FC":
     ):
         command = option(command)
     return command
-
-
-def json_option() -> "Callable[[click.decorators.FC], click.decorators.FC]":
-    """Add `--json`, which may stand before a command or among its options."""
-    return click.option(
-        "--json",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_ask_for_json,
-        help="Print JSON for programs instead of text for people.",
-    )

@@ -4,11 +4,10 @@ import time
 
 import asyncclick as click
 
-from jobworker.cli.console import print_text
-from jobworker.cli.failures import one_line
+from jobworker.cli.failures import one_line, print_text
 from jobworker.cli.jobs import open_connection
-from jobworker.cli.options import Invocation
-from jobworker.cli.parameters import Count, json_option, pass_invocation
+from jobworker.cli.options import Invocation, json_option, pass_invocation
+from jobworker.cli.parameters import Count
 from jobworker.convert import unstructure
 from jobworker.json_text import dumps
 
