@@ -34,10 +34,8 @@ from jobworker.errors import (
 from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
-from jobworker.server import operations
 from jobworker.server.admission import Admission, Arrival, line_of, network_of
 from jobworker.server.auditor import Auditor
-from jobworker.server.conversation import Conversation
 from jobworker.server.door import Door, Fittings, PeerCertificates, Visitor
 from jobworker.server.frame_scan import RECORD_COST
 from jobworker.server.framed_socket import FramedSocket
@@ -53,6 +51,8 @@ from jobworker.server.http_head import (
     reply,
 )
 from jobworker.server.local_user import local_user
+from jobworker.server.requests import operations
+from jobworker.server.requests.conversation import Conversation
 from jobworker.server.slots import LARGE_BYTES
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 

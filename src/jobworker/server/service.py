@@ -48,13 +48,13 @@ from jobworker.server.gate import Gate
 from jobworker.server.listening import listen
 from jobworker.server.memory import keep_small, settle
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
-from jobworker.server.operations import Context
 from jobworker.server.reload import (
     Reloading,
     serve_reloads,
     tell_of_readers_end,
     warn_of_expiry_daily,
 )
+from jobworker.server.requests.operations import Context
 from jobworker.server.service_user import launcher_ids
 from jobworker.server.setup import Prepared
 from jobworker.server.traffic import Traffic

@@ -10,7 +10,7 @@ from jobworker.model.job import JobId, JobSpec
 from jobworker.model.volumes import VolumeMount
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
-from jobworker.server.operations import OPERATIONS
+from jobworker.server.requests.operations import OPERATIONS
 
 
 def test_every_row_has_its_operation_and_every_operation_its_row() -> None:

@@ -30,13 +30,13 @@ from jobworker.sandbox.service.link import Link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
-from jobworker.server.conversation import Conversation
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.door import Door, Fittings
 from jobworker.server.gate import Gate
-from jobworker.server.operations import Context
 from jobworker.server.reader import configured_files
+from jobworker.server.requests.conversation import Conversation
+from jobworker.server.requests.operations import Context
 from jobworker.server.slots import LARGE_BYTES, LOOK_SECONDS, Slots
 from jobworker.server.traffic import Traffic
 from jobworker.server.turnstile import Presence, Spells, Turnstile

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from jobworker.errors import TooSlow
-from jobworker.server.intake import Intake
+from jobworker.server.requests.read_backpressure import Intake
 from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
 from jobworker.server.turnstile import Presence
 

@@ -55,11 +55,11 @@ from jobworker.protocol.session import (
     error_message,
     read_request,
 )
-from jobworker.server import operations
 from jobworker.server.door import Visitor
 from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
-from jobworker.server.intake import Intake
+from jobworker.server.requests import operations
+from jobworker.server.requests.read_backpressure import Intake
 from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.subscriptions import Subscriptions
 

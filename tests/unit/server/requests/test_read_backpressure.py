@@ -3,7 +3,7 @@
 import trio
 import trio.testing
 
-from jobworker.server.intake import Intake
+from jobworker.server.requests.read_backpressure import Intake
 from jobworker.server.slots import LARGE_BYTES, Slots
 from jobworker.server.turnstile import Presence
 
