@@ -22,7 +22,7 @@ from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import METHODS, Method
 from jobworker.protocol.schema import REFERENCE, default_of, field_descriptions, first_line
 from jobworker.server.connection import MAX_FRAGMENTS
-from jobworker.server.frame_scan import SMALL_BYTES
+from jobworker.server.connections.frame_scan import SMALL_BYTES
 from jobworker.server.requests.conversation import SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
 
 PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"

@@ -19,10 +19,10 @@ from jobworker.pki.tls import key_mode_warning, server_context
 from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES
+from jobworker.server.connections.listening import bind, listen
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import check_promises
 from jobworker.server.id_ranges import own_id
-from jobworker.server.listening import bind, listen
 from jobworker.server.overwriting import check_overwrites
 from jobworker.server.process_limits import descriptor_limit
 from jobworker.server.reader import configured_files

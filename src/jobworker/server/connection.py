@@ -36,10 +36,9 @@ from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server.admission import Admission, Arrival, line_of, network_of
 from jobworker.server.auditor import Auditor
-from jobworker.server.door import Door, Fittings, PeerCertificates, Visitor
-from jobworker.server.frame_scan import RECORD_COST
-from jobworker.server.framed_socket import FramedSocket
-from jobworker.server.http_head import (
+from jobworker.server.connections.frame_scan import RECORD_COST
+from jobworker.server.connections.framed_socket import FramedSocket
+from jobworker.server.connections.http_head import (
     CLOSE_SECONDS,
     PrefixStream,
     Refused,
@@ -50,7 +49,8 @@ from jobworker.server.http_head import (
     read_head,
     reply,
 )
-from jobworker.server.local_user import local_user
+from jobworker.server.connections.local_user import local_user
+from jobworker.server.door import Door, Fittings, PeerCertificates, Visitor
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
 from jobworker.server.slots import LARGE_BYTES

@@ -39,13 +39,13 @@ from jobworker.sandbox.service.host import read_host_facts
 from jobworker.sandbox.service.link import Link, open_link
 from jobworker.server.admission import Admission
 from jobworker.server.auditor import Auditor
-from jobworker.server.batch_listener import BatchListener
 from jobworker.server.connection import serve_connection, turn_away
+from jobworker.server.connections.batch_listener import BatchListener
+from jobworker.server.connections.listening import listen
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.door import Door
 from jobworker.server.gate import Gate
-from jobworker.server.listening import listen
 from jobworker.server.memory import keep_small, settle
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.reload import (

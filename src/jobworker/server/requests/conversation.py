@@ -55,8 +55,8 @@ from jobworker.protocol.session import (
     error_message,
     read_request,
 )
+from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.door import Visitor
-from jobworker.server.framed_socket import FramedSocket
 from jobworker.server.gate import Caller
 from jobworker.server.requests import operations
 from jobworker.server.requests.read_backpressure import Intake

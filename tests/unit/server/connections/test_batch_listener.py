@@ -11,7 +11,8 @@ import trio
 import trio.testing
 
 from jobworker.server.admission import Admission
-from jobworker.server.batch_listener import (
+from jobworker.server.connection import turn_away
+from jobworker.server.connections.batch_listener import (
     A_TURN,
     MANY_WAIT,
     SHORT_REST_SECONDS,
@@ -19,7 +20,6 @@ from jobworker.server.batch_listener import (
     TURN_SECONDS,
     BatchListener,
 )
-from jobworker.server.connection import turn_away
 from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
 
 COUNT = 2 * A_TURN + 1

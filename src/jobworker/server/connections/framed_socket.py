@@ -12,7 +12,7 @@ import trio_websocket
 from attrs import define
 
 from jobworker.protocol.frames import Frame
-from jobworker.server.http_head import PrefixStream
+from jobworker.server.connections.http_head import PrefixStream
 from jobworker.tls_stream import RECORD_BYTES
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 import trio
 
-from jobworker.server.local_user import IDS_TOGETHER, local_user
+from jobworker.server.connections.local_user import IDS_TOGETHER, local_user
 
 ACCOUNT, CONTAINER, JOBS = 1234, 5 * IDS_TOGETHER, range(8 * IDS_TOGETHER, 16 * IDS_TOGETHER)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobworker.server.frame_scan import (
+from jobworker.server.connections.frame_scan import (
     CONTROL_COST,
     END_COST,
     FRAME_COST,

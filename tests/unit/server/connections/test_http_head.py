@@ -12,8 +12,8 @@ import trio
 import trio.testing
 import trustme
 
-from jobworker.server.frame_scan import SLICE_FRAMES
-from jobworker.server.http_head import PrefixStream
+from jobworker.server.connections.frame_scan import SLICE_FRAMES
+from jobworker.server.connections.http_head import PrefixStream
 from jobworker.server.requests.operations import INCOMING_A_TURN
 from jobworker.server.turnstile import Presence, Turnstile
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
