@@ -34,8 +34,9 @@ from jobworker.errors import (
 from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.server.access.auditor import Auditor
+from jobworker.server.access.connected_clients import Door, Fittings, PeerCertificates, Visitor
 from jobworker.server.admission import Admission, Arrival, line_of, network_of
-from jobworker.server.auditor import Auditor
 from jobworker.server.connections.frame_scan import RECORD_COST
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.connections.http_head import (
@@ -50,7 +51,6 @@ from jobworker.server.connections.http_head import (
     reply,
 )
 from jobworker.server.connections.local_user import local_user
-from jobworker.server.door import Door, Fittings, PeerCertificates, Visitor
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
 from jobworker.server.slots import LARGE_BYTES

@@ -21,9 +21,9 @@ from jobworker.errors import JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.material import ServerFiles
-from jobworker.server.auditor import Auditor
+from jobworker.server.access.auditor import Auditor
+from jobworker.server.access.connected_clients import Door, Fittings
 from jobworker.server.beginning import take_hangup
-from jobworker.server.door import Door, Fittings
 from jobworker.server.logs import set_up_logging
 from jobworker.server.notify import Notifier
 from jobworker.server.reader import NAME, Reader

@@ -37,15 +37,15 @@ from jobworker.jobs.takeover import take_over
 from jobworker.model.units import MEBIBYTE, parse_duration
 from jobworker.sandbox.service.host import read_host_facts
 from jobworker.sandbox.service.link import Link, open_link
+from jobworker.server.access.auditor import Auditor
+from jobworker.server.access.authorization import Gate
+from jobworker.server.access.connected_clients import Door
 from jobworker.server.admission import Admission
-from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection, turn_away
 from jobworker.server.connections.batch_listener import BatchListener
 from jobworker.server.connections.listening import listen
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
-from jobworker.server.door import Door
-from jobworker.server.gate import Gate
 from jobworker.server.memory import keep_small, settle
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.reload import (

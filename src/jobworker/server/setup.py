@@ -31,10 +31,10 @@ from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.protocol.policy import Policy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher, start_launcher
+from jobworker.server.access.connected_clients import Fittings
 from jobworker.server.connections.listening import bind
 from jobworker.server.descriptors import outputs_within
 from jobworker.server.disk_promises import promise_warnings
-from jobworker.server.door import Fittings
 from jobworker.server.id_ranges import lock_ids, lock_own_id, own_id
 from jobworker.server.notify import Notifier
 from jobworker.server.overwriting import overwrite_warnings

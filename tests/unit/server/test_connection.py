@@ -27,13 +27,13 @@ from jobworker.pki.identity import name_fault
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.sandbox.service.host import HostFacts
 from jobworker.sandbox.service.link import Link
+from jobworker.server.access.auditor import Auditor
+from jobworker.server.access.authorization import Gate
+from jobworker.server.access.connected_clients import Door, Fittings
 from jobworker.server.admission import Admission
-from jobworker.server.auditor import Auditor
 from jobworker.server.connection import serve_connection
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises
-from jobworker.server.door import Door, Fittings
-from jobworker.server.gate import Gate
 from jobworker.server.reader import configured_files
 from jobworker.server.requests.conversation import Conversation
 from jobworker.server.requests.operations import Context

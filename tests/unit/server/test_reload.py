@@ -13,9 +13,9 @@ from jobworker.config.settings import Settings
 from jobworker.incidents import Incidents
 from jobworker.jobs.history.history import History
 from jobworker.pki.administration import init_authority
-from jobworker.server.auditor import Auditor
-from jobworker.server.door import Door, Fittings
-from jobworker.server.gate import Gate
+from jobworker.server.access.auditor import Auditor
+from jobworker.server.access.authorization import Gate
+from jobworker.server.access.connected_clients import Door, Fittings
 from jobworker.server.notify import Notifier
 from jobworker.server.reader import Reader, configured_files
 from jobworker.server.reload import REFUSED, Reloading, _waiting_for_a_start, reload

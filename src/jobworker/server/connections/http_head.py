@@ -19,8 +19,8 @@ from jobworker.json_text import dumps
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.server.access.connected_clients import Fittings
 from jobworker.server.connections.frame_scan import END_COST, RECORD_COST, FrameScanner
-from jobworker.server.door import Fittings
 from jobworker.tls_stream import Data, TLSStream
 
 PATH, VERSION = b"/", b"13"

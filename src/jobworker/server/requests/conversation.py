@@ -55,9 +55,9 @@ from jobworker.protocol.session import (
     error_message,
     read_request,
 )
+from jobworker.server.access.authorization import Caller
+from jobworker.server.access.connected_clients import Visitor
 from jobworker.server.connections.framed_socket import FramedSocket
-from jobworker.server.door import Visitor
-from jobworker.server.gate import Caller
 from jobworker.server.requests import operations
 from jobworker.server.requests.read_backpressure import Intake
 from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots

@@ -43,11 +43,11 @@ from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
 from jobworker.sandbox.service.host import HostFacts
 from jobworker.sandbox.service.link import Link
+from jobworker.server.access.auditor import Auditor
+from jobworker.server.access.authorization import Caller, Gate
 from jobworker.server.admission import Admission
-from jobworker.server.auditor import Auditor
 from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises
-from jobworker.server.gate import Caller, Gate
 from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
 from jobworker.server.traffic import ALONE, Traffic

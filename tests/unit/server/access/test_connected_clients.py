@@ -14,8 +14,14 @@ from jobworker.model.subjects import Subjects
 from jobworker.pki.identity import Identity, identity
 from jobworker.pki.revocation import Verifier
 from jobworker.pki.served_hosts import ServedHosts
-from jobworker.server.door import JUDGED_A_TURN, Door, Fittings, PeerCertificates, Visitor
-from jobworker.server.gate import Gate
+from jobworker.server.access.authorization import Gate
+from jobworker.server.access.connected_clients import (
+    JUDGED_A_TURN,
+    Door,
+    Fittings,
+    PeerCertificates,
+    Visitor,
+)
 
 TLS = ssl.create_default_context()
 END = datetime.now(UTC) + timedelta(days=1)

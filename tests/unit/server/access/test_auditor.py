@@ -16,9 +16,9 @@ from jobworker.model.job import JobId
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
-from jobworker.server.auditor import KIND_BURST, SUPPRESSED, VAIN_BURST, Auditor
+from jobworker.server.access.auditor import KIND_BURST, SUPPRESSED, VAIN_BURST, Auditor
 
-from ..jobs.history.test_audit import room_for
+from ...jobs.history.test_audit import room_for
 
 EVE = Identity(common_name="eve", role="viewer", serial="0AB1", not_after=datetime.now(UTC))
 PEER = "192.0.2.1:7"
@@ -202,7 +202,7 @@ async def test_each_call_that_changes_something_is_noted(
 async def test_calls_about_too_many_jobs_are_bounded_as_vain_ones_are(
     tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobworker.server.auditor.MAX_REPEATED", 10)
+    monkeypatch.setattr("jobworker.server.access.auditor.MAX_REPEATED", 10)
 
     def act(auditor: Auditor) -> None:
         for number in range(2000):
@@ -217,7 +217,7 @@ async def test_calls_about_too_many_jobs_are_bounded_as_vain_ones_are(
 async def test_rows_that_the_disk_refuses_wait_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobworker.server.auditor.AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr("jobworker.server.access.auditor.AGAIN_SECONDS", 0.02)
     path = tmp_path / "history.db"
     history = History.open(path)
     try:

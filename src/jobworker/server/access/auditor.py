@@ -38,7 +38,7 @@ from jobworker.model.summary import short_command
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
-from jobworker.server.gate import jobs_named
+from jobworker.server.access.authorization import jobs_named
 
 log = logging.getLogger("jobworker.server")
 

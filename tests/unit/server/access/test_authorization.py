@@ -13,10 +13,10 @@ from jobworker.model.volumes import VolumeMount
 from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS, Method
-from jobworker.server import gate
-from jobworker.server.gate import Gate, jobs_named
+from jobworker.server.access import authorization
+from jobworker.server.access.authorization import Gate, jobs_named
 
-from ..strategies import record
+from ...strategies import record
 
 
 @attrs.frozen
@@ -52,13 +52,13 @@ def test_number_that_names_no_job_is_passed_over() -> None:
 
 def test_large_request_is_not_walked_value_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[object] = []
-    named = gate._named
+    named = authorization._named
 
     def count(kind: object, value: object) -> Iterator[JobId]:
         looked.append(kind)
         return named(kind, value)
 
-    monkeypatch.setattr(gate, "_named", count)
+    monkeypatch.setattr(authorization, "_named", count)
     spec = JobSpec(command=("a",) * 10_000, environment={f"V{n}": "x" for n in range(45_000)})
     assert list(jobs_named(m.RunParams(job=spec))) == []
     assert len(looked) < 100

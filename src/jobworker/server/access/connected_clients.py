@@ -28,7 +28,7 @@ from jobworker.pki.material import ServerFiles
 from jobworker.pki.revocation import Verifier
 from jobworker.pki.served_hosts import ServedHosts
 from jobworker.pki.tls import server_context
-from jobworker.server.gate import Gate
+from jobworker.server.access.authorization import Gate
 
 log = logging.getLogger("jobworker.server")
 
