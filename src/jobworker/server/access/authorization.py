@@ -25,7 +25,7 @@ from jobworker.model.access import Permission, Role, Roles, Scope, no_such_job
 from jobworker.model.job import JobId, JobRecord
 from jobworker.pki.identity import Identity
 from jobworker.protocol.methods import Method
-from jobworker.server.subscriptions import Subscriptions
+from jobworker.server.delivery.subscriptions import Subscriptions
 
 FindJob = Callable[[JobId], Awaitable[JobRecord]]
 """Find a job by id, whoever owns it; raises NotFound."""

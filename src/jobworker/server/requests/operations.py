@@ -47,8 +47,8 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Caller, Gate
 from jobworker.server.admission import Admission
 from jobworker.server.crowds import Crowds
+from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.disk_promises import DiskPromises
-from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.slots import Slots
 from jobworker.server.traffic import ALONE, Traffic
 from jobworker.server.turnstile import Presence, Spells, Turnstile

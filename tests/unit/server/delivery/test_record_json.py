@@ -10,9 +10,9 @@ from jobworker.convert import unstructure
 from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import summarize
-from jobworker.server.record_json import encode_record, read_spec, summary_of, with_spec
+from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
 
-from ..strategies import examples, record, records
+from ...strategies import examples, record, records
 
 
 @examples(max_examples=100)

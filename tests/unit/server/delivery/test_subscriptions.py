@@ -10,10 +10,10 @@ from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import Stream
 from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Encoding
-from jobworker.server.subscriptions import SLOW_SECONDS, Subscription
+from jobworker.server.delivery.subscriptions import SLOW_SECONDS, Subscription
 from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES
 
-from ..strategies import record
+from ...strategies import record
 
 BATCHES = [LEAST_BYTES << doubled for doubled in range(5)]
 assert BATCHES[-1] == PIECE_BYTES

@@ -37,7 +37,7 @@ from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHea
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
 from jobworker.server.crowds import Crowds
-from jobworker.server.record_json import summary_of
+from jobworker.server.delivery.record_json import summary_of
 from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES, Traffic
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]

@@ -1,0 +1,1 @@
+"""What goes out to clients: subscriptions to output, and jobs' records as JSON."""
