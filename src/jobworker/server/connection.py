@@ -36,7 +36,6 @@ from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.connected_clients import Door, Fittings, PeerCertificates, Visitor
-from jobworker.server.admission import Admission, Arrival, line_of, network_of
 from jobworker.server.connections.frame_scan import RECORD_COST
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.connections.http_head import (
@@ -51,9 +50,10 @@ from jobworker.server.connections.http_head import (
     reply,
 )
 from jobworker.server.connections.local_user import local_user
+from jobworker.server.fairness.connection_limiter import Admission, Arrival, line_of, network_of
+from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
-from jobworker.server.slots import LARGE_BYTES
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
 log = logging.getLogger("jobworker.server")

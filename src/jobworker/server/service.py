@@ -40,12 +40,14 @@ from jobworker.sandbox.service.link import Link, open_link
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door
-from jobworker.server.admission import Admission
 from jobworker.server.connection import serve_connection, turn_away
 from jobworker.server.connections.batch_listener import BatchListener
 from jobworker.server.connections.listening import listen
-from jobworker.server.crowds import Crowds
 from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
+from jobworker.server.fairness.connection_limiter import Admission
+from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.send_budget import Traffic
+from jobworker.server.fairness.wait_quota import Crowds
 from jobworker.server.memory import keep_small, settle
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.reload import (
@@ -57,8 +59,6 @@ from jobworker.server.reload import (
 from jobworker.server.requests.operations import Context
 from jobworker.server.service_user import launcher_ids
 from jobworker.server.setup import Prepared
-from jobworker.server.traffic import Traffic
-from jobworker.server.turnstile import Presence
 
 log = logging.getLogger("jobworker.server")
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import trio
 
-from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
+from jobworker.server.fairness.fair_scheduling import MAX_REST_SECONDS, Presence
 
 log = logging.getLogger("jobworker")
 

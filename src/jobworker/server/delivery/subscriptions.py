@@ -36,9 +36,9 @@ from jobworker.protocol.frames import PIECE_BYTES, Frame, frame_text
 from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHeader
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
-from jobworker.server.crowds import Crowds
 from jobworker.server.delivery.record_json import summary_of
-from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES, Traffic
+from jobworker.server.fairness.send_budget import FRAME_BYTES, LEAST_BYTES, Traffic
+from jobworker.server.fairness.wait_quota import Crowds
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
 """Send a text message, or several messages as frames, one after the other."""

@@ -59,9 +59,9 @@ from jobworker.server.access.authorization import Caller
 from jobworker.server.access.connected_clients import Visitor
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.delivery.subscriptions import Subscriptions
+from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.requests import operations
 from jobworker.server.requests.read_backpressure import Intake
-from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 
 log = logging.getLogger("jobworker.server")
 

@@ -16,8 +16,8 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import TooSlow
-from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
-from jobworker.server.turnstile import Presence
+from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 
 
 @define(eq=False)

@@ -10,7 +10,6 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.server.admission import Admission
 from jobworker.server.connection import turn_away
 from jobworker.server.connections.batch_listener import (
     A_TURN,
@@ -20,7 +19,8 @@ from jobworker.server.connections.batch_listener import (
     TURN_SECONDS,
     BatchListener,
 )
-from jobworker.server.turnstile import MAX_REST_SECONDS, Presence
+from jobworker.server.fairness.connection_limiter import Admission
+from jobworker.server.fairness.fair_scheduling import MAX_REST_SECONDS, Presence
 
 COUNT = 2 * A_TURN + 1
 

@@ -14,8 +14,8 @@ import trustme
 
 from jobworker.server.connections.frame_scan import SLICE_FRAMES
 from jobworker.server.connections.http_head import PrefixStream
+from jobworker.server.fairness.fair_scheduling import Presence, Turnstile
 from jobworker.server.requests.operations import INCOMING_A_TURN
-from jobworker.server.turnstile import Presence, Turnstile
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
 CONNECTIONS = 60

@@ -11,7 +11,7 @@ from jobworker.model.job import Stream
 from jobworker.protocol.frames import PIECE_BYTES
 from jobworker.protocol.messages import Encoding
 from jobworker.server.delivery.subscriptions import SLOW_SECONDS, Subscription
-from jobworker.server.traffic import FRAME_BYTES, LEAST_BYTES
+from jobworker.server.fairness.send_budget import FRAME_BYTES, LEAST_BYTES
 
 from ...strategies import record
 

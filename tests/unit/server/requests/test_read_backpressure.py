@@ -3,9 +3,9 @@
 import trio
 import trio.testing
 
+from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.slots import LARGE_BYTES, Slots
 from jobworker.server.requests.read_backpressure import Intake
-from jobworker.server.slots import LARGE_BYTES, Slots
-from jobworker.server.turnstile import Presence
 
 
 async def test_client_counts_as_not_read_until_the_last_reason_is_gone() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from jobworker.errors import TooManyFollows, TooManyRequests
-from jobworker.server.crowds import Crowds
+from jobworker.server.fairness.wait_quota import Crowds
 
 
 def test_each_name_has_so_many_at_a_time() -> None:

@@ -43,7 +43,7 @@ from jobworker.errors import (
 from jobworker.model.fair_room import has_room
 from jobworker.model.units import parse_duration
 from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED, Counters
-from jobworker.server.turns import Turns
+from jobworker.server.fairness.handshake_lottery import Turns
 
 log = logging.getLogger("jobworker.server")
 

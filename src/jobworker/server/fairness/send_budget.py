@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from attrs import define, field
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.server.turnstile import Presence, Turnstile
+from jobworker.server.fairness.fair_scheduling import Presence, Turnstile
 
 TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16

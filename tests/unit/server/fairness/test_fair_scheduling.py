@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.server.turnstile import (
+from jobworker.server.fairness.fair_scheduling import (
     BURST_SECONDS,
     MAX_REST_SECONDS,
     RECENT_SECONDS,

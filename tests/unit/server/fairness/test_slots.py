@@ -7,9 +7,9 @@ import trio
 import trio.testing
 
 from jobworker.errors import TooSlow
+from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
 from jobworker.server.requests.read_backpressure import Intake
-from jobworker.server.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
-from jobworker.server.turnstile import Presence
 
 
 async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:

@@ -6,7 +6,7 @@ import trio.testing
 from attrs import define, field
 
 from jobworker.errors import JobworkerError
-from jobworker.server.turns import TURN_SECONDS, Turns
+from jobworker.server.fairness.handshake_lottery import TURN_SECONDS, Turns
 
 
 @define(eq=False)

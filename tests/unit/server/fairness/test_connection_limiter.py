@@ -9,10 +9,15 @@ import trio.testing
 
 from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import TooManyConnections, TooManyFailures
-from jobworker.server import admission as module
-from jobworker.server.admission import SLOWED_PART, Admission, Statistics, network_of
 from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
-from jobworker.server.turns import TURN_SECONDS
+from jobworker.server.fairness import connection_limiter as module
+from jobworker.server.fairness.connection_limiter import (
+    SLOWED_PART,
+    Admission,
+    Statistics,
+    network_of,
+)
+from jobworker.server.fairness.handshake_lottery import TURN_SECONDS
 
 
 def small(**limits: object) -> Admission:

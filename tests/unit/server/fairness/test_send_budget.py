@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 import trio
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.server.traffic import LEAST_BYTES, TURN_BYTES, Traffic
-from jobworker.server.turnstile import Presence
+from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.send_budget import LEAST_BYTES, TURN_BYTES, Traffic
 
 
 async def test_few_send_large_pieces_and_many_small_ones() -> None:

@@ -23,7 +23,7 @@ import trio
 from attrs import define, field
 
 from jobworker.bucket import Bucket
-from jobworker.server.idle import wait_all_tasks_blocked
+from jobworker.server.fairness.idle import wait_all_tasks_blocked
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
