@@ -18,7 +18,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
-from jobworker.server.id_ranges import lock_ids
+from jobworker.server.host.id_ranges import lock_ids
 from jobworker.server.setup import policy_for
 from jobworker.server.state_directory import make_state_directory
 

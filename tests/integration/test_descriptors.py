@@ -14,7 +14,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded, program
 from jobworker.pki.administration import init_authority
-from jobworker.server.descriptors import (
+from jobworker.server.host.descriptor_budget import (
     MIN_OUTPUTS,
     OWN,
     PER_CONNECTION,

@@ -20,7 +20,7 @@ from jobworker.jobs.history.history import History
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.units import format_size
-from jobworker.server.overwriting import check_overwrites
+from jobworker.server.host.copy_on_write import check_overwrites
 
 from ..services import open_embedded
 from .conftest import left_behind, until

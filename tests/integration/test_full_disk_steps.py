@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from jobworker.cli.embedded import Embedded
-from jobworker.server.disk_promises import free_bytes
+from jobworker.server.host.disk_promises import free_bytes
 
 from ..services import open_embedded
 from .conftest import disks_in, disks_of_size, left_behind, until

@@ -21,7 +21,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
-from jobworker.server.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
+from jobworker.server.host.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
 
 from ..services import open_embedded, write_configuration
 from .conftest import child_of, until
@@ -117,7 +117,7 @@ def test_launcher_without_a_lock_is_seen_by_its_jobs(
     make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
     """Such as one of an earlier version: its spares have the ids."""
-    monkeypatch.setattr("jobworker.server.id_ranges.LEAVING_SECONDS", 0.2)
+    monkeypatch.setattr("jobworker.server.host.id_ranges.LEAVING_SECONDS", 0.2)
     policy = make_policy()._replace(first_uid=free)
     service = Service(start_launcher(policy), policy)
     try:

@@ -23,7 +23,7 @@ from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.profile import NEEDED_TO_START
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import LauncherProcess, start_launcher
-from jobworker.server.id_ranges import lock_ids
+from jobworker.server.host.id_ranges import lock_ids
 
 from ..conftest import compiler
 from ..services import FEW_PROGRAMS

@@ -18,7 +18,7 @@ from jobworker.convert import structure
 from jobworker.model.job import JobRecord, shell_exit_code
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.launch import OpenedLauncher
-from jobworker.server.disk_promises import free_bytes
+from jobworker.server.host.disk_promises import free_bytes
 
 from ..services import open_embedded
 from .conftest import until

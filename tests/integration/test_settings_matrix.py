@@ -14,7 +14,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded
 from jobworker.errors import HostUnsupported
-from jobworker.server.id_ranges import own_id
+from jobworker.server.host.id_ranges import own_id
 
 from ..services import open_embedded
 from .conftest import left_behind

@@ -15,7 +15,7 @@ import trio.testing
 
 from jobworker.cli.embedded import Embedded, program
 from jobworker.sandbox.service.launch import connect_launcher
-from jobworker.server.descriptors import OWN
+from jobworker.server.host.descriptor_budget import OWN
 
 from ..security.raw_socket import open_raw
 from ..services import open_embedded, write_configuration

@@ -43,7 +43,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     stderr = begin()  # before the other imports, which take tenths of a second
     settings = _settings(config, launcher_socket)  # a bad configuration is refused before them
 
-    from jobworker.server import memory
+    from jobworker.server.host import memory
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.setup import prepare

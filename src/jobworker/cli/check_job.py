@@ -23,7 +23,7 @@ from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.service.link import Link, open_link
 from jobworker.sandbox.start.plan import Order
-from jobworker.server.id_ranges import lock_ids
+from jobworker.server.host.id_ranges import lock_ids
 from jobworker.server.setup import policy_for
 
 SECONDS = 30

@@ -20,13 +20,13 @@ from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES
 from jobworker.server.connections.listening import bind, listen
-from jobworker.server.descriptors import outputs_within
-from jobworker.server.disk_promises import check_promises
-from jobworker.server.id_ranges import own_id
-from jobworker.server.overwriting import check_overwrites
-from jobworker.server.process_limits import descriptor_limit
+from jobworker.server.host.copy_on_write import check_overwrites
+from jobworker.server.host.descriptor_budget import outputs_within
+from jobworker.server.host.disk_promises import check_promises
+from jobworker.server.host.id_ranges import own_id
+from jobworker.server.host.process_limits import descriptor_limit
+from jobworker.server.host.service_user import service_ids
 from jobworker.server.reader import configured_files
-from jobworker.server.service_user import service_ids
 from jobworker.server.state_directory import holds
 
 GROUP = "service"

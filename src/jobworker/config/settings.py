@@ -40,7 +40,7 @@ DEFAULT_PORT = 50051
 FIRST_UID = 1_879_048_192
 """The first id of the jobs' ranges. systemd reserves no ids from here to 2,147,352,575 (see its
 document UIDS-GIDS): 4,096 ranges of 65,536. The last 16 ranges are for the services' own ids
-(`server.id_ranges`)."""
+(`server.host.id_ranges`)."""
 LAST_UID = 2_147_352_575
 
 Controller = Literal["cpu", "memory", "io", "pids"]

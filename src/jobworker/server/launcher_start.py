@@ -21,10 +21,10 @@ from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol.policy import policy_message
 from jobworker.sandbox.service.launch import launcher_command
-from jobworker.server.id_ranges import lock_ids
+from jobworker.server.host.id_ranges import lock_ids
+from jobworker.server.host.process_limits import lift_file_size_limit
+from jobworker.server.host.service_user import service_ids
 from jobworker.server.notify import Notifier
-from jobworker.server.process_limits import lift_file_size_limit
-from jobworker.server.service_user import service_ids
 from jobworker.server.setup import policy_for
 from jobworker.server.state_directory import lock_for_launcher, make_state_directory
 

@@ -43,12 +43,13 @@ from jobworker.server.access.connected_clients import Door
 from jobworker.server.connection import serve_connection, turn_away
 from jobworker.server.connections.batch_listener import BatchListener
 from jobworker.server.connections.listening import listen
-from jobworker.server.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.fairness.connection_limiter import Admission
 from jobworker.server.fairness.fair_scheduling import Presence
 from jobworker.server.fairness.send_budget import Traffic
 from jobworker.server.fairness.wait_quota import Crowds
-from jobworker.server.memory import keep_small, settle
+from jobworker.server.host.disk_promises import DiskPromises, disks_bytes, promise_warnings
+from jobworker.server.host.memory import keep_small, settle
+from jobworker.server.host.service_user import launcher_ids
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.reload import (
     Reloading,
@@ -57,7 +58,6 @@ from jobworker.server.reload import (
     warn_of_expiry_daily,
 )
 from jobworker.server.requests.operations import Context
-from jobworker.server.service_user import launcher_ids
 from jobworker.server.setup import Prepared
 
 log = logging.getLogger("jobworker.server")

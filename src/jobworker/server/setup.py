@@ -33,14 +33,14 @@ from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.server.access.connected_clients import Fittings
 from jobworker.server.connections.listening import bind
-from jobworker.server.descriptors import outputs_within
-from jobworker.server.disk_promises import promise_warnings
-from jobworker.server.id_ranges import lock_ids, lock_own_id, own_id
+from jobworker.server.host.copy_on_write import overwrite_warnings
+from jobworker.server.host.descriptor_budget import outputs_within
+from jobworker.server.host.disk_promises import promise_warnings
+from jobworker.server.host.id_ranges import lock_ids, lock_own_id, own_id
+from jobworker.server.host.process_limits import lift_file_size_limit, raise_descriptor_limit
+from jobworker.server.host.service_user import launcher_ids, service_ids
 from jobworker.server.notify import Notifier
-from jobworker.server.overwriting import overwrite_warnings
-from jobworker.server.process_limits import lift_file_size_limit, raise_descriptor_limit
 from jobworker.server.reader import Reader, configured_files, start_reader
-from jobworker.server.service_user import launcher_ids, service_ids
 from jobworker.server.state_directory import (
     LEAVING_SECONDS,
     holds,

@@ -31,12 +31,12 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door, Fittings
 from jobworker.server.connection import serve_connection
-from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.fairness.connection_limiter import Admission
 from jobworker.server.fairness.fair_scheduling import Presence, Spells, Turnstile
 from jobworker.server.fairness.send_budget import Traffic
 from jobworker.server.fairness.slots import LARGE_BYTES, LOOK_SECONDS, Slots
 from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.host.disk_promises import DiskPromises
 from jobworker.server.reader import configured_files
 from jobworker.server.requests.conversation import Conversation
 from jobworker.server.requests.operations import Context

@@ -14,7 +14,7 @@ a stop (`history.files`). So a service that is started on a full disk can record
 
 This holds where a file system overwrites in place (ext4, XFS); one that copies on write (btrfs,
 ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.
-The administrator is told so (`server.overwriting`).
+The administrator is told so (`server.host.copy_on_write`).
 """
 
 import errno

@@ -46,12 +46,12 @@ from jobworker.sandbox.service.link import Link
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Caller, Gate
 from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
-from jobworker.server.disk_promises import DiskPromises
 from jobworker.server.fairness.connection_limiter import Admission
 from jobworker.server.fairness.fair_scheduling import Presence, Spells, Turnstile
 from jobworker.server.fairness.send_budget import ALONE, Traffic
 from jobworker.server.fairness.slots import Slots
 from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.host.disk_promises import DiskPromises
 
 MESSAGES_A_TURN = 4
 """Messages that pass in one turn of the event loop: they take one to two milliseconds."""

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported
-from jobworker.server.descriptors import MIN_OUTPUTS, OWN, outputs_within
+from jobworker.server.host.descriptor_budget import MIN_OUTPUTS, OWN, outputs_within
 
-from ..strategies import examples
+from ...strategies import examples
 
 
 @examples(max_examples=100)

@@ -8,7 +8,7 @@ from jobworker.config.settings import Settings
 from jobworker.errors import ConfigError
 from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
-from jobworker.server.id_ranges import Span, job_ids
+from jobworker.server.host.id_ranges import Span, job_ids
 
 SERVICE_USER = "jobworker"
 

@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from jobworker.sandbox.syscalls import give_back_freed_memory
-from jobworker.server import memory
-from jobworker.server.memory import LONGEST_PAUSE_SECONDS, MAX_SEARCH_SECONDS, keep_small
+from jobworker.server.host import memory
+from jobworker.server.host.memory import LONGEST_PAUSE_SECONDS, MAX_SEARCH_SECONDS, keep_small
 
 PROGRAM = """
 import gc
@@ -18,7 +18,7 @@ import trio
 from threading import Barrier, Thread
 from time import sleep
 from jobworker.sandbox.syscalls import keep_freed_memory
-from jobworker.server.memory import keep_small, resident_bytes
+from jobworker.server.host.memory import keep_small, resident_bytes
 
 async def below_a_block_in_use():
     held = [bytes([1]) * 300_000 for _ in range(300)]
@@ -141,7 +141,7 @@ assert 29_000_000 < freed < 40_000_000, freed
 SEARCHED = """
 import gc
 import jobworker.server.service
-from jobworker.server.memory import settle
+from jobworker.server.host.memory import settle
 
 assert len(gc.get_objects()) > 10_000
 settle()

@@ -1,0 +1,1 @@
+"""What the service takes of its host: user ids, file descriptors, memory and disk."""
