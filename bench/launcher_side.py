@@ -19,8 +19,8 @@ from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.host.id_ranges import lock_ids
-from jobworker.server.setup import policy_for
-from jobworker.server.state_directory import make_state_directory
+from jobworker.server.startup.preparation import policy_for
+from jobworker.server.startup.state_directory import make_state_directory
 
 LIMITS = Limits(cpu_percent=100, memory_bytes=512 << 20, pids=1024)
 

@@ -30,8 +30,8 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
-from jobworker.server.setup import policy_for
-from jobworker.server.state_directory import make_state_directory
+from jobworker.server.startup.preparation import policy_for
+from jobworker.server.startup.state_directory import make_state_directory
 
 MIB = 1 << 20
 LIMITS = Limits(cpu_percent=100, memory_bytes=512 * MIB, pids=1024)

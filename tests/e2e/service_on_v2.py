@@ -43,7 +43,7 @@ from jobworker.client.opening import open_client
 from jobworker.errors import SandboxError
 from jobworker.model.job import JobRecord, JobSpec, Limits, Usage
 from jobworker.model.volumes import VolumeMount
-from jobworker.server.setup import instance_name
+from jobworker.server.startup.preparation import instance_name
 from tests.e2e import kernel_hoards
 
 MIB = 1 << 20

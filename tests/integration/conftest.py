@@ -17,8 +17,8 @@ from jobworker.config.settings import DEFAULT_PROGRAMS
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.disk.images import label_of
 from jobworker.sandbox.fork_server import NAME
-from jobworker.server import reader
-from jobworker.server.setup import instance_name
+from jobworker.server.startup import configuration_reader
+from jobworker.server.startup.preparation import instance_name
 
 from ..services import open_embedded
 from .wire import Wire, open_wire
@@ -67,7 +67,7 @@ def child_of(pid: int) -> int:
         int(each)
         for children in Path(f"/proc/{pid}/task").glob("*/children")
         for each in children.read_text().split()
-        if Path(f"/proc/{each}/comm").read_text().strip() != reader.NAME
+        if Path(f"/proc/{each}/comm").read_text().strip() != configuration_reader.NAME
     ]
     return child
 

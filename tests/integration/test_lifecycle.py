@@ -14,7 +14,7 @@ import trio
 
 from jobworker.cli.embedded import Embedded
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.server.setup import instance_name
+from jobworker.server.startup.preparation import instance_name
 
 from ..services import open_embedded
 from .conftest import child_of, disks_in, left_behind, until

@@ -18,7 +18,7 @@ from jobworker.errors import Busy, LauncherGone, PermissionDenied
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.jobs_told import Listed
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher
-from jobworker.server.setup import instance_name
+from jobworker.server.startup.preparation import instance_name
 
 from .conftest import child_of, left_behind
 from .outside import Extra, open_launcher

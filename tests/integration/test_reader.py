@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.cli import embedded
-from jobworker.server import reader
+from jobworker.server.startup import configuration_reader
 
 from ..services import open_embedded
 from .conftest import until
@@ -19,7 +19,7 @@ from .wire import open_wire
 DAILY = """
 from jobworker import incidents
 from jobworker.errors import ConfigError
-from jobworker.server import reload
+from jobworker.server.startup import reload
 incidents.FIRST_PAUSE_SECONDS = reload.DAY_SECONDS = 0.01
 faults = [OSError(24, "first fault"), ValueError("second fault"), ConfigError("not good today")]
 def warnings(files, now):
@@ -40,11 +40,11 @@ async def test_end_of_the_reader_is_told_at_once_and_ends_nothing(
         (reading,) = [
             int(child)
             for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            if Path(f"/proc/{child}/comm").read_text().strip() == reader.NAME
+            if Path(f"/proc/{child}/comm").read_text().strip() == configuration_reader.NAME
         ]
-        assert reader.NAME not in service.log_text()
+        assert configuration_reader.NAME not in service.log_text()
         os.kill(reading, signal.SIGKILL)
-        await until(lambda: f"again ({reader.NAME}) has ended" in service.log_text())
+        await until(lambda: f"again ({configuration_reader.NAME}) has ended" in service.log_text())
         out, _, _ = await wire.run("echo", "on")
         assert out == "on\n"
         service.process.send_signal(signal.SIGHUP)

@@ -2,7 +2,7 @@
 
 import sys
 
-from jobworker.server.beginning import keep_hangups
+from jobworker.server.startup.process_setup import keep_hangups
 
 if sys.argv[1:2] in (["serve"], ["launcher"]):
     keep_hangups()  # a SIGHUP may arrive during the imports below, which take tenths of a second
@@ -38,7 +38,7 @@ def worker() -> None:
 )
 async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
-    from jobworker.server.beginning import begin, ignore_hangups
+    from jobworker.server.startup.process_setup import begin, ignore_hangups
 
     stderr = begin()  # before the other imports, which take tenths of a second
     settings = _settings(config, launcher_socket)  # a bad configuration is refused before them
@@ -46,7 +46,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     from jobworker.server.host import memory
     from jobworker.server.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
-    from jobworker.server.setup import prepare
+    from jobworker.server.startup.preparation import prepare
 
     set_up_logging(settings.logging.level, settings.logging.format)
     prepared = prepare(settings, config)
@@ -72,12 +72,12 @@ async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
     A service uses this launcher if its configuration names the socket (launcher.socket). Launcher
     and service read the same configuration.
     """
-    from jobworker.server.beginning import begin, ignore_hangups
+    from jobworker.server.startup.process_setup import begin, ignore_hangups
 
     begin()
     ignore_hangups()  # a launcher does not reload its configuration
 
-    from jobworker.server.launcher_start import become_launcher
+    from jobworker.server.startup.launcher import become_launcher
 
     become_launcher(_settings(config, launcher_socket))
 

@@ -24,7 +24,7 @@ from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.service.link import Link, open_link
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.host.id_ranges import lock_ids
-from jobworker.server.setup import policy_for
+from jobworker.server.startup.preparation import policy_for
 
 SECONDS = 30
 _PROOF = "echo works from inside"

@@ -26,8 +26,8 @@ from jobworker.server.host.disk_promises import check_promises
 from jobworker.server.host.id_ranges import own_id
 from jobworker.server.host.process_limits import descriptor_limit
 from jobworker.server.host.service_user import service_ids
-from jobworker.server.reader import configured_files
-from jobworker.server.state_directory import holds
+from jobworker.server.startup.configuration_reader import configured_files
+from jobworker.server.startup.state_directory import holds
 
 GROUP = "service"
 

@@ -30,7 +30,7 @@ from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
 from jobworker.sandbox.check.main import Wanted
-from jobworker.server.setup import instance_name
+from jobworker.server.startup.preparation import instance_name
 
 LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64M", "io": "--max-iobps=1000000"}
 _DEFAULT_LIMITS = {

@@ -13,7 +13,7 @@ from jobworker.jobs.age_clock import FILE, AgeClock
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.model.units import format_size
 from jobworker.server.service import retention_policy
-from jobworker.server.setup import spool_directory
+from jobworker.server.startup.preparation import spool_directory
 
 
 def prune_here(

@@ -51,14 +51,14 @@ from jobworker.server.host.disk_promises import DiskPromises, disks_bytes, promi
 from jobworker.server.host.memory import keep_small, settle
 from jobworker.server.host.service_user import launcher_ids
 from jobworker.server.notify import ADDRESS_FIELD, Notifier
-from jobworker.server.reload import (
+from jobworker.server.requests.operations import Context
+from jobworker.server.startup.preparation import Prepared
+from jobworker.server.startup.reload import (
     Reloading,
     serve_reloads,
     tell_of_readers_end,
     warn_of_expiry_daily,
 )
-from jobworker.server.requests.operations import Context
-from jobworker.server.setup import Prepared
 
 log = logging.getLogger("jobworker.server")
 

@@ -37,9 +37,9 @@ from jobworker.server.fairness.send_budget import Traffic
 from jobworker.server.fairness.slots import LARGE_BYTES, LOOK_SECONDS, Slots
 from jobworker.server.fairness.wait_quota import Crowds
 from jobworker.server.host.disk_promises import DiskPromises
-from jobworker.server.reader import configured_files
 from jobworker.server.requests.conversation import Conversation
 from jobworker.server.requests.operations import Context
+from jobworker.server.startup.configuration_reader import configured_files
 from jobworker.tls_stream import TLSStream
 
 NAME = "admin-client"

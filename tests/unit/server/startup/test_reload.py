@@ -17,10 +17,10 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door, Fittings
 from jobworker.server.notify import Notifier
-from jobworker.server.reader import Reader, configured_files
-from jobworker.server.reload import REFUSED, Reloading, _waiting_for_a_start, reload
+from jobworker.server.startup.configuration_reader import Reader, configured_files
+from jobworker.server.startup.reload import REFUSED, Reloading, _waiting_for_a_start, reload
 
-from .conftest import drained
+from ..conftest import drained
 
 
 def test_nothing_changed_names_nothing() -> None:

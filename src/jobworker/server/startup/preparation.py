@@ -40,8 +40,8 @@ from jobworker.server.host.id_ranges import lock_ids, lock_own_id, own_id
 from jobworker.server.host.process_limits import lift_file_size_limit, raise_descriptor_limit
 from jobworker.server.host.service_user import launcher_ids, service_ids
 from jobworker.server.notify import Notifier
-from jobworker.server.reader import Reader, configured_files, start_reader
-from jobworker.server.state_directory import (
+from jobworker.server.startup.configuration_reader import Reader, configured_files, start_reader
+from jobworker.server.startup.state_directory import (
     LEAVING_SECONDS,
     holds,
     lock_for_launcher,

@@ -23,10 +23,10 @@ from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.material import ServerFiles
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.connected_clients import Door, Fittings
-from jobworker.server.beginning import take_hangup
 from jobworker.server.logs import set_up_logging
 from jobworker.server.notify import Notifier
-from jobworker.server.reader import NAME, Reader
+from jobworker.server.startup.configuration_reader import NAME, Reader
+from jobworker.server.startup.process_setup import take_hangup
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
