@@ -14,7 +14,7 @@ import pytest
 
 from jobworker.cli.embedded import program
 from jobworker.pki.administration import init_authority
-from jobworker.server.notify import ADDRESS_FIELD
+from jobworker.server.reporting.notify import ADDRESS_FIELD
 
 from ..services import write_configuration
 from .conftest import child_of, left_behind

@@ -44,7 +44,7 @@ async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     settings = _settings(config, launcher_socket)  # a bad configuration is refused before them
 
     from jobworker.server.host import memory
-    from jobworker.server.logs import set_up_logging
+    from jobworker.server.reporting.logs import set_up_logging
     from jobworker.server.service import serve as serve_until_signal
     from jobworker.server.startup.preparation import prepare
 

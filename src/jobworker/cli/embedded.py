@@ -21,7 +21,7 @@ from jobworker.cli import guard
 from jobworker.errors import HostUnsupported
 from jobworker.json_text import dumps
 from jobworker.pki.administration import init_authority
-from jobworker.server.notify import ADDRESS_FIELD
+from jobworker.server.reporting.notify import ADDRESS_FIELD
 
 START_SECONDS = 120  # for an emulated machine; a service that fails ends the wait at once
 END_SECONDS = 30

@@ -50,7 +50,7 @@ from jobworker.server.fairness.wait_quota import Crowds
 from jobworker.server.host.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.host.memory import keep_small, settle
 from jobworker.server.host.service_user import launcher_ids
-from jobworker.server.notify import ADDRESS_FIELD, Notifier
+from jobworker.server.reporting.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.requests.operations import Context
 from jobworker.server.startup.preparation import Prepared
 from jobworker.server.startup.reload import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.server.notify import Notifier
+from jobworker.server.reporting.notify import Notifier
 
 
 @pytest.fixture

@@ -42,8 +42,13 @@ from jobworker.errors import (
 )
 from jobworker.model.fair_room import has_room
 from jobworker.model.units import parse_duration
-from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED, Counters
 from jobworker.server.fairness.handshake_lottery import Turns
+from jobworker.server.reporting.counters import (
+    CONNECTIONS,
+    HANDSHAKES_FAILED,
+    LIMITS_REACHED,
+    Counters,
+)
 
 log = logging.getLogger("jobworker.server")
 

@@ -24,7 +24,7 @@ from jobworker.sandbox.service.launch import launcher_command
 from jobworker.server.host.id_ranges import lock_ids
 from jobworker.server.host.process_limits import lift_file_size_limit
 from jobworker.server.host.service_user import service_ids
-from jobworker.server.notify import Notifier
+from jobworker.server.reporting.notify import Notifier
 from jobworker.server.startup.preparation import policy_for
 from jobworker.server.startup.state_directory import lock_for_launcher, make_state_directory
 

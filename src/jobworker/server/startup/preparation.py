@@ -39,7 +39,7 @@ from jobworker.server.host.disk_promises import promise_warnings
 from jobworker.server.host.id_ranges import lock_ids, lock_own_id, own_id
 from jobworker.server.host.process_limits import lift_file_size_limit, raise_descriptor_limit
 from jobworker.server.host.service_user import launcher_ids, service_ids
-from jobworker.server.notify import Notifier
+from jobworker.server.reporting.notify import Notifier
 from jobworker.server.startup.configuration_reader import Reader, configured_files, start_reader
 from jobworker.server.startup.state_directory import (
     LEAVING_SECONDS,

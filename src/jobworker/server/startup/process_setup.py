@@ -9,7 +9,7 @@ process.
 import os
 import signal
 
-from jobworker.server.standard_error import StandardError, be_patient
+from jobworker.server.reporting.standard_error import StandardError, be_patient
 
 UMASK = 0o022
 """Other users may read files and pass directories; secret ones get a mode of their own."""

@@ -23,8 +23,8 @@ from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.material import ServerFiles
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.connected_clients import Door, Fittings
-from jobworker.server.logs import set_up_logging
-from jobworker.server.notify import Notifier
+from jobworker.server.reporting.logs import set_up_logging
+from jobworker.server.reporting.notify import Notifier
 from jobworker.server.startup.configuration_reader import NAME, Reader
 from jobworker.server.startup.process_setup import take_hangup
 from jobworker.threads import in_thread

@@ -9,7 +9,6 @@ import trio.testing
 
 from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import TooManyConnections, TooManyFailures
-from jobworker.server.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
 from jobworker.server.fairness import connection_limiter as module
 from jobworker.server.fairness.connection_limiter import (
     SLOWED_PART,
@@ -18,6 +17,7 @@ from jobworker.server.fairness.connection_limiter import (
     network_of,
 )
 from jobworker.server.fairness.handshake_lottery import TURN_SECONDS
+from jobworker.server.reporting.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
 
 
 def small(**limits: object) -> Admission:

@@ -16,7 +16,7 @@ from jobworker.pki.administration import init_authority
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door, Fittings
-from jobworker.server.notify import Notifier
+from jobworker.server.reporting.notify import Notifier
 from jobworker.server.startup.configuration_reader import Reader, configured_files
 from jobworker.server.startup.reload import REFUSED, Reloading, _waiting_for_a_start, reload
 

@@ -12,9 +12,9 @@ import trio.testing
 
 from jobworker.sandbox.launcher import main as launcher
 from jobworker.sd_notify import PATIENCE_SECONDS
-from jobworker.server.notify import Notifier
+from jobworker.server.reporting.notify import Notifier
 
-from .conftest import drained
+from ..conftest import drained
 
 
 async def test_supervisor_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Literal
 import pytest
 from hypothesis import given
 
-from jobworker.server.logs import set_up_logging
+from jobworker.server.reporting.logs import set_up_logging
 
-from ..strategies import any_text, examples
+from ...strategies import any_text, examples
 
 TEXT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (DEBUG|INFO|WARNING|ERROR) ")
 CONTROLS = {*map(chr, range(32)), *map(chr, range(127, 160)), "\u2028", "\u2029"}

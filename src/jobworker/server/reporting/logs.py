@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 from jobworker.json_text import dumps
-from jobworker.server.standard_error import StandardError
+from jobworker.server.reporting.standard_error import StandardError
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _ESCAPES |= {0x2028: "\\u2028", 0x2029: "\\u2029"}

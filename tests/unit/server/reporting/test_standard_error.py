@@ -14,8 +14,8 @@ import jobworker
 SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
 BEGIN = (
     f"import logging, sys; sys.path.insert(0, {SOURCE!r})\n"
-    "from jobworker.server.logs import set_up_logging\n"
-    "from jobworker.server.standard_error import be_patient\n"
+    "from jobworker.server.reporting.logs import set_up_logging\n"
+    "from jobworker.server.reporting.standard_error import be_patient\n"
     "stream = be_patient()\n"
     "set_up_logging('INFO', 'text')\n"
     "log = logging.getLogger('jobworker.test')\n"
@@ -173,7 +173,7 @@ def test_signal_ends_a_process_whose_log_is_held() -> None:
 
 def test_line_is_in_a_regular_file_once_it_is_told(tmp_path: Path) -> None:
     program = (
-        "from jobworker.server import standard_error\n"
+        "from jobworker.server.reporting import standard_error\n"
         f"standard_error.PROMPT_SECONDS = 20\n{THREAD}"
         "for number in range(300):\n"
         "    log.info('line %d', number)\n"
@@ -203,7 +203,7 @@ def test_write_that_had_to_wait_for_the_thread_is_the_last_one_for_a_while(tmp_p
     """In the file's place stands a write(2) of 20 ms: so long may a thread lack a processor."""
     program = (
         "import os, threading, time\n"
-        "from jobworker.server import standard_error\n"
+        "from jobworker.server.reporting import standard_error\n"
         "standard_error.PROMPT_AGAIN_SECONDS = 1000\n"
         "real, wait, waits = os.write, threading.Condition.wait_for, []\n"
         "os.write = lambda *of: (time.sleep(0.02), real(*of))[1]\n"
