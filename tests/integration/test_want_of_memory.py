@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli import render
 from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker_cli import render
 from jobworker.convert import structure
 from jobworker.model.job import JobRecord
 

@@ -10,7 +10,7 @@ import asyncclick as click
 import pytest
 
 from jobworker import errors
-from jobworker.cli.app import worker_cli
+from jobworker.cli.worker_cli.main import worker_cli
 from jobworker.errors import JobworkerError
 
 SOURCE = Path(errors.__file__).parent
@@ -120,7 +120,7 @@ def test_options_of_the_command_line_are_named_as_such() -> None:
     unexplained = [
         (module.name, text)
         for module in SOURCE.rglob("*.py")
-        if module.parent.name != "cli"
+        if "cli" not in module.parts
         for text in texts_of(module)
         if options_of(worker_cli).intersection(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
         if not re.search("worker-cli|worker certs|systemd-run|useradd", text)

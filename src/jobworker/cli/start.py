@@ -15,7 +15,7 @@ import _signal as signal  # type: ignore[import-not-found]
 def worker_cli() -> None:
     """Run `worker-cli` with the process's arguments."""
     _die_of_interrupts()
-    from jobworker.cli.app import main
+    from jobworker.cli.worker_cli.main import main
 
     try:
         _raise_interrupts()

@@ -9,7 +9,6 @@ import asyncclick as click
 import pytest
 
 from jobworker.cli.admin import worker
-from jobworker.cli.app import worker_cli
 from jobworker.cli.parameters import (
     Filled,
     Label,
@@ -24,6 +23,7 @@ from jobworker.cli.parameters import (
     VariableFile,
     VolumePlace,
 )
+from jobworker.cli.worker_cli.main import worker_cli
 
 
 def commands_below(group: click.Group) -> Iterator[click.Command]:

@@ -41,7 +41,7 @@ def interrupted(start: str, where: str, *arguments: str) -> "subprocess.Complete
 @pytest.mark.parametrize(
     ("start", "where"),
     [
-        ("worker_cli", "jobworker.cli.app"),
+        ("worker_cli", "jobworker.cli.worker_cli.main"),
         ("worker_cli", "trio"),
         ("worker_cli", "jobworker.errors"),
         ("worker_cli", "exit"),

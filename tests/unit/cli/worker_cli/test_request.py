@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobworker.cli.request import in_options, make_spec
+from jobworker.cli.worker_cli.request import in_options, make_spec
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model.job import Limits
 

@@ -6,12 +6,12 @@ from functools import partial
 
 import asyncclick as click
 
-from jobworker.cli.console import ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.failures import print_text
-from jobworker.cli.follow import OutputStyle, print_output
-from jobworker.cli.jobs import open_connection
-from jobworker.cli.options import Invocation, json_option, pass_invocation
 from jobworker.cli.parameters import Count, JobNumber, Moment, prune_options
+from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
+from jobworker.cli.worker_cli.console import ended_by_interrupt, explain_interrupt, print_error
+from jobworker.cli.worker_cli.follow import OutputStyle, print_output
+from jobworker.cli.worker_cli.jobs import open_connection
 from jobworker.convert import unstructure
 from jobworker.errors import JobworkerError
 from jobworker.json_text import dumps

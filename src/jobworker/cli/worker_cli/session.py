@@ -5,9 +5,9 @@ import time
 import asyncclick as click
 
 from jobworker.cli.failures import one_line, print_text
-from jobworker.cli.jobs import open_connection
-from jobworker.cli.options import Invocation, json_option, pass_invocation
 from jobworker.cli.parameters import Count
+from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
+from jobworker.cli.worker_cli.jobs import open_connection
 from jobworker.convert import unstructure
 from jobworker.json_text import dumps
 

@@ -19,8 +19,8 @@ import asyncclick as click
 import trio
 
 from jobworker.cli.failures import CLOSED, INTERRUPTED, cannot_print, one_line, print_note
-from jobworker.cli.render import error_as_json
-from jobworker.cli.terminal import TerminalFilter
+from jobworker.cli.worker_cli.control_characters import TerminalFilter
+from jobworker.cli.worker_cli.render import error_as_json
 from jobworker.errors import JobworkerError
 from jobworker.model.job import Stream
 from jobworker.threads import in_thread

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import asyncclick as click
 import pytest
 
-from jobworker.cli import admin, app
-from jobworker.cli.app import worker_cli
+from jobworker.cli import admin
 from jobworker.cli.embedded import program
 from jobworker.cli.hints import HINTS
+from jobworker.cli.worker_cli import main as app
+from jobworker.cli.worker_cli.main import worker_cli
 
 
 class Done(NamedTuple):
@@ -297,7 +298,7 @@ def test_program_whose_reader_left_ends_as_one_that_sigpipe_ends(name: str) -> N
 
 def test_client_needs_no_bindings_of_openssl() -> None:
     code = (
-        "import sys, jobworker.cli.app, jobworker.client.client; "
+        "import sys, jobworker.cli.worker_cli.main, jobworker.client.client; "
         "print([n for n in ('cryptography', 'OpenSSL', 'sqlite3', 'asyncio') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.options import (
+from jobworker.cli.worker_cli.connection_options import (
     CA,
     CERTIFICATE,
     KEY,

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
-from jobworker.cli import render
-from jobworker.cli.console import LossReporter, Outlet, explain_interrupt, print_at_interrupt
 from jobworker.cli.failures import print_note
-from jobworker.cli.terminal import LineStamper
+from jobworker.cli.worker_cli import render
+from jobworker.cli.worker_cli.console import (
+    LossReporter,
+    Outlet,
+    explain_interrupt,
+    print_at_interrupt,
+)
+from jobworker.cli.worker_cli.control_characters import LineStamper
 from jobworker.convert import unstructure
 from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code

@@ -10,10 +10,9 @@ import sys
 import asyncclick as click
 
 import jobworker
-from jobworker.cli import jobs, output, session, volumes
-from jobworker.cli.console import PROGRAM, LogPrinter, print_error
 from jobworker.cli.failures import describe_misuse, end_of_printing, leaves, print_note, run_program
-from jobworker.cli.options import (
+from jobworker.cli.worker_cli import jobs, output, session, volumes
+from jobworker.cli.worker_cli.connection_options import (
     CA,
     CERTIFICATE,
     KEY,
@@ -22,6 +21,7 @@ from jobworker.cli.options import (
     json_option,
     pass_invocation,
 )
+from jobworker.cli.worker_cli.console import PROGRAM, LogPrinter, print_error
 from jobworker.errors import JobworkerError
 from jobworker.json_text import dumps
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import pytest
 import trio
 
-from jobworker.cli.console import Outlet, cancelled_by_interrupt
+from jobworker.cli.worker_cli.console import Outlet, cancelled_by_interrupt
 from jobworker.errors import PrintFailed
 from jobworker.model.job import Stream
 

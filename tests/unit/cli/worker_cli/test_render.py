@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from attrs import evolve
 
-from jobworker.cli import render
+from jobworker.cli.worker_cli import render
 from jobworker.errors import NotFound
 from jobworker.model.job import (
     KILLED_FOR_MEMORY,

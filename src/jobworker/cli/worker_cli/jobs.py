@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 import asyncclick as click
 import trio
 
-from jobworker.cli import render
-from jobworker.cli.console import LossReporter, ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.failures import print_note, print_text
-from jobworker.cli.follow import MAY_RUN, OutputStyle, follow_job
-from jobworker.cli.job_options import job_options
-from jobworker.cli.options import Invocation, json_option, pass_invocation
 from jobworker.cli.parameters import (
     Count,
     Duration,
@@ -34,8 +29,18 @@ from jobworker.cli.parameters import (
     Typed,
     all_sought,
 )
-from jobworker.cli.render_plan import render_plan
-from jobworker.cli.request import in_options, make_spec
+from jobworker.cli.worker_cli import render
+from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
+from jobworker.cli.worker_cli.console import (
+    LossReporter,
+    ended_by_interrupt,
+    explain_interrupt,
+    print_error,
+)
+from jobworker.cli.worker_cli.follow import MAY_RUN, OutputStyle, follow_job
+from jobworker.cli.worker_cli.job_options import job_options
+from jobworker.cli.worker_cli.render_plan import render_plan
+from jobworker.cli.worker_cli.request import in_options, make_spec
 from jobworker.convert import unstructure
 from jobworker.errors import InvalidParams, JobworkerError
 from jobworker.json_text import dumps

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.cli.terminal import LineStamper, TerminalFilter
+from jobworker.cli.worker_cli.control_characters import LineStamper, TerminalFilter
 
 
 @pytest.mark.parametrize(

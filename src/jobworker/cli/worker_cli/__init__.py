@@ -1,0 +1,1 @@
+"""`worker-cli`: the client's commands, its options, and what it prints."""
