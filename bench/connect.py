@@ -22,7 +22,7 @@ from pathlib import Path
 import grpc  # type: ignore[import-untyped]
 import trio
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import Embedded, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 

@@ -41,7 +41,7 @@ from attrs import frozen
 from bench.floods import FLOODS, PROCESSORS
 from bench.turns import watched_turns
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import Embedded, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.convert import unstructure

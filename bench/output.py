@@ -30,7 +30,7 @@ import trio
 from bench.output_rivals import RECEIVE, rival
 
 import jobworker
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import Embedded, open_embedded
 from jobworker.client.client import Client
 
 SETTINGS: dict[str, dict[str, object]] = {

@@ -26,7 +26,7 @@ import trio_websocket
 from bench.launcher_side import LauncherSide
 from bench.peers import BWRAP, ECHO, FIREJAIL, Bundle, Timer, time_process
 
-from jobworker.cli.embedded import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import Embedded, open_embedded
 from jobworker.pki.tls import client_context
 
 PAUSE_SECONDS = 0.06

@@ -1,4 +1,5 @@
-"""Services as tests start them: as `cli.embedded` does, with few of the host's programs for jobs.
+"""Services as tests start them: as `cli.worker.embedded_service` does, with few of the host's
+programs for jobs.
 
 A launcher goes through all that jobs are shown at its start, in search of what not everyone may
 read. All of /usr is 140,000 names on a developer's machine: half a second of a processor, some
@@ -11,8 +12,8 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from jobworker.cli import embedded
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker import embedded_service
+from jobworker.cli.worker.embedded_service import Embedded
 
 Extra = Mapping[str, Mapping[str, object]]
 
@@ -26,13 +27,15 @@ FEW_PROGRAMS = (
 def open_embedded(
     directory: Path, extra: Extra | None = None, *, guarded: bool = False
 ) -> AbstractAsyncContextManager[Embedded]:
-    """See `cli.embedded.open_embedded`."""
-    return embedded.open_embedded(directory, with_few_programs(extra or {}), guarded=guarded)
+    """See `cli.worker.embedded_service.open_embedded`."""
+    return embedded_service.open_embedded(
+        directory, with_few_programs(extra or {}), guarded=guarded
+    )
 
 
 def write_configuration(directory: Path, extra: Extra) -> Path:
-    """See `cli.embedded.write_configuration`."""
-    return embedded.write_configuration(directory, with_few_programs(extra))
+    """See `cli.worker.embedded_service.write_configuration`."""
+    return embedded_service.write_configuration(directory, with_few_programs(extra))
 
 
 def with_few_programs(extra: Extra) -> dict[str, Mapping[str, object]]:

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 if __name__ == "__main__":
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "src"))
 
-from jobworker.cli import admin
+from jobworker.cli.worker import main
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.history import History
 from jobworker.jobs.output.files import OutputFiles
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     watch(sys.argv[1])
     POINTS[point]()
     del sys.argv[1]
-    admin.main()
+    main.main()

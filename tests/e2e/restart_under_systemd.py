@@ -77,7 +77,7 @@ def install() -> None:
     WORKER.parent.mkdir(parents=True, exist_ok=True)
     WORKER.write_text(
         f"#!/bin/sh\nPYTHONPATH='{paths}' exec {sys.executable} "
-        '-c "from jobworker.cli.admin import main; main()" "$@"\n'
+        '-c "from jobworker.cli.worker.main import main; main()" "$@"\n'
     )
     WORKER.chmod(0o755)
     CONFIG.mkdir(exist_ok=True)

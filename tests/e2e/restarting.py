@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 from attrs import define
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 

@@ -37,7 +37,7 @@ if __name__ == "__main__":
         [SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
     )
 
-from jobworker.cli.embedded import Embedded, open_embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, open_embedded, program
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.errors import SandboxError

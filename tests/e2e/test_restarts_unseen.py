@@ -16,7 +16,7 @@ import pytest
 import trio
 from attrs import Factory, define
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 
 from ..integration.conftest import _needs_root, left_behind, open_directory
 from ..integration.test_foreign_clients import COMMANDS, missing

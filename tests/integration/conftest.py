@@ -12,7 +12,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.config.settings import DEFAULT_PROGRAMS
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.disk.images import label_of

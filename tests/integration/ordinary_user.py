@@ -71,7 +71,7 @@ def command(
         "PYTHONPATH": f"{source}:{packages}",
         "GROUPS_OF_USER": " ".join(groups),
     }
-    code = "from jobworker.cli.admin import main; main()"
+    code = "from jobworker.cli.worker.main import main; main()"
     script = ["sh", "-c", _IN_NAMESPACE, "sh", str(site), str(UID), "-c", code, *arguments]
     return ["unshare", "--mount", "--propagation=private", *script], environment
 

@@ -14,7 +14,7 @@ import trio_websocket
 import trustme
 from attrs import evolve
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import write_new
 

@@ -9,7 +9,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .conftest import locked_history
 from .test_takeover import processes, until_bigger

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 import jobworker
-from jobworker.cli import check_service
-from jobworker.cli.embedded import program, write_configuration
+from jobworker.cli.worker import check_service
+from jobworker.cli.worker.embedded_service import program, write_configuration
 from jobworker.config.settings import load
 from jobworker.pki.administration import init_authority
 from jobworker.sandbox.check.main import Wanted, finding_from, wanted_text

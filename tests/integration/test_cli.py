@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.errors import NotFound
 
 Done = subprocess.CompletedProcess[str]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 
 from .conftest import child_of, left_behind, until
 

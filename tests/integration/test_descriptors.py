@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.pki.administration import init_authority
 from jobworker.server.host.descriptor_budget import (
     MIN_OUTPUTS,
@@ -201,7 +201,7 @@ async def test_who_follows_jobs_to_their_ends_and_takes_nothing_leaves_descripto
     outputs = MIN_OUTPUTS + 2
     limit = OWN + 4 * PER_RUNNING + 4 * PER_WAITING + 30 * PER_CONNECTION + outputs * PER_OUTPUT
     bounded = ["prlimit", f"--nofile={limit}:{limit}", *program("worker")]
-    monkeypatch.setattr("jobworker.cli.embedded.program", lambda _: bounded)
+    monkeypatch.setattr("jobworker.cli.worker.embedded_service.program", lambda _: bounded)
     async with (
         open_embedded(open_directory(), settings) as service,
         open_wire(service) as wire,

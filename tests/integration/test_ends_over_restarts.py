@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .conftest import left_behind, locked_history, until
 from .outside import open_launcher

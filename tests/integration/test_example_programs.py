@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .conftest import until
 from .wire import Wire

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 import jobworker
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.client import client as client_module
 from jobworker.client import job as job_module
 from jobworker.client import opening

@@ -14,7 +14,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.history.history import History
 from jobworker.model.job import JobRecord, JobSpec

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.server.host.disk_promises import free_bytes
 
 from ..services import open_embedded

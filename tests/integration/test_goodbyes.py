@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.errors import MessageTooLarge

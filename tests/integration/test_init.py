@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .conftest import until
 from .test_cli import Cli

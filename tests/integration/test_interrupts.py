@@ -16,7 +16,7 @@ import trio
 import trio_websocket
 from attrs import define, evolve, field
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 from jobworker.cli.worker_cli.jobs import CALLS_AT_A_TIME
 from jobworker.errors import NotFound, ShuttingDown
 from jobworker.model.job import JobId

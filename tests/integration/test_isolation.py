@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .wire import Refused, Wire
 

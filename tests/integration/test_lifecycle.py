@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.server.startup.preparation import instance_name
 

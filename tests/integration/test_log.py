@@ -15,7 +15,7 @@ import pytest
 import trio
 from attrs import define
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 
 from ..services import open_embedded
 from .wire import Json, Refused, Wire, open_wire

@@ -17,7 +17,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.output.directory import NOTE
 from jobworker.sandbox.protocol.requests import MAX_JOB

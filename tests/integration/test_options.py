@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .test_cli import Cli, fails
 from .wire import Refused, Wire

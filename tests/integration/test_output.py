@@ -8,7 +8,7 @@ import random
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from .wire import Json, Refused, Wire, open_socket, open_wire
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 
 from ..services import open_embedded
 from .conftest import until

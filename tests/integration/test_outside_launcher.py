@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 from jobworker.errors import Busy, LauncherGone, PermissionDenied
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.jobs_told import Listed

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 
 
 def dry_run(service: Embedded, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.sandbox.start.private_network import PROGRAM
 
 from ..services import open_embedded

@@ -5,7 +5,7 @@ import json
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.protocol.methods import METHODS
 
 from .wire import Json, Wire, open_socket

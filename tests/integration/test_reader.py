@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli import embedded
+from jobworker.cli.worker import embedded_service
 from jobworker.server.startup import configuration_reader
 
 from ..services import open_embedded
@@ -27,7 +27,7 @@ def warnings(files, now):
         raise faults.pop(0)
     return ["the next day's warning"]
 reload.expiry_warnings = warnings
-from jobworker.cli.admin import main; main()
+from jobworker.cli.worker.main import main; main()
 """
 """A service whose days are short, and whose look at its certificates fails at first."""
 
@@ -56,7 +56,7 @@ async def test_end_of_the_reader_is_told_at_once_and_ends_nothing(
 async def test_daily_warning_that_fails_is_told_and_comes_again(
     open_directory: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "program", lambda _: [sys.executable, "-c", DAILY])
+    monkeypatch.setattr(embedded_service, "program", lambda _: [sys.executable, "-c", DAILY])
     async with open_embedded(open_directory()) as service, open_wire(service) as wire:
         await until(lambda: "the next day's warning" in service.log_text())
         text = service.log_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.errors import HostUnsupported
 
 from ..services import open_embedded

@@ -16,7 +16,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.jobs.output.directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput, Policy
 

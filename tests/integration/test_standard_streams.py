@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 from jobworker.pki.administration import init_authority
 from jobworker.server.reporting.notify import ADDRESS_FIELD
 

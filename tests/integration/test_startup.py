@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.pki.administration import init_authority
 
 from ..services import open_embedded, write_configuration

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.sandbox.service.launch import connect_launcher
 from jobworker.server.host.descriptor_budget import OWN
 

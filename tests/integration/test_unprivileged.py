@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import program, write_configuration
+from jobworker.cli.worker.embedded_service import program, write_configuration
 from jobworker.pki.administration import init_authority
 
 from .ordinary_user import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.cli.worker_cli import render
 from jobworker.convert import structure
 from jobworker.model.job import JobRecord

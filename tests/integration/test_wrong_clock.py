@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import program
+from jobworker.cli.worker.embedded_service import program
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.age_clock import FILE
 

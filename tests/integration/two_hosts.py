@@ -29,7 +29,7 @@ from pathlib import Path
 
 import trio
 
-from jobworker.cli.embedded import open_embedded
+from jobworker.cli.worker.embedded_service import open_embedded
 from jobworker.sandbox import syscalls as sc
 
 from .wire import Wire, open_wire

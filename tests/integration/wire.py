@@ -13,7 +13,7 @@ import trio
 import trio_websocket
 import wsproto.utilities
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 Json = dict[str, object]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import write_new

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 from attrs import define
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from ..integration.wire import context_for
 

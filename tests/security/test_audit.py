@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.jobs.history.audit import FILE
 
 from ..integration.conftest import until

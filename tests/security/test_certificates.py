@@ -22,7 +22,7 @@ import trio
 import trio_websocket
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.client.address import parse_address
 from jobworker.client.client import Client
 from jobworker.client.dial import serve_connection

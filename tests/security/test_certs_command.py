@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs12
 
-from jobworker.cli.embedded import Embedded, program
+from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.pki.refusals import client_refusal
 
 Done = subprocess.CompletedProcess[str]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.config.settings import load

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from ..integration.conftest import running, until
 from ..integration.wire import open_socket, open_wire

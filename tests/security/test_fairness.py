@@ -13,8 +13,8 @@ import pytest
 import trio
 from bench.fairness import MB, PEAK_BYTES, flood, percentile, place
 
-from jobworker.cli import embedded
-from jobworker.cli.embedded import program
+from jobworker.cli.worker import embedded_service
+from jobworker.cli.worker.embedded_service import program
 
 from ..integration.outside import open_launcher, settings_with
 from ..integration.wire import open_wire
@@ -74,7 +74,7 @@ async def test_service_in_a_small_group_outlives_many_followers(
     directory = open_directory()
     with open_launcher(directory), memory_group(150 * MB) as group:
         enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
-        monkeypatch.setattr(embedded, "program", lambda name: [*enter, *program(name)])
+        monkeypatch.setattr(embedded_service, "program", lambda name: [*enter, *program(name)])
         async with open_embedded(directory, settings_with(directory, {})) as service:
             assert str(service.process.pid) in (group / "cgroup.procs").read_text().split()
             certs = directory / "certs"

@@ -15,7 +15,7 @@ import trio
 from bench.turns import Turns, watched_turns
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from ..integration.conftest import running
 from ..integration.wire import open_socket, open_wire

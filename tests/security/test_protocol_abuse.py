@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import jobworker
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.errors import TooManyConnections
 from jobworker.pki.authority import Authority
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.errors import Busy, QuotaExceeded
 
 from ..integration.wire import Refused, Wire, open_wire

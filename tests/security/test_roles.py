@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.errors import NotFound, PermissionDenied
 from jobworker.model.access import BUILT_IN, Permission
 from jobworker.model.job import JobId, JobSpec

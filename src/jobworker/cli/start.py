@@ -27,7 +27,7 @@ def worker_cli() -> None:
 def worker() -> None:
     """Run `worker` with the process's arguments."""
     _die_of_interrupts()
-    from jobworker.cli.admin import main
+    from jobworker.cli.worker.main import main
 
     try:
         _raise_interrupts()

@@ -19,7 +19,7 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.sandbox.seccomp.libseccomp import number_of
 
 from ...integration.conftest import (

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.sandbox.launcher.terminals import FEWEST, MOST
 
 from ...integration.wire import Json, Refused, Wire

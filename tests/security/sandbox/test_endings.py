@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from ...integration.conftest import left_behind, until
 from ...integration.wire import Json, Wire, open_wire

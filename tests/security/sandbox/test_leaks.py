@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 
 from ...integration.wire import Refused, Wire
 from .conftest import Targets

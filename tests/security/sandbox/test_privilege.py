@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.embedded import Embedded
+from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.seccomp.libseccomp import number_of

@@ -14,7 +14,7 @@ class Hidden:
         if name.partition(".")[0] == "apsw":
             raise ModuleNotFoundError("No module named 'apsw'", name="apsw")
 sys.meta_path.insert(0, Hidden())
-from jobworker.cli.admin import main
+from jobworker.cli.worker.main import main
 main()
 """
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import asyncclick as click
 import pytest
 
-from jobworker.cli.admin import worker
 from jobworker.cli.parameters import (
     Filled,
     Label,
@@ -23,6 +22,7 @@ from jobworker.cli.parameters import (
     VariableFile,
     VolumePlace,
 )
+from jobworker.cli.worker.main import worker
 from jobworker.cli.worker_cli.main import worker_cli
 
 

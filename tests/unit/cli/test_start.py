@@ -45,7 +45,7 @@ def interrupted(start: str, where: str, *arguments: str) -> "subprocess.Complete
         ("worker_cli", "trio"),
         ("worker_cli", "jobworker.errors"),
         ("worker_cli", "exit"),
-        ("worker", "jobworker.cli.admin"),
+        ("worker", "jobworker.cli.worker.main"),
         ("worker", "asyncclick"),
         ("worker", "exit"),
     ],

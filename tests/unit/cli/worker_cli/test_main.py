@@ -17,9 +17,9 @@ from typing import NamedTuple
 import asyncclick as click
 import pytest
 
-from jobworker.cli import admin
-from jobworker.cli.embedded import program
 from jobworker.cli.hints import HINTS
+from jobworker.cli.worker import main as admin
+from jobworker.cli.worker.embedded_service import program
 from jobworker.cli.worker_cli import main as app
 from jobworker.cli.worker_cli.main import worker_cli
 

@@ -26,7 +26,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def command(directory: str, service: list[str]) -> list[str]:
     """The command line of a guard for the command line `service`, with its files in `directory`."""
-    code = "from jobworker.cli.guard import main; main()"
+    code = "from jobworker.cli.worker.guard import main; main()"
     return [sys.executable, "-c", code, directory, *service]
 
 

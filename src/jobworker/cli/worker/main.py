@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 import jobworker
-from jobworker.cli.audit import audit
-from jobworker.cli.certs import certs
 from jobworker.cli.failures import print_text, run_program
 from jobworker.cli.parameters import config_option, prune_options
+from jobworker.cli.worker.audit import audit
+from jobworker.cli.worker.certs import certs
 from jobworker.standard_streams import fill_standard_streams
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _settings(config: Path | None, launcher_socket: Path | None) -> "Settings":
 @click.option("--json", is_flag=True, help="One JSON object, for programs.")
 async def check(config: Path | None, json: bool) -> int:
     """Test all that jobs and service need of this host; exit with 1 if something is missing."""
-    from jobworker.cli.check import run_check
+    from jobworker.cli.worker.check import run_check
 
     return await run_check(config, json=json)
 
@@ -116,7 +116,7 @@ def prune(
     Without options, it applies the configuration. Output of a job that has not ended stays, and so
     does output that a client follows.
     """
-    from jobworker.cli.prune import prune_here
+    from jobworker.cli.worker.prune import prune_here
 
     print_text(prune_here(config, older_than=older_than, keep=keep, max_size=max_size))
 
@@ -125,7 +125,7 @@ def prune(
 @click.option("--serve", "stay", is_flag=True, help="Keep the service; print how to connect.")
 async def demo(stay: bool) -> int:
     """Demonstrate jobworker: start a service, run jobs, measure their limits, clean up."""
-    from jobworker.cli.demo import run_demo
+    from jobworker.cli.worker.demo import run_demo
 
     return await run_demo(stay=stay)
 

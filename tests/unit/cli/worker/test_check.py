@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from jobworker.cli import check_service
-from jobworker.cli.check import table
+from jobworker.cli.worker import check_service
+from jobworker.cli.worker.check import table
 from jobworker.config.settings import Settings
 from jobworker.sandbox.check.probing import Finding
 

@@ -19,9 +19,9 @@ from types import FrameType
 import trio
 from attrs import define, field
 
-from jobworker.cli.embedded import Embedded, open_embedded, program
 from jobworker.cli.failures import one_line, print_note
-from jobworker.cli.guard import ENDING
+from jobworker.cli.worker.embedded_service import Embedded, open_embedded, program
+from jobworker.cli.worker.guard import ENDING
 from jobworker.config.settings import CONTROLLERS
 from jobworker.errors import PermissionDenied
 from jobworker.json_text import loads

@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
-from jobworker.cli import guard
+from jobworker.cli.worker import guard
 from jobworker.errors import HostUnsupported
 from jobworker.json_text import dumps
 from jobworker.pki.administration import init_authority

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 from attrs import evolve
 
-from jobworker.cli.check_service import nearest_directory
+from jobworker.cli.worker.check_service import nearest_directory
 from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.model.job import JobId

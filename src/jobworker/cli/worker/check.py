@@ -10,10 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobworker.cli import check_service
-from jobworker.cli.check_job import trial_ids, whole_jobs
-from jobworker.cli.check_service import nearest_directory
 from jobworker.cli.failures import one_line, print_text
+from jobworker.cli.worker import check_service
+from jobworker.cli.worker.check_job import trial_ids, whole_jobs
+from jobworker.cli.worker.check_service import nearest_directory
 from jobworker.config.settings import Settings, load
 from jobworker.errors import JobworkerError
 from jobworker.json_text import dumps

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.prune import prune_here
+from jobworker.cli.worker.prune import prune_here
 from jobworker.errors import ConfigError
 
 

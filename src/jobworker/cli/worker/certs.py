@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.cli import render_certs
 from jobworker.cli.failures import print_text
-from jobworker.cli.passphrases import ca_passphrase, new_passphrase, pkcs12_password
+from jobworker.cli.worker import render_certs
+from jobworker.cli.worker.passphrases import ca_passphrase, new_passphrase, pkcs12_password
 
 if TYPE_CHECKING:
     from jobworker.pki.administration import Made

@@ -1,0 +1,1 @@
+"""`worker`: the service's start and its administration."""
