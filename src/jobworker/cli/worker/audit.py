@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.cli.failures import one_line as visible
-from jobworker.cli.failures import print_text
-from jobworker.cli.parameters import Count, Filled, JobNumber, Moment, config_option
+from jobworker.cli.command_line.failures import one_line as visible
+from jobworker.cli.command_line.failures import print_text
+from jobworker.cli.command_line.parameters import Count, Filled, JobNumber, Moment, config_option
 from jobworker.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import asyncclick as click
 
-from jobworker.cli.failures import print_text
+from jobworker.cli.command_line.failures import print_text
 from jobworker.cli.worker import render_certs
 from jobworker.cli.worker.passphrases import ca_passphrase, new_passphrase, pkcs12_password
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobworker.cli.failures import one_line, print_text
+from jobworker.cli.command_line.failures import one_line, print_text
 from jobworker.cli.worker import check_service
 from jobworker.cli.worker.check_job import trial_ids, whole_jobs
 from jobworker.cli.worker.check_service import nearest_directory

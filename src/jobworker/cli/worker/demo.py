@@ -19,7 +19,7 @@ from types import FrameType
 import trio
 from attrs import define, field
 
-from jobworker.cli.failures import one_line, print_note
+from jobworker.cli.command_line.failures import one_line, print_note
 from jobworker.cli.worker.embedded_service import Embedded, open_embedded, program
 from jobworker.cli.worker.guard import ENDING
 from jobworker.config.settings import CONTROLLERS

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import asyncclick as click
 
 import jobworker
-from jobworker.cli.failures import print_text, run_program
-from jobworker.cli.parameters import config_option, prune_options
+from jobworker.cli.command_line.failures import print_text, run_program
+from jobworker.cli.command_line.parameters import config_option, prune_options
 from jobworker.cli.worker.audit import audit
 from jobworker.cli.worker.certs import certs
 from jobworker.standard_streams import fill_standard_streams

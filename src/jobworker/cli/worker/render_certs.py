@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from jobworker.cli.failures import one_line as visible
+from jobworker.cli.command_line.failures import one_line as visible
 from jobworker.convert import unstructure
 from jobworker.json_text import dumps
 

@@ -18,7 +18,13 @@ from typing import TextIO
 import asyncclick as click
 import trio
 
-from jobworker.cli.failures import CLOSED, INTERRUPTED, cannot_print, one_line, print_note
+from jobworker.cli.command_line.failures import (
+    CLOSED,
+    INTERRUPTED,
+    cannot_print,
+    one_line,
+    print_note,
+)
 from jobworker.cli.worker_cli.control_characters import TerminalFilter
 from jobworker.cli.worker_cli.render import error_as_json
 from jobworker.errors import JobworkerError

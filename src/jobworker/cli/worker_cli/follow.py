@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
-from jobworker.cli.failures import print_note
+from jobworker.cli.command_line.failures import print_note
 from jobworker.cli.worker_cli import render
 from jobworker.cli.worker_cli.console import (
     LossReporter,

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import asyncclick as click
 
-from jobworker.cli.parameters import (
+from jobworker.cli.command_line.parameters import (
     Filled,
     Label,
     User,

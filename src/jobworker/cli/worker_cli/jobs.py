@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 import asyncclick as click
 import trio
 
-from jobworker.cli.failures import print_note, print_text
-from jobworker.cli.parameters import (
+from jobworker.cli.command_line.failures import print_note, print_text
+from jobworker.cli.command_line.parameters import (
     Count,
     Duration,
     Filled,

@@ -10,7 +10,13 @@ import sys
 import asyncclick as click
 
 import jobworker
-from jobworker.cli.failures import describe_misuse, end_of_printing, leaves, print_note, run_program
+from jobworker.cli.command_line.failures import (
+    describe_misuse,
+    end_of_printing,
+    leaves,
+    print_note,
+    run_program,
+)
 from jobworker.cli.worker_cli import jobs, output, session, volumes
 from jobworker.cli.worker_cli.connection_options import (
     CA,

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from jobworker.cli.failures import one_line as visible
+from jobworker.cli.command_line.failures import one_line as visible
 from jobworker.convert import unstructure
 from jobworker.errors import JobworkerError
 from jobworker.json_text import dumps

@@ -3,7 +3,7 @@
 from itertools import groupby
 from textwrap import wrap
 
-from jobworker.cli.failures import one_line as visible
+from jobworker.cli.command_line.failures import one_line as visible
 from jobworker.model.job import Limits
 from jobworker.model.units import format_limit
 from jobworker.protocol.messages import Plan

@@ -4,8 +4,8 @@ import time
 
 import asyncclick as click
 
-from jobworker.cli.failures import one_line, print_text
-from jobworker.cli.parameters import Count
+from jobworker.cli.command_line.failures import one_line, print_text
+from jobworker.cli.command_line.parameters import Count
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
 from jobworker.cli.worker_cli.jobs import open_connection
 from jobworker.convert import unstructure

@@ -2,8 +2,8 @@
 
 import asyncclick as click
 
-from jobworker.cli.failures import print_text
-from jobworker.cli.parameters import Megabytes, Typed
+from jobworker.cli.command_line.failures import print_text
+from jobworker.cli.command_line.parameters import Megabytes, Typed
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
 from jobworker.cli.worker_cli.console import ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.worker_cli.jobs import open_connection

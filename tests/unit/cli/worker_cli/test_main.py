@@ -17,7 +17,7 @@ from typing import NamedTuple
 import asyncclick as click
 import pytest
 
-from jobworker.cli.hints import HINTS
+from jobworker.cli.command_line.hints import HINTS
 from jobworker.cli.worker import main as admin
 from jobworker.cli.worker.embedded_service import program
 from jobworker.cli.worker_cli import main as app

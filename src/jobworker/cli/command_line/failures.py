@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import asyncclick as click
 import trio
 
-from jobworker.cli.hints import hint
+from jobworker.cli.command_line.hints import hint
 from jobworker.errors import ConfigError, JobworkerError, PrintFailed
 
 CLOSED = "standard output is closed"

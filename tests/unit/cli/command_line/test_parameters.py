@@ -8,7 +8,7 @@ from pathlib import Path
 import asyncclick as click
 import pytest
 
-from jobworker.cli.parameters import (
+from jobworker.cli.command_line.parameters import (
     Filled,
     Label,
     LabelSought,

@@ -1,0 +1,1 @@
+"""What both programs have of a command line: kinds of values, errors and exit codes, hints."""
