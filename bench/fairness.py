@@ -44,14 +44,14 @@ from bench.turns import watched_turns
 from jobworker.cli.worker.embedded_service import Embedded, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
-from jobworker.convert import unstructure
 from jobworker.jobs.history.history import History
-from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import write_new
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 MB = 1_000_000
 RECORDS = 50_000

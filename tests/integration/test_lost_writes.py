@@ -14,10 +14,10 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.convert import structure
 from jobworker.model.job import JobRecord, shell_exit_code
 from jobworker.sandbox import channel
 from jobworker.sandbox.service.launch import OpenedLauncher
+from jobworker.serialization.convert import structure
 from jobworker.server.host.disk_promises import free_bytes
 
 from ..services import open_embedded

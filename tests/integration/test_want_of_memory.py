@@ -10,8 +10,8 @@ import pytest
 
 from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.cli.worker_cli import render
-from jobworker.convert import structure
 from jobworker.model.job import JobRecord
+from jobworker.serialization.convert import structure
 
 from .conftest import running, until
 from .test_kernel_memory import NETLINK

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobworker.convert import structure
 from jobworker.protocol.methods import METHODS
 from jobworker.protocol.session import ClientSession
 from jobworker.sandbox.start.plan import ENVIRONMENT
+from jobworker.serialization.convert import structure
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ is accepted as a list, and a member of an enumeration or its value.
 
 from typing import TypeVar
 
-from jobworker.convert import as_plain, faults_of
 from jobworker.errors import InvalidParams
-from jobworker.exact import kind
+from jobworker.serialization.convert import as_plain, faults_of
+from jobworker.serialization.exact import kind
 
 T = TypeVar("T")
 

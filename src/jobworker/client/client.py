@@ -12,11 +12,11 @@ from jobworker.client.checked import checked
 from jobworker.client.following import DELIVERY
 from jobworker.client.job import Job
 from jobworker.errors import InvalidParams, shortened
-from jobworker.exact import kind
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import State
 from jobworker.model.volumes import Volume
 from jobworker.protocol import messages as m
+from jobworker.serialization.exact import kind
 
 
 @define(eq=False, kw_only=True)

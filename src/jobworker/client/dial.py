@@ -32,11 +32,11 @@ from jobworker.errors import (
     ProtocolError,
     error_from_wire,
 )
-from jobworker.json_text import loads
 from jobworker.pki.own_certificate import with_cause
 from jobworker.pki.refusals import client_refusal
 from jobworker.protocol.closing import ENDED, Verdict, verdict
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.serialization.json_text import loads
 from jobworker.tls_stream import TLSStream
 
 CLOSE_SECONDS = 1.0

@@ -22,9 +22,9 @@ from jobworker.errors import (
     JobworkerError,
     ShuttingDown,
 )
-from jobworker.exact import kind
 from jobworker.model.job import MAX_TIMEOUT_SECONDS, JobId, JobRecord, JobStatus, Stream
 from jobworker.protocol import messages as m
+from jobworker.serialization.exact import kind
 
 
 @define(eq=False)

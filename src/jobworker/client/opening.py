@@ -16,7 +16,7 @@ from jobworker.client.client import Client
 from jobworker.client.credentials import Credentials
 from jobworker.client.dial import Connection, serve_connection
 from jobworker.errors import InvalidParams, JobworkerError, LoopMissing
-from jobworker.exact import kind
+from jobworker.serialization.exact import kind
 
 
 @asynccontextmanager

@@ -20,7 +20,6 @@ from jobworker.config.limits import ConnectionLimits
 from jobworker.config.places import default_certificate, default_state_directory
 from jobworker.config.roles import RoleSettings, check_names
 from jobworker.config.runtimes import RuntimeSettings, check_runtime_names
-from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
 from jobworker.model.access import BUILT_IN, Permission, Scope
 from jobworker.model.bounds import within
@@ -34,6 +33,7 @@ from jobworker.model.job import (
 )
 from jobworker.model.subjects import entry_fault
 from jobworker.model.units import MEBIBYTE
+from jobworker.serialization.convert import faults_of
 
 DEFAULT_PORT = 50051
 

@@ -8,15 +8,15 @@ from collections.abc import Collection, Iterable, Mapping
 
 import trio
 
-from jobworker.convert import unstructure
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.search import MAX_PAGE_BYTES, Filter, Page
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool, as_of_now
-from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.model.summary import summarize
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 LIVE_AT_A_TIME = 20
 """Live records that are made into JSON before others get their turn: under a millisecond."""

@@ -10,9 +10,9 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import Busy
-from jobworker.json_pieces import batches_of
-from jobworker.json_text import dumps, loads
 from jobworker.model.units import format_size
+from jobworker.serialization.json_pieces import batches_of
+from jobworker.serialization.json_text import dumps, loads
 
 SMALL_BYTES = 4096
 """Those of a job that are not counted: a thousand such jobs need no bound."""

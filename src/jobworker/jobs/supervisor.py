@@ -41,7 +41,6 @@ from jobworker.jobs.removals import Removals
 from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.waiting_room import WaitingRoom
-from jobworker.json_text import LONG_CHARACTERS
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
@@ -49,6 +48,7 @@ from jobworker.model.made import altered
 from jobworker.sandbox.service.exchange import Waitable
 from jobworker.sandbox.service.launcher_errors import launcher_silent
 from jobworker.sandbox.service.link import Link
+from jobworker.serialization.json_text import LONG_CHARACTERS
 from jobworker.threads import in_thread
 
 DECIDE_SECONDS = 5.0

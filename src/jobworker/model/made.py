@@ -10,8 +10,8 @@ from typing import Literal, TypeVar, Union, cast, get_args, get_origin
 import attrs
 from attrs import AttrsInstance
 
-from jobworker.convert import faults_of_fields
 from jobworker.errors import InvalidParams
+from jobworker.serialization.convert import faults_of_fields
 
 T = TypeVar("T")
 

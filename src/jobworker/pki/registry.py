@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from jobworker import errors
-from jobworker.convert import faults_of, unstructure
-from jobworker.json_text import dumps, loads
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import CERTIFICATE_MODE, KEY_MODE, replace
+from jobworker.serialization.convert import faults_of, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 Kind = Literal["server", "client", "CA"]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_
 
 import attrs
 
-from jobworker.convert import unstructure
+from jobworker.serialization.convert import unstructure
 
 Schema = dict[str, object]
 

@@ -25,7 +25,6 @@ from typing import TypeVar
 
 from attrs import define, field, frozen
 
-from jobworker.convert import structure, unstructure
 from jobworker.errors import (
     InternalError,
     InvalidParams,
@@ -35,11 +34,12 @@ from jobworker.errors import (
     UnknownMethod,
     error_from_wire,
 )
-from jobworker.json_text import dumps, loads, takes_long
 from jobworker.model.job import Stream
 from jobworker.protocol.frames import Frame, frame_binary
 from jobworker.protocol.messages import OutputEnd, OutputHeader
 from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END, Method
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads, takes_long
 
 T = TypeVar("T")
 

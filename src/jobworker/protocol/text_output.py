@@ -10,11 +10,11 @@ import codecs
 
 from attrs import define, evolve, field
 
-from jobworker.convert import unstructure
-from jobworker.json_text import dumps
 from jobworker.model.job import Stream
 from jobworker.protocol.messages import OutputHeader
 from jobworker.protocol.methods import OUTPUT
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 _make_decoder = codecs.getincrementaldecoder("utf-8")
 

@@ -20,8 +20,8 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 
-from jobworker import json_pieces
 from jobworker.errors import ProtocolError
+from jobworker.serialization import json_pieces
 
 MAX_DESCRIPTORS = 16
 MAX_INLINE_BYTES = 32 << 10

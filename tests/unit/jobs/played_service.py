@@ -13,7 +13,6 @@ from typing import Self
 import trio
 from attrs import define, field
 
-from jobworker.convert import structure
 from jobworker.errors import JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.jobs.archive import Archive
@@ -24,9 +23,10 @@ from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
-from jobworker.json_text import loads
 from jobworker.model.job import JobId, JobRecord, Limits
 from jobworker.sandbox.channel import close_all
+from jobworker.serialization.convert import structure
+from jobworker.serialization.json_text import loads
 
 from .kept_launcher import KeptLauncher
 from .played_link import ServiceLink

@@ -17,7 +17,6 @@ import trio
 import trio.testing
 from attrs import Factory, define, evolve
 
-from jobworker.convert import unstructure
 from jobworker.errors import Busy, InternalError, LauncherSilent, NotFound, SandboxError
 from jobworker.incidents import Incidents
 from jobworker.jobs import secrets
@@ -31,11 +30,12 @@ from jobworker.jobs.output.mover import DRAIN_SECONDS
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.retention import KeptOutput, Policy
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.json_text import dumps
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.job_ends import Exits, Started
 from jobworker.sandbox.service.jobs_told import Exit
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 from ..strategies import record
 from .output.test_spool import append

@@ -4,11 +4,11 @@ import pytest
 from attrs import evolve
 from hypothesis import given
 
-from jobworker.convert import structure, unstructure
-from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import MAX_COMMAND, summarize, whole, without_bulk
 from jobworker.model.volumes import VolumeMount
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps
 
 from ..strategies import examples, record, records
 

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.convert import structure, unstructure
 from jobworker.errors import InvalidParams
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import Stream
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 from ..strategies import examples
 from .messages_strategies import PARAMS, RESULTS

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.convert import unstructure
 from jobworker.errors import (
     InternalError,
     InvalidParams,
@@ -20,7 +19,6 @@ from jobworker.errors import (
     TooManyRequests,
     UnknownMethod,
 )
-from jobworker.json_text import loads
 from jobworker.model.job import JobId
 from jobworker.protocol import messages as m
 from jobworker.protocol.frames import read_header
@@ -39,6 +37,8 @@ from jobworker.protocol.session import (
     frame_output,
     read_request,
 )
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import loads
 
 from ..strategies import any_text, examples, objects_with, plain_values, texts
 from .messages_strategies import PARAMS, RESULTS, ends, headers

@@ -16,11 +16,11 @@ from jobworker.cli.worker.check_job import trial_ids, whole_jobs
 from jobworker.cli.worker.check_service import nearest_directory
 from jobworker.config.settings import Settings, load
 from jobworker.errors import JobworkerError
-from jobworker.json_text import dumps
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
 from jobworker.sandbox.check.main import Wanted
 from jobworker.sandbox.check.probing import Finding
+from jobworker.serialization.json_text import dumps
 
 _GROUPS = (
     "processes",

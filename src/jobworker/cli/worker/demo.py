@@ -24,12 +24,12 @@ from jobworker.cli.worker.embedded_service import Embedded, open_embedded, progr
 from jobworker.cli.worker.guard import ENDING
 from jobworker.config.settings import CONTROLLERS
 from jobworker.errors import PermissionDenied
-from jobworker.json_text import loads
 from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
 from jobworker.sandbox.check.main import Wanted
+from jobworker.serialization.json_text import loads
 from jobworker.server.startup.preparation import instance_name
 
 LIMITS = {"cpu": "--max-cpu=50", "memory": "--max-memory=64M", "io": "--max-iobps=1000000"}

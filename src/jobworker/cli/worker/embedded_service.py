@@ -19,8 +19,8 @@ from attrs import frozen
 
 from jobworker.cli.worker import guard
 from jobworker.errors import HostUnsupported
-from jobworker.json_text import dumps
 from jobworker.pki.administration import init_authority
+from jobworker.serialization.json_text import dumps
 from jobworker.server.reporting.notify import ADDRESS_FIELD
 
 START_SECONDS = 120  # for an emulated machine; a service that fails ends the wait at once

@@ -5,8 +5,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from jobworker.cli.command_line.failures import one_line as visible
-from jobworker.convert import unstructure
-from jobworker.json_text import dumps
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 if TYPE_CHECKING:
     from jobworker.pki.registry import Entry

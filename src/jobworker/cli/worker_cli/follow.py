@@ -16,9 +16,9 @@ from jobworker.cli.worker_cli.console import (
     print_at_interrupt,
 )
 from jobworker.cli.worker_cli.control_characters import LineStamper
-from jobworker.convert import unstructure
-from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec, Stream, shell_exit_code
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 if TYPE_CHECKING:
     from jobworker.client.client import Client

@@ -41,12 +41,12 @@ from jobworker.cli.worker_cli.follow import MAY_RUN, OutputStyle, follow_job
 from jobworker.cli.worker_cli.job_options import job_options
 from jobworker.cli.worker_cli.render_plan import render_plan
 from jobworker.cli.worker_cli.request import in_options, make_spec
-from jobworker.convert import unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec, JobStatus, OutputPolicy, shell_exit_code
 from jobworker.model.lifecycle import State
 from jobworker.protocol.messages import MAX_LIST
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 if TYPE_CHECKING:
     from jobworker.client.client import Client

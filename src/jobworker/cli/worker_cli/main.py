@@ -29,7 +29,7 @@ from jobworker.cli.worker_cli.connection_options import (
 )
 from jobworker.cli.worker_cli.console import PROGRAM, LogPrinter, print_error
 from jobworker.errors import JobworkerError
-from jobworker.json_text import dumps
+from jobworker.serialization.json_text import dumps
 
 
 class _Program(click.Group):

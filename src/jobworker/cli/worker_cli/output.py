@@ -12,12 +12,12 @@ from jobworker.cli.worker_cli.connection_options import Invocation, json_option,
 from jobworker.cli.worker_cli.console import ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.worker_cli.follow import OutputStyle, print_output
 from jobworker.cli.worker_cli.jobs import open_connection
-from jobworker.convert import unstructure
 from jobworker.errors import JobworkerError
-from jobworker.json_text import dumps
 from jobworker.model.job import Stream
 from jobworker.model.units import format_size
 from jobworker.protocol.messages import MAX_TAIL_LINES, PruneParams
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 MAY_PRUNE = "output may have been removed: see `worker-cli status JOB` for each job"
 

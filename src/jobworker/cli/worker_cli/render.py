@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from jobworker.cli.command_line.failures import one_line as visible
-from jobworker.convert import unstructure
 from jobworker.errors import JobworkerError
-from jobworker.json_text import dumps
 from jobworker.model.job import (
     KILLED_FOR_MEMORY,
     LOSSES_UNKNOWN,
@@ -27,6 +25,8 @@ from jobworker.model.job import (
 )
 from jobworker.model.lifecycle import Reason, State
 from jobworker.model.units import format_duration, format_limit, format_size
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 MAX_TABLE_COMMAND = 200
 """Characters of a command line in a table without a terminal, whose width would be the bound."""

@@ -5,10 +5,10 @@
 
 import re
 
-from jobworker.convert import structure
 from jobworker.errors import InvalidParams
 from jobworker.model.job import JobSpec
 from jobworker.model.units import format_limit
+from jobworker.serialization.convert import structure
 
 _OPTIONS = {
     "limits.cpu_percent": "--max-cpu",

@@ -8,8 +8,8 @@ from jobworker.cli.command_line.failures import one_line, print_text
 from jobworker.cli.command_line.parameters import Count
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
 from jobworker.cli.worker_cli.jobs import open_connection
-from jobworker.convert import unstructure
-from jobworker.json_text import dumps
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 
 
 @click.command()

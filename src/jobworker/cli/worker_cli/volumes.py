@@ -7,10 +7,10 @@ from jobworker.cli.command_line.parameters import Megabytes, Typed
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
 from jobworker.cli.worker_cli.console import ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.worker_cli.jobs import open_connection
-from jobworker.convert import unstructure
 from jobworker.errors import InvalidParams, JobworkerError
-from jobworker.json_text import dumps
 from jobworker.model.units import format_limit, format_size
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 SEE_LIST = "see `worker-cli volume list`"

@@ -29,7 +29,6 @@ import apsw
 import trio
 from attrs import Factory, define
 
-from jobworker.convert import structure
 from jobworker.errors import ConfigError, InternalError, InvalidParams, MalformedJSON
 from jobworker.jobs.history import queries
 from jobworker.jobs.history import writer as history_writer
@@ -42,9 +41,10 @@ from jobworker.jobs.history.room import Room
 from jobworker.jobs.history.schema import damaged, migrate
 from jobworker.jobs.history.search import Filter, Page, find_page
 from jobworker.jobs.history.writer import Work, Writer
-from jobworker.json_text import loads
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.sandbox.protocol.requests import MAX_JOB
+from jobworker.serialization.convert import structure
+from jobworker.serialization.json_text import loads
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")

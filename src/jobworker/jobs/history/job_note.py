@@ -20,14 +20,14 @@ from pathlib import Path
 
 from attrs import evolve
 
-from jobworker.convert import structure, unstructure
 from jobworker.errors import JobworkerError
 from jobworker.jobs.history.spec_json import spec_pieces
 from jobworker.jobs.output.directory import MAX_NOTE_BYTES, NOTE, disk_errors, mark_of
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.summary import summarize
 from jobworker.regular_file import open_regular
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 _NO_SPEC = JobSpec(command=("unknown",))
 _NO_SPEC_JSON = unstructure(_NO_SPEC)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import apsw
 
-from jobworker.convert import structure, unstructure
 from jobworker.jobs.history.job_note import write_note
 from jobworker.jobs.history.search import NAME
 from jobworker.jobs.history.spec_json import spec_pieces
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, TERMINAL
 from jobworker.model.summary import MAX_KEPT, summarize, whole, with_labels, without_bulk
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 log = logging.getLogger("jobworker.jobs")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import apsw
 
-from jobworker.convert import structure, unstructure
 from jobworker.errors import ConfigError
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobRecord
 from jobworker.model.summary import summarize
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 log = logging.getLogger("jobworker.jobs")
 

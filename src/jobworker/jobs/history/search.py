@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import apsw
 from attrs import field, frozen
 
-from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
+from jobworker.serialization.json_text import dumps
 
 MAX_STEPS = 2000
 """Candidates that one page looks at: some milliseconds."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
-from jobworker.convert import unstructure
-from jobworker.json_pieces import pieces
-from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_pieces import pieces
+from jobworker.serialization.json_text import dumps
 
 
 def spec_pieces(spec: JobSpec, summary: JobRecord) -> Iterator[str]:

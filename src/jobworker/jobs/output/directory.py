@@ -24,9 +24,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from jobworker.errors import Busy, JobworkerError, NotFound, OutOfDescriptors, OutputError
-from jobworker.json_text import loads
 from jobworker.model.job import OutputCut
 from jobworker.regular_file import open_regular
+from jobworker.serialization.json_text import loads
 
 NAMES = ("stdout", "stderr", "index")
 NOTE = "record"

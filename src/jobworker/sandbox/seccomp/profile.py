@@ -18,9 +18,9 @@ from typing import Literal, TypeVar
 
 from attrs import field, frozen
 
-from jobworker.convert import faults_of
 from jobworker.errors import ConfigError
 from jobworker.model.bounds import within
+from jobworker.serialization.convert import faults_of
 
 T = TypeVar("T")
 

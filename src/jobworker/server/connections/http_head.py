@@ -15,10 +15,10 @@ import trio
 from attrs import define
 
 from jobworker.errors import JobworkerError, NoUpgrade, PermissionDenied, SendStalled
-from jobworker.json_text import dumps
 from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
+from jobworker.serialization.json_text import dumps
 from jobworker.server.access.connected_clients import Fittings
 from jobworker.server.connections.frame_scan import END_COST, RECORD_COST, FrameScanner
 from jobworker.tls_stream import Data, TLSStream

@@ -8,11 +8,11 @@ from functools import partial
 
 import trio
 
-from jobworker.convert import structure, unstructure
 from jobworker.jobs.history.spec_json import spec_pieces
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import summarize
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 from jobworker.threads import in_thread
 
 LONG = 1000

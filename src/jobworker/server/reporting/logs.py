@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
-from jobworker.json_text import dumps
+from jobworker.serialization.json_text import dumps
 from jobworker.server.reporting.standard_error import StandardError
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}

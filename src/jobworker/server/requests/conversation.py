@@ -41,7 +41,6 @@ from jobworker.errors import (
     TooSlow,
 )
 from jobworker.jobs.output.paced import cancel_in_turns
-from jobworker.json_text import takes_long
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
@@ -55,6 +54,7 @@ from jobworker.protocol.session import (
     error_message,
     read_request,
 )
+from jobworker.serialization.json_text import takes_long
 from jobworker.server.access.authorization import Caller
 from jobworker.server.access.connected_clients import Visitor
 from jobworker.server.connections.framed_socket import FramedSocket

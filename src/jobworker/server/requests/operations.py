@@ -26,7 +26,6 @@ from jobworker.jobs.output.index import LineStart
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
-from jobworker.json_text import dumps
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
 from jobworker.model.lifecycle import State
@@ -43,6 +42,7 @@ from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
 from jobworker.sandbox.service.host import HostFacts
 from jobworker.sandbox.service.link import Link
+from jobworker.serialization.json_text import dumps
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Caller, Gate
 from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec

@@ -23,12 +23,12 @@ import trio
 from attrs import define, field, frozen
 
 from jobworker.config.settings import SecuritySettings, Settings, load
-from jobworker.convert import structure, unstructure
 from jobworker.errors import ConfigError, JobworkerError, error_from_wire
-from jobworker.json_text import dumps, loads
 from jobworker.pki.credentials import PemFile
 from jobworker.pki.material import ServerFiles
 from jobworker.sandbox import syscalls as sc
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 NAME = "worker-reader"
 """The name of its process in ps(1); at most 15 characters."""

@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jobworker
-from jobworker.convert import structure, unstructure
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.history import search as history_search
 from jobworker.jobs.history import writer as history_writer
@@ -30,11 +29,12 @@ from jobworker.jobs.history.job_note import make_note, read_note
 from jobworker.jobs.history.room import Room
 from jobworker.jobs.history.schema import MIGRATIONS
 from jobworker.jobs.history.search import Filter
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import LIVE, State
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.protocol.requests import MAX_JOB
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 from ...strategies import examples, record, records
 

@@ -11,12 +11,12 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.convert import structure
 from jobworker.errors import ConfigError, InternalError, OutOfDescriptors
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.readers import Readers
-from jobworker.json_text import loads
 from jobworker.model.job import JobRecord
+from jobworker.serialization.convert import structure
+from jobworker.serialization.json_text import loads
 
 from ...strategies import record
 from ..descriptors import descriptors_left

@@ -12,15 +12,15 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.convert import structure, unstructure
 from jobworker.jobs.history import search as history_search
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.schema import MIGRATIONS
 from jobworker.jobs.history.search import Filter, find_page
-from jobworker.json_text import dumps, loads
 from jobworker.model.job import JobRecord, JobSpec, Limits
 from jobworker.model.lifecycle import State
 from jobworker.model.summary import summarize
+from jobworker.serialization.convert import structure, unstructure
+from jobworker.serialization.json_text import dumps, loads
 
 from ...strategies import examples, record
 

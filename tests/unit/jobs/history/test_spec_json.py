@@ -5,11 +5,11 @@ import json
 import pytest
 from hypothesis import given
 
-from jobworker.convert import unstructure
 from jobworker.jobs.history.spec_json import spec_pieces
-from jobworker.json_pieces import PIECE_CHARACTERS
 from jobworker.model.job import MAX_ARGUMENT_BYTES, JobRecord, JobSpec
 from jobworker.model.summary import summarize
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_pieces import PIECE_CHARACTERS
 
 from ...strategies import examples, record, records
 

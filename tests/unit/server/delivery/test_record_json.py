@@ -6,10 +6,10 @@ import trio
 import trio.testing
 from hypothesis import given
 
-from jobworker.convert import unstructure
-from jobworker.json_text import dumps
 from jobworker.model.job import JobRecord, JobSpec
 from jobworker.model.summary import summarize
+from jobworker.serialization.convert import unstructure
+from jobworker.serialization.json_text import dumps
 from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
 
 from ...strategies import examples, record, records

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.patient_json import MAX_STRING_CHARACTERS, PatientDecoder
+from jobworker.serialization.json_decoder import MAX_STRING_CHARACTERS, PatientDecoder
 
 PLAIN = (
     st.none()

@@ -9,7 +9,7 @@ import json
 import math
 
 from jobworker.errors import MalformedJSON, shortened
-from jobworker.patient_json import PatientDecoder
+from jobworker.serialization.json_decoder import PatientDecoder
 
 MAX_DEPTH = 32
 """Levels of lists and objects in one message. The deepest message of the protocol has six."""

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobworker.json_pieces import PIECE_CHARACTERS, PIECE_ENTRIES, batches_of, pieces
-from jobworker.json_text import dumps
+from jobworker.serialization.json_pieces import PIECE_CHARACTERS, PIECE_ENTRIES, batches_of, pieces
+from jobworker.serialization.json_text import dumps
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(

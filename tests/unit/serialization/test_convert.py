@@ -11,13 +11,13 @@ from attrs import field, frozen
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.convert import MAX_REPORTED_FAULTS, faults_of, structure, unstructure
 from jobworker.errors import InvalidParams, MalformedJSON
-from jobworker.json_text import dumps, loads, takes_long
 from jobworker.model.bounds import within
 from jobworker.model.job import JobRecord
+from jobworker.serialization.convert import MAX_REPORTED_FAULTS, faults_of, structure, unstructure
+from jobworker.serialization.json_text import dumps, loads, takes_long
 
-from .strategies import any_text, examples, objects_with, plain_values, records
+from ..strategies import any_text, examples, objects_with, plain_values, records
 
 
 class Colour(Enum):

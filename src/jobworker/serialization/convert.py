@@ -24,9 +24,9 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 
-from jobworker import exact
 from jobworker.errors import InvalidParams, shortened
-from jobworker.json_text import MAX_DEPTH
+from jobworker.serialization import exact
+from jobworker.serialization.json_text import MAX_DEPTH
 
 T = TypeVar("T")
 
