@@ -23,7 +23,7 @@ from jobworker.jobs.output.index import RECORD, Record
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.launcher_client import Link
 
 for_the_victim = ContextVar("for_the_victim", default=False)
 """Whether this is a task of the victim's execution, or a thread that works for one."""

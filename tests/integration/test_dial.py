@@ -28,7 +28,7 @@ from jobworker.errors import (
 )
 from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
-from jobworker.pki.material import ServerFiles
+from jobworker.pki.server_files import ServerFiles
 from jobworker.pki.tls import client_context, server_context
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.protocol.session import Call, ServerSession

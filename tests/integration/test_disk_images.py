@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disk import loop
+from jobworker.sandbox.disk import loop_devices
 from jobworker.sandbox.disk.images import Workshop, rounded
 from jobworker.storage import MIN_DISK_BYTES
 
@@ -24,12 +24,12 @@ def workshop(open_directory: Callable[[], Path]) -> Workshop:
 async def test_image_that_is_attached_is_found_and_not_attached_again(workshop: Workshop) -> None:
     image = disk_images.create(workshop, MIN_DISK_BYTES)
     other = disk_images.create(workshop, MIN_DISK_BYTES)
-    assert loop.find_attached(image) is None
-    device, path = loop.attach(image)
-    found = loop.find_attached(image)
+    assert loop_devices.find_attached(image) is None
+    device, path = loop_devices.attach(image)
+    found = loop_devices.find_attached(image)
     assert found is not None
     assert found[1] == path
-    assert loop.find_attached(other) is None
+    assert loop_devices.find_attached(other) is None
     assert disks_in(Path(workshop.directory)) == [path.removeprefix("/dev/")]
     for descriptor in (device, found[0], image, other):
         os.close(descriptor)

@@ -16,7 +16,7 @@ import pytest
 from jobworker.cli.worker.embedded_service import program
 from jobworker.errors import Busy, LauncherGone, PermissionDenied
 from jobworker.sandbox import channel
-from jobworker.sandbox.service.jobs_told import Listed
+from jobworker.sandbox.service.job_reports import Listed
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher
 from jobworker.server.startup.preparation import instance_name
 

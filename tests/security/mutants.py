@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN, APPLY = "src/jobworker/sandbox/start/plan.py", "src/jobworker/sandbox/start/apply.py"
-MAKING, FILTER = "src/jobworker/sandbox/launcher/making.py", "etc/seccomp.toml"
+MAKING, FILTER = "src/jobworker/sandbox/launcher/child_maker.py", "etc/seccomp.toml"
 BPF = "src/jobworker/sandbox/seccomp/program.py"
 SECONDS = 240
 

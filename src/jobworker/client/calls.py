@@ -22,7 +22,7 @@ from attrs import define, field
 
 from jobworker.client.address import Address
 from jobworker.client.following import Following, copied
-from jobworker.client.link import Link, LinkLost
+from jobworker.client.rpc_connection import Link, LinkLost
 from jobworker.errors import (
     Busy,
     CertificateRefused,

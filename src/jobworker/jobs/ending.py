@@ -7,10 +7,11 @@ A job that would not even notice the signal is killed at once (`sandbox.launcher
 What is said of an end is the cause that came first. Whoever asks second, or asks for the end of a
 job that has exited (its output may still be on its way), changes nothing about that.
 
-The cause and the deadline go to the launcher together with the signal (`sandbox.protocol.asks`),
-and no disk is asked before. So the next service knows both (`resume`): it sends no signal of its
-own, and kills when this one would have done so. A client whose connection broke asks it for the
-same stop again; for a while a signal that the job has got already is not sent a second time.
+The cause and the deadline go to the launcher together with the signal
+(`sandbox.protocol.end_requests`), and no disk is asked before. So the next service knows both
+(`resume`): it sends no signal of its own, and kills when this one would have done so. A client
+whose connection broke asks it for the same stop again; for a while a signal that the job has got
+already is not sent a second time.
 """
 
 import errno
@@ -27,9 +28,9 @@ from attrs import define, field
 from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFound
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
-from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.service.jobs_told import AskedBefore, Exit
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, Ask
+from jobworker.sandbox.service.job_reports import AskedBefore, Exit
+from jobworker.sandbox.service.launcher_client import Link
 
 log = logging.getLogger("jobworker.jobs")
 

@@ -35,8 +35,8 @@ from jobworker.errors import (
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history.history import History
 from jobworker.jobs.orders import limits_of, order_of
+from jobworker.jobs.output.batched_wakeups import PacedEvent
 from jobworker.jobs.output.mover import OutputMover, OutputRoom
-from jobworker.jobs.output.paced import PacedEvent
 from jobworker.jobs.output.spool import Spool, as_of_now, with_sizes
 from jobworker.jobs.secrets import Secrets
 from jobworker.model.job import (
@@ -57,8 +57,8 @@ from jobworker.model.summary import without_bulk
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.service.job_ends import Exits, Notices, Started
-from jobworker.sandbox.service.jobs_told import Exit
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.job_reports import Exit
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.sandbox.start.plan import Order
 
 log = logging.getLogger("jobworker.jobs")

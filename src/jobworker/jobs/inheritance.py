@@ -6,7 +6,7 @@ from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.launcher_client import Link
 
 
 @define(eq=False)

@@ -18,7 +18,7 @@ from jobworker.jobs.inheritance import have_forgotten
 from jobworker.jobs.output.directory import clear_mark
 from jobworker.jobs.output.ended import remove_output
 from jobworker.model.job import JobId
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")

@@ -31,9 +31,9 @@ from jobworker.jobs.history.search import Filter, Page
 from jobworker.jobs.inheritance import Inheritance
 from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
+from jobworker.jobs.output.batched_wakeups import PacedEvent
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.index import BOTH
-from jobworker.jobs.output.paced import PacedEvent
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
 from jobworker.jobs.quota import Use, check_quota
@@ -42,12 +42,12 @@ from jobworker.jobs.retention import Kept, Policy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
+from jobworker.model.checked_classes import altered
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
-from jobworker.model.made import altered
 from jobworker.sandbox.service.exchange import Waitable
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.sandbox.service.launcher_errors import launcher_silent
-from jobworker.sandbox.service.link import Link
 from jobworker.serialization.json_text import LONG_CHARACTERS
 from jobworker.threads import in_thread
 

@@ -50,7 +50,7 @@ from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.threads import in_thread
 
 T = TypeVar("T")

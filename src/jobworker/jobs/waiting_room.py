@@ -5,7 +5,7 @@ the one who has the fewest jobs running, and among those to the one who has wait
 tenant with a thousand jobs delays another's first one by no more than the next free place.
 
 The room is bounded, and its last tenth is for owners who have only a few jobs waiting
-(`model/fair_room.py`).
+(`model/fair_share.py`).
 
 Pure but for what it holds: no clock, no task.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from attrs import define, field
 
 from jobworker.jobs.execution import Execution
-from jobworker.model.fair_room import has_room
+from jobworker.model.fair_share import has_room
 
 
 @define(eq=False)

@@ -16,10 +16,10 @@ from attrs import field, frozen
 
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model.bounds import states, within
+from jobworker.model.checked_classes import altered, raises_invalid_params
 from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
-from jobworker.model.made import altered, raises_invalid_params
 from jobworker.model.volumes import VolumeMount, check_mounts
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 

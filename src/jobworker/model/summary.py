@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from attrs import evolve
 
+from jobworker.model.checked_classes import altered
 from jobworker.model.job import MAX_DETAIL, JobRecord, JobSpec, Part
-from jobworker.model.made import altered
 from jobworker.model.volumes import VolumeMount
 
 MAX_COMMAND = 2048

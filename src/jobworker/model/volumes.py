@@ -3,7 +3,7 @@
 from attrs import field, frozen
 
 from jobworker.model.bounds import states, within
-from jobworker.model.made import raises_invalid_params
+from jobworker.model.checked_classes import raises_invalid_params
 from jobworker.storage import (
     MAX_DISK_BYTES,
     MAX_VOLUMES,

@@ -23,8 +23,8 @@ from cryptography.exceptions import InvalidSignature
 from jobworker import errors
 from jobworker.pki import registry as r
 from jobworker.pki.authority import Authority, Issued
+from jobworker.pki.certificate_files import read_certificate
 from jobworker.pki.files import replace, write_new
-from jobworker.pki.reading import read_certificate
 
 ALWAYS_HOSTS = ("localhost", "127.0.0.1", "::1")
 

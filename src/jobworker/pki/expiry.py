@@ -7,8 +7,8 @@ from cryptography import x509
 
 from jobworker.pki.authority import is_made_here
 from jobworker.pki.credentials import PemFile
-from jobworker.pki.material import ServerFiles
 from jobworker.pki.revocation import read_all, unproven_lists
+from jobworker.pki.server_files import ServerFiles
 
 WARN_BEFORE = timedelta(days=30)
 WARN_FRACTION = 3

@@ -29,7 +29,7 @@ from OpenSSL import crypto
 
 from jobworker import errors
 from jobworker.pki.credentials import PemFile
-from jobworker.pki.material import CRL_REMEDY, ServerFiles
+from jobworker.pki.server_files import CRL_REMEDY, ServerFiles
 
 _BEGIN = b"-----BEGIN X509 CRL-----"
 _WEAK = (hashes.SHA1, hashes.MD5)

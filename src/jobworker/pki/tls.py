@@ -33,7 +33,7 @@ from jobworker.pki.credentials import (
 )
 
 if TYPE_CHECKING:
-    from jobworker.pki.material import ServerFiles
+    from jobworker.pki.server_files import ServerFiles
 
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
 """The ciphers for TLS 1.2; those of 1.3 are all strong. For both versions, security level 2 of

@@ -11,6 +11,7 @@ from enum import Enum
 from attrs import field, frozen
 
 from jobworker.model.bounds import at_most, within
+from jobworker.model.checked_classes import raises_invalid_params
 from jobworker.model.job import (
     MAX_TIMEOUT_SECONDS,
     JobId,
@@ -22,7 +23,6 @@ from jobworker.model.job import (
 )
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import State
-from jobworker.model.made import raises_invalid_params
 from jobworker.model.volumes import Volume, check_name
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES
 

@@ -35,8 +35,8 @@ from jobworker.jobs.retention import Policy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import MEBIBYTE, parse_duration
-from jobworker.sandbox.service.host import read_host_facts
-from jobworker.sandbox.service.link import Link, open_link
+from jobworker.sandbox.service.host_facts import read_host_facts
+from jobworker.sandbox.service.launcher_client import Link, open_link
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door

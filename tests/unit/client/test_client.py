@@ -17,7 +17,7 @@ from jobworker.client.calls import Calls
 from jobworker.client.client import Client
 from jobworker.client.dial import Connection
 from jobworker.client.following import DELIVERY, WINDOW_BYTES, Following
-from jobworker.client.link import Link
+from jobworker.client.rpc_connection import Link
 from jobworker.errors import (
     ConnectionFailed,
     InvalidParams,

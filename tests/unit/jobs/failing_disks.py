@@ -65,8 +65,8 @@ class Disks:
         patch.setattr(
             "jobworker.jobs.history.history.Writer", lambda *parts: TaskWriter(*parts, disks=self)
         )
-        patch.setattr("jobworker.jobs.history.room.PAGES", 8)
-        for module in ("job_ends", "jobs_told"):
+        patch.setattr("jobworker.jobs.history.reserved_space.PAGES", 8)
+        for module in ("job_ends", "job_reports"):
             clock = SimpleNamespace(monotonic=trio.current_time, time=time.time)
             patch.setattr(f"jobworker.sandbox.service.{module}.time", clock)
         for name in ("splice", "pwrite", "mkdir", "fdatasync"):

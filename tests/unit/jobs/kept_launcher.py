@@ -18,7 +18,7 @@ from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
 from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.asks import Ask, Asked
+from jobworker.sandbox.protocol.end_requests import Ask, Asked
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.service.exchange import SILENT_SECONDS
 from jobworker.sandbox.service.start_failures import explain

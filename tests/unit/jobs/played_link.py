@@ -1,4 +1,4 @@
-"""What one service has of a played launcher, in place of `sandbox.service.link.Link`."""
+"""What one service has of a played launcher, in place of `sandbox.service.launcher_client.Link`."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ from attrs import define, field
 from jobworker.errors import LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.asks import Ask, Asked
+from jobworker.sandbox.protocol.end_requests import Ask, Asked
 from jobworker.sandbox.service.exchange import LOOK_SECONDS, Waitable
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.jobs_told import AskedBefore, Exit
+from jobworker.sandbox.service.job_reports import AskedBefore, Exit
 from jobworker.sandbox.service.launcher_errors import launcher_silent
 from jobworker.sandbox.start.plan import Order
 

@@ -9,8 +9,8 @@ from attrs import define, field
 from jobworker.model.job import JobId, Usage
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.asks import Asked
-from jobworker.sandbox.service.jobs_told import Exit
+from jobworker.sandbox.protocol.end_requests import Asked
+from jobworker.sandbox.service.job_reports import Exit
 
 Start = Literal["runs", "refused", "lacks processes", "hangs", "may have run"]
 OnSignal = Literal["exits", "goes on", "has no handler"]

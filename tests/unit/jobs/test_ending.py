@@ -14,8 +14,8 @@ from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.protocol import events
-from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.service.jobs_told import AskedBefore, Exit, exit_from
+from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, Ask
+from jobworker.sandbox.service.job_reports import AskedBefore, Exit, exit_from
 
 EXITED = Exit(code=0, signal=None, usage=Usage())
 KILLED = Exit(code=None, signal=9, usage=Usage())

@@ -33,7 +33,7 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.jobs_told import Exit
+from jobworker.sandbox.service.job_reports import Exit
 from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 

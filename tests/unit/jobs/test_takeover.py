@@ -19,7 +19,7 @@ from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.jobs_told import Exit
+from jobworker.sandbox.service.job_reports import Exit
 
 from .output.test_spool import append, open_fds
 

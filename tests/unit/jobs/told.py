@@ -10,7 +10,7 @@ from jobworker.errors import JobworkerError
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec
 from jobworker.model.lifecycle import Reason, State
-from jobworker.sandbox.protocol.asks import OUTPUT, STOP, TIMEOUT
+from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT
 
 from .kept_launcher import KeptLauncher
 from .played_program import Program

@@ -15,7 +15,7 @@ from jobworker import errors
 from jobworker.pki import refusals, tls
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority, Issued
-from jobworker.pki.material import ServerFiles
+from jobworker.pki.server_files import ServerFiles
 
 NOW = datetime.now(UTC)  # handshakes go by the system's clock
 

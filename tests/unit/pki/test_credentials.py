@@ -17,7 +17,7 @@ from jobworker import errors
 from jobworker.pki import tls
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority
-from jobworker.pki.material import ServerFiles
+from jobworker.pki.server_files import ServerFiles
 
 from .handshakes import (
     LONG_AGO,

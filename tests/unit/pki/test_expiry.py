@@ -11,7 +11,7 @@ from cryptography.x509.oid import NameOID
 
 from jobworker.pki.credentials import PemFile
 from jobworker.pki.expiry import expiry_warnings
-from jobworker.pki.material import ServerFiles
+from jobworker.pki.server_files import ServerFiles
 
 from .handshakes import NOW, Site
 

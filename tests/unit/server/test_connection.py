@@ -25,8 +25,8 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.pki.administration import init_authority
 from jobworker.pki.identity import name_fault
 from jobworker.protocol.methods import SUBPROTOCOL
-from jobworker.sandbox.service.host import HostFacts
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.host_facts import HostFacts
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door, Fittings

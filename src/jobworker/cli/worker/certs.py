@@ -290,7 +290,7 @@ def list_certificates(directory: Path, as_json: bool) -> None:
 @_json
 def show(which: str, directory: Path, as_json: bool) -> None:
     """Show one certificate: a PEM file, or one that this authority has issued."""
-    from jobworker.pki.reading import read_certificate
+    from jobworker.pki.certificate_files import read_certificate
     from jobworker.pki.registry import read_registry
 
     if _is_file(which):

@@ -21,7 +21,7 @@ from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.service.launch import start_launcher
-from jobworker.sandbox.service.link import Link, open_link
+from jobworker.sandbox.service.launcher_client import Link, open_link
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.host.id_ranges import lock_ids
 from jobworker.server.startup.preparation import policy_for

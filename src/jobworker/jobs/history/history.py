@@ -37,7 +37,7 @@ from jobworker.jobs.history.files import HistoryFiles
 from jobworker.jobs.history.job_note import write_note
 from jobworker.jobs.history.last_id import LastId
 from jobworker.jobs.history.readers import NO_DESCRIPTOR, Readers, lacks_descriptors, unreadable
-from jobworker.jobs.history.room import Room
+from jobworker.jobs.history.reserved_space import Room
 from jobworker.jobs.history.schema import damaged, migrate
 from jobworker.jobs.history.search import Filter, Page, find_page
 from jobworker.jobs.history.writer import Work, Writer

@@ -26,7 +26,7 @@ import trio
 from attrs import Factory, define, field
 
 from jobworker.jobs.history.files import HistoryFiles
-from jobworker.jobs.history.room import Room, make_log_start_anew
+from jobworker.jobs.history.reserved_space import Room, make_log_start_anew
 
 BUSY_SECONDS = 10.0
 """How long a write waits for another process's lock: longer than a backup's last steps take."""

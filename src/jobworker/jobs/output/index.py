@@ -19,7 +19,7 @@ import struct
 
 from attrs import evolve, field, frozen
 
-from jobworker.jobs.output.forms import Forms
+from jobworker.jobs.output.chunk_encodings import Forms
 from jobworker.model.job import Stream
 
 RECORD = struct.Struct("<qQQQ")  # time_ns, stdout_bytes, stderr_bytes, discarded_bytes

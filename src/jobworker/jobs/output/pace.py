@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from attrs import define, field
 
-from jobworker.bucket import Bucket
+from jobworker.token_bucket import Bucket
 
 T = TypeVar("T")
 

@@ -41,10 +41,10 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from jobworker.errors import FollowerStalled, InvalidParams, OutputError
+from jobworker.jobs.output.batched_wakeups import AT_A_TIME, in_turns
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.index import BOTH, RECORD, Chunk, LineStart, Place, View
-from jobworker.jobs.output.paced import AT_A_TIME, in_turns
 from jobworker.jobs.output.search import Beginning, Start, bytes_before_line, find_start
 from jobworker.jobs.output.sync import OutputSync
 from jobworker.model.job import JobId, JobRecord, Stream

@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disk.loop import BLOCK, attach, find_attached, take_blocks
+from jobworker.sandbox.disk.loop_devices import BLOCK, attach, find_attached, take_blocks
 from jobworker.storage import MIN_DISK_BYTES
 
 _MKE2FS = "mke2fs"

@@ -20,7 +20,7 @@ from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.network.slirp import Layout
-from jobworker.sandbox.protocol.asks import Asked
+from jobworker.sandbox.protocol.end_requests import Asked
 from jobworker.sandbox.protocol.requests import Spawn
 from jobworker.sandbox.start import init_program, trampoline
 from jobworker.sandbox.start.plan import Slot

@@ -28,7 +28,7 @@ from jobworker.sandbox.disk.volumes import Volumes, refusal
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.forks import DIED, TRIES, ForkServer
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.launcher.making import Maker, Wanted, made_of
+from jobworker.sandbox.launcher.child_maker import Maker, Wanted, made_of
 from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.launcher.terminals import terminals_each

@@ -41,7 +41,7 @@ from jobworker.sandbox.launcher.child import NOBODY, Child, Exit, Start, name_ho
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.oom_watch import OomWatch
-from jobworker.sandbox.launcher.told import (
+from jobworker.sandbox.launcher.reports import (
     DIED,
     GIVEN_UP,
     MAY_HAVE_RUN,

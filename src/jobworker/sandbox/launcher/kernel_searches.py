@@ -4,7 +4,7 @@ The watch has a job searched for one of two reasons. Either a measurement found 
 belongs to no known job, or the host's kernel memory grew by more than all measurements explain. In
 the second case the search also inspects the job's sockets and pipes. Two searches run at a time.
 After a search that used much of a processor, the job's next search has to wait
-(`sandbox.kernel_memory.pace`). A search that has failed is repeated.
+(`sandbox.kernel_memory.cpu_budget`). A search that has failed is repeated.
 
 The kernel charges some of the memory in pipes to the job, and some not. So only the part beyond the
 job's memory limit counts against the job.
@@ -21,8 +21,8 @@ from typing import NamedTuple
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import CROWDED, Chores
 from jobworker.sandbox.kernel_memory import search as kernel_search
+from jobworker.sandbox.kernel_memory.cpu_budget import Pace
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
-from jobworker.sandbox.kernel_memory.pace import Pace
 from jobworker.sandbox.kernel_memory.search import Found
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.kernel_looks import in_its_own_proc, used_by

@@ -10,7 +10,8 @@ cheap numbers of the whole host, and measures when one of them has grown:
    each group, which the kernel lets each socket exceed by a piece or two. So the watch reads the
    excess from the jobs' groups; it counts like other memory. The watch also measures connections
    that no process has accepted (`sandbox.kernel_memory.connections`), which no group counts.
-3. Pages that /proc/meminfo has under no name (`sandbox.kernel_memory.host`). It is a reason to
+3. Pages that /proc/meminfo has under no name (`sandbox.kernel_memory.host_memory`). It is a reason
+to
    measure all IP sockets, since no group counts their error queues and open datagrams.
 
 A socket that is in no list of the kernel still keeps its buffers and options, in pages or in slabs.
@@ -25,9 +26,9 @@ What must hold: a job never holds more of one kind than the sum of the bound, th
 that is a reason to look (`STEP_BYTES`), and what the job can add before the measurement is done. No
 job delays the measurement of others: each kind of measurement has a process of its own with a time
 limit, and so has each search. A process that cannot be ended keeps no other from being started.
-None of them takes more of a processor than its pace (`sandbox.kernel_memory.pace`), although a job
-can give a reason for each at any time: a measurement that is due during a pause is done after it.
-An idle launcher does not poll.
+None of them takes more of a processor than its pace (`sandbox.kernel_memory.cpu_budget`), although
+a job can give a reason for each at any time: a measurement that is due during a pause is done after
+it. An idle launcher does not poll.
 
 Standard library only.
 """
@@ -42,9 +43,9 @@ from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
-from jobworker.sandbox.kernel_memory.host import Figure, HostMemory
+from jobworker.sandbox.kernel_memory.cpu_budget import Pace
+from jobworker.sandbox.kernel_memory.host_memory import Figure, HostMemory
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured
-from jobworker.sandbox.kernel_memory.pace import Pace
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.kernel_looks import LookedAt, in_its_own_proc, used_by
 from jobworker.sandbox.launcher.kernel_searches import Searches

@@ -32,9 +32,9 @@ from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.listener import Doorway
+from jobworker.sandbox.launcher.reports import fault, listed, problem
 from jobworker.sandbox.launcher.service_connection import ServiceLink
 from jobworker.sandbox.launcher.signals import deliver, keep_ask
-from jobworker.sandbox.launcher.told import fault, listed, problem
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies, requests

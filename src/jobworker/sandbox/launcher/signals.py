@@ -10,7 +10,7 @@ import signal
 import time
 
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.protocol.asks import Ask, Asked
+from jobworker.sandbox.protocol.end_requests import Ask, Asked
 
 _HEEDED = (b"SigBlk:", b"SigIgn:", b"SigCgt:")
 

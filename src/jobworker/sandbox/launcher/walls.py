@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.launcher.told import Tell
+from jobworker.sandbox.launcher.reports import Tell
 from jobworker.sandbox.log import say
 from jobworker.sandbox.network.modes import Networks
 from jobworker.sandbox.protocol import events

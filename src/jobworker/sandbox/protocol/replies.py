@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox.cgroup.scope import Usage
 from jobworker.sandbox.protocol import fields as f
-from jobworker.sandbox.protocol.asks import AskedFor
+from jobworker.sandbox.protocol.end_requests import AskedFor
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 

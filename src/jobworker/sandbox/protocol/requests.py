@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jobworker.core_list import is_core_list
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.protocol import fields as f
-from jobworker.sandbox.protocol.asks import CAUSES, Ask
+from jobworker.sandbox.protocol.end_requests import CAUSES, Ask
 from jobworker.sandbox.start.plan import Order
 from jobworker.storage import (
     MAX_DISK_BYTES,

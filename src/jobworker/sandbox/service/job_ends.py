@@ -12,7 +12,7 @@ from attrs import Factory, define, frozen
 
 from jobworker.model.job import JobId
 from jobworker.sandbox.protocol.events import Ended, Event
-from jobworker.sandbox.service.jobs_told import AskedBefore, Exit, Listed, exit_from
+from jobworker.sandbox.service.job_reports import AskedBefore, Exit, Listed, exit_from
 
 Exits = trio.MemoryReceiveChannel[Exit]
 """Gets a job's only `Exit`, or closes without one if the launcher ends."""

@@ -3,7 +3,7 @@
 `start_launcher` starts a launcher that ends with the service. `connect_launcher` connects to one
 that outlives services: it lists the jobs that an earlier service has left, and sends their pipes.
 Both wait until the launcher is ready, at most `START_SECONDS` for each of its answers. The caller
-then passes the socket to `sandbox.service.link`.
+then passes the socket to `sandbox.service.launcher_client`.
 """
 
 import socket
@@ -28,7 +28,7 @@ from jobworker.sandbox.protocol.greeting import Ready
 from jobworker.sandbox.protocol.policy import Policy, policy_message
 from jobworker.sandbox.protocol.replies import JobEntries, Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
-from jobworker.sandbox.service.jobs_told import Listed, exit_from, listed_from
+from jobworker.sandbox.service.job_reports import Listed, exit_from, listed_from
 from jobworker.sandbox.service.start_failures import explain
 
 START_SECONDS = 30

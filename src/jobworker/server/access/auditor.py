@@ -29,7 +29,6 @@ from datetime import datetime
 import trio
 from attrs import Factory, define, evolve, field
 
-from jobworker.bucket import Bucket
 from jobworker.errors import JobworkerError, NotFound, PermissionDenied
 from jobworker.jobs.history.audit import AuditRow
 from jobworker.jobs.history.history import History
@@ -39,6 +38,7 @@ from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
 from jobworker.server.access.authorization import jobs_named
+from jobworker.token_bucket import Bucket
 
 log = logging.getLogger("jobworker.server")
 

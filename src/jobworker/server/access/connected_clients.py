@@ -24,9 +24,9 @@ from jobworker.errors import CertificateRefused, PermissionDenied
 from jobworker.model.access import Roles
 from jobworker.model.subjects import Subjects
 from jobworker.pki.identity import Identity, identity
-from jobworker.pki.material import ServerFiles
 from jobworker.pki.revocation import Verifier
 from jobworker.pki.served_hosts import ServedHosts
+from jobworker.pki.server_files import ServerFiles
 from jobworker.pki.tls import server_context
 from jobworker.server.access.authorization import Gate
 

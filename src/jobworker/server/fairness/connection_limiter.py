@@ -40,7 +40,7 @@ from jobworker.errors import (
     TooManyFailures,
     TooManyHandshakes,
 )
-from jobworker.model.fair_room import has_room
+from jobworker.model.fair_share import has_room
 from jobworker.model.units import parse_duration
 from jobworker.server.fairness.handshake_lottery import Turns
 from jobworker.server.reporting.counters import (

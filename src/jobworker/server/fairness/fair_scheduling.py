@@ -22,9 +22,9 @@ from weakref import WeakValueDictionary
 import trio
 from attrs import define, field
 
-from jobworker.bucket import Bucket
 from jobworker.server.fairness.idle import wait_all_tasks_blocked
 from jobworker.threads import in_thread
+from jobworker.token_bucket import Bucket
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")

@@ -16,7 +16,7 @@ from jobworker.config.settings import Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.model.units import MEBIBYTE, format_size
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")

@@ -24,7 +24,6 @@ import trio
 from attrs import define, field
 from trio_websocket import ConnectionClosed
 
-from jobworker.bucket import Bucket
 from jobworker.errors import (
     Busy,
     CertificateRefused,
@@ -40,7 +39,7 @@ from jobworker.errors import (
     TooManyRequests,
     TooSlow,
 )
-from jobworker.jobs.output.paced import cancel_in_turns
+from jobworker.jobs.output.batched_wakeups import cancel_in_turns
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
@@ -62,6 +61,7 @@ from jobworker.server.delivery.subscriptions import Subscriptions
 from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.requests import operations
 from jobworker.server.requests.read_backpressure import Intake
+from jobworker.token_bucket import Bucket
 
 log = logging.getLogger("jobworker.server")
 

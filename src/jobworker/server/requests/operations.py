@@ -40,8 +40,8 @@ from jobworker.protocol import messages as m
 from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
-from jobworker.sandbox.service.host import HostFacts
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.host_facts import HostFacts
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.serialization.json_text import dumps
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Caller, Gate

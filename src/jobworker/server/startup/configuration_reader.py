@@ -25,7 +25,7 @@ from attrs import define, field, frozen
 from jobworker.config.settings import SecuritySettings, Settings, load
 from jobworker.errors import ConfigError, JobworkerError, error_from_wire
 from jobworker.pki.credentials import PemFile
-from jobworker.pki.material import ServerFiles
+from jobworker.pki.server_files import ServerFiles
 from jobworker.sandbox import syscalls as sc
 from jobworker.serialization.convert import structure, unstructure
 from jobworker.serialization.json_text import dumps, loads

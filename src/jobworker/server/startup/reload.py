@@ -20,7 +20,7 @@ from jobworker.config.settings import Settings
 from jobworker.errors import JobworkerError
 from jobworker.incidents import Incidents
 from jobworker.pki.expiry import expiry_warnings
-from jobworker.pki.material import ServerFiles
+from jobworker.pki.server_files import ServerFiles
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.connected_clients import Door, Fittings
 from jobworker.server.reporting.logs import set_up_logging

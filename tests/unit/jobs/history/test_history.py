@@ -26,7 +26,7 @@ from jobworker.jobs.history import search as history_search
 from jobworker.jobs.history import writer as history_writer
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.job_note import make_note, read_note
-from jobworker.jobs.history.room import Room
+from jobworker.jobs.history.reserved_space import Room
 from jobworker.jobs.history.schema import MIGRATIONS
 from jobworker.jobs.history.search import Filter
 from jobworker.model.job import JobId, JobRecord, JobSpec

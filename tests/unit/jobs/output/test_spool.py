@@ -15,11 +15,11 @@ import trio
 import trio.testing
 
 from jobworker.errors import Busy, FollowerStalled, InvalidParams, NotFound, OutputError
+from jobworker.jobs.output.batched_wakeups import AT_A_TIME
 from jobworker.jobs.output.ended import remove_output, seal_output
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.index import RECORD, Chunk, Place, View
-from jobworker.jobs.output.paced import AT_A_TIME
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, Stream

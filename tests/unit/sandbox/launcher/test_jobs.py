@@ -30,16 +30,16 @@ from jobworker.sandbox.launcher.child import Child, Exit, status_of
 from jobworker.sandbox.launcher.children import Nursery
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
+from jobworker.sandbox.launcher.reports import DIED, listed
 from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.signals import deliver
 from jobworker.sandbox.launcher.sweepers import Sweepers
-from jobworker.sandbox.launcher.told import DIED, listed
 from jobworker.sandbox.launcher.walls import Walls
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.protocol.fields import decode
 from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
 from jobworker.sandbox.root.stage import Stage
-from jobworker.sandbox.service.jobs_told import listed_from
+from jobworker.sandbox.service.job_reports import listed_from
 from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.user_namespaces import make_user_namespace

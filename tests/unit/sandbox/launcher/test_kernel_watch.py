@@ -14,8 +14,8 @@ from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.event_loop import Turns
 from jobworker.sandbox.forks import ForkServer
+from jobworker.sandbox.kernel_memory.cpu_budget import LONGEST_REST_SECONDS
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
-from jobworker.sandbox.kernel_memory.pace import LONGEST_REST_SECONDS
 from jobworker.sandbox.launcher import (
     kernel_looks,
     kernel_searches,

@@ -14,7 +14,7 @@ from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies as a
 from jobworker.sandbox.protocol import requests as q
-from jobworker.sandbox.protocol.asks import Ask, AskedFor
+from jobworker.sandbox.protocol.end_requests import Ask, AskedFor
 from jobworker.sandbox.protocol.fields import Malformed
 from jobworker.sandbox.start.plan import Order
 

@@ -10,7 +10,7 @@ from jobworker.errors import ProtocolError
 from jobworker.model.job import MAX_VARIABLES
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.protocol import requests as r
-from jobworker.sandbox.protocol.asks import CAUSES, Ask
+from jobworker.sandbox.protocol.end_requests import CAUSES, Ask
 from jobworker.sandbox.protocol.operations import parse
 from jobworker.sandbox.start.plan import Order
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault

@@ -13,8 +13,8 @@ from jobworker.sandbox.protocol import events, operations
 from jobworker.sandbox.protocol.replies import JobEntries
 from jobworker.sandbox.protocol.version import PROTOCOL
 from jobworker.sandbox.service import launch
-from jobworker.sandbox.service.jobs_told import exit_from, listed_from
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.service.job_reports import exit_from, listed_from
+from jobworker.sandbox.service.launcher_client import Link
 
 from ....descriptors import descriptors
 

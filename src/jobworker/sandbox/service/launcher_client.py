@@ -23,11 +23,11 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import requests
-from jobworker.sandbox.protocol.asks import Ask
+from jobworker.sandbox.protocol.end_requests import Ask
 from jobworker.sandbox.service import launcher_errors as errors
 from jobworker.sandbox.service.exchange import Exchange, Waitable, log
 from jobworker.sandbox.service.job_ends import Exits, JobEnds, Started
-from jobworker.sandbox.service.jobs_told import Listed, usage_from
+from jobworker.sandbox.service.job_reports import Listed, usage_from
 from jobworker.sandbox.service.launch import LauncherProcess, OpenedLauncher
 from jobworker.sandbox.start.plan import Order
 from jobworker.threads import in_thread

@@ -18,10 +18,10 @@ from jobworker.errors import LauncherGone, LauncherSilent, SandboxError
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.scope import Limits
-from jobworker.sandbox.protocol.asks import Ask
-from jobworker.sandbox.service import link
-from jobworker.sandbox.service.jobs_told import Listed
-from jobworker.sandbox.service.link import Link
+from jobworker.sandbox.protocol.end_requests import Ask
+from jobworker.sandbox.service import launcher_client
+from jobworker.sandbox.service.job_reports import Listed
+from jobworker.sandbox.service.launcher_client import Link
 from jobworker.sandbox.start.plan import Order
 
 from ....descriptors import descriptors
@@ -317,7 +317,7 @@ async def test_launcher_that_does_not_end_and_may_not_be_killed_is_left(
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
     try:
-        await link._reap(cast("subprocess.Popen[bytes]", Guard()))
+        await launcher_client._reap(cast("subprocess.Popen[bytes]", Guard()))
     finally:
         has_ended.set()
     assert "process 4711" in caplog.text

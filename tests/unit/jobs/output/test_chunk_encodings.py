@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jobworker.jobs.output.forms import Forms, Parts
+from jobworker.jobs.output.chunk_encodings import Forms, Parts
 
 
 def test_form_is_made_once_and_each_has_its_own() -> None:

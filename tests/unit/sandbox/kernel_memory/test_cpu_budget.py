@@ -2,7 +2,12 @@
 
 import pytest
 
-from jobworker.sandbox.kernel_memory.pace import AT_ONCE_SECONDS, LONGEST_REST_SECONDS, SHARE, Pace
+from jobworker.sandbox.kernel_memory.cpu_budget import (
+    AT_ONCE_SECONDS,
+    LONGEST_REST_SECONDS,
+    SHARE,
+    Pace,
+)
 
 
 def test_what_uses_little_never_rests() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from jobworker.jobs.output.paced import AT_A_TIME, PacedEvent, cancel_in_turns, in_turns
+from jobworker.jobs.output.batched_wakeups import AT_A_TIME, PacedEvent, cancel_in_turns, in_turns
 
 
 async def test_waiters_are_woken_a_few_in_each_turn() -> None:

@@ -11,7 +11,7 @@ from attrs import Factory, frozen
 from jobworker.model.job import Usage
 from jobworker.sandbox.cgroup import scope
 from jobworker.sandbox.cgroup.scope import Want
-from jobworker.sandbox.protocol.asks import AskedFor
+from jobworker.sandbox.protocol.end_requests import AskedFor
 from jobworker.sandbox.protocol.events import Ended
 from jobworker.sandbox.protocol.replies import JobEntry
 
@@ -40,7 +40,8 @@ class Exit:
 
 @frozen(kw_only=True)
 class AskedBefore:
-    """The end of a job that an earlier service has asked for: see `sandbox.protocol.asks`."""
+    """The end of a job that an earlier service has asked for: see
+    `sandbox.protocol.end_requests`."""
 
     cause: str
     first_at: float
