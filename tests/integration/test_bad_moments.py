@@ -51,14 +51,14 @@ import sys; sys.path.insert(0, sys.argv[1])
 import errno
 from jobworker.sandbox.launcher import children
 unwatched = [NAMES]
-class Refusing(children.Turns):
+class Refusing(children.EventLoop):
     def watch(self, descriptor, call):
         name = getattr(getattr(call, "func", call), "__qualname__", "")
         if name in unwatched:
             unwatched.remove(name)
             raise OSError(errno.ENOSPC, "on purpose")
         super().watch(descriptor, call)
-children.Turns = Refusing
+children.EventLoop = Refusing
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 """
 """A launcher that cannot watch a child by the method of one of these names, once."""
@@ -68,7 +68,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 from jobworker.sandbox.launcher import children, jobs as launcher_jobs
 from jobworker.sandbox import event_loop as turns
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.volume_losses import VolumeLosses
 turns.AGAIN_SECONDS = 0.01
@@ -196,7 +196,7 @@ def _name_of(pid: str) -> str:
         pytest.param("Child", "want", id="its end is looked into"),
         pytest.param("VolumeLosses", "_on_inspected", id="its volumes were looked at"),
         pytest.param("launcher_jobs", "how_ended", id="its end is told"),
-        pytest.param("Nursery", "clear", id="its place is taken back"),
+        pytest.param("ChildPool", "clear", id="its place is taken back"),
     ],
 )
 def test_end_that_meets_an_unforeseen_fault_is_told_and_leaves_no_place_taken(
@@ -214,9 +214,9 @@ def test_end_that_meets_an_unforeseen_fault_is_told_and_leaves_no_place_taken(
         assert "ok" in service.ask("remove", job)[0]
         for descriptor in descriptors:
             os.close(descriptor)
-    turns = service.ask("turns", 0)[0]["ok"]
-    assert isinstance(turns, dict)
-    assert turns["incidents"] == 1, "the fault has struck"
+    event_loop = service.ask("turns", 0)[0]["ok"]
+    assert isinstance(event_loop, dict)
+    assert event_loop["incidents"] == 1, "the fault has struck"
 
 
 def test_volume_whose_chore_meets_an_unforeseen_fault_is_told_of(
@@ -257,9 +257,9 @@ def test_removal_that_meets_an_unforeseen_fault_is_answered(
         assert "ok" in reply, reply
         assert "ok" in service.ask("remove", job)[0]
         channel.close_all(descriptors)
-    turns = service.ask("turns", 0)[0]["ok"]
-    assert isinstance(turns, dict)
-    assert turns["incidents"] == 1, "the fault has struck"
+    event_loop = service.ask("turns", 0)[0]["ok"]
+    assert isinstance(event_loop, dict)
+    assert event_loop["incidents"] == 1, "the fault has struck"
 
 
 def test_removal_is_answered_though_nothing_can_watch_what_clears_away(

@@ -11,7 +11,7 @@ import pytest
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import Chores
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
@@ -247,16 +247,16 @@ def as_message(search: Callable[[], kernel_search.Found]) -> channel.Message:
 
 
 def test_search_waits_for_no_lock_that_a_job_holds() -> None:
-    turns, outcomes = Turns(), list[channel.Message]()
+    event_loop, outcomes = EventLoop(), list[channel.Message]()
     with open_process(
         ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", HOLDS]
     ) as (process):
         search = partial(kernel_search.search, process, {}, sockets_too=True)
-        forks = ForkServer(turns, {})
-        searchers = Chores(turns, forks, at_once=1, waiting=0, unending=1)
+        forks = ForkServer(event_loop, {})
+        searchers = Chores(event_loop, forks, at_once=1, waiting=0, unending=1)
         searchers.start(partial(as_message, search), outcomes.append)
         while not outcomes:
-            turns.turn()
+            event_loop.turn()
         forks.close()
     (found,) = outcomes
     assert found.get("is_all"), found

@@ -31,7 +31,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jobworker.sandbox import channel, fork_server
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.fork_server import GO, Work
 from jobworker.sandbox.forks import ForkServer
 
@@ -89,9 +89,20 @@ class Chores:
     """
 
     def __init__(
-        self, turns: Turns, forks: ForkServer, *, at_once: int, waiting: int, unending: int = 0
+        self,
+        event_loop: EventLoop,
+        forks: ForkServer,
+        *,
+        at_once: int,
+        waiting: int,
+        unending: int = 0,
     ) -> None:
-        self._turns, self._forks, self._at_once, self._room = turns, forks, at_once, waiting
+        self._event_loop, self._forks, self._at_once, self._room = (
+            event_loop,
+            forks,
+            at_once,
+            waiting,
+        )
         self._most_unending = unending
         self._under_way: dict[int, _UnderWay] = {}
         """The processes with a time limit, by pidfd."""
@@ -156,7 +167,7 @@ class Chores:
         if not isinstance(pid, int):
             near.close()
             self._running -= 1
-            self._turns.see_through(self._start_next)
+            self._event_loop.see_through(self._start_next)
             self._hand_over(chore.done, {**answer, "begun": False})
             return
         (pidfd,) = descriptors
@@ -164,21 +175,21 @@ class Chores:
         on_exit = partial(self._on_exit, near, pidfd, chore.done)
         try:
             # Only its end is watched: it sends the outcome just before it ends.
-            self._turns.watch(pidfd, on_exit)
+            self._event_loop.watch(pidfd, on_exit)
         except OSError:  # epoll(7) has no memory, or its limit on watches is reached
-            self._turns.call_in(LOOK_AGAIN_SECONDS, on_exit)
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, on_exit)
         if self._most_unending:
             give_up = partial(self._give_up, near, pidfd, chore.done)
             self._under_way[pidfd] = _UnderWay(pid, give_up)
-            if not self._turns.is_set(self._look):
-                self._turns.call_in(LOOK_SECONDS, self._look)
+            if not self._event_loop.is_set(self._look):
+                self._event_loop.call_in(LOOK_SECONDS, self._look)
         with contextlib.suppress(OSError):  # the process was killed already
             near.send(GO, socket.MSG_NOSIGNAL)
 
     def _look(self) -> None:
         """Kill each chore that is overdue, and give up each one that SIGKILL has not ended."""
         if self._under_way:
-            self._turns.call_in(LOOK_SECONDS, self._look)
+            self._event_loop.call_in(LOOK_SECONDS, self._look)
         for pidfd, process in list(self._under_way.items()):
             if process.is_overdue():
                 if process.is_killed:
@@ -191,15 +202,15 @@ class Chores:
         self._unending.add(pidfd)
         near.close()
         self._running -= 1
-        self._turns.see_through(self._start_next)
+        self._event_loop.see_through(self._start_next)
         self._hand_over(done, {"errno": UNENDING, "detail": "the process cannot be ended"})
 
     def _on_exit(self, near: socket.socket, pidfd: int, done: Done) -> None:
         """Reap a process and pass on its outcome. If it cannot be reaped yet, try again later."""
-        self._turns.unwatch(pidfd)
+        self._event_loop.unwatch(pidfd)
         if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
             on_exit = partial(self._on_exit, near, pidfd, done)
-            self._turns.call_in(LOOK_AGAIN_SECONDS, on_exit)
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, on_exit)
             return
         os.close(pidfd)
         if pidfd in self._unending:
@@ -219,7 +230,7 @@ class Chores:
                 channel.close_all(error.descriptors)
             except OSError:
                 pass  # it was killed before it sent an outcome
-        self._turns.see_through(self._start_next)
+        self._event_loop.see_through(self._start_next)
         self._hand_over(done, outcome)
 
     def _start_next(self) -> None:
@@ -238,7 +249,7 @@ class Chores:
         try:
             done(outcome)
         except Exception:  # noqa: BLE001 - recorded
-            incident = self._turns.record("the outcome of a chore")
+            incident = self._event_loop.record("the outcome of a chore")
             done({"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"})
 
 

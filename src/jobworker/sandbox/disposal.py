@@ -16,7 +16,7 @@ from functools import partial
 
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 
 MAX_PROCESSES = 4
@@ -29,10 +29,10 @@ AGAIN_SECONDS = 0.1
 class Disposal:
     """The descriptors that wait to be closed, and the processes that close them."""
 
-    def __init__(self, turns: Turns, forks: ForkServer) -> None:
-        self._turns = turns
+    def __init__(self, event_loop: EventLoop, forks: ForkServer) -> None:
+        self._event_loop = event_loop
         self._waiting: list[int] = []
-        self._chores = Chores(turns, forks, at_once=MAX_PROCESSES, waiting=0)
+        self._chores = Chores(event_loop, forks, at_once=MAX_PROCESSES, waiting=0)
 
     @property
     def overloaded(self) -> bool:
@@ -51,14 +51,14 @@ class Disposal:
         try:
             self._chores.start(end, partial(self._on_end, given), given=given)
         except OSError:
-            self._turns.call_in(AGAIN_SECONDS, self._start)
+            self._event_loop.call_in(AGAIN_SECONDS, self._start)
             return
         del self._waiting[:MAX_EACH]
 
     def _on_end(self, given: list[int], outcome: Message) -> None:
         if "begun" in outcome:  # no process could be made, so the descriptors are still open
             self._waiting += given
-            self._turns.call_in(AGAIN_SECONDS, self._start)
+            self._event_loop.call_in(AGAIN_SECONDS, self._start)
         else:
             self._start()
 

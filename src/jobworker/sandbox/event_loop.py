@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox.log import say, say_fault
 
-Call = Callable[[], None]
+Callback = Callable[[], None]
 EVENTS_A_TURN = 16
 SLOW_SECONDS = 0.02
 """The bound that the launcher promises for a turn. The log has each turn that takes longer and is
@@ -53,22 +53,22 @@ class TurnTimes(NamedTuple):
     """How many unexpected exceptions there were."""
 
 
-class Turns:
+class EventLoop:
     """The event loop: watched descriptors, alarms, and statistics of its turns."""
 
     def __init__(self) -> None:
         self._poll = select.epoll()
-        self._sources: dict[int, Call] = {}
+        self._sources: dict[int, Callback] = {}
         self._events: dict[int, int] = {}
         """The epoll events that each source is watched for."""
         self._resting: set[int] = set()
         """Sources that are not in the epoll set for a pause, after their call has raised."""
-        self._alarms: dict[Call, float] = {}
+        self._alarms: dict[Callback, float] = {}
         self._delays = _open_delays()
         self._times = TurnTimes(0, 0.0, "", 0, 0)
         self._slowest_logged = SLOW_SECONDS
 
-    def watch(self, descriptor: int, call: Call) -> None:
+    def watch(self, descriptor: int, call: Callback) -> None:
         """Call `call` whenever the descriptor is readable or at its end. Raises OSError."""
         self._poll.register(descriptor, select.EPOLLIN)
         self._sources[descriptor], self._events[descriptor] = call, select.EPOLLIN
@@ -96,19 +96,19 @@ class Turns:
         """Whether the descriptor is watched."""
         return descriptor in self._sources
 
-    def call_in(self, seconds: float, call: Call) -> None:
+    def call_in(self, seconds: float, call: Callback) -> None:
         """Set the alarm of `call` to so many seconds from now, in place of an earlier alarm."""
         self._alarms[call] = time.monotonic() + seconds
 
-    def is_set(self, call: Call) -> bool:
+    def is_set(self, call: Callback) -> bool:
         """Whether `call` has an alarm."""
         return call in self._alarms
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Callback) -> None:
         """Remove the alarm of `call`, if it has one."""
         self._alarms.pop(call, None)
 
-    def see_through(self, call: Call, tried: int = 0) -> None:
+    def see_through(self, call: Callback, tried: int = 0) -> None:
         """Call now, and again after an unexpected exception, up to `TRIES` times in all.
 
         For work that no later event would start again: a process, for example, ends only once.
@@ -127,7 +127,7 @@ class Turns:
         ready = self._poll.poll(self._seconds_to_alarm(), EVENTS_A_TURN)
         delayed = self._read_delay()
         began = last = time.monotonic()
-        slowest: tuple[float, Call | None] = (0.0, None)
+        slowest: tuple[float, Callback | None] = (0.0, None)
         for descriptor, _ in ready:
             source = self._sources.get(descriptor)
             if source is not None:
@@ -159,7 +159,7 @@ class Turns:
         self._times = self._times._replace(incidents=self._times.incidents + 1)
         return number
 
-    def _call(self, call: Call) -> bool:
+    def _call(self, call: Callback) -> bool:
         """Call a function, and return False if it has raised an exception, which is recorded."""
         try:
             call()
@@ -179,7 +179,7 @@ class Turns:
             self._poll.register(descriptor, self._events[descriptor])
             self._resting.discard(descriptor)
 
-    def _record_turn(self, seconds: float, delayed: bytes, slowest: Call | None) -> None:
+    def _record_turn(self, seconds: float, delayed: bytes, slowest: Callback | None) -> None:
         """Count a turn. `delayed` is the scheduler's delay before it, as `_read_delay` has it."""
         turns, longest_ms, name, over, incidents = self._times
         if seconds > _LOOK_SECONDS and slowest is not None:
@@ -217,10 +217,10 @@ def _nanoseconds(schedstat: bytes) -> int:
     return int(fields[1]) if len(fields) > 1 else 0
 
 
-def _seconds(entry: tuple[float, Call | None]) -> float:
+def _seconds(entry: tuple[float, Callback | None]) -> float:
     return entry[0]
 
 
-def _name(call: Call) -> str:
+def _name(call: Callback) -> str:
     inner = call.func if isinstance(call, partial) else call
     return str(getattr(inner, "__qualname__", inner))

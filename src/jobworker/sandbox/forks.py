@@ -25,7 +25,7 @@ from typing import NamedTuple
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel, fork_server
 from jobworker.sandbox.channel import Message
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.fork_server import Function
 from jobworker.sandbox.log import say
 
@@ -64,9 +64,9 @@ class ForkServer:
     """
 
     def __init__(
-        self, turns: Turns, functions: Mapping[str, Function], kept: Sequence[int] = ()
+        self, event_loop: EventLoop, functions: Mapping[str, Function], kept: Sequence[int] = ()
     ) -> None:
-        self._turns, self._functions, self._kept = turns, functions, kept
+        self._event_loop, self._functions, self._kept = event_loop, functions, kept
         self._waiting: deque[_Call] = deque()
         self._sent: deque[_Call] = deque()
         self._sock: socket.socket | None = None
@@ -107,10 +107,10 @@ class ForkServer:
     def close(self) -> None:
         """Kill the fork server and wait for its end. For tests: else it ends with the launcher."""
         if self._sock is not None:
-            self._turns.unwatch(self._sock.fileno())
+            self._event_loop.unwatch(self._sock.fileno())
             self._sock.close()
         if self._pidfd >= 0:
-            self._turns.unwatch(self._pidfd)
+            self._event_loop.unwatch(self._pidfd)
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
             os.close(self._pidfd)
@@ -133,16 +133,16 @@ class ForkServer:
                 self._waiting.popleft()
                 code = error.errno if isinstance(error, OSError) else None
                 failed = _failure(code or errno.EMSGSIZE, str(error))
-                self._turns.see_through(_Told(call.done, failed, []))
+                self._event_loop.see_through(_Told(call.done, failed, []))
                 continue
             self._sent.append(self._waiting.popleft())
-            if not self._turns.is_set(self._look):
+            if not self._event_loop.is_set(self._look):
                 self._looks = 0
-                self._turns.call_in(LOOK_SECONDS, self._look)
+                self._event_loop.call_in(LOOK_SECONDS, self._look)
 
     def _send_later(self) -> None:
-        if not self._turns.is_set(self._send_more):
-            self._turns.call_in(AGAIN_SECONDS, self._send_more)
+        if not self._event_loop.is_set(self._send_more):
+            self._event_loop.call_in(AGAIN_SECONDS, self._send_more)
 
     def _on_answer(self) -> None:
         """Read one answer without blocking, and pass it to the `done` of its call."""
@@ -162,13 +162,13 @@ class ForkServer:
             say(f"the fork server is ended: {error}")
             received = None
         if received is None:  # the fork server has ended, or is to end: `_replace` repeats the rest
-            self._turns.unwatch(self._sock.fileno())
+            self._event_loop.unwatch(self._sock.fileno())
             self._kill()
             return
         self._looks = 0
         call = self._sent.popleft()
         self._send_more()
-        self._turns.see_through(_Told(call.done, *received))
+        self._event_loop.see_through(_Told(call.done, *received))
 
     def _end_unnamed(self, said: Message) -> None:
         """Kill the processes of an answer whose descriptors were lost. Their pids are in `said`.
@@ -203,33 +203,33 @@ class ForkServer:
     def _watch(self) -> None:
         assert self._sock is not None
         try:
-            if not self._turns.watches(self._pidfd):
-                self._turns.watch(self._pidfd, self._on_exit)
-            if not self._turns.watches(self._sock.fileno()):
-                self._turns.watch(self._sock.fileno(), self._on_answer)
+            if not self._event_loop.watches(self._pidfd):
+                self._event_loop.watch(self._pidfd, self._on_exit)
+            if not self._event_loop.watches(self._sock.fileno()):
+                self._event_loop.watch(self._sock.fileno(), self._on_answer)
         except OSError:  # epoll(7) has no memory, or its limit on watches is reached
-            self._turns.call_in(AGAIN_SECONDS, self._watch)
+            self._event_loop.call_in(AGAIN_SECONDS, self._watch)
 
     def _on_exit(self) -> None:
         """Reap a fork server that has ended. `_replace` reads its last answers and starts one."""
-        self._turns.unwatch(self._pidfd)
+        self._event_loop.unwatch(self._pidfd)
         if os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG) is None:
-            self._turns.call_in(AGAIN_SECONDS, self._watch)  # a tracer on the host has it
+            self._event_loop.call_in(AGAIN_SECONDS, self._watch)  # a tracer on the host has it
             return
         os.close(self._pidfd)
         self._pidfd = -1
         say("the fork server has ended, and another one is made")
-        self._turns.see_through(self._replace)
+        self._event_loop.see_through(self._replace)
 
     def _replace(self) -> None:
         sock = self._sock
         if sock is not None:
-            while self._turns.watches(sock.fileno()):
+            while self._event_loop.watches(sock.fileno()):
                 before = len(self._sent)
                 self._on_answer()
                 if len(self._sent) == before:
                     break
-            self._turns.unwatch(sock.fileno())
+            self._event_loop.unwatch(sock.fileno())
             self._sock = None
             sock.close()
         self._end_strays()
@@ -248,20 +248,20 @@ class ForkServer:
                 self._waiting.appendleft(call._replace(tries=call.tries + 1))
             else:
                 failed = _failure(DIED, "the fork server has ended")
-                self._turns.see_through(_Told(call.done, failed, []))
+                self._event_loop.see_through(_Told(call.done, failed, []))
 
     def _start_again(self) -> None:
         try:
             self._start()
         except OSError as error:
             say(f"cannot make a fork server, and tries again: {error}")
-            self._turns.call_in(AGAIN_SECONDS, self._start_again)
+            self._event_loop.call_in(AGAIN_SECONDS, self._start_again)
 
     def _look(self) -> None:
         """Kill a fork server that has answered nothing for `MOST_SECONDS`."""
         if not self._sent:
             return
-        self._turns.call_in(LOOK_SECONDS, self._look)
+        self._event_loop.call_in(LOOK_SECONDS, self._look)
         self._looks += 1
         if self._looks * LOOK_SECONDS > MOST_SECONDS:
             say(f"the fork server answers nothing for {MOST_SECONDS:.0f} s, and is killed")
@@ -288,7 +288,7 @@ class ForkServer:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         self._strays.add(pid)
-        self._turns.call_in(AGAIN_SECONDS, self._collect_strays)
+        self._event_loop.call_in(AGAIN_SECONDS, self._collect_strays)
 
     def _collect_strays(self) -> None:
         for pid in list(self._strays):
@@ -297,11 +297,11 @@ class ForkServer:
                     continue
             self._strays.discard(pid)
         if self._strays:
-            self._turns.call_in(AGAIN_SECONDS, self._collect_strays)
+            self._event_loop.call_in(AGAIN_SECONDS, self._collect_strays)
 
 
 class _Told:
-    """Calls `done` with an answer, for `Turns.see_through`.
+    """Calls `done` with an answer, for `EventLoop.see_through`.
 
     If `done` raises an unexpected exception, the next try calls it with a failure instead.
     Otherwise the caller would wait for the answer for ever.

@@ -9,22 +9,22 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 
 _PTRACE_SEIZE = 0x4206
 
 
 @pytest.fixture
-def turns() -> Turns:
+def event_loop() -> EventLoop:
     """An event loop, whose turns the test takes."""
-    return Turns()
+    return EventLoop()
 
 
 @pytest.fixture
-def forks(turns: Turns) -> Iterator[ForkServer]:
+def forks(event_loop: EventLoop) -> Iterator[ForkServer]:
     """A fork server that is asked in this loop."""
-    made = ForkServer(turns, {})
+    made = ForkServer(event_loop, {})
     yield made
     made.close()
 

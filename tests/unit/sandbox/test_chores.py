@@ -17,7 +17,7 @@ from jobworker.sandbox import chores as chores_module
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 
 from ...descriptors import descriptors
@@ -37,37 +37,37 @@ def done() -> Message:
 
 
 def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
-    turns: Turns, forks: ForkServer, monkeypatch: pytest.MonkeyPatch
+    event_loop: EventLoop, forks: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes = list[Message]()
-    made = Chores(turns, forks, at_once=1, waiting=0)
-    monkeypatch.setattr(turns, "watch", refuse)
+    made = Chores(event_loop, forks, at_once=1, waiting=0)
+    monkeypatch.setattr(event_loop, "watch", refuse)
     monkeypatch.setattr(chores_module, "LOOK_AGAIN_SECONDS", 0.001)
     before = descriptors()
     wait, go = os.pipe2(os.O_CLOEXEC)
     made.start(partial(read_from, wait), outcomes.append, [wait])
     while not forks.is_idle:
-        turns.turn()
+        event_loop.turn()
     for _ in range(3):
-        turns.turn()
+        event_loop.turn()
     assert not outcomes, "nothing has waited for it"
     with pytest.raises(OSError, match="too many chores wait") as refused:
         made.start(done, outcomes.append)
     assert refused.value.errno == CROWDED, "it takes its place meanwhile"
     os.write(go, b"!")
     while not outcomes:
-        turns.turn()
+        event_loop.turn()
     assert outcomes == [{"read": 1}]
     os.close(wait)
     os.close(go)
     assert descriptors() == before
     made.start(done, outcomes.append)
     while len(outcomes) < 2:
-        turns.turn()
+        event_loop.turn()
 
 
 def test_process_that_a_tracer_has_is_not_waited_for(
-    turns: Turns,
+    event_loop: EventLoop,
     forks: ForkServer,
     traced: tuple[int, Callable[[], None]],
     monkeypatch: pytest.MonkeyPatch,
@@ -77,26 +77,26 @@ def test_process_that_a_tracer_has_is_not_waited_for(
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         channel.send(far, {"done": True})
-        made = Chores(turns, forks, at_once=1, waiting=0)
-        turns.watch(pidfd, partial(made._on_exit, near, pidfd, outcomes.append))
+        made = Chores(event_loop, forks, at_once=1, waiting=0)
+        event_loop.watch(pidfd, partial(made._on_exit, near, pidfd, outcomes.append))
         for _ in range(3):
-            turns.turn()
+            event_loop.turn()
         assert not outcomes
         let_go()
         while not outcomes:
-            turns.turn()
+            event_loop.turn()
         assert outcomes == [{"done": True}]
 
 
 def test_descriptors_that_are_given_are_closed_here_before_the_last_close(
-    turns: Turns, forks: ForkServer
+    event_loop: EventLoop, forks: ForkServer
 ) -> None:
     read, write = os.pipe2(os.O_CLOEXEC)
     outcomes = list[Message]()
-    Chores(turns, forks, at_once=1, waiting=0).start(
+    Chores(event_loop, forks, at_once=1, waiting=0).start(
         partial(write_to, write), outcomes.append, given=[write]
     )
-    outcome_of(turns, outcomes)
+    outcome_of(event_loop, outcomes)
     assert os.read(read, 2) == b"!", "it had it at the same number"
     assert os.read(read, 1) == b"", "and nobody else has it"
     os.close(read)
@@ -107,8 +107,10 @@ def write_to(descriptor: int) -> Message:
     return {}
 
 
-def test_descriptors_on_their_way_out_are_closed_elsewhere(turns: Turns, forks: ForkServer) -> None:
-    disposed = Disposal(turns, forks)
+def test_descriptors_on_their_way_out_are_closed_elsewhere(
+    event_loop: EventLoop, forks: ForkServer
+) -> None:
+    disposed = Disposal(event_loop, forks)
     ends = []
     for _ in range(300):
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -121,7 +123,7 @@ def test_descriptors_on_their_way_out_are_closed_elsewhere(turns: Turns, forks: 
                 assert os.read(read, 1) == b""
                 break
             except BlockingIOError:
-                turns.turn()
+                event_loop.turn()
         os.close(read)
     assert not disposed.overloaded
 
@@ -131,35 +133,35 @@ def long_outcome() -> Message:
 
 
 def test_long_outcome_that_finds_no_descriptor_is_told_as_that(
-    turns: Turns, forks: ForkServer
+    event_loop: EventLoop, forks: ForkServer
 ) -> None:
     outcomes = list[Message]()
-    chores = Chores(turns, forks, at_once=1, waiting=0)
+    chores = Chores(event_loop, forks, at_once=1, waiting=0)
     chores.start(long_outcome, outcomes.append)
     while forks.is_idle is False:
-        turns.turn()
+        event_loop.turn()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         while not outcomes:
-            turns.turn()
+            event_loop.turn()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert outcomes[0]["errno"] == errno.EMFILE
 
 
 def test_chore_whose_fork_server_ends_is_done_by_the_next_one_and_once(
-    turns: Turns, forks: ForkServer
+    event_loop: EventLoop, forks: ForkServer
 ) -> None:
     """The process may have been made: it has not begun, since nobody has let it."""
     read, write = os.pipe2(os.O_CLOEXEC)
     outcomes = list[Message]()
-    chores = Chores(turns, forks, at_once=9, waiting=0)
+    chores = Chores(event_loop, forks, at_once=9, waiting=0)
     signal.pidfd_send_signal(forks._pidfd, signal.SIGSTOP)
     for _ in range(3):
         chores.start(partial(write_to, write), outcomes.append, [write])
     signal.pidfd_send_signal(forks._pidfd, signal.SIGKILL)
-    outcome_of(turns, outcomes, 3)
+    outcome_of(event_loop, outcomes, 3)
     assert outcomes == [{}, {}, {}]
     assert os.read(read, 9) == b"!!!"
     os.close(read)
@@ -172,10 +174,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chores_module, "MOST_WAITING_SECONDS", 0.2)
 
 
-def outcome_of(turns: Turns, outcomes: list[Message], count: int = 1) -> Message:
+def outcome_of(event_loop: EventLoop, outcomes: list[Message], count: int = 1) -> Message:
     """The latest one, once there are so many."""
     while len(outcomes) < count:
-        turns.turn()
+        event_loop.turn()
     return outcomes[-1]
 
 
@@ -200,50 +202,54 @@ def work_a_while() -> Message:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_chore_that_waits_too_long_is_ended(turns: Turns, forks: ForkServer) -> None:
+def test_chore_that_waits_too_long_is_ended(event_loop: EventLoop, forks: ForkServer) -> None:
     outcomes = list[Message]()
     before = descriptors()
-    Chores(turns, forks, at_once=1, waiting=0, unending=1).start(wait_for_ever, outcomes.append)
-    assert outcome_of(turns, outcomes)["errno"] == errno.EINTR
+    Chores(event_loop, forks, at_once=1, waiting=0, unending=1).start(
+        wait_for_ever, outcomes.append
+    )
+    assert outcome_of(event_loop, outcomes)["errno"] == errno.EINTR
     assert descriptors() == before
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the kernel does not tell")
 def test_chore_that_uses_a_processor_has_longer(
-    turns: Turns, forks: ForkServer, monkeypatch: pytest.MonkeyPatch
+    event_loop: EventLoop, forks: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes = list[Message]()
-    chores = Chores(turns, forks, at_once=1, waiting=0, unending=1)
+    chores = Chores(event_loop, forks, at_once=1, waiting=0, unending=1)
     chores.start(work_a_while, outcomes.append)
-    assert outcome_of(turns, outcomes) == {"done": True}
+    assert outcome_of(event_loop, outcomes) == {"done": True}
     monkeypatch.setattr(chores_module, "MOST_SECONDS", 0.2)
     chores.start(work_for_ever, outcomes.append)
-    assert outcome_of(turns, outcomes, 2)["errno"] == errno.EINTR
+    assert outcome_of(event_loop, outcomes, 2)["errno"] == errno.EINTR
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.skipif(os.geteuid() != 0, reason="having the kernel wait for a page needs root")
 def test_chore_that_cannot_be_ended_gives_its_place_to_others_up_to_a_bound(
-    turns: Turns, forks: ForkServer
+    event_loop: EventLoop, forks: ForkServer
 ) -> None:
     outcomes = list[Message]()
-    chores = Chores(turns, forks, at_once=1, waiting=9, unending=2)
+    chores = Chores(event_loop, forks, at_once=1, waiting=9, unending=2)
     before = descriptors()
 
     with held_epoll() as fdinfo:
         held = partial(text_of, fdinfo)
         chores.start(held, outcomes.append)
         chores.start(done, outcomes.append)
-        outcome_of(turns, outcomes, 2)
+        outcome_of(event_loop, outcomes, 2)
         assert [each.get("errno") for each in outcomes] == [UNENDING, None], outcomes
         chores.start(held, outcomes.append)
         chores.start(done, outcomes.append)
-        assert outcome_of(turns, outcomes, 4)["errno"] == UNENDING, "the third was refused before"
+        assert outcome_of(event_loop, outcomes, 4)["errno"] == UNENDING, (
+            "the third was refused before"
+        )
         assert outcomes[2]["errno"] == CROWDED
         with pytest.raises(OSError, match="cannot be ended"):
             chores.start(done, outcomes.append)
     while not set(os.listdir("/proc/self/fd")) <= set(before):  # an earlier test's may go, too
-        turns.turn()
+        event_loop.turn()
     chores.start(done, outcomes.append)
-    assert outcome_of(turns, outcomes, 5) == {"done": True}
+    assert outcome_of(event_loop, outcomes, 5) == {"done": True}

@@ -11,23 +11,23 @@ from jobworker.sandbox.event_loop import (
     EVENTS_A_TURN,
     SLOW_SECONDS,
     TRIES,
-    Call,
-    Turns,
+    Callback,
+    EventLoop,
 )
 
 
 def test_turn_takes_few_events_and_the_next_one_the_others() -> None:
-    turns, seen, pipes = Turns(), [], [os.pipe() for _ in range(3 * EVENTS_A_TURN)]
+    event_loop, seen, pipes = EventLoop(), [], [os.pipe() for _ in range(3 * EVENTS_A_TURN)]
     for read, write in pipes:
-        turns.watch(read, lambda read=read: seen.append(os.read(read, 1)))  # type: ignore[misc]
+        event_loop.watch(read, lambda read=read: seen.append(os.read(read, 1)))  # type: ignore[misc]
         os.write(write, b"x")
-    turns.turn()
+    event_loop.turn()
     assert len(seen) == EVENTS_A_TURN
-    turns.turn()
-    turns.turn()
+    event_loop.turn()
+    event_loop.turn()
     assert len(seen) == len(pipes)
     for read, write in pipes:
-        turns.unwatch(read)
+        event_loop.unwatch(read)
         os.close(read)
         os.close(write)
 
@@ -39,37 +39,37 @@ def wait_long() -> None:
 def test_long_turn_is_counted_by_the_name_of_what_took_long(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    turns = Turns()
-    turns.call_in(0, lambda: None)
-    turns.call_in(0, wait_long)
-    turns.turn()
-    times = turns.take_times()
+    event_loop = EventLoop()
+    event_loop.call_in(0, lambda: None)
+    event_loop.call_in(0, wait_long)
+    event_loop.turn()
+    times = event_loop.take_times()
     assert times.turns == 1
     assert times.over_bound == 1
     assert times.longest_ms >= 1000 * SLOW_SECONDS
     assert times.slowest == "wait_long"
     assert "most of it wait_long" in capfd.readouterr().err
-    assert turns.take_times() == (0, 0.0, "", 0, 0)
+    assert event_loop.take_times() == (0, 0.0, "", 0, 0)
 
 
 def test_unexpected_exception_ends_its_call_alone_and_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    turns, called = Turns(), list[str]()
+    event_loop, called = EventLoop(), list[str]()
 
     def fail_once() -> None:
         called.append("first")
         if len(called) == 1:
             raise KeyError("unforeseen")
 
-    turns.call_in(0, fail_once)
-    turns.call_in(0, lambda: called.append("second"))
-    turns.turn()
+    event_loop.call_in(0, fail_once)
+    event_loop.call_in(0, lambda: called.append("second"))
+    event_loop.turn()
     assert called == ["first", "second"]
-    turns.turn()
+    event_loop.turn()
     assert called == ["first", "second", "first"]
-    assert turns.take_times().incidents == 1
+    assert event_loop.take_times().incidents == 1
     log = capfd.readouterr().err
     assert "fail_once" in log
     assert "KeyError: 'unforeseen'" in log
@@ -79,7 +79,7 @@ def test_call_that_is_seen_through_is_made_again_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    turns, called = Turns(), list[str]()
+    event_loop, called = EventLoop(), list[str]()
 
     def fail_once() -> None:
         called.append("once")
@@ -90,21 +90,21 @@ def test_call_that_is_seen_through_is_made_again_and_not_for_ever(
         called.append("always")
         raise KeyError("unforeseen")
 
-    turns.see_through(fail_once)
-    turns.see_through(fail)
+    event_loop.see_through(fail_once)
+    event_loop.see_through(fail)
     assert called == ["once", "always"]
     for _ in range(2 * TRIES):
-        turns.call_in(0, lambda: None)
-        turns.turn()
+        event_loop.call_in(0, lambda: None)
+        event_loop.turn()
     assert (called.count("once"), called.count("always")) == (2, TRIES)
-    assert turns.take_times().incidents == 1 + TRIES
+    assert event_loop.take_times().incidents == 1 + TRIES
     assert "fail is given up: it has failed 10 times" in capfd.readouterr().err
 
 
 def test_call_that_is_seen_through_rests_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, pauses = Turns(), list[float]()
+    event_loop, pauses = EventLoop(), list[float]()
 
-    def keep(seconds: float, call: Call) -> None:
+    def keep(seconds: float, call: Callback) -> None:
         pauses.append(seconds)
         if len(pauses) < 4:
             call()
@@ -112,40 +112,40 @@ def test_call_that_is_seen_through_rests_longer_each_time(monkeypatch: pytest.Mo
     def fail() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(turns, "call_in", keep)
-    turns.see_through(fail)
+    monkeypatch.setattr(event_loop, "call_later", keep)
+    event_loop.see_through(fail)
     assert pauses == [AGAIN_SECONDS * each for each in (1, 2, 4, 8)]
 
 
 def test_source_that_raises_each_time_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 3600)
-    turns, failed, heard = Turns(), [], []
+    event_loop, failed, heard = EventLoop(), [], []
     (bad, bad_end), (good, good_end) = os.pipe(), os.pipe()
 
     def fail() -> None:
-        failed.append(turns)
+        failed.append(event_loop)
         raise ZeroDivisionError
 
-    turns.watch(bad, fail)
-    turns.watch(good, lambda: heard.append(os.read(good, 1)))
+    event_loop.watch(bad, fail)
+    event_loop.watch(good, lambda: heard.append(os.read(good, 1)))
     os.write(bad_end, b"x")
     for number in range(5):
         os.write(good_end, b"x")
-        turns.turn()
+        event_loop.turn()
         assert len(heard) == number + 1
     assert len(failed) == 1
-    assert turns.watches(bad)
-    turns.watch_room(bad, wanted=False)
-    turns.call_in(0, turns._end_rests)
-    turns.turn()
-    turns.turn()
+    assert event_loop.watches(bad)
+    event_loop.watch_room(bad, wanted=False)
+    event_loop.call_in(0, event_loop._end_rests)
+    event_loop.turn()
+    event_loop.turn()
     assert len(failed) == 2, "it is tried again"
 
-    turns.unwatch(bad)
-    turns.watch(bad, lambda: heard.append(os.read(bad, 1)))
-    turns.turn()
+    event_loop.unwatch(bad)
+    event_loop.watch(bad, lambda: heard.append(os.read(bad, 1)))
+    event_loop.turn()
     assert len(heard) == 6, "another one, by the same number, has nothing to do with it"
     for descriptor in (bad, good):
-        turns.unwatch(descriptor)
+        event_loop.unwatch(descriptor)
     for descriptor in (bad, bad_end, good, good_end):
         os.close(descriptor)

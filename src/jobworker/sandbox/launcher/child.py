@@ -36,7 +36,7 @@ class Exit(NamedTuple):
 _AS_MUCH = (channel.PACKET_BYTES, channel.ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
 
 
-class Start(NamedTuple):
+class PendingStart(NamedTuple):
     """A start of a job that waits for its child to be made."""
 
     number: int
@@ -59,7 +59,7 @@ class Child:
     """The end that a service has asked for, kept so that the next service finds it."""
     start_by = 0
     """The count of `Jobs._look_at_starts` at which the launcher gives its start up."""
-    start: Start | None = None
+    start: PendingStart | None = None
     """The start that it is made for; None once it is made, and for a spare."""
     end_is_taken = is_clearing = False
     """`end_is_taken`: its last messages were read and the search for lost writes has begun, so what

@@ -41,7 +41,7 @@ as between two turns of its event loop. 1 MiB is the default of pipe-max-size: p
 _NAMESPACES = sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
 
 
-class Wanted(NamedTuple):
+class ChildRequest(NamedTuple):
     """The description of a child that the fork server is to make."""
 
     slot: Slot
@@ -55,7 +55,7 @@ class Wanted(NamedTuple):
     has_init: bool
 
 
-class Made(NamedTuple):
+class ChildDescriptors(NamedTuple):
     """The launcher's descriptors of a child; -1 for a kind that the child does not have."""
 
     pidfd: int
@@ -71,7 +71,7 @@ class Made(NamedTuple):
     """The directories of its scope, in the order of the tree's `tops`."""
 
 
-class Maker:
+class ChildMaker:
     """Makes children. The fork server has it from the fork, and is the only one to use it."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Maker:
         self._tree.adopt(name).remove()
         return {}, []
 
-    def _make(self, wanted: Wanted) -> Answer:
+    def _make(self, wanted: ChildRequest) -> Answer:
         """Make a child. The answer has its pid, its descriptors, and the names of their kinds.
 
         If that fails, nothing of the child is left except for the gateway of its network. The
@@ -135,8 +135,8 @@ class Maker:
         return {**told, "pid": pid, "descriptors": named}, descriptors
 
     def _clone(
-        self, wanted: Wanted, scope: Scope, undo: contextlib.ExitStack, gateways: list[int]
-    ) -> tuple[Made, int]:
+        self, wanted: ChildRequest, scope: Scope, undo: contextlib.ExitStack, gateways: list[int]
+    ) -> tuple[ChildDescriptors, int]:
         with contextlib.ExitStack() as theirs:
             user_namespace = _closed_by(theirs, _user_namespace(wanted.slot))
             memory = _closed_by(undo, os.memfd_create("order", os.MFD_CLOEXEC))
@@ -172,11 +172,13 @@ class Maker:
                 become_job(wanted.steps, means)
         oom = -1 if scope.oom_fd is None else scope.oom_fd
         scopes = tuple(directories)
-        return Made(pidfd, sock, memory, stdout, stderr, gateway, report, oom, scopes), pid
+        return ChildDescriptors(
+            pidfd, sock, memory, stdout, stderr, gateway, report, oom, scopes
+        ), pid
 
     def _open_way(
         self,
-        wanted: Wanted,
+        wanted: ChildRequest,
         layout: Layout,
         scope: Scope,
         undo: contextlib.ExitStack,
@@ -247,7 +249,7 @@ def _user_namespace(slot: Slot) -> int:
         ) from error
 
 
-def made_of(names: Sequence[str], descriptors: Sequence[int]) -> Made:
+def descriptors_of(names: Sequence[str], descriptors: Sequence[int]) -> ChildDescriptors:
     """The descriptors of an answer, first those in `names`, then the scope's directories."""
     named = dict(zip(names, descriptors, strict=False))
-    return Made(**named, scope=tuple(descriptors[len(names) :]))
+    return ChildDescriptors(**named, scope=tuple(descriptors[len(names) :]))

@@ -25,10 +25,10 @@ from jobworker.sandbox.cgroup.hierarchy import Limits, Tree
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import rounded
 from jobworker.sandbox.disk.volumes import Volumes, refusal
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import DIED, TRIES, ForkServer
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.launcher.child_maker import Maker, Wanted, made_of
+from jobworker.sandbox.launcher.child_maker import ChildMaker, ChildRequest, descriptors_of
 from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.launcher.terminals import terminals_each
@@ -45,7 +45,7 @@ OnMade = Callable[[Message | None], None]
 there is one, the errno and the detail."""
 
 
-class Nursery:
+class ChildPool:
     """Asks the fork server to make and clear children; owns the slots."""
 
     def __init__(
@@ -62,7 +62,7 @@ class Nursery:
         self._landlock = landlock.open_scope()
         behind = ids.first_of(self.slots) + 1  # behind the jobs' ids and the service's own
         self.networks = Networks(stage.view, behind, self._landlock)
-        maker = Maker(
+        maker = ChildMaker(
             tree,
             self.networks,
             policy.filters,
@@ -71,7 +71,7 @@ class Nursery:
             trampoline=trampoline.open_program(),
             init=init_program.open_init(),
         )
-        self.turns = Turns()
+        self.turns = EventLoop()
         try:
             self.forks = ForkServer(self.turns, maker.functions, maker.descriptors)
         except OSError as error:
@@ -153,7 +153,7 @@ class Nursery:
         wall = b"" if layout is None else self.networks.wall_for(layout)
         has_init = order is not None and order.init
         child.layout, child.wall = layout, wall
-        wanted = Wanted(child.slot, child.index, steps, layout, wall, has_init)
+        wanted = ChildRequest(child.slot, child.index, steps, layout, wall, has_init)
         again = partial(self._make_again, child, order, view, on_made, tried)
         done = partial(self._on_answer, child, on_made, again)
         self.forks.call("make", (wanted,), done, repeat=False)
@@ -168,7 +168,7 @@ class Nursery:
     ) -> None:
         pid, named = answer.get("pid"), answer.get("descriptors")
         if isinstance(pid, int) and isinstance(named, list):
-            made = made_of(named, descriptors)
+            made = descriptors_of(named, descriptors)
             child.pid, child.pidfd, child.order = pid, made.pidfd, made.order
             child.stdout, child.stderr = made.stdout, made.stderr
             child.sock, child.report = socket.socket(fileno=made.sock), made.report

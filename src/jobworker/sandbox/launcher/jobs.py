@@ -37,8 +37,8 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import Limits
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.launcher import held_starts
-from jobworker.sandbox.launcher.child import NOBODY, Child, Exit, Start, name_host, status_of
-from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.child import NOBODY, Child, Exit, PendingStart, name_host, status_of
+from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.oom_watch import OomWatch
 from jobworker.sandbox.launcher.reports import (
@@ -91,9 +91,9 @@ UNSTARTED_KEPT = 1000
 class Jobs:
     """All children of the launcher."""
 
-    def __init__(self, nursery: Nursery, spares: int, tell: Tell, locks: int) -> None:
-        turns = nursery.turns
-        self._turns, self._nursery, self._tell = turns, nursery, tell
+    def __init__(self, pool: ChildPool, spares: int, tell: Tell, locks: int) -> None:
+        event_loop = pool.turns
+        self._event_loop, self._pool, self._tell = event_loop, pool, tell
         self._wanted_spares = spares
         self._children: set[Child] = set()
         self._spares: deque[Child] = deque()
@@ -111,19 +111,19 @@ class Jobs:
         """Cleared children whose `when_cleared` has not returned yet."""
         self._usual_limits = Limits()
         """The limits of the latest job. Spares get them in advance: most jobs ask for the same."""
-        self._zombies = Zombies(turns)
-        self._losses = VolumeLosses(nursery, self._tell_end)
-        self._walls = Walls(turns, nursery.networks, self._children, tell)
-        self._oom_watch = OomWatch(turns, self.kill)
+        self._zombies = Zombies(event_loop)
+        self._losses = VolumeLosses(pool, self._tell_end)
+        self._walls = Walls(event_loop, pool.networks, self._children, tell)
+        self._oom_watch = OomWatch(event_loop, self.kill)
         self._kernel_watch = KernelWatch(
-            turns, nursery.forks, nursery.slots, self._running, self.kill, locks
+            event_loop, pool.forks, pool.slots, self._running, self.kill, locks
         )
-        turns.call_in(0, self._refill)
+        event_loop.call_in(0, self._refill)
 
     @property
     def nothing_left(self) -> bool:
         """Whether all children are cleared away, and all removal of their resources is done."""
-        return not self._children and self._nursery.is_idle
+        return not self._children and self._pool.is_idle
 
     def find(self, job: int) -> Child | None:
         """The child that is this job, or None if there is none."""
@@ -156,7 +156,7 @@ class Jobs:
         disks = [
             child.disk.root
             for child in self._children
-            if child.disk is not None and self._nursery.overcommits
+            if child.disk is not None and self._pool.overcommits
         ]
         thin = {
             name: root
@@ -181,7 +181,7 @@ class Jobs:
                 # Before `_undo_start`: that may be repeated later, and by then the next service
                 # may have used the same request number.
                 child.request = NOBODY
-                self._turns.see_through(partial(self._undo_start, child))
+                self._event_loop.see_through(partial(self._undo_start, child))
 
     def _undo_start(self, child: Child) -> None:
         if self._give_up(child, GIVEN_UP):
@@ -191,7 +191,7 @@ class Jobs:
     def end_all(self) -> None:
         """Kill every child, forget every job and make no spare any more."""
         self._wanted_spares = 0
-        self._turns.cancel(self._refill)
+        self._event_loop.cancel(self._refill)
         self._late.clear()
         for child in [*self._children, *self._jobs.values()]:
             self.remove(child)
@@ -211,12 +211,12 @@ class Jobs:
         self._unstarted[request.job] = None
         if len(self._unstarted) > UNSTARTED_KEPT:
             del self._unstarted[next(iter(self._unstarted))]
-        if len(self._jobs) + len(self._late) >= self._nursery.slots:
+        if len(self._jobs) + len(self._late) >= self._pool.slots:
             raise SandboxError(
                 "every place is in use, by jobs that were not removed", data={"step": "place"}
             )
-        if not self._turns.is_set(self._look_at_starts):
-            self._turns.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
+        if not self._event_loop.is_set(self._look_at_starts):
+            self._event_loop.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
         by = self._looks + round(START_SECONDS / LOOK_AT_STARTS_SECONDS)
         if self._late or self._must_wait(request.order):
             self._late.append((number, request, by))
@@ -277,7 +277,7 @@ class Jobs:
                 held = "its program was not executed" if child.ready else "its sandbox was not made"
                 self._give_up(child, too_long(held, START_SECONDS))
         if starting or self._late:
-            self._turns.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
+            self._event_loop.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
 
     def _refuse_late(
         self, applies: Callable[[requests.Spawn, int], bool], why: channel.Message
@@ -298,9 +298,9 @@ class Jobs:
 
         A start that can use a spare needs no free slot.
         """
-        if self._nursery.has_room():
+        if self._pool.has_room():
             return False
-        is_usual = fits_spare(order, self._nursery.usual_disk_bytes)
+        is_usual = fits_spare(order, self._pool.usual_disk_bytes)
         if is_usual and (self._spares or self._making):
             return False
         return any(child.doomed for child in self._children)
@@ -313,13 +313,13 @@ class Jobs:
             except (OSError, JobworkerError) as error:
                 self._tell({"id": number, "error": problem(SPAWN.step, error)}, ())
             except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever
-                self._tell({"id": number, "error": fault(self._turns.record("Spawn"))}, ())
+                self._tell({"id": number, "error": fault(self._event_loop.record("Spawn"))}, ())
 
     def _start(self, number: int, request: requests.Spawn, by: int) -> None:
-        start = Start(number, request, trampoline.errand(*finish(request.order)), by)
-        if not self._turns.is_set(self._refill):
-            self._turns.call_in(REFILL_SECONDS, self._refill)
-        if not fits_spare(request.order, self._nursery.usual_disk_bytes):
+        start = PendingStart(number, request, trampoline.errand(*finish(request.order)), by)
+        if not self._event_loop.is_set(self._refill):
+            self._event_loop.call_in(REFILL_SECONDS, self._refill)
+        if not fits_spare(request.order, self._pool.usual_disk_bytes):
             self._make(request.order, start)
             return
         while self._spares:
@@ -348,9 +348,9 @@ class Jobs:
 
         Raises the error with which that start would be refused.
         """
-        return self._nursery.plan(request.order, request.limits)
+        return self._pool.plan(request.order, request.limits)
 
-    def _order(self, child: Child, start: Start) -> None:
+    def _order(self, child: Child, start: PendingStart) -> None:
         """Send a child its order, after its limits and its host name are set.
 
         If that fails, the child is killed, then cleared like any other, and the error is raised.
@@ -365,15 +365,15 @@ class Jobs:
             self.kill(child)
             raise
 
-    def _become(self, child: Child, start: Start) -> None:
+    def _become(self, child: Child, start: PendingStart) -> None:
         """Record which job a child is to become, and the request that its start answers."""
         job = start.request.job
         self._jobs[job] = child
         child.job, child.request, child.start_by = job, start.number, start.by
 
-    def _make(self, order: Order | None, start: Start | None = None) -> Child:
+    def _make(self, order: Order | None, start: PendingStart | None = None) -> Child:
         """Ask the fork server for a child, for a start or as a spare."""
-        child = self._nursery.make(order, self._on_made)
+        child = self._pool.make(order, self._on_made)
         self._children.add(child)
         if start is not None:
             self._become(child, start)
@@ -405,9 +405,9 @@ class Jobs:
             self._order_new(child, start)
         elif is_spare:
             self._spares.append(child)
-            self._turns.call_in(0, self._refill)
+            self._event_loop.call_in(0, self._refill)
 
-    def _order_new(self, child: Child, start: Start) -> None:
+    def _order_new(self, child: Child, start: PendingStart) -> None:
         """Send the order to a child that was made for this start.
 
         The child may have failed already. Then its own message, read at its end, has the reason.
@@ -419,7 +419,7 @@ class Jobs:
         except (OSError, JobworkerError) as error:
             child.failure = child.failure or problem(SPAWN.step, error)
         except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever
-            child.failure = fault(self._turns.record("Spawn"))
+            child.failure = fault(self._event_loop.record("Spawn"))
 
     def _end_unmade(self, child: Child, why: channel.Message) -> None:
         """Fail the start of a child that could not be made, and free its slot."""
@@ -431,14 +431,14 @@ class Jobs:
             # The next start tries again, and its reply has the reason if it fails too.
             say(f"cannot keep a spare: {why}")
         self._forget(child)
-        self._turns.see_through(partial(self._clear, child))
+        self._event_loop.see_through(partial(self._clear, child))
 
     def _watch(self, child: Child) -> None:
         assert child.sock is not None
-        self._turns.watch(child.pidfd, partial(self._on_exit, child))
+        self._event_loop.watch(child.pidfd, partial(self._on_exit, child))
         if child.gateway is not None:
-            self._turns.watch(child.gateway, partial(self._on_gateway_exit, child))
-        self._turns.watch(child.sock.fileno(), partial(self._on_word, child))
+            self._event_loop.watch(child.gateway, partial(self._on_gateway_exit, child))
+        self._event_loop.watch(child.sock.fileno(), partial(self._on_word, child))
         self._oom_watch.watch(child)
 
     def _look_for_ends(self, child: Child) -> None:
@@ -451,19 +451,19 @@ class Jobs:
             (child.gateway, self._on_gateway_exit),
             (child.pidfd if child.exit is None else None, self._on_exit),
         ):
-            if pidfd is None or self._turns.watches(pidfd):
+            if pidfd is None or self._event_loop.watches(pidfd):
                 continue
             if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 unwatched = True
             else:
                 on_end(child)
         if unwatched:
-            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
         """Ask for one spare, if more are wanted. `_on_made` asks for the next one."""
         ready = len(self._spares) + len(self._making)
-        if ready >= self._wanted_spares or self._making or not self._nursery.has_room():
+        if ready >= self._wanted_spares or self._making or not self._pool.has_room():
             return
         try:
             self._making.append(self._make(None))
@@ -492,10 +492,10 @@ class Jobs:
             child.failure = child.failure or (TOO_FEW_DESCRIPTORS if cut else DIED)
             self.kill(child)  # it may have its order already, and would execute its program
             if isinstance(error, channel.BadMessage):
-                self._nursery.sweepers.close(error.descriptors)
+                self._pool.sweepers.close(error.descriptors)
         if not child.ready or child.order >= 0:  # it had no order, so it cannot have executed
             child.failure = child.failure or DIED
-        self._turns.unwatch(child.sock.fileno())
+        self._event_loop.unwatch(child.sock.fileno())
         child.sock.close()
         child.sock = None
         if child in self._spares:
@@ -506,17 +506,17 @@ class Jobs:
             word = answer(SPAWN, Spawned(child.pid))
             self._answer(request, word, (child.stdout, child.stderr))
             self._kernel_watch.wake()
-            self._turns.see_through(partial(self._walls.build, child))
+            self._event_loop.see_through(partial(self._walls.build, child))
 
     def _on_exit(self, child: Child) -> None:
         how = status_of(child)
-        self._turns.unwatch(child.pidfd)
+        self._event_loop.unwatch(child.pidfd)
         if how is None:
-            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
             return
         child.exit, child.ended_at, child.doomed = how, time.monotonic(), True
         self._zombies.take(child.pidfd)
-        self._turns.see_through(partial(self._take_end, child))
+        self._event_loop.see_through(partial(self._take_end, child))
 
     def _take_end(self, child: Child) -> None:
         """Read an ended child's last messages, report its end, and release what it held."""
@@ -545,7 +545,7 @@ class Jobs:
                 child.lost = [""]
             self._losses.find(child)
         child.end_is_taken = True
-        self._turns.see_through(partial(self._clear, child))
+        self._event_loop.see_through(partial(self._clear, child))
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
         if child.request is not None:  # else it was reported already, or its service has gone
@@ -567,16 +567,16 @@ class Jobs:
 
     def _on_gateway_exit(self, child: Child) -> None:
         assert child.gateway is not None
-        self._turns.unwatch(child.gateway)
+        self._event_loop.unwatch(child.gateway)
         how = gateway.reap(child.gateway)
         if how is None:
-            self._turns.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
             return
         child.gateway = None
         if child.exit is None:
-            self._turns.call_in(TOGETHER_SECONDS, partial(self._walls.tell_end, child, how))
+            self._event_loop.call_in(TOGETHER_SECONDS, partial(self._walls.tell_end, child, how))
         if child.exit is not None:
-            self._turns.see_through(partial(self._clear, child))
+            self._event_loop.see_through(partial(self._clear, child))
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -590,7 +590,7 @@ class Jobs:
             # scope also reaches processes that have not entered that namespace yet.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-            self._nursery.scopes.kill(child.scope.name)
+            self._pool.scopes.kill(child.scope.name)
 
     def remove(self, child: Child, done: Callable[[], None] | None = None) -> None:
         """Kill a job if it has not ended, and forget it.
@@ -610,17 +610,17 @@ class Jobs:
             return
         self._oom_watch.forget(child)
         if child.gateway is None:  # else this is called again when the gateway has ended
-            self._nursery.clear(child, partial(self._on_cleared, child))
+            self._pool.clear(child, partial(self._on_cleared, child))
             child.is_clearing = True
-        self._nursery.discard_disk(child)
+        self._pool.discard_disk(child)
 
     def _on_cleared(self, child: Child) -> None:
         self._children.discard(child)  # its slot is free, even if a step below fails
         if not child.inspected:
-            self._turns.see_through(partial(self._nursery.give_back_volumes, child))
+            self._event_loop.see_through(partial(self._pool.give_back_volumes, child))
         self._untold.add(child)
-        self._turns.see_through(partial(self._tell_cleared, child))
-        self._turns.see_through(self._start_late)
+        self._event_loop.see_through(partial(self._tell_cleared, child))
+        self._event_loop.see_through(self._start_late)
 
     def _tell_cleared(self, child: Child) -> None:
         if child.when_cleared is not None:
@@ -633,4 +633,4 @@ class Jobs:
         if child.job is not None:
             self._jobs.pop(child.job, None)
             child.job = None
-        self._nursery.close_pipes(child)
+        self._pool.close_pipes(child)

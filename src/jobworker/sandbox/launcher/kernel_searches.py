@@ -30,7 +30,7 @@ from jobworker.sandbox.launcher.kernel_verdicts import AGAIN_SECONDS, PIPES, Ver
 from jobworker.sandbox.log import say
 
 
-class _Wanted(NamedTuple):
+class _SearchTargets(NamedTuple):
     """The reasons for the search of a job."""
 
     sockets_too: bool = False
@@ -52,7 +52,7 @@ class Searches:
     ) -> None:
         self._chores, self._running, self._verdicts = chores, running, verdicts
         self._measure_sockets_again = measure_sockets_again
-        self._wanted: dict[int, _Wanted] = {}
+        self._wanted: dict[int, _SearchTargets] = {}
         """The jobs that wait for a search, with its reasons."""
         self._again_at: dict[int, float] = {}
         """When to search again the jobs whose pipes are in doubt (monotonic clock, seconds)."""
@@ -67,8 +67,10 @@ class Searches:
 
     def want(self, job: int, *, sockets_too: bool, doubts: bool) -> None:
         """Queue a job for a search. The reasons of a search that has not begun are kept too."""
-        before = self._wanted.get(job, _Wanted())
-        self._wanted[job] = _Wanted(before.sockets_too or sockets_too, before.doubts or doubts)
+        before = self._wanted.get(job, _SearchTargets())
+        self._wanted[job] = _SearchTargets(
+            before.sockets_too or sockets_too, before.doubts or doubts
+        )
 
     def start(self, running: Mapping[int, Child], unknown: list[dict[str, int]]) -> None:
         """Begin the queued searches that need not wait for their pace.
@@ -103,7 +105,7 @@ class Searches:
                 self._verdicts.begin(None, job)
                 del self._wanted[job]
 
-    def _judge(self, job: int, wanted: _Wanted, outcome: channel.Message) -> None:
+    def _judge(self, job: int, wanted: _SearchTargets, outcome: channel.Message) -> None:
         self._under_way.discard(job)
         has_begun = outcome.get("begun") is not False
         if has_begun:

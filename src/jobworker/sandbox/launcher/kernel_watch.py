@@ -39,7 +39,7 @@ from functools import partial
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import CROWDED, Chores
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
@@ -74,14 +74,14 @@ class KernelWatch:
 
     def __init__(
         self,
-        turns: Turns,
+        event_loop: EventLoop,
         forks: ForkServer,
         slots: int,
         running: Callable[[], dict[int, Child]],
         kill: Callable[[Child], None],
         locks: int,
     ) -> None:
-        self._turns, self._locks = turns, locks
+        self._event_loop, self._locks = event_loop, locks
         self._running = running
         self._verdicts = Verdicts(running, kill)
         self._measures: tuple[Measure, ...] = (
@@ -90,9 +90,9 @@ class KernelWatch:
             kernel_connections.measure,
         )
         kinds = len(self._measures)
-        self._measurers = Chores(turns, forks, at_once=kinds, waiting=0, unending=kinds)
+        self._measurers = Chores(event_loop, forks, at_once=kinds, waiting=0, unending=kinds)
         self._searchers = Chores(
-            turns, forks, at_once=SEARCHES_AT_ONCE, waiting=slots, unending=slots
+            event_loop, forks, at_once=SEARCHES_AT_ONCE, waiting=slots, unending=slots
         )
         self._searches = Searches(
             self._searchers,
@@ -131,17 +131,17 @@ class KernelWatch:
 
     def wake(self) -> None:
         """Begin to poll, because a job runs. The polls end when no job runs any more."""
-        if not self._turns.is_set(self._look):
+        if not self._event_loop.is_set(self._look):
             self._explained.clear()
             for figure in (self._slabs, self._tcp, self._unnamed, self._hidden):
                 figure.wake()
-            self._turns.call_in(LOOK_SECONDS, self._look)
+            self._event_loop.call_in(LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
         running = self._running()
         if not running:
             return
-        self._turns.call_in(self._pause, self._look)
+        self._event_loop.call_in(self._pause, self._look)
         self._verdicts.forget_all_but(running.keys())
         self._searches.forget_all_but(running.keys())
         for ended in self._inherited.keys() - running.keys():
@@ -164,7 +164,7 @@ class KernelWatch:
     def _start_due(self, running: Mapping[int, Child]) -> None:
         """Begin what is due, except for what is under way already or has to wait for its pace."""
         now = time.monotonic()
-        is_looking = self._turns.is_set(self._look_at_some)
+        is_looking = self._event_loop.is_set(self._look_at_some)
         if self._groups_due and not is_looking and not self._groups_pace.rests(now):
             self._groups_due = False
             self._unseen = list(running)
@@ -207,7 +207,7 @@ class KernelWatch:
         del self._unseen[:GROUPS_A_TURN]
         self._groups_pace.add(time.monotonic(), time.thread_time() - began)
         if self._unseen:
-            self._turns.call_in(0, self._look_at_some)
+            self._event_loop.call_in(0, self._look_at_some)
 
     def _judge(self, measure: Measure, looked_at: LookedAt, outcome: channel.Message) -> None:
         self._measuring.discard(measure)

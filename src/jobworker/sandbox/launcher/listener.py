@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from jobworker.errors import Busy, JobworkerError, PermissionDenied
 from jobworker.sandbox import channel
 from jobworker.sandbox.disposal import Disposal
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol.greeting import Unready, message_of
 
@@ -25,13 +25,13 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 AGAIN_SECONDS = 0.1
 
 
-class Doorway:
+class LauncherListener:
     """The listening socket, and the checks of each connection before it is admitted."""
 
     def __init__(
         self,
         listener: socket.socket,
-        turns: Turns,
+        event_loop: EventLoop,
         disposal: Disposal,
         *,
         allowed_uids: Collection[int],
@@ -39,11 +39,11 @@ class Doorway:
         about_to_be_free: Callable[[], bool],
         admit: Callable[[socket.socket], None],
     ) -> None:
-        self._listener, self._turns, self._disposal = listener, turns, disposal
+        self._listener, self._event_loop, self._disposal = listener, event_loop, disposal
         self._allowed_uids, self._occupied, self._admit = allowed_uids, occupied, admit
         self._about_to_be_free = about_to_be_free
         listener.setblocking(False)
-        turns.watch(listener.fileno(), self._on_caller)
+        event_loop.watch(listener.fileno(), self._on_caller)
 
     def _on_caller(self) -> None:
         if self._disposal.overloaded or self._about_to_be_free():
@@ -89,19 +89,19 @@ class Doorway:
         The launcher has no descriptor left, too many descriptors wait to be closed, or requests of
         the earlier service are still to be read.
         """
-        self._turns.unwatch(self._listener.fileno())
-        self._turns.call_in(AGAIN_SECONDS, self._resume)
+        self._event_loop.unwatch(self._listener.fileno())
+        self._event_loop.call_in(AGAIN_SECONDS, self._resume)
 
     def _resume(self) -> None:
-        self._turns.watch(self._listener.fileno(), self._on_caller)
+        self._event_loop.watch(self._listener.fileno(), self._on_caller)
 
     def go_on(self) -> None:
         """End a pause at once: all requests of the earlier service have been read."""
-        if self._turns.is_set(self._resume):
-            self._turns.call_in(0, self._resume)
+        if self._event_loop.is_set(self._resume):
+            self._event_loop.call_in(0, self._resume)
 
     def close(self) -> None:
         """Close the socket, so that no service can connect any more."""
-        self._turns.cancel(self._resume)
-        self._turns.unwatch(self._listener.fileno())
+        self._event_loop.cancel(self._resume)
+        self._event_loop.unwatch(self._listener.fileno())
         self._listener.close()

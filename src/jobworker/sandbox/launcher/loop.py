@@ -5,9 +5,9 @@ of events. `Launcher` has the function of each operation.
 
 A launcher runs in one of two ways. If a service has started it, it serves that service alone: when
 the service goes, the launcher ends all jobs and then itself. If it runs on its own, it admits
-services by its `Doorway`, and keeps jobs, pipes and exit statuses while no service is connected;
-SIGTERM ends it. If a service goes during a start, the launcher gives the start up, and tells the
-next service that the program was not executed, if that is certain.
+services by its `LauncherListener`, and keeps jobs, pipes and exit statuses while no service is
+connected; SIGTERM ends it. If a service goes during a start, the launcher gives the start up, and
+tells the next service that the program was not executed, if that is certain.
 
 What must hold: the loop never waits for a child, for a file system that a job can slow down, for
 the kernel's locks on control groups, or for the service to read.
@@ -29,11 +29,11 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
-from jobworker.sandbox.launcher.listener import Doorway
+from jobworker.sandbox.launcher.listener import LauncherListener
 from jobworker.sandbox.launcher.reports import fault, listed, problem
-from jobworker.sandbox.launcher.service_connection import ServiceLink
+from jobworker.sandbox.launcher.service_connection import ServiceConnection
 from jobworker.sandbox.launcher.signals import deliver, keep_ask
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol import operations as ops
@@ -59,20 +59,20 @@ def _served(
 class Launcher:
     """The loop, the connection to the service, and a function for each operation."""
 
-    def __init__(self, nursery: Nursery, spares: int, hello: channel.Message, locks: int) -> None:
-        self._turns, forks = nursery.turns, nursery.forks
-        self._volumes = nursery.volumes
-        self._disposal = Disposal(self._turns, forks)
-        self._makers = Chores(self._turns, forks, at_once=4, waiting=0)
+    def __init__(self, pool: ChildPool, spares: int, hello: channel.Message, locks: int) -> None:
+        self._event_loop, forks = pool.turns, pool.forks
+        self._volumes = pool.volumes
+        self._disposal = Disposal(self._event_loop, forks)
+        self._makers = Chores(self._event_loop, forks, at_once=4, waiting=0)
         """Chores that make volumes. They are apart, since to format a large volume takes long."""
-        self._chores = Chores(self._turns, forks, at_once=4, waiting=256)
-        self._jobs = Jobs(nursery, spares, self._send, locks)
+        self._chores = Chores(self._event_loop, forks, at_once=4, waiting=256)
+        self._jobs = Jobs(pool, spares, self._send, locks)
         self._functions = self._table()
         self._hello = {**hello, "protocol": PROTOCOL}
-        self._link: ServiceLink | None = None
+        self._link: ServiceConnection | None = None
         self._greeted = False
         """Whether the service has sent its version, and the launcher accepts it."""
-        self._doorway: Doorway | None = None
+        self._listener: LauncherListener | None = None
         self._leave_by: float | None = None
 
     def serve_one(self, sock: socket.socket) -> None:
@@ -82,9 +82,9 @@ class Launcher:
     def serve_callers(self, listener: socket.socket, allowed_uids: Collection[int]) -> None:
         """Serve the services that connect and are allowed, one after the other, until SIGTERM."""
         self._leave_on_signals()
-        self._doorway = Doorway(
+        self._listener = LauncherListener(
             listener,
-            self._turns,
+            self._event_loop,
             self._disposal,
             allowed_uids=allowed_uids,
             occupied=lambda: self._link is not None,
@@ -98,7 +98,7 @@ class Launcher:
         It returns at the latest `FAREWELL_SECONDS` after the launcher began to leave.
         """
         while not self._finished():
-            self._turns.turn()
+            self._event_loop.turn()
 
     def _finished(self) -> bool:
         if self._leave_by is None:
@@ -115,23 +115,23 @@ class Launcher:
         def on_signal() -> None:
             self._leave(signal.Signals(os.read(awake, 64)[0]).name)
 
-        self._turns.watch(awake, on_signal)
+        self._event_loop.watch(awake, on_signal)
 
     # --- the service ------------------------------------------------------------------------
 
     def _connect(self, sock: socket.socket) -> None:
         self._greeted = False
-        self._link = ServiceLink(sock, self._turns, self._serve, self._on_lost)
+        self._link = ServiceConnection(sock, self._event_loop, self._serve, self._on_lost)
         self._link.send(self._hello)
 
     def _on_lost(self, reason: str, descriptors: list[int]) -> None:
         self._link = None
-        if self._doorway is None:
+        if self._listener is None:
             self._leave(reason)  # the descriptors stay open until the process exits
             return
         say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._jobs.undo_starts()
-        self._doorway.go_on()
+        self._listener.go_on()
         self._disposal.take(descriptors)
 
     def _serve(self, number: int, request: requests.Request) -> None:
@@ -146,7 +146,7 @@ class Launcher:
         except (OSError, JobworkerError) as error:
             self._refuse(number, problem(operation.step, error))
         except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever
-            self._refuse(number, fault(self._turns.record(type(request).__name__)))
+            self._refuse(number, fault(self._event_loop.record(type(request).__name__)))
 
     def _table(self) -> dict[str, Function]:
         """The function of each operation: it gets the number of the request and the request.
@@ -165,7 +165,7 @@ class Launcher:
                 _served(ops.REMOVE, self._remove),
                 _served(ops.USAGE, lambda _, asked: self._child(asked.job).usage()),
                 _served(ops.LIST, self._list),
-                _served(ops.TURNS, lambda *_: self._turns.take_times()),
+                _served(ops.TURNS, lambda *_: self._event_loop.take_times()),
                 _served(ops.PROMISED, lambda *_: replies.Promised(self._jobs.promised_bytes())),
                 _served(ops.MAKE_VOLUME, self._make_volume),
                 _served(ops.REMOVE_VOLUME, self._remove_volume),
@@ -179,7 +179,7 @@ class Launcher:
             self._refuse_version(number, why)
             return None
         self._greeted = True
-        if self._doorway is not None:
+        if self._listener is not None:
             say("a service has come", "INFO")
         return replies.Done()
 
@@ -229,7 +229,9 @@ class Launcher:
     def _list_volumes(self, number: int, _: requests.ListVolumes) -> None:
         self._volumes.list(self._chores, partial(self._on_volume, self._link, number))
 
-    def _on_volume(self, asker: ServiceLink | None, number: int, outcome: channel.Message) -> None:
+    def _on_volume(
+        self, asker: ServiceConnection | None, number: int, outcome: channel.Message
+    ) -> None:
         """Answer a request with the outcome of its chore: the members of the reply, or an error."""
         if asker is not self._link:  # the service that asked has gone
             return
@@ -271,11 +273,11 @@ class Launcher:
             killed = sum(child.exit is None for child in self._jobs.started_after(0))
             say(f"leaving: {reason}{f'; jobs killed: {killed}' if killed else ''}", "INFO")
         self._leave_by = time.monotonic() + FAREWELL_SECONDS
-        self._turns.call_in(FAREWELL_SECONDS, self._be_late)
+        self._event_loop.call_in(FAREWELL_SECONDS, self._be_late)
         if self._link is not None:
             self._link.mute()
-        if self._doorway is not None:
-            self._doorway.close()
+        if self._listener is not None:
+            self._listener.close()
         self._jobs.end_all()
 
     def _be_late(self) -> None:

@@ -34,7 +34,7 @@ from jobworker.sandbox.cgroup.hierarchy import (
 from jobworker.sandbox.disk.images import Terms, rounded
 from jobworker.sandbox.kernel_memory.measure import open_locks
 from jobworker.sandbox.kernel_memory.sockets import tell_what_cannot_be_listed
-from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.log import open_log, say, say_last
@@ -118,7 +118,7 @@ def main(descriptor: int) -> NoReturn:
             locks, most = open_locks(), most_processes()
             tell_what_cannot_be_listed()
             _become_first_process([descriptor, *passed], carried.get("lock"), place)
-            tree, nursery = _prepare(policy, ids, undo, most, has_rights=has_rights)
+            tree, pool = _prepare(policy, ids, undo, most, has_rights=has_rights)
         except JobworkerError as error:
             if place is None:
                 with contextlib.suppress(OSError):  # else the service has gone: the log has it
@@ -129,10 +129,10 @@ def main(descriptor: int) -> NoReturn:
                 place.clear()
             say_last(str(error))
             sys.exit(error.exit_code)
-        gaps = (*tree.missing_features(), *nursery.gaps, *ids.gaps)
+        gaps = (*tree.missing_features(), *pool.gaps, *ids.gaps)
         told = {name: value for name, value in message.items() if name != "carries"}
         ready = Ready(tree.kind, gaps, told, bounds_disks=has_rights, keeps_asks=True)
-        launcher = Launcher(nursery, policy.spares, message_of(ready), locks)
+        launcher = Launcher(pool, policy.spares, message_of(ready), locks)
         if place is None:
             launcher.serve_one(link)
         else:
@@ -218,7 +218,7 @@ def _become_first_process(links: Sequence[int], lock: int | None, place: _Place 
 
 def _prepare(
     policy: Policy, ids: Ids, undo: contextlib.ExitStack, most: int, *, has_rights: bool
-) -> tuple[Tree, Nursery]:
+) -> tuple[Tree, ChildPool]:
     """Prepare everything before the first request: limits, groups, mounts, fork server.
 
     `undo` gets the removal of the control groups. Raises JobworkerError, such as HostUnsupported.
@@ -258,9 +258,9 @@ def _prepare(
     gc.collect()  # later collections would write to pages that the fork server shares
     gc.freeze()
     gc.disable()
-    nursery = Nursery(tree, policy, ids, stage, room_for_volumes)
-    nursery.sweep_scratch()
-    return tree, nursery
+    pool = ChildPool(tree, policy, ids, stage, room_for_volumes)
+    pool.sweep_scratch()
+    return tree, pool
 
 
 def _close(tree: Tree) -> None:

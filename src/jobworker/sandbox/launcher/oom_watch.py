@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.launcher.child import Child
 
 LOOK_SECONDS = 0.1
@@ -24,25 +24,25 @@ LOOK_AGAIN_SECONDS = 0.002
 class OomWatch:
     """Children with an OOM event, each with the time until which the kill may still be counted."""
 
-    def __init__(self, turns: Turns, kill: Callable[[Child], None]) -> None:
-        self._turns, self._kill = turns, kill
+    def __init__(self, event_loop: EventLoop, kill: Callable[[Child], None]) -> None:
+        self._event_loop, self._kill = event_loop, kill
         self._suspects: dict[Child, float] = {}
 
     def watch(self, child: Child) -> None:
         """Watch the OOM events of a child's scope, if it has any (v1)."""
         if child.scope.oom_fd is not None:
-            self._turns.watch(child.scope.oom_fd, partial(self._on_event, child))
+            self._event_loop.watch(child.scope.oom_fd, partial(self._on_event, child))
 
     def forget(self, child: Child) -> None:
         """Stop watching a child. To be called before its scope is closed."""
         if child.scope.oom_fd is not None:
-            self._turns.unwatch(child.scope.oom_fd)
+            self._event_loop.unwatch(child.scope.oom_fd)
         self._suspects.pop(child, None)
 
     def _on_event(self, child: Child) -> None:
         child.scope.clear_oom()
         self._suspects[child] = time.monotonic() + LOOK_SECONDS
-        self._turns.call_in(0, self._look)
+        self._event_loop.call_in(0, self._look)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -53,4 +53,4 @@ class OomWatch:
             if killed or child.exit is not None or now > until:
                 del self._suspects[child]
         if self._suspects:
-            self._turns.call_in(LOOK_AGAIN_SECONDS, self._look)
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, self._look)

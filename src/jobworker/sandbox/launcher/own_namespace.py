@@ -31,7 +31,7 @@ dynamic users begin at 100."""
 _TOOLS = {"newuidmap": "/etc/subuid", "newgidmap": "/etc/subgid"}
 
 
-class Range(NamedTuple):
+class SubidRange(NamedTuple):
     """A range of ids of the host."""
 
     first: int
@@ -59,13 +59,13 @@ def split(count: int, jobs: int) -> Ids:
     return Ids(1, each, each) if each >= MIN_IDS_PER_JOB else SINGLE_ID
 
 
-def granted(text: str, user: str, uid: int) -> Range | None:
+def granted(text: str, user: str, uid: int) -> SubidRange | None:
     """The largest range that a subuid(5) file gives to a user, by name or number."""
     found = []
     for line in text.splitlines():
         fields = line.split(":")
         if len(fields) == 3 and fields[0] in (user, str(uid)) and "".join(fields[1:]).isdecimal():
-            found.append(Range(int(fields[1]), int(fields[2])))
+            found.append(SubidRange(int(fields[1]), int(fields[2])))
     return max(found, key=lambda each: each.length, default=None)
 
 
@@ -118,7 +118,7 @@ def _forbidden(error: OSError) -> HostUnsupported:
     )
 
 
-def _ranges(uid: int) -> tuple[Range, ...]:
+def _ranges(uid: int) -> tuple[SubidRange, ...]:
     """This user's ranges of uids and of gids; empty if a range or a program is missing."""
     try:
         name = pwd.getpwuid(uid).pw_name
@@ -151,7 +151,7 @@ def _write_single(uid: int, gid: int) -> None:
 
 
 def _write_ranges(
-    waiting: int, made: int, uid: int, gid: int, ranges: tuple[Range, ...]
+    waiting: int, made: int, uid: int, gid: int, ranges: tuple[SubidRange, ...]
 ) -> NoReturn:
     """In the helper: wait until the namespace exists, then run the programs that write its maps."""
     code = 1

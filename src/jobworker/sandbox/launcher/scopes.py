@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from jobworker.sandbox.channel import Message
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.log import say
 
@@ -24,8 +24,8 @@ SELDOM_SECONDS = 0.08
 class Scopes:
     """Kills and removes scopes by their names."""
 
-    def __init__(self, turns: Turns, forks: ForkServer) -> None:
-        self._turns, self._forks = turns, forks
+    def __init__(self, event_loop: EventLoop, forks: ForkServer) -> None:
+        self._event_loop, self._forks = event_loop, forks
         self._killing: dict[str, bool] = {}
         """The scopes with a kill under way, and whether to kill once more after it."""
         self._removing: dict[str, Callable[[], None]] = {}
@@ -74,14 +74,14 @@ class Scopes:
             return
         self._busy.discard(name)
         self._pause = AGAIN_SECONDS
-        self._turns.see_through(self._removing.pop(name))
+        self._event_loop.see_through(self._removing.pop(name))
 
     def _try_later(self, name: str) -> None:
         if name not in self._busy:
             self._busy.add(name)
             self._pause = AGAIN_SECONDS
-        if not self._turns.is_set(self._try_again):
-            self._turns.call_in(self._pause, self._try_again)
+        if not self._event_loop.is_set(self._try_again):
+            self._event_loop.call_in(self._pause, self._try_again)
 
     def _try_again(self) -> None:
         self._pause = min(2 * self._pause, SELDOM_SECONDS)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 from jobworker.errors import ProtocolError
 from jobworker.sandbox import channel
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.launcher.outbox import Outbox
 from jobworker.sandbox.protocol.operations import parse
 from jobworker.sandbox.protocol.requests import Request
@@ -35,17 +35,19 @@ Lost = Callable[[str, list[int]], None]
 the descriptors that another process has to close."""
 
 
-class ServiceLink:
+class ServiceConnection:
     """One connection, from its first message to its end."""
 
-    def __init__(self, sock: socket.socket, turns: Turns, serve: Serve, lost: Lost) -> None:
+    def __init__(
+        self, sock: socket.socket, event_loop: EventLoop, serve: Serve, lost: Lost
+    ) -> None:
         sock.setblocking(False)
-        self._sock, self._turns = sock, turns
+        self._sock, self._event_loop = sock, event_loop
         self._serve, self._lost = serve, lost
         self._outbox = Outbox(sock)
         self._awaits_room = self._is_full = False
         self.open = True
-        turns.watch(sock.fileno(), self._on_ready)
+        event_loop.watch(sock.fileno(), self._on_ready)
 
     @property
     def is_at_its_end(self) -> bool:
@@ -108,17 +110,17 @@ class ServiceLink:
     def mute(self) -> None:
         """Stop reading and sending. The socket stays open until the launcher exits."""
         self.open = False
-        self._turns.unwatch(self._sock.fileno())
+        self._event_loop.unwatch(self._sock.fileno())
 
     def _await_room(self) -> None:
         """Have the event loop call when the socket is writable, if messages are queued."""
         state = self._outbox.waiting, self._outbox.is_full
         if state != (self._awaits_room, self._is_full):
             self._awaits_room, self._is_full = state
-            self._turns.watch_room(self._sock.fileno(), self._awaits_room, alone=self._is_full)
+            self._event_loop.watch_room(self._sock.fileno(), self._awaits_room, alone=self._is_full)
 
     def _end(self, reason: str, strangers: list[int]) -> None:
         self.open = False
-        self._turns.unwatch(self._sock.fileno())
+        self._event_loop.unwatch(self._sock.fileno())
         self._outbox.close()
         self._lost(reason, [self._sock.detach(), *strangers])

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import scratch
 from jobworker.sandbox.log import say
@@ -49,9 +49,9 @@ class _Load(NamedTuple):
 class Sweepers:
     """The processes, and the disks, paths and descriptors that wait for one."""
 
-    def __init__(self, turns: Turns, forks: ForkServer) -> None:
-        self._turns = turns
-        self._chores = Chores(turns, forks, at_once=MAX_SWEEPERS, waiting=0)
+    def __init__(self, event_loop: EventLoop, forks: ForkServer) -> None:
+        self._event_loop = event_loop
+        self._chores = Chores(event_loop, forks, at_once=MAX_SWEEPERS, waiting=0)
         self._disks: list[disk_images.Disk] = []
         self._paths: list[str] = []
         self._others: list[int] = []
@@ -122,14 +122,14 @@ class Sweepers:
     def _try_later(self, load: _Load) -> None:
         self._disks[:0], self._paths[:0], self._others[:0] = load.disks, load.paths, load.others
         self._watched += load.watched
-        self._turns.call_in(AGAIN_SECONDS, self._start)
+        self._event_loop.call_in(AGAIN_SECONDS, self._start)
 
     def _on_end(self, load: _Load, outcome: Message) -> None:
         if "begun" in outcome:  # no process could be made
             self._try_later(load)
             return
         self._kept += load.watched
-        self._turns.see_through(self._go_on)
+        self._event_loop.see_through(self._go_on)
 
     def _go_on(self) -> None:
         self.count_kept()

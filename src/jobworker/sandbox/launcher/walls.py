@@ -10,7 +10,7 @@ import contextlib
 import signal
 from collections.abc import Collection
 
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.reports import Tell
 from jobworker.sandbox.log import say
@@ -25,11 +25,11 @@ class Walls:
     """The walls of all children that have a gateway."""
 
     def __init__(
-        self, turns: Turns, networks: Networks, children: Collection[Child], tell: Tell
+        self, event_loop: EventLoop, networks: Networks, children: Collection[Child], tell: Tell
     ) -> None:
-        self._turns, self._networks, self._children = turns, networks, children
+        self._event_loop, self._networks, self._children = event_loop, networks, children
         self._tell = tell
-        turns.watch(networks.changes.fileno(), self._on_addresses)
+        event_loop.watch(networks.changes.fileno(), self._on_addresses)
 
     def _on_addresses(self) -> None:
         """Rebuild the walls of all started jobs if the host's addresses have changed."""
@@ -37,7 +37,7 @@ class Walls:
             changed = self._networks.refresh()
         except OSError as error:
             say(f"cannot see the host's addresses, and tries again: {error}")
-            self._turns.call_in(LOOK_AGAIN_SECONDS, self._on_addresses)
+            self._event_loop.call_in(LOOK_AGAIN_SECONDS, self._on_addresses)
             return
         if changed:
             for child in self._children:

@@ -14,7 +14,7 @@ import os
 import time
 from collections import deque
 
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 
 COLLECT_SECONDS = 1.0
 
@@ -22,8 +22,8 @@ COLLECT_SECONDS = 1.0
 class Zombies:
     """Processes that have ended, whose exit status is known, and that are not reaped yet."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self, event_loop: EventLoop) -> None:
+        self._event_loop = event_loop
         self._ended: deque[tuple[float, int]] = deque()
 
     def take(self, pidfd: int) -> None:
@@ -34,8 +34,8 @@ class Zombies:
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             return
         self._ended.append((time.monotonic() + COLLECT_SECONDS, own))
-        if not self._turns.is_set(self._collect):
-            self._turns.call_in(COLLECT_SECONDS, self._collect)
+        if not self._event_loop.is_set(self._collect):
+            self._event_loop.call_in(COLLECT_SECONDS, self._collect)
 
     def _collect(self) -> None:
         now = time.monotonic()
@@ -44,4 +44,4 @@ class Zombies:
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
         if self._ended:
-            self._turns.call_in(self._ended[0][0] - now, self._collect)
+            self._event_loop.call_in(self._ended[0][0] - now, self._collect)

@@ -23,11 +23,11 @@ from jobworker.sandbox.cgroup.hierarchy import Usage
 from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.disk.volumes import Volumes
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import held_starts
 from jobworker.sandbox.launcher.child import Child, Exit, status_of
-from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.reports import DIED, listed
@@ -118,10 +118,10 @@ def test_usage_that_cannot_be_read_is_none_and_not_zeros(
 class Told(Jobs):
     """As much of the launcher's jobs as these tests need, and what it has told."""
 
-    def __init__(self, turns: Turns, forks: ForkServer) -> None:
-        scopes, sweepers = Scopes(turns, forks), Sweepers(turns, forks)
-        nursery = SimpleNamespace(sweepers=sweepers, scopes=scopes)
-        self._turns, self._nursery = turns, cast("Nursery", nursery)
+    def __init__(self, event_loop: EventLoop, forks: ForkServer) -> None:
+        scopes, sweepers = Scopes(event_loop, forks), Sweepers(event_loop, forks)
+        pool = SimpleNamespace(sweepers=sweepers, scopes=scopes)
+        self._event_loop, self._pool = event_loop, cast("ChildPool", pool)
         self._children, self._untold, self._spares = set(), set(), cast("object", [])  # type: ignore[assignment]
         self._jobs, self._late, self._unstarted = {}, cast("object", []), {}  # type: ignore[assignment]
         self._looks = 0
@@ -130,30 +130,30 @@ class Told(Jobs):
 
     def pass_turns_until(self, condition: Callable[[], object]) -> None:
         while not condition():
-            self._turns.turn()
+            self._event_loop.turn()
 
 
 def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
-    child: Child, turns: Turns, forks: ForkServer
+    child: Child, event_loop: EventLoop, forks: ForkServer
 ) -> None:
-    jobs = Told(turns, forks)
+    jobs = Told(event_loop, forks)
     near, child.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     channel.send(near, {"disk": True}, [null, null])
-    jobs._turns.watch(child.sock.fileno(), partial(jobs._on_word, child))
+    jobs._event_loop.watch(child.sock.fileno(), partial(jobs._on_word, child))
     before = len(descriptors())
     first_free = os.dup(null)
     os.close(first_free)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, limits[1]))
     try:
-        jobs._turns.turn()
+        jobs._event_loop.turn()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert child.failure is not None
     assert "LimitNOFILE=" in explain(decode(Refusal, REFUSAL, child.failure)).remedy
     assert child.doomed
-    sweepers = jobs._nursery.sweepers
+    sweepers = jobs._pool.sweepers
     jobs.pass_turns_until(lambda: sweepers.is_idle and forks.is_idle)
     assert len(descriptors()) == before - 1, "its socket has gone, nothing has come"
     near.close()
@@ -161,10 +161,10 @@ def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
 
 
 def test_word_that_a_place_is_free_is_said_again_where_that_failed(
-    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    child: Child, monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    jobs, said = Told(turns, forks), list[str]()
+    jobs, said = Told(event_loop, forks), list[str]()
 
     def fail_once() -> None:
         said.append("free")
@@ -173,16 +173,16 @@ def test_word_that_a_place_is_free_is_said_again_where_that_failed(
 
     child.when_cleared = fail_once
     jobs._untold.add(child)
-    jobs._turns.see_through(partial(jobs._tell_cleared, child))
+    jobs._event_loop.see_through(partial(jobs._tell_cleared, child))
     jobs.pass_turns_until(lambda: not jobs._untold)
     assert len(said) == 2
 
 
 def test_word_that_could_not_be_said_is_not_for_the_next_service(
-    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    child: Child, monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> None:
     monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
-    jobs, said = Told(turns, forks), list[str]()
+    jobs, said = Told(event_loop, forks), list[str]()
 
     def fail() -> None:
         said.append("free")
@@ -190,10 +190,10 @@ def test_word_that_could_not_be_said_is_not_for_the_next_service(
 
     child.request, child.when_cleared = 7, fail
     jobs._untold.add(child)
-    jobs._turns.see_through(partial(jobs._tell_cleared, child))
+    jobs._event_loop.see_through(partial(jobs._tell_cleared, child))
     jobs.undo_starts()
     done = list[bool]()
-    jobs._turns.call_in(0.01, lambda: done.append(True))
+    jobs._event_loop.call_in(0.01, lambda: done.append(True))
     jobs.pass_turns_until(lambda: done)
     assert len(said) == 1
     assert not jobs.told
@@ -203,9 +203,13 @@ class Undoing(Told):
     """A start that could not be undone at the first try."""
 
     def __init__(
-        self, child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+        self,
+        child: Child,
+        monkeypatch: pytest.MonkeyPatch,
+        event_loop: EventLoop,
+        forks: ForkServer,
     ) -> None:
-        super().__init__(turns, forks)
+        super().__init__(event_loop, forks)
         monkeypatch.setattr(turns_module, "AGAIN_SECONDS", 0)
         self.struck = False
 
@@ -216,7 +220,7 @@ class Undoing(Told):
             return hold(child)
 
         monkeypatch.setattr(held_starts, "hold", hold)
-        monkeypatch.setattr(self._nursery, "close_pipes", lambda _: None, raising=False)
+        monkeypatch.setattr(self._pool, "close_pipes", lambda _: None, raising=False)
         self._kernel_watch = cast("KernelWatch", SimpleNamespace(wake=lambda: None))
         self._walls = cast("Walls", SimpleNamespace(build=lambda _: None))
         child.job, child.request = 1, 7
@@ -228,27 +232,27 @@ class Undoing(Told):
 
 
 def test_start_whose_undoing_failed_is_undone_later(
-    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    child: Child, monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> None:
-    jobs = Undoing(child, monkeypatch, turns, forks)
+    jobs = Undoing(child, monkeypatch, event_loop, forks)
     jobs.pass_turns_until(lambda: jobs.find(1) is None)
     assert child.doomed
     assert not jobs.told
 
 
 def test_start_that_fails_before_it_could_be_undone_is_not_told_to_the_next_service(
-    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    child: Child, monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> None:
-    jobs = Undoing(child, monkeypatch, turns, forks)
+    jobs = Undoing(child, monkeypatch, event_loop, forks)
     jobs._tell_failure(child, None)
     assert not jobs.told
     assert child.request is None
 
 
 def test_program_that_runs_before_its_start_could_be_undone_goes_on_and_is_not_told_of(
-    child: Child, monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    child: Child, monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> None:
-    jobs = Undoing(child, monkeypatch, turns, forks)
+    jobs = Undoing(child, monkeypatch, event_loop, forks)
     child.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.close()
     child.ready = True
@@ -259,9 +263,9 @@ def test_program_that_runs_before_its_start_could_be_undone_goes_on_and_is_not_t
 
 
 def test_child_that_ends_before_it_has_its_order_is_told_as_no_start(
-    child: Child, turns: Turns, forks: ForkServer
+    child: Child, event_loop: EventLoop, forks: ForkServer
 ) -> None:
-    jobs = Told(turns, forks)
+    jobs = Told(event_loop, forks)
     child.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.close()
     child.ready, child.order = True, os.memfd_create("order", os.MFD_CLOEXEC)
@@ -300,7 +304,7 @@ def test_user_namespace_that_no_process_can_make_leaves_no_descriptor(
 
 
 def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: Child) -> None:
-    nursery, discarded, closed = Nursery.__new__(Nursery), list[Disk](), list[list[int]]()
+    pool, discarded, closed = ChildPool.__new__(ChildPool), list[Disk](), list[list[int]]()
 
     def discard_disk(disk: Disk, overlay: int | None, *, shared: bool) -> None:
         discarded.append(disk)
@@ -311,17 +315,17 @@ def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: C
         raise KeyError("unforeseen")
 
     sweepers = SimpleNamespace(discard_disk=discard_disk, close=close)
-    volumes = SimpleNamespace(give_back=lambda _: None)
-    nursery.sweepers, nursery.volumes = cast("Sweepers", sweepers), cast("Volumes", volumes)
-    nursery._stage = cast("Stage", SimpleNamespace(view=SimpleNamespace(scratch="")))
-    nursery._free = deque()
+    volumes = SimpleNamespace(release=lambda _: None)
+    pool.sweepers, pool.volumes = cast("Sweepers", sweepers), cast("Volumes", volumes)
+    pool._stage = cast("Stage", SimpleNamespace(view=SimpleNamespace(scratch="")))
+    pool._free = deque()
     child.disk, child.volume_roots, own = Disk(100, 101), {"kept": 102}, os.dup(child.pidfd)
     with pytest.raises(KeyError):
-        nursery.discard_disk(child)
-    nursery.discard_disk(child)
+        pool.discard_disk(child)
+    pool.discard_disk(child)
     assert discarded == [Disk(100, 101)], "the numbers are others' by now"
     for _ in range(2):
         with pytest.raises(KeyError):
-            nursery.give_back_volumes(child)
+            pool.give_back_volumes(child)
     assert closed == [[102], []]
     child.pidfd = own

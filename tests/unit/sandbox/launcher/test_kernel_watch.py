@@ -12,7 +12,7 @@ import pytest
 
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import CROWDED, UNENDING, Chores
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory.cpu_budget import LONGEST_REST_SECONDS
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
@@ -72,7 +72,7 @@ class Host:
 class Processes:
     """Chores that are done when the test says so."""
 
-    def __init__(self, _turns: Turns, _forks: ForkServer, **_bounds: int) -> None:
+    def __init__(self, _turns: EventLoop, _forks: ForkServer, **_bounds: int) -> None:
         self.dones: list[Callable[[dict[str, object]], None]] = []
         self.works: list[Any] = []
         self.refuses = 0
@@ -118,7 +118,7 @@ class Watched:
         self.asked = 0
         """How often the watch has asked which jobs run, for which all of them are looked at."""
         self.watch = kernel_watch.KernelWatch(
-            Turns(), cast("ForkServer", None), 4, self._running, self.ended.append, locks=-1
+            EventLoop(), cast("ForkServer", None), 4, self._running, self.ended.append, locks=-1
         )
         self.watch.wake()
         self.measurers = cast("Processes", self.watch._measurers)
@@ -334,7 +334,7 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
     assert 0 < len(looked) <= kernel_watch.GROUPS_A_TURN
     for _ in range(2):
         before = len(looked)
-        watched.watch._turns.turn()
+        watched.watch._event_loop.turn()
         assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
     assert looked == [*range(100, 100 + many)]
     assert len(watched.ended) == many
@@ -412,7 +412,7 @@ def test_groups_are_all_looked_at_before_it_begins_anew_and_rest(
     watched.jobs.update({number: job(number) for number in range(many)})
     grow()
     grow()
-    watched.watch._turns.cancel(watched.watch._look_at_some)
+    watched.watch._event_loop.cancel(watched.watch._look_at_some)
     watched.watch._look_at_some()
     assert looked == [*range(many)]
     watched.watch._look()
@@ -526,13 +526,13 @@ def test_job_at_which_a_measurement_waits_without_an_end_is_ended_at_once(
 
 
 def test_job_that_is_looked_at_is_told_by_a_process_that_dies(
-    turns: Turns, forks: ForkServer
+    event_loop: EventLoop, forks: ForkServer
 ) -> None:
     outcomes, looked_at = list[Message](), kernel_looks.LookedAt()
     dies = partial(tell_and_die, looked_at.tell)
-    Chores(turns, forks, at_once=1, waiting=0).start(dies, outcomes.append, [looked_at.memory])
+    Chores(event_loop, forks, at_once=1, waiting=0).start(dies, outcomes.append, [looked_at.memory])
     while not outcomes:
-        turns.turn()
+        event_loop.turn()
     assert (outcomes[0]["errno"], looked_at.job) == (errno.EINTR, 7)
     looked_at.close()
 

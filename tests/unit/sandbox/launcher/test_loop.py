@@ -12,12 +12,12 @@ import pytest
 
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.none import NoTree
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import listener as doorway
 from jobworker.sandbox.launcher import loop as launcher_loop
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.launcher.children import Nursery
+from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.protocol.operations import ROWS
 from jobworker.sandbox.protocol.replies import Refusal
@@ -45,12 +45,12 @@ class NoJobs:
 
 
 def make_launcher(
-    monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer
+    monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
 ) -> tuple[Launcher, NoJobs]:
     monkeypatch.setattr(launcher_loop, "Jobs", NoJobs)
     monkeypatch.setattr(Launcher, "_leave_on_signals", lambda _: None)
-    nursery = SimpleNamespace(volumes=None, turns=turns, forks=forks)
-    launcher = Launcher(cast("Nursery", nursery), 0, {}, locks=-1)
+    pool = SimpleNamespace(volumes=None, event_loop=event_loop, forks=forks)
+    launcher = Launcher(cast("ChildPool", pool), 0, {}, locks=-1)
     return launcher, cast("NoJobs", launcher._jobs)
 
 
@@ -67,7 +67,7 @@ class Service:
 
     def ask(self, op: str, **fields: object) -> channel.Message:
         channel.send(self.sock, {"id": 7, "op": op, **fields})
-        self.launcher._turns.turn()
+        self.launcher._event_loop.turn()
         return self.hear()
 
     def hear(self) -> channel.Message:
@@ -77,8 +77,10 @@ class Service:
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer) -> Iterator[Service]:
-    service = Service(make_launcher(monkeypatch, turns, forks)[0])
+def service(
+    monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer
+) -> Iterator[Service]:
+    service = Service(make_launcher(monkeypatch, event_loop, forks)[0])
     with service.near, service.sock:
         yield service
 
@@ -134,10 +136,10 @@ def test_ask_for_the_end_of_a_job_is_kept_where_its_signal_meets_a_fault(
 
 
 def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
-    monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doorway, "AGAIN_SECONDS", 3600)
-    launcher, jobs = make_launcher(monkeypatch, turns, forks)
+    launcher, jobs = make_launcher(monkeypatch, event_loop, forks)
     listener, first, second = (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)
     )
@@ -147,7 +149,7 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
         launcher.serve_callers(listener, {os.getuid()})
         with first:
             first.connect(listener.getsockname())
-            launcher._turns.turn()
+            launcher._event_loop.turn()
             channel.send(first, {"id": 1, "op": "hello", "protocol": PROTOCOL})
             for number in range(2, 50):
                 channel.send(first, {"id": number, "op": "list", "after": 0})
@@ -156,7 +158,7 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
         heard = None
         while heard is None:
             before = jobs.asked
-            launcher._turns.turn()
+            launcher._event_loop.turn()
             assert jobs.asked <= before + 1
             try:
                 heard = channel.receive(second)
@@ -165,15 +167,15 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
         assert heard[0]["protocol"] == PROTOCOL, "it is let in at once, and not an hour later"
         assert jobs.asked == 48
         while launcher._disposal._chores.running:
-            launcher._turns.turn()
+            launcher._event_loop.turn()
         assert launcher._link is not None
         launcher._link._sock.close()
 
 
 def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
-    monkeypatch: pytest.MonkeyPatch, turns: Turns, forks: ForkServer, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, event_loop: EventLoop, forks: ForkServer, tmp_path: Path
 ) -> None:
-    launcher, jobs = make_launcher(monkeypatch, turns, forks)
+    launcher, jobs = make_launcher(monkeypatch, event_loop, forks)
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as service,
@@ -182,7 +184,7 @@ def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
         listener.listen()
         launcher.serve_callers(listener, {os.getuid()})
         service.connect(listener.getsockname())
-        launcher._turns.turn()
+        launcher._event_loop.turn()
         assert launcher._link is not None
         left = list[int]()
 
@@ -190,9 +192,9 @@ def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
             left.extend(descriptors)
             raise KeyError("unforeseen")
 
-        monkeypatch.setattr(launcher._disposal, "take", fail)
+        monkeypatch.setattr(launcher._disposal, "add", fail)
         service.close()
-        launcher._turns.turn()
+        launcher._event_loop.turn()
         assert len(left) == 1
         assert jobs.undone == 1
         channel.close_all(left)

@@ -13,7 +13,7 @@ import jobworker
 from jobworker.sandbox.launcher.own_namespace import (
     MIN_IDS_PER_JOB,
     SINGLE_ID,
-    Range,
+    SubidRange,
     granted,
     split,
 )
@@ -25,15 +25,15 @@ SUBUID = "alice:100000:65536\nbob:165536:1000\n1003:200000:70000\nbob:300000:655
 @pytest.mark.parametrize(
     ("user", "uid", "found"),
     [
-        ("alice", 1001, Range(100_000, 65_536)),
-        ("bob", 1002, Range(300_000, 65_536)),
-        ("carol", 1003, Range(200_000, 70_000)),
-        ("", 1003, Range(200_000, 70_000)),
+        ("alice", 1001, SubidRange(100_000, 65_536)),
+        ("bob", 1002, SubidRange(300_000, 65_536)),
+        ("carol", 1003, SubidRange(200_000, 70_000)),
+        ("", 1003, SubidRange(200_000, 70_000)),
         ("dora", 1004, None),
         ("", 1004, None),
     ],
 )
-def test_largest_range_by_name_or_number(user: str, uid: int, found: Range | None) -> None:
+def test_largest_range_by_name_or_number(user: str, uid: int, found: SubidRange | None) -> None:
     assert granted(SUBUID, user, uid) == found
 
 

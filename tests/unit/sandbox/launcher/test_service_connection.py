@@ -6,16 +6,16 @@ import socket
 import pytest
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.event_loop import Turns
+from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.launcher import outbox
-from jobworker.sandbox.launcher.service_connection import ServiceLink
+from jobworker.sandbox.launcher.service_connection import ServiceConnection
 from jobworker.sandbox.protocol import requests
 
 
 def test_last_words_of_a_service_that_was_killed_are_heard() -> None:
     """All of them, though it has left something unread, and no reply reaches it any more."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    turns, heard, lost = Turns(), list[int](), list[str]()
+    event_loop, heard, lost = EventLoop(), list[int](), list[str]()
 
     def serve(number: int, _: requests.Request) -> None:
         heard.append(number)
@@ -26,14 +26,14 @@ def test_last_words_of_a_service_that_was_killed_are_heard() -> None:
         for descriptor in descriptors:
             os.close(descriptor)
 
-    link = ServiceLink(near, turns, serve, on_lost)
+    link = ServiceConnection(near, event_loop, serve, on_lost)
     link.send({"event": "exit", "job": 7})
     for number in range(1, 4):
         channel.send(far, {"id": number, "op": "ping"})
     far.close()
     for _ in range(10):
         if not lost:
-            turns.turn()
+            event_loop.turn()
     assert heard == [1, 2, 3]
     assert lost == [""]
 
@@ -44,14 +44,14 @@ def test_service_that_takes_no_replies_has_its_requests_left_in_its_socket(
 ) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.setblocking(False)
-    turns, heard = Turns(), list[int]()
+    event_loop, heard = EventLoop(), list[int]()
     null = os.open(os.devnull, os.O_RDONLY)
 
     def serve(number: int, _: requests.Request) -> None:
         heard.append(number)
         link.send({"id": number, "ok": "x" * size}, [null] * descriptors)
 
-    link = ServiceLink(near, turns, serve, lambda _, left: channel.close_all(left))
+    link = ServiceConnection(near, event_loop, serve, lambda _, left: channel.close_all(left))
     sent = taken = 0
     while sent < 3000 and sent - len(heard) < 100:
         try:
@@ -59,21 +59,21 @@ def test_service_that_takes_no_replies_has_its_requests_left_in_its_socket(
             sent += 1
         except BlockingIOError:
             break
-        turns.call_in(0, list[int]().clear)  # so that a turn without a request ends
-        turns.turn()
+        event_loop.call_in(0, list[int]().clear)  # so that a turn without a request ends
+        event_loop.turn()
     assert sent > len(heard), "the rest waits in the socket"
     assert link._outbox._bytes < outbox.ENOUGH_BYTES + size + 100
     kept = [one for each in link._outbox._unsent for one in each.descriptors]
     assert len(kept) < outbox.ENOUGH_DESCRIPTORS + descriptors
     alarm = list[int]().clear
-    turns.call_in(0.05, alarm)
-    turns.turn()
-    assert not turns.is_set(alarm), "nobody is called meanwhile"
+    event_loop.call_in(0.05, alarm)
+    event_loop.turn()
+    assert not event_loop.is_set(alarm), "nobody is called meanwhile"
     while taken < sent:
         try:
             received = channel.receive(far)
         except BlockingIOError:
-            turns.turn()
+            event_loop.turn()
             continue
         assert received is not None
         channel.close_all(received[1])
@@ -83,13 +83,13 @@ def test_service_that_takes_no_replies_has_its_requests_left_in_its_socket(
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(one)
     far.close()
-    turns.turn()
+    event_loop.turn()
     os.close(null)
 
 
 def test_requests_are_heard_though_replies_wait_that_nobody_will_take() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    turns, heard, lost = Turns(), list[int](), list[str]()
+    event_loop, heard, lost = EventLoop(), list[int](), list[str]()
 
     def serve(number: int, _: requests.Request) -> None:
         heard.append(number)
@@ -98,21 +98,24 @@ def test_requests_are_heard_though_replies_wait_that_nobody_will_take() -> None:
         lost.append(why)
         channel.close_all(left)
 
-    link = ServiceLink(near, turns, serve, on_lost)
+    link = ServiceConnection(near, event_loop, serve, on_lost)
     while not link._outbox.is_full:
         link.send({"event": "x" * 20_000})
     channel.send(far, {"id": 7, "op": "ping"})
     far.close()
     while not lost:
-        turns.turn()
+        event_loop.turn()
     assert heard == [7]
 
 
 def test_no_request_is_taken_while_too_much_waits_though_some_of_it_was_sent() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    turns, heard = Turns(), list[int]()
-    link = ServiceLink(
-        near, turns, lambda number, _: heard.append(number), lambda _, left: channel.close_all(left)
+    event_loop, heard = EventLoop(), list[int]()
+    link = ServiceConnection(
+        near,
+        event_loop,
+        lambda number, _: heard.append(number),
+        lambda _, left: channel.close_all(left),
     )
     while link._outbox._bytes < 2 * outbox.ENOUGH_BYTES:
         link.send({"event": "x" * 20_000})
@@ -120,10 +123,10 @@ def test_no_request_is_taken_while_too_much_waits_though_some_of_it_was_sent() -
     while link._outbox.is_full:
         assert heard == []
         channel.receive(far)
-        turns.call_in(0, list[int]().clear)
-        turns.turn()
+        event_loop.call_in(0, list[int]().clear)
+        event_loop.turn()
     while not heard:
         channel.receive(far)
-        turns.turn()
+        event_loop.turn()
     far.close()
-    turns.turn()
+    event_loop.turn()
