@@ -15,14 +15,14 @@ from attrs import evolve
 
 from jobworker.config.settings import Settings, with_first_uid
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.host.id_ranges import lock_ids
 from jobworker.server.startup.preparation import policy_for
 from jobworker.server.startup.state_directory import make_state_directory
 
-LIMITS = Limits(cpu_percent=100, memory_bytes=512 << 20, pids=1024)
+LIMITS = ScopeLimits(cpu_percent=100, memory_bytes=512 << 20, pids=1024)
 
 
 class LauncherSide:

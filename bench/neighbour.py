@@ -27,14 +27,14 @@ from attrs import evolve
 
 from jobworker.config.settings import Settings
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.startup.preparation import policy_for
 from jobworker.server.startup.state_directory import make_state_directory
 
 MIB = 1 << 20
-LIMITS = Limits(cpu_percent=100, memory_bytes=512 * MIB, pids=1024)
+LIMITS = ScopeLimits(cpu_percent=100, memory_bytes=512 * MIB, pids=1024)
 READY = b"ready\n"
 
 
@@ -44,7 +44,7 @@ class Attack(NamedTuple):
     what: str
     script: str
     jobs: int = 1
-    limits: Limits = LIMITS
+    limits: ScopeLimits = LIMITS
     network: str = "host"
     volume: bool = False
     wait_seconds: float = 60.0
@@ -267,7 +267,7 @@ class Neighbourhood:
         if message.get("event") == "exit" and isinstance(job, int):
             self._ended[job] = message
 
-    def spawn(self, order: Order, limits: Limits) -> tuple[int, list[int]]:
+    def spawn(self, order: Order, limits: ScopeLimits) -> tuple[int, list[int]]:
         """Start a job: its id and its pipes."""
         self._jobs += 1
         told, pipes = self.ask("spawn", job=self._jobs, **order._asdict(), **limits._asdict())

@@ -29,11 +29,11 @@ if __name__ == "__main__":
 from jobworker import errors
 from jobworker.sandbox.cgroup import files as cgroup_files
 from jobworker.sandbox.cgroup import hierarchy as cgroups
-from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree
+from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeLimits, Tree
 
 ALL = ("cpu", "memory", "io", "pids")
 MIB = 1 << 20
-UNLIMITED = Limits()
+UNLIMITED = ScopeLimits()
 SOURCE = str(Path(cgroups.__file__).parents[3])
 _HOG = "b = bytearray(256 << 20)"
 _HOG_WITH_SIBLING = "import os; os.fork() or __import__('time').sleep(99); b = bytearray(256 << 20)"
@@ -112,7 +112,7 @@ tree.close()
 """
 
 
-def start(scope: Scope, *command: str, read_line: bool = False) -> subprocess.Popen[bytes]:
+def start(scope: JobScope, *command: str, read_line: bool = False) -> subprocess.Popen[bytes]:
     """Start a command inside the scope, `read_line`: and wait until it has printed a line."""
     child = subprocess.Popen(
         command,
@@ -132,7 +132,7 @@ def python(code: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def job(tree: Tree, limits: Limits = UNLIMITED) -> Iterator[Scope]:
+def job(tree: Tree, limits: ScopeLimits = UNLIMITED) -> Iterator[JobScope]:
     """A scope with limits, killed and removed at the end."""
     scope = tree.create(f"job-{time.monotonic_ns()}")
     try:
@@ -154,7 +154,7 @@ def ended(child: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
             child.kill()
 
 
-def wait_empty(tree: Tree, scope: Scope) -> None:
+def wait_empty(tree: Tree, scope: JobScope) -> None:
     """Wait until the processes that were there have ended; their parents may be slow to reap."""
     for top in tree.tops:
         for pid in cgroup_files.members(top, scope.name):
@@ -173,7 +173,7 @@ def wait_dead(pid: int) -> None:
         os.close(descriptor)
 
 
-def remove_soon(scope: Scope) -> None:
+def remove_soon(scope: JobScope) -> None:
     """Remove a scope whose processes have ended: the kernel lets go of it a moment later."""
     end = time.monotonic() + 20
     while True:
@@ -194,7 +194,7 @@ def is_readable(descriptor: int) -> bool:
 
 def memory_hog_is_killed(tree: Tree, _: Path) -> str:
     """A job over its memory limit is killed, counted, and announced."""
-    with job(tree, Limits(memory_bytes=64 * MIB)) as scope:
+    with job(tree, ScopeLimits(memory_bytes=64 * MIB)) as scope:
         if scope.oom_fd is not None:
             assert not is_readable(scope.oom_fd)
         with ended(start(scope, *python(_HOG))) as child:
@@ -216,7 +216,7 @@ def oom_ends_the_whole_job(tree: Tree, _: Path) -> str:
     if tree.kind != "v2":
         return "not on v1: the launcher does it"
     with (
-        job(tree, Limits(memory_bytes=64 * MIB)) as scope,
+        job(tree, ScopeLimits(memory_bytes=64 * MIB)) as scope,
         ended(start(scope, *python(_HOG_WITH_SIBLING))) as child,
     ):
         assert child.wait(60) == -9
@@ -226,7 +226,7 @@ def oom_ends_the_whole_job(tree: Tree, _: Path) -> str:
 def two_spinners_get_half_a_core(tree: Tree, _: Path) -> str:
     """The CPU limit is one for the job, however many processes it has."""
     with (
-        job(tree, Limits(cpu_percent=50)) as scope,
+        job(tree, ScopeLimits(cpu_percent=50)) as scope,
         ended(start(scope, *python(_SPIN))) as child,
     ):
         assert child.stdout is not None
@@ -246,7 +246,7 @@ def two_spinners_get_half_a_core(tree: Tree, _: Path) -> str:
         return f"{percent:.1f} % of a core, throttled for {throttled / 1e9:.2f} s"
 
 
-def _dd(scope: Scope, *arguments: str) -> float:
+def _dd(scope: JobScope, *arguments: str) -> float:
     started = time.monotonic()
     with ended(start(scope, "dd", *arguments)) as child:
         assert child.wait(90) == 0
@@ -256,7 +256,7 @@ def _dd(scope: Scope, *arguments: str) -> float:
 def direct_io_is_throttled(tree: Tree, directory: Path) -> str:
     """Writes and reads past the page cache run at the limit, each for itself."""
     target = directory / "direct"
-    with job(tree, Limits(io_bps=MIB)) as scope:
+    with job(tree, ScopeLimits(io_bps=MIB)) as scope:
         write = _dd(scope, "if=/dev/zero", f"of={target}", "bs=128k", "count=24", "oflag=direct")
         read = _dd(scope, f"if={target}", "of=/dev/null", "bs=128k", "count=24", "iflag=direct")
         usage = scope.usage()
@@ -283,7 +283,7 @@ def buffered_writes_are_throttled(tree: Tree, directory: Path) -> str:
     if tree.kind != "v2":
         return "not on v1: " + next(note for note in tree.missing_features() if "buffered" in note)
     target = directory / "buffered"
-    with job(tree, Limits(io_bps=MIB)) as scope:
+    with job(tree, ScopeLimits(io_bps=MIB)) as scope:
         seconds = _dd(scope, "if=/dev/zero", f"of={target}", "bs=128k", "count=24", "conv=fsync")
         usage = scope.usage()
     target.unlink()
@@ -295,7 +295,7 @@ def buffered_writes_are_throttled(tree: Tree, directory: Path) -> str:
 def fork_bomb_stops_at_its_limit(tree: Tree, _: Path) -> str:
     """fork(2) fails with EAGAIN inside, and the host goes on; kill ends them all."""
     with (
-        job(tree, Limits(pids=25)) as scope,
+        job(tree, ScopeLimits(pids=25)) as scope,
         ended(start(scope, *python(_BOMB))) as child,
     ):
         assert child.stdout is not None
@@ -320,13 +320,13 @@ def scopes_leave_the_host_its_part(tree: Tree, _: Path) -> str:
     try:
         tree.bound_processes(40)
         with (
-            job(tree, Limits(pids=25)) as first,
+            job(tree, ScopeLimits(pids=25)) as first,
             ended(start(first, *python(_BOMB))) as one,
         ):
             assert one.stdout is not None
             assert int(one.stdout.readline()) == 24
             with (
-                job(tree, Limits(pids=25)) as second,
+                job(tree, ScopeLimits(pids=25)) as second,
                 ended(start(second, *python(_BOMB))) as other,
             ):
                 assert other.stdout is not None
@@ -369,7 +369,7 @@ def charged_memory_refuses_a_lower_limit(tree: Tree, _: Path) -> str:
     ):
         refusal = None
         try:
-            scope.arm(Limits(memory_bytes=8 * MIB))
+            scope.arm(ScopeLimits(memory_bytes=8 * MIB))
         except errors.SandboxError as error:
             refusal = error
         assert refusal is not None
@@ -395,23 +395,23 @@ def zero_lifts_every_limit(tree: Tree, _: Path) -> str:
         )
     )
 
-    def texts(scope: Scope) -> list[str]:
+    def texts(scope: JobScope) -> list[str]:
         paths = [(top, f"{scope.name}/{name}") for top in tree.tops for name in names]
         return [cgroup_files.read(*path) for path in paths if cgroup_files.exists(*path)]
 
     with job(tree) as scope:
         fresh = texts(scope)
-        scope.arm(Limits(50, 64 * MIB, MIB, 10))
+        scope.arm(ScopeLimits(50, 64 * MIB, MIB, 10))
         armed = texts(scope)
         assert len(fresh) >= 4
         assert all(one != other for one, other in zip(fresh, armed, strict=True)), armed
-        scope.arm_ahead(Limits(20, 32 * MIB, MIB // 2, 5))
+        scope.arm_ahead(ScopeLimits(20, 32 * MIB, MIB // 2, 5))
         guessed = texts(scope)
         assert all(one != other for one, other in zip(guessed, armed, strict=True)), guessed
-        scope.arm(Limits(20, 32 * MIB, MIB // 2, 5))
+        scope.arm(ScopeLimits(20, 32 * MIB, MIB // 2, 5))
         assert texts(scope) == guessed
-        scope.arm_ahead(Limits(50, 64 * MIB, MIB, 10))
-        scope.arm(Limits())
+        scope.arm_ahead(ScopeLimits(50, 64 * MIB, MIB, 10))
+        scope.arm(ScopeLimits())
         assert texts(scope) == fresh
     return f"{len(fresh)} files"
 
@@ -426,7 +426,7 @@ def counting_starts_at_arm(tree: Tree, directory: Path) -> str:
         assert before.cpu_ns > 0
         assert before.memory_peak_bytes > 48 * MIB, before
         assert before.write_bytes >= 2 * MIB, before
-        scope.arm(Limits())
+        scope.arm(ScopeLimits())
         after = scope.usage()
         assert (after.cpu_ns, after.read_bytes, after.write_bytes) == (0, 0, 0), after
         version = tuple(int(part) for part in os.uname().release.split(".")[:2])
@@ -476,7 +476,7 @@ def nothing_is_leaked(tree: Tree, _directory: Path) -> str:
     """Fifty scopes later there are as many descriptors as before."""
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
-        with job(tree, Limits(50, 64 * MIB, MIB, 10)) as scope:
+        with job(tree, ScopeLimits(50, 64 * MIB, MIB, 10)) as scope:
             scope.usage()
     assert len(os.listdir("/proc/self/fd")) == before
     return f"{before} descriptors"

@@ -15,7 +15,7 @@ from jobworker.sandbox.cgroup import files as cgroup_files
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.cgroup import mounts as cgroup_mounts
 from jobworker.sandbox.cgroup import v1 as cgroup_v1
-from jobworker.sandbox.cgroup.hierarchy import Limits, Tree
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits, Tree
 from tests.e2e import cgroup_probes as probes
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making control groups needs root")
@@ -157,7 +157,7 @@ def test_kernel_refusal_names_file_value_and_reason(tree: Tree) -> None:
     cgroup_files.write(top, "cpu.cfs_quota_us", "50000")
     scope = tree.create("refused")
     with pytest.raises(errors.SandboxError) as caught:
-        scope.arm(Limits(cpu_percent=200))
+        scope.arm(ScopeLimits(cpu_percent=200))
     scope.remove()
     expected = "cannot set refused/cpu.cfs_quota_us to 200000: Invalid argument"
     assert str(caught.value).startswith(expected)
@@ -168,8 +168,8 @@ def test_limit_without_its_controller_is_refused() -> None:
     tree = cgroups.open_tree(("pids",), NAME)
     scope = tree.create("job")
     with pytest.raises(errors.SandboxError, match=r"cannot limit memory: .* not in use"):
-        scope.arm(Limits(memory_bytes=64 << 20))
-    scope.arm(Limits(pids=5))
+        scope.arm(ScopeLimits(memory_bytes=64 << 20))
+    scope.arm(ScopeLimits(pids=5))
     assert scope.usage().memory_bytes == 0
     scope.remove()
     tree.close()
@@ -180,7 +180,7 @@ def test_second_scope_of_a_name_is_refused_and_the_first_stays(tree: Tree) -> No
     scope = tree.create("job")
     with pytest.raises(errors.SandboxError, match=r"cannot make scope job: .*File exists"):
         tree.create("job")
-    scope.arm(Limits(pids=5))
+    scope.arm(ScopeLimits(pids=5))
     scope.remove()
 
 
@@ -210,7 +210,7 @@ def test_open_that_fails_midway_leaves_no_directory() -> None:
 
 def test_killing_one_by_one_ends_a_bomb_that_goes_on_forking(pure_v1: Tree) -> None:
     scope = pure_v1.create("bomb")
-    scope.arm(Limits(pids=100))
+    scope.arm(ScopeLimits(pids=100))
     with probes.ended(probes.start(scope, *probes.python(LIVE_BOMB))) as child:
         while scope.usage().pids < 50:
             pass

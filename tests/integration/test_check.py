@@ -24,13 +24,13 @@ from jobworker.cli.worker import check_service
 from jobworker.cli.worker.embedded_service import program, write_configuration
 from jobworker.config.settings import load
 from jobworker.pki.administration import init_authority
-from jobworker.sandbox.check.main import Wanted, finding_from, wanted_text
+from jobworker.sandbox.check.main import ProbeSettings, finding_from, format_probe_settings
 from jobworker.sandbox.check.probing import Finding
 
 pytestmark = pytest.mark.alone
 
 SOURCE = str(Path(jobworker.__file__).parent.parent)
-WANTED = Wanted(("cpu", "memory", "io", "pids"), "", ("/usr",), "/var/tmp", 2_100_000_000, 2)
+WANTED = ProbeSettings(("cpu", "memory", "io", "pids"), "", ("/usr",), "/var/tmp", 2_100_000_000, 2)
 PREAMBLE = f"""
 import encodings.ascii, os, sys, resource; sys.path.insert(0, {SOURCE!r})
 from jobworker.sandbox import syscalls as sc
@@ -66,11 +66,11 @@ NUMBERS = {
 }
 
 
-def found(prepare: str = "", wanted: Wanted = WANTED) -> dict[str, Finding]:
+def found(prepare: str = "", probe_settings: ProbeSettings = WANTED) -> dict[str, Finding]:
     """What the probes find after `prepare` was done to their process."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-B", "-c", f"{PREAMBLE}\n{prepare}\nmain()"],
-        input=wanted_text(wanted),
+        input=format_probe_settings(probe_settings),
         capture_output=True,
         text=True,
         timeout=100,
@@ -394,11 +394,11 @@ def room_of(config: Path) -> Finding:
 
 def test_state_directory_below_tmp_is_no_gap(tmp_path: Path) -> None:
     """The probes mount over /tmp, among others."""
-    wanted = WANTED._replace(disks=str(tmp_path))
+    probe_settings = WANTED._replace(disks=str(tmp_path))
     assert str(tmp_path).startswith("/tmp/")
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-B", "-c", f"{PREAMBLE}main()"],
-        input=wanted_text(wanted),
+        input=format_probe_settings(probe_settings),
         capture_output=True,
         text=True,
         check=True,

@@ -356,7 +356,7 @@ class Execution:
         self.record = self._advanced(Event.START, started_at=self._clock())
         return begun
 
-    async def _spawn(self, order: Order, limits: cgroups.Limits) -> tuple[Started, Exits]:
+    async def _spawn(self, order: Order, limits: cgroups.ScopeLimits) -> tuple[Started, Exits]:
         """Have the launcher start the job, or give that up where it is not wanted any more."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_unwanted)

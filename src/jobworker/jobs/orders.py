@@ -35,10 +35,10 @@ def order_of(spec: JobSpec, job: JobId, secret_environment: Mapping[str, str]) -
     )
 
 
-def limits_of(spec: JobSpec) -> cgroups.Limits:
+def limits_of(spec: JobSpec) -> cgroups.ScopeLimits:
     """What its control groups bound."""
     limits = spec.limits
-    return cgroups.Limits(
+    return cgroups.ScopeLimits(
         cpu_percent=limits.cpu_percent or 0,
         memory_bytes=limits.memory_bytes or 0,
         io_bps=limits.io_bps or 0,

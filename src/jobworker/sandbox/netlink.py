@@ -69,7 +69,7 @@ def local_networks() -> list[tuple[str, int]]:
     return found
 
 
-class Changes:
+class AddressMonitor:
     """Reports that addresses or local routes of this network namespace have changed."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from jobworker.config.settings import Settings, load
 from jobworker.errors import JobworkerError
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
-from jobworker.sandbox.check.main import Wanted
+from jobworker.sandbox.check.main import ProbeSettings
 from jobworker.sandbox.check.probing import Finding
 from jobworker.serialization.json_text import dumps
 
@@ -40,7 +40,7 @@ async def run_check(config: Path | None, *, json: bool) -> int:
     settings, about = _settings(config)
     found = [about]
     with trial_ids(settings) as first_uid:
-        wanted = Wanted(
+        probe_settings = ProbeSettings(
             controllers=settings.cgroup.enable_controllers,
             parent=settings.cgroup.parent,
             programs=settings.sandbox.programs,
@@ -48,7 +48,7 @@ async def run_check(config: Path | None, *, json: bool) -> int:
             first_uid=first_uid,
             jobs=settings.worker.max_concurrent_jobs + settings.sandbox.spares,
         )
-        found.extend(await host_findings(wanted))
+        found.extend(await host_findings(probe_settings))
         found.extend(check_service.findings(settings))
         found.extend(await whole_jobs(settings, first_uid))
     found.sort(key=lambda finding: _GROUPS.index(finding.group))

@@ -18,7 +18,7 @@ from jobworker.cli.worker.check_service import nearest_directory
 from jobworker.config.settings import Settings
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.model.job import JobId
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.service.launcher_client import Link, open_link
@@ -72,7 +72,7 @@ async def _trial_directory(settings: Settings) -> AsyncIterator[Path]:
 
 async def _try_networks(settings: Settings) -> list[Finding]:
     defaults = settings.worker.default_limits
-    limits = Limits(
+    limits = ScopeLimits(
         cpu_percent=defaults.cpu_percent or 0,
         memory_bytes=defaults.memory_bytes or 0,
         io_bps=defaults.io_bps or 0,
@@ -94,7 +94,7 @@ async def _try_networks(settings: Settings) -> list[Finding]:
     return found
 
 
-async def _run_job(link: Link, job: JobId, network: str, limits: Limits) -> str:
+async def _run_job(link: Link, job: JobId, network: str, limits: ScopeLimits) -> str:
     order = Order("check", ("/bin/sh", "-c", _PROOF), {}, "/", network)
     began = trio.current_time()
     started, exits = await link.spawn(job, order, limits)

@@ -28,7 +28,7 @@ from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.check.host_check import findings as host_findings
-from jobworker.sandbox.check.main import Wanted
+from jobworker.sandbox.check.main import ProbeSettings
 from jobworker.serialization.json_text import loads
 from jobworker.server.startup.preparation import instance_name
 
@@ -282,7 +282,7 @@ async def _demonstrate(*, stay: bool) -> int:
 
 async def _missing_controllers() -> dict[str, str]:
     """The controllers that this user cannot use, with the reasons; tested by the probes."""
-    found = await host_findings(Wanted(CONTROLLERS, "", (), tempfile.gettempdir(), 0, 1))
+    found = await host_findings(ProbeSettings(CONTROLLERS, "", (), tempfile.gettempdir(), 0, 1))
     limits = {finding.name: finding for finding in found if finding.group == "limits"}
     tried = {name: limits.get(f"{name} limit") for name in CONTROLLERS}
     return {

@@ -25,15 +25,15 @@ from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
 from jobworker.sandbox.cgroup import delegation, mounts
 from jobworker.sandbox.cgroup.files import DIRECTORY
 from jobworker.sandbox.cgroup.none import NoTree
-from jobworker.sandbox.cgroup.scope import Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.scope import JobScope, ScopeLimits, ScopeUsage, Tree
 from jobworker.sandbox.cgroup.v1 import open_v1
 from jobworker.sandbox.cgroup.v2 import open_v2
 
 __all__ = [
-    "Limits",
-    "Scope",
+    "JobScope",
+    "ScopeLimits",
+    "ScopeUsage",
     "Tree",
-    "Usage",
     "most_processes",
     "open_tree",
     "step_into_leaf",

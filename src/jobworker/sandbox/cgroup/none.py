@@ -1,6 +1,6 @@
 """The backend without control groups, for a user who may make none and asks for no limits.
 
-A scope has no directory here. `Scope.arm` refuses every limit by its name, and no usage is
+A scope has no directory here. `JobScope.arm` refuses every limit by its name, and no usage is
 measured. A kill of a job's first process still ends the job, since the kernel then kills all of its
 PID namespace.
 """
@@ -8,20 +8,20 @@ PID namespace.
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.scope import JobScope, Kind, ScopeLimits, ScopeUsage, Tree
 
 
-class NoScope(Scope):
+class NoScope(JobScope):
     """The scope of a job without a control group."""
 
-    def _write_limits(self, limits: Limits) -> None:
+    def _write_limits(self, limits: ScopeLimits) -> None:
         assert not any(limits)  # `arm` has refused what no controller can keep
 
     def _lift_io_limit(self) -> None:
         pass
 
-    def _counters(self) -> Usage:
-        return Usage()
+    def _counters(self) -> ScopeUsage:
+        return ScopeUsage()
 
     def _oom_count(self) -> int:
         return 0

@@ -42,10 +42,10 @@ SWEEP_PAUSE_SECONDS = 0.005
 
 
 _CONTROLLERS = ("cpu", "memory", "io", "pids", "cpuset")
-"""The controller of each field of `Limits`, in the same order."""
+"""The controller of each field of `ScopeLimits`, in the same order."""
 
 
-class Limits(NamedTuple):
+class ScopeLimits(NamedTuple):
     """The limits of a job; 0 is no limit. The caller has to validate the ranges."""
 
     cpu_percent: int = 0  # of one core: 200 is two cores
@@ -55,7 +55,7 @@ class Limits(NamedTuple):
     cores: str = ""  # the cores to run on, such as "0-3,5"; "" is all
 
 
-class Usage(NamedTuple):
+class ScopeUsage(NamedTuple):
     """What a job has used since arm(). A field is 0 if its controller is not in use."""
 
     cpu_ns: int = 0
@@ -68,7 +68,7 @@ class Usage(NamedTuple):
     oom_kills: int = 0
 
 
-class Scope(ABC):
+class JobScope(ABC):
     """One job's control group. `Tree.create()` makes it; `Tree.adopt()` refers to an existing one.
 
     `clone_fd`: its directory on cgroup2, for CLONE_INTO_CGROUP; None on a host without cgroup2.
@@ -88,8 +88,8 @@ class Scope(ABC):
         self._tops = {name: places.get(top, top) for name, top in tree.by_controller.items()}
         self._unified = places.get(tree.unified or -1, tree.unified)
         self._tree = tree
-        self._baseline = Usage()
-        self._ahead: Limits | None = None
+        self._baseline = ScopeUsage()
+        self._ahead: ScopeLimits | None = None
         self._cores = ""
         self._memory_limit_bytes = 0
         self._own_ooms = self._oom_events = 0
@@ -106,7 +106,7 @@ class Scope(ABC):
             if not (cloned and top == self._tree.unified):
                 files.write(top, f"{self.name}/cgroup.procs", "0")
 
-    def arm_ahead(self, limits: Limits) -> None:
+    def arm_ahead(self, limits: ScopeLimits) -> None:
         """Set the limits of a spare in advance, so that a later arm() with the same is fast.
 
         Ignores a SandboxError: a later arm() meets the same fault and raises it.
@@ -115,7 +115,7 @@ class Scope(ABC):
             self.arm(limits)
             self._ahead = limits
 
-    def arm(self, limits: Limits) -> None:
+    def arm(self, limits: ScopeLimits) -> None:
         """Set all limits and begin to count the usage. To be called before the program runs.
 
         Raises `SandboxError` with the file, the value and the kernel's reason. The caller then has
@@ -140,7 +140,7 @@ class Scope(ABC):
                 f"cannot set the limits of scope {self.name}: {error}", data={"step": "limits"}
             ) from error
 
-    def usage(self) -> Usage:
+    def usage(self) -> ScopeUsage:
         """What the job has used since arm(). Raises OSError once the scope is removed."""
         now, then = self._counters(), self._baseline
         return now._replace(
@@ -245,13 +245,13 @@ class Scope(ABC):
             self.clone_fd = os.open(self.name, files.DIRECTORY, dir_fd=self._tree.unified)
 
     @abstractmethod
-    def _write_limits(self, limits: Limits) -> None: ...
+    def _write_limits(self, limits: ScopeLimits) -> None: ...
 
     @abstractmethod
     def _lift_io_limit(self) -> None: ...
 
     @abstractmethod
-    def _counters(self) -> Usage:
+    def _counters(self) -> ScopeUsage:
         """The present values of the kernel's counters, from the creation of the scope."""
 
     @abstractmethod
@@ -291,7 +291,7 @@ class Tree(ABC):
         """The open file that lists the cores of our directory. It is opened once, since a lookup in
         the directory may wait for a lock."""
 
-    def check_controllers(self, limits: Limits) -> None:
+    def check_controllers(self, limits: ScopeLimits) -> None:
         """Raise `SandboxError` if a limit is asked for whose controller is not in use."""
         for controller, value in zip(_CONTROLLERS, limits, strict=True):
             if value and controller not in self.by_controller:
@@ -309,7 +309,9 @@ class Tree(ABC):
             self._cores_fd = os.open(file, flags, dir_fd=self.by_controller["cpuset"])
         return os.pread(self._cores_fd, 65536, 0).decode("ascii", "replace").strip()
 
-    def adopt(self, name: str, directories: Sequence[int] = (), oom_fd: int | None = None) -> Scope:
+    def adopt(
+        self, name: str, directories: Sequence[int] = (), oom_fd: int | None = None
+    ) -> JobScope:
         """A scope that another process has made.
 
         `directories` are as from `open_directories`. The scope owns them and `oom_fd`. Without
@@ -340,7 +342,7 @@ class Tree(ABC):
             top, value = self.by_controller["pids"], str(most)
             files.set_limit(top, "pids.max", value, value.__eq__)
 
-    def create(self, scope_name: str) -> Scope:
+    def create(self, scope_name: str) -> JobScope:
         """Make an empty scope without limits. Raises `SandboxError`; nothing is left then."""
         if not scope_name or "/" in scope_name or scope_name.startswith("."):
             raise ValueError(f"not a name for a scope: {scope_name!r}")
@@ -403,7 +405,7 @@ class Tree(ABC):
         """A line for each limit or counter that this host cannot fully offer (`worker check`)."""
 
     @abstractmethod
-    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> Scope: ...
+    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> JobScope: ...
 
     def _sweep_one(self, name: str, deadline: float) -> None:
         while True:

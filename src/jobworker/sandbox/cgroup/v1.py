@@ -29,7 +29,7 @@ from functools import partial
 
 from jobworker.sandbox.cgroup import block_devices, files, mounts
 from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
-from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.scope import JobScope, Kind, ScopeLimits, ScopeUsage, Tree
 
 PERIOD_US = 100_000  # the kernel's default, and what cgroup v2 uses
 _NEEDED = {
@@ -44,7 +44,7 @@ _SOCKETS = "memory.kmem.tcp"
 _IO_COUNTERS = "blkio.throttle.io_service_bytes_recursive"
 
 
-class ScopeV1(Scope):
+class ScopeV1(JobScope):
     """A scope in v1 hierarchies."""
 
     def __init__(self, tree: "TreeV1", name: str, directories: Sequence[int] = ()) -> None:
@@ -56,7 +56,7 @@ class ScopeV1(Scope):
         if "memory" in self._tops:
             self.oom_fd = _watch_oom(self._tops["memory"], self._path)
 
-    def _write_limits(self, limits: Limits) -> None:
+    def _write_limits(self, limits: ScopeLimits) -> None:
         if "cpu" in self._tops:
             _limit_cpu(self._tops["cpu"], self._path, limits.cpu_percent)
         if "memory" in self._tops:
@@ -71,8 +71,8 @@ class ScopeV1(Scope):
     def _lift_io_limit(self) -> None:
         _limit_io(self._tops["io"], self._path, 0, ())
 
-    def _counters(self) -> Usage:
-        usage = Usage(cpu_ns=self._cpu_ns())
+    def _counters(self) -> ScopeUsage:
+        usage = ScopeUsage(cpu_ns=self._cpu_ns())
         if "cpu" in self._tops:
             stat = files.table(files.read(self._tops["cpu"], f"{self._path}/cpu.stat"))
             usage = usage._replace(throttled_ns=stat.get("throttled_time", 0))

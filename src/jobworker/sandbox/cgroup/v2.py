@@ -24,7 +24,7 @@ from jobworker.errors import HostUnsupported
 from jobworker.sandbox.cgroup import block_devices, files, mounts
 from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
 from jobworker.sandbox.cgroup.delegation import Base, enable
-from jobworker.sandbox.cgroup.scope import Kind, Limits, Scope, Tree, Usage
+from jobworker.sandbox.cgroup.scope import JobScope, Kind, ScopeLimits, ScopeUsage, Tree
 
 PERIOD_US = 100_000
 _NEEDED = {
@@ -35,7 +35,7 @@ _NEEDED = {
 }
 
 
-class ScopeV2(Scope):
+class ScopeV2(JobScope):
     """A scope in the hierarchy of v2."""
 
     def __init__(self, tree: "TreeV2", name: str, directories: Sequence[int] = ()) -> None:
@@ -45,7 +45,7 @@ class ScopeV2(Scope):
         self._peak_seen = 0
         super().__init__(tree, name, directories)
 
-    def _write_limits(self, limits: Limits) -> None:
+    def _write_limits(self, limits: ScopeLimits) -> None:
         if "cpu" in self._tree.by_controller:
             quota = str(limits.cpu_percent * PERIOD_US // 100) if limits.cpu_percent else "max"
             self._set("cpu.max", f"{quota} {PERIOD_US}")
@@ -86,9 +86,9 @@ class ScopeV2(Scope):
     def _lift_io_limit(self) -> None:
         self._limit_io(0, ())
 
-    def _counters(self) -> Usage:
+    def _counters(self) -> ScopeUsage:
         stat = files.table(self._read("cpu.stat"))
-        usage = Usage(
+        usage = ScopeUsage(
             cpu_ns=stat.get("usage_usec", 0) * 1000,
             throttled_ns=stat.get("throttled_usec", 0) * 1000,
         )

@@ -15,7 +15,7 @@ from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox.check.mounts import on_stage
 from jobworker.sandbox.check.probing import Missing, Probe
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disk.images import Disk, Workshop
+from jobworker.sandbox.disk.images import Disk, ImageSettings
 from jobworker.storage import MIN_DISK_BYTES
 
 
@@ -30,7 +30,7 @@ def probes(directory: str) -> Iterable[Probe]:
 
 
 def _image(directory: str) -> int:
-    return disk_images.create(Workshop(directory, {}, "", ()), MIN_DISK_BYTES)
+    return disk_images.create(ImageSettings(directory, {}, "", ()), MIN_DISK_BYTES)
 
 
 def _made(directory: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 import jobworker
-from jobworker.sandbox.check.main import Wanted, finding_from, wanted_text
+from jobworker.sandbox.check.main import ProbeSettings, finding_from, format_probe_settings
 from jobworker.sandbox.check.probing import Finding
 
 SECONDS = 120
@@ -22,7 +22,7 @@ _BOOTSTRAP = (
 )
 
 
-async def findings(wanted: Wanted) -> list[Finding]:
+async def findings(probe_settings: ProbeSettings) -> list[Finding]:
     """The findings of all probes, in their order.
 
     A finding reports what the host lacks, and also a program that fails or hangs.
@@ -31,7 +31,7 @@ async def findings(wanted: Wanted) -> list[Finding]:
     with trio.move_on_after(SECONDS):
         done = await trio.run_process(
             [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, _SOURCE],
-            stdin=wanted_text(wanted).encode(),
+            stdin=format_probe_settings(probe_settings).encode(),
             capture_stdout=True,
             capture_stderr=True,
             check=False,

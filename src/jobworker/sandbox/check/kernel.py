@@ -17,7 +17,7 @@ from functools import partial
 
 from jobworker.sandbox import capabilities
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.check.probing import Missing, Probe, apart, reason_of
+from jobworker.sandbox.check.probing import Missing, Probe, reason_of, run_in_child
 from jobworker.sandbox.host_restrictions import user_namespace_remedy
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
@@ -131,7 +131,7 @@ def _own(kind: str, flag: int) -> str:
 
 
 def _pid_namespace() -> str:
-    first = apart(lambda: str(os.getpid()), sc.CLONE_NEWPID)
+    first = run_in_child(lambda: str(os.getpid()), sc.CLONE_NEWPID)
     if first != "1":
         raise Missing(f"the first process in it has the process id {first} instead of 1")
     return "clone3"
@@ -139,7 +139,7 @@ def _pid_namespace() -> str:
 
 def _user_namespace(ids: Ids) -> str:
     try:
-        id_map = apart(partial(_enter, make_user_namespace(ids.first, ids.each)))
+        id_map = run_in_child(partial(_enter, make_user_namespace(ids.first, ids.each)))
     except Missing as missing:
         raise Missing(missing.reason, user_namespace_remedy()) from None
     except OSError as error:

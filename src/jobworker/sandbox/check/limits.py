@@ -14,15 +14,15 @@ from functools import partial
 from jobworker.errors import JobworkerError
 from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup.hierarchy import Limits, Scope, Tree, open_tree
+from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeLimits, Tree, open_tree
 from jobworker.sandbox.cgroup.mounts import CONTROLLERS
 from jobworker.sandbox.check.probing import SECONDS, Missing, Probe
 
 _LIMITS = {
-    "cpu": Limits(cpu_percent=50),
-    "memory": Limits(memory_bytes=64 * MEBIBYTE),
-    "io": Limits(io_bps=MEBIBYTE),
-    "pids": Limits(pids=16),
+    "cpu": ScopeLimits(cpu_percent=50),
+    "memory": ScopeLimits(memory_bytes=64 * MEBIBYTE),
+    "io": ScopeLimits(io_bps=MEBIBYTE),
+    "pids": ScopeLimits(pids=16),
 }
 _FILE = {
     "v2": {"cpu": "cpu.max", "memory": "memory.max", "io": "io.max", "pids": "pids.max"},
@@ -74,7 +74,7 @@ def sweep(enabled: Sequence[str], parent: str, pid: int) -> None:
 
 
 def _with_tree(
-    controllers: tuple[str, ...], parent: str, work: Callable[[Tree, Scope], str]
+    controllers: tuple[str, ...], parent: str, work: Callable[[Tree, JobScope], str]
 ) -> str:
     tree = open_tree(controllers, name_for(os.getppid()), parent)
     try:
@@ -88,17 +88,17 @@ def _with_tree(
         tree.close()
 
 
-def _limited(controller: str, tree: Tree, scope: Scope) -> str:
+def _limited(controller: str, tree: Tree, scope: JobScope) -> str:
     scope.arm(_LIMITS[controller])  # raises if a limit does not read back as it was written
     return f"{tree.kind}, {_FILE['v2' if tree.kind == 'v2' else 'v1'][controller]}"
 
 
-def _kind(tree: Tree, scope: Scope) -> str:
-    scope.arm(Limits())
+def _kind(tree: Tree, scope: JobScope) -> str:
+    scope.arm(ScopeLimits())
     return tree.kind
 
 
-def _member(scope: Scope, work: Callable[[], None]) -> tuple[int, int]:
+def _member(scope: JobScope, work: Callable[[], None]) -> tuple[int, int]:
     """Start a process in the scope that does `work` and exits: its process id and its pidfd."""
     pid, pidfd = sc.clone3(0, scope.clone_fd)
     if pid == 0:
@@ -118,7 +118,7 @@ def _wait(pidfd: int) -> "os.waitid_result":
     return ended
 
 
-def _born(tree: Tree, scope: Scope) -> str:
+def _born(tree: Tree, scope: JobScope) -> str:
     if scope.clone_fd is None:
         raise Missing("no cgroup2 is mounted: children enter their groups after the clone")
     pid, pidfd = sc.clone3(0, scope.clone_fd)
@@ -130,7 +130,7 @@ def _born(tree: Tree, scope: Scope) -> str:
     return "clone3"
 
 
-def _killed(tree: Tree, scope: Scope) -> str:
+def _killed(tree: Tree, scope: JobScope) -> str:
     ready, notify = os.pipe2(os.O_CLOEXEC)
 
     def sleep() -> None:
@@ -147,8 +147,8 @@ def _killed(tree: Tree, scope: Scope) -> str:
     return "cgroup.kill" if tree.kills_groups else "one by one"
 
 
-def _oom(tree: Tree, scope: Scope) -> str:
-    scope.arm(Limits(memory_bytes=24 * MEBIBYTE))
+def _oom(tree: Tree, scope: JobScope) -> str:
+    scope.arm(ScopeLimits(memory_bytes=24 * MEBIBYTE))
 
     def take() -> None:
         page = os.sysconf("SC_PAGE_SIZE")
@@ -164,14 +164,14 @@ def _oom(tree: Tree, scope: Scope) -> str:
     return "memory.events" if tree.kind == "v2" else "memory.oom_control, eventfd"
 
 
-def _peak(tree: Tree, _: Scope) -> str:
+def _peak(tree: Tree, _: JobScope) -> str:
     for note in tree.missing_features():
         if note.startswith("peak memory"):
             raise Missing(note)
     return "memory.peak" if tree.kind == "v2" else "memory.max_usage_in_bytes"
 
 
-def _buffered(tree: Tree, _: Scope) -> str:
+def _buffered(tree: Tree, _: JobScope) -> str:
     for note in tree.missing_features():
         if note.startswith("buffered writes"):
             raise Missing(note)

@@ -30,7 +30,7 @@ from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.user_namespaces import Ids
 
 
-class Wanted(NamedTuple):
+class ProbeSettings(NamedTuple):
     """The settings of the configuration that the probes need."""
 
     controllers: tuple[str, ...]
@@ -47,41 +47,41 @@ class Wanted(NamedTuple):
     """How many jobs and spares share the ids of an ordinary user."""
 
 
-def all_probes(wanted: Wanted, ids: Ids, *, has_rights: bool) -> Iterator[Probe]:
+def all_probes(probe_settings: ProbeSettings, ids: Ids, *, has_rights: bool) -> Iterator[Probe]:
     """All probes, in the order in which they run.
 
     `has_rights` is whether root runs them: only root can have disks in files.
     """
     yield from probes_kernel.probes(ids)
-    yield from probes_mounts.probes(wanted.programs, ids, has_rights=has_rights)
+    yield from probes_mounts.probes(probe_settings.programs, ids, has_rights=has_rights)
     if has_rights:
-        yield from probes_disks.probes(wanted.disks)
-    yield from probes_limits.probes(wanted.controllers, wanted.parent)
+        yield from probes_disks.probes(probe_settings.disks)
+    yield from probes_limits.probes(probe_settings.controllers, probe_settings.parent)
 
 
-def try_all(wanted: Wanted) -> Iterator[Finding]:
+def try_all(probe_settings: ProbeSettings) -> Iterator[Finding]:
     """Run all probes, and remove what killed ones have left. Yields each finding."""
     adopt_descendants()
-    has_rights, ids = os.geteuid() == 0, Ids(wanted.first_uid)
+    has_rights, ids = os.geteuid() == 0, Ids(probe_settings.first_uid)
     if not has_rights:
         try:
-            ids = split(become_root(), wanted.jobs)
+            ids = split(become_root(), probe_settings.jobs)
         except HostUnsupported as error:
             reason, remedy = error.message, error.remedy
             yield Finding("namespaces", "user namespace", False, True, reason, remedy)
             return  # all other probes need the rights of root in it
     try:
-        for probe in all_probes(wanted, ids, has_rights=has_rights):
+        for probe in all_probes(probe_settings, ids, has_rights=has_rights):
             yield try_one(probe)
             end_descendants()
     finally:
-        probes_limits.sweep(wanted.controllers, wanted.parent, os.getpid())
+        probes_limits.sweep(probe_settings.controllers, probe_settings.parent, os.getpid())
 
 
-def wanted_from(text: str) -> Wanted:
-    """The settings in a text of `wanted_text`."""
+def parse_probe_settings(text: str) -> ProbeSettings:
+    """The settings in a text of `format_probe_settings`."""
     message = json.loads(text)
-    return Wanted(
+    return ProbeSettings(
         controllers=_texts(message["controllers"]),
         parent=str(message["parent"]),
         programs=_texts(message["programs"]),
@@ -91,9 +91,9 @@ def wanted_from(text: str) -> Wanted:
     )
 
 
-def wanted_text(wanted: Wanted) -> str:
+def format_probe_settings(probe_settings: ProbeSettings) -> str:
     """The settings as JSON, for the program's standard input."""
-    return json.dumps(wanted._asdict())
+    return json.dumps(probe_settings._asdict())
 
 
 def finding_from(line: str) -> Finding:
@@ -107,6 +107,6 @@ def _texts(value: Sequence[str]) -> tuple[str, ...]:
 
 def main() -> NoReturn:
     """Read the settings from standard input, run the probes and print their findings."""
-    for finding in try_all(wanted_from(sys.stdin.read())):
+    for finding in try_all(parse_probe_settings(sys.stdin.read())):
         print(json.dumps(finding._asdict()), flush=True)  # noqa: T201 - its output is its result
     sys.exit(0)

@@ -13,7 +13,7 @@ from functools import partial
 
 from jobworker.model.units import MEBIBYTE
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.check.probing import Missing, Probe, apart, reason_of
+from jobworker.sandbox.check.probing import Missing, Probe, reason_of, run_in_child
 from jobworker.sandbox.user_namespaces import Ids, make_user_namespace
 
 _STAGES = ("/tmp", "/var/tmp", "/run", "/mnt")  # noqa: S108 - mounted over, never written to
@@ -90,7 +90,7 @@ def _proc(stage: str) -> str:
             raise Missing(f"it shows {len(seen)} processes instead of its own")
         return "proc"
 
-    return apart(mounted, sc.CLONE_NEWPID | sc.CLONE_NEWNS)
+    return run_in_child(mounted, sc.CLONE_NEWPID | sc.CLONE_NEWNS)
 
 
 def _devpts(stage: str) -> str:

@@ -70,7 +70,7 @@ def try_one(probe: Probe) -> Finding:
     """Run a probe in a process of its own and return its finding."""
     group, name, work, remedy, needed = probe
     try:
-        return Finding(group, name, True, needed, apart(work), "")
+        return Finding(group, name, True, needed, run_in_child(work), "")
     except Missing as missing:
         return Finding(group, name, False, needed, missing.reason, missing.remedy or remedy)
 
@@ -83,7 +83,7 @@ def adopt_descendants() -> None:
     sc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def apart(work: Work, flags: int = 0, cgroup: int | None = None) -> str:
+def run_in_child(work: Work, flags: int = 0, cgroup: int | None = None) -> str:
     """Run `work` in a child, and return its result.
 
     The child is cloned with the namespace `flags`, into the control group of the descriptor

@@ -14,8 +14,8 @@ the same: the kernel writes back later, and drops what it could not write. Only 
 this, see `lost_writes`.
 
 Making an image takes a millisecond. Most blocks of an empty file system are zeros, so the other few
-(`Blank`) are copied from a file system that mke2fs(8) formatted once, and written to each new file.
-A job's disk has no journal, since it does not outlive a crash of the host.
+(`ImageTemplate`) are copied from a file system that mke2fs(8) formatted once, and written to each
+new file. A job's disk has no journal, since it does not outlive a crash of the host.
 
 The loop device uses direct I/O. So nothing is cached twice, and the kernel charges the I/O of the
 device to the control group that caused it, which makes I/O limits on the disk below hold.
@@ -65,18 +65,18 @@ _LABEL_ARGUMENT = struct.Struct("256s")
 _OPTIONS = "noinit_itable,nobarrier,noauto_da_alloc,errors=continue"
 
 
-class Blank(NamedTuple):
+class ImageTemplate(NamedTuple):
     """An empty file system: its size in bytes, and its blocks that are not zero, with offsets."""
 
     size: int
     blocks: tuple[tuple[int, bytes], ...]
 
 
-class Workshop(NamedTuple):
+class ImageSettings(NamedTuple):
     """The directory in which images are made, and the settings for making them."""
 
     directory: str
-    blanks: Mapping[int, Blank]
+    blanks: Mapping[int, ImageTemplate]
     """Prepared file systems, by size in bytes. mke2fs formats an image of any other size."""
     root: str
     """The root directory in which mke2fs runs; "" is the root of this process."""
@@ -99,7 +99,7 @@ class Disk(NamedTuple):
     """The image file, opened by `open_again`."""
 
 
-class Terms(NamedTuple):
+class DiskSettings(NamedTuple):
     """The settings for jobs' disks."""
 
     size: int
@@ -120,9 +120,9 @@ def rounded(size: int) -> int:
     return max(size, MIN_DISK_BYTES) // BLOCK * BLOCK
 
 
-def make_blank(workshop: Workshop, size: int) -> Blank:
+def make_template(image_settings: ImageSettings, size: int) -> ImageTemplate:
     """An empty file system of `size` bytes, formatted by mke2fs(8). Raises OSError."""
-    image = create(workshop._replace(reserve=False), size)
+    image = create(image_settings._replace(reserve=False), size)
     try:
         blocks: list[tuple[int, bytes]] = []
         offset = 0
@@ -132,7 +132,7 @@ def make_blank(workshop: Workshop, size: int) -> Blank:
             except OSError as error:
                 if error.errno != errno.ENXIO:  # there is no more data
                     raise
-                return Blank(size, tuple(blocks))
+                return ImageTemplate(size, tuple(blocks))
             offset = os.lseek(image, start, os.SEEK_HOLE)
             for at in range(start // BLOCK * BLOCK, offset, BLOCK):
                 block = os.pread(image, BLOCK, at)
@@ -142,27 +142,27 @@ def make_blank(workshop: Workshop, size: int) -> Blank:
         os.close(image)
 
 
-def create(workshop: Workshop, size: int, *, journal: bool = False) -> int:
+def create(image_settings: ImageSettings, size: int, *, journal: bool = False) -> int:
     """A descriptor of a new formatted image of `size` bytes, a file without a name.
 
     `journal` adds a journal, for a file system that is to survive a crash of the host. Raises
     OSError, ENOSPC if the disk below has no room for the image above `keep_free`.
     """
-    image = os.open(workshop.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    image = os.open(image_settings.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         disk = os.fstatvfs(image)
-        free = max(0, disk.f_bavail * disk.f_frsize - workshop.keep_free)
+        free = max(0, disk.f_bavail * disk.f_frsize - image_settings.keep_free)
         if free < size:
             where = f"the service's state directory has {free >> 20} MiB for it"
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
         os.ftruncate(image, size)
-        blank = None if journal else workshop.blanks.get(size)
+        blank = None if journal else image_settings.blanks.get(size)
         if blank is None:
-            _format(image, size, workshop, journal=journal)
+            _format(image, size, image_settings, journal=journal)
         else:
             for offset, block in blank.blocks:
                 os.pwrite(image, block, offset)
-        if workshop.reserve:
+        if image_settings.reserve:
             sc.fallocate(image, size)
     except BaseException:
         os.close(image)
@@ -198,11 +198,11 @@ def _label_reserved(target: str) -> None:
         os.close(root)
 
 
-def _format(image: int, size: int, workshop: Workshop, *, journal: bool) -> None:
+def _format(image: int, size: int, image_settings: ImageSettings, *, journal: bool) -> None:
     features = f"{_FEATURES},has_journal" if journal else _FEATURES
     pid, pidfd = sc.clone3(0)
     if pid == 0:
-        _become_mke2fs(image, size, workshop, features)
+        _become_mke2fs(image, size, image_settings, features)
     try:
         info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     finally:
@@ -213,13 +213,13 @@ def _format(image: int, size: int, workshop: Workshop, *, journal: bool) -> None
         raise OSError(errno.EIO, "it failed", "mke2fs")
 
 
-def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> NoReturn:
+def _become_mke2fs(image: int, size: int, image_settings: ImageSettings, features: str) -> NoReturn:
     try:
-        if workshop.root:
+        if image_settings.root:
             sc.unshare(sc.CLONE_NEWNS)
-            for source, at in (*workshop.programs, ("/proc", "/proc")):
-                sc.mount(source, workshop.root + at, None, sc.MS_BIND)
-            os.chroot(workshop.root)
+            for source, at in (*image_settings.programs, ("/proc", "/proc")):
+                sc.mount(source, image_settings.root + at, None, sc.MS_BIND)
+            os.chroot(image_settings.root)
         os.chdir("/")
         program = shutil.which(_MKE2FS, path=_PATH)
         for stream in (1, 2):  # in a child these may be the job's own output
@@ -227,7 +227,7 @@ def _become_mke2fs(image: int, size: int, workshop: Workshop, features: str) -> 
         os.set_inheritable(image, True)
         options = ["-q", "-F", "-t", "ext4", "-O", features, "-b", str(BLOCK), "-I", "256"]
         options += ["-i", str(_BYTES_PER_INODE), "-m", "0"]
-        options += ["-E", "lazy_itable_init=1,nodiscard", "-L", workshop.label]
+        options += ["-E", "lazy_itable_init=1,nodiscard", "-L", image_settings.label]
         name = f"/proc/self/fd/{image}"
         if program is not None:
             arguments = [_MKE2FS, *options, name, f"{size >> 10}k"]

@@ -30,7 +30,7 @@ from jobworker.errors import SandboxError
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores, Done
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disk.images import Workshop
+from jobworker.sandbox.disk.images import ImageSettings
 from jobworker.sandbox.log import say
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
@@ -39,13 +39,13 @@ _MAX_STRANGE = 32
 """How many strange files one reply names, since a reply has a bound in bytes."""
 
 
-class Volumes:
+class VolumeStore:
     """All volumes of the service, and how many live jobs use each."""
 
-    def __init__(self, workshop: Workshop | None, room: int) -> None:
+    def __init__(self, image_settings: ImageSettings | None, room: int) -> None:
         self._room = room
         """How many volumes all live jobs may use together: each use takes a descriptor."""
-        self._workshop = workshop
+        self._image_settings = image_settings
         """The settings for making images; None where the launcher cannot have volumes."""
         self._users: Counter[str] = Counter()
         """How many live jobs use a volume, by its name."""
@@ -75,13 +75,13 @@ class Volumes:
 
     def path(self, name: str) -> str:
         """The path of a volume's image, which may be missing. Raises SandboxError, EPERM."""
-        if self._workshop is None:
+        if self._image_settings is None:
             raise refusal(errno.EPERM, name)
-        return f"{self._workshop.directory}/{name}{_SUFFIX}"
+        return f"{self._image_settings.directory}/{name}{_SUFFIX}"
 
     def list(self, chores: Chores, done: Done) -> None:
         """Pass a message about all volumes to `done`: their sizes in bytes and their live jobs."""
-        if self._workshop is None:
+        if self._image_settings is None:
             done({"volumes": []})
             return
 
@@ -93,7 +93,7 @@ class Volumes:
             self._log_strange(outcome.pop("strange", []))
             done(outcome)
 
-        _start(chores, partial(_list, self._workshop.directory), add_users, "")
+        _start(chores, partial(_list, self._image_settings.directory), add_users, "")
 
     def _log_strange(self, strange: object) -> None:
         """Log each file in the directory that is no volume, once for as long as it stays."""
@@ -125,10 +125,10 @@ class Volumes:
     def make(self, chores: Chores, name: str, size: int, done: Done, *, thin: bool) -> None:
         """Make a volume of `size` bytes, then call `done`. Raises SandboxError."""
         path = self.path(name)
-        assert self._workshop is not None
+        assert self._image_settings is not None
         _start(
             chores,
-            partial(_make, self._workshop._replace(reserve=not thin), path, size),
+            partial(_make, self._image_settings._replace(reserve=not thin), path, size),
             done,
             name,
         )
@@ -206,16 +206,16 @@ def _remove(path: str) -> Message:
     return {}
 
 
-def _make(workshop: Workshop, path: str, size: int) -> Message:
+def _make(image_settings: ImageSettings, path: str, size: int) -> Message:
     """Make an image, write it out and link it to `path`. Raises OSError."""
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    label = disk_images.RESERVED_LABEL if workshop.reserve else ""
-    image = disk_images.create(workshop._replace(label=label), size, journal=True)
-    if workshop.reserve:
+    label = disk_images.RESERVED_LABEL if image_settings.reserve else ""
+    image = disk_images.create(image_settings._replace(label=label), size, journal=True)
+    if image_settings.reserve:
         disk_images.mark_reserved(image)
     os.fsync(image)
-    directory = os.open(workshop.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(image_settings.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     # With `src_dir_fd` Python calls linkat(2), which follows the link in /proc to the image.
     os.link(f"/proc/self/fd/{image}", path, src_dir_fd=directory, follow_symlinks=True)
     os.fsync(directory)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup.hierarchy import Scope, Usage
+from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeUsage
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk
@@ -42,14 +42,14 @@ class PendingStart(NamedTuple):
     number: int
     """The number of the request."""
     request: Spawn
-    errand: trampoline.Errand
+    errand: trampoline.ExecImage
     by: int
     """The count of `Jobs._look_at_starts` at which the launcher gives it up."""
 
 
 NOBODY = -1
 """The request number of a start whose service has gone: the start is not answered."""
-NO_ERRAND = trampoline.Errand(b"", "", "", ())
+NO_ERRAND = trampoline.ExecImage(b"", "", "", ())
 
 
 class Child:
@@ -65,7 +65,7 @@ class Child:
     """`end_is_taken`: its last messages were read and the search for lost writes has begun, so what
     it held may be released. `is_clearing`: that release has begun."""
 
-    def __init__(self, slot: Slot, index: int, scope: Scope) -> None:
+    def __init__(self, slot: Slot, index: int, scope: JobScope) -> None:
         self.slot, self.index, self.scope = slot, index, scope
         self.pid = self.pidfd = self.stdout = self.stderr = -1
         self.disk: Disk | None = None
@@ -117,14 +117,14 @@ class Child:
         """It was killed or has ended, so its slot is about to become free."""
         self.final_want: Want = ""
         """The result of `want` at its end."""
-        self.final_usage: Usage | None = None
+        self.final_usage: ScopeUsage | None = None
         """The result of `usage` at its end, kept because its scope is removed soon after."""
         self.when_cleared: Callable[[], None] | None = None
         """Called when nothing of it is left but its pipes."""
         self.volumes: tuple[str, ...] = ()
         """The names of its volumes."""
 
-    def send(self, errand: trampoline.Errand) -> None:
+    def send(self, errand: trampoline.ExecImage) -> None:
         """Send the child its order, so that it executes the job's program. Raises OSError."""
         self._errand = errand
         if self.sock is None:
@@ -169,7 +169,7 @@ class Child:
         """Whether it has a process that has not ended."""
         return self.pidfd >= 0 and self.exit is None
 
-    def usage(self) -> Usage:
+    def usage(self) -> ScopeUsage:
         """What the job has used. Raises OSError if the counters cannot be read."""
         if self.final_usage is not None:
             return self.final_usage

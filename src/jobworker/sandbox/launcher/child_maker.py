@@ -20,17 +20,17 @@ from typing import NamedTuple
 from jobworker.errors import JobworkerError, SandboxError
 from jobworker.sandbox import fork_server
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup.hierarchy import Scope, Tree
+from jobworker.sandbox.cgroup.hierarchy import JobScope, Tree
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.disk.images import Workshop
+from jobworker.sandbox.disk.images import ImageSettings
 from jobworker.sandbox.fork_server import Answer, Function
 from jobworker.sandbox.network.modes import Networks
 from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.seccomp.program import Filters
-from jobworker.sandbox.start.apply import Means
+from jobworker.sandbox.start.apply import StepContext
 from jobworker.sandbox.start.child import become_job
 from jobworker.sandbox.start.plan import Slot
-from jobworker.sandbox.start.private_network import Way
+from jobworker.sandbox.start.private_network import GatewayHandle
 from jobworker.sandbox.start.steps import Step
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
@@ -79,14 +79,14 @@ class ChildMaker:
         tree: Tree,
         networks: Networks,
         filters: Filters,
-        workshop: Workshop | None,
+        image_settings: ImageSettings | None,
         *,
         landlock: int | None,
         trampoline: int,
         init: int,
     ) -> None:
         self._tree, self._networks = tree, networks
-        self._filters, self._workshop = filters, workshop
+        self._filters, self._image_settings = filters, image_settings
         self._landlock, self._trampoline, self._init = landlock, trampoline, init
 
     @property
@@ -135,7 +135,7 @@ class ChildMaker:
         return {**told, "pid": pid, "descriptors": named}, descriptors
 
     def _clone(
-        self, wanted: ChildRequest, scope: Scope, undo: contextlib.ExitStack, gateways: list[int]
+        self, wanted: ChildRequest, scope: JobScope, undo: contextlib.ExitStack, gateways: list[int]
     ) -> tuple[ChildDescriptors, int]:
         with contextlib.ExitStack() as theirs:
             user_namespace = _closed_by(theirs, _user_namespace(wanted.slot))
@@ -148,11 +148,13 @@ class ChildMaker:
             os.set_blocking(sock, False)
             directories = self._tree.open_directories(scope.name)
             undo.callback(close_all, directories)
-            gateway, way = -1, None
+            gateway, gateway_handle = -1, None
             if wanted.layout is not None:
-                gateway, way = self._open_way(wanted, wanted.layout, scope, undo, theirs, gateways)
+                gateway, gateway_handle = self._open_way(
+                    wanted, wanted.layout, scope, undo, theirs, gateways
+                )
             report, report_of_init = _open_report(undo, theirs) if wanted.has_init else (-1, -1)
-            means = Means(
+            context = StepContext(
                 scope=scope,
                 stdout=stdout_of_job,
                 stderr=stderr_of_job,
@@ -162,14 +164,14 @@ class ChildMaker:
                 user_namespace=user_namespace,
                 filters=self._filters,
                 landlock=self._landlock,
-                workshop=self._workshop,
-                way=way,
+                workshop=self._image_settings,
+                way=gateway_handle,
                 init=self._init if wanted.has_init else -1,
                 report=report_of_init,
             )
             pid, pidfd = sc.clone3(_NAMESPACES | sc.CLONE_PARENT, scope.clone_fd)
             if pid == 0:
-                become_job(wanted.steps, means)
+                become_job(wanted.steps, context)
         oom = -1 if scope.oom_fd is None else scope.oom_fd
         scopes = tuple(directories)
         return ChildDescriptors(
@@ -180,11 +182,11 @@ class ChildMaker:
         self,
         wanted: ChildRequest,
         layout: Layout,
-        scope: Scope,
+        scope: JobScope,
         undo: contextlib.ExitStack,
         theirs: contextlib.ExitStack,
         gateways: list[int],
-    ) -> tuple[int, Way]:
+    ) -> tuple[int, GatewayHandle]:
         """Start the gateway of a child's own network.
 
         Returns the gateway's pidfd, and what the child needs to build its side of the network.
@@ -193,11 +195,13 @@ class ChildMaker:
         gateways.append(pid)
         _closed_by(undo, gateway)
         _closed_by(theirs, link)
-        way = Way(link=link, process=gateway, wall=wanted.wall, neighbours=layout.neighbours)
-        return gateway, way
+        gateway_handle = GatewayHandle(
+            link=link, process=gateway, wall=wanted.wall, neighbours=layout.neighbours
+        )
+        return gateway, gateway_handle
 
 
-def _remove_half_made(scope: Scope) -> None:
+def _remove_half_made(scope: JobScope) -> None:
     """Remove the scope of a child that was not made.
 
     If it is busy, it stays: the launcher removes it again by name when it clears the child.

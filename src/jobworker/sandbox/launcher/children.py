@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from jobworker.errors import HostUnsupported, SandboxError
-from jobworker.sandbox.cgroup.hierarchy import Limits, Tree
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits, Tree
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import rounded
-from jobworker.sandbox.disk.volumes import Volumes, refusal
+from jobworker.sandbox.disk.volumes import VolumeStore, refusal
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import DIED, TRIES, ForkServer
 from jobworker.sandbox.launcher.child import Child
@@ -36,7 +36,7 @@ from jobworker.sandbox.network.modes import Networks
 from jobworker.sandbox.protocol.policy import Policy
 from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.start import init_program, landlock, trampoline
-from jobworker.sandbox.start.plan import Order, OwnNetwork, Sizes, Slot, View, finish, prepare
+from jobworker.sandbox.start.plan import Order, OwnNetwork, RootView, Sizes, Slot, finish, prepare
 from jobworker.sandbox.start.steps import ROOT, Step, explain
 from jobworker.sandbox.user_namespaces import Ids
 
@@ -52,7 +52,7 @@ class ChildPool:
         self, tree: Tree, policy: Policy, ids: Ids, stage: Stage, room_for_volumes: int
     ) -> None:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
-        self.volumes = Volumes(stage.volumes, room_for_volumes)
+        self.volumes = VolumeStore(stage.volumes, room_for_volumes)
         self._free = deque(range(self.slots))
         self._start = os.urandom(3).hex()
         """A random part of the slots' names: they differ from those that an earlier launcher left,
@@ -146,7 +146,7 @@ class ChildPool:
         return Slot(name, self._ids.first_of(index), self._ids.each)
 
     def _ask_for(
-        self, child: Child, order: Order | None, view: View, on_made: OnMade, tried: int
+        self, child: Child, order: Order | None, view: RootView, on_made: OnMade, tried: int
     ) -> None:
         own_network, layout = self.networks.describe(order)
         steps = self._steps(child.slot, view, order, own_network)
@@ -186,7 +186,7 @@ class ChildPool:
             on_made(answer)
 
     def _make_again(
-        self, child: Child, order: Order | None, view: View, on_made: OnMade, tried: int
+        self, child: Child, order: Order | None, view: RootView, on_made: OnMade, tried: int
     ) -> None:
         """Ask for a child again, in place of one that was lost when the fork server ended.
 
@@ -205,7 +205,7 @@ class ChildPool:
         except (OSError, SandboxError) as error:
             on_made({"errno": getattr(error, "errno", None) or errno.EIO, "detail": str(error)})
 
-    def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
+    def plan(self, order: Order, limits: ScopeLimits) -> list[tuple[str, str, str]]:
         """A description of each step by which `order` would be started.
 
         Raises SandboxError like `make`.
@@ -219,7 +219,7 @@ class ChildPool:
         return [explain(step) for step in (*steps, *finish(order))]
 
     def _steps(
-        self, slot: Slot, view: View, order: Order | None, own_network: OwnNetwork | None
+        self, slot: Slot, view: RootView, order: Order | None, own_network: OwnNetwork | None
     ) -> tuple[Step, ...]:
         disk = (order.disk_bytes if order else 0) or self._policy.disk_bytes
         sizes = Sizes(rounded(disk), self._policy.tmpfs_bytes, self._terminals)
@@ -271,6 +271,6 @@ class ChildPool:
             self.sweepers.remove(path)
 
 
-def _with_volumes(view: View, order: Order, images: Sequence[str]) -> View:
+def _with_volumes(view: RootView, order: Order, images: Sequence[str]) -> RootView:
     found = ((name, image, at) for (name, at), image in zip(order.volumes, images, strict=True))
     return view._replace(volumes=tuple(found))

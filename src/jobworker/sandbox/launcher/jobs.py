@@ -34,7 +34,7 @@ from functools import partial
 
 from jobworker.errors import JobworkerError, ProtocolError, SandboxError
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.launcher import held_starts
 from jobworker.sandbox.launcher.child import NOBODY, Child, Exit, PendingStart, name_host, status_of
@@ -109,7 +109,7 @@ class Jobs:
         """How often `_look_at_starts` has run."""
         self._untold: set[Child] = set()
         """Cleared children whose `when_cleared` has not returned yet."""
-        self._usual_limits = Limits()
+        self._usual_limits = ScopeLimits()
         """The limits of the latest job. Spares get them in advance: most jobs ask for the same."""
         self._zombies = Zombies(event_loop)
         self._losses = VolumeLosses(pool, self._tell_end)
@@ -316,7 +316,7 @@ class Jobs:
                 self._tell({"id": number, "error": fault(self._event_loop.record("Spawn"))}, ())
 
     def _start(self, number: int, request: requests.Spawn, by: int) -> None:
-        start = PendingStart(number, request, trampoline.errand(*finish(request.order)), by)
+        start = PendingStart(number, request, trampoline.exec_image(*finish(request.order)), by)
         if not self._event_loop.is_set(self._refill):
             self._event_loop.call_in(REFILL_SECONDS, self._refill)
         if not fits_spare(request.order, self._pool.usual_disk_bytes):

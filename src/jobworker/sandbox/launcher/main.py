@@ -25,13 +25,13 @@ from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import (
-    Limits,
+    ScopeLimits,
     Tree,
     most_processes,
     open_tree,
     sweep_elsewhere,
 )
-from jobworker.sandbox.disk.images import Terms, rounded
+from jobworker.sandbox.disk.images import DiskSettings, rounded
 from jobworker.sandbox.kernel_memory.measure import open_locks
 from jobworker.sandbox.kernel_memory.sockets import tell_what_cannot_be_listed
 from jobworker.sandbox.launcher.children import ChildPool
@@ -57,7 +57,7 @@ def _warm_up(tree: Tree) -> None:
     """Set limits once: at the first I/O limit the kernel needs some 40 ms to prepare itself."""
     scope = tree.create("warm-up")
     try:
-        scope.arm(Limits(io_bps=1 << 30 if "io" in tree.by_controller else 0))
+        scope.arm(ScopeLimits(io_bps=1 << 30 if "io" in tree.by_controller else 0))
     finally:
         scope.remove()
     if "cpuset" in tree.by_controller:
@@ -247,7 +247,7 @@ def _prepare(
     stage = (
         rootfs.enter(
             *(policy.stage, policy.scratch, policy.volumes, *shown),
-            Terms(rounded(policy.disk_bytes), policy.keep_free_bytes, not policy.overcommit),
+            DiskSettings(rounded(policy.disk_bytes), policy.keep_free_bytes, not policy.overcommit),
             policy.runtimes,
         )
         if has_rights

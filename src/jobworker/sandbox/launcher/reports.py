@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from jobworker.errors import JobworkerError
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.hierarchy import Usage
+from jobworker.sandbox.cgroup.hierarchy import ScopeUsage
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.protocol.replies import HowEnded, JobEntry
 
@@ -67,7 +67,7 @@ def listed(child: Child) -> JobEntry:
     )
 
 
-def measured(child: Child) -> tuple[Usage, bool]:
+def measured(child: Child) -> tuple[ScopeUsage, bool]:
     """What a job has used, and whether that could be read.
 
     If it could not, the numbers are 0: an earlier version of the service accepts numbers only.
@@ -75,7 +75,7 @@ def measured(child: Child) -> tuple[Usage, bool]:
     try:
         return child.usage(), True
     except OSError:
-        return Usage(), False
+        return ScopeUsage(), False
 
 
 def since_end(child: Child) -> float:

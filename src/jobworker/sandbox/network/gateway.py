@@ -23,10 +23,10 @@ from typing import NamedTuple, NoReturn
 from jobworker.sandbox import channel, netlink
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.capabilities import Capability
-from jobworker.sandbox.cgroup.hierarchy import Scope
+from jobworker.sandbox.cgroup.hierarchy import JobScope
 from jobworker.sandbox.network.slirp import Layout
 from jobworker.sandbox.start import network
-from jobworker.sandbox.start.plan import View
+from jobworker.sandbox.start.plan import RootView
 from jobworker.sandbox.start.private_network import PROGRAM, TAP
 from jobworker.sandbox.start.steps import ROOT
 from jobworker.sandbox.user_namespaces import make_user_namespace
@@ -51,23 +51,23 @@ _LOG = "dev/log"
 """The file that takes the output of slirp4netns."""
 
 
-class Means(NamedTuple):
+class GatewayParameters(NamedTuple):
     """The parameters of a gateway."""
 
     layout: Layout
     program: str
     """The path of slirp4netns in the gateway's root."""
-    view: View
+    view: RootView
     """The view of the host's programs."""
     uid: int
     """The gateway's user id outside."""
-    scope: Scope
+    scope: JobScope
     """The job's scope."""
     landlock: int | None
     """The ruleset of `sandbox.start.landlock`; None if the kernel cannot scope."""
 
 
-def start_gateway(means: Means) -> tuple[int, int, int]:
+def start_gateway(parameters: GatewayParameters) -> tuple[int, int, int]:
     """Clone a gateway: its pid and pidfd, and a socket whose reader is
     `start.private_network.enter`.
 
@@ -82,7 +82,7 @@ def start_gateway(means: Means) -> tuple[int, int, int]:
             near.close()
             raise
         if pid == 0:
-            _become_gateway(means, far.fileno())
+            _become_gateway(parameters, far.fileno())
     return pid, pidfd, near.detach()
 
 
@@ -99,24 +99,24 @@ def reap(pidfd: int) -> str | None:
     return f"its {PROGRAM} ended {how} {info.si_status}"
 
 
-def _become_gateway(means: Means, descriptor: int) -> NoReturn:
+def _become_gateway(parameters: GatewayParameters, descriptor: int) -> NoReturn:
     """In the cloned process: make the network, send it to the job's process, run slirp4netns."""
     try:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as link:
-            _run(means, link)
+            _run(parameters, link)
     finally:
         os._exit(127)
 
 
-def _run(means: Means, link: socket.socket) -> None:
+def _run(parameters: GatewayParameters, link: socket.socket) -> None:
     try:
         os.setsid()
-        if means.landlock is not None:
-            sc.landlock_restrict_self(means.landlock)
-        _enter_root(means.view)
-        own = make_user_namespace(means.uid, 1)
-        namespace = _make_network(means.layout, own)
-        means.scope.attach_self(cloned=False)
+        if parameters.landlock is not None:
+            sc.landlock_restrict_self(parameters.landlock)
+        _enter_root(parameters.view)
+        own = make_user_namespace(parameters.uid, 1)
+        namespace = _make_network(parameters.layout, own)
+        parameters.scope.attach_self(cloned=False)
         ready, notify = os.pipe2(os.O_CLOEXEC)
         log = os.open(f"/{_LOG}", os.O_RDWR | os.O_CLOEXEC)
         channel.send(link, {}, [namespace, ready, log])
@@ -125,13 +125,18 @@ def _run(means: Means, link: socket.socket) -> None:
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         null = os.open("/dev/null", os.O_RDWR)
         _arrange_descriptors((null, null, log, namespace, notify))
-        arguments = [PROGRAM, *_OPTIONS, f"--cidr={means.layout.prefix}.0/24", "/proc/self/fd/3"]
-        os.execve(means.program, [*arguments, TAP], {"PATH": "/usr/bin:/bin"})  # noqa: S606
+        arguments = [
+            PROGRAM,
+            *_OPTIONS,
+            f"--cidr={parameters.layout.prefix}.0/24",
+            "/proc/self/fd/3",
+        ]
+        os.execve(parameters.program, [*arguments, TAP], {"PATH": "/usr/bin:/bin"})  # noqa: S606
     except OSError as error:
         channel.send(link, {"errno": error.errno or 0, "detail": str(error.filename or error)})
 
 
-def _enter_root(view: View) -> None:
+def _enter_root(view: RootView) -> None:
     """Enter a root with the host's programs, the devices of `_DEVICES`, a /proc and no more."""
     root = ROOT
     for layer in view.layers:

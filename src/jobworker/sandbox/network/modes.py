@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import netlink
-from jobworker.sandbox.cgroup.hierarchy import Limits, Scope
-from jobworker.sandbox.network.gateway import Means, start_gateway
+from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeLimits
+from jobworker.sandbox.network.gateway import GatewayParameters, start_gateway
 from jobworker.sandbox.network.slirp import (
     PROCESSES,
     Layout,
@@ -20,12 +20,12 @@ from jobworker.sandbox.network.slirp import (
     resolv_conf,
 )
 from jobworker.sandbox.start import wall
-from jobworker.sandbox.start.plan import Order, OwnNetwork, View
+from jobworker.sandbox.start.plan import Order, OwnNetwork, RootView
 from jobworker.sandbox.start.private_network import PROGRAM
 from jobworker.sandbox.start.steps import ROOT
 
 
-class Host(NamedTuple):
+class HostAddresses(NamedTuple):
     """The IPv4 addresses of the host."""
 
     addresses: tuple[tuple[str, int], ...]
@@ -34,19 +34,19 @@ class Host(NamedTuple):
     """All addresses whose packets the kernel delivers to the host itself, with broadcasts."""
 
 
-def read_host() -> Host:
+def read_host() -> HostAddresses:
     """The host's addresses as they are now. Raises OSError."""
     addresses = netlink.addresses()
     alone = [wall.range_of(address) for address, _ in addresses]
     local = [wall.range_of(f"{first}/{length}") for first, length in netlink.local_networks()]
-    return Host(tuple(addresses), wall.merged([*alone, *local]))
+    return HostAddresses(tuple(addresses), wall.merged([*alone, *local]))
 
 
 class Networks:
     """Describes and starts the networks of jobs, and knows the host's addresses."""
 
-    def __init__(self, view: View, first_uid: int, landlock: int | None) -> None:
-        self.changes = netlink.Changes()
+    def __init__(self, view: RootView, first_uid: int, landlock: int | None) -> None:
+        self.changes = netlink.AddressMonitor()
         """Readable when the host's addresses may have changed: see `refresh`."""
         self.host, self._stale = read_host(), False
         self._view, self._landlock = view, landlock
@@ -91,10 +91,10 @@ class Networks:
         network = f"{layout.prefix}.0/24"
         return wall.program(layout.address, layout.resolver, network, self.host.local)
 
-    def open_gateway(self, layout: Layout, index: int, scope: Scope) -> tuple[int, int, int]:
+    def open_gateway(self, layout: Layout, index: int, scope: JobScope) -> tuple[int, int, int]:
         """Start the gateway for the job in place `index`: see `start_gateway`."""
         uid = self._first_uid + index
-        means = Means(
+        parameters = GatewayParameters(
             layout=layout,
             program=self._program(),
             view=self._view,
@@ -102,7 +102,7 @@ class Networks:
             scope=scope,
             landlock=self._landlock,
         )
-        return start_gateway(means)
+        return start_gateway(parameters)
 
     def _program(self) -> str:
         program = find_program(self._trees)
@@ -114,7 +114,7 @@ class Networks:
         return program
 
 
-def room_beside(limits: Limits, order: Order) -> Limits:
+def room_beside(limits: ScopeLimits, order: Order) -> ScopeLimits:
     """The limits of a job's scope, with room for the processes of its init and its gateway.
 
     So the job itself may have as many processes as it asked for.

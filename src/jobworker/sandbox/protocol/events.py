@@ -9,7 +9,7 @@ Pure, standard library only.
 
 from typing import NamedTuple
 
-from jobworker.sandbox.cgroup.scope import Usage
+from jobworker.sandbox.cgroup.scope import ScopeUsage
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol import replies as r
 
@@ -22,7 +22,7 @@ class Ended(NamedTuple):
     """The time since its end: the launcher sends the event once the job's volumes are written out.
     """
     how: r.HowEnded
-    usage: Usage
+    usage: ScopeUsage
     measured: bool
     """Whether `usage` could be read."""
 

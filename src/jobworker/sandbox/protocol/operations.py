@@ -18,7 +18,7 @@ Pure, standard library only.
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox.cgroup.scope import Usage
+from jobworker.sandbox.cgroup.scope import ScopeUsage
 from jobworker.sandbox.event_loop import TurnTimes
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol import replies as a
@@ -62,7 +62,7 @@ GIVE_UP = Operation("give_up", q.GiveUpStart, (q.JOB,), a.GivenUp, a.GIVEN_UP)
 SIGNAL = Operation("signal", q.Signal, (q.JOB, q.SIGNAL, q.ASK), a.Delivered, a.DELIVERED)
 KILL = Operation("kill", q.Kill, (q.JOB, q.ASK), a.Done)
 REMOVE = Operation("remove", q.Remove, (q.JOB,), a.Done)
-USAGE = Operation("usage", q.UsageOf, (q.JOB,), Usage, a.USAGE, is_patient=False)
+USAGE = Operation("usage", q.UsageOf, (q.JOB,), ScopeUsage, a.USAGE, is_patient=False)
 LIST = Operation("list", q.ListJobs, (q.AFTER,), a.JobEntries, a.JOBS, descriptors=None)
 TURNS = Operation("turns", q.TimesOfTurns, (), TurnTimes, a.TURNS)
 PROMISED = Operation("promised", q.PromisedBytes, (), a.Promised, a.PROMISED, is_patient=False)

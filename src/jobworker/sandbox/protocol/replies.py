@@ -12,7 +12,7 @@ Pure, standard library only.
 
 from typing import NamedTuple
 
-from jobworker.sandbox.cgroup.scope import Usage
+from jobworker.sandbox.cgroup.scope import ScopeUsage
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.end_requests import AskedFor
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
@@ -105,7 +105,7 @@ class JobEntry(NamedTuple):
     """Without meaning while the job lives."""
     exit: HowEnded | None
     """None while it lives, and until its volumes were written out."""
-    usage: Usage
+    usage: ScopeUsage
     measured: bool
     """Whether `usage` could be read."""
     network_end: str
@@ -157,7 +157,7 @@ GIVEN_UP: f.Fields = (f.flag("given_up"),)
 DELIVERED: f.Fields = (f.flag("delivered"),)
 STEPS: f.Fields = (f.many("steps", _words),)
 PROMISED: f.Fields = (f.count("bytes"),)
-USAGE: f.Fields = tuple(f.optional(f.count(name), 0) for name in Usage._fields)
+USAGE: f.Fields = tuple(f.optional(f.count(name), 0) for name in ScopeUsage._fields)
 TURNS: f.Fields = (
     f.count("turns"),
     f.seconds("longest_ms"),
@@ -186,7 +186,7 @@ HOW_ENDED: f.Fields = (
     f.member("want", _text_or_none),
 )
 SINCE_END = f.optional(f.seconds("ended_seconds_ago"), 0.0)
-USED = f.nested("usage", Usage, USAGE)
+USED = f.nested("usage", ScopeUsage, USAGE)
 MEASURED = f.optional(f.flag("measured"), default=True)
 _ASKED: f.Fields = (
     f.text("cause"),
@@ -204,7 +204,7 @@ JOBS: f.Fields = (
             f.seconds("age_seconds"),
             SINCE_END,
             f.nested_or_null("exit", HowEnded, HOW_ENDED),
-            f.optional(USED, Usage()),
+            f.optional(USED, ScopeUsage()),
             MEASURED,
             f.optional(f.text("network_end"), ""),
             f.optional(f.nested_or_null("asked", AskedFor, _ASKED), None),

@@ -11,7 +11,7 @@ Pure, standard library only. Each field raises Malformed, which names the member
 from typing import NamedTuple
 
 from jobworker.core_list import is_core_list
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.end_requests import CAUSES, Ask
 from jobworker.sandbox.start.plan import Order
@@ -41,14 +41,14 @@ class Spawn(NamedTuple):
 
     job: int
     order: Order
-    limits: Limits
+    limits: ScopeLimits
 
 
 class PlanOf(NamedTuple):
     """List the steps by which a job would be started, and start nothing."""
 
     order: Order
-    limits: Limits
+    limits: ScopeLimits
 
 
 class Signal(NamedTuple):
@@ -253,8 +253,8 @@ def _volumes(value: object) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _limits(message: f.Object) -> Limits:
-    return Limits(
+def _limits(message: f.Object) -> ScopeLimits:
+    return ScopeLimits(
         cpu_percent=_number(message, "cpu_percent"),
         memory_bytes=_number(message, "memory_bytes"),
         io_bps=_number(message, "io_bps"),
@@ -288,7 +288,7 @@ def _order_members(order: Order) -> f.Object:
 
 JOB = f.integer("job", 1, MAX_JOB)
 ORDER = f.Field(Order._fields, _order, _order_members)
-LIMITS = f.Field(Limits._fields, _limits, Limits._asdict)
+LIMITS = f.Field(ScopeLimits._fields, _limits, ScopeLimits._asdict)
 ASK = f.Field(Ask._fields, _ask, lambda ask: {} if ask is None else ask._asdict())
 SIGNAL = f.integer("signal", 1, MAX_SIGNAL)
 AFTER = f.integer("after", 0, MAX_NUMBER)

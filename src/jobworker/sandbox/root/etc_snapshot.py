@@ -16,7 +16,7 @@ _MAX_FILE_BYTES = 4 << 20
 _MAX_ENTRIES = 20_000
 
 
-class Entry(NamedTuple):
+class EtcEntry(NamedTuple):
     """One entry of the snapshot: a directory, a file with its content, or a link and its target."""
 
     path: str
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     target: str | None
 
 
-def snapshot_etc(names: Iterable[str], base: str = "/etc") -> list[Entry]:
+def snapshot_etc(names: Iterable[str], base: str = "/etc") -> list[EtcEntry]:
     """The entries below `base` that `names` allow and every user of the host may read.
 
     A link stays a link if it leads into /usr or into another allowed name. If it leads elsewhere,
@@ -33,7 +33,7 @@ def snapshot_etc(names: Iterable[str], base: str = "/etc") -> list[Entry]:
     4 MiB is left out, and the snapshot ends at 20,000 entries.
     """
     allowed = [os.path.normpath(os.path.join(base, name)) for name in names]
-    entries: list[Entry] = []
+    entries: list[EtcEntry] = []
     waiting = [path for path in allowed if path.startswith(base + "/") and _is_reachable(path)]
     while waiting and len(entries) < _MAX_ENTRIES:
         path = waiting.pop()
@@ -44,13 +44,13 @@ def snapshot_etc(names: Iterable[str], base: str = "/etc") -> list[Entry]:
     return entries
 
 
-def _read_entry(path: str, allowed: Sequence[str]) -> tuple[Entry | None, list[str]]:
+def _read_entry(path: str, allowed: Sequence[str]) -> tuple[EtcEntry | None, list[str]]:
     try:
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode):
             end = os.path.realpath(path)
             if any(end == a or end.startswith(a + "/") for a in ("/usr", *allowed)):
-                return Entry(path, 0, None, os.readlink(path)), []
+                return EtcEntry(path, 0, None, os.readlink(path)), []
             path_to_read = end
             status = os.lstat(end)
         else:
@@ -61,11 +61,11 @@ def _read_entry(path: str, allowed: Sequence[str]) -> tuple[Entry | None, list[s
             if not status.st_mode & stat.S_IXOTH:
                 return None, []
             below = [f"{path}/{name}" for name in sorted(os.listdir(path))]
-            return Entry(path, 0o755, None, None), below
+            return EtcEntry(path, 0o755, None, None), below
         if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_FILE_BYTES:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             with open(os.open(path_to_read, flags), "rb") as file:
-                return Entry(path, status.st_mode & 0o755 | 0o644, file.read(), None), []
+                return EtcEntry(path, status.st_mode & 0o755 | 0o644, file.read(), None), []
     except OSError:
         pass  # the file has gone or become unreadable: the job does not see it
     return None, []
@@ -83,7 +83,7 @@ def _is_reachable(path: str) -> bool:
     return True
 
 
-def write_entry(path: str, entry: Entry) -> None:
+def write_entry(path: str, entry: EtcEntry) -> None:
     """Write `entry` to `path`. A link does not replace a file or link that is there already."""
     os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
     if entry.target is not None:

@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disk.images import Blank, Terms, Workshop
-from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc, write_entry
+from jobworker.sandbox.disk.images import DiskSettings, ImageSettings, ImageTemplate
+from jobworker.sandbox.root.etc_snapshot import EtcEntry, snapshot_etc, write_entry
 from jobworker.sandbox.root.host_trees import not_for_all, program_trees, with_mounts_below
 from jobworker.sandbox.root.runtimes import check_trees, lay_over, view_of
 from jobworker.sandbox.root.stage import (
@@ -38,7 +38,7 @@ from jobworker.sandbox.root.stage import (
     move_to,
     own_namespace,
 )
-from jobworker.sandbox.start.plan import DISK, Layer, View
+from jobworker.sandbox.start.plan import DISK, Layer, RootView
 from jobworker.sandbox.start.steps import ROOT
 from jobworker.sandbox.user_namespaces import make_user_namespace
 
@@ -59,7 +59,7 @@ def enter(
     volumes: str,
     programs: Sequence[str],
     etc: Sequence[str],
-    disks: Terms,
+    disks: DiskSettings,
     runtimes: Mapping[str, str],
 ) -> Stage:
     """Move this process into a mount namespace of its own with the jobs' layers, and describe it.
@@ -77,8 +77,8 @@ def enter(
         entries = snapshot_etc(etc)
         blanks = _blanks(scratch, disks.size)
         _move(stage, {SCRATCH: scratch, VOLUMES: volumes}, [*trees, *runtimes.values()])
-        workshop = Workshop(SCRATCH, blanks, "", ())
-        layers = _lay_base(workshop, trees, hidden, links, entries)
+        image_settings = ImageSettings(SCRATCH, blanks, "", ())
+        layers = _lay_base(image_settings, trees, hidden, links, entries)
     except OSError as error:
         raise HostUnsupported(
             f"cannot assemble the root for jobs: {error.strerror or error}"
@@ -88,19 +88,19 @@ def enter(
     shown = tuple((layer.lower[-1], layer.at) for layer in layers[1:])
     mapped = [BASE, *(f"{LAYERS}/{number}" for number in range(len(trees) + len(runtimes)))]
     _try_mapping(dict(zip(mapped, ["the skeleton", *trees, *runtimes.values()], strict=True)))
-    view = View("/dev/null", (BASE, *(source for source, _ in shown)), layers)
+    view = RootView("/dev/null", (BASE, *(source for source, _ in shown)), layers)
     others = {
         name: view_of(BASE, OVER, f"{LAYERS}/{number}")
         for number, name in enumerate(runtimes, start=len(trees))
     }
-    for_volumes = Workshop(VOLUMES, {}, f"{BASE}/root", shown, disks.keep_free)
-    workshop = for_volumes._replace(
+    for_volumes = ImageSettings(VOLUMES, {}, f"{BASE}/root", shown, disks.keep_free)
+    image_settings = for_volumes._replace(
         directory=SCRATCH,
         blanks=blanks,
         reserve=disks.reserve,
         label=disk_images.label_of(scratch),
     )
-    return Stage(view, workshop, (), others, for_volumes)
+    return Stage(view, image_settings, (), others, for_volumes)
 
 
 def _try_mapping(mounts: Mapping[str, str]) -> None:
@@ -129,14 +129,14 @@ def _try_mapping(mounts: Mapping[str, str]) -> None:
         os.close(namespace)
 
 
-def _blanks(scratch: str, disk_bytes: int) -> dict[int, Blank]:
+def _blanks(scratch: str, disk_bytes: int) -> dict[int, ImageTemplate]:
     """Prepared file systems for the skeleton and for jobs' disks, by size in bytes.
 
     Raises HostUnsupported if they cannot be made.
     """
-    here = Workshop(scratch, {}, "", (), label=disk_images.label_of(scratch))
+    here = ImageSettings(scratch, {}, "", (), label=disk_images.label_of(scratch))
     try:
-        return {size: disk_images.make_blank(here, size) for size in (_BASE_BYTES, disk_bytes)}
+        return {size: disk_images.make_template(here, size) for size in (_BASE_BYTES, disk_bytes)}
     except OSError as error:
         reason = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
         remedy = "install e2fsprogs, and keep worker.state_dir on a local file system with room"
@@ -160,17 +160,17 @@ def _move(stage: str, writable: Mapping[str, str], trees: Sequence[str]) -> None
 
 
 def _lay_base(
-    workshop: Workshop,
+    image_settings: ImageSettings,
     trees: Sequence[str],
     hidden: dict[str, list[str]],
     links: dict[str, str],
-    entries: Sequence[Entry],
+    entries: Sequence[EtcEntry],
 ) -> tuple[Layer, ...]:
     """Make the skeleton and the masks on a new disk, and return all layers of a job's root.
 
     The first layer is the skeleton, mounted at "/". The disk is read-only afterwards.
     """
-    image = disk_images.create(workshop, _BASE_BYTES)
+    image = disk_images.create(image_settings, _BASE_BYTES)
     try:
         disk_images.mount_image(image, BASE)
     finally:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc, write_entry
+from jobworker.sandbox.root.etc_snapshot import EtcEntry, snapshot_etc, write_entry
 from jobworker.sandbox.root.host_trees import program_trees
 from jobworker.sandbox.root.stage import (
     READ_ONLY,
@@ -24,7 +24,7 @@ from jobworker.sandbox.root.stage import (
     move_to,
     own_namespace,
 )
-from jobworker.sandbox.start.plan import DEVICE_LINKS, DEVICES, View
+from jobworker.sandbox.start.plan import DEVICE_LINKS, DEVICES, RootView
 from jobworker.sandbox.start.steps import ROOT
 
 GAP = "without root's rights the space that a job takes on disk has no bound"
@@ -50,7 +50,7 @@ def enter(stage: str, scratch: str, programs: Sequence[str], etc: Sequence[str])
             f"cannot assemble the root for jobs: {error.strerror or error}",
             remedy="see `worker check`; Linux 5.12 or newer is needed",
         ) from error
-    return Stage(View(f"{ROOT}/dev/null", scratch=SCRATCH), None, (GAP,), {}, None)
+    return Stage(RootView(f"{ROOT}/dev/null", scratch=SCRATCH), None, (GAP,), {}, None)
 
 
 def _clone_all(path: str) -> int:
@@ -63,7 +63,7 @@ def _assemble(
     shown: Mapping[str, int],
     devices: Mapping[str, int],
     links: Mapping[str, str],
-    entries: Sequence[Entry],
+    entries: Sequence[EtcEntry],
 ) -> None:
     sc.mount("tmpfs", ROOT, "tmpfs", sc.MS_NOSUID, "mode=755,size=64m")
     make_skeleton(ROOT, links)

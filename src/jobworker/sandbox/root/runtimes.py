@@ -13,9 +13,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 from jobworker.errors import ConfigError
-from jobworker.sandbox.root.etc_snapshot import Entry, write_entry
+from jobworker.sandbox.root.etc_snapshot import EtcEntry, write_entry
 from jobworker.sandbox.root.stage import make_mount_points
-from jobworker.sandbox.start.plan import Layer, View
+from jobworker.sandbox.start.plan import Layer, RootView
 
 FROM_THE_HOST = ("/etc/hosts", "/etc/resolv.conf")
 
@@ -41,7 +41,7 @@ def _unusable(name: str, path: str, why: str) -> ConfigError:
     )
 
 
-def lay_over(place: str, entries: Sequence[Entry]) -> None:
+def lay_over(place: str, entries: Sequence[EtcEntry]) -> None:
     """Fill the empty directory `place` with the layer that lies above every runtime's tree."""
     make_mount_points(place)
     for entry in entries:
@@ -49,6 +49,6 @@ def lay_over(place: str, entries: Sequence[Entry]) -> None:
             write_entry(place + entry.path, entry)
 
 
-def view_of(base: str, over: str, tree: str) -> View:
+def view_of(base: str, over: str, tree: str) -> RootView:
     """The view of a runtime: the mount at `tree`, and above it the directory `over` in `base`."""
-    return View("/dev/null", (base, tree), (Layer("", (over, tree)),))
+    return RootView("/dev/null", (base, tree), (Layer("", (over, tree)),))

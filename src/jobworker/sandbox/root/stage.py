@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.disk.images import Workshop
-from jobworker.sandbox.start.plan import Order, View
+from jobworker.sandbox.disk.images import ImageSettings
+from jobworker.sandbox.start.plan import Order, RootView
 
 SCRATCH, VOLUMES = "/scratch", "/volumes"
 """The mount points of the service's directories for jobs' disks and for volumes."""
@@ -33,18 +33,18 @@ LINKS = {"var/run": "/run", "var/lock": "/run/lock", "etc/mtab": "/proc/self/mou
 class Stage(NamedTuple):
     """The content of the namespace: views to make a job's root of, and settings for its disk."""
 
-    view: View
+    view: RootView
     """The view of the host's programs."""
-    workshop: Workshop | None
+    workshop: ImageSettings | None
     """The settings for jobs' disks; None where the launcher cannot make any."""
     gaps: tuple[str, ...]
     """What isolates jobs less than with root's rights, as sentences for the log."""
-    runtimes: Mapping[str, View]
+    runtimes: Mapping[str, RootView]
     """The views of runtimes, by name."""
-    volumes: Workshop | None
+    volumes: ImageSettings | None
     """The settings for volumes; None where the launcher cannot make any."""
 
-    def view_for(self, order: Order | None) -> View:
+    def view_for(self, order: Order | None) -> RootView:
         """The view that an order asks for.
 
         Raises SandboxError for an unknown runtime, and for a bounded disk or a volume where the

@@ -29,13 +29,20 @@ from jobworker.errors import ConfigError
 from jobworker.sandbox.seccomp.libseccomp import (
     ALLOW,
     ARCHITECTURES,
-    Call,
     Comparison,
-    Context,
+    FilterBuilder,
+    SystemCall,
     error,
     number_of,
 )
-from jobworker.sandbox.seccomp.profile import Allow, Condition, Profile, Refuse, parse, unusable
+from jobworker.sandbox.seccomp.profile import (
+    Allow,
+    ArgumentCondition,
+    Profile,
+    Refuse,
+    parse,
+    unusable,
+)
 from jobworker.sandbox.seccomp.program import INSTRUCTION_BYTES, MAX_INSTRUCTIONS, Filters
 
 _INSTRUCTION = struct.Struct("=HBBI")
@@ -84,9 +91,9 @@ def compile_profile(profile: Profile, name: str, machine: str) -> Filters:
     return Filters(listed, _quiet_program(profile, calls, machine), profile.log)
 
 
-def _calls(profile: Profile, name: str, machine: str) -> dict[str, Call]:
+def _calls(profile: Profile, name: str, machine: str) -> dict[str, SystemCall]:
     """The system calls of the profile, by name, without those that `machine` does not have."""
-    found: dict[str, Call] = {}
+    found: dict[str, SystemCall] = {}
     faults = []
     rules: tuple[Allow | Refuse, ...] = (*profile.allow, *profile.refuse)
     for rule in rules:
@@ -101,17 +108,17 @@ def _calls(profile: Profile, name: str, machine: str) -> dict[str, Call]:
                         "installed libseccomp knows: correct it, or give its number in [numbers]"
                     )
             if number is not None:
-                found[call] = Call(call, number)
+                found[call] = SystemCall(call, number)
     if faults:
         raise unusable(name, faults)
     return found
 
 
 def _program(
-    rules: Sequence[Allow | Refuse], calls: Mapping[str, Call], default: int, machine: str
+    rules: Sequence[Allow | Refuse], calls: Mapping[str, SystemCall], default: int, machine: str
 ) -> bytes:
     foreign = error(errno.ENOSYS)
-    with Context(default, foreign, machine) as context:
+    with FilterBuilder(default, foreign, machine) as context:
         for rule in rules:
             action = ALLOW if isinstance(rule, Allow) else error(getattr(errno, rule.error))
             for call in filter(None, map(calls.get, rule.calls)):
@@ -120,7 +127,7 @@ def _program(
         return context.program()
 
 
-def _alternatives(when: Sequence[Condition]) -> Iterator[list[Comparison]]:
+def _alternatives(when: Sequence[ArgumentCondition]) -> Iterator[list[Comparison]]:
     """Every combination of the conditions' values: libseccomp compares with one value at a time."""
     for chosen in product(*(condition.one_of for condition in when)):
         yield [
@@ -143,7 +150,7 @@ def _link(first: bytes, second: bytes) -> bytes:
     return b"".join(_INSTRUCTION.pack(*each) for each in linked) + second
 
 
-def _quiet_program(profile: Profile, calls: Mapping[str, Call], machine: str) -> bytes:
+def _quiet_program(profile: Profile, calls: Mapping[str, SystemCall], machine: str) -> bytes:
     """The program whose refusals are not logged. It allows every other call.
 
     It also allows calls of another ABI and of x32, which the list refuses.

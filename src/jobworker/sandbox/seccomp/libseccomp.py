@@ -28,7 +28,7 @@ def error(number: int) -> int:
     return 0x00050000 | number
 
 
-class Call(NamedTuple):
+class SystemCall(NamedTuple):
     """A system call: its name, and its number on the machine that the filter is for."""
 
     name: str
@@ -92,7 +92,7 @@ def number_of(call: str, machine: str) -> int | None:
     return None if number < 0 else number
 
 
-class Context:
+class FilterBuilder:
     """A filter under construction for one machine: scmp_filter_ctx, released on exit.
 
     The actions `default` and `bad_architecture` answer calls that no rule names, and calls of
@@ -115,13 +115,13 @@ class Context:
         ):
             self._check(self._library.seccomp_attr_set(self._handle, attribute, value))
 
-    def __enter__(self) -> "Context":
+    def __enter__(self) -> "FilterBuilder":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._library.seccomp_release(self._handle)
 
-    def add(self, action: int, call: Call, comparisons: Sequence[Comparison]) -> None:
+    def add(self, action: int, call: SystemCall, comparisons: Sequence[Comparison]) -> None:
         """Add a rule: `action` answers `call` where every one of `comparisons` is true."""
         array = (_Comparison * len(comparisons))(
             *(_Comparison(c.argument, _MASKED_EQUAL, c.mask, c.value) for c in comparisons)

@@ -55,7 +55,7 @@ def _numbers(_: object, __: object, value: dict[str, int]) -> None:
 
 
 @frozen(kw_only=True)
-class Condition:
+class ArgumentCondition:
     """A condition on an argument: its lower 32 bits, masked with `mask`, are one of `one_of`."""
 
     argument: int = field(validator=within(0, 5))
@@ -70,7 +70,7 @@ class Allow:
     what: str = field(validator=_not_empty)
     why: str = ""
     calls: tuple[str, ...] = field(validator=_not_empty)
-    when: tuple[Condition, ...] = ()
+    when: tuple[ArgumentCondition, ...] = ()
 
 
 @frozen(kw_only=True)
@@ -80,7 +80,7 @@ class Refuse:
     what: str = field(validator=_not_empty)
     why: str = ""
     calls: tuple[str, ...] = field(validator=_not_empty)
-    when: tuple[Condition, ...] = ()
+    when: tuple[ArgumentCondition, ...] = ()
     error: Literal["EPERM", "ENOSYS", "EPROTONOSUPPORT"] = "EPERM"
     quiet: bool = False
 

@@ -113,7 +113,7 @@ def listed_from(entry: JobEntry, stdout: int, stderr: int) -> Listed:
     )
 
 
-def usage_from(usage: scope.Usage) -> Usage:
+def usage_from(usage: scope.ScopeUsage) -> Usage:
     """The usage that the service records, of the numbers of a job's control groups."""
     numbers = usage._asdict()
     return Usage(processes=numbers.pop("pids"), **numbers)

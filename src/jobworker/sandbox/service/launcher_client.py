@@ -20,7 +20,7 @@ from jobworker.errors import JobworkerError
 from jobworker.model.job import JobId, Usage
 from jobworker.model.volumes import Volume
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import requests
 from jobworker.sandbox.protocol.end_requests import Ask
@@ -93,7 +93,7 @@ class Link:
         self._exchange.give_up()
         self._ends.close()
 
-    async def spawn(self, job: JobId, order: Order, limits: Limits) -> tuple[Started, Exits]:
+    async def spawn(self, job: JobId, order: Order, limits: ScopeLimits) -> tuple[Started, Exits]:
         """Start a job, and return it with the channel for its end.
 
         Raises SandboxError (or CommandNotFound, CommandNotExecutable) if a step of the start
@@ -116,7 +116,7 @@ class Link:
             raise
         return Started(pid=reply.pid, stdout=stdout, stderr=stderr, notices=notices), exits
 
-    async def plan(self, order: Order, limits: Limits) -> list[tuple[str, str, str]]:
+    async def plan(self, order: Order, limits: ScopeLimits) -> list[tuple[str, str, str]]:
         """The steps of a job's start, each as (name, subject, what it does). Starts nothing.
 
         Raises the error that would refuse the job before its first step.

@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.start.apply import STATUS_DESCRIPTOR, Means, StepFailed, apply
+from jobworker.sandbox.start.apply import STATUS_DESCRIPTOR, StepContext, StepFailed, apply
 from jobworker.sandbox.start.steps import Step
 
 
-def become_job(prepare: Sequence[Step], means: Means) -> NoReturn:
+def become_job(prepare: Sequence[Step], context: StepContext) -> NoReturn:
     """Apply `prepare` in the cloned process; its last step executes another program.
 
     Never returns: if a step fails, this reports the failure to the launcher and exits with 127.
     """
     try:
-        apply(prepare, means)
+        apply(prepare, context)
     except StepFailed as failure:
-        _report(means.status, failure.step, failure.code, failure.detail)
+        _report(context.status, failure.step, failure.code, failure.detail)
     except BaseException as fault:  # noqa: BLE001 - this process must not return to the launcher's code
-        _report(means.status, "prepare", 0, f"{type(fault).__name__}: {fault}")
+        _report(context.status, "prepare", 0, f"{type(fault).__name__}: {fault}")
     finally:
         os._exit(127)
 

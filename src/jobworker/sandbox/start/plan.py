@@ -140,7 +140,7 @@ class Layer(NamedTuple):
     """The read-only directories that it shows, the uppermost first."""
 
 
-class View(NamedTuple):
+class RootView(NamedTuple):
     """The parts of a job's root, by their paths in the launcher's mount namespace.
 
     A view without layers is a complete root, read-only and one for all jobs.
@@ -211,7 +211,7 @@ class OwnNetwork(NamedTuple):
 
 def prepare(
     root: str,
-    view: View,
+    view: RootView,
     slot: Slot,
     sizes: Sizes,
     order: Order | None = None,
@@ -256,7 +256,7 @@ def prepare(
     )
 
 
-def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step, ...]:
+def _layers(root: str, view: RootView, disk_bytes: int, owner: int) -> tuple[s.Step, ...]:
     """The steps for a root that the job can change, with a disk of its own."""
     return (
         *(s.MapIds(mount) for mount in view.mapped),
@@ -273,7 +273,7 @@ def _layers(root: str, view: View, disk_bytes: int, owner: int) -> tuple[s.Step,
     )
 
 
-def _places(view: View, owner: int) -> tuple[s.Step, ...]:
+def _places(view: RootView, owner: int) -> tuple[s.Step, ...]:
     """The steps that mount volumes. They follow PivotRoot, so no path leads out of the root."""
     return tuple(
         s.PlaceVolume(place, FIRST_VOLUME_DESCRIPTOR + number, owner)
@@ -281,7 +281,7 @@ def _places(view: View, owner: int) -> tuple[s.Step, ...]:
     )
 
 
-def _scratch(root: str, view: View, slot: Slot) -> tuple[s.Step, ...]:
+def _scratch(root: str, view: RootView, slot: Slot) -> tuple[s.Step, ...]:
     """The steps for a read-only root with some writable directories."""
     own = f"{view.scratch}/{slot.name}"
     return (

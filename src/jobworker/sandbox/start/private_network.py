@@ -36,7 +36,7 @@ _HARDWARE_PREFIX = bytes.fromhex("5255")
 """The first two bytes of slirp4netns's hardware addresses; the IPv4 address follows."""
 
 
-class Way(NamedTuple):
+class GatewayHandle(NamedTuple):
     """The private network, as the process that becomes the job gets it from the launcher."""
 
     link: int
@@ -49,14 +49,14 @@ class Way(NamedTuple):
     """The IPv4 addresses that slirp4netns answers for."""
 
 
-def enter(way: Way, groups: range) -> None:
+def enter(gateway_handle: GatewayHandle, groups: range) -> None:
     """Move this process into the private network, wait until it is up, and build the wall.
 
     `groups` are those of the job, see `network.allow`. The process must not be in a Landlock domain
     yet, which would deny it the gateway's descriptors. Raises OSError with the kernel's errno, or
     with errno 0 and the messages of slirp4netns as file name.
     """
-    with socket.socket(fileno=way.link) as link:
+    with socket.socket(fileno=gateway_handle.link) as link:
         link.settimeout(START_SECONDS)
         received = channel.receive(link)
     if received is None:
@@ -76,9 +76,9 @@ def enter(way: Way, groups: range) -> None:
         text = os.pread(log, 4096, 0).decode("utf-8", "replace")
         lines = [line for line in text.splitlines() if not line.startswith("WARNING")]
         raise OSError(0, "failed", ": ".join([PROGRAM, *(lines or ["ended"])]))
-    _settle_neighbours(way.neighbours)
+    _settle_neighbours(gateway_handle.neighbours)
     try:
-        wall.build(way.process, way.wall)
+        wall.build(gateway_handle.process, gateway_handle.wall)
     except OSError as error:
         raise OSError(error.errno, error.strerror, WALL) from error
 

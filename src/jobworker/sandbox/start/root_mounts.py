@@ -12,7 +12,7 @@ import stat
 
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.disk import images as disk_images
-from jobworker.sandbox.disk.images import Workshop
+from jobworker.sandbox.disk.images import ImageSettings
 from jobworker.sandbox.start import steps as s
 
 # volatile: the overlay skips all syncs. The disk is discarded with the job, so nothing is lost.
@@ -28,9 +28,9 @@ def map_ids(step: s.MapIds, user_namespace: int) -> None:
     os.close(tree)
 
 
-def mount_disk(step: s.MountDisk, workshop: Workshop) -> disk_images.Disk:
+def mount_disk(step: s.MountDisk, image_settings: ImageSettings) -> disk_images.Disk:
     """Make and mount the job's disk. Returns the descriptors by which the launcher holds it."""
-    image = disk_images.create(workshop, step.size_bytes)
+    image = disk_images.create(image_settings, step.size_bytes)
     disk_images.mount_image(image, step.path)
     again = disk_images.open_again(image)
     os.close(image)

@@ -124,7 +124,7 @@ def _executable_memory(name: str) -> int:
         return os.memfd_create(name, flags)
 
 
-class Errand(NamedTuple):
+class ExecImage(NamedTuple):
     """The image for the trampoline, and the texts that a report of its failure needs."""
 
     image: bytes
@@ -134,14 +134,14 @@ class Errand(NamedTuple):
     """The paths at which the program is looked for."""
 
 
-def errand(change: ChangeDirectory, execute: Execute) -> Errand:
+def exec_image(change: ChangeDirectory, execute: Execute) -> ExecImage:
     """The last two steps of a plan as an image for the trampoline.
 
     Raises TooLarge if the image is larger than `MAX_IMAGE_BYTES`, 16 MiB.
     """
     name = execute.arguments[0]
     paths = _candidates(name, dict(execute.environment).get("PATH", ""))
-    return Errand(_image(change.path, execute, paths), change.path, name, paths)
+    return ExecImage(_image(change.path, execute, paths), change.path, name, paths)
 
 
 def _image(directory: str, execute: Execute, paths: Sequence[str]) -> bytes:
@@ -179,7 +179,7 @@ def _candidates(name: str, search: str) -> list[str]:
     return [f"{directory or '.'}/{name}" for directory in dict.fromkeys(search.split(":"))]
 
 
-def failure_from(packet: bytes, errand: Errand) -> dict[str, object]:
+def failure_from(packet: bytes, errand: ExecImage) -> dict[str, object]:
     """The failure in a packet that begins with `FAILURE`, as `{"step", "errno", "detail"}`.
 
     Raises ProtocolError for a packet that the trampoline does not send.

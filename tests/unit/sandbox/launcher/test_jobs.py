@@ -19,10 +19,10 @@ import pytest
 from jobworker.sandbox import channel
 from jobworker.sandbox import event_loop as turns_module
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup.hierarchy import Usage
+from jobworker.sandbox.cgroup.hierarchy import ScopeUsage
 from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.disk.images import Disk
-from jobworker.sandbox.disk.volumes import Volumes
+from jobworker.sandbox.disk.volumes import VolumeStore
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import held_starts
@@ -100,12 +100,12 @@ def test_usage_that_cannot_be_read_is_none_and_not_zeros(
 ) -> None:
     child.job, child.exit, child.end_is_known = 1, Exit(0, None), True
 
-    def refuse() -> Usage:
+    def refuse() -> ScopeUsage:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(child.scope, "usage", refuse)
     told = listed(child)
-    assert told.usage == Usage(), "an earlier service knows numbers only"
+    assert told.usage == ScopeUsage(), "an earlier service knows numbers only"
     ended = listed_from(told, -1, -1).exit
     assert ended is not None
     assert ended.usage is None
@@ -316,7 +316,7 @@ def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: C
 
     sweepers = SimpleNamespace(discard_disk=discard_disk, close=close)
     volumes = SimpleNamespace(release=lambda _: None)
-    pool.sweepers, pool.volumes = cast("Sweepers", sweepers), cast("Volumes", volumes)
+    pool.sweepers, pool.volumes = cast("Sweepers", sweepers), cast("VolumeStore", volumes)
     pool._stage = cast("Stage", SimpleNamespace(view=SimpleNamespace(scratch="")))
     pool._free = deque()
     child.disk, child.volume_roots, own = Disk(100, 101), {"kept": 102}, os.dup(child.pidfd)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobworker.sandbox.cgroup.scope import Usage
+from jobworker.sandbox.cgroup.scope import ScopeUsage
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.replies import HowEnded
@@ -11,7 +11,7 @@ ENDED = events.Ended(
     job=7,
     seconds_ago=0.25,
     how=HowEnded(code=None, signal=9, lost=("", "data"), unseen=("more",), want="kernel"),
-    usage=Usage(memory_bytes=1 << 20, oom_kills=1),
+    usage=ScopeUsage(memory_bytes=1 << 20, oom_kills=1),
     measured=True,
 )
 NETWORK_ENDED = events.NetworkEnded(job=7, why="it was killed")

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox.cgroup.scope import Limits, Usage
+from jobworker.sandbox.cgroup.scope import ScopeLimits, ScopeUsage
 from jobworker.sandbox.event_loop import TurnTimes
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import operations as ops
@@ -19,7 +19,7 @@ from jobworker.sandbox.protocol.fields import Malformed
 from jobworker.sandbox.start.plan import Order
 
 ORDER = Order("job-3", ("sh", "-c", ""), {"A": "b"}, "/tmp", volumes=(("data", "/data"),))
-LIMITS = Limits(100, 1 << 20, 0, 5, "0-1")
+LIMITS = ScopeLimits(100, 1 << 20, 0, 5, "0-1")
 START = (
     '"hostname":"job-3","arguments":["sh","-c",""],"environment":{"A":"b"},"workdir":"/tmp",'
     '"network":"host","uid":0,"gid":0,"disk_bytes":0,"runtime":"","volumes":[["data","/data"]],'
@@ -50,7 +50,7 @@ REQUESTS: list[tuple[q.Request, str]] = [
     (q.RemoveVolume("data"), '"op":"volume.remove","name":"data"'),
     (q.ListVolumes(), '"op":"volume.list"'),
 ]
-USED = Usage(1, 2, 3, 4, 5, 6, 7, 8)
+USED = ScopeUsage(1, 2, 3, 4, 5, 6, 7, 8)
 USED_WORDS = (
     '{"cpu_ns":1,"memory_bytes":2,"memory_peak_bytes":3,"read_bytes":4,"write_bytes":5,"pids":6,'
     '"throttled_ns":7,"oom_kills":8}'
@@ -227,10 +227,10 @@ def test_what_the_list_of_jobs_always_has_is_needed(key: str) -> None:
 
 def test_what_an_earlier_launcher_does_not_tell_has_its_default() -> None:
     assert events.read(END) == events.Ended(
-        3, 0.0, a.HowEnded(0, None, (), (), None), Usage(), True
+        3, 0.0, a.HowEnded(0, None, (), (), None), ScopeUsage(), True
     )
     assert ops.read_reply(ops.LIST, {"ok": {"jobs": [ENTRY], "more": False}}) == a.JobEntries(
-        (a.JobEntry(1, 2, 7.0, 0.0, None, Usage(), True, "", None),), more=False, unstarted=()
+        (a.JobEntry(1, 2, 7.0, 0.0, None, ScopeUsage(), True, "", None),), more=False, unstarted=()
     )
     refused = {"error": {"step": "job", "errno": 3, "detail": "no such job"}}
     assert ops.read_reply(ops.KILL, refused) == a.Refusal("job", 3, "no such job")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jobworker.errors import ProtocolError
 from jobworker.model.job import MAX_VARIABLES
-from jobworker.sandbox.cgroup.hierarchy import Limits
+from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.protocol import requests as r
 from jobworker.sandbox.protocol.end_requests import CAUSES, Ask
 from jobworker.sandbox.protocol.operations import parse
@@ -56,7 +56,7 @@ def spawn(**fields: object) -> r.Spawn:
 def test_spawn_is_taken_as_it_stands() -> None:
     environment = {"A": "b", "EMPTY": ""}
     order = Order("job-3", ("sh", "-c", ""), environment, "")
-    assert spawn() == r.Spawn(3, order, Limits(100, 1 << 20, 0, 5))
+    assert spawn() == r.Spawn(3, order, ScopeLimits(100, 1 << 20, 0, 5))
     assert spawn(workdir="/tmp").order.workdir == "/tmp"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox.root import etc_snapshot
-from jobworker.sandbox.root.etc_snapshot import Entry, snapshot_etc
+from jobworker.sandbox.root.etc_snapshot import EtcEntry, snapshot_etc
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def put(path: Path, content: str = "x", mode: int = 0o644) -> Path:
     return path
 
 
-def shown(host: Path, *names: str) -> dict[str, Entry]:
+def shown(host: Path, *names: str) -> dict[str, EtcEntry]:
     """The entries of the snapshot by their path below etc."""
     base = str(host / "etc")
     entries = snapshot_etc(names, base)

@@ -17,7 +17,7 @@ from attrs import evolve
 from jobworker.errors import LauncherGone, LauncherSilent, SandboxError
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.scope import Limits
+from jobworker.sandbox.cgroup.scope import ScopeLimits
 from jobworker.sandbox.protocol.end_requests import Ask
 from jobworker.sandbox.service import launcher_client
 from jobworker.sandbox.service.job_reports import Listed
@@ -145,7 +145,7 @@ async def test_job_whose_start_is_answered_by_what_does_not_fit_is_removed(
 
     async def start(link: Link) -> None:
         with pytest.raises(SandboxError) as caught:
-            await link.spawn(JobId(3), Order("job", ("true",), {}, ""), Limits())
+            await link.spawn(JobId(3), Order("job", ("true",), {}, ""), ScopeLimits())
         failed.append(caught.value)
 
     async with open_played() as (link, far), trio.open_nursery() as nursery:

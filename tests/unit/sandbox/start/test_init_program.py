@@ -24,7 +24,7 @@ def run() -> Iterator[Callable[..., Outcome]]:
     program, init = trampoline.open_program(), init_program.open_init()
 
     def go(script: str, *signals: int) -> Outcome:
-        errand = trampoline.errand(
+        errand = trampoline.exec_image(
             ChangeDirectory("/"), Execute(("/bin/sh", "-c", script), (("PATH", "/usr/bin:/bin"),))
         )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -11,9 +11,9 @@ from jobworker.sandbox.start.plan import (
     Layer,
     Order,
     OwnNetwork,
+    RootView,
     Sizes,
     Slot,
-    View,
     finish,
     prepare,
 )
@@ -26,7 +26,7 @@ MOUNTS = (
     *(s.MapIds, s.BindScratch, s.MaskPath, s.ReadOnlyPath),
     s.KeepOwnDescriptors,  # it opens a /dev/null of the launcher's
 )
-VIEW = View(
+VIEW = RootView(
     "/dev/null",
     ("/base", "/layers/0"),
     (Layer("", ("/base/root",)), Layer("/usr", ("/base/mask", "/layers/0"))),
@@ -35,7 +35,7 @@ VIEW = View(
         ("srv", "/volumes/srv.img", "/srv"),
     ),
 )
-READ_ONLY_VIEW = View(f"{ROOT}/dev/null", scratch="/scratch")
+READ_ONLY_VIEW = RootView(f"{ROOT}/dev/null", scratch="/scratch")
 SIZES = Sizes(disk=54_321, tmpfs=12_345, terminals=7)
 
 CHANGES_OF_USER = (s.EnterUserNamespace, s.SetUser)

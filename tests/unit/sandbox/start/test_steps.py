@@ -12,16 +12,16 @@ from jobworker.sandbox.start.plan import (
     Layer,
     Order,
     OwnNetwork,
+    RootView,
     Sizes,
     Slot,
-    View,
     finish,
     prepare,
 )
 
 VOLUME = ("srv", "/volumes/srv.img", "/srv")
-VIEW = View("/dev/null", ("/base",), (Layer("", ("/base",)),), volumes=(VOLUME,))
-READ_ONLY = View("/root/dev/null", scratch="/scratch")
+VIEW = RootView("/dev/null", ("/base",), (Layer("", ("/base",)),), volumes=(VOLUME,))
+READ_ONLY = RootView("/root/dev/null", scratch="/scratch")
 KINDS: tuple[type, ...] = get_args(s.Step)
 
 

@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     def go(
         *arguments: str, cwd: str = "/", word: bytes = trampoline.GO, **environment: str
     ) -> tuple[dict[str, object] | None, bytes, int]:
-        errand = trampoline.errand(
+        errand = trampoline.exec_image(
             ChangeDirectory(cwd), Execute(arguments, tuple(environment.items()))
         )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -186,14 +186,14 @@ def test_bytes_are_what_the_assembler_makes_of_the_source(
 def test_order_beyond_the_image_is_refused_by_name() -> None:
     variables = tuple((f"V{number}", "x" * 100_000) for number in range(170))
     with pytest.raises(TooLarge) as refused:
-        trampoline.errand(ChangeDirectory("/"), Execute(("true",), variables))
+        trampoline.exec_image(ChangeDirectory("/"), Execute(("true",), variables))
     assert refused.value.data["step"] == "execute"
 
 
 @examples(max_examples=100)
 @given(st.binary(max_size=32))
 def test_no_word_of_a_broken_trampoline_breaks_the_launcher(packet: bytes) -> None:
-    errand = trampoline.Errand(b"", "/", "true", ("/bin/true",))
+    errand = trampoline.ExecImage(b"", "/", "true", ("/bin/true",))
     try:
         told = trampoline.failure_from(b"t" + packet, errand)
     except ProtocolError:
@@ -206,7 +206,7 @@ def test_no_word_of_a_broken_trampoline_breaks_the_launcher(packet: bytes) -> No
 def test_image_holds_each_text_where_its_pointer_says(
     directory: str, arguments: list[str], environment: dict[str, str]
 ) -> None:
-    errand = trampoline.errand(
+    errand = trampoline.exec_image(
         ChangeDirectory(directory), Execute(tuple(arguments), tuple(environment.items()))
     )
     image = errand.image
