@@ -242,7 +242,7 @@ def test_search_ends_when_it_has_found_enough_in_sockets() -> None:
     assert not early.is_all
 
 
-def as_message(search: Callable[[], kernel_search.Found]) -> channel.Message:
+def as_message(search: Callable[[], kernel_search.SearchResult]) -> channel.Message:
     return search()._asdict()
 
 

@@ -39,8 +39,8 @@ from typing import NamedTuple
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
 from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
-from jobworker.sandbox.kernel_memory.listeners import Listeners, Owners
-from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured, tell_nobody
+from jobworker.sandbox.kernel_memory.listeners import Listeners, SocketOwners
+from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measurement, tell_nobody
 from jobworker.sandbox.kernel_memory.sockets import CLOSE_WAIT, ESTABLISHED, LISTEN, Socket
 
 CONNECTION_BYTES = 4096
@@ -55,7 +55,7 @@ _TCP = re.compile(rb"^TCP:.* mem (\d+)", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
-class Waiting(NamedTuple):
+class UnacceptedConnections(NamedTuple):
     """The connections of a job, or of one of its networks, that are not accepted."""
 
     memory_bytes: int = 0
@@ -78,7 +78,7 @@ class _Network(NamedTuple):
         return sum(one.memory_bytes for one in self.tcp)
 
 
-def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
+def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measurement:
     """Measure sockets over IP; `first_processes` is as in `sandbox.kernel_memory.measure`.
 
     `held` of the result is the memory of connections that are not accepted. `unfinished` has also
@@ -92,7 +92,7 @@ def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -
     orphans: dict[int, int] = defaultdict(int, dict.fromkeys(owners.jobs, 0))
 
     def count(job: int, sockets: Iterable[Socket]) -> None:
-        waiting = waiting_in(sockets)
+        waiting = unaccepted_in(sockets)
         held[job] += waiting.memory_bytes
         unseen[job] += waiting.unseen
 
@@ -124,12 +124,12 @@ def measure(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -
     if is_much:
         unfinished.update(job for job, number in unseen.items() if number * most > BOUND_BYTES)
     held.pop(0, None)  # no job's
-    return Measured(dict(held), {}, frozenset(unfinished - {0}), dict(in_sockets), dict(orphans))
+    return Measurement(dict(held), {}, frozenset(unfinished - {0}), dict(in_sockets), dict(orphans))
 
 
 def _networks(
     first_processes: Mapping[int, int], look_at: LookAt
-) -> tuple[Owners, list[tuple[int, str]]]:
+) -> tuple[SocketOwners, list[tuple[int, str]]]:
     """The jobs on the host's network, and each job's own networks, by a process there."""
     own = os.stat("/proc/self/ns/net").st_ino
     ranges: dict[range, int] = {}
@@ -147,7 +147,7 @@ def _networks(
                     else:
                         networks.setdefault(network, (job, place))
     look_at(0)
-    return Owners(ranges), list(networks.values())
+    return SocketOwners(ranges), list(networks.values())
 
 
 def tcp_bytes(sockstat: bytes) -> int:
@@ -162,7 +162,7 @@ def _most_received() -> int:
     return MOST_RECEIVED_BYTES
 
 
-def waiting_in(sockets: Iterable[Socket]) -> Waiting:
+def unaccepted_in(sockets: Iterable[Socket]) -> UnacceptedConnections:
     """The connections that are not accepted, among the sockets of one network or of one job."""
     queued = seen = memory_bytes = 0
     for one in sockets:
@@ -171,14 +171,16 @@ def waiting_in(sockets: Iterable[Socket]) -> Waiting:
         elif _is_waiting(one):
             seen += 1
             memory_bytes += one.memory_bytes
-    return Waiting(memory_bytes + max(queued, seen) * CONNECTION_BYTES, max(0, queued - seen))
+    return UnacceptedConnections(
+        memory_bytes + max(queued, seen) * CONNECTION_BYTES, max(0, queued - seen)
+    )
 
 
 def _is_waiting(one: Socket) -> bool:
     return not one.inode and one.state in {ESTABLISHED, CLOSE_WAIT}
 
 
-def _by_job(sockets: Sequence[Socket], owners: Owners) -> dict[int | None, list[Socket]]:
+def _by_job(sockets: Sequence[Socket], owners: SocketOwners) -> dict[int | None, list[Socket]]:
     """The listening sockets on the host's network and their waiting connections, by their owner.
 
     The owner is 0 if it is no job, and None if it is unknown (`Listeners`).

@@ -14,7 +14,7 @@ AT_ONCE_SECONDS = 0.3
 LONGEST_REST_SECONDS = 1.0
 
 
-class Pace:
+class CpuBudget:
     """The processor time that one measurement has used, less its share of the time since then."""
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ class HostMemory:
         return tcp_bytes(_text(self._sockets))
 
 
-class Figure:
+class GrowthDetector:
     """One figure, and its calm value: the lowest since growth was last reported."""
 
     def __init__(self, read: Callable[[], int], step_bytes: int) -> None:

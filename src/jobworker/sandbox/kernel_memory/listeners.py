@@ -28,7 +28,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 _ANY, _ANY_MAPPED = bytes(16), _MAPPED + bytes(4)
 
 
-class Owners:
+class SocketOwners:
     """The jobs on the host's network, by the ranges of ids that they have."""
 
     def __init__(self, ranges: Mapping[range, int]) -> None:
@@ -51,7 +51,7 @@ class Owners:
 class Listeners:
     """The listening sockets of one network; a socket that belongs to no job has the owner 0."""
 
-    def __init__(self, listening: Iterable[Socket], owners: Owners) -> None:
+    def __init__(self, listening: Iterable[Socket], owners: SocketOwners) -> None:
         self._jobs: dict[tuple[int, bytes, bytes], dict[int, set[int]]] = {}
         """By family, port and address, then by device."""
         for one in listening:

@@ -59,7 +59,7 @@ _SHORT_BYTES = BOUND_BYTES // BYTES_PER_LOCK * _LEAST_ROW_BYTES
 _SAMPLES, _SAMPLE_BYTES = 12, 4096
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """The result of a measurement of all jobs, in bytes."""
 
     held: dict[int, int]
@@ -100,7 +100,9 @@ def open_locks() -> int:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def measure_netlink(first_processes: Mapping[int, int], look_at: LookAt = tell_nobody) -> Measured:
+def measure_netlink(
+    first_processes: Mapping[int, int], look_at: LookAt = tell_nobody
+) -> Measurement:
     """Measure the memory of netlink sockets.
 
     `first_processes` has each job's id by the pid of its first process.
@@ -127,7 +129,7 @@ def measure_netlink(first_processes: Mapping[int, int], look_at: LookAt = tell_n
                 break
     look_at(0)
     unknown = {"netlink": _netlink_on_host()} if is_on_host else {}
-    return Measured(dict(held), unknown, frozenset(unfinished))
+    return Measurement(dict(held), unknown, frozenset(unfinished))
 
 
 def _netlink_on_host() -> int:
@@ -143,7 +145,7 @@ def _netlink_on_host() -> int:
 
 def measure_locks(
     file: int, first_processes: Mapping[int, int], look_at: LookAt = tell_nobody
-) -> Measured:
+) -> Measurement:
     """Estimate the memory of locks on files, if there are enough to bring a job over the bound.
 
     The error is up to some 30 MiB. `file` is from `open_locks`. If it was opened in another process
@@ -164,7 +166,7 @@ def measure_locks(
                     unknown[locked] += stands_for * BYTES_PER_LOCK
                 else:
                     held[job] += stands_for * BYTES_PER_LOCK
-    return Measured(
+    return Measurement(
         {job: int(size) for job, size in held.items()},
         {locked: int(size) for locked, size in unknown.items()},
     )

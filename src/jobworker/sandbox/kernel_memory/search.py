@@ -64,7 +64,7 @@ _PIECE_BYTES = 1 << 16
 _GONE = {errno.ESRCH, errno.EBADF, errno.ENOTSOCK}
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The memory of one job that the search has found, in bytes."""
 
     locks: int = 0
@@ -90,7 +90,7 @@ def search(
     *,
     sockets_too: bool = False,
     enough_bytes: int = sys.maxsize,
-) -> Found:
+) -> SearchResult:
     """Search the descriptors of the job with this first process.
 
     `unknown_locks` are bytes by file, with files as in /proc/locks. With `sockets_too` the search
@@ -130,7 +130,7 @@ def search(
         elif shown.unasked:
             is_all = False
     in_pipes = shown.ask_pipes(enough_bytes)
-    return Found(
+    return SearchResult(
         locks=shown.locks,
         netlink=shown.netlink,
         in_flight=shown.in_flight,

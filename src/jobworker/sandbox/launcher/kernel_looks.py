@@ -15,8 +15,8 @@ from collections.abc import Callable
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.chores import MOST_SECONDS
-from jobworker.sandbox.kernel_memory.measure import Measured
-from jobworker.sandbox.kernel_memory.search import Found
+from jobworker.sandbox.kernel_memory.measure import Measurement
+from jobworker.sandbox.kernel_memory.search import SearchResult
 
 _NUMBER = struct.Struct("=Q")
 
@@ -43,7 +43,7 @@ class LookedAt:
         os.close(self.memory)
 
 
-def in_its_own_proc(work: Callable[[], Measured | Found]) -> channel.Message:
+def in_its_own_proc(work: Callable[[], Measurement | SearchResult]) -> channel.Message:
     """Do the work in the chore's process with a /proc of its own, and return its outcome.
 
     The kernel keeps an entry for each name that is looked up in a /proc, and drops the entries of a

@@ -21,9 +21,9 @@ from typing import NamedTuple
 from jobworker.sandbox import channel
 from jobworker.sandbox.chores import CROWDED, Chores
 from jobworker.sandbox.kernel_memory import search as kernel_search
-from jobworker.sandbox.kernel_memory.cpu_budget import Pace
+from jobworker.sandbox.kernel_memory.cpu_budget import CpuBudget
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
-from jobworker.sandbox.kernel_memory.search import Found
+from jobworker.sandbox.kernel_memory.search import SearchResult
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.kernel_looks import in_its_own_proc, used_by
 from jobworker.sandbox.launcher.kernel_verdicts import AGAIN_SECONDS, PIPES, Verdicts
@@ -57,7 +57,7 @@ class Searches:
         self._again_at: dict[int, float] = {}
         """When to search again the jobs whose pipes are in doubt (monotonic clock, seconds)."""
         self._under_way: set[int] = set()
-        self._paces: defaultdict[int, Pace] = defaultdict(Pace)
+        self._paces: defaultdict[int, CpuBudget] = defaultdict(CpuBudget)
 
     def forget_all_but(self, running: Collection[int]) -> None:
         """Drop the state of jobs that have ended."""
@@ -133,7 +133,7 @@ class Searches:
         if wanted.sockets_too:
             self._judge_pipes(job, child, found)
 
-    def _judge_pipes(self, job: int, child: Child, found: Found) -> None:
+    def _judge_pipes(self, job: int, child: Child, found: SearchResult) -> None:
         beyond = found.in_pipes - child.scope.sockets_limit_bytes
         self._verdicts.end_beyond(child, beyond, "in pipes beyond its memory limit")
         is_much = found.most_in_pipes > _enough_bytes(child)
@@ -146,7 +146,7 @@ def _enough_bytes(child: Child) -> int:
     return child.scope.sockets_limit_bytes + 2 * BOUND_BYTES
 
 
-def _found_in(outcome: channel.Message) -> Found:
-    numbers = [outcome[name] for name in Found._fields]
+def _found_in(outcome: channel.Message) -> SearchResult:
+    numbers = [outcome[name] for name in SearchResult._fields]
     assert all(isinstance(number, int) for number in numbers)
-    return Found(*numbers)  # type: ignore[arg-type]
+    return SearchResult(*numbers)  # type: ignore[arg-type]

@@ -43,9 +43,9 @@ from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
-from jobworker.sandbox.kernel_memory.cpu_budget import Pace
-from jobworker.sandbox.kernel_memory.host_memory import Figure, HostMemory
-from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measured
+from jobworker.sandbox.kernel_memory.cpu_budget import CpuBudget
+from jobworker.sandbox.kernel_memory.host_memory import GrowthDetector, HostMemory
+from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES, LookAt, Measurement
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.kernel_looks import LookedAt, in_its_own_proc, used_by
 from jobworker.sandbox.launcher.kernel_searches import Searches
@@ -66,7 +66,7 @@ GROUPS_A_TURN = 50
 """How many jobs' groups are read in one turn. Each has two files, so a turn takes a few ms."""
 SEARCHES_AT_ONCE = 2
 
-Measure = Callable[[Mapping[int, int], LookAt], Measured]
+Measure = Callable[[Mapping[int, int], LookAt], Measurement]
 
 
 class KernelWatch:
@@ -104,15 +104,16 @@ class KernelWatch:
         self._explained: dict[Measure, int] = {}
         """The bytes that each measurement found the last time, of jobs and of others."""
         self._slabs, self._tcp, self._unnamed = (
-            Figure(read, STEP_BYTES) for read in (host.unreclaimable, host.in_tcp, host.unnamed)
+            GrowthDetector(read, STEP_BYTES)
+            for read in (host.unreclaimable, host.in_tcp, host.unnamed)
         )
-        self._hidden = Figure(
+        self._hidden = GrowthDetector(
             lambda: host.unnamed() + host.unreclaimable() - sum(self._explained.values()),
             BOUND_BYTES,
         )
         self._due: set[Measure] = set()
         self._measuring: set[Measure] = set()
-        self._paces: dict[Measure, Pace] = {measure: Pace() for measure in self._measures}
+        self._paces: dict[Measure, CpuBudget] = {measure: CpuBudget() for measure in self._measures}
         self._unknown: dict[Measure, dict[str, int]] = {}
         """The memory for which each measurement found no owner the last time, by file. All searches
         share it."""
@@ -121,7 +122,7 @@ class KernelWatch:
         Some may be of an ended job that had these ids before, so they do not count against this
         job. A job that still prepares itself does not use its ids yet."""
         self._groups_due = False
-        self._groups_pace = Pace()
+        self._groups_pace = CpuBudget()
         self._unseen: list[int] = []
         """The jobs whose groups are still to be read for memory of their sockets."""
         self._unsolved: dict[Measure, bool] = {}
@@ -223,7 +224,7 @@ class KernelWatch:
             self._verdicts.failed(job_looked_at, measure, outcome)
             return
         held, unknown, unfinished, in_sockets, orphans = (
-            outcome[name] for name in Measured._fields
+            outcome[name] for name in Measurement._fields
         )
         assert isinstance(held, list)
         assert isinstance(unknown, list)

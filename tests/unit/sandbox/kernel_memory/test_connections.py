@@ -9,8 +9,8 @@ import pytest
 
 from jobworker.sandbox.kernel_memory import connections as kernel_connections
 from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
-from jobworker.sandbox.kernel_memory.connections import CONNECTION_BYTES, Waiting
-from jobworker.sandbox.kernel_memory.listeners import Owners
+from jobworker.sandbox.kernel_memory.connections import CONNECTION_BYTES, UnacceptedConnections
+from jobworker.sandbox.kernel_memory.listeners import SocketOwners
 from jobworker.sandbox.kernel_memory.sockets import Socket
 
 SENT = 50_000
@@ -38,12 +38,12 @@ def test_what_waits_to_be_accepted_is_counted(family: int, address: str) -> None
         found = of_port(port)
         (listening,) = (one for one in found if one.state == 10)
         assert (listening.queue, listening.uid) == (4, os.getuid())
-        waiting = kernel_connections.waiting_in(found)
+        waiting = kernel_connections.unaccepted_in(found)
         assert waiting.unseen == 1, "the one that was reset"
         assert waiting.memory_bytes >= 2 * SENT + 4 * CONNECTION_BYTES
         with server.accept()[0] as accepted:
             assert accepted.fileno() >= 0
-            assert kernel_connections.waiting_in(of_port(port)).memory_bytes < (
+            assert kernel_connections.unaccepted_in(of_port(port)).memory_bytes < (
                 waiting.memory_bytes - SENT
             )
         others[0].close()
@@ -86,8 +86,8 @@ def test_on_the_hosts_network_a_connection_is_the_listening_jobs() -> None:
         row(4, here),
     ]
     ranges = {range(1000, 2000): 7, range(2000, 3000): 8, range(3000, 4000): 9}
-    found = kernel_connections._by_job(sockets, Owners(ranges))
-    assert {job: kernel_connections.waiting_in(each) for job, each in found.items()} == {
-        7: Waiting(100 + 2 * CONNECTION_BYTES, 1),
-        8: Waiting(100 + CONNECTION_BYTES, 0),
+    found = kernel_connections._by_job(sockets, SocketOwners(ranges))
+    assert {job: kernel_connections.unaccepted_in(each) for job, each in found.items()} == {
+        7: UnacceptedConnections(100 + 2 * CONNECTION_BYTES, 1),
+        8: UnacceptedConnections(100 + CONNECTION_BYTES, 0),
     }

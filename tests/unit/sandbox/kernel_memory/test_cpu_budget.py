@@ -6,19 +6,19 @@ from jobworker.sandbox.kernel_memory.cpu_budget import (
     AT_ONCE_SECONDS,
     LONGEST_REST_SECONDS,
     SHARE,
-    Pace,
+    CpuBudget,
 )
 
 
 def test_what_uses_little_never_rests() -> None:
-    pace = Pace()
+    pace = CpuBudget()
     for number in range(1000):
         pace.add(number, 0.9 * SHARE)
         assert not pace.rests(number)
 
 
 def test_first_ones_may_follow_at_once() -> None:
-    pace = Pace()
+    pace = CpuBudget()
     pace.add(0, AT_ONCE_SECONDS / 2)
     pace.add(0, AT_ONCE_SECONDS / 2)
     assert not pace.rests(0)
@@ -28,7 +28,7 @@ def test_first_ones_may_follow_at_once() -> None:
 
 @pytest.mark.parametrize("each", [0.001, 0.02, 0.09])
 def test_what_goes_on_whenever_it_may_uses_its_share(each: float) -> None:
-    pace, used, seconds = Pace(), 0.0, 100
+    pace, used, seconds = CpuBudget(), 0.0, 100
     for step in range(seconds * 1000):
         now = step / 1000
         if not pace.rests(now):
@@ -38,7 +38,7 @@ def test_what_goes_on_whenever_it_may_uses_its_share(each: float) -> None:
 
 
 def test_no_rest_is_longer_than_told() -> None:
-    pace = Pace()
+    pace = CpuBudget()
     pace.add(7, 1e9)
     assert pace.rests(7 + 0.99 * LONGEST_REST_SECONDS)
     assert not pace.rests(7 + 1.01 * LONGEST_REST_SECONDS)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobworker.sandbox.kernel_memory import sockets as kernel_sockets
-from jobworker.sandbox.kernel_memory.listeners import Listeners, Owners
+from jobworker.sandbox.kernel_memory.listeners import Listeners, SocketOwners
 from jobworker.sandbox.kernel_memory.sockets import ESTABLISHED, LISTEN, Socket
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
-OWNERS = Owners({range(1000, 1010): 1, range(1010, 1020): 2, range(2000, 2010): 3})
+OWNERS = SocketOwners({range(1000, 1010): 1, range(1010, 1020): 2, range(2000, 2010): 3})
 Listen = Callable[..., socket.socket]
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="a socket gets another user")
 
