@@ -23,7 +23,7 @@ from jobworker.jobs.output.index import RECORD, Record
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobRecord
 from jobworker.model.lifecycle import State
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 
 for_the_victim = ContextVar("for_the_victim", default=False)
 """Whether this is a task of the victim's execution, or a thread that works for one."""
@@ -103,13 +103,13 @@ def within_a_record() -> None:
 POINTS: dict[str, Callable[[], None]] = {
     "before the admission is recorded": lambda: at_commit_of(State.INITIALIZING),
     "after the admission is recorded": lambda: at_commit_of(State.INITIALIZING, after=True),
-    "before the start": lambda: at(Link, "spawn"),
-    "after the start": lambda: at(Link, "spawn", after=True),
+    "before the start": lambda: at(LauncherClient, "spawn"),
+    "after the start": lambda: at(LauncherClient, "spawn", after=True),
     "before RUNNING is recorded": lambda: at_commit_of(State.RUNNING),
     "after RUNNING is recorded": lambda: at_commit_of(State.RUNNING, after=True),
     "between splice and record": between_splice_and_record,
     "within a record of the index": within_a_record,
-    "after the signal of a stop": lambda: at(Link, "signal", after=True),
+    "after the signal of a stop": lambda: at(LauncherClient, "signal", after=True),
     "before the seal": lambda: at(Spool, "seal"),
     "after the seal": lambda: at(Spool, "seal", after=True),
     "before the end is recorded": lambda: at_commit_of(State.FAILED),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import start_launcher
 
@@ -110,7 +110,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 @pytest.fixture
 def serving(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Service]]:
     """Starts a launcher by a program and with changes of its policy."""

@@ -9,7 +9,7 @@ import pytest
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import start_launcher
 
@@ -43,7 +43,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 @pytest.fixture
 def service(
-    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+    make_policy: Callable[..., LauncherPolicy], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Service]:
     monkeypatch.setattr(launch, "_BOOTSTRAP", FAILING)
     policy = make_policy()._replace(spares=0)
@@ -115,7 +115,7 @@ def test_step_that_fails_is_named_and_leaves_nothing(service: Service) -> None:
 
 @pytest.mark.parametrize("missing", ["loop-control", "mke2fs", "scratch"])
 def test_launcher_that_cannot_make_disks_says_so(
-    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, missing: str
+    make_policy: Callable[..., LauncherPolicy], monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     """Refused by name, at the start; never a service whose jobs are bounded by nothing."""
     spoil = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start import steps
@@ -57,7 +57,7 @@ IN_EVERY_START = {
 
 @pytest.fixture
 def service(
-    make_policy: Callable[..., Policy],
+    make_policy: Callable[..., LauncherPolicy],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Service]:
     """A launcher without spares, whose every child fails at its own step."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of, fork_server_of
@@ -104,7 +104,7 @@ def test_start_is_given_up_before_it_has_a_process(service: Service) -> None:
 
 
 def test_launcher_that_ends_while_its_fork_server_stands_still_leaves_nothing(
-    make_policy: Callable[..., Policy],
+    make_policy: Callable[..., LauncherPolicy],
 ) -> None:
     policy = make_policy()
     service = Service(start_launcher(policy), policy)

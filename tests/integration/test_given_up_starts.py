@@ -13,7 +13,7 @@ from attrs import asdict
 
 from jobworker.errors import Busy
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.protocol.policy import LauncherPolicy, policy_message
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import (
     LauncherProcess,
@@ -91,7 +91,7 @@ from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
 
 @pytest.fixture
 def serving(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[str], Service]]:
     """Starts a launcher whose jobs' programs begin at a moment."""
@@ -112,7 +112,7 @@ def serving(
 class Outside:
     """A launcher that outlives its services."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: LauncherPolicy) -> None:
         self._policy, self._path = policy, f"{Path(policy.stage).parent}/launcher.sock"
         self._latest: Service | None = None
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -147,7 +147,7 @@ class Outside:
 
 @pytest.fixture
 def outside(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[str], Outside]]:
     """Starts a launcher that outlives its services, by a program."""

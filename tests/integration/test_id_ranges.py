@@ -18,7 +18,7 @@ from jobworker.cli.worker.embedded_service import Embedded, program
 from jobworker.config.settings import SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import ConfigError
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
 from jobworker.server.host.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
@@ -114,7 +114,7 @@ async def test_ids_of_a_launcher_that_was_killed_are_free_at_once(
 
 
 def test_launcher_without_a_lock_is_seen_by_its_jobs(
-    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, free: int
+    make_policy: Callable[..., LauncherPolicy], monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
     """Such as one of an earlier version: its spares have the ids."""
     monkeypatch.setattr("jobworker.server.host.id_ranges.LEAVING_SECONDS", 0.2)

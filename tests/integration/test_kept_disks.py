@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import until
@@ -48,7 +48,7 @@ keeper.recv(1)
 
 @pytest.fixture(params=[True, False], ids=["sparse", "reserved"])
 def on_a_disk(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
     request: pytest.FixtureRequest,
 ) -> Iterator[Service]:
     """A launcher that alone has the file system of its jobs' disks."""

@@ -12,7 +12,7 @@ import pytest
 from jobworker.sandbox import channel
 from jobworker.sandbox.kernel_memory import measure as kernel_memory
 from jobworker.sandbox.kernel_memory import search as kernel_search
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of
@@ -230,7 +230,7 @@ print(sent)
 
 
 @pytest.fixture
-def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:  # noqa: F811
+def service(make_policy: Callable[..., LauncherPolicy]) -> Iterator[Service]:  # noqa: F811
     policy = make_policy()
     made = Service(start_launcher(policy), policy)
     yield made

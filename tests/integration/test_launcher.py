@@ -18,7 +18,7 @@ from jobworker.errors import HostUnsupported, ProtocolError
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.cgroup.files import groups_called
-from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.protocol.policy import LauncherPolicy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.seccomp.profile import NEEDED_TO_START
 from jobworker.sandbox.service import launch
@@ -59,7 +59,7 @@ Message = dict[str, object]
 class Service:
     """The other end of the launcher's socket, with no manners of its own."""
 
-    def __init__(self, launcher: LauncherProcess, policy: Policy) -> None:
+    def __init__(self, launcher: LauncherProcess, policy: LauncherPolicy) -> None:
         self.process, self.sock, self.policy = launcher.process, launcher.sock, policy
         self.sock.setblocking(True)
         self.sock.settimeout(20)
@@ -133,10 +133,10 @@ class Service:
 
 
 @pytest.fixture
-def make_policy(open_directory: Callable[[], Path]) -> Iterator[Callable[..., Policy]]:
+def make_policy(open_directory: Callable[[], Path]) -> Iterator[Callable[..., LauncherPolicy]]:
     locks = []
 
-    def make(programs: tuple[str, ...] = FEW_PROGRAMS) -> Policy:
+    def make(programs: tuple[str, ...] = FEW_PROGRAMS) -> LauncherPolicy:
         directory = open_directory()
         (directory / "stage").mkdir()
         (directory / "scratch").mkdir()
@@ -147,7 +147,7 @@ def make_policy(open_directory: Callable[[], Path]) -> Iterator[Callable[..., Po
         )
         ids = lock_ids(few)
         locks.append(ids.descriptor)
-        return Policy(
+        return LauncherPolicy(
             instance=f"jobworker-test-{directory.name[-8:]}",
             stage=str(directory / "stage"),
             scratch=str(directory / "scratch"),
@@ -172,7 +172,7 @@ def make_policy(open_directory: Callable[[], Path]) -> Iterator[Callable[..., Po
 
 
 @pytest.fixture
-def service(make_policy: Callable[..., Policy]) -> Iterator[Service]:
+def service(make_policy: Callable[..., LauncherPolicy]) -> Iterator[Service]:
     policy = make_policy()
     made = Service(start_launcher(policy), policy)
     yield made
@@ -226,11 +226,11 @@ def test_more_jobs_than_allowed_are_refused(service: Service) -> None:
 
 @pytest.mark.parametrize("wrong", [{"spares": "1"}, {"gpus": 1}])
 def test_policy_that_it_cannot_take_is_refused_by_name(
-    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, wrong: Message
+    make_policy: Callable[..., LauncherPolicy], monkeypatch: pytest.MonkeyPatch, wrong: Message
 ) -> None:
     policy = make_policy()
 
-    def written(policy: Policy) -> Message:
+    def written(policy: LauncherPolicy) -> Message:
         return {**policy_message(policy), **wrong}
 
     monkeypatch.setattr(launch, "policy_message", written)
@@ -401,7 +401,7 @@ def test_no_job_outlives_a_killed_launcher(
     service.process, service.sock = fresh.process, fresh.sock
 
 
-def test_programs_that_do_not_exist_are_named(make_policy: Callable[..., Policy]) -> None:
+def test_programs_that_do_not_exist_are_named(make_policy: Callable[..., LauncherPolicy]) -> None:
     if not Path("/bin").is_symlink():
         pytest.skip("needs a merged /usr: /bin would be shown in any case")
     policy = make_policy(programs=("/nosuch",))
@@ -419,7 +419,7 @@ def shown_directory() -> Iterator[Path]:
 
 
 def test_profile_of_what_a_start_takes_is_enough_to_start_and_to_tell_why_not(
-    make_policy: Callable[..., Policy], shown_directory: Path
+    make_policy: Callable[..., LauncherPolicy], shown_directory: Path
 ) -> None:
     programs = shown_directory
     source = programs / "hello.c"
@@ -454,7 +454,9 @@ def test_profile_of_what_a_start_takes_is_enough_to_start_and_to_tell_why_not(
 
 
 @pytest.mark.parametrize("program", [b"", bytes(8)])
-def test_no_job_runs_without_a_filter(make_policy: Callable[..., Policy], program: bytes) -> None:
+def test_no_job_runs_without_a_filter(
+    make_policy: Callable[..., LauncherPolicy], program: bytes
+) -> None:
     policy = make_policy()
     policy = policy._replace(filters=policy.filters._replace(listed=program))
     with pytest.raises(HostUnsupported, match="filter"):

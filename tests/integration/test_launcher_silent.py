@@ -11,7 +11,7 @@ import trio
 from jobworker.errors import HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.protocol import version
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service import launch
 from jobworker.sandbox.service.launch import start_launcher
 
@@ -59,7 +59,7 @@ async def test_launcher_that_is_stopped_is_told_and_goes_on(
 
 
 def test_launcher_of_another_version_is_refused_by_both_versions(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch, "PROTOCOL", version.PROTOCOL + 1)
@@ -70,7 +70,7 @@ def test_launcher_of_another_version_is_refused_by_both_versions(
 
 
 def test_service_of_another_version_is_refused_by_both_versions(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
 ) -> None:
     policy = make_policy()
     service = Service(start_launcher(policy), policy)

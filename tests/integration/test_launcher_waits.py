@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
 from .conftest import child_of, until
@@ -52,7 +52,7 @@ class Disk:
 
 @pytest.fixture
 def on_disks(
-    make_policy: Callable[..., Policy],  # noqa: F811
+    make_policy: Callable[..., LauncherPolicy],  # noqa: F811
 ) -> Iterator[tuple[Service, Disk, Disk]]:
     """A launcher, and the file systems of its volumes and of its jobs' disks."""
     policy = make_policy()

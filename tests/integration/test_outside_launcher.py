@@ -16,7 +16,7 @@ import pytest
 from jobworker.cli.worker.embedded_service import program
 from jobworker.errors import Busy, LauncherGone, PermissionDenied
 from jobworker.sandbox import channel
-from jobworker.sandbox.service.job_reports import Listed
+from jobworker.sandbox.service.job_reports import KeptJob
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher
 from jobworker.server.startup.preparation import instance_name
 
@@ -89,7 +89,7 @@ def reconnect_when_free(site: Path) -> OpenedLauncher:
             assert time.monotonic() < deadline
 
 
-def only(opened: OpenedLauncher) -> Listed:
+def only(opened: OpenedLauncher) -> KeptJob:
     (job,) = opened.jobs
     return job
 

@@ -28,9 +28,9 @@ from attrs import define, field
 from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, NotFound
 from jobworker.model.job import KILLED_FOR_MEMORY, JobId
 from jobworker.model.lifecycle import Event, Reason
-from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.service.job_reports import AskedBefore, Exit
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, EndRequest
+from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit
+from jobworker.sandbox.service.launcher_client import LauncherClient
 
 log = logging.getLogger("jobworker.jobs")
 
@@ -56,7 +56,7 @@ class Ending:
     """What was asked for of one job, and the task that sees to it (`serve`)."""
 
     _job: JobId
-    _link: Link
+    _launcher: LauncherClient
     _grace_seconds: float
     """What a request that names no grace period gives."""
     _told: Callable[[], None] = lambda: None
@@ -97,7 +97,7 @@ class Ending:
         """Take what is asked for next as what an earlier service saw to, as far as it came."""
         self._reached = True
 
-    def resume(self, asked: AskedBefore) -> None:
+    def resume(self, asked: EarlierEndRequest) -> None:
         """Go on with what an earlier service asked for: its cause, its deadline, no new signal."""
         self._cause, self._reached = _Cause(asked.cause), True
         self.stopping = self._cause is _Cause.STOP
@@ -127,7 +127,7 @@ class Ending:
         with self._grace:
             async for number in self._wanted:
                 try:
-                    delivered = await self._link.signal(self._job, number, self._as_ask())
+                    delivered = await self._launcher.signal(self._job, number, self._as_ask())
                 except JobworkerError as error:
                     if _has_ended(error):
                         return
@@ -144,7 +144,7 @@ class Ending:
         """Kill the job, however often that has to be tried."""
         while True:
             try:
-                await self._link.kill(self._job, self._as_ask())
+                await self._launcher.kill(self._job, self._as_ask())
             except JobworkerError as error:
                 if _has_ended(error):
                     return
@@ -156,12 +156,12 @@ class Ending:
             finally:
                 self._told()
 
-    def _as_ask(self) -> Ask:
+    def _as_ask(self) -> EndRequest:
         assert self._cause is not None
         seconds = min(self._grace.deadline - trio.current_time(), _MAX_GRACE_SECONDS)
-        return Ask(self._cause.value, max(0, math.ceil(seconds * 1000)))
+        return EndRequest(self._cause.value, max(0, math.ceil(seconds * 1000)))
 
-    def verdict(self, ending: Exit | None) -> tuple[Event, Reason | None]:
+    def verdict(self, ending: JobExit | None) -> tuple[Event, Reason | None]:
         """What is said of an end; None is a launcher that went under the job."""
         if ending is None:
             return Event.FAIL, Reason.LOST
@@ -171,7 +171,7 @@ class Ending:
         reason = self._reason(ending, cause)
         return (Event.SUCCEED, None) if reason is None else (Event.FAIL, reason)
 
-    def _reason(self, ending: Exit, cause: _Cause | None) -> Reason | None:
+    def _reason(self, ending: JobExit, cause: _Cause | None) -> Reason | None:
         for reason, applies in (
             (Reason.TIMEOUT, cause is _Cause.TIMEOUT),
             (Reason.OUTPUT, cause is _Cause.OUTPUT),
@@ -200,7 +200,7 @@ def _has_ended(error: JobworkerError) -> bool:
     return gone or error.data.get("errno") == errno.ESRCH
 
 
-def _is_of_memory(ending: Exit) -> bool:
+def _is_of_memory(ending: JobExit) -> bool:
     """Whether the job ended for want of memory.
 
     At its own limit the job ends as a whole. Elsewhere a process of it may have been killed, and
@@ -210,7 +210,7 @@ def _is_of_memory(ending: Exit) -> bool:
     return ending.want == "limit" or (ending.want != "" and killed)
 
 
-def memory_words(ending: Exit, reason: Reason | None) -> str:
+def memory_words(ending: JobExit, reason: Reason | None) -> str:
     """What is to be said of kills for want of memory that were not for the job's own limit."""
     if ending.want == "kernel" and reason is Reason.OOM:
         return (

@@ -57,8 +57,8 @@ from jobworker.model.summary import without_bulk
 from jobworker.sandbox.cgroup import hierarchy as cgroups
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.service.job_ends import Exits, Notices, Started
-from jobworker.sandbox.service.job_reports import Exit
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.job_reports import JobExit
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.sandbox.start.plan import Order
 
 log = logging.getLogger("jobworker.jobs")
@@ -98,7 +98,7 @@ class Execution:
     """What may be told of it. Its end comes as a whole, with `ended`: when it is on the disk, or
     the disk has refused it."""
     spool: Spool
-    _link: Link
+    _launcher: LauncherClient
     _history: History
     _rules: Rules
     _clock: Clock
@@ -148,7 +148,7 @@ class Execution:
     def __attrs_post_init__(self) -> None:
         self._ending = Ending(
             job=self.record.id,
-            link=self._link,
+            link=self._launcher,
             grace_seconds=self._rules.stop_grace_seconds,
             told=self._on_told,
         )
@@ -169,7 +169,7 @@ class Execution:
             self.record = evolve(self.record, stop_requested_at=self._clock())
         self._ending.stop(number, grace_seconds)
         self._unwanted.set()
-        if not self._link.keeps_asks:  # then the record alone tells the next service
+        if not self._launcher.keeps_asks:  # then the record alone tells the next service
             self._changed.set()
 
     def end_with_service(self, grace_seconds: float) -> None:
@@ -204,11 +204,11 @@ class Execution:
             return
         # The launcher was not told, or is one of before, which was told and did not keep it.
         if self.record.output_cut and self._policy_at(self.record.output_cut) == "stop":
-            if not self._link.keeps_asks:
+            if not self._launcher.keeps_asks:
                 self._ending.go_on()
             self._ending.stop_for_output()
         if self.record.stop_requested_at is not None:
-            if not self._link.keeps_asks:
+            if not self._launcher.keeps_asks:
                 self._ending.go_on()
             self.request_stop(signal.SIGTERM, None)
 
@@ -246,7 +246,7 @@ class Execution:
         """What the job uses now, or has used; None where it never ran."""
         if self.record.state is State.RUNNING and not self.ended.is_set():
             try:
-                return await self._link.usage(self.record.id)
+                return await self._launcher.usage(self.record.id)
             except JobworkerError:
                 return self.record.usage  # it ended meanwhile
         return self.record.usage
@@ -262,7 +262,7 @@ class Execution:
         started, exits = begun
         self._runs_since = trio.current_time() - started.age_seconds
         self.decided.set()
-        ending: Exit | None = None
+        ending: JobExit | None = None
         with self._company:
             async with self._output(started), trio.open_nursery() as nursery:
                 nursery.start_soon(self.store)
@@ -361,7 +361,7 @@ class Execution:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_unwanted)
             try:
-                return await self._link.spawn(self.record.id, order, limits)
+                return await self._launcher.spawn(self.record.id, order, limits)
             except JobworkerError as error:
                 failure = error
             finally:
@@ -372,7 +372,7 @@ class Execution:
         await self._unwanted.wait()
         await trio.sleep(START_PATIENCE_SECONDS)
         with suppress(JobworkerError):
-            await self._link.give_up_start(self.record.id)
+            await self._launcher.give_up_start(self.record.id)
 
     async def _whole_spec(self) -> JobSpec:
         """What was asked for, also where only the history has all of it. Raises JobworkerError."""
@@ -490,7 +490,7 @@ class Execution:
             end = self._advanced(Event.FAIL, reason=Reason.START, detail=str(error), **changes)
         await self._close(end)
 
-    async def _finish(self, ending: Exit | None) -> None:
+    async def _finish(self, ending: JobExit | None) -> None:
         event, reason = self._ending.verdict(ending)
         changes: dict[str, object] = {}
         if ending is not None:
@@ -588,7 +588,7 @@ class Execution:
         """
         if self.record.started_at is not None:
             try:
-                await self._link.remove(self.record.id)
+                await self._launcher.remove(self.record.id)
             except JobworkerError as error:
                 gone = isinstance(error, (LauncherGone, NotFound))
                 is_over = gone or isinstance(error, LauncherSilent)  # this service ends
@@ -624,7 +624,7 @@ class Execution:
         return evolve(record, state=state, **changes)  # type: ignore[arg-type]
 
 
-def _words_of(ending: Exit | None, reason: Reason | None) -> Iterator[str]:
+def _words_of(ending: JobExit | None, reason: Reason | None) -> Iterator[str]:
     """What is to be said of an end."""
     if ending is None:
         yield "the launcher ended while the job was alive"

@@ -6,7 +6,7 @@ from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, JobRecord
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 
 
 @define(eq=False)
@@ -50,10 +50,10 @@ class Inheritance:
         return frozenset(each.record.id for each in every)
 
 
-async def have_forgotten(link: Link, job: JobId) -> None:
+async def have_forgotten(launcher: LauncherClient, job: JobId) -> None:
     """Have the launcher forget a job that it has kept, and kill it if it lives."""
-    let_go(*link.inherited[job])
-    await link.begin_to_remove(job)  # a start waits for its place, where it needs that
+    let_go(*launcher.inherited[job])
+    await launcher.begin_to_remove(job)  # a start waits for its place, where it needs that
 
 
 def let_go(started: Started, exits: Exits) -> None:

@@ -18,14 +18,14 @@ from jobworker.jobs.inheritance import have_forgotten
 from jobworker.jobs.output.directory import clear_mark
 from jobworker.jobs.output.ended import remove_output
 from jobworker.model.job import JobId
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.jobs")
 
 
 async def remove_leftovers(
-    link: Link,
+    launcher: LauncherClient,
     history: History,
     spools: Path,
     *,
@@ -40,8 +40,8 @@ async def remove_leftovers(
     refused = await in_thread(refused_of, spools, [*unknown, *unfinished])
     removed = await history.removed_without_output(frozenset(unknown) - refused)
     for job in sorted(refused | removed):
-        if job in link.inherited:
-            await have_forgotten(link, job)
+        if job in launcher.inherited:
+            await have_forgotten(launcher, job)
         if job in unfinished:  # a disk that failed may have brought it back
             await history.remove(job)
     await in_thread(_remove_output_of, spools, refused, "refused", "and stood there still")

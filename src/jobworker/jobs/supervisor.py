@@ -46,7 +46,7 @@ from jobworker.model.checked_classes import altered
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
 from jobworker.sandbox.service.exchange import Waitable
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.sandbox.service.launcher_errors import launcher_silent
 from jobworker.serialization.json_text import LONG_CHARACTERS
 from jobworker.threads import in_thread
@@ -70,7 +70,7 @@ def _left(job: JobId) -> ShuttingDown:
 class Supervisor:
     """All jobs of this service."""
 
-    _link: Link
+    _launcher: LauncherClient
     _history: History
     _archive: Archive
     _spools: Path
@@ -159,7 +159,7 @@ class Supervisor:
             incident = self._incidents.record("job", f"job {execution.record.id}")
             if not execution.ended.is_set():
                 with suppress(JobworkerError):
-                    await self._link.remove(execution.record.id)
+                    await self._launcher.remove(execution.record.id)
                 await execution.fail_internally(incident)
         finally:
             try:
@@ -220,7 +220,7 @@ class Supervisor:
         secrets = await Secrets.of(spec.secret_environment)
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
-        if self._link.silent:
+        if self._launcher.silent:
             raise launcher_silent()
         self._check_room(owner)
         # From here to where the job is counted there is no checkpoint: two requests cannot both
@@ -242,7 +242,7 @@ class Supervisor:
     async def _hear_of(self, execution: Execution, event: trio.Event | PacedEvent) -> None:
         """Wait for an event of a job's. Raises LauncherSilent where it may be long in coming."""
         try:
-            await self._link.wait_unless_silent(event)
+            await self._launcher.wait_unless_silent(event)
         except LauncherSilent:
             raise launcher_silent(execution.record.id) from None
 
@@ -269,7 +269,7 @@ class Supervisor:
         spec.check_size()
         await trio.lowlevel.checkpoint()
         full = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
-        steps = await self._link.plan(order_of(full, _NOT_YET, {}), limits_of(full))
+        steps = await self._launcher.plan(order_of(full, _NOT_YET, {}), limits_of(full))
         return full.limits, steps
 
     def _use_of(self, owner: str) -> Use:
@@ -355,7 +355,7 @@ class Supervisor:
         return Execution(
             record=record,
             spool=spool,
-            link=self._link,
+            link=self._launcher,
             history=self._history,
             rules=self._rules,
             room=self._archive.room_of(record.owner),
@@ -552,11 +552,11 @@ class Supervisor:
             execution.leave(anyway=True)
         await self._all((each.over for each in executions), REMOVE_SECONDS)
         open_ones = [str(each.record.id) for each in executions if not each.over.is_set()]
-        if self._link.silent:
+        if self._launcher.silent:
             log.error("the launcher does not answer; it is left as it is")
         elif open_ones:
             log.error("left with the launcher still busy with them: jobs %s", ", ".join(open_ones))
-        self._link.give_up()
+        self._launcher.give_up()
         for execution in executions:
             await execution.over.wait()
 
@@ -564,4 +564,4 @@ class Supervisor:
         """Wait for all events for so many seconds at most, and as long as the launcher answers."""
         with trio.move_on_after(seconds), suppress(LauncherSilent):
             for event in events:
-                await self._link.wait_unless_silent(event)
+                await self._launcher.wait_unless_silent(event)

@@ -50,7 +50,7 @@ from jobworker.model.job import JobId, JobRecord
 from jobworker.model.lifecycle import WAITING, Event, State, advance
 from jobworker.model.summary import without_bulk
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.threads import in_thread
 
 T = TypeVar("T")
@@ -62,7 +62,9 @@ RECORDS_TOGETHER = 40
 five megabytes of memory until it is there."""
 
 
-async def take_over(link: Link, history: History, spools: Path, now: datetime) -> Inheritance:
+async def take_over(
+    launcher: LauncherClient, history: History, spools: Path, now: datetime
+) -> Inheritance:
     """Put jobs, output and history in order after an earlier service.
 
     Raises InternalError where what is to be adopted cannot be recorded, or a live job's output not
@@ -71,40 +73,42 @@ async def take_over(link: Link, history: History, spools: Path, now: datetime) -
     """
     since = {
         job: now - timedelta(seconds=started.age_seconds)
-        for job, (started, _) in link.inherited.items()
+        for job, (started, _) in launcher.inherited.items()
     }
     there = await in_thread(jobs_in, spools)
-    known = await history.known([*there, *link.inherited])
+    known = await history.known([*there, *launcher.inherited])
     unfinished = {record.id: record for record in history.unfinished}
-    unknown = (there | link.inherited.keys()) - known
+    unknown = (there | launcher.inherited.keys()) - known
     none = await remove_leftovers(
-        link, history, spools, unknown=unknown, unfinished=unfinished.keys()
+        launcher, history, spools, unknown=unknown, unfinished=unfinished.keys()
     )
     unfinished = {job: record for job, record in unfinished.items() if job not in none}
-    undone = unfinished.keys() & link.unstarted
-    unfinished |= await _adopt(link, history, spools, unknown - none, now)
-    ended_before = link.inherited.keys() - unfinished.keys() - none
+    undone = unfinished.keys() & launcher.unstarted
+    unfinished |= await _adopt(launcher, history, spools, unknown - none, now)
+    ended_before = launcher.inherited.keys() - unfinished.keys() - none
     unfinished = await _ask_notes(spools, unfinished)
     unfinished |= await _take_back_starts(history, [unfinished[job] for job in sorted(undone)])
     inheritance = Inheritance()
     for job, record in sorted(unfinished.items()):
-        await _go_on(inheritance, link.inherited.get(job), record, spools, since.get(job, now), now)
+        await _go_on(
+            inheritance, launcher.inherited.get(job), record, spools, since.get(job, now), now
+        )
     again = [await end_again(spools, history, job) for job in sorted(ended_before)]
     await sync([*inheritance.ended, *again])
     inheritance.ended += [each for each in again if each.spool.sync_fault]
     await _record(history, [each.record for each in inheritance.ended])
     for each in again:
         if each.spool.sync_fault:  # the launcher forgets it when that is recorded
-            let_go(*link.inherited[each.record.id])
+            let_go(*launcher.inherited[each.record.id])
         else:
             each.spool.close()
-            await have_forgotten(link, each.record.id)
+            await have_forgotten(launcher, each.record.id)
     _tell(inheritance)
     return inheritance
 
 
 async def _adopt(
-    link: Link, history: History, spools: Path, jobs: Collection[JobId], now: datetime
+    launcher: LauncherClient, history: History, spools: Path, jobs: Collection[JobId], now: datetime
 ) -> dict[JobId, JobRecord]:
     """Give each job that the history does not have a record there: those that have not ended."""
     records = list[JobRecord]()
@@ -112,7 +116,7 @@ async def _adopt(
         notes = await in_thread(read_notes, spools, page)
         async with trio.open_nursery() as nursery:
             for job in page:
-                lives, directory = job in link.inherited, spools / str(job)
+                lives, directory = job in launcher.inherited, spools / str(job)
                 record = adopted(job, notes.get(job), lives=lives, directory=directory, now=now)
                 if record is None:
                     history.never_give(job)
@@ -123,7 +127,7 @@ async def _adopt(
                 nursery.start_soon(history.put, record)
                 records.append(without_bulk(record))
     history.pass_over(max((record.id for record in records), default=JobId(0)))
-    tell_adopted(records, link.inherited.keys())
+    tell_adopted(records, launcher.inherited.keys())
     return {record.id: record for record in records if not record.ended}
 
 

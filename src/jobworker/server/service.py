@@ -36,7 +36,7 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import MEBIBYTE, parse_duration
 from jobworker.sandbox.service.host_facts import read_host_facts
-from jobworker.sandbox.service.launcher_client import Link, open_link
+from jobworker.sandbox.service.launcher_client import LauncherClient, open_launcher_client
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door
@@ -118,12 +118,12 @@ async def serve(prepared: Prepared) -> None:
     history = History.open(prepared.directory / "history.db", prepared.directory / "spool")
     try:
         spools = prepared.directory / "spool"
-        async with open_link(prepared.launcher) as link:
-            inheritance = await take_over(link, history, spools, _now())
+        async with open_launcher_client(prepared.launcher) as launcher:
+            inheritance = await take_over(launcher, history, spools, _now())
             archive = _archive(prepared, spools, history)
             await archive.load(inheritance.ids)
             supervisor = Supervisor(
-                link=link,
+                link=launcher,
                 history=history,
                 archive=archive,
                 spools=spools,
@@ -139,7 +139,7 @@ async def serve(prepared: Prepared) -> None:
                 nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
                 nursery.start_soon(incidents.keep_running, "memory", keep_small)
                 promises = DiskPromises(
-                    link=link,
+                    link=launcher,
                     directory=prepared.directory,
                     budget=archive.budget if _leaves_room_for_disks(prepared) else None,
                     most=disks_bytes(settings),
@@ -147,7 +147,9 @@ async def serve(prepared: Prepared) -> None:
                 if _knows_promises(prepared):
                     nursery.start_soon(incidents.keep_running, "disks", promises.follow)
                 auditor.service("service.start")
-                await _serve_until_signal(prepared, supervisor, link, auditor, incidents, promises)
+                await _serve_until_signal(
+                    prepared, supervisor, launcher, auditor, incidents, promises
+                )
                 auditor.service("service.end")
                 nursery.cancel_scope.cancel()
     finally:
@@ -158,7 +160,7 @@ async def serve(prepared: Prepared) -> None:
 async def _serve_until_signal(
     prepared: Prepared,
     supervisor: Supervisor,
-    link: Link,
+    launcher: LauncherClient,
     auditor: Auditor,
     incidents: Incidents,
     promises: DiskPromises,
@@ -169,7 +171,7 @@ async def _serve_until_signal(
     presence = Presence()
     context = Context(
         supervisor=supervisor,
-        link=link,
+        link=launcher,
         promises=promises,
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),
@@ -188,7 +190,7 @@ async def _serve_until_signal(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
-            nursery.start_soon(_watch, link, not prepared.settings.launcher.socket)
+            nursery.start_soon(_watch, launcher, not prepared.settings.launcher.socket)
             tell_watchdog = partial(_tell_watchdog, prepared.notifier)
             nursery.start_soon(incidents.keep_running, "watchdog", tell_watchdog)
             nursery.start_soon(listener.serve)
@@ -268,8 +270,8 @@ async def _announce(prepared: Prepared) -> None:
     await prepared.notifier.tell(READY="1", STATUS=status, **{ADDRESS_FIELD: address})
 
 
-async def _watch(link: Link, is_own: bool) -> None:
-    await link.gone.wait()
+async def _watch(launcher: LauncherClient, is_own: bool) -> None:
+    await launcher.gone.wait()
     where = "its last lines above" if is_own else "the reason in the log of `worker launcher`"
     raise LauncherGone(
         "cannot go on: the launcher has ended",

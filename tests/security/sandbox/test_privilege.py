@@ -17,7 +17,7 @@ import pytest
 
 from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.sandbox import channel
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.seccomp.libseccomp import number_of
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.start import trampoline
@@ -179,7 +179,7 @@ def test_running_program_is_overwritten_outside(overwriter: Path, tmp_path: Path
 
 
 def test_launchers_program_cannot_be_overwritten(
-    make_policy: Callable[..., Policy], shown_directory: Path, overwriter: Path
+    make_policy: Callable[..., LauncherPolicy], shown_directory: Path, overwriter: Path
 ) -> None:
     """A script whose interpreter is /proc/self/exe: execve(2) itself follows that link."""
     own = Path(sys.executable).resolve()

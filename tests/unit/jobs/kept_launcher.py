@@ -18,7 +18,7 @@ from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
 from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.end_requests import Ask, Asked
+from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestLog
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.service.exchange import SILENT_SECONDS
 from jobworker.sandbox.service.start_failures import explain
@@ -203,7 +203,7 @@ class KeptLauncher:
             starting.fault = explain(Refusal("start", errno.ECANCELED, "it was given up"))
             starting.decided.set()
 
-    def signal(self, job: JobId, number: signal.Signals, ask: Ask) -> bool:
+    def signal(self, job: JobId, number: signal.Signals, ask: EndRequest) -> bool:
         """Send a signal: False where the program would not notice."""
         program = self._find(job)
         self._keep(program, ask, number)
@@ -211,7 +211,7 @@ class KeptLauncher:
             self.end(program, None, number)
         return program.on_signal != "has no handler"
 
-    def kill(self, job: JobId, ask: Ask) -> None:
+    def kill(self, job: JobId, ask: EndRequest) -> None:
         """Kill a program."""
         program = self._find(job)
         self._keep(program, ask, signal.SIGKILL)
@@ -235,9 +235,9 @@ class KeptLauncher:
             raise no_such_job()
         return program
 
-    def _keep(self, program: Program, ask: Ask, number: int) -> None:
+    def _keep(self, program: Program, ask: EndRequest, number: int) -> None:
         now = trio.current_time()
-        program.asked = program.asked or Asked(ask, now)
+        program.asked = program.asked or EndRequestLog(ask, now)
         program.asked.add(ask, number, now)
 
     def _execute(self, job: JobId, request: str) -> None:

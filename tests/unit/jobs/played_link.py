@@ -1,4 +1,5 @@
-"""What one service has of a played launcher, in place of `sandbox.service.launcher_client.Link`."""
+"""What one service has of a played launcher, in place of
+`sandbox.service.launcher_client.LauncherClient`."""
 
 import os
 import signal
@@ -12,10 +13,10 @@ from attrs import define, field
 from jobworker.errors import LauncherSilent
 from jobworker.model.job import JobId
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.end_requests import Ask, Asked
+from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestLog
 from jobworker.sandbox.service.exchange import LOOK_SECONDS, Waitable
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.job_reports import AskedBefore, Exit
+from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit
 from jobworker.sandbox.service.launcher_errors import launcher_silent
 from jobworker.sandbox.start.plan import Order
 
@@ -34,7 +35,7 @@ class ServiceLink:
     _given_up: trio.Event = field(factory=trio.Event, init=False)
     _pipes: list[tuple[int, int]] = field(factory=list, init=False)
     """The ends of pipes that this service was given: their numbers, and what they are."""
-    _exits: dict[JobId, trio.MemorySendChannel[Exit]] = field(factory=dict, init=False)
+    _exits: dict[JobId, trio.MemorySendChannel[JobExit]] = field(factory=dict, init=False)
 
     @classmethod
     def connect(cls, launcher: KeptLauncher) -> Self:
@@ -72,7 +73,7 @@ class ServiceLink:
 
     def expect(self, program: Program) -> tuple[Started, Exits]:
         """What a service gets of a program, and where it hears of its end."""
-        send, receive = trio.open_memory_channel[Exit](1)
+        send, receive = trio.open_memory_channel[JobExit](1)
         self._exits[program.job] = send
         if program.exit is not None:
             self.on_exit(program)
@@ -111,11 +112,11 @@ class ServiceLink:
             raise starting.fault
         return self.expect(self._launcher.programs[job])
 
-    async def signal(self, job: JobId, number: signal.Signals, ask: Ask) -> bool:
+    async def signal(self, job: JobId, number: signal.Signals, ask: EndRequest) -> bool:
         """Send a signal."""
         return bool(await self._ask(lambda: self._launcher.signal(job, number, ask)))
 
-    async def kill(self, job: JobId, ask: Ask) -> None:
+    async def kill(self, job: JobId, ask: EndRequest) -> None:
         """Kill a job."""
         await self._ask(lambda: self._launcher.kill(job, ask))
 
@@ -171,13 +172,13 @@ class ServiceLink:
             raise launcher_gone()
 
 
-def _told(asked: Asked | None) -> AskedBefore | None:
+def _told(asked: EndRequestLog | None) -> EarlierEndRequest | None:
     """What the next service hears of why a job was sent a signal."""
     if asked is None:
         return None
     now = trio.current_time()
     told = asked.told(now)
-    return AskedBefore(
+    return EarlierEndRequest(
         cause=told.cause,
         first_at=now - told.seconds_ago,
         kill_at=now + told.kill_in_seconds,

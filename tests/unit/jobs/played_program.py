@@ -9,8 +9,8 @@ from attrs import define, field
 from jobworker.model.job import JobId, Usage
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.end_requests import Asked
-from jobworker.sandbox.service.job_reports import Exit
+from jobworker.sandbox.protocol.end_requests import EndRequestLog
+from jobworker.sandbox.service.job_reports import JobExit
 
 Start = Literal["runs", "refused", "lacks processes", "hangs", "may have run"]
 OnSignal = Literal["exits", "goes on", "has no handler"]
@@ -37,8 +37,8 @@ class Program:
     writes: list[int]
     since: float = field(factory=trio.current_time)
     wrote: tuple[bytearray, bytearray] = field(factory=lambda: (bytearray(), bytearray()))
-    asked: Asked | None = None
-    exit: Exit | None = None
+    asked: EndRequestLog | None = None
+    exit: JobExit | None = None
     cause: str = ""
     """Why it was asked to end, where that was before its end."""
     lost: bool = False
@@ -61,4 +61,4 @@ class Program:
         close_all(self.writes)
         self.writes = []
         self.cause = self.asked.cause if self.asked else ""
-        self.exit = Exit(code=code, signal=number, usage=Usage(), want=want)
+        self.exit = JobExit(code=code, signal=number, usage=Usage(), want=want)

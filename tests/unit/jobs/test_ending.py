@@ -14,24 +14,24 @@ from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
 from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.protocol import events
-from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, Ask
-from jobworker.sandbox.service.job_reports import AskedBefore, Exit, exit_from
+from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, EndRequest
+from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit, exit_from
 
-EXITED = Exit(code=0, signal=None, usage=Usage())
-KILLED = Exit(code=None, signal=9, usage=Usage())
+EXITED = JobExit(code=0, signal=None, usage=Usage())
+KILLED = JobExit(code=None, signal=9, usage=Usage())
 
 
 class OneJob:
     """A launcher with one job that heeds no signal but is there, or has ended."""
 
     def __init__(self) -> None:
-        self.there, self.got, self.asks = True, list[int](), list[Ask]()
+        self.there, self.got, self.asks = True, list[int](), list[EndRequest]()
 
-    async def signal(self, _: JobId, number: Signals, ask: Ask) -> bool:
+    async def signal(self, _: JobId, number: Signals, ask: EndRequest) -> bool:
         self.asks.append(ask)
         return await self._send(number)
 
-    async def kill(self, _: JobId, ask: Ask) -> None:
+    async def kill(self, _: JobId, ask: EndRequest) -> None:
         self.asks.append(ask)
         await self._send(SIGKILL)
 
@@ -188,7 +188,7 @@ async def test_launcher_that_went_is_what_is_told_whatever_was_asked(
 async def test_want_of_memory_is_told_apart(
     want: Want, code: int | None, number: int | None, reason: Reason | None, words: str
 ) -> None:
-    ended = Exit(code=code, signal=number, usage=Usage(oom_kills=2), want=want)
+    ended = JobExit(code=code, signal=number, usage=Usage(oom_kills=2), want=want)
     assert ending_of(OneJob()).verdict(ended)[1] is reason
     assert memory_words(ended, reason).startswith(words)
     assert bool(memory_words(ended, reason)) == bool(words)
@@ -199,7 +199,7 @@ async def test_stop_that_came_first_stays_what_is_told(autojump_clock: MockClock
     async with trio.open_nursery() as nursery:
         ending.stop(SIGTERM, 0)
         nursery.start_soon(ending.serve)
-    ended = Exit(code=None, signal=9, usage=Usage(oom_kills=1), want="host")
+    ended = JobExit(code=None, signal=9, usage=Usage(oom_kills=1), want="host")
     assert ending.verdict(ended) == (Event.STOP, None)
     assert memory_words(ended, None).startswith("1 of its processes was killed for memory")
 
@@ -220,7 +220,7 @@ def test_launcher_of_another_release_need_not_tell_what_memory_was_wanted(
 ) -> None:
     message = {"code": None, "signal": 9, "usage": {"pids": 0, "oom_kills": kills}, **told}
     ended = events.read({"event": "exit", "job": 1, **message})
-    assert isinstance(ended, events.Ended)
+    assert isinstance(ended, events.JobEnded)
     assert exit_from(ended).want == want
 
 
@@ -235,7 +235,11 @@ async def test_cause_and_deadline_go_with_the_signal(autojump_clock: MockClock) 
         await trio.sleep(20)
         nursery.cancel_scope.cancel()
     assert launcher.got == [SIGTERM, SIGINT, SIGKILL]
-    assert launcher.asks == [Ask(TIMEOUT, 5000), Ask(TIMEOUT, 5000), Ask(TIMEOUT, 0)]
+    assert launcher.asks == [
+        EndRequest(TIMEOUT, 5000),
+        EndRequest(TIMEOUT, 5000),
+        EndRequest(TIMEOUT, 0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ async def test_end_that_an_earlier_service_asked_for_is_gone_on_with(
     launcher = OneJob()
     ending = ending_of(launcher)
     now = time.monotonic()
-    asked = AskedBefore(
+    asked = EarlierEndRequest(
         cause=cause, first_at=now - 50, kill_at=now + 10, signals=frozenset({SIGINT})
     )
     ending.resume(asked)
@@ -272,7 +276,7 @@ async def test_later_stop_by_the_same_signal_is_a_new_one(autojump_clock: MockCl
     ending = ending_of(launcher)
     now = time.monotonic()
     ending.resume(
-        AskedBefore(cause=STOP, first_at=now, kill_at=now + 900, signals=frozenset({SIGINT}))
+        EarlierEndRequest(cause=STOP, first_at=now, kill_at=now + 900, signals=frozenset({SIGINT}))
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ending.serve)

@@ -33,7 +33,7 @@ from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.job_reports import Exit
+from jobworker.sandbox.service.job_reports import JobExit
 from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 
@@ -67,7 +67,7 @@ class FakeLink:
     forgets_nothing: bool = False
     """Whether a request to remove a job fails once this was given up."""
     let_go: trio.Event = Factory(trio.Event)
-    _jobs: dict[JobId, tuple[trio.MemorySendChannel[Exit], list[int]]] = Factory(dict)
+    _jobs: dict[JobId, tuple[trio.MemorySendChannel[JobExit], list[int]]] = Factory(dict)
 
     async def spawn(self, job: JobId, *_: object) -> tuple[Started, Exits]:
         await trio.lowlevel.checkpoint()
@@ -76,7 +76,7 @@ class FakeLink:
                 await self.let_go.wait()
             data = {} if self.sends else {"sent": False}
             raise LauncherSilent("cannot tell what becomes of the request", data=data)
-        send, receive = trio.open_memory_channel[Exit](1)
+        send, receive = trio.open_memory_channel[JobExit](1)
         (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
         self._jobs[job] = send, [out_write, err_write]
         self.spawned.append(job)
@@ -100,7 +100,7 @@ class FakeLink:
         while pipes and not keep_pipes:
             os.close(pipes.pop())
         code = 0 if signal is None else None
-        send.send_nowait(Exit(code=code, signal=signal, usage=Usage(), unseen=unseen))
+        send.send_nowait(JobExit(code=code, signal=signal, usage=Usage(), unseen=unseen))
         send.close()
         return pipes
 
@@ -331,10 +331,10 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
     os.close(out_write)
     os.close(err_write)
-    send, exits = trio.open_memory_channel[Exit](1)
+    send, exits = trio.open_memory_channel[JobExit](1)
     told_at = time.monotonic()
     ended_at = told_at - seconds_ago
-    send.send_nowait(Exit(code=0, signal=None, usage=Usage(), ended_at=ended_at))
+    send.send_nowait(JobExit(code=0, signal=None, usage=Usage(), ended_at=ended_at))
     send.close()
     started = Started(pid=1, stdout=out, stderr=err, since=told_at - 8)
     taken = Inheritance(running=[Running(record, Spool.create(tmp_path / "1"), started, exits)])
@@ -383,7 +383,7 @@ async def test_output_that_was_taken_over_counts_as_what_stands_on_the_disk(
         append(spool, Stream.STDOUT, b"x" * size)
     await spools[1].seal()
     (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
-    _send, exits = trio.open_memory_channel[Exit](1)
+    _send, exits = trio.open_memory_channel[JobExit](1)
     started = Started(pid=1, stdout=out, stderr=err)
     taken = Inheritance(
         running=[Running(record(1, State.RUNNING), spools[0], started, exits)],
@@ -621,7 +621,7 @@ async def test_waiting_job_whose_stop_an_earlier_service_was_asked_for_waits_for
     tmp_path: Path,
 ) -> None:
     (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
-    _send, exits = trio.open_memory_channel[Exit](1)
+    _send, exits = trio.open_memory_channel[JobExit](1)
     started = Started(pid=1, stdout=out, stderr=err)
     stopped = record(2, State.PENDING, stop_requested_at=datetime.now(UTC))
     waits = record(3, State.PENDING)

@@ -19,7 +19,7 @@ from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, JobSpec, Stream
 from jobworker.model.lifecycle import Reason, State
 from jobworker.sandbox.service.job_ends import Exits, Started
-from jobworker.sandbox.service.job_reports import Exit
+from jobworker.sandbox.service.job_reports import JobExit
 
 from .output.test_spool import append, open_fds
 
@@ -46,8 +46,8 @@ class EndedJobs:
     def of(cls, *jobs: int, done: list[str]) -> Self:
         inherited = dict[JobId, tuple[Started, Exits]]()
         for job in jobs:
-            send, exits = trio.open_memory_channel[Exit](1)
-            send.send_nowait(Exit(code=0, signal=None, usage=None))
+            send, exits = trio.open_memory_channel[JobExit](1)
+            send.send_nowait(JobExit(code=0, signal=None, usage=None))
             (out, out_write), (err, err_write) = os.pipe(), os.pipe()
             os.close(out_write)
             os.close(err_write)
@@ -157,7 +157,7 @@ async def test_program_began_when_the_launcher_said_however_long_it_takes_to_go_
         state=State.INITIALIZING,
         created_at=NOW,
     )
-    _send, exits = trio.open_memory_channel[Exit](1)
+    _send, exits = trio.open_memory_channel[JobExit](1)
     started = Started(pid=1, stdout=-1, stderr=-1, since=now - 10)
     taken = await take_over(
         NoJobs({JobId(1): (started, exits)}),  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from jobworker.pki.administration import init_authority
 from jobworker.pki.identity import name_fault
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.sandbox.service.host_facts import HostFacts
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Gate
 from jobworker.server.access.connected_clients import Door, Fittings
@@ -73,7 +73,7 @@ class Site:
         gate, presence = Gate(role_table({}), longest_seconds=60), Presence()
         context = Context(
             supervisor=cast(Supervisor, SimpleNamespace(record=trio.sleep_forever)),
-            link=cast(Link, None),
+            link=cast(LauncherClient, None),
             promises=cast(DiskPromises, None),
             host=cast(HostFacts, None),
             runtimes=frozenset(),

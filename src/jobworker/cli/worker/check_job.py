@@ -21,7 +21,7 @@ from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.check.probing import Finding
 from jobworker.sandbox.service.launch import start_launcher
-from jobworker.sandbox.service.launcher_client import Link, open_link
+from jobworker.sandbox.service.launcher_client import LauncherClient, open_launcher_client
 from jobworker.sandbox.start.plan import Order
 from jobworker.server.host.id_ranges import lock_ids
 from jobworker.server.startup.preparation import policy_for
@@ -80,7 +80,7 @@ async def _try_networks(settings: Settings) -> list[Finding]:
     )
     found = []
     launcher = start_launcher(policy_for(settings, Path(settings.worker.state_dir)))
-    async with open_link(launcher) as link:
+    async with open_launcher_client(launcher) as link:
         for number, network in enumerate(("host", "none", "private"), start=1):
             try:
                 with trio.fail_after(SECONDS):
@@ -94,7 +94,7 @@ async def _try_networks(settings: Settings) -> list[Finding]:
     return found
 
 
-async def _run_job(link: Link, job: JobId, network: str, limits: ScopeLimits) -> str:
+async def _run_job(link: LauncherClient, job: JobId, network: str, limits: ScopeLimits) -> str:
     order = Order("check", ("/bin/sh", "-c", _PROOF), {}, "/", network)
     began = trio.current_time()
     started, exits = await link.spawn(job, order, limits)

@@ -20,13 +20,13 @@ from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.network.slirp import Layout
-from jobworker.sandbox.protocol.end_requests import Asked
+from jobworker.sandbox.protocol.end_requests import EndRequestLog
 from jobworker.sandbox.protocol.requests import Spawn
 from jobworker.sandbox.start import init_program, trampoline
 from jobworker.sandbox.start.plan import Slot
 
 
-class Exit(NamedTuple):
+class ChildExit(NamedTuple):
     """How a child's first process ended: by an exit code or by a signal. The other is None."""
 
     code: int | None
@@ -55,7 +55,7 @@ NO_ERRAND = trampoline.ExecImage(b"", "", "", ())
 class Child:
     """A process on its way to becoming a job, or a job."""
 
-    asked: Asked | None = None
+    asked: EndRequestLog | None = None
     """The end that a service has asked for, kept so that the next service finds it."""
     start_by = 0
     """The count of `Jobs._look_at_starts` at which the launcher gives its start up."""
@@ -103,7 +103,7 @@ class Child:
         self.hoards = False
         """The launcher has ended it for kernel memory that no control group counts
         (`sandbox.launcher.kernel_watch`)."""
-        self.exit: Exit | None = None
+        self.exit: ChildExit | None = None
         """How it ended; None while it lives."""
         self.lost, self.unseen = list[str](), list[str]()
         """`lost`: where it lost writes, by the name of the volume, "" for its own disk. `unseen`:
@@ -212,7 +212,7 @@ def name_host(child: Child, name: str) -> None:
         os.close(own)
 
 
-def status_of(child: Child) -> Exit | None:
+def status_of(child: Child) -> ChildExit | None:
     """How a child ended whose pidfd is readable. The child is not reaped yet: see `Zombies`.
 
     Returns None if the kernel does not give the status yet, because a tracer on the host is
@@ -223,7 +223,7 @@ def status_of(child: Child) -> Exit | None:
         return None
     told = None if child.report < 0 else init_program.reported(child.report)
     if told is not None:
-        return Exit(*told)
+        return ChildExit(*told)
     if info.si_code == os.CLD_EXITED:
-        return Exit(info.si_status, None)
-    return Exit(None, info.si_status)
+        return ChildExit(info.si_status, None)
+    return ChildExit(None, info.si_status)

@@ -33,7 +33,7 @@ from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.launcher.terminals import terminals_each
 from jobworker.sandbox.network.modes import Networks
-from jobworker.sandbox.protocol.policy import Policy
+from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.root.stage import Stage
 from jobworker.sandbox.start import init_program, landlock, trampoline
 from jobworker.sandbox.start.plan import Order, OwnNetwork, RootView, Sizes, Slot, finish, prepare
@@ -49,7 +49,7 @@ class ChildPool:
     """Asks the fork server to make and clear children; owns the slots."""
 
     def __init__(
-        self, tree: Tree, policy: Policy, ids: Ids, stage: Stage, room_for_volumes: int
+        self, tree: Tree, policy: LauncherPolicy, ids: Ids, stage: Stage, room_for_volumes: int
     ) -> None:
         self._tree, self._policy, self._ids, self._stage = tree, policy, ids, stage
         self.volumes = VolumeStore(stage.volumes, room_for_volumes)

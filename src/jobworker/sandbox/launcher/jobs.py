@@ -37,7 +37,14 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.launcher import held_starts
-from jobworker.sandbox.launcher.child import NOBODY, Child, Exit, PendingStart, name_host, status_of
+from jobworker.sandbox.launcher.child import (
+    NOBODY,
+    Child,
+    ChildExit,
+    PendingStart,
+    name_host,
+    status_of,
+)
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
 from jobworker.sandbox.launcher.oom_watch import OomWatch
@@ -423,7 +430,7 @@ class Jobs:
 
     def _end_unmade(self, child: Child, why: channel.Message) -> None:
         """Fail the start of a child that could not be made, and free its slot."""
-        child.exit, child.doomed, child.end_is_taken = Exit(None, None), True, True
+        child.exit, child.doomed, child.end_is_taken = ChildExit(None, None), True, True
         child.failure = child.failure or {"step": SPAWN.step, **why}
         if child.request is not None:
             child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
@@ -562,7 +569,7 @@ class Jobs:
     def _tell_end(self, child: Child) -> None:
         child.end_is_known = True
         if child.job is not None:
-            ended = events.Ended(child.job, since_end(child), how_ended(child), *measured(child))
+            ended = events.JobEnded(child.job, since_end(child), how_ended(child), *measured(child))
             self._tell(events.message_of(ended), ())
 
     def _on_gateway_exit(self, child: Child) -> None:

@@ -19,7 +19,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.log import say
-from jobworker.sandbox.protocol.greeting import Unready, message_of
+from jobworker.sandbox.protocol.greeting import NotReady, message_of
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 AGAIN_SECONDS = 0.1
@@ -62,7 +62,7 @@ class LauncherListener:
             self._check(caller)
         except JobworkerError as error:
             say(error.message)
-            word = Unready(error.code, error.message, error.remedy)
+            word = NotReady(error.code, error.message, error.remedy)
             with contextlib.suppress(OSError):
                 channel.send(caller, message_of(word))
             self._disposal.take([caller.detach()])

@@ -32,9 +32,9 @@ from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.listener import LauncherListener
-from jobworker.sandbox.launcher.reports import fault, listed, problem
+from jobworker.sandbox.launcher.reports import fault, job_entry, problem
 from jobworker.sandbox.launcher.service_connection import ServiceConnection
-from jobworker.sandbox.launcher.signals import deliver, keep_ask
+from jobworker.sandbox.launcher.signals import deliver, keep_end_request
 from jobworker.sandbox.log import say
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies, requests
@@ -202,15 +202,15 @@ class Launcher:
 
     def _signal(self, _: int, asked: requests.Signal) -> replies.Delivered:
         child = self._child(asked.job)
-        keep_ask(child, asked.ask, asked.number)  # even if the signal cannot be sent
+        keep_end_request(child, asked.ask, asked.number)  # even if the signal cannot be sent
         delivered = deliver(child, asked.number)
         if not delivered:
-            keep_ask(child, asked.ask, asked.number, at_once=True)
+            keep_end_request(child, asked.ask, asked.number, at_once=True)
         return replies.Delivered(delivered)
 
     def _kill(self, _: int, asked: requests.Kill) -> replies.Done:
         child = self._child(asked.job)
-        keep_ask(child, asked.ask, signal.SIGKILL, at_once=True)
+        keep_end_request(child, asked.ask, signal.SIGKILL, at_once=True)
         self._jobs.kill(child)
         return replies.Done()
 
@@ -246,7 +246,7 @@ class Launcher:
         pipes = [pipe for child in page for pipe in (child.stdout, child.stderr)]
         more = len(started) > len(page)
         unstarted = () if more else tuple(self._jobs.unstarted)
-        reply = replies.JobEntries(tuple(map(listed, page)), more, unstarted)
+        reply = replies.JobEntries(tuple(map(job_entry, page)), more, unstarted)
         self._reply(number, ops.LIST, reply, pipes)
 
     def _reply(

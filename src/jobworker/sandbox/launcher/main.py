@@ -38,8 +38,13 @@ from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.launcher.own_namespace import become_root, split
 from jobworker.sandbox.log import open_log, say, say_last
-from jobworker.sandbox.protocol.greeting import Ready, Unready, message_of
-from jobworker.sandbox.protocol.policy import Policy, carried_in, policy_from, service_uid_in
+from jobworker.sandbox.protocol.greeting import NotReady, Ready, message_of
+from jobworker.sandbox.protocol.policy import (
+    LauncherPolicy,
+    carried_in,
+    policy_from,
+    service_uid_in,
+)
 from jobworker.sandbox.root import host_view as rootfs
 from jobworker.sandbox.root import plain_root
 from jobworker.sandbox.seccomp import program as bpf
@@ -64,7 +69,7 @@ def _warm_up(tree: Tree) -> None:
         tree.cores()
 
 
-def _raise_descriptor_limit(policy: Policy) -> int:
+def _raise_descriptor_limit(policy: LauncherPolicy) -> int:
     """Raise the limit on open files for the descriptors of all children: getrlimit(2).
 
     Returns how many volumes all jobs may have together, since each takes one more descriptor.
@@ -122,7 +127,7 @@ def main(descriptor: int) -> NoReturn:
         except JobworkerError as error:
             if place is None:
                 with contextlib.suppress(OSError):  # else the service has gone: the log has it
-                    word = Unready(error.code, error.message, error.remedy)
+                    word = NotReady(error.code, error.message, error.remedy)
                     channel.send(link, message_of(word))
                     sys.exit(1)
             else:
@@ -217,7 +222,7 @@ def _become_first_process(links: Sequence[int], lock: int | None, place: _Place 
 
 
 def _prepare(
-    policy: Policy, ids: Ids, undo: contextlib.ExitStack, most: int, *, has_rights: bool
+    policy: LauncherPolicy, ids: Ids, undo: contextlib.ExitStack, most: int, *, has_rights: bool
 ) -> tuple[Tree, ChildPool]:
     """Prepare everything before the first request: limits, groups, mounts, fork server.
 

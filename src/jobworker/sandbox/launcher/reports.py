@@ -50,7 +50,7 @@ def too_long(held: str, seconds: float) -> channel.Message:
     return {"step": "start", "errno": errno.ETIMEDOUT, "detail": f"{held} within {seconds:.0f} s"}
 
 
-def listed(child: Child) -> JobEntry:
+def job_entry(child: Child) -> JobEntry:
     """The state of a job, for a service that takes it over. The job's pipes are sent apart."""
     assert child.job is not None
     usage, is_measured = measured(child)

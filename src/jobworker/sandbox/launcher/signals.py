@@ -10,12 +10,14 @@ import signal
 import time
 
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.protocol.end_requests import Ask, Asked
+from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestLog
 
 _HEEDED = (b"SigBlk:", b"SigIgn:", b"SigCgt:")
 
 
-def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = False) -> None:
+def keep_end_request(
+    child: Child, ask: EndRequest | None, number: int, *, at_once: bool = False
+) -> None:
     """Record the end that was asked for a live job and the signal, for the next service.
 
     `at_once`: no grace period is left, so the next service has to kill the job at once.
@@ -26,7 +28,7 @@ def keep_ask(child: Child, ask: Ask | None, number: int, *, at_once: bool = Fals
         ask = ask._replace(kill_in_ms=0)
     now = time.monotonic()
     if child.asked is None:
-        child.asked = Asked(ask, now)
+        child.asked = EndRequestLog(ask, now)
     child.asked.add(ask, number, now)
 
 

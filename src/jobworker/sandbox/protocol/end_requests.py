@@ -17,14 +17,14 @@ STOP, TIMEOUT, OUTPUT = "stop", "timeout", "output"
 CAUSES = frozenset({STOP, TIMEOUT, OUTPUT})
 
 
-class Ask(NamedTuple):
+class EndRequest(NamedTuple):
     """Why a job has to end, and in how many milliseconds it is killed."""
 
     cause: str
     kill_in_ms: int
 
 
-class AskedFor(NamedTuple):
+class EndRequestReport(NamedTuple):
     """The ask of an earlier service for a job's end, with times as durations."""
 
     cause: str
@@ -35,22 +35,22 @@ class AskedFor(NamedTuple):
     """The signals that were sent for it."""
 
 
-class Asked:
+class EndRequestLog:
     """The launcher's state of the asks for one job's end."""
 
-    def __init__(self, ask: Ask, now: float) -> None:
+    def __init__(self, ask: EndRequest, now: float) -> None:
         self.cause, self.first_at = ask.cause, now
         self._kill_at = now + ask.kill_in_ms / 1000
         self._signals = set[int]()
 
-    def add(self, ask: Ask, number: int, now: float) -> None:
+    def add(self, ask: EndRequest, number: int, now: float) -> None:
         """Record a signal that was sent for an ask; the earlier deadline stays."""
         self._kill_at = min(self._kill_at, now + ask.kill_in_ms / 1000)
         self._signals.add(number)
 
-    def told(self, now: float) -> AskedFor:
+    def told(self, now: float) -> EndRequestReport:
         """The state at `now`, for the next service."""
-        return AskedFor(
+        return EndRequestReport(
             cause=self.cause,
             seconds_ago=now - self.first_at,
             kill_in_seconds=self._kill_at - now,

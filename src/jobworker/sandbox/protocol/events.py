@@ -14,7 +14,7 @@ from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol import replies as r
 
 
-class Ended(NamedTuple):
+class JobEnded(NamedTuple):
     """A job's first process has ended."""
 
     job: int
@@ -34,7 +34,7 @@ class NetworkEnded(NamedTuple):
     why: str
 
 
-Event = Ended | NetworkEnded
+Event = JobEnded | NetworkEnded
 
 
 class _Row(NamedTuple):
@@ -46,7 +46,7 @@ class _Row(NamedTuple):
 _ROWS = (
     _Row(
         "exit",
-        Ended,
+        JobEnded,
         (f.count("job"), r.SINCE_END, f.flat(r.HowEnded, r.HOW_ENDED), r.USED, r.MEASURED),
     ),
     _Row("network_ended", NetworkEnded, (f.count("job"), f.text("why"))),

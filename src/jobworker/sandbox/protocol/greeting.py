@@ -28,7 +28,7 @@ class Ready(NamedTuple):
     launcher of an earlier version does neither."""
 
 
-class Unready(NamedTuple):
+class NotReady(NamedTuple):
     """Why the launcher serves no service, or not this one: an error of `jobworker.errors`."""
 
     code: int
@@ -46,18 +46,18 @@ _READY: f.Fields = (
 _UNREADY: f.Fields = (f.count("code"), f.text("message"), f.text("remedy"))
 
 
-def message_of(word: Ready | Unready) -> dict[str, object]:
+def message_of(word: Ready | NotReady) -> dict[str, object]:
     """The message for it, without the version."""
     if isinstance(word, Ready):
         return f.encode(_READY, word)
     return {"error": f.encode(_UNREADY, word)}
 
 
-def refusal_in(message: f.Object) -> Unready | None:
+def refusal_in(message: f.Object) -> NotReady | None:
     """The reason if the launcher does not serve this service, else None. Raises Malformed."""
     if "error" not in message:
         return None
-    return f.decode(Unready, _UNREADY, f.as_object(message["error"], "error"))
+    return f.decode(NotReady, _UNREADY, f.as_object(message["error"], "error"))
 
 
 def ready_from(message: f.Object) -> Ready:

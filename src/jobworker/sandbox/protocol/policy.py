@@ -18,7 +18,7 @@ from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.seccomp import program as bpf
 
 
-class Policy(NamedTuple):
+class LauncherPolicy(NamedTuple):
     """The limits, paths, programs and ids for which the launcher was started; they never change."""
 
     instance: str
@@ -81,10 +81,10 @@ _CARRIES, _SERVICE_UID = f.many("carries", f.as_text), f.integer("service_uid", 
 _KNOWN = frozenset(n for field in (*_FIELDS, _CARRIES, _SERVICE_UID) for n in field.names)
 
 
-def policy_from(message: f.Object) -> Policy:
+def policy_from(message: f.Object) -> LauncherPolicy:
     """The policy in the first message. Raises ProtocolError, which names the field."""
     try:
-        policy = f.decode(Policy, _FIELDS, message)
+        policy = f.decode(LauncherPolicy, _FIELDS, message)
         if unknown := message.keys() - _KNOWN:  # else it would be dropped silently
             raise f.Malformed(f"it knows no field {min(unknown)[:64]!r}")
     except f.Malformed as fault:
@@ -92,7 +92,7 @@ def policy_from(message: f.Object) -> Policy:
     return policy
 
 
-def policy_message(policy: Policy) -> Message:
+def policy_message(policy: LauncherPolicy) -> Message:
     """The message that `policy_from` reads."""
     return f.encode(_FIELDS, policy)
 

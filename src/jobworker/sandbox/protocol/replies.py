@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox.cgroup.scope import ScopeUsage
 from jobworker.sandbox.protocol import fields as f
-from jobworker.sandbox.protocol.end_requests import AskedFor
+from jobworker.sandbox.protocol.end_requests import EndRequestReport
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 
@@ -110,7 +110,7 @@ class JobEntry(NamedTuple):
     """Whether `usage` could be read."""
     network_end: str
     """Why the job lost its private network; "" if it did not."""
-    asked: AskedFor | None
+    asked: EndRequestReport | None
 
 
 class JobEntries(NamedTuple):
@@ -207,7 +207,7 @@ JOBS: f.Fields = (
             f.optional(USED, ScopeUsage()),
             MEASURED,
             f.optional(f.text("network_end"), ""),
-            f.optional(f.nested_or_null("asked", AskedFor, _ASKED), None),
+            f.optional(f.nested_or_null("asked", EndRequestReport, _ASKED), None),
         ),
     ),
     f.flag("more"),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jobworker.core_list import is_core_list
 from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.protocol import fields as f
-from jobworker.sandbox.protocol.end_requests import CAUSES, Ask
+from jobworker.sandbox.protocol.end_requests import CAUSES, EndRequest
 from jobworker.sandbox.start.plan import Order
 from jobworker.storage import (
     MAX_DISK_BYTES,
@@ -56,7 +56,7 @@ class Signal(NamedTuple):
 
     job: int
     number: int
-    ask: Ask | None = None
+    ask: EndRequest | None = None
     """Why the signal is sent; the launcher keeps it. A service of an earlier version sends none."""
 
 
@@ -64,7 +64,7 @@ class Kill(NamedTuple):
     """End every process of a job."""
 
     job: int
-    ask: Ask | None = None
+    ask: EndRequest | None = None
 
 
 class GiveUpStart(NamedTuple):
@@ -177,13 +177,13 @@ def _number(message: f.Object, key: str, high: int = MAX_NUMBER) -> int:
     return f.as_integer(message.get(key), key, 0, high)
 
 
-def _ask(message: f.Object) -> Ask | None:
-    if not any(field in message for field in Ask._fields):
+def _ask(message: f.Object) -> EndRequest | None:
+    if not any(field in message for field in EndRequest._fields):
         return None
     cause = _text(message.get("cause"), "cause")
     if cause not in CAUSES:
         raise f.Malformed(f"cause is none of {', '.join(sorted(CAUSES))}")
-    return Ask(cause, _number(message, "kill_in_ms"))
+    return EndRequest(cause, _number(message, "kill_in_ms"))
 
 
 def _order(message: f.Object) -> Order:
@@ -289,7 +289,7 @@ def _order_members(order: Order) -> f.Object:
 JOB = f.integer("job", 1, MAX_JOB)
 ORDER = f.Field(Order._fields, _order, _order_members)
 LIMITS = f.Field(ScopeLimits._fields, _limits, ScopeLimits._asdict)
-ASK = f.Field(Ask._fields, _ask, lambda ask: {} if ask is None else ask._asdict())
+ASK = f.Field(EndRequest._fields, _ask, lambda ask: {} if ask is None else ask._asdict())
 SIGNAL = f.integer("signal", 1, MAX_SIGNAL)
 AFTER = f.integer("after", 0, MAX_NUMBER)
 VERSION = f.integer("protocol", 0, MAX_NUMBER)

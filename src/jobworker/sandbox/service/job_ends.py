@@ -1,7 +1,7 @@
 """Passes the launcher's events to the executions of the jobs, by memory channels.
 
-Each job that was started or taken over has two memory channels. One gets the job's only `Exit`, the
-other gets notices while the job runs. Both close when the job or the launcher has ended.
+Each job that was started or taken over has two memory channels. One gets the job's only `JobExit`,
+the other gets notices while the job runs. Both close when the job or the launcher has ended.
 """
 
 import time
@@ -11,11 +11,11 @@ import trio
 from attrs import Factory, define, frozen
 
 from jobworker.model.job import JobId
-from jobworker.sandbox.protocol.events import Ended, Event
-from jobworker.sandbox.service.job_reports import AskedBefore, Exit, Listed, exit_from
+from jobworker.sandbox.protocol.events import Event, JobEnded
+from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit, KeptJob, exit_from
 
-Exits = trio.MemoryReceiveChannel[Exit]
-"""Gets a job's only `Exit`, or closes without one if the launcher ends."""
+Exits = trio.MemoryReceiveChannel[JobExit]
+"""Gets a job's only `JobExit`, or closes without one if the launcher ends."""
 Notices = trio.MemoryReceiveChannel[str]
 """Gets sentences about a running job for its log; closes when the job has ended."""
 NOTICES_KEPT = 8
@@ -36,7 +36,7 @@ class Started:
     stderr: int
     since: float = Factory(time.monotonic)
     notices: Notices = Factory(_no_notices)
-    asked: AskedBefore | None = None
+    asked: EarlierEndRequest | None = None
     """The end that an earlier service has asked for; None if it has not."""
 
     @property
@@ -49,12 +49,12 @@ class Started:
 class JobEnds:
     """The channels of all jobs that have not ended."""
 
-    _exits: dict[JobId, trio.MemorySendChannel[Exit]] = Factory(dict)
+    _exits: dict[JobId, trio.MemorySendChannel[JobExit]] = Factory(dict)
     _notices: dict[JobId, trio.MemorySendChannel[str]] = Factory(dict)
 
     def expect(self, job: JobId) -> tuple[Exits, Notices]:
         """Open the channels of a job that is about to be started."""
-        self._exits[job], exits = trio.open_memory_channel[Exit](1)
+        self._exits[job], exits = trio.open_memory_channel[JobExit](1)
         self._notices[job], notices = trio.open_memory_channel[str](NOTICES_KEPT)
         return exits, notices
 
@@ -64,10 +64,10 @@ class JobEnds:
             if (unwanted := channels.pop(job, None)) is not None:
                 unwanted.close()
 
-    def inherit(self, listed: Listed) -> tuple[Started, Exits]:
+    def inherit(self, listed: KeptJob) -> tuple[Started, Exits]:
         """Open the channels of a job that the launcher has kept.
 
-        If the job has ended already, its `Exit` is in the channel and both are closed.
+        If the job has ended already, its `JobExit` is in the channel and both are closed.
         """
         job = JobId(listed.job)
         exits, notices = self.expect(job)
@@ -87,7 +87,7 @@ class JobEnds:
 
     def on_event(self, event: Event) -> None:
         """Pass an event to the channel of its job. An event of an unknown job is dropped."""
-        if isinstance(event, Ended):
+        if isinstance(event, JobEnded):
             self._on_end(JobId(event.job), exit_from(event))
         else:
             self._on_network_end(JobId(event.job), event.why)
@@ -97,7 +97,7 @@ class JobEnds:
         for job in list(self._exits):
             self.expect_no_more(job)
 
-    def _on_end(self, job: JobId, ending: Exit) -> None:
+    def _on_end(self, job: JobId, ending: JobExit) -> None:
         if (exits := self._exits.get(job)) is not None:
             with suppress(trio.BrokenResourceError):  # the receiver has closed its end
                 exits.send_nowait(ending)

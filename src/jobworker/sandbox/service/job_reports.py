@@ -11,13 +11,13 @@ from attrs import Factory, frozen
 from jobworker.model.job import Usage
 from jobworker.sandbox.cgroup import scope
 from jobworker.sandbox.cgroup.scope import Want
-from jobworker.sandbox.protocol.end_requests import AskedFor
-from jobworker.sandbox.protocol.events import Ended
+from jobworker.sandbox.protocol.end_requests import EndRequestReport
+from jobworker.sandbox.protocol.events import JobEnded
 from jobworker.sandbox.protocol.replies import JobEntry
 
 
 @frozen(kw_only=True)
-class Exit:
+class JobExit:
     """How a job's first process ended: its exit code, or the signal that killed it."""
 
     code: int | None
@@ -39,7 +39,7 @@ class Exit:
 
 
 @frozen(kw_only=True)
-class AskedBefore:
+class EarlierEndRequest:
     """The end of a job that an earlier service has asked for: see
     `sandbox.protocol.end_requests`."""
 
@@ -63,27 +63,27 @@ class AskedBefore:
 
 
 @frozen(kw_only=True)
-class Listed:
+class KeptJob:
     """A job that the launcher has kept, and the read ends of its pipes."""
 
     job: int
     pid: int
     since: float
     """When its program was started."""
-    exit: Exit | None
+    exit: JobExit | None
     """How it ended; None while it is alive."""
     stdout: int
     stderr: int
     network_end: str = ""
     """Why it lost its private network; "" if it did not."""
-    asked: AskedBefore | None = None
+    asked: EarlierEndRequest | None = None
     """None if no service asked for its end, or an earlier launcher did not keep that."""
 
 
-def exit_from(event: Ended) -> Exit:
+def exit_from(event: JobEnded) -> JobExit:
     """The end of a job, of the launcher's event."""
     used = usage_from(event.usage)
-    return Exit(
+    return JobExit(
         code=event.how.code,
         signal=event.how.signal,
         usage=used if event.measured else None,
@@ -94,14 +94,14 @@ def exit_from(event: Ended) -> Exit:
     )
 
 
-def listed_from(entry: JobEntry, stdout: int, stderr: int) -> Listed:
+def kept_job_from(entry: JobEntry, stdout: int, stderr: int) -> KeptJob:
     """The job of an entry in the launcher's list, with the read ends of its pipes."""
     end = None
     if entry.exit is not None:
         end = exit_from(
-            Ended(entry.job, entry.ended_seconds_ago, entry.exit, entry.usage, entry.measured)
+            JobEnded(entry.job, entry.ended_seconds_ago, entry.exit, entry.usage, entry.measured)
         )
-    return Listed(
+    return KeptJob(
         job=entry.job,
         pid=entry.pid,
         since=time.monotonic() - entry.age_seconds,
@@ -119,9 +119,9 @@ def usage_from(usage: scope.ScopeUsage) -> Usage:
     return Usage(processes=numbers.pop("pids"), **numbers)
 
 
-def _asked_from(asked: AskedFor) -> AskedBefore:
+def _asked_from(asked: EndRequestReport) -> EarlierEndRequest:
     now = time.monotonic()
-    return AskedBefore(
+    return EarlierEndRequest(
         cause=asked.cause,
         first_at=now - asked.seconds_ago,
         kill_at=now + asked.kill_in_seconds,

@@ -25,10 +25,10 @@ from jobworker.sandbox.protocol import events, greeting, requests
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol.fields import Malformed
 from jobworker.sandbox.protocol.greeting import Ready
-from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.protocol.policy import LauncherPolicy, policy_message
 from jobworker.sandbox.protocol.replies import JobEntries, Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
-from jobworker.sandbox.service.job_reports import Listed, exit_from, listed_from
+from jobworker.sandbox.service.job_reports import KeptJob, exit_from, kept_job_from
 from jobworker.sandbox.service.start_failures import explain
 
 START_SECONDS = 30
@@ -64,7 +64,7 @@ class OpenedLauncher:
     keeps_asks: bool = False
     """Whether it keeps the reason of a signal for the next service, and can give up a start. A
     launcher of an earlier version does neither."""
-    jobs: tuple[Listed, ...] = ()
+    jobs: tuple[KeptJob, ...] = ()
     """The jobs that it has kept."""
     unstarted: frozenset[int] = frozenset()
     """The latest jobs that it should start and whose program was not executed."""
@@ -89,7 +89,7 @@ def launcher_command(descriptor: int) -> list[str]:
     return [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, source, str(descriptor)]
 
 
-def start_launcher(policy: Policy, locks: Mapping[str, int] = NO_LOCKS) -> LauncherProcess:
+def start_launcher(policy: LauncherPolicy, locks: Mapping[str, int] = NO_LOCKS) -> LauncherProcess:
     """Start a launcher and wait until it is ready.
 
     It keeps the descriptors `locks`, by name, open as long as it runs. The caller is root, has one
@@ -241,12 +241,12 @@ def _facts(ready: Ready) -> _Facts:
     }
 
 
-def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], frozenset[int]]:
+def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[KeptJob, ...], frozenset[int]]:
     """All jobs, requested page by page, and the numbers of those whose program was not executed.
 
     Appends every received pipe to `pipes`, so that the caller can close them after an error.
     """
-    jobs: dict[int, Listed] = {}
+    jobs: dict[int, KeptJob] = {}
     number, page = 0, None
     while page is None or page.more:
         number += 1
@@ -257,12 +257,12 @@ def _list(sock: socket.socket, pipes: list[int]) -> tuple[tuple[Listed, ...], fr
         for entry, stdout, stderr in zip(
             page.jobs, descriptors[::2], descriptors[1::2], strict=True
         ):
-            jobs[entry.job] = listed_from(entry, stdout, stderr)
+            jobs[entry.job] = kept_job_from(entry, stdout, stderr)
     return tuple(jobs.values()), frozenset(page.unstarted)
 
 
 def _page(
-    sock: socket.socket, number: int, jobs: dict[int, Listed], pipes: list[int]
+    sock: socket.socket, number: int, jobs: dict[int, KeptJob], pipes: list[int]
 ) -> tuple[JobEntries, list[int]]:
     """The reply to the request `number` for a page, and its pipes.
 
@@ -283,5 +283,5 @@ def _page(
                 raise Malformed(f"{len(page.jobs)} jobs came with {len(descriptors)} descriptors")
             return page, descriptors
         event = events.read(message)
-        if isinstance(event, events.Ended) and event.job in jobs:
+        if isinstance(event, events.JobEnded) and event.job in jobs:
             jobs[event.job] = evolve(jobs[event.job], exit=exit_from(event))

@@ -1,9 +1,9 @@
 """The link: the service's calls to the launcher, and the ends of its jobs.
 
-`Link` runs in Trio. It has a method for each operation of `sandbox.protocol.operations` that the
-service uses. Its `Exchange` carries requests and replies. The end of a job arrives as an event, and
-its `JobEnds` passes it to the job's execution. When the launcher ends, every waiting request fails
-and every job's channel closes, at once.
+`LauncherClient` runs in Trio. It has a method for each operation of `sandbox.protocol.operations`
+that the service uses. Its `Exchange` carries requests and replies. The end of a job arrives as an
+event, and its `JobEnds` passes it to the job's execution. When the launcher ends, every waiting
+request fails and every job's channel closes, at once.
 """
 
 import os
@@ -23,11 +23,11 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import requests
-from jobworker.sandbox.protocol.end_requests import Ask
+from jobworker.sandbox.protocol.end_requests import EndRequest
 from jobworker.sandbox.service import launcher_errors as errors
 from jobworker.sandbox.service.exchange import Exchange, Waitable, log
 from jobworker.sandbox.service.job_ends import Exits, JobEnds, Started
-from jobworker.sandbox.service.job_reports import Listed, usage_from
+from jobworker.sandbox.service.job_reports import KeptJob, usage_from
 from jobworker.sandbox.service.launch import LauncherProcess, OpenedLauncher
 from jobworker.sandbox.start.plan import Order
 from jobworker.threads import in_thread
@@ -36,13 +36,13 @@ FAREWELL_SECONDS = 20.0
 """How long the service waits for the end of its own launcher."""
 
 
-def _exchange_of(link: "Link") -> Exchange:
+def _exchange_of(link: "LauncherClient") -> Exchange:
     return Exchange(link._sock, link._ends.on_event)
 
 
 @define(eq=False)
-class Link:
-    """Requests to the launcher, and the ends of its jobs. Made by `open_link`."""
+class LauncherClient:
+    """Requests to the launcher, and the ends of its jobs. Made by `open_launcher_client`."""
 
     _sock: trio.socket.SocketType
     inherited: Mapping[JobId, tuple[Started, Exits]] = Factory(dict)
@@ -65,7 +65,7 @@ class Link:
         """Set once the launcher has ended. Then none of its jobs is alive."""
         return self._exchange.gone
 
-    def inherit(self, jobs: Iterable[Listed]) -> None:
+    def inherit(self, jobs: Iterable[KeptJob]) -> None:
         """Open the channels of jobs that the launcher has kept. Call it before `serve`."""
         self.inherited = {JobId(listed.job): self._ends.inherit(listed) for listed in jobs}
 
@@ -124,7 +124,9 @@ class Link:
         reply, _ = await self._exchange.ask(ops.PLAN, requests.PlanOf(order, limits))
         return list(reply.steps)
 
-    async def signal(self, job: JobId, number: signal.Signals, ask: Ask | None = None) -> bool:
+    async def signal(
+        self, job: JobId, number: signal.Signals, ask: EndRequest | None = None
+    ) -> bool:
         """Send a signal to the job's first process; False if that has no handler for it.
 
         The launcher keeps `ask`, the reason, for the next service, if it can.
@@ -133,11 +135,11 @@ class Link:
         reply, _ = await self._exchange.ask(ops.SIGNAL, request)
         return reply.delivered
 
-    async def kill(self, job: JobId, ask: Ask | None = None) -> None:
-        """Kill every process of the job by SIGKILL; its `Exit` follows. `ask` as in `signal`."""
+    async def kill(self, job: JobId, ask: EndRequest | None = None) -> None:
+        """Kill every process of the job by SIGKILL; its `JobExit` follows. `ask` as in `signal`."""
         await self._exchange.ask(ops.KILL, requests.Kill(job, self._if_kept(ask)))
 
-    def _if_kept(self, ask: Ask | None) -> Ask | None:
+    def _if_kept(self, ask: EndRequest | None) -> EndRequest | None:
         return ask if self.keeps_asks else None
 
     async def give_up_start(self, job: JobId) -> None:
@@ -181,14 +183,14 @@ class Link:
 
 
 @asynccontextmanager
-async def open_link(launcher: OpenedLauncher) -> AsyncIterator[Link]:
+async def open_launcher_client(launcher: OpenedLauncher) -> AsyncIterator[LauncherClient]:
     """Open the link to a launcher.
 
     At exit the connection closes. A launcher that this service has started ends then with its jobs,
     and this waits for it.
     """
     sock = trio.socket.from_stdlib_socket(launcher.sock)
-    link = Link(sock, unstarted=launcher.unstarted, keeps_asks=launcher.keeps_asks)
+    link = LauncherClient(sock, unstarted=launcher.unstarted, keeps_asks=launcher.keeps_asks)
     link.inherit(launcher.jobs)
     try:
         async with trio.open_nursery() as nursery:

@@ -16,7 +16,7 @@ from jobworker.config.settings import Settings
 from jobworker.errors import ConfigError, JobworkerError
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.model.units import MEBIBYTE, format_size
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
@@ -76,7 +76,7 @@ def promise_warnings(settings: Settings, directory: Path) -> tuple[str, ...]:
 class DiskPromises:
     """Follows how much live jobs' disks may still take, and whether the host's disk has that."""
 
-    _link: Link
+    _launcher: LauncherClient
     _directory: Path
     _budget: OutputBudget | None
     """The budget of output that must leave room for the disks; None if output need not."""
@@ -90,7 +90,7 @@ class DiskPromises:
         """Compare promised and free bytes every `LOOK_SECONDS`; never returns."""
         while True:
             try:
-                promised = await self._link.promised_bytes()
+                promised = await self._launcher.promised_bytes()
                 await in_thread(self._look, promised)
             except JobworkerError as error:
                 log.debug("%s", error)

@@ -41,7 +41,7 @@ from jobworker.protocol.discovery import describe
 from jobworker.protocol.methods import Method
 from jobworker.protocol.session import Encoded
 from jobworker.sandbox.service.host_facts import HostFacts
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.serialization.json_text import dumps
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Caller, Gate
@@ -78,7 +78,7 @@ class Context:
     """The parts of the service that operations use, and the limits that all connections share."""
 
     supervisor: Supervisor
-    link: Link
+    link: LauncherClient
     promises: DiskPromises
     host: HostFacts
     runtimes: frozenset[str]

@@ -28,7 +28,7 @@ from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.tls import key_mode_warning
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
-from jobworker.sandbox.protocol.policy import Policy, policy_message
+from jobworker.sandbox.protocol.policy import LauncherPolicy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher, start_launcher
 from jobworker.server.access.connected_clients import Fittings
@@ -217,7 +217,7 @@ def _check_instance(launcher: OpenedLauncher, state: Path, path: str) -> None:
         )
 
 
-def _differences(launcher: OpenedLauncher, policy: Policy) -> list[str]:
+def _differences(launcher: OpenedLauncher, policy: LauncherPolicy) -> list[str]:
     """A warning with the keys in which the launcher's policy differs from `policy`, if any do."""
     now = policy_message(policy)
     different = [key for key, value in now.items() if launcher.policy.get(key, value) != value]
@@ -229,10 +229,10 @@ def _differences(launcher: OpenedLauncher, policy: Policy) -> list[str]:
     ]
 
 
-def policy_for(settings: Settings, state: Path) -> Policy:
+def policy_for(settings: Settings, state: Path) -> LauncherPolicy:
     """The policy for the launcher of the service with this state directory."""
     sandbox, worker = settings.sandbox, settings.worker
-    return Policy(
+    return LauncherPolicy(
         instance=instance_name(state),
         stage=str(state / "stage"),
         scratch=str(state / "scratch"),

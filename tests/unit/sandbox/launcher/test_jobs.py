@@ -26,11 +26,11 @@ from jobworker.sandbox.disk.volumes import VolumeStore
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import held_starts
-from jobworker.sandbox.launcher.child import Child, Exit, status_of
+from jobworker.sandbox.launcher.child import Child, ChildExit, status_of
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
-from jobworker.sandbox.launcher.reports import DIED, listed
+from jobworker.sandbox.launcher.reports import DIED, job_entry
 from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.signals import deliver
 from jobworker.sandbox.launcher.sweepers import Sweepers
@@ -39,7 +39,7 @@ from jobworker.sandbox.network import gateway
 from jobworker.sandbox.protocol.fields import decode
 from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
 from jobworker.sandbox.root.stage import Stage
-from jobworker.sandbox.service.job_reports import listed_from
+from jobworker.sandbox.service.job_reports import kept_job_from
 from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.user_namespaces import make_user_namespace
@@ -98,19 +98,19 @@ def test_signal_is_sent_where_nothing_tells_whether_it_is_heeded(child: Child) -
 def test_usage_that_cannot_be_read_is_none_and_not_zeros(
     child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child.job, child.exit, child.end_is_known = 1, Exit(0, None), True
+    child.job, child.exit, child.end_is_known = 1, ChildExit(0, None), True
 
     def refuse() -> ScopeUsage:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(child.scope, "usage", refuse)
-    told = listed(child)
+    told = job_entry(child)
     assert told.usage == ScopeUsage(), "an earlier service knows numbers only"
-    ended = listed_from(told, -1, -1).exit
+    ended = kept_job_from(told, -1, -1).exit
     assert ended is not None
     assert ended.usage is None
     monkeypatch.undo()
-    ended = listed_from(listed(child), -1, -1).exit
+    ended = kept_job_from(job_entry(child), -1, -1).exit
     assert ended is not None
     assert ended.usage is not None
 
@@ -285,7 +285,7 @@ def test_end_that_a_tracer_hears_first_is_not_waited_for(
     assert gateway.reap(pidfd) is None
     let_go()
     assert os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT) is not None
-    assert status_of(child) == Exit(None, signal.SIGKILL)
+    assert status_of(child) == ChildExit(None, signal.SIGKILL)
     assert gateway.reap(pidfd) == "its slirp4netns ended by signal 9"
     child.pidfd = own
 

@@ -7,7 +7,7 @@ from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.replies import HowEnded
 
-ENDED = events.Ended(
+ENDED = events.JobEnded(
     job=7,
     seconds_ago=0.25,
     how=HowEnded(code=None, signal=9, lost=("", "data"), unseen=("more",), want="kernel"),
@@ -49,5 +49,5 @@ def test_earlier_launcher_leaves_out_what_it_does_not_know() -> None:
     for name in ("lost", "unseen", "want", "measured", "ended_seconds_ago"):
         del message[name]
     told = events.read(message)
-    assert isinstance(told, events.Ended)
+    assert isinstance(told, events.JobEnded)
     assert told == ENDED._replace(seconds_ago=0.0, how=HowEnded(None, 9, (), (), None))

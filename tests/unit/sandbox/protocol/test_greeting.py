@@ -4,11 +4,11 @@ import pytest
 
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol import greeting
-from jobworker.sandbox.protocol.greeting import Ready, Unready
+from jobworker.sandbox.protocol.greeting import NotReady, Ready
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
 
 READY = Ready("v2", ("no memory.peak",), {"instance": "i"}, bounds_disks=True, keeps_asks=True)
-UNREADY = Unready(1010, "cannot start the launcher", "start it anew")
+UNREADY = NotReady(1010, "cannot start the launcher", "start it anew")
 
 
 def test_first_word_arrives_as_it_was_said() -> None:

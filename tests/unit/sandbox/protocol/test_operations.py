@@ -14,7 +14,7 @@ from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies as a
 from jobworker.sandbox.protocol import requests as q
-from jobworker.sandbox.protocol.end_requests import Ask, AskedFor
+from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestReport
 from jobworker.sandbox.protocol.fields import Malformed
 from jobworker.sandbox.start.plan import Order
 
@@ -33,11 +33,11 @@ REQUESTS: list[tuple[q.Request, str]] = [
     (q.GiveUpStart(3), '"op":"give_up","job":3'),
     (q.Signal(3, 15), '"op":"signal","job":3,"signal":15'),
     (
-        q.Signal(3, 15, Ask("stop", 7)),
+        q.Signal(3, 15, EndRequest("stop", 7)),
         '"op":"signal","job":3,"signal":15,"cause":"stop","kill_in_ms":7',
     ),
     (q.Kill(3), '"op":"kill","job":3'),
-    (q.Kill(3, Ask("timeout", 0)), '"op":"kill","job":3,"cause":"timeout","kill_in_ms":0'),
+    (q.Kill(3, EndRequest("timeout", 0)), '"op":"kill","job":3,"cause":"timeout","kill_in_ms":0'),
     (q.Remove(3), '"op":"remove","job":3'),
     (q.UsageOf(3), '"op":"usage","job":3'),
     (q.ListJobs(8), '"op":"list","after":8'),
@@ -60,7 +60,9 @@ HOW_WORDS = '"code":null,"signal":9,"lost":["","data"],"unseen":["more"],"want":
 ENTRIES = a.JobEntries(
     (
         a.JobEntry(1, 20, 7.5, 1.5, HOW, USED, True, "it broke", None),
-        a.JobEntry(2, 21, 1.0, 9.0, None, USED, False, "", AskedFor("stop", 1.0, -2.0, (9, 15))),
+        a.JobEntry(
+            2, 21, 1.0, 9.0, None, USED, False, "", EndRequestReport("stop", 1.0, -2.0, (9, 15))
+        ),
     ),
     more=False,
     unstarted=(4, 3),
@@ -94,7 +96,7 @@ REPLIES: list[tuple[str, ops.Reply, str]] = [
 ]
 EVENTS: list[tuple[events.Event, str]] = [
     (
-        events.Ended(3, 0.5, HOW, USED, True),
+        events.JobEnded(3, 0.5, HOW, USED, True),
         f'{{"event":"exit","job":3,"ended_seconds_ago":0.5,{HOW_WORDS},"usage":{USED_WORDS},'
         '"measured":true}',
     ),
@@ -226,7 +228,7 @@ def test_what_the_list_of_jobs_always_has_is_needed(key: str) -> None:
 
 
 def test_what_an_earlier_launcher_does_not_tell_has_its_default() -> None:
-    assert events.read(END) == events.Ended(
+    assert events.read(END) == events.JobEnded(
         3, 0.0, a.HowEnded(0, None, (), (), None), ScopeUsage(), True
     )
     assert ops.read_reply(ops.LIST, {"ok": {"jobs": [ENTRY], "more": False}}) == a.JobEntries(

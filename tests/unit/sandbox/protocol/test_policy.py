@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jobworker.errors import ProtocolError
 from jobworker.sandbox.channel import Message, decode, encode
 from jobworker.sandbox.protocol.policy import (
-    Policy,
+    LauncherPolicy,
     carried_in,
     policy_from,
     policy_message,
@@ -21,7 +21,7 @@ from ...strategies import examples, texts
 programs = st.integers(1, 8).flatmap(lambda size: st.binary(min_size=8 * size, max_size=8 * size))
 words = st.lists(texts, max_size=4).map(tuple)
 policies = st.builds(
-    Policy,
+    LauncherPolicy,
     instance=texts,
     stage=texts,
     scratch=texts,
@@ -51,11 +51,11 @@ def sent(message: Message) -> Message:
 
 @examples(max_examples=100)
 @given(policies)
-def test_policy_arrives_as_it_was_sent(policy: Policy) -> None:
+def test_policy_arrives_as_it_was_sent(policy: LauncherPolicy) -> None:
     assert policy_from(sent(policy_message(policy))) == policy
 
 
-POLICY = Policy(
+POLICY = LauncherPolicy(
     instance="i",
     stage="/",
     scratch="/",
@@ -78,14 +78,14 @@ MESSAGE = policy_message(POLICY)
 
 
 def test_policy_tells_every_field_in_order() -> None:
-    assert list(MESSAGE) == list(Policy._fields)
+    assert list(MESSAGE) == list(LauncherPolicy._fields)
 
 
 def test_policy_that_is_kept_as_json_compares_with_one_that_is_made_anew() -> None:
     assert sent(MESSAGE) == policy_message(POLICY)
 
 
-@pytest.mark.parametrize("name", Policy._fields)
+@pytest.mark.parametrize("name", LauncherPolicy._fields)
 @pytest.mark.parametrize("value", [None, -1, 1.0, 1 << 63, [1], {"a": 1}, ["x", None]])
 def test_field_of_another_kind_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ProtocolError, match=f"cannot take the policy: {name}"):
@@ -98,7 +98,7 @@ def test_truth_is_no_number(name: str) -> None:
         policy_from({**MESSAGE, name: True})
 
 
-@pytest.mark.parametrize("name", Policy._fields)
+@pytest.mark.parametrize("name", LauncherPolicy._fields)
 def test_field_that_is_missing_is_refused_by_name(name: str) -> None:
     with pytest.raises(ProtocolError, match=f"cannot take the policy: {name}"):
         policy_from({each: value for each, value in MESSAGE.items() if each != name})

@@ -10,7 +10,7 @@ from jobworker.errors import ProtocolError
 from jobworker.model.job import MAX_VARIABLES
 from jobworker.sandbox.cgroup.hierarchy import ScopeLimits
 from jobworker.sandbox.protocol import requests as r
-from jobworker.sandbox.protocol.end_requests import CAUSES, Ask
+from jobworker.sandbox.protocol.end_requests import CAUSES, EndRequest
 from jobworker.sandbox.protocol.operations import parse
 from jobworker.sandbox.start.plan import Order
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault, place_fault
@@ -81,7 +81,7 @@ def test_ask_for_an_end_is_checked(operation: str) -> None:
     asked |= {"signal": 15} if operation == "signal" else {}
     _, request = parse(asked)
     assert isinstance(request, r.Signal | r.Kill)
-    assert request.ask == Ask("timeout", 5000)
+    assert request.ask == EndRequest("timeout", 5000)
     assert "cause is none of output, stop, timeout" in refused({**asked, "cause": "mine"})
     for value in (-1, 1.5, None, True):
         assert "kill_in_ms is no integer" in refused({**asked, "kill_in_ms": value})

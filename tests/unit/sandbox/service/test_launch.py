@@ -13,8 +13,8 @@ from jobworker.sandbox.protocol import events, operations
 from jobworker.sandbox.protocol.replies import JobEntries
 from jobworker.sandbox.protocol.version import PROTOCOL
 from jobworker.sandbox.service import launch
-from jobworker.sandbox.service.job_reports import exit_from, listed_from
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.job_reports import exit_from, kept_job_from
+from jobworker.sandbox.service.launcher_client import LauncherClient
 
 from ....descriptors import descriptors
 
@@ -53,13 +53,13 @@ def test_moments_stay_where_they_are_however_late_somebody_asks(
     assert isinstance(page, JobEntries)
     end = {"job": 1, "code": 0, "signal": None, "usage": {"pids": 0}, "ended_seconds_ago": 3.0}
     event = events.read({"event": "exit", **end})
-    assert isinstance(event, events.Ended)
-    listed = listed_from(page.jobs[0], -1, -1)
+    assert isinstance(event, events.JobEnded)
+    listed = kept_job_from(page.jobs[0], -1, -1)
     ended = exit_from(event)
     now += 20
-    link = Link(None)  # type: ignore[arg-type]
-    link.inherit([listed])
-    ((started, _),) = link.inherited.values()
+    launcher = LauncherClient(None)  # type: ignore[arg-type]
+    launcher.inherit([listed])
+    ((started, _),) = launcher.inherited.values()
     now += 10
     assert started.asked is not None
     assert (started.age_seconds, ended.seconds_ago) == (37, 33)

@@ -18,10 +18,10 @@ from jobworker.errors import LauncherGone, LauncherSilent, SandboxError
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.scope import ScopeLimits
-from jobworker.sandbox.protocol.end_requests import Ask
+from jobworker.sandbox.protocol.end_requests import EndRequest
 from jobworker.sandbox.service import launcher_client
-from jobworker.sandbox.service.job_reports import Listed
-from jobworker.sandbox.service.launcher_client import Link
+from jobworker.sandbox.service.job_reports import KeptJob
+from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.sandbox.start.plan import Order
 
 from ....descriptors import descriptors
@@ -30,18 +30,18 @@ AGAIN = "the launcher answers again"
 
 
 @asynccontextmanager
-async def open_silent() -> AsyncIterator[tuple[Link, socket.socket]]:
+async def open_silent() -> AsyncIterator[tuple[LauncherClient, socket.socket]]:
     """A link whose launcher was found to answer nothing, and that launcher's end."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.setblocking(False)
     with trio.socket.from_stdlib_socket(near) as sock, far:
-        link = Link(sock)
+        launcher = LauncherClient(sock)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.serve)
-            nursery.start_soon(link.watch_silence)
+            nursery.start_soon(launcher.serve)
+            nursery.start_soon(launcher.watch_silence)
             with pytest.raises(LauncherSilent):
-                await link.promised_bytes()
-            yield link, far
+                await launcher.promised_bytes()
+            yield launcher, far
             nursery.cancel_scope.cancel()
 
 
@@ -50,20 +50,20 @@ async def test_end_of_a_private_network_reaches_whoever_has_the_job(
 ) -> None:
     """Told while the service listens, or listed to the next one; unknown events are no fault."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listed = Listed(job=1, pid=5, since=0, exit=None, stdout=0, stderr=0)
+    listed = KeptJob(job=1, pid=5, since=0, exit=None, stdout=0, stderr=0)
     with trio.socket.from_stdlib_socket(near) as sock, far:
-        link = Link(sock)
-        link.inherit([evolve(listed, network_end="it broke"), evolve(listed, job=2)])
+        launcher = LauncherClient(sock)
+        launcher.inherit([evolve(listed, network_end="it broke"), evolve(listed, job=2)])
         channel.send(far, {"event": "of a later launcher", "job": 2})
         channel.send(far, {"event": "network_ended", "job": 2, "why": "it died"})
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.serve)
+            nursery.start_soon(launcher.serve)
             with trio.fail_after(20):
-                (one, exits), (two, _) = (link.inherited[JobId(n)] for n in (1, 2))
+                (one, exits), (two, _) = (launcher.inherited[JobId(n)] for n in (1, 2))
                 assert await one.notices.receive() == "its private network ended: it broke"
                 assert await two.notices.receive() == "its private network ended: it died"
             assert not exits.statistics().current_buffer_used, "it lives"
-            link.give_up()
+            launcher.give_up()
             with pytest.raises(trio.EndOfChannel):
                 await two.notices.receive()
             nursery.cancel_scope.cancel()
@@ -76,20 +76,20 @@ async def test_message_that_is_none_leaves_no_descriptor() -> None:
         rights = array.array("i", [far.fileno()]).tobytes()
         far.sendmsg([b"?"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         with trio.fail_after(20):
-            await Link(sock).serve()
+            await LauncherClient(sock).serve()
         assert descriptors() == before
 
 
 @asynccontextmanager
-async def open_played() -> AsyncIterator[tuple[Link, socket.socket]]:
+async def open_played() -> AsyncIterator[tuple[LauncherClient, socket.socket]]:
     """A link that listens, and the launcher's end, at which the test plays it."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.setblocking(False)
     with trio.socket.from_stdlib_socket(near) as sock, far:
-        link = Link(sock)
+        launcher = LauncherClient(sock)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.serve)
-            yield link, far
+            nursery.start_soon(launcher.serve)
+            yield launcher, far
             nursery.cancel_scope.cancel()
 
 
@@ -116,20 +116,20 @@ async def test_reply_that_does_not_fit_fails_its_own_request_by_name(
     failed = []
     before = descriptors()
 
-    async def ask(link: Link) -> None:
+    async def ask(launcher: LauncherClient) -> None:
         with pytest.raises(SandboxError) as caught:
-            await link.promised_bytes()
+            await launcher.promised_bytes()
         failed.append(caught.value.message)
 
-    async with open_played() as (link, far), trio.open_nursery() as nursery:
-        nursery.start_soon(ask, link)
+    async with open_played() as (launcher, far), trio.open_nursery() as nursery:
+        nursery.start_soon(ask, launcher)
         asked = await hear(far)
         channel.send(far, {"id": asked["id"], **reply}, [far.fileno()])
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert failed == [
             f"cannot serve the request: the launcher does not keep to the protocol: {words}"
         ]
-        nursery.start_soon(link.kill, JobId(1))
+        nursery.start_soon(launcher.kill, JobId(1))
         asked = await hear(far)
         channel.send(far, {"id": asked["id"], "ok": {}})
     assert descriptors() == before
@@ -143,13 +143,13 @@ async def test_job_whose_start_is_answered_by_what_does_not_fit_is_removed(
     failed = []
     before = descriptors()
 
-    async def start(link: Link) -> None:
+    async def start(launcher: LauncherClient) -> None:
         with pytest.raises(SandboxError) as caught:
-            await link.spawn(JobId(3), Order("job", ("true",), {}, ""), ScopeLimits())
+            await launcher.spawn(JobId(3), Order("job", ("true",), {}, ""), ScopeLimits())
         failed.append(caught.value)
 
-    async with open_played() as (link, far), trio.open_nursery() as nursery:
-        nursery.start_soon(start, link)
+    async with open_played() as (launcher, far), trio.open_nursery() as nursery:
+        nursery.start_soon(start, launcher)
         asked = await hear(far)
         channel.send(far, {"id": asked["id"], "ok": {"pid": pid}}, [far.fileno()] * pipes)
         removal = await hear(far)
@@ -172,15 +172,15 @@ async def test_event_that_does_not_fit_ends_the_conversation_by_name(
     event: channel.Message, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be the end of a job: nobody may wait for that for ever."""
-    async with open_played() as (link, far):
-        link.inherit([Listed(job=1, pid=5, since=0, exit=None, stdout=0, stderr=0)])
+    async with open_played() as (launcher, far):
+        launcher.inherit([KeptJob(job=1, pid=5, since=0, exit=None, stdout=0, stderr=0)])
         channel.send(far, event)
         with trio.fail_after(20):
-            await link.gone.wait()
+            await launcher.gone.wait()
             with pytest.raises(trio.EndOfChannel):
-                await link.inherited[JobId(1)][1].receive()
+                await launcher.inherited[JobId(1)][1].receive()
             with pytest.raises(LauncherGone):
-                await link.kill(JobId(1))
+                await launcher.kill(JobId(1))
     assert f"breaks the protocol, so the service leaves it: {words}" in caplog.text
 
 
@@ -197,9 +197,9 @@ def answer_all(far: socket.socket) -> None:
 async def test_silent_launcher_that_answers_is_told_in_the_log(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with open_silent() as (link, far):
+    async with open_silent() as (launcher, far):
         with trio.fail_after(60):
-            while link.silent:
+            while launcher.silent:
                 answer_all(far)
                 await trio.sleep(0.1)
     assert AGAIN in caplog.text
@@ -208,17 +208,17 @@ async def test_silent_launcher_that_answers_is_told_in_the_log(
 async def test_silent_launcher_that_is_given_up_has_not_answered(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with open_silent() as (link, _):
-        link.give_up()
+    async with open_silent() as (launcher, _):
+        launcher.give_up()
         await trio.testing.wait_all_tasks_blocked(0.01)
         with pytest.raises(LauncherSilent, match="shutting down"):
-            await link.kill(JobId(1))
+            await launcher.kill(JobId(1))
     assert AGAIN not in caplog.text
 
 
-@pytest.mark.parametrize("operation", [Link.kill, Link.begin_to_remove])
+@pytest.mark.parametrize("operation", [LauncherClient.kill, LauncherClient.begin_to_remove])
 async def test_requests_that_wait_for_room_in_the_socket_end_with_the_rest(
-    operation: Callable[[Link, JobId], Awaitable[None]],
+    operation: Callable[[LauncherClient, JobId], Awaitable[None]],
 ) -> None:
     """A launcher that reads nothing: the service's end must not wait for it."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -226,11 +226,11 @@ async def test_requests_that_wait_for_room_in_the_socket_end_with_the_rest(
     refused: list[object] = []
     many = 2000  # the kernel takes some 300 packets
     with trio.socket.from_stdlib_socket(near) as sock, far:
-        link = Link(sock)
+        launcher = LauncherClient(sock)
 
         async def ask(job: JobId) -> None:
             try:
-                await operation(link, job)
+                await operation(launcher, job)
             except LauncherSilent as silent:
                 refused.append(silent.data.get("sent"))
             except LauncherGone:  # too late
@@ -238,18 +238,18 @@ async def test_requests_that_wait_for_room_in_the_socket_end_with_the_rest(
             ended.append(job)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.serve)
-            nursery.start_soon(link.watch_silence)
+            nursery.start_soon(launcher.serve)
+            nursery.start_soon(launcher.watch_silence)
             async with trio.open_nursery() as asking:
                 for job in range(1, many + 1):
                     asking.start_soon(ask, JobId(job))
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 assert len(ended) < many
-                link.give_up()
+                launcher.give_up()
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 far.close()
             with pytest.raises((LauncherSilent, LauncherGone)):
-                await operation(link, JobId(1))
+                await operation(launcher, JobId(1))
             nursery.cancel_scope.cancel()
     assert len(ended) == many
     assert refused.count(False) > many // 2
@@ -258,17 +258,17 @@ async def test_requests_that_wait_for_room_in_the_socket_end_with_the_rest(
 async def test_questions_that_wait_for_room_in_the_socket_are_refused_by_a_silent_launcher(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with open_silent() as (link, far):
+    async with open_silent() as (launcher, far):
         answer_all(far)
         with trio.fail_after(60):
-            while link.silent:  # noqa: ASYNC110
+            while launcher.silent:  # noqa: ASYNC110
                 await trio.sleep(0.1)
         refused: list[LauncherSilent] = []
         many = 2000
 
         async def ask() -> None:
             with pytest.raises(LauncherSilent) as caught:
-                await link.promised_bytes()
+                await launcher.promised_bytes()
             refused.append(caught.value)
 
         async with trio.open_nursery() as asking:
@@ -276,7 +276,7 @@ async def test_questions_that_wait_for_room_in_the_socket_are_refused_by_a_silen
                 asking.start_soon(ask)
             await trio.sleep(60)
             in_time = len(refused)
-            link.give_up()
+            launcher.give_up()
         assert in_time == many
 
 
@@ -286,10 +286,10 @@ async def test_launcher_of_before_is_not_told_what_it_cannot_keep(
 ) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with trio.socket.from_stdlib_socket(near) as sock, far:
-        link = Link(sock, keeps_asks=keeps_asks)
+        launcher = LauncherClient(sock, keeps_asks=keeps_asks)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.serve)
-            nursery.start_soon(link.kill, JobId(3), Ask("stop", 7))
+            nursery.start_soon(launcher.serve)
+            nursery.start_soon(launcher.kill, JobId(3), EndRequest("stop", 7))
             await trio.testing.wait_all_tasks_blocked(0.01)
             received = channel.receive(far)
             assert received is not None
