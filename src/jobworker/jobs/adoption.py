@@ -91,7 +91,7 @@ def _has_index(directory: Path) -> bool:
     return False
 
 
-def tell_adopted(records: Sequence[JobRecord], lives: Collection[JobId]) -> None:
+def log_adopted(records: Sequence[JobRecord], lives: Collection[JobId]) -> None:
     """Say in the log what was adopted."""
     if not records:
         return

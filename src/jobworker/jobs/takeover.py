@@ -34,7 +34,7 @@ import trio
 from attrs import evolve
 
 from jobworker.errors import InternalError, JobworkerError
-from jobworker.jobs.adoption import adopted, jobs_in, later_of, read_notes, tell_adopted
+from jobworker.jobs.adoption import adopted, jobs_in, later_of, log_adopted, read_notes
 from jobworker.jobs.history.history import History
 from jobworker.jobs.inheritance import Inheritance, Running, Waiting, have_forgotten, let_go
 from jobworker.jobs.inherited_output import (
@@ -127,7 +127,7 @@ async def _adopt(
                 nursery.start_soon(history.put, record)
                 records.append(without_bulk(record))
     history.pass_over(max((record.id for record in records), default=JobId(0)))
-    tell_adopted(records, launcher.inherited.keys())
+    log_adopted(records, launcher.inherited.keys())
     return {record.id: record for record in records if not record.ended}
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from jobworker.sandbox.log import say, say_fault
+from jobworker.sandbox.log import log_exception, log_line
 
 Callback = Callable[[], None]
 EVENTS_A_TURN = 16
@@ -120,7 +120,7 @@ class EventLoop:
             pause = AGAIN_SECONDS * 2 ** (tried - 1)
             self.call_in(pause, partial(self.see_through, call, tried))
         else:
-            say(f"{_name(call)} is given up: it has failed {tried} times")
+            log_line(f"{_name(call)} is given up: it has failed {tried} times")
 
     def turn(self) -> None:
         """Wait for events or the next alarm, and call what is due: one pass of the loop."""
@@ -155,7 +155,7 @@ class EventLoop:
         `failed` is what has raised it, for the log.
         """
         number = os.urandom(4).hex()
-        say_fault(f"incident {number}: {failed}")
+        log_exception(f"incident {number}: {failed}")
         self._times = self._times._replace(incidents=self._times.incidents + 1)
         return number
 
@@ -189,7 +189,7 @@ class EventLoop:
             over += seconds > SLOW_SECONDS
             if seconds > self._slowest_logged:  # so slow turns that recur do not fill the log
                 self._slowest_logged = 1.5 * seconds
-                say(f"a turn took {seconds * 1000:.0f} ms, most of it {_name(slowest)}")
+                log_line(f"a turn took {seconds * 1000:.0f} ms, most of it {_name(slowest)}")
         self._times = TurnTimes(turns + 1, longest_ms, name, over, incidents)
 
     def _read_delay(self) -> bytes:

@@ -34,7 +34,7 @@ from jobworker.errors import JobworkerError
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.channel import Message, close_all
-from jobworker.sandbox.log import say_fault
+from jobworker.sandbox.log import log_exception
 
 MAX_PASSED = 250
 """The bound on the descriptors of one call. The kernel takes at most 253 in a message: unix(7)."""
@@ -117,7 +117,7 @@ def _serve(sock: socket.socket, functions: Mapping[str, Function], kept: Sequenc
             channel.send(sock, answer, descriptors)
             close_all(descriptors)
     except BaseException:  # noqa: BLE001 - recorded; no code of the launcher may go on in here
-        say_fault("the fork server has ended")
+        log_exception("the fork server has ended")
     finally:
         os._exit(0)
 
@@ -137,7 +137,7 @@ def _answer(
         return failure(error), []
     except Exception:  # noqa: BLE001 - recorded; without an answer the launcher waits for ever
         incident = os.urandom(4).hex()
-        say_fault(f"incident {incident}: the fork server")
+        log_exception(f"incident {incident}: the fork server")
         return {"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"}, []
     finally:
         close_all(passed)

@@ -27,7 +27,7 @@ from jobworker.sandbox import channel, fork_server
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.fork_server import Function
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 AT_ONCE = 4
 """How many calls may be sent and not answered: so many fit in the socket's buffer, and the fork
@@ -159,7 +159,7 @@ class ForkServer:
             self._end_unnamed(error.said or {})
             received = _failure(errno.EMFILE, "the launcher is out of descriptors"), []
         except (OSError, ProtocolError) as error:
-            say(f"the fork server is ended: {error}")
+            log_line(f"the fork server is ended: {error}")
             received = None
         if received is None:  # the fork server has ended, or is to end: `_replace` repeats the rest
             self._event_loop.unwatch(self._sock.fileno())
@@ -218,7 +218,7 @@ class ForkServer:
             return
         os.close(self._pidfd)
         self._pidfd = -1
-        say("the fork server has ended, and another one is made")
+        log_line("the fork server has ended, and another one is made")
         self._event_loop.see_through(self._replace)
 
     def _replace(self) -> None:
@@ -254,7 +254,7 @@ class ForkServer:
         try:
             self._start()
         except OSError as error:
-            say(f"cannot make a fork server, and tries again: {error}")
+            log_line(f"cannot make a fork server, and tries again: {error}")
             self._event_loop.call_in(AGAIN_SECONDS, self._start_again)
 
     def _look(self) -> None:
@@ -264,7 +264,7 @@ class ForkServer:
         self._event_loop.call_in(LOOK_SECONDS, self._look)
         self._looks += 1
         if self._looks * LOOK_SECONDS > MOST_SECONDS:
-            say(f"the fork server answers nothing for {MOST_SECONDS:.0f} s, and is killed")
+            log_line(f"the fork server answers nothing for {MOST_SECONDS:.0f} s, and is killed")
             self._looks = 0
             self._kill()
 
@@ -275,7 +275,7 @@ class ForkServer:
         try:
             strays = _children() - _named()
         except OSError as error:
-            say(f"cannot look for what the fork server has left: {error}")
+            log_line(f"cannot look for what the fork server has left: {error}")
             return
         for pid in strays:
             self.end(pid)

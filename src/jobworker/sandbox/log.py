@@ -54,23 +54,23 @@ def open_log() -> None:
             _Log.own = os.open(f"/proc/self/fd/{_LOG}", flags)
 
 
-def say(text: str, level: str = "WARNING") -> None:
+def log_line(text: str, level: str = "WARNING") -> None:
     """Write a line to the log in the format of the service, or drop it. Raises nothing."""
     now = time.time()
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     _write(f"{moment}.{int(now * 1000) % 1000:03d}Z {level} launcher: {text}")
 
 
-def say_last(text: str) -> None:
+def log_last_words(text: str) -> None:
     """Log why the program exits, in the format of `worker`'s error messages. Raises nothing."""
     _write(f"worker: {text}")
 
 
-def say_fault(what: str) -> None:
+def log_exception(what: str) -> None:
     """Log the exception that is being handled, with its traceback. Raises nothing."""
     kind, error, trace = sys.exc_info()
     if kind is not None and error is not None:
-        say(what, "ERROR")
+        log_line(what, "ERROR")
         _say_exception(kind, error, trace)
 
 
@@ -114,8 +114,8 @@ def _has_own() -> bool:
 def _say_exception(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    say(f"{kind.__name__}: {error}", "ERROR")
+    log_line(f"{kind.__name__}: {error}", "ERROR")
     while trace is not None:
         code = trace.tb_frame.f_code
-        say(f"    in {code.co_name}, {code.co_filename}, line {trace.tb_lineno}", "ERROR")
+        log_line(f"    in {code.co_name}, {code.co_filename}, line {trace.tb_lineno}", "ERROR")
         trace = trace.tb_next

@@ -14,12 +14,12 @@ import jobworker
 SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
 MANY = (
     f"import sys; sys.path.insert(0, {SOURCE!r})\n"
-    "from jobworker.sandbox.log import open_log, say\n"
+    "from jobworker.sandbox.log import open_log, log_line\n"
     "if sys.argv[1:]: open_log()\n"
-    "for number in range(5000): say(f'line {number} ' + 100 * 'x')\n"
+    "for number in range(5000): log_line(f'line {number} ' + 100 * 'x')\n"
     "print('went on', flush=True)\n"
     "sys.stdin.read()\n"
-    "say('room again')\n"
+    "log_line('room again')\n"
 )
 
 
@@ -71,7 +71,7 @@ def test_log_that_takes_nothing_ends_nothing(full: bool) -> None:
 
 
 def test_line_has_the_form_of_the_services_own() -> None:
-    program = "\n".join(MANY.splitlines()[:2]) + "\nsay('a word')\n"
+    program = "\n".join(MANY.splitlines()[:2]) + "\nlog_line('a word')\n"
     with start(subprocess.PIPE, program=program) as process:
         _, told = process.communicate(b"", timeout=20)
     form = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING launcher: a word\n"

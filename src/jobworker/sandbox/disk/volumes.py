@@ -31,7 +31,7 @@ from jobworker.sandbox.channel import Message
 from jobworker.sandbox.chores import Chores, Done
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.disk.images import ImageSettings
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
 
 _SUFFIX = ".img"
@@ -102,7 +102,7 @@ class VolumeStore:
         for name, why in strange:
             if name not in self._logged:
                 self._logged.add(name)
-                say(f"{name} in the directory of volumes is no volume and is left out: {why}")
+                log_line(f"{name} in the directory of volumes is no volume and is left out: {why}")
 
     def remove(self, chores: Chores, name: str, done: Done) -> None:
         """Remove a volume and its content, then call `done`.

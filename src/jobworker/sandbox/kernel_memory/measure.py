@@ -37,7 +37,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 T = TypeVar("T")
 LookAt = Callable[[int], object]
@@ -96,7 +96,9 @@ def open_locks() -> int:
     try:
         return os.open("/proc/locks", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        say(f"cannot read /proc/locks: {error}; how many locks on files a job takes is not bounded")
+        log_line(
+            f"cannot read /proc/locks: {error}; how many locks on files a job takes is not bounded"
+        )
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from jobworker.sandbox import netlink
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 ESTABLISHED, CLOSE_WAIT, LISTEN = 1, 8, 10
 _SYN_RECEIVED, _TIME_WAIT = 3, 6
@@ -85,7 +85,9 @@ def tell_what_cannot_be_listed() -> None:
         try:
             next(sockets(protocol), None)
         except OSError as error:
-            say(f"cannot list sockets of {name}: {error}; what they hold uncounted is not bounded")
+            log_line(
+                f"cannot list sockets of {name}: {error}; what they hold uncounted is not bounded"
+            )
 
 
 def ping_sockets(place: str) -> Iterator[tuple[int, int]]:

@@ -66,7 +66,7 @@ from jobworker.sandbox.launcher.reports import (
 from jobworker.sandbox.launcher.volume_losses import VolumeLosses
 from jobworker.sandbox.launcher.walls import Walls
 from jobworker.sandbox.launcher.zombies import Zombies
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.network.modes import room_beside
 from jobworker.sandbox.protocol import events, requests
@@ -296,7 +296,7 @@ class Jobs:
 
     def _abandon(self, child: Child) -> None:
         """Report that a start has failed although something of it is left: its slot stays taken."""
-        say(f"{child.slot.name} cannot be cleared away: its start failed: {child.failure}")
+        log_line(f"{child.slot.name} cannot be cleared away: its start failed: {child.failure}")
         self._tell_failure(child, None)
         self._forget(child)
 
@@ -337,7 +337,7 @@ class Jobs:
             try:
                 self._order(spare, start)
             except OSError as error:  # the spare has died while it waited
-                say(f"a spare is lost: {error}")
+                log_line(f"a spare is lost: {error}")
             else:
                 self._become(spare, start)
                 return
@@ -436,7 +436,7 @@ class Jobs:
             child.when_cleared = partial(self._tell_failure, child, child.when_cleared)
         elif child.job is None:
             # The next start tries again, and its reply has the reason if it fails too.
-            say(f"cannot keep a spare: {why}")
+            log_line(f"cannot keep a spare: {why}")
         self._forget(child)
         self._event_loop.see_through(partial(self._clear, child))
 
@@ -475,7 +475,7 @@ class Jobs:
         try:
             self._making.append(self._make(None))
         except (OSError, JobworkerError) as error:
-            say(f"cannot keep a spare: {error}")
+            log_line(f"cannot keep a spare: {error}")
 
     # --- messages and ends of children ------------------------------------------------------
 
@@ -531,7 +531,7 @@ class Jobs:
         try:
             child.final_usage = child.usage()
         except OSError as error:
-            say(f"cannot read what {child.slot.name} has used: {error}")
+            log_line(f"cannot read what {child.slot.name} has used: {error}")
         if child.gateway is not None:
             signal.pidfd_send_signal(child.gateway, signal.SIGKILL)
         if child.sock is not None:  # its last messages were sent before it ended
@@ -545,7 +545,7 @@ class Jobs:
             self._forget(child)
         elif child.job is None:
             if child.failure is not None and child.order >= 0:  # a spare without an order
-                say(f"a spare failed: {child.failure}")
+                log_line(f"a spare failed: {child.failure}")
             self._forget(child)
         else:
             if child.root is not None and disk_images.lost_writes(child.root):

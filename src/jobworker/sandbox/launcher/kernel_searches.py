@@ -27,7 +27,7 @@ from jobworker.sandbox.kernel_memory.search import SearchResult
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.kernel_looks import in_its_own_proc, used_by
 from jobworker.sandbox.launcher.kernel_verdicts import AGAIN_SECONDS, PIPES, Verdicts
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 
 class _SearchTargets(NamedTuple):
@@ -116,7 +116,7 @@ class Searches:
         if "errno" in outcome:
             self.want(job, **wanted._asdict())
             if has_begun:  # else no process could be made, and `_look` tries again
-                say(f"cannot search job {job} for kernel memory: {outcome}")
+                log_line(f"cannot search job {job} for kernel memory: {outcome}")
                 self._verdicts.failed(job, None, outcome)
             return
         self._verdicts.succeeded(job, None)

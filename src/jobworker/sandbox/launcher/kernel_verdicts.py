@@ -22,7 +22,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.chores import UNENDING
 from jobworker.sandbox.kernel_memory.measure import BOUND_BYTES
 from jobworker.sandbox.launcher.child import Child
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 AGAIN_SECONDS = 1.0
 """The delay until the next look at a job in doubt. A descriptor is usually in flight for a shorter
@@ -142,6 +142,6 @@ class Verdicts:
             self._end(child, f"holds {size >> 20} MiB {what}")
 
     def _end(self, child: Child, why: str) -> None:
-        say(f"job {child.job} is ended: it {why}")
+        log_line(f"job {child.job} is ended: it {why}")
         child.hoards = True
         self._kill(child)

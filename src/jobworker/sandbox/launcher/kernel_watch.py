@@ -50,7 +50,7 @@ from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.kernel_looks import LookedAt, in_its_own_proc, used_by
 from jobworker.sandbox.launcher.kernel_searches import Searches
 from jobworker.sandbox.launcher.kernel_verdicts import AGAIN_SECONDS, Verdicts
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 STEP_BYTES = 32 << 20
 """How much one of the host's numbers has to grow to be a reason for a measurement."""
@@ -220,7 +220,7 @@ class KernelWatch:
         self._paces[measure].add(time.monotonic(), used_by(outcome))
         if "errno" in outcome:
             at = f" at job {job_looked_at}" if job_looked_at else ""
-            say(f"cannot measure jobs' kernel memory{at}: {outcome}")
+            log_line(f"cannot measure jobs' kernel memory{at}: {outcome}")
             self._verdicts.failed(job_looked_at, measure, outcome)
             return
         held, unknown, unfinished, in_sockets, orphans = (

@@ -18,7 +18,7 @@ from jobworker.errors import Busy, JobworkerError, PermissionDenied
 from jobworker.sandbox import channel
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import EventLoop
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 from jobworker.sandbox.protocol.greeting import NotReady, message_of
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -54,14 +54,14 @@ class LauncherListener:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            say(f"cannot accept a service's connection: {error}")
+            log_line(f"cannot accept a service's connection: {error}")
             self._pause()
             return
         caller.setblocking(False)
         try:
             self._check(caller)
         except JobworkerError as error:
-            say(error.message)
+            log_line(error.message)
             word = NotReady(error.code, error.message, error.remedy)
             with contextlib.suppress(OSError):
                 channel.send(caller, message_of(word))

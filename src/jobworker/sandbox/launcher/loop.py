@@ -35,7 +35,7 @@ from jobworker.sandbox.launcher.listener import LauncherListener
 from jobworker.sandbox.launcher.reports import fault, job_entry, problem
 from jobworker.sandbox.launcher.service_connection import ServiceConnection
 from jobworker.sandbox.launcher.signals import deliver, keep_end_request
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies, requests
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
@@ -129,7 +129,7 @@ class Launcher:
         if self._listener is None:
             self._leave(reason)  # the descriptors stay open until the process exits
             return
-        say(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
+        log_line(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._jobs.undo_starts()
         self._listener.go_on()
         self._disposal.take(descriptors)
@@ -180,7 +180,7 @@ class Launcher:
             return None
         self._greeted = True
         if self._listener is not None:
-            say("a service has come", "INFO")
+            log_line("a service has come", "INFO")
         return replies.Done()
 
     def _refuse_version(self, number: int, why: str) -> None:
@@ -271,7 +271,7 @@ class Launcher:
             return
         if reason:
             killed = sum(child.exit is None for child in self._jobs.started_after(0))
-            say(f"leaving: {reason}{f'; jobs killed: {killed}' if killed else ''}", "INFO")
+            log_line(f"leaving: {reason}{f'; jobs killed: {killed}' if killed else ''}", "INFO")
         self._leave_by = time.monotonic() + FAREWELL_SECONDS
         self._event_loop.call_in(FAREWELL_SECONDS, self._be_late)
         if self._link is not None:
@@ -281,4 +281,4 @@ class Launcher:
         self._jobs.end_all()
 
     def _be_late(self) -> None:
-        say("leaving, though not everything could be cleared away")
+        log_line("leaving, though not everything could be cleared away")

@@ -37,7 +37,7 @@ from jobworker.sandbox.kernel_memory.sockets import tell_what_cannot_be_listed
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.loop import Launcher
 from jobworker.sandbox.launcher.own_namespace import become_root, split
-from jobworker.sandbox.log import open_log, say, say_last
+from jobworker.sandbox.log import log_last_words, log_line, open_log
 from jobworker.sandbox.protocol.greeting import NotReady, Ready, message_of
 from jobworker.sandbox.protocol.policy import (
     LauncherPolicy,
@@ -132,7 +132,7 @@ def main(descriptor: int) -> NoReturn:
                     sys.exit(1)
             else:
                 place.clear()
-            say_last(str(error))
+            log_last_words(str(error))
             sys.exit(error.exit_code)
         gaps = (*tree.missing_features(), *pool.gaps, *ids.gaps)
         told = {name: value for name, value in message.items() if name != "carries"}
@@ -144,7 +144,7 @@ def main(descriptor: int) -> NoReturn:
             link.close()
             listener = socket.socket(fileno=carried["listener"])
             launcher.serve_callers(listener, uids)
-            say(f"listening at {listener.getsockname()}", "INFO")
+            log_line(f"listening at {listener.getsockname()}", "INFO")
             _notify(carried.get("notify"), "READY=1")
         launcher.run()
     sys.exit(0)
@@ -242,7 +242,7 @@ def _prepare(
     try:
         sweep_elsewhere(tree, policy.cgroup_parent)
     except OSError as error:  # the group is empty and harms nothing
-        say(f"cannot clear away all groups that an earlier launcher left: {error}")
+        log_line(f"cannot clear away all groups that an earlier launcher left: {error}")
     shown = (policy.programs, policy.etc)
     if policy.runtimes and not has_rights:
         raise HostUnsupported(

@@ -14,7 +14,7 @@ from functools import partial
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 AGAIN_SECONDS = 0.005
 SELDOM_SECONDS = 0.08
@@ -50,7 +50,7 @@ class Scopes:
     def _on_killed(self, name: str, answer: Message, _: list[int]) -> None:
         again = self._killing.pop(name)
         if answer.get("errno", errno.ENOENT) != errno.ENOENT:
-            say(f"cannot kill all of {name}: {answer}")
+            log_line(f"cannot kill all of {name}: {answer}")
         if again:
             self.kill(name)
 

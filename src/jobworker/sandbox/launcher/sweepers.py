@@ -21,7 +21,7 @@ from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 from jobworker.sandbox.launcher import scratch
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 MAX_SWEEPERS = 4
 MAX_EACH = 60
@@ -152,4 +152,4 @@ def _try(remove: Callable[[T], None], what: T) -> None:
     try:
         remove(what)
     except OSError as error:
-        say(f"cannot clear away what a job left on disk: {error}")
+        log_line(f"cannot clear away what a job left on disk: {error}")

@@ -14,7 +14,7 @@ from jobworker.sandbox.chores import Chores
 from jobworker.sandbox.disk import images as disk_images
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import ChildPool
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 
 INSPECT_AGAIN_SECONDS = 0.1
 MAX_INSPECTIONS = 20
@@ -47,7 +47,7 @@ class VolumeLosses:
     def _lack_inspector(self, child: Child, why: str) -> None:
         """Try again later, since no process can be made now for a job's volumes."""
         if not self._lacks_inspectors:
-            say(f"cannot look at the volumes of ended jobs, and tries again: {why}")
+            log_line(f"cannot look at the volumes of ended jobs, and tries again: {why}")
         self._lacks_inspectors = True
         if child.job is None:  # it was removed meanwhile: its end is reported to no one
             self._on_inspected(child, {"lost": []})
@@ -68,7 +68,7 @@ class VolumeLosses:
             return
         else:
             child.unseen += child.volume_roots
-            say(f"job {child.job}: cannot look at its volumes, and gives up: {outcome}")
+            log_line(f"job {child.job}: cannot look at its volumes, and gives up: {outcome}")
         child.inspected = False
         self._event_loop.see_through(partial(self._pool.give_back_volumes, child))
         self._event_loop.see_through(partial(self._tell_end, child))

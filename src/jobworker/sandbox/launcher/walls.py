@@ -13,7 +13,7 @@ from collections.abc import Collection
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.reports import Tell
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 from jobworker.sandbox.network.modes import Networks
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.start import wall
@@ -36,7 +36,7 @@ class Walls:
         try:
             changed = self._networks.refresh()
         except OSError as error:
-            say(f"cannot see the host's addresses, and tries again: {error}")
+            log_line(f"cannot see the host's addresses, and tries again: {error}")
             self._event_loop.call_in(LOOK_AGAIN_SECONDS, self._on_addresses)
             return
         if changed:
@@ -71,5 +71,5 @@ class Walls:
         """
         if child.exit is None and child.job is not None and not child.doomed:
             why = child.network_end = child.network_end or how
-            say(f"job {child.job}: its private network ended: {why}")
+            log_line(f"job {child.job}: its private network ended: {why}")
             self._tell(events.message_of(events.NetworkEnded(child.job, why)), ())

@@ -18,7 +18,7 @@ from jobworker.config.settings import Settings, with_first_uid
 from jobworker.errors import ConfigError, HostUnsupported
 from jobworker.sandbox import channel
 from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
-from jobworker.sandbox.log import say
+from jobworker.sandbox.log import log_line
 from jobworker.sandbox.protocol.policy import policy_message
 from jobworker.sandbox.service.launch import launcher_command
 from jobworker.server.host.id_ranges import lock_ids
@@ -47,7 +47,7 @@ def become_launcher(settings: Settings) -> NoReturn:
         )
     service_ids(settings)  # raises if there is no such user
     if small_files := lift_file_size_limit():
-        say(small_files)
+        log_line(small_files)
     state = Path(settings.worker.state_dir)
     make_state_directory(state)
     step_into_leaf()
@@ -59,7 +59,7 @@ def become_launcher(settings: Settings) -> NoReturn:
     passed["listener"] = _listen(path, uid, gid)
     notifier = Notifier()
     if notifier.fault:
-        say(notifier.fault)
+        log_line(notifier.fault)
     if notifier.descriptor is not None:
         passed["notify"] = notifier.descriptor
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
