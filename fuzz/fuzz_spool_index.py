@@ -18,11 +18,11 @@ if atheris is not None:
     with atheris.instrument_imports():
         from jobworker.errors import JobworkerError
         from jobworker.jobs.output.files import OutputFiles
-        from jobworker.jobs.output.index import Place, View
+        from jobworker.jobs.output.index import Place, ReadFilter
 else:
     from jobworker.errors import JobworkerError
     from jobworker.jobs.output.files import OutputFiles
-    from jobworker.jobs.output.index import Place, View
+    from jobworker.jobs.output.index import Place, ReadFilter
 
 
 def one(data: bytes) -> None:
@@ -49,7 +49,7 @@ def _read(files: OutputFiles) -> None:
     place, seen = Place(), 0
     while place.number < files.records:
         before = place
-        chunk, place = files.read(place, View(max_bytes=50), nowait=False)
+        chunk, place = files.read(place, ReadFilter(max_bytes=50), nowait=False)
         assert place.offset > before.offset or place.number > before.number, "no way forward"
         if chunk is not None:
             assert chunk.offset == seen

@@ -18,7 +18,7 @@ import trio
 
 from jobworker.cli.worker.embedded_service import Embedded
 from jobworker.jobs.output.directory import mark_of, was_removed
-from jobworker.jobs.retention import KeptOutput, Policy
+from jobworker.jobs.retention import KeptOutput, RetentionPolicy
 
 from ..services import open_embedded
 from .conftest import until
@@ -275,7 +275,7 @@ async def test_output_that_is_put_back_beside_the_word_of_its_removal_counts(
     shutil.copytree(output, copy)
     kept = KeptOutput(output.parent)  # as `worker prune` has it
     kept.load()
-    assert kept.prune(Policy(max_jobs=0))
+    assert kept.prune(RetentionPolicy(max_jobs=0))
     copy.rename(output)
     async with service_in(directory) as (_, wire):
         await assert_back(wire, jobs)

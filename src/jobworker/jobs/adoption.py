@@ -48,12 +48,12 @@ def read_notes(spools: Path, jobs: Iterable[JobId]) -> dict[JobId, JobRecord]:
     return {job: note for job, note in found.items() if note is not None}
 
 
-def later_of(spools: Path, records: Iterable[JobRecord]) -> list[JobRecord]:
+def newer_of(spools: Path, records: Iterable[JobRecord]) -> list[JobRecord]:
     """These records, each as the history or the note knows more of the job. Waits for the disk."""
-    return [later(record, read_news(spools, record)) for record in records]
+    return [newer(record, read_news(spools, record)) for record in records]
 
 
-def later(record: JobRecord, note: JobRecord | None) -> JobRecord:
+def newer(record: JobRecord, note: JobRecord | None) -> JobRecord:
     """Which of a record of the history and a note knows more of the job."""
     if note is None or record.ended:
         return record

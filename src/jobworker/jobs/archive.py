@@ -35,7 +35,7 @@ from jobworker.jobs.output.directory import disk_errors, was_removed
 from jobworker.jobs.output.mover import OutputRoom
 from jobworker.jobs.output.pace import OutputPace
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.retention import Kept, KeptOutput, Policy
+from jobworker.jobs.retention import EndedOutput, KeptOutput, RetentionPolicy
 from jobworker.model.access import no_such_job
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.threads import in_thread
@@ -57,7 +57,7 @@ class Archive:
 
     _spools: Path
     _history: History
-    _policy: Policy
+    _policy: RetentionPolicy
     budget: OutputBudget
     _clock: Callable[[], datetime]
     _max_open: int = 1024
@@ -287,8 +287,8 @@ class Archive:
         return fewer or self.budget.used_bytes < self.budget.max_bytes
 
     async def prune(
-        self, policy: Policy | None = None, *, only: Callable[[JobId], bool] | None = None
-    ) -> Sequence[Kept]:
+        self, policy: RetentionPolicy | None = None, *, only: Callable[[JobId], bool] | None = None
+    ) -> Sequence[EndedOutput]:
         """Remove what a policy (the configured one, if none is given) does not keep: what went.
 
         Of the jobs that `only` names, where it is given. What is being followed stays.
@@ -299,8 +299,8 @@ class Archive:
         return gone
 
     async def _sweep(
-        self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[bool, list[Kept]]:
+        self, policy: RetentionPolicy, only: Callable[[JobId], bool] | None
+    ) -> tuple[bool, list[EndedOutput]]:
         """Whether less is kept now, by whichever hand, and what the policy has removed."""
         async with self._removing:
             with trio.CancelScope(shield=True):  # what was removed must be noted
@@ -320,8 +320,8 @@ class Archive:
         self._missing_told = self._kept.missing
 
     def _prune(
-        self, policy: Policy, only: Callable[[JobId], bool] | None
-    ) -> tuple[bool, frozenset[JobId], list[Kept]]:
+        self, policy: RetentionPolicy, only: Callable[[JobId], bool] | None
+    ) -> tuple[bool, frozenset[JobId], list[EndedOutput]]:
         before = self._kept.dropped
         marked = self._kept.look().marked
         gone = self._kept.prune(policy, only=only, live_bytes=self.budget.live_bytes)

@@ -35,7 +35,7 @@ from jobworker.errors import (
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.jobs.history.history import History
 from jobworker.jobs.orders import limits_of, order_of
-from jobworker.jobs.output.batched_wakeups import PacedEvent
+from jobworker.jobs.output.batched_wakeups import BatchedEvent
 from jobworker.jobs.output.mover import OutputMover, OutputRoom
 from jobworker.jobs.output.spool import Spool, as_of_now, with_sizes
 from jobworker.jobs.secrets import Secrets
@@ -112,7 +112,7 @@ class Execution:
     decided: trio.Event = field(factory=trio.Event, init=False)
     """Set once it is known whether the program runs."""
     ended: trio.Event = field(factory=trio.Event, init=False)
-    parted: PacedEvent = field(factory=PacedEvent, init=False)
+    parted: BatchedEvent = field(factory=BatchedEvent, init=False)
     """Set once this service learns no more of the job: it has ended, or was left."""
     archived: trio.Event = field(factory=trio.Event, init=False)
     """Set once its output is the archive's, which may remove it, whether the end is recorded."""

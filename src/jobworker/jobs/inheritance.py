@@ -10,7 +10,7 @@ from jobworker.sandbox.service.launcher_client import LauncherClient
 
 
 @define(eq=False)
-class Running:
+class RunningJob:
     """A job that goes on."""
 
     record: JobRecord
@@ -20,7 +20,7 @@ class Running:
 
 
 @define(eq=False)
-class Waiting:
+class WaitingJob:
     """A job that waits again."""
 
     record: JobRecord
@@ -28,7 +28,7 @@ class Waiting:
 
 
 @define(eq=False)
-class Ended:
+class EndedJob:
     """A job that has ended, and whose end the history may have refused."""
 
     record: JobRecord
@@ -36,17 +36,21 @@ class Ended:
 
 
 @define(eq=False)
-class Inheritance:
+class Takeover:
     """What was taken over, in the order of ids."""
 
-    running: list[Running] = Factory(list)
-    waiting: list[Waiting] = Factory(list)
-    ended: list[Ended] = Factory(list)
+    running: list[RunningJob] = Factory(list)
+    waiting: list[WaitingJob] = Factory(list)
+    ended: list[EndedJob] = Factory(list)
 
     @property
     def ids(self) -> frozenset[JobId]:
         """The jobs that were taken over."""
-        every: list[Running | Waiting | Ended] = [*self.running, *self.waiting, *self.ended]
+        every: list[RunningJob | WaitingJob | EndedJob] = [
+            *self.running,
+            *self.waiting,
+            *self.ended,
+        ]
         return frozenset(each.record.id for each in every)
 
 

@@ -26,7 +26,7 @@ from jobworker.errors import (
 )
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.job_note import make_note
-from jobworker.jobs.inheritance import Ended
+from jobworker.jobs.inheritance import EndedJob
 from jobworker.jobs.output.directory import was_removed
 from jobworker.jobs.output.spool import Spool, with_sizes
 from jobworker.jobs.output.sync import NOT_SYNCED
@@ -123,27 +123,27 @@ async def _open_ended(spools: Path, record: JobRecord) -> Spool:
         return Spool.gone()
 
 
-async def end_as_told(spools: Path, record: JobRecord, now: datetime) -> Ended:
+async def end_as_told(spools: Path, record: JobRecord, now: datetime) -> EndedJob:
     """The end of a job as its note tells it: its output may have had to go meanwhile."""
     if await in_thread(was_removed, spools / str(record.id)):
         record = evolve(record, output_removed_at=record.output_removed_at or now)
-    return Ended(record, await _open_ended(spools, record))
+    return EndedJob(record, await _open_ended(spools, record))
 
 
-async def end_again(spools: Path, history: History, job: JobId) -> Ended:
+async def end_again(spools: Path, history: History, job: JobId) -> EndedJob:
     """A job whose end is recorded, with its output as far as that is there."""
     record = await history.summary(job)
     assert record is not None
     try:
         open_it = partial(Spool.open_ended, spools / str(job), written={})
-        return Ended(record, await in_thread(open_it))
+        return EndedJob(record, await in_thread(open_it))
     except NotFound:
-        return Ended(record, Spool.gone())
+        return EndedJob(record, Spool.gone())
     except JobworkerError as error:
-        return Ended(record, Spool.gone(sync_fault=f"{NOT_SYNCED}: {error.message}"))
+        return EndedJob(record, Spool.gone(sync_fault=f"{NOT_SYNCED}: {error.message}"))
 
 
-async def sync(ended: Sequence[Ended]) -> None:
+async def sync(ended: Sequence[EndedJob]) -> None:
     """Have the disk take the output of ended jobs; where it refuses, the record says so.
 
     That of all at a time: the start of the service waits no longer than the end of one job does.
@@ -158,7 +158,7 @@ async def sync(ended: Sequence[Ended]) -> None:
             each.record = each.record.noted(each.spool.sync_fault)
 
 
-async def lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> Ended:
+async def lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> EndedJob:
     """Seal the output of a job that nobody has any more: its end, which is to be recorded."""
     spool = await _open_ended(spools, record)
     spool.restore_discarded(record.discarded_bytes)
@@ -174,4 +174,4 @@ async def lose(spools: Path, record: JobRecord, now: datetime, detail: str) -> E
         await spool.seal()
     except OutputError as error:
         log.warning("job %d: %s", record.id, error)
-    return Ended(with_sizes(record, spool), spool)
+    return EndedJob(with_sizes(record, spool), spool)

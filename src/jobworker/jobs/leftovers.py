@@ -1,9 +1,9 @@
 """What is left of jobs that there are not, for a service that starts to remove.
 
 A job may have been removed while its output was missing (its disk was not mounted, say): the
-history keeps that (`history.note_missing`), and the output that is back goes. And a client may have
-been told that its job is refused before an earlier service could remove what it had made: the job's
-note says so (`job_note`). Neither is adopted.
+history keeps that (`history.mark_output_missing`), and the output that is back goes. And a client
+may have been told that its job is refused before an earlier service could remove what it had made:
+the job's note says so (`job_note`). Neither is adopted.
 """
 
 import logging

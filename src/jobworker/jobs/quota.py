@@ -24,14 +24,14 @@ _MEASURES = (
 
 
 @frozen
-class Use:
+class QuotaUse:
     """What a name has already."""
 
     live: tuple[Limits, ...]
     kept_output_bytes: int = 0
 
 
-def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
+def check_quota(quota: Quota, use: QuotaUse, wanted: Limits) -> None:
     """Raise QuotaExceeded unless one more job with these limits fits.
 
     `data` has the quota's name, its `limit`, what is `used`, and what was `asked` for (null where
@@ -67,7 +67,7 @@ def check_quota(quota: Quota, use: Use, wanted: Limits) -> None:
             )
 
 
-def _remedy(use: Use, never: bool, is_output: bool, option: str) -> str:
+def _remedy(use: QuotaUse, never: bool, is_output: bool, option: str) -> str:
     """What makes room for a job. `never`: the quota has not enough room even when it is unused."""
     less = f"ask for less {option}"
     if never:

@@ -1,10 +1,10 @@
 """Retention: which ended jobs' output is kept, and the removal of the rest.
 
 `choose` is the policy, pure: the oldest ends go first, until age, number and size are within their
-bounds. `Kept` is what it chooses among: a line for each ended job whose output is on the disk,
-read from the directories at start and kept up to date from then on, in the order of the ends. There
-may be 100,000: but for the start, nothing here goes through all of them in one call of C's, which
-would keep the interpreter's lock.
+bounds. `EndedOutput` is what it chooses among: a line for each ended job whose output is on the
+disk, read from the directories at start and kept up to date from then on, in the order of the ends.
+There may be 100,000: but for the start, nothing here goes through all of them in one call of C's,
+which would keep the interpreter's lock.
 
 The disk has the last word about what may go. Output that is not sealed is a job's that has not
 ended, but where the service itself knows better: a full disk may refuse the seal, and its output
@@ -40,7 +40,7 @@ _MAX_DIGITS = 16
 
 
 @frozen
-class Kept:
+class EndedOutput:
     """An ended job's output on the disk."""
 
     job: JobId
@@ -50,17 +50,17 @@ class Kept:
 
 
 @frozen
-class Changes:
+class DirectoryChanges:
     """What another process, or another hand, has done to the directory since the last look."""
 
     marked: frozenset[JobId]
     """Those that have the mark of a removal, which the history may not have noted."""
-    gone: list[Kept]
+    gone: list[EndedOutput]
     """Those that are not there any more, for whichever reason."""
 
 
 @frozen(kw_only=True)
-class Policy:
+class RetentionPolicy:
     """What is kept; None is no bound."""
 
     max_age_seconds: float | None = None
@@ -70,13 +70,13 @@ class Policy:
 
 
 def choose(
-    oldest_first: Iterable[Kept],
-    policy: Policy,
+    oldest_first: Iterable[EndedOutput],
+    policy: RetentionPolicy,
     *,
     number: int,
     size: int,
     now_ns: int,
-    goes: Callable[[Kept], bool],
+    goes: Callable[[EndedOutput], bool],
 ) -> None:
     """Have go what `policy` does not keep, the oldest end first.
 
@@ -109,7 +109,7 @@ class KeptOutput:
     _count: Callable[[int, int], None] = lambda _size, _was_live: None
     """Told with each change how many more bytes are kept, or fewer, and how many of a job were
     counted while it lived."""
-    _kept: dict[JobId, Kept] = field(factory=dict, init=False)
+    _kept: dict[JobId, EndedOutput] = field(factory=dict, init=False)
     _order: list[tuple[int, JobId]] = field(factory=list, init=False)
     """The end and the job of each, sorted."""
     _size: int = field(default=0, init=False)
@@ -128,7 +128,7 @@ class KeptOutput:
     """Ended jobs whose output is there and cannot be read: each look tries again."""
 
     @property
-    def all(self) -> Mapping[JobId, Kept]:
+    def all(self) -> Mapping[JobId, EndedOutput]:
         """What is kept, by job."""
         return self._kept
 
@@ -173,7 +173,7 @@ class KeptOutput:
         for job in list(self._ending):
             self._set(job, self._measure(job, ends_now=True))
 
-    def _set(self, job: JobId, kept: Kept | None) -> None:
+    def _set(self, job: JobId, kept: EndedOutput | None) -> None:
         """Change what is kept of a job; what is counted changes in the same step, and only here."""
         before = self._kept.pop(job, None)
         if before is not None:
@@ -191,7 +191,7 @@ class KeptOutput:
             del self._sizes[owner]
         self._count(more, self._ending.pop(job, 0))
 
-    def _measure(self, job: JobId, *, ends_now: bool = False) -> Kept | None:
+    def _measure(self, job: JobId, *, ends_now: bool = False) -> EndedOutput | None:
         """What a job has left that may be removed. Raises OutOfDescriptors."""
         directory = self._spools / str(job)
         try:
@@ -217,7 +217,7 @@ class KeptOutput:
         self._unreadable.discard(job)
         with suppress(OSError):
             ended_ns = max(ended_ns, self._second_witness(directory, ended_ns, ends_now))
-        return Kept(job, ended_ns, size)
+        return EndedOutput(job, ended_ns, size)
 
     def _second_witness(self, directory: Path, ended_ns: int, ends_now: bool) -> int:
         """When a directory was changed last, which no end comes before.
@@ -263,7 +263,7 @@ class KeptOutput:
         names = self._names()
         self._missing.update(job for job in jobs if str(job) not in names)
 
-    def look(self) -> Changes:
+    def look(self) -> DirectoryChanges:
         """Drop what is not there any more, and take up what is there again.
 
         Raises OutputError, OutOfDescriptors.
@@ -281,7 +281,7 @@ class KeptOutput:
             self.add(job)
             self._missing.discard(job)
         self._unreadable -= self._missing | marked
-        return Changes(marked, gone)
+        return DirectoryChanges(marked, gone)
 
     def _marked(self, names: Iterable[str]) -> frozenset[JobId]:
         """The jobs that have the mark of a removal; one beside output that was put back goes."""
@@ -329,15 +329,19 @@ class KeptOutput:
             self._owners.pop(job, None)
 
     def prune(
-        self, policy: Policy, *, only: Callable[[JobId], bool] | None = None, live_bytes: int = 0
-    ) -> list[Kept]:
+        self,
+        policy: RetentionPolicy,
+        *,
+        only: Callable[[JobId], bool] | None = None,
+        live_bytes: int = 0,
+    ) -> list[EndedOutput]:
         """Remove what `policy` does not keep of the jobs that `only` names: what went.
 
         What cannot be read is dropped: it counts for nothing until it can be.
         """
-        gone, tried = list[Kept](), set[JobId]()
+        gone, tried = list[EndedOutput](), set[JobId]()
 
-        def goes(each: Kept) -> bool:
+        def goes(each: EndedOutput) -> bool:
             if each.job not in tried:  # what failed may have made its end a later one
                 tried.add(each.job)
                 with suppress(OutOfDescriptors):  # another time
@@ -359,7 +363,7 @@ class KeptOutput:
         )
         return gone
 
-    def _oldest_first(self, only: Callable[[JobId], bool] | None) -> Iterator[Kept]:
+    def _oldest_first(self, only: Callable[[JobId], bool] | None) -> Iterator[EndedOutput]:
         """What is kept, of the jobs that `only` names; any of it may go meanwhile."""
         last = (-1, JobId(0))
         while (position := bisect_right(self._order, last)) < len(self._order):

@@ -28,17 +28,17 @@ from jobworker.jobs.execution import RECORD_AGAIN_SECONDS, Clock, Execution, Rul
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.job_note import make_note, note_refusal
 from jobworker.jobs.history.search import Filter, Page
-from jobworker.jobs.inheritance import Inheritance
+from jobworker.jobs.inheritance import Takeover
 from jobworker.jobs.lookup import follow_from, output_of, page_of
 from jobworker.jobs.orders import first_record, limits_of, order_of
-from jobworker.jobs.output.batched_wakeups import PacedEvent
+from jobworker.jobs.output.batched_wakeups import BatchedEvent
 from jobworker.jobs.output.follower import Follower
 from jobworker.jobs.output.index import BOTH
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.quota import Use, check_quota
+from jobworker.jobs.quota import QuotaUse, check_quota
 from jobworker.jobs.removals import Removals
-from jobworker.jobs.retention import Kept, Policy
+from jobworker.jobs.retention import EndedOutput, RetentionPolicy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
@@ -99,7 +99,7 @@ class Supervisor:
     def __attrs_post_init__(self) -> None:
         self._pending = WaitingRoom(self.max_waiting)
 
-    def take_over(self, inheritance: Inheritance) -> None:
+    def take_over(self, inheritance: Takeover) -> None:
         """Go on with the jobs of an earlier service: before `serve`."""
         for running in inheritance.running:
             execution = self._make_execution(running.record, running.spool, True)
@@ -239,7 +239,7 @@ class Supervisor:
             await self._hear_of(execution, execution.decided)
         return execution
 
-    async def _hear_of(self, execution: Execution, event: trio.Event | PacedEvent) -> None:
+    async def _hear_of(self, execution: Execution, event: trio.Event | BatchedEvent) -> None:
         """Wait for an event of a job's. Raises LauncherSilent where it may be long in coming."""
         try:
             await self._launcher.wait_unless_silent(event)
@@ -272,12 +272,12 @@ class Supervisor:
         steps = await self._launcher.plan(order_of(full, _NOT_YET, {}), limits_of(full))
         return full.limits, steps
 
-    def _use_of(self, owner: str) -> Use:
+    def _use_of(self, owner: str) -> QuotaUse:
         """What an owner has."""
         mine = [e for e in self._live.values() if e.record.owner == owner]
         live = [e.record.spec.limits for e in mine if not e.ended.is_set()]
         live += [limits for name, limits, _ in self._arriving.values() if name == owner]
-        return Use(tuple(live), self._archive.size_of(owner) + output_of(mine))
+        return QuotaUse(tuple(live), self._archive.size_of(owner) + output_of(mine))
 
     def _secrets_beside(self, owner: str) -> Iterator[tuple[bool, Secrets]]:
         """The secrets of all jobs, each with whether they are this owner's."""
@@ -487,7 +487,9 @@ class Supervisor:
             await execution.forgotten.wait()
         return freed
 
-    async def prune(self, policy: Policy | None, owner: str | None) -> Sequence[Kept]:
+    async def prune(
+        self, policy: RetentionPolicy | None, owner: str | None
+    ) -> Sequence[EndedOutput]:
         """Apply a policy (None: the configured one) to ended jobs' output: what went.
 
         To that of `owner` alone, where one is given. What was told to have ended counts, though the

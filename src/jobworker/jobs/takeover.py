@@ -34,9 +34,9 @@ import trio
 from attrs import evolve
 
 from jobworker.errors import InternalError, JobworkerError
-from jobworker.jobs.adoption import adopted, jobs_in, later_of, log_adopted, read_notes
+from jobworker.jobs.adoption import adopted, jobs_in, log_adopted, newer_of, read_notes
 from jobworker.jobs.history.history import History
-from jobworker.jobs.inheritance import Inheritance, Running, Waiting, have_forgotten, let_go
+from jobworker.jobs.inheritance import RunningJob, Takeover, WaitingJob, have_forgotten, let_go
 from jobworker.jobs.inherited_output import (
     cannot_go_on,
     end_again,
@@ -64,7 +64,7 @@ five megabytes of memory until it is there."""
 
 async def take_over(
     launcher: LauncherClient, history: History, spools: Path, now: datetime
-) -> Inheritance:
+) -> Takeover:
     """Put jobs, output and history in order after an earlier service.
 
     Raises InternalError where what is to be adopted cannot be recorded, or a live job's output not
@@ -88,7 +88,7 @@ async def take_over(
     ended_before = launcher.inherited.keys() - unfinished.keys() - none
     unfinished = await _ask_notes(spools, unfinished)
     unfinished |= await _take_back_starts(history, [unfinished[job] for job in sorted(undone)])
-    inheritance = Inheritance()
+    inheritance = Takeover()
     for job, record in sorted(unfinished.items()):
         await _go_on(
             inheritance, launcher.inherited.get(job), record, spools, since.get(job, now), now
@@ -135,7 +135,7 @@ async def _ask_notes(spools: Path, unfinished: Mapping[JobId, JobRecord]) -> dic
     """What is unfinished, each job's record as the history or its note knows it better."""
     found = dict[JobId, JobRecord]()
     for page in _batched(sorted(unfinished), RECORDS_TOGETHER):
-        records = await in_thread(later_of, spools, [unfinished[job] for job in page])
+        records = await in_thread(newer_of, spools, [unfinished[job] for job in page])
         found |= {record.id: record for record in records}
     return found
 
@@ -165,7 +165,7 @@ async def _put(history: History, record: JobRecord) -> None:
 
 
 async def _go_on(
-    inheritance: Inheritance,
+    inheritance: Takeover,
     alive: tuple[Started, Exits] | None,
     record: JobRecord,
     spools: Path,
@@ -197,9 +197,9 @@ async def _go_on(
         inheritance.ended.append(await lose(spools, record, now, str(error)))
         return
     if alive is None:
-        inheritance.waiting.append(Waiting(going_on, spool))
+        inheritance.waiting.append(WaitingJob(going_on, spool))
     else:
-        inheritance.running.append(Running(_as_running(going_on, since), spool, *alive))
+        inheritance.running.append(RunningJob(_as_running(going_on, since), spool, *alive))
 
 
 def _has_ended(alive: tuple[Started, Exits] | None) -> bool:
@@ -234,7 +234,7 @@ def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _tell(inheritance: Inheritance) -> None:
+def _tell(inheritance: Takeover) -> None:
     if inheritance.running or inheritance.waiting:
         log.info(
             "taken over: %d jobs that run, %d that wait",

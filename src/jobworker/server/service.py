@@ -31,7 +31,7 @@ from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Rules
 from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.retention import Policy
+from jobworker.jobs.retention import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.units import MEBIBYTE, parse_duration
@@ -87,10 +87,10 @@ def _rules(settings: Settings, *, bounds_disks: bool) -> Rules:
     )
 
 
-def retention_policy(settings: Settings) -> Policy:
+def retention_policy(settings: Settings) -> RetentionPolicy:
     """The configured bounds for ended jobs' output: age, number of jobs, bytes."""
     worker = settings.worker
-    return Policy(
+    return RetentionPolicy(
         max_age_seconds=parse_duration(worker.keep_output_age) or None,
         max_jobs=worker.keep_output_jobs or None,
         max_bytes=worker.max_total_output * MEBIBYTE or None,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from jobworker.errors import JobworkerError, LauncherSilent, NotFound
-from jobworker.jobs.retention import Policy
+from jobworker.jobs.retention import RetentionPolicy
 from jobworker.model.access import Quota
 from jobworker.model.job import JobId, JobSpec, Limits, OutputPolicy
 from jobworker.sandbox.cgroup.scope import Want
@@ -174,7 +174,7 @@ class ClientRules(LifecycleWorld):
     @rule(max_jobs=st.integers(0, 2))
     def prune(self, max_jobs: int) -> None:
         self.told.pruned = True
-        policy = Policy(max_jobs=max_jobs)
+        policy = RetentionPolicy(max_jobs=max_jobs)
         self.ask(lambda service: service.supervisor.prune(policy, None), lambda _told, _error: None)
 
 

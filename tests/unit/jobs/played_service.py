@@ -20,7 +20,7 @@ from jobworker.jobs.execution import Rules
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.search import Filter
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.retention import Policy
+from jobworker.jobs.retention import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.jobs.takeover import take_over
 from jobworker.model.job import JobId, JobRecord, Limits
@@ -91,7 +91,7 @@ class PlayedService:
             inheritance = await take_over(link, history, spools, now())  # type: ignore[arg-type]
             budget, incidents = OutputBudget(spools), Incidents()
             archive = Archive(
-                spools=spools, history=history, policy=Policy(), budget=budget, clock=now
+                spools=spools, history=history, policy=RetentionPolicy(), budget=budget, clock=now
             )
             await archive.load(inheritance.ids)
         except BaseException:

@@ -17,16 +17,16 @@ from jobworker.jobs.archive import MISSING, Archive
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.history import History
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.output.index import Place, View
+from jobworker.jobs.output.index import Place, ReadFilter
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.retention import KeptOutput, Policy
+from jobworker.jobs.retention import KeptOutput, RetentionPolicy
 from jobworker.model.job import JobId, JobRecord, Stream
 
 from ..strategies import record
 from .descriptors import descriptors_left
 from .output.test_spool import append
 
-NOTHING = Policy(max_jobs=0)
+NOTHING = RetentionPolicy(max_jobs=0)
 
 
 @frozen
@@ -99,7 +99,7 @@ async def ground(directory: Path, max_open: int = 1024) -> AsyncIterator[Ground]
         archive = Archive(
             spools=spools,
             history=history,
-            policy=Policy(),
+            policy=RetentionPolicy(),
             budget=budget,
             clock=lambda: datetime.now(UTC),
             max_open=max_open,
@@ -288,7 +288,7 @@ async def test_who_followed_jobs_to_their_ends_holds_no_more_files_than_there_ma
                 await here.end_job(followed_by=followers)
             first = next(iter(here.archive._owners))
             assert isinstance(first, Spool)
-            await first.read(Place(), View())
+            await first.read(Place(), ReadFilter())
             await here.end_job(followed_by=followers)
             assert open_outputs(here) == [1, 3]
             await here.end_job(followed_by=followers)
@@ -316,7 +316,7 @@ async def test_owner_who_reads_little_gets_a_place_of_one_who_reads_much(tmp_pat
                     pass
             for each, owner in here.archive._owners.items():
                 if owner == "alice" and isinstance(each, Spool):
-                    await each.read(Place(), View())
+                    await each.read(Place(), ReadFilter())
             await here.end_job(followed_by=followers)
             assert open_outputs(here) == [1, 2, 7, 8, 9], "hers goes, though his is read less"
         assert (open_outputs(here), here.archive._owners, here.archive._open) == ([], {}, {})

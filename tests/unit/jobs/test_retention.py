@@ -14,28 +14,34 @@ from jobworker.jobs.history.job_note import make_note
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.directory import NAMES, NOTE
 from jobworker.jobs.output.files import OutputFiles
-from jobworker.jobs.retention import Changes, Kept, KeptOutput, Policy, choose
+from jobworker.jobs.retention import (
+    DirectoryChanges,
+    EndedOutput,
+    KeptOutput,
+    RetentionPolicy,
+    choose,
+)
 from jobworker.model.job import JobId, OutputCut, Stream
 
 from ..strategies import record
 from .output.test_spool import append
 
 SECOND = 1_000_000_000
-KEPT = [Kept(JobId(n), n * SECOND, 100) for n in range(1, 6)]
+KEPT = [EndedOutput(JobId(n), n * SECOND, 100) for n in range(1, 6)]
 
 
 def chosen(
-    kept: Sequence[Kept],
-    policy: Policy,
+    kept: Sequence[EndedOutput],
+    policy: RetentionPolicy,
     *,
     now_s: int,
     live_bytes: int = 0,
     stay: Container[int] = (),
-) -> list[Kept]:
+) -> list[EndedOutput]:
     """What goes by `policy` of `kept`, the oldest first, where those that `stay` cannot."""
-    gone = list[Kept]()
+    gone = list[EndedOutput]()
 
-    def goes(each: Kept) -> bool:
+    def goes(each: EndedOutput) -> bool:
         if each.job not in stay:
             gone.append(each)
         return each.job not in stay
@@ -48,18 +54,18 @@ def chosen(
 @pytest.mark.parametrize(
     ("policy", "live_bytes", "gone"),
     [
-        (Policy(), 0, []),
-        (Policy(max_age_seconds=7), 0, [1, 2]),
-        (Policy(max_jobs=3), 0, [1, 2]),
-        (Policy(max_jobs=0), 0, [1, 2, 3, 4, 5]),
-        (Policy(max_bytes=300), 0, [1, 2]),
-        (Policy(max_bytes=300), 150, [1, 2, 3, 4]),
-        (Policy(max_bytes=300), 1000, [1, 2, 3, 4, 5]),
-        (Policy(max_age_seconds=9, max_jobs=4, max_bytes=500), 0, [1]),
+        (RetentionPolicy(), 0, []),
+        (RetentionPolicy(max_age_seconds=7), 0, [1, 2]),
+        (RetentionPolicy(max_jobs=3), 0, [1, 2]),
+        (RetentionPolicy(max_jobs=0), 0, [1, 2, 3, 4, 5]),
+        (RetentionPolicy(max_bytes=300), 0, [1, 2]),
+        (RetentionPolicy(max_bytes=300), 150, [1, 2, 3, 4]),
+        (RetentionPolicy(max_bytes=300), 1000, [1, 2, 3, 4, 5]),
+        (RetentionPolicy(max_age_seconds=9, max_jobs=4, max_bytes=500), 0, [1]),
     ],
 )
 def test_oldest_goes_first_until_all_bounds_hold(
-    policy: Policy, live_bytes: int, gone: list[int]
+    policy: RetentionPolicy, live_bytes: int, gone: list[int]
 ) -> None:
     assert [each.job for each in chosen(KEPT, policy, now_s=10, live_bytes=live_bytes)] == gone
 
@@ -67,18 +73,22 @@ def test_oldest_goes_first_until_all_bounds_hold(
 @pytest.mark.parametrize(
     ("policy", "gone"),
     [
-        (Policy(max_age_seconds=7), [2]),
-        (Policy(max_jobs=3), [2]),
-        (Policy(max_bytes=450), [2]),
-        (Policy(max_bytes=250), [2, 4, 5]),
+        (RetentionPolicy(max_age_seconds=7), [2]),
+        (RetentionPolicy(max_jobs=3), [2]),
+        (RetentionPolicy(max_bytes=450), [2]),
+        (RetentionPolicy(max_bytes=250), [2, 4, 5]),
     ],
 )
-def test_in_the_place_of_what_cannot_go_goes_the_next(policy: Policy, gone: list[int]) -> None:
+def test_in_the_place_of_what_cannot_go_goes_the_next(
+    policy: RetentionPolicy, gone: list[int]
+) -> None:
     assert [each.job for each in chosen(KEPT, policy, now_s=10, stay={1, 3})] == gone
 
 
-@pytest.mark.parametrize("policy", [Policy(max_jobs=1), Policy(max_bytes=700)])
-def test_who_reads_the_oldest_output_has_the_next_go(tmp_path: Path, policy: Policy) -> None:
+@pytest.mark.parametrize("policy", [RetentionPolicy(max_jobs=1), RetentionPolicy(max_bytes=700)])
+def test_who_reads_the_oldest_output_has_the_next_go(
+    tmp_path: Path, policy: RetentionPolicy
+) -> None:
     for name in ("1", "2", "3", "4"):
         write_log(tmp_path / name, b"x" * 200).close()
         os.utime(tmp_path / name, ns=(int(name), int(name)))
@@ -92,12 +102,12 @@ def test_who_reads_the_oldest_output_has_the_next_go(tmp_path: Path, policy: Pol
     assert kept.newest_ns == kept.all[JobId(4)].ended_ns
 
 
-class Watched(dict[JobId, Kept]):
+class Watched(dict[JobId, EndedOutput]):
     """Counts the outputs that are looked at."""
 
     looks = 0
 
-    def __getitem__(self, job: JobId) -> Kept:
+    def __getitem__(self, job: JobId) -> EndedOutput:
         self.looks += 1
         return super().__getitem__(job)
 
@@ -114,7 +124,7 @@ def test_no_more_is_looked_at_than_what_goes_and_the_next(tmp_path: Path) -> Non
     kept = KeptOutput(tmp_path)
     kept.load()
     kept._kept = watched = Watched(kept._kept)
-    assert [len(kept.prune(Policy(max_jobs=jobs))) for jobs in (7, 5)] == [0, 2]
+    assert [len(kept.prune(RetentionPolicy(max_jobs=jobs))) for jobs in (7, 5)] == [0, 2]
     assert watched.looks == 1 + 3
 
 
@@ -156,7 +166,7 @@ def test_removal_that_fails_is_not_tried_again_though_it_makes_the_end_a_later_o
     kept = KeptOutput(tmp_path)
     kept.load()
     monkeypatch.setattr("jobworker.jobs.retention.remove_output", fail)
-    assert kept.prune(Policy(max_jobs=0)) == []
+    assert kept.prune(RetentionPolicy(max_jobs=0)) == []
     assert sorted(tried) == ["1", "2"]
 
 
@@ -174,10 +184,12 @@ optional = st.none() | st.integers(0, 40)
 def test_what_is_left_keeps_the_policy_and_no_more_goes(
     kept: list[tuple[int, int]], age: int | None, jobs: int | None, size: int | None
 ) -> None:
-    among = [Kept(JobId(n), end * SECOND, size) for n, (end, size) in enumerate(sorted(kept), 1)]
-    policy = Policy(max_age_seconds=age, max_jobs=jobs, max_bytes=size)
+    among = [
+        EndedOutput(JobId(n), end * SECOND, size) for n, (end, size) in enumerate(sorted(kept), 1)
+    ]
+    policy = RetentionPolicy(max_age_seconds=age, max_jobs=jobs, max_bytes=size)
 
-    def holds(rest: list[Kept]) -> bool:
+    def holds(rest: list[EndedOutput]) -> bool:
         return (
             (age is None or all(30 - k.ended_ns // SECOND <= age for k in rest))
             and (jobs is None or len(rest) <= jobs)
@@ -236,13 +248,13 @@ def test_log_that_a_full_disk_did_not_let_end_is_ended_by_the_service(tmp_path: 
     assert not kept.all
     kept.add(JobId(1))
     assert list(kept.all) == [1]
-    assert not kept.prune(Policy(max_jobs=0))  # who followed it to its end has it open
+    assert not kept.prune(RetentionPolicy(max_jobs=0))  # who followed it to its end has it open
     files.close()
     kept.add(JobId(1))
     look = OutputFiles.look_at(tmp_path / "1")
     assert look.sealed
     look.close()
-    assert [each.job for each in kept.prune(Policy(max_jobs=0))] == [1]
+    assert [each.job for each in kept.prune(RetentionPolicy(max_jobs=0))] == [1]
 
 
 @pytest.mark.parametrize("lost", [["stderr"], ["index"], ["stdout", "stderr", "index"]])
@@ -262,7 +274,7 @@ def test_what_is_left_of_output_is_kept_and_goes_like_any_other(
         each.look()
         assert each.missing == 0
     assert late.all == kept.all, "age counts from the end, and not from a look"
-    assert [each.job for each in kept.prune(Policy(max_jobs=0))] == [1]
+    assert [each.job for each in kept.prune(RetentionPolicy(max_jobs=0))] == [1]
     assert os.listdir(tmp_path) == ["1.removed"]
 
 
@@ -271,7 +283,7 @@ def test_log_that_is_read_stays_unless_forced(tmp_path: Path) -> None:
     reader = OutputFiles.open(tmp_path / "1")
     kept = KeptOutput(tmp_path)
     kept.load()
-    assert kept.prune(Policy(max_jobs=0)) == []
+    assert kept.prune(RetentionPolicy(max_jobs=0)) == []
     with pytest.raises(Busy, match="being read"):
         kept.remove(JobId(1))
     kept.remove(JobId(1), force=True)
@@ -298,14 +310,14 @@ def test_what_another_process_removed_is_dropped_and_known_until_that_is_noted(
     kept, other = KeptOutput(tmp_path), KeptOutput(tmp_path)
     kept.load()
     other.load()
-    other.prune(Policy(max_jobs=0))
+    other.prune(RetentionPolicy(max_jobs=0))
     for gone in ([1], []):
         changes = kept.look()
         assert [each.job for each in changes.gone] == gone
         assert list(changes.marked) == [1]
     assert (not kept.all, kept.missing) == (True, 0)
     kept.clear_marks(changes.marked)
-    assert kept.look() == Changes(frozenset(), [])
+    assert kept.look() == DirectoryChanges(frozenset(), [])
 
 
 def test_what_was_moved_away_counts_for_nothing_until_it_is_back(tmp_path: Path) -> None:
@@ -341,7 +353,7 @@ def test_output_that_cannot_be_read_is_passed_over_until_it_can(
     kept = KeptOutput(spools, seals=True)
     kept.load()
     (spools / "1").chmod(0)
-    assert [each.job for each in kept.prune(Policy(max_jobs=1))] == [2]
+    assert [each.job for each in kept.prune(RetentionPolicy(max_jobs=1))] == [2]
     assert list(kept.all) == [3]
     with pytest.raises(OutputError, match=rf"in {spools}/1: Permission denied; .* chown -R .*/1"):
         kept.remove(JobId(1), force=True)
@@ -384,7 +396,7 @@ def test_removal_of_what_was_put_back_leaves_a_mark_of_its_own(tmp_path: Path) -
         write_log(tmp_path / "1", b"x").close()
         (tmp_path / "1" / "record").write_text("note")
         kept.load()
-        assert kept.prune(Policy(max_jobs=0))
+        assert kept.prune(RetentionPolicy(max_jobs=0))
         assert kept.look().marked == {1}
         assert [path.name for path in (tmp_path / "1.removed").iterdir()] == ["record"]
 

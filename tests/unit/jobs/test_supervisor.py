@@ -23,12 +23,12 @@ from jobworker.jobs import secrets
 from jobworker.jobs.archive import Archive
 from jobworker.jobs.execution import Clock, Execution, Rules
 from jobworker.jobs.history.search import Filter, Page
-from jobworker.jobs.inheritance import Ended, Inheritance, Running, Waiting
+from jobworker.jobs.inheritance import EndedJob, RunningJob, Takeover, WaitingJob
 from jobworker.jobs.output.budget import OutputBudget
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.mover import DRAIN_SECONDS
 from jobworker.jobs.output.spool import Spool
-from jobworker.jobs.retention import KeptOutput, Policy
+from jobworker.jobs.retention import KeptOutput, RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, OutputCut, Stream, Usage
 from jobworker.model.lifecycle import Reason, State
@@ -192,13 +192,13 @@ async def supervising(
     max_running: int,
     max_waiting: int = 100,
     clock: Clock = lambda: datetime.now(UTC),
-    inheritance: Inheritance | None = None,
+    inheritance: Takeover | None = None,
 ) -> AsyncIterator[tuple[Supervisor, FakeLink, FakeHistory]]:
     link, history = FakeLink(), FakeHistory()
     archive = Archive(
         spools=spools,
         history=history,  # type: ignore[arg-type]
-        policy=Policy(),
+        policy=RetentionPolicy(),
         budget=OutputBudget(spools),
         clock=clock,
     )
@@ -213,7 +213,7 @@ async def supervising(
         max_running=max_running,
         max_waiting=max_waiting,
     )
-    supervisor.take_over(inheritance or Inheritance())
+    supervisor.take_over(inheritance or Takeover())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervisor.serve)
         yield supervisor, link, history
@@ -337,7 +337,7 @@ async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_beh
     send.send_nowait(JobExit(code=0, signal=None, usage=Usage(), ended_at=ended_at))
     send.close()
     started = Started(pid=1, stdout=out, stderr=err, since=told_at - 8)
-    taken = Inheritance(running=[Running(record, Spool.create(tmp_path / "1"), started, exits)])
+    taken = Takeover(running=[RunningJob(record, Spool.create(tmp_path / "1"), started, exits)])
     behind = now - timedelta(days=1)
     async with supervising(tmp_path, max_running=1, clock=lambda: behind, inheritance=taken) as (
         supervisor,
@@ -385,9 +385,9 @@ async def test_output_that_was_taken_over_counts_as_what_stands_on_the_disk(
     (out, out_write), (err, err_write) = (os.pipe2(os.O_NONBLOCK) for _ in range(2))
     _send, exits = trio.open_memory_channel[JobExit](1)
     started = Started(pid=1, stdout=out, stderr=err)
-    taken = Inheritance(
-        running=[Running(record(1, State.RUNNING), spools[0], started, exits)],
-        ended=[Ended(record(2), spools[1])],
+    taken = Takeover(
+        running=[RunningJob(record(1, State.RUNNING), spools[0], started, exits)],
+        ended=[EndedJob(record(2), spools[1])],
     )
     async with supervising(tmp_path, max_running=2, inheritance=taken) as (supervisor, _, history):
         budget = supervisor._archive.budget
@@ -469,7 +469,7 @@ async def test_output_that_goes_between_the_end_and_the_archive_is_told_as_remov
             await execution.ended.wait()
             other = KeptOutput(tmp_path)  # as `worker prune` has it
             other.load()
-            assert other.prune(Policy(max_jobs=0))
+            assert other.prune(RetentionPolicy(max_jobs=0))
             if seen_by == "a look":
                 await supervisor._archive.prune()
             else:
@@ -607,7 +607,7 @@ async def test_job_whose_start_has_failed_is_shown_as_it_was_until_that_is_told(
 async def test_end_that_a_note_has_told_is_whole_though_its_output_is_gone(tmp_path: Path) -> None:
     """From the first moment on, and while the history still refuses it."""
     end = record(1, stdout_bytes=4, stderr_bytes=5)
-    taken = Inheritance(ended=[Ended(end, Spool.gone())])
+    taken = Takeover(ended=[EndedJob(end, Spool.gone())])
     async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, _, history):
         assert await supervisor.wait(JobId(1)) == end  # before anything else has run
         history.slow = trio.Event()
@@ -625,9 +625,13 @@ async def test_waiting_job_whose_stop_an_earlier_service_was_asked_for_waits_for
     started = Started(pid=1, stdout=out, stderr=err)
     stopped = record(2, State.PENDING, stop_requested_at=datetime.now(UTC))
     waits = record(3, State.PENDING)
-    taken = Inheritance(
-        running=[Running(record(1, State.RUNNING), Spool.create(tmp_path / "1"), started, exits)],
-        waiting=[Waiting(each, Spool.create(tmp_path / str(each.id))) for each in (stopped, waits)],
+    taken = Takeover(
+        running=[
+            RunningJob(record(1, State.RUNNING), Spool.create(tmp_path / "1"), started, exits)
+        ],
+        waiting=[
+            WaitingJob(each, Spool.create(tmp_path / str(each.id))) for each in (stopped, waits)
+        ],
     )
     async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, link, _):
         with trio.fail_after(20):

@@ -10,7 +10,7 @@ from pathlib import Path
 from jobworker.config.settings import Settings, load
 from jobworker.errors import ConfigError, OutputError
 from jobworker.jobs.age_clock import FILE, AgeClock
-from jobworker.jobs.retention import KeptOutput, Policy
+from jobworker.jobs.retention import KeptOutput, RetentionPolicy
 from jobworker.model.units import format_size
 from jobworker.server.service import retention_policy
 from jobworker.server.startup.preparation import spool_directory
@@ -26,7 +26,7 @@ def prune_here(
     settings = Settings() if config is None else load(config)
     policy = retention_policy(settings)
     if (older_than, keep, max_size) != (None, None, None):
-        policy = Policy(max_age_seconds=older_than, max_jobs=keep, max_bytes=max_size)
+        policy = RetentionPolicy(max_age_seconds=older_than, max_jobs=keep, max_bytes=max_size)
     spools = spool_directory(settings)
     ages = AgeClock(spools.with_name(FILE), keeps=False)
     kept = KeptOutput(spools, clock_ns=ages.now_ns)

@@ -37,7 +37,7 @@ from jobworker.jobs.history.files import HistoryFiles
 from jobworker.jobs.history.job_note import write_note
 from jobworker.jobs.history.last_id import LastId
 from jobworker.jobs.history.readers import NO_DESCRIPTOR, Readers, lacks_descriptors, unreadable
-from jobworker.jobs.history.reserved_space import Room
+from jobworker.jobs.history.reserved_space import ReservedSpace
 from jobworker.jobs.history.schema import damaged, migrate
 from jobworker.jobs.history.search import Filter, Page, find_page
 from jobworker.jobs.history.writer import Work, Writer
@@ -102,7 +102,7 @@ class History:
                 connection.pragma("synchronous", "full")
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 unfinished = queries.select_unfinished(connection)
-                room = Room(path)
+                room = ReservedSpace(path)
                 room.ensure(connection)  # the first thing that changes the file
                 connection.execute("BEGIN IMMEDIATE")  # or another program holds it locked
                 connection.execute("ROLLBACK")
@@ -225,7 +225,7 @@ class History:
         InternalError where the disk refuses.
         """
         what = "cannot note in the history that output was removed"
-        await self._write(partial(queries.note_removed, jobs, when), what)
+        await self._write(partial(queries.mark_output_removed, jobs, when), what)
 
     async def with_output(self) -> Mapping[JobId, str]:
         """The ended jobs whose records do not say that their output was removed: their owners."""
@@ -245,7 +245,7 @@ class History:
         InternalError where the disk refuses.
         """
         what = f"cannot remove job {job} from the history"
-        await self._write(partial(queries.note_missing, job), what)
+        await self._write(partial(queries.mark_output_missing, job), what)
 
     async def removed_without_output(self, jobs: Collection[JobId]) -> frozenset[JobId]:
         """Those of `jobs` that were removed while their output was missing."""

@@ -59,8 +59,10 @@ def _labels_of(record: JobRecord) -> list[tuple[str, str, int]]:
     return [(name, value, record.id) for name, value in (*record.spec.labels.items(), *named)]
 
 
-def note_removed(jobs: Collection[JobId], when: datetime, connection: apsw.Connection) -> None:
-    """See `History.note_removed`."""
+def mark_output_removed(
+    jobs: Collection[JobId], when: datetime, connection: apsw.Connection
+) -> None:
+    """See `History.mark_output_removed`."""
     connection.executemany(
         "UPDATE jobs SET record = json_set(record, '$.output_removed_at', ?) "
         "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",
@@ -79,8 +81,8 @@ def delete(job: JobId, connection: apsw.Connection) -> None:
         connection.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
 
-def note_missing(job: JobId, connection: apsw.Connection) -> None:
-    """See `History.note_missing`."""
+def mark_output_missing(job: JobId, connection: apsw.Connection) -> None:
+    """See `History.mark_output_missing`."""
     connection.execute(
         "INSERT OR IGNORE INTO removed SELECT id FROM jobs "
         "WHERE id = ? AND json_extract(record, '$.output_removed_at') IS NULL",

@@ -31,7 +31,7 @@ SPARE_FACTOR = 4
 
 
 @define(eq=False)
-class Room:
+class ReservedSpace:
     """What is set aside in the history at `path`."""
 
     _path: Path

@@ -26,7 +26,7 @@ import trio
 from attrs import Factory, define, field
 
 from jobworker.jobs.history.files import HistoryFiles
-from jobworker.jobs.history.reserved_space import Room, make_log_start_anew
+from jobworker.jobs.history.reserved_space import ReservedSpace, make_log_start_anew
 
 BUSY_SECONDS = 10.0
 """How long a write waits for another process's lock: longer than a backup's last steps take."""
@@ -58,7 +58,7 @@ class Writer:
     """The thread, and the writes that wait for it."""
 
     _connection: apsw.Connection
-    _room: Room
+    _room: ReservedSpace
     _files: HistoryFiles
     _waiting: deque[_Write] = field(factory=deque, init=False)
     _arrival: threading.Condition = field(factory=threading.Condition, init=False)

@@ -17,7 +17,7 @@ AT_A_TIME = 8
 """Each does some 0.1 ms of work before it waits again."""
 
 
-def in_turns(some: Callable[[], bool]) -> None:
+def run_in_batches(some: Callable[[], bool]) -> None:
     """Call `some` now and, as long as it returns True, in the loop's next turn again.
 
     Each call takes away from what is to be done before it does anything that may fail: so after an
@@ -30,10 +30,10 @@ def in_turns(some: Callable[[], bool]) -> None:
         again = True
     if again:
         token = trio.lowlevel.current_trio_token()
-        token.run_sync_soon(in_turns, some)
+        token.run_sync_soon(run_in_batches, some)
 
 
-async def cancel_in_turns(scopes: set[trio.CancelScope]) -> None:
+async def cancel_in_batches(scopes: set[trio.CancelScope]) -> None:
     """Cancel all of them, a few in each turn of the loop, and leave the set empty.
 
     That is never cut short: those who wait for them have no other way out.
@@ -47,7 +47,7 @@ async def cancel_in_turns(scopes: set[trio.CancelScope]) -> None:
 
 
 @define(eq=False)
-class PacedEvent:
+class BatchedEvent:
     """Like trio.Event."""
 
     _set: bool = field(default=False, init=False)
@@ -61,7 +61,7 @@ class PacedEvent:
         """It has happened."""
         if not self._set:
             self._set = True
-            in_turns(self._wake_some)
+            run_in_batches(self._wake_some)
 
     def _wake_some(self) -> bool:
         self._lot.unpark(count=AT_A_TIME)

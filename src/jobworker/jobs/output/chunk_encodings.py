@@ -17,7 +17,7 @@ Parts = tuple[bytes, bytes | bytearray]
 
 
 @define(eq=False)
-class Forms:
+class ChunkEncodings:
     """The forms of one chunk."""
 
     _made: dict[Hashable, Parts] = field(factory=dict, init=False)

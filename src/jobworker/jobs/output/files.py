@@ -52,10 +52,10 @@ from jobworker.jobs.output.index import (
     BLOCK_RECORDS,
     EMPTY,
     RECORD,
-    Chunk,
+    LogChunk,
     Place,
+    ReadFilter,
     Record,
-    View,
     plan_read,
 )
 from jobworker.model.job import Stream
@@ -367,7 +367,9 @@ class OutputFiles:
             before = self._read_record(number - 1, nowait)
         return Place(number, before.stdout_bytes, before.stderr_bytes, offset - before.size)
 
-    def read(self, place: Place, view: View, *, nowait: bool) -> tuple[Chunk | None, Place]:
+    def read(
+        self, place: Place, view: ReadFilter, *, nowait: bool
+    ) -> tuple[LogChunk | None, Place]:
         """Read the next bytes that `view` shows, and say where the reader stands then.
 
         At most `view.max_bytes`, from at most BLOCK_RECORDS records. No chunk means that those
@@ -389,7 +391,9 @@ class OutputFiles:
             data = self._read(self._data[span.stream], span.size, span.file_offset, nowait)
         if len(data) < span.size:  # the page cache holds no more of it
             after = span.start.plus(len(data))
-        chunk = Chunk(stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data)
+        chunk = LogChunk(
+            stream=span.stream, offset=span.start.offset, time_ns=span.time_ns, data=data
+        )
         return chunk, after
 
     def _read_records(self, first: int, nowait: bool) -> bytes | bytearray:

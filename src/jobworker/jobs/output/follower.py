@@ -11,8 +11,8 @@ from typing import Protocol, Self
 import trio
 from attrs import define, evolve
 
-from jobworker.jobs.output.index import CHUNK_BYTES, Chunk, LineStart, Place, View
-from jobworker.jobs.output.search import Beginning
+from jobworker.jobs.output.index import CHUNK_BYTES, LineStart, LogChunk, Place, ReadFilter
+from jobworker.jobs.output.search import StartPlace
 
 
 class Log(Protocol):
@@ -35,10 +35,10 @@ class Log(Protocol):
     async def find(self, offset: int) -> Place:
         """The place of a merged offset. Raises OutputError."""
 
-    async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
+    async def read(self, place: Place, view: ReadFilter) -> tuple[LogChunk | None, Place]:
         """The chunk at a place, if there is one to be seen, and the place after it."""
 
-    async def bytes_before_line(self, chunk: Chunk) -> int | None:
+    async def bytes_before_line(self, chunk: LogChunk) -> int | None:
         """How many bytes of a chunk belong to a line that began before it; None for all."""
 
     def await_poke(self, follower: "Follower") -> None:
@@ -59,7 +59,7 @@ class Follower:
     """
 
     _log: Log
-    _view: View
+    _view: ReadFilter
     _start: int
     _poke: trio.MemorySendChannel[None]
     _poked: trio.MemoryReceiveChannel[None]
@@ -67,7 +67,7 @@ class Follower:
     _busy: bool = False
     _closed: bool = False
 
-    def begin(self, beginning: Beginning) -> None:
+    def begin(self, beginning: StartPlace) -> None:
         """Begin there, before anything is read. Raises InvalidParams where the log is shorter."""
         self._check_open()
         self._log.check_offset(beginning.offset)
@@ -79,7 +79,7 @@ class Follower:
         """The merged offset up to which everything was received or passed over."""
         return self._start if self._place is None else self._place.offset
 
-    async def receive(self, max_bytes: int = CHUNK_BYTES, *, wait: bool = True) -> Chunk | None:
+    async def receive(self, max_bytes: int = CHUNK_BYTES, *, wait: bool = True) -> LogChunk | None:
         """Wait for the next bytes, at most `max_bytes` (at least 1); None is the sealed log's end.
 
         Without `wait` None is also the end of what there is now.
@@ -95,7 +95,7 @@ class Follower:
         self._check_open()
         return None
 
-    async def read(self, max_bytes: int = CHUNK_BYTES) -> Chunk | None:
+    async def read(self, max_bytes: int = CHUNK_BYTES) -> LogChunk | None:
         """Read the next of what is there now, as `receive`; None where nothing is to be seen.
 
         What the page cache holds is read without a checkpoint: for callers that have their own.
@@ -115,7 +115,9 @@ class Follower:
             self._check_open()
             return None
 
-    async def _begin_with_line(self, chunk: Chunk, after: Place) -> tuple[Chunk | None, Place]:
+    async def _begin_with_line(
+        self, chunk: LogChunk, after: Place
+    ) -> tuple[LogChunk | None, Place]:
         """Pass over what is left of a line that began before its stream does here."""
         skipped = await self._log.bytes_before_line(chunk)
         if skipped is None:
@@ -199,10 +201,10 @@ class Follower:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __aiter__(self) -> AsyncIterator[Chunk]:
+    def __aiter__(self) -> AsyncIterator[LogChunk]:
         return self
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> LogChunk:
         chunk = await self.receive()
         if chunk is None:
             raise StopAsyncIteration

@@ -19,7 +19,7 @@ import struct
 
 from attrs import evolve, field, frozen
 
-from jobworker.jobs.output.chunk_encodings import Forms
+from jobworker.jobs.output.chunk_encodings import ChunkEncodings
 from jobworker.model.job import Stream
 
 RECORD = struct.Struct("<qQQQ")  # time_ns, stdout_bytes, stderr_bytes, discarded_bytes
@@ -31,7 +31,7 @@ BOTH = frozenset(Stream)
 
 
 @frozen(kw_only=True)
-class Chunk:
+class LogChunk:
     """Consecutive bytes of one stream."""
 
     stream: Stream
@@ -40,7 +40,7 @@ class Chunk:
     time_ns: int
     """When the record of the first byte was made, in nanoseconds since the epoch."""
     data: bytes | bytearray
-    forms: Forms = field(factory=Forms, eq=False, repr=False)
+    forms: ChunkEncodings = field(factory=ChunkEncodings, eq=False, repr=False)
     """What its readers made of it, for others who stand at the same place."""
 
     @property
@@ -117,7 +117,7 @@ class Place:
 
 
 @frozen
-class Span:
+class ByteRange:
     """Bytes to read: `size` of one stream, at `start`."""
 
     stream: Stream
@@ -153,7 +153,7 @@ class LineStart:
 
 
 @frozen
-class View:
+class ReadFilter:
     """What a reader wants to see."""
 
     max_bytes: int = CHUNK_BYTES
@@ -169,7 +169,7 @@ class View:
         return max((each.hides(time_ns, position, length) for each in mine), default=0)
 
 
-def plan_read(block: memoryview, place: Place, view: View) -> tuple[Span | None, Place]:
+def plan_read(block: memoryview, place: Place, view: ReadFilter) -> tuple[ByteRange | None, Place]:
     """Choose what to read next, and say where the reader stands after it.
 
     `block` holds whole records from number `place.number` on. No span means that nothing in the
@@ -177,7 +177,7 @@ def plan_read(block: memoryview, place: Place, view: View) -> tuple[Span | None,
     contradict one another.
     """
     number, stdout, stderr, skip = place.number, place.stdout_bytes, place.stderr_bytes, place.skip
-    first: Span | None = None
+    first: ByteRange | None = None
     size = 0
     for time_ns, stdout_end, stderr_end, _ in RECORD.iter_unpack(block):
         stdout_grew, stderr_grew = stdout_end - stdout, stderr_end - stderr
@@ -192,7 +192,7 @@ def plan_read(block: memoryview, place: Place, view: View) -> tuple[Span | None,
                 hidden = view.hides(stream, time_ns, position, length)
             if first is None and stream in view.streams and hidden < length:
                 skip, length = skip + hidden, length - hidden
-                first = Span(stream, time_ns, Place(number, stdout, stderr, skip), 0)
+                first = ByteRange(stream, time_ns, Place(number, stdout, stderr, skip), 0)
             elif first is not None and (stream is not first.stream or not view.coalesce or hidden):
                 break
             if first is not None:

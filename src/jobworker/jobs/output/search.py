@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from attrs import frozen
 
 from jobworker.jobs.output.files import OutputFiles
-from jobworker.jobs.output.index import BOTH, Chunk, LineStart, Record
+from jobworker.jobs.output.index import BOTH, LineStart, LogChunk, Record
 from jobworker.model.job import Stream
 
 BLOCK_BYTES = 65_536
@@ -42,7 +42,7 @@ class Start:
 
 
 @frozen
-class Beginning:
+class StartPlace:
     """Where to read from, and what to hide there."""
 
     offset: int
@@ -55,11 +55,11 @@ def find_start(
     start: Start,
     streams: Collection[Stream] = BOTH,
     pause: Callable[[], None] = lambda: None,
-) -> Beginning:
+) -> StartPlace:
     """What `start` stands for, in whole lines. Raises OutputError where the disk fails."""
     records = files.records  # once: it may grow meanwhile
     if start.tail_lines == 0 and start.since_ns is None:
-        return Beginning(max(start.offset, files.record(records - 1).size))
+        return StartPlace(max(start.offset, files.record(records - 1).size))
     first = dict.fromkeys(streams, 0)
     if start.since_ns is not None:
         before = files.record(_records_before(files, records, start.since_ns) - 1)
@@ -69,13 +69,13 @@ def find_start(
         first = {stream: max(first[stream], tail[stream]) for stream in streams}
     since_ns = start.since_ns or 0
     starts = (LineStart(stream, offset, since_ns) for stream, offset in first.items())
-    return Beginning(
+    return StartPlace(
         max(start.offset, min(_merged(files, records, *item) for item in first.items())),
         tuple(each for each in starts if each.offset or each.since_ns or start.offset),
     )
 
 
-def bytes_before_line(files: OutputFiles, chunk: Chunk, *, nowait: bool) -> int | None:
+def bytes_before_line(files: OutputFiles, chunk: LogChunk, *, nowait: bool) -> int | None:
     """How many of a chunk's bytes come before the first line that begins in it; None where none.
 
     Errors as for `OutputFiles.read`.

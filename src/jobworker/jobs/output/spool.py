@@ -41,11 +41,11 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from jobworker.errors import FollowerStalled, InvalidParams, OutputError
-from jobworker.jobs.output.batched_wakeups import AT_A_TIME, in_turns
+from jobworker.jobs.output.batched_wakeups import AT_A_TIME, run_in_batches
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
-from jobworker.jobs.output.index import BOTH, RECORD, Chunk, LineStart, Place, View
-from jobworker.jobs.output.search import Beginning, Start, bytes_before_line, find_start
+from jobworker.jobs.output.index import BOTH, RECORD, LineStart, LogChunk, Place, ReadFilter
+from jobworker.jobs.output.search import Start, StartPlace, bytes_before_line, find_start
 from jobworker.jobs.output.sync import OutputSync
 from jobworker.model.job import JobId, JobRecord, Stream
 from jobworker.sandbox.channel import close_all
@@ -61,7 +61,7 @@ READER_THREADS = 4  # a spool: those who read what is not cached do not crowd ou
 class _Recent:
     """What was read at a place, and where a reader goes on."""
 
-    chunk: Chunk
+    chunk: LogChunk
     after: Place
     was_all: bool
     """Whether nothing followed it when it was read."""
@@ -248,7 +248,7 @@ class Spool:
         self._idle.clear()
         if not self._poking:
             self._poking = True
-            in_turns(self._poke_some)
+            run_in_batches(self._poke_some)
 
     def _poke_some(self) -> bool:
         for _ in range(min(AT_A_TIME, len(self._to_poke))):
@@ -307,7 +307,7 @@ class Spool:
         self.read_at = time.monotonic()
         self._followers += 1
         self._users += 1
-        view = View(streams=frozenset(streams), coalesce=coalesce, starts=starts)
+        view = ReadFilter(streams=frozenset(streams), coalesce=coalesce, starts=starts)
         return Follower(self, view, offset, *trio.open_memory_channel[None](1))
 
     def check_offset(self, offset: int) -> None:
@@ -329,10 +329,10 @@ class Spool:
                 "and can be put back from a copy",
             )
 
-    async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> Beginning:
+    async def find_start(self, start: Start, streams: Collection[Stream] = BOTH) -> StartPlace:
         """Where `start` has a follower begin. Raises OutputError."""
         if start.tail_lines is None and start.since_ns is None:
-            return Beginning(start.offset, start.starts)
+            return StartPlace(start.offset, start.starts)
         self._check_not_shut()
         search = partial(find_start, self._files, start, streams, trio.from_thread.check_cancelled)
         with self.in_use():
@@ -342,11 +342,11 @@ class Spool:
         """The place of a merged offset."""
         return await self._ask(lambda nowait: self._files.find(offset, nowait=nowait))
 
-    async def bytes_before_line(self, chunk: Chunk) -> int | None:
+    async def bytes_before_line(self, chunk: LogChunk) -> int | None:
         """See `output.search.bytes_before_line`."""
         return await self._ask(lambda nowait: bytes_before_line(self._files, chunk, nowait=nowait))
 
-    async def read(self, place: Place, view: View) -> tuple[Chunk | None, Place]:
+    async def read(self, place: Place, view: ReadFilter) -> tuple[LogChunk | None, Place]:
         """See `OutputFiles.read`. Who asks for what was read just before gets the same Chunk.
 
         Where that was all there was, and as much again has come by now, it is read anew: followers

@@ -27,7 +27,7 @@ from jobworker.errors import (
     TooManyFollows,
 )
 from jobworker.jobs.output.follower import Follower
-from jobworker.jobs.output.index import Chunk
+from jobworker.jobs.output.index import LogChunk
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.job import JobRecord
 from jobworker.model.summary import summarize
@@ -145,19 +145,19 @@ class Subscription:
             return False
         return self.follower.behind
 
-    def _frame(self, chunk: Chunk) -> Frame:
+    def _frame(self, chunk: LogChunk) -> Frame:
         if self.encoding is Encoding.TEXT:  # the text depends on the bytes before it
             return frame_text(self.text.encode(self._header(chunk), bytes(chunk.data)))
         return chunk.forms.get((self.number, self.encoding), lambda: self._whole_frame(chunk))
 
-    def _whole_frame(self, chunk: Chunk) -> Frame:
+    def _whole_frame(self, chunk: LogChunk) -> Frame:
         """The message for one chunk; it is the same for all subscriptions with this number."""
         header = self._header(chunk)
         if self.encoding is Encoding.BINARY:
             return frame_output(header, chunk.data)
         return frame_text(encode_output(header, chunk.data))
 
-    def _header(self, chunk: Chunk) -> OutputHeader:
+    def _header(self, chunk: LogChunk) -> OutputHeader:
         return OutputHeader(
             subscription=self.number,
             stream=chunk.stream,

@@ -39,7 +39,7 @@ from jobworker.errors import (
     TooManyRequests,
     TooSlow,
 )
-from jobworker.jobs.output.batched_wakeups import cancel_in_turns
+from jobworker.jobs.output.batched_wakeups import cancel_in_batches
 from jobworker.model.access import Permission
 from jobworker.model.units import parse_duration
 from jobworker.protocol.closing import GOING_AWAY, REFUSED, TOO_BIG, TRY_AGAIN
@@ -193,7 +193,7 @@ class Conversation:
                 finally:
                     self._leaving = True
                     self._cancel_sends()
-                    await cancel_in_turns(self._calls)
+                    await cancel_in_batches(self._calls)
                     calls.cancel_scope.cancel()
         finally:
             closed = self._socket.closed

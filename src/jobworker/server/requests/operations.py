@@ -24,7 +24,7 @@ from jobworker.incidents import Incidents
 from jobworker.jobs.history.search import Filter
 from jobworker.jobs.output.index import LineStart
 from jobworker.jobs.output.search import Start
-from jobworker.jobs.retention import Policy
+from jobworker.jobs.retention import RetentionPolicy
 from jobworker.jobs.supervisor import Supervisor
 from jobworker.model.access import Permission
 from jobworker.model.job import JobRecord, JobSpec, parse_signal
@@ -323,7 +323,7 @@ async def _remove(context: Context, caller: Caller, params: m.RemoveParams) -> m
 async def _prune(context: Context, caller: Caller, params: m.PruneParams) -> m.Removed:
     policy = None
     if params != m.PruneParams():
-        policy = Policy(
+        policy = RetentionPolicy(
             max_age_seconds=params.older_than_seconds,
             max_jobs=params.keep_jobs,
             max_bytes=params.keep_bytes,

@@ -26,7 +26,7 @@ from jobworker.jobs.history import search as history_search
 from jobworker.jobs.history import writer as history_writer
 from jobworker.jobs.history.history import History
 from jobworker.jobs.history.job_note import make_note, read_note
-from jobworker.jobs.history.reserved_space import Room
+from jobworker.jobs.history.reserved_space import ReservedSpace
 from jobworker.jobs.history.schema import MIGRATIONS
 from jobworker.jobs.history.search import Filter
 from jobworker.model.job import JobId, JobRecord, JobSpec
@@ -440,7 +440,7 @@ def test_only_a_full_disk_counts_as_one(path: Path) -> None:
     with opened(path):
         connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         with closing(connection), pytest.raises(apsw.ReadOnlyError):
-            Room(path.with_name("other")).ensure(connection)  # whose log has no room
+            ReservedSpace(path.with_name("other")).ensure(connection)  # whose log has no room
 
 
 async def _put_together(

@@ -3,11 +3,16 @@
 import pytest
 import trio
 
-from jobworker.jobs.output.batched_wakeups import AT_A_TIME, PacedEvent, cancel_in_turns, in_turns
+from jobworker.jobs.output.batched_wakeups import (
+    AT_A_TIME,
+    BatchedEvent,
+    cancel_in_batches,
+    run_in_batches,
+)
 
 
 async def test_waiters_are_woken_a_few_in_each_turn() -> None:
-    event, turns = PacedEvent(), list[int]()
+    event, turns = BatchedEvent(), list[int]()
     woken = 0
 
     async def wait() -> None:
@@ -37,7 +42,7 @@ async def test_waiters_are_woken_a_few_in_each_turn() -> None:
 
 
 async def test_waiter_that_is_cancelled_holds_up_nobody() -> None:
-    event, woken = PacedEvent(), list[int]()
+    event, woken = BatchedEvent(), list[int]()
 
     async def wait(number: int) -> None:
         await event.wait()
@@ -67,7 +72,7 @@ async def test_fault_ends_neither_the_loop_nor_the_work(caplog: pytest.LogCaptur
         done.append(number)
         return bool(left)
 
-    trio.lowlevel.current_trio_token().run_sync_soon(in_turns, some)
+    trio.lowlevel.current_trio_token().run_sync_soon(run_in_batches, some)
     with trio.fail_after(5):
         while left:
             await trio.lowlevel.checkpoint()
@@ -98,7 +103,7 @@ async def test_scopes_are_cancelled_a_few_in_each_turn_and_all_of_them() -> None
         nursery.start_soon(count)
         with trio.CancelScope() as impatient:
             impatient.cancel()
-            await cancel_in_turns(scopes)
+            await cancel_in_batches(scopes)
     assert ended == 200
     assert not scopes
     assert max(turns) <= 2 * AT_A_TIME

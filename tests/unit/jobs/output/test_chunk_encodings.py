@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from jobworker.jobs.output.chunk_encodings import Forms, Parts
+from jobworker.jobs.output.chunk_encodings import ChunkEncodings, Parts
 
 
 def test_form_is_made_once_and_each_has_its_own() -> None:
-    forms, made = Forms(), list[str]()
+    forms, made = ChunkEncodings(), list[str]()
 
     def maker(name: str) -> Parts:
         made.append(name)

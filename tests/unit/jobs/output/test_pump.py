@@ -18,7 +18,7 @@ from attrs import define
 
 from jobworker.errors import OutputError
 from jobworker.jobs.output.budget import OutputBudget
-from jobworker.jobs.output.index import RECORD, Chunk
+from jobworker.jobs.output.index import RECORD, LogChunk
 from jobworker.jobs.output.pace import FEW, OutputPace
 from jobworker.jobs.output.pump import Pump
 from jobworker.jobs.output.spool import Spool
@@ -82,13 +82,13 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def log_of(spool: Spool, offset: int = 0) -> list[Chunk]:
+async def log_of(spool: Spool, offset: int = 0) -> list[LogChunk]:
     """What a follower receives of a sealed spool."""
     with spool.follow(offset) as follower:
         return [chunk async for chunk in follower]
 
 
-def joined(chunks: list[Chunk], stream: Stream | None = None) -> bytes:
+def joined(chunks: list[LogChunk], stream: Stream | None = None) -> bytes:
     return b"".join(chunk.data for chunk in chunks if stream in (None, chunk.stream))
 
 
@@ -224,10 +224,10 @@ async def test_followers_who_join_at_any_time_get_all_without_gap_or_repeat(
 ) -> None:
     rng = random.Random(seed)
     sent: dict[Stream, bytes] = {OUT: b"", ERR: b""}
-    received: list[list[Chunk]] = []
+    received: list[list[LogChunk]] = []
 
     async def follow(cap: int) -> None:
-        chunks: list[Chunk] = []
+        chunks: list[LogChunk] = []
         with spool.follow() as follower:
             while (chunk := await follower.receive(cap)) is not None:
                 chunks.append(chunk)

@@ -20,8 +20,8 @@ from jobworker.jobs.lookup import follow_from
 from jobworker.jobs.output import search
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
-from jobworker.jobs.output.index import BOTH, RECORD, Chunk, LineStart, Record, View
-from jobworker.jobs.output.search import MAX_WINDOW, Beginning, Start, find_start
+from jobworker.jobs.output.index import BOTH, RECORD, LineStart, LogChunk, ReadFilter, Record
+from jobworker.jobs.output.search import MAX_WINDOW, Start, StartPlace, find_start
 from jobworker.jobs.output.spool import READER_THREADS, Spool
 from jobworker.model.job import Stream
 
@@ -92,11 +92,11 @@ def wanted(pieces: Pieces, searched: int, start: Start, streams: Streams) -> lis
 
 
 async def seen(
-    files: OutputFiles, later: Pieces, start: Start, view: View, breaks: Sequence[int]
+    files: OutputFiles, later: Pieces, start: Start, view: ReadFilter, breaks: Sequence[int]
 ) -> list[Line]:
     """What a reader sees who comes back after so many chunks, each time, as clients do."""
     spool = Spool(files)
-    chunks = list[Chunk]()
+    chunks = list[LogChunk]()
     try:
         follower = await follow_from(spool, start, view.streams, view.coalesce)
         offset, starts = follower.offset, follower.starts
@@ -140,7 +140,7 @@ def test_reader_sees_whole_lines_with_the_times_of_their_first_bytes(
     sizes: tuple[int, tuple[int, int]],
 ) -> None:
     start = Start(tail_lines=tail, since_ns=since_ns)
-    view = View(max_bytes, streams, coalesce=False)
+    view = ReadFilter(max_bytes, streams, coalesce=False)
     expected = wanted(pieces + later, len(pieces), start, streams)
     with pytest.MonkeyPatch.context() as patch, files_of(pieces) as files:
         block, (first, most) = sizes
@@ -160,7 +160,7 @@ def test_joined_pieces_hold_the_same_lines(
     start = Start(tail_lines=tail)
     expected = wanted(pieces + later, len(pieces), start, BOTH)
     with files_of(pieces) as files:
-        found = trio.run(partial(seen, files, later, start, View(), breaks))
+        found = trio.run(partial(seen, files, later, start, ReadFilter(), breaks))
     for stream in Stream:
         assert b"".join(each.data for each in found if each.stream is stream) == b"".join(
             each.data for each in expected if each.stream is stream
@@ -173,7 +173,7 @@ PARTIAL = [(OUT, b"part"), (ERR, b"E"), (OUT, b"ial\nlast no newline")]
 def test_tail_counts_a_line_that_the_other_stream_interrupts_as_one() -> None:
     for tail, first in ((0, []), (1, [OUT]), (2, [ERR, OUT]), (3, [OUT, ERR, OUT])):
         with files_of(PARTIAL) as files:
-            found = trio.run(partial(seen, files, [], Start(tail_lines=tail), View(), []))
+            found = trio.run(partial(seen, files, [], Start(tail_lines=tail), ReadFilter(), []))
         whole = [each.data for each in found]
         assert [each.stream for each in found] == first
         assert whole == [b"part" + b"ial\n", b"E", b"last no newline"][3 - tail :]
@@ -181,7 +181,7 @@ def test_tail_counts_a_line_that_the_other_stream_interrupts_as_one() -> None:
 
 def test_search_begins_at_the_first_line_of_all() -> None:
     with files_of(PARTIAL) as files:
-        assert find_start(files, Start(tail_lines=2)) == Beginning(4, (LineStart(OUT, 8),))
+        assert find_start(files, Start(tail_lines=2)) == StartPlace(4, (LineStart(OUT, 8),))
 
 
 def test_readers_at_one_place_see_what_each_asked_for() -> None:
@@ -206,14 +206,14 @@ def test_readers_at_one_place_see_what_each_asked_for() -> None:
 def test_no_line_is_all_that_comes_from_now_on() -> None:
     with files_of([(OUT, b"a\n."), (ERR, b"bb")]) as files:
         later = [(OUT, b".."), (ERR, b"b\n"), (OUT, b".\n")]
-        found = trio.run(partial(seen, files, later, Start(tail_lines=0), View(), []))
+        found = trio.run(partial(seen, files, later, Start(tail_lines=0), ReadFilter(), []))
     assert [(each.stream, each.data) for each in found] == [(OUT, b"...\n"), (ERR, b"b\n")]
 
 
 def test_since_keeps_a_time_to_come() -> None:
     with files_of([(OUT, b"a\n"), (ERR, b"bb")]) as files:
         later = [(ERR, b"b\nc\n"), (OUT, b"d\n"), (OUT, b"e\n")]
-        found = trio.run(partial(seen, files, later, Start(since_ns=350), View(), []))
+        found = trio.run(partial(seen, files, later, Start(since_ns=350), ReadFilter(), []))
     assert [each.data for each in found] == [b"d\n", b"e\n"]
 
 
@@ -222,9 +222,9 @@ def test_offset_counts_too() -> None:
         assert find_start(files, Start(offset=1, tail_lines=2, since_ns=100)).offset == 2
         assert find_start(files, Start(offset=1, tail_lines=2, since_ns=300)).offset == 4
         start = Start(offset=3, tail_lines=2)
-        assert [each.data for each in trio.run(partial(seen, files, [], start, View(), []))] == [
-            b"c\n"
-        ]
+        assert [
+            each.data for each in trio.run(partial(seen, files, [], start, ReadFilter(), []))
+        ] == [b"c\n"]
 
 
 def test_a_search_can_be_given_up() -> None:

@@ -19,7 +19,7 @@ from jobworker.jobs.output.batched_wakeups import AT_A_TIME
 from jobworker.jobs.output.ended import remove_output, seal_output
 from jobworker.jobs.output.files import OutputFiles
 from jobworker.jobs.output.follower import Follower
-from jobworker.jobs.output.index import RECORD, Chunk, Place, View
+from jobworker.jobs.output.index import RECORD, LogChunk, Place, ReadFilter
 from jobworker.jobs.output.search import Start
 from jobworker.jobs.output.spool import Spool
 from jobworker.model.job import JobId, Stream
@@ -81,7 +81,11 @@ def append(log: Spool | OutputFiles, stream: Stream, data: bytes) -> None:
         os.close(read_end)
 
 
-def read_all(files: OutputFiles, place: Place = Place(), view: View = View()) -> list[Chunk]:  # noqa: B008
+def read_all(
+    files: OutputFiles,
+    place: Place = Place(),  # noqa: B008
+    view: ReadFilter = ReadFilter(),  # noqa: B008
+) -> list[LogChunk]:
     chunks = []
     while place.offset < files.last.size:
         chunk, place = files.read(place, view, nowait=False)
@@ -90,11 +94,11 @@ def read_all(files: OutputFiles, place: Place = Place(), view: View = View()) ->
     return chunks
 
 
-def joined(chunks: list[Chunk], stream: Stream | None = None) -> bytes:
+def joined(chunks: list[LogChunk], stream: Stream | None = None) -> bytes:
     return b"".join(chunk.data for chunk in chunks if stream in (None, chunk.stream))
 
 
-async def everything(follower: Follower, max_bytes: int = 65_526) -> list[Chunk]:
+async def everything(follower: Follower, max_bytes: int = 65_526) -> list[LogChunk]:
     chunks = []
     while (chunk := await follower.receive(max_bytes)) is not None:
         chunks.append(chunk)
@@ -572,7 +576,7 @@ def test_bytes_whose_record_was_refused_are_in_the_log_and_recorded_later(tmp_pa
 
 
 def log_as_told(files: OutputFiles) -> list[tuple[int, Stream, bytes]]:
-    chunks = read_all(files, view=View(coalesce=False))
+    chunks = read_all(files, view=ReadFilter(coalesce=False))
     return [(chunk.offset, chunk.stream, bytes(chunk.data)) for chunk in chunks]
 
 
@@ -664,12 +668,12 @@ def test_a_damaged_index_is_an_error(tmp_path: Path) -> None:
 # --- recovery -------------------------------------------------------------------------------
 
 
-def reopen(directory: Path) -> tuple[bool, list[Chunk], dict[Stream, bytes]]:
+def reopen(directory: Path) -> tuple[bool, list[LogChunk], dict[Stream, bytes]]:
     """Recover, write on, and seal; what stands in the log, and in its files before that."""
     kept = {stream: (directory / stream.name.lower()).read_bytes() for stream in Stream}
     files = OutputFiles.open(directory)
     was_sealed = files.sealed
-    chunks = read_all(files, view=View(coalesce=False))
+    chunks = read_all(files, view=ReadFilter(coalesce=False))
     if not was_sealed:
         append(files, OUT, b"more")
         assert joined(read_all(files), OUT) == kept[OUT] + b"more"
