@@ -35,14 +35,19 @@ from jobworker.pki.identity import Identity
 from jobworker.pki.refusals import explain_server_side
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.server.access.auditor import Auditor
-from jobworker.server.access.connected_clients import Door, Fittings, PeerCertificates, Visitor
+from jobworker.server.access.connected_clients import (
+    ConnectedClient,
+    ConnectedClients,
+    PeerCertificates,
+    TlsState,
+)
 from jobworker.server.connections.frame_scan import RECORD_COST
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.connections.http_head import (
     CLOSE_SECONDS,
     PrefixStream,
-    Refused,
-    admit,
+    UpgradeRefused,
+    accept_upgrade,
     find_identity,
     http_connection,
     plain_reply,
@@ -85,7 +90,9 @@ def turn_away(accepted: socket.socket, admission: Admission) -> bool:
     return refusal is not None
 
 
-async def serve_connection(tcp: trio.SocketStream, door: Door, context: operations.Context) -> None:
+async def serve_connection(
+    tcp: trio.SocketStream, clients: ConnectedClients, context: operations.OperationContext
+) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
     peer, admission = _peer_name(tcp.socket), context.admission
     stream: TLSStream | None = None
@@ -100,10 +107,10 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             await context.handshakes.enter(line_of(network))
             arrival.has_turn()
             _keep_alive(tcp)
-            fittings = door.fittings
+            tls_state = clients.fittings
             stream = TLSStream(
                 tcp,
-                fittings.tls,
+                tls_state.tls,
                 server_side=True,
                 take_turn=partial(context.incoming.enter, line_of(network), RECORD_COST),
             )
@@ -111,22 +118,22 @@ async def serve_connection(tcp: trio.SocketStream, door: Door, context: operatio
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
-                shown = _look_at_certificate(stream, arrival, fittings, context)
+                shown = _look_at_certificate(stream, arrival, tls_state, context)
                 await context.handshakes.enter(_line_of(shown, network))
                 arrival.has_turn()
                 raw, head = await read_head(stream, http)
-                who = admit(shown, head, fittings)
+                who = accept_upgrade(shown, head, tls_state)
                 inside.enter_context(_entered(admission, who, peer))
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
-                visitor = inside.enter_context(door.visit(who, certificates, peer, fittings.tls))
+                client = inside.enter_context(clients.visit(who, certificates, peer, tls_state.tls))
                 parted = await _serve_websocket(
                     PrefixStream(stream, raw, partial(context.incoming.enter, who.common_name)),
-                    visitor,
+                    client,
                     arrival,
                     context,
                 )
-            except Refused as refused:
+            except UpgradeRefused as refused:
                 log.info("%s: refused: %s", peer, refused.error)
                 context.auditor.refused(peer, refused.error.message)
                 headless = head is not None and head.request.method == b"HEAD"
@@ -163,7 +170,7 @@ def _entered(admission: Admission, who: Identity, peer: str) -> Iterator[None]:
             place.enter_context(admission.enter(who.common_name))
         except TooManyConnections as full:
             admission.tell(peer, full)
-            raise Refused(503, full) from None
+            raise UpgradeRefused(503, full) from None
         yield
 
 
@@ -262,7 +269,7 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
 
 
 def _look_at_certificate(
-    stream: TLSStream, arrival: Arrival, fittings: Fittings, context: operations.Context
+    stream: TLSStream, arrival: Arrival, tls_state: TlsState, context: operations.OperationContext
 ) -> Identity | PermissionDenied:
     """The client's identity, or the error if its certificate has none; count the client as active.
 
@@ -270,7 +277,7 @@ def _look_at_certificate(
     client that works alone, with a few bytes a second.
     """
     arrival.has_shown_certificate()
-    shown = find_identity(stream, context.gate.roles, fittings)
+    shown = find_identity(stream, context.gate.roles, tls_state)
     if isinstance(shown, Identity):
         context.presence.came(shown.common_name, line_of(arrival.network))
     return shown
@@ -285,7 +292,10 @@ def _line_of(shown: Identity | PermissionDenied, network: str) -> str:
 
 
 async def _serve_websocket(
-    stream: PrefixStream, visitor: Visitor, arrival: Arrival, context: operations.Context
+    stream: PrefixStream,
+    client: ConnectedClient,
+    arrival: Arrival,
+    context: operations.OperationContext,
 ) -> bool:
     """Serve a connection to its end. Returns whether the client answered the closing frame.
 
@@ -293,7 +303,7 @@ async def _serve_websocket(
     first: RFC 6455, section 7.1.1.
     """
     parted = False
-    who, peer = visitor.identity, visitor.peer
+    who, peer = client.identity, client.peer
 
     async def leave_when_closed() -> None:
         await stream.closed.wait()
@@ -303,7 +313,7 @@ async def _serve_websocket(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(leave_when_closed)
-            nursery.start_soon(visitor.leave_at_expiry)
+            nursery.start_soon(client.leave_at_expiry)
             request = await trio_websocket.wrap_server_stream(
                 nursery,
                 stream,
@@ -314,14 +324,14 @@ async def _serve_websocket(
             socket_ = await request.accept(subprotocol=SUBPROTOCOL)
             arrival.finish()
             log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
-            conversation = Conversation(FramedSocket(socket_, stream), visitor, context)
+            conversation = Conversation(FramedSocket(socket_, stream), client, context)
             stream.check = partial(_check_parts, socket_, conversation)
             nursery.start_soon(conversation.end_when_dismissed)
             try:
                 await conversation.serve()
             finally:
-                if visitor.reason:
-                    context.auditor.dismissed(peer, visitor.reason, who)
+                if client.reason:
+                    context.auditor.dismissed(peer, client.reason, who)
                 parted = await conversation.say_goodbye()
                 log.info("%s: disconnected", peer)
                 nursery.cancel_scope.cancel()

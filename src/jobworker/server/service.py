@@ -38,8 +38,8 @@ from jobworker.model.units import MEBIBYTE, parse_duration
 from jobworker.sandbox.service.host_facts import read_host_facts
 from jobworker.sandbox.service.launcher_client import LauncherClient, open_launcher_client
 from jobworker.server.access.auditor import Auditor
-from jobworker.server.access.authorization import Gate
-from jobworker.server.access.connected_clients import Door
+from jobworker.server.access.authorization import Authorization
+from jobworker.server.access.connected_clients import ConnectedClients
 from jobworker.server.connection import serve_connection, turn_away
 from jobworker.server.connections.batch_listener import BatchListener
 from jobworker.server.connections.listening import listen
@@ -51,7 +51,7 @@ from jobworker.server.host.disk_promises import DiskPromises, disks_bytes, promi
 from jobworker.server.host.memory import keep_small, settle
 from jobworker.server.host.service_user import launcher_ids
 from jobworker.server.reporting.notify import ADDRESS_FIELD, Notifier
-from jobworker.server.requests.operations import Context
+from jobworker.server.requests.operations import OperationContext
 from jobworker.server.startup.preparation import Prepared
 from jobworker.server.startup.reload import (
     Reloading,
@@ -166,16 +166,18 @@ async def _serve_until_signal(
     promises: DiskPromises,
 ) -> None:
     worker = prepared.settings.worker
-    gate = Gate(role_table(prepared.settings.roles), parse_duration(worker.max_job_timeout))
-    door = Door(prepared.fittings, gate)
+    authorization = Authorization(
+        role_table(prepared.settings.roles), parse_duration(worker.max_job_timeout)
+    )
+    clients = ConnectedClients(prepared.fittings, authorization)
     presence = Presence()
-    context = Context(
+    context = OperationContext(
         supervisor=supervisor,
         link=launcher,
         promises=promises,
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),
-        gate=gate,
+        gate=authorization,
         auditor=auditor,
         incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
@@ -184,7 +186,7 @@ async def _serve_until_signal(
         traffic=Traffic(presence),
         crowds=Crowds(prepared.settings.limits.max_waits),
     )
-    listener = _Listener(prepared, door, context)
+    listener = _Listener(prepared, clients, context)
     settle()
     listen(prepared.listeners)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -200,7 +202,7 @@ async def _serve_until_signal(
             nursery.start_soon(incidents.keep_running, "reader", tell_end)
             reloading = Reloading(
                 reader=prepared.reader,
-                door=door,
+                door=clients,
                 notifier=prepared.notifier,
                 auditor=auditor,
                 incidents=incidents,
@@ -214,7 +216,7 @@ async def _serve_until_signal(
                 await supervisor.leave()
             else:
                 await supervisor.shut_down(parse_duration(prepared.settings.worker.stop_grace))
-            door.close()
+            clients.close()
             with trio.move_on_after(FAREWELL_SECONDS):
                 await listener.idle.wait()
             nursery.cancel_scope.cancel()
@@ -293,8 +295,8 @@ class _Listener:
     """The service's listeners: accepts connections, and serves each until it ends."""
 
     _prepared: Prepared
-    _door: Door
-    _context: Context
+    _clients: ConnectedClients
+    _context: OperationContext
     _accepting: trio.CancelScope = field(factory=trio.CancelScope)
     idle: trio.Event = field(factory=trio.Event)
     """Set once accepting has stopped and the last connection has ended."""
@@ -318,7 +320,7 @@ class _Listener:
             return False
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
-        await serve_connection(stream, self._door, self._context)
+        await serve_connection(stream, self._clients, self._context)
 
     def stop_accepting(self) -> None:
         """Close the listeners; open connections go on."""

@@ -28,8 +28,8 @@ from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.sandbox.service.host_facts import HostFacts
 from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.server.access.auditor import Auditor
-from jobworker.server.access.authorization import Gate
-from jobworker.server.access.connected_clients import Door, Fittings
+from jobworker.server.access.authorization import Authorization
+from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.connection import serve_connection
 from jobworker.server.fairness.connection_limiter import Admission
 from jobworker.server.fairness.fair_scheduling import Presence, Spells, Turnstile
@@ -38,7 +38,7 @@ from jobworker.server.fairness.slots import LARGE_BYTES, LOOK_SECONDS, Slots
 from jobworker.server.fairness.wait_quota import Crowds
 from jobworker.server.host.disk_promises import DiskPromises
 from jobworker.server.requests.conversation import Conversation
-from jobworker.server.requests.operations import Context
+from jobworker.server.requests.operations import OperationContext
 from jobworker.server.startup.configuration_reader import configured_files
 from jobworker.tls_stream import TLSStream
 
@@ -58,8 +58,8 @@ class Site:
     """A service without jobs."""
 
     certs: Path
-    door: Door
-    context: Context
+    door: ConnectedClients
+    context: OperationContext
 
     @classmethod
     def of(cls, certs: Path) -> "Site":
@@ -70,14 +70,14 @@ class Site:
             server_key=str(certs / "server-key.pem"),
             crl="",
         )
-        gate, presence = Gate(role_table({}), longest_seconds=60), Presence()
-        context = Context(
+        authorization, presence = Authorization(role_table({}), longest_seconds=60), Presence()
+        context = OperationContext(
             supervisor=cast(Supervisor, SimpleNamespace(record=trio.sleep_forever)),
             link=cast(LauncherClient, None),
             promises=cast(DiskPromises, None),
             host=cast(HostFacts, None),
             runtimes=frozenset(),
-            gate=gate,
+            gate=authorization,
             auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
             incidents=Incidents(),
             stall_seconds=STALL_SECONDS,
@@ -88,7 +88,11 @@ class Site:
             replies=Slots(in_all=1, for_each=1),
             requests=Slots(in_all=1, for_each=1),
         )
-        return cls(certs, Door(Fittings.of(configured_files(security), security), gate), context)
+        return cls(
+            certs,
+            ConnectedClients(TlsState.of(configured_files(security), security), authorization),
+            context,
+        )
 
     @asynccontextmanager
     async def dialled(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[TLSStream]:

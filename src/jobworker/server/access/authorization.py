@@ -32,7 +32,7 @@ FindJob = Callable[[JobId], Awaitable[JobRecord]]
 
 
 @define(eq=False)
-class Gate:
+class Authorization:
     """Authorizes calls by the current table of roles."""
 
     roles: Roles
@@ -62,7 +62,7 @@ class Caller:
 
     identity: Identity
     subscriptions: Subscriptions
-    gate: Gate
+    gate: Authorization
     peer: str
     """ADDRESS:PORT."""
 

@@ -28,7 +28,7 @@ from jobworker.pki.revocation import Verifier
 from jobworker.pki.served_hosts import ServedHosts
 from jobworker.pki.server_files import ServerFiles
 from jobworker.pki.tls import server_context
-from jobworker.server.access.authorization import Gate
+from jobworker.server.access.authorization import Authorization
 
 log = logging.getLogger("jobworker.server")
 
@@ -41,7 +41,7 @@ JUDGED_A_TURN = 10
 
 
 @frozen
-class Fittings:
+class TlsState:
     """The certificates, hosts and subjects by which the door checks connections."""
 
     tls: ssl.SSLContext
@@ -50,7 +50,7 @@ class Fittings:
     subjects: Subjects
 
     @classmethod
-    def of(cls, files: ServerFiles, security: SecuritySettings) -> "Fittings":
+    def of(cls, files: ServerFiles, security: SecuritySettings) -> "TlsState":
         """Make them from the files and settings. Raises CredentialsUnusable."""
         context = server_context(files, min_version=security.min_tls_version)
         hosts = ServedHosts.of(files.certificate.content)
@@ -69,7 +69,7 @@ class PeerCertificates:
 
 
 @define(eq=False)
-class Visitor:
+class ConnectedClient:
     """An open connection, with the identity of its client."""
 
     identity: Identity
@@ -103,12 +103,12 @@ class Visitor:
 
 
 @define(eq=False)
-class Door:
+class ConnectedClients:
     """The open connections of one service, and the fittings by which it checks them."""
 
-    fittings: Fittings
-    gate: Gate
-    _inside: set[Visitor] = field(factory=set)
+    fittings: TlsState
+    gate: Authorization
+    _inside: set[ConnectedClient] = field(factory=set)
     _closed: bool = False
 
     @contextmanager
@@ -118,59 +118,59 @@ class Door:
         certificates: PeerCertificates,
         peer: str,
         judged_by: ssl.SSLContext,
-    ) -> Iterator[Visitor]:
+    ) -> Iterator[ConnectedClient]:
         """Count a connection as open while the block lasts.
 
         `judged_by` is the TLS context of its handshake. If that is not the current one, the door
         checks the client's certificates again. Raises CertificateRefused.
         """
-        visitor = Visitor(who, certificates, peer)
-        if judged_by is not self.fittings.tls and (fault := self._fault(visitor)):
+        client = ConnectedClient(who, certificates, peer)
+        if judged_by is not self.fittings.tls and (fault := self._fault(client)):
             raise CertificateRefused(f"cannot serve this certificate: {fault}")
-        self._inside.add(visitor)
+        self._inside.add(client)
         if self._closed:
-            visitor.leaving.set()
+            client.leaving.set()
         try:
-            yield visitor
+            yield client
         finally:
-            self._inside.discard(visitor)
+            self._inside.discard(client)
 
-    async def refit(self, fittings: Fittings, roles: Roles) -> None:
+    async def refit(self, tls_state: TlsState, roles: Roles) -> None:
         """Use these from now on, and check all open connections, a few in a turn of the loop."""
         before = self.gate.roles
-        self.fittings, self.gate.roles = fittings, roles
-        for count, visitor in enumerate(tuple(self._inside)):
+        self.fittings, self.gate.roles = tls_state, roles
+        for count, client in enumerate(tuple(self._inside)):
             if count % JUDGED_A_TURN == 0:
                 await trio.lowlevel.checkpoint()
-            if visitor not in self._inside:  # it has left meanwhile
+            if client not in self._inside:  # it has left meanwhile
                 continue
-            if fault := self._fault(visitor) or self._loss(visitor, before):
-                visitor.dismiss(fault)
+            if fault := self._fault(client) or self._loss(client, before):
+                client.dismiss(fault)
 
     def close(self) -> None:
         """Ask all connections to end, since the service ends; also those that open from now on."""
         self._closed = True
-        for visitor in self._inside:
-            visitor.leaving.set()
+        for client in self._inside:
+            client.leaving.set()
 
-    def _fault(self, visitor: Visitor) -> str | None:
-        if fault := self.fittings.verifier.fault(visitor.certificates.chain):
+    def _fault(self, client: ConnectedClient) -> str | None:
+        if fault := self.fittings.verifier.fault(client.certificates.chain):
             return f"your certificate is no longer valid: {fault}"
         try:
-            now = identity(visitor.certificates.own, self.fittings.subjects)
+            now = identity(client.certificates.own, self.fittings.subjects)
             self.gate.roles.find(now.role)
         except PermissionDenied as denied:
             return denied.message
-        if now != visitor.identity:
+        if now != client.identity:
             return f"you are {now.common_name} of the role {now.role} now; connect again"
         return None
 
-    def _loss(self, visitor: Visitor, before: Roles) -> str | None:
+    def _loss(self, client: ConnectedClient, before: Roles) -> str | None:
         """The reason if a visitor's role may do less than before; else None.
 
         The table must still have the role.
         """
-        role = visitor.identity.role
-        if visitor.reason or before.find(role).is_within(self.gate.roles.find(role)):
+        role = client.identity.role
+        if client.reason or before.find(role).is_within(self.gate.roles.find(role)):
             return None
         return f"your role {role!r} may do less than before; connect again"

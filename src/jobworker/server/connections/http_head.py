@@ -19,7 +19,7 @@ from jobworker.model.access import Roles
 from jobworker.pki.identity import Identity, identity
 from jobworker.protocol.methods import SUBPROTOCOL
 from jobworker.serialization.json_text import dumps
-from jobworker.server.access.connected_clients import Fittings
+from jobworker.server.access.connected_clients import TlsState
 from jobworker.server.connections.frame_scan import END_COST, RECORD_COST, FrameScanner
 from jobworker.tls_stream import Data, TLSStream
 
@@ -136,7 +136,7 @@ class PrefixStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
-class Refused(Exception):
+class UpgradeRefused(Exception):
     """The request is refused: the reply has an HTTP status, and no WebSocket is opened."""
 
     def __init__(self, status: int, error: JobworkerError) -> None:
@@ -145,7 +145,7 @@ class Refused(Exception):
 
 
 @define(eq=False)
-class Head:
+class RequestHead:
     """A request head as h11 has read it."""
 
     request: h11.Request
@@ -166,7 +166,7 @@ def http_connection() -> h11.Connection:
     return h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
 
 
-async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[bytes, Head]:
+async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[bytes, RequestHead]:
     """Read an HTTP request's head. Returns its bytes and the parsed head.
 
     Raises Refused if the bytes are no HTTP/1.1 request, or have more than `MAX_HEAD_BYTES`.
@@ -181,7 +181,7 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
                 why = f"its head has more than {MAX_HEAD_BYTES} bytes"
             raise _no_upgrade(error.error_status_hint, why) from None
         if isinstance(event, h11.Request):
-            return raw, Head(event, connection)
+            return raw, RequestHead(event, connection)
         if event is not h11.NEED_DATA:
             raise trio.BrokenResourceError("the client closed before it asked for anything")
         data = await stream.receive_some()
@@ -190,42 +190,44 @@ async def read_head(stream: TLSStream, connection: h11.Connection) -> tuple[byte
 
 
 def find_identity(
-    stream: TLSStream, roles: Roles, fittings: Fittings
+    stream: TLSStream, roles: Roles, tls_state: TlsState
 ) -> Identity | PermissionDenied:
     """The identity in the client's certificate, or the error if it has none with a known role."""
     try:
-        who = identity(stream.peer_certificate, fittings.subjects)
+        who = identity(stream.peer_certificate, tls_state.subjects)
         roles.find(who.role)
     except PermissionDenied as error:
         return error
     return who
 
 
-def admit(who: Identity | PermissionDenied, head: Head, fittings: Fittings) -> Identity:
+def accept_upgrade(
+    who: Identity | PermissionDenied, head: RequestHead, tls_state: TlsState
+) -> Identity:
     """The identity of a client whose request may be upgraded; raises Refused."""
     if isinstance(who, PermissionDenied):
-        raise Refused(403, who)
+        raise UpgradeRefused(403, who)
     origin, host = head.value(b"origin"), head.value(b"host")
     if origin and origin != b"https://" + host:
         told = PermissionDenied(
             "cannot serve a page of another origin",
             remedy="use a page of the same origin as this port, or a client outside a browser",
         )
-        raise Refused(403, told)
-    if origin and not fittings.hosts.hold(host.decode("latin-1")):
+        raise UpgradeRefused(403, told)
+    if origin and not tls_state.hosts.hold(host.decode("latin-1")):
         rebound = "cannot serve a page of a name that the server's certificate does not bear"
         remedy = (
             "dial a name that it bears, or add one: worker certs renew server --host NAME --dir DIR"
         )
-        raise Refused(421, PermissionDenied(rebound, remedy=remedy))
+        raise UpgradeRefused(421, PermissionDenied(rebound, remedy=remedy))
     _check_upgrade(head)
     if head.connection.trailing_data[0]:
         early = "cannot serve the request: the client sent more before the reply"
-        raise Refused(400, NoUpgrade(early, remedy="wait for the reply to the upgrade"))
+        raise UpgradeRefused(400, NoUpgrade(early, remedy="wait for the reply to the upgrade"))
     return who
 
 
-def _check_upgrade(head: Head) -> None:
+def _check_upgrade(head: RequestHead) -> None:
     """Raise Refused if the request opens no WebSocket of this protocol (RFC 6455, section 4.2.1).
 
     This checks everything, since the WebSocket code would refuse a request without a reason.
@@ -247,12 +249,12 @@ def _check_upgrade(head: Head) -> None:
         raise _no_upgrade(400, f"it does not propose the subprotocol {SUBPROTOCOL}")
 
 
-def _no_upgrade(status: int, why: str) -> Refused:
+def _no_upgrade(status: int, why: str) -> UpgradeRefused:
     remedy = (
         f"use worker-cli, or a WebSocket client with path {PATH.decode()} and subprotocol "
         f"{SUBPROTOCOL}: see docs/protocol.md"
     )
-    return Refused(status, NoUpgrade(f"cannot serve the request: {why}", remedy=remedy))
+    return UpgradeRefused(status, NoUpgrade(f"cannot serve the request: {why}", remedy=remedy))
 
 
 def plain_reply() -> bytes:
@@ -261,17 +263,19 @@ def plain_reply() -> bytes:
         "cannot serve the request: this port speaks TLS, and it came in plain HTTP",
         remedy="dial wss:// with a client certificate, or use worker-cli: see docs/protocol.md",
     )
-    return _written(http_connection(), Refused(400, told))
+    return _written(http_connection(), UpgradeRefused(400, told))
 
 
 async def reply(
-    stream: TLSStream, connection: h11.Connection, refused: Refused, *, without_body: bool
+    stream: TLSStream, connection: h11.Connection, refused: UpgradeRefused, *, without_body: bool
 ) -> None:
     """Send the reply to a refused request: JSON with the reason and a remedy."""
     await stream.send_all(_written(connection, refused, without_body=without_body))
 
 
-def _written(connection: h11.Connection, refused: Refused, *, without_body: bool = False) -> bytes:
+def _written(
+    connection: h11.Connection, refused: UpgradeRefused, *, without_body: bool = False
+) -> bytes:
     error = refused.error
     told = {
         "code": error.code,

@@ -55,12 +55,12 @@ from jobworker.protocol.session import (
 )
 from jobworker.serialization.json_text import takes_long
 from jobworker.server.access.authorization import Caller
-from jobworker.server.access.connected_clients import Visitor
+from jobworker.server.access.connected_clients import ConnectedClient
 from jobworker.server.connections.framed_socket import FramedSocket
 from jobworker.server.delivery.subscriptions import Subscriptions
 from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.requests import operations
-from jobworker.server.requests.read_backpressure import Intake
+from jobworker.server.requests.read_backpressure import ReadBackpressure
 from jobworker.token_bucket import Bucket
 
 log = logging.getLogger("jobworker.server")
@@ -90,8 +90,8 @@ class Conversation:
     """The server's side of one open connection: reads calls, serves them, and sends the replies."""
 
     _socket: FramedSocket
-    _visitor: Visitor
-    _context: operations.Context
+    _client: ConnectedClient
+    _context: operations.OperationContext
     _session: ServerSession = field(init=False)
     _subscriptions: Subscriptions = field(init=False)
     _scope: trio.CancelScope = field(factory=trio.CancelScope)
@@ -104,7 +104,7 @@ class Conversation:
     _less_busy: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
     """Here tasks wait until a reply has been sent, or a notification has been served."""
     _small_frames: Bucket = field(init=False)
-    intake: Intake = field(init=False)
+    intake: ReadBackpressure = field(init=False)
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
     _fault: JobworkerError | None = None
@@ -119,9 +119,9 @@ class Conversation:
         self._small_frames = Bucket(
             trio.current_time(), SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
         )
-        self.intake = Intake(
+        self.intake = ReadBackpressure(
             self._context.requests,
-            self._visitor.identity.common_name,
+            self._client.identity.common_name,
             self._context.stall_seconds,
             self._context.presence,
         )
@@ -131,14 +131,14 @@ class Conversation:
             self._context.stall_seconds,
             limits.max_follows,
             self._context.crowds,
-            self._visitor.identity.common_name,
+            self._client.identity.common_name,
         )
 
     async def wait_for_room(self, size: int) -> float:
         """Wait until the rest of a message may be read, of which `size` bytes have come.
 
-        Returns what `Intake.wait_for_room` returns. If the client has sent too many small frames,
-        or its large message too slowly, the conversation ends and this never returns.
+        Returns what `ReadBackpressure.wait_for_room` returns. If the client has sent too many small
+        frames, or its large message too slowly, the conversation ends and this never returns.
         """
         small = self._socket.take_small_frames()
         if small and not self._small_frames.take(trio.current_time(), small):
@@ -213,8 +213,8 @@ class Conversation:
         stream would break, and the client could not get the reason.
         """
         try:
-            await self._visitor.leaving.wait()
-            while not self._visitor.reason and self._owes:
+            await self._client.leaving.wait()
+            while not self._client.reason and self._owes:
                 await self._less_busy.park()
             self._leaving, self._quiet = True, trio.Event()
             if self._sends:
@@ -238,8 +238,8 @@ class Conversation:
         """
         if self._fault is not None:
             code, reason = TRY_AGAIN, f"{self._fault.name}: {self._fault.message}"
-        elif self._visitor.reason:
-            code, reason = REFUSED, f"{CertificateRefused.name}: {self._visitor.reason}"
+        elif self._client.reason:
+            code, reason = REFUSED, f"{CertificateRefused.name}: {self._client.reason}"
         else:
             code, reason = GOING_AWAY, f"{ShuttingDown.name}: the service ends; connect again"
         if self._socket.closed is not None:
@@ -252,7 +252,7 @@ class Conversation:
     async def _next_message(self) -> str | bytes:
         """Read the next message, and wait until a turn of the client's name has come."""
         message = await self._socket.get_message()
-        name = self._visitor.identity.common_name
+        name = self._client.identity.common_name
         self._context.presence.saw(name)
         await self._context.messages.enter(name)
         return message
@@ -311,7 +311,7 @@ class Conversation:
                 remedy=error.remedy,
             )
             return Refusal(error_message(None, error), error)
-        name = self._visitor.identity.common_name
+        name = self._client.identity.common_name
         with self.intake.pause(), self._context.presence.served(name):
             request = await self._context.reading.run(name, read_request, message, self._denied)
         return self._session.admit(request)
@@ -319,7 +319,7 @@ class Conversation:
     def _denied(self, method: Method) -> JobworkerError | None:
         """The error if this client may not call a method, whatever its parameters; else None."""
         try:
-            self._context.gate.may_call(self._visitor.identity, method)
+            self._context.gate.may_call(self._client.identity, method)
         except PermissionDenied as denied:
             return denied
         return None
@@ -329,7 +329,7 @@ class Conversation:
 
         It counts as a limit only if it was one request too many.
         """
-        who, peer, error = self._visitor.identity, self._visitor.peer, refused.error
+        who, peer, error = self._client.identity, self._client.peer, refused.error
         if isinstance(error, PermissionDenied) and refused.method is not None:
             self._context.auditor.failed(who, peer, refused.method, Nothing(), error)
         elif not isinstance(error, Busy):  # Busy does not mean that the message is malformed
@@ -365,7 +365,7 @@ class Conversation:
             if len(message) <= LARGE_BYTES:
                 await self._send(message)
                 return outcome
-            slots, name = self._context.replies, self._visitor.identity.common_name
+            slots, name = self._context.replies, self._client.identity.common_name
             again = False
             if not slots.take_nowait(name):
                 again = call.method.permission is Permission.VIEW  # then a second call is harmless
@@ -423,10 +423,10 @@ class Conversation:
     async def _outcome(self, call: Call) -> object:
         """Run a call. Returns its result, or its error as a value: both are sent as a reply."""
         caller = Caller(
-            identity=self._visitor.identity,
+            identity=self._client.identity,
             subscriptions=self._subscriptions,
             gate=self._context.gate,
-            peer=self._visitor.peer,
+            peer=self._client.peer,
         )
         try:
             return await operations.call(self._context, caller, call.method, call.params)
@@ -465,7 +465,7 @@ class Conversation:
             except SendStalled as stalled:
                 self._end(stalled)
             except (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed) as broken:
-                log.debug("%s: cannot send: %r", self._visitor.peer, broken)
+                log.debug("%s: cannot send: %r", self._client.peer, broken)
                 self._cancel()
             finally:
                 self._sends.discard(right)
@@ -516,5 +516,5 @@ class Conversation:
 
     def _tell(self, error: JobworkerError) -> None:
         self._context.admission.tell(
-            f"{self._visitor.peer} ({self._visitor.identity.common_name})", error
+            f"{self._client.peer} ({self._client.identity.common_name})", error
         )

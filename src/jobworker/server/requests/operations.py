@@ -44,7 +44,7 @@ from jobworker.sandbox.service.host_facts import HostFacts
 from jobworker.sandbox.service.launcher_client import LauncherClient
 from jobworker.serialization.json_text import dumps
 from jobworker.server.access.auditor import Auditor
-from jobworker.server.access.authorization import Caller, Gate
+from jobworker.server.access.authorization import Authorization, Caller
 from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
 from jobworker.server.fairness.connection_limiter import Admission
 from jobworker.server.fairness.fair_scheduling import Presence, Spells, Turnstile
@@ -74,7 +74,7 @@ in the same line, and hundreds may."""
 
 
 @frozen(kw_only=True)
-class Context:
+class OperationContext:
     """The parts of the service that operations use, and the limits that all connections share."""
 
     supervisor: Supervisor
@@ -83,7 +83,7 @@ class Context:
     host: HostFacts
     runtimes: frozenset[str]
     """The names of the runtimes in the configuration."""
-    gate: Gate
+    gate: Authorization
     auditor: Auditor
     incidents: Incidents
     stall_seconds: float
@@ -122,7 +122,7 @@ class Context:
         return Turnstile(HANDSHAKES_A_TURN, self.presence, HANDSHAKE_REST_SECONDS)
 
 
-async def call(context: Context, caller: Caller, method: Method, params: object) -> object:
+async def call(context: OperationContext, caller: Caller, method: Method, params: object) -> object:
     """Run a method for a caller and return its result; record the call in the audit.
 
     Raises what the gate and the method raise.
@@ -140,13 +140,13 @@ async def call(context: Context, caller: Caller, method: Method, params: object)
     return result
 
 
-async def _hello(_: Context, caller: Caller, __: m.Nothing) -> m.Welcome:
+async def _hello(_: OperationContext, caller: Caller, __: m.Nothing) -> m.Welcome:
     await trio.lowlevel.checkpoint_if_cancelled()
     who = caller.identity
     return m.Welcome(version=jobworker.__version__, name=who.common_name, role=who.role)
 
 
-async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunResult:
+async def _run(context: OperationContext, caller: Caller, params: m.RunParams) -> m.RunResult:
     if params.follow is not None:
         caller.subscriptions.check_room()
     _check_against_host(params.job, context.host)
@@ -173,7 +173,7 @@ async def _run(context: Context, caller: Caller, params: m.RunParams) -> m.RunRe
     return m.RunResult(job=summarize(record), subscription=subscription)
 
 
-async def _plan(context: Context, _: Caller, params: m.PlanParams) -> m.Plan:
+async def _plan(context: OperationContext, _: Caller, params: m.PlanParams) -> m.Plan:
     _check_against_host(params.job, context.host)
     _check_runtime(params.job.runtime, context.runtimes)
     limits, steps = await context.supervisor.plan(params.job)
@@ -228,7 +228,7 @@ def _check_against_host(job: JobSpec, host: HostFacts) -> None:
         )
 
 
-async def _status(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
+async def _status(context: OperationContext, caller: Caller, params: m.JobParams) -> Encoded:
     record = await context.supervisor.record(params.id, caller.identity.common_name)
     execution = context.supervisor.live(params.id)
     if execution is not None:
@@ -239,7 +239,7 @@ async def _status(context: Context, caller: Caller, params: m.JobParams) -> Enco
     return Encoded(f'{text[:-1]},"warnings":{dumps(warnings)}}}')
 
 
-async def _whole_record(context: Context, caller: Caller, record: JobRecord) -> str:
+async def _whole_record(context: OperationContext, caller: Caller, record: JobRecord) -> str:
     """The whole record as JSON, however long it is."""
     if not summarize(record).abridged:
         return await encode_record(caller.show(record))
@@ -253,7 +253,7 @@ async def _whole_record(context: Context, caller: Caller, record: JobRecord) -> 
         return await encode_record(caller.show(record))
 
 
-async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encoded:
+async def _list(context: OperationContext, caller: Caller, params: m.ListParams) -> Encoded:
     wanted = Filter(
         states=frozenset(params.states or State),
         owner=caller.only_owner,
@@ -266,13 +266,13 @@ async def _list(context: Context, caller: Caller, params: m.ListParams) -> Encod
     return Encoded(f'{{"jobs":[{jobs}],"next":{dumps(page.next)}}}')
 
 
-async def _wait(context: Context, caller: Caller, params: m.JobParams) -> Encoded:
+async def _wait(context: OperationContext, caller: Caller, params: m.JobParams) -> Encoded:
     who = caller.identity.common_name
     with context.crowds.one_more(who):
         return Encoded(summary_of(await context.supervisor.wait(params.id, who))[1])
 
 
-async def _stop(context: Context, caller: Caller, params: m.StopParams) -> JobRecord:
+async def _stop(context: OperationContext, caller: Caller, params: m.StopParams) -> JobRecord:
     number = parse_signal(params.signal)
     who = caller.identity.common_name
     with context.crowds.one_more(who):
@@ -280,7 +280,7 @@ async def _stop(context: Context, caller: Caller, params: m.StopParams) -> JobRe
         return summarize(stopped)
 
 
-async def _log(context: Context, caller: Caller, params: m.LogParams) -> m.LogResult:
+async def _log(context: OperationContext, caller: Caller, params: m.LogParams) -> m.LogResult:
     if not params.streams:
         raise InvalidParams("cannot follow the job: streams: is empty; name stdout, stderr or both")
     supervisor, who = context.supervisor, caller.identity.common_name
@@ -314,13 +314,13 @@ def _stream_start(start: LineStart) -> m.StreamStart:
     return m.StreamStart(stream=start.stream, offset=start.offset, since=since)
 
 
-async def _remove(context: Context, caller: Caller, params: m.RemoveParams) -> m.Removed:
+async def _remove(context: OperationContext, caller: Caller, params: m.RemoveParams) -> m.Removed:
     who = caller.identity.common_name
     freed = await context.supervisor.remove(params.id, force=params.force, who=who)
     return m.Removed(jobs=(params.id,), bytes=freed)
 
 
-async def _prune(context: Context, caller: Caller, params: m.PruneParams) -> m.Removed:
+async def _prune(context: OperationContext, caller: Caller, params: m.PruneParams) -> m.Removed:
     policy = None
     if params != m.PruneParams():
         policy = RetentionPolicy(
@@ -332,13 +332,13 @@ async def _prune(context: Context, caller: Caller, params: m.PruneParams) -> m.R
     return m.Removed(jobs=tuple(kept.job for kept in gone), bytes=sum(kept.size for kept in gone))
 
 
-async def _credit(_: Context, caller: Caller, params: m.CreditParams) -> m.Nothing:
+async def _credit(_: OperationContext, caller: Caller, params: m.CreditParams) -> m.Nothing:
     await trio.lowlevel.checkpoint()
     caller.subscriptions.find(params.subscription).grant(params.bytes)
     return m.Nothing()
 
 
-async def _unfollow(_: Context, caller: Caller, params: m.SubscriptionParams) -> m.Nothing:
+async def _unfollow(_: OperationContext, caller: Caller, params: m.SubscriptionParams) -> m.Nothing:
     await trio.lowlevel.checkpoint()
     caller.subscriptions.cancel(params.subscription)
     return m.Nothing()
@@ -348,26 +348,26 @@ async def _unfollow(_: Context, caller: Caller, params: m.SubscriptionParams) ->
 _DISCOVERY = describe(jobworker.__version__)
 
 
-async def _discover(_: Context, __: Caller, ___: m.Nothing) -> m.Discovery:
+async def _discover(_: OperationContext, __: Caller, ___: m.Nothing) -> m.Discovery:
     await trio.lowlevel.checkpoint()
     return _DISCOVERY
 
 
-async def _make_volume(context: Context, _: Caller, params: m.VolumeSpec) -> m.Nothing:
+async def _make_volume(context: OperationContext, _: Caller, params: m.VolumeSpec) -> m.Nothing:
     await context.link.make_volume(params.name, params.size_bytes, thin=params.thin)
     return m.Nothing()
 
 
-async def _list_volumes(context: Context, _: Caller, __: m.Nothing) -> m.Volumes:
+async def _list_volumes(context: OperationContext, _: Caller, __: m.Nothing) -> m.Volumes:
     return m.Volumes(volumes=await context.link.volumes())
 
 
-async def _remove_volume(context: Context, _: Caller, params: m.VolumeParams) -> m.Nothing:
+async def _remove_volume(context: OperationContext, _: Caller, params: m.VolumeParams) -> m.Nothing:
     await context.link.remove_volume(params.name)
     return m.Nothing()
 
 
-_Operation = Callable[[Context, Caller, object], Awaitable[object]]
+_Operation = Callable[[OperationContext, Caller, object], Awaitable[object]]
 
 OPERATIONS: dict[str, _Operation] = {
     name: cast(_Operation, function)

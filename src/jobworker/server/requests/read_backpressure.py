@@ -21,7 +21,7 @@ from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND,
 
 
 @define(eq=False)
-class Intake:
+class ReadBackpressure:
     """Decides when more may be read from one connection."""
 
     _slots: Slots

@@ -31,7 +31,7 @@ from jobworker.sandbox.cgroup.hierarchy import step_into_leaf
 from jobworker.sandbox.protocol.policy import LauncherPolicy, policy_message
 from jobworker.sandbox.seccomp.compile import load_filters
 from jobworker.sandbox.service.launch import OpenedLauncher, connect_launcher, start_launcher
-from jobworker.server.access.connected_clients import Fittings
+from jobworker.server.access.connected_clients import TlsState
 from jobworker.server.connections.listening import bind
 from jobworker.server.host.copy_on_write import overwrite_warnings
 from jobworker.server.host.descriptor_budget import outputs_within
@@ -63,7 +63,7 @@ class Prepared:
     """The settings in force. If the configuration names no ids of jobs, these have free ones."""
     configured: Settings
     """The settings as they were read; a reload compares with them."""
-    fittings: Fittings
+    fittings: TlsState
     reader: Reader
     listeners: tuple[socket.socket, ...]
     """Bound sockets that do not listen yet."""
@@ -94,7 +94,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
     small_files = lift_file_size_limit()
     outputs_within(settings, limit)  # raises if there are too few descriptors, before any change
     files = configured_files(settings.security)
-    fittings = Fittings.of(files, settings.security)
+    tls_state = TlsState.of(files, settings.security)
     exposed = key_mode_warning(Path(settings.security.server_key))
     service_ids(settings)  # raises if there is no such user, before any change
     with ExitStack() as undo:
@@ -139,7 +139,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
     return Prepared(
         settings=settings,
         configured=configured,
-        fittings=fittings,
+        fittings=tls_state,
         reader=reader,
         listeners=listeners,
         launcher=launcher,

@@ -22,7 +22,7 @@ from jobworker.incidents import Incidents
 from jobworker.pki.expiry import expiry_warnings
 from jobworker.pki.server_files import ServerFiles
 from jobworker.server.access.auditor import Auditor
-from jobworker.server.access.connected_clients import Door, Fittings
+from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.reporting.logs import set_up_logging
 from jobworker.server.reporting.notify import Notifier
 from jobworker.server.startup.configuration_reader import NAME, Reader
@@ -42,7 +42,7 @@ class Reloading:
     """The parts of the service that a reload uses and changes."""
 
     reader: Reader
-    door: Door
+    door: ConnectedClients
     notifier: Notifier
     auditor: Auditor
     incidents: Incidents
@@ -81,8 +81,8 @@ async def reload(reloading: Reloading, started_with: Settings) -> None:
     status = "reloaded"
     try:
         reading = await reloading.reader.read()
-        fittings = await in_thread(Fittings.of, reading.files, reading.settings.security)
-        await reloading.door.refit(fittings, role_table(reading.settings.roles))
+        tls_state = await in_thread(TlsState.of, reading.files, reading.settings.security)
+        await reloading.door.refit(tls_state, role_table(reading.settings.roles))
     except JobworkerError as error:
         status = REFUSED
         auditor.service("service.reload", error.name, error.message)

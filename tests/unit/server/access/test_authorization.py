@@ -14,7 +14,7 @@ from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import METHODS, Method
 from jobworker.server.access import authorization
-from jobworker.server.access.authorization import Gate, jobs_named
+from jobworker.server.access.authorization import Authorization, jobs_named
 
 from ...strategies import record
 
@@ -77,7 +77,7 @@ async def find(job: JobId) -> JobRecord:
     return JOBS[job]
 
 
-GATE = Gate(
+GATE = Authorization(
     Roles.with_own(
         Role(name="tenant", permissions=frozenset(Permission), scope=Scope.OWN),
         Role(name="blind", permissions=frozenset(), scope=Scope.ALL),

@@ -14,13 +14,13 @@ from jobworker.model.subjects import Subjects
 from jobworker.pki.identity import Identity, identity
 from jobworker.pki.revocation import Verifier
 from jobworker.pki.served_hosts import ServedHosts
-from jobworker.server.access.authorization import Gate
+from jobworker.server.access.authorization import Authorization
 from jobworker.server.access.connected_clients import (
     JUDGED_A_TURN,
-    Door,
-    Fittings,
+    ConnectedClient,
+    ConnectedClients,
     PeerCertificates,
-    Visitor,
+    TlsState,
 )
 
 TLS = ssl.create_default_context()
@@ -50,9 +50,9 @@ class Judge:
         self.asked[self.turns.now] += 1
 
 
-def fittings(turns: Turns | None = None) -> Fittings:
+def tls_state(turns: Turns | None = None) -> TlsState:
     verifier = cast(Verifier, Judge(turns or Turns()))
-    return Fittings(TLS, verifier, cast(ServedHosts, None), Subjects())
+    return TlsState(TLS, verifier, cast(ServedHosts, None), Subjects())
 
 
 def role(name: str, *permissions: Permission, scope: Scope = Scope.ALL) -> Role:
@@ -65,10 +65,10 @@ def own(name: str) -> dict[str, object]:
     return {"subject": names, "serialNumber": "01", "notAfter": f"{END:%b %d %H:%M:%S %Y} GMT"}
 
 
-def enter(stack: ExitStack, door: Door, name: str) -> Visitor:
+def enter(stack: ExitStack, clients: ConnectedClients, name: str) -> ConnectedClient:
     who: Identity = identity(own(name))
     certificates = PeerCertificates(own(name), ())
-    return stack.enter_context(door.visit(who, certificates, "peer", TLS))
+    return stack.enter_context(clients.visit(who, certificates, "peer", TLS))
 
 
 async def test_role_that_may_do_less_has_to_come_again_and_no_other() -> None:
@@ -86,29 +86,29 @@ async def test_role_that_may_do_less_has_to_come_again_and_no_other() -> None:
         role("wide", view, log),
         role("same", view),
     )
-    door = Door(fittings(), Gate(before, longest_seconds=60))
+    clients = ConnectedClients(tls_state(), Authorization(before, longest_seconds=60))
     with ExitStack() as stack:
-        inside = {n: enter(stack, door, n) for n in ("deaf", "narrow", "wide", "same", "gone")}
-        await door.refit(fittings(), before)
-        assert not any(visitor.reason for visitor in inside.values())
-        await door.refit(fittings(), after)
-        told = {name: visitor.reason for name, visitor in inside.items() if visitor.reason}
+        inside = {n: enter(stack, clients, n) for n in ("deaf", "narrow", "wide", "same", "gone")}
+        await clients.refit(tls_state(), before)
+        assert not any(client.reason for client in inside.values())
+        await clients.refit(tls_state(), after)
+        told = {name: client.reason for name, client in inside.items() if client.reason}
         assert set(told) == {"deaf", "narrow", "gone"}
         assert told["deaf"] == "your role 'deaf' may do less than before; connect again"
-        await door.refit(fittings(), before)  # while those still say goodbye
+        await clients.refit(tls_state(), before)  # while those still say goodbye
 
 
 async def test_many_are_judged_a_few_in_a_turn_of_the_loop() -> None:
     turns = Turns()
     roles = Roles.with_own(role("same", Permission.VIEW))
-    door = Door(fittings(), Gate(roles, longest_seconds=60))
-    new = fittings(turns)
+    clients = ConnectedClients(tls_state(), Authorization(roles, longest_seconds=60))
+    new = tls_state(turns)
     judge = cast(Judge, new.verifier)
     with ExitStack() as stack:
         for _ in range(5 * JUDGED_A_TURN):
-            enter(stack, door, "same")
+            enter(stack, clients, "same")
         trio.lowlevel.add_instrument(turns)
-        await door.refit(new, roles)
+        await clients.refit(new, roles)
         trio.lowlevel.remove_instrument(turns)
     assert judge.asked.total() == 5 * JUDGED_A_TURN
     assert max(judge.asked.values()) == JUDGED_A_TURN

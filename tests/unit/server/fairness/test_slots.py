@@ -9,7 +9,7 @@ import trio.testing
 from jobworker.errors import TooSlow
 from jobworker.server.fairness.fair_scheduling import Presence
 from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
-from jobworker.server.requests.read_backpressure import Intake
+from jobworker.server.requests.read_backpressure import ReadBackpressure
 
 
 async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
@@ -85,7 +85,10 @@ async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> Non
 
 async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
-    one, other = Intake(slots, "a", 60, Presence()), Intake(slots, "a", 60, Presence())
+    one, other = (
+        ReadBackpressure(slots, "a", 60, Presence()),
+        ReadBackpressure(slots, "a", 60, Presence()),
+    )
     assert await one.wait_for_room(LARGE_BYTES) == math.inf
     assert await one.wait_for_room(LARGE_BYTES + 1) == 60
     assert await other.wait_for_room(LARGE_BYTES) == math.inf
@@ -104,7 +107,7 @@ async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: obj
 async def test_connection_that_ends_while_it_waits_keeps_no_slot(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
     await slots.take("a")
-    waiting = Intake(slots, "a", 60, Presence())
+    waiting = ReadBackpressure(slots, "a", 60, Presence())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(waiting.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
@@ -129,15 +132,15 @@ async def test_slot_is_held_for_a_bounded_time_where_somebody_waits(
     autojump_clock: object, nursery: trio.Nursery, is_wanted: bool
 ) -> None:
     slots = Slots(1, 1)
-    intake, size = Intake(slots, "a", 60, Presence()), LARGE_BYTES + 1
+    backpressure, size = ReadBackpressure(slots, "a", 60, Presence()), LARGE_BYTES + 1
     began = trio.current_time()
-    await intake.wait_for_room(size)
+    await backpressure.wait_for_room(size)
     if is_wanted:
         nursery.start_soon(slots.take, "b")
     too_slow: TooSlow | None = None
     while too_slow is None and trio.current_time() < began + 1000:
         try:
-            assert await intake.wait_for_room(size) <= 60
+            assert await backpressure.wait_for_room(size) <= 60
         except TooSlow as raised:
             too_slow = raised
         await trio.sleep(0.5)
@@ -166,26 +169,26 @@ async def test_message_that_comes_at_a_rate_has_its_time(
     autojump_clock: object, nursery: trio.Nursery
 ) -> None:
     slots = Slots(1, 1)
-    intake, size = Intake(slots, "a", 60, Presence()), LARGE_BYTES + 1
-    await intake.wait_for_room(size)
+    backpressure, size = ReadBackpressure(slots, "a", 60, Presence()), LARGE_BYTES + 1
+    await backpressure.wait_for_room(size)
     nursery.start_soon(slots.take, "b")
     for _ in range(1000):
-        assert await intake.wait_for_room(size) > 0
+        assert await backpressure.wait_for_room(size) > 0
         await trio.sleep(1)
         size += LEAST_BYTES_PER_SECOND
     await trio.sleep(60)  # and may not pause
     with pytest.raises(TooSlow, match="the client sent nothing for 60 s"):
-        await intake.wait_for_room(size - LEAST_BYTES_PER_SECOND)
+        await backpressure.wait_for_room(size - LEAST_BYTES_PER_SECOND)
     nursery.cancel_scope.cancel()
 
 
 async def test_reading_is_paused_while_a_slot_is_waited_for(autojump_clock: object) -> None:
     slots = Slots(1, 1)
     await slots.take("a")
-    intake = Intake(slots, "a", 60, Presence())
+    backpressure = ReadBackpressure(slots, "a", 60, Presence())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(intake.wait_for_room, LARGE_BYTES + 1)
+        nursery.start_soon(backpressure.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
-        assert (intake.paused, intake.pauses) == (True, 0)
+        assert (backpressure.paused, backpressure.pauses) == (True, 0)
         slots.give_back("a")
-    assert (intake.paused, intake.pauses) == (False, 1)
+    assert (backpressure.paused, backpressure.pauses) == (False, 1)

@@ -14,8 +14,8 @@ from jobworker.incidents import Incidents
 from jobworker.jobs.history.history import History
 from jobworker.pki.administration import init_authority
 from jobworker.server.access.auditor import Auditor
-from jobworker.server.access.authorization import Gate
-from jobworker.server.access.connected_clients import Door, Fittings
+from jobworker.server.access.authorization import Authorization
+from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.reporting.notify import Notifier
 from jobworker.server.startup.configuration_reader import Reader, configured_files
 from jobworker.server.startup.reload import REFUSED, Reloading, _waiting_for_a_start, reload
@@ -38,7 +38,7 @@ def test_each_key_that_waits_for_a_start_is_named_and_no_other() -> None:
     assert _waiting_for_a_start(before, now) == ["worker.max_waiting_jobs"]
 
 
-def door_of(certs: Path) -> Door:
+def door_of(certs: Path) -> ConnectedClients:
     init_authority(certs, [], now=datetime.now(UTC))
     security = evolve(
         Settings().security,
@@ -47,8 +47,8 @@ def door_of(certs: Path) -> Door:
         server_key=str(certs / "server-key.pem"),
         crl="",
     )
-    gate = Gate(role_table({}), longest_seconds=60)
-    return Door(Fittings.of(configured_files(security), security), gate)
+    authorization = Authorization(role_table({}), longest_seconds=60)
+    return ConnectedClients(TlsState.of(configured_files(security), security), authorization)
 
 
 def reader_that_has_ended() -> Reader:
