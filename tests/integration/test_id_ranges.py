@@ -21,7 +21,7 @@ from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
-from jobworker.server.host.id_ranges import LOCK_FILE, Span, lock_ids, lock_own_id, own_id
+from jobworker.server.host.id_ranges import LOCK_FILE, IdRange, lock_ids, lock_own_id, own_id
 
 from ..services import open_embedded, write_configuration
 from .conftest import child_of, until
@@ -152,11 +152,13 @@ async def test_own_id_is_that_of_nobody_else(
     directory = open_directory()
     own = own_id(directory / "state")
     first = own - 70_000
-    theirs, ours = (Span(first, first + jobs * IDS_PER_JOB - 1) for jobs in (3 + 1, 3 + 2))
-    cases: tuple[tuple[AbstractContextManager[None], Span, dict[str, dict[str, object]]], ...] = (
+    theirs, ours = (IdRange(first, first + jobs * IDS_PER_JOB - 1) for jobs in (3 + 1, 3 + 2))
+    cases: tuple[
+        tuple[AbstractContextManager[None], IdRange, dict[str, dict[str, object]]], ...
+    ] = (
         (jobs_of_others(first), theirs, {}),
         (nullcontext(), ours, extra(first)),
-        (process_of(own), Span(own, own), {}),
+        (process_of(own), IdRange(own, own), {}),
     )
     for taken, ids, numbers in cases:
         with taken:
@@ -208,12 +210,12 @@ async def test_copied_state_directory_makes_nobody_elses_user_the_service(
 
 def test_own_ids_are_for_one_service_each(tmp_path: Path, free: int) -> None:
     """Even where two come to the same number, or jobs of a launcher without a lock have it."""
-    own, jobs = own_id(tmp_path), Span(free, free + IDS_PER_JOB - 1)
+    own, jobs = own_id(tmp_path), IdRange(free, free + IDS_PER_JOB - 1)
     several = [lock_own_id(tmp_path, jobs) for _ in range(3)]
     channel.close_all([ids.descriptor for ids in several])
     assert several[0].first == own
     assert len({ids.first for ids in several}) == 3
-    around = Span(own - 1, own + IDS_PER_JOB - 2)
+    around = IdRange(own - 1, own + IDS_PER_JOB - 2)
     ids = lock_own_id(tmp_path, around)
     os.close(ids.descriptor)
     assert ids.first not in around

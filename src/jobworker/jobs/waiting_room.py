@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from attrs import define, field
 
 from jobworker.jobs.execution import Execution
-from jobworker.model.fair_share import has_room
+from jobworker.model.fair_share import may_take_one_more
 
 
 @define(eq=False)
@@ -46,7 +46,7 @@ class WaitingRoom:
         `arriving` of these are the owner's.
         """
         mine = len(self._waiting.get(owner, ())) + arriving
-        return has_room(self._size, taken=taken, mine=mine)
+        return may_take_one_more(self._size, taken=taken, mine=mine)
 
     def add(self, execution: Execution) -> None:
         """Have a job wait, behind the others of its owner."""

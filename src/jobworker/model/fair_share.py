@@ -7,7 +7,7 @@ KEPT_PART, FEW_PART = 10, 10
 """A tenth of the places is reserved. "Few" are fewer than a tenth of these."""
 
 
-def has_room(size: int, *, taken: int, mine: int) -> bool:
+def may_take_one_more(size: int, *, taken: int, mine: int) -> bool:
     """Whether a name that has `mine` places may get one more, if `taken` of `size` are in use."""
     kept = size // KEPT_PART
     return taken < size - kept or (taken < size and mine < max(1, kept // FEW_PART))

@@ -55,7 +55,12 @@ from jobworker.server.connections.http_head import (
     reply,
 )
 from jobworker.server.connections.local_user import local_user
-from jobworker.server.fairness.connection_limiter import Admission, Arrival, line_of, network_of
+from jobworker.server.fairness.connection_limiter import (
+    ConnectionLimiter,
+    PendingConnection,
+    line_of,
+    network_of,
+)
 from jobworker.server.fairness.slots import LARGE_BYTES
 from jobworker.server.requests import operations
 from jobworker.server.requests.conversation import Conversation
@@ -74,19 +79,19 @@ UNREAD = "\0" * (LARGE_BYTES + 1)
 """Replaces a large message that was dropped: it is large too, and never JSON, whatever follows."""
 
 
-def turn_away(accepted: socket.socket, admission: Admission) -> bool:
+def turn_away(accepted: socket.socket, limiter: ConnectionLimiter) -> bool:
     """Whether to close a connection that was just accepted: its peer is gone, or it has no place.
 
     The check is cheap, since such connections come in floods.
     """
     if _is_gone(accepted):
         return True
-    if not admission.slows_anybody():
+    if not limiter.slows_anybody():
         return False
     peer = _peer_name(accepted)
-    refusal = admission.refusal(_network(peer, accepted, admission))
+    refusal = limiter.refusal(_network(peer, accepted, limiter))
     if refusal is not None:
-        admission.tell(peer, refusal)
+        limiter.tell(peer, refusal)
     return refusal is not None
 
 
@@ -94,18 +99,18 @@ async def serve_connection(
     tcp: trio.SocketStream, clients: ConnectedClients, context: operations.OperationContext
 ) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
-    peer, admission = _peer_name(tcp.socket), context.admission
+    peer, limiter = _peer_name(tcp.socket), context.admission
     stream: TLSStream | None = None
     parted = False
     try:
-        network, is_gone = _network(peer, tcp.socket, admission), partial(_is_gone, tcp.socket)
-        with admission.arrive(peer, network, is_gone) as arrival, ExitStack() as inside:
+        network, is_gone = _network(peer, tcp.socket, limiter), partial(_is_gone, tcp.socket)
+        with limiter.arrive(peer, network, is_gone) as pending, ExitStack() as inside:
             # Before this the service makes few objects: a flood's connections come no further.
             if not await _says_hello(tcp.socket):
                 return  # a health check, for example
-            await admission.take_turn(arrival)
+            await limiter.take_turn(pending)
             await context.handshakes.enter(line_of(network))
-            arrival.has_turn()
+            pending.has_turn()
             _keep_alive(tcp)
             tls_state = clients.fittings
             stream = TLSStream(
@@ -118,19 +123,19 @@ async def serve_connection(
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
-                shown = _look_at_certificate(stream, arrival, tls_state, context)
+                shown = _look_at_certificate(stream, pending, tls_state, context)
                 await context.handshakes.enter(_line_of(shown, network))
-                arrival.has_turn()
+                pending.has_turn()
                 raw, head = await read_head(stream, http)
                 who = accept_upgrade(shown, head, tls_state)
-                inside.enter_context(_entered(admission, who, peer))
+                inside.enter_context(_entered(limiter, who, peer))
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
                 client = inside.enter_context(clients.visit(who, certificates, peer, tls_state.tls))
                 parted = await _serve_websocket(
                     PrefixStream(stream, raw, partial(context.incoming.enter, who.common_name)),
                     client,
-                    arrival,
+                    pending,
                     context,
                 )
             except UpgradeRefused as refused:
@@ -146,7 +151,7 @@ async def serve_connection(
         log.info("%s: refused: %s", peer, group.exceptions[0])
         context.auditor.refused(peer, str(group.exceptions[0]))
     except* (TooManyFailures, SendStalled) as group:
-        admission.tell(peer, _only(group))
+        limiter.tell(peer, _only(group))
     except* (
         trio.TooSlowError,
         trio.BrokenResourceError,
@@ -163,13 +168,13 @@ async def serve_connection(
 
 
 @contextmanager
-def _entered(admission: Admission, who: Identity, peer: str) -> Iterator[None]:
+def _entered(limiter: ConnectionLimiter, who: Identity, peer: str) -> Iterator[None]:
     """Count the connection as open while the block lasts; raises Refused if there is no place."""
     with ExitStack() as place:
         try:
-            place.enter_context(admission.enter(who.common_name))
+            place.enter_context(limiter.enter(who.common_name))
         except TooManyConnections as full:
-            admission.tell(peer, full)
+            limiter.tell(peer, full)
             raise UpgradeRefused(503, full) from None
         yield
 
@@ -179,8 +184,10 @@ def _only(group: BaseExceptionGroup[JobworkerError]) -> JobworkerError:
     return _only(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-def _network(peer: str, tcp: socket.socket | trio.socket.SocketType, admission: Admission) -> str:
-    return network_of(peer.rpartition(":")[0], local_user(tcp, admission.job_ids))
+def _network(
+    peer: str, tcp: socket.socket | trio.socket.SocketType, limiter: ConnectionLimiter
+) -> str:
+    return network_of(peer.rpartition(":")[0], local_user(tcp, limiter.job_ids))
 
 
 def _peer_name(tcp: socket.socket | trio.socket.SocketType) -> str:
@@ -269,17 +276,20 @@ async def _shake_hands(stream: TLSStream, peer: str, auditor: Auditor) -> bool:
 
 
 def _look_at_certificate(
-    stream: TLSStream, arrival: Arrival, tls_state: TlsState, context: operations.OperationContext
+    stream: TLSStream,
+    pending: PendingConnection,
+    tls_state: TlsState,
+    context: operations.OperationContext,
 ) -> Identity | PermissionDenied:
     """The client's identity, or the error if its certificate has none; count the client as active.
 
     A connection does not count as active before this. Otherwise strangers could slow down each
     client that works alone, with a few bytes a second.
     """
-    arrival.has_shown_certificate()
+    pending.has_shown_certificate()
     shown = find_identity(stream, context.gate.roles, tls_state)
     if isinstance(shown, Identity):
-        context.presence.came(shown.common_name, line_of(arrival.network))
+        context.presence.came(shown.common_name, line_of(pending.network))
     return shown
 
 
@@ -294,7 +304,7 @@ def _line_of(shown: Identity | PermissionDenied, network: str) -> str:
 async def _serve_websocket(
     stream: PrefixStream,
     client: ConnectedClient,
-    arrival: Arrival,
+    pending: PendingConnection,
     context: operations.OperationContext,
 ) -> bool:
     """Serve a connection to its end. Returns whether the client answered the closing frame.
@@ -322,7 +332,7 @@ async def _serve_websocket(
                 receive_buffer_size=RECORD_BYTES,
             )
             socket_ = await request.accept(subprotocol=SUBPROTOCOL)
-            arrival.finish()
+            pending.finish()
             log.info("%s: connected: %s (%s)", peer, who.common_name, who.role)
             conversation = Conversation(FramedSocket(socket_, stream), client, context)
             stream.check = partial(_check_parts, socket_, conversation)

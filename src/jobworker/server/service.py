@@ -43,10 +43,10 @@ from jobworker.server.access.connected_clients import ConnectedClients
 from jobworker.server.connection import serve_connection, turn_away
 from jobworker.server.connections.batch_listener import BatchListener
 from jobworker.server.connections.listening import listen
-from jobworker.server.fairness.connection_limiter import Admission
-from jobworker.server.fairness.fair_scheduling import Presence
-from jobworker.server.fairness.send_budget import Traffic
-from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.fairness.connection_limiter import ConnectionLimiter
+from jobworker.server.fairness.fair_scheduling import ActiveClients
+from jobworker.server.fairness.send_budget import SendBudget
+from jobworker.server.fairness.wait_quota import WaitQuota
 from jobworker.server.host.disk_promises import DiskPromises, disks_bytes, promise_warnings
 from jobworker.server.host.memory import keep_small, settle
 from jobworker.server.host.service_user import launcher_ids
@@ -170,7 +170,7 @@ async def _serve_until_signal(
         role_table(prepared.settings.roles), parse_duration(worker.max_job_timeout)
     )
     clients = ConnectedClients(prepared.fittings, authorization)
-    presence = Presence()
+    active_clients = ActiveClients()
     context = OperationContext(
         supervisor=supervisor,
         link=launcher,
@@ -181,10 +181,12 @@ async def _serve_until_signal(
         auditor=auditor,
         incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
-        admission=Admission(prepared.settings.limits, job_ids=launcher_ids(prepared.launcher)),
-        presence=presence,
-        traffic=Traffic(presence),
-        crowds=Crowds(prepared.settings.limits.max_waits),
+        admission=ConnectionLimiter(
+            prepared.settings.limits, job_ids=launcher_ids(prepared.launcher)
+        ),
+        presence=active_clients,
+        traffic=SendBudget(active_clients),
+        crowds=WaitQuota(prepared.settings.limits.max_waits),
     )
     listener = _Listener(prepared, clients, context)
     settle()
@@ -303,9 +305,10 @@ class _Listener:
 
     async def serve(self) -> None:
         """Accept connections until `stop_accepting`, and return when the last one has ended."""
-        presence = self._context.presence
+        active_clients = self._context.presence
         listeners = [
-            BatchListener(each, self._turn_away, presence) for each in self._prepared.listeners
+            BatchListener(each, self._turn_away, active_clients)
+            for each in self._prepared.listeners
         ]
         async with trio.open_nursery() as connections:
             with self._accepting:

@@ -31,11 +31,11 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Authorization
 from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.connection import serve_connection
-from jobworker.server.fairness.connection_limiter import Admission
-from jobworker.server.fairness.fair_scheduling import Presence, Spells, Turnstile
-from jobworker.server.fairness.send_budget import Traffic
+from jobworker.server.fairness.connection_limiter import ConnectionLimiter
+from jobworker.server.fairness.fair_scheduling import ActiveClients, FairScheduler, FairThreadPool
+from jobworker.server.fairness.send_budget import SendBudget
 from jobworker.server.fairness.slots import LARGE_BYTES, LOOK_SECONDS, Slots
-from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.fairness.wait_quota import WaitQuota
 from jobworker.server.host.disk_promises import DiskPromises
 from jobworker.server.requests.conversation import Conversation
 from jobworker.server.requests.operations import OperationContext
@@ -70,7 +70,10 @@ class Site:
             server_key=str(certs / "server-key.pem"),
             crl="",
         )
-        authorization, presence = Authorization(role_table({}), longest_seconds=60), Presence()
+        authorization, active_clients = (
+            Authorization(role_table({}), longest_seconds=60),
+            ActiveClients(),
+        )
         context = OperationContext(
             supervisor=cast(Supervisor, SimpleNamespace(record=trio.sleep_forever)),
             link=cast(LauncherClient, None),
@@ -81,10 +84,10 @@ class Site:
             auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
             incidents=Incidents(),
             stall_seconds=STALL_SECONDS,
-            admission=Admission(),
-            presence=presence,
-            traffic=Traffic(presence),
-            crowds=Crowds(1),
+            admission=ConnectionLimiter(),
+            presence=active_clients,
+            traffic=SendBudget(active_clients),
+            crowds=WaitQuota(1),
             replies=Slots(in_all=1, for_each=1),
             requests=Slots(in_all=1, for_each=1),
         )
@@ -144,12 +147,12 @@ async def test_no_name_of_a_certificate_shares_what_strangers_of_a_network_have(
 ) -> None:
     lines = set[str]()
 
-    async def enter(turnstile: Turnstile, name: str, cost: int = 1) -> None:
+    async def enter(scheduler: FairScheduler, name: str, cost: int = 1) -> None:
         lines.add(name)
-        await really(turnstile, name, cost)
+        await really(scheduler, name, cost)
 
-    really = Turnstile.enter
-    monkeypatch.setattr(Turnstile, "enter", enter)
+    really = FairScheduler.enter
+    monkeypatch.setattr(FairScheduler, "enter", enter)
     async with site.connected() as (_, client):
         assert "result" in await ask(client, "service.hello")
     assert NAME in lines
@@ -163,22 +166,22 @@ async def test_handshakes_do_not_rest_for_whom_they_have_let_in_alone(
     """A flood of connections would rest for itself, and who comes behind it would wait longer."""
     lines = list[str]()
 
-    async def enter(turnstile: Turnstile, name: str, cost: int = 1) -> None:
-        if turnstile is site.context.handshakes:
+    async def enter(scheduler: FairScheduler, name: str, cost: int = 1) -> None:
+        if scheduler is site.context.handshakes:
             lines.append(name)
-        await really(turnstile, name, cost)
+        await really(scheduler, name, cost)
 
-    really = Turnstile.enter
-    monkeypatch.setattr(Turnstile, "enter", enter)
-    presence = site.context.presence
+    really = FairScheduler.enter
+    monkeypatch.setattr(FairScheduler, "enter", enter)
+    active_clients = site.context.presence
     async with site.connected() as (_, client):
         strangers, known = lines
         assert known == NAME, "it stands behind no other name once it has shown its certificate"
-        assert not presence.of_others({strangers: ()})
-        assert not presence.of_others({known: ()})
-        assert presence.of_others({" of another network": ()})
+        assert not active_clients.of_others({strangers: ()})
+        assert not active_clients.of_others({known: ()})
+        assert active_clients.of_others({" of another network": ()})
         await ask(client, "service.hello")
-        assert presence.of_others({strangers: ()}), "it has asked"
+        assert active_clients.of_others({strangers: ()}), "it has asked"
 
 
 async def test_who_has_shown_a_certificate_is_about_before_it_asks(site: Site) -> None:
@@ -198,14 +201,14 @@ async def test_stranger_is_not_about(site: Site) -> None:
 
 
 async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(site: Site) -> None:
-    presence = site.context.presence
+    active_clients = site.context.presence
     async with site.connected() as (stream, client):
         await ask(client, "service.hello")
-        presence._until.clear()
+        active_clients._until.clear()
         await stream.send_all(frame(TEXT, b" " * (LARGE_BYTES + 1), first=0))
         for _ in range(3):
-            await until(lambda: presence.of_others(()))
-            presence._until.clear()
+            await until(lambda: active_clients.of_others(()))
+            active_clients._until.clear()
             await stream.send_all(frame(0, b" " * 1000, first=0))
 
 
@@ -218,7 +221,7 @@ async def test_who_waits_for_a_long_request_to_be_read_is_about(
         served.append(site.context.presence._served[NAME])
         await trio.sleep_forever()
 
-    monkeypatch.setattr(Spells, "run", run)
+    monkeypatch.setattr(FairThreadPool, "run", run)
     async with site.connected() as (_, client):
         await client.send(" " * 2 * LARGE_BYTES)
         await until(lambda: bool(served))

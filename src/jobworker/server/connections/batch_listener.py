@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import trio
 
-from jobworker.server.fairness.fair_scheduling import MAX_REST_SECONDS, Presence
+from jobworker.server.fairness.fair_scheduling import MAX_REST_SECONDS, ActiveClients
 
 log = logging.getLogger("jobworker")
 
@@ -48,11 +48,11 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
         self,
         listening: socket.socket,
         turn_away: Callable[[socket.socket], bool],
-        presence: Presence,
+        active_clients: ActiveClients,
     ) -> None:
         self._socket = listening
         self._inner = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-        self._turn_away, self._presence = turn_away, presence
+        self._turn_away, self._active_clients = turn_away, active_clients
         self._left = 0
         """How many may still be accepted in this turn."""
         self._began = self._told = -math.inf
@@ -71,7 +71,7 @@ class BatchListener(trio.abc.Listener[trio.SocketStream]):
         else:  # the turn is used up, and more may wait
             many = self._waiting() >= MANY_WAIT
             rest = SHORT_REST_SECONDS if many else MAX_REST_SECONDS
-            await self._presence.rest_after(self._began, most_seconds=rest)
+            await self._active_clients.rest_after(self._began, most_seconds=rest)
         stream = await self._accept()
         self._began = trio.current_time()
         self._left = A_TURN - 1

@@ -37,8 +37,8 @@ from jobworker.protocol.messages import Delivery, Encoding, OutputEnd, OutputHea
 from jobworker.protocol.session import encode_output, encode_output_end, frame_output
 from jobworker.protocol.text_output import TextOutput
 from jobworker.server.delivery.record_json import summary_of
-from jobworker.server.fairness.send_budget import FRAME_BYTES, LEAST_BYTES, Traffic
-from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.fairness.send_budget import FRAME_BYTES, LEAST_BYTES, SendBudget
+from jobworker.server.fairness.wait_quota import WaitQuota
 
 Send = Callable[[str | Sequence[Frame]], Awaitable[None]]
 """Send a text message, or several messages as frames, one after the other."""
@@ -171,10 +171,10 @@ class Subscriptions:
     """The subscriptions of one connection, by number."""
 
     _supervisor: Supervisor
-    _traffic: Traffic
+    _send_budget: SendBudget
     _stall_seconds: float
     _max_open: int
-    _crowds: Crowds
+    _waits: WaitQuota
     _name: str
     """The client's name."""
     _open: dict[int, Subscription] = field(factory=dict)
@@ -188,7 +188,7 @@ class Subscriptions:
                 f"cannot subscribe: this connection has {self._max_open} subscriptions",
                 remedy="end some of them, or open another connection",
             )
-        self._crowds.check(self._name, TooManyFollows)
+        self._waits.check(self._name, TooManyFollows)
 
     def open(
         self, record: JobRecord, follower: Follower, delivery: Delivery, until: int | None
@@ -202,7 +202,7 @@ class Subscriptions:
         except TooManyFollows:
             follower.close()
             raise
-        self._crowds.take(self._name, TooManyFollows)
+        self._waits.take(self._name, TooManyFollows)
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
@@ -234,7 +234,7 @@ class Subscriptions:
 
     def _drop(self, number: int) -> None:
         if self._open.pop(number, None) is not None:
-            self._crowds.give_back(self._name)
+            self._waits.give_back(self._name)
 
     @property
     def owe(self) -> bool:
@@ -253,7 +253,7 @@ class Subscriptions:
         try:
             with subscription.scope:
                 problem = await self._deliver(subscription, send)
-                await self._traffic.take_turn(self._name)
+                await self._send_budget.take_turn(self._name)
                 record, problem = await self._final_record(subscription, problem)
                 summary, told = summary_of(record)
                 end = OutputEnd(
@@ -297,7 +297,7 @@ class Subscriptions:
         try:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
-                async with self._taking_turns(), self._traffic.share(self._name) as share:
+                async with self._taking_turns(), self._send_budget.share(self._name) as share:
                     frames, cost = await subscription.take(min(room, share))
                     began = trio.current_time()
                     if frames:

@@ -10,13 +10,13 @@ of an address that is slowed down leave first. An honest client arrives within m
 MaxStartups has the same aim, and drops the newcomer by lot.)
 
 An address whose handshakes keep failing is slowed down: its handshakes begin one after the other,
-in an order drawn by lot (`turns`), so it uses a bounded part of the processor for signatures. It is
-not shut out, since a program behind the same address could then keep an administrator away. Every
-newcomer has the same chance of a place. If there is none, the server closes the connection at once,
-which costs next to nothing (`refusal`), and the client tries again. On the service's own host each
-user is slowed down alone (`local_user`), and all jobs together as one user. So no user and no job
-delays another account. A client that closes before it has sent its hello, such as a health check,
-has not failed.
+in an order drawn by lot (`lottery`), so it uses a bounded part of the processor for signatures. It
+is not shut out, since a program behind the same address could then keep an administrator away.
+Every newcomer has the same chance of a place. If there is none, the server closes the connection at
+once, which costs next to nothing (`refusal`), and the client tries again. On the service's own host
+each user is slowed down alone (`local_user`), and all jobs together as one user. So no user and no
+job delays another account. A client that closes before it has sent its hello, such as a health
+check, has not failed.
 
 Each limit has an error of its own name. Each refusal is counted, and each error is logged at most
 once a second, since a flood must not become a flood of log lines.
@@ -40,9 +40,9 @@ from jobworker.errors import (
     TooManyFailures,
     TooManyHandshakes,
 )
-from jobworker.model.fair_share import has_room
+from jobworker.model.fair_share import may_take_one_more
 from jobworker.model.units import parse_duration
-from jobworker.server.fairness.handshake_lottery import Turns
+from jobworker.server.fairness.handshake_lottery import HandshakeLottery
 from jobworker.server.reporting.counters import (
     CONNECTIONS,
     HANDSHAKES_FAILED,
@@ -64,14 +64,14 @@ STALL_SECONDS = 0.5
 
 
 @define(eq=False)
-class Arrival:
+class PendingConnection:
     """A connection on its way to being open."""
 
     peer: str
     network: str
     """The network that its failure is counted for, see `network_of`."""
     _scope: trio.CancelScope
-    _admission: "Admission"
+    _limiter: "ConnectionLimiter"
     sound: bool = False
     """Whether the client has shown a certificate of our CA: then its handshake has not failed."""
     came_at: float = field(factory=trio.current_time)
@@ -99,18 +99,18 @@ class Arrival:
         `why` is logged as a limit that was reached; None logs nothing.
         """
         self.was_let_go, self.let_go_for = True, why
-        self._admission.forget(self)
+        self._limiter.forget(self)
         self._scope.cancel()
 
     def finish(self) -> None:
         """Record that the connection is open: free its place, and lift the handshake's deadline."""
         self.sound = True
         self._scope.deadline = math.inf
-        self._admission.forget(self)
+        self._limiter.forget(self)
 
 
 @frozen
-class Statistics:
+class ConnectionStatistics:
     """How many connections arrive and are open at this moment."""
 
     arriving: int
@@ -123,19 +123,19 @@ class _Failures:
 
     since: float
     count: int = 0
-    turns: Turns = field(factory=Turns)
+    turns: HandshakeLottery = field(factory=HandshakeLottery)
     """The turns of its handshakes, once it is slowed down."""
 
 
 @define(eq=False)
-class Admission:
+class ConnectionLimiter:
     """The connections of one service, counted against its limits."""
 
     limits: ConnectionLimits = field(factory=ConnectionLimits)
     counters: Counters = field(factory=Counters)
     job_ids: Container[int] = ()
     """The user ids of this host that jobs have."""
-    _arriving: dict[Arrival, None] = field(factory=dict, init=False)
+    _arriving: dict[PendingConnection, None] = field(factory=dict, init=False)
     """Oldest first."""
     _arriving_of: Counter[str] = field(factory=Counter, init=False)
     """How many connections of each network are arriving."""
@@ -145,49 +145,49 @@ class Admission:
     _slows_until: float = field(default=-math.inf, init=False)
     _logged: dict[str, tuple[float, int]] = field(factory=dict, init=False)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> ConnectionStatistics:
         """The number of arriving and of open connections."""
-        return Statistics(arriving=len(self._arriving), inside=self._inside.total())
+        return ConnectionStatistics(arriving=len(self._arriving), inside=self._inside.total())
 
     @contextmanager
     def arrive(
         self, peer: str, network: str, is_gone: Callable[[], bool] = lambda: False
-    ) -> Iterator[Arrival]:
+    ) -> Iterator[PendingConnection]:
         """Count a connection as arriving in the block, and cancel the block if it takes too long.
 
-        The bound is `limits.handshake_timeout`, until `Arrival.finish`. A failure is counted for
-        `network` (`network_of`). `is_gone` returns whether the peer has closed. Raises
+        The bound is `limits.handshake_timeout`, until `PendingConnection.finish`. A failure is
+        counted for `network` (`network_of`). `is_gone` returns whether the peer has closed. Raises
         TooManyFailures if the network is slowed down and there is no place for one more of it.
         """
         if not self._has_place(network):
             self._make_room(network)
         seconds = parse_duration(self.limits.handshake_timeout)
         scope = trio.move_on_after(seconds)
-        arrival = Arrival(peer, network, scope, self, is_gone=is_gone)
-        self._arriving[arrival] = None
+        pending = PendingConnection(peer, network, scope, self, is_gone=is_gone)
+        self._arriving[pending] = None
         self._arriving_of[network] += 1
         try:
             with scope:
-                yield arrival
+                yield pending
         finally:
-            self.forget(arrival)
-            if arrival.heard and not arrival.sound:
+            self.forget(pending)
+            if pending.heard and not pending.sound:
                 self._count_failure(network)
-        if arrival.let_go_for is not None:
-            self.tell(peer, arrival.let_go_for)
-        elif scope.cancelled_caught and not arrival.was_let_go:
+        if pending.let_go_for is not None:
+            self.tell(peer, pending.let_go_for)
+        elif scope.cancelled_caught and not pending.was_let_go:
             self.tell(
                 peer, HandshakeTooSlow(f"cannot wait for the handshake: {seconds:g} s are over")
             )
 
-    async def take_turn(self, arrival: Arrival) -> None:
+    async def take_turn(self, pending: PendingConnection) -> None:
         """Wait until a handshake may begin: only addresses that are slowed down have to wait."""
-        arrival.heard = True
-        failures = self._slowed(arrival.network)
+        pending.heard = True
+        failures = self._slowed(pending.network)
         if failures is None:
             await trio.lowlevel.checkpoint()
         else:
-            await failures.turns.take(arrival)
+            await failures.turns.take(pending)
 
     def refusal(self, network: str) -> TooManyFailures | None:
         """The error if a network is slowed down and there is no place for one more of it."""
@@ -233,7 +233,7 @@ class Admission:
             TooManyHandshakes("cannot wait for the handshake: a newer connection needs its place")
         )
 
-    def _candidates(self, network: str) -> list[Arrival]:
+    def _candidates(self, network: str) -> list[PendingConnection]:
         """The connections that may have to leave for a newcomer of a network, oldest first.
 
         These are the connections of the networks with most of them. If the newcomer's network is
@@ -244,7 +244,7 @@ class Admission:
         most = max(self._arriving_of.values())
         return [each for each in self._arriving if self._arriving_of[each.network] == most]
 
-    def _stalled(self, crowd: list[Arrival], network: str) -> Arrival | None:
+    def _stalled(self, crowd: list[PendingConnection], network: str) -> PendingConnection | None:
         """The oldest of `crowd` that stalls, and so has to leave for a newcomer; else None."""
         # A client with a certificate takes its next step within milliseconds.
         late = trio.current_time() - STALL_SECONDS
@@ -255,13 +255,13 @@ class Admission:
                 return each
         return None
 
-    def forget(self, arrival: Arrival) -> None:
+    def forget(self, pending: PendingConnection) -> None:
         """Count a connection as arriving no longer, since it is open or has ended."""
-        if arrival in self._arriving:
-            del self._arriving[arrival]
-            self._arriving_of[arrival.network] -= 1
-            if not self._arriving_of[arrival.network]:
-                del self._arriving_of[arrival.network]
+        if pending in self._arriving:
+            del self._arriving[pending]
+            self._arriving_of[pending.network] -= 1
+            if not self._arriving_of[pending.network]:
+                del self._arriving_of[pending.network]
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
@@ -275,7 +275,7 @@ class Admission:
                 f"cannot serve the connection: {mine} are open with certificates of this name",
                 remedy="close some of them, or make more calls on each",
             )
-        if not has_room(limits.max_connections, taken=taken, mine=mine):
+        if not may_take_one_more(limits.max_connections, taken=taken, mine=mine):
             full = taken >= limits.max_connections
             why = "as many as this service takes" if full else "and the rest is for names with few"
             raise TooManyConnections(
@@ -329,7 +329,7 @@ class Admission:
         return failures
 
 
-def _oldest(crowd: list[Arrival]) -> Arrival | None:
+def _oldest(crowd: list[PendingConnection]) -> PendingConnection | None:
     """The oldest connection that has shown no certificate; the oldest of all if each has."""
     return next((each for each in crowd if not each.sound), crowd[0] if crowd else None)
 

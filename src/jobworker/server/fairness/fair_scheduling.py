@@ -54,7 +54,7 @@ Each of the largest requests needs a slot (`slots`), so they leave most of these
 
 
 @define(eq=False)
-class Presence:
+class ActiveClients:
     """Which clients are active: they connected or sent something a moment ago, or wait for a reply.
 
     A client that waits for the start of its job, or for the end of a short job, needs the processor
@@ -125,7 +125,7 @@ class Presence:
 
 
 @define(eq=False)
-class Spells:
+class FairThreadPool:
     """Runs long work in threads, one piece at a time for each client's name.
 
     Threads compete with the event loop. So each name has a token bucket of thread time, its
@@ -135,7 +135,7 @@ class Spells:
     account.
     """
 
-    _presence: Presence
+    _active_clients: ActiveClients
     _lines: WeakValueDictionary[str, trio.StrictFIFOLock] = field(
         factory=WeakValueDictionary, init=False
     )
@@ -164,7 +164,7 @@ class Spells:
                     return await in_thread(work, *arguments, limiter=self._threads)
                 finally:
                     now = trio.current_time()
-                    if self._presence.of_others((name,)):
+                    if self._active_clients.of_others((name,)):
                         self._rests_until = now + min(REST * (now - began), MAX_LONG_REST_SECONDS)
 
     async def _run_on_account(
@@ -191,13 +191,13 @@ class Spells:
 
 
 @define(eq=False)
-class Turnstile:
+class FairScheduler:
     """Lets tasks pass in turns; keeps those that do not fit into this turn for the next one."""
 
     _most: int
     """The cost that may pass in one turn, in the unit of the costs that `enter` gets. The names
     share it equally, but one task of each name may always pass."""
-    _presence: Presence
+    _active_clients: ActiveClients
     _most_seconds: float = MAX_REST_SECONDS
     """The longest rest."""
     _rate: float = math.inf
@@ -259,7 +259,7 @@ class Turnstile:
                 del self._accounts[rested]
             account = self._accounts[name] = Bucket(now, self._rate * BURST_SECONDS, self._rate)
         if not account.take(now, cost):
-            if not self._presence.of_others((name,)):
+            if not self._active_clients.of_others((name,)):
                 return None
             account.draw(now, cost)
         return account
@@ -269,7 +269,7 @@ class Turnstile:
 
     def _look_about(self, than: Container[str]) -> None:
         self._most_now = self._most
-        if self._alone > 1 and not self._presence.of_others(than):
+        if self._alone > 1 and not self._active_clients.of_others(than):
             self._most_now *= self._alone
 
     def _count(self) -> None:
@@ -287,7 +287,7 @@ class Turnstile:
                 await trio.lowlevel.checkpoint()
                 try:
                     if self._waiting:
-                        await self._presence.rest_after(
+                        await self._active_clients.rest_after(
                             self._began, self._waiting, self._most_seconds
                         )
                     self._begin()

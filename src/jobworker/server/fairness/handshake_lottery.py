@@ -18,28 +18,28 @@ TURN_SECONDS = 0.0025
 """The time between two handshakes of an address that is slowed down."""
 
 
-class Waiter(Protocol):
+class LotteryEntrant(Protocol):
     """A connection that waits for its turn."""
 
     def is_gone(self) -> bool:
         """Whether the peer has closed."""
 
     def let_go(self, why: JobworkerError | None) -> None:
-        """End the connection, which cancels `Turns.take`; None logs nothing."""
+        """End the connection, which cancels `HandshakeLottery.take`; None logs nothing."""
 
 
 @define(eq=False)
-class Turns:
+class HandshakeLottery:
     """The waiting handshakes of one address."""
 
     _next: float = field(default=-math.inf, init=False)
     """When the next turn may begin."""
-    _waiting: list[tuple[Waiter, trio.CancelScope]] = field(factory=list, init=False)
+    _waiting: list[tuple[LotteryEntrant, trio.CancelScope]] = field(factory=list, init=False)
     """Each scope is cancelled once its turn has come."""
     _drawing: trio.Lock = field(factory=trio.Lock, init=False)
     """Held by the waiting task that sleeps until the next turn and then draws whose turn it is."""
 
-    async def take(self, waiter: Waiter) -> None:
+    async def take(self, waiter: LotteryEntrant) -> None:
         """Wait until it is this connection's turn to begin its handshake."""
         with trio.CancelScope() as turn:
             mine = (waiter, turn)
@@ -63,7 +63,7 @@ class Turns:
                 return
             waiter.let_go(None)
 
-    def _take_out(self) -> tuple[Waiter, trio.CancelScope]:
+    def _take_out(self) -> tuple[LotteryEntrant, trio.CancelScope]:
         at, last = random.randrange(len(self._waiting)), self._waiting[-1]  # noqa: S311
         taken, self._waiting[at] = self._waiting[at], last
         self._waiting.pop()

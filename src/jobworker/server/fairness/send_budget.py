@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from attrs import define, field
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.server.fairness.fair_scheduling import Presence, Turnstile
+from jobworker.server.fairness.fair_scheduling import ActiveClients, FairScheduler
 
 TURN_BYTES = 2 * PIECE_BYTES
 LEAST_BYTES = PIECE_BYTES // 16
@@ -30,16 +30,16 @@ and no other client waits for its end."""
 
 
 @define(eq=False)
-class Traffic:
+class SendBudget:
     """Counts the pieces on their way on all connections, and gives each connection its share."""
 
-    _presence: Presence
+    _active_clients: ActiveClients
     _sending: int = field(default=0, init=False)
-    _turns: Turnstile = field(init=False)
+    _turns: FairScheduler = field(init=False)
 
     @_turns.default
-    def _make_turns(self) -> Turnstile:
-        return Turnstile(TURN_BYTES, self._presence, alone=ALONE)
+    def _make_turns(self) -> FairScheduler:
+        return FairScheduler(TURN_BYTES, self._active_clients, alone=ALONE)
 
     async def take_turn(self, name: str) -> None:
         """Wait until the end of a subscription may be sent to a client of that name."""

@@ -28,7 +28,7 @@ _KEPT_PART = 4
 
 
 @frozen
-class Statistics:
+class SlotStatistics:
     """How many slots are taken and how many tasks wait for one, at this moment."""
 
     taken: int
@@ -45,9 +45,9 @@ class Slots:
     _waiting: deque[tuple[str, trio.Event]] = field(factory=deque, init=False)
     """Each event is set once its slot has been taken for it."""
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> SlotStatistics:
         """The number of slots that are taken, and of tasks that wait for one."""
-        return Statistics(taken=self._taken.total(), waiting=len(self._waiting))
+        return SlotStatistics(taken=self._taken.total(), waiting=len(self._waiting))
 
     def are_wanted_of(self, name: str) -> bool:
         """Whether a task waits that could have a slot if this name gave one back."""

@@ -13,7 +13,7 @@ from jobworker.errors import Busy, TooManyRequests
 
 
 @define(eq=False)
-class Crowds:
+class WaitQuota:
     """Counts waiting requests and subscriptions by the client's name."""
 
     _most: int

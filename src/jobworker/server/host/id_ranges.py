@@ -48,13 +48,13 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 @frozen
-class Span:
+class IdRange:
     """Ids from `first` to `last`, both included."""
 
     first: int
     last: int
 
-    def overlaps(self, other: "Span") -> bool:
+    def overlaps(self, other: "IdRange") -> bool:
         """Whether an id is in both."""
         return self.first <= other.last and other.first <= self.last
 
@@ -62,10 +62,10 @@ class Span:
         return isinstance(one, int) and self.first <= one <= self.last
 
 
-_OWN = Span(LAST_UID - 16 * IDS_PER_JOB + 1, LAST_UID)
+_OWN = IdRange(LAST_UID - 16 * IDS_PER_JOB + 1, LAST_UID)
 """The ids that services may have for their own: so many that two state directories of a host hardly
 ever get the same one."""
-_OWN_ELSEWHERE = Span((1 << 32) - 2 - IDS_PER_JOB, (1 << 32) - 3)
+_OWN_ELSEWHERE = IdRange((1 << 32) - 2 - IDS_PER_JOB, (1 << 32) - 3)
 """The ids for a service whose jobs have all ids of `_OWN`."""
 _AREAS = ((FIRST_UID, _OWN.first - 1), (1 << 31, _OWN_ELSEWHERE.first - 1))
 """The areas in which a free range is searched: first the ids that systemd's allotment leaves free,
@@ -81,13 +81,13 @@ class LockedIds:
     descriptor: int
 
 
-def span_of(first: int, places: int) -> Span:
+def span_of(first: int, places: int) -> IdRange:
     """All ids of a service whose jobs have `places` ranges from `first` on.
 
     After the jobs' ranges come one id for the service itself in earlier versions, and one id for
     each job's gateway.
     """
-    return Span(first, first + places * IDS_PER_JOB + places)
+    return IdRange(first, first + places * IDS_PER_JOB + places)
 
 
 def lock_ids(settings: Settings) -> LockedIds:
@@ -104,7 +104,7 @@ def lock_ids(settings: Settings) -> LockedIds:
         return LockedIds(first, os.dup(descriptor))
 
 
-def lock_own_id(state: Path, jobs: Span) -> LockedIds:
+def lock_own_id(state: Path, jobs: IdRange) -> LockedIds:
     """Lock an id for the service of this state directory itself.
 
     The id is `own_id`, unless others have that one or it is among the ids of its own `jobs`. Only
@@ -118,12 +118,12 @@ def lock_own_id(state: Path, jobs: Span) -> LockedIds:
         until = time.monotonic() + (0 if wanted in own_jobs else _LOCKED_SECONDS)
         while True:
             used = [own_jobs, *(span for _, span in _users())]
-            if _lock_id_of(descriptor, Span(wanted, wanted), used) is not None:
+            if _lock_id_of(descriptor, IdRange(wanted, wanted), used) is not None:
                 return LockedIds(wanted, os.dup(descriptor))
             if time.monotonic() >= until:
                 break
             time.sleep(_PAUSE_SECONDS)
-        for span in (Span(wanted, _OWN.last), Span(_OWN.first, wanted - 1), _OWN_ELSEWHERE):
+        for span in (IdRange(wanted, _OWN.last), IdRange(_OWN.first, wanted - 1), _OWN_ELSEWHERE):
             found = _lock_id_of(descriptor, span, used)
             if found is not None:
                 return LockedIds(found, os.dup(descriptor))
@@ -140,11 +140,11 @@ def own_id(state: Path) -> int:
     return _OWN.first + int.from_bytes(digest[:8]) % (_OWN.last - _OWN.first + 1)
 
 
-def _lock_id_of(descriptor: int, span: Span, used: Sequence[Span]) -> int | None:
+def _lock_id_of(descriptor: int, span: IdRange, used: Sequence[IdRange]) -> int | None:
     """Lock the first free id of `span` and return it; None if none is free."""
     at = span.first
     while at <= span.last:
-        taken = Span(at, at) if _is_known(at) else _taken(descriptor, Span(at, at), used)
+        taken = IdRange(at, at) if _is_known(at) else _taken(descriptor, IdRange(at, at), used)
         if taken is None:
             return at
         at = taken.last + 1
@@ -162,10 +162,10 @@ def _is_known(uid: int) -> bool:
     return False
 
 
-def job_ids(settings: Settings) -> Span:
+def job_ids(settings: Settings) -> IdRange:
     """The ids of all jobs of these settings."""
     first = settings.sandbox.first_uid
-    return Span(first, first + places_of(settings) * IDS_PER_JOB - 1)
+    return IdRange(first, first + places_of(settings) * IDS_PER_JOB - 1)
 
 
 def places_of(settings: Settings) -> int:
@@ -201,7 +201,7 @@ def _lock_these(descriptor: int, first: int, places: int) -> None:
         time.sleep(_PAUSE_SECONDS)
     # Only the jobs' ranges are checked, not the ids after them: a service of an earlier version may
     # still live there, though its launcher has just ended.
-    ranges = Span(first, first + places * IDS_PER_JOB - 1)
+    ranges = IdRange(first, first + places * IDS_PER_JOB - 1)
     until = time.monotonic() + LEAVING_SECONDS
     while (found := _user_of(ranges)) is not None:
         if time.monotonic() >= until:
@@ -209,7 +209,7 @@ def _lock_these(descriptor: int, first: int, places: int) -> None:
         time.sleep(_PAUSE_SECONDS)
 
 
-def _in_use(wanted: Span, why: str) -> ConfigError:
+def _in_use(wanted: IdRange, why: str) -> ConfigError:
     return ConfigError(
         f"cannot use the ids {wanted.first} to {wanted.last} for jobs: {why}",
         remedy="stop the processes that use them, or give this service a sandbox.first_uid of its "
@@ -244,7 +244,7 @@ def _aligned(first: int) -> int:
     return first - first % IDS_PER_JOB
 
 
-def _taken(descriptor: int, wanted: Span, used: Sequence[Span]) -> Span | None:
+def _taken(descriptor: int, wanted: IdRange, used: Sequence[IdRange]) -> IdRange | None:
     """Lock these ids and return None; if others have some of them, return others' ids instead."""
     for span in used:
         if span.overlaps(wanted):
@@ -252,7 +252,7 @@ def _taken(descriptor: int, wanted: Span, used: Sequence[Span]) -> Span | None:
     return _lock(descriptor, wanted)
 
 
-def _lock(descriptor: int, span: Span) -> Span | None:
+def _lock(descriptor: int, span: IdRange) -> IdRange | None:
     """Lock these bytes and return None; if others have locked some, return their range instead."""
     wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, span.first, span.last - span.first + 1, 0)
     while True:
@@ -262,28 +262,28 @@ def _lock(descriptor: int, span: Span) -> Span | None:
             found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted)
             kind, _, first, length, _ = _FLOCK.unpack(found)
             if kind != fcntl.F_UNLCK:  # else its holder has just released it: try again
-                return Span(first, first + length - 1)
+                return IdRange(first, first + length - 1)
         else:
             return None
 
 
-def _user_of(span: Span) -> tuple[int, Span] | None:
+def _user_of(span: IdRange) -> tuple[int, IdRange] | None:
     """The pid of a process that uses some of these ids, and the ids that it has; else None."""
     return next((found for found in _users() if found[1].overlaps(span)), None)
 
 
-def _users() -> Iterator[tuple[int, Span]]:
+def _users() -> Iterator[tuple[int, IdRange]]:
     """The pid and the ids of each process: its own id, and those that its user namespace maps."""
     own = Path("/proc/self/uid_map").read_text()
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError, ValueError):  # the process has just ended
             uid = os.stat(f"/proc/{name}").st_uid
             if uid:
-                yield int(name), Span(uid, uid)
+                yield int(name), IdRange(uid, uid)
             text = Path(f"/proc/{name}/uid_map").read_text()
             if text == own:
                 continue
             for line in text.splitlines():
                 _, first, count = map(int, line.split())
                 if first:  # a map from 0 on is the whole host's
-                    yield int(name), Span(first, first + count - 1)
+                    yield int(name), IdRange(first, first + count - 1)

@@ -8,12 +8,12 @@ from jobworker.config.settings import Settings
 from jobworker.errors import ConfigError
 from jobworker.sandbox.service.launch import OpenedLauncher
 from jobworker.sandbox.user_namespaces import IDS_PER_JOB
-from jobworker.server.host.id_ranges import Span, job_ids
+from jobworker.server.host.id_ranges import IdRange, job_ids
 
 SERVICE_USER = "jobworker"
 
 
-def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int] | None:
+def service_ids(settings: Settings, jobs: IdRange | None = None) -> tuple[int, int] | None:
     """The user and group that the service becomes; None stands for an id of its own.
 
     `jobs` are the ids that the launcher gives to jobs, if it runs already: they may differ from
@@ -35,13 +35,13 @@ def service_ids(settings: Settings, jobs: Span | None = None) -> tuple[int, int]
     return ids
 
 
-def launcher_ids(launcher: OpenedLauncher) -> Span:
+def launcher_ids(launcher: OpenedLauncher) -> IdRange:
     """The ids of a launcher's jobs; the launcher may have been started with older settings."""
     first, jobs, spares = (launcher.policy[key] for key in ("first_uid", "max_jobs", "spares"))
     assert isinstance(first, int)
     assert isinstance(jobs, int)
     assert isinstance(spares, int)
-    return Span(first, first + (jobs + spares) * IDS_PER_JOB - 1)
+    return IdRange(first, first + (jobs + spares) * IDS_PER_JOB - 1)
 
 
 def _wanted_ids(wanted: str) -> tuple[int, int] | None:

@@ -46,11 +46,11 @@ from jobworker.serialization.json_text import dumps
 from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Authorization, Caller
 from jobworker.server.delivery.record_json import encode_record, read_spec, summary_of, with_spec
-from jobworker.server.fairness.connection_limiter import Admission
-from jobworker.server.fairness.fair_scheduling import Presence, Spells, Turnstile
-from jobworker.server.fairness.send_budget import ALONE, Traffic
+from jobworker.server.fairness.connection_limiter import ConnectionLimiter
+from jobworker.server.fairness.fair_scheduling import ActiveClients, FairScheduler, FairThreadPool
+from jobworker.server.fairness.send_budget import ALONE, SendBudget
 from jobworker.server.fairness.slots import Slots
-from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.fairness.wait_quota import WaitQuota
 from jobworker.server.host.disk_promises import DiskPromises
 
 MESSAGES_A_TURN = 4
@@ -88,38 +88,38 @@ class OperationContext:
     incidents: Incidents
     stall_seconds: float
     """How long a client may take no byte while data waits for it."""
-    admission: Admission
-    traffic: Traffic
-    presence: Presence
-    messages: Turnstile = field(init=False)
-    incoming: Turnstile = field(init=False)
+    admission: ConnectionLimiter
+    traffic: SendBudget
+    presence: ActiveClients
+    messages: FairScheduler = field(init=False)
+    incoming: FairScheduler = field(init=False)
     """Delays incoming bytes, until they are a message or were refused."""
-    handshakes: Turnstile = field(init=False)
-    crowds: Crowds
+    handshakes: FairScheduler = field(init=False)
+    crowds: WaitQuota
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """Slots for large requests, from their first bytes until they are served."""
     replies: Slots = field(factory=lambda: Slots(in_all=16, for_each=4))
     """Slots for large replies, until the client has taken them."""
     making: Slots = field(factory=lambda: Slots(in_all=4, for_each=1))
     """Slots for the encoding of whole records of jobs with long requests."""
-    reading: Spells = field(init=False)
+    reading: FairThreadPool = field(init=False)
     """Decodes long requests in threads."""
 
     @messages.default
-    def _messages(self) -> Turnstile:
-        return Turnstile(MESSAGES_A_TURN, self.presence, rate=MESSAGES_A_SECOND)
+    def _messages(self) -> FairScheduler:
+        return FairScheduler(MESSAGES_A_TURN, self.presence, rate=MESSAGES_A_SECOND)
 
     @incoming.default
-    def _incoming(self) -> Turnstile:
-        return Turnstile(INCOMING_A_TURN, self.presence, rate=INCOMING_A_SECOND, alone=ALONE)
+    def _incoming(self) -> FairScheduler:
+        return FairScheduler(INCOMING_A_TURN, self.presence, rate=INCOMING_A_SECOND, alone=ALONE)
 
     @reading.default
-    def _reading(self) -> Spells:
-        return Spells(self.presence)
+    def _reading(self) -> FairThreadPool:
+        return FairThreadPool(self.presence)
 
     @handshakes.default
-    def _handshakes(self) -> Turnstile:
-        return Turnstile(HANDSHAKES_A_TURN, self.presence, HANDSHAKE_REST_SECONDS)
+    def _handshakes(self) -> FairScheduler:
+        return FairScheduler(HANDSHAKES_A_TURN, self.presence, HANDSHAKE_REST_SECONDS)
 
 
 async def call(context: OperationContext, caller: Caller, method: Method, params: object) -> object:

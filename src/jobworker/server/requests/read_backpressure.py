@@ -5,7 +5,7 @@ given back when the request has been served. Until then the server reads nothing
 client, and TCP makes the client wait. So a connection holds one large request at the most. If
 others wait for the slot, the server ends the connection of a client that has it and sends nothing
 for too long, or less than `LEAST_BYTES_PER_SECOND`. While a client sends a large request, it counts
-as active (`turnstile.Presence`).
+as active (`turnstile.ActiveClients`).
 """
 
 import math
@@ -16,7 +16,7 @@ import trio
 from attrs import define, field
 
 from jobworker.errors import TooSlow
-from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.fair_scheduling import ActiveClients
 from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 
 
@@ -27,7 +27,7 @@ class ReadBackpressure:
     _slots: Slots
     _name: str
     _stall_seconds: float
-    _presence: Presence
+    _active_clients: ActiveClients
     _holding: bool = field(default=False, init=False)
     _served: trio.Event | None = field(default=None, init=False)
     """Set once the current large request has been served; None if there is no such request."""
@@ -68,7 +68,7 @@ class ReadBackpressure:
         now = trio.current_time()
         if size != self._grew[1]:
             self._grew = now, size
-            self._presence.saw(self._name)
+            self._active_clients.saw(self._name)
         earned = (size - self._began[1]) / LEAST_BYTES_PER_SECOND
         left = min(self._grew[0], self._began[0] + earned) + self._stall_seconds - now
         if left > 0:

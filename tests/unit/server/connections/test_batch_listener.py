@@ -19,8 +19,8 @@ from jobworker.server.connections.batch_listener import (
     TURN_SECONDS,
     BatchListener,
 )
-from jobworker.server.fairness.connection_limiter import Admission
-from jobworker.server.fairness.fair_scheduling import MAX_REST_SECONDS, Presence
+from jobworker.server.fairness.connection_limiter import ConnectionLimiter
+from jobworker.server.fairness.fair_scheduling import MAX_REST_SECONDS, ActiveClients
 
 COUNT = 2 * A_TURN + 1
 
@@ -46,7 +46,7 @@ async def test_several_are_accepted_in_a_turn_and_no_more(
         listening.setblocking(False)
         for _ in range(COUNT):
             stack.enter_context(socket.create_connection(listening.getsockname()))
-        listener = BatchListener(listening, lambda _: False, Presence())
+        listener = BatchListener(listening, lambda _: False, ActiveClients())
 
         trio.lowlevel.add_instrument(turns)
         for _ in range(COUNT):
@@ -75,7 +75,7 @@ async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn(
             stack.enter_context(socket.create_connection(listening.getsockname()))
             for _ in range(100)
         ]
-        listener, accepted = BatchListener(listening, turn_away, Presence()), 0
+        listener, accepted = BatchListener(listening, turn_away, ActiveClients()), 0
         trio.lowlevel.add_instrument(turns)
         with trio.move_on_after(5):
             while accepted + turned_away.total() < len(clients):
@@ -91,7 +91,7 @@ async def test_who_is_turned_away_is_closed_and_many_are_in_a_turn(
         await listener.aclose()
 
 
-class Rests(Presence):
+class Rests(ActiveClients):
     """Notes how long they may be."""
 
     def __init__(self) -> None:
@@ -110,18 +110,18 @@ class Rests(Presence):
 
 
 async def test_rests_are_short_where_many_wait() -> None:
-    presence = Rests()
+    active_clients = Rests()
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=200))
         listening.setblocking(False)
         for _ in range(MANY_WAIT + 20 * A_TURN):
             stack.enter_context(socket.create_connection(listening.getsockname()))
-        listener = BatchListener(listening, lambda _: False, presence)
+        listener = BatchListener(listening, lambda _: False, active_clients)
         for _ in range(MANY_WAIT + 20 * A_TURN):
             (await listener.accept()).socket.close()
         await listener.aclose()
-    assert set(presence.most[:19]) == {SHORT_REST_SECONDS}
-    assert set(presence.most[-10:]) == {MAX_REST_SECONDS}
+    assert set(active_clients.most[:19]) == {SHORT_REST_SECONDS}
+    assert set(active_clients.most[-10:]) == {MAX_REST_SECONDS}
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -135,7 +135,7 @@ async def test_connection_that_was_closed_meanwhile_is_turned_away(reset: bool) 
                     client.close()
                 accepted, _ = listening.accept()
                 with accepted:
-                    assert turn_away(accepted, Admission()) is closes
+                    assert turn_away(accepted, ConnectionLimiter()) is closes
 
 
 async def test_descriptors_that_run_out_are_told_once_and_waited_for(
@@ -152,7 +152,7 @@ async def test_descriptors_that_run_out_are_told_once_and_waited_for(
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         listening.setblocking(False)
         stack.enter_context(socket.create_connection(listening.getsockname()))
-        listener = BatchListener(listening, lambda _: False, Presence())
+        listener = BatchListener(listening, lambda _: False, ActiveClients())
         with socket.socket() as lowest:
             least = lowest.fileno()
         resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))

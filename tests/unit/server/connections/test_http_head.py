@@ -14,7 +14,7 @@ import trustme
 
 from jobworker.server.connections.frame_scan import SLICE_FRAMES
 from jobworker.server.connections.http_head import PrefixStream
-from jobworker.server.fairness.fair_scheduling import Presence, Turnstile
+from jobworker.server.fairness.fair_scheduling import ActiveClients, FairScheduler
 from jobworker.server.requests.operations import INCOMING_A_TURN
 from jobworker.tls_stream import RECORD_BYTES, TLSStream
 
@@ -63,7 +63,11 @@ class Turns(trio.abc.Instrument):
 async def test_what_is_handed_over_in_a_turn_is_bounded_however_many_connections(
     contexts: Contexts,
 ) -> None:
-    turnstile, turns, passed = Turnstile(INCOMING_A_TURN, Presence()), Turns(), Counter[int]()
+    scheduler, turns, passed = (
+        FairScheduler(INCOMING_A_TURN, ActiveClients()),
+        Turns(),
+        Counter[int](),
+    )
     taken = 0
 
     async def take(stream: PrefixStream) -> None:
@@ -76,7 +80,7 @@ async def test_what_is_handed_over_in_a_turn_is_bounded_however_many_connections
 
     async with AsyncExitStack() as stack:
         pairs = [
-            await stack.enter_async_context(connected(contexts, turnstile.enter))
+            await stack.enter_async_context(connected(contexts, scheduler.enter))
             for _ in range(CONNECTIONS)
         ]
         for _, theirs in pairs:
@@ -91,14 +95,14 @@ async def test_what_is_handed_over_in_a_turn_is_bounded_however_many_connections
 
 
 async def test_what_is_half_sent_holds_no_turn(contexts: Contexts) -> None:
-    turnstile = Turnstile(1, Presence())
+    scheduler = FairScheduler(1, ActiveClients())
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         for _ in range(10):
-            stream, theirs = await stack.enter_async_context(connected(contexts, turnstile.enter))
+            stream, theirs = await stack.enter_async_context(connected(contexts, scheduler.enter))
             await theirs.send_all(PART[:10])
             assert await stream.receive_some(RECORD_BYTES) == PART[:10]
             nursery.start_soon(stream.receive_some, RECORD_BYTES)
-        stream, theirs = await stack.enter_async_context(connected(contexts, turnstile.enter))
+        stream, theirs = await stack.enter_async_context(connected(contexts, scheduler.enter))
         await theirs.send_all(PART)
         with trio.fail_after(20):
             assert await stream.receive_some(RECORD_BYTES) == PART
@@ -106,8 +110,8 @@ async def test_what_is_half_sent_holds_no_turn(contexts: Contexts) -> None:
 
 
 async def test_who_gives_up_waiting_for_a_turn_loses_nothing(contexts: Contexts) -> None:
-    turnstile = Turnstile(1, Presence())
-    async with connected(contexts, turnstile.enter) as (stream, theirs):
+    scheduler = FairScheduler(1, ActiveClients())
+    async with connected(contexts, scheduler.enter) as (stream, theirs):
         await theirs.send_all(PARTS)
         got = b""
         while len(got) < len(PARTS):
@@ -159,14 +163,14 @@ async def test_what_stands_in_line_has_come(
 async def test_what_does_not_come_is_looked_for_in_time(
     contexts: Contexts, mock_clock: trio.testing.MockClock
 ) -> None:
-    turnstile, looked = Turnstile(INCOMING_A_TURN, Presence()), trio.Event()
+    scheduler, looked = FairScheduler(INCOMING_A_TURN, ActiveClients()), trio.Event()
 
     async def look() -> float:
         if trio.current_time() >= 1:
             looked.set()
         return 1
 
-    async with connected(contexts, turnstile.enter) as (stream, _), trio.open_nursery() as nursery:
+    async with connected(contexts, scheduler.enter) as (stream, _), trio.open_nursery() as nursery:
         stream.check = look
         nursery.start_soon(stream.receive_some, RECORD_BYTES)
         await trio.testing.wait_all_tasks_blocked()

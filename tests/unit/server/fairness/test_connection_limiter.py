@@ -12,16 +12,16 @@ from jobworker.errors import TooManyConnections, TooManyFailures
 from jobworker.server.fairness import connection_limiter as module
 from jobworker.server.fairness.connection_limiter import (
     SLOWED_PART,
-    Admission,
-    Statistics,
+    ConnectionLimiter,
+    ConnectionStatistics,
     network_of,
 )
 from jobworker.server.fairness.handshake_lottery import TURN_SECONDS
 from jobworker.server.reporting.counters import CONNECTIONS, HANDSHAKES_FAILED, LIMITS_REACHED
 
 
-def small(**limits: object) -> Admission:
-    return Admission(
+def small(**limits: object) -> ConnectionLimiter:
+    return ConnectionLimiter(
         ConnectionLimits(
             **{  # type: ignore[arg-type]
                 "max_connections": 3,
@@ -35,40 +35,40 @@ def small(**limits: object) -> Admission:
     )
 
 
-def fail(admission: Admission, address: str) -> None:
-    with admission.arrive("peer", address) as arrival:
-        arrival.heard = True
+def fail(limiter: ConnectionLimiter, address: str) -> None:
+    with limiter.arrive("peer", address) as pending:
+        pending.heard = True
 
 
 async def test_arrival_that_takes_too_long_is_cancelled_and_told(
     autojump_clock: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    admission = small()
+    limiter = small()
     began = trio.current_time()
-    with caplog.at_level(logging.INFO), admission.arrive("10.0.0.1:5", "10.0.0.1"):
+    with caplog.at_level(logging.INFO), limiter.arrive("10.0.0.1:5", "10.0.0.1"):
         await trio.sleep_forever()
     assert trio.current_time() - began == pytest.approx(10)
-    assert admission.counters.value(LIMITS_REACHED, "handshake_too_slow") == 1
-    assert admission.counters.value(HANDSHAKES_FAILED) == 0  # it had not said a byte
+    assert limiter.counters.value(LIMITS_REACHED, "handshake_too_slow") == 1
+    assert limiter.counters.value(HANDSHAKES_FAILED) == 0  # it had not said a byte
     assert "10.0.0.1:5: handshake_too_slow: cannot wait for the handshake" in caplog.text
 
 
 async def test_arrival_that_is_open_has_all_its_time(autojump_clock: object) -> None:
-    admission = small()
-    with admission.arrive("peer", "10.0.0.1") as arrival:
-        assert admission.statistics() == Statistics(arriving=1, inside=0)
-        arrival.finish()
-        assert admission.statistics() == Statistics(arriving=0, inside=0)
+    limiter = small()
+    with limiter.arrive("peer", "10.0.0.1") as pending:
+        assert limiter.statistics() == ConnectionStatistics(arriving=1, inside=0)
+        pending.finish()
+        assert limiter.statistics() == ConnectionStatistics(arriving=0, inside=0)
         await trio.sleep(1000)
-    assert admission.counters.statistics() == {}
+    assert limiter.counters.statistics() == {}
 
 
 async def test_oldest_arrival_makes_room(autojump_clock: object) -> None:
-    admission = small()
+    limiter = small()
     ended = list[tuple[str, float]]()
 
     async def arrive(name: str) -> None:
-        with admission.arrive(name, "10.0.0.1"):
+        with limiter.arrive(name, "10.0.0.1"):
             await trio.sleep_forever()
         ended.append((name, trio.current_time() - began))
 
@@ -78,22 +78,22 @@ async def test_oldest_arrival_makes_room(autojump_clock: object) -> None:
             nursery.start_soon(arrive, name)
             await trio.sleep(1)
     assert ended == [("first", 2), ("second", 11), ("third", 12)]
-    assert admission.counters.value(LIMITS_REACHED, "too_many_handshakes") == 1
+    assert limiter.counters.value(LIMITS_REACHED, "too_many_handshakes") == 1
 
 
 async def test_failures_of_an_address_slow_it_down_and_nobody_else(autojump_clock: object) -> None:
-    admission = small(max_handshakes=10)
+    limiter = small(max_handshakes=10)
     began = trio.current_time()
 
     async def arrive(address: str) -> float:
-        with admission.arrive("peer", address) as arrival:
-            await admission.take_turn(arrival)
-            arrival.finish()
+        with limiter.arrive("peer", address) as pending:
+            await limiter.take_turn(pending)
+            pending.finish()
         return trio.current_time() - began
 
     for _ in range(3):
         assert await arrive("10.0.0.1") == 0
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
     took = [await arrive("10.0.0.1") for _ in range(5)]
     assert took == pytest.approx([number * TURN_SECONDS for number in range(5)])
     assert await arrive("10.0.0.2") == took[-1]
@@ -103,27 +103,27 @@ async def test_failures_of_an_address_slow_it_down_and_nobody_else(autojump_cloc
 
 
 async def test_closing_without_a_byte_is_no_failure() -> None:
-    admission = small()
+    limiter = small()
     for _ in range(1000):
-        with admission.arrive("peer", "10.0.0.1"):
+        with limiter.arrive("peer", "10.0.0.1"):
             pass
-    assert admission.counters.value(HANDSHAKES_FAILED) == 0
+    assert limiter.counters.value(HANDSHAKES_FAILED) == 0
 
 
 async def test_who_says_nothing_makes_room_before_who_waits_for_a_turn() -> None:
-    admission = small()
+    limiter = small()
     for _ in range(3):
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
-        first = stack.enter_context(admission.arrive("first", "10.0.0.1"))
+        first = stack.enter_context(limiter.arrive("first", "10.0.0.1"))
         first.heard = True
-        silent = stack.enter_context(admission.arrive("silent", "10.0.0.2"))
-        third = stack.enter_context(admission.arrive("third", "10.0.0.2"))
+        silent = stack.enter_context(limiter.arrive("silent", "10.0.0.2"))
+        third = stack.enter_context(limiter.arrive("third", "10.0.0.2"))
         assert (first.was_let_go, silent.was_let_go) == (False, True)
         third.heard = True
         with pytest.raises(TooManyFailures, match=r"10\.0\.0\.1"):
-            fail(admission, "10.0.0.1")
-        stack.enter_context(admission.arrive("other", "10.0.0.3"))  # a good address has the place
+            fail(limiter, "10.0.0.1")
+        stack.enter_context(limiter.arrive("other", "10.0.0.3"))  # a good address has the place
         assert (first.was_let_go, third.was_let_go) == (True, False)
 
 
@@ -131,20 +131,20 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
     autojump_clock: object,
 ) -> None:
     """One byte on each of all connections keeps nobody of that address out."""
-    admission = small(max_handshakes=2 * SLOWED_PART)
+    limiter = small(max_handshakes=2 * SLOWED_PART)
     for _ in range(3):
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
         for name in ("first", "second"):
-            stalled = stack.enter_context(admission.arrive(name, "10.0.0.1"))
-            await admission.take_turn(stalled)
+            stalled = stack.enter_context(limiter.arrive(name, "10.0.0.1"))
+            await limiter.take_turn(stalled)
             stalled.has_turn()
         with pytest.raises(TooManyFailures):
-            fail(admission, "10.0.0.1")
+            fail(limiter, "10.0.0.1")
         await trio.sleep(1)
         began = trio.current_time()
-        with admission.arrive("honest", "10.0.0.1") as honest:
-            await admission.take_turn(honest)
+        with limiter.arrive("honest", "10.0.0.1") as honest:
+            await limiter.take_turn(honest)
             honest.finish()
         assert trio.current_time() - began < 0.1
 
@@ -152,66 +152,66 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
 async def test_who_is_slowed_down_takes_no_place_of_one_that_has_just_come(
     autojump_clock: object,
 ) -> None:
-    admission = small()
+    limiter = small()
     for _ in range(3):
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
         for name in ("honest", "silent"):
-            stack.enter_context(admission.arrive(name, "10.0.0.2"))
+            stack.enter_context(limiter.arrive(name, "10.0.0.2"))
         with pytest.raises(TooManyFailures):
-            fail(admission, "10.0.0.1")
-        assert admission.statistics().arriving == 2
+            fail(limiter, "10.0.0.1")
+        assert limiter.statistics().arriving == 2
         await trio.sleep(1)
-        stack.enter_context(admission.arrive("slowed", "10.0.0.1"))
-        assert admission.counters.value(LIMITS_REACHED, "too_many_failures") == 0
-        assert admission.statistics().arriving == 2, "a silent one has left"
+        stack.enter_context(limiter.arrive("slowed", "10.0.0.1"))
+        assert limiter.counters.value(LIMITS_REACHED, "too_many_failures") == 0
+        assert limiter.statistics().arriving == 2, "a silent one has left"
 
 
 async def test_flood_that_is_not_slowed_down_yet_takes_no_place_of_others(
     autojump_clock: object,
 ) -> None:
-    admission = small(max_handshakes=3)
+    limiter = small(max_handshakes=3)
     with ExitStack() as stack:
-        honest = stack.enter_context(admission.arrive("honest", "10.0.0.2"))
-        await admission.take_turn(honest)
+        honest = stack.enter_context(limiter.arrive("honest", "10.0.0.2"))
+        await limiter.take_turn(honest)
         for number in range(100):
-            flood = stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
-            await admission.take_turn(flood)
+            flood = stack.enter_context(limiter.arrive(str(number), "10.0.0.1"))
+            await limiter.take_turn(flood)
         assert not honest.was_let_go
-        quiet = stack.enter_context(admission.arrive("has said nothing yet", "10.0.0.3"))
-        stack.enter_context(admission.arrive("one more", "10.0.0.1"))
+        quiet = stack.enter_context(limiter.arrive("has said nothing yet", "10.0.0.3"))
+        stack.enter_context(limiter.arrive("one more", "10.0.0.1"))
         assert not quiet.was_let_go
-        assert admission.statistics().arriving == 3
+        assert limiter.statistics().arriving == 3
 
 
 async def test_who_has_shown_a_certificate_leaves_for_nobody_else(autojump_clock: object) -> None:
-    admission = small(max_handshakes=3)
+    limiter = small(max_handshakes=3)
     with ExitStack() as stack:
-        honest = stack.enter_context(admission.arrive("honest", "10.0.0.1"))
-        await admission.take_turn(honest)
+        honest = stack.enter_context(limiter.arrive("honest", "10.0.0.1"))
+        await limiter.take_turn(honest)
         honest.has_turn()
         honest.has_shown_certificate()
         await trio.sleep(1)  # it waits for the service
         for number in range(10):
-            stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
+            stack.enter_context(limiter.arrive(str(number), "10.0.0.1"))
         assert not honest.was_let_go
 
 
 async def test_who_stalls_after_its_certificate_leaves_before_an_honest_one(
     autojump_clock: object,
 ) -> None:
-    admission = small(max_handshakes=3)
+    limiter = small(max_handshakes=3)
     with ExitStack() as stack:
-        stalled = [stack.enter_context(admission.arrive(name, "10.0.0.1")) for name in "abc"]
+        stalled = [stack.enter_context(limiter.arrive(name, "10.0.0.1")) for name in "abc"]
         for each in stalled:
             each.heard = True
             each.has_shown_certificate()
             each.has_turn()
         await trio.sleep(1)
-        honest = stack.enter_context(admission.arrive("honest", "10.0.0.1"))
-        await admission.take_turn(honest)
+        honest = stack.enter_context(limiter.arrive("honest", "10.0.0.1"))
+        await limiter.take_turn(honest)
         honest.has_turn()
-        stack.enter_context(admission.arrive("newcomer", "10.0.0.1"))
+        stack.enter_context(limiter.arrive("newcomer", "10.0.0.1"))
         assert not honest.was_let_go
         assert [each.was_let_go for each in stalled] == [True, True, False]
 
@@ -219,20 +219,20 @@ async def test_who_stalls_after_its_certificate_leaves_before_an_honest_one(
 async def test_slowed_network_with_all_its_places_takes_none_of_others(
     autojump_clock: object,
 ) -> None:
-    admission = small(max_handshakes=4 * SLOWED_PART)
+    limiter = small(max_handshakes=4 * SLOWED_PART)
     for _ in range(3):
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
-        office = [stack.enter_context(admission.arrive(str(n), "10.0.0.2")) for n in range(6)]
-        flood = [stack.enter_context(admission.arrive(str(n), "10.0.0.1")) for n in range(4)]
+        office = [stack.enter_context(limiter.arrive(str(n), "10.0.0.2")) for n in range(6)]
+        flood = [stack.enter_context(limiter.arrive(str(n), "10.0.0.1")) for n in range(4)]
         for each in (*office, *flood):
             each.heard = True
             each.has_turn()
         with pytest.raises(TooManyFailures):
-            fail(admission, "10.0.0.1")
+            fail(limiter, "10.0.0.1")
         await trio.sleep(1)  # the office is slow
         for number in range(20):
-            newcomer = stack.enter_context(admission.arrive(str(number), "10.0.0.1"))
+            newcomer = stack.enter_context(limiter.arrive(str(number), "10.0.0.1"))
             newcomer.has_turn()
             await trio.sleep(1)
         assert not any(each.was_let_go for each in office)
@@ -240,15 +240,15 @@ async def test_slowed_network_with_all_its_places_takes_none_of_others(
 
 
 async def test_full_service_lets_none_go_of_a_slowed_network_that_is_sound() -> None:
-    admission = small(max_handshakes=4)
+    limiter = small(max_handshakes=4)
     with ExitStack() as stack:
-        known, other = (stack.enter_context(admission.arrive(n, "10.0.0.1")) for n in "ab")
+        known, other = (stack.enter_context(limiter.arrive(n, "10.0.0.1")) for n in "ab")
         known.heard = other.heard = True
         known.has_shown_certificate()
         for _ in range(3):
-            fail(admission, "10.0.0.1")
+            fail(limiter, "10.0.0.1")
         for number in range(2, 5):
-            each = stack.enter_context(admission.arrive(str(number), f"10.0.0.{number}"))
+            each = stack.enter_context(limiter.arrive(str(number), f"10.0.0.{number}"))
             each.heard = True
         assert (known.was_let_go, other.was_let_go) == (False, True)
 
@@ -256,42 +256,42 @@ async def test_full_service_lets_none_go_of_a_slowed_network_that_is_sound() -> 
 async def test_newcomer_of_a_slowed_network_leaves_where_there_is_no_place(
     autojump_clock: object,
 ) -> None:
-    admission = small(max_handshakes=3 * SLOWED_PART)
+    limiter = small(max_handshakes=3 * SLOWED_PART)
     for _ in range(3):
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
     let_in = list[str]()
 
     async def arrive(name: str) -> None:
-        with suppress(TooManyFailures), admission.arrive(name, "10.0.0.1") as arrival:
-            await admission.take_turn(arrival)
+        with suppress(TooManyFailures), limiter.arrive(name, "10.0.0.1") as pending:
+            await limiter.take_turn(pending)
             let_in.append(name)
-            arrival.finish()
+            pending.finish()
 
-    with admission.arrive("turn taken", "10.0.0.1") as first:
-        await admission.take_turn(first)
+    with limiter.arrive("turn taken", "10.0.0.1") as first:
+        await limiter.take_turn(first)
         async with trio.open_nursery() as nursery:
             for name in ("waiting", "other"):
-                assert admission.refusal("10.0.0.1") is None
+                assert limiter.refusal("10.0.0.1") is None
                 nursery.start_soon(arrive, name)
                 await trio.testing.wait_all_tasks_blocked()
-            assert admission.refusal("10.0.0.1") is not None
-            assert admission.refusal("10.0.0.2") is None
+            assert limiter.refusal("10.0.0.1") is not None
+            assert limiter.refusal("10.0.0.2") is None
             nursery.start_soon(arrive, "newcomer")
     assert set(let_in) == {"waiting", "other"}
 
 
 async def test_failures_may_be_unlimited() -> None:
-    admission = small(max_failed_handshakes=0)
+    limiter = small(max_failed_handshakes=0)
     for _ in range(1000):
-        fail(admission, "10.0.0.1")
+        fail(limiter, "10.0.0.1")
 
 
 async def test_memory_of_failures_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ADDRESSES", 5)
-    admission = small()
+    limiter = small()
     for number in range(100):
-        fail(admission, f"10.0.0.{number}")
-    assert len(admission._failures) == 5
+        fail(limiter, f"10.0.0.{number}")
+    assert len(limiter._failures) == 5
 
 
 @pytest.mark.parametrize(
@@ -317,45 +317,45 @@ def test_users_of_this_host_are_counted_by_name_whatever_their_address() -> None
 
 
 def test_connections_are_bounded_in_all_and_by_name() -> None:
-    admission = small()
+    limiter = small()
     with ExitStack() as stack:
-        stack.enter_context(admission.enter("A"))
-        stack.enter_context(admission.enter("A"))
+        stack.enter_context(limiter.enter("A"))
+        stack.enter_context(limiter.enter("A"))
         with pytest.raises(TooManyConnections, match="2 are open with certificates of this name"):
-            stack.enter_context(admission.enter("A"))
-        stack.enter_context(admission.enter("B"))
+            stack.enter_context(limiter.enter("A"))
+        stack.enter_context(limiter.enter("B"))
         with pytest.raises(TooManyConnections, match="as many as this service takes"):
-            stack.enter_context(admission.enter("C"))
-        assert admission.statistics().inside == 3
-    assert admission.statistics().inside == 0
-    assert admission.counters.value(CONNECTIONS) == 3
+            stack.enter_context(limiter.enter("C"))
+        assert limiter.statistics().inside == 3
+    assert limiter.statistics().inside == 0
+    assert limiter.counters.value(CONNECTIONS) == 3
 
 
 def test_last_places_are_for_names_that_have_few() -> None:
-    admission = small(max_connections=200, max_connections_per_certificate=100)
+    limiter = small(max_connections=200, max_connections_per_certificate=100)
     with ExitStack() as stack:
         for name in [*["A"] * 100, *["B"] * 80]:
-            stack.enter_context(admission.enter(name))
+            stack.enter_context(limiter.enter(name))
         with pytest.raises(TooManyConnections, match="180 of 200 are open, and the rest is for"):
-            stack.enter_context(admission.enter("B"))
+            stack.enter_context(limiter.enter("B"))
         for number in range(20):
-            stack.enter_context(admission.enter(f"admin {number // 2}"))
+            stack.enter_context(limiter.enter(f"admin {number // 2}"))
         with pytest.raises(TooManyConnections, match="as many as this service takes"):
-            stack.enter_context(admission.enter("C"))
+            stack.enter_context(limiter.enter("C"))
 
 
 async def test_flood_of_refusals_is_no_flood_of_lines(
     autojump_clock: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    admission = small()
+    limiter = small()
     error = TooManyConnections("cannot serve the connection: full")
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
-            admission.tell("peer", error)
+            limiter.tell("peer", error)
         await trio.sleep(2)
-        admission.tell("peer", error)
+        limiter.tell("peer", error)
     assert [record.getMessage() for record in caplog.records] == [
         "peer: too_many_connections: cannot serve the connection: full",
         "peer: too_many_connections: cannot serve the connection: full (and 999 more before)",
     ]
-    assert admission.counters.value(LIMITS_REACHED, "too_many_connections") == 1001
+    assert limiter.counters.value(LIMITS_REACHED, "too_many_connections") == 1001

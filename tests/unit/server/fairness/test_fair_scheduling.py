@@ -16,9 +16,9 @@ from jobworker.server.fairness.fair_scheduling import (
     SPELL_BURST_SECONDS,
     SPELL_SHARE,
     WAITING_SECONDS,
-    Presence,
-    Spells,
-    Turnstile,
+    ActiveClients,
+    FairScheduler,
+    FairThreadPool,
 )
 
 MOST = 4
@@ -27,10 +27,10 @@ SOON = 20
 
 
 async def test_many_of_one_name_leave_each_turn_to_others() -> None:
-    turnstile, order = Turnstile(MOST, Presence()), list[str]()
+    scheduler, order = FairScheduler(MOST, ActiveClients()), list[str]()
 
     async def enter(name: str) -> None:
-        await turnstile.enter(name)
+        await scheduler.enter(name)
         order.append(name)
 
     async with trio.open_nursery() as nursery:
@@ -54,10 +54,14 @@ class Turns(trio.abc.Instrument):
 
 
 async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_names() -> None:
-    turnstile, turns, passed = Turnstile(64, Presence()), Turns(), Counter[tuple[int, str]]()
+    scheduler, turns, passed = (
+        FairScheduler(64, ActiveClients()),
+        Turns(),
+        Counter[tuple[int, str]](),
+    )
 
     async def enter(name: str, cost: int) -> None:
-        await turnstile.enter(name, cost)
+        await scheduler.enter(name, cost)
         passed[turns.now, name] += cost
 
     trio.lowlevel.add_instrument(turns)
@@ -76,13 +80,13 @@ async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_na
 async def test_more_passes_in_a_turn_while_no_others_are_about(
     asks: str | None, most: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    presence, turns, passed = Presence(), Turns(), Counter[int]()
-    turnstile = Turnstile(MOST, presence, alone=4)
+    active_clients, turns, passed = ActiveClients(), Turns(), Counter[int]()
+    scheduler = FairScheduler(MOST, active_clients, alone=4)
     if asks is not None:
-        presence.saw(asks)
+        active_clients.saw(asks)
 
     async def enter() -> None:
-        await turnstile.enter("flood")
+        await scheduler.enter("flood")
         passed[turns.now] += 1
 
     trio.lowlevel.add_instrument(turns)
@@ -95,25 +99,25 @@ async def test_more_passes_in_a_turn_while_no_others_are_about(
 
 
 async def test_one_that_costs_more_than_all_may_passes_alone() -> None:
-    turnstile = Turnstile(MOST, Presence())
+    scheduler = FairScheduler(MOST, ActiveClients())
     for _ in range(10):
-        await turnstile.enter("name", 100 * MOST)
+        await scheduler.enter("name", 100 * MOST)
 
 
 async def test_who_comes_alone_does_not_wait() -> None:
-    turnstile = Turnstile(MOST, Presence())
+    scheduler = FairScheduler(MOST, ActiveClients())
     for _ in range(3):
         with trio.CancelScope() as scope:
             scope.cancel()
-            await turnstile.enter("one")  # has no checkpoint
+            await scheduler.enter("one")  # has no checkpoint
         assert not scope.cancelled_caught
 
 
 async def test_who_is_cancelled_holds_up_nobody() -> None:
-    turnstile, entered = Turnstile(MOST, Presence()), list[int]()
+    scheduler, entered = FairScheduler(MOST, ActiveClients()), list[int]()
 
     async def enter(number: int) -> None:
-        await turnstile.enter("name")
+        await scheduler.enter("name")
         entered.append(number)
 
     async with trio.open_nursery() as nursery:
@@ -130,13 +134,13 @@ async def test_who_is_cancelled_holds_up_nobody() -> None:
 async def test_what_a_turn_has_set_going_ends_before_the_next_begins(
     mock_clock: trio.testing.MockClock,
 ) -> None:
-    presence = Presence()
-    turnstile, active, most_active = Turnstile(MOST, presence), 0, 0
-    presence.saw("quiet")
+    active_clients = ActiveClients()
+    scheduler, active, most_active = FairScheduler(MOST, active_clients), 0, 0
+    active_clients.saw("quiet")
 
     async def request() -> None:
         nonlocal active, most_active
-        await turnstile.enter("flood")
+        await scheduler.enter("flood")
         active += 1
         most_active = max(most_active, active)
         for _ in range(10):
@@ -151,12 +155,12 @@ async def test_what_a_turn_has_set_going_ends_before_the_next_begins(
 
 
 async def test_who_is_alone_waits_for_nothing(mock_clock: trio.testing.MockClock) -> None:
-    presence, turns = Presence(), Turns()
-    turnstile = Turnstile(MOST, presence)
-    presence.saw("flood")
+    active_clients, turns = ActiveClients(), Turns()
+    scheduler = FairScheduler(MOST, active_clients)
+    active_clients.saw("flood")
 
     async def request() -> None:
-        await turnstile.enter("flood")
+        await scheduler.enter("flood")
         for _ in range(10):
             await trio.lowlevel.checkpoint()
 
@@ -171,20 +175,20 @@ async def test_who_is_alone_waits_for_nothing(mock_clock: trio.testing.MockClock
 async def test_a_busy_loop_keeps_nobody_waiting_for_good(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    presence = Presence()
-    turnstile = Turnstile(MOST, presence)
+    active_clients = ActiveClients()
+    scheduler = FairScheduler(MOST, active_clients)
 
     async def be_busy() -> None:
         while True:
             await trio.lowlevel.checkpoint()
             autojump_clock.jump(0.001)
-            presence.saw("quiet")
+            active_clients.saw("quiet")
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(be_busy)
         async with trio.open_nursery() as flood:
             for _ in range(10 * MOST):
-                flood.start_soon(turnstile.enter, "flood")
+                flood.start_soon(scheduler.enter, "flood")
         nursery.cancel_scope.cancel()
     assert autojump_clock.current_time() < 10 * 2 * MAX_REST_SECONDS + 0.1
 
@@ -193,49 +197,49 @@ async def test_who_waits_for_an_answer_is_about_for_a_while(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     del autojump_clock
-    presence, others = Presence(), ("flood",)
-    with presence.served("quiet"), presence.served("flood"):
-        with presence.served("quiet"):
+    active_clients, others = ActiveClients(), ("flood",)
+    with active_clients.served("quiet"), active_clients.served("flood"):
+        with active_clients.served("quiet"):
             await trio.sleep(RECENT_SECONDS)
         await trio.sleep(WAITING_SECONDS - RECENT_SECONDS - 0.1)
-        assert presence.of_others(others)
+        assert active_clients.of_others(others)
         await trio.sleep(0.2)
-        assert not presence.of_others(others)
-    assert presence.of_others(others), "it may ask for more"
+        assert not active_clients.of_others(others)
+    assert active_clients.of_others(others), "it may ask for more"
     await trio.sleep(RECENT_SECONDS + 0.1)
-    assert not presence.of_others(others)
+    assert not active_clients.of_others(others)
 
 
 async def test_who_has_come_is_about_for_a_moment_but_not_for_the_line_that_let_it_in(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     del autojump_clock
-    presence = Presence()
-    presence.came("ann", " here")
-    assert presence.of_others(())
-    assert presence.of_others((" there", "bob"))
-    assert not presence.of_others(("ann",))
-    assert not presence.of_others((" here",))
-    presence.came("ann", " there")
-    assert not presence.of_others((" here",)), "by whichever line it came besides"
-    presence.came("bob", " there")
-    assert presence.of_others((" here",))
+    active_clients = ActiveClients()
+    active_clients.came("ann", " here")
+    assert active_clients.of_others(())
+    assert active_clients.of_others((" there", "bob"))
+    assert not active_clients.of_others(("ann",))
+    assert not active_clients.of_others((" here",))
+    active_clients.came("ann", " there")
+    assert not active_clients.of_others((" here",)), "by whichever line it came besides"
+    active_clients.came("bob", " there")
+    assert active_clients.of_others((" here",))
     await trio.sleep(RECENT_SECONDS + 0.1)
-    assert not presence.of_others(())
+    assert not active_clients.of_others(())
 
 
 async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """One request after the other, each a millisecond of the loop."""
-    presence = Presence()
-    turnstile = Turnstile(MOST, presence, rate=100)
+    active_clients = ActiveClients()
+    scheduler = FairScheduler(MOST, active_clients, rate=100)
 
     async def seconds_of(requests: int, *, beside: str = "flood") -> float:
         began = autojump_clock.current_time()
         for _ in range(requests):
-            presence.saw(beside)
-            await turnstile.enter("flood")
+            active_clients.saw(beside)
+            await scheduler.enter("flood")
             autojump_clock.jump(0.001)
             await trio.lowlevel.checkpoint()
         return autojump_clock.current_time() - began
@@ -248,18 +252,18 @@ async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
 
 
 async def test_who_gives_up_waiting_owes_nothing(autojump_clock: trio.testing.MockClock) -> None:
-    presence = Presence()
-    turnstile = Turnstile(MOST, presence, rate=100)
-    presence.saw("quiet")
+    active_clients = ActiveClients()
+    scheduler = FairScheduler(MOST, active_clients, rate=100)
+    active_clients.saw("quiet")
     for _ in range(int(100 * BURST_SECONDS)):
-        await turnstile.enter("flood")
+        await scheduler.enter("flood")
         await trio.lowlevel.checkpoint()
     for _ in range(1000):
         with trio.CancelScope() as scope:
             scope.cancel()
-            await turnstile.enter("flood")
+            await scheduler.enter("flood")
     began = autojump_clock.current_time()
-    await turnstile.enter("flood")
+    await scheduler.enter("flood")
     assert autojump_clock.current_time() - began < 0.1
 
 
@@ -267,42 +271,42 @@ async def test_who_gives_up_in_the_line_owes_nothing(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Its rate had let it pass, and the turn had no place left."""
-    presence = Presence()
-    turnstile = Turnstile(MOST, presence, rate=100)
-    presence.saw("quiet")
+    active_clients = ActiveClients()
+    scheduler = FairScheduler(MOST, active_clients, rate=100)
+    active_clients.saw("quiet")
     burst = int(100 * BURST_SECONDS)
     async with trio.open_nursery() as nursery:
         for _ in range(burst):
-            nursery.start_soon(turnstile.enter, "flood")
+            nursery.start_soon(scheduler.enter, "flood")
         await trio.testing.wait_all_tasks_blocked()
-        assert turnstile._waiting, "the control: some stand in line"
+        assert scheduler._waiting, "the control: some stand in line"
         nursery.cancel_scope.cancel()
     began = autojump_clock.current_time()
     for _ in range(burst - MOST):
-        await turnstile.enter("flood")
+        await scheduler.enter("flood")
     assert autojump_clock.current_time() - began < 0.1
 
 
 async def test_floods_of_several_kinds_rest_together(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    presence = Presence()
-    turnstiles = [Turnstile(1, presence), Turnstile(1, presence)]
+    active_clients = ActiveClients()
+    turnstiles = [FairScheduler(1, active_clients), FairScheduler(1, active_clients)]
     worked = 0.0
-    presence.saw("quiet")
+    active_clients.saw("quiet")
 
-    async def request(turnstile: Turnstile, steps: int) -> None:
+    async def request(scheduler: FairScheduler, steps: int) -> None:
         nonlocal worked
-        await turnstile.enter("flood")
+        await scheduler.enter("flood")
         for _ in range(steps):
             autojump_clock.jump(0.0002)
             worked += 0.0002
             await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as nursery:
-        for turnstile, steps in zip(turnstiles, (1, 5), strict=True):
+        for scheduler, steps in zip(turnstiles, (1, 5), strict=True):
             for _ in range(200):
-                nursery.start_soon(request, turnstile, steps)
+                nursery.start_soon(request, scheduler, steps)
         await trio.sleep(0.2)
         assert worked == pytest.approx(0.2 / (1 + REST), rel=0.1)
         nursery.cancel_scope.cancel()
@@ -319,12 +323,12 @@ async def test_who_asks_for_one_spell_stands_behind_one_of_each_name(
     mock_clock: trio.testing.MockClock,
 ) -> None:
     assert mock_clock.rate == 0, "by it no account comes into credit again, however long it takes"
-    spells, order = Spells(Presence()), list[str]()
+    thread_pool, order = FairThreadPool(ActiveClients()), list[str]()
     for name in ("flood", "other flood", "quiet"):
-        await spells.run(name, burn)
+        await thread_pool.run(name, burn)
 
     async def work(name: str) -> None:
-        await spells.run(name, order.append, name)
+        await thread_pool.run(name, order.append, name)
 
     async with trio.open_nursery() as nursery:
         for name in ("flood", "other flood"):
@@ -339,9 +343,9 @@ async def test_who_asks_for_one_spell_stands_behind_one_of_each_name(
 async def test_who_has_worked_little_waits_neither_for_others_work_nor_for_their_rest(
     mock_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
-    presence, begun, end = Presence(), threading.Event(), threading.Event()
-    spells = Spells(presence)
-    await spells.run("flood", burn)
+    active_clients, begun, end = ActiveClients(), threading.Event(), threading.Event()
+    thread_pool = FairThreadPool(active_clients)
+    await thread_pool.run("flood", burn)
 
     def work() -> None:
         begun.set()
@@ -349,16 +353,18 @@ async def test_who_has_worked_little_waits_neither_for_others_work_nor_for_their
 
     async def check_begins_at_once(name: str) -> None:
         done = threading.Event()
-        nursery.start_soon(spells.run, name, done.set)
+        nursery.start_soon(thread_pool.run, name, done.set)
         assert await trio.to_thread.run_sync(done.wait, SOON)
 
-    nursery.start_soon(spells.run, "flood", work)
+    nursery.start_soon(thread_pool.run, "flood", work)
     assert await trio.to_thread.run_sync(begun.wait, SOON)
     await check_begins_at_once("quiet")
     mock_clock.jump(1)
-    presence.saw("quiet")
+    active_clients.saw("quiet")
     begun.clear()
-    nursery.start_soon(spells.run, "flood", begun.set)  # after a rest, which only a jump can end
+    nursery.start_soon(
+        thread_pool.run, "flood", begun.set
+    )  # after a rest, which only a jump can end
     end.set()
     await trio.testing.wait_all_tasks_blocked(0.01)
     await check_begins_at_once("quiet")
@@ -368,7 +374,7 @@ async def test_who_has_worked_little_waits_neither_for_others_work_nor_for_their
 
 
 async def test_one_name_has_one_spell_at_a_time() -> None:
-    spells, active, most = Spells(Presence()), 0, 0
+    thread_pool, active, most = FairThreadPool(ActiveClients()), 0, 0
 
     def work() -> None:
         nonlocal active, most
@@ -379,16 +385,16 @@ async def test_one_name_has_one_spell_at_a_time() -> None:
 
     async with trio.open_nursery() as nursery:
         for _ in range(10):
-            nursery.start_soon(spells.run, "name", work)
+            nursery.start_soon(thread_pool.run, "name", work)
     assert most == 1
 
 
 async def test_names_that_have_rested_are_forgotten(autojump_clock: trio.testing.MockClock) -> None:
     assert autojump_clock is not None
-    spells = Spells(Presence())
+    thread_pool = FairThreadPool(ActiveClients())
     for number in range(3):
-        await spells.run(f"name {number}", burn)
-    assert len(spells._accounts) == 3
+        await thread_pool.run(f"name {number}", burn)
+    assert len(thread_pool._accounts) == 3
     await trio.sleep(3 * SPELL_BURST_SECONDS / SPELL_SHARE)
-    await spells.run("quiet", int)
-    assert list(spells._accounts) == ["quiet"]
+    await thread_pool.run("quiet", int)
+    assert list(thread_pool._accounts) == ["quiet"]

@@ -6,7 +6,7 @@ import trio.testing
 from attrs import define, field
 
 from jobworker.errors import JobworkerError
-from jobworker.server.fairness.handshake_lottery import TURN_SECONDS, Turns
+from jobworker.server.fairness.handshake_lottery import TURN_SECONDS, HandshakeLottery
 
 
 @define(eq=False)
@@ -26,27 +26,27 @@ class Client:
         self.told = why
         self.scope.cancel()
 
-    async def wait(self, turns: Turns) -> None:
+    async def wait(self, lottery: HandshakeLottery) -> None:
         with self.scope:
-            await turns.take(self)
+            await lottery.take(self)
             self.had_turn_at = trio.current_time()
 
 
-async def waiting(turns: Turns, nursery: trio.Nursery, count: int) -> list[Client]:
+async def waiting(lottery: HandshakeLottery, nursery: trio.Nursery, count: int) -> list[Client]:
     """So many that have come one after the other, after a turn that has just been taken."""
-    await Client("before").wait(turns)
+    await Client("before").wait(lottery)
     clients = [Client(str(number)) for number in range(count)]
     for client in clients:
-        nursery.start_soon(client.wait, turns)
+        nursery.start_soon(client.wait, lottery)
         await trio.testing.wait_all_tasks_blocked()
     return clients
 
 
 async def test_each_has_its_turn_alone(autojump_clock: object) -> None:
-    turns = Turns()
+    lottery = HandshakeLottery()
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
-        clients = await waiting(turns, nursery, 20)
+        clients = await waiting(lottery, nursery, 20)
     had = sorted(client.had_turn_at or 0 for client in clients)
     assert had == pytest.approx([began + TURN_SECONDS * (n + 1) for n in range(20)])
 
@@ -55,18 +55,18 @@ async def test_last_may_be_the_first(
     autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("random.randrange", lambda end: end - 1)
-    turns = Turns()
+    lottery = HandshakeLottery()
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
-        clients = await waiting(turns, nursery, 20)
+        clients = await waiting(lottery, nursery, 20)
     assert clients[-1].had_turn_at == pytest.approx(began + TURN_SECONDS)
 
 
 async def test_who_has_gone_costs_no_turn(autojump_clock: object) -> None:
-    turns = Turns()
+    lottery = HandshakeLottery()
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
-        clients = await waiting(turns, nursery, 20)
+        clients = await waiting(lottery, nursery, 20)
         for client in clients[:-1]:
             client.gone = True
     assert clients[-1].had_turn_at is not None
@@ -75,8 +75,8 @@ async def test_who_has_gone_costs_no_turn(autojump_clock: object) -> None:
 
 
 async def test_turn_of_who_gives_up_is_not_lost(autojump_clock: object) -> None:
-    turns = Turns()
+    lottery = HandshakeLottery()
     async with trio.open_nursery() as nursery:
-        clients = await waiting(turns, nursery, 3)
+        clients = await waiting(lottery, nursery, 3)
         clients[0].scope.cancel()  # it waits for the time of the next
     assert all(client.had_turn_at for client in clients[1:])

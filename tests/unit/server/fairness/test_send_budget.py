@@ -5,15 +5,15 @@ from contextlib import AsyncExitStack
 import trio
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.server.fairness.fair_scheduling import Presence
-from jobworker.server.fairness.send_budget import LEAST_BYTES, TURN_BYTES, Traffic
+from jobworker.server.fairness.fair_scheduling import ActiveClients
+from jobworker.server.fairness.send_budget import LEAST_BYTES, TURN_BYTES, SendBudget
 
 
 async def test_few_send_large_pieces_and_many_small_ones() -> None:
-    traffic = Traffic(Presence())
+    send_budget = SendBudget(ActiveClients())
     async with AsyncExitStack() as sending:
         shares = [
-            await sending.enter_async_context(traffic.share(str(number % 7)))
+            await sending.enter_async_context(send_budget.share(str(number % 7)))
             for number in range(1000)
         ]
         assert shares == sorted(shares, reverse=True)
@@ -21,15 +21,15 @@ async def test_few_send_large_pieces_and_many_small_ones() -> None:
         assert shares[-1] == LEAST_BYTES
         for number, share in enumerate(shares, 1):
             assert share == LEAST_BYTES or share * number <= TURN_BYTES
-    async with traffic.share("alone") as alone:
+    async with send_budget.share("alone") as alone:
         assert alone == PIECE_BYTES
 
 
 async def test_who_gives_up_counts_no_longer() -> None:
-    traffic = Traffic(Presence())
+    send_budget = SendBudget(ActiveClients())
 
     async def send() -> None:
-        async with traffic.share("name"):
+        async with send_budget.share("name"):
             await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
@@ -38,5 +38,5 @@ async def test_who_gives_up_counts_no_longer() -> None:
         await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
-    async with traffic.share("alone") as alone:
+    async with send_budget.share("alone") as alone:
         assert alone == PIECE_BYTES

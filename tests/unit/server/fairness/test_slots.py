@@ -7,8 +7,13 @@ import trio
 import trio.testing
 
 from jobworker.errors import TooSlow
-from jobworker.server.fairness.fair_scheduling import Presence
-from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, Slots, Statistics
+from jobworker.server.fairness.fair_scheduling import ActiveClients
+from jobworker.server.fairness.slots import (
+    LARGE_BYTES,
+    LEAST_BYTES_PER_SECOND,
+    Slots,
+    SlotStatistics,
+)
 from jobworker.server.requests.read_backpressure import ReadBackpressure
 
 
@@ -20,7 +25,7 @@ async def test_a_name_has_its_part_and_waits_for_itself_alone() -> None:
     with trio.fail_after(1):
         await slots.take("quiet")
     assert not slots.take_nowait("third")
-    assert slots.statistics() == Statistics(taken=3, waiting=0)
+    assert slots.statistics() == SlotStatistics(taken=3, waiting=0)
 
 
 async def test_last_quarter_is_for_names_that_have_none() -> None:
@@ -44,7 +49,7 @@ async def test_name_that_gave_its_only_slot_back_may_have_one_of_the_last_quarte
         with trio.move_on_after(1):
             while slots.statistics().waiting:
                 await trio.lowlevel.checkpoint()
-        assert slots.statistics() == Statistics(taken=13, waiting=0)
+        assert slots.statistics() == SlotStatistics(taken=13, waiting=0)
 
 
 async def test_free_slot_goes_to_the_first_that_may_have_it(autojump_clock: object) -> None:
@@ -61,7 +66,7 @@ async def test_free_slot_goes_to_the_first_that_may_have_it(autojump_clock: obje
             nursery.start_soon(have, name)
             await trio.testing.wait_all_tasks_blocked()
     assert order in (["a", "b", "a", "c"], ["a", "b", "c", "a"])
-    assert slots.statistics() == Statistics(taken=0, waiting=0)
+    assert slots.statistics() == SlotStatistics(taken=0, waiting=0)
 
 
 async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> None:
@@ -73,7 +78,7 @@ async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> Non
     await slots.take("a")
     with trio.move_on_after(1):
         await slots.take("b")
-    assert slots.statistics() == Statistics(taken=1, waiting=0)
+    assert slots.statistics() == SlotStatistics(taken=1, waiting=0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(have, "b")
         await trio.testing.wait_all_tasks_blocked()
@@ -86,8 +91,8 @@ async def test_who_gives_up_leaves_no_slot_behind(autojump_clock: object) -> Non
 async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
     one, other = (
-        ReadBackpressure(slots, "a", 60, Presence()),
-        ReadBackpressure(slots, "a", 60, Presence()),
+        ReadBackpressure(slots, "a", 60, ActiveClients()),
+        ReadBackpressure(slots, "a", 60, ActiveClients()),
     )
     assert await one.wait_for_room(LARGE_BYTES) == math.inf
     assert await one.wait_for_room(LARGE_BYTES + 1) == 60
@@ -101,19 +106,19 @@ async def test_large_message_takes_a_slot_until_it_is_served(autojump_clock: obj
     assert await one.wait_for_room(0) == math.inf
     assert await other.wait_for_room(LARGE_BYTES + 1) == 60
     other.close()
-    assert slots.statistics() == Statistics(taken=0, waiting=0)
+    assert slots.statistics() == SlotStatistics(taken=0, waiting=0)
 
 
 async def test_connection_that_ends_while_it_waits_keeps_no_slot(autojump_clock: object) -> None:
     slots = Slots(in_all=1, for_each=1)
     await slots.take("a")
-    waiting = ReadBackpressure(slots, "a", 60, Presence())
+    waiting = ReadBackpressure(slots, "a", 60, ActiveClients())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(waiting.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()
         waiting.close()
         slots.give_back("a")
-    assert slots.statistics() == Statistics(taken=0, waiting=0)
+    assert slots.statistics() == SlotStatistics(taken=0, waiting=0)
 
 
 async def test_slot_that_is_given_to_who_was_just_cancelled_is_not_lost() -> None:
@@ -132,7 +137,7 @@ async def test_slot_is_held_for_a_bounded_time_where_somebody_waits(
     autojump_clock: object, nursery: trio.Nursery, is_wanted: bool
 ) -> None:
     slots = Slots(1, 1)
-    backpressure, size = ReadBackpressure(slots, "a", 60, Presence()), LARGE_BYTES + 1
+    backpressure, size = ReadBackpressure(slots, "a", 60, ActiveClients()), LARGE_BYTES + 1
     began = trio.current_time()
     await backpressure.wait_for_room(size)
     if is_wanted:
@@ -169,7 +174,7 @@ async def test_message_that_comes_at_a_rate_has_its_time(
     autojump_clock: object, nursery: trio.Nursery
 ) -> None:
     slots = Slots(1, 1)
-    backpressure, size = ReadBackpressure(slots, "a", 60, Presence()), LARGE_BYTES + 1
+    backpressure, size = ReadBackpressure(slots, "a", 60, ActiveClients()), LARGE_BYTES + 1
     await backpressure.wait_for_room(size)
     nursery.start_soon(slots.take, "b")
     for _ in range(1000):
@@ -185,7 +190,7 @@ async def test_message_that_comes_at_a_rate_has_its_time(
 async def test_reading_is_paused_while_a_slot_is_waited_for(autojump_clock: object) -> None:
     slots = Slots(1, 1)
     await slots.take("a")
-    backpressure = ReadBackpressure(slots, "a", 60, Presence())
+    backpressure = ReadBackpressure(slots, "a", 60, ActiveClients())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(backpressure.wait_for_room, LARGE_BYTES + 1)
         await trio.testing.wait_all_tasks_blocked()

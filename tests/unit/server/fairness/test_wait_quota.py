@@ -3,20 +3,20 @@
 import pytest
 
 from jobworker.errors import TooManyFollows, TooManyRequests
-from jobworker.server.fairness.wait_quota import Crowds
+from jobworker.server.fairness.wait_quota import WaitQuota
 
 
 def test_each_name_has_so_many_at_a_time() -> None:
-    crowds = Crowds(2)
-    crowds.take("ann", TooManyFollows)
-    with crowds.one_more("ann"):
+    waits = WaitQuota(2)
+    waits.take("ann", TooManyFollows)
+    with waits.one_more("ann"):
         with pytest.raises(TooManyFollows, match="ann does so 2 times already"):
-            crowds.take("ann", TooManyFollows)
-        with pytest.raises(TooManyRequests), crowds.one_more("ann"):
+            waits.take("ann", TooManyFollows)
+        with pytest.raises(TooManyRequests), waits.one_more("ann"):
             pytest.fail("it is beyond the bound")
-        crowds.take("bob", TooManyFollows)
-    with crowds.one_more("ann"):
+        waits.take("bob", TooManyFollows)
+    with waits.one_more("ann"):
         pass
-    crowds.give_back("ann")
-    crowds.give_back("bob")
-    assert not crowds._counts
+    waits.give_back("ann")
+    waits.give_back("bob")
+    assert not waits._counts

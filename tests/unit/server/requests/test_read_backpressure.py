@@ -3,14 +3,14 @@
 import trio
 import trio.testing
 
-from jobworker.server.fairness.fair_scheduling import Presence
+from jobworker.server.fairness.fair_scheduling import ActiveClients
 from jobworker.server.fairness.slots import LARGE_BYTES, Slots
 from jobworker.server.requests.read_backpressure import ReadBackpressure
 
 
 async def test_client_counts_as_not_read_until_the_last_reason_is_gone() -> None:
     """Else its answer to a ping, which nobody reads, would be missed."""
-    backpressure = ReadBackpressure(Slots(2, 2), "name", 60, Presence())
+    backpressure = ReadBackpressure(Slots(2, 2), "name", 60, ActiveClients())
     async with trio.open_nursery() as nursery:
         with backpressure.pause():
             backpressure.begin()
