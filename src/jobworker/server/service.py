@@ -54,9 +54,9 @@ from jobworker.server.reporting.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.requests.operations import OperationContext
 from jobworker.server.startup.preparation import Prepared
 from jobworker.server.startup.reload import (
-    Reloading,
+    ReloadContext,
+    report_reader_end,
     serve_reloads,
-    tell_of_readers_end,
     warn_of_expiry_daily,
 )
 
@@ -200,9 +200,9 @@ async def _serve_until_signal(
             nursery.start_soon(listener.serve)
             warn_daily = partial(warn_of_expiry_daily, prepared.reader)
             nursery.start_soon(incidents.keep_running, "expiry", warn_daily)
-            tell_end = partial(tell_of_readers_end, prepared.reader, prepared.notifier, auditor)
+            tell_end = partial(report_reader_end, prepared.reader, prepared.notifier, auditor)
             nursery.start_soon(incidents.keep_running, "reader", tell_end)
-            reloading = Reloading(
+            reloading = ReloadContext(
                 reader=prepared.reader,
                 door=clients,
                 notifier=prepared.notifier,

@@ -2,10 +2,10 @@
 
 import sys
 
-from jobworker.server.startup.process_setup import keep_hangups
+from jobworker.server.startup.process_setup import defer_hangups
 
 if sys.argv[1:2] in (["serve"], ["launcher"]):
-    keep_hangups()  # a SIGHUP may arrive during the imports below, which take tenths of a second
+    defer_hangups()  # a SIGHUP may arrive during the imports below, which take tenths of a second
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +38,9 @@ def worker() -> None:
 )
 async def serve(config: Path | None, launcher_socket: Path | None) -> None:
     """Serve clients until SIGTERM or SIGINT."""
-    from jobworker.server.startup.process_setup import begin, ignore_hangups
+    from jobworker.server.startup.process_setup import ignore_hangups, set_up_process
 
-    stderr = begin()  # before the other imports, which take tenths of a second
+    stderr = set_up_process()  # before the other imports, which take tenths of a second
     settings = _settings(config, launcher_socket)  # a bad configuration is refused before them
 
     from jobworker.server.host import memory
@@ -72,9 +72,9 @@ async def launcher(config: Path | None, launcher_socket: Path | None) -> None:
     A service uses this launcher if its configuration names the socket (launcher.socket). Launcher
     and service read the same configuration.
     """
-    from jobworker.server.startup.process_setup import begin, ignore_hangups
+    from jobworker.server.startup.process_setup import ignore_hangups, set_up_process
 
-    begin()
+    set_up_process()
     ignore_hangups()  # a launcher does not reload its configuration
 
     from jobworker.server.startup.launcher import become_launcher

@@ -257,7 +257,7 @@ class StandardError(io.TextIOBase):
             self._queued_bytes += len(data)
 
 
-def be_patient() -> StandardError:
+def replace_standard_error() -> StandardError:
     """Replace `sys.stderr` by a `StandardError` for the rest of the process, and return it."""
     stream = StandardError()
     sys.stderr = stream

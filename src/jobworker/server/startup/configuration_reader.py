@@ -38,20 +38,20 @@ _FILES = tuple(attribute.name for attribute in attrs.fields(ServerFiles))
 
 
 @frozen
-class Reading:
+class ConfigurationSnapshot:
     """The current contents of the files."""
 
     settings: Settings
     files: ServerFiles
 
 
-def read_configured(config: Path | None) -> Reading:
+def read_configured(config: Path | None) -> ConfigurationSnapshot:
     """Read the settings (the defaults if there is no file) and the files that they name.
 
     Raises ConfigError and CredentialsUnusable.
     """
     settings = Settings() if config is None else load(config)
-    return Reading(settings, configured_files(settings.security))
+    return ConfigurationSnapshot(settings, configured_files(settings.security))
 
 
 def configured_files(security: SecuritySettings) -> ServerFiles:
@@ -65,14 +65,14 @@ def configured_files(security: SecuritySettings) -> ServerFiles:
 
 
 @define(eq=False)
-class Reader:
+class ConfigurationReader:
     """The service's side of the reader: asks its process to read, and checks that it lives."""
 
     _socket: socket.socket
     _pid: int
     _asking: trio.Lock = field(factory=trio.Lock)
 
-    async def read(self) -> Reading:
+    async def read(self) -> ConfigurationSnapshot:
         """Ask the reader to read the files, and return their contents.
 
         Raises what `read_configured` raises, and ConfigError if the reader is gone or stuck.
@@ -80,7 +80,7 @@ class Reader:
         async with self._asking:
             return await self._read()
 
-    async def _read(self) -> Reading:
+    async def _read(self) -> ConfigurationSnapshot:
         silent = ConfigError(
             "cannot read the configuration again: the process that may read it is gone or stuck",
             remedy="start the service anew",
@@ -120,7 +120,7 @@ class Reader:
             time.sleep(0.01)
 
 
-def start_reader(config: Path | None) -> Reader:
+def start_configuration_reader(config: Path | None) -> ConfigurationReader:
     """Fork the reader. Call it as root, before there are threads, locks or listeners."""
     path = None if config is None else config.absolute()
     near, far = socket.socketpair()
@@ -133,7 +133,7 @@ def start_reader(config: Path | None) -> Reader:
             os._exit(1)
     far.close()
     near.setblocking(False)
-    return Reader(near, pid)
+    return ConfigurationReader(near, pid)
 
 
 def _become_reader(sock: socket.socket, config: Path | None, service: int) -> NoReturn:
@@ -172,7 +172,7 @@ def _answer(config: Path | None) -> str:
     return dumps({"settings": unstructure(reading.settings), "files": files})
 
 
-def _understand(text: str) -> Reading:
+def _understand(text: str) -> ConfigurationSnapshot:
     answer = loads(text)
     assert isinstance(answer, dict)
     if "error" in answer:
@@ -182,7 +182,7 @@ def _understand(text: str) -> Reading:
         name: PemFile(Path(path), base64.b64decode(content))
         for name, (path, content) in answer["files"].items()
     }
-    return Reading(structure(Settings, answer["settings"]), ServerFiles(**files))
+    return ConfigurationSnapshot(structure(Settings, answer["settings"]), ServerFiles(**files))
 
 
 async def _exactly(stream: trio.SocketStream, count: int) -> bytes:

@@ -40,7 +40,11 @@ from jobworker.server.host.id_ranges import lock_ids, lock_own_id, own_id
 from jobworker.server.host.process_limits import lift_file_size_limit, raise_descriptor_limit
 from jobworker.server.host.service_user import launcher_ids, service_ids
 from jobworker.server.reporting.notify import Notifier
-from jobworker.server.startup.configuration_reader import Reader, configured_files, start_reader
+from jobworker.server.startup.configuration_reader import (
+    ConfigurationReader,
+    configured_files,
+    start_configuration_reader,
+)
 from jobworker.server.startup.state_directory import (
     LEAVING_SECONDS,
     holds,
@@ -64,7 +68,7 @@ class Prepared:
     configured: Settings
     """The settings as they were read; a reload compares with them."""
     fittings: TlsState
-    reader: Reader
+    reader: ConfigurationReader
     listeners: tuple[socket.socket, ...]
     """Bound sockets that do not listen yet."""
     launcher: OpenedLauncher
@@ -98,7 +102,9 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
     exposed = key_mode_warning(Path(settings.security.server_key))
     service_ids(settings)  # raises if there is no such user, before any change
     with ExitStack() as undo:
-        reader = start_reader(config)  # first: it must not inherit descriptors opened below
+        reader = start_configuration_reader(
+            config
+        )  # first: it must not inherit descriptors opened below
         undo.callback(reader.close)
         state = Path(settings.worker.state_dir)
         configured, opened = settings, None

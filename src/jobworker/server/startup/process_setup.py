@@ -9,7 +9,7 @@ process.
 import os
 import signal
 
-from jobworker.server.reporting.standard_error import StandardError, be_patient
+from jobworker.server.reporting.standard_error import StandardError, replace_standard_error
 
 UMASK = 0o022
 """Other users may read files and pass directories; secret ones get a mode of their own."""
@@ -19,22 +19,22 @@ class _Hangup:
     came = False
 
 
-def begin() -> StandardError:
+def set_up_process() -> StandardError:
     """Set the umask, keep SIGHUP for later, and replace standard error by one that does not wait.
 
     Returns the new standard error.
     """
     os.umask(UMASK)
-    keep_hangups()
-    return be_patient()
+    defer_hangups()
+    return replace_standard_error()
 
 
-def keep_hangups() -> None:
-    """Handle SIGHUP: it does not end the process, and `take_hangup` reports it later."""
+def defer_hangups() -> None:
+    """Handle SIGHUP: it does not end the process, and `take_deferred_hangup` reports it later."""
     signal.signal(signal.SIGHUP, _keep_hangup)
 
 
-def take_hangup() -> bool:
+def take_deferred_hangup() -> bool:
     """Whether a SIGHUP has come since the last call that no other code has handled."""
     came, _Hangup.came = _Hangup.came, False
     return came

@@ -25,8 +25,8 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.reporting.logs import set_up_logging
 from jobworker.server.reporting.notify import Notifier
-from jobworker.server.startup.configuration_reader import NAME, Reader
-from jobworker.server.startup.process_setup import take_hangup
+from jobworker.server.startup.configuration_reader import NAME, ConfigurationReader
+from jobworker.server.startup.process_setup import take_deferred_hangup
 from jobworker.threads import in_thread
 
 log = logging.getLogger("jobworker.server")
@@ -38,10 +38,10 @@ _FROM_THE_COMMAND_LINE = ("launcher",)
 
 
 @frozen(kw_only=True)
-class Reloading:
+class ReloadContext:
     """The parts of the service that a reload uses and changes."""
 
-    reader: Reader
+    reader: ConfigurationReader
     door: ConnectedClients
     notifier: Notifier
     auditor: Auditor
@@ -49,7 +49,7 @@ class Reloading:
 
 
 async def serve_reloads(
-    reloading: Reloading,
+    context: ReloadContext,
     settings: Settings,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -61,13 +61,13 @@ async def serve_reloads(
     """
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
-        if take_hangup():
-            await reload(reloading, settings)
+        if take_deferred_hangup():
+            await reload(context, settings)
         async for _ in signals:
-            await reload(reloading, settings)
+            await reload(context, settings)
 
 
-async def reload(reloading: Reloading, started_with: Settings) -> None:
+async def reload(context: ReloadContext, started_with: Settings) -> None:
     """Read the configuration and its files again, and use them from now on. Raises nothing.
 
     The log names the settings that differ from `started_with` and need a new start.
@@ -75,21 +75,21 @@ async def reload(reloading: Reloading, started_with: Settings) -> None:
     This is a boundary for faults: an exception would end the receiver of signals, and the next
     SIGHUP would end the process.
     """
-    notifier, auditor = reloading.notifier, reloading.auditor
+    notifier, auditor = context.notifier, context.auditor
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     await notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
     status = "reloaded"
     try:
-        reading = await reloading.reader.read()
+        reading = await context.reader.read()
         tls_state = await in_thread(TlsState.of, reading.files, reading.settings.security)
-        await reloading.door.refit(tls_state, role_table(reading.settings.roles))
+        await context.door.refit(tls_state, role_table(reading.settings.roles))
     except JobworkerError as error:
         status = REFUSED
         auditor.service("service.reload", error.name, error.message)
         log.error("cannot reload, so all stays as it was: %s", error)
     except Exception:  # noqa: BLE001 - recorded
         status = REFUSED
-        incident = reloading.incidents.record("reload")
+        incident = context.incidents.record("reload")
         auditor.service("service.reload", "internal", f"incident {incident}")
     else:
         settings = reading.settings
@@ -125,7 +125,9 @@ def warn_of_expiry(files: ServerFiles) -> None:
         log.warning("%s", warning)
 
 
-async def tell_of_readers_end(reader: Reader, notifier: Notifier, auditor: Auditor) -> NoReturn:
+async def report_reader_end(
+    reader: ConfigurationReader, notifier: Notifier, auditor: Auditor
+) -> NoReturn:
     """Log, audit and notify when the reader ends, since no reload is possible then; never returns.
 
     The service does not start the reader anew: that takes root's rights, which it has given up.
@@ -142,7 +144,7 @@ async def tell_of_readers_end(reader: Reader, notifier: Notifier, auditor: Audit
     raise AssertionError("unreachable")
 
 
-async def warn_of_expiry_daily(reader: Reader) -> None:
+async def warn_of_expiry_daily(reader: ConfigurationReader) -> None:
     """Log the warnings of `warn_of_expiry` once a day; never returns."""
     while True:
         await trio.sleep(DAY_SECONDS)

@@ -15,8 +15,8 @@ SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
 BEGIN = (
     f"import logging, sys; sys.path.insert(0, {SOURCE!r})\n"
     "from jobworker.server.reporting.logs import set_up_logging\n"
-    "from jobworker.server.reporting.standard_error import be_patient\n"
-    "stream = be_patient()\n"
+    "from jobworker.server.reporting.standard_error import replace_standard_error\n"
+    "stream = replace_standard_error()\n"
     "set_up_logging('INFO', 'text')\n"
     "log = logging.getLogger('jobworker.test')\n"
 )

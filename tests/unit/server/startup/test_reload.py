@@ -17,8 +17,8 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.authorization import Authorization
 from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.reporting.notify import Notifier
-from jobworker.server.startup.configuration_reader import Reader, configured_files
-from jobworker.server.startup.reload import REFUSED, Reloading, _waiting_for_a_start, reload
+from jobworker.server.startup.configuration_reader import ConfigurationReader, configured_files
+from jobworker.server.startup.reload import REFUSED, ReloadContext, _waiting_for_a_start, reload
 
 from ..conftest import drained
 
@@ -51,11 +51,11 @@ def door_of(certs: Path) -> ConnectedClients:
     return ConnectedClients(TlsState.of(configured_files(security), security), authorization)
 
 
-def reader_that_has_ended() -> Reader:
+def reader_that_has_ended() -> ConfigurationReader:
     near, far = socket.socketpair()
     far.close()
     near.setblocking(False)
-    return Reader(near, 0)
+    return ConfigurationReader(near, 0)
 
 
 async def test_supervisor_without_room_keeps_only_the_reload_waiting(
@@ -66,7 +66,7 @@ async def test_supervisor_without_room_keeps_only_the_reload_waiting(
     del autojump_clock
     notifier, supervisor, count = full
     history = History.open(tmp_path / "history.db")
-    reloading = Reloading(
+    context = ReloadContext(
         reader=reader_that_has_ended(),
         door=door_of(tmp_path / "certs"),
         notifier=notifier,
@@ -75,7 +75,7 @@ async def test_supervisor_without_room_keeps_only_the_reload_waiting(
     )
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reload, reloading, Settings())
+            nursery.start_soon(reload, context, Settings())
             await trio.testing.wait_all_tasks_blocked()
             drained(supervisor, count)
         assert supervisor.recv(100).startswith(b"RELOADING=1\n")
