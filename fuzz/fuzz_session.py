@@ -15,11 +15,11 @@ if atheris is not None:
     with atheris.instrument_imports():
         from jobworker.errors import NotFound, ProtocolError
         from jobworker.protocol import messages as m
-        from jobworker.protocol.session import Call, ClientSession, Reply, ServerSession
+        from jobworker.protocol.session import ClientSession, Reply, RpcRequest, ServerSession
 else:
     from jobworker.errors import NotFound, ProtocolError
     from jobworker.protocol import messages as m
-    from jobworker.protocol.session import Call, ClientSession, Reply, ServerSession
+    from jobworker.protocol.session import ClientSession, Reply, RpcRequest, ServerSession
 
 
 def one(data: bytes) -> None:
@@ -27,7 +27,7 @@ def one(data: bytes) -> None:
     client, server = ClientSession(), ServerSession(8)
     to_server: list[str] = []
     to_client: list[str] = []
-    calls: list[Call] = []
+    calls: list[RpcRequest] = []
     open_ids: set[object] = set()
     for step, about in zip(data[::2], data[1::2], strict=False):
         match step % 6:
@@ -37,7 +37,7 @@ def one(data: bytes) -> None:
                 to_server.append(message)
             case 1 if to_server:
                 received = server.receive(to_server.pop(about % len(to_server)))
-                if isinstance(received, Call):
+                if isinstance(received, RpcRequest):
                     calls.append(received)
                 elif received.message is not None:
                     to_client.append(received.message)

@@ -18,11 +18,11 @@ if atheris is not None:
     with atheris.instrument_imports():
         from jobworker.errors import JobworkerError
         from jobworker.protocol import messages as m
-        from jobworker.protocol.session import Call, ClientSession, ServerSession
+        from jobworker.protocol.session import ClientSession, RpcRequest, ServerSession
 else:
     from jobworker.errors import JobworkerError
     from jobworker.protocol import messages as m
-    from jobworker.protocol.session import Call, ClientSession, ServerSession
+    from jobworker.protocol.session import ClientSession, RpcRequest, ServerSession
 
 MAX_REFUSAL_BYTES = 20_000
 
@@ -50,7 +50,7 @@ def _decodes(part: bytes) -> bool:
 
 def _ask(server: ServerSession, message: str | bytes) -> None:
     received = server.receive(message)
-    if isinstance(received, Call):
+    if isinstance(received, RpcRequest):
         assert isinstance(received.params, received.method.params)
         assert received.answered or received.id is None
         json.loads(server.result(received.id, m.Nothing()).encode())

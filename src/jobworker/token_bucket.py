@@ -7,7 +7,7 @@ from attrs import Factory, define
 
 
 @define
-class Bucket:
+class TokenBucket:
     """A bucket that begins full and refills by `per_second` tokens a second, up to `burst`."""
 
     filled_at: float

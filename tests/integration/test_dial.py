@@ -31,7 +31,7 @@ from jobworker.pki.administration import init_authority
 from jobworker.pki.server_files import ServerFiles
 from jobworker.pki.tls import client_context, server_context
 from jobworker.protocol.methods import SUBPROTOCOL
-from jobworker.protocol.session import Call, ServerSession
+from jobworker.protocol.session import RpcRequest, ServerSession
 
 from ..unit.client.test_client import RECORD
 
@@ -384,7 +384,7 @@ async def answer_status(websocket: trio_websocket.WebSocketConnection) -> None:
     try:
         while True:
             call = session.receive(await websocket.get_message())
-            assert isinstance(call, Call)
+            assert isinstance(call, RpcRequest)
             await trio.sleep(0.2)
             await websocket.send_message(session.result(call.id, ended))
     except trio_websocket.ConnectionClosed:

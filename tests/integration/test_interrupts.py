@@ -23,7 +23,7 @@ from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
 from jobworker.pki.administration import init_authority
 from jobworker.protocol import messages as m
-from jobworker.protocol.session import Call, ServerSession
+from jobworker.protocol.session import RpcRequest, ServerSession
 
 from ..unit.client.test_client import RECORD
 from .test_dial import Site, listening, over_tls, upgraded
@@ -36,10 +36,10 @@ class Peer:
     _websocket: trio_websocket.WebSocketConnection
     session: ServerSession = field(factory=ServerSession)
 
-    async def call(self) -> Call:
+    async def call(self) -> RpcRequest:
         """The client's next call."""
         received = self.session.receive(await self._websocket.get_message())
-        assert isinstance(received, Call)
+        assert isinstance(received, RpcRequest)
         return received
 
     async def send(self, message: str) -> None:
@@ -47,7 +47,7 @@ class Peer:
         await self._websocket.send_message(message)
         await self._websocket.ping()
 
-    async def refuse(self, call: Call, why: str) -> None:
+    async def refuse(self, call: RpcRequest, why: str) -> None:
         await self.send(self.session.error(call.id, NotFound(why)))
 
 
@@ -152,7 +152,7 @@ async def test_stop_tells_what_has_come_and_names_the_jobs_that_are_being_stoppe
     site: Site,
 ) -> None:
     async def play(peer: Peer) -> None:
-        calls: dict[int, Call] = {}
+        calls: dict[int, RpcRequest] = {}
         while len(calls) < 4:
             call = await peer.call()
             assert isinstance(call.params, m.StopParams)
@@ -200,7 +200,7 @@ async def test_stop_that_a_service_on_its_way_out_refused_is_not_under_way(site:
 
 async def test_wait_tells_what_has_come(site: Site) -> None:
     async def play(peer: Peer) -> None:
-        calls: dict[int, Call] = {}
+        calls: dict[int, RpcRequest] = {}
         while len(calls) < 2:
             call = await peer.call()
             assert isinstance(call.params, m.JobParams)

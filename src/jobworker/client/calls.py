@@ -22,7 +22,7 @@ from attrs import define, field
 
 from jobworker.client.address import Address
 from jobworker.client.following import Following, copied
-from jobworker.client.rpc_connection import Link, LinkLost
+from jobworker.client.rpc_connection import RpcConnection, RpcConnectionLost
 from jobworker.errors import (
     Busy,
     CertificateRefused,
@@ -81,7 +81,7 @@ class _Tries:
         if self._on_asked is not None:
             self._on_asked(self.may_have_been_done or sent)
 
-    def lose(self, lost: LinkLost, name: str) -> None:
+    def lose(self, lost: RpcConnectionLost, name: str) -> None:
         """Record that the connection was lost. Raises if the call must not be retried."""
         self.may_have_been_done = self.may_have_been_done or lost.sent
         self._losses += lost.broke and name not in PATIENT
@@ -120,7 +120,7 @@ class Calls:
     _start_patience_seconds: float = 0
     _on_refused: Callable[[JobworkerError], None] | None = field(default=None, repr=False)
     _on_lost: Callable[[JobworkerError], None] | None = field(default=None, repr=False)
-    _link: Link | None = field(default=None, init=False, repr=False)
+    _rpc: RpcConnection | None = field(default=None, init=False, repr=False)
     _attempt: "_Attempt" = field(factory=_Attempt, init=False, repr=False)
     _wanted: trio.Event = field(factory=trio.Event, init=False, repr=False)
 
@@ -150,12 +150,12 @@ class Calls:
 
     async def open_following(self, params: m.LogParams) -> Following:
         """Open a subscription. It ends with the connection on which it is opened."""
-        link, result = await self._call("job.log", params, m.LogResult, _Tries())
-        return link.following(result.subscription, result.offset, result.starts)
+        rpc, result = await self._call("job.log", params, m.LogResult, _Tries())
+        return rpc.following(result.subscription, result.offset, result.starts)
 
     async def call_once(
         self, name: str, params: object, result: type[T], uncertain: str
-    ) -> tuple[Link, T]:
+    ) -> tuple[RpcConnection, T]:
         """Call a method that must not be executed twice.
 
         If the reply is lost and the server may have the request, raises ConnectionFailed with the
@@ -165,12 +165,12 @@ class Calls:
 
     async def _call(
         self, name: str, params: object, result: type[T], tries: _Tries
-    ) -> tuple[Link, T]:
+    ) -> tuple[RpcConnection, T]:
         while True:
-            link = await self._linked()
+            rpc = await self._linked()
             try:
-                return link, await link.call(name, params, result, tries.report_asked)
-            except LinkLost as lost:
+                return rpc, await rpc.call(name, params, result, tries.report_asked)
+            except RpcConnectionLost as lost:
                 tries.lose(lost, name)
                 if self._patience_seconds <= 0:
                     raise lost.reason from None
@@ -179,19 +179,19 @@ class Calls:
                 # Wait for a new connection: if a retry on this one lost its reply, the caller
                 # could not know whether the request was executed.
                 with trio.move_on_after(self._patience_seconds):
-                    await link.lost.wait()
-                if link.failure is None or self._patience_seconds <= 0:
+                    await rpc.lost.wait()
+                if rpc.failure is None or self._patience_seconds <= 0:
                     raise
 
-    async def _linked(self) -> Link:
+    async def _linked(self) -> RpcConnection:
         """Wait for a connection. Raises the reason if there is none."""
-        while self._link is None or self._link.failure is not None:
+        while self._rpc is None or self._rpc.failure is not None:
             attempt = self._attempt
             self._wanted.set()
             await attempt.decided.wait()
             if attempt.failure is not None:
                 raise copied(attempt.failure)
-        return self._link
+        return self._rpc
 
     # --- the task that keeps a connection ---------------------------------------------------
 
@@ -263,13 +263,13 @@ class Calls:
             except JobworkerError as error:  # raised after the nursery, which would wrap it
                 refusal = error
             else:
-                self._link = link = Link(connection)
-                nursery.start_soon(link.serve_writer)
-                nursery.start_soon(link.serve_reader)
+                self._rpc = rpc = RpcConnection(connection)
+                nursery.start_soon(rpc.serve_writer)
+                nursery.start_soon(rpc.serve_reader)
                 self._decide(None)
                 on_started()
-                await link.lost.wait()
-                failure = link.failure
+                await rpc.lost.wait()
+                failure = rpc.failure
             nursery.cancel_scope.cancel()
         if refusal is not None:
             raise refusal
@@ -296,15 +296,15 @@ class Calls:
         With `goodbye`, send a closing frame first, which takes at most a second. Without it, this
         does not wait.
         """
-        if goodbye and self._link is not None:
-            await self._link.connection.aclose()
+        if goodbye and self._rpc is not None:
+            await self._rpc.connection.aclose()
         closed = ConnectionFailed(
             "cannot call the server: this client is closed",
             remedy="make calls inside the block of open_client",
         )
         self._patience_seconds = 0
-        if self._link is not None:
-            self._link.lose(closed)
+        if self._rpc is not None:
+            self._rpc.lose(closed)
         self._decide(closed, for_good=True)
 
 

@@ -40,7 +40,7 @@ WORD_SECONDS = 1.0
 """After a failed send, how long the reader goes on: the server's closing frame may arrive."""
 
 
-class LinkLost(Exception):
+class RpcConnectionLost(Exception):
     """The connection was lost before the reply to a call arrived."""
 
     def __init__(
@@ -62,7 +62,7 @@ class _Pending:
     size: int
     """Size of the request in bytes."""
     answered: trio.Event = field(factory=trio.Event)
-    reply: Reply | JobworkerError | LinkLost | None = None
+    reply: Reply | JobworkerError | RpcConnectionLost | None = None
     on_sent: Callable[[bool], None] = _ignore
     """Called with `sent` when that changes."""
     begun: bool = False
@@ -72,14 +72,14 @@ class _Pending:
     abandoned: bool = False
     """Whether the call was cancelled."""
 
-    def answer(self, reply: Reply | JobworkerError | LinkLost) -> None:
+    def answer(self, reply: Reply | JobworkerError | RpcConnectionLost) -> None:
         if self.reply is None:  # the connection may be lost before the caller has seen its reply
             self.reply = reply
             self.answered.set()
 
 
 @define(eq=False)
-class Link:
+class RpcConnection:
     """Calls over one connection, any number at a time."""
 
     connection: Connection
@@ -117,7 +117,7 @@ class Link:
         id_, message = self._session.call(name, params)
         size = len(message.encode())
         if self.failure is not None:
-            raise LinkLost(copied(self.failure), sent=False, size=size)
+            raise RpcConnectionLost(copied(self.failure), sent=False, size=size)
         pending = self._pending[id_] = _Pending(id_, size, on_sent=on_sent)
         self._outgoing.send_nowait((message, pending))
         try:
@@ -128,7 +128,7 @@ class Link:
             pending.abandoned = True
             raise
         reply = pending.reply
-        if isinstance(reply, JobworkerError | LinkLost):
+        if isinstance(reply, JobworkerError | RpcConnectionLost):
             raise reply
         assert reply is not None
         if reply.error is not None:
@@ -244,7 +244,9 @@ class Link:
         self.failure = error
         for pending in self._pending.values():
             broke = pending.begun and not self.connection.is_ended
-            reason = LinkLost(copied(error), sent=pending.sent, size=pending.size, broke=broke)
+            reason = RpcConnectionLost(
+                copied(error), sent=pending.sent, size=pending.size, broke=broke
+            )
             pending.answer(reason)
         for inbox in self._inboxes.values():
             inbox.put(error)

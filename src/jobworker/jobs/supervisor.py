@@ -42,7 +42,7 @@ from jobworker.jobs.retention import EndedOutput, RetentionPolicy
 from jobworker.jobs.secrets import Secrets, check_room
 from jobworker.jobs.waiting_room import WaitingRoom
 from jobworker.model.access import NO_QUOTA, Quota, no_such_job
-from jobworker.model.checked_classes import altered
+from jobworker.model.checked_classes import evolve_unchecked
 from jobworker.model.job import JobId, JobRecord, JobSpec, Limits, Stream
 from jobworker.model.lifecycle import Event, advance
 from jobworker.sandbox.service.exchange import Waitable
@@ -216,7 +216,7 @@ class Supervisor:
         """
         if spec.check_size() > LONG_CHARACTERS:
             await trio.lowlevel.checkpoint()  # with a megabyte each step takes milliseconds
-        spec = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
+        spec = evolve_unchecked(spec, limits=spec.limits.or_defaults(self._rules.defaults))
         secrets = await Secrets.of(spec.secret_environment)
         if self._closing:
             raise ShuttingDown("cannot run the command: the service is shutting down")
@@ -268,7 +268,7 @@ class Supervisor:
         """
         spec.check_size()
         await trio.lowlevel.checkpoint()
-        full = altered(spec, limits=spec.limits.or_defaults(self._rules.defaults))
+        full = evolve_unchecked(spec, limits=spec.limits.or_defaults(self._rules.defaults))
         steps = await self._launcher.plan(order_of(full, _NOT_YET, {}), limits_of(full))
         return full.limits, steps
 

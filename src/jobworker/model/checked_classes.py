@@ -70,7 +70,7 @@ def _checked_fields(cls: type) -> dict[str, tuple[set[type], set[object]]]:
     return found
 
 
-def altered(made: T, **changes: object) -> T:
+def evolve_unchecked(made: T, **changes: object) -> T:
     """Return a copy with other values, which the caller guarantees to be valid.
 
     `attrs.evolve` would run every validator again, over a request of up to a megabyte.

@@ -16,7 +16,7 @@ from attrs import field, frozen
 
 from jobworker.errors import InvalidParams, TooLarge
 from jobworker.model.bounds import states, within
-from jobworker.model.checked_classes import altered, raises_invalid_params
+from jobworker.model.checked_classes import evolve_unchecked, raises_invalid_params
 from jobworker.model.cores import check_cores
 from jobworker.model.labels import check_labels
 from jobworker.model.lifecycle import TERMINAL, Reason, State
@@ -251,7 +251,7 @@ class JobSpec:
         `changes` are other fields to set; the caller guarantees that their values are valid.
         """
         masked = dict.fromkeys(self.secret_environment, MASK)
-        return altered(self, secret_environment=masked, **changes)
+        return evolve_unchecked(self, secret_environment=masked, **changes)
 
 
 @frozen(kw_only=True)
@@ -305,7 +305,7 @@ class JobRecord:
         """Return the record for a client that may not run jobs: values of variables are masked,
         because they may be secrets."""
         hidden = dict.fromkeys(self.spec.environment, MASK)
-        return attrs.evolve(self, spec=altered(self.spec, environment=hidden))
+        return attrs.evolve(self, spec=evolve_unchecked(self.spec, environment=hidden))
 
     def noted(self, words: str) -> "JobRecord":
         """Return the record with `words` added to its detail, unless the detail contains them."""

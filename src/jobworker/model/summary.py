@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from attrs import evolve
 
-from jobworker.model.checked_classes import altered
+from jobworker.model.checked_classes import evolve_unchecked
 from jobworker.model.job import MAX_DETAIL, JobRecord, JobSpec, Part
 from jobworker.model.volumes import VolumeMount
 
@@ -31,7 +31,7 @@ def summarize(record: JobRecord) -> JobRecord:
     changes = _changes(record.spec)
     if changes:
         parts = tuple(sorted({*record.abridged, *changes}))
-        record = evolve(record, spec=altered(record.spec, **changes), abridged=parts)
+        record = evolve(record, spec=evolve_unchecked(record.spec, **changes), abridged=parts)
     detail = _sound_detail(record.detail)
     return record if detail is record.detail else evolve(record, detail=detail)
 
@@ -58,13 +58,13 @@ def without_bulk(record: JobRecord) -> JobRecord:
     changes = _changes(record.spec)
     changes.pop("labels", None)
     parts = tuple(sorted({*record.abridged, *changes}))
-    return evolve(record, spec=altered(record.spec, **changes), abridged=parts)
+    return evolve(record, spec=evolve_unchecked(record.spec, **changes), abridged=parts)
 
 
 def with_labels(summary: JobRecord, labels: Mapping[str, str]) -> JobRecord:
     """Return the summary with all labels of its job."""
     parts = tuple(part for part in summary.abridged if part != "labels")
-    return evolve(summary, spec=altered(summary.spec, labels=labels), abridged=parts)
+    return evolve(summary, spec=evolve_unchecked(summary.spec, labels=labels), abridged=parts)
 
 
 def _is_large(spec: JobSpec) -> bool:

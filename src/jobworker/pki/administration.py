@@ -34,7 +34,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9._@-]")
 
 
 @frozen(kw_only=True)
-class Summary:
+class NewAuthority:
     """The result of `init_authority`. `hosts` are the names in the server's certificate."""
 
     directory: Path
@@ -45,10 +45,10 @@ class Summary:
 
 
 @frozen(kw_only=True)
-class Made:
+class IssuedFiles:
     """An issued certificate and the paths of its files."""
 
-    entry: r.Entry
+    entry: r.CertificateEntry
     issued: Issued
     files: tuple[Path, ...]
 
@@ -61,7 +61,7 @@ def init_authority(
     days: int = 365,
     ca_days: int = 3650,
     passphrase: bytes | None = None,
-) -> Summary:
+) -> NewAuthority:
     """Make a CA, a server's and two clients' certificates, and write all ten files.
 
     The server's certificate is for localhost, 127.0.0.1, ::1 and `hosts`. A `passphrase` encrypts
@@ -80,7 +80,7 @@ def init_authority(
         files |= client.files(name)
     files |= r.files_of(registry, authority, None, now=now)
     write_new(directory, files)
-    return Summary(
+    return NewAuthority(
         directory=directory,
         files=tuple(directory / name for name in files),
         hosts=registry.certificates[0].hosts,
@@ -99,7 +99,7 @@ def issue_client(
     days: int = 365,
     out: Path | None = None,
     again: bool = False,
-) -> Made:
+) -> IssuedFiles:
     """Issue a client's certificate, and write its two files to `out` (else `directory`).
 
     Raises `InvalidParams`, also if the name has a valid certificate, and `CredentialsUnusable`.
@@ -120,7 +120,7 @@ def issue_server(
     now: datetime,
     days: int = 365,
     out: Path | None = None,
-) -> Made:
+) -> IssuedFiles:
     """Issue a server's certificate for `hosts`. Raises as `issue_client` does."""
     with r.locked(directory):
         issued = authority.issue_server(hosts, now=now, days=days)
@@ -137,7 +137,7 @@ def renew(
     days: int = 365,
     hosts: Sequence[str] = (),
     out: Path | None = None,
-) -> Made:
+) -> IssuedFiles:
     """Issue a successor, with a new key, to the certificate of a name or serial.
 
     Its files replace the old ones. The old certificate stays valid until it expires or is revoked.
@@ -168,7 +168,7 @@ def renew(
 
 def revoke(
     directory: Path, authority: Authority, wanted: str | Path, *, now: datetime, reason: str = ""
-) -> tuple[r.Entry, ...]:
+) -> tuple[r.CertificateEntry, ...]:
     """Revoke a certificate by serial or file, or all of a name; rewrite the revocation list.
 
     Certificates that were revoked before stay unchanged. Returns the newly revoked ones. Raises
@@ -193,7 +193,7 @@ def revoke(
         return tuple(revoked)
 
 
-def _signed_here(authority: Authority, path: Path) -> r.Entry:
+def _signed_here(authority: Authority, path: Path) -> r.CertificateEntry:
     certificate, entry = read_certificate(path)
     root = authority.root.certificate
     fault = "it is the CA's own" if certificate == root else None
@@ -220,12 +220,12 @@ def write_list(directory: Path, authority: Authority, *, now: datetime) -> Path:
 def _store(
     directory: Path,
     registry: r.Registry,
-    entry: r.Entry,
+    entry: r.CertificateEntry,
     issued: Issued,
     out: Path | None,
     *,
     fresh: bool,
-) -> Made:
+) -> IssuedFiles:
     """Add a certificate to the index, then write its files; if that fails, remove it again.
 
     Write-ahead: no certificate exists that the index does not have.
@@ -238,7 +238,7 @@ def _store(
     except BaseException:
         r.write_index(directory, registry)
         raise
-    return Made(entry=entry, issued=issued, files=tuple(target / name for name in files))
+    return IssuedFiles(entry=entry, issued=issued, files=tuple(target / name for name in files))
 
 
 def _check_name(registry: r.Registry, name: str, now: datetime, *, again: bool) -> None:

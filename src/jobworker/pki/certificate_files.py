@@ -7,10 +7,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from jobworker import errors
 from jobworker.pki.credentials import read_pem
-from jobworker.pki.registry import Entry, Kind, entry_of
+from jobworker.pki.registry import CertificateEntry, Kind, entry_of
 
 
-def read_certificate(path: Path) -> tuple[x509.Certificate, Entry]:
+def read_certificate(path: Path) -> tuple[x509.Certificate, CertificateEntry]:
     """Return the first certificate of a PEM file and its entry. Raises `CredentialsUnusable`."""
     remedy = "name the PEM file of a certificate"
     file = read_pem(path, "certificate", "CERTIFICATE", remedy)

@@ -39,7 +39,7 @@ REASONS = tuple(
 
 
 @frozen(kw_only=True)
-class Entry:
+class CertificateEntry:
     """The entry of one issued certificate."""
 
     serial: str
@@ -70,9 +70,9 @@ class Registry:
 
     list_number: int = 0
     """The number of the latest revocation list."""
-    certificates: tuple[Entry, ...] = ()
+    certificates: tuple[CertificateEntry, ...] = ()
 
-    def find(self, wanted: str, *, or_file: bool = False) -> Entry:
+    def find(self, wanted: str, *, or_file: bool = False) -> CertificateEntry:
         """Return the certificate with the serial number, or the latest one with the name, `wanted`.
 
         Raises `NotFound`. `or_file`: the caller also accepts a file, and the remedy says so.
@@ -86,7 +86,7 @@ class Registry:
             remedy="see worker certs list" + ", or name the certificate's file" * or_file,
         )
 
-    def with_entry(self, entry: Entry) -> "Registry":
+    def with_entry(self, entry: CertificateEntry) -> "Registry":
         """Return the registry with `entry` added, or with the entry of its serial replaced."""
         rest = tuple(each for each in self.certificates if each.serial != entry.serial)
         if len(rest) == len(self.certificates):
@@ -97,14 +97,14 @@ class Registry:
         return evolve(self, certificates=changed)
 
 
-def entry_of(certificate: x509.Certificate, kind: Kind, stem: str) -> Entry:
+def entry_of(certificate: x509.Certificate, kind: Kind, stem: str) -> CertificateEntry:
     """Make the entry of a certificate."""
     names = {each.oid: str(each.value) for each in certificate.subject}
     hosts: tuple[str, ...] = ()
     for extension in certificate.extensions:
         if isinstance(extension.value, x509.SubjectAlternativeName):
             hosts = tuple(str(name.value) for name in extension.value)
-    return Entry(
+    return CertificateEntry(
         serial=serial_text(certificate.serial_number),
         kind=kind,
         name=names.get(NameOID.COMMON_NAME, ""),

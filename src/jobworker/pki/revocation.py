@@ -36,7 +36,7 @@ _WEAK = (hashes.SHA1, hashes.MD5)
 
 
 @frozen
-class Lists:
+class RevocationLists:
     """The revocation lists of a server, after the check."""
 
     all: tuple[x509.CertificateRevocationList, ...]
@@ -49,14 +49,14 @@ class Lists:
     """The lists of CAs whose certificates are in none of the server's files."""
 
 
-def read_lists(files: ServerFiles, now: datetime) -> Lists:
+def read_lists(files: ServerFiles, now: datetime) -> RevocationLists:
     """Read and check the server's lists: at least one for each CA of `ca_cert`.
 
     There are none if the server has no such file. Raises `CredentialsUnusable`.
     """
     file = files.crl
     if file is None:
-        return Lists((), False, ())
+        return RevocationLists((), False, ())
     authorities = x509.load_pem_x509_certificates(files.ca.content)
     known = [*authorities, *x509.load_pem_x509_certificates(files.certificate.content)[1:]]
     try:
@@ -77,7 +77,7 @@ def read_lists(files: ServerFiles, now: datetime) -> Lists:
             raise _unusable(file, f"it contains no list of the CA {name}{instead}")
     trusted = {each.subject for each in authorities}
     reaches_up = all(each.issuer in issuers & trusted for each in authorities)
-    return Lists(lists, reaches_up, unproven)
+    return RevocationLists(lists, reaches_up, unproven)
 
 
 def read_all(file: PemFile) -> tuple[x509.CertificateRevocationList, ...]:

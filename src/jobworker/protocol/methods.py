@@ -1,8 +1,8 @@
 """The catalogue: every method of the protocol, in one table.
 
 A row has a method's name, the types of its parameters and its result, and its permissions: one for
-every call, and others for calls with certain parameters (`Condition`). The gate checks the
-permissions of the row (`Method.needs`), so no operation checks a permission itself.
+every call, and others for calls with certain parameters (`ConditionalPermission`). The gate checks
+the permissions of the row (`Method.needs`), so no operation checks a permission itself.
 
 The server's operations, the client and the documents all follow this table. A test checks that each
 row has its operation and each operation its row.
@@ -24,7 +24,7 @@ OUTPUT_END = "job.output_end"
 
 
 @frozen
-class Condition:
+class ConditionalPermission:
     """A permission that a call needs besides its method's own if it has certain parameters."""
 
     permission: Permission
@@ -66,14 +66,14 @@ def _job_of(params: object) -> JobSpec:
     return params.job
 
 
-_FOLLOW = Condition(Permission.LOG, "with `follow`", _follow)
-_LONG_TIME = Condition(
+_FOLLOW = ConditionalPermission(Permission.LOG, "with `follow`", _follow)
+_LONG_TIME = ConditionalPermission(
     Permission.UNBOUNDED,
     "without a time limit, or with one of more than `worker.max_job_timeout`",
     _long_time,
 )
-_VOLUMES = Condition(Permission.VOLUMES, "with `volumes`", _volumes)
-_FORCE = Condition(Permission.STOP, "with `force`", _force)
+_VOLUMES = ConditionalPermission(Permission.VOLUMES, "with `volumes`", _volumes)
+_FORCE = ConditionalPermission(Permission.STOP, "with `force`", _force)
 
 
 @frozen
@@ -86,7 +86,7 @@ class Method:
     permission: Permission
     """The permission that every call needs."""
     summary: str
-    conditions: tuple[Condition, ...] = ()
+    conditions: tuple[ConditionalPermission, ...] = ()
     """The permissions that some calls need besides."""
 
     def needs(self, params: object, longest_seconds: float) -> Iterator[tuple[Permission, str]]:

@@ -53,7 +53,7 @@ CallId = str | int | float | None
 
 
 @frozen
-class Call:
+class RpcRequest:
     """A valid request or notification."""
 
     id: CallId
@@ -65,7 +65,7 @@ class Call:
 
 
 @frozen
-class Refusal:
+class InvalidRequest:
     """The refusal of an invalid request, with the message to send back at once."""
 
     message: str | None
@@ -104,17 +104,21 @@ class ServerSession:
         """The number of calls whose replies are not made yet."""
         return len(self._in_flight)
 
-    def receive(self, message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
+    def receive(
+        self, message: str | bytes, denied: Denied = _nothing_is_denied
+    ) -> RpcRequest | InvalidRequest:
         """Return the call in a message, or the refusal to send back at once."""
         return self.admit(read_request(message, denied))
 
-    def admit(self, request: Call | Refusal) -> Call | Refusal:
+    def admit(self, request: RpcRequest | InvalidRequest) -> RpcRequest | InvalidRequest:
         """Admit a request from `read_request`, or refuse it if too many are in flight."""
-        if isinstance(request, Call) and request.answered:
+        if isinstance(request, RpcRequest) and request.answered:
             try:
                 self._admit(request.id)
             except JobworkerError as error:
-                return Refusal(error_message(request.id, error), error, request.method, request.id)
+                return InvalidRequest(
+                    error_message(request.id, error), error, request.method, request.id
+                )
         return request
 
     def _admit(self, id_: CallId) -> None:
@@ -149,7 +153,9 @@ def error_message(id_: CallId, error: JobworkerError) -> str:
     return dumps({"jsonrpc": "2.0", "id": id_, "error": body})
 
 
-def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> Call | Refusal:
+def read_request(
+    message: str | bytes, denied: Denied = _nothing_is_denied
+) -> RpcRequest | InvalidRequest:
     """Parse a message into a call. Pure, so a worker thread may parse a large one.
 
     If the client may not call the method, it gets that error and none about the parameters. In that
@@ -177,8 +183,8 @@ def read_request(message: str | bytes, denied: Denied = _nothing_is_denied) -> C
     except JobworkerError as error:
         # The traceback's frames would keep the message, and in a thread its result, in memory.
         error.__traceback__ = error.__context__ = None
-        return Refusal(error_message(id_, error) if answered else None, error, method, id_)
-    return Call(id_, method, params, answered)
+        return InvalidRequest(error_message(id_, error) if answered else None, error, method, id_)
+    return RpcRequest(id_, method, params, answered)
 
 
 def encode_output(header: OutputHeader, data: bytes | bytearray) -> str:

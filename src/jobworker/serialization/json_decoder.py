@@ -47,7 +47,7 @@ of range."""
 
 
 @define(eq=False, kw_only=True)
-class PatientDecoder:
+class CooperativeDecoder:
     """A decoder of one text; `decode` is called once."""
 
     text: str

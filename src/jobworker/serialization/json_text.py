@@ -9,7 +9,7 @@ import json
 import math
 
 from jobworker.errors import MalformedJSON, shortened
-from jobworker.serialization.json_decoder import PatientDecoder
+from jobworker.serialization.json_decoder import CooperativeDecoder
 
 MAX_DEPTH = 32
 """Levels of lists and objects in one message. The deepest message of the protocol has six."""
@@ -75,8 +75,8 @@ def loads(text: str, *, bounded: bool = False) -> object:
         raise MalformedJSON(f"cannot read the message as JSON: {error}") from None
 
 
-def _patient_decoder(text: str) -> PatientDecoder:
-    return PatientDecoder(
+def _patient_decoder(text: str) -> CooperativeDecoder:
+    return CooperativeDecoder(
         text=text,
         object_pairs_hook=_no_duplicates,
         parse_constant=_no_constant,

@@ -17,7 +17,7 @@ from jobworker.client.calls import Calls
 from jobworker.client.client import Client
 from jobworker.client.dial import Connection
 from jobworker.client.following import DELIVERY, WINDOW_BYTES, Following
-from jobworker.client.rpc_connection import Link
+from jobworker.client.rpc_connection import RpcConnection
 from jobworker.errors import (
     ConnectionFailed,
     InvalidParams,
@@ -31,7 +31,7 @@ from jobworker.model.lifecycle import State
 from jobworker.protocol import messages as m
 from jobworker.protocol.frames import read_header
 from jobworker.protocol.session import (
-    Call,
+    RpcRequest,
     ServerSession,
     encode_output_end,
     frame_output,
@@ -59,13 +59,13 @@ class Peer:
     to_client: trio.MemorySendChannel[str | bytes]
     session: ServerSession = field(factory=ServerSession)
 
-    async def call(self) -> Call:
+    async def call(self) -> RpcRequest:
         """The client's next call."""
         received = self.session.receive(await self.sent.receive())
-        assert isinstance(received, Call)
+        assert isinstance(received, RpcRequest)
         return received
 
-    def reply(self, call: Call, value: object) -> None:
+    def reply(self, call: RpcRequest, value: object) -> None:
         assert call.id is not None
         self.to_client.send_nowait(self.session.result(call.id, value))
 
@@ -220,22 +220,22 @@ async def test_call_that_is_cancelled_before_its_turn_to_be_sent_is_not_made() -
             sent.append(json.loads(message)["method"])
             await may_go_on.wait()
 
-    link = Link(cast(Connection, Line()))
+    rpc = RpcConnection(cast(Connection, Line()))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(link.serve_writer)
-        nursery.start_soon(link.call, "job.list", m.ListParams(), m.ListResult)
+        nursery.start_soon(rpc.serve_writer)
+        nursery.start_soon(rpc.call, "job.list", m.ListParams(), m.ListResult)
         await wait_all_tasks_blocked()
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as others:
-                others.start_soon(link.call, "job.status", m.JobParams(id=JobId(7)), JobStatus)
+                others.start_soon(rpc.call, "job.status", m.JobParams(id=JobId(7)), JobStatus)
                 await wait_all_tasks_blocked()
                 scope.cancel()
-        nursery.start_soon(link.call, "volume.list", m.Nothing(), m.Volumes)
+        nursery.start_soon(rpc.call, "volume.list", m.Nothing(), m.Volumes)
         may_go_on.set()
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert sent == ["job.list", "volume.list"]
-    assert len(link._pending) == 2
+    assert len(rpc._pending) == 2
 
 
 async def test_cancelling_a_call_abandons_only_its_wait() -> None:
@@ -370,8 +370,8 @@ async def test_output_of_a_closed_subscription_is_dropped() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.job(7).status)
             peer.reply(await peer.call(), RECORD)
-        assert client._calls._link is not None
-        assert client._calls._link._inboxes == {}
+        assert client._calls._rpc is not None
+        assert client._calls._rpc._inboxes == {}
 
 
 async def test_output_that_the_server_could_not_send_raises_after_what_came() -> None:

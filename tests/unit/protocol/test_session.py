@@ -26,11 +26,11 @@ from jobworker.protocol.methods import METHODS, OUTPUT, OUTPUT_END
 from jobworker.protocol.session import (
     MAX_HEADER_BYTES,
     MAX_IN_FLIGHT,
-    Call,
     ClientSession,
+    InvalidRequest,
     Output,
-    Refusal,
     Reply,
+    RpcRequest,
     ServerSession,
     encode_output,
     encode_output_end,
@@ -47,9 +47,9 @@ methods = st.sampled_from(sorted(METHODS))
 HELLO = '{"jsonrpc":"2.0","id":%s,"method":"service.hello"}'
 
 
-def call(server: ServerSession, message: str) -> Call:
+def call(server: ServerSession, message: str) -> RpcRequest:
     received = server.receive(message)
-    assert isinstance(received, Call)
+    assert isinstance(received, RpcRequest)
     return received
 
 
@@ -62,9 +62,9 @@ def refused_with(message: str | bytes, server: ServerSession | None = None) -> d
     return body
 
 
-def refusal(message: str | bytes, server: ServerSession | None = None) -> Refusal:
+def refusal(message: str | bytes, server: ServerSession | None = None) -> InvalidRequest:
     received = (server or ServerSession()).receive(message)
-    assert isinstance(received, Refusal)
+    assert isinstance(received, InvalidRequest)
     return received
 
 
@@ -86,7 +86,7 @@ def test_call_and_result_arrive_as_they_were_sent(name: str, data: st.DataObject
     client, server = ClientSession(), ServerSession()
     params, result = data.draw(PARAMS[name]), data.draw(RESULTS[name])
     id_, message = client.call(name, params)
-    assert call(server, message) == Call(id_, METHODS[name], params)
+    assert call(server, message) == RpcRequest(id_, METHODS[name], params)
     assert client.receive(server.result(id_, result)) == Reply(id_, result, None)
 
 
@@ -142,7 +142,7 @@ def test_end_of_output_arrives_as_it_was_sent(end: m.OutputEnd) -> None:
 def test_notification_is_a_call_without_an_id() -> None:
     params = m.CreditParams(subscription=7, bytes=1)
     received = call(ServerSession(), ClientSession().notify("job.credit", params))
-    assert received == Call(None, METHODS["job.credit"], params, answered=False)
+    assert received == RpcRequest(None, METHODS["job.credit"], params, answered=False)
 
 
 def test_request_with_the_id_null_is_a_request() -> None:
@@ -315,7 +315,7 @@ near_requests: st.SearchStrategy[dict[str, object]] = st.fixed_dictionaries(
 def test_whatever_comes_in_is_a_call_or_a_refusal_that_can_be_sent(message: str | bytes) -> None:
     server = ServerSession()
     received = server.receive(message)
-    if isinstance(received, Call):
+    if isinstance(received, RpcRequest):
         assert isinstance(received.params, received.method.params)
         assert type(received.id) in (int, float, str, type(None))
         return
@@ -486,5 +486,5 @@ def test_who_may_not_call_has_no_long_parameters_looked_at(
     monkeypatch.setattr("jobworker.protocol.session.structure", structure)
     body = {"jsonrpc": "2.0", "id": 1, "method": "job.run", "params": {"job": {"command": command}}}
     refused = read_request(json.dumps(body), lambda _: PermissionDenied("no"))
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, InvalidRequest)
     assert isinstance(refused.error, PermissionDenied)

@@ -20,11 +20,11 @@ from jobworker.errors import NotFound, ProtocolError, TooManyRequests
 from jobworker.model.job import Stream
 from jobworker.protocol import messages as m
 from jobworker.protocol.session import (
-    Call,
     ClientSession,
+    InvalidRequest,
     Output,
-    Refusal,
     Reply,
+    RpcRequest,
     ServerSession,
     encode_output,
 )
@@ -44,7 +44,7 @@ class Conversation(RuleBasedStateMachine):
         self.client, self.server = ClientSession(), ServerSession(MAX)
         self.waiting: set[object] = set()
         """Calls that the client has not heard about."""
-        self.in_flight: dict[object, Call] = {}
+        self.in_flight: dict[object, RpcRequest] = {}
         """Calls that the server has not answered."""
 
     @rule(target=requests)
@@ -62,12 +62,12 @@ class Conversation(RuleBasedStateMachine):
     def arrive(self, request: tuple[int, str]) -> object:
         id_, message = request
         received = self.server.receive(message)
-        if isinstance(received, Call):
+        if isinstance(received, RpcRequest):
             assert id_ not in self.in_flight
             assert len(self.in_flight) < MAX
             self.in_flight[id_] = received
             return multiple()
-        assert isinstance(received, Refusal)
+        assert isinstance(received, InvalidRequest)
         busy = isinstance(received.error, TooManyRequests)
         assert busy is (id_ not in self.in_flight)
         assert received.message is not None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobworker.serialization.json_decoder import MAX_STRING_CHARACTERS, PatientDecoder
+from jobworker.serialization.json_decoder import MAX_STRING_CHARACTERS, CooperativeDecoder
 
 PLAIN = (
     st.none()
@@ -26,7 +26,7 @@ def decode(text: str, max_depth: int = 1000, max_values: int = 1_000_000) -> obj
     def refuse(constant: str) -> object:
         raise ValueError(f"{constant} is not JSON")
 
-    return PatientDecoder(
+    return CooperativeDecoder(
         text=text,
         object_pairs_hook=dict,
         parse_constant=refuse,

@@ -15,7 +15,7 @@ from jobworker.cli.worker import render_certs
 from jobworker.cli.worker.passphrases import ca_passphrase, new_passphrase, pkcs12_password
 
 if TYPE_CHECKING:
-    from jobworker.pki.administration import Made
+    from jobworker.pki.administration import IssuedFiles
     from jobworker.pki.authority import Authority
 
 DEFAULT_DIRECTORY = Path("/etc/jobworker/certs")
@@ -179,7 +179,7 @@ def _check_role(role: str | None) -> None:
     print_text(f"Note: the service must know the role: [roles.{role}] in its configuration.")
 
 
-def _write_pkcs12(path: Path, made: "Made", authority: "Authority") -> None:
+def _write_pkcs12(path: Path, made: "IssuedFiles", authority: "Authority") -> None:
     from jobworker.pki.files import KEY_MODE, write_new
 
     password, fresh = pkcs12_password()
@@ -190,7 +190,7 @@ def _write_pkcs12(path: Path, made: "Made", authority: "Authority") -> None:
         print_text(f"Its password is {password}")
 
 
-def _print_issued(made: "Made") -> None:
+def _print_issued(made: "IssuedFiles") -> None:
     print_text(render_certs.issued(made.entry))
     for path in made.files:
         print_text(f"  {path}")

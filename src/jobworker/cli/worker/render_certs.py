@@ -9,31 +9,31 @@ from jobworker.serialization.convert import unstructure
 from jobworker.serialization.json_text import dumps
 
 if TYPE_CHECKING:
-    from jobworker.pki.registry import Entry
+    from jobworker.pki.registry import CertificateEntry
 
 
-def as_json(entries: "Sequence[Entry]") -> str:
+def as_json(entries: "Sequence[CertificateEntry]") -> str:
     """Render entries of the registry as one line of JSON, a list."""
     return dumps([unstructure(entry) for entry in entries])
 
 
-def _who(entry: "Entry") -> str:
+def _who(entry: "CertificateEntry") -> str:
     if entry.kind == "server":
         return f"server for {', '.join(entry.hosts)}"
     return visible(f"{entry.name} ({entry.role})")
 
 
-def issued(entry: "Entry") -> str:
+def issued(entry: "CertificateEntry") -> str:
     """The line about a certificate that was just issued."""
     return f"Issued {entry.serial} to {_who(entry)}, valid until {entry.not_after:%Y-%m-%d}"
 
 
-def revoked(entry: "Entry") -> str:
+def revoked(entry: "CertificateEntry") -> str:
     """The line about a certificate that was just revoked."""
     return f"Revoked {entry.serial} of {_who(entry)}"
 
 
-def table(entries: "Sequence[Entry]", now: datetime) -> str:
+def table(entries: "Sequence[CertificateEntry]", now: datetime) -> str:
     """Render certificates as a table, one line for each."""
     rows = [("NAME", "ROLE", "STATE", "UNTIL", "SERIAL")]
     rows += [
@@ -53,7 +53,7 @@ def table(entries: "Sequence[Entry]", now: datetime) -> str:
     )
 
 
-def details(entry: "Entry", now: datetime) -> str:
+def details(entry: "CertificateEntry", now: datetime) -> str:
     """Render all of one certificate's entry, one line for each item."""
     lines = [
         ("Name", entry.name),

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from attrs import define, field
 
-from jobworker.token_bucket import Bucket
+from jobworker.token_bucket import TokenBucket
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class _Use:
 class _Account:
     """What some of an owner's streams share."""
 
-    bucket: Bucket
+    bucket: TokenBucket
     use: _Use = field(factory=_Use)
     drawn_at: float = -math.inf
 
@@ -115,7 +115,7 @@ class OutputPace:
 
     def _draw(self, now: float, key: tuple[str, bool], cost_seconds: float) -> float:
         """Draw on an account: for how long it is overdrawn then."""
-        account = self._accounts.pop(key, None) or _Account(Bucket(now, BURST_SECONDS, SHARE))
+        account = self._accounts.pop(key, None) or _Account(TokenBucket(now, BURST_SECONDS, SHARE))
         self._accounts[key] = account
         account.drawn_at = now
         while self._accounts[oldest := next(iter(self._accounts))].drawn_at < now - BUSY_SECONDS:

@@ -38,7 +38,7 @@ from jobworker.pki.identity import Identity
 from jobworker.protocol import messages as m
 from jobworker.protocol.methods import Method
 from jobworker.server.access.authorization import jobs_named
-from jobworker.token_bucket import Bucket
+from jobworker.token_bucket import TokenBucket
 
 log = logging.getLogger("jobworker.server")
 
@@ -125,10 +125,10 @@ class Auditor:
     _suppressed: dict[str, _Suppressed] = field(factory=dict)
     """By the certificate's name; the CA bounds how many names there are. Clients without a name
     have ""."""
-    _buckets: dict[str, Bucket] = field(factory=dict)
+    _buckets: dict[str, TokenBucket] = field(factory=dict)
     """By name, as in `_suppressed`."""
-    _kinds: dict[tuple[str, _Kind], Bucket] = field(factory=dict)
-    _repeated: dict[tuple[str, str, int | None], Bucket] = field(factory=dict)
+    _kinds: dict[tuple[str, _Kind], TokenBucket] = field(factory=dict)
+    _repeated: dict[tuple[str, str, int | None], TokenBucket] = field(factory=dict)
     """By name, action and job; the bucket that was used last stands at the end."""
     _refused: bool = False
     """Whether the disk refused the last rows."""
@@ -196,8 +196,10 @@ class Auditor:
 
     def _note_vain(self, row: AuditRow) -> None:
         now, kind = trio.current_time(), (row.action, row.outcome)
-        of_name = self._buckets.setdefault(row.name, Bucket(now, VAIN_BURST, VAIN_PER_SECOND))
-        of_kind = self._kinds.setdefault((row.name, kind), Bucket(now, KIND_BURST, KIND_PER_SECOND))
+        of_name = self._buckets.setdefault(row.name, TokenBucket(now, VAIN_BURST, VAIN_PER_SECOND))
+        of_kind = self._kinds.setdefault(
+            (row.name, kind), TokenBucket(now, KIND_BURST, KIND_PER_SECOND)
+        )
         if of_name.take(now) or of_kind.take(now):
             self._note(row)
         else:
@@ -213,7 +215,7 @@ class Auditor:
                     self._note_vain(row)
                     return
                 del self._repeated[oldest]
-            bucket = Bucket(now, KIND_BURST, KIND_PER_SECOND)
+            bucket = TokenBucket(now, KIND_BURST, KIND_PER_SECOND)
         self._repeated[key] = bucket
         if bucket.take(now):
             self._note(row)

@@ -24,7 +24,7 @@ from attrs import define, field
 
 from jobworker.server.fairness.idle import wait_all_tasks_blocked
 from jobworker.threads import in_thread
-from jobworker.token_bucket import Bucket
+from jobworker.token_bucket import TokenBucket
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -142,7 +142,7 @@ class FairThreadPool:
     """One lock for each name that has work."""
     _lock: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock, init=False)
     _rests_until: float = field(default=-math.inf, init=False)
-    _accounts: dict[str, Bucket] = field(factory=dict, init=False)
+    _accounts: dict[str, TokenBucket] = field(factory=dict, init=False)
     """The accounts of names that have used thread time lately, in seconds."""
     _threads: trio.CapacityLimiter = field(
         factory=lambda: trio.CapacityLimiter(MAX_SPELL_THREADS), init=False
@@ -186,7 +186,7 @@ class FairThreadPool:
             now = trio.current_time()
             for rested in [who for who, one in self._accounts.items() if one.is_full(now)]:
                 del self._accounts[rested]
-            new = Bucket(now, SPELL_BURST_SECONDS, SPELL_SHARE)
+            new = TokenBucket(now, SPELL_BURST_SECONDS, SPELL_SHARE)
             self._accounts.setdefault(name, new).draw(now, spent)
 
 
@@ -206,7 +206,7 @@ class FairScheduler:
     """The factor of `_most` for turns that begin while no other client is active."""
     _most_now: int = field(default=0, init=False)
     """The cost that may pass in this turn."""
-    _accounts: dict[str, Bucket] = field(factory=dict, init=False)
+    _accounts: dict[str, TokenBucket] = field(factory=dict, init=False)
     _passed: Counter[str] = field(factory=Counter, init=False)
     _waiting: dict[str, dict[trio.lowlevel.Task, int]] = field(factory=dict, init=False)
     """The waiting tasks of each name, oldest first, with their costs."""
@@ -248,7 +248,7 @@ class FairScheduler:
 
         await trio.lowlevel.wait_task_rescheduled(leave)
 
-    def _charge(self, name: str, cost: int) -> Bucket | None:
+    def _charge(self, name: str, cost: int) -> TokenBucket | None:
         """Charge a cost to a name's account, and return it; None if the name has no rate now."""
         if self._rate == math.inf:
             return None
@@ -257,7 +257,9 @@ class FairScheduler:
         if account is None:
             for rested in [who for who, one in self._accounts.items() if one.is_full(now)]:
                 del self._accounts[rested]
-            account = self._accounts[name] = Bucket(now, self._rate * BURST_SECONDS, self._rate)
+            account = self._accounts[name] = TokenBucket(
+                now, self._rate * BURST_SECONDS, self._rate
+            )
         if not account.take(now, cost):
             if not self._active_clients.of_others((name,)):
                 return None

@@ -47,8 +47,8 @@ from jobworker.protocol.frames import Frame, frame_text
 from jobworker.protocol.messages import Nothing, opened_by
 from jobworker.protocol.methods import METHODS, Method
 from jobworker.protocol.session import (
-    Call,
-    Refusal,
+    InvalidRequest,
+    RpcRequest,
     ServerSession,
     error_message,
     read_request,
@@ -61,7 +61,7 @@ from jobworker.server.delivery.subscriptions import Subscriptions
 from jobworker.server.fairness.slots import LARGE_BYTES, LEAST_BYTES_PER_SECOND, LOOK_SECONDS, Slots
 from jobworker.server.requests import operations
 from jobworker.server.requests.read_backpressure import ReadBackpressure
-from jobworker.token_bucket import Bucket
+from jobworker.token_bucket import TokenBucket
 
 log = logging.getLogger("jobworker.server")
 
@@ -103,7 +103,7 @@ class Conversation:
     """How many replies are being sent, and notifications are being served."""
     _less_busy: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
     """Here tasks wait until a reply has been sent, or a notification has been served."""
-    _small_frames: Bucket = field(init=False)
+    _small_frames: TokenBucket = field(init=False)
     intake: ReadBackpressure = field(init=False)
     _turn: trio.StrictFIFOLock = field(factory=trio.StrictFIFOLock)
     """Held by the one call of `IN_TURN` that is being answered."""
@@ -116,7 +116,7 @@ class Conversation:
     def __attrs_post_init__(self) -> None:
         limits = self._context.admission.limits
         self._session = ServerSession(limits.max_requests_in_flight)
-        self._small_frames = Bucket(
+        self._small_frames = TokenBucket(
             trio.current_time(), SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
         )
         self.intake = ReadBackpressure(
@@ -272,7 +272,7 @@ class Conversation:
         # Requests that wait for a job do not count here: credits behind them must be read.
         while self._busy >= self._context.admission.limits.max_requests_in_flight:
             await self._less_busy.park()
-        if isinstance(received, Refusal):
+        if isinstance(received, InvalidRequest):
             self._note(received)
             if received.message is not None:
                 await self._send(received.message)
@@ -300,7 +300,7 @@ class Conversation:
             return
         self._end(TooSlow(f"cannot go on: a large request was not served in {seconds:g} s"))
 
-    async def _read(self, message: str | bytes) -> Call | Refusal:
+    async def _read(self, message: str | bytes) -> RpcRequest | InvalidRequest:
         """Decode a request: a long one in a thread, a large one only if the client may run jobs."""
         if not takes_long(message):
             return self._session.receive(message, self._denied)
@@ -310,7 +310,7 @@ class Conversation:
                 "may run jobs may send one",
                 remedy=error.remedy,
             )
-            return Refusal(error_message(None, error), error)
+            return InvalidRequest(error_message(None, error), error)
         name = self._client.identity.common_name
         with self.intake.pause(), self._context.presence.served(name):
             request = await self._context.reading.run(name, read_request, message, self._denied)
@@ -324,7 +324,7 @@ class Conversation:
             return denied
         return None
 
-    def _note(self, refused: Refusal) -> None:
+    def _note(self, refused: InvalidRequest) -> None:
         """Record a refused message: in the audit unless the server was busy, and as a limit.
 
         It counts as a limit only if it was one request too many.
@@ -337,18 +337,18 @@ class Conversation:
         if isinstance(error, TooManyRequests):
             self._tell(error)
 
-    async def _serve_notification(self, call: Call) -> None:
+    async def _serve_notification(self, call: RpcRequest) -> None:
         with self._being_busy():
             outcome = await self._outcome(call)
         del call
         await self._deliver(outcome)
 
-    async def _serve_call(self, call: Call) -> None:
+    async def _serve_call(self, call: RpcRequest) -> None:
         outcome = await self._answer(call)
         del call  # its parameters may be large, and the delivery may take long
         await self._deliver(outcome)
 
-    async def _answer(self, call: Call) -> object:
+    async def _answer(self, call: RpcRequest) -> object:
         """Serve a call and send the reply. Returns its outcome, which may be an error.
 
         A reply that may be long is made only when the one before it has been sent.
@@ -358,7 +358,7 @@ class Conversation:
                 return await self._answer_now(call)
         return await self._answer_now(call)
 
-    async def _answer_now(self, call: Call) -> object:
+    async def _answer_now(self, call: RpcRequest) -> object:
         outcome = await self._outcome(call)
         with self._being_busy():
             message = self._encode(call, outcome)
@@ -406,7 +406,7 @@ class Conversation:
                 )
             )
 
-    def _encode(self, call: Call, outcome: object) -> str:
+    def _encode(self, call: RpcRequest, outcome: object) -> str:
         if isinstance(outcome, JobworkerError):
             return self._session.error(call.id, outcome)
         return self._session.result(call.id, outcome)
@@ -420,7 +420,7 @@ class Conversation:
             self._busy -= 1
             self._less_busy.unpark_all()
 
-    async def _outcome(self, call: Call) -> object:
+    async def _outcome(self, call: RpcRequest) -> object:
         """Run a call. Returns its result, or its error as a value: both are sent as a reply."""
         caller = Caller(
             identity=self._client.identity,
