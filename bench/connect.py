@@ -22,7 +22,7 @@ from pathlib import Path
 import grpc  # type: ignore[import-untyped]
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 
@@ -48,7 +48,7 @@ asyncio.run(main())
 """
 
 
-def files_of(service: Embedded) -> tuple[Path, Path, Path]:
+def files_of(service: EmbeddedService) -> tuple[Path, Path, Path]:
     names = service.environment()
     return tuple(Path(names[f"WORKER_{name}_PATH"]) for name in ("CA", "CERT", "KEY"))  # type: ignore[return-value]
 
@@ -56,7 +56,7 @@ def files_of(service: Embedded) -> tuple[Path, Path, Path]:
 class Grpc:
     """gRPC's side."""
 
-    def __init__(self, service: Embedded) -> None:
+    def __init__(self, service: EmbeddedService) -> None:
         certs = service.directory / "certs"
         server = [certs / "ca-cert.pem", certs / "server-cert.pem", certs / "server-key.pem"]
         self.process = subprocess.Popen(
@@ -112,7 +112,7 @@ def timed(call: Callable[[], object], count: int) -> list[float]:
     return took
 
 
-async def our_first(service: Embedded) -> float:
+async def our_first(service: EmbeddedService) -> float:
     began = time.perf_counter()
     ca, certificate, key = files_of(service)
     async with open_client(service.address, ca=ca, certificate=certificate, key=key) as client:
@@ -129,7 +129,7 @@ async def our_requests(client: Client, count: int) -> list[float]:
     return took
 
 
-async def our_many(service: Embedded, each: int) -> tuple[float, list[float]]:
+async def our_many(service: EmbeddedService, each: int) -> tuple[float, list[float]]:
     ca, certificate, key = files_of(service)
     took: list[float] = []
     ready, go = trio.Semaphore(0), trio.Event()
@@ -172,7 +172,7 @@ async def main(rounds: int, requests: int) -> None:
         shutil.rmtree(directory)
 
 
-async def compare(service: Embedded, rival: Grpc, rounds: int, requests: int) -> None:
+async def compare(service: EmbeddedService, rival: Grpc, rounds: int, requests: int) -> None:
     ours, theirs = list[float](), list[float]()
     for _ in range(rounds):
         ours.append(await our_first(service))

@@ -41,7 +41,7 @@ from attrs import frozen
 from bench.floods import FLOODS, PROCESSORS
 from bench.turns import watched_turns
 
-from jobworker.cli.worker.embedded_service import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService, open_embedded
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.jobs.history.history import History
@@ -119,19 +119,19 @@ async def quiet(client: Client, another: OpenClient, seconds: float) -> Times:
     return times
 
 
-def status_bytes(service: Embedded, field: str) -> int:
+def status_bytes(service: EmbeddedService, field: str) -> int:
     """A field of the service's /proc/PID/status: proc(5)."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith(f"{field}:")]
     return int(line.split()[1]) * 1024
 
 
-def forget_peak(service: Embedded) -> None:
+def forget_peak(service: EmbeddedService) -> None:
     """Count the peak, VmHWM, from now on: proc(5), clear_refs."""
     Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")
 
 
-def descriptors(service: Embedded) -> int:
+def descriptors(service: EmbeddedService) -> int:
     """How many the service's process has open, those of its history apart.
 
     Readers of the history (`jobs.history.readers`) are opened at need and kept, three at the most.
@@ -185,7 +185,7 @@ def prepare(directory: Path, history: Path) -> None:
 
 
 @asynccontextmanager
-async def open_service(directory: Path, history: Path) -> AsyncIterator[Embedded]:
+async def open_service(directory: Path, history: Path) -> AsyncIterator[EmbeddedService]:
     """A service with a copy of that history, and a certificate for the quiet client."""
     prepare(directory, history)
     async with open_embedded(directory) as service:
@@ -193,7 +193,7 @@ async def open_service(directory: Path, history: Path) -> AsyncIterator[Embedded
 
 
 async def settle(
-    service: Embedded, client: Client, bound_bytes: float, descriptors_before: int
+    service: EmbeddedService, client: Client, bound_bytes: float, descriptors_before: int
 ) -> None:
     """Wait until the service is as it was, but not for long; what the flood has started is ended.
 
@@ -213,7 +213,9 @@ async def settle(
 
 
 @asynccontextmanager
-async def flooding(service: Embedded, name: str, seconds: float) -> AsyncIterator[list[bytes]]:
+async def flooding(
+    service: EmbeddedService, name: str, seconds: float
+) -> AsyncIterator[list[bytes]]:
     """Have a service flooded from the block's begin on; then how much was asked of it."""
     certs, said = service.directory / "certs", list[bytes]()
     process = await trio.lowlevel.open_process(
@@ -243,7 +245,7 @@ async def longest_turn(directory: Path, name: str, seconds: float) -> str:
             return f"{turns.longest_ms():.0f} ({turns.task().rpartition('.')[2]})"
 
 
-async def measure(service: Embedded, name: str, seconds: float, idle_seconds: float) -> Row:
+async def measure(service: EmbeddedService, name: str, seconds: float, idle_seconds: float) -> Row:
     """Flood a service, with a quiet client beside."""
     names = service.environment("quiet")
     ca, certificate, key = (Path(names[f"WORKER_{each}_PATH"]) for each in ("CA", "CERT", "KEY"))

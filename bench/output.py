@@ -30,7 +30,7 @@ import trio
 from bench.output_rivals import RECEIVE, rival
 
 import jobworker
-from jobworker.cli.worker.embedded_service import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService, open_embedded
 from jobworker.client.client import Client
 
 SETTINGS: dict[str, dict[str, object]] = {
@@ -64,7 +64,7 @@ def memory_bytes(pid: int) -> int:
     raise AssertionError("smaps_rollup has no Pss")
 
 
-def open_client(service: Embedded) -> "AbstractAsyncContextManager[Client]":
+def open_client(service: EmbeddedService) -> "AbstractAsyncContextManager[Client]":
     files = service.environment()
     return jobworker.open_client(
         service.address,
@@ -74,7 +74,7 @@ def open_client(service: Embedded) -> "AbstractAsyncContextManager[Client]":
     )
 
 
-async def throughput(service: Embedded) -> None:
+async def throughput(service: EmbeddedService) -> None:
     certs = service.directory / "certs"
     rates: dict[str, list[float]] = {}
     costs: dict[str, list[tuple[float, float]]] = {}
@@ -135,7 +135,7 @@ for number in range({LINES}):
 FOLLOWERS = Path(__file__).with_name("output_followers.py")
 
 
-async def fan_out(service: Embedded) -> None:
+async def fan_out(service: EmbeddedService) -> None:
     """Every follower has a connection of its own, all of them one lean process."""
     server, certs = service.process.pid, service.directory / "certs"
     print("followers   p50 ms   p99 ms  behind ms  server CPU  ns/byte  KiB each  pieces")
@@ -190,7 +190,7 @@ def splice_seconds(path: Path) -> float:
     return took
 
 
-async def writing(service: Embedded) -> None:
+async def writing(service: EmbeddedService) -> None:
     """The pump alone: splice(2) from pipe to file."""
     costs, floors = [], []
     async with open_client(service) as client:
@@ -216,7 +216,7 @@ for _ in range(200):
 """
 
 
-async def latency(service: Embedded) -> None:
+async def latency(service: EmbeddedService) -> None:
     """Both processes read CLOCK_MONOTONIC, which is the host's."""
     delays = []
     async with open_client(service) as client:
@@ -231,7 +231,7 @@ async def latency(service: Embedded) -> None:
     )
 
 
-async def answers(service: Embedded) -> None:
+async def answers(service: EmbeddedService) -> None:
     """A flood of output, and a program that has the disk write everything out again and again."""
     delays: list[float] = []
     syncing = "import os\nwhile True: os.sync()"
@@ -260,7 +260,7 @@ async def answers(service: Embedded) -> None:
     )
 
 
-PARTS: dict[str, Callable[[Embedded], Awaitable[None]]] = {
+PARTS: dict[str, Callable[[EmbeddedService], Awaitable[None]]] = {
     "throughput": throughput,
     "fanout": fan_out,
     "writing": writing,

@@ -26,7 +26,7 @@ import trio_websocket
 from bench.launcher_side import LauncherSide
 from bench.peers import BWRAP, ECHO, FIREJAIL, Bundle, Timer, time_process
 
-from jobworker.cli.worker.embedded_service import Embedded, open_embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService, open_embedded
 from jobworker.pki.tls import client_context
 
 PAUSE_SECONDS = 0.06
@@ -86,7 +86,7 @@ class Connection:
                 return first, time.perf_counter() - began
 
 
-def tls_for(service: Embedded) -> ssl.SSLContext:
+def tls_for(service: EmbeddedService) -> ssl.SSLContext:
     """The admin's certificate."""
     names = service.environment()
     return client_context(
@@ -172,7 +172,7 @@ def median_ratio(
 
 
 async def print_throughput(
-    service: Embedded, connection: Connection, peers: dict[str, Timer]
+    service: EmbeddedService, connection: Connection, peers: dict[str, Timer]
 ) -> None:
     """Jobs per second, from request to the notice of the end."""
     print("\njobs per second, request to end, 200 each")
@@ -202,7 +202,7 @@ def family(pid: int) -> list[int]:
     return [pid, *(each for child in children for each in family(int(child)))]
 
 
-async def print_memory(service: Embedded, connection: Connection) -> None:
+async def print_memory(service: EmbeddedService, connection: Connection) -> None:
     """What a running job costs beyond its own process, spares and shared pages counted."""
     before = sum(map(pss_kilobytes, family(service.process.pid)))
     command = ("sh", "-c", "echo up; exec sleep 999")
@@ -237,7 +237,7 @@ async def print_stop(connection: Connection, launcher: LauncherSide) -> None:
     print(f"p50 {statistics.median(samples):.0f}, longest {max(samples):.0f}")
 
 
-async def concurrent_rate(service: Embedded, concurrency: int) -> float:
+async def concurrent_rate(service: EmbeddedService, concurrency: int) -> float:
     """Jobs per second over `concurrency` connections."""
     host, port = service.address.rsplit(":", 1)
     left = 200

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from jobworker.cli.worker import embedded_service
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 Extra = Mapping[str, Mapping[str, object]]
 
@@ -26,7 +26,7 @@ FEW_PROGRAMS = (
 
 def open_embedded(
     directory: Path, extra: Extra | None = None, *, guarded: bool = False
-) -> AbstractAsyncContextManager[Embedded]:
+) -> AbstractAsyncContextManager[EmbeddedService]:
     """See `cli.worker.embedded_service.open_embedded`."""
     return embedded_service.open_embedded(
         directory, with_few_programs(extra or {}), guarded=guarded

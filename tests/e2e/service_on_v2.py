@@ -37,7 +37,7 @@ if __name__ == "__main__":
         [SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])]
     )
 
-from jobworker.cli.worker.embedded_service import Embedded, open_embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, open_embedded, program
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.errors import SandboxError
@@ -67,7 +67,7 @@ _BOMB = (
 
 
 Alone = Callable[[], Awaitable[str]]
-Served = Callable[[Embedded, Client], Awaitable[str]]
+Served = Callable[[EmbeddedService, Client], Awaitable[str]]
 
 
 class NotHere(Exception):
@@ -85,7 +85,7 @@ def own_directory() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def connected(service: Embedded, role: str = "admin") -> AsyncIterator[Client]:
+async def connected(service: EmbeddedService, role: str = "admin") -> AsyncIterator[Client]:
     """A client with the certificate of `role`."""
     names = service.environment(role)
     async with open_client(
@@ -171,7 +171,7 @@ async def until(condition: Callable[[], object], what: str, seconds: float = 30)
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
-def launcher_of(service: Embedded) -> int:
+def launcher_of(service: EmbeddedService) -> int:
     """The launcher's guard: the child whose command line says so."""
     pid = service.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -218,7 +218,7 @@ async def demo_in_a_delegated_unit() -> str:
 # --- a running service ----------------------------------------------------------------------
 
 
-async def cli_from_run_to_wait(service: Embedded, _: Client) -> str:
+async def cli_from_run_to_wait(service: EmbeddedService, _: Client) -> str:
     """The commands of worker-cli, their output and exit codes."""
 
     async def cli(*arguments: str) -> tuple[int, str]:
@@ -244,7 +244,7 @@ async def cli_from_run_to_wait(service: Embedded, _: Client) -> str:
     return "run, status, log, stop, wait, run -f"
 
 
-async def job_sees_itself_alone(_: Embedded, client: Client) -> str:
+async def job_sees_itself_alone(_: EmbeddedService, client: Client) -> str:
     """Own processes, ids, control groups and mounts; nothing of the host's."""
     script = (
         "ls -d /proc/[0-9]*; cat /proc/self/cgroup; cut -d' ' -f5 /proc/self/mountinfo | sort -u; "
@@ -263,7 +263,7 @@ async def job_sees_itself_alone(_: Embedded, client: Client) -> str:
     return f"PID 1, cgroup /, root is {outside} outside, {mounts} mount points and processes"
 
 
-async def oom_ends_the_whole_job(_: Embedded, client: Client) -> str:
+async def oom_ends_the_whole_job(_: EmbeddedService, client: Client) -> str:
     """One process takes too much, and its sibling ends with it; the reason is told."""
     job = (await run(client, python(_HOG, memory_bytes=64 * MIB)))[1]
     assert (job.state.value, job.reason and job.reason.value) == ("FAILED", "oom"), job
@@ -273,7 +273,7 @@ async def oom_ends_the_whole_job(_: Embedded, client: Client) -> str:
     return f"reason oom after {seconds_of(job):.1f} s, peak {peak / MIB:.1f} of 64 MiB"
 
 
-async def memory_file_systems_count(_: Embedded, client: Client) -> str:
+async def memory_file_systems_count(_: EmbeddedService, client: Client) -> str:
     """What a job writes to /dev/shm counts as its memory."""
     text, job = await run(
         client, shell("head -c 100000000 /dev/zero >/dev/shm/x; echo wrote", memory_bytes=32 * MIB)
@@ -282,7 +282,7 @@ async def memory_file_systems_count(_: Embedded, client: Client) -> str:
     return "reason oom at 32 MiB"
 
 
-async def spinners_share_half_a_core(_: Embedded, client: Client) -> str:
+async def spinners_share_half_a_core(_: EmbeddedService, client: Client) -> str:
     """The CPU limit is one for the job."""
     job = (await run(client, python(_SPIN, cpu_percent=50)))[1]
     percent = usage_of(job).cpu_ns / seconds_of(job) / 1e7
@@ -290,7 +290,7 @@ async def spinners_share_half_a_core(_: Embedded, client: Client) -> str:
     return f"two spinners got {percent:.1f} % of a core in {seconds_of(job):.1f} s"
 
 
-async def io_keeps_to_its_limit(_: Embedded, client: Client) -> str:
+async def io_keeps_to_its_limit(_: EmbeddedService, client: Client) -> str:
     """Direct writes and reads and buffered writes; and the control without a limit."""
     create = "dd if=/dev/zero of=f bs=64k count=48"
     rates = {}
@@ -323,7 +323,7 @@ async def io_keeps_to_its_limit(_: Embedded, client: Client) -> str:
     return ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()) + " of 1 MiB/s"
 
 
-async def limits_outlive_a_reload_of_systemd(service: Embedded, client: Client) -> str:
+async def limits_outlive_a_reload_of_systemd(service: EmbeddedService, client: Client) -> str:
     """systemd writes to the groups around ours; the limits of a running job stay."""
     if not Path("/run/systemd/system").exists():
         raise NotHere("systemd is not the init of this host")
@@ -346,14 +346,14 @@ async def limits_outlive_a_reload_of_systemd(service: Embedded, client: Client) 
     return f"in {groups(service.directory)[0].parent}"
 
 
-async def fork_bomb_stops_at_its_limit(_: Embedded, client: Client) -> str:
+async def fork_bomb_stops_at_its_limit(_: EmbeddedService, client: Client) -> str:
     """fork(2) fails inside; and with its first process the whole job ends."""
     text, job = await run(client, python(_BOMB, processes=20))
     assert (text, job.state.value) == ("19\n", "COMPLETED"), (text, job)
     return "19 forks of 20 processes"
 
 
-async def stop_ends_daemons_that_ignore_sigterm(_: Embedded, client: Client) -> str:
+async def stop_ends_daemons_that_ignore_sigterm(_: EmbeddedService, client: Client) -> str:
     """Grandchildren in sessions of their own that ignore SIGTERM go with the job."""
     marker = f"77{os.getpid()}"
     script = (
@@ -373,7 +373,7 @@ async def stop_ends_daemons_that_ignore_sigterm(_: Embedded, client: Client) -> 
     return f"six, within {took:.2f} s, grace 1 s"
 
 
-async def stop_does_not_wait_for_throttled_io(_: Embedded, client: Client) -> str:
+async def stop_does_not_wait_for_throttled_io(_: EmbeddedService, client: Client) -> str:
     """A job in the middle of minutes of delayed I/O is ended at once."""
     command = ("dd", "if=/dev/zero", "of=f", "bs=4M", "count=8", "oflag=direct")
     job = await client.run(JobSpec(command=command, limits=Limits(io_bps=65_536)))
@@ -393,7 +393,7 @@ async def stop_does_not_wait_for_throttled_io(_: Embedded, client: Client) -> st
     return f"{took:.2f} s"
 
 
-async def timeout_ends_the_job(_: Embedded, client: Client) -> str:
+async def timeout_ends_the_job(_: EmbeddedService, client: Client) -> str:
     """The time-out is the job's reason."""
     job = (await run(client, shell("exec sleep 600", timeout_seconds=1)))[1]
     assert (job.state.value, job.reason and job.reason.value) == ("FAILED", "timeout"), job
@@ -402,7 +402,7 @@ async def timeout_ends_the_job(_: Embedded, client: Client) -> str:
 
 
 def _hoarder(kind: str) -> Served:
-    async def probe(_: Embedded, client: Client) -> str:
+    async def probe(_: EmbeddedService, client: Client) -> str:
         """Kernel memory of this kind is bounded, whoever counts it."""
         await _calm()
         code = kernel_hoards.script(kind)
@@ -456,7 +456,7 @@ async def _calm() -> None:
         last = now
 
 
-async def ended_jobs_leave_no_groups(service: Embedded, _: Client) -> str:
+async def ended_jobs_leave_no_groups(service: EmbeddedService, _: Client) -> str:
     """What stands in our group after all these jobs are the spares alone."""
     (top,) = groups(service.directory)
 
@@ -472,7 +472,7 @@ async def ended_jobs_leave_no_groups(service: Embedded, _: Client) -> str:
 # --- crashes and refusals, each with services of its own ------------------------------------
 
 
-async def _crash(victims: Callable[[Embedded], list[int]], expected: str) -> str:
+async def _crash(victims: Callable[[EmbeddedService], list[int]], expected: str) -> str:
     marker = f"66{os.getpid()}"
     words = f"sleep\0{marker}"
     with own_directory() as directory:

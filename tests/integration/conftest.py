@@ -12,7 +12,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.config.settings import DEFAULT_PROGRAMS
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.sandbox.disk.images import label_of
@@ -130,10 +130,12 @@ def left_behind(directory: Path) -> list[str]:
 
 
 @contextmanager
-def running(directory: Path, extra: Mapping[str, Mapping[str, object]]) -> Iterator[Embedded]:
+def running(
+    directory: Path, extra: Mapping[str, Mapping[str, object]]
+) -> Iterator[EmbeddedService]:
     """A service in `directory` while the block lasts; at the end nothing of it may be left."""
     ready, stop = threading.Event(), trio.Event()
-    held: list[tuple[Embedded, trio.lowlevel.TrioToken]] = []
+    held: list[tuple[EmbeddedService, trio.lowlevel.TrioToken]] = []
     faults: list[BaseException] = []
 
     async def hold() -> None:
@@ -163,7 +165,7 @@ def running(directory: Path, extra: Mapping[str, Mapping[str, object]]) -> Itera
 
 
 @pytest.fixture(scope="session")
-def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def service(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A running service, one for the whole run."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")
@@ -176,14 +178,14 @@ def service(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
 
 
 @pytest.fixture
-async def admin(service: Embedded) -> AsyncIterator[Wire]:
+async def admin(service: EmbeddedService) -> AsyncIterator[Wire]:
     """A connection with the admin's certificate."""
     async with open_wire(service) as wire:
         yield wire
 
 
 @pytest.fixture
-async def viewer(service: Embedded) -> AsyncIterator[Wire]:
+async def viewer(service: EmbeddedService) -> AsyncIterator[Wire]:
     """A connection with the viewer's certificate."""
     async with open_wire(service, "viewer") as wire:
         yield wire

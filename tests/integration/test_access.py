@@ -14,7 +14,7 @@ import trio_websocket
 import trustme
 from attrs import evolve
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.pki.authority import Authority, Issued
 from jobworker.pki.files import write_new
 
@@ -67,7 +67,7 @@ async def test_values_of_variables_are_not_for_viewers(viewer: Wire, admin: Wire
     assert seen[1]["spec"]["environment"] == {"TOKEN": "***"}  # type: ignore[index]
 
 
-def handshake(service: Embedded, context: ssl.SSLContext) -> None:
+def handshake(service: EmbeddedService, context: ssl.SSLContext) -> None:
     """Connect and read: raises what TLS says, within seconds."""
     host, port = service.address.rsplit(":", 1)
     with (
@@ -78,41 +78,41 @@ def handshake(service: Embedded, context: ssl.SSLContext) -> None:
         assert secured.recv(1) == b"", "the server spoke first"
 
 
-def trusting(service: Embedded) -> ssl.SSLContext:
+def trusting(service: EmbeddedService) -> ssl.SSLContext:
     """A context that trusts the service and has no certificate of its own."""
     return ssl.create_default_context(cafile=service.environment()["WORKER_CA_PATH"])
 
 
-async def in_thread(service: Embedded, context: ssl.SSLContext, reason: str) -> None:
+async def in_thread(service: EmbeddedService, context: ssl.SSLContext, reason: str) -> None:
     with pytest.raises(ssl.SSLError) as refused:
         await trio.to_thread.run_sync(handshake, service, context)
     assert reason in str(refused.value.reason).upper()
 
 
-async def test_client_without_a_certificate_is_told_so(service: Embedded) -> None:
+async def test_client_without_a_certificate_is_told_so(service: EmbeddedService) -> None:
     await in_thread(service, trusting(service), "CERTIFICATE_REQUIRED")
 
 
-async def test_certificate_of_another_ca_is_refused(service: Embedded) -> None:
+async def test_certificate_of_another_ca_is_refused(service: EmbeddedService) -> None:
     context = trusting(service)
     trustme.CA().issue_cert("stranger.example").configure_cert(context)
     await in_thread(service, context, "UNKNOWN_CA")
 
 
-async def test_server_certificate_is_no_client_certificate(service: Embedded) -> None:
+async def test_server_certificate_is_no_client_certificate(service: EmbeddedService) -> None:
     context = trusting(service)
     certs = service.directory / "certs"
     context.load_cert_chain(certs / "server-cert.pem", certs / "server-key.pem")
     await in_thread(service, context, "UNSUPPORTED_CERTIFICATE")
 
 
-async def test_tls_1_2_is_refused(service: Embedded) -> None:
+async def test_tls_1_2_is_refused(service: EmbeddedService) -> None:
     context = context_for(service)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     await in_thread(service, context, "PROTOCOL_VERSION")
 
 
-def certificate_of(service: Embedded, into: Path, issued: Issued) -> ssl.SSLContext:
+def certificate_of(service: EmbeddedService, into: Path, issued: Issued) -> ssl.SSLContext:
     """A context with a certificate issued by the service's own authority."""
     write_new(into, issued.files("odd"))
     context = trusting(service)
@@ -120,7 +120,7 @@ def certificate_of(service: Embedded, into: Path, issued: Issued) -> ssl.SSLCont
     return context
 
 
-async def answer(service: Embedded, context: ssl.SSLContext, request: bytes) -> bytes:
+async def answer(service: EmbeddedService, context: ssl.SSLContext, request: bytes) -> bytes:
     """What the server says to bytes after the handshake, to the end of the connection."""
     host, port = service.address.rsplit(":", 1)
     stream = await trio.open_ssl_over_tcp_stream(
@@ -148,7 +148,7 @@ WHOLE = UPGRADE + b"Sec-WebSocket-Protocol: jobworker.v1\r\n\r\n"
 
 @pytest.mark.parametrize("role", ["Admin", "root"])
 async def test_role_that_does_not_exist_gets_nothing(
-    service: Embedded, open_directory: Callable[[], Path], role: str
+    service: EmbeddedService, open_directory: Callable[[], Path], role: str
 ) -> None:
     authority = Authority.load(service.directory / "certs")
     issued = authority.issue_client("odd", role, now=datetime.now(UTC))
@@ -187,7 +187,7 @@ async def test_role_that_does_not_exist_gets_nothing(
     ],
 )
 async def test_odd_request_gets_an_answer(
-    service: Embedded, request_: bytes, status: bytes
+    service: EmbeddedService, request_: bytes, status: bytes
 ) -> None:
     said = await answer(service, context_for(service), request_)
     assert said.startswith(b"HTTP/1.1 " + status)
@@ -200,7 +200,7 @@ async def test_odd_request_gets_an_answer(
         assert (error["code"], error["name"]) == (1050, "no_upgrade")
 
 
-async def test_head_gets_a_status_and_no_body(service: Embedded) -> None:
+async def test_head_gets_a_status_and_no_body(service: EmbeddedService) -> None:
     request = b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n"
     said = await answer(service, context_for(service), request)
     assert said.startswith(b"HTTP/1.1 426")
@@ -235,7 +235,7 @@ async def test_every_address_of_both_families_is_one_setting(
     ],
 )
 async def test_nonsense_ends_its_own_connection_alone(
-    service: Embedded, admin: Wire, nonsense: bytes
+    service: EmbeddedService, admin: Wire, nonsense: bytes
 ) -> None:
     await answer(service, context_for(service), nonsense)
     assert (await admin.call("service.hello"))["role"] == "admin"
@@ -243,7 +243,7 @@ async def test_nonsense_ends_its_own_connection_alone(
         await another.call("service.hello")
 
 
-async def test_broken_frame_ends_its_own_connection(service: Embedded, admin: Wire) -> None:
+async def test_broken_frame_ends_its_own_connection(service: EmbeddedService, admin: Wire) -> None:
     host, port = service.address.rsplit(":", 1)
     stream = await trio.open_ssl_over_tcp_stream(
         host, int(port), ssl_context=context_for(service), https_compatible=True
@@ -293,7 +293,7 @@ async def test_broken_frame_ends_its_own_connection(service: Embedded, admin: Wi
     ],
 )
 async def test_bad_message_gets_its_error_and_the_connection_lives(
-    service: Embedded, message: str | bytes, code: int
+    service: EmbeddedService, message: str | bytes, code: int
 ) -> None:
     async with open_socket(service) as sock:
         await sock.send_message(message)
@@ -320,7 +320,7 @@ async def test_a_megabyte_of_arguments_arrives_whole(admin: Wire) -> None:
 
 
 async def test_message_beyond_the_bound_ends_its_connection_alone(
-    service: Embedded, admin: Wire
+    service: EmbeddedService, admin: Wire
 ) -> None:
     async with open_socket(service) as sock:
 
@@ -334,7 +334,7 @@ async def test_message_beyond_the_bound_ends_its_connection_alone(
     await admin.call("service.hello")
 
 
-async def test_client_that_vanishes_costs_nothing(service: Embedded) -> None:
+async def test_client_that_vanishes_costs_nothing(service: EmbeddedService) -> None:
     async with open_wire(service) as wire:
         descriptors = Path(f"/proc/{service.process.pid}/fd")
         before = len(list(descriptors.iterdir()))

@@ -9,19 +9,19 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .conftest import locked_history
 from .test_takeover import processes, until_bigger
 from .wire import Json, Refused, Wire
 
 
-def database(service: Embedded) -> Path:
+def database(service: EmbeddedService) -> Path:
     return service.directory / "state" / "service" / "history.db"
 
 
 async def test_job_starts_and_ends_though_a_backup_locks_the_history(
-    service: Embedded, admin: Wire
+    service: EmbeddedService, admin: Wire
 ) -> None:
     with locked_history(service.directory) as backup:
         async with trio.open_nursery() as nursery:
@@ -51,7 +51,7 @@ async def log_of_now(admin: Wire, job: int) -> tuple[bytes, Json]:
 
 
 async def test_job_is_shown_alive_until_its_end_is_in_the_history(
-    service: Embedded, admin: Wire
+    service: EmbeddedService, admin: Wire
 ) -> None:
     job = await admin.start("sh", "-c", "echo hello; exec sleep 41739")
     await until_bigger(admin, job, 0)
@@ -78,7 +78,7 @@ async def test_job_is_shown_alive_until_its_end_is_in_the_history(
 
 
 async def test_copy_that_is_made_while_jobs_run_is_whole(
-    service: Embedded, admin: Wire, tmp_path: Path
+    service: EmbeddedService, admin: Wire, tmp_path: Path
 ) -> None:
     for _ in range(3):
         await admin.run("true")

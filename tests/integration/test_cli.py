@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.errors import NotFound
 
 Done = subprocess.CompletedProcess[str]
@@ -21,7 +21,7 @@ Done = subprocess.CompletedProcess[str]
 class Cli:
     """Runs worker-cli against the service."""
 
-    def __init__(self, service: Embedded) -> None:
+    def __init__(self, service: EmbeddedService) -> None:
         self.service = service
         self.home = service.directory
 
@@ -46,7 +46,7 @@ class Cli:
 
 
 @pytest.fixture
-def cli(service: Embedded) -> Cli:
+def cli(service: EmbeddedService) -> Cli:
     return Cli(service)
 
 

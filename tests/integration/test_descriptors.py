@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.pki.administration import init_authority
 from jobworker.server.host.descriptor_budget import (
     MIN_OUTPUTS,
@@ -36,7 +36,7 @@ def open_descriptors(pid: int) -> int:
 
 
 @contextmanager
-def no_more_descriptors(service: Embedded, spare: int = 0) -> Iterator[None]:
+def no_more_descriptors(service: EmbeddedService, spare: int = 0) -> Iterator[None]:
     """Let the service open `spare` more descriptors and none beyond, while the block lasts."""
     pid = service.process.pid
     taken = set(map(int, os.listdir(f"/proc/{pid}/fd")))
@@ -75,7 +75,9 @@ async def refusals_of_follows(wire: Wire, jobs: list[int], times: int) -> set[st
     return found
 
 
-async def test_followers_of_one_ended_job_share_its_files(service: Embedded, admin: Wire) -> None:
+async def test_followers_of_one_ended_job_share_its_files(
+    service: EmbeddedService, admin: Wire
+) -> None:
     _, _, job = await admin.run("sh", "-c", "head -c 100000 /dev/zero")
     pid = service.process.pid
     before = open_descriptors(pid)

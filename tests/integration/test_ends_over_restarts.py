@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .conftest import left_behind, locked_history, until
 from .outside import open_launcher
@@ -46,7 +46,7 @@ async def stop_in_vain(
         await wire.call("job.stop", id=job, **how)
 
 
-async def end(service: Embedded, number: signal.Signals) -> None:
+async def end(service: EmbeddedService, number: signal.Signals) -> None:
     service.process.send_signal(number)
     with trio.fail_after(40):
         await service.process.wait()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .conftest import until
 from .wire import Wire
@@ -19,12 +19,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 60
 
 
-def environment(service: Embedded) -> dict[str, str]:
+def environment(service: EmbeddedService) -> dict[str, str]:
     return {**os.environ, **service.environment()}
 
 
 async def run(
-    service: Embedded, name: str, *arguments: str
+    service: EmbeddedService, name: str, *arguments: str
 ) -> "subprocess.CompletedProcess[bytes]":
     with trio.fail_after(SECONDS):
         return await trio.run_process(
@@ -36,26 +36,26 @@ async def run(
         )
 
 
-async def printed(service: Embedded, name: str) -> list[str]:
+async def printed(service: EmbeddedService, name: str) -> list[str]:
     """The lines of a program that succeeds."""
     done = await run(service, name)
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout.decode().splitlines()
 
 
-async def test_one_command_is_run_with_its_streams_and_exit_code(service: Embedded) -> None:
+async def test_one_command_is_run_with_its_streams_and_exit_code(service: EmbeddedService) -> None:
     done = await run(service, "run_one.py", "sh", "-c", "echo out; echo err >&2; exit 3")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"out\n", b"err\n")
 
 
-async def test_command_that_does_not_exist_is_told_in_one_line(service: Embedded) -> None:
+async def test_command_that_does_not_exist_is_told_in_one_line(service: EmbeddedService) -> None:
     done = await run(service, "run_one.py", "no-such-program")
     assert (done.returncode, done.stdout) == (127, b"")
     assert done.stderr.startswith(b"run_one: cannot run 'no-such-program': ")
     assert done.stderr.count(b"\n") == 1
 
 
-async def test_limits_variables_and_network_reach_the_job(service: Embedded) -> None:
+async def test_limits_variables_and_network_reach_the_job(service: EmbeddedService) -> None:
     if shutil.which("slirp4netns") is None:
         pytest.skip("needs slirp4netns")
     assert await printed(service, "limits_and_network.py") == [
@@ -68,7 +68,7 @@ async def test_limits_variables_and_network_reach_the_job(service: Embedded) -> 
 
 
 async def test_following_goes_on_where_the_program_was_killed(
-    service: Embedded, admin: Wire, tmp_path: Path
+    service: EmbeddedService, admin: Wire, tmp_path: Path
 ) -> None:
     script = "trap 'echo two; exit' USR1; echo one; while :; do sleep 0.05; done"
     job = await admin.start("sh", "-c", script)
@@ -93,12 +93,12 @@ async def test_following_goes_on_where_the_program_was_killed(
     assert offset.read_text() == "8"
 
 
-async def test_many_jobs_give_their_results_in_order(service: Embedded) -> None:
+async def test_many_jobs_give_their_results_in_order(service: EmbeddedService) -> None:
     wanted = [f"{number} * {number} = {number * number}" for number in range(1, 13)]
     assert await printed(service, "many_jobs.py") == wanted
 
 
-async def test_each_end_of_a_job_is_told_apart(service: Embedded) -> None:
+async def test_each_end_of_a_job_is_told_apart(service: EmbeddedService) -> None:
     assert await printed(service, "stop_and_timeout.py") == [
         "success: COMPLETED, exit code 0",
         "exit code: FAILED, reason exit, exit code 3",
@@ -111,7 +111,7 @@ async def test_each_end_of_a_job_is_told_apart(service: Embedded) -> None:
 
 
 async def test_volume_keeps_a_file_for_the_next_job_and_is_removed(
-    service: Embedded, admin: Wire
+    service: EmbeddedService, admin: Wire
 ) -> None:
     assert await printed(service, "volumes.py") == [
         "built by the first job",

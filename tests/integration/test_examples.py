@@ -17,7 +17,7 @@ import pytest
 import trio
 
 import jobworker
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.client import client as client_module
 from jobworker.client import job as job_module
 from jobworker.client import opening
@@ -63,7 +63,7 @@ async def run_example(test: doctest.DocTest, names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("test", examples(), ids=lambda test: test.name.rpartition("jobworker.")[2])
-async def test_example_does_what_it_shows(service: Embedded, test: doctest.DocTest) -> None:
+async def test_example_does_what_it_shows(service: EmbeddedService, test: doctest.DocTest) -> None:
     files = service.environment()
     names: dict[str, Any] = {
         "server": service.address,
@@ -102,7 +102,7 @@ def test_every_public_call_has_an_example() -> None:
         assert public - internal <= shown
 
 
-async def test_program_of_the_readme_runs(service: Embedded, tmp_path: Path) -> None:
+async def test_program_of_the_readme_runs(service: EmbeddedService, tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert program.count("worker.example.org:50051") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .wire import open_wire
 
@@ -35,7 +35,9 @@ def missing(name: str) -> str:
     return ""
 
 
-async def start(service: Embedded, name: str, *command: str, **variables: str) -> trio.Process:
+async def start(
+    service: EmbeddedService, name: str, *command: str, **variables: str
+) -> trio.Process:
     if lacking := missing(name):
         pytest.skip(f"needs {lacking}")
     return await trio.lowlevel.open_process(
@@ -56,7 +58,9 @@ async def everything(process: trio.Process, stream: trio.abc.ReceiveStream | Non
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-async def test_foreign_client_runs_follows_and_stops_a_job(service: Embedded, name: str) -> None:
+async def test_foreign_client_runs_follows_and_stops_a_job(
+    service: EmbeddedService, name: str
+) -> None:
     script = 'trap "exit 7" INT TERM; echo "ready, é"; echo oops >&2; while :; do sleep 0.1; done'
     process = await start(service, name, "sh", "-c", script)
     assert process.stdout is not None
@@ -87,7 +91,9 @@ async def test_foreign_client_runs_follows_and_stops_a_job(service: Embedded, na
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-async def test_foreign_client_gets_all_of_a_long_output(service: Embedded, name: str) -> None:
+async def test_foreign_client_gets_all_of_a_long_output(
+    service: EmbeddedService, name: str
+) -> None:
     process = await start(service, name, "sh", "-c", "seq 1 20000; exit 3")
     try:
         with trio.fail_after(60):
@@ -100,7 +106,9 @@ async def test_foreign_client_gets_all_of_a_long_output(service: Embedded, name:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-async def test_foreign_client_ends_where_its_reader_leaves(service: Embedded, name: str) -> None:
+async def test_foreign_client_ends_where_its_reader_leaves(
+    service: EmbeddedService, name: str
+) -> None:
     process = await start(service, name, "seq", "1", "200000")
     assert process.stdout is not None
     try:
@@ -130,7 +138,7 @@ async def test_foreign_client_ends_where_its_reader_leaves(service: Embedded, na
     ],
 )
 async def test_foreign_client_that_cannot_connect_says_why(
-    service: Embedded, name: str, variable: str, value: str, code: int, word: str
+    service: EmbeddedService, name: str, variable: str, value: str, code: int, word: str
 ) -> None:
     process = await start(service, name, "true", **{variable: value})
     try:
@@ -146,7 +154,7 @@ async def test_foreign_client_that_cannot_connect_says_why(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-async def test_foreign_client_tells_why_it_was_refused(service: Embedded, name: str) -> None:
+async def test_foreign_client_tells_why_it_was_refused(service: EmbeddedService, name: str) -> None:
     process = await start(service, name, "no-such-program")
     try:
         with trio.fail_after(60):

@@ -14,7 +14,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import ConfigError, InternalError
 from jobworker.jobs.history.history import History
 from jobworker.model.job import JobRecord, JobSpec
@@ -61,7 +61,7 @@ async def small_disk(
 
 
 @asynccontextmanager
-async def serving(directory: Path) -> AsyncIterator[tuple[Embedded, Wire]]:
+async def serving(directory: Path) -> AsyncIterator[tuple[EmbeddedService, Wire]]:
     extra = settings_with(directory, SETTINGS)
     async with open_embedded(directory, extra) as service, open_wire(service) as wire:
         yield service, wire
@@ -151,7 +151,7 @@ async def fill_with_ended_jobs(wire: Wire, place: Path) -> tuple[int, int]:
     return big, small
 
 
-async def kill(service: Embedded) -> None:
+async def kill(service: EmbeddedService) -> None:
     service.process.kill()
     await service.process.wait()
 
@@ -304,7 +304,7 @@ async def test_service_that_takes_over_on_a_full_disk_lets_room_be_made(
             assert (out, again["state"]) == (b"small\n", "STOPPED")
 
 
-async def check_what_a_user_reads(service: Embedded, job: int, record: Json) -> None:
+async def check_what_a_user_reads(service: EmbeddedService, job: int, record: Json) -> None:
     """Both `log` and `status` say what was not kept."""
     cli, lost = Cli(service), record["discarded_bytes"]
     assert isinstance(lost, int)
@@ -329,7 +329,7 @@ def told(record: Json) -> dict[str, object]:
     return {name: record[name] for name in (*TOLD, *MORE_TOLD)}
 
 
-async def end_service(service: Embedded, how: signal.Signals) -> None:
+async def end_service(service: EmbeddedService, how: signal.Signals) -> None:
     service.process.send_signal(how)
     with trio.fail_after(30):
         await service.process.wait()

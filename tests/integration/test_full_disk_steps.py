@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.server.host.disk_promises import free_bytes
 
 from ..services import open_embedded
@@ -43,7 +43,7 @@ class Site:
         """The ends that somebody was told of."""
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[tuple[Embedded, Wire]]:
+    async def serving(self) -> AsyncIterator[tuple[EmbeddedService, Wire]]:
         extra = settings_with(self.directory, self.settings)
         async with open_embedded(self.directory, extra) as service, open_wire(service) as wire:
             yield service, wire

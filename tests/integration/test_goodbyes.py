@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.errors import MessageTooLarge
@@ -26,13 +26,13 @@ PINGS = {"limits": {"ping_interval": "200ms", "ping_timeout": "400ms"}}
 
 
 @pytest.fixture(scope="module")
-def hasty(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def hasty(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service that soon lets a silent client go."""
     with running(open_directory(), PINGS) as made:
         yield made
 
 
-def client_of(service: Embedded) -> AbstractAsyncContextManager[Client]:
+def client_of(service: EmbeddedService) -> AbstractAsyncContextManager[Client]:
     files = service.environment()
     return open_client(
         service.address,
@@ -44,7 +44,7 @@ def client_of(service: Embedded) -> AbstractAsyncContextManager[Client]:
 
 @pytest.mark.parametrize("arguments", [["log", "-f"], ["wait"]])
 async def test_client_that_slept_goes_on_where_it_stopped(
-    hasty: Embedded, arguments: list[str]
+    hasty: EmbeddedService, arguments: list[str]
 ) -> None:
     def ended() -> int:
         return hasty.log_text().count("ping_unanswered")
@@ -75,7 +75,7 @@ def too_large() -> JobSpec:
 
 
 async def test_request_that_is_too_large_is_refused_and_disturbs_no_other(
-    service: Embedded,
+    service: EmbeddedService,
 ) -> None:
     lost: list[str] = []
     seen = bytearray()

@@ -14,7 +14,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.config.settings import SandboxSettings, Settings, WorkerSettings
 from jobworker.errors import ConfigError
 from jobworker.sandbox import channel
@@ -137,11 +137,11 @@ def test_launcher_without_a_lock_is_seen_by_its_jobs(
 # --- the service's own id -----------------------------------------------------------------------
 
 
-def user_of(service: Embedded) -> int:
+def user_of(service: EmbeddedService) -> int:
     return os.stat(f"/proc/{service.process.pid}").st_uid
 
 
-async def until_told(service: Embedded, words: str) -> None:
+async def until_told(service: EmbeddedService, words: str) -> None:
     await until(lambda: words in service.log_text())
 
 

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .conftest import until
 from .test_cli import Cli
@@ -64,7 +64,7 @@ async def test_stop_has_the_default_action_of_its_signal(admin: Wire) -> None:
 
 
 async def test_stop_lets_the_program_say_goodbye_and_takes_all_along(
-    admin: Wire, service: Embedded
+    admin: Wire, service: EmbeddedService
 ) -> None:
     seconds = f"601.{os.getpid()}"
     sleeper = f"sleep\0{seconds}\0".encode()
@@ -109,7 +109,7 @@ attempt("maps", lambda: open("/proc/1/maps").read(1))
     assert out.count("refused") == 7, (out, err)
 
 
-async def test_init_is_small_and_holds_no_pipe(admin: Wire, service: Embedded) -> None:
+async def test_init_is_small_and_holds_no_pipe(admin: Wire, service: EmbeddedService) -> None:
     job = await admin.start("sleep", "602", init=True)
     (sleeper,) = [p for p in Path("/proc").glob("[0-9]*") if _is(p, b"sleep\x00602\x00")]
     parent = re.findall(r"^PPid:\s+(\d+)$", (sleeper / "status").read_text(), re.M)[0]
@@ -130,7 +130,7 @@ async def test_limit_on_processes_is_the_programs_own(admin: Wire) -> None:
         assert out == "ran\n"
 
 
-async def test_failed_start_is_told_by_its_step(admin: Wire, service: Embedded) -> None:
+async def test_failed_start_is_told_by_its_step(admin: Wire, service: EmbeddedService) -> None:
     cli = Cli(service)
     done = cli("run", "--init", "/no/such/program")
     assert (done.returncode, done.stdout) == (127, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .wire import Refused, Wire
 
@@ -22,7 +22,7 @@ async def test_job_sees_itself_alone_as_pid_1(admin: Wire) -> None:
     assert len(list(Path("/proc").glob("[0-9]*"))) > 3, "the control: the host has more"
 
 
-async def test_secrets_of_the_host_are_not_there(admin: Wire, service: Embedded) -> None:
+async def test_secrets_of_the_host_are_not_there(admin: Wire, service: EmbeddedService) -> None:
     secrets = [
         *("/etc/shadow", "/etc/gshadow", "/etc/ssh", "/etc/ssl/private", "/root/.bashrc"),
         *(str(service.directory), str(service.directory / "certs" / "ca-key.pem")),

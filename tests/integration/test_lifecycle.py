@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.sandbox.cgroup.files import groups_called
 from jobworker.server.startup.preparation import instance_name
 
@@ -137,7 +137,7 @@ async def test_wait_answers_at_the_end(admin: Wire) -> None:
     assert (ended["state"], ended["exit_code"]) == ("FAILED", 5)
 
 
-async def test_cancelled_client_does_not_end_its_job(service: Embedded) -> None:
+async def test_cancelled_client_does_not_end_its_job(service: EmbeddedService) -> None:
     async with open_wire(service) as first:
         job = await first.start("sleep", "0.6")
     async with open_wire(service) as second:

@@ -15,7 +15,7 @@ import pytest
 import trio
 from attrs import define
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 
 from ..services import open_embedded
 from .wire import Json, Refused, Wire, open_wire
@@ -125,7 +125,7 @@ async def test_what_is_written_before_a_time_to_come_is_not_shown(admin: Wire) -
 
 
 def call(
-    service: Embedded, *arguments: str, **variables: str
+    service: EmbeddedService, *arguments: str, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, **service.environment(), **variables}
     return subprocess.run(
@@ -138,7 +138,7 @@ def call(
     )
 
 
-async def test_log_shows_what_is_asked_for(service: Embedded, admin: Wire) -> None:
+async def test_log_shows_what_is_asked_for(service: EmbeddedService, admin: Wire) -> None:
     _, _, record = await admin.run("sh", "-c", "seq 1 3; echo err >&2")
     job = str(record["id"])
 
@@ -173,7 +173,7 @@ write(1, b"ial\\nlast no newline")
 """
 
 
-async def test_log_begins_with_whole_lines(service: Embedded, admin: Wire) -> None:
+async def test_log_begins_with_whole_lines(service: EmbeddedService, admin: Wire) -> None:
     _, _, record = await admin.run("python3", "-c", INTERRUPTED_LINE)
     job = str(record["id"])
 
@@ -224,7 +224,7 @@ async def test_who_goes_on_hands_back_where_streams_begin(admin: Wire) -> None:
 @pytest.mark.parametrize("command", ["log", "run"])
 @pytest.mark.parametrize(("raw", "seen"), [(False, b"a\\x1b[2Jb\\x0dc"), (True, b"a\x1b[2Jb\rc")])
 async def test_terminal_is_protected(
-    service: Embedded, admin: Wire, command: str, raw: bool, seen: bytes
+    service: EmbeddedService, admin: Wire, command: str, raw: bool, seen: bytes
 ) -> None:
     printf = ["printf", "a\\033[2Jb\\rc"]
     arguments = ["run", "-f", *(["--raw"] if raw else []), *printf]
@@ -247,7 +247,7 @@ async def test_terminal_is_protected(
 
 
 async def test_follow_of_a_removed_job_says_so(
-    service: Embedded, admin: Wire, tmp_path: Path
+    service: EmbeddedService, admin: Wire, tmp_path: Path
 ) -> None:
     job = await admin.start("sh", "-c", "echo begun; exec sleep 600")
     reading, writing = os.pipe()
@@ -274,7 +274,7 @@ async def test_follow_of_a_removed_job_says_so(
 class Proxy:
     """Hands connections on to the service; cuts the first ones in the midst of their output."""
 
-    service: Embedded
+    service: EmbeddedService
     cuts: int
     bytes_each: int
     port: int = 0
@@ -309,7 +309,7 @@ class Proxy:
     ("command", "bytes_each"), [("log", 1_300_000), ("run", 1_300_000), ("log", 250_000)]
 )
 async def test_follow_goes_on_after_each_break(
-    service: Embedded, admin: Wire, command: str, bytes_each: int
+    service: EmbeddedService, admin: Wire, command: str, bytes_each: int
 ) -> None:
     script = "seq 1 900000; exit 3"
     expected = "".join(f"{i}\n" for i in range(1, 900_001)).encode()

@@ -17,7 +17,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import HostUnsupported
 from jobworker.jobs.output.directory import NOTE
 from jobworker.sandbox.protocol.requests import MAX_JOB
@@ -31,7 +31,7 @@ from .wire import Json, Refused, Wire, open_wire
 
 
 @asynccontextmanager
-async def service_in(directory: Path) -> AsyncIterator[tuple[Embedded, Wire]]:
+async def service_in(directory: Path) -> AsyncIterator[tuple[EmbeddedService, Wire]]:
     async with open_embedded(directory) as service, open_wire(service) as wire:
         yield service, wire
 

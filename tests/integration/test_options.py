@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .test_cli import Cli, fails
 from .wire import Refused, Wire
 
 
 @pytest.fixture
-def cli(service: Embedded) -> Cli:
+def cli(service: EmbeddedService) -> Cli:
     return Cli(service)
 
 
@@ -103,7 +103,7 @@ async def test_core_that_does_not_exist_is_refused_by_name(admin: Wire) -> None:
     assert refused.value.code == -32602
 
 
-async def test_secret_reaches_the_job_and_no_record(admin: Wire, service: Embedded) -> None:
+async def test_secret_reaches_the_job_and_no_record(admin: Wire, service: EmbeddedService) -> None:
     secret = "c4nary-in-a-coal-mine"
     result = await admin.call(
         "job.run",

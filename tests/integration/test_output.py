@@ -8,7 +8,7 @@ import random
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from .wire import Json, Refused, Wire, open_socket, open_wire
 
@@ -36,7 +36,7 @@ async def test_large_output_is_complete(admin: Wire) -> None:
     assert job["discarded_bytes"] == 0
 
 
-async def test_followers_that_join_at_any_time_get_everything(service: Embedded) -> None:
+async def test_followers_that_join_at_any_time_get_everything(service: EmbeddedService) -> None:
     script = "for i in $(seq 1 60); do echo line $i; sleep 0.01; done"
     expected = "".join(f"line {i}\n" for i in range(1, 61)).encode()
     finished = 0
@@ -98,7 +98,7 @@ async def test_follower_resumes_at_its_offset(admin: Wire) -> None:
         await admin.call("job.log", id=job["id"], offset=99)
 
 
-async def test_binary_messages_carry_the_same_bytes(service: Embedded) -> None:
+async def test_binary_messages_carry_the_same_bytes(service: EmbeddedService) -> None:
     job = {"command": ["sh", "-c", "printf 'a\\0b\\n\\377'; printf err >&2"]}
     params = {"job": job, "follow": {"encoding": "binary"}}
     streams = {"stdout": b"", "stderr": b""}
@@ -141,7 +141,7 @@ def size_of(note: Json) -> int:
 
 
 async def test_stalled_follower_delays_neither_job_nor_follower(
-    service: Embedded, admin: Wire
+    service: EmbeddedService, admin: Wire
 ) -> None:
     script = "for i in $(seq 1 2000); do echo $i; done; head -c 5000000 /dev/zero"
     async with open_wire(service) as stalled:

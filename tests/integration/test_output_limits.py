@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 
 from ..services import open_embedded
 from .conftest import until
@@ -19,7 +19,7 @@ Directory = Callable[[], Path]
 
 
 @asynccontextmanager
-async def serving(directory: Path, **worker: object) -> AsyncIterator[tuple[Embedded, Wire]]:
+async def serving(directory: Path, **worker: object) -> AsyncIterator[tuple[EmbeddedService, Wire]]:
     async with open_embedded(directory, {"worker": worker}) as service, open_wire(service) as admin:
         yield service, admin
 
@@ -136,7 +136,7 @@ async def test_limit_on_all_output_first_removes_what_is_old(open_directory: Dir
 # --- retention ------------------------------------------------------------------------------
 
 
-def spools(service: Embedded) -> list[int]:
+def spools(service: EmbeddedService) -> list[int]:
     return sorted(
         int(entry.name)
         for entry in (service.directory / "state/service/spool").iterdir()

@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 
 
-def dry_run(service: Embedded, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def dry_run(service: EmbeddedService, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [*program("worker-cli"), "run", "--dry-run", *arguments],
         env={**os.environ, **service.environment()},
@@ -20,7 +20,7 @@ def dry_run(service: Embedded, *arguments: str) -> "subprocess.CompletedProcess[
     )
 
 
-def listed(service: Embedded) -> str:
+def listed(service: EmbeddedService) -> str:
     return subprocess.run(
         [*program("worker-cli"), "--json", "list"],
         env={**os.environ, **service.environment()},
@@ -30,7 +30,7 @@ def listed(service: Embedded) -> str:
     ).stdout
 
 
-def test_plan_names_the_steps_in_order_and_runs_nothing(service: Embedded) -> None:
+def test_plan_names_the_steps_in_order_and_runs_nothing(service: EmbeddedService) -> None:
     before = listed(service)
     done = dry_run(service, "--json", "--max-memory=64", "sh", "-c", "echo secret-word")
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_plan_names_the_steps_in_order_and_runs_nothing(service: Embedded) -> No
     assert listed(service) == before
 
 
-def test_plan_for_people_shows_what_the_job_asks_for(service: Embedded) -> None:
+def test_plan_for_people_shows_what_the_job_asks_for(service: EmbeddedService) -> None:
     done = dry_run(service, "--network=none", "--user=7", "true")
     assert "CPU: 100 % of a core" in done.stdout
     assert "unshare-network" in done.stdout
@@ -63,7 +63,7 @@ def test_plan_for_people_shows_what_the_job_asks_for(service: Embedded) -> None:
 @pytest.mark.parametrize(
     ("option", "word"), [("--max-cpu=1000000", "--max-cpu"), ("--runtime=nosuch", "nosuch")]
 )
-def test_plan_refuses_what_a_run_would(service: Embedded, option: str, word: str) -> None:
+def test_plan_refuses_what_a_run_would(service: EmbeddedService, option: str, word: str) -> None:
     done = dry_run(service, option, "true")
     assert done.returncode == 65
     assert word in done.stderr

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.sandbox.start.private_network import PROGRAM
 
 from ..services import open_embedded
@@ -121,12 +121,12 @@ def gateways(of: int) -> list[int]:
     return found
 
 
-def launcher_of(service: Embedded) -> int:
+def launcher_of(service: EmbeddedService) -> int:
     """The process that the jobs are below."""
     return child_of(child_of(service.process.pid))
 
 
-async def only_gateway(service: Embedded) -> list[int]:
+async def only_gateway(service: EmbeddedService) -> list[int]:
     """The one gateway, once those of earlier tests' jobs are gone."""
     launcher = launcher_of(service)
     await until(lambda: len(gateways(launcher)) == 1)
@@ -142,7 +142,7 @@ def sleeps_elsewhere(process: Path, seconds: str) -> bool:
 
 
 async def test_gateway_has_no_rights_no_descriptors_and_ends_with_its_job(
-    admin: Wire, service: Embedded
+    admin: Wire, service: EmbeddedService
 ) -> None:
     seconds = f"60.{os.getpid()}"
     job = await admin.start("sleep", seconds, network="private")
@@ -191,7 +191,7 @@ async def test_gateway_is_out_of_the_jobs_sight_and_reach(admin: Wire) -> None:
 
 
 async def test_job_that_is_killed_or_fails_takes_its_gateway_along(
-    admin: Wire, service: Embedded
+    admin: Wire, service: EmbeddedService
 ) -> None:
     launcher = launcher_of(service)
     await admin.run("sh", "-c", "kill -9 $$; exit 3", network="private")
@@ -202,7 +202,7 @@ async def test_job_that_is_killed_or_fails_takes_its_gateway_along(
 
 
 async def test_gateway_that_dies_ends_the_network_and_not_the_job(
-    admin: Wire, service: Embedded
+    admin: Wire, service: EmbeddedService
 ) -> None:
     job = await admin.start("sh", "-c", "read x < /tmp/fifo || sleep 60", network="private")
     (gateway,) = await only_gateway(service)
@@ -276,7 +276,7 @@ async def test_host_without_the_program_refuses_by_its_name(
             await wire.start("true", network="none")
 
 
-def test_command_line_tells_the_network(service: Embedded) -> None:
+def test_command_line_tells_the_network(service: EmbeddedService) -> None:
     cli = Cli(service)
     done = cli("run", "--network", "private", "echo", "hello")
     assert "Network: private\n" in done.stdout, done.stderr

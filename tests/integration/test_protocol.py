@@ -5,7 +5,7 @@ import json
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.protocol.methods import METHODS
 
 from .wire import Json, Wire, open_socket
@@ -42,7 +42,7 @@ async def test_text_is_whole_though_its_characters_are_torn_apart(admin: Wire) -
     assert len(pieces) > 1000
 
 
-async def test_notification_is_never_answered(service: Embedded) -> None:
+async def test_notification_is_never_answered(service: EmbeddedService) -> None:
     async with open_socket(service) as socket:
         for method in ("no.such", "job.wait", "job.status", "service.hello"):
             await socket.send_message(json.dumps({"jsonrpc": "2.0", "method": method}))
@@ -57,7 +57,7 @@ async def test_notification_is_never_answered(service: Embedded) -> None:
 
 
 @pytest.mark.parametrize("id_", ["1.5", '"é"', "-7", "0"])
-async def test_id_comes_back_as_it_was(service: Embedded, id_: str) -> None:
+async def test_id_comes_back_as_it_was(service: EmbeddedService, id_: str) -> None:
     async with open_socket(service) as socket:
         await socket.send_message(HELLO.replace("ID", id_))
         with trio.fail_after(10):
@@ -72,7 +72,7 @@ async def test_service_describes_its_protocol(admin: Wire) -> None:
     assert run["properties"]["command"]["description"].startswith("The program")
 
 
-async def test_fault_is_told_with_its_path(service: Embedded) -> None:
+async def test_fault_is_told_with_its_path(service: EmbeddedService) -> None:
     job = {"command": ["true"], "limits": {"cpu_percent": "50"}, "environment": {"A": 1}}
     async with open_socket(service) as socket:
         request = {"jsonrpc": "2.0", "id": 1, "method": "job.run", "params": {"job": job}}

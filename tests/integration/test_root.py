@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import HostUnsupported
 
 from ..services import open_embedded
@@ -120,7 +120,7 @@ async def test_what_cannot_be_shown_with_ids_of_the_job_is_refused_at_the_start(
     assert left_behind(directory) == []
 
 
-async def test_disk_of_a_job_is_gone_with_it(admin: Wire, service: Embedded) -> None:
+async def test_disk_of_a_job_is_gone_with_it(admin: Wire, service: EmbeddedService) -> None:
     def disks() -> int:
         return len(disks_in(service.directory))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import HostUnsupported
 from jobworker.server.host.id_ranges import own_id
 
@@ -100,7 +100,7 @@ def merged(changes: Settings, directory: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-def user_of(service: Embedded) -> int:
+def user_of(service: EmbeddedService) -> int:
     return os.stat(f"/proc/{service.process.pid}").st_uid
 
 

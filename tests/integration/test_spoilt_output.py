@@ -16,7 +16,7 @@ import apsw
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.jobs.output.directory import mark_of, was_removed
 from jobworker.jobs.retention import KeptOutput, RetentionPolicy
 
@@ -96,7 +96,7 @@ async def test_live_output_that_became_shorter_is_told_with_the_job(
             assert (await told(wire, job))["discarded_bytes"] == lost
 
 
-async def until_missing(service: Embedded, count: int) -> None:
+async def until_missing(service: EmbeddedService, count: int) -> None:
     with trio.fail_after(20):
         while f"the output of {count} ended jobs is missing" not in service.log_text():  # noqa: ASYNC110
             await trio.sleep(0.05)

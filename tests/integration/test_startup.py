@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.pki.administration import init_authority
 
 from ..services import open_embedded, write_configuration
@@ -44,7 +44,7 @@ def serve(config: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def run_hi(service: Embedded) -> "subprocess.CompletedProcess[str]":
+def run_hi(service: EmbeddedService) -> "subprocess.CompletedProcess[str]":
     """A job that says hi."""
     return subprocess.run(
         [*program("worker-cli"), "run", "-f", "echo", "hi"],
@@ -193,7 +193,7 @@ def test_state_directory_that_jobs_could_read(site: Path) -> None:
     fails_with(serve(config), 78, "worker.state_dir", "security.server_key", "every job could read")
 
 
-def test_second_service_with_the_same_state(service: Embedded) -> None:
+def test_second_service_with_the_same_state(service: EmbeddedService) -> None:
     done = serve(service.directory / "worker.toml")
     fails_with(done, 78, "another service is running with it")
 
@@ -240,7 +240,7 @@ async def test_key_that_others_may_read_is_warned_of(site: Path) -> None:
     assert "chmod" in warning
 
 
-def test_service_user_has_no_way_to_the_keys(service: Embedded) -> None:
+def test_service_user_has_no_way_to_the_keys(service: EmbeddedService) -> None:
     """The service gave root up, and holds the key in memory only."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     uids = status.split("Uid:")[1].splitlines()[0].split()

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.sandbox.service.launch import connect_launcher
 from jobworker.server.host.descriptor_budget import OWN
 
@@ -31,13 +31,13 @@ COUNTER = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.01; done"
 
 
 @asynccontextmanager
-async def serving(directory: Path, extra: Settings | None = None) -> AsyncIterator[Embedded]:
+async def serving(directory: Path, extra: Settings | None = None) -> AsyncIterator[EmbeddedService]:
     """A service of the launcher that runs in `directory`."""
     async with open_embedded(directory, settings_with(directory, extra or {})) as service:
         yield service
 
 
-async def kill(service: Embedded) -> None:
+async def kill(service: EmbeddedService) -> None:
     service.process.kill()
     await service.process.wait()
 
@@ -148,7 +148,7 @@ async def test_service_that_is_told_to_end_leaves_jobs_to_the_next(
     assert left_behind(directory) == []
 
 
-async def end_with_clients(service: Embedded, wire: Wire, job: int) -> float:
+async def end_with_clients(service: EmbeddedService, wire: Wire, job: int) -> float:
     """End the service while a client waits and follows: the seconds that it took."""
     await wire.call("job.log", id=job, follow=True)
     async with trio.open_nursery() as nursery:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..services import open_embedded
 from .conftest import until
@@ -25,29 +25,29 @@ MAX_GROWTH_BYTES = 32 << 20
 what grows by more than a few kilobytes a follow shows over the soak's ten thousand."""
 
 
-def descriptors(service: Embedded) -> int:
+def descriptors(service: EmbeddedService) -> int:
     return len(os.listdir(f"/proc/{service.process.pid}/fd"))
 
 
-def memory_bytes(service: Embedded) -> int:
+def memory_bytes(service: EmbeddedService) -> int:
     rollup = Path(f"/proc/{service.process.pid}/smaps_rollup").read_text()
     return next(int(line.split()[1]) << 10 for line in rollup.splitlines() if "Pss:" in line)
 
 
-async def follow_and_close(service: Embedded, job: int) -> None:
+async def follow_and_close(service: EmbeddedService, job: int) -> None:
     async with open_wire(service) as wire:
         result = await wire.call("job.log", id=job)
         await wire.notes(result["subscription"]).receive()
 
 
-async def follow_and_vanish(service: Embedded, job: int) -> None:
+async def follow_and_vanish(service: EmbeddedService, job: int) -> None:
     """Ask for output, and be gone without a word."""
     async with open_socket(service) as socket:
         await socket.send_message(FOLLOW.replace("JOB", str(job)))
         await trio.aclose_forcefully(socket._stream)
 
 
-async def follow_and_unfollow(service: Embedded, job: int) -> None:
+async def follow_and_unfollow(service: EmbeddedService, job: int) -> None:
     async with open_wire(service) as wire:
         for _ in range(3):
             result = await wire.call("job.log", id=job, delivery={"credit_bytes": 100})
@@ -56,7 +56,7 @@ async def follow_and_unfollow(service: Embedded, job: int) -> None:
 
 @pytest.mark.parametrize("way", [follow_and_close, follow_and_vanish, follow_and_unfollow])
 async def test_follows_that_came_and_went_leave_nothing(
-    open_directory: Callable[[], Path], way: Callable[[Embedded, int], Awaitable[None]]
+    open_directory: Callable[[], Path], way: Callable[[EmbeddedService, int], Awaitable[None]]
 ) -> None:
     async with open_embedded(open_directory()) as service, open_wire(service) as admin:
         job = await admin.start("sh", "-c", "head -c 100000 /dev/zero; exec sleep 600")
@@ -112,7 +112,7 @@ async def read_all(admin: Wire, job: int) -> None:
                 break
 
 
-async def stall(service: Embedded, job: int) -> None:
+async def stall(service: EmbeddedService, job: int) -> None:
     async with open_socket(service) as socket:
         await socket.send_message(FOLLOW.replace("JOB", str(job)))
         await trio.sleep_forever()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..services import open_embedded
 from .conftest import disks_in, until
@@ -134,7 +134,7 @@ async def test_volumes_outlive_the_service(open_directory: Callable[[], Path]) -
     ],
 )
 async def test_volume_that_cannot_be_made_is_refused_by_name(
-    admin: Wire, cache: str, service: Embedded, call: dict[str, object], words: str
+    admin: Wire, cache: str, service: EmbeddedService, call: dict[str, object], words: str
 ) -> None:
     with pytest.raises(Refused, match=words):
         await admin.call("volume.create", **call)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.cli.worker_cli import render
 from jobworker.model.job import JobRecord
 from jobworker.serialization.convert import structure
@@ -35,7 +35,7 @@ ABOVE = "the host, or a control group above the job's, had none left"
 
 
 @pytest.fixture(scope="module")
-def narrow(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def narrow(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service whose jobs stand in a group that has 128 MiB for all of them together."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")
@@ -64,7 +64,7 @@ def narrow(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
 
 
 @pytest.fixture
-async def wire(narrow: Embedded) -> AsyncIterator[Wire]:
+async def wire(narrow: EmbeddedService) -> AsyncIterator[Wire]:
     async with open_wire(narrow) as wire:
         yield wire
 

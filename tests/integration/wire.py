@@ -13,7 +13,7 @@ import trio
 import trio_websocket
 import wsproto.utilities
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 Json = dict[str, object]
 
@@ -114,7 +114,7 @@ class Wire:
         return int(job["id"])
 
 
-def context_for(service: Embedded, role: str = "admin") -> ssl.SSLContext:
+def context_for(service: EmbeddedService, role: str = "admin") -> ssl.SSLContext:
     """A context made by the standard library alone."""
     names = service.environment(role)
     context = ssl.create_default_context(cafile=names["WORKER_CA_PATH"])
@@ -124,7 +124,7 @@ def context_for(service: Embedded, role: str = "admin") -> ssl.SSLContext:
 
 @asynccontextmanager
 async def open_socket(
-    service: Embedded, role: str = "admin", context: ssl.SSLContext | None = None
+    service: EmbeddedService, role: str = "admin", context: ssl.SSLContext | None = None
 ) -> AsyncIterator[trio_websocket.WebSocketConnection]:
     """Connect with the certificate of `role`; the socket is closed whatever happens."""
     host, port = service.address.rsplit(":", 1)
@@ -156,7 +156,7 @@ async def open_socket(
 
 
 @asynccontextmanager
-async def open_wire(service: Embedded, role: str = "admin") -> AsyncIterator[Wire]:
+async def open_wire(service: EmbeddedService, role: str = "admin") -> AsyncIterator[Wire]:
     """Connect, and read what comes."""
     async with open_socket(service, role) as socket:
         wire = Wire(socket)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.pki.administration import init_authority
 from jobworker.pki.authority import Authority
 from jobworker.pki.files import write_new
@@ -56,7 +56,7 @@ def make_people(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tenants(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def tenants(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A running service; `environment(NAME)` is that of each of PEOPLE, of admin and of viewer."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")

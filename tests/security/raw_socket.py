@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 from attrs import define
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..integration.wire import context_for
 
@@ -37,7 +37,7 @@ def frame(opcode: int, payload: bytes, *, first: int = 0x80, masked: bool = True
 
 
 async def dial(
-    service: Embedded, source: str = "127.0.0.1", buffer: int | None = None
+    service: EmbeddedService, source: str = "127.0.0.1", buffer: int | None = None
 ) -> trio.SocketStream:
     """A TCP connection from an address of this host, which takes little where `buffer` is small."""
     host, port = service.address.rsplit(":", 1)
@@ -54,7 +54,7 @@ async def dial(
 
 
 def over_tls(
-    service: Embedded, tcp: trio.SocketStream, context: ssl.SSLContext | None = None
+    service: EmbeddedService, tcp: trio.SocketStream, context: ssl.SSLContext | None = None
 ) -> "trio.SSLStream[trio.SocketStream]":
     """TLS on top of it, with the admin's certificate."""
     host = service.address.rsplit(":", 1)[0]
@@ -134,7 +134,7 @@ class Raw:
 
 @asynccontextmanager
 async def open_raw(
-    service: Embedded, extra: bytes = b"", buffer: int | None = None
+    service: EmbeddedService, extra: bytes = b"", buffer: int | None = None
 ) -> AsyncIterator[Raw]:
     """Connect and upgrade, with more header lines if wanted."""
     stream = over_tls(service, await dial(service, buffer=buffer))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.jobs.history.audit import FILE
 
 from ..integration.conftest import until
@@ -15,7 +15,7 @@ from .forgery import bare_context
 from .test_certificates import dialled
 
 
-def told(service: Embedded, *arguments: str) -> list[dict[str, object]]:
+def told(service: EmbeddedService, *arguments: str) -> list[dict[str, object]]:
     """What `worker audit` prints of a service that runs."""
     config = service.directory / "worker.toml"
     command = [*program("worker"), "audit", f"--config={config}", "--json", *arguments]
@@ -23,7 +23,7 @@ def told(service: Embedded, *arguments: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-async def test_who_did_what_and_what_came_of_it(tenants: Embedded) -> None:
+async def test_who_did_what_and_what_came_of_it(tenants: EmbeddedService) -> None:
     async with open_wire(tenants, "alice") as alice, open_wire(tenants, "bob") as bob:
         job = await alice.start("sleep", "600")
         with pytest.raises(Refused):
@@ -48,7 +48,7 @@ async def test_who_did_what_and_what_came_of_it(tenants: Embedded) -> None:
     assert [line for line in lines if line["job"] == job] == rows
 
 
-async def test_message_that_is_no_call_is_noted(tenants: Embedded) -> None:
+async def test_message_that_is_no_call_is_noted(tenants: EmbeddedService) -> None:
     async with open_wire(tenants, "alice") as alice:
         for method, params in (
             ("job.pwn", {}),
@@ -73,7 +73,7 @@ async def test_message_that_is_no_call_is_noted(tenants: Embedded) -> None:
     assert all(row["serial"] and row["peer"] for row in rows)
 
 
-async def test_refused_connection_is_noted(tenants: Embedded) -> None:
+async def test_refused_connection_is_noted(tenants: EmbeddedService) -> None:
     error = await dialled(tenants, bare_context(tenants.directory / "certs" / "ca-cert.pem"))
     assert error is not None
     await until(lambda: [r for r in told(tenants) if r["action"] == "connection.refused"])
@@ -81,7 +81,7 @@ async def test_refused_connection_is_noted(tenants: Embedded) -> None:
     assert "no certificate" in str(row["detail"])
 
 
-def test_audit_log_is_for_root_alone(tenants: Embedded) -> None:
+def test_audit_log_is_for_root_alone(tenants: EmbeddedService) -> None:
     service = tenants.directory / "state" / "service"
     assert service.stat().st_mode & 0o077 == 0
     for name in (FILE, "history.db"):

@@ -22,7 +22,7 @@ import trio
 import trio_websocket
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.client.address import parse_address
 from jobworker.client.client import Client
 from jobworker.client.dial import serve_connection
@@ -58,7 +58,7 @@ PROMPTLY = 5
 
 
 @pytest.fixture(scope="module")
-def house(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def house(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service whose authority began long ago."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")
@@ -69,12 +69,12 @@ def house(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
 
 
 @pytest.fixture
-def forger(house: Embedded) -> Forger:
+def forger(house: EmbeddedService) -> Forger:
     certs = house.directory / "certs"
     return Forger(Authority.load(certs), certs)
 
 
-async def dialled(service: Embedded, tls: ssl.SSLContext) -> JobworkerError | None:
+async def dialled(service: EmbeddedService, tls: ssl.SSLContext) -> JobworkerError | None:
     """What a client's user is told, with `tls` for its context; None where it gets in."""
     with trio.fail_after(PROMPTLY):
         async with trio.open_nursery() as nursery:
@@ -87,7 +87,7 @@ async def dialled(service: Embedded, tls: ssl.SSLContext) -> JobworkerError | No
     return None
 
 
-async def log_tells(service: Embedded, *words: str) -> None:
+async def log_tells(service: EmbeddedService, *words: str) -> None:
     """Wait until a line of the log has an address of the peer's and all the words."""
 
     def told() -> bool:
@@ -100,7 +100,7 @@ async def log_tells(service: Embedded, *words: str) -> None:
 
 
 async def refused(
-    service: Embedded, tls: ssl.SSLContext, kind: type[JobworkerError], client: str, log: str
+    service: EmbeddedService, tls: ssl.SSLContext, kind: type[JobworkerError], client: str, log: str
 ) -> None:
     error = await dialled(service, tls)
     assert type(error) is kind, error
@@ -114,12 +114,12 @@ async def refused(
 # --- certificates ---------------------------------------------------------------------------
 
 
-async def test_sound_certificate_gets_in(house: Embedded, forger: Forger) -> None:
+async def test_sound_certificate_gets_in(house: EmbeddedService, forger: Forger) -> None:
     """The control of all that follow."""
     assert await dialled(house, forger.context()) is None
 
 
-async def test_no_certificate(house: Embedded) -> None:
+async def test_no_certificate(house: EmbeddedService) -> None:
     await refused(
         house,
         bare_context(house.directory / "certs" / "ca-cert.pem"),
@@ -130,7 +130,7 @@ async def test_no_certificate(house: Embedded) -> None:
 
 
 async def test_certificate_of_another_authority(
-    house: Embedded, forger: Forger, tmp_path: Path
+    house: EmbeddedService, forger: Forger, tmp_path: Path
 ) -> None:
     """The stranger's CA bears the very name of ours."""
     root = forger.authority.root.certificate
@@ -146,25 +146,27 @@ async def test_certificate_of_another_authority(
     assert isinstance(error, CertificateRefused)
 
 
-async def test_expired_certificate(house: Embedded, forger: Forger) -> None:
+async def test_expired_certificate(house: EmbeddedService, forger: Forger) -> None:
     context = forger.context(valid=(-timedelta(days=2), -timedelta(seconds=1)))
     await refused(
         house, context, CertificateRefused, "has expired", "refused: certificate has expired"
     )
 
 
-async def test_certificate_that_is_not_valid_yet(house: Embedded, forger: Forger) -> None:
+async def test_certificate_that_is_not_valid_yet(house: EmbeddedService, forger: Forger) -> None:
     context = forger.context(valid=(timedelta(hours=1), timedelta(hours=2)))
     await refused(house, context, CertificateRefused, "is not valid yet", "not yet valid")
 
 
-async def test_server_certificate_as_a_client_certificate(house: Embedded, forger: Forger) -> None:
+async def test_server_certificate_as_a_client_certificate(
+    house: EmbeddedService, forger: Forger
+) -> None:
     context = forger.context(purpose=ExtendedKeyUsageOID.SERVER_AUTH)
     await refused(house, context, CertificateRefused, "is not made for clients", "purpose")
 
 
 @pytest.mark.parametrize("key", ["rsa1024", "rsa2048"])
-async def test_weak_key(house: Embedded, forger: Forger, key: str) -> None:
+async def test_weak_key(house: EmbeddedService, forger: Forger, key: str) -> None:
     context = forger.context(key=key)  # type: ignore[arg-type]
     if key == "rsa2048":
         assert await dialled(house, context) is None
@@ -172,14 +174,14 @@ async def test_weak_key(house: Embedded, forger: Forger, key: str) -> None:
     await refused(house, context, CertificateRefused, "too weak", "EE certificate key too weak")
 
 
-async def test_weak_signature(house: Embedded, forger: Forger) -> None:
+async def test_weak_signature(house: EmbeddedService, forger: Forger) -> None:
     context = forger.context(sha1=True)
     await refused(house, context, CertificateRefused, "too weak", "CA signature digest algorithm")
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1", "TLSv1_2"])
-async def test_older_tls(house: Embedded, forger: Forger, version: str) -> None:
+async def test_older_tls(house: EmbeddedService, forger: Forger, version: str) -> None:
     context = forger.context()
     context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
     await refused(
@@ -192,7 +194,7 @@ FINITE_FIELDS = ["ffdhe2048", "ffdhe3072", "ffdhe4096", "ffdhe6144", "ffdhe8192"
 
 
 @pytest.mark.parametrize("group", [*CURVES, *FINITE_FIELDS])
-async def test_key_exchange_that_costs_the_service_much(house: Embedded, group: str) -> None:
+async def test_key_exchange_that_costs_the_service_much(house: EmbeddedService, group: str) -> None:
     """Before it knows anything of a client: 170 ms of its loop for the longest."""
     certs = house.directory / "certs"
     named = ["-cert", f"{certs}/admin-client-cert.pem", "-key", f"{certs}/admin-client-key.pem"]
@@ -210,7 +212,7 @@ async def test_key_exchange_that_costs_the_service_much(house: Embedded, group: 
 
 @pytest.mark.parametrize("fault", ["not valid yet: it begins at", "RSA key has 1024 bits"])
 def test_user_of_worker_cli_is_told_which_of_the_causes_it_is(
-    house: Embedded, forger: Forger, fault: str
+    house: EmbeddedService, forger: Forger, fault: str
 ) -> None:
     """TLS has one alert for several causes; the client looks at its own file."""
     if "1024" in fault:
@@ -235,7 +237,7 @@ def test_user_of_worker_cli_is_told_which_of_the_causes_it_is(
         assert (done.returncode, fault in line) == (67, True), line
 
 
-async def test_host_name_that_the_server_does_not_bear(house: Embedded) -> None:
+async def test_host_name_that_the_server_does_not_bear(house: EmbeddedService) -> None:
     names = house.environment()
     address = parse_address(house.address)
     with pytest.raises(ServerUntrusted, match="is for another name"), trio.fail_after(PROMPTLY):
@@ -284,7 +286,9 @@ BAD_SUBJECTS: dict[str, Subject] = {
 
 
 @pytest.mark.parametrize("fault", BAD_SUBJECTS)
-async def test_subject_that_gives_no_role(house: Embedded, forger: Forger, fault: str) -> None:
+async def test_subject_that_gives_no_role(
+    house: EmbeddedService, forger: Forger, fault: str
+) -> None:
     error = await dialled(house, forger.context(BAD_SUBJECTS[fault]))
     assert isinstance(error, PermissionDenied), error
     assert "certificate" in error.message
@@ -293,7 +297,7 @@ async def test_subject_that_gives_no_role(house: Embedded, forger: Forger, fault
 
 
 async def test_place_of_the_ou_in_the_subject_does_not_matter(
-    house: Embedded, forger: Forger
+    house: EmbeddedService, forger: Forger
 ) -> None:
     """The control of the above."""
     for subject in (
@@ -308,7 +312,7 @@ async def test_place_of_the_ou_in_the_subject_does_not_matter(
 
 
 @pytest.fixture(scope="module")
-def fresh(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def fresh(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service whose files a test may change, and then puts back as they were."""
     if os.geteuid() != 0:
         pytest.skip("needs root: namespaces and control groups")
@@ -323,28 +327,28 @@ def worker(*arguments: str) -> str:
     return done.stdout
 
 
-def certs(service: Embedded, *arguments: str) -> str:
+def certs(service: EmbeddedService, *arguments: str) -> str:
     return worker("certs", *arguments, f"--dir={service.directory / 'certs'}")
 
 
-def issue(service: Embedded, name: str, role: str) -> None:
+def issue(service: EmbeddedService, name: str, role: str) -> None:
     directory, now = service.directory / "certs", datetime.now(UTC)
     administration.issue_client(directory, Authority.load(directory), name=name, role=role, now=now)
 
 
-def revoke(service: Embedded, name: str) -> None:
+def revoke(service: EmbeddedService, name: str) -> None:
     directory, now = service.directory / "certs", datetime.now(UTC)
     administration.revoke(directory, Authority.load(directory), name, now=now)
 
 
-async def reload(service: Embedded, told: str = " INFO reloaded: ") -> None:
+async def reload(service: EmbeddedService, told: str = " INFO reloaded: ") -> None:
     """SIGHUP, and wait for what the log says of it."""
     before = service.log_text().count(told)
     service.process.send_signal(signal.SIGHUP)
     await until(lambda: service.log_text().count(told) > before)
 
 
-async def test_revoked_certificate_is_out_at_once_and_stays_out(fresh: Embedded) -> None:
+async def test_revoked_certificate_is_out_at_once_and_stays_out(fresh: EmbeddedService) -> None:
     certs(fresh, "issue", "--name=eve", "--role=admin")
     files = {
         "ca": fresh.directory / "certs" / "ca-cert.pem",
@@ -389,7 +393,7 @@ async def until_refused(client: Client) -> None:
 
 
 async def test_client_goes_on_with_the_files_that_took_the_place_of_the_old(
-    fresh: Embedded, tmp_path: Path
+    fresh: EmbeddedService, tmp_path: Path
 ) -> None:
     """A follower and a waiter, over a renewal and the revocation of the old certificate."""
 
@@ -438,7 +442,7 @@ async def test_client_goes_on_with_the_files_that_took_the_place_of_the_old(
         assert (await client.hello()).name == "mia-third"
 
 
-async def test_client_that_will_not_go_is_cut_off(fresh: Embedded) -> None:
+async def test_client_that_will_not_go_is_cut_off(fresh: EmbeddedService) -> None:
     """It takes nothing that is sent, and answers no closing frame."""
     issue(fresh, "stubborn", "admin")
     host, port = fresh.address.rsplit(":", 1)
@@ -457,7 +461,7 @@ async def test_client_that_will_not_go_is_cut_off(fresh: Embedded) -> None:
         await trio.aclose_forcefully(stream)
 
 
-def bearing(service: Embedded, name: str) -> ssl.SSLContext:
+def bearing(service: EmbeddedService, name: str) -> ssl.SSLContext:
     """A context with the certificate that was issued to `name`."""
     directory = service.directory / "certs"
     context = bare_context(directory / "ca-cert.pem")
@@ -465,7 +469,7 @@ def bearing(service: Embedded, name: str) -> ssl.SSLContext:
     return context
 
 
-async def test_certificate_that_ends_takes_its_connections_along(fresh: Embedded) -> None:
+async def test_certificate_that_ends_takes_its_connections_along(fresh: EmbeddedService) -> None:
     directory = fresh.directory / "certs"
     soon = Forger(Authority.load(directory), directory).context(
         valid=(-timedelta(minutes=1), timedelta(seconds=3))
@@ -480,7 +484,7 @@ async def test_certificate_that_ends_takes_its_connections_along(fresh: Embedded
     )
 
 
-async def test_no_session_outlives_a_revocation(fresh: Embedded) -> None:
+async def test_no_session_outlives_a_revocation(fresh: EmbeddedService) -> None:
     """No ticket is handed out by which a client could come back past the list."""
     context = context_for(fresh)
     host, port = fresh.address.rsplit(":", 1)
@@ -500,7 +504,7 @@ async def test_no_session_outlives_a_revocation(fresh: Embedded) -> None:
 
 @pytest.mark.parametrize("fault", ["garbage", "missing", "foreign"])
 async def test_bad_list_changes_nothing_and_is_told(
-    fresh: Embedded, fault: str, tmp_path: Path
+    fresh: EmbeddedService, fault: str, tmp_path: Path
 ) -> None:
     issue(fresh, f"adam-{fault}", "admin")
     revoke(fresh, f"adam-{fault}")
@@ -527,7 +531,7 @@ async def test_bad_list_changes_nothing_and_is_told(
 
 
 async def test_new_server_certificate_is_shown_and_no_connection_is_dropped(
-    fresh: Embedded,
+    fresh: EmbeddedService,
 ) -> None:
     before = await trio.to_thread.run_sync(_shown, fresh)
     async with open_wire(fresh) as open_before:
@@ -546,7 +550,7 @@ async def test_new_server_certificate_is_shown_and_no_connection_is_dropped(
         path.write_bytes(key)
 
 
-def _shown(service: Embedded) -> str:
+def _shown(service: EmbeddedService) -> str:
     host, port = service.address.rsplit(":", 1)
     with (
         socket.create_connection((host, int(port)), timeout=PROMPTLY) as plain,
@@ -555,7 +559,9 @@ def _shown(service: Embedded) -> str:
         return hashlib.sha256(secured.getpeercert(binary_form=True) or b"").hexdigest()
 
 
-async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embedded) -> None:
+async def test_roles_change_under_way_and_a_bad_file_changes_nothing(
+    fresh: EmbeddedService,
+) -> None:
     issue(fresh, "zoe", "visitor")
     context = bearing(fresh, "zoe")
     assert isinstance(await dialled(fresh, context), PermissionDenied)
@@ -587,7 +593,7 @@ async def test_roles_change_under_way_and_a_bad_file_changes_nothing(fresh: Embe
         await admin.get_message()
 
 
-async def test_role_that_may_do_less_takes_what_it_follows_along(fresh: Embedded) -> None:
+async def test_role_that_may_do_less_takes_what_it_follows_along(fresh: EmbeddedService) -> None:
     """A subscription was allowed by the role of before, and asks nobody any more."""
     issue(fresh, "ida", "reader")
 

@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs12
 
-from jobworker.cli.worker.embedded_service import Embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, program
 from jobworker.pki.refusals import client_refusal
 
 Done = subprocess.CompletedProcess[str]
@@ -214,7 +214,7 @@ def test_bundle_for_a_browser(authority: Path, tmp_path: Path) -> None:
     assert others[0].public_bytes(Encoding.PEM) == (authority / "ca-cert.pem").read_bytes()
 
 
-def cli(service: Embedded, role: str, *arguments: str) -> Done:
+def cli(service: EmbeddedService, role: str, *arguments: str) -> Done:
     return subprocess.run(
         [*program("worker-cli"), *arguments],
         capture_output=True,
@@ -224,7 +224,7 @@ def cli(service: Embedded, role: str, *arguments: str) -> Done:
     )
 
 
-def test_whoami_and_ping(tenants: Embedded) -> None:
+def test_whoami_and_ping(tenants: EmbeddedService) -> None:
     done = cli(tenants, "alice", "whoami")
     assert done.returncode == 0, done.stderr
     assert "Name: alice\nRole: tenant\n" in done.stdout
@@ -236,6 +236,6 @@ def test_whoami_and_ping(tenants: Embedded) -> None:
     )
 
 
-def test_quota_is_told_in_one_line(tenants: Embedded) -> None:
+def test_quota_is_told_in_one_line(tenants: EmbeddedService) -> None:
     done = cli(tenants, "quinn", "run", "--max-memory=100", "--max-output=1", "true")
     fails(done, 75, "your quota is 64 MiB")

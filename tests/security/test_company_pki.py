@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.client.client import Client
 from jobworker.client.opening import open_client
 from jobworker.config.settings import load
@@ -51,7 +51,7 @@ def pki(open_directory: Callable[[], Path]) -> Path:
 
 def serving(
     directory: Path, *, ca: tuple[str, ...], crl: tuple[str, ...], **security: object
-) -> AbstractAsyncContextManager[Embedded]:
+) -> AbstractAsyncContextManager[EmbeddedService]:
     """A service with these CAs and lists."""
     settings: dict[str, Mapping[str, object]] = {
         "security": {
@@ -66,7 +66,7 @@ def serving(
 
 
 def connecting(
-    service: Embedded, *, trusting: str = "root-cert.pem", own: str = "client-cert.pem"
+    service: EmbeddedService, *, trusting: str = "root-cert.pem", own: str = "client-cert.pem"
 ) -> AbstractAsyncContextManager[Client]:
     """A client of this project's own, with files of the page's."""
     directory = service.directory
@@ -79,20 +79,20 @@ def connecting(
     )
 
 
-async def who_am_i(service: Embedded, **files: str) -> tuple[str, str]:
+async def who_am_i(service: EmbeddedService, **files: str) -> tuple[str, str]:
     """Connect: the name and the role that the service tells."""
     async with connecting(service, **files) as client:
         told = await client.hello()
     return told.name, told.role
 
 
-async def is_refused(service: Embedded, logged: str, **files: str) -> None:
+async def is_refused(service: EmbeddedService, logged: str, **files: str) -> None:
     with trio.fail_after(20), pytest.raises(JobworkerError):
         await who_am_i(service, **files)
     await until(lambda: logged in service.log_text())
 
 
-async def reload(service: Embedded) -> None:
+async def reload(service: EmbeddedService) -> None:
     """Have all files read again, and wait for it."""
     before = service.log_text().count("reload")
     service.process.send_signal(signal.SIGHUP)
@@ -133,7 +133,7 @@ async def test_whatever_is_trusted_a_reload_judges_like_the_handshake(
             await is_refused(service, "certificate revoked")
 
 
-async def open_then_reload(service: Embedded, change: Callable[[], object]) -> str:
+async def open_then_reload(service: EmbeddedService, change: Callable[[], object]) -> str:
     """Connect, change something, reload: why the service ended the connection, by its log."""
     async with connecting(service):
         change()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..integration.conftest import running, until
 from ..integration.wire import open_socket, open_wire
@@ -51,18 +51,18 @@ def found(open_directory: Callable[[], Path]) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def watched(found: Path, open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def watched(found: Path, open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service that tells."""
     with running(open_directory(), {}) as made:
         yield made
 
 
-async def close_politely(service: Embedded) -> None:
+async def close_politely(service: EmbeddedService) -> None:
     async with open_wire(service) as wire:
         await wire.call("service.hello")
 
 
-async def leave_replies_half_read(service: Embedded) -> None:
+async def leave_replies_half_read(service: EmbeddedService) -> None:
     async with open_wire(service) as wire:
         large = {"command": ["true"], "environment": {f"V{n}": "x" * 30 for n in range(15_000)}}
         job = (await wire.call("job.run", job=large))["job"]
@@ -77,12 +77,12 @@ async def leave_replies_half_read(service: Embedded) -> None:
         await trio.sleep(0.3)
 
 
-async def break_off_in_a_request(service: Embedded) -> None:
+async def break_off_in_a_request(service: EmbeddedService) -> None:
     async with open_raw(service) as raw:
         await raw.send(frame(TEXT, b"[" * 500_000)[:-1])
 
 
-async def send_what_is_no_frame(service: Embedded) -> None:
+async def send_what_is_no_frame(service: EmbeddedService) -> None:
     async with open_raw(service) as raw:
         await raw.send(frame(3, b"x"))
         with suppress(trio.BrokenResourceError):
@@ -90,7 +90,7 @@ async def send_what_is_no_frame(service: Embedded) -> None:
                 pass
 
 
-async def ask_for_what_the_role_denies(service: Embedded) -> None:
+async def ask_for_what_the_role_denies(service: EmbeddedService) -> None:
     async with open_socket(service, "viewer") as socket:
         job = {"command": ["true", "x" * 20_000]}
         ask = {"jsonrpc": "2.0", "id": 1, "method": "job.run", "params": {"job": job}}
@@ -98,14 +98,14 @@ async def ask_for_what_the_role_denies(service: Embedded) -> None:
         assert "permission_denied" in await socket.get_message()
 
 
-async def speak_no_tls(service: Embedded) -> None:
+async def speak_no_tls(service: EmbeddedService) -> None:
     async with await dial(service) as tcp:
         await tcp.send_all(b"GET / HTTP/1.1\r\n\r\n")
         with suppress(trio.BrokenResourceError):
             await tcp.receive_some()
 
 
-async def search(service: Embedded, found: Path) -> set[str]:
+async def search(service: EmbeddedService, found: Path) -> set[str]:
     """The types of what was in cycles since the last search."""
     found.unlink(missing_ok=True)
     service.process.send_signal(signal.SIGUSR2)
@@ -113,7 +113,7 @@ async def search(service: Embedded, found: Path) -> set[str]:
     return set(json.loads(found.read_text()))
 
 
-def sockets(service: Embedded) -> int:
+def sockets(service: EmbeddedService) -> int:
     """How many the service has open."""
     count = 0
     for each in Path(f"/proc/{service.process.pid}/fd").iterdir():
@@ -130,7 +130,7 @@ ENDS = [
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 async def test_connection_leaves_no_cycle(
-    watched: Embedded, found: Path, end: Callable[[Embedded], Awaitable[None]]
+    watched: EmbeddedService, found: Path, end: Callable[[EmbeddedService], Awaitable[None]]
 ) -> None:
     async with open_wire(watched, "viewer") as bystander:
         await search(watched, found)  # what the start has left, and the test before

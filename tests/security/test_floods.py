@@ -15,7 +15,7 @@ import trio
 from bench.turns import Turns, watched_turns
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..integration.conftest import running, until
 from ..integration.wire import Json, Refused, Wire, open_socket, open_wire
@@ -36,14 +36,14 @@ def turns() -> Iterator[Turns]:
 
 
 @pytest.fixture(scope="module")
-def flooded(turns: Turns, open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def flooded(turns: Turns, open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service with the limits that it has by default."""
     with running(open_directory(), {}) as made:
         yield made
 
 
 @pytest.fixture
-async def bystander(flooded: Embedded) -> AsyncIterator[Wire]:
+async def bystander(flooded: EmbeddedService) -> AsyncIterator[Wire]:
     """Who was there before, and must be served during and after it."""
     async with open_wire(flooded, "viewer") as wire:
         yield wire
@@ -53,27 +53,27 @@ async def bystander(flooded: Embedded) -> AsyncIterator[Wire]:
 
 
 @pytest.fixture
-async def worker(flooded: Embedded) -> AsyncIterator[Wire]:
+async def worker(flooded: EmbeddedService) -> AsyncIterator[Wire]:
     """Who may run jobs."""
     async with open_wire(flooded) as wire:
         yield wire
 
 
-def memory_bytes(service: Embedded) -> int:
+def memory_bytes(service: EmbeddedService) -> int:
     """What the service's process has now."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) * 1024
 
 
-def peak_bytes(service: Embedded) -> int:
+def peak_bytes(service: EmbeddedService) -> int:
     """What it had at the most since `forget_peak`."""
     status = Path(f"/proc/{service.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
-def forget_peak(service: Embedded) -> None:
+def forget_peak(service: EmbeddedService) -> None:
     """Count the peak from now on: proc(5), clear_refs."""
     Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")
 
@@ -84,7 +84,7 @@ def large_job(count: int = 45_000) -> Json:
 
 
 async def test_replies_that_nobody_takes_cost_a_bounded_amount_of_memory(
-    flooded: Embedded, worker: Wire, bystander: Wire
+    flooded: EmbeddedService, worker: Wire, bystander: Wire
 ) -> None:
     made = await worker.call("job.run", job=large_job())
     job = made["job"]
@@ -108,7 +108,7 @@ async def test_replies_that_nobody_takes_cost_a_bounded_amount_of_memory(
 
 
 async def test_requests_that_nobody_finishes_cost_a_bounded_amount_of_memory(
-    flooded: Embedded, bystander: Wire
+    flooded: EmbeddedService, bystander: Wire
 ) -> None:
     forget_peak(flooded)
     before = memory_bytes(flooded)
@@ -169,7 +169,7 @@ async def test_many_values_in_a_short_request_do_not_hold_the_loop(
 
 
 async def test_large_request_of_a_role_that_runs_nothing_is_refused_unread(
-    turns: Turns, flooded: Embedded, bystander: Wire
+    turns: Turns, flooded: EmbeddedService, bystander: Wire
 ) -> None:
     request = {"jsonrpc": "2.0", "id": 7, "method": "job.run", "params": {"job": large_job(90_000)}}
     turns.reset()
@@ -196,7 +196,7 @@ async def test_permission_comes_before_faults_of_the_parameters(bystander: Wire)
 
 
 async def test_padded_wait_keeps_neither_its_connection_nor_the_place_of_a_large_request(
-    flooded: Embedded,
+    flooded: EmbeddedService,
 ) -> None:
     """A request may wait for a job however long it is; what it says is small."""
     async with open_wire(flooded) as wire, trio.open_nursery() as nursery:
@@ -263,7 +263,7 @@ async def test_client_that_takes_no_refusal_holds_up_no_end_of_the_service(
         await until(lambda: "INFO ended" in service.log_text())
 
 
-def _is_told(service: Embedded, times: int) -> bool:
+def _is_told(service: EmbeddedService, times: int) -> bool:
     return service.log_text().count("message_too_large") == times
 
 

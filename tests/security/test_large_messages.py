@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..integration.conftest import running
 from ..integration.wire import open_socket, open_wire
@@ -28,7 +28,7 @@ SLOTS, REPLY_SLOTS = 2, 4
 
 
 @pytest.fixture(scope="module")
-def hasty(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def hasty(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service that waits for nobody for long."""
     with running(open_directory(), SETTINGS) as made:
         yield made
@@ -41,7 +41,9 @@ async def say(socket: trio_websocket.WebSocketConnection, data: bytes) -> None:
 
 
 @asynccontextmanager
-async def begun(service: Embedded, role: str) -> AsyncIterator[trio_websocket.WebSocketConnection]:
+async def begun(
+    service: EmbeddedService, role: str
+) -> AsyncIterator[trio_websocket.WebSocketConnection]:
     """A client, alive, that has sent a part of a large message."""
     async with open_socket(service, role) as socket:
         await say(socket, frame(TEXT, b" " * 60_000, first=0))
@@ -67,7 +69,9 @@ async def test_client_that_may_run_nothing_takes_no_slot(
             assert json.loads(await socket.get_message())["id"] == 8
 
 
-async def test_large_message_has_to_come_at_a_rate_where_others_wait(hasty: Embedded) -> None:
+async def test_large_message_has_to_come_at_a_rate_where_others_wait(
+    hasty: EmbeddedService,
+) -> None:
     async with open_wire(hasty) as wire, AsyncExitStack() as stack:
         sockets = [await stack.enter_async_context(begun(hasty, "admin")) for _ in range(SLOTS)]
         plan = await stack.enter_async_context(trio.open_nursery())
@@ -84,7 +88,7 @@ async def test_large_message_has_to_come_at_a_rate_where_others_wait(hasty: Embe
     assert closed.reason.startswith("too_slow: cannot wait for the rest")
 
 
-async def test_large_message_may_take_its_time_where_nobody_waits(hasty: Embedded) -> None:
+async def test_large_message_may_take_its_time_where_nobody_waits(hasty: EmbeddedService) -> None:
     request = json.dumps({"jsonrpc": "2.0", "id": 7, "method": "job.plan", "params": {"job": BIG}})
     async with begun(hasty, "admin") as socket:
         for _ in range(40):
@@ -95,7 +99,7 @@ async def test_large_message_may_take_its_time_where_nobody_waits(hasty: Embedde
             assert json.loads(await socket.get_message())["id"] == 7
 
 
-async def test_client_that_waits_for_a_slot_is_not_silent(hasty: Embedded) -> None:
+async def test_client_that_waits_for_a_slot_is_not_silent(hasty: EmbeddedService) -> None:
     async with open_wire(hasty) as wire, AsyncExitStack() as stack:
         for _ in range(SLOTS):
             await stack.enter_async_context(begun(hasty, "admin"))

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import jobworker
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import TooManyConnections
 from jobworker.pki.authority import Authority
 
@@ -53,14 +53,14 @@ HELLO = b'{"jsonrpc":"2.0","id":1,"method":"service.hello"}'
 
 
 @pytest.fixture(scope="module")
-def guarded(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def guarded(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service with low limits."""
     with running(open_directory(), {"limits": LIMITS}) as made:
         yield made
 
 
 @pytest.fixture
-async def bystander(guarded: Embedded) -> AsyncIterator[Wire]:
+async def bystander(guarded: EmbeddedService) -> AsyncIterator[Wire]:
     """Someone who was there before the attack, and must be served after it."""
     async with open_wire(guarded, "viewer") as wire:
         yield wire
@@ -72,7 +72,7 @@ async def bystander(guarded: Embedded) -> AsyncIterator[Wire]:
 # --- handshakes ------------------------------------------------------------------------------
 
 
-def client_hello(service: Embedded) -> bytes:
+def client_hello(service: EmbeddedService) -> bytes:
     """The first bytes of a TLS handshake."""
     outgoing = ssl.MemoryBIO()
     tls = ssl.create_default_context().wrap_bio(
@@ -90,47 +90,47 @@ async def drip(stream: trio.abc.SendStream, data: bytes) -> None:
         await trio.sleep(0.2)
 
 
-async def say_nothing(_: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def say_nothing(_: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     await trio.lowlevel.checkpoint()
     return tcp
 
 
-async def half_a_hello(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def half_a_hello(service: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     await tcp.send_all(client_hello(service)[:100])
     return tcp
 
 
-async def drip_a_hello(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def drip_a_hello(service: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     with trio.move_on_after(2):
         await drip(tcp, client_hello(service))
     return tcp
 
 
-async def hello_and_no_more(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def hello_and_no_more(service: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     await tcp.send_all(client_hello(service))
     return tcp
 
 
-async def no_request(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def no_request(service: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     stream = over_tls(service, tcp)
     await stream.do_handshake()
     return stream
 
 
-async def half_a_request(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def half_a_request(service: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     stream = over_tls(service, tcp)
     await stream.send_all(UPGRADE)
     return stream
 
 
-async def drip_a_request(service: Embedded, tcp: trio.SocketStream) -> trio.abc.Stream:
+async def drip_a_request(service: EmbeddedService, tcp: trio.SocketStream) -> trio.abc.Stream:
     stream = over_tls(service, tcp)
     with trio.move_on_after(2):
         await drip(stream, UPGRADE)
     return stream
 
 
-Stage = Callable[[Embedded, trio.SocketStream], Awaitable[trio.abc.Stream]]
+Stage = Callable[[EmbeddedService, trio.SocketStream], Awaitable[trio.abc.Stream]]
 STAGES: list[Stage] = [
     say_nothing,
     half_a_hello,
@@ -143,7 +143,7 @@ STAGES: list[Stage] = [
 
 
 async def test_handshake_that_stalls_at_any_stage_is_ended(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     ended = []
 
@@ -169,7 +169,7 @@ async def test_handshake_that_stalls_at_any_stage_is_ended(
 
 
 async def test_those_who_stall_make_room_for_those_who_do_not(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     async with AsyncExitStack() as stack:
         for number in range(45):
@@ -185,7 +185,7 @@ async def test_those_who_stall_make_room_for_those_who_do_not(
 
 
 async def test_address_that_fails_and_fails_keeps_no_certificate_out(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     async def fail(said: bytes) -> None:
         tcp = await dial(guarded, "127.0.0.1")
@@ -321,7 +321,7 @@ async def test_thousands_of_half_open_connections_leave_clients_alone(
 
 
 @asynccontextmanager
-async def closed_with(service: Embedded, code: int | None) -> AsyncIterator[Raw]:
+async def closed_with(service: EmbeddedService, code: int | None) -> AsyncIterator[Raw]:
     """A connection that the server closes after the block, with `code`, or cuts."""
     with trio.fail_after(30):
         async with open_raw(service) as raw:
@@ -348,13 +348,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("bytes_", BROKEN.values(), ids=BROKEN)
 async def test_frame_that_breaks_the_protocol_ends_its_connection(
-    guarded: Embedded, bystander: Wire, bytes_: bytes
+    guarded: EmbeddedService, bystander: Wire, bytes_: bytes
 ) -> None:
     async with closed_with(guarded, None) as raw:
         await raw.send(bytes_)
 
 
-async def test_message_in_fragments_is_one_message(guarded: Embedded) -> None:
+async def test_message_in_fragments_is_one_message(guarded: EmbeddedService) -> None:
     async with open_raw(guarded) as raw:
         with trio.fail_after(10):
             await raw.send(frame(TEXT, HELLO[:10], first=0))
@@ -367,7 +367,7 @@ async def test_message_in_fragments_is_one_message(guarded: Embedded) -> None:
 
 
 async def test_message_beyond_the_limit_is_refused_by_name(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     async with closed_with(guarded, 1009) as raw:
         await raw.send(frame(TEXT, b"x" * ((1 << 20) + 1)))
@@ -386,7 +386,9 @@ SMALL = {
 }
 
 
-async def test_message_of_endless_empty_frames_is_ended(guarded: Embedded, bystander: Wire) -> None:
+async def test_message_of_endless_empty_frames_is_ended(
+    guarded: EmbeddedService, bystander: Wire
+) -> None:
     with trio.fail_after(60):
         async with open_raw(guarded) as raw:
             await raw.stream.send_all(frame(TEXT, b"", first=0))
@@ -397,7 +399,7 @@ async def test_message_of_endless_empty_frames_is_ended(guarded: Embedded, bysta
 
 @pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
 async def test_flood_of_small_frames_is_ended_by_name(
-    guarded: Embedded, bystander: Wire, small: bytes
+    guarded: EmbeddedService, bystander: Wire, small: bytes
 ) -> None:
     async with closed_with(guarded, 1013) as raw:
         await raw.send(frame(TEXT, b"{", first=0) + small * 1100)
@@ -406,13 +408,13 @@ async def test_flood_of_small_frames_is_ended_by_name(
     )
 
 
-async def test_compression_is_not_agreed_upon(guarded: Embedded) -> None:
+async def test_compression_is_not_agreed_upon(guarded: EmbeddedService) -> None:
     async with open_raw(guarded, b"Sec-WebSocket-Extensions: permessage-deflate\r\n") as raw:
         assert raw.head.startswith(b"HTTP/1.1 101")
         assert b"deflate" not in raw.head.lower()
 
 
-async def test_requests_are_text(guarded: Embedded) -> None:
+async def test_requests_are_text(guarded: EmbeddedService) -> None:
     async with open_raw(guarded) as raw:
         with trio.fail_after(10):
             await raw.send(frame(BINARY, HELLO))
@@ -454,7 +456,7 @@ HOSTILE_JSON = {
 
 @pytest.mark.parametrize("text", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
 async def test_hostile_json_gets_an_error_and_the_connection_lives(
-    guarded: Embedded, bystander: Wire, text: str
+    guarded: EmbeddedService, bystander: Wire, text: str
 ) -> None:
     with trio.fail_after(20):
         async with open_raw(guarded) as raw:
@@ -472,7 +474,7 @@ async def test_hostile_json_gets_an_error_and_the_connection_lives(
 
 
 async def test_connections_of_one_name_are_bounded(
-    guarded: Embedded, bystander: Wire, open_directory: Callable[[], Path]
+    guarded: EmbeddedService, bystander: Wire, open_directory: Callable[[], Path]
 ) -> None:
     authority = Authority.load(guarded.directory / "certs")
     issued = authority.issue_client("admin-client", "admin", now=datetime.now(UTC))
@@ -496,7 +498,9 @@ async def test_connections_of_one_name_are_bounded(
         await wire.call("service.hello")
 
 
-async def test_requests_in_flight_are_bounded_and_credits_pass_them(guarded: Embedded) -> None:
+async def test_requests_in_flight_are_bounded_and_credits_pass_them(
+    guarded: EmbeddedService,
+) -> None:
     async with open_wire(guarded) as wire, trio.open_nursery() as nursery:
         job = {"command": ["sh", "-c", "yes | head -c 100000; exec sleep 600"]}
         follow = {"credit_bytes": 1}
@@ -527,7 +531,7 @@ async def test_requests_in_flight_are_bounded_and_credits_pass_them(guarded: Emb
     await until(lambda: "too_many_requests" in guarded.log_text())
 
 
-async def test_follows_of_one_connection_are_bounded(guarded: Embedded) -> None:
+async def test_follows_of_one_connection_are_bounded(guarded: EmbeddedService) -> None:
     async with open_wire(guarded) as wire:
         job = await wire.start("sleep", "600")
         opened = [(await wire.call("job.log", id=job))["subscription"] for _ in range(4)]
@@ -607,7 +611,7 @@ async def test_client_that_takes_nothing_is_let_go_and_a_slow_one_is_not(
 
 
 async def test_subscription_that_ends_in_the_middle_of_a_message_ends_nothing_else(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     flood = {"command": ["sh", "-c", "exec yes"]}
     async with open_raw(guarded) as raw:
@@ -646,7 +650,7 @@ async def test_subscription_that_ends_in_the_middle_of_a_message_ends_nothing_el
 
 
 async def test_client_that_asks_and_never_reads_holds_nobody_up(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     async with open_raw(guarded) as silent:
         with trio.move_on_after(3):
@@ -662,7 +666,7 @@ async def test_client_that_asks_and_never_reads_holds_nobody_up(
 # --- what commands may hold ------------------------------------------------------------------
 
 
-async def test_odd_commands_run_as_they_are_or_are_refused(guarded: Embedded) -> None:
+async def test_odd_commands_run_as_they_are_or_are_refused(guarded: EmbeddedService) -> None:
     async with open_wire(guarded) as wire:
         out, _, job = await wire.run("printf", "%s|", "--", "-rf", "--help", "")
         assert (out, job["state"]) == ("--|-rf|--help||", "COMPLETED")
@@ -688,7 +692,7 @@ FORGED = "x\n2026-01-01T00:00:00Z INFO forged: everything is well\r\x1b[2K\u2028
 
 
 async def test_nothing_that_a_client_says_makes_a_line_of_the_log(
-    guarded: Embedded, bystander: Wire
+    guarded: EmbeddedService, bystander: Wire
 ) -> None:
     async with open_wire(guarded) as wire:
         await wire.run("true", FORGED, environment={"A": FORGED})
@@ -709,7 +713,7 @@ async def test_nothing_that_a_client_says_makes_a_line_of_the_log(
 
 @pytest.mark.parametrize("request_line", [b"GET / HTTP/1.1", b"POST /x HTTP/1.0"])
 async def test_plain_http_is_told_that_the_port_speaks_tls(
-    guarded: Embedded, request_line: bytes
+    guarded: EmbeddedService, request_line: bytes
 ) -> None:
     said = b""
     async with await dial(guarded) as tcp:
@@ -739,7 +743,7 @@ async def test_plain_http_is_told_that_the_port_speaks_tls(
     ],
 )
 async def test_page_of_another_origin_or_of_a_rebound_name_is_refused(
-    guarded: Embedded, host: bytes, origin: bytes, status: bytes
+    guarded: EmbeddedService, host: bytes, origin: bytes, status: bytes
 ) -> None:
     port = guarded.address.rsplit(":", 1)[1].encode()
 

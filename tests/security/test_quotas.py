@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import Busy, QuotaExceeded
 
 from ..integration.wire import Refused, Wire, open_wire
@@ -18,7 +18,7 @@ SLEEP = {"command": ["sleep", "600"]}
 
 
 @pytest.fixture
-async def quinn(tenants: Embedded) -> AsyncIterator[Wire]:
+async def quinn(tenants: EmbeddedService) -> AsyncIterator[Wire]:
     """A tenant of 3 jobs, one core, 64 MB and 2 MB of output; all is stopped and removed."""
     async with open_wire(tenants, "quinn") as wire:
         yield wire
@@ -38,7 +38,7 @@ async def refused(wire: Wire, **limits: int) -> dict[str, object]:
     return caught.value.data
 
 
-async def test_jobs_at_once(tenants: Embedded, quinn: Wire) -> None:
+async def test_jobs_at_once(tenants: EmbeddedService, quinn: Wire) -> None:
     for _ in range(3):
         await quinn.call("job.run", job={**SLEEP, "limits": SMALL})
     told = await refused(quinn)

@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.errors import NotFound, PermissionDenied
 from jobworker.model.access import BUILT_IN, Permission
 from jobworker.model.job import JobId, JobSpec
@@ -86,13 +86,13 @@ def test_every_method_names_a_job_or_is_known_to_name_none() -> None:
 
 
 @pytest.fixture
-async def alice(tenants: Embedded) -> AsyncIterator[Wire]:
+async def alice(tenants: EmbeddedService) -> AsyncIterator[Wire]:
     async with open_wire(tenants, "alice") as wire:
         yield wire
 
 
 @pytest.fixture
-async def bob(tenants: Embedded) -> AsyncIterator[Wire]:
+async def bob(tenants: EmbeddedService) -> AsyncIterator[Wire]:
     async with open_wire(tenants, "bob") as wire:
         yield wire
 
@@ -105,7 +105,7 @@ async def refusal(wire: Wire, method: str, params: dict[str, object]) -> Refused
 
 @pytest.mark.parametrize("row", TOUCHES_A_JOB, ids=lambda row: row.name)
 async def test_tenant_finds_no_job_of_another(
-    tenants: Embedded, alice: Wire, bob: Wire, row: Method
+    tenants: EmbeddedService, alice: Wire, bob: Wire, row: Method
 ) -> None:
     running = await alice.start("sleep", "600")
     _, _, ended = await alice.run("echo", "mine")
@@ -121,7 +121,7 @@ async def test_tenant_finds_no_job_of_another(
 
 
 async def test_tenant_sees_no_job_of_another_in_lists(
-    tenants: Embedded, alice: Wire, bob: Wire
+    tenants: EmbeddedService, alice: Wire, bob: Wire
 ) -> None:
     hers, his = await alice.start("sleep", "600"), await bob.start("true")
     await bob.call("job.wait", id=his)
@@ -152,7 +152,7 @@ async def test_tenant_prunes_no_output_of_another(alice: Wire, bob: Wire) -> Non
 
 
 async def test_subscription_belongs_to_its_connection(
-    tenants: Embedded, alice: Wire, bob: Wire
+    tenants: EmbeddedService, alice: Wire, bob: Wire
 ) -> None:
     job = await alice.start("sh", "-c", "echo said; sleep 600")
     await until_bigger(alice, job, 0)
@@ -164,7 +164,9 @@ async def test_subscription_belongs_to_its_connection(
     assert (await alice.output(number))[0] == b"said\n"
 
 
-async def test_two_certificates_of_one_name_are_one_tenant(tenants: Embedded, alice: Wire) -> None:
+async def test_two_certificates_of_one_name_are_one_tenant(
+    tenants: EmbeddedService, alice: Wire
+) -> None:
     """The name decides and not the serial; another role of the same name is still that name."""
     job = await alice.start("sleep", "600")
     async with open_wire(tenants, "alice") as again:
@@ -172,7 +174,7 @@ async def test_two_certificates_of_one_name_are_one_tenant(tenants: Embedded, al
 
 
 @pytest.mark.parametrize("who", ["viewer", "carol", "rita", "olga"])
-async def test_role_is_held_to_its_operations(tenants: Embedded, who: str) -> None:
+async def test_role_is_held_to_its_operations(tenants: EmbeddedService, who: str) -> None:
     """Every row of the catalogue, by who may do little."""
     held = {
         "viewer": BUILT_IN[1].permissions,
@@ -208,7 +210,9 @@ def asking_for_more(row: Method, job: int) -> list[tuple[dict[str, object], set[
 
 
 @pytest.mark.parametrize("who", ["viewer", "carol", "rita", "olga", "rosa"])
-async def test_role_is_held_to_what_its_parameters_ask_for(tenants: Embedded, who: str) -> None:
+async def test_role_is_held_to_what_its_parameters_ask_for(
+    tenants: EmbeddedService, who: str
+) -> None:
     """Every condition of the catalogue, by those who hold the method's own permission or not."""
     view, run = Permission.VIEW, Permission.RUN
     held = {
@@ -233,7 +237,7 @@ async def test_role_is_held_to_what_its_parameters_ask_for(tenants: Embedded, wh
         await admin.call("job.remove", id=live, force=True)
 
 
-async def test_running_with_its_output_needs_both(tenants: Embedded) -> None:
+async def test_running_with_its_output_needs_both(tenants: EmbeddedService) -> None:
     async with open_wire(tenants, "rita") as rita:
         job = {"command": ["echo", "secret"]}
         denied = await refusal(rita, "job.run", {"job": job, "follow": {}})
@@ -242,7 +246,9 @@ async def test_running_with_its_output_needs_both(tenants: Embedded) -> None:
         assert (await rita.call("job.run", job=job))["subscription"] is None
 
 
-async def test_no_time_limit_is_for_who_may_ask_for_it(tenants: Embedded, alice: Wire) -> None:
+async def test_no_time_limit_is_for_who_may_ask_for_it(
+    tenants: EmbeddedService, alice: Wire
+) -> None:
     week = 7 * 86400
     async with open_wire(tenants) as admin:
         for seconds in (0, week + 1, 10 * 365 * 86400):
@@ -255,7 +261,9 @@ async def test_no_time_limit_is_for_who_may_ask_for_it(tenants: Embedded, alice:
     await alice.call("job.run", job={"command": ["true"], "timeout_seconds": week})
 
 
-async def test_volumes_are_for_those_who_reach_all_jobs(tenants: Embedded, alice: Wire) -> None:
+async def test_volumes_are_for_those_who_reach_all_jobs(
+    tenants: EmbeddedService, alice: Wire
+) -> None:
     """All share them, so a tenant has none, whatever operations its role holds."""
     size = 16 << 20
     async with open_wire(tenants, "admin") as admin:

@@ -19,7 +19,7 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.sandbox.seccomp.libseccomp import number_of
 
 from ...integration.conftest import (
@@ -67,7 +67,7 @@ _join_a_session_keyring()
 
 
 @pytest.fixture(scope="session")
-def bare(open_directory: Callable[[], Path]) -> Iterator[Embedded]:
+def bare(open_directory: Callable[[], Path]) -> Iterator[EmbeddedService]:
     """A service whose jobs may make every system call: the layers below the filter, alone."""
     directory = open_directory()
     calls = ", ".join(f'"{call}"' for call in known_calls())
@@ -106,7 +106,7 @@ class Targets:
 
 
 @pytest.fixture(scope="session")
-def targets(service: Embedded) -> Iterator[Targets]:
+def targets(service: EmbeddedService) -> Iterator[Targets]:
     """A file, processes and sockets of the host; and a job beside the one that attacks."""
     with ExitStack() as stack:
         canary = service.directory / "canary"
@@ -134,12 +134,12 @@ def targets(service: Embedded) -> Iterator[Targets]:
         assert service.process.poll() is None
 
 
-async def _start_neighbour(service: Embedded) -> int:
+async def _start_neighbour(service: EmbeddedService) -> int:
     async with open_wire(service) as wire:
         return await wire.start("sleep", NEIGHBOUR)
 
 
-async def _stop(service: Embedded, job: int) -> None:
+async def _stop(service: EmbeddedService, job: int) -> None:
     async with open_wire(service) as wire:
         status = await wire.call("job.status", id=job)
         await wire.call("job.stop", id=job)
@@ -169,7 +169,7 @@ def program_of(module: str) -> str:
     )
 
 
-async def _in_job(service: Embedded, module: str, given: str) -> dict[str, str]:
+async def _in_job(service: EmbeddedService, module: str, given: str) -> dict[str, str]:
     async with open_wire(service) as wire:
         out, err, job = await wire.run(
             "/usr/bin/python3", "-c", program_of(module), environment={"GIVEN": given}
@@ -190,7 +190,7 @@ class Outcomes:
 
 
 @pytest.fixture(scope="session")
-def outcomes(service: Embedded, bare: Embedded, targets: Targets) -> Outcomes:
+def outcomes(service: EmbeddedService, bare: EmbeddedService, targets: Targets) -> Outcomes:
     """All attempts, made once in each of the three places."""
     made: list[dict[str, str]] = [{}, {}, {}]
     for module in MODULES:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.sandbox.launcher.terminals import FEWEST, MOST
 
 from ...integration.wire import Json, Refused, Wire
@@ -206,7 +206,7 @@ async def test_line_without_an_end_is_kept_whole(admin: Wire) -> None:
 NASTY = "\x1b]0;owned\x07\x1b[2J<script>alert(1)</script>\u202e\r\n\tlevel=ERROR msg=forged"
 
 
-async def test_nasty_words_stay_what_they_are(admin: Wire, service: Embedded) -> None:
+async def test_nasty_words_stay_what_they_are(admin: Wire, service: EmbeddedService) -> None:
     out, _, job = await admin.run("printf", "%s", NASTY)
     assert out == NASTY
     spec = job["spec"]

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio_websocket
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ...integration.conftest import left_behind, until
 from ...integration.wire import Json, Wire, open_wire
@@ -73,7 +73,7 @@ def processes(word: str) -> list[str]:
     return found
 
 
-async def test_start_stop_and_exit_race(admin: Wire, service: Embedded) -> None:
+async def test_start_stop_and_exit_race(admin: Wire, service: EmbeddedService) -> None:
     """Jobs that end by themselves just when they are stopped: each has one end, none is left."""
     count = 5000 if SOAK else 60
     ended: list[Json] = []
@@ -98,7 +98,7 @@ async def test_start_stop_and_exit_race(admin: Wire, service: Embedded) -> None:
 
 @pytest.mark.skipif(not SOAK, reason="ten thousand jobs take minutes: JOBWORKER_SOAK=1")
 @pytest.mark.timeout(3600)
-async def test_ten_thousand_jobs_leave_nothing(admin: Wire, service: Embedded) -> None:
+async def test_ten_thousand_jobs_leave_nothing(admin: Wire, service: EmbeddedService) -> None:
     pid = service.process.pid
     before = len(os.listdir(f"/proc/{pid}/fd"))
     for _ in range(500):

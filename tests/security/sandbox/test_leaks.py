@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ...integration.wire import Refused, Wire
 from .conftest import Targets
@@ -90,7 +90,7 @@ print(json.dumps([sorted(found), sockets]))
 
 
 @pytest.fixture
-def secrets(service: Embedded) -> Iterator[tuple[list[str], list[str]]]:
+def secrets(service: EmbeddedService) -> Iterator[tuple[list[str], list[str]]]:
     """Secrets of the host in the usual places, and the directories to find them in."""
     word = f"canary-{uuid.uuid4().hex}"
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ async def test_secrets_of_the_host_are_nowhere(
     assert (found, sockets) == ([], []), err
 
 
-async def test_no_file_of_the_service_is_mounted(admin: Wire, service: Embedded) -> None:
+async def test_no_file_of_the_service_is_mounted(admin: Wire, service: EmbeddedService) -> None:
     out, _, _ = await admin.run("cat", "/proc/self/mountinfo")
     sources = {line.split()[3] for line in out.splitlines()}
     own = [source for source in sources if str(service.directory) in source]
@@ -222,7 +222,9 @@ async def test_nothing_is_left_for_the_next_job(admin: Wire) -> None:
         assert out == "[]\n", err
 
 
-async def test_keys_are_not_left_for_the_next_job_even_without_the_filter(bare: Embedded) -> None:
+async def test_keys_are_not_left_for_the_next_job_even_without_the_filter(
+    bare: EmbeddedService,
+) -> None:
     from ...integration.wire import open_wire
 
     add_key, keyctl = numbers()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.cli.worker.embedded_service import Embedded
+from jobworker.cli.worker.embedded_service import EmbeddedService
 from jobworker.sandbox import channel
 from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.seccomp.libseccomp import number_of
@@ -302,7 +302,7 @@ def audit() -> Iterator[socket.socket]:
 
 
 async def test_denied_calls_are_told_to_the_audit_and_the_quiet_ones_are_not(
-    admin: Wire, service: Embedded, audit: socket.socket
+    admin: Wire, service: EmbeddedService, audit: socket.socket
 ) -> None:
     if "errno" not in Path("/proc/sys/kernel/seccomp/actions_logged").read_text():
         pytest.skip("needs errno in /proc/sys/kernel/seccomp/actions_logged")

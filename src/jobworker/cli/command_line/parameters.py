@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     pass
 
 
-def as_typed(text: str) -> str:
+def decode_argument(text: str) -> str:
     """Decode an argument or environment variable as UTF-8, whatever the locale is.
 
     Python has decoded it by the locale, which may not be UTF-8 (LC_ALL=C). Text that is not UTF-8
@@ -32,7 +32,7 @@ def as_typed(text: str) -> str:
         return text
 
 
-class Typed(click.ParamType[str]):
+class Text(click.ParamType[str]):
     """Text that goes to the server."""
 
     name = "text"
@@ -44,10 +44,10 @@ class Typed(click.ParamType[str]):
         ctx: click.Context | None,  # noqa: ARG002
     ) -> str:
         """See click.ParamType."""
-        return as_typed(str(value))
+        return decode_argument(str(value))
 
 
-class Filled(Typed):
+class NonEmptyText(Text):
     """Text that goes to the server and is not empty: "" is most likely an unset variable."""
 
     def convert(
@@ -172,14 +172,14 @@ class Variable(click.ParamType[tuple[str, str]]):
         """See click.ParamType."""
         if isinstance(value, tuple):
             return str(value[0]), str(value[1])
-        name, equals, content = as_typed(str(value)).partition("=")
+        name, equals, content = decode_argument(str(value)).partition("=")
         if equals:
             return name, content
         if not self._from_environment:
             self.fail(f"{name!r} is not NAME=VALUE", param, ctx)
         if name not in os.environ:
             self.fail(f"the variable {name!r} is not set here; give it as NAME=VALUE", param, ctx)
-        return name, as_typed(os.environ[name])
+        return name, decode_argument(os.environ[name])
 
 
 class VolumePlace(click.ParamType[dict[str, str]]):
@@ -193,7 +193,7 @@ class VolumePlace(click.ParamType[dict[str, str]]):
         """See click.ParamType."""
         if isinstance(value, dict):
             return value
-        text = as_typed(str(value))
+        text = decode_argument(str(value))
         name, colon, path = text.partition(":")
         if colon and not path:
             self.fail(f"{text!r} is not NAME or NAME:PATH", param, ctx)
@@ -257,7 +257,7 @@ class Label(click.ParamType[tuple[str, str]]):
     ) -> tuple[str, str]:
         """See click.ParamType."""
         name, _, content = (
-            value if isinstance(value, tuple) else as_typed(str(value)).partition("=")
+            value if isinstance(value, tuple) else decode_argument(str(value)).partition("=")
         )
         try:
             check_labels(None, None, {name: content})
@@ -266,7 +266,7 @@ class Label(click.ParamType[tuple[str, str]]):
         return name, content
 
 
-class LabelSought(Label):
+class LabelFilter(Label):
     """NAME=VALUE: the server compares both, so NAME alone would only match an empty value."""
 
     def convert(

@@ -13,7 +13,13 @@ import asyncclick as click
 
 from jobworker.cli.command_line.failures import one_line as visible
 from jobworker.cli.command_line.failures import print_text
-from jobworker.cli.command_line.parameters import Count, Filled, JobNumber, Moment, config_option
+from jobworker.cli.command_line.parameters import (
+    Count,
+    JobNumber,
+    Moment,
+    NonEmptyText,
+    config_option,
+)
 from jobworker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +35,10 @@ if TYPE_CHECKING:
     help="Only entries after this time: 10m, 2026-01-31T12:00 (local time unless a zone is given).",
 )
 @click.option(
-    "--who", type=Filled(), metavar="NAME", help="Only entries of certificates with this name."
+    "--who",
+    type=NonEmptyText(),
+    metavar="NAME",
+    help="Only entries of certificates with this name.",
 )
 @click.option("--job", type=JobNumber(), help="Only entries about this job.")
 @click.option(

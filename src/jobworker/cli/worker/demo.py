@@ -20,7 +20,7 @@ import trio
 from attrs import define, field
 
 from jobworker.cli.command_line.failures import one_line, print_note
-from jobworker.cli.worker.embedded_service import Embedded, open_embedded, program
+from jobworker.cli.worker.embedded_service import EmbeddedService, open_embedded, program
 from jobworker.cli.worker.guard import ENDING
 from jobworker.config.settings import CONTROLLERS
 from jobworker.errors import PermissionDenied
@@ -63,7 +63,7 @@ def _print(text: str = "") -> None:
 class _Demo:
     """The parts of the demonstration, and the promises that did not hold."""
 
-    service: Embedded
+    service: EmbeddedService
     missing: Mapping[str, str]
     """Controllers that this user cannot use on this host, each with the reason."""
     broken: list[str] = field(factory=list)
@@ -215,7 +215,7 @@ def _field(output: bytes, name: str) -> object:
     return body[name]
 
 
-def _left_behind(service: Embedded) -> list[str]:
+def _left_behind(service: EmbeddedService) -> list[str]:
     """Mounts, processes and control groups that an ended service has left on this host."""
     left = []
     mine = str(service.directory)
@@ -299,7 +299,7 @@ def _settings(missing: Collection[str]) -> dict[str, dict[str, object]]:
     return {"cgroup": {"enable_controllers": enabled}, "worker": defaults} if missing else {}
 
 
-async def _scenes(service: Embedded, missing: Mapping[str, str]) -> list[str]:
+async def _scenes(service: EmbeddedService, missing: Mapping[str, str]) -> list[str]:
     _print(f"A service listens on {service.address}, with certificates of its own.")
     gaps = [line.partition("this host: ")[2] for line in service.log_text().splitlines()]
     for gap in filter(None, gaps):
@@ -313,7 +313,7 @@ async def _scenes(service: Embedded, missing: Mapping[str, str]) -> list[str]:
     return demo.broken
 
 
-async def _stay(service: Embedded) -> None:
+async def _stay(service: EmbeddedService) -> None:
     """Print how to connect. Returns when the service ends by itself, after a line about it."""
     for name, value in service.environment().items():
         _print(f"export {name}={shlex.quote(value)}")

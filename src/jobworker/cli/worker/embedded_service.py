@@ -28,7 +28,7 @@ END_SECONDS = 30
 
 
 @frozen(kw_only=True)
-class Embedded:
+class EmbeddedService:
     """A running service."""
 
     address: str
@@ -94,7 +94,7 @@ async def open_embedded(
     extra: Mapping[str, Mapping[str, object]] | None = None,
     *,
     guarded: bool = False,
-) -> AsyncIterator[Embedded]:
+) -> AsyncIterator[EmbeddedService]:
     """Run a service in `directory` for the block; then send SIGTERM and wait for its end.
 
     `extra` has settings by section and key. A `guarded` service runs in a session of its own, so a
@@ -124,7 +124,7 @@ async def open_embedded(
             if address is None:
                 log_text = (directory / "log").read_text(errors="replace").strip()
                 raise HostUnsupported(f"cannot start the service: {log_text[-2000:]}")
-            yield Embedded(address=address, directory=directory, process=process)
+            yield EmbeddedService(address=address, directory=directory, process=process)
         finally:
             await _end(process)
             if guarded and process.returncode and process.returncode < 0:  # the guard was killed

@@ -77,7 +77,7 @@ def _print_loss(lost: JobworkerError, plan: str) -> None:
     print_note(f"{PROGRAM}: {one_line(fact)}; {plan}")
 
 
-class Outlet:
+class OutputWriter:
     """Writes bytes to the standard streams, in the order in which they were put in.
 
     A thread for each small piece would cost far more than the write. So the caller puts in all

@@ -11,7 +11,7 @@ from jobworker.cli.command_line.failures import print_note
 from jobworker.cli.worker_cli import render
 from jobworker.cli.worker_cli.console import (
     LossReporter,
-    Outlet,
+    OutputWriter,
     explain_interrupt,
     print_at_interrupt,
 )
@@ -95,7 +95,7 @@ class Printer:
     """Prints chunks: each stream on its own, or all as lines of JSON."""
 
     _style: OutputStyle
-    _outlet: Outlet
+    _writer: OutputWriter
     _stampers: dict[Stream, LineStamper]
 
     @classmethod
@@ -103,7 +103,7 @@ class Printer:
         """Make a printer for this program's own streams."""
         streams = {Stream.STDOUT: sys.stdout, Stream.STDERR: sys.stderr}
         stampers = {stream: LineStamper() for stream in Stream} if style.timestamps else {}
-        return cls(style, Outlet(streams, visible=style.visible), stampers)
+        return cls(style, OutputWriter(streams, visible=style.visible), stampers)
 
     async def start(self, job: JobRecord) -> None:
         """With JSON, print that the job has started."""
@@ -114,7 +114,7 @@ class Printer:
     @property
     def has_room(self) -> bool:
         """Whether the caller may pass more chunks before it flushes."""
-        return self._outlet.has_room
+        return self._writer.has_room
 
     def take(self, chunk: "Chunk") -> None:
         """Add a chunk, to be printed with the next flush."""
@@ -124,16 +124,16 @@ class Printer:
         data = chunk.data
         if self._style.timestamps:
             data = self._stampers[chunk.stream].feed(data, chunk.time)
-        self._outlet.put(chunk.stream, data)
+        self._writer.put(chunk.stream, data)
 
     async def flush(self) -> None:
         """Print the chunks that were added."""
-        await self._outlet.flush()
+        await self._writer.flush()
 
     async def finish(self) -> None:
         """Print bytes that the filter holds back until it sees the next ones; none follow."""
         for stream in Stream:
-            self._outlet.put(stream, b"", final=True)
+            self._writer.put(stream, b"", final=True)
         await self.flush()
 
     async def end(self, record: JobRecord) -> None:
@@ -147,7 +147,7 @@ class Printer:
 
     def _event(self, event: str, body: dict[str, object]) -> None:
         line = dumps({"event": event, **body}).encode() + b"\n"
-        self._outlet.put(Stream.STDOUT, line)
+        self._writer.put(Stream.STDOUT, line)
 
 
 def _described(chunk: "Chunk") -> dict[str, object]:

@@ -12,8 +12,8 @@ from typing import TypeVar
 import asyncclick as click
 
 from jobworker.cli.command_line.parameters import (
-    Filled,
     Label,
+    NonEmptyText,
     User,
     Variable,
     VariableFile,
@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., object])
 _OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
         "--runtime",
-        type=Filled(),
+        type=NonEmptyText(),
         metavar="NAME",
         help="Run in this root tree of the server, instead of with the server's own programs.",
     ),
@@ -47,7 +47,7 @@ _OPTIONS: tuple[Callable[[F], F], ...] = (
     ),
     click.option(
         "--cpu-cores",
-        type=Filled(),
+        type=NonEmptyText(),
         metavar="LIST",
         help="Processor cores that the job may use, such as 0-3,5.",
     ),

@@ -20,13 +20,13 @@ from jobworker.cli.command_line.failures import print_note, print_text
 from jobworker.cli.command_line.parameters import (
     Count,
     Duration,
-    Filled,
     JobNumber,
-    LabelSought,
+    LabelFilter,
     Megabytes,
+    NonEmptyText,
     Percent,
     Size,
-    Typed,
+    Text,
     all_sought,
 )
 from jobworker.cli.worker_cli import render
@@ -122,14 +122,14 @@ def open_connection(
     help="At the limit on output: drop further output, or stop the job.",
 )
 @click.option("--timeout", type=Duration(), help="Longest run time: 90s, 10m, 1h30m; 0 is none.")
-@click.option("--workdir", "-w", type=Filled(), metavar="PATH", help="Directory to start in.")
-@click.option("--name", type=Filled(), help="A name for the job; `list --name` finds it.")
+@click.option("--workdir", "-w", type=NonEmptyText(), metavar="PATH", help="Directory to start in.")
+@click.option("--name", type=NonEmptyText(), help="A name for the job; `list --name` finds it.")
 @click.option("--follow", "-f", is_flag=True, help="Print its output, exit with its code.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the job's id only.")
 @click.option("--raw", is_flag=True, help="With -f: print exact bytes also on a terminal.")
 @click.option("--dry-run", is_flag=True, help="Print limits and steps of the start; run nothing.")
 @json_option()
-@click.argument("command", nargs=-1, required=True, type=Typed(), metavar="COMMAND [ARG]...")
+@click.argument("command", nargs=-1, required=True, type=Text(), metavar="COMMAND [ARG]...")
 @pass_invocation
 @job_options
 async def run(  # noqa: PLR0913 - each option is an argument
@@ -221,7 +221,11 @@ async def status(invocation: Invocation, jobs: tuple[int, ...]) -> int:
 
 @click.command()
 @click.option(
-    "--signal", type=Filled(), default="TERM", show_default=True, help="The signal to send first."
+    "--signal",
+    type=NonEmptyText(),
+    default="TERM",
+    show_default=True,
+    help="The signal to send first.",
 )
 @click.option("--grace", type=Duration(), help="Time between this signal and SIGKILL.")
 @json_option()
@@ -345,12 +349,12 @@ async def _each(
     "-l",
     "labels",
     multiple=True,
-    type=LabelSought(),
+    type=LabelFilter(),
     callback=all_sought,
     metavar="NAME=VALUE",
     help="Only jobs with this label; may be repeated, for jobs that have all of them.",
 )
-@click.option("--name", type=Filled(), help="Only jobs of this name.")
+@click.option("--name", type=NonEmptyText(), help="Only jobs of this name.")
 @click.option(
     "--limit",
     type=Count(min=1),

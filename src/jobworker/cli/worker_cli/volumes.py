@@ -3,7 +3,7 @@
 import asyncclick as click
 
 from jobworker.cli.command_line.failures import print_text
-from jobworker.cli.command_line.parameters import Megabytes, Typed
+from jobworker.cli.command_line.parameters import Megabytes, Text
 from jobworker.cli.worker_cli.connection_options import Invocation, json_option, pass_invocation
 from jobworker.cli.worker_cli.console import ended_by_interrupt, explain_interrupt, print_error
 from jobworker.cli.worker_cli.jobs import open_connection
@@ -31,7 +31,7 @@ def volume() -> None:
 )
 @click.option("--thin", is_flag=True, help="Do not reserve the size on the server's disk.")
 @json_option()
-@click.argument("name", type=Typed())
+@click.argument("name", type=Text())
 @pass_invocation
 async def create(invocation: Invocation, name: str, size: int, thin: bool) -> None:
     """Create the volume NAME.
@@ -77,7 +77,7 @@ async def list_volumes(invocation: Invocation) -> None:
 
 @volume.command()
 @json_option()
-@click.argument("names", nargs=-1, required=True, type=Typed(), metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, type=Text(), metavar="NAME...")
 @pass_invocation
 async def rm(invocation: Invocation, names: tuple[str, ...]) -> int:
     """Remove volumes with all their files. If one cannot be removed, the others still are."""

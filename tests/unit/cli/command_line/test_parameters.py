@@ -9,14 +9,14 @@ import asyncclick as click
 import pytest
 
 from jobworker.cli.command_line.parameters import (
-    Filled,
     Label,
-    LabelSought,
+    LabelFilter,
     Megabytes,
     Moment,
+    NonEmptyText,
     Percent,
     Size,
-    Typed,
+    Text,
     User,
     Variable,
     VariableFile,
@@ -111,10 +111,10 @@ def test_no_text_of_an_option_is_taken_for_nothing() -> None:
         for command in [*commands_below(worker_cli), worker.commands["audit"]]
         for option in command.params
         if isinstance(option, click.Option) and not option.is_flag
-        if type(option.type) in (type(click.STRING), Typed)
+        if type(option.type) in (type(click.STRING), Text)
     ]
     assert lax == []
-    assert "it is empty; give a value, or leave it out" in refusal(Filled(), "")
+    assert "it is empty; give a value, or leave it out" in refusal(NonEmptyText(), "")
 
 
 def test_label_is_a_name_and_a_value() -> None:
@@ -124,10 +124,10 @@ def test_label_is_a_name_and_a_value() -> None:
 
 
 def test_label_that_is_sought_has_a_value() -> None:
-    assert LabelSought().convert("team=", None, None) == ("team", "")
-    assert "'team' is not NAME=VALUE" in refusal(LabelSought(), "team")
+    assert LabelFilter().convert("team=", None, None) == ("team", "")
+    assert "'team' is not NAME=VALUE" in refusal(LabelFilter(), "team")
     (option,) = (each for each in worker_cli.commands["list"].params if each.name == "labels")
-    assert isinstance(option.type, LabelSought)
+    assert isinstance(option.type, LabelFilter)
 
 
 def test_labels_that_no_job_has_together_are_refused() -> None:

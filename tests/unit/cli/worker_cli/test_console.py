@@ -10,16 +10,16 @@ from typing import Any, TextIO
 import pytest
 import trio
 
-from jobworker.cli.worker_cli.console import Outlet, cancelled_by_interrupt
+from jobworker.cli.worker_cli.console import OutputWriter, cancelled_by_interrupt
 from jobworker.errors import PrintFailed
 from jobworker.model.job import Stream
 
 
 async def write(file: TextIO | None, data: bytes, visible: bool = False) -> None:
-    outlet = Outlet({Stream.STDOUT: file}, visible=visible)
-    outlet.put(Stream.STDOUT, data)
-    outlet.put(Stream.STDERR, b"nowhere")
-    await outlet.flush()
+    writer = OutputWriter({Stream.STDOUT: file}, visible=visible)
+    writer.put(Stream.STDOUT, data)
+    writer.put(Stream.STDERR, b"nowhere")
+    await writer.flush()
 
 
 async def test_what_is_gathered_comes_out_in_order_and_at_once(
@@ -34,13 +34,13 @@ async def test_what_is_gathered_comes_out_in_order_and_at_once(
 
     monkeypatch.setattr(trio.to_thread, "run_sync", counted)
     with (tmp_path / "both").open("w") as file:
-        outlet = Outlet(dict.fromkeys(Stream, file), visible=False)
+        writer = OutputWriter(dict.fromkeys(Stream, file), visible=False)
         puts = 0
-        while outlet.has_room:
-            outlet.put(list(Stream)[puts // 3 % 2], b"%d\n" % puts)
+        while writer.has_room:
+            writer.put(list(Stream)[puts // 3 % 2], b"%d\n" % puts)
             puts += 1
-        await outlet.flush()
-        assert outlet.has_room
+        await writer.flush()
+        assert writer.has_room
     assert puts > 1000
     assert len(started) == 1
     assert (tmp_path / "both").read_bytes() == b"".join(b"%d\n" % i for i in range(puts))
