@@ -208,7 +208,7 @@ def test_read_only_control_groups() -> None:
 
 
 def test_programs_on_a_file_system_without_mapped_owners() -> None:
-    findings = found(wanted=WANTED._replace(programs=("/sys",)))
+    findings = found(probe_settings=WANTED._replace(programs=("/sys",)))
     assert {"mapped owners (ID-mapped mount)", "overlay on mapped owners"} <= missing(findings)
     assert "the file system of /sys" in findings["mapped owners (ID-mapped mount)"].detail
 
@@ -223,7 +223,7 @@ def test_host_without_mke2fs_or_loop_devices() -> None:
 
 
 def test_disks_where_no_files_can_be() -> None:
-    refused = found(wanted=WANTED._replace(disks="/proc"))["disk image (mke2fs)"]
+    refused = found(probe_settings=WANTED._replace(disks="/proc"))["disk image (mke2fs)"]
     assert not refused.supported
     assert "state_dir" in refused.remedy
 

@@ -334,8 +334,8 @@ async def test_server_that_goes_away_is_told_with_its_reason(site: Site) -> None
     ):
         with pytest.raises(ConnectionFailed, match=r"closed it \(1001 shutting down\)"):
             await client.job(7).status()
-        assert client._calls._link is not None
-        assert client._calls._link.connection.is_ended
+        assert client._calls._rpc is not None
+        assert client._calls._rpc.connection.is_ended
 
 
 async def test_connection_that_breaks_wakes_the_caller(site: Site) -> None:

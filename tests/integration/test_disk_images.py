@@ -44,7 +44,7 @@ def test_blank_is_a_formatted_disk_of_few_blocks(image_settings: ImageSettings) 
     assert size % 4096 == 0
     assert blank.size == size
     assert len(blank.blocks) < 100
-    written = disk_images.create(image_settings._replace(blanks={size: blank}), size)
+    written = disk_images.create(image_settings._replace(templates={size: blank}), size)
     formatted = disk_images.create(image_settings, size)
     assert os.pread(written, 2, 1024 + 56) == os.pread(formatted, 2, 1024 + 56) == b"\x53\xef"
     assert os.fstat(written).st_size == size

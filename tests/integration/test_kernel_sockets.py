@@ -256,7 +256,7 @@ def test_search_waits_for_no_lock_that_a_job_holds() -> None:
         searchers = Chores(event_loop, forks, at_once=1, waiting=0, unending=1)
         searchers.start(partial(as_message, search), outcomes.append)
         while not outcomes:
-            event_loop.turn()
+            event_loop.run_once()
         forks.close()
     (found,) = outcomes
     assert found.get("is_all"), found

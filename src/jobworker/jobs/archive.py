@@ -334,11 +334,11 @@ class Archive:
             return now
         unsettled = [self._unsettled[job] for job in jobs if job in self._unsettled]
         for execution in unsettled:
-            execution.note_removal(now)
+            execution.mark_removed(now)
         recorded = [job for job in jobs if job not in self._unsettled]
         try:
             if recorded:
-                await self._history.note_removed(recorded, now)
+                await self._history.mark_output_removed(recorded, now)
             for execution in unsettled:
                 await execution.record_removal()
         except JobworkerError as error:  # the marks stay: the next look meets them again
@@ -360,7 +360,7 @@ class Archive:
                 missing = self._kept.misses(job)
                 try:
                     if missing:
-                        await self._history.note_missing(job)
+                        await self._history.mark_output_missing(job)
                     await self._remove_record(job)
                 except JobworkerError:  # the disk is full still: the job stays, without output
                     if not missing:

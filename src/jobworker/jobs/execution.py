@@ -148,7 +148,7 @@ class Execution:
     def __attrs_post_init__(self) -> None:
         self._ending = Ending(
             job=self.record.id,
-            link=self._launcher,
+            launcher=self._launcher,
             grace_seconds=self._rules.stop_grace_seconds,
             told=self._on_told,
         )
@@ -232,7 +232,7 @@ class Execution:
         """Leave a job that cannot be started at the moment to the next service."""
         self._waits_for_the_next = True
 
-    def part(self) -> None:
+    def detach(self) -> None:
         """Have nothing more to do with a job that is left."""
         self.spool.close()
         self.parted.set()
@@ -285,7 +285,7 @@ class Execution:
                 self._take_notice(started.notices.receive_nowait())
         if self._company.cancelled_caught:
             await self._leave_behind()
-            self.part()
+            self.detach()
         else:
             await self._finish(ending)
 
@@ -319,7 +319,7 @@ class Execution:
                     await self._close(self._advanced(Event.STOP))
                     return None
                 if self._waits_for_the_next:
-                    self.part()
+                    self.detach()
                     self.decided.set()
                     return None
                 self.record = self._advanced(Event.ADMIT)
@@ -338,7 +338,7 @@ class Execution:
                     self.start_error = _undecided(self.record.id)
                     if self._ending.stopping:
                         await self.store()
-                    self.part()
+                    self.detach()
                     self.decided.set()
                     return None
                 if self.admitted_at_once or not _may_pass(error):
@@ -561,7 +561,7 @@ class Execution:
                     if not self._settled.is_set() and await self._remove():
                         self._settled.set()
 
-    def note_removal(self, when: datetime) -> None:
+    def mark_removed(self, when: datetime) -> None:
         """Note in the record of an ended job that its output was removed."""
         self.record = evolve(self.record, output_removed_at=when)
 

@@ -355,7 +355,7 @@ class Supervisor:
         return Execution(
             record=record,
             spool=spool,
-            link=self._launcher,
+            launcher=self._launcher,
             history=self._history,
             rules=self._rules,
             room=self._archive.room_of(record.owner),
@@ -532,7 +532,7 @@ class Supervisor:
         await self._close()
         for waiting in self._pending:
             self._pending.remove(waiting)
-            waiting.part()
+            waiting.detach()
             self._forget(waiting)
         executions = list(self._live.values())
         for execution in executions:

@@ -167,7 +167,7 @@ class Chores:
         if not isinstance(pid, int):
             near.close()
             self._running -= 1
-            self._event_loop.see_through(self._start_next)
+            self._event_loop.call_with_retries(self._start_next)
             self._hand_over(chore.done, {**answer, "begun": False})
             return
         (pidfd,) = descriptors
@@ -177,19 +177,19 @@ class Chores:
             # Only its end is watched: it sends the outcome just before it ends.
             self._event_loop.watch(pidfd, on_exit)
         except OSError:  # epoll(7) has no memory, or its limit on watches is reached
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, on_exit)
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, on_exit)
         if self._most_unending:
             give_up = partial(self._give_up, near, pidfd, chore.done)
             self._under_way[pidfd] = _UnderWay(pid, give_up)
-            if not self._event_loop.is_set(self._look):
-                self._event_loop.call_in(LOOK_SECONDS, self._look)
+            if not self._event_loop.is_scheduled(self._look):
+                self._event_loop.call_later(LOOK_SECONDS, self._look)
         with contextlib.suppress(OSError):  # the process was killed already
             near.send(GO, socket.MSG_NOSIGNAL)
 
     def _look(self) -> None:
         """Kill each chore that is overdue, and give up each one that SIGKILL has not ended."""
         if self._under_way:
-            self._event_loop.call_in(LOOK_SECONDS, self._look)
+            self._event_loop.call_later(LOOK_SECONDS, self._look)
         for pidfd, process in list(self._under_way.items()):
             if process.is_overdue():
                 if process.is_killed:
@@ -202,7 +202,7 @@ class Chores:
         self._unending.add(pidfd)
         near.close()
         self._running -= 1
-        self._event_loop.see_through(self._start_next)
+        self._event_loop.call_with_retries(self._start_next)
         self._hand_over(done, {"errno": UNENDING, "detail": "the process cannot be ended"})
 
     def _on_exit(self, near: socket.socket, pidfd: int, done: Done) -> None:
@@ -210,7 +210,7 @@ class Chores:
         self._event_loop.unwatch(pidfd)
         if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
             on_exit = partial(self._on_exit, near, pidfd, done)
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, on_exit)
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, on_exit)
             return
         os.close(pidfd)
         if pidfd in self._unending:
@@ -230,7 +230,7 @@ class Chores:
                 channel.close_all(error.descriptors)
             except OSError:
                 pass  # it was killed before it sent an outcome
-        self._event_loop.see_through(self._start_next)
+        self._event_loop.call_with_retries(self._start_next)
         self._hand_over(done, outcome)
 
     def _start_next(self) -> None:

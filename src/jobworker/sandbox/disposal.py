@@ -39,7 +39,7 @@ class Disposal:
         """Whether descriptors wait for a process."""
         return bool(self._waiting)
 
-    def take(self, descriptors: list[int]) -> None:
+    def add(self, descriptors: list[int]) -> None:
         """Have a process close these descriptors. Returns without waiting for that."""
         self._waiting += descriptors
         self._start()
@@ -51,14 +51,14 @@ class Disposal:
         try:
             self._chores.start(end, partial(self._on_end, given), given=given)
         except OSError:
-            self._event_loop.call_in(AGAIN_SECONDS, self._start)
+            self._event_loop.call_later(AGAIN_SECONDS, self._start)
             return
         del self._waiting[:MAX_EACH]
 
     def _on_end(self, given: list[int], outcome: Message) -> None:
         if "begun" in outcome:  # no process could be made, so the descriptors are still open
             self._waiting += given
-            self._event_loop.call_in(AGAIN_SECONDS, self._start)
+            self._event_loop.call_later(AGAIN_SECONDS, self._start)
         else:
             self._start()
 

@@ -73,7 +73,7 @@ class EventLoop:
         self._poll.register(descriptor, select.EPOLLIN)
         self._sources[descriptor], self._events[descriptor] = call, select.EPOLLIN
 
-    def watch_room(self, descriptor: int, wanted: bool, *, alone: bool = False) -> None:
+    def watch_writable(self, descriptor: int, wanted: bool, *, alone: bool = False) -> None:
         """Also call when the watched descriptor is writable, if `wanted`; otherwise no longer.
 
         `alone`: do not call when it is readable meanwhile. Its end is reported in any case.
@@ -96,11 +96,11 @@ class EventLoop:
         """Whether the descriptor is watched."""
         return descriptor in self._sources
 
-    def call_in(self, seconds: float, call: Callback) -> None:
+    def call_later(self, seconds: float, call: Callback) -> None:
         """Set the alarm of `call` to so many seconds from now, in place of an earlier alarm."""
         self._alarms[call] = time.monotonic() + seconds
 
-    def is_set(self, call: Callback) -> bool:
+    def is_scheduled(self, call: Callback) -> bool:
         """Whether `call` has an alarm."""
         return call in self._alarms
 
@@ -108,7 +108,7 @@ class EventLoop:
         """Remove the alarm of `call`, if it has one."""
         self._alarms.pop(call, None)
 
-    def see_through(self, call: Callback, tried: int = 0) -> None:
+    def call_with_retries(self, call: Callback, tried: int = 0) -> None:
         """Call now, and again after an unexpected exception, up to `TRIES` times in all.
 
         For work that no later event would start again: a process, for example, ends only once.
@@ -118,11 +118,11 @@ class EventLoop:
         tried += 1
         if tried < TRIES:
             pause = AGAIN_SECONDS * 2 ** (tried - 1)
-            self.call_in(pause, partial(self.see_through, call, tried))
+            self.call_later(pause, partial(self.call_with_retries, call, tried))
         else:
             log_line(f"{_name(call)} is given up: it has failed {tried} times")
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """Wait for events or the next alarm, and call what is due: one pass of the loop."""
         ready = self._poll.poll(self._seconds_to_alarm(), EVENTS_A_TURN)
         delayed = self._read_delay()
@@ -139,7 +139,7 @@ class EventLoop:
             if moment <= last and self._alarms.get(call) == moment:
                 del self._alarms[call]
                 if not self._call(call):
-                    self.call_in(AGAIN_SECONDS, call)
+                    self.call_later(AGAIN_SECONDS, call)
                 now = time.monotonic()
                 slowest, last = max(slowest, (now - last, call), key=_seconds), now
         self._record_turn(last - began, delayed, slowest[1])
@@ -171,8 +171,8 @@ class EventLoop:
     def _rest(self, descriptor: int) -> None:
         self._poll.unregister(descriptor)
         self._resting.add(descriptor)
-        if not self.is_set(self._end_rests):
-            self.call_in(AGAIN_SECONDS, self._end_rests)
+        if not self.is_scheduled(self._end_rests):
+            self.call_later(AGAIN_SECONDS, self._end_rests)
 
     def _end_rests(self) -> None:
         for descriptor in list(self._resting):

@@ -133,16 +133,16 @@ class ForkServer:
                 self._waiting.popleft()
                 code = error.errno if isinstance(error, OSError) else None
                 failed = _failure(code or errno.EMSGSIZE, str(error))
-                self._event_loop.see_through(_Told(call.done, failed, []))
+                self._event_loop.call_with_retries(_Told(call.done, failed, []))
                 continue
             self._sent.append(self._waiting.popleft())
-            if not self._event_loop.is_set(self._look):
+            if not self._event_loop.is_scheduled(self._look):
                 self._looks = 0
-                self._event_loop.call_in(LOOK_SECONDS, self._look)
+                self._event_loop.call_later(LOOK_SECONDS, self._look)
 
     def _send_later(self) -> None:
-        if not self._event_loop.is_set(self._send_more):
-            self._event_loop.call_in(AGAIN_SECONDS, self._send_more)
+        if not self._event_loop.is_scheduled(self._send_more):
+            self._event_loop.call_later(AGAIN_SECONDS, self._send_more)
 
     def _on_answer(self) -> None:
         """Read one answer without blocking, and pass it to the `done` of its call."""
@@ -168,7 +168,7 @@ class ForkServer:
         self._looks = 0
         call = self._sent.popleft()
         self._send_more()
-        self._event_loop.see_through(_Told(call.done, *received))
+        self._event_loop.call_with_retries(_Told(call.done, *received))
 
     def _end_unnamed(self, said: Message) -> None:
         """Kill the processes of an answer whose descriptors were lost. Their pids are in `said`.
@@ -208,18 +208,18 @@ class ForkServer:
             if not self._event_loop.watches(self._sock.fileno()):
                 self._event_loop.watch(self._sock.fileno(), self._on_answer)
         except OSError:  # epoll(7) has no memory, or its limit on watches is reached
-            self._event_loop.call_in(AGAIN_SECONDS, self._watch)
+            self._event_loop.call_later(AGAIN_SECONDS, self._watch)
 
     def _on_exit(self) -> None:
         """Reap a fork server that has ended. `_replace` reads its last answers and starts one."""
         self._event_loop.unwatch(self._pidfd)
         if os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG) is None:
-            self._event_loop.call_in(AGAIN_SECONDS, self._watch)  # a tracer on the host has it
+            self._event_loop.call_later(AGAIN_SECONDS, self._watch)  # a tracer on the host has it
             return
         os.close(self._pidfd)
         self._pidfd = -1
         log_line("the fork server has ended, and another one is made")
-        self._event_loop.see_through(self._replace)
+        self._event_loop.call_with_retries(self._replace)
 
     def _replace(self) -> None:
         sock = self._sock
@@ -248,20 +248,20 @@ class ForkServer:
                 self._waiting.appendleft(call._replace(tries=call.tries + 1))
             else:
                 failed = _failure(DIED, "the fork server has ended")
-                self._event_loop.see_through(_Told(call.done, failed, []))
+                self._event_loop.call_with_retries(_Told(call.done, failed, []))
 
     def _start_again(self) -> None:
         try:
             self._start()
         except OSError as error:
             log_line(f"cannot make a fork server, and tries again: {error}")
-            self._event_loop.call_in(AGAIN_SECONDS, self._start_again)
+            self._event_loop.call_later(AGAIN_SECONDS, self._start_again)
 
     def _look(self) -> None:
         """Kill a fork server that has answered nothing for `MOST_SECONDS`."""
         if not self._sent:
             return
-        self._event_loop.call_in(LOOK_SECONDS, self._look)
+        self._event_loop.call_later(LOOK_SECONDS, self._look)
         self._looks += 1
         if self._looks * LOOK_SECONDS > MOST_SECONDS:
             log_line(f"the fork server answers nothing for {MOST_SECONDS:.0f} s, and is killed")
@@ -288,7 +288,7 @@ class ForkServer:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         self._strays.add(pid)
-        self._event_loop.call_in(AGAIN_SECONDS, self._collect_strays)
+        self._event_loop.call_later(AGAIN_SECONDS, self._collect_strays)
 
     def _collect_strays(self) -> None:
         for pid in list(self._strays):
@@ -297,11 +297,11 @@ class ForkServer:
                     continue
             self._strays.discard(pid)
         if self._strays:
-            self._event_loop.call_in(AGAIN_SECONDS, self._collect_strays)
+            self._event_loop.call_later(AGAIN_SECONDS, self._collect_strays)
 
 
 class _Told:
-    """Calls `done` with an answer, for `EventLoop.see_through`.
+    """Calls `done` with an answer, for `EventLoop.call_with_retries`.
 
     If `done` raises an unexpected exception, the next try calls it with a failure instead.
     Otherwise the caller would wait for the answer for ever.

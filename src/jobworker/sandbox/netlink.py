@@ -82,7 +82,7 @@ class AddressMonitor:
         """A descriptor that is readable when something has changed."""
         return self._kernel.fileno()
 
-    def take(self) -> bool:
+    def drain(self) -> bool:
         """Whether something has changed since the last call."""
         changed = False
         while True:

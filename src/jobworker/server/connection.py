@@ -91,7 +91,7 @@ def turn_away(accepted: socket.socket, limiter: ConnectionLimiter) -> bool:
     peer = _peer_name(accepted)
     refusal = limiter.refusal(_network(peer, accepted, limiter))
     if refusal is not None:
-        limiter.tell(peer, refusal)
+        limiter.record_limit(peer, refusal)
     return refusal is not None
 
 
@@ -99,41 +99,43 @@ async def serve_connection(
     tcp: trio.SocketStream, clients: ConnectedClients, context: operations.OperationContext
 ) -> None:
     """Serve one client to its end; raises nothing but cancellation."""
-    peer, limiter = _peer_name(tcp.socket), context.admission
+    peer, limiter = _peer_name(tcp.socket), context.limiter
     stream: TLSStream | None = None
     parted = False
     try:
         network, is_gone = _network(peer, tcp.socket, limiter), partial(_is_gone, tcp.socket)
-        with limiter.arrive(peer, network, is_gone) as pending, ExitStack() as inside:
+        with limiter.track_pending(peer, network, is_gone) as pending, ExitStack() as inside:
             # Before this the service makes few objects: a flood's connections come no further.
             if not await _says_hello(tcp.socket):
                 return  # a health check, for example
-            await limiter.take_turn(pending)
-            await context.handshakes.enter(line_of(network))
-            pending.has_turn()
+            await limiter.wait_turn(pending)
+            await context.handshakes.wait_turn(line_of(network))
+            pending.start_turn()
             _keep_alive(tcp)
-            tls_state = clients.fittings
+            tls_state = clients.tls_state
             stream = TLSStream(
                 tcp,
                 tls_state.tls,
                 server_side=True,
-                take_turn=partial(context.incoming.enter, line_of(network), RECORD_COST),
+                take_turn=partial(context.incoming.wait_turn, line_of(network), RECORD_COST),
             )
             http, head = http_connection(), None
             try:
                 if not await _shake_hands(stream, peer, context.auditor):
                     return
                 shown = _look_at_certificate(stream, pending, tls_state, context)
-                await context.handshakes.enter(_line_of(shown, network))
-                pending.has_turn()
+                await context.handshakes.wait_turn(_line_of(shown, network))
+                pending.start_turn()
                 raw, head = await read_head(stream, http)
                 who = accept_upgrade(shown, head, tls_state)
                 inside.enter_context(_entered(limiter, who, peer))
                 certificates = PeerCertificates(stream.peer_certificate, stream.peer_chain)
                 stream.stall_seconds = context.stall_seconds
-                client = inside.enter_context(clients.visit(who, certificates, peer, tls_state.tls))
+                client = inside.enter_context(
+                    clients.register(who, certificates, peer, tls_state.tls)
+                )
                 parted = await _serve_websocket(
-                    PrefixStream(stream, raw, partial(context.incoming.enter, who.common_name)),
+                    PrefixStream(stream, raw, partial(context.incoming.wait_turn, who.common_name)),
                     client,
                     pending,
                     context,
@@ -151,7 +153,7 @@ async def serve_connection(
         log.info("%s: refused: %s", peer, group.exceptions[0])
         context.auditor.refused(peer, str(group.exceptions[0]))
     except* (TooManyFailures, SendStalled) as group:
-        limiter.tell(peer, _only(group))
+        limiter.record_limit(peer, _only(group))
     except* (
         trio.TooSlowError,
         trio.BrokenResourceError,
@@ -172,9 +174,9 @@ def _entered(limiter: ConnectionLimiter, who: Identity, peer: str) -> Iterator[N
     """Count the connection as open while the block lasts; raises Refused if there is no place."""
     with ExitStack() as place:
         try:
-            place.enter_context(limiter.enter(who.common_name))
+            place.enter_context(limiter.track_open(who.common_name))
         except TooManyConnections as full:
-            limiter.tell(peer, full)
+            limiter.record_limit(peer, full)
             raise UpgradeRefused(503, full) from None
         yield
 
@@ -286,10 +288,10 @@ def _look_at_certificate(
     A connection does not count as active before this. Otherwise strangers could slow down each
     client that works alone, with a few bytes a second.
     """
-    pending.has_shown_certificate()
-    shown = find_identity(stream, context.gate.roles, tls_state)
+    pending.mark_authenticated()
+    shown = find_identity(stream, context.authorization.roles, tls_state)
     if isinstance(shown, Identity):
-        context.presence.came(shown.common_name, line_of(pending.network))
+        context.active_clients.came(shown.common_name, line_of(pending.network))
     return shown
 
 
@@ -328,7 +330,7 @@ async def _serve_websocket(
                 nursery,
                 stream,
                 message_queue_size=0,  # backpressure: messages wait at the client, not here
-                max_message_size=context.admission.limits.max_message_bytes,
+                max_message_size=context.limiter.limits.max_message_bytes,
                 receive_buffer_size=RECORD_BYTES,
             )
             socket_ = await request.accept(subprotocol=SUBPROTOCOL)

@@ -123,7 +123,7 @@ async def serve(prepared: Prepared) -> None:
             archive = _archive(prepared, spools, history)
             await archive.load(inheritance.ids)
             supervisor = Supervisor(
-                link=launcher,
+                launcher=launcher,
                 history=history,
                 archive=archive,
                 spools=spools,
@@ -139,7 +139,7 @@ async def serve(prepared: Prepared) -> None:
                 nursery.start_soon(incidents.keep_running, "audit", auditor.serve)
                 nursery.start_soon(incidents.keep_running, "memory", keep_small)
                 promises = DiskPromises(
-                    link=launcher,
+                    launcher=launcher,
                     directory=prepared.directory,
                     budget=archive.budget if _leaves_room_for_disks(prepared) else None,
                     most=disks_bytes(settings),
@@ -169,7 +169,7 @@ async def _serve_until_signal(
     authorization = Authorization(
         role_table(prepared.settings.roles), parse_duration(worker.max_job_timeout)
     )
-    clients = ConnectedClients(prepared.fittings, authorization)
+    clients = ConnectedClients(prepared.tls_state, authorization)
     active_clients = ActiveClients()
     context = OperationContext(
         supervisor=supervisor,
@@ -177,16 +177,16 @@ async def _serve_until_signal(
         promises=promises,
         host=read_host_facts(),
         runtimes=frozenset(prepared.settings.runtimes),
-        gate=authorization,
+        authorization=authorization,
         auditor=auditor,
         incidents=incidents,
         stall_seconds=parse_duration(prepared.settings.server.stall_timeout),
-        admission=ConnectionLimiter(
+        limiter=ConnectionLimiter(
             prepared.settings.limits, job_ids=launcher_ids(prepared.launcher)
         ),
-        presence=active_clients,
-        traffic=SendBudget(active_clients),
-        crowds=WaitQuota(prepared.settings.limits.max_waits),
+        active_clients=active_clients,
+        send_budget=SendBudget(active_clients),
+        waits=WaitQuota(prepared.settings.limits.max_waits),
     )
     listener = _Listener(prepared, clients, context)
     settle()
@@ -204,7 +204,7 @@ async def _serve_until_signal(
             nursery.start_soon(incidents.keep_running, "reader", tell_end)
             reloading = ReloadContext(
                 reader=prepared.reader,
-                door=clients,
+                clients=clients,
                 notifier=prepared.notifier,
                 auditor=auditor,
                 incidents=incidents,
@@ -212,7 +212,7 @@ async def _serve_until_signal(
             await nursery.start(serve_reloads, reloading, prepared.configured)
             await _announce(prepared)
             log.info("ending: %s", signal.Signals(await anext(signals)).name)
-            await prepared.notifier.tell(STOPPING="1")
+            await prepared.notifier.notify(STOPPING="1")
             listener.stop_accepting()
             if _leaves_jobs(prepared.settings):
                 await supervisor.leave()
@@ -271,7 +271,7 @@ async def _announce(prepared: Prepared) -> None:
         log.warning("%s", warning)
     log.info("listening on %s", address)
     status = f"listening on {address}"
-    await prepared.notifier.tell(READY="1", STATUS=status, **{ADDRESS_FIELD: address})
+    await prepared.notifier.notify(READY="1", STATUS=status, **{ADDRESS_FIELD: address})
 
 
 async def _watch(launcher: LauncherClient, is_own: bool) -> None:
@@ -288,7 +288,7 @@ async def _tell_watchdog(notifier: Notifier) -> None:
     if not notifier.watchdog_seconds:
         await trio.sleep_forever()
     while True:
-        notifier.tell_alive()
+        notifier.notify_watchdog()
         await trio.sleep(notifier.watchdog_seconds / 3)
 
 
@@ -305,7 +305,7 @@ class _Listener:
 
     async def serve(self) -> None:
         """Accept connections until `stop_accepting`, and return when the last one has ended."""
-        active_clients = self._context.presence
+        active_clients = self._context.active_clients
         listeners = [
             BatchListener(each, self._turn_away, active_clients)
             for each in self._prepared.listeners
@@ -317,7 +317,7 @@ class _Listener:
 
     def _turn_away(self, accepted: socket.socket) -> bool:
         try:
-            return turn_away(accepted, self._context.admission)
+            return turn_away(accepted, self._context.limiter)
         except Exception:  # noqa: BLE001 - recorded; here it would end the service
             self._context.incidents.record("listener", "a connection that has just come")
             return False

@@ -177,7 +177,7 @@ def _told(asked: EndRequestLog | None) -> EarlierEndRequest | None:
     if asked is None:
         return None
     now = trio.current_time()
-    told = asked.told(now)
+    told = asked.report(now)
     return EarlierEndRequest(
         cause=told.cause,
         first_at=now - told.seconds_ago,

@@ -103,7 +103,7 @@ class PlayedService:
         service = None
         try:
             supervisor = Supervisor(
-                link=link,  # type: ignore[arg-type]
+                launcher=link,  # type: ignore[arg-type]
                 history=history,
                 archive=archive,
                 spools=spools,

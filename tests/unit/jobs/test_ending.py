@@ -59,7 +59,7 @@ class ShortOfDescriptors(OneJob):
 
 
 def ending_of(launcher: OneJob) -> Ending:
-    return Ending(job=JobId(1), link=launcher, grace_seconds=5)  # type: ignore[arg-type]
+    return Ending(job=JobId(1), launcher=launcher, grace_seconds=5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("refusals", [1, 2, 5])

@@ -32,7 +32,7 @@ def running(job: int, spool: Path) -> Execution:
     return Execution(
         record=record(job, State.RUNNING),
         spool=Spool.create(spool / str(job)),
-        link=None,  # type: ignore[arg-type]
+        launcher=None,  # type: ignore[arg-type]
         history=None,  # type: ignore[arg-type]
         rules=RULES,
         clock=lambda: datetime.now(UTC),

@@ -373,19 +373,19 @@ def test_output_that_cannot_be_read_is_passed_over_until_it_can(
 
 def test_budget_gives_what_is_left_and_then_refuses(tmp_path: Path) -> None:
     budget = OutputBudget(tmp_path, max_bytes=100)
-    assert budget.take(60) == 60
-    assert budget.take(60) == 40
+    assert budget.reserve(60) == 60
+    assert budget.reserve(60) == 40
     with pytest.raises(OutputError, match="all jobs together") as raised:
-        budget.take(1)
+        budget.reserve(1)
     assert raised.value.data["cut"] == OutputCut.TOTAL.value
-    budget.give_back(10)
-    assert budget.take(60) == 10
+    budget.release(10)
+    assert budget.reserve(60) == 10
 
 
 def test_budget_leaves_room_on_the_disk(tmp_path: Path) -> None:
     budget = OutputBudget(tmp_path, keep_free_bytes=1 << 60)
     with pytest.raises(OutputError, match="are free") as raised:
-        budget.take(1)
+        budget.reserve(1)
     assert raised.value.data["cut"] == OutputCut.DISK.value
     assert budget.used_bytes == 0
 

@@ -174,7 +174,7 @@ class FakeHistory:
         await trio.lowlevel.checkpoint()
         return self.records.get(job)
 
-    async def note_removed(self, jobs: Collection[JobId], when: datetime) -> None:
+    async def mark_output_removed(self, jobs: Collection[JobId], when: datetime) -> None:
         await trio.lowlevel.checkpoint()
         for job in jobs:
             self.records[job] = evolve(self.records[job], output_removed_at=when)
@@ -203,7 +203,7 @@ async def supervising(
         clock=clock,
     )
     supervisor = Supervisor(
-        link=link,  # type: ignore[arg-type]
+        launcher=link,  # type: ignore[arg-type]
         history=history,  # type: ignore[arg-type]
         archive=archive,
         spools=spools,

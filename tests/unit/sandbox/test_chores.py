@@ -47,23 +47,23 @@ def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
     wait, go = os.pipe2(os.O_CLOEXEC)
     made.start(partial(read_from, wait), outcomes.append, [wait])
     while not forks.is_idle:
-        event_loop.turn()
+        event_loop.run_once()
     for _ in range(3):
-        event_loop.turn()
+        event_loop.run_once()
     assert not outcomes, "nothing has waited for it"
     with pytest.raises(OSError, match="too many chores wait") as refused:
         made.start(done, outcomes.append)
     assert refused.value.errno == CROWDED, "it takes its place meanwhile"
     os.write(go, b"!")
     while not outcomes:
-        event_loop.turn()
+        event_loop.run_once()
     assert outcomes == [{"read": 1}]
     os.close(wait)
     os.close(go)
     assert descriptors() == before
     made.start(done, outcomes.append)
     while len(outcomes) < 2:
-        event_loop.turn()
+        event_loop.run_once()
 
 
 def test_process_that_a_tracer_has_is_not_waited_for(
@@ -80,11 +80,11 @@ def test_process_that_a_tracer_has_is_not_waited_for(
         made = Chores(event_loop, forks, at_once=1, waiting=0)
         event_loop.watch(pidfd, partial(made._on_exit, near, pidfd, outcomes.append))
         for _ in range(3):
-            event_loop.turn()
+            event_loop.run_once()
         assert not outcomes
         let_go()
         while not outcomes:
-            event_loop.turn()
+            event_loop.run_once()
         assert outcomes == [{"done": True}]
 
 
@@ -115,7 +115,7 @@ def test_descriptors_on_their_way_out_are_closed_elsewhere(
     for _ in range(300):
         read, write = os.pipe2(os.O_CLOEXEC)
         ends.append(read)
-        disposed.take([write])
+        disposed.add([write])
     for read in ends:
         os.set_blocking(read, False)
         while True:
@@ -123,7 +123,7 @@ def test_descriptors_on_their_way_out_are_closed_elsewhere(
                 assert os.read(read, 1) == b""
                 break
             except BlockingIOError:
-                event_loop.turn()
+                event_loop.run_once()
         os.close(read)
     assert not disposed.overloaded
 
@@ -139,12 +139,12 @@ def test_long_outcome_that_finds_no_descriptor_is_told_as_that(
     chores = Chores(event_loop, forks, at_once=1, waiting=0)
     chores.start(long_outcome, outcomes.append)
     while forks.is_idle is False:
-        event_loop.turn()
+        event_loop.run_once()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         while not outcomes:
-            event_loop.turn()
+            event_loop.run_once()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert outcomes[0]["errno"] == errno.EMFILE
@@ -177,7 +177,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def outcome_of(event_loop: EventLoop, outcomes: list[Message], count: int = 1) -> Message:
     """The latest one, once there are so many."""
     while len(outcomes) < count:
-        event_loop.turn()
+        event_loop.run_once()
     return outcomes[-1]
 
 
@@ -250,6 +250,6 @@ def test_chore_that_cannot_be_ended_gives_its_place_to_others_up_to_a_bound(
         with pytest.raises(OSError, match="cannot be ended"):
             chores.start(done, outcomes.append)
     while not set(os.listdir("/proc/self/fd")) <= set(before):  # an earlier test's may go, too
-        event_loop.turn()
+        event_loop.run_once()
     chores.start(done, outcomes.append)
     assert outcome_of(event_loop, outcomes, 5) == {"done": True}

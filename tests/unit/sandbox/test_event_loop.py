@@ -21,10 +21,10 @@ def test_turn_takes_few_events_and_the_next_one_the_others() -> None:
     for read, write in pipes:
         event_loop.watch(read, lambda read=read: seen.append(os.read(read, 1)))  # type: ignore[misc]
         os.write(write, b"x")
-    event_loop.turn()
+    event_loop.run_once()
     assert len(seen) == EVENTS_A_TURN
-    event_loop.turn()
-    event_loop.turn()
+    event_loop.run_once()
+    event_loop.run_once()
     assert len(seen) == len(pipes)
     for read, write in pipes:
         event_loop.unwatch(read)
@@ -40,9 +40,9 @@ def test_long_turn_is_counted_by_the_name_of_what_took_long(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     event_loop = EventLoop()
-    event_loop.call_in(0, lambda: None)
-    event_loop.call_in(0, wait_long)
-    event_loop.turn()
+    event_loop.call_later(0, lambda: None)
+    event_loop.call_later(0, wait_long)
+    event_loop.run_once()
     times = event_loop.take_times()
     assert times.turns == 1
     assert times.over_bound == 1
@@ -63,11 +63,11 @@ def test_unexpected_exception_ends_its_call_alone_and_is_tried_again(
         if len(called) == 1:
             raise KeyError("unforeseen")
 
-    event_loop.call_in(0, fail_once)
-    event_loop.call_in(0, lambda: called.append("second"))
-    event_loop.turn()
+    event_loop.call_later(0, fail_once)
+    event_loop.call_later(0, lambda: called.append("second"))
+    event_loop.run_once()
     assert called == ["first", "second"]
-    event_loop.turn()
+    event_loop.run_once()
     assert called == ["first", "second", "first"]
     assert event_loop.take_times().incidents == 1
     log = capfd.readouterr().err
@@ -90,12 +90,12 @@ def test_call_that_is_seen_through_is_made_again_and_not_for_ever(
         called.append("always")
         raise KeyError("unforeseen")
 
-    event_loop.see_through(fail_once)
-    event_loop.see_through(fail)
+    event_loop.call_with_retries(fail_once)
+    event_loop.call_with_retries(fail)
     assert called == ["once", "always"]
     for _ in range(2 * TRIES):
-        event_loop.call_in(0, lambda: None)
-        event_loop.turn()
+        event_loop.call_later(0, lambda: None)
+        event_loop.run_once()
     assert (called.count("once"), called.count("always")) == (2, TRIES)
     assert event_loop.take_times().incidents == 1 + TRIES
     assert "fail is given up: it has failed 10 times" in capfd.readouterr().err
@@ -113,7 +113,7 @@ def test_call_that_is_seen_through_rests_longer_each_time(monkeypatch: pytest.Mo
         raise ZeroDivisionError
 
     monkeypatch.setattr(event_loop, "call_later", keep)
-    event_loop.see_through(fail)
+    event_loop.call_with_retries(fail)
     assert pauses == [AGAIN_SECONDS * each for each in (1, 2, 4, 8)]
 
 
@@ -131,19 +131,19 @@ def test_source_that_raises_each_time_rests(monkeypatch: pytest.MonkeyPatch) -> 
     os.write(bad_end, b"x")
     for number in range(5):
         os.write(good_end, b"x")
-        event_loop.turn()
+        event_loop.run_once()
         assert len(heard) == number + 1
     assert len(failed) == 1
     assert event_loop.watches(bad)
-    event_loop.watch_room(bad, wanted=False)
-    event_loop.call_in(0, event_loop._end_rests)
-    event_loop.turn()
-    event_loop.turn()
+    event_loop.watch_writable(bad, wanted=False)
+    event_loop.call_later(0, event_loop._end_rests)
+    event_loop.run_once()
+    event_loop.run_once()
     assert len(failed) == 2, "it is tried again"
 
     event_loop.unwatch(bad)
     event_loop.watch(bad, lambda: heard.append(os.read(bad, 1)))
-    event_loop.turn()
+    event_loop.run_once()
     assert len(heard) == 6, "another one, by the same number, has nothing to do with it"
     for descriptor in (bad, good):
         event_loop.unwatch(descriptor)

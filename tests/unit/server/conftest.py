@@ -34,7 +34,7 @@ def full(
                 other.send(b"of another unit")
                 sent += 1
         yield notifier, supervisor, sent
-    notifier.tell_alive()  # which closes its socket: nobody listens any more
+    notifier.notify_watchdog()  # which closes its socket: nobody listens any more
     assert notifier.descriptor is None
 
 

@@ -80,14 +80,14 @@ class Site:
             promises=cast(DiskPromises, None),
             host=cast(HostFacts, None),
             runtimes=frozenset(),
-            gate=authorization,
+            authorization=authorization,
             auditor=Auditor(cast(History, None), lambda: datetime.now(UTC)),
             incidents=Incidents(),
             stall_seconds=STALL_SECONDS,
-            admission=ConnectionLimiter(),
-            presence=active_clients,
-            traffic=SendBudget(active_clients),
-            crowds=WaitQuota(1),
+            limiter=ConnectionLimiter(),
+            active_clients=active_clients,
+            send_budget=SendBudget(active_clients),
+            waits=WaitQuota(1),
             replies=Slots(in_all=1, for_each=1),
             requests=Slots(in_all=1, for_each=1),
         )
@@ -151,8 +151,8 @@ async def test_no_name_of_a_certificate_shares_what_strangers_of_a_network_have(
         lines.add(name)
         await really(scheduler, name, cost)
 
-    really = FairScheduler.enter
-    monkeypatch.setattr(FairScheduler, "enter", enter)
+    really = FairScheduler.wait_turn
+    monkeypatch.setattr(FairScheduler, "wait_turn", enter)
     async with site.connected() as (_, client):
         assert "result" in await ask(client, "service.hello")
     assert NAME in lines
@@ -171,23 +171,23 @@ async def test_handshakes_do_not_rest_for_whom_they_have_let_in_alone(
             lines.append(name)
         await really(scheduler, name, cost)
 
-    really = FairScheduler.enter
-    monkeypatch.setattr(FairScheduler, "enter", enter)
-    active_clients = site.context.presence
+    really = FairScheduler.wait_turn
+    monkeypatch.setattr(FairScheduler, "wait_turn", enter)
+    active_clients = site.context.active_clients
     async with site.connected() as (_, client):
         strangers, known = lines
         assert known == NAME, "it stands behind no other name once it has shown its certificate"
-        assert not active_clients.of_others({strangers: ()})
-        assert not active_clients.of_others({known: ()})
-        assert active_clients.of_others({" of another network": ()})
+        assert not active_clients.has_others({strangers: ()})
+        assert not active_clients.has_others({known: ()})
+        assert active_clients.has_others({" of another network": ()})
         await ask(client, "service.hello")
-        assert active_clients.of_others({strangers: ()}), "it has asked"
+        assert active_clients.has_others({strangers: ()}), "it has asked"
 
 
 async def test_who_has_shown_a_certificate_is_about_before_it_asks(site: Site) -> None:
     """Each command connects anew, and a flood would be in the way of its handshakes."""
     async with site.connected():
-        assert site.context.presence.of_others(())
+        assert site.context.active_clients.has_others(())
 
 
 async def test_stranger_is_not_about(site: Site) -> None:
@@ -197,17 +197,17 @@ async def test_stranger_is_not_about(site: Site) -> None:
     ) as stream:
         with pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()
-        assert not site.context.presence.of_others(())
+        assert not site.context.active_clients.has_others(())
 
 
 async def test_who_sends_a_large_request_is_about_as_long_as_it_comes(site: Site) -> None:
-    active_clients = site.context.presence
+    active_clients = site.context.active_clients
     async with site.connected() as (stream, client):
         await ask(client, "service.hello")
         active_clients._until.clear()
         await stream.send_all(frame(TEXT, b" " * (LARGE_BYTES + 1), first=0))
         for _ in range(3):
-            await until(lambda: active_clients.of_others(()))
+            await until(lambda: active_clients.has_others(()))
             active_clients._until.clear()
             await stream.send_all(frame(0, b" " * 1000, first=0))
 
@@ -218,7 +218,7 @@ async def test_who_waits_for_a_long_request_to_be_read_is_about(
     served = list[int]()
 
     async def run(*_: object) -> None:
-        served.append(site.context.presence._served[NAME])
+        served.append(site.context.active_clients._served[NAME])
         await trio.sleep_forever()
 
     monkeypatch.setattr(FairThreadPool, "run", run)
@@ -234,7 +234,7 @@ async def test_who_takes_a_large_reply_slowly_is_let_go_once_somebody_waits(
 ) -> None:
     """Else it would ask again, for as long as it lives, for what it cannot take in time."""
     slots, faults = Slots(in_all=1, for_each=1), list[JobworkerError]()
-    assert slots.take_nowait(NAME)
+    assert slots.acquire_nowait(NAME)
 
     async def watch() -> None:
         conversation = SimpleNamespace(
@@ -249,7 +249,7 @@ async def test_who_takes_a_large_reply_slowly_is_let_go_once_somebody_waits(
         await trio.sleep(10 * STALL_SECONDS)
         assert not faults, "nobody minds"
         if is_wanted:
-            nursery.start_soon(slots.take, "another")
+            nursery.start_soon(slots.acquire, "another")
         await trio.sleep(2 * LOOK_SECONDS)
         nursery.cancel_scope.cancel()
     assert [type(fault) for fault in faults] == [SendStalled] * is_wanted

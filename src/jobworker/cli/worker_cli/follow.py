@@ -79,9 +79,9 @@ async def print_output(
     with open_output(on_break=None if style.quiet else style.losses.report_resume) as output:
         try:
             async for chunk in output:
-                printer.take(chunk)
+                printer.add(chunk)
                 while printer.has_room and (more := output.receive_nowait()) is not None:
-                    printer.take(more)
+                    printer.add(more)
                 await printer.flush()
         finally:
             await printer.finish()
@@ -116,7 +116,7 @@ class Printer:
         """Whether the caller may pass more chunks before it flushes."""
         return self._writer.has_room
 
-    def take(self, chunk: "Chunk") -> None:
+    def add(self, chunk: "Chunk") -> None:
         """Add a chunk, to be printed with the next flush."""
         if self._style.json:
             self._event("output", _described(chunk))

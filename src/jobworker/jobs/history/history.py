@@ -218,7 +218,7 @@ class History:
                 f"{what}: {error}", remedy="check the disk that holds worker.state_dir"
             ) from error
 
-    async def note_removed(self, jobs: Collection[JobId], when: datetime) -> None:
+    async def mark_output_removed(self, jobs: Collection[JobId], when: datetime) -> None:
         """Note in the records of ended jobs that their output was removed, all at once.
 
         Those that say so already, and jobs that there are not, stay as they are. Raises
@@ -238,7 +238,7 @@ class History:
         """
         await self._write(partial(queries.delete, job), f"cannot remove job {job} from the history")
 
-    async def note_missing(self, job: JobId) -> None:
+    async def mark_output_missing(self, job: JobId) -> None:
         """Keep that a job which is to be removed had output that was not there to be removed.
 
         A record that says that its output was removed, or none, leaves all as it is. Raises
@@ -251,7 +251,7 @@ class History:
         """Those of `jobs` that were removed while their output was missing."""
         return await self._readers.search(partial(queries.select_removed, jobs))
 
-    async def note(self, rows: Sequence[AuditRow]) -> None:
+    async def add_audit_rows(self, rows: Sequence[AuditRow]) -> None:
         """Add rows to the audit log: its table, then its file.
 
         Raises InternalError where the table cannot take them; then neither has any. Rows that the
@@ -265,7 +265,7 @@ class History:
                 raise
             if len(rows) > 1:
                 for row in rows:
-                    await self.note([row])
+                    await self.add_audit_rows([row])
             else:  # another try would be vain
                 log.error("%s: its row is lost: %s", error, rows)
             return

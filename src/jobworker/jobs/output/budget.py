@@ -39,7 +39,7 @@ class OutputBudget:
         """What all output takes of the bound."""
         return self.live_bytes + self.kept_bytes
 
-    def take(self, wanted: int) -> int:
+    def reserve(self, wanted: int) -> int:
         """Take room for up to `wanted` bytes (at least 1): how many, never none.
 
         Raises OutputError where there is no room; `data["cut"]` says for what reason. It asks the
@@ -70,10 +70,10 @@ class OutputBudget:
         return room
 
     def promise(self, count: int) -> None:
-        """Note what live jobs' disks may still take. It asks the file system, as `take` does."""
+        """Note what live jobs' disks may still take. It asks the file system, as `reserve` does."""
         self._promised = (count, self._disk_bytes(), self.used_bytes)
 
-    def give_back(self, count: int) -> None:
+    def release(self, count: int) -> None:
         """Give back what was taken and not written."""
         with self._lock:
             self.live_bytes = max(0, self.live_bytes - count)

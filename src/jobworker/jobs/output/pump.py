@@ -209,13 +209,13 @@ class Pump:
     def _append_within(self, budget: OutputBudget, stream: Stream, limit: int) -> int:
         # What stands in the pipe and its record, so that nothing is refused for want of more.
         waiting = min(limit, self._waiting_bytes(stream))
-        room = budget.take(waiting) if waiting else 1  # an end needs no room
+        room = budget.reserve(waiting) if waiting else 1  # an end needs no room
         before = self._spool.written_bytes
         try:
             return self._spool.append_from_pipe(stream, self._pipes[stream], room)
         finally:  # where the disk refuses the record alone, the bytes are there
             moved = self._spool.written_bytes - before
-            budget.give_back(waiting and room - moved)
+            budget.release(waiting and room - moved)
             if moved:
                 budget.count(RECORD.size)
                 self._spool.counted_bytes += moved + RECORD.size

@@ -76,7 +76,7 @@ class ImageSettings(NamedTuple):
     """The directory in which images are made, and the settings for making them."""
 
     directory: str
-    blanks: Mapping[int, ImageTemplate]
+    templates: Mapping[int, ImageTemplate]
     """Prepared file systems, by size in bytes. mke2fs formats an image of any other size."""
     root: str
     """The root directory in which mke2fs runs; "" is the root of this process."""
@@ -156,7 +156,7 @@ def create(image_settings: ImageSettings, size: int, *, journal: bool = False) -
             where = f"the service's state directory has {free >> 20} MiB for it"
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
         os.ftruncate(image, size)
-        blank = None if journal else image_settings.blanks.get(size)
+        blank = None if journal else image_settings.templates.get(size)
         if blank is None:
             _format(image, size, image_settings, journal=journal)
         else:

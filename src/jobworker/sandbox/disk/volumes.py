@@ -54,10 +54,10 @@ class VolumeStore:
         self._logged: set[str] = set()
         """Files in the directory that are no volumes, and that the log names already."""
 
-    def take(self, names: Sequence[str]) -> list[str]:
+    def acquire(self, names: Sequence[str]) -> list[str]:
         """The paths of the images of `names`, which now count as used by one more live job.
 
-        The caller returns them by `give_back`. Raises SandboxError: ENOENT for a volume that is
+        The caller returns them by `release`. Raises SandboxError: ENOENT for a volume that is
         being removed, EMFILE if live jobs use as many as they may.
         """
         paths = [self.path(name) for name in names]
@@ -69,7 +69,7 @@ class VolumeStore:
         self._users.update(names)
         return paths
 
-    def give_back(self, names: Iterable[str]) -> None:
+    def release(self, names: Iterable[str]) -> None:
         """Count the volumes `names` as used by one live job less."""
         self._users.subtract(names)
 

@@ -20,11 +20,11 @@ class CpuBudget:
     def __init__(self) -> None:
         self._used_seconds = self._at = 0.0
 
-    def rests(self, now: float) -> bool:
+    def is_overdrawn(self, now: float) -> bool:
         """Whether the measurement must not begin again yet."""
         return self._used(now) > AT_ONCE_SECONDS
 
-    def add(self, now: float, seconds: float) -> None:
+    def charge(self, now: float, seconds: float) -> None:
         """Record that the measurement has used so many seconds of processor time up to `now`."""
         most = AT_ONCE_SECONDS + SHARE * LONGEST_REST_SECONDS
         self._used_seconds, self._at = min(self._used(now) + seconds, most), now

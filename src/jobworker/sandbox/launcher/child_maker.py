@@ -164,8 +164,8 @@ class ChildMaker:
                 user_namespace=user_namespace,
                 filters=self._filters,
                 landlock=self._landlock,
-                workshop=self._image_settings,
-                way=gateway_handle,
+                image_settings=self._image_settings,
+                gateway_handle=gateway_handle,
                 init=self._init if wanted.has_init else -1,
                 report=report_of_init,
             )

@@ -66,21 +66,21 @@ class ChildPool:
             tree,
             self.networks,
             policy.filters,
-            stage.workshop,
+            stage.image_settings,
             landlock=self._landlock,
             trampoline=trampoline.open_program(),
             init=init_program.open_init(),
         )
-        self.turns = EventLoop()
+        self.event_loop = EventLoop()
         try:
-            self.forks = ForkServer(self.turns, maker.functions, maker.descriptors)
+            self.forks = ForkServer(self.event_loop, maker.functions, maker.descriptors)
         except OSError as error:
             raise HostUnsupported(
                 f"cannot make the launcher's fork server: {error}",
                 remedy="let the service have more processes (TasksMax=, ulimit -u)",
             ) from error
-        self.sweepers = Sweepers(self.turns, self.forks)
-        self.scopes = Scopes(self.turns, self.forks)
+        self.sweepers = Sweepers(self.event_loop, self.forks)
+        self.scopes = Scopes(self.event_loop, self.forks)
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -132,8 +132,8 @@ class ChildPool:
                 if self.sweepers.count_kept() >= MAX_KEPT_DISKS:
                     raise refusal(errno.ETOOMANYREFS, order.volumes[0][0])
                 names = tuple(name for name, _ in order.volumes)
-                images = self.volumes.take(names)
-                undo.callback(self.volumes.give_back, names)
+                images = self.volumes.acquire(names)
+                undo.callback(self.volumes.release, names)
                 child.volumes, child.shares = names, True
                 view = _with_volumes(view, order, images)
             self._ask_for(child, order, view, partial(on_made, child), 1)
@@ -251,13 +251,13 @@ class ChildPool:
         if self._stage.view.scratch:
             self.sweepers.remove(f"{self._stage.view.scratch}/{child.slot.name}")
         self._free.append(child.index)
-        self.turns.see_through(done)
+        self.event_loop.call_with_retries(done)
 
-    def give_back_volumes(self, child: Child) -> None:
+    def release_volumes(self, child: Child) -> None:
         """End a child's use of its volumes, so that they may be removed."""
         roots, child.volume_roots = list(child.volume_roots.values()), {}
         volumes, child.volumes = child.volumes, ()
-        self.volumes.give_back(volumes)
+        self.volumes.release(volumes)
         self.sweepers.close(roots)
 
     def close_pipes(self, child: Child) -> None:

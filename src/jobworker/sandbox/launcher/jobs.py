@@ -99,7 +99,7 @@ class Jobs:
     """All children of the launcher."""
 
     def __init__(self, pool: ChildPool, spares: int, tell: Tell, locks: int) -> None:
-        event_loop = pool.turns
+        event_loop = pool.event_loop
         self._event_loop, self._pool, self._tell = event_loop, pool, tell
         self._wanted_spares = spares
         self._children: set[Child] = set()
@@ -125,7 +125,7 @@ class Jobs:
         self._kernel_watch = KernelWatch(
             event_loop, pool.forks, pool.slots, self._running, self.kill, locks
         )
-        event_loop.call_in(0, self._refill)
+        event_loop.call_later(0, self._refill)
 
     @property
     def nothing_left(self) -> bool:
@@ -188,7 +188,7 @@ class Jobs:
                 # Before `_undo_start`: that may be repeated later, and by then the next service
                 # may have used the same request number.
                 child.request = NOBODY
-                self._event_loop.see_through(partial(self._undo_start, child))
+                self._event_loop.call_with_retries(partial(self._undo_start, child))
 
     def _undo_start(self, child: Child) -> None:
         if self._give_up(child, GIVEN_UP):
@@ -222,8 +222,8 @@ class Jobs:
             raise SandboxError(
                 "every place is in use, by jobs that were not removed", data={"step": "place"}
             )
-        if not self._event_loop.is_set(self._look_at_starts):
-            self._event_loop.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
+        if not self._event_loop.is_scheduled(self._look_at_starts):
+            self._event_loop.call_later(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
         by = self._looks + round(START_SECONDS / LOOK_AT_STARTS_SECONDS)
         if self._late or self._must_wait(request.order):
             self._late.append((number, request, by))
@@ -284,7 +284,7 @@ class Jobs:
                 held = "its program was not executed" if child.ready else "its sandbox was not made"
                 self._give_up(child, too_long(held, START_SECONDS))
         if starting or self._late:
-            self._event_loop.call_in(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
+            self._event_loop.call_later(LOOK_AT_STARTS_SECONDS, self._look_at_starts)
 
     def _refuse_late(
         self, applies: Callable[[requests.Spawn, int], bool], why: channel.Message
@@ -324,8 +324,8 @@ class Jobs:
 
     def _start(self, number: int, request: requests.Spawn, by: int) -> None:
         start = PendingStart(number, request, trampoline.exec_image(*finish(request.order)), by)
-        if not self._event_loop.is_set(self._refill):
-            self._event_loop.call_in(REFILL_SECONDS, self._refill)
+        if not self._event_loop.is_scheduled(self._refill):
+            self._event_loop.call_later(REFILL_SECONDS, self._refill)
         if not fits_spare(request.order, self._pool.usual_disk_bytes):
             self._make(request.order, start)
             return
@@ -412,7 +412,7 @@ class Jobs:
             self._order_new(child, start)
         elif is_spare:
             self._spares.append(child)
-            self._event_loop.call_in(0, self._refill)
+            self._event_loop.call_later(0, self._refill)
 
     def _order_new(self, child: Child, start: PendingStart) -> None:
         """Send the order to a child that was made for this start.
@@ -438,7 +438,7 @@ class Jobs:
             # The next start tries again, and its reply has the reason if it fails too.
             log_line(f"cannot keep a spare: {why}")
         self._forget(child)
-        self._event_loop.see_through(partial(self._clear, child))
+        self._event_loop.call_with_retries(partial(self._clear, child))
 
     def _watch(self, child: Child) -> None:
         assert child.sock is not None
@@ -465,7 +465,7 @@ class Jobs:
             else:
                 on_end(child)
         if unwatched:
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
 
     def _refill(self) -> None:
         """Ask for one spare, if more are wanted. `_on_made` asks for the next one."""
@@ -513,17 +513,17 @@ class Jobs:
             word = answer(SPAWN, Spawned(child.pid))
             self._answer(request, word, (child.stdout, child.stderr))
             self._kernel_watch.wake()
-            self._event_loop.see_through(partial(self._walls.build, child))
+            self._event_loop.call_with_retries(partial(self._walls.build, child))
 
     def _on_exit(self, child: Child) -> None:
         how = status_of(child)
         self._event_loop.unwatch(child.pidfd)
         if how is None:
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
             return
         child.exit, child.ended_at, child.doomed = how, time.monotonic(), True
-        self._zombies.take(child.pidfd)
-        self._event_loop.see_through(partial(self._take_end, child))
+        self._zombies.add(child.pidfd)
+        self._event_loop.call_with_retries(partial(self._take_end, child))
 
     def _take_end(self, child: Child) -> None:
         """Read an ended child's last messages, report its end, and release what it held."""
@@ -552,7 +552,7 @@ class Jobs:
                 child.lost = [""]
             self._losses.find(child)
         child.end_is_taken = True
-        self._event_loop.see_through(partial(self._clear, child))
+        self._event_loop.call_with_retries(partial(self._clear, child))
 
     def _tell_failure(self, child: Child, removed: Callable[[], None] | None) -> None:
         if child.request is not None:  # else it was reported already, or its service has gone
@@ -577,13 +577,13 @@ class Jobs:
         self._event_loop.unwatch(child.gateway)
         how = gateway.reap(child.gateway)
         if how is None:
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, partial(self._look_for_ends, child))
             return
         child.gateway = None
         if child.exit is None:
-            self._event_loop.call_in(TOGETHER_SECONDS, partial(self._walls.tell_end, child, how))
+            self._event_loop.call_later(TOGETHER_SECONDS, partial(self._walls.tell_end, child, how))
         if child.exit is not None:
-            self._event_loop.see_through(partial(self._clear, child))
+            self._event_loop.call_with_retries(partial(self._clear, child))
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -624,10 +624,10 @@ class Jobs:
     def _on_cleared(self, child: Child) -> None:
         self._children.discard(child)  # its slot is free, even if a step below fails
         if not child.inspected:
-            self._event_loop.see_through(partial(self._pool.give_back_volumes, child))
+            self._event_loop.call_with_retries(partial(self._pool.release_volumes, child))
         self._untold.add(child)
-        self._event_loop.see_through(partial(self._tell_cleared, child))
-        self._event_loop.see_through(self._start_late)
+        self._event_loop.call_with_retries(partial(self._tell_cleared, child))
+        self._event_loop.call_with_retries(self._start_late)
 
     def _tell_cleared(self, child: Child) -> None:
         if child.when_cleared is not None:

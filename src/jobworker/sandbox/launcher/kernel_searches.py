@@ -85,7 +85,7 @@ class Searches:
             child = running.get(job)
             if child is None:
                 del self._wanted[job]
-            elif job not in self._under_way and not self._paces[job].rests(now):
+            elif job not in self._under_way and not self._paces[job].is_overdrawn(now):
                 search = partial(
                     kernel_search.search,
                     child.pid,
@@ -109,7 +109,7 @@ class Searches:
         self._under_way.discard(job)
         has_begun = outcome.get("begun") is not False
         if has_begun:
-            self._paces[job].add(time.monotonic(), used_by(outcome))
+            self._paces[job].charge(time.monotonic(), used_by(outcome))
         child = self._running().get(job)
         if child is None:
             return

@@ -132,17 +132,17 @@ class KernelWatch:
 
     def wake(self) -> None:
         """Begin to poll, because a job runs. The polls end when no job runs any more."""
-        if not self._event_loop.is_set(self._look):
+        if not self._event_loop.is_scheduled(self._look):
             self._explained.clear()
             for figure in (self._slabs, self._tcp, self._unnamed, self._hidden):
                 figure.wake()
-            self._event_loop.call_in(LOOK_SECONDS, self._look)
+            self._event_loop.call_later(LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
         running = self._running()
         if not running:
             return
-        self._event_loop.call_in(self._pause, self._look)
+        self._event_loop.call_later(self._pause, self._look)
         self._verdicts.forget_all_but(running.keys())
         self._searches.forget_all_but(running.keys())
         for ended in self._inherited.keys() - running.keys():
@@ -165,14 +165,18 @@ class KernelWatch:
     def _start_due(self, running: Mapping[int, Child]) -> None:
         """Begin what is due, except for what is under way already or has to wait for its pace."""
         now = time.monotonic()
-        is_looking = self._event_loop.is_set(self._look_at_some)
-        if self._groups_due and not is_looking and not self._groups_pace.rests(now):
+        is_looking = self._event_loop.is_scheduled(self._look_at_some)
+        if self._groups_due and not is_looking and not self._groups_pace.is_overdrawn(now):
             self._groups_due = False
             self._unseen = list(running)
             self._look_at_some()
         self._searches.start(running, list(self._unknown.values()))
         may = self._due - self._measuring
-        due = [each for each in self._measures if each in may and not self._paces[each].rests(now)]
+        due = [
+            each
+            for each in self._measures
+            if each in may and not self._paces[each].is_overdrawn(now)
+        ]
         pids = {child.pid: job for job, child in running.items()} if due else {}
         for measure in due:
             try:
@@ -206,9 +210,9 @@ class KernelWatch:
                 size = child.scope.sockets_beyond_limit()
                 self._verdicts.end_beyond(child, size, "in buffers of sockets beyond its limit")
         del self._unseen[:GROUPS_A_TURN]
-        self._groups_pace.add(time.monotonic(), time.thread_time() - began)
+        self._groups_pace.charge(time.monotonic(), time.thread_time() - began)
         if self._unseen:
-            self._event_loop.call_in(0, self._look_at_some)
+            self._event_loop.call_later(0, self._look_at_some)
 
     def _judge(self, measure: Measure, looked_at: LookedAt, outcome: channel.Message) -> None:
         self._measuring.discard(measure)
@@ -217,7 +221,7 @@ class KernelWatch:
         if outcome.get("begun") is False:  # no process could be made: the next poll tries again
             self._due.add(measure)
             return
-        self._paces[measure].add(time.monotonic(), used_by(outcome))
+        self._paces[measure].charge(time.monotonic(), used_by(outcome))
         if "errno" in outcome:
             at = f" at job {job_looked_at}" if job_looked_at else ""
             log_line(f"cannot measure jobs' kernel memory{at}: {outcome}")

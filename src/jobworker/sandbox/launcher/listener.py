@@ -65,7 +65,7 @@ class LauncherListener:
             word = NotReady(error.code, error.message, error.remedy)
             with contextlib.suppress(OSError):
                 channel.send(caller, message_of(word))
-            self._disposal.take([caller.detach()])
+            self._disposal.add([caller.detach()])
             return
         self._admit(caller)
 
@@ -90,15 +90,15 @@ class LauncherListener:
         the earlier service are still to be read.
         """
         self._event_loop.unwatch(self._listener.fileno())
-        self._event_loop.call_in(AGAIN_SECONDS, self._resume)
+        self._event_loop.call_later(AGAIN_SECONDS, self._resume)
 
     def _resume(self) -> None:
         self._event_loop.watch(self._listener.fileno(), self._on_caller)
 
-    def go_on(self) -> None:
+    def accept_waiting(self) -> None:
         """End a pause at once: all requests of the earlier service have been read."""
-        if self._event_loop.is_set(self._resume):
-            self._event_loop.call_in(0, self._resume)
+        if self._event_loop.is_scheduled(self._resume):
+            self._event_loop.call_later(0, self._resume)
 
     def close(self) -> None:
         """Close the socket, so that no service can connect any more."""

@@ -60,7 +60,7 @@ class Launcher:
     """The loop, the connection to the service, and a function for each operation."""
 
     def __init__(self, pool: ChildPool, spares: int, hello: channel.Message, locks: int) -> None:
-        self._event_loop, forks = pool.turns, pool.forks
+        self._event_loop, forks = pool.event_loop, pool.forks
         self._volumes = pool.volumes
         self._disposal = Disposal(self._event_loop, forks)
         self._makers = Chores(self._event_loop, forks, at_once=4, waiting=0)
@@ -98,7 +98,7 @@ class Launcher:
         It returns at the latest `FAREWELL_SECONDS` after the launcher began to leave.
         """
         while not self._finished():
-            self._event_loop.turn()
+            self._event_loop.run_once()
 
     def _finished(self) -> bool:
         if self._leave_by is None:
@@ -131,8 +131,8 @@ class Launcher:
             return
         log_line(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._jobs.undo_starts()
-        self._listener.go_on()
-        self._disposal.take(descriptors)
+        self._listener.accept_waiting()
+        self._disposal.add(descriptors)
 
     def _serve(self, number: int, request: requests.Request) -> None:
         operation = ops.operation_of(request)
@@ -273,7 +273,7 @@ class Launcher:
             killed = sum(child.exit is None for child in self._jobs.started_after(0))
             log_line(f"leaving: {reason}{f'; jobs killed: {killed}' if killed else ''}", "INFO")
         self._leave_by = time.monotonic() + FAREWELL_SECONDS
-        self._event_loop.call_in(FAREWELL_SECONDS, self._be_late)
+        self._event_loop.call_later(FAREWELL_SECONDS, self._be_late)
         if self._link is not None:
             self._link.mute()
         if self._listener is not None:

@@ -42,7 +42,7 @@ class OomWatch:
     def _on_event(self, child: Child) -> None:
         child.scope.clear_oom()
         self._suspects[child] = time.monotonic() + LOOK_SECONDS
-        self._event_loop.call_in(0, self._look)
+        self._event_loop.call_later(0, self._look)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -53,4 +53,4 @@ class OomWatch:
             if killed or child.exit is not None or now > until:
                 del self._suspects[child]
         if self._suspects:
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, self._look)
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, self._look)

@@ -63,7 +63,7 @@ def job_entry(child: Child) -> JobEntry:
         usage=usage,
         measured=is_measured,
         network_end=child.network_end,
-        asked=None if child.asked is None else child.asked.told(time.monotonic()),
+        asked=None if child.asked is None else child.asked.report(time.monotonic()),
     )
 
 

@@ -74,14 +74,14 @@ class Scopes:
             return
         self._busy.discard(name)
         self._pause = AGAIN_SECONDS
-        self._event_loop.see_through(self._removing.pop(name))
+        self._event_loop.call_with_retries(self._removing.pop(name))
 
     def _try_later(self, name: str) -> None:
         if name not in self._busy:
             self._busy.add(name)
             self._pause = AGAIN_SECONDS
-        if not self._event_loop.is_set(self._try_again):
-            self._event_loop.call_in(self._pause, self._try_again)
+        if not self._event_loop.is_scheduled(self._try_again):
+            self._event_loop.call_later(self._pause, self._try_again)
 
     def _try_again(self) -> None:
         self._pause = min(2 * self._pause, SELDOM_SECONDS)

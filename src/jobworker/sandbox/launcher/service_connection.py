@@ -117,7 +117,9 @@ class ServiceConnection:
         state = self._outbox.waiting, self._outbox.is_full
         if state != (self._awaits_room, self._is_full):
             self._awaits_room, self._is_full = state
-            self._event_loop.watch_room(self._sock.fileno(), self._awaits_room, alone=self._is_full)
+            self._event_loop.watch_writable(
+                self._sock.fileno(), self._awaits_room, alone=self._is_full
+            )
 
     def _end(self, reason: str, strangers: list[int]) -> None:
         self.open = False

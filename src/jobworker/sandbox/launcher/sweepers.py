@@ -122,14 +122,14 @@ class Sweepers:
     def _try_later(self, load: _Load) -> None:
         self._disks[:0], self._paths[:0], self._others[:0] = load.disks, load.paths, load.others
         self._watched += load.watched
-        self._event_loop.call_in(AGAIN_SECONDS, self._start)
+        self._event_loop.call_later(AGAIN_SECONDS, self._start)
 
     def _on_end(self, load: _Load, outcome: Message) -> None:
         if "begun" in outcome:  # no process could be made
             self._try_later(load)
             return
         self._kept += load.watched
-        self._event_loop.see_through(self._go_on)
+        self._event_loop.call_with_retries(self._go_on)
 
     def _go_on(self) -> None:
         self.count_kept()

@@ -26,7 +26,7 @@ class VolumeLosses:
     """The processes that write volumes out. `tell_end` is called for each job when it is known."""
 
     def __init__(self, pool: ChildPool, tell_end: Callable[[Child], None]) -> None:
-        self._event_loop, self._pool, self._tell_end = pool.turns, pool, tell_end
+        self._event_loop, self._pool, self._tell_end = pool.event_loop, pool, tell_end
         self._inspectors = Chores(self._event_loop, pool.forks, at_once=pool.slots, waiting=0)
         self._lacks_inspectors = False
         """Whether the latest process could not be started; that is in the log once."""
@@ -34,7 +34,7 @@ class VolumeLosses:
     def find(self, child: Child) -> None:
         """Find out whether a job's volumes have lost writes, and then report the job's end."""
         if not child.volume_roots:
-            self._event_loop.see_through(partial(self._tell_end, child))
+            self._event_loop.call_with_retries(partial(self._tell_end, child))
             return
         work = partial(_find_losses, dict(child.volume_roots))
         roots = list(child.volume_roots.values())
@@ -52,7 +52,7 @@ class VolumeLosses:
         if child.job is None:  # it was removed meanwhile: its end is reported to no one
             self._on_inspected(child, {"lost": []})
         else:
-            self._event_loop.call_in(INSPECT_AGAIN_SECONDS, partial(self.find, child))
+            self._event_loop.call_later(INSPECT_AGAIN_SECONDS, partial(self.find, child))
 
     def _on_inspected(self, child: Child, outcome: channel.Message) -> None:
         if outcome.get("begun") is False:
@@ -64,14 +64,14 @@ class VolumeLosses:
         if isinstance(lost, list):
             child.lost += lost
         elif child.inspections < MAX_INSPECTIONS:  # the process was killed before it had a result
-            self._event_loop.call_in(INSPECT_AGAIN_SECONDS, partial(self.find, child))
+            self._event_loop.call_later(INSPECT_AGAIN_SECONDS, partial(self.find, child))
             return
         else:
             child.unseen += child.volume_roots
             log_line(f"job {child.job}: cannot look at its volumes, and gives up: {outcome}")
         child.inspected = False
-        self._event_loop.see_through(partial(self._pool.give_back_volumes, child))
-        self._event_loop.see_through(partial(self._tell_end, child))
+        self._event_loop.call_with_retries(partial(self._pool.release_volumes, child))
+        self._event_loop.call_with_retries(partial(self._tell_end, child))
 
 
 def _find_losses(volumes: Mapping[str, int]) -> channel.Message:

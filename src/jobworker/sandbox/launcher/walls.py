@@ -37,7 +37,7 @@ class Walls:
             changed = self._networks.refresh()
         except OSError as error:
             log_line(f"cannot see the host's addresses, and tries again: {error}")
-            self._event_loop.call_in(LOOK_AGAIN_SECONDS, self._on_addresses)
+            self._event_loop.call_later(LOOK_AGAIN_SECONDS, self._on_addresses)
             return
         if changed:
             for child in self._children:

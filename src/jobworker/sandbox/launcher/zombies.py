@@ -26,7 +26,7 @@ class Zombies:
         self._event_loop = event_loop
         self._ended: deque[tuple[float, int]] = deque()
 
-    def take(self, pidfd: int) -> None:
+    def add(self, pidfd: int) -> None:
         """Reap this process in `COLLECT_SECONDS`. The caller keeps its descriptor."""
         try:
             own = os.dup(pidfd)
@@ -34,8 +34,8 @@ class Zombies:
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             return
         self._ended.append((time.monotonic() + COLLECT_SECONDS, own))
-        if not self._event_loop.is_set(self._collect):
-            self._event_loop.call_in(COLLECT_SECONDS, self._collect)
+        if not self._event_loop.is_scheduled(self._collect):
+            self._event_loop.call_later(COLLECT_SECONDS, self._collect)
 
     def _collect(self) -> None:
         now = time.monotonic()
@@ -44,4 +44,4 @@ class Zombies:
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
         if self._ended:
-            self._event_loop.call_in(self._ended[0][0] - now, self._collect)
+            self._event_loop.call_later(self._ended[0][0] - now, self._collect)

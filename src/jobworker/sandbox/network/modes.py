@@ -79,7 +79,7 @@ class Networks:
 
         Raises OSError; then the next call reads them again.
         """
-        self._stale = self.changes.take() or self._stale
+        self._stale = self.changes.drain() or self._stale
         if not self._stale:
             return False
         before, self.host = self.host, read_host()

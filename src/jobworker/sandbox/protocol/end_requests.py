@@ -48,7 +48,7 @@ class EndRequestLog:
         self._kill_at = min(self._kill_at, now + ask.kill_in_ms / 1000)
         self._signals.add(number)
 
-    def told(self, now: float) -> EndRequestReport:
+    def report(self, now: float) -> EndRequestReport:
         """The state at `now`, for the next service."""
         return EndRequestReport(
             cause=self.cause,

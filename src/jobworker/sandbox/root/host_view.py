@@ -96,7 +96,7 @@ def enter(
     for_volumes = ImageSettings(VOLUMES, {}, f"{BASE}/root", shown, disks.keep_free)
     image_settings = for_volumes._replace(
         directory=SCRATCH,
-        blanks=blanks,
+        templates=blanks,
         reserve=disks.reserve,
         label=disk_images.label_of(scratch),
     )

@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
     view: RootView
     """The view of the host's programs."""
-    workshop: ImageSettings | None
+    image_settings: ImageSettings | None
     """The settings for jobs' disks; None where the launcher cannot make any."""
     gaps: tuple[str, ...]
     """What isolates jobs less than with root's rights, as sentences for the log."""
@@ -52,7 +52,7 @@ class Stage(NamedTuple):
         """
         if order is None:
             return self.view
-        if self.workshop is None and (order.disk_bytes or order.volumes):
+        if self.image_settings is None and (order.disk_bytes or order.volumes):
             raise SandboxError(
                 "cannot bound what the job writes to disk without root's rights",
                 remedy="ask for no disk limit and no volume, or run the service as root",

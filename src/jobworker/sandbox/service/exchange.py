@@ -80,7 +80,7 @@ class Exchange:
     gone: trio.Event = Factory(trio.Event)
     """Set once the launcher has ended. Then none of its jobs is alive."""
 
-    async def ask(self, operation: ops.Operation[Q, A], request: Q) -> tuple[A, list[int]]:
+    async def request(self, operation: ops.Operation[Q, A], request: Q) -> tuple[A, list[int]]:
         """Send a request and return its reply, with the descriptors that the caller now owns.
 
         The call is shielded from cancellation, because a request that was sent has its effect. It

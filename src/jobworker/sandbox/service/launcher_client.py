@@ -98,13 +98,13 @@ class LauncherClient:
 
         Raises SandboxError (or CommandNotFound, CommandNotExecutable) if a step of the start
         fails, and OutOfDescriptors if this process cannot open the job's pipes; then nothing of
-        the job is left. The call cannot be cancelled, see `Exchange.ask`.
+        the job is left. The call cannot be cancelled, see `Exchange.request`.
         """
         _check_descriptors()
         exits, notices = self._ends.expect(job)
         try:
             request = requests.Spawn(job, order, limits)
-            reply, (stdout, stderr) = await self._exchange.ask(ops.SPAWN, request)
+            reply, (stdout, stderr) = await self._exchange.request(ops.SPAWN, request)
         except BaseException as error:
             self._ends.expect_no_more(job)
             exits.close()
@@ -121,7 +121,7 @@ class LauncherClient:
 
         Raises the error that would refuse the job before its first step.
         """
-        reply, _ = await self._exchange.ask(ops.PLAN, requests.PlanOf(order, limits))
+        reply, _ = await self._exchange.request(ops.PLAN, requests.PlanOf(order, limits))
         return list(reply.steps)
 
     async def signal(
@@ -132,12 +132,12 @@ class LauncherClient:
         The launcher keeps `ask`, the reason, for the next service, if it can.
         """
         request = requests.Signal(job, int(number), self._if_kept(ask))
-        reply, _ = await self._exchange.ask(ops.SIGNAL, request)
+        reply, _ = await self._exchange.request(ops.SIGNAL, request)
         return reply.delivered
 
     async def kill(self, job: JobId, ask: EndRequest | None = None) -> None:
         """Kill every process of the job by SIGKILL; its `JobExit` follows. `ask` as in `signal`."""
-        await self._exchange.ask(ops.KILL, requests.Kill(job, self._if_kept(ask)))
+        await self._exchange.request(ops.KILL, requests.Kill(job, self._if_kept(ask)))
 
     def _if_kept(self, ask: EndRequest | None) -> EndRequest | None:
         return ask if self.keeps_asks else None
@@ -145,14 +145,14 @@ class LauncherClient:
     async def give_up_start(self, job: JobId) -> None:
         """Make a start fail, if the launcher can; a program that runs already is not stopped."""
         if self.keeps_asks:
-            await self._exchange.ask(ops.GIVE_UP, requests.GiveUpStart(job))
+            await self._exchange.request(ops.GIVE_UP, requests.GiveUpStart(job))
 
     async def remove(self, job: JobId) -> None:
         """Remove a job with its scope and files from the launcher; a live job is killed.
 
         Returns when the job's slot is free.
         """
-        await self._exchange.ask(ops.REMOVE, requests.Remove(job))
+        await self._exchange.request(ops.REMOVE, requests.Remove(job))
 
     async def begin_to_remove(self, job: JobId) -> None:
         """As `remove`, but return once the request is sent, without waiting for a free slot."""
@@ -160,25 +160,25 @@ class LauncherClient:
 
     async def usage(self, job: JobId) -> Usage:
         """The job's usage so far."""
-        reply, _ = await self._exchange.ask(ops.USAGE, requests.UsageOf(job))
+        reply, _ = await self._exchange.request(ops.USAGE, requests.UsageOf(job))
         return usage_from(reply)
 
     async def promised_bytes(self) -> int:
         """How many bytes the disks and thin volumes of live jobs may still take together."""
-        reply, _ = await self._exchange.ask(ops.PROMISED, requests.PromisedBytes())
+        reply, _ = await self._exchange.request(ops.PROMISED, requests.PromisedBytes())
         return reply.bytes
 
     async def make_volume(self, name: str, size_bytes: int, *, thin: bool) -> None:
         """Make a volume, reserved unless it is thin."""
-        await self._exchange.ask(ops.MAKE_VOLUME, requests.MakeVolume(name, size_bytes, thin))
+        await self._exchange.request(ops.MAKE_VOLUME, requests.MakeVolume(name, size_bytes, thin))
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume that no live job has."""
-        await self._exchange.ask(ops.REMOVE_VOLUME, requests.RemoveVolume(name))
+        await self._exchange.request(ops.REMOVE_VOLUME, requests.RemoveVolume(name))
 
     async def volumes(self) -> tuple[Volume, ...]:
         """All volumes, sorted by name."""
-        reply, _ = await self._exchange.ask(ops.LIST_VOLUMES, requests.ListVolumes())
+        reply, _ = await self._exchange.request(ops.LIST_VOLUMES, requests.ListVolumes())
         return tuple(Volume(**volume._asdict()) for volume in reply.volumes)
 
 

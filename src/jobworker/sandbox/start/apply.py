@@ -62,9 +62,9 @@ class StepContext(NamedTuple):
     filters: bpf.Filters
     landlock: int | None
     """The ruleset of `sandbox.start.landlock`; None if the kernel cannot scope."""
-    workshop: ImageSettings | None
+    image_settings: ImageSettings | None
     """The settings for the job's disk; None for a job without one."""
-    way: private_network.GatewayHandle | None = None
+    gateway_handle: private_network.GatewayHandle | None = None
     """The job's private network, if it has one. Its descriptors are closed before the job runs."""
     init: int = -1
     """The program of the init: `init_program.open_init`; -1 for a job without one."""
@@ -133,8 +133,8 @@ def _map_ids(step: s.MapIds, _: StepContext) -> None:
 
 
 def _mount_disk(step: s.MountDisk, context: StepContext) -> None:
-    assert context.workshop is not None, "only a root of layers has a disk"
-    disk = root_mounts.mount_disk(step, context.workshop)
+    assert context.image_settings is not None, "only a root of layers has a disk"
+    disk = root_mounts.mount_disk(step, context.image_settings)
     # With these the launcher keeps the disk mounted until it discards it.
     _hand_over({"disk": True}, *disk)
 
@@ -217,8 +217,8 @@ def _unshare_network(step: s.UnshareNetwork, _: StepContext) -> None:
 
 
 def _enter_network(step: s.EnterNetwork, context: StepContext) -> None:
-    assert context.way is not None, "a network with a gateway has a way to it"
-    private_network.enter(context.way, range(step.first_gid, step.first_gid + step.ids))
+    assert context.gateway_handle is not None, "a network with a gateway has a way to it"
+    private_network.enter(context.gateway_handle, range(step.first_gid, step.first_gid + step.ids))
 
 
 def _write_names(step: s.WriteNames, _: StepContext) -> None:

@@ -262,7 +262,7 @@ class Auditor:
         self._waiting.clear()
         with trio.CancelScope(shield=True):  # waits for the disk alone
             try:
-                await self._history.note(rows)
+                await self._history.add_audit_rows(rows)
             except JobworkerError as error:
                 if not self._refused:
                     log.error("%s; the rows wait", error)

@@ -39,11 +39,13 @@ class Authorization:
     longest_seconds: float
     """The longest time limit that a job may have if its caller lacks the permission `unbounded`."""
 
-    def may_call(self, who: Identity, method: Method) -> None:
+    def check_role(self, who: Identity, method: Method) -> None:
         """Raise PermissionDenied if no call of the method may pass, whatever its parameters."""
         self.roles.authorize(who.role, method.permission, method.name)
 
-    async def admit(self, who: Identity, method: Method, params: object, find: FindJob) -> None:
+    async def check_call(
+        self, who: Identity, method: Method, params: object, find: FindJob
+    ) -> None:
         """Return if the caller may make this call; else raise PermissionDenied or NotFound."""
         for permission, what in method.needs(params, self.longest_seconds):
             self.roles.authorize(who.role, permission, what)
@@ -62,14 +64,14 @@ class Caller:
 
     identity: Identity
     subscriptions: Subscriptions
-    gate: Authorization
+    authorization: Authorization
     peer: str
     """ADDRESS:PORT."""
 
     @property
     def role(self) -> Role:
         """The caller's role in the current table. Raises PermissionDenied if it is gone."""
-        return self.gate.roles.find(self.identity.role)
+        return self.authorization.roles.find(self.identity.role)
 
     @property
     def only_owner(self) -> str | None:

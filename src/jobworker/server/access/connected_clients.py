@@ -106,13 +106,13 @@ class ConnectedClient:
 class ConnectedClients:
     """The open connections of one service, and the fittings by which it checks them."""
 
-    fittings: TlsState
-    gate: Authorization
+    tls_state: TlsState
+    authorization: Authorization
     _inside: set[ConnectedClient] = field(factory=set)
     _closed: bool = False
 
     @contextmanager
-    def visit(
+    def register(
         self,
         who: Identity,
         certificates: PeerCertificates,
@@ -125,7 +125,7 @@ class ConnectedClients:
         checks the client's certificates again. Raises CertificateRefused.
         """
         client = ConnectedClient(who, certificates, peer)
-        if judged_by is not self.fittings.tls and (fault := self._fault(client)):
+        if judged_by is not self.tls_state.tls and (fault := self._fault(client)):
             raise CertificateRefused(f"cannot serve this certificate: {fault}")
         self._inside.add(client)
         if self._closed:
@@ -135,10 +135,10 @@ class ConnectedClients:
         finally:
             self._inside.discard(client)
 
-    async def refit(self, tls_state: TlsState, roles: Roles) -> None:
+    async def reauthorize(self, tls_state: TlsState, roles: Roles) -> None:
         """Use these from now on, and check all open connections, a few in a turn of the loop."""
-        before = self.gate.roles
-        self.fittings, self.gate.roles = tls_state, roles
+        before = self.authorization.roles
+        self.tls_state, self.authorization.roles = tls_state, roles
         for count, client in enumerate(tuple(self._inside)):
             if count % JUDGED_A_TURN == 0:
                 await trio.lowlevel.checkpoint()
@@ -154,11 +154,11 @@ class ConnectedClients:
             client.leaving.set()
 
     def _fault(self, client: ConnectedClient) -> str | None:
-        if fault := self.fittings.verifier.fault(client.certificates.chain):
+        if fault := self.tls_state.verifier.fault(client.certificates.chain):
             return f"your certificate is no longer valid: {fault}"
         try:
-            now = identity(client.certificates.own, self.fittings.subjects)
-            self.gate.roles.find(now.role)
+            now = identity(client.certificates.own, self.tls_state.subjects)
+            self.authorization.roles.find(now.role)
         except PermissionDenied as denied:
             return denied.message
         if now != client.identity:
@@ -171,6 +171,6 @@ class ConnectedClients:
         The table must still have the role.
         """
         role = client.identity.role
-        if client.reason or before.find(role).is_within(self.gate.roles.find(role)):
+        if client.reason or before.find(role).is_within(self.authorization.roles.find(role)):
             return None
         return f"your role {role!r} may do less than before; connect again"

@@ -112,7 +112,7 @@ class Subscription:
         elif cost >= self._pace:
             self._pace = min(PIECE_BYTES, self._pace * 2)
 
-    async def take(self, limit: int) -> tuple[list[Frame], int]:
+    async def next_messages(self, limit: int) -> tuple[list[Frame], int]:
         """Read output that is there now. Returns its messages, and their cost.
 
         The cost is the number of bytes of output that take the same time. The messages have at most
@@ -202,7 +202,7 @@ class Subscriptions:
         except TooManyFollows:
             follower.close()
             raise
-        self._waits.take(self._name, TooManyFollows)
+        self._waits.acquire(self._name, TooManyFollows)
         self._last += 1
         made = self._open[self._last] = Subscription(
             number=self._last,
@@ -234,7 +234,7 @@ class Subscriptions:
 
     def _drop(self, number: int) -> None:
         if self._open.pop(number, None) is not None:
-            self._waits.give_back(self._name)
+            self._waits.release(self._name)
 
     @property
     def owe(self) -> bool:
@@ -253,7 +253,7 @@ class Subscriptions:
         try:
             with subscription.scope:
                 problem = await self._deliver(subscription, send)
-                await self._send_budget.take_turn(self._name)
+                await self._send_budget.wait_turn(self._name)
                 record, problem = await self._final_record(subscription, problem)
                 summary, told = summary_of(record)
                 end = OutputEnd(
@@ -298,7 +298,7 @@ class Subscriptions:
             while await self._more(subscription):
                 room = await subscription.room(self._stall_seconds)
                 async with self._taking_turns(), self._send_budget.share(self._name) as share:
-                    frames, cost = await subscription.take(min(room, share))
+                    frames, cost = await subscription.next_messages(min(room, share))
                     began = trio.current_time()
                     if frames:
                         await send(frames)

@@ -81,24 +81,24 @@ class PendingConnection:
     """Since when the service has waited for the client; infinite while the client waits for it."""
     is_gone: Callable[[], bool] = field(kw_only=True)
     """Returns whether the peer has closed."""
-    let_go_for: JobworkerError | None = field(default=None, init=False)
+    drop_reason: JobworkerError | None = field(default=None, init=False)
     """Why it was ended early; None if there is nothing to log."""
-    was_let_go: bool = field(default=False, init=False)
+    was_dropped: bool = field(default=False, init=False)
 
-    def has_turn(self) -> None:
+    def start_turn(self) -> None:
         """Record that the service now waits for the client's next step."""
         self.turn_at = trio.current_time()
 
-    def has_shown_certificate(self) -> None:
+    def mark_authenticated(self) -> None:
         """Record that the client has shown a certificate of our CA, and waits for the service."""
         self.sound, self.turn_at = True, math.inf
 
-    def let_go(self, why: JobworkerError | None) -> None:
+    def drop(self, why: JobworkerError | None) -> None:
         """End the connection, to free its place or because the peer has closed.
 
         `why` is logged as a limit that was reached; None logs nothing.
         """
-        self.was_let_go, self.let_go_for = True, why
+        self.was_dropped, self.drop_reason = True, why
         self._limiter.forget(self)
         self._scope.cancel()
 
@@ -123,7 +123,7 @@ class _Failures:
 
     since: float
     count: int = 0
-    turns: HandshakeLottery = field(factory=HandshakeLottery)
+    lottery: HandshakeLottery = field(factory=HandshakeLottery)
     """The turns of its handshakes, once it is slowed down."""
 
 
@@ -150,7 +150,7 @@ class ConnectionLimiter:
         return ConnectionStatistics(arriving=len(self._arriving), inside=self._inside.total())
 
     @contextmanager
-    def arrive(
+    def track_pending(
         self, peer: str, network: str, is_gone: Callable[[], bool] = lambda: False
     ) -> Iterator[PendingConnection]:
         """Count a connection as arriving in the block, and cancel the block if it takes too long.
@@ -173,21 +173,21 @@ class ConnectionLimiter:
             self.forget(pending)
             if pending.heard and not pending.sound:
                 self._count_failure(network)
-        if pending.let_go_for is not None:
-            self.tell(peer, pending.let_go_for)
-        elif scope.cancelled_caught and not pending.was_let_go:
-            self.tell(
+        if pending.drop_reason is not None:
+            self.record_limit(peer, pending.drop_reason)
+        elif scope.cancelled_caught and not pending.was_dropped:
+            self.record_limit(
                 peer, HandshakeTooSlow(f"cannot wait for the handshake: {seconds:g} s are over")
             )
 
-    async def take_turn(self, pending: PendingConnection) -> None:
+    async def wait_turn(self, pending: PendingConnection) -> None:
         """Wait until a handshake may begin: only addresses that are slowed down have to wait."""
         pending.heard = True
         failures = self._slowed(pending.network)
         if failures is None:
             await trio.lowlevel.checkpoint()
         else:
-            await failures.turns.take(pending)
+            await failures.lottery.wait_turn(pending)
 
     def refusal(self, network: str) -> TooManyFailures | None:
         """The error if a network is slowed down and there is no place for one more of it."""
@@ -229,7 +229,7 @@ class ConnectionLimiter:
         slowed = [each for each in self._arriving if self._slowed(each.network) is not None]
         given_up = self._stalled(crowd, network) or _oldest(slowed) or _oldest(crowd)
         assert given_up is not None
-        given_up.let_go(
+        given_up.drop(
             TooManyHandshakes("cannot wait for the handshake: a newer connection needs its place")
         )
 
@@ -264,7 +264,7 @@ class ConnectionLimiter:
                 del self._arriving_of[pending.network]
 
     @contextmanager
-    def enter(self, name: str) -> Iterator[None]:
+    def track_open(self, name: str) -> Iterator[None]:
         """Count an open connection of a name while the block lasts.
 
         All certificates of a name count together. Raises TooManyConnections.
@@ -291,7 +291,7 @@ class ConnectionLimiter:
             if not self._inside[name]:
                 del self._inside[name]
 
-    def tell(self, peer: str, error: JobworkerError) -> None:
+    def record_limit(self, peer: str, error: JobworkerError) -> None:
         """Count that a limit was reached, and log it at most once a second for each error."""
         self.counters.add(LIMITS_REACHED, error.name)
         now = trio.current_time()

@@ -68,7 +68,7 @@ class ActiveClients:
     _served: Counter[str] = field(factory=Counter, init=False)
     """How many requests of each name are being served."""
 
-    def saw(self, name: str) -> None:
+    def mark_active(self, name: str) -> None:
         """Record that this client has sent a request or a part of one."""
         self._extend(name, RECENT_SECONDS)
 
@@ -82,7 +82,7 @@ class ActiveClients:
         self._came[name, line] = trio.current_time() + RECENT_SECONDS
 
     @contextmanager
-    def served(self, name: str) -> Iterator[None]:
+    def serving(self, name: str) -> Iterator[None]:
         """Count the client as active while its request is served in the block."""
         self._served[name] += 1
         self._extend(name, WAITING_SECONDS)
@@ -97,7 +97,7 @@ class ActiveClients:
     def _extend(self, name: str, seconds: float) -> None:
         self._until[name] = max(self._until.get(name, 0.0), trio.current_time() + seconds)
 
-    def of_others(self, than: Container[str]) -> bool:
+    def has_others(self, than: Container[str]) -> bool:
         """Whether a client is active whose name is not in `than`."""
         now = trio.current_time()
         for name in [name for name, until in self._until.items() if until < now]:
@@ -117,7 +117,7 @@ class ActiveClients:
         `most_seconds`. This time counts as work. Then sleep for `REST` times the time since
         `began`, again for at most `most_seconds`.
         """
-        if self.of_others(than):
+        if self.has_others(than):
             with trio.move_on_after(most_seconds):
                 await wait_all_tasks_blocked()
             worked = trio.current_time() - began
@@ -164,7 +164,7 @@ class FairThreadPool:
                     return await in_thread(work, *arguments, limiter=self._threads)
                 finally:
                     now = trio.current_time()
-                    if self._active_clients.of_others((name,)):
+                    if self._active_clients.has_others((name,)):
                         self._rests_until = now + min(REST * (now - began), MAX_LONG_REST_SECONDS)
 
     async def _run_on_account(
@@ -195,7 +195,7 @@ class FairScheduler:
     """Lets tasks pass in turns; keeps those that do not fit into this turn for the next one."""
 
     _most: int
-    """The cost that may pass in one turn, in the unit of the costs that `enter` gets. The names
+    """The cost that may pass in one turn, in the unit of the costs that `wait_turn` gets. The names
     share it equally, but one task of each name may always pass."""
     _active_clients: ActiveClients
     _most_seconds: float = MAX_REST_SECONDS
@@ -214,7 +214,7 @@ class FairScheduler:
     """When this turn began; None if no task has passed since the last turn."""
     _keeper: trio.lowlevel.Task | None = field(default=None, init=False)
 
-    async def enter(self, name: str, cost: int = 1) -> None:
+    async def wait_turn(self, name: str, cost: int = 1) -> None:
         """Wait until a task of this name may pass; `cost` is its part of what passes in a turn.
 
         If there is room in this turn, it returns at once, without a checkpoint. A name that is over
@@ -261,7 +261,7 @@ class FairScheduler:
                 now, self._rate * BURST_SECONDS, self._rate
             )
         if not account.take(now, cost):
-            if not self._active_clients.of_others((name,)):
+            if not self._active_clients.has_others((name,)):
                 return None
             account.draw(now, cost)
         return account
@@ -271,7 +271,7 @@ class FairScheduler:
 
     def _look_about(self, than: Container[str]) -> None:
         self._most_now = self._most
-        if self._alone > 1 and not self._active_clients.of_others(than):
+        if self._alone > 1 and not self._active_clients.has_others(than):
             self._most_now *= self._alone
 
     def _count(self) -> None:

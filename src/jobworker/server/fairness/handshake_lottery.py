@@ -24,8 +24,8 @@ class LotteryEntrant(Protocol):
     def is_gone(self) -> bool:
         """Whether the peer has closed."""
 
-    def let_go(self, why: JobworkerError | None) -> None:
-        """End the connection, which cancels `HandshakeLottery.take`; None logs nothing."""
+    def drop(self, why: JobworkerError | None) -> None:
+        """End the connection, which cancels `HandshakeLottery.wait_turn`; None logs nothing."""
 
 
 @define(eq=False)
@@ -39,7 +39,7 @@ class HandshakeLottery:
     _drawing: trio.Lock = field(factory=trio.Lock, init=False)
     """Held by the waiting task that sleeps until the next turn and then draws whose turn it is."""
 
-    async def take(self, waiter: LotteryEntrant) -> None:
+    async def wait_turn(self, waiter: LotteryEntrant) -> None:
         """Wait until it is this connection's turn to begin its handshake."""
         with trio.CancelScope() as turn:
             mine = (waiter, turn)
@@ -61,7 +61,7 @@ class HandshakeLottery:
                 self._next = trio.current_time() + TURN_SECONDS
                 turn.cancel()
                 return
-            waiter.let_go(None)
+            waiter.drop(None)
 
     def _take_out(self) -> tuple[LotteryEntrant, trio.CancelScope]:
         at, last = random.randrange(len(self._waiting)), self._waiting[-1]  # noqa: S311

@@ -41,9 +41,9 @@ class SendBudget:
     def _make_turns(self) -> FairScheduler:
         return FairScheduler(TURN_BYTES, self._active_clients, alone=ALONE)
 
-    async def take_turn(self, name: str) -> None:
+    async def wait_turn(self, name: str) -> None:
         """Wait until the end of a subscription may be sent to a client of that name."""
-        await self._turns.enter(name, END_BYTES)
+        await self._turns.wait_turn(name, END_BYTES)
 
     @asynccontextmanager
     async def share(self, name: str) -> AsyncIterator[int]:
@@ -56,7 +56,7 @@ class SendBudget:
             share = PIECE_BYTES
             while share > LEAST_BYTES and share * self._sending > TURN_BYTES:
                 share //= 2
-            await self._turns.enter(name, max(share, WAKE_BYTES))
+            await self._turns.wait_turn(name, max(share, WAKE_BYTES))
             yield share
         finally:
             self._sending -= 1

@@ -53,7 +53,7 @@ class Slots:
         """Whether a task waits that could have a slot if this name gave one back."""
         return any(who == name or self._taken[who] < self.for_each for who, _ in self._waiting)
 
-    def take_nowait(self, name: str) -> bool:
+    def acquire_nowait(self, name: str) -> bool:
         """Take a slot if one is free for that name; returns whether it took one."""
         mine = self._taken[name]
         room = self.in_all - self.in_all // _KEPT_PART if mine else self.in_all
@@ -62,13 +62,13 @@ class Slots:
         self._taken[name] += 1
         return True
 
-    async def take(self, name: str) -> None:
+    async def acquire(self, name: str) -> None:
         """Wait for a slot and take it; the waiting tasks get slots in the order in which they came.
 
         A task whose name has all the slots that it may have is passed over.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self.take_nowait(name):
+        if self.acquire_nowait(name):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         waiting = (name, trio.Event())
@@ -77,12 +77,12 @@ class Slots:
             await waiting[1].wait()
         except trio.Cancelled:
             if waiting[1].is_set():  # the slot came after the cancellation, before this task ran
-                self.give_back(name)
+                self.release(name)
             else:
                 self._waiting.remove(waiting)
             raise
 
-    def give_back(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Give a slot back, and hand free slots to the waiting tasks that may have one.
 
         If it was the last slot of this name, a task of the name may now get one of the last quarter
@@ -92,15 +92,15 @@ class Slots:
         if not self._taken[name]:
             del self._taken[name]
         for waiting in tuple(self._waiting):
-            if self.take_nowait(waiting[0]):
+            if self.acquire_nowait(waiting[0]):
                 self._waiting.remove(waiting)
                 waiting[1].set()
 
     @asynccontextmanager
     async def slot(self, name: str) -> AsyncIterator[None]:
         """Hold a slot during the block."""
-        await self.take(name)
+        await self.acquire(name)
         try:
             yield
         finally:
-            self.give_back(name)
+            self.release(name)

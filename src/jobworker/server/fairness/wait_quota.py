@@ -20,16 +20,16 @@ class WaitQuota:
     _counts: Counter[str] = field(factory=Counter, init=False)
 
     @contextmanager
-    def one_more(self, name: str) -> Iterator[None]:
+    def waiting(self, name: str) -> Iterator[None]:
         """Count a waiting request while the block lasts. Raises TooManyRequests."""
-        self.take(name, TooManyRequests)
+        self.acquire(name, TooManyRequests)
         try:
             yield
         finally:
-            self.give_back(name)
+            self.release(name)
 
     def check(self, name: str, refusal: type[Busy]) -> None:
-        """Raise `refusal` if `take` would."""
+        """Raise `refusal` if `acquire` would."""
         if self._counts[name] >= self._most:
             raise refusal(
                 f"cannot wait or follow: {name} does so {self._most} times already, on all of its "
@@ -37,12 +37,12 @@ class WaitQuota:
                 remedy="end some of these, or raise limits.max_waits",
             )
 
-    def take(self, name: str, refusal: type[Busy]) -> None:
+    def acquire(self, name: str, refusal: type[Busy]) -> None:
         """Count one more. Raises `refusal` if the name already has as many as it may have."""
         self.check(name, refusal)
         self._counts[name] += 1
 
-    def give_back(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Count one fewer."""
         self._counts[name] -= 1
         if not self._counts[name]:

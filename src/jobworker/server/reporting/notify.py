@@ -22,7 +22,7 @@ class Notifier:
         self._socket: socket.socket | None = None
         self._telling = trio.Lock()
         self.watchdog_seconds = _watchdog_seconds()
-        """The longest time between two calls of `tell_alive`; None if there is no watchdog."""
+        """The longest time between two calls of `notify_watchdog`; None if there is no watchdog."""
         self.fault = ""
         """Why no message can be sent, though NOTIFY_SOCKET is set; else ""."""
         if path:
@@ -45,7 +45,7 @@ class Notifier:
         """The socket's descriptor, for a program that this process executes in its place."""
         return None if self._socket is None else self._socket.fileno()
 
-    async def tell(self, **fields: str) -> None:
+    async def notify(self, **fields: str) -> None:
         """Send fields such as READY="1"; a supervisor that is gone is no error.
 
         If its queue has no room, this waits up to PATIENCE_SECONDS. Later messages wait behind this
@@ -59,7 +59,7 @@ class Notifier:
                         return
                     await trio.sleep(AGAIN_SECONDS)
 
-    def tell_alive(self) -> None:
+    def notify_watchdog(self) -> None:
         """Send WATCHDOG="1" if there is room; else drop it, since the next one follows soon."""
         self._is_done_with("WATCHDOG=1")
 

@@ -114,7 +114,7 @@ class Conversation:
     """Set once no message is being sent any more to a client that has to leave."""
 
     def __attrs_post_init__(self) -> None:
-        limits = self._context.admission.limits
+        limits = self._context.limiter.limits
         self._session = ServerSession(limits.max_requests_in_flight)
         self._small_frames = TokenBucket(
             trio.current_time(), SMALL_FRAMES_BURST, SMALL_FRAMES_PER_SECOND
@@ -123,14 +123,14 @@ class Conversation:
             self._context.requests,
             self._client.identity.common_name,
             self._context.stall_seconds,
-            self._context.presence,
+            self._context.active_clients,
         )
         self._subscriptions = Subscriptions(
             self._context.supervisor,
-            self._context.traffic,
+            self._context.send_budget,
             self._context.stall_seconds,
             limits.max_follows,
-            self._context.crowds,
+            self._context.waits,
             self._client.identity.common_name,
         )
 
@@ -198,7 +198,7 @@ class Conversation:
         finally:
             closed = self._socket.closed
             if closed is not None and closed.code == TOO_BIG:
-                limit = self._context.admission.limits.max_message_bytes
+                limit = self._context.limiter.limits.max_message_bytes
                 self._tell(MessageTooLarge(f"cannot take a message of more than {limit} bytes"))
             self._subscriptions.close()
             self.intake.close()
@@ -253,8 +253,8 @@ class Conversation:
         """Read the next message, and wait until a turn of the client's name has come."""
         message = await self._socket.get_message()
         name = self._client.identity.common_name
-        self._context.presence.saw(name)
-        await self._context.messages.enter(name)
+        self._context.active_clients.mark_active(name)
+        await self._context.messages.wait_turn(name)
         return message
 
     async def _take(self, message: str | bytes, calls: trio.Nursery) -> None:
@@ -270,7 +270,7 @@ class Conversation:
         received = await self._read(message)
         del message
         # Requests that wait for a job do not count here: credits behind them must be read.
-        while self._busy >= self._context.admission.limits.max_requests_in_flight:
+        while self._busy >= self._context.limiter.limits.max_requests_in_flight:
             await self._less_busy.park()
         if isinstance(received, InvalidRequest):
             self._note(received)
@@ -312,14 +312,14 @@ class Conversation:
             )
             return InvalidRequest(error_message(None, error), error)
         name = self._client.identity.common_name
-        with self.intake.pause(), self._context.presence.served(name):
+        with self.intake.pause(), self._context.active_clients.serving(name):
             request = await self._context.reading.run(name, read_request, message, self._denied)
         return self._session.admit(request)
 
     def _denied(self, method: Method) -> JobworkerError | None:
         """The error if this client may not call a method, whatever its parameters; else None."""
         try:
-            self._context.gate.may_call(self._client.identity, method)
+            self._context.authorization.check_role(self._client.identity, method)
         except PermissionDenied as denied:
             return denied
         return None
@@ -367,11 +367,11 @@ class Conversation:
                 return outcome
             slots, name = self._context.replies, self._client.identity.common_name
             again = False
-            if not slots.take_nowait(name):
+            if not slots.acquire_nowait(name):
                 again = call.method.permission is Permission.VIEW  # then a second call is harmless
                 if again:
                     del outcome, message  # frees their memory while the call waits for a slot
-                await slots.take(name)
+                await slots.acquire(name)
             try:
                 if again:
                     outcome = await self._outcome(call)
@@ -383,7 +383,7 @@ class Conversation:
                     await self._send([frame])
                     nursery.cancel_scope.cancel()
             finally:
-                slots.give_back(name)
+                slots.release(name)
         return outcome
 
     async def _end_unless_taken(self, slots: Slots, name: str) -> None:
@@ -425,7 +425,7 @@ class Conversation:
         caller = Caller(
             identity=self._client.identity,
             subscriptions=self._subscriptions,
-            gate=self._context.gate,
+            authorization=self._context.authorization,
             peer=self._client.peer,
         )
         try:
@@ -481,7 +481,7 @@ class Conversation:
         Messages on their way come before a ping, which may take long on a slow line. So the bytes
         that the client takes are a sign of life too.
         """
-        limits = self._context.admission.limits
+        limits = self._context.limiter.limits
         interval, timeout = (
             parse_duration(limits.ping_interval),
             parse_duration(limits.ping_timeout),
@@ -515,6 +515,6 @@ class Conversation:
             self._cancel()
 
     def _tell(self, error: JobworkerError) -> None:
-        self._context.admission.tell(
+        self._context.limiter.record_limit(
             f"{self._client.peer} ({self._client.identity.common_name})", error
         )

@@ -83,19 +83,19 @@ class OperationContext:
     host: HostFacts
     runtimes: frozenset[str]
     """The names of the runtimes in the configuration."""
-    gate: Authorization
+    authorization: Authorization
     auditor: Auditor
     incidents: Incidents
     stall_seconds: float
     """How long a client may take no byte while data waits for it."""
-    admission: ConnectionLimiter
-    traffic: SendBudget
-    presence: ActiveClients
+    limiter: ConnectionLimiter
+    send_budget: SendBudget
+    active_clients: ActiveClients
     messages: FairScheduler = field(init=False)
     incoming: FairScheduler = field(init=False)
     """Delays incoming bytes, until they are a message or were refused."""
     handshakes: FairScheduler = field(init=False)
-    crowds: WaitQuota
+    waits: WaitQuota
     requests: Slots = field(factory=lambda: Slots(in_all=8, for_each=2))
     """Slots for large requests, from their first bytes until they are served."""
     replies: Slots = field(factory=lambda: Slots(in_all=16, for_each=4))
@@ -107,19 +107,21 @@ class OperationContext:
 
     @messages.default
     def _messages(self) -> FairScheduler:
-        return FairScheduler(MESSAGES_A_TURN, self.presence, rate=MESSAGES_A_SECOND)
+        return FairScheduler(MESSAGES_A_TURN, self.active_clients, rate=MESSAGES_A_SECOND)
 
     @incoming.default
     def _incoming(self) -> FairScheduler:
-        return FairScheduler(INCOMING_A_TURN, self.presence, rate=INCOMING_A_SECOND, alone=ALONE)
+        return FairScheduler(
+            INCOMING_A_TURN, self.active_clients, rate=INCOMING_A_SECOND, alone=ALONE
+        )
 
     @reading.default
     def _reading(self) -> FairThreadPool:
-        return FairThreadPool(self.presence)
+        return FairThreadPool(self.active_clients)
 
     @handshakes.default
     def _handshakes(self) -> FairScheduler:
-        return FairScheduler(HANDSHAKES_A_TURN, self.presence, HANDSHAKE_REST_SECONDS)
+        return FairScheduler(HANDSHAKES_A_TURN, self.active_clients, HANDSHAKE_REST_SECONDS)
 
 
 async def call(context: OperationContext, caller: Caller, method: Method, params: object) -> object:
@@ -130,8 +132,8 @@ async def call(context: OperationContext, caller: Caller, method: Method, params
     who, peer = caller.identity, caller.peer
     try:
         find = partial(context.supervisor.record, who=who.common_name)
-        await context.gate.admit(who, method, params, find)
-        with context.presence.served(who.common_name):
+        await context.authorization.check_call(who, method, params, find)
+        with context.active_clients.serving(who.common_name):
             result = await OPERATIONS[method.name](context, caller, params)
     except JobworkerError as error:
         context.auditor.failed(who, peer, method, params, error)
@@ -156,7 +158,7 @@ async def _run(context: OperationContext, caller: Caller, params: m.RunParams) -
         params.job,
         caller.identity.common_name,
         caller.role.quota,
-        longest_seconds=math.inf if unbounded else context.gate.longest_seconds,
+        longest_seconds=math.inf if unbounded else context.authorization.longest_seconds,
     )
     if execution.start_error is not None:
         error = execution.start_error
@@ -268,14 +270,14 @@ async def _list(context: OperationContext, caller: Caller, params: m.ListParams)
 
 async def _wait(context: OperationContext, caller: Caller, params: m.JobParams) -> Encoded:
     who = caller.identity.common_name
-    with context.crowds.one_more(who):
+    with context.waits.waiting(who):
         return Encoded(summary_of(await context.supervisor.wait(params.id, who))[1])
 
 
 async def _stop(context: OperationContext, caller: Caller, params: m.StopParams) -> JobRecord:
     number = parse_signal(params.signal)
     who = caller.identity.common_name
-    with context.crowds.one_more(who):
+    with context.waits.waiting(who):
         stopped = await context.supervisor.stop(params.id, number, params.grace_seconds, who)
         return summarize(stopped)
 

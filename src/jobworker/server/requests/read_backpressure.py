@@ -56,7 +56,7 @@ class ReadBackpressure:
                 await self._served.wait()
         if size > LARGE_BYTES and not self._holding:
             with self.pause():
-                await self._slots.take(self._name)
+                await self._slots.acquire(self._name)
             self._holding = True
             now = trio.current_time()
             self._began, self._grew = (now, size), (now, 0)
@@ -68,7 +68,7 @@ class ReadBackpressure:
         now = trio.current_time()
         if size != self._grew[1]:
             self._grew = now, size
-            self._active_clients.saw(self._name)
+            self._active_clients.mark_active(self._name)
         earned = (size - self._began[1]) / LEAST_BYTES_PER_SECOND
         left = min(self._grew[0], self._began[0] + earned) + self._stall_seconds - now
         if left > 0:
@@ -110,4 +110,4 @@ class ReadBackpressure:
     def _give_back(self) -> None:
         if self._holding:
             self._holding = False
-            self._slots.give_back(self._name)
+            self._slots.release(self._name)

@@ -67,7 +67,7 @@ class Prepared:
     """The settings in force. If the configuration names no ids of jobs, these have free ones."""
     configured: Settings
     """The settings as they were read; a reload compares with them."""
-    fittings: TlsState
+    tls_state: TlsState
     reader: ConfigurationReader
     listeners: tuple[socket.socket, ...]
     """Bound sockets that do not listen yet."""
@@ -145,7 +145,7 @@ def prepare(settings: Settings, config: Path | None) -> Prepared:
     return Prepared(
         settings=settings,
         configured=configured,
-        fittings=tls_state,
+        tls_state=tls_state,
         reader=reader,
         listeners=listeners,
         launcher=launcher,

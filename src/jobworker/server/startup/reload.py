@@ -42,7 +42,7 @@ class ReloadContext:
     """The parts of the service that a reload uses and changes."""
 
     reader: ConfigurationReader
-    door: ConnectedClients
+    clients: ConnectedClients
     notifier: Notifier
     auditor: Auditor
     incidents: Incidents
@@ -77,12 +77,12 @@ async def reload(context: ReloadContext, started_with: Settings) -> None:
     """
     notifier, auditor = context.notifier, context.auditor
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    await notifier.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic))
+    await notifier.notify(RELOADING="1", MONOTONIC_USEC=str(monotonic))
     status = "reloaded"
     try:
         reading = await context.reader.read()
         tls_state = await in_thread(TlsState.of, reading.files, reading.settings.security)
-        await context.door.refit(tls_state, role_table(reading.settings.roles))
+        await context.clients.reauthorize(tls_state, role_table(reading.settings.roles))
     except JobworkerError as error:
         status = REFUSED
         auditor.service("service.reload", error.name, error.message)
@@ -99,7 +99,7 @@ async def reload(context: ReloadContext, started_with: Settings) -> None:
         for key in _waiting_for_a_start(started_with, settings):
             log.warning("%s has changed; it takes effect when the service is started anew", key)
         warn_of_expiry(reading.files)
-    await notifier.tell(READY="1", STATUS=status)
+    await notifier.notify(READY="1", STATUS=status)
 
 
 def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
@@ -139,7 +139,7 @@ async def report_reader_end(
         NAME,
     )
     auditor.service("service.reader_ended")
-    await notifier.tell(STATUS="serving; cannot reload: start the service anew")
+    await notifier.notify(STATUS="serving; cannot reload: start the service anew")
     await trio.sleep_forever()
     raise AssertionError("unreachable")
 

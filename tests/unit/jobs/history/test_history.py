@@ -138,8 +138,8 @@ def test_removal_of_output_is_noted_once_and_changes_nothing_else(
             await history.put(stored)
             told = stored.output_removed_at is not None
             assert await history.with_output() == ({} if told else {stored.id: stored.owner})
-            await history.note_removed([stored.id, unknown], NOW)
-            await history.note_removed([stored.id], NOW + timedelta(days=1))
+            await history.mark_output_removed([stored.id, unknown], NOW)
+            await history.mark_output_removed([stored.id], NOW + timedelta(days=1))
             noted = evolve(stored, output_removed_at=stored.output_removed_at or NOW)
             assert await history.get(stored.id) == noted
             assert await history.get(unknown) is None  # what was removed does not come back

@@ -100,7 +100,7 @@ async def test_want_of_descriptors_is_told_as_that_and_keeps_nobody_from_writing
                         await ask(written.id)
                 with pytest.raises(OutOfDescriptors):
                     await history.with_output()
-                await history.note_removed([written.id], datetime.now(UTC))
+                await history.mark_output_removed([written.id], datetime.now(UTC))
                 await history.put(written)
             assert await history.summary(written.id) == written
     for count in range(4):

@@ -16,15 +16,15 @@ def test_output_takes_none_of_the_disks_room_and_what_they_took_is_not_kept_twic
     monkeypatch.setattr(OutputBudget, "_disk_bytes", lambda _: free)
     budget = OutputBudget(tmp_path, keep_free_bytes=16)
     budget.promise(48)
-    assert budget.take(30) == 30
+    assert budget.reserve(30) == 30
     free -= 30
-    assert budget.take(30) == 100 - 30 - 48 - 16, "and not the disks' room"
+    assert budget.reserve(30) == 100 - 30 - 48 - 16, "and not the disks' room"
     free -= 6
     with pytest.raises(OutputError):
-        budget.take(1)
+        budget.reserve(1)
     free -= 40  # a disk has taken it, of what it might take
     with pytest.raises(OutputError):
-        budget.take(1)
+        budget.reserve(1)
     budget.promise(8)  # the next look
     free += 20
-    assert budget.take(30) == 20
+    assert budget.reserve(30) == 20

@@ -130,7 +130,7 @@ class Told(Jobs):
 
     def pass_turns_until(self, condition: Callable[[], object]) -> None:
         while not condition():
-            self._event_loop.turn()
+            self._event_loop.run_once()
 
 
 def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
@@ -147,7 +147,7 @@ def test_lost_descriptors_of_a_child_are_told_and_none_is_left_open(
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 1, limits[1]))
     try:
-        jobs._event_loop.turn()
+        jobs._event_loop.run_once()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert child.failure is not None
@@ -173,7 +173,7 @@ def test_word_that_a_place_is_free_is_said_again_where_that_failed(
 
     child.when_cleared = fail_once
     jobs._untold.add(child)
-    jobs._event_loop.see_through(partial(jobs._tell_cleared, child))
+    jobs._event_loop.call_with_retries(partial(jobs._tell_cleared, child))
     jobs.pass_turns_until(lambda: not jobs._untold)
     assert len(said) == 2
 
@@ -190,10 +190,10 @@ def test_word_that_could_not_be_said_is_not_for_the_next_service(
 
     child.request, child.when_cleared = 7, fail
     jobs._untold.add(child)
-    jobs._event_loop.see_through(partial(jobs._tell_cleared, child))
+    jobs._event_loop.call_with_retries(partial(jobs._tell_cleared, child))
     jobs.undo_starts()
     done = list[bool]()
-    jobs._event_loop.call_in(0.01, lambda: done.append(True))
+    jobs._event_loop.call_later(0.01, lambda: done.append(True))
     jobs.pass_turns_until(lambda: done)
     assert len(said) == 1
     assert not jobs.told
@@ -326,6 +326,6 @@ def test_what_a_child_held_is_handed_over_once_though_clearing_it_fails(child: C
     assert discarded == [Disk(100, 101)], "the numbers are others' by now"
     for _ in range(2):
         with pytest.raises(KeyError):
-            pool.give_back_volumes(child)
+            pool.release_volumes(child)
     assert closed == [[102], []]
     child.pidfd = own

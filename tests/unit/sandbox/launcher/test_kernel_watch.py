@@ -334,7 +334,7 @@ def test_many_jobs_are_looked_at_some_in_a_turn(watched: Watched) -> None:
     assert 0 < len(looked) <= kernel_watch.GROUPS_A_TURN
     for _ in range(2):
         before = len(looked)
-        watched.watch._event_loop.turn()
+        watched.watch._event_loop.run_once()
         assert len(looked) - before <= kernel_watch.GROUPS_A_TURN
     assert looked == [*range(100, 100 + many)]
     assert len(watched.ended) == many
@@ -532,7 +532,7 @@ def test_job_that_is_looked_at_is_told_by_a_process_that_dies(
     dies = partial(tell_and_die, looked_at.tell)
     Chores(event_loop, forks, at_once=1, waiting=0).start(dies, outcomes.append, [looked_at.memory])
     while not outcomes:
-        event_loop.turn()
+        event_loop.run_once()
     assert (outcomes[0]["errno"], looked_at.job) == (errno.EINTR, 7)
     looked_at.close()
 

@@ -67,7 +67,7 @@ class Service:
 
     def ask(self, op: str, **fields: object) -> channel.Message:
         channel.send(self.sock, {"id": 7, "op": op, **fields})
-        self.launcher._event_loop.turn()
+        self.launcher._event_loop.run_once()
         return self.hear()
 
     def hear(self) -> channel.Message:
@@ -149,7 +149,7 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
         launcher.serve_callers(listener, {os.getuid()})
         with first:
             first.connect(listener.getsockname())
-            launcher._event_loop.turn()
+            launcher._event_loop.run_once()
             channel.send(first, {"id": 1, "op": "hello", "protocol": PROTOCOL})
             for number in range(2, 50):
                 channel.send(first, {"id": number, "op": "list", "after": 0})
@@ -158,7 +158,7 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
         heard = None
         while heard is None:
             before = jobs.asked
-            launcher._event_loop.turn()
+            launcher._event_loop.run_once()
             assert jobs.asked <= before + 1
             try:
                 heard = channel.receive(second)
@@ -167,7 +167,7 @@ def test_last_words_are_heard_one_in_a_turn_while_the_next_service_waits(
         assert heard[0]["protocol"] == PROTOCOL, "it is let in at once, and not an hour later"
         assert jobs.asked == 48
         while launcher._disposal._chores.running:
-            launcher._event_loop.turn()
+            launcher._event_loop.run_once()
         assert launcher._link is not None
         launcher._link._sock.close()
 
@@ -184,7 +184,7 @@ def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
         listener.listen()
         launcher.serve_callers(listener, {os.getuid()})
         service.connect(listener.getsockname())
-        launcher._event_loop.turn()
+        launcher._event_loop.run_once()
         assert launcher._link is not None
         left = list[int]()
 
@@ -194,7 +194,7 @@ def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
 
         monkeypatch.setattr(launcher._disposal, "add", fail)
         service.close()
-        launcher._event_loop.turn()
+        launcher._event_loop.run_once()
         assert len(left) == 1
         assert jobs.undone == 1
         channel.close_all(left)

@@ -33,7 +33,7 @@ def test_last_words_of_a_service_that_was_killed_are_heard() -> None:
     far.close()
     for _ in range(10):
         if not lost:
-            event_loop.turn()
+            event_loop.run_once()
     assert heard == [1, 2, 3]
     assert lost == [""]
 
@@ -59,21 +59,21 @@ def test_service_that_takes_no_replies_has_its_requests_left_in_its_socket(
             sent += 1
         except BlockingIOError:
             break
-        event_loop.call_in(0, list[int]().clear)  # so that a turn without a request ends
-        event_loop.turn()
+        event_loop.call_later(0, list[int]().clear)  # so that a turn without a request ends
+        event_loop.run_once()
     assert sent > len(heard), "the rest waits in the socket"
     assert link._outbox._bytes < outbox.ENOUGH_BYTES + size + 100
     kept = [one for each in link._outbox._unsent for one in each.descriptors]
     assert len(kept) < outbox.ENOUGH_DESCRIPTORS + descriptors
     alarm = list[int]().clear
-    event_loop.call_in(0.05, alarm)
-    event_loop.turn()
-    assert not event_loop.is_set(alarm), "nobody is called meanwhile"
+    event_loop.call_later(0.05, alarm)
+    event_loop.run_once()
+    assert not event_loop.is_scheduled(alarm), "nobody is called meanwhile"
     while taken < sent:
         try:
             received = channel.receive(far)
         except BlockingIOError:
-            event_loop.turn()
+            event_loop.run_once()
             continue
         assert received is not None
         channel.close_all(received[1])
@@ -83,7 +83,7 @@ def test_service_that_takes_no_replies_has_its_requests_left_in_its_socket(
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(one)
     far.close()
-    event_loop.turn()
+    event_loop.run_once()
     os.close(null)
 
 
@@ -104,7 +104,7 @@ def test_requests_are_heard_though_replies_wait_that_nobody_will_take() -> None:
     channel.send(far, {"id": 7, "op": "ping"})
     far.close()
     while not lost:
-        event_loop.turn()
+        event_loop.run_once()
     assert heard == [7]
 
 
@@ -123,10 +123,10 @@ def test_no_request_is_taken_while_too_much_waits_though_some_of_it_was_sent() -
     while link._outbox.is_full:
         assert heard == []
         channel.receive(far)
-        event_loop.call_in(0, list[int]().clear)
-        event_loop.turn()
+        event_loop.call_later(0, list[int]().clear)
+        event_loop.run_once()
     while not heard:
         channel.receive(far)
-        event_loop.turn()
+        event_loop.run_once()
     far.close()
-    event_loop.turn()
+    event_loop.run_once()

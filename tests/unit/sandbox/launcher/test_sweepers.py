@@ -26,7 +26,7 @@ def test_all_is_let_go_of_however_much_there_is_at_a_time(
         sweepers.remove(str(tmp_path / str(number)))
         sweepers.close([write])
     while not sweepers.is_idle:
-        event_loop.turn()
+        event_loop.run_once()
     assert not list(tmp_path.iterdir())
     assert {os.read(read, 1) for read in ends} == {b""}, "nobody has the other ends"
     for read in ends:
@@ -45,14 +45,14 @@ def test_what_no_process_could_let_go_of_goes_later(
         if len(refused) == 1:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if len(refused) == 2:
-            event_loop.call_in(0, lambda: done({"errno": errno.EAGAIN, "detail": ""}, []))  # type: ignore[operator]
+            event_loop.call_later(0, lambda: done({"errno": errno.EAGAIN, "detail": ""}, []))  # type: ignore[operator]
         else:
             call(name, arguments, done, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(forks, "call", refuse)
     sweepers.remove(str(tmp_path))
     while not sweepers.is_idle:
-        event_loop.turn()
+        event_loop.run_once()
     assert refused == ["run"] * 3
     assert not tmp_path.exists()
 
@@ -72,7 +72,7 @@ def test_what_follows_a_sweep_is_tried_again_where_it_fails(
     monkeypatch.setattr(sweepers, "count_kept", fail_once)
     sweepers.remove(str(tmp_path))
     while len(counted) < 2:
-        event_loop.turn()
+        event_loop.run_once()
     assert sweepers.is_idle
 
 

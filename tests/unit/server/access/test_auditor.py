@@ -276,7 +276,7 @@ async def test_rows_are_found_by_time_name_and_job(tmp_path: Path) -> None:
     path = tmp_path / "history.db"
     history = History.open(path)
     start = datetime(2026, 1, 31, 12, tzinfo=UTC)
-    await history.note(
+    await history.add_audit_rows(
         [
             AuditRow(at=start + timedelta(minutes=n), name=name, action="x", job=n, outcome="ok")
             for n, name in enumerate(["eve", "bob", "eve"])

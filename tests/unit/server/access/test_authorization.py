@@ -91,11 +91,11 @@ TAKES_A_JOB = [row for row in METHODS.values() if row.params is m.JobParams]
 @pytest.mark.parametrize("row", TAKES_A_JOB, ids=lambda row: row.name)
 @pytest.mark.parametrize("name", ["bob", "Alice", "alice ", "аlice"])  # noqa: RUF001
 async def test_job_of_another_name_does_not_exist(row: Method, name: str) -> None:
-    await GATE.admit(identity("alice", "tenant"), row, m.JobParams(id=JobId(1)), find)
+    await GATE.check_call(identity("alice", "tenant"), row, m.JobParams(id=JobId(1)), find)
     with pytest.raises(NotFound) as hidden:
-        await GATE.admit(identity(name, "tenant"), row, m.JobParams(id=JobId(1)), find)
+        await GATE.check_call(identity(name, "tenant"), row, m.JobParams(id=JobId(1)), find)
     with pytest.raises(NotFound) as missing:
-        await GATE.admit(identity(name, "tenant"), row, m.JobParams(id=JobId(9)), find)
+        await GATE.check_call(identity(name, "tenant"), row, m.JobParams(id=JobId(9)), find)
     assert str(hidden.value).replace("1", "9") == str(missing.value)
     assert hidden.value.data == missing.value.data
 
@@ -106,7 +106,7 @@ async def test_permission_is_asked_for_before_any_job_is_looked_up(row: Method) 
         raise AssertionError("a job was looked up")
 
     with pytest.raises(PermissionDenied):
-        await GATE.admit(identity("eve", "blind"), row, m.JobParams(id=JobId(1)), never)
+        await GATE.check_call(identity("eve", "blind"), row, m.JobParams(id=JobId(1)), never)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,6 @@ async def test_permission_is_asked_for_before_any_job_is_looked_up(row: Method) 
 async def test_what_parameters_ask_for_is_asked_of_the_role(params: object, lacking: str) -> None:
     row = next(row for row in METHODS.values() if row.params is type(params))
     with pytest.raises(PermissionDenied, match=f"cannot call {row.name} with") as denied:
-        await GATE.admit(identity("eve", "runner"), row, params, find)
+        await GATE.check_call(identity("eve", "runner"), row, params, find)
     assert f"it lacks the permission {lacking!r}" in denied.value.message
-    await GATE.admit(identity("root", "admin"), row, params, find)
+    await GATE.check_call(identity("root", "admin"), row, params, find)

@@ -68,7 +68,7 @@ def own(name: str) -> dict[str, object]:
 def enter(stack: ExitStack, clients: ConnectedClients, name: str) -> ConnectedClient:
     who: Identity = identity(own(name))
     certificates = PeerCertificates(own(name), ())
-    return stack.enter_context(clients.visit(who, certificates, "peer", TLS))
+    return stack.enter_context(clients.register(who, certificates, "peer", TLS))
 
 
 async def test_role_that_may_do_less_has_to_come_again_and_no_other() -> None:
@@ -89,13 +89,13 @@ async def test_role_that_may_do_less_has_to_come_again_and_no_other() -> None:
     clients = ConnectedClients(tls_state(), Authorization(before, longest_seconds=60))
     with ExitStack() as stack:
         inside = {n: enter(stack, clients, n) for n in ("deaf", "narrow", "wide", "same", "gone")}
-        await clients.refit(tls_state(), before)
+        await clients.reauthorize(tls_state(), before)
         assert not any(client.reason for client in inside.values())
-        await clients.refit(tls_state(), after)
+        await clients.reauthorize(tls_state(), after)
         told = {name: client.reason for name, client in inside.items() if client.reason}
         assert set(told) == {"deaf", "narrow", "gone"}
         assert told["deaf"] == "your role 'deaf' may do less than before; connect again"
-        await clients.refit(tls_state(), before)  # while those still say goodbye
+        await clients.reauthorize(tls_state(), before)  # while those still say goodbye
 
 
 async def test_many_are_judged_a_few_in_a_turn_of_the_loop() -> None:
@@ -108,7 +108,7 @@ async def test_many_are_judged_a_few_in_a_turn_of_the_loop() -> None:
         for _ in range(5 * JUDGED_A_TURN):
             enter(stack, clients, "same")
         trio.lowlevel.add_instrument(turns)
-        await clients.refit(new, roles)
+        await clients.reauthorize(new, roles)
         trio.lowlevel.remove_instrument(turns)
     assert judge.asked.total() == 5 * JUDGED_A_TURN
     assert max(judge.asked.values()) == JUDGED_A_TURN

@@ -80,7 +80,7 @@ async def test_what_is_handed_over_in_a_turn_is_bounded_however_many_connections
 
     async with AsyncExitStack() as stack:
         pairs = [
-            await stack.enter_async_context(connected(contexts, scheduler.enter))
+            await stack.enter_async_context(connected(contexts, scheduler.wait_turn))
             for _ in range(CONNECTIONS)
         ]
         for _, theirs in pairs:
@@ -98,11 +98,13 @@ async def test_what_is_half_sent_holds_no_turn(contexts: Contexts) -> None:
     scheduler = FairScheduler(1, ActiveClients())
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         for _ in range(10):
-            stream, theirs = await stack.enter_async_context(connected(contexts, scheduler.enter))
+            stream, theirs = await stack.enter_async_context(
+                connected(contexts, scheduler.wait_turn)
+            )
             await theirs.send_all(PART[:10])
             assert await stream.receive_some(RECORD_BYTES) == PART[:10]
             nursery.start_soon(stream.receive_some, RECORD_BYTES)
-        stream, theirs = await stack.enter_async_context(connected(contexts, scheduler.enter))
+        stream, theirs = await stack.enter_async_context(connected(contexts, scheduler.wait_turn))
         await theirs.send_all(PART)
         with trio.fail_after(20):
             assert await stream.receive_some(RECORD_BYTES) == PART
@@ -111,7 +113,7 @@ async def test_what_is_half_sent_holds_no_turn(contexts: Contexts) -> None:
 
 async def test_who_gives_up_waiting_for_a_turn_loses_nothing(contexts: Contexts) -> None:
     scheduler = FairScheduler(1, ActiveClients())
-    async with connected(contexts, scheduler.enter) as (stream, theirs):
+    async with connected(contexts, scheduler.wait_turn) as (stream, theirs):
         await theirs.send_all(PARTS)
         got = b""
         while len(got) < len(PARTS):
@@ -170,7 +172,10 @@ async def test_what_does_not_come_is_looked_for_in_time(
             looked.set()
         return 1
 
-    async with connected(contexts, scheduler.enter) as (stream, _), trio.open_nursery() as nursery:
+    async with (
+        connected(contexts, scheduler.wait_turn) as (stream, _),
+        trio.open_nursery() as nursery,
+    ):
         stream.check = look
         nursery.start_soon(stream.receive_some, RECORD_BYTES)
         await trio.testing.wait_all_tasks_blocked()

@@ -43,7 +43,7 @@ def subscription(tmp_path: Path) -> Iterator[Subscription]:
 
 async def send(subscription: Subscription, seconds: float = 0) -> int:
     """How many messages are sent at once."""
-    frames, cost = await subscription.take(await subscription.room(1))
+    frames, cost = await subscription.next_messages(await subscription.room(1))
     subscription.keep_pace(cost, seconds)
     return len(frames)
 

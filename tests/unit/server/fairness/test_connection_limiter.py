@@ -36,7 +36,7 @@ def small(**limits: object) -> ConnectionLimiter:
 
 
 def fail(limiter: ConnectionLimiter, address: str) -> None:
-    with limiter.arrive("peer", address) as pending:
+    with limiter.track_pending("peer", address) as pending:
         pending.heard = True
 
 
@@ -45,7 +45,7 @@ async def test_arrival_that_takes_too_long_is_cancelled_and_told(
 ) -> None:
     limiter = small()
     began = trio.current_time()
-    with caplog.at_level(logging.INFO), limiter.arrive("10.0.0.1:5", "10.0.0.1"):
+    with caplog.at_level(logging.INFO), limiter.track_pending("10.0.0.1:5", "10.0.0.1"):
         await trio.sleep_forever()
     assert trio.current_time() - began == pytest.approx(10)
     assert limiter.counters.value(LIMITS_REACHED, "handshake_too_slow") == 1
@@ -55,7 +55,7 @@ async def test_arrival_that_takes_too_long_is_cancelled_and_told(
 
 async def test_arrival_that_is_open_has_all_its_time(autojump_clock: object) -> None:
     limiter = small()
-    with limiter.arrive("peer", "10.0.0.1") as pending:
+    with limiter.track_pending("peer", "10.0.0.1") as pending:
         assert limiter.statistics() == ConnectionStatistics(arriving=1, inside=0)
         pending.finish()
         assert limiter.statistics() == ConnectionStatistics(arriving=0, inside=0)
@@ -68,7 +68,7 @@ async def test_oldest_arrival_makes_room(autojump_clock: object) -> None:
     ended = list[tuple[str, float]]()
 
     async def arrive(name: str) -> None:
-        with limiter.arrive(name, "10.0.0.1"):
+        with limiter.track_pending(name, "10.0.0.1"):
             await trio.sleep_forever()
         ended.append((name, trio.current_time() - began))
 
@@ -86,8 +86,8 @@ async def test_failures_of_an_address_slow_it_down_and_nobody_else(autojump_cloc
     began = trio.current_time()
 
     async def arrive(address: str) -> float:
-        with limiter.arrive("peer", address) as pending:
-            await limiter.take_turn(pending)
+        with limiter.track_pending("peer", address) as pending:
+            await limiter.wait_turn(pending)
             pending.finish()
         return trio.current_time() - began
 
@@ -105,7 +105,7 @@ async def test_failures_of_an_address_slow_it_down_and_nobody_else(autojump_cloc
 async def test_closing_without_a_byte_is_no_failure() -> None:
     limiter = small()
     for _ in range(1000):
-        with limiter.arrive("peer", "10.0.0.1"):
+        with limiter.track_pending("peer", "10.0.0.1"):
             pass
     assert limiter.counters.value(HANDSHAKES_FAILED) == 0
 
@@ -115,16 +115,18 @@ async def test_who_says_nothing_makes_room_before_who_waits_for_a_turn() -> None
     for _ in range(3):
         fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
-        first = stack.enter_context(limiter.arrive("first", "10.0.0.1"))
+        first = stack.enter_context(limiter.track_pending("first", "10.0.0.1"))
         first.heard = True
-        silent = stack.enter_context(limiter.arrive("silent", "10.0.0.2"))
-        third = stack.enter_context(limiter.arrive("third", "10.0.0.2"))
-        assert (first.was_let_go, silent.was_let_go) == (False, True)
+        silent = stack.enter_context(limiter.track_pending("silent", "10.0.0.2"))
+        third = stack.enter_context(limiter.track_pending("third", "10.0.0.2"))
+        assert (first.was_dropped, silent.was_dropped) == (False, True)
         third.heard = True
         with pytest.raises(TooManyFailures, match=r"10\.0\.0\.1"):
             fail(limiter, "10.0.0.1")
-        stack.enter_context(limiter.arrive("other", "10.0.0.3"))  # a good address has the place
-        assert (first.was_let_go, third.was_let_go) == (True, False)
+        stack.enter_context(
+            limiter.track_pending("other", "10.0.0.3")
+        )  # a good address has the place
+        assert (first.was_dropped, third.was_dropped) == (True, False)
 
 
 async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
@@ -136,15 +138,15 @@ async def test_who_stalls_after_its_turn_makes_room_also_for_its_own_address(
         fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
         for name in ("first", "second"):
-            stalled = stack.enter_context(limiter.arrive(name, "10.0.0.1"))
-            await limiter.take_turn(stalled)
-            stalled.has_turn()
+            stalled = stack.enter_context(limiter.track_pending(name, "10.0.0.1"))
+            await limiter.wait_turn(stalled)
+            stalled.start_turn()
         with pytest.raises(TooManyFailures):
             fail(limiter, "10.0.0.1")
         await trio.sleep(1)
         began = trio.current_time()
-        with limiter.arrive("honest", "10.0.0.1") as honest:
-            await limiter.take_turn(honest)
+        with limiter.track_pending("honest", "10.0.0.1") as honest:
+            await limiter.wait_turn(honest)
             honest.finish()
         assert trio.current_time() - began < 0.1
 
@@ -157,12 +159,12 @@ async def test_who_is_slowed_down_takes_no_place_of_one_that_has_just_come(
         fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
         for name in ("honest", "silent"):
-            stack.enter_context(limiter.arrive(name, "10.0.0.2"))
+            stack.enter_context(limiter.track_pending(name, "10.0.0.2"))
         with pytest.raises(TooManyFailures):
             fail(limiter, "10.0.0.1")
         assert limiter.statistics().arriving == 2
         await trio.sleep(1)
-        stack.enter_context(limiter.arrive("slowed", "10.0.0.1"))
+        stack.enter_context(limiter.track_pending("slowed", "10.0.0.1"))
         assert limiter.counters.value(LIMITS_REACHED, "too_many_failures") == 0
         assert limiter.statistics().arriving == 2, "a silent one has left"
 
@@ -172,29 +174,29 @@ async def test_flood_that_is_not_slowed_down_yet_takes_no_place_of_others(
 ) -> None:
     limiter = small(max_handshakes=3)
     with ExitStack() as stack:
-        honest = stack.enter_context(limiter.arrive("honest", "10.0.0.2"))
-        await limiter.take_turn(honest)
+        honest = stack.enter_context(limiter.track_pending("honest", "10.0.0.2"))
+        await limiter.wait_turn(honest)
         for number in range(100):
-            flood = stack.enter_context(limiter.arrive(str(number), "10.0.0.1"))
-            await limiter.take_turn(flood)
-        assert not honest.was_let_go
-        quiet = stack.enter_context(limiter.arrive("has said nothing yet", "10.0.0.3"))
-        stack.enter_context(limiter.arrive("one more", "10.0.0.1"))
-        assert not quiet.was_let_go
+            flood = stack.enter_context(limiter.track_pending(str(number), "10.0.0.1"))
+            await limiter.wait_turn(flood)
+        assert not honest.was_dropped
+        quiet = stack.enter_context(limiter.track_pending("has said nothing yet", "10.0.0.3"))
+        stack.enter_context(limiter.track_pending("one more", "10.0.0.1"))
+        assert not quiet.was_dropped
         assert limiter.statistics().arriving == 3
 
 
 async def test_who_has_shown_a_certificate_leaves_for_nobody_else(autojump_clock: object) -> None:
     limiter = small(max_handshakes=3)
     with ExitStack() as stack:
-        honest = stack.enter_context(limiter.arrive("honest", "10.0.0.1"))
-        await limiter.take_turn(honest)
-        honest.has_turn()
-        honest.has_shown_certificate()
+        honest = stack.enter_context(limiter.track_pending("honest", "10.0.0.1"))
+        await limiter.wait_turn(honest)
+        honest.start_turn()
+        honest.mark_authenticated()
         await trio.sleep(1)  # it waits for the service
         for number in range(10):
-            stack.enter_context(limiter.arrive(str(number), "10.0.0.1"))
-        assert not honest.was_let_go
+            stack.enter_context(limiter.track_pending(str(number), "10.0.0.1"))
+        assert not honest.was_dropped
 
 
 async def test_who_stalls_after_its_certificate_leaves_before_an_honest_one(
@@ -202,18 +204,18 @@ async def test_who_stalls_after_its_certificate_leaves_before_an_honest_one(
 ) -> None:
     limiter = small(max_handshakes=3)
     with ExitStack() as stack:
-        stalled = [stack.enter_context(limiter.arrive(name, "10.0.0.1")) for name in "abc"]
+        stalled = [stack.enter_context(limiter.track_pending(name, "10.0.0.1")) for name in "abc"]
         for each in stalled:
             each.heard = True
-            each.has_shown_certificate()
-            each.has_turn()
+            each.mark_authenticated()
+            each.start_turn()
         await trio.sleep(1)
-        honest = stack.enter_context(limiter.arrive("honest", "10.0.0.1"))
-        await limiter.take_turn(honest)
-        honest.has_turn()
-        stack.enter_context(limiter.arrive("newcomer", "10.0.0.1"))
-        assert not honest.was_let_go
-        assert [each.was_let_go for each in stalled] == [True, True, False]
+        honest = stack.enter_context(limiter.track_pending("honest", "10.0.0.1"))
+        await limiter.wait_turn(honest)
+        honest.start_turn()
+        stack.enter_context(limiter.track_pending("newcomer", "10.0.0.1"))
+        assert not honest.was_dropped
+        assert [each.was_dropped for each in stalled] == [True, True, False]
 
 
 async def test_slowed_network_with_all_its_places_takes_none_of_others(
@@ -223,34 +225,34 @@ async def test_slowed_network_with_all_its_places_takes_none_of_others(
     for _ in range(3):
         fail(limiter, "10.0.0.1")
     with ExitStack() as stack:
-        office = [stack.enter_context(limiter.arrive(str(n), "10.0.0.2")) for n in range(6)]
-        flood = [stack.enter_context(limiter.arrive(str(n), "10.0.0.1")) for n in range(4)]
+        office = [stack.enter_context(limiter.track_pending(str(n), "10.0.0.2")) for n in range(6)]
+        flood = [stack.enter_context(limiter.track_pending(str(n), "10.0.0.1")) for n in range(4)]
         for each in (*office, *flood):
             each.heard = True
-            each.has_turn()
+            each.start_turn()
         with pytest.raises(TooManyFailures):
             fail(limiter, "10.0.0.1")
         await trio.sleep(1)  # the office is slow
         for number in range(20):
-            newcomer = stack.enter_context(limiter.arrive(str(number), "10.0.0.1"))
-            newcomer.has_turn()
+            newcomer = stack.enter_context(limiter.track_pending(str(number), "10.0.0.1"))
+            newcomer.start_turn()
             await trio.sleep(1)
-        assert not any(each.was_let_go for each in office)
-        assert all(each.was_let_go for each in flood)
+        assert not any(each.was_dropped for each in office)
+        assert all(each.was_dropped for each in flood)
 
 
 async def test_full_service_lets_none_go_of_a_slowed_network_that_is_sound() -> None:
     limiter = small(max_handshakes=4)
     with ExitStack() as stack:
-        known, other = (stack.enter_context(limiter.arrive(n, "10.0.0.1")) for n in "ab")
+        known, other = (stack.enter_context(limiter.track_pending(n, "10.0.0.1")) for n in "ab")
         known.heard = other.heard = True
-        known.has_shown_certificate()
+        known.mark_authenticated()
         for _ in range(3):
             fail(limiter, "10.0.0.1")
         for number in range(2, 5):
-            each = stack.enter_context(limiter.arrive(str(number), f"10.0.0.{number}"))
+            each = stack.enter_context(limiter.track_pending(str(number), f"10.0.0.{number}"))
             each.heard = True
-        assert (known.was_let_go, other.was_let_go) == (False, True)
+        assert (known.was_dropped, other.was_dropped) == (False, True)
 
 
 async def test_newcomer_of_a_slowed_network_leaves_where_there_is_no_place(
@@ -262,13 +264,13 @@ async def test_newcomer_of_a_slowed_network_leaves_where_there_is_no_place(
     let_in = list[str]()
 
     async def arrive(name: str) -> None:
-        with suppress(TooManyFailures), limiter.arrive(name, "10.0.0.1") as pending:
-            await limiter.take_turn(pending)
+        with suppress(TooManyFailures), limiter.track_pending(name, "10.0.0.1") as pending:
+            await limiter.wait_turn(pending)
             let_in.append(name)
             pending.finish()
 
-    with limiter.arrive("turn taken", "10.0.0.1") as first:
-        await limiter.take_turn(first)
+    with limiter.track_pending("turn taken", "10.0.0.1") as first:
+        await limiter.wait_turn(first)
         async with trio.open_nursery() as nursery:
             for name in ("waiting", "other"):
                 assert limiter.refusal("10.0.0.1") is None
@@ -319,13 +321,13 @@ def test_users_of_this_host_are_counted_by_name_whatever_their_address() -> None
 def test_connections_are_bounded_in_all_and_by_name() -> None:
     limiter = small()
     with ExitStack() as stack:
-        stack.enter_context(limiter.enter("A"))
-        stack.enter_context(limiter.enter("A"))
+        stack.enter_context(limiter.track_open("A"))
+        stack.enter_context(limiter.track_open("A"))
         with pytest.raises(TooManyConnections, match="2 are open with certificates of this name"):
-            stack.enter_context(limiter.enter("A"))
-        stack.enter_context(limiter.enter("B"))
+            stack.enter_context(limiter.track_open("A"))
+        stack.enter_context(limiter.track_open("B"))
         with pytest.raises(TooManyConnections, match="as many as this service takes"):
-            stack.enter_context(limiter.enter("C"))
+            stack.enter_context(limiter.track_open("C"))
         assert limiter.statistics().inside == 3
     assert limiter.statistics().inside == 0
     assert limiter.counters.value(CONNECTIONS) == 3
@@ -335,13 +337,13 @@ def test_last_places_are_for_names_that_have_few() -> None:
     limiter = small(max_connections=200, max_connections_per_certificate=100)
     with ExitStack() as stack:
         for name in [*["A"] * 100, *["B"] * 80]:
-            stack.enter_context(limiter.enter(name))
+            stack.enter_context(limiter.track_open(name))
         with pytest.raises(TooManyConnections, match="180 of 200 are open, and the rest is for"):
-            stack.enter_context(limiter.enter("B"))
+            stack.enter_context(limiter.track_open("B"))
         for number in range(20):
-            stack.enter_context(limiter.enter(f"admin {number // 2}"))
+            stack.enter_context(limiter.track_open(f"admin {number // 2}"))
         with pytest.raises(TooManyConnections, match="as many as this service takes"):
-            stack.enter_context(limiter.enter("C"))
+            stack.enter_context(limiter.track_open("C"))
 
 
 async def test_flood_of_refusals_is_no_flood_of_lines(
@@ -351,9 +353,9 @@ async def test_flood_of_refusals_is_no_flood_of_lines(
     error = TooManyConnections("cannot serve the connection: full")
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
-            limiter.tell("peer", error)
+            limiter.record_limit("peer", error)
         await trio.sleep(2)
-        limiter.tell("peer", error)
+        limiter.record_limit("peer", error)
     assert [record.getMessage() for record in caplog.records] == [
         "peer: too_many_connections: cannot serve the connection: full",
         "peer: too_many_connections: cannot serve the connection: full (and 999 more before)",

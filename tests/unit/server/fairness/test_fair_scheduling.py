@@ -30,7 +30,7 @@ async def test_many_of_one_name_leave_each_turn_to_others() -> None:
     scheduler, order = FairScheduler(MOST, ActiveClients()), list[str]()
 
     async def enter(name: str) -> None:
-        await scheduler.enter(name)
+        await scheduler.wait_turn(name)
         order.append(name)
 
     async with trio.open_nursery() as nursery:
@@ -61,7 +61,7 @@ async def test_what_passes_in_a_turn_is_bounded_by_its_cost_and_shared_by_the_na
     )
 
     async def enter(name: str, cost: int) -> None:
-        await scheduler.enter(name, cost)
+        await scheduler.wait_turn(name, cost)
         passed[turns.now, name] += cost
 
     trio.lowlevel.add_instrument(turns)
@@ -83,10 +83,10 @@ async def test_more_passes_in_a_turn_while_no_others_are_about(
     active_clients, turns, passed = ActiveClients(), Turns(), Counter[int]()
     scheduler = FairScheduler(MOST, active_clients, alone=4)
     if asks is not None:
-        active_clients.saw(asks)
+        active_clients.mark_active(asks)
 
     async def enter() -> None:
-        await scheduler.enter("flood")
+        await scheduler.wait_turn("flood")
         passed[turns.now] += 1
 
     trio.lowlevel.add_instrument(turns)
@@ -101,7 +101,7 @@ async def test_more_passes_in_a_turn_while_no_others_are_about(
 async def test_one_that_costs_more_than_all_may_passes_alone() -> None:
     scheduler = FairScheduler(MOST, ActiveClients())
     for _ in range(10):
-        await scheduler.enter("name", 100 * MOST)
+        await scheduler.wait_turn("name", 100 * MOST)
 
 
 async def test_who_comes_alone_does_not_wait() -> None:
@@ -109,7 +109,7 @@ async def test_who_comes_alone_does_not_wait() -> None:
     for _ in range(3):
         with trio.CancelScope() as scope:
             scope.cancel()
-            await scheduler.enter("one")  # has no checkpoint
+            await scheduler.wait_turn("one")  # has no checkpoint
         assert not scope.cancelled_caught
 
 
@@ -117,7 +117,7 @@ async def test_who_is_cancelled_holds_up_nobody() -> None:
     scheduler, entered = FairScheduler(MOST, ActiveClients()), list[int]()
 
     async def enter(number: int) -> None:
-        await scheduler.enter("name")
+        await scheduler.wait_turn("name")
         entered.append(number)
 
     async with trio.open_nursery() as nursery:
@@ -136,11 +136,11 @@ async def test_what_a_turn_has_set_going_ends_before_the_next_begins(
 ) -> None:
     active_clients = ActiveClients()
     scheduler, active, most_active = FairScheduler(MOST, active_clients), 0, 0
-    active_clients.saw("quiet")
+    active_clients.mark_active("quiet")
 
     async def request() -> None:
         nonlocal active, most_active
-        await scheduler.enter("flood")
+        await scheduler.wait_turn("flood")
         active += 1
         most_active = max(most_active, active)
         for _ in range(10):
@@ -157,10 +157,10 @@ async def test_what_a_turn_has_set_going_ends_before_the_next_begins(
 async def test_who_is_alone_waits_for_nothing(mock_clock: trio.testing.MockClock) -> None:
     active_clients, turns = ActiveClients(), Turns()
     scheduler = FairScheduler(MOST, active_clients)
-    active_clients.saw("flood")
+    active_clients.mark_active("flood")
 
     async def request() -> None:
-        await scheduler.enter("flood")
+        await scheduler.wait_turn("flood")
         for _ in range(10):
             await trio.lowlevel.checkpoint()
 
@@ -182,13 +182,13 @@ async def test_a_busy_loop_keeps_nobody_waiting_for_good(
         while True:
             await trio.lowlevel.checkpoint()
             autojump_clock.jump(0.001)
-            active_clients.saw("quiet")
+            active_clients.mark_active("quiet")
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(be_busy)
         async with trio.open_nursery() as flood:
             for _ in range(10 * MOST):
-                flood.start_soon(scheduler.enter, "flood")
+                flood.start_soon(scheduler.wait_turn, "flood")
         nursery.cancel_scope.cancel()
     assert autojump_clock.current_time() < 10 * 2 * MAX_REST_SECONDS + 0.1
 
@@ -198,16 +198,16 @@ async def test_who_waits_for_an_answer_is_about_for_a_while(
 ) -> None:
     del autojump_clock
     active_clients, others = ActiveClients(), ("flood",)
-    with active_clients.served("quiet"), active_clients.served("flood"):
-        with active_clients.served("quiet"):
+    with active_clients.serving("quiet"), active_clients.serving("flood"):
+        with active_clients.serving("quiet"):
             await trio.sleep(RECENT_SECONDS)
         await trio.sleep(WAITING_SECONDS - RECENT_SECONDS - 0.1)
-        assert active_clients.of_others(others)
+        assert active_clients.has_others(others)
         await trio.sleep(0.2)
-        assert not active_clients.of_others(others)
-    assert active_clients.of_others(others), "it may ask for more"
+        assert not active_clients.has_others(others)
+    assert active_clients.has_others(others), "it may ask for more"
     await trio.sleep(RECENT_SECONDS + 0.1)
-    assert not active_clients.of_others(others)
+    assert not active_clients.has_others(others)
 
 
 async def test_who_has_come_is_about_for_a_moment_but_not_for_the_line_that_let_it_in(
@@ -216,16 +216,16 @@ async def test_who_has_come_is_about_for_a_moment_but_not_for_the_line_that_let_
     del autojump_clock
     active_clients = ActiveClients()
     active_clients.came("ann", " here")
-    assert active_clients.of_others(())
-    assert active_clients.of_others((" there", "bob"))
-    assert not active_clients.of_others(("ann",))
-    assert not active_clients.of_others((" here",))
+    assert active_clients.has_others(())
+    assert active_clients.has_others((" there", "bob"))
+    assert not active_clients.has_others(("ann",))
+    assert not active_clients.has_others((" here",))
     active_clients.came("ann", " there")
-    assert not active_clients.of_others((" here",)), "by whichever line it came besides"
+    assert not active_clients.has_others((" here",)), "by whichever line it came besides"
     active_clients.came("bob", " there")
-    assert active_clients.of_others((" here",))
+    assert active_clients.has_others((" here",))
     await trio.sleep(RECENT_SECONDS + 0.1)
-    assert not active_clients.of_others(())
+    assert not active_clients.has_others(())
 
 
 async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
@@ -238,8 +238,8 @@ async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
     async def seconds_of(requests: int, *, beside: str = "flood") -> float:
         began = autojump_clock.current_time()
         for _ in range(requests):
-            active_clients.saw(beside)
-            await scheduler.enter("flood")
+            active_clients.mark_active(beside)
+            await scheduler.wait_turn("flood")
             autojump_clock.jump(0.001)
             await trio.lowlevel.checkpoint()
         return autojump_clock.current_time() - began
@@ -254,16 +254,16 @@ async def test_who_asks_without_a_pause_keeps_a_rate_beside_others(
 async def test_who_gives_up_waiting_owes_nothing(autojump_clock: trio.testing.MockClock) -> None:
     active_clients = ActiveClients()
     scheduler = FairScheduler(MOST, active_clients, rate=100)
-    active_clients.saw("quiet")
+    active_clients.mark_active("quiet")
     for _ in range(int(100 * BURST_SECONDS)):
-        await scheduler.enter("flood")
+        await scheduler.wait_turn("flood")
         await trio.lowlevel.checkpoint()
     for _ in range(1000):
         with trio.CancelScope() as scope:
             scope.cancel()
-            await scheduler.enter("flood")
+            await scheduler.wait_turn("flood")
     began = autojump_clock.current_time()
-    await scheduler.enter("flood")
+    await scheduler.wait_turn("flood")
     assert autojump_clock.current_time() - began < 0.1
 
 
@@ -273,17 +273,17 @@ async def test_who_gives_up_in_the_line_owes_nothing(
     """Its rate had let it pass, and the turn had no place left."""
     active_clients = ActiveClients()
     scheduler = FairScheduler(MOST, active_clients, rate=100)
-    active_clients.saw("quiet")
+    active_clients.mark_active("quiet")
     burst = int(100 * BURST_SECONDS)
     async with trio.open_nursery() as nursery:
         for _ in range(burst):
-            nursery.start_soon(scheduler.enter, "flood")
+            nursery.start_soon(scheduler.wait_turn, "flood")
         await trio.testing.wait_all_tasks_blocked()
         assert scheduler._waiting, "the control: some stand in line"
         nursery.cancel_scope.cancel()
     began = autojump_clock.current_time()
     for _ in range(burst - MOST):
-        await scheduler.enter("flood")
+        await scheduler.wait_turn("flood")
     assert autojump_clock.current_time() - began < 0.1
 
 
@@ -293,11 +293,11 @@ async def test_floods_of_several_kinds_rest_together(
     active_clients = ActiveClients()
     turnstiles = [FairScheduler(1, active_clients), FairScheduler(1, active_clients)]
     worked = 0.0
-    active_clients.saw("quiet")
+    active_clients.mark_active("quiet")
 
     async def request(scheduler: FairScheduler, steps: int) -> None:
         nonlocal worked
-        await scheduler.enter("flood")
+        await scheduler.wait_turn("flood")
         for _ in range(steps):
             autojump_clock.jump(0.0002)
             worked += 0.0002
@@ -360,7 +360,7 @@ async def test_who_has_worked_little_waits_neither_for_others_work_nor_for_their
     assert await trio.to_thread.run_sync(begun.wait, SOON)
     await check_begins_at_once("quiet")
     mock_clock.jump(1)
-    active_clients.saw("quiet")
+    active_clients.mark_active("quiet")
     begun.clear()
     nursery.start_soon(
         thread_pool.run, "flood", begun.set

@@ -22,13 +22,13 @@ class Client:
     def is_gone(self) -> bool:
         return self.gone
 
-    def let_go(self, why: JobworkerError | None) -> None:
+    def drop(self, why: JobworkerError | None) -> None:
         self.told = why
         self.scope.cancel()
 
     async def wait(self, lottery: HandshakeLottery) -> None:
         with self.scope:
-            await lottery.take(self)
+            await lottery.wait_turn(self)
             self.had_turn_at = trio.current_time()
 
 

@@ -8,15 +8,15 @@ from jobworker.server.fairness.wait_quota import WaitQuota
 
 def test_each_name_has_so_many_at_a_time() -> None:
     waits = WaitQuota(2)
-    waits.take("ann", TooManyFollows)
-    with waits.one_more("ann"):
+    waits.acquire("ann", TooManyFollows)
+    with waits.waiting("ann"):
         with pytest.raises(TooManyFollows, match="ann does so 2 times already"):
-            waits.take("ann", TooManyFollows)
-        with pytest.raises(TooManyRequests), waits.one_more("ann"):
+            waits.acquire("ann", TooManyFollows)
+        with pytest.raises(TooManyRequests), waits.waiting("ann"):
             pytest.fail("it is beyond the bound")
-        waits.take("bob", TooManyFollows)
-    with waits.one_more("ann"):
+        waits.acquire("bob", TooManyFollows)
+    with waits.waiting("ann"):
         pass
-    waits.give_back("ann")
-    waits.give_back("bob")
+    waits.release("ann")
+    waits.release("bob")
     assert not waits._counts

@@ -22,9 +22,9 @@ async def test_supervisor_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         supervisor.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         notifier = Notifier()
-        await notifier.tell(READY="1", STATUS="up")
+        await notifier.notify(READY="1", STATUS="up")
         assert supervisor.recv(100) == b"READY=1\nSTATUS=up"
-    await notifier.tell(STOPPING="1")
+    await notifier.notify(STOPPING="1")
     assert notifier.descriptor is None, "a supervisor that has gone is not told any more"
     assert notifier.fault == ""
     assert "NOTIFY_SOCKET" not in os.environ, "jobs and programs of ours are not to have it"
@@ -34,9 +34,9 @@ def test_watchdog_that_finds_no_room_is_told_of_the_next_time(
     full: tuple[Notifier, socket.socket, int],
 ) -> None:
     notifier, supervisor, count = full
-    notifier.tell_alive()
+    notifier.notify_watchdog()
     drained(supervisor, count)
-    notifier.tell_alive()
+    notifier.notify_watchdog()
     assert supervisor.recv(100) == b"WATCHDOG=1"
 
 
@@ -47,7 +47,7 @@ async def test_what_is_told_once_waits_for_room_in_order_while_others_go_on(
     notifier, supervisor, count = full
     async with trio.open_nursery() as nursery:
         for field in ("READY", "STOPPING"):
-            nursery.start_soon(partial(notifier.tell, **{field: "1"}))
+            nursery.start_soon(partial(notifier.notify, **{field: "1"}))
             await trio.testing.wait_all_tasks_blocked()
         drained(supervisor, count)
     assert supervisor.recv(100) == b"READY=1"
@@ -59,11 +59,11 @@ async def test_supervisor_that_reads_nothing_is_waited_for_a_bounded_time(
 ) -> None:
     notifier, supervisor, count = full
     began = autojump_clock.current_time()
-    await notifier.tell(READY="1")
+    await notifier.notify(READY="1")
     took = autojump_clock.current_time() - began
     assert took == pytest.approx(PATIENCE_SECONDS, abs=0.1)
     drained(supervisor, count)
-    await notifier.tell(STATUS="up")
+    await notifier.notify(STATUS="up")
     assert supervisor.recv(100) == b"STATUS=up"
 
 
@@ -99,4 +99,4 @@ async def test_supervisor_that_cannot_be_reached_is_told_of_and_no_more(
     notifier = Notifier()
     assert notifier.descriptor is None
     assert "NOTIFY_SOCKET" in notifier.fault
-    await notifier.tell(READY="1")
+    await notifier.notify(READY="1")

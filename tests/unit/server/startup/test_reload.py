@@ -68,7 +68,7 @@ async def test_supervisor_without_room_keeps_only_the_reload_waiting(
     history = History.open(tmp_path / "history.db")
     context = ReloadContext(
         reader=reader_that_has_ended(),
-        door=door_of(tmp_path / "certs"),
+        clients=door_of(tmp_path / "certs"),
         notifier=notifier,
         auditor=Auditor(history, lambda: datetime.now(UTC)),
         incidents=Incidents(),
