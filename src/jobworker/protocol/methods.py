@@ -1,8 +1,9 @@
 """The catalogue: every method of the protocol, in one table.
 
 A row has a method's name, the types of its parameters and its result, and its permissions: one for
-every call, and others for calls with certain parameters (`ConditionalPermission`). The gate checks
-the permissions of the row (`Method.needs`), so no operation checks a permission itself.
+every call, and others for calls with certain parameters (`ConditionalPermission`). The
+authorization checks the permissions of the row (`Method.needs`), so no operation checks a
+permission itself.
 
 The server's operations, the client and the documents all follow this table. A test checks that each
 row has its operation and each operation its row.

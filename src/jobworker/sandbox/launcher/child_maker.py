@@ -150,7 +150,7 @@ class ChildMaker:
             undo.callback(close_all, directories)
             gateway, gateway_handle = -1, None
             if wanted.layout is not None:
-                gateway, gateway_handle = self._open_way(
+                gateway, gateway_handle = self._open_gateway(
                     wanted, wanted.layout, scope, undo, theirs, gateways
                 )
             report, report_of_init = _open_report(undo, theirs) if wanted.has_init else (-1, -1)
@@ -178,7 +178,7 @@ class ChildMaker:
             pidfd, sock, memory, stdout, stderr, gateway, report, oom, scopes
         ), pid
 
-    def _open_way(
+    def _open_gateway(
         self,
         wanted: ChildRequest,
         layout: Layout,

@@ -6,7 +6,7 @@ that the service can read the rest of the output. If a step of the making fails,
 steps made is removed too.
 
 If the fork server ends while it makes a child, the start does not fail. The program was not
-executed, since a child gets its order only after the launcher has its descriptors. So the nursery
+executed, since a child gets its order only after the launcher has its descriptors. So the pool
 asks for another child in its place, up to `TRIES` times in all.
 
 Standard library only.

@@ -1,10 +1,10 @@
 """The open connections of the service, and which of them end when the configuration changes.
 
-The door holds the TLS context with CA and revocation list, the table of roles, and all open
-connections. `refit` exchanges context and roles at once. Most connections go on. A connection ends
-if its certificate or role is no longer valid, or if its role may do less than before: the earlier
-role allowed what such a connection follows. Its client gets the reason, and the connection ends
-within a second. A connection also ends when its certificate expires.
+The list of connected clients holds the TLS context with CA and revocation list, the table of roles,
+and all open connections. `refit` exchanges context and roles at once. Most connections go on. A
+connection ends if its certificate or role is no longer valid, or if its role may do less than
+before: the earlier role allowed what such a connection follows. Its client gets the reason, and the
+connection ends within a second. A connection also ends when its certificate expires.
 
 A handshake that began before a change and ended after it was checked with the old context. So the
 door checks a new connection once more if its context is not the current one.
@@ -42,7 +42,8 @@ JUDGED_A_TURN = 10
 
 @frozen
 class TlsState:
-    """The certificates, hosts and subjects by which the door checks connections."""
+    """The certificates, hosts and subjects by which the list of connected clients checks
+    connections."""
 
     tls: ssl.SSLContext
     verifier: Verifier
@@ -121,8 +122,8 @@ class ConnectedClients:
     ) -> Iterator[ConnectedClient]:
         """Count a connection as open while the block lasts.
 
-        `judged_by` is the TLS context of its handshake. If that is not the current one, the door
-        checks the client's certificates again. Raises CertificateRefused.
+        `judged_by` is the TLS context of its handshake. If that is not the current one, the list of
+        connected clients checks the client's certificates again. Raises CertificateRefused.
         """
         client = ConnectedClient(who, certificates, peer)
         if judged_by is not self.tls_state.tls and (fault := self._fault(client)):

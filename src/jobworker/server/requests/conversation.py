@@ -204,7 +204,8 @@ class Conversation:
             self.intake.close()
 
     async def end_when_dismissed(self) -> None:
-        """Wait until the door dismisses the client (`door`), then end the conversation.
+        """Wait until the list of connected clients dismisses the client (`connected_clients`), then
+        end the conversation.
 
         If the service ends, the client first gets what the server owes it: replies, and output
         whose end is known. The service bounds that time.

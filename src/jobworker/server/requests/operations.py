@@ -1,9 +1,10 @@
-"""What each method does, once the gate has let the call pass: most of them call the supervisor.
+"""What each method does, once the authorization has let the call pass: most of them call the
+supervisor.
 
 Each function takes the caller and the method's parameters. It returns the method's result, or
 raises a JobworkerError for the caller. The functions hold no state and do no I/O of their own. They
-check no permission: the gate has authorized the call by its row of the catalogue. The caller may
-touch each job that the parameters name. An operation that returns other jobs reads
+check no permission: the authorization has authorized the call by its row of the catalogue. The
+caller may touch each job that the parameters name. An operation that returns other jobs reads
 `Caller.only_owner`. The table at the end has a function for every row of the catalogue.
 """
 
@@ -127,7 +128,7 @@ class OperationContext:
 async def call(context: OperationContext, caller: Caller, method: Method, params: object) -> object:
     """Run a method for a caller and return its result; record the call in the audit.
 
-    Raises what the gate and the method raise.
+    Raises what the authorization and the method raise.
     """
     who, peer = caller.identity, caller.peer
     try:

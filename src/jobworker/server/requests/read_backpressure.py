@@ -5,7 +5,7 @@ given back when the request has been served. Until then the server reads nothing
 client, and TCP makes the client wait. So a connection holds one large request at the most. If
 others wait for the slot, the server ends the connection of a client that has it and sends nothing
 for too long, or less than `LEAST_BYTES_PER_SECOND`. While a client sends a large request, it counts
-as active (`turnstile.ActiveClients`).
+as active (`fair_scheduling.ActiveClients`).
 """
 
 import math
