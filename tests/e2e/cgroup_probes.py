@@ -97,7 +97,8 @@ if child == 0:
     while True:
         pass
 try:
-    scope.arm(cgroups.Limits(cpu_percent=50, memory_bytes=64 << 20, io_bps=1 << 20, pids=10))
+    limits = cgroups.ScopeLimits(cpu_percent=50, memory_bytes=64 << 20, io_bps=1 << 20, pids=10)
+    scope.arm(limits)
     while not (scope.usage().pids and scope.usage().cpu_ns):
         pass  # until the child has attached itself
     assert scope.usage().pids == 1, scope.usage()

@@ -29,7 +29,7 @@ from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixtu
 BEGINS_LATE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os, time
-from jobworker.sandbox.launcher import making, jobs as launcher_jobs
+from jobworker.sandbox.launcher import child_maker, jobs as launcher_jobs
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.launcher.child import Child
 ending = []
@@ -63,7 +63,7 @@ def undo(jobs, undo=launcher_jobs.Jobs.undo_starts):
     ending.append(jobs)
     undo(jobs)
 if "MOMENT" == "never":
-    making.become_job = lambda *_: time.sleep(600)
+    child_maker.become_job = lambda *_: time.sleep(600)
 Child.send, Child.hear = send, hear
 launcher_jobs.Jobs._give_up, launcher_jobs.Jobs.undo_starts = give_up, undo
 from jobworker.sandbox.launcher.main import main; main(int(sys.argv[2]))
