@@ -47,11 +47,13 @@ async def open_spool(
     """Open a job's output, or make it anew, which its record then says.
 
     Of one that has `ended` the output may have had to go for the disk to take the record of that,
-    and the service may have been killed between the two. Raises OutputError, and InternalError
-    where it is the host that lacks something: output that may be whole is not set aside.
+    and the service may have been killed between the two. That of one that has not may be sealed: by
+    a service that was killed before it had recorded an end, such as a stop's. Raises OutputError,
+    and InternalError where it is the host that lacks something: output that may be whole is not set
+    aside.
     """
     try:
-        spool = await in_thread(Spool.open, directory)
+        spool = await in_thread(partial(Spool.open, directory, goes_on=not ended))
         return spool, _with_losses(record, spool, now)
     except JobworkerError as error:
         if _is_of_the_host(error):

@@ -135,6 +135,30 @@ async def test_lost_job_is_recorded_with_as_much_discarded_as_was_told(
     assert history.put_records == [ended.record]
 
 
+async def test_job_that_waits_again_keeps_its_output_though_a_killed_service_had_sealed_that(
+    tmp_path: Path,
+) -> None:
+    """It was stopped, and the service was killed before the end was recorded: nobody was told."""
+    killed = Spool.create(tmp_path / "1")
+    await killed.seal()
+    killed.close()
+    record = JobRecord(id=JobId(1), spec=JobSpec(command=("true",)), owner="alice", created_at=NOW)
+    taken = await take_over(
+        NoJobs({}),  # type: ignore[arg-type]
+        OneJob((record,)),  # type: ignore[arg-type]
+        tmp_path,
+        NOW,
+    )
+    (waiting,) = taken.waiting
+    assert not waiting.spool.sealed
+    append(waiting.spool, Stream.STDOUT, b"text")
+    await waiting.spool.seal()
+    waiting.spool.close()
+    again = Spool.open(tmp_path / "1")
+    assert (again.sealed, again.size) == (True, 4)
+    again.close()
+
+
 async def test_program_began_when_the_launcher_said_however_long_it_takes_to_go_on_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

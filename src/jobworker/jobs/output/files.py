@@ -95,19 +95,24 @@ class OutputFiles:
         return cls(dict(zip(Stream, data, strict=True)), index, clock, directory=directory)
 
     @classmethod
-    def open(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
+    def open(
+        cls, directory: Path, *, goes_on: bool = False, clock: Callable[[], int] = time.time_ns
+    ) -> Self:
         """Open the files that stand in `directory`: sealed ones to read, others to go on with.
 
-        Raises NotFound where they are missing, Busy where another writer has them, OutputError
-        where the disk fails.
+        Those of a job that `goes_on` are not sealed then: a writer that died may have sealed them,
+        and the end was never recorded. Raises NotFound where they are missing, Busy where another
+        writer has them, OutputError where the disk fails.
         """
         with ExitStack() as undo:
             files = cls._open(directory, False, clock)
             undo.callback(files.close)
-            if not files.sealed:
+            if goes_on or not files.sealed:
                 files.close()
                 files = cls._open(directory, True, clock)
                 undo.callback(files.close)
+                if files.sealed and goes_on:
+                    files._cut_seal()
                 if not files.sealed:
                     files._recover()
             else:
@@ -345,6 +350,11 @@ class OutputFiles:
             return record
         offset = number * RECORD.size  # never across two pages, so never read in part
         return Record(*RECORD.unpack(self._read(self._index, RECORD.size, offset, nowait)))
+
+    def _cut_seal(self) -> None:
+        number = self.records - 2
+        self._log = (number + 1, self._read_record(number))
+        self.sealed = False
 
     def _recover(self) -> None:
         with disk_errors("recover"):

@@ -124,14 +124,17 @@ class Spool:
         return cls(OutputFiles.create(directory, clock=clock))
 
     @classmethod
-    def open(cls, directory: Path, *, clock: Callable[[], int] = time.time_ns) -> Self:
+    def open(
+        cls, directory: Path, *, goes_on: bool = False, clock: Callable[[], int] = time.time_ns
+    ) -> Self:
         """Open the spool in `directory`. Call it in a thread.
 
         A sealed one can be read, by any number of openers at a time. Another was left by a
         process that died: it is recovered (what that keeps: `output.files`), and can be written
-        on and sealed. Raises NotFound, Busy (another writer is alive), OutputError.
+        on and sealed; so is that of a job which `goes_on`, sealed or not. Raises NotFound, Busy
+        (another writer is alive), OutputError.
         """
-        files = OutputFiles.open(directory, clock=clock)
+        files = OutputFiles.open(directory, goes_on=goes_on, clock=clock)
         return cls(files, sealed=files.sealed)
 
     @classmethod
