@@ -1,19 +1,16 @@
 #!/usr/bin/env python3
 """Write the generated parts of docs/protocol.md; with --check, only check that they are up to date.
 
-The parts between `<!-- begin NAME -->` and `<!-- end NAME -->` are generated from the code:
-methods, types, errors and limits. The rest of the page is written by hand. `make docs` runs this,
-and a test fails if page and code differ.
+These are the methods, types, errors and limits (see `generated`). The rest of the page is written
+by hand. A test fails if page and code differ.
 """
 
-import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import attrs
+from generated import write_or_check
 
 from jobworker.config.limits import ConnectionLimits
 from jobworker.errors import TooManyFrames, error_classes
@@ -241,30 +238,5 @@ SECTIONS = {
 }
 
 
-def rendered(page: str) -> str:
-    """The page with its generated parts made again."""
-    for name, make in SECTIONS.items():
-        body = "\n".join(make()).rstrip("\n")
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        marks = re.search(pattern, page, re.DOTALL)
-        if marks is None:
-            raise SystemExit(f"protocol_page: {PAGE.name} has no section named {name}")
-        page = f"{page[: marks.start()]}{marks[1]}\n{body}\n\n{marks[2]}{page[marks.end() :]}"
-    return page
-
-
-def main() -> None:
-    """Write or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if it differs")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    made = rendered(page)
-    if check and made != page:
-        sys.exit("protocol_page: docs/protocol.md differs from the code; run `make docs`")
-    if not check:
-        PAGE.write_text(made, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, SECTIONS, __doc__.partition("\n")[0])

@@ -7,17 +7,15 @@ a path of other arrows implies. It also leaves out the modules beside the rooms 
 and the like), which every room may import. `make docs` writes the picture, a test compares it.
 """
 
-import argparse
 import ast
-import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from generated import write_or_check
 
 ROOT = Path(__file__).parent.parent
 SOURCE, PAGE = ROOT / "src" / "jobworker", ROOT / "docs" / "architecture.md"
 PACKAGE = "jobworker"
-BEGIN, END = "<!-- begin rooms -->", "<!-- end rooms -->"
 
 Graph = dict[str, set[str]]
 """The names that each name imports."""
@@ -100,8 +98,8 @@ def reduced(graph: Graph) -> Graph:
     }
 
 
-def picture(graph: Graph) -> str:
-    """The rooms as a flow chart of Mermaid."""
+def picture(graph: Graph) -> list[str]:
+    """The lines of a flow chart of Mermaid that shows the rooms."""
     lines = ["```mermaid", "flowchart TD"]
     houses: dict[str, list[str]] = {}
     for room in sorted(graph):
@@ -115,35 +113,12 @@ def picture(graph: Graph) -> str:
         lines.append("    end")
     for room, others in sorted(reduced(graph).items()):
         lines += [f"    {_node(room)} --> {_node(other)}" for other in sorted(others)]
-    return "\n".join([*lines, "```"])
+    return [*lines, "```"]
 
 
 def _node(room: str) -> str:
     return room.replace(".", "_")
 
 
-def rendered(page: str) -> str:
-    """The page with its picture drawn again."""
-    pattern = rf"({BEGIN}\n).*?({END})"
-    marks = re.search(pattern, page, re.DOTALL)
-    if marks is None:
-        raise SystemExit(f"rooms: {PAGE.name} has no section named rooms")
-    drawn = f"{marks[1]}\n{picture(rooms())}\n\n{marks[2]}"
-    return page[: marks.start()] + drawn + page[marks.end() :]
-
-
-def main() -> None:
-    """Write or check the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if it differs")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    made = rendered(page)
-    if check and made != page:
-        sys.exit("rooms: docs/architecture.md differs from the code; run `make docs`")
-    if not check:
-        PAGE.write_text(made, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, {"rooms": lambda: picture(rooms())}, __doc__.partition("\n")[0])
