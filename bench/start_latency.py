@@ -191,14 +191,20 @@ async def print_throughput(
 
 
 def pss_kilobytes(pid: int) -> int:
-    """Proportional set size of a process: proc_pid_smaps(5)."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    """Proportional set size of a process: proc_pid_smaps(5). 0 once the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """A process and all its descendants, without those that end meanwhile."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return [pid, *(each for child in children for each in family(int(child)))]
 
 
@@ -219,7 +225,10 @@ async def print_memory(service: EmbeddedService, connection: Connection) -> None
 
 
 def _is_sleeper(pid: int) -> bool:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep\0")
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 async def print_stop(connection: Connection, launcher: LauncherSide) -> None:
