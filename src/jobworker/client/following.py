@@ -38,7 +38,10 @@ class Chunk:
 
 @define(eq=False)
 class Inbox:
-    """The queue of one subscription's messages: the reader's end."""
+    """The queue of one subscription's messages.
+
+    The connection's reader puts messages in, and the consumer takes them from `receiver`.
+    """
 
     _send: trio.MemorySendChannel[Output | OutputEnd | JobworkerError]
     receiver: trio.MemoryReceiveChannel[Output | OutputEnd | JobworkerError]

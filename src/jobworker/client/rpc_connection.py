@@ -232,7 +232,10 @@ class RpcConnection:
             self._forget(subscription)
 
     def lose(self, error: JobworkerError) -> None:
-        """Mark the connection as lost for this reason, and fail all calls. Idempotent."""
+        """Mark the connection as lost for this reason.
+
+        Fails all calls, and passes the error to all subscriptions. Idempotent.
+        """
         if self.failure is not None:
             return
         if isinstance(error, MessageTooLarge):

@@ -22,7 +22,8 @@ class ConnectionLimits:
     max_connections_per_certificate: int = field(default=200, validator=within(1, 1_000_000))
     """Open connections of one name, with all its certificates together."""
     max_handshakes: int = field(default=256, validator=within(1, 1_000_000))
-    """Connections during their handshake; one more closes the oldest of them."""
+    """Connections during their handshake; one more closes another: of the addresses with the most,
+    the oldest that stalls, or else the oldest without a certificate."""
     handshake_timeout: str = field(default="10s", validator=check_positive_duration)
     """Time for TLS handshake, HTTP request and upgrade together."""
     max_failed_handshakes: int = field(default=300, validator=within(1, 1_000_000, or_zero=True))

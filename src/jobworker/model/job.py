@@ -207,7 +207,8 @@ class JobSpec:
     """Longest run time in seconds; unset is the server's default, 0 is no limit."""
     network: Network = "host"
     """`host`: the host's own, which the job can use but not configure; `none`: only a loopback;
-    `private`: only outbound connections over IPv4, none of them to the host."""
+    `private`: only outbound connections over IPv4, none to the host except for DNS to its
+    resolver."""
     runtime: str = field(default="", validator=_check_runtime)
     """A root tree of the server's configuration; "" is the host's programs."""
     volumes: tuple[VolumeMount, ...] = field(default=(), validator=check_mounts)

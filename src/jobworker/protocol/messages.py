@@ -287,7 +287,7 @@ class OutputEnd:
     job: JobRecord
     """A summary of the job."""
     error: Mapping[str, str] | None = None
-    """`name` and `message`, if the output could not be sent to its end or the job is gone."""
+    """`name` and `message`, if the output could not be sent to its end or the job was removed."""
 
 
 @frozen(kw_only=True)

@@ -1,4 +1,4 @@
-"""The catalogue: every method of the protocol, in one table.
+"""The table of methods: every method of the protocol, in one table.
 
 A row has a method's name, the types of its parameters and its result, and its permissions: one for
 every call, and others for calls with certain parameters (`ConditionalPermission`). The

@@ -6,7 +6,7 @@ kernel has freed a million inodes. So the launcher never makes the last close. A
 descriptors, the launcher closes its own copies, and only then the chore goes on and exits, which
 closes the rest.
 
-`take` accepts descriptors at any time, and those for which no process is free wait. What must hold:
+`add` accepts descriptors at any time, and those for which no process is free wait. What must hold:
 the listener checks `overloaded` before it accepts another sender, so that few descriptors wait.
 
 Standard library only.

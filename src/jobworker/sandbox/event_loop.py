@@ -8,7 +8,7 @@ earlier call of the same turn has unwatched is dropped.
 An unexpected exception ends only the call that raised it, since all jobs would end with the
 launcher otherwise. The loop logs and counts it, and calls the function again after a pause if its
 descriptor is still watched. Work without a watched descriptor, such as the steps after the end of a
-job, uses `see_through`.
+job, uses `call_with_retries`.
 
 A turn is one pass of the loop. It takes a bounded number of events, so that a source with many
 events does not delay the others. The loop times each turn, because all jobs wait for the longest
@@ -35,7 +35,7 @@ half as long again as the one before in the log."""
 AGAIN_SECONDS = 1.0
 """The pause after a function has raised an exception, since it may raise one each time."""
 TRIES = 10
-"""How often `see_through` calls in all. Each pause doubles, so it goes on for some 8 minutes."""
+"""How often `call_with_retries` calls in all. Each pause doubles: some 8 minutes together."""
 _LOOK_SECONDS = 0.002
 """The scheduler's delay is read only after a turn that took longer, since reading takes time."""
 

@@ -1,6 +1,6 @@
 """The service: all its tasks, in one tree of nurseries.
 
-    service ⊃ launcher link
+    service ⊃ launcher client
             ⊃ supervisor ⊃ executions
             ⊃ listener   ⊃ connections
 

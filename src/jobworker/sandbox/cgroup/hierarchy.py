@@ -4,7 +4,7 @@
     tree.sweep(); sweep_elsewhere(tree)
     scope = tree.create("spare-1")
     ...                                   # the child is cloned into scope.clone_fd, attaches itself
-    scope.arm(Limits(cpu_percent=50, memory_bytes=64 << 20))
+    scope.arm(ScopeLimits(cpu_percent=50, memory_bytes=64 << 20))
     scope.usage(); scope.kill(); scope.remove()
     tree.close()
 

@@ -11,8 +11,7 @@ cheap numbers of the whole host, and measures when one of them has grown:
    excess from the jobs' groups; it counts like other memory. The watch also measures connections
    that no process has accepted (`sandbox.kernel_memory.connections`), which no group counts.
 3. Pages that /proc/meminfo has under no name (`sandbox.kernel_memory.host_memory`). It is a reason
-to
-   measure all IP sockets, since no group counts their error queues and open datagrams.
+   to measure all IP sockets, since no group counts their error queues and open datagrams.
 
 A socket that is in no list of the kernel still keeps its buffers and options, in pages or in slabs.
 So if the first and the third number together grow by more than all measurements explain, the watch

@@ -1,4 +1,4 @@
-"""The launcher: the one process with root's rights, from its start to its end.
+"""The launcher: the process that starts, watches and ends jobs with root's rights.
 
 Root starts it. It has one thread and uses the standard library alone. Its only input is the policy,
 once, and then the requests of `sandbox.protocol.operations`. Either a service starts it before the

@@ -1,4 +1,4 @@
-"""The asks for a job's end: cause and deadline, sent with the signal and kept by the launcher.
+"""End requests: cause and deadline of a job's end, sent with the signal and kept by the launcher.
 
 A service may be killed after it sent a signal and before it recorded why, or while the disk takes
 no record. So the request that sends the signal carries the cause and the time of the kill. The
@@ -25,7 +25,7 @@ class EndRequest(NamedTuple):
 
 
 class EndRequestReport(NamedTuple):
-    """The ask of an earlier service for a job's end, with times as durations."""
+    """An earlier service's end request, with times as durations."""
 
     cause: str
     seconds_ago: float
@@ -36,16 +36,16 @@ class EndRequestReport(NamedTuple):
 
 
 class EndRequestLog:
-    """The launcher's state of the asks for one job's end."""
+    """The launcher's state of the end requests of one job."""
 
-    def __init__(self, ask: EndRequest, now: float) -> None:
-        self.cause, self.first_at = ask.cause, now
-        self._kill_at = now + ask.kill_in_ms / 1000
+    def __init__(self, request: EndRequest, now: float) -> None:
+        self.cause, self.first_at = request.cause, now
+        self._kill_at = now + request.kill_in_ms / 1000
         self._signals = set[int]()
 
-    def add(self, ask: EndRequest, number: int, now: float) -> None:
-        """Record a signal that was sent for an ask; the earlier deadline stays."""
-        self._kill_at = min(self._kill_at, now + ask.kill_in_ms / 1000)
+    def add(self, request: EndRequest, number: int, now: float) -> None:
+        """Record a signal that was sent for an end request; the earlier deadline stays."""
+        self._kill_at = min(self._kill_at, now + request.kill_in_ms / 1000)
         self._signals.add(number)
 
     def report(self, now: float) -> EndRequestReport:

@@ -1,4 +1,4 @@
-"""The link: the service's calls to the launcher, and the ends of its jobs.
+"""The launcher client: the service's calls to the launcher, and the ends of its jobs.
 
 `LauncherClient` runs in Trio. It has a method for each operation of `sandbox.protocol.operations`
 that the service uses. Its `Exchange` carries requests and replies. The end of a job arrives as an
@@ -184,7 +184,7 @@ class LauncherClient:
 
 @asynccontextmanager
 async def open_launcher_client(launcher: OpenedLauncher) -> AsyncIterator[LauncherClient]:
-    """Open the link to a launcher.
+    """Open a launcher client.
 
     At exit the connection closes. A launcher that this service has started ends then with its jobs,
     and this waits for it.

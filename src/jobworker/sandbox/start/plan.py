@@ -1,9 +1,9 @@
 """Makes the plan of a start: an ordered tuple of steps, from an order and the launcher's policy.
 
 Pure: no clock, no I/O, no privilege; the same input gives the same steps. A plan has two halves.
-`prepare` has the steps that all jobs share, which are the whole isolation, so a spare child applies
-them before a request comes. `finish` has the steps that depend on the request, and ends with
-`Execute`.
+`prepare` has the whole isolation. For most jobs it needs nothing of the request, so a spare applies
+it in advance; for other jobs it takes their order. `finish` has the steps that depend on the
+request, and ends with `Execute`.
 
 The order of the steps is what makes a start safe:
 

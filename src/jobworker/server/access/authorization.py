@@ -1,13 +1,13 @@
 """The authorization: it authorizes every call of every client, before an operation gets it.
 
 The authorization checks two things, in this order. First, may the caller's role make this call
-(PermissionDenied)? The row of the catalogue says which permissions the call needs; they may depend
-on its parameters. Second, does each job that the parameters name exist for the caller (NotFound)?
-The authorization finds these jobs by the types of the parameters: each value of the type `JobId`,
-at whatever depth, refers to a job, and the authorization looks it up. So the authorization also
-covers an operation that is added to the catalogue, without a line of its own. The caller may touch
-each job that an operation gets by name. An operation that returns jobs that were not named (a list,
-say) reads `Caller.only_owner`.
+(PermissionDenied)? The row of the table of methods says which permissions the call needs; they may
+depend on its parameters. Second, does each job that the parameters name exist for the caller
+(NotFound)? The authorization finds these jobs by the types of the parameters: each value of the
+type `JobId`, at whatever depth, refers to a job, and the authorization looks it up. So the
+authorization also covers an operation that is added to the table of methods, without a line of its
+own. The caller may touch each job that an operation gets by name. An operation that returns jobs
+that were not named (a list, say) reads `Caller.only_owner`.
 
 The table of roles may change while connections are open (a reload). The authorization uses the
 table as it is at the moment of the call.

@@ -1,13 +1,13 @@
 """The open connections of the service, and which of them end when the configuration changes.
 
 The list of connected clients holds the TLS context with CA and revocation list, the table of roles,
-and all open connections. `refit` exchanges context and roles at once. Most connections go on. A
-connection ends if its certificate or role is no longer valid, or if its role may do less than
+and all open connections. `reauthorize` exchanges context and roles at once. Most connections go on.
+A connection ends if its certificate or role is no longer valid, or if its role may do less than
 before: the earlier role allowed what such a connection follows. Its client gets the reason, and the
 connection ends within a second. A connection also ends when its certificate expires.
 
-A handshake that began before a change and ended after it was checked with the old context. So the
-door checks a new connection once more if its context is not the current one.
+A handshake that began before a change and ended after it was checked with the old context. So
+`register` checks a new connection once more if its context is not the current one.
 """
 
 import logging
@@ -105,7 +105,10 @@ class ConnectedClient:
 
 @define(eq=False)
 class ConnectedClients:
-    """The open connections of one service, and the fittings by which it checks them."""
+    """The open connections of one service.
+
+    Also the TLS state and the authorization by which the service checks them.
+    """
 
     tls_state: TlsState
     authorization: Authorization
@@ -167,7 +170,7 @@ class ConnectedClients:
         return None
 
     def _loss(self, client: ConnectedClient, before: Roles) -> str | None:
-        """The reason if a visitor's role may do less than before; else None.
+        """The reason if a client's role may do less than before; else None.
 
         The table must still have the role.
         """

@@ -7,7 +7,7 @@ a stalled client costs only its offset in them. If output waits and no credit co
 `stall_seconds`, the subscription ends with the error `follower_stalled`. The client may follow the
 job again from its offset.
 
-Followers at the same offset get the same Chunk object, which keeps the message made of it. So
+Followers at the same offset get the same LogChunk, which keeps the message made of it. So
 output that a thousand clients follow is encoded once. If output comes in many small chunks, because
 the two streams alternate or each chunk has its own time, many of them are sent together.
 """

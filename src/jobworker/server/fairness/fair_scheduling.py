@@ -4,10 +4,10 @@ Each connection has its own tasks, and one turn of the event loop runs all tasks
 client that opens two hundred connections and sends a request on each would have two hundred
 requests served before the first request of any other client.
 
-A request takes several turns of the loop. So the turnstile delays waiting tasks while other clients
-are active: the next turn of the waiting tasks begins after the loop has become idle and has then
-rested for some time. A flood gets a third of the loop at most, and the other clients mostly find
-the loop idle. A client that is alone gets all of it.
+A request takes several turns of the loop. So the fair scheduler delays waiting tasks while other
+clients are active: the next turn of the waiting tasks begins after the loop has become idle and has
+then rested for some time. A flood gets a third of the loop at most, and the other clients mostly
+find the loop idle. A client that is alone gets all of it.
 """
 
 import logging
@@ -43,11 +43,11 @@ MAX_REST_SECONDS = 0.01
 """The longest rest, since a turn may be long for another reason, such as a busy host. Also the
 longest wait for the loop to become idle before a rest."""
 MAX_LONG_REST_SECONDS = 2.0
-SPELL_BURST_SECONDS, SPELL_SHARE = 0.1, 0.05
+LONG_WORK_BURST_SECONDS, LONG_WORK_SHARE = 0.1, 0.05
 """The token bucket of each name for long work: its capacity in seconds of processor time, and its
 refill in seconds of processor time per second. Work that begins while the bucket is in credit runs
 to its end, and may overdraw it. Further work of that name then waits in line."""
-MAX_SPELL_THREADS = 20
+MAX_LONG_WORK_THREADS = 20
 """The most threads that do long work at a time, so that no flood takes the threads that jobs need.
 Each of the largest requests needs a slot (`slots`), so they leave most of these threads to others.
 """
@@ -145,7 +145,7 @@ class FairThreadPool:
     _accounts: dict[str, TokenBucket] = field(factory=dict, init=False)
     """The accounts of names that have used thread time lately, in seconds."""
     _threads: trio.CapacityLimiter = field(
-        factory=lambda: trio.CapacityLimiter(MAX_SPELL_THREADS), init=False
+        factory=lambda: trio.CapacityLimiter(MAX_LONG_WORK_THREADS), init=False
     )
 
     async def run(self, name: str, work: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
@@ -186,7 +186,7 @@ class FairThreadPool:
             now = trio.current_time()
             for rested in [who for who, one in self._accounts.items() if one.is_full(now)]:
                 del self._accounts[rested]
-            new = TokenBucket(now, SPELL_BURST_SECONDS, SPELL_SHARE)
+            new = TokenBucket(now, LONG_WORK_BURST_SECONDS, LONG_WORK_SHARE)
             self._accounts.setdefault(name, new).draw(now, spent)
 
 

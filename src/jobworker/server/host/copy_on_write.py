@@ -1,4 +1,6 @@
-"""A check that the room which the history sets aside for jobs' ends holds on its file system.
+"""Checks that the history's file system overwrites blocks in place.
+
+The space that the history reserves for jobs' ends depends on that.
 
 The history overwrites pages that it has allocated before. A file system that writes each block to a
 new place (copy-on-write) needs free space for that too, so a full disk may refuse the write. SQLite

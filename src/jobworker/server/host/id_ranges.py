@@ -273,7 +273,11 @@ def _user_of(span: IdRange) -> tuple[int, IdRange] | None:
 
 
 def _users() -> Iterator[tuple[int, IdRange]]:
-    """The pid and the ids of each process: its own id, and those that its user namespace maps."""
+    """Yield pid and ids of processes.
+
+    These are each id that is not root's, and the ranges that a user namespace other than ours maps,
+    except for maps from 0 on.
+    """
     own = Path("/proc/self/uid_map").read_text()
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError, ValueError):  # the process has just ended

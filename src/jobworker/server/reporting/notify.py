@@ -42,7 +42,7 @@ class Notifier:
 
     @property
     def descriptor(self) -> int | None:
-        """The socket's descriptor, for a program that this process executes in its place."""
+        """The socket's descriptor. `worker launcher` hands it to the launcher that it becomes."""
         return None if self._socket is None else self._socket.fileno()
 
     async def notify(self, **fields: str) -> None:

@@ -133,7 +133,10 @@ class StandardError(io.TextIOBase):
             self._try_thread()
 
     def drain(self, seconds: float) -> None:
-        """Wait until the queue is written, for at most `seconds`."""
+        """Wait until the thread has written the queue, or write it here if there is no thread.
+
+        Takes at most `seconds`.
+        """
         until = time.monotonic() + seconds
         with self._changed:
             if self._has_thread:

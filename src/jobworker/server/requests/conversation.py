@@ -3,8 +3,9 @@
     reader: a task for each call ─► reply ─► its subscription, if it opened one
     pings
 
-The reader never waits for a job. It waits only for what costs memory: replies that are not sent yet
-and notifications that are being served are bounded in number. So the server still reads the credits
+The reader never waits for a job. It waits for its client's turn (`fair_scheduling`), for a large
+request to be served, and while too many replies are unsent or too many notifications are being
+served, since these cost memory. So the server still reads the credits
 of a client whose requests all wait for jobs. The server makes long replies one at a time, each when
 the client has taken the one before it. Large requests and replies need a slot (`slots`). So a
 client that sends requests and reads no replies delays only itself (backpressure), and all of its

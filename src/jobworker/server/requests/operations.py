@@ -3,9 +3,9 @@ supervisor.
 
 Each function takes the caller and the method's parameters. It returns the method's result, or
 raises a JobworkerError for the caller. The functions hold no state and do no I/O of their own. They
-check no permission: the authorization has authorized the call by its row of the catalogue. The
-caller may touch each job that the parameters name. An operation that returns other jobs reads
-`Caller.only_owner`. The table at the end has a function for every row of the catalogue.
+check no permission: the authorization has authorized the call by its row of the table of methods.
+The caller may touch each job that the parameters name. An operation that returns other jobs reads
+`Caller.only_owner`. The table at the end has a function for every row of the table of methods.
 """
 
 import math

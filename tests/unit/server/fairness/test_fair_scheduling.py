@@ -10,11 +10,11 @@ import trio.testing
 
 from jobworker.server.fairness.fair_scheduling import (
     BURST_SECONDS,
+    LONG_WORK_BURST_SECONDS,
+    LONG_WORK_SHARE,
     MAX_REST_SECONDS,
     RECENT_SECONDS,
     REST,
-    SPELL_BURST_SECONDS,
-    SPELL_SHARE,
     WAITING_SECONDS,
     ActiveClients,
     FairScheduler,
@@ -291,7 +291,7 @@ async def test_floods_of_several_kinds_rest_together(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     active_clients = ActiveClients()
-    turnstiles = [FairScheduler(1, active_clients), FairScheduler(1, active_clients)]
+    schedulers = [FairScheduler(1, active_clients), FairScheduler(1, active_clients)]
     worked = 0.0
     active_clients.mark_active("quiet")
 
@@ -304,7 +304,7 @@ async def test_floods_of_several_kinds_rest_together(
             await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as nursery:
-        for scheduler, steps in zip(turnstiles, (1, 5), strict=True):
+        for scheduler, steps in zip(schedulers, (1, 5), strict=True):
             for _ in range(200):
                 nursery.start_soon(request, scheduler, steps)
         await trio.sleep(0.2)
@@ -314,7 +314,7 @@ async def test_floods_of_several_kinds_rest_together(
 
 def burn() -> None:
     """Use twice as much of a processor as a name may at once."""
-    until = time.thread_time() + 2 * SPELL_BURST_SECONDS
+    until = time.thread_time() + 2 * LONG_WORK_BURST_SECONDS
     while time.thread_time() < until:
         pass
 
@@ -395,6 +395,6 @@ async def test_names_that_have_rested_are_forgotten(autojump_clock: trio.testing
     for number in range(3):
         await thread_pool.run(f"name {number}", burn)
     assert len(thread_pool._accounts) == 3
-    await trio.sleep(3 * SPELL_BURST_SECONDS / SPELL_SHARE)
+    await trio.sleep(3 * LONG_WORK_BURST_SECONDS / LONG_WORK_SHARE)
     await thread_pool.run("quiet", int)
     assert list(thread_pool._accounts) == ["quiet"]
