@@ -1,4 +1,4 @@
-"""A process that has ended and cannot be collected yet; a fork server."""
+"""A process that has ended and cannot be collected yet; a fork server; control groups."""
 
 import ctypes
 import os
@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from jobworker.errors import HostUnsupported
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.cgroup.files import subgroups
+from jobworker.sandbox.cgroup.hierarchy import Tree, open_tree
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import ForkServer
 
@@ -26,6 +29,25 @@ def forks(event_loop: EventLoop) -> Iterator[ForkServer]:
     """A fork server that is asked in this loop."""
     made = ForkServer(event_loop, {})
     yield made
+    made.close()
+
+
+@pytest.fixture
+def tree(request: pytest.FixtureRequest) -> Iterator[Tree]:
+    """A tree of control groups with the controllers that the parameter names, or pids alone.
+
+    All scopes in it are removed in the end, with their processes.
+    """
+    controllers = getattr(request, "param", ("pids",))
+    try:
+        made = open_tree(controllers, f"jobworker-unit-{os.getpid()}")
+    except HostUnsupported as error:
+        pytest.skip(f"the kernel lets this user make no control group: {error}")
+    yield made
+    for top in made.tops:
+        for name in subgroups(top):
+            made.forget(name)
+    made.sweep()
     made.close()
 
 

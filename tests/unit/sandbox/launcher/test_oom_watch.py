@@ -9,8 +9,7 @@ from typing import cast
 
 import pytest
 
-from jobworker.errors import HostUnsupported
-from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeLimits, open_tree
+from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeLimits, Tree
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.launcher import oom_watch as oom_watch_module
 from jobworker.sandbox.launcher.child import Child, ChildExit
@@ -23,24 +22,17 @@ HOG = "x=$(head -c 64M /dev/zero | tr '\\0' x)"
 
 
 @pytest.fixture
-def scope() -> Iterator[JobScope]:
+def scope(tree: Tree) -> Iterator[JobScope]:
     """A real scope with a memory limit, of which the kernel signals an event."""
-    try:
-        tree = open_tree(("memory", "pids"), f"jobworker-unit-oom-{os.getpid()}")
-    except HostUnsupported as error:
-        pytest.skip(f"the kernel lets this user limit no memory: {error}")
     if tree.kind == "v2":
-        tree.close()
         pytest.skip("cgroup v2 signals no event: it ends a whole group by itself")
     made = tree.create("job")
     made.arm(ScopeLimits(memory_bytes=LIMIT_BYTES))
     yield made
     made.close()
-    tree.forget("job")
-    tree.sweep()
-    tree.close()
 
 
+@pytest.mark.parametrize("tree", [("memory", "pids")], indirect=True, ids=["memory"])
 def test_job_of_which_the_kernel_kills_a_process_for_its_limit_is_ended(
     event_loop: EventLoop,
     start_child: StartChild,

@@ -9,27 +9,14 @@ from typing import cast
 
 import pytest
 
-from jobworker.errors import HostUnsupported
 from jobworker.sandbox.cgroup import files
-from jobworker.sandbox.cgroup.hierarchy import Tree, open_tree
+from jobworker.sandbox.cgroup.hierarchy import Tree
 from jobworker.sandbox.channel import Message
 from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.fork_server import Answer
 from jobworker.sandbox.forks import Done, ForkServer
 from jobworker.sandbox.launcher import scopes as scopes_module
 from jobworker.sandbox.launcher.scopes import AGAIN_SECONDS, SELDOM_SECONDS, Scopes
-
-
-@pytest.fixture
-def tree() -> Iterator[Tree]:
-    """A real tree, with the kernel's own way to count processes."""
-    try:
-        made = open_tree(("pids",), f"jobworker-unit-scopes-{os.getpid()}")
-    except HostUnsupported as error:
-        pytest.skip(f"the kernel lets this user make no control group: {error}")
-    yield made
-    made.sweep()
-    made.close()
 
 
 @pytest.fixture
