@@ -195,12 +195,22 @@ async def test_reply_whose_number_is_lost_fails_those_that_may_be_large() -> Non
     assert played.outcomes["small"] == (Promised(1), [])
 
 
+async def test_large_request_leaves_no_descriptor_open() -> None:
+    order = Order("job", ("true",), {"A": "x" * channel.PACKET_BYTES}, "")
+    async with open_played() as played:
+        before = descriptors()
+        asked = await played.begin("start", (ops.SPAWN, q.Spawn(3, order, ScopeLimits())))
+        assert asked["environment"] == order.environment
+        assert descriptors() == before
+
+
 async def test_large_request_for_which_no_descriptor_is_left_is_refused() -> None:
     async with open_played() as played:
         order = Order("job", ("true",), {"A": "x" * channel.PACKET_BYTES}, "")
         with descriptors_left(0):
             await played.ask("start", ops.SPAWN, q.Spawn(3, order, ScopeLimits()))
         assert type(played.outcomes["start"]) is OutOfDescriptors
+        assert not played.exchange._waiting, "else the launcher would be asked whether it answers"
         await played.begin("next")
         with pytest.raises(BlockingIOError):
             channel.receive(played.far)
