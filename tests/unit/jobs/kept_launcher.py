@@ -16,7 +16,7 @@ from attrs import define, field
 
 from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
 from jobworker.model.job import JobId
-from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestLog
 from jobworker.sandbox.protocol.replies import Refusal

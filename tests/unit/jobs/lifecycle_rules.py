@@ -13,7 +13,7 @@ from jobworker.errors import JobworkerError, LauncherSilent, NotFound
 from jobworker.jobs.retention import RetentionPolicy
 from jobworker.model.access import Quota
 from jobworker.model.job import JobId, JobSpec, Limits, OutputPolicy
-from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.cgroup.accounting import Want
 
 from .failing_disks import HistoryFault, OutputFault
 from .kept_launcher import Manner

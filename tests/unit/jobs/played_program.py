@@ -7,7 +7,7 @@ import trio
 from attrs import define, field
 
 from jobworker.model.job import JobId, Usage
-from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.channel import close_all
 from jobworker.sandbox.protocol.end_requests import EndRequestLog
 from jobworker.sandbox.service.job_reports import JobExit

@@ -12,7 +12,7 @@ from jobworker.errors import NotFound, SandboxError
 from jobworker.jobs.ending import Ending, memory_words
 from jobworker.model.job import JobId, Usage
 from jobworker.model.lifecycle import Event, Reason
-from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol.end_requests import OUTPUT, STOP, TIMEOUT, EndRequest
 from jobworker.sandbox.service.job_reports import EarlierEndRequest, JobExit, exit_from

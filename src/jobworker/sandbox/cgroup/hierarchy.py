@@ -23,9 +23,11 @@ from collections.abc import Iterator, Sequence
 from jobworker import errors
 from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
 from jobworker.sandbox.cgroup import delegation, mounts
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
 from jobworker.sandbox.cgroup.files import DIRECTORY
 from jobworker.sandbox.cgroup.none import NoTree
-from jobworker.sandbox.cgroup.scope import JobScope, ScopeLimits, ScopeUsage, Tree
+from jobworker.sandbox.cgroup.scope import JobScope
+from jobworker.sandbox.cgroup.tree import Tree
 from jobworker.sandbox.cgroup.v1 import open_v1
 from jobworker.sandbox.cgroup.v2 import open_v2
 

@@ -8,7 +8,10 @@ PID namespace.
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from jobworker.sandbox.cgroup.scope import JobScope, Kind, ScopeLimits, ScopeUsage, Tree
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
+from jobworker.sandbox.cgroup.directories import Kind
+from jobworker.sandbox.cgroup.scope import JobScope
+from jobworker.sandbox.cgroup.tree import Tree
 
 
 class NoScope(JobScope):

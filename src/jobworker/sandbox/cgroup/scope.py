@@ -1,7 +1,6 @@
-"""A job's scope and the tree of scopes: the code that cgroup v1 and v2 have in common.
+"""A job's scope: its limits, its usage and its end, as far as cgroup v1 and v2 have them in common.
 
-A tree has a directory of its own in one hierarchy (v2) or in several (v1, hybrid). A scope is a
-directory of the same name in each of them. The life of a scope:
+The life of a scope:
 
     create() -> attach_self() in the child, or clone into clone_fd -> arm() -> usage() …
              -> kill() -> (reap) -> remove()
@@ -23,49 +22,14 @@ no directory is left in any hierarchy.
 import contextlib
 import os
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 from jobworker import errors
 from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
 from jobworker.sandbox.cgroup import files
-
-Kind = Literal["v1", "hybrid", "v2", "none"]
-Want = Literal["", "limit", "host", "kernel"]
-"""Which memory was missing when processes of a job were killed. "": no process was killed.
-"limit": memory within the job's own limit. "host": memory of the host or of a group above.
-"kernel": memory of the kernel (`sandbox.launcher.kernel_watch`)."""
-SWEEP_SECONDS = 5.0
-SWEEP_PAUSE_SECONDS = 0.005
-
-
-_CONTROLLERS = ("cpu", "memory", "io", "pids", "cpuset")
-"""The controller of each field of `ScopeLimits`, in the same order."""
-
-
-class ScopeLimits(NamedTuple):
-    """The limits of a job; 0 is no limit. The caller has to validate the ranges."""
-
-    cpu_percent: int = 0  # of one core: 200 is two cores
-    memory_bytes: int = 0  # hard, swap included
-    io_bps: int = 0  # bytes a second, reads and writes each, on every whole block device
-    pids: int = 0  # processes and threads
-    cores: str = ""  # the cores to run on, such as "0-3,5"; "" is all
-
-
-class ScopeUsage(NamedTuple):
-    """What a job has used since arm(). A field is 0 if its controller is not in use."""
-
-    cpu_ns: int = 0
-    memory_bytes: int = 0  # now
-    memory_peak_bytes: int = 0
-    read_bytes: int = 0
-    write_bytes: int = 0
-    pids: int = 0  # now
-    throttled_ns: int = 0  # waiting for the CPU limit's next period, all cores together
-    oom_kills: int = 0
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
+from jobworker.sandbox.cgroup.directories import TreeDirectories
 
 
 class JobScope(ABC):
@@ -76,7 +40,7 @@ class JobScope(ABC):
     then, and again a little later (`cgroup.v1`). None if the group needs no event (v2).
     """
 
-    def __init__(self, tree: "Tree", name: str, directories: Sequence[int] = ()) -> None:
+    def __init__(self, tree: TreeDirectories, name: str, directories: Sequence[int] = ()) -> None:
         self.name = name
         self.clone_fd: int | None = None
         self.oom_fd: int | None = None
@@ -268,167 +232,3 @@ class JobScope(ABC):
     def _forbid_forks(self) -> None:
         if "pids" in self._tree.by_controller:
             files.write(self._tree.by_controller["pids"], f"{self.name}/pids.max", "0")
-
-
-class Tree(ABC):
-    """This instance's own directory in each hierarchy, and the scopes in it.
-
-    `tops` are the open directories, each once; `unified` is the one on cgroup2, if any.
-    """
-
-    kind: Kind
-
-    def __init__(self, name: str, by_controller: dict[str, int], unified: int | None) -> None:
-        self.name = name
-        self.unified = unified
-        self.by_controller = by_controller
-        carriers = [*by_controller.values(), *([] if unified is None else [unified])]
-        self.tops = tuple(dict.fromkeys(carriers))
-        self.kills_groups = unified is not None and files.exists(unified, "cgroup.kill")
-        self._scopes: set[str] = set()
-        self._closed = False
-        self._cores_fd: int | None = None
-        """The open file that lists the cores of our directory. It is opened once, since a lookup in
-        the directory may wait for a lock."""
-
-    def check_controllers(self, limits: ScopeLimits) -> None:
-        """Raise `SandboxError` if a limit is asked for whose controller is not in use."""
-        for controller, value in zip(_CONTROLLERS, limits, strict=True):
-            if value and controller not in self.by_controller:
-                raise errors.SandboxError(
-                    f"cannot limit {controller}: the controller is not in use",
-                    remedy=_remedy(controller),
-                    data={"step": "limits"},
-                )
-
-    def cores(self) -> str:
-        """The cores of our directory, such as "0-3", by its cpuset. Raises OSError."""
-        if self._cores_fd is None:
-            file = cgroup_cpuset.EFFECTIVE[self.kind == "v2"]
-            flags = os.O_RDONLY | os.O_CLOEXEC
-            self._cores_fd = os.open(file, flags, dir_fd=self.by_controller["cpuset"])
-        return os.pread(self._cores_fd, 65536, 0).decode("ascii", "replace").strip()
-
-    def adopt(
-        self, name: str, directories: Sequence[int] = (), oom_fd: int | None = None
-    ) -> JobScope:
-        """A scope that another process has made.
-
-        `directories` are as from `open_directories`. The scope owns them and `oom_fd`. Without
-        directories it can only be killed and removed, by its name.
-        """
-        scope = self._new_scope(name, directories)
-        scope.oom_fd = oom_fd
-        return scope
-
-    def open_directories(self, name: str) -> list[int]:
-        """A descriptor of each directory of a scope, in the order of `tops`. Raises OSError."""
-        opened: list[int] = []
-        try:
-            for top in self.tops:
-                opened.append(os.open(name, files.DIRECTORY, dir_fd=top))  # noqa: PERF401 - undone
-        except OSError:
-            for descriptor in opened:
-                os.close(descriptor)
-            raise
-        return opened
-
-    def bound_processes(self, most: int) -> None:
-        """Limit all scopes together to `most` processes and threads. Raises `SandboxError`.
-
-        Does nothing if the pids controller is not in use.
-        """
-        if "pids" in self.by_controller:
-            top, value = self.by_controller["pids"], str(most)
-            files.set_limit(top, "pids.max", value, value.__eq__)
-
-    def create(self, scope_name: str) -> JobScope:
-        """Make an empty scope without limits. Raises `SandboxError`; nothing is left then."""
-        if not scope_name or "/" in scope_name or scope_name.startswith("."):
-            raise ValueError(f"not a name for a scope: {scope_name!r}")
-        made: list[int] = []
-        try:
-            for top in self.tops:
-                os.mkdir(scope_name, 0o755, dir_fd=top)
-                made.append(top)
-            scope = self._new_scope(scope_name)
-            try:
-                scope.open()
-            except OSError:
-                scope.close()
-                raise
-        except OSError as error:
-            for top in made:
-                os.rmdir(scope_name, dir_fd=top)
-            raise errors.SandboxError(
-                f"cannot make scope {scope_name}: {error}", data={"step": "scope"}
-            ) from error
-        self._scopes.add(scope_name)
-        return scope
-
-    def forget(self, scope_name: str) -> None:
-        """Drop a scope from the tree. A scope calls this when it has removed itself."""
-        self._scopes.discard(scope_name)
-
-    def sweep(self) -> list[str]:
-        """Kill and remove the scopes that an earlier instance of this name left behind.
-
-        Returns their names. Waits up to `SWEEP_SECONDS` in all until the killed processes are dead;
-        so only the start may call it. Raises OSError if a scope cannot be removed.
-        """
-        left = {name for top in self.tops for name in files.subgroups(top)} - self._scopes
-        deadline = time.monotonic() + SWEEP_SECONDS
-        for name in sorted(left):
-            self._sweep_one(name, deadline)
-        return sorted(left)
-
-    def close(self) -> None:
-        """Remove our own directories and close all descriptors. Idempotent.
-
-        Raises OSError (EBUSY, ENOTEMPTY) while a scope is left; the caller tries again later.
-        """
-        if self._closed:
-            return
-        for top in self.tops:
-            try:
-                os.rmdir(f"../{self.name}", dir_fd=top)
-            except FileNotFoundError:
-                continue
-        self._closed = True
-        for top in self.tops:
-            os.close(top)
-        if self._cores_fd is not None:
-            os.close(self._cores_fd)
-
-    @abstractmethod
-    def missing_features(self) -> tuple[str, ...]:
-        """A line for each limit or counter that this host cannot fully offer (`worker check`)."""
-
-    @abstractmethod
-    def _new_scope(self, name: str, directories: Sequence[int] = ()) -> JobScope: ...
-
-    def _sweep_one(self, name: str, deadline: float) -> None:
-        while True:
-            if self.unified is not None and self.kills_groups:
-                with contextlib.suppress(OSError):
-                    files.write(self.unified, f"{name}/cgroup.kill", "1")
-            for top in self.tops:
-                files.kill_members(top, name)
-            try:
-                for top in self.tops:
-                    files.remove_group(top, name)
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(SWEEP_PAUSE_SECONDS)
-            else:
-                return
-
-
-def _remedy(controller: str) -> str:
-    if controller == "cpuset":
-        return (
-            "mount or delegate the cpuset controller, or start the job without a choice of cores "
-            "(worker-cli: --cpu-cores)"
-        )
-    return f"add {controller} to cgroup.enable_controllers"

@@ -29,7 +29,10 @@ from functools import partial
 
 from jobworker.sandbox.cgroup import block_devices, files, mounts
 from jobworker.sandbox.cgroup import cpuset as cgroup_cpuset
-from jobworker.sandbox.cgroup.scope import JobScope, Kind, ScopeLimits, ScopeUsage, Tree
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
+from jobworker.sandbox.cgroup.directories import Kind
+from jobworker.sandbox.cgroup.scope import JobScope
+from jobworker.sandbox.cgroup.tree import Tree
 
 PERIOD_US = 100_000  # the kernel's default, and what cgroup v2 uses
 _NEEDED = {

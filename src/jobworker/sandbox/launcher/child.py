@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
+from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeUsage
-from jobworker.sandbox.cgroup.scope import Want
 from jobworker.sandbox.channel import Message, close_all
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.network.slirp import Layout

@@ -9,7 +9,7 @@ Pure, standard library only.
 
 from typing import NamedTuple
 
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol import replies as r
 

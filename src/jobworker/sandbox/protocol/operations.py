@@ -18,7 +18,7 @@ Pure, standard library only.
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.event_loop import TurnTimes
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol import replies as a

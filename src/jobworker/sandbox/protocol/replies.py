@@ -12,7 +12,7 @@ Pure, standard library only.
 
 from typing import NamedTuple
 
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.end_requests import EndRequestReport
 from jobworker.storage import MAX_DISK_BYTES, MIN_DISK_BYTES, name_fault
@@ -91,7 +91,7 @@ class HowEnded(NamedTuple):
     unseen: tuple[str, ...]
     """Names of volumes for which it is unknown whether writes were lost."""
     want: str | None
-    """Which memory ran out when its processes were killed (`cgroup.scope.Want`). An earlier
+    """Which memory ran out when its processes were killed (`cgroup.accounting.Want`). An earlier
     launcher does not send it."""
 
 

@@ -9,8 +9,8 @@ import time
 from attrs import Factory, frozen
 
 from jobworker.model.job import Usage
-from jobworker.sandbox.cgroup import scope
-from jobworker.sandbox.cgroup.scope import Want
+from jobworker.sandbox.cgroup import accounting
+from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.protocol.end_requests import EndRequestReport
 from jobworker.sandbox.protocol.events import JobEnded
 from jobworker.sandbox.protocol.replies import JobEntry
@@ -113,7 +113,7 @@ def kept_job_from(entry: JobEntry, stdout: int, stderr: int) -> KeptJob:
     )
 
 
-def usage_from(usage: scope.ScopeUsage) -> Usage:
+def usage_from(usage: accounting.ScopeUsage) -> Usage:
     """The usage that the service records, of the numbers of a job's control groups."""
     numbers = usage._asdict()
     return Usage(processes=numbers.pop("pids"), **numbers)

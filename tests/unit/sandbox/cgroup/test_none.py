@@ -7,8 +7,8 @@ import pytest
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox.cgroup import files
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
 from jobworker.sandbox.cgroup.none import NoTree
-from jobworker.sandbox.cgroup.scope import ScopeLimits, ScopeUsage
 
 
 @pytest.mark.parametrize(

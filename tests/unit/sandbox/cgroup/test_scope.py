@@ -1,21 +1,21 @@
 """What scopes of every version have in common: arming, counting, killing, removing, sweeping."""
 
-import contextlib
 import errno
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
 
 import pytest
 
 from jobworker.errors import SandboxError
 from jobworker.sandbox.cgroup import files
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
 from jobworker.sandbox.cgroup.hierarchy import Tree
 from jobworker.sandbox.cgroup.none import NoScope, NoTree
-from jobworker.sandbox.cgroup.scope import JobScope, ScopeLimits, ScopeUsage
+from jobworker.sandbox.cgroup.scope import JobScope
 
 from ....descriptors import descriptors
+from .conftest import Start, enter, holders
 
 
 class Played(NoScope):
@@ -47,34 +47,6 @@ def played() -> Played:
     tree = NoTree("none", "")
     tree.by_controller.update(dict.fromkeys(("cpu", "memory", "pids"), -1))
     return Played(tree)
-
-
-def enter(tree: Tree, name: str, process: subprocess.Popen[bytes]) -> None:
-    for top in tree.tops:
-        files.write(top, f"{name}/cgroup.procs", str(process.pid))
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """Starts processes that sleep, and kills them in the end."""
-    with contextlib.ExitStack() as processes:
-
-        def start() -> subprocess.Popen[bytes]:
-            made = processes.enter_context(subprocess.Popen(["sleep", "600"]))
-            processes.callback(made.kill)
-            return made
-
-        yield start
-
-
-@pytest.fixture
-def process(start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    return start()
-
-
-def holders(tree: Tree, name: str) -> int:
-    """In how many hierarchies there is such a group."""
-    return sum(files.exists(top, name) for top in tree.tops)
 
 
 # --- limits and counts --------------------------------------------------------------------------
@@ -212,7 +184,7 @@ def test_scope_with_a_process_is_not_removed(tree: Tree, process: subprocess.Pop
 
 @pytest.mark.parametrize("kills_groups", [True, False])
 def test_kill_ends_all_in_the_scope_and_nothing_beside_it(
-    tree: Tree, start: Callable[[], subprocess.Popen[bytes]], kills_groups: bool
+    tree: Tree, start: Start, kills_groups: bool
 ) -> None:
     if kills_groups and not tree.kills_groups:
         pytest.skip("the kernel has no cgroup.kill: that needs cgroup2 and Linux 5.14")
@@ -271,39 +243,3 @@ def test_adopted_scope_without_directories_is_killed_and_removed_by_its_name(
     assert process.wait() == -signal.SIGKILL
     tree.adopt("job").remove()
     assert holders(tree, "job") == 0
-
-
-def test_directories_of_which_one_is_missing_are_not_opened(tree: Tree) -> None:
-    if len(tree.tops) < 2:
-        pytest.skip("the kernel has a single hierarchy of control groups")
-    os.mkdir("part", dir_fd=tree.tops[0])
-    before = len(descriptors())
-    with pytest.raises(FileNotFoundError):
-        tree.open_directories("part")
-    assert len(descriptors()) == before
-
-
-# --- the tree -----------------------------------------------------------------------------------
-
-
-def test_sweep_ends_what_an_earlier_instance_left_and_keeps_scopes_of_its_own(
-    tree: Tree, start: Callable[[], subprocess.Popen[bytes]]
-) -> None:
-    own, process, left = tree.create("own"), start(), start()
-    enter(tree, "own", process)
-    for top in tree.tops:
-        os.mkdir("left", dir_fd=top)
-    enter(tree, "left", left)
-    assert tree.sweep() == ["left"]
-    assert left.wait() == -signal.SIGKILL
-    assert holders(tree, "left") == 0
-    assert holders(tree, "own") == len(tree.tops)
-    assert process.poll() is None
-    assert tree.sweep() == []
-    own.close()
-
-
-def test_all_scopes_together_have_a_bound_on_their_processes(tree: Tree) -> None:
-    tree.bound_processes(1234)
-    assert files.read(tree.by_controller["pids"], "pids.max").strip() == "1234"
-    NoTree("none", "").bound_processes(1234)

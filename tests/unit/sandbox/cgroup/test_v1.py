@@ -12,9 +12,10 @@ import pytest
 
 from jobworker.errors import HostUnsupported, SandboxError
 from jobworker.sandbox.cgroup import files, v1
+from jobworker.sandbox.cgroup.accounting import ScopeLimits
 from jobworker.sandbox.cgroup.block_devices import Device
 from jobworker.sandbox.cgroup.hierarchy import Tree
-from jobworker.sandbox.cgroup.scope import JobScope, ScopeLimits
+from jobworker.sandbox.cgroup.scope import JobScope
 from jobworker.sandbox.cgroup.v1 import TreeV1
 
 MIB = 1 << 20

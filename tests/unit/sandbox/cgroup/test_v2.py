@@ -11,9 +11,10 @@ import pytest
 
 from jobworker.errors import HostUnsupported, SandboxError
 from jobworker.sandbox.cgroup import files, v2
+from jobworker.sandbox.cgroup.accounting import ScopeLimits
 from jobworker.sandbox.cgroup.block_devices import Device
 from jobworker.sandbox.cgroup.delegation import Base
-from jobworker.sandbox.cgroup.scope import JobScope, ScopeLimits
+from jobworker.sandbox.cgroup.scope import JobScope
 from jobworker.sandbox.cgroup.v2 import TreeV2
 
 from ....descriptors import descriptors

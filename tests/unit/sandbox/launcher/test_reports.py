@@ -5,7 +5,7 @@ import os
 import time
 
 from jobworker.errors import SandboxError
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.launcher.child import ChildExit
 from jobworker.sandbox.launcher.reports import (
     fault,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import fields as f
 from jobworker.sandbox.protocol.replies import HowEnded

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from jobworker.errors import ProtocolError
-from jobworker.sandbox.cgroup.scope import ScopeLimits, ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeLimits, ScopeUsage
 from jobworker.sandbox.event_loop import TurnTimes
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import operations as ops

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.protocol import replies as a
 from jobworker.sandbox.protocol.end_requests import EndRequestReport
 from jobworker.sandbox.protocol.fields import Malformed, Object, decode, encode

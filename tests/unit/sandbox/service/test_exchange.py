@@ -13,7 +13,7 @@ import trio.testing
 
 from jobworker.errors import JobworkerError, LauncherGone, LauncherSilent, OutOfDescriptors
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.scope import ScopeLimits
+from jobworker.sandbox.cgroup.accounting import ScopeLimits
 from jobworker.sandbox.protocol import events
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import requests as q

@@ -4,7 +4,7 @@ import pytest
 import trio
 
 from jobworker.model.job import JobId
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.protocol.events import JobEnded, NetworkEnded
 from jobworker.sandbox.protocol.replies import HowEnded
 from jobworker.sandbox.service.job_ends import NOTICES_KEPT, Exits, JobEnds, Notices

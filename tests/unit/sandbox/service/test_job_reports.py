@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobworker.model.job import Usage
-from jobworker.sandbox.cgroup.scope import ScopeUsage
+from jobworker.sandbox.cgroup.accounting import ScopeUsage
 from jobworker.sandbox.protocol.end_requests import EndRequestReport
 from jobworker.sandbox.protocol.events import JobEnded
 from jobworker.sandbox.protocol.replies import HowEnded, JobEntry

@@ -17,7 +17,7 @@ from attrs import evolve
 from jobworker.errors import LauncherGone, LauncherSilent, SandboxError
 from jobworker.model.job import JobId
 from jobworker.sandbox import channel
-from jobworker.sandbox.cgroup.scope import ScopeLimits
+from jobworker.sandbox.cgroup.accounting import ScopeLimits
 from jobworker.sandbox.protocol.end_requests import EndRequest
 from jobworker.sandbox.service import launcher_client
 from jobworker.sandbox.service.job_reports import KeptJob
