@@ -21,7 +21,7 @@ from pathlib import Path
 import trio
 
 from jobworker.protocol.frames import PIECE_BYTES
-from jobworker.sandbox.syscalls import freed_bytes, give_back_freed_memory, keep_freed_memory
+from jobworker.server.host.malloc import freed_bytes, give_back_freed_memory, keep_freed_memory
 from jobworker.threads import in_thread
 
 FREE_BYTES = 16 << 20

@@ -187,7 +187,8 @@ def test_io_limit_that_the_kernel_did_not_keep_is_refused(
     group: Group, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "write", lambda *_: None)
-    monkeypatch.setattr(files, "read", lambda *_: kept)
+    reads = iter(["", kept])
+    monkeypatch.setattr(files, "read", lambda *_: next(reads))
     limit = group.tree("io").adopt("job")._limit_io  # type: ignore[attr-defined]
     with pytest.raises(SandboxError, match="the kernel kept"):
         limit(1024, (Device("254:0", stacked=False),))

@@ -38,6 +38,8 @@ async def test_end_reaches_its_own_job_and_closes_its_channels() -> None:
     assert closed(one)
     assert closed(notices)
     assert not closed(two)
+    ends.on_event(ended(TWO, code=4))
+    assert two.receive_nowait().code == 4
 
 
 async def test_notice_reaches_its_own_job_before_its_end() -> None:

@@ -8,8 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from jobworker.sandbox.syscalls import give_back_freed_memory
 from jobworker.server.host import memory
+from jobworker.server.host.malloc import give_back_freed_memory
 from jobworker.server.host.memory import LONGEST_PAUSE_SECONDS, MAX_SEARCH_SECONDS, keep_small
 
 PROGRAM = """
@@ -17,7 +17,7 @@ import gc
 import trio
 from threading import Barrier, Thread
 from time import sleep
-from jobworker.sandbox.syscalls import keep_freed_memory
+from jobworker.server.host.malloc import keep_freed_memory
 from jobworker.server.host.memory import keep_small, resident_bytes
 
 async def below_a_block_in_use():
@@ -126,7 +126,7 @@ async def test_memory_is_given_back_soon_after_it_was_freed_however_long_it_was_
 
 def test_what_malloc_has_free_is_told() -> None:
     program = """
-from jobworker.sandbox.syscalls import freed_bytes, keep_freed_memory
+from jobworker.server.host.malloc import freed_bytes, keep_freed_memory
 keep_freed_memory(16 << 20, 2 << 20)
 held = [bytes([1]) * 300_000 for _ in range(100)]
 stays = held.pop()
