@@ -8,9 +8,7 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -19,7 +17,6 @@ import pytest
 from jobworker.sandbox import channel
 from jobworker.sandbox import event_loop as turns_module
 from jobworker.sandbox import syscalls as sc
-from jobworker.sandbox.cgroup.hierarchy import ScopeUsage
 from jobworker.sandbox.cgroup.none import NoTree
 from jobworker.sandbox.disk.images import Disk
 from jobworker.sandbox.disk.volumes import VolumeStore
@@ -30,16 +27,14 @@ from jobworker.sandbox.launcher.child import Child, ChildExit, status_of
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.jobs import Jobs
 from jobworker.sandbox.launcher.kernel_watch import KernelWatch
-from jobworker.sandbox.launcher.reports import DIED, job_entry
+from jobworker.sandbox.launcher.reports import DIED
 from jobworker.sandbox.launcher.scopes import Scopes
-from jobworker.sandbox.launcher.signals import deliver
 from jobworker.sandbox.launcher.sweepers import Sweepers
 from jobworker.sandbox.launcher.walls import Walls
 from jobworker.sandbox.network import gateway
 from jobworker.sandbox.protocol.fields import decode
 from jobworker.sandbox.protocol.replies import REFUSAL, Refusal
 from jobworker.sandbox.root.stage import Stage
-from jobworker.sandbox.service.job_reports import kept_job_from
 from jobworker.sandbox.service.start_failures import explain
 from jobworker.sandbox.start.plan import Slot
 from jobworker.sandbox.user_namespaces import make_user_namespace
@@ -63,56 +58,6 @@ def child(request: pytest.FixtureRequest) -> Iterator[Child]:
         yield made
         os.close(made.pidfd)
         process.kill()
-
-
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Have this process open nothing while the block lasts."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_signal_that_would_have_no_effect_is_not_sent(child: Child) -> None:
-    assert deliver(child, signal.SIGUSR1), "ignored on purpose"
-    assert not deliver(child, signal.SIGTERM)
-
-
-@pytest.mark.parametrize(
-    "child", [r"printf '\377\nSigCgt: f' >/proc/$$/comm"], indirect=True, ids=["named"]
-)
-def test_signal_reaches_a_process_whose_name_is_no_text(child: Child) -> None:
-    assert Path(f"/proc/{child.pid}/comm").read_bytes() == b"\xff\nSigCgt: f\n"
-    assert deliver(child, signal.SIGUSR1)
-    assert not deliver(child, signal.SIGTERM)
-
-
-def test_signal_is_sent_where_nothing_tells_whether_it_is_heeded(child: Child) -> None:
-    with no_descriptors():
-        assert deliver(child, signal.SIGTERM)
-
-
-def test_usage_that_cannot_be_read_is_none_and_not_zeros(
-    child: Child, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    child.job, child.exit, child.end_is_known = 1, ChildExit(0, None), True
-
-    def refuse() -> ScopeUsage:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr(child.scope, "usage", refuse)
-    told = job_entry(child)
-    assert told.usage == ScopeUsage(), "an earlier service knows numbers only"
-    ended = kept_job_from(told, -1, -1).exit
-    assert ended is not None
-    assert ended.usage is None
-    monkeypatch.undo()
-    ended = kept_job_from(job_entry(child), -1, -1).exit
-    assert ended is not None
-    assert ended.usage is not None
 
 
 class Told(Jobs):

@@ -18,6 +18,7 @@ from jobworker.sandbox.launcher.reports import (
 )
 from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestLog
 from jobworker.sandbox.protocol.replies import HowEnded
+from jobworker.sandbox.service.job_reports import kept_job_from
 
 from .conftest import StartChild
 
@@ -46,14 +47,20 @@ def test_ended_job_is_listed_with_its_end_and_what_was_asked(start_child: StartC
     assert since_end(child) >= entry.ended_seconds_ago
 
 
-def test_usage_that_cannot_be_read_is_told_apart_from_none(start_child: StartChild) -> None:
+def test_usage_that_cannot_be_read_is_none_for_the_service_and_not_zeros(
+    start_child: StartChild,
+) -> None:
     child = start_child()
+    child.job, child.exit, child.end_is_known = 7, ChildExit(0, None), True
     child.final_usage = ScopeUsage(cpu_ns=5)
     assert measured(child) == (ScopeUsage(cpu_ns=5), True)
     child.final_usage = None
     own, child.pidfd = child.pidfd, -1
-    assert measured(child) == (ScopeUsage(), False)
+    assert measured(child) == (ScopeUsage(), False), "an earlier service knows numbers only"
+    ended = kept_job_from(job_entry(child), -1, -1).exit
     child.pidfd = own
+    assert ended is not None
+    assert ended.usage is None
 
 
 def test_error_of_the_kernel_is_refused_with_its_errno_and_the_callers_step() -> None:

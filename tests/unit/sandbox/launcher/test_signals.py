@@ -1,8 +1,10 @@
 """Which signals reach a job's first process, and which ends that were asked for are kept."""
 
 import os
+import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +111,25 @@ def test_init_passes_on_a_signal_that_its_masks_do_not_show(start_child: StartCh
     child.report = 0
     assert deliver(child, signal.SIGUSR2)
     assert end_of(child).si_status == signal.SIGUSR2
+
+
+NAMED = r"printf '\377\nSigCgt: f' >/proc/$$/comm; trap '' USR1; echo; read x"
+
+
+def test_signal_reaches_a_process_whose_name_is_no_text(start_child: StartChild) -> None:
+    child = start_child("sh", "-c", NAMED, says=True)
+    assert Path(f"/proc/{child.pid}/comm").read_bytes() == b"\xff\nSigCgt: f\n"
+    assert deliver(child, signal.SIGUSR1)
+    assert not deliver(child, signal.SIGTERM)
+
+
+def test_signal_is_sent_where_nothing_tells_whether_it_is_heeded(start_child: StartChild) -> None:
+    child = start_child()
+    assert not deliver(child, signal.SIGTERM)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert deliver(child, signal.SIGTERM)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert end_of(child).si_status == signal.SIGTERM

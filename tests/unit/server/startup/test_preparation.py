@@ -162,6 +162,7 @@ def test_first_directory_that_the_user_may_not_pass_is_named() -> None:
 @needs_root
 def test_roots_rights_are_given_up_for_good() -> None:
     def look() -> list[object]:
+        os.setgroups([54323])
         preparation._give_up_root(54321, 54322)
         status = Path("/proc/self/status").read_text().splitlines()
         fields = dict(line.split(":\t", 1) for line in status if ":\t" in line)
