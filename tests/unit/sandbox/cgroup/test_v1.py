@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -45,18 +46,22 @@ def kept(tree: Tree, controller: str, file: str) -> str:
     return files.read(tree.by_controller[controller], f"job/{file}").strip()
 
 
-def holding(scope: JobScope) -> subprocess.Popen[bytes]:
-    """A process in the scope that holds 24 MiB."""
+@contextmanager
+def holding(scope: JobScope) -> Iterator[None]:
+    """Have a process in the scope hold 24 MiB for a while."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", HOLDS],
         stdin=pipe,
         stdout=pipe,
         preexec_fn=lambda: scope.attach_self(cloned=False),  # noqa: PLW1509 - one thread only
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process
+    ) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
 
 
 @CPU
@@ -72,17 +77,15 @@ def test_processor_time_is_limited_in_periods_of_100_ms(v1_tree: TreeV1, scope: 
 def test_processor_time_is_counted(v1_tree: TreeV1, scope: JobScope) -> None:
     scope.arm(ScopeLimits())
     before = scope.usage().cpu_ns
-    with holding(scope) as process:
+    with holding(scope):
         assert scope.usage().cpu_ns > before
-        process.kill()
 
 
 def test_processes_are_limited_and_counted(v1_tree: TreeV1, scope: JobScope) -> None:
     scope.arm(ScopeLimits(pids=7))
     assert kept(v1_tree, "pids", "pids.max") == "7"
-    with holding(scope) as process:
+    with holding(scope):
         assert scope.usage().pids == 1
-        process.kill()
     scope.arm(ScopeLimits())
     assert kept(v1_tree, "pids", "pids.max") == "max"
 
@@ -106,10 +109,8 @@ def test_memory_is_limited_to_whole_pages_with_swap_and_sockets(
 def test_memory_limit_below_what_is_charged_is_refused_with_that(
     v1_tree: TreeV1, scope: JobScope
 ) -> None:
-    with holding(scope) as process:
-        with pytest.raises(SandboxError) as caught:
-            scope.arm(ScopeLimits(memory_bytes=MIB))
-        process.kill()
+    with holding(scope), pytest.raises(SandboxError) as caught:
+        scope.arm(ScopeLimits(memory_bytes=MIB))
     assert caught.value.message.startswith("cannot set job/memory.limit_in_bytes to 1048576: ")
     assert "bytes are charged to the scope already" in caught.value.message
     assert caught.value.remedy == "raise the job's memory limit"
@@ -117,10 +118,9 @@ def test_memory_limit_below_what_is_charged_is_refused_with_that(
 
 @MEMORY
 def test_memory_is_counted_and_its_peak_begins_anew(v1_tree: TreeV1, scope: JobScope) -> None:
-    with holding(scope) as process:
+    with holding(scope):
         usage = scope.usage()
         assert usage.memory_peak_bytes >= usage.memory_bytes >= 24 * MIB
-        process.kill()
     assert scope.usage().memory_peak_bytes >= 24 * MIB
     scope.arm(ScopeLimits())
     assert scope.usage().memory_peak_bytes < 24 * MIB
