@@ -399,6 +399,7 @@ class Execution:
             max_bytes=self.record.spec.limits.output_bytes or None,
             room=self._room,
             tell_cut=self._output_cut,
+            keep_cut=self._keep_cut,
             cut=self.record.output_cut,
         )
         return mover.moving({Stream.STDOUT: started.stdout, Stream.STDERR: started.stderr})
@@ -412,6 +413,13 @@ class Execution:
         log.warning("job %d: %s; policy: %s", self.record.id, why, policy)
         if policy == "stop":
             self._ending.stop_for_output()
+
+    async def _keep_cut(self) -> None:
+        """Have the note tell that the log is cut, which the history may be long in taking.
+
+        Were this service killed before that, the next would add to the log after a gap.
+        """
+        await self._history.keep_note(self.record_now())
 
     async def _take_notices(self, notices: Notices) -> None:
         async for words in notices:

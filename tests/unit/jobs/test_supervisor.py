@@ -142,6 +142,7 @@ class FakeHistory:
     """Remembers the records, in memory."""
 
     records: dict[JobId, JobRecord] = Factory(dict)
+    notes: dict[JobId, JobRecord] = Factory(dict)
     _last: int = 0
 
     def take_id(self) -> JobId:
@@ -165,6 +166,10 @@ class FakeHistory:
                 await self.slow.wait()
         await trio.lowlevel.checkpoint()
         self.records[record.id] = record
+
+    async def keep_note(self, record: JobRecord) -> None:
+        await trio.lowlevel.checkpoint()
+        self.notes[record.id] = record
 
     async def remove(self, job: JobId) -> None:
         await trio.lowlevel.checkpoint()

@@ -72,7 +72,7 @@ class History:
     _spools: Path | None = None
     _reading: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
     _notes: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
-    """Of notes that are written because the history could not be."""
+    """Of notes that are written beside the history."""
     unfinished: tuple[JobRecord, ...] = ()
     """Jobs that an earlier service left waiting or alive, as they were when this was opened, each
     without the bulk of its request (`without_bulk`)."""
@@ -197,12 +197,15 @@ class History:
         try:
             await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
         except InternalError as error:
-            if self._spools is not None and isinstance(error.__cause__, apsw.BusyError):
-                # `work` was never begun. One at a time: lines of a note could overwrite each other.
-                note = partial(write_note, self._spools, record)
-                with trio.CancelScope(shield=True):  # waits for the disk alone
-                    await in_thread(note, limiter=self._notes)
+            if isinstance(error.__cause__, apsw.BusyError):  # `work` was never begun
+                await self.keep_note(record)
             raise
+
+    async def keep_note(self, record: JobRecord) -> None:
+        """Have the note of a job tell `record`, whatever the history does; raises nothing."""
+        if self._spools is not None:
+            with trio.CancelScope(shield=True):  # waits for the disk alone
+                await in_thread(write_note, self._spools, record, limiter=self._notes)
 
     async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:
         """Have the writer do `work`; raises InternalError that begins with `what`."""

@@ -14,6 +14,7 @@ a note has what the file system has kept.
 """
 
 import errno
+import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -65,24 +66,24 @@ def write_note(spools: Path, record: JobRecord) -> None:
     None is made: another thread may be removing this one with its output.
     """
     with suppress(OSError):
-        note = _open(spools, record.id, os.O_RDWR)
-        try:
-            _add_line(note, f"{_changes(record)}\n".encode(errors="surrogatepass"))
-        finally:
-            os.close(note)
+        _add_to_note(spools, record.id, _changes(record).encode(errors="surrogatepass"))
 
 
 def note_refusal(spools: Path, job: JobId) -> None:
-    """Add to the note of a job that its client was told that there is none.
-
-    No other line of it may be under way. Raises OutputError.
-    """
+    """Add to the note of a job that its client was told that there is none. Raises OutputError."""
     with disk_errors("write"):
-        note = _open(spools, job, os.O_RDWR)
-        try:
-            _add_line(note, _REFUSED + b"\n")
-        finally:
-            os.close(note)
+        _add_to_note(spools, job, _REFUSED)
+
+
+def _add_to_note(spools: Path, job: JobId, line: bytes) -> None:
+    """Add a line, one thread at a time: two lines at a time would overwrite each other."""
+    note = _open(spools, job, os.O_RDWR)
+    try:
+        with suppress(OSError):  # where a file system has no such lock
+            fcntl.flock(note, fcntl.LOCK_EX)
+        _add_line(note, line + b"\n")
+    finally:
+        os.close(note)
 
 
 def _with_room(size: int) -> int:
@@ -157,7 +158,8 @@ def read_note(spools: Path, job: JobId) -> JobRecord | None:
     for line in text.splitlines():
         with suppress(JobworkerError, UnicodeDecodeError, TypeError, ValueError):
             fields.update(loads(line.decode()))  # type: ignore[call-overload]
-            found = structure(JobRecord, fields)
+            told = structure(JobRecord, fields)
+            found = _with_cut(told, found or told)
     return found if found is not None and found.id == job else None
 
 
@@ -171,13 +173,24 @@ def read_news(spools: Path, record: JobRecord) -> JobRecord | None:
 
     The request is that of `record`: the note has all of it, up to a megabyte, which is not read.
     """
+    found = None
     for line in reversed(_last_lines(spools, record.id)):
         with suppress(JobworkerError, UnicodeDecodeError, TypeError, ValueError):
             fields = {**loads(line.decode()), "spec": _NO_SPEC_JSON}  # type: ignore[dict-item]
-            found = structure(JobRecord, fields)
-            if found.id == record.id:
-                return evolve(found, spec=record.spec, abridged=record.abridged)
-    return None
+            told = structure(JobRecord, fields)
+            if told.id == record.id:
+                found = _with_cut(found or told, told)
+    if found is None:
+        return None
+    return evolve(found, spec=record.spec, abridged=record.abridged)
+
+
+def _with_cut(record: JobRecord, told: JobRecord) -> JobRecord:
+    """The record, with the cut that another line tells: none of them is ever undone.
+
+    A record that was on its way to the history when the cut came may stand behind it.
+    """
+    return evolve(record, output_cut=record.output_cut or told.output_cut)
 
 
 def _last_lines(spools: Path, job: JobId) -> list[bytes]:

@@ -49,6 +49,8 @@ class OutputMover:
     _max_bytes: int | None
     _room: OutputRoom
     _tell_cut: Callable[[OutputCut, str], None]
+    _keep_cut: Callable[[], Awaitable[None]]
+    """Have a disk know of the cut that was told: before anything is discarded for it."""
     _cut_before: OutputCut | None = field(alias="cut")
     """Why the log ends already, by an earlier service's word: it shall not go on after a gap."""
     _told: bool = field(init=False)
@@ -95,6 +97,7 @@ class OutputMover:
         except OutputError as error:
             if not (_cut_of(error) is OutputCut.TOTAL and await self._make_room()):
                 self._cut_by(error)
+                await self._keep_cut()
                 pump.discard()
             return False
         return True

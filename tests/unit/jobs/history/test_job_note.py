@@ -2,6 +2,8 @@
 
 import os
 import resource
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -12,8 +14,9 @@ from attrs import evolve
 
 from jobworker.errors import OutputError
 from jobworker.jobs.history.job_note import make_note, read_news, read_note, write_note
-from jobworker.model.job import JobId, JobRecord, JobSpec
+from jobworker.model.job import JobId, JobRecord, JobSpec, OutputCut
 from jobworker.model.lifecycle import State
+from jobworker.serialization.json_text import loads
 
 JOB = JobId(7)
 
@@ -138,3 +141,42 @@ def test_note_of_another_job_has_no_news(spools: Path) -> None:
     (spools / "8" / "record").write_bytes(note_of(spools).read_bytes())
     assert read_news(spools, evolve(KNOWN, id=JobId(8))) is None
     assert read_news(spools, evolve(KNOWN, id=JobId(9))) is None
+
+
+def test_cut_stays_told_though_an_older_record_comes_behind_it(spools: Path) -> None:
+    """One that was on its way to a history which was locked."""
+    make_note(spools, record())
+    write_note(spools, record(state=State.RUNNING, output_cut=OutputCut.DISK))
+    write_note(spools, record(state=State.RUNNING, stop_requested_at=record().created_at))
+    for told in (read_news(spools, record()), read_note(spools, JOB)):
+        assert told is not None
+        assert (told.output_cut, told.stop_requested_at is not None) == (OutputCut.DISK, True)
+
+
+def test_lines_of_threads_that_write_at_once_all_stand_in_the_note(
+    spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks for the end of the lines, and is slow to write there."""
+    together, pread = threading.Barrier(4), os.pread
+    make_note(spools, record())
+
+    def slow_pread(file: int, size: int, offset: int) -> bytes:
+        found = pread(file, size, offset)
+        time.sleep(0.001)
+        return found
+
+    monkeypatch.setattr(os, "pread", slow_pread)
+
+    def write(number: int) -> None:
+        together.wait(20)
+        for count in range(5):
+            write_note(spools, record(state=State.RUNNING, stdout_bytes=100 * number + count))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = note_of(spools).read_bytes().partition(b"\0")[0].splitlines()[1:]
+    sizes = {loads(line.decode())["stdout_bytes"] for line in lines}  # type: ignore[index]
+    assert sizes == {100 * number + count for number in range(4) for count in range(5)}

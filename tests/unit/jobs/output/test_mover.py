@@ -29,12 +29,14 @@ def mover_of(
     make_room: Callable[[], Awaitable[bool]],
     told: list[OutputCut],
     max_bytes: int | None = None,
+    keep_cut: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
 ) -> OutputMover:
     return OutputMover(
         spool=spool,
         max_bytes=max_bytes,
         room=OutputRoom(owner="alice", budget=budget, pace=OutputPace(), make_room=make_room),
         tell_cut=lambda cut, _: told.append(cut),
+        keep_cut=keep_cut,
         cut=None,
     )
 
@@ -90,6 +92,31 @@ async def test_job_that_ends_while_room_is_being_made_loses_nothing_for_which_th
     assert (sizes.stdout_bytes, sizes.discarded_bytes, told) == (kept, 3000 - kept, cuts)
 
 
+async def test_cut_is_kept_before_anything_is_discarded_for_it(tmp_path: Path) -> None:
+    """Else a service that is killed in between leaves a gap, and the next goes on behind it."""
+    kept: list[tuple[list[OutputCut], int]] = []
+
+    async def make_room() -> bool:
+        return False
+
+    async def keep_cut() -> None:
+        await trio.lowlevel.checkpoint()
+        kept.append((list(told), spool.statistics().discarded_bytes))
+
+    told: list[OutputCut] = []
+    spool = Spool.create(tmp_path / "job")
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    budget = OutputBudget(tmp_path, max_bytes=1000)
+    mover = mover_of(spool, budget, make_room, told, keep_cut=keep_cut)
+    with trio.fail_after(20):
+        async with mover.moving({Stream.STDOUT: read_end}):
+            os.write(write_end, b"x" * 3000)
+            os.close(write_end)
+    discarded = spool.statistics().discarded_bytes
+    spool.close()
+    assert (kept, discarded) == ([([OutputCut.TOTAL], 0)], 2000)
+
+
 async def test_limit_that_is_reached_while_a_job_is_left_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +170,7 @@ async def test_end_of_a_job_does_not_wait_for_a_rest_of_its_output(
             owner="alice", budget=OutputBudget(tmp_path), pace=pace, make_room=make_room
         ),
         tell_cut=lambda *_: None,
+        keep_cut=trio.lowlevel.checkpoint,
         cut=None,
     )
     async with mover.moving({Stream.STDOUT: read_end}):
