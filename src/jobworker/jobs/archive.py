@@ -361,22 +361,47 @@ class Archive:
                 try:
                     if missing:
                         await self._history.mark_output_missing(job)
-                    await self._remove_record(job)
+                    is_forgotten = await self._remove_record(job)
                 except JobworkerError:  # the disk is full still: the job stays, without output
                     if not missing:
                         await self._note_removals([job])
                     raise
-                await self._in_thread(partial(self._kept.clear_marks, [job]))
-        self._live.discard(job)
+                if is_forgotten:
+                    await self._clear(job)
+                else:
+                    self._live.add(job)
         return freed
 
-    async def _remove_record(self, job: JobId) -> None:
+    async def take_back(self, job: JobId) -> None:
+        """Remove the output of a job that was refused; what its note says stays until `clear`."""
+        async with self._removing:
+            with trio.CancelScope(shield=True):
+                self._live.add(job)  # also where the disk refuses amid that: nobody clears the mark
+                await self._in_thread(partial(self._kept.remove, job, force=True))
+
+    async def clear(self, job: JobId) -> None:
+        """Remove the note of a job that neither the history has any more nor the launcher.
+
+        Were the service killed before the launcher has forgotten it, the next would find a job
+        there of which nothing else tells whose it was, or that it was refused.
+        """
+        async with self._removing:
+            with trio.CancelScope(shield=True):
+                await self._clear(job)
+
+    async def _clear(self, job: JobId) -> None:
+        await self._in_thread(partial(self._kept.clear_marks, [job]))
+        self._live.discard(job)
+
+    async def _remove_record(self, job: JobId) -> bool:
+        """Have the history forget a job: whether the launcher has, too."""
         execution = self._unsettled.get(job)
-        if execution is not None:
-            await execution.remove_record()
-            self.forget(execution)
-        else:
+        if execution is None:
             await self._history.remove(job)
+            return job not in self._live  # else another removal waits for the launcher still
+        is_forgotten = await execution.remove_record()
+        self.forget(execution)
+        return is_forgotten
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await in_thread(work, limiter=self._thread)

@@ -276,7 +276,7 @@ class Execution:
                 self._ending.exited = True
                 await self.admission.wait()
                 if self.refused:  # before another record is waited for: the service may be ending
-                    await self._remove()
+                    await self._settle()
                 nursery.cancel_scope.cancel()
         # A job that was left is left, whatever is known of its end: output may stand in its pipes,
         # which the launcher keeps, with its exit status, until the next service has both.
@@ -295,7 +295,7 @@ class Execution:
         One that was refused is not left: its client was told that it is none.
         """
         if self.refused:
-            await self._remove()
+            await self._settle()
             return
         is_counted = await self.spool.record_discarded()
         if self._changed.is_set() or self._ending.stopping or not is_counted:
@@ -542,8 +542,8 @@ class Execution:
             self.spool.close()
             self._tell(end)
         try:
-            if recorded and await self._remove():  # answered once its place is free: nobody waits
-                self._settled.set()
+            if recorded:
+                await self._settle()  # answered once its place is free: nobody waits for that
         finally:
             self.over.set()
 
@@ -566,8 +566,17 @@ class Execution:
                 with suppress(JobworkerError):
                     if not self._settled.is_set():
                         await self._put(self.record)
-                    if not self._settled.is_set() and await self._remove():
-                        self._settled.set()
+                    await self._settle()
+
+    async def _settle(self) -> None:
+        """Have the launcher forget the job, unless it has, or refuses at the moment."""
+        if not self._settled.is_set() and await self._remove():
+            self._settled.set()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether neither history nor launcher has the job any more."""
+        return self._unrecorded and self._settled.is_set()
 
     def mark_removed(self, when: datetime) -> None:
         """Note in the record of an ended job that its output was removed."""
@@ -577,17 +586,17 @@ class Execution:
         """Have the history take what was noted. Raises InternalError."""
         await self._put(self.record)
 
-    async def remove_record(self) -> None:
+    async def remove_record(self) -> bool:
         """Have neither history nor launcher know an ended job any more. Raises InternalError.
 
-        Where the launcher refuses at the moment, `settle` tries it again.
+        False where the launcher refuses at the moment; `settle` tries it again.
         """
         async with self._settling:  # or the record would come back
             if not self._unrecorded:
                 await self._history.remove(self.record.id)
                 self._unrecorded = True
-            if not self._settled.is_set() and await self._remove():
-                self._settled.set()
+            await self._settle()
+            return self.is_gone
 
     async def _remove(self) -> bool:
         """Have the launcher forget a job that it has started. Returns False where it may not have.

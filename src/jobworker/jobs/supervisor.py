@@ -169,6 +169,8 @@ class Supervisor:
                     await self._take_back(execution.record.id)
                 if execution.ended.is_set():
                     await execution.settle()
+                if execution.is_gone:
+                    await self._archive.clear(execution.record.id)
             finally:
                 self._forget(execution)
 
@@ -180,7 +182,7 @@ class Supervisor:
         while True:
             # Once at least, also where the service ends.
             with suppress(JobworkerError), trio.CancelScope(shield=True):
-                await self._archive.remove(job, force=True)
+                await self._archive.take_back(job)
                 return
             await trio.sleep(RECORD_AGAIN_SECONDS)
 

@@ -1,9 +1,10 @@
 """The archive: what it tells of output that goes, and what the limit on all output counts."""
 
+import errno
+import os
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -12,7 +13,7 @@ import pytest
 import trio
 from attrs import frozen
 
-from jobworker.errors import NotFound, OutOfDescriptors, TooManyFollows
+from jobworker.errors import NotFound, OutOfDescriptors, OutputError, TooManyFollows
 from jobworker.jobs.archive import MISSING, Archive
 from jobworker.jobs.execution import Execution
 from jobworker.jobs.history.history import History
@@ -46,6 +47,7 @@ class Ground:
         recorded: bool = True,
         owner: str = "alice",
         followed_by: ExitStack | None = None,
+        forgotten: bool = True,
     ) -> JobId:
         """Have a job live, write and end; meanwhile somebody may have moved its output away.
 
@@ -61,11 +63,18 @@ class Ground:
         spool.close()
         if lost_to is not None:
             (self.spools / str(job)).rename(lost_to)
+
+        async def remove_record() -> bool:
+            await self.history.remove(job)
+            return forgotten
+
         execution = SimpleNamespace(
             record=record(job, owner=owner),
             spool=spool,
             archived=trio.Event(),
-            remove_record=partial(self.history.remove, job),
+            remove_record=remove_record,
+            mark_removed=lambda _when: None,
+            record_removal=trio.lowlevel.checkpoint,
         )
         with at_end:
             await self.archive.add(cast("Execution", execution))
@@ -143,6 +152,41 @@ async def test_output_of_a_job_that_a_full_disk_does_not_record_is_told_as_missi
         with pytest.raises(NotFound, match="no such job"):
             await here.archive.look_after(record(job))
         assert (here.check(), here.archive._kept.missing) == (0, 0)
+
+
+async def test_note_of_a_removed_job_stays_until_the_launcher_has_forgotten_the_job(
+    tmp_path: Path,
+) -> None:
+    """Else the next service finds a job there of which nothing tells whose it was."""
+    async with ground(tmp_path) as here:
+        job = await here.end_job(recorded=False, forgotten=False)
+        for _ in range(2):  # two clients may ask for it
+            await here.archive.remove(job, force=False)
+        await here.archive.prune()
+        assert [each.name for each in here.spools.iterdir()] == [f"{job}.removed"]
+        await here.archive.clear(job)
+        assert list(here.spools.iterdir()) == []
+
+
+async def test_note_of_a_refused_job_stays_where_the_disk_refuses_amid_the_removal_of_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark stands by then, and the archive may look at it before the removal is tried again."""
+
+    def refuse(_file: int, _others: tuple[str, ...]) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with ground(tmp_path) as here:
+        job = await here.end_job(recorded=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("jobworker.jobs.output.directory._unlink_below", refuse)
+            with pytest.raises(OutputError):
+                await here.archive.take_back(job)
+        await here.archive.prune()
+        assert [each.name for each in here.spools.iterdir()] == [f"{job}.removed"]
+        await here.archive.take_back(job)
+        await here.archive.clear(job)
+        assert list(here.spools.iterdir()) == []
 
 
 async def test_output_that_another_hand_took_is_told_as_missing_until_it_is_back(

@@ -48,17 +48,33 @@ def disks(monkeypatch: pytest.MonkeyPatch) -> Disks:
 
 @pytest.mark.parametrize("fault", ["locked", "full", "full for what is new"])
 @pytest.mark.parametrize("manner", ["answers", "refuses"])
+@pytest.mark.parametrize("ends", [False, True])
 async def test_job_that_was_refused_is_none_for_the_next_service_though_this_one_is_killed(
     tmp_path: Path,
     disks: Disks,
     autojump_clock: trio.testing.MockClock,
     fault: HistoryFault,
     manner: Manner,
+    ends: bool,
 ) -> None:
-    async with refusing(tmp_path / "killed", disks, fault) as (service, launcher, nursery):
+    """At once, or when it has ended and its output is gone: the launcher may still have the job."""
+    async with refusing(tmp_path / "killed", disks, "slow") as (service, launcher, nursery):
+        answered = trio.Event()
+
+        async def submit() -> None:
+            with pytest.raises(InternalError):
+                await service.supervisor.submit(SPEC, "alice")
+            answered.set()
+
+        nursery.start_soon(submit)
+        while not launcher.alive():
+            await trio.lowlevel.checkpoint()
         launcher.behave(manner)
-        with pytest.raises(InternalError):
-            await service.supervisor.submit(SPEC, "alice")
+        disks.history = fault
+        await answered.wait()
+        for program in launcher.alive() if ends else ():
+            launcher.end(program, 0, None)
+        await trio.testing.wait_all_tasks_blocked()
         left = shutil.copytree(tmp_path / "killed", tmp_path / "left")
         await service.die()
         disks.mend()

@@ -807,15 +807,27 @@ async def test_job_that_was_refused_is_removed_though_it_cannot_be_killed_in_tim
     tmp_path: Path,
 ) -> None:
     async with supervising(tmp_path, max_running=1) as (supervisor, link, history):
-        execution = await supervisor.submit(spec("stuck"), "alice")
-        link.silent = True
-        execution.refuse()
+        history.held = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def submit() -> None:
+                with pytest.raises(InternalError, match="locked the history"):
+                    await supervisor.submit(spec("stuck"), "alice")
+
+            nursery.start_soon(submit)
+            while not link.spawned:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            link.silent = True
+            history.held.set()
+        execution = supervisor.live(JobId(1))
+        assert execution is not None
         await supervisor.leave()
         with trio.fail_after(20):
             await execution.forgotten.wait()
         pipes = link.finish(JobId(1), keep_pipes=True)
     assert link.removed == [JobId(1)]
     assert history.records == {}
+    assert list(tmp_path.iterdir()) == []
     for pipe in pipes:
         os.close(pipe)
 
