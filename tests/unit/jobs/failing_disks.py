@@ -39,7 +39,7 @@ class Disks:
     output_is_lost: bool = False
     """Whether fdatasync(2) fails."""
     output_was_full: bool = False
-    """Whether a file of the spool could not grow at some time."""
+    """Whether something was refused for that."""
 
     def mend(self) -> None:
         """Let all disks take everything again."""
@@ -48,7 +48,6 @@ class Disks:
     def change_output(self, fault: OutputFault) -> None:
         """Have the disk of the output refuse what is new, or to say that it has something."""
         self.output_is_full, self.output_is_lost = fault == "full", fault == "lost"
-        self.output_was_full = self.output_was_full or self.output_is_full
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -103,6 +102,7 @@ class Disks:
 
     def _refuse_to_grow(self) -> None:
         if self.output_is_full:
+            self.output_was_full = True
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import get_args
 
 import trio
+import trio.testing
 from attrs import frozen
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
@@ -18,7 +19,7 @@ from jobworker.sandbox.cgroup.accounting import Want
 from .failing_disks import HistoryFault, OutputFault
 from .kept_launcher import Manner
 from .lifecycle_world import Kill, LifecycleWorld, Mishap, has_service
-from .played_program import Behaviour, OnSignal, Start
+from .played_program import Behaviour, OnSignal, Program, Start
 from .played_service import RULES, PlayedService
 from .told import Told
 
@@ -146,16 +147,6 @@ class ClientRules(LifecycleWorld):
         self.ask(stop, partial(self.check_refusal, job))
 
     @precondition(lambda self: has_service(self) and self.told.ids)
-    @rule(which=WHICH)
-    def follow(self, which: int) -> None:
-        job = self.job(which)
-
-        async def follow(service: PlayedService) -> None:
-            self.check_output(job, await service.read_output(job))
-
-        self.ask(follow, lambda _told, _error: None)
-
-    @precondition(lambda self: has_service(self) and self.told.ids)
     @rule(which=WHICH, force=st.booleans(), mishap=MISHAPS)
     def remove(self, which: int, force: bool, mishap: Mishap | None) -> None:
         self.befall(mishap)
@@ -170,25 +161,55 @@ class ClientRules(LifecycleWorld):
 
         self.ask(remove, partial(self.check_refusal, job))
 
-    @precondition(has_service)
-    @rule(max_jobs=st.integers(0, 2))
-    def prune(self, max_jobs: int) -> None:
-        self.told.pruned = True
-        policy = RetentionPolicy(max_jobs=max_jobs)
-        self.ask(lambda service: service.supervisor.prune(policy, None), lambda _told, _error: None)
+    @precondition(lambda self: has_service(self) and self.told.ids)
+    @rule(which=WHICH, max_jobs=st.none() | st.integers(0, 2))
+    def follow_and_prune(self, which: int, max_jobs: int | None) -> None:
+        job = self.job(which)
+
+        async def follow(service: PlayedService) -> None:
+            self.check_output(job, await service.read_output(job))
+
+        self.ask(follow, lambda _told, _error: None)
+        if max_jobs is not None and has_service(self):
+            self.told.pruned = True
+            policy = RetentionPolicy(max_jobs=max_jobs)
+            self.ask(
+                lambda service: service.supervisor.prune(policy, None), lambda _told, _error: None
+            )
 
 
-class JobRules(LifecycleWorld):
+class JobRules(ClientRules):
     """What programs do."""
 
-    @precondition(lambda self: self.launcher.alive())
-    @rule(which=WHICH, stream=st.integers(0, 1), count=st.integers(1, 100), mishap=MISHAPS)
-    def write(self, which: int, stream: int, count: int, mishap: Mishap | None) -> None:
-        self.befall(mishap)
+    def some_program(self, which: int) -> Program | None:
+        """One that is alive; if there is none, a client runs another."""
+        if not self.launcher.alive():
+            self.admit(wanted=Wanted(output_bytes=50 * (which % 2)))
         alive = self.launcher.alive()
-        self.do_now(lambda: alive[which % len(alive)].write(stream, count))
+        return alive[which % len(alive)] if alive else None
 
-    @precondition(lambda self: self.launcher.alive())
+    @precondition(has_service)
+    @rule(
+        which=WHICH,
+        stream=st.integers(0, 1),
+        counts=st.lists(st.integers(1, 100), min_size=1, max_size=3),
+        mishap=MISHAPS,
+    )
+    def write(self, which: int, stream: int, counts: list[int], mishap: Mishap | None) -> None:
+        program = self.some_program(which)
+        self.befall(mishap)
+        if program is None:
+            return
+
+        async def write() -> None:
+            for count in counts:
+                if program.exit is None:  # else the first was too much
+                    program.write(stream, count)
+                await trio.testing.wait_all_tasks_blocked()
+
+        self.do(write)
+
+    @precondition(has_service)
     @rule(
         which=WHICH,
         last_words=st.integers(0, 60),
@@ -204,13 +225,15 @@ class JobRules(LifecycleWorld):
         how: tuple[int | None, int | None, Want],
         mishap: Mishap | None,
     ) -> None:
+        program = self.some_program(which)
         self.befall(mishap)
-        alive = self.launcher.alive()
-        program = alive[which % len(alive)]
+        if program is None:
+            return
 
         def end() -> None:
-            program.write(0, last_words)
-            self.launcher.end(program, *how)
+            if program.exit is None:
+                program.write(0, last_words)
+                self.launcher.end(program, *how)
 
         self.do_now(end)
 
@@ -229,7 +252,6 @@ class FaultRules(LifecycleWorld):
         self.befall(mishap)
         self.do(partial(trio.sleep, seconds))
 
-    @rule()
     def mend(self) -> None:
         self.disks.mend()
         self.do_now(lambda: self.launcher.behave("answers"))

@@ -25,8 +25,9 @@ from jobworker.model.job import JobId
 from .failing_disks import Disks, HistoryFault, OutputFault
 from .kept_launcher import KeptLauncher, Manner
 from .output.test_spool import open_fds
+from .played_link import ServiceLink
 from .played_program import Behaviour, Program
-from .played_service import PlayedService
+from .played_service import PlayedService, now
 from .stepped_trio import SteppedTrio
 from .told import Told
 
@@ -181,26 +182,26 @@ class LifecycleWorld(RuleBasedStateMachine):
         return service
 
     async def start_and_kill(self, kill: Kill) -> None:
-        """Start a service, and kill it before it has taken over, or just thereafter."""
+        """Start a service, and kill it before it has taken over, or thereafter."""
 
         async def start() -> None:
             with trio.CancelScope() as starting:
                 nursery.start_soon(end, starting)
-                self.service = await self.start_one()
-            nursery.cancel_scope.cancel()
+                await self.start_one()
 
         async def end(starting: trio.CancelScope) -> None:
             await self.let_pass(kill.turns)
-            self.directory = self.copy_of_disk()
             link = self.launcher.service
-            if link is not None:
-                link.die()
+            if isinstance(link, ServiceLink) and isinstance(link.service, PlayedService):
+                await self.kill_service(link.service)
+            else:
+                self.directory = self.copy_of_disk()
+                if link is not None:
+                    link.die()
             starting.cancel()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(start)
-        if self.service is not None:
-            await self.kill_service(self.service)
         if not kill.keeps_jobs:
             self.replace_launcher()
 
@@ -216,14 +217,17 @@ class LifecycleWorld(RuleBasedStateMachine):
 
     def replace_launcher(self) -> None:
         """Have the launcher and all programs be gone, and another be there."""
-        self.told.expect_loss()
+        self.told.expect_loss(now())
         self.launcher.die()
         self.launcher = KeptLauncher(self.behaviours, self.executed)
 
     # --- what is there ----------------------------------------------------------------------
 
     def job(self, which: int) -> JobId:
-        jobs = sorted(self.told.ids.values())
+        """One of those that clients know: mostly one whose end they have not heard of."""
+        known = set(self.told.ids.values())
+        open_ones = known - self.told.ends.keys() - self.told.removing
+        jobs = sorted(open_ones if open_ones and which % 3 else known)
         return jobs[which % len(jobs)]
 
     def program_of(self, job: JobId) -> Program | None:

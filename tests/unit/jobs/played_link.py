@@ -32,6 +32,8 @@ class ServiceLink:
     unstarted: frozenset[JobId] = field(kw_only=True)
     inherited: dict[JobId, tuple[Started, Exits]] = field(factory=dict, init=False)
     keeps_asks: bool = field(default=True, init=False)
+    service: object = field(default=None, init=False)
+    """Who uses it, once that has taken over."""
     _given_up: trio.Event = field(factory=trio.Event, init=False)
     _pipes: list[tuple[int, int]] = field(factory=list, init=False)
     """The ends of pipes that this service was given: their numbers, and what they are."""

@@ -61,4 +61,5 @@ class Program:
         close_all(self.writes)
         self.writes = []
         self.cause = self.asked.cause if self.asked else ""
-        self.exit = JobExit(code=code, signal=number, usage=Usage(), want=want)
+        now = trio.current_time()
+        self.exit = JobExit(code=code, signal=number, usage=Usage(), want=want, ended_at=now)

@@ -124,6 +124,7 @@ class PlayedService:
                     directory=directory,
                     link=link,
                 )
+                link.service = service
                 nursery.start_soon(supervisor.serve)
                 task_status.started(service)
                 await service._over.wait()
@@ -132,10 +133,17 @@ class PlayedService:
             if not (service and service._killed):
                 raise
         finally:
+            if service is None or service.answers:  # killed before anybody knew of it
+                _close_files(directory)
             link.disconnect()
             history.close()
             if service is not None:
                 service.gone.set()
+
+    @property
+    def answers(self) -> bool:
+        """Whether clients get answers still: at its end their connections are closed."""
+        return not self._over.is_set()
 
     async def leave(self) -> None:
         """Leave all jobs to the next service, and end."""
@@ -172,8 +180,7 @@ class PlayedService:
         self._over.set()
         await self.gone.wait()
         self._link.close_pipes()
-        files = {number: os.readlink(f"/proc/self/fd/{number}") for number in _descriptors()}
-        close_all([n for n, path in files.items() if path.startswith(f"{self._directory}/")])
+        _close_files(self._directory)
 
     def ask(
         self, call: Callable[[], Awaitable[object]], refused: Callable[[JobworkerError], object]
@@ -216,6 +223,12 @@ class PlayedService:
         with trio.fail_after(seconds):
             while self.waiting or self.supervisor._live:  # noqa: ASYNC110
                 await trio.sleep(0.5)
+
+
+def _close_files(directory: Path) -> None:
+    """Close the output in `directory`, as the end of the process does."""
+    files = {number: os.readlink(f"/proc/self/fd/{number}") for number in _descriptors()}
+    close_all([n for n, path in files.items() if path.startswith(f"{directory}/spool/")])
 
 
 def _descriptors() -> set[int]:

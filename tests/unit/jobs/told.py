@@ -2,6 +2,7 @@
 
 import re
 from copy import copy
+from datetime import datetime
 from typing import Self
 
 from attrs import define, evolve, field, fields
@@ -41,6 +42,8 @@ class Told:
     """Whose records were shown with the time at which their end was asked for."""
     uncounted: dict[JobId, int] = field(factory=dict)
     """How many discarded bytes killed services may have known of alone."""
+    launcher_lost_at: datetime | None = None
+    """When a launcher died last."""
     was_killed_under: set[JobId] = field(factory=set)
     """The jobs that lived when a service was killed."""
 
@@ -67,20 +70,22 @@ class Told:
             assert int(number) not in self.ids.values(), "each id once"
             self.refused_ids.add(JobId(int(number)))
 
-    def expect_loss(self) -> None:
+    def expect_loss(self, when: datetime) -> None:
         """The launcher is about to be gone, and what it alone knows."""
         self.stop_shown &= self.ends.keys()
+        self.launcher_lost_at = when
 
     def expect_kill(
         self, supervisor: Supervisor, launcher: KeptLauncher, output_was_full: bool
     ) -> None:
         """The service is about to be killed, and what it alone knows goes with it.
 
-        A stop is the launcher's as soon as that has taken it. Of what was discarded the index has
-        at least half, if the disk took that.
+        A stop is the launcher's as soon as that has taken it, unless the job was to end for another
+        cause. Of what was discarded the index has at least half, if the disk took that.
         """
-        asked = {job for job, each in launcher.programs.items() if each.asked is not None}
-        self.stop_shown &= asked | self.ends.keys()
+        asked = {job: each.asked for job, each in launcher.programs.items() if each.asked}
+        stopped = {job for job, each in asked.items() if each.cause == STOP}
+        self.stop_shown &= stopped | self.ends.keys()
         for job, execution in supervisor._live.items():
             self.was_killed_under.add(job)
             discarded = execution.spool.statistics().discarded_bytes
@@ -91,7 +96,8 @@ class Told:
         """A client was told how a job stands."""
         if record.stop_requested_at is not None:
             self.stop_shown.add(record.id)
-        assert record.stop_requested_at or record.id not in self.stop_shown, "a stop is forgotten"
+        is_forgotten = record.stop_requested_at is None and record.id in self.stop_shown
+        assert not is_forgotten, f"a stop is forgotten: {record}"
         before = self.ends.get(record.id)
         if before is not None:
             assert record.ended, f"the end of job {record.id} is lost: {record}"
@@ -120,6 +126,10 @@ class Told:
             assert how in (*never_ran, (State.STOPPED, None))
             if record.state is State.STOPPED:
                 assert record.id in self.stopped, "nobody asked for that"
+            if record.reason is Reason.LOST and record.id in self.ids.values():
+                lost_at = self.launcher_lost_at
+                assert lost_at is not None, f"it could start: {record}"
+                assert record.created_at <= lost_at, f"it could start: {record}"
             return
         if program.may_only_have_run:
             assert how in ((State.FAILED, Reason.START), (State.FAILED, Reason.LOST))
