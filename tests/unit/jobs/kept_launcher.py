@@ -18,7 +18,7 @@ from jobworker.errors import JobworkerError, LauncherGone, OutOfDescriptors
 from jobworker.model.job import JobId
 from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.channel import close_all
-from jobworker.sandbox.protocol.end_requests import EndRequest, EndRequestLog
+from jobworker.sandbox.protocol.end_requests import TIMEOUT, EndRequest, EndRequestLog
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.service.exchange import SILENT_SECONDS
 from jobworker.sandbox.service.start_failures import explain
@@ -237,6 +237,9 @@ class KeptLauncher:
 
     def _keep(self, program: Program, ask: EndRequest, number: int) -> None:
         now = trio.current_time()
+        if program.asked is None and ask.cause == TIMEOUT:
+            limit = self.behaviours[program.request].timeout_seconds
+            assert now - program.since >= limit - 0.01, "a time-out before its time"
         program.asked = program.asked or EndRequestLog(ask, now)
         program.asked.add(ask, number, now)
 

@@ -1,5 +1,6 @@
 """What may happen to jobs and their services: one rule each, in any order."""
 
+import math
 import signal
 from functools import partial
 from typing import get_args
@@ -60,6 +61,8 @@ REQUESTS = st.builds(
 )
 KILL_SLACK_SECONDS = 1.5
 """A kill that was refused is tried again after a second."""
+STOP_SLACK_SECONDS = 60.0
+"""A start may have to be given up first, and records waited for that were on their way."""
 
 
 class ClientRules(LifecycleWorld):
@@ -137,10 +140,15 @@ class ClientRules(LifecycleWorld):
     ) -> None:
         self.befall(mishap)
         job = self.job(which)
-        self.told.stopped.add(job)
+        grace = RULES.stop_grace_seconds if grace_seconds is None else grace_seconds
+        self.told.ask_to_stop(job, grace)
 
         async def stop(service: PlayedService) -> None:
-            record = await service.supervisor.stop(job, number, grace_seconds)
+            service.stopping[job] += 1
+            try:
+                record = await service.supervisor.stop(job, number, grace_seconds)
+            finally:
+                service.stopping[job] -= 1
             assert record.ended
             service.told.hear(record)
 
@@ -261,6 +269,28 @@ class FaultRules(LifecycleWorld):
     def kill_at_once(self, kill: Kill) -> None:
         self.kill = kill
         self.do_now(lambda: None)
+
+    @precondition(has_service)
+    @rule()
+    def see_stops(self) -> None:
+        """Where nothing fails, who was asked to end has soon ended, whichever service was asked."""
+        service = self.service
+        assert service is not None
+        self.kill = None
+        self.mend()
+
+        async def wait() -> None:
+            asked = [
+                execution
+                for job, execution in service.supervisor._live.items()
+                if (service.stopping[job] or execution.record.stop_requested_at is not None)
+                and self.told.longest_grace.get(job, math.inf) <= RULES.stop_grace_seconds
+            ]
+            await trio.sleep(RULES.stop_grace_seconds + STOP_SLACK_SECONDS)
+            for execution in asked:
+                assert execution.ended.is_set(), f"a stop is forgotten: {execution.record}"
+
+        self.do(wait)
 
     @precondition(has_service)
     @rule()

@@ -4,6 +4,7 @@ The supervisor's calls are made by clients, each a task, as connections make the
 """
 
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -60,6 +61,8 @@ class PlayedService:
     gone: trio.Event = field(factory=trio.Event, init=False)
     waiting: int = field(default=0, init=False)
     """How many clients wait for an answer."""
+    stopping: Counter[JobId] = field(factory=Counter, init=False)
+    """Whose ends clients of this service have asked for: how many of them wait still."""
     _nursery: trio.Nursery
     _directory: Path
     _link: ServiceLink

@@ -144,6 +144,7 @@ class LifecycleMachine(JobRules, FaultRules):
             self.see_it_gone()
         if self.service is None:
             self.start_service()
+        self.see_stops()
         self.see_time_outs()
         self.end_jobs()
         self.begin_to_leave(ends_jobs=False)

@@ -31,6 +31,8 @@ class Told:
     ends: dict[JobId, JobRecord] = field(factory=dict)
     stopped: set[JobId] = field(factory=set)
     """Whose end somebody has asked for."""
+    longest_grace: dict[JobId, float] = field(factory=dict)
+    """The most that any who asked for an end has given the job, in seconds."""
     removing: set[JobId] = field(factory=set)
     """Which somebody has asked to be removed."""
     removed: set[JobId] = field(factory=set)
@@ -69,6 +71,11 @@ class Told:
         for number in re.findall(r"record job (\d+)", str(error)):
             assert int(number) not in self.ids.values(), "each id once"
             self.refused_ids.add(JobId(int(number)))
+
+    def ask_to_stop(self, job: JobId, grace_seconds: float) -> None:
+        """A client is about to ask for the end of a job."""
+        self.stopped.add(job)
+        self.longest_grace[job] = max(grace_seconds, self.longest_grace.get(job, 0.0))
 
     def expect_loss(self, when: datetime) -> None:
         """The launcher is about to be gone, and what it alone knows."""
@@ -110,6 +117,7 @@ class Told:
         """A client has listed all jobs; `ended_before` had ended before it asked."""
         for record in listed.values():
             assert record.id not in self.removed, f"job {record.id} is back"
+            assert record.owner, f"nobody has job {record.id}"
             if record.id in self.ids.values():
                 assert record.ended or record.id not in ended_before, "an end is taken back"
                 self.hear(record)
