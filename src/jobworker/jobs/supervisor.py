@@ -189,6 +189,7 @@ class Supervisor:
     def _forget(self, execution: Execution) -> None:
         del self._live[execution.record.id]
         self._archive.forget(execution)
+        execution.over.set()  # also after a fault of ours: the service's end waits for it
         execution.forgotten.set()
         self._places_taken -= 1
         record = execution.record

@@ -320,6 +320,22 @@ async def test_place_of_a_job_whose_output_cannot_be_made_ready_is_free_again(
             await supervisor.wait(JobId(2))
 
 
+async def test_fault_of_ours_in_the_end_of_a_job_does_not_keep_the_service_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("jobworker.jobs.supervisor.REMOVE_SECONDS", 0)
+    async with supervising(tmp_path, max_running=1) as (supervisor, link, _):
+        execution = await supervisor.submit(spec("first"), "alice")
+        monkeypatch.setattr(FakeHistory, "put", fail)
+        link.finish(JobId(1))
+        with trio.fail_after(20):
+            await supervisor.shut_down(0)
+        assert execution.record.state is State.COMPLETED
+
+
 @pytest.mark.parametrize("seconds_ago", [0.0, 2.0])
 async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_behind(
     tmp_path: Path, seconds_ago: float
