@@ -23,7 +23,7 @@ from jobworker.jobs.history.writer import Work, Writer, _Write
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
 
-HistoryFault = Literal["", "slow", "locked", "full", "full for what is new"]
+HistoryFault = Literal["", "slow", "locked", "broken", "full", "full for what is new"]
 SLOW_SECONDS = 3.0
 
 OutputFault = Literal["", "full", "lost"]
@@ -145,6 +145,8 @@ class TaskWriter(Writer):
         return not self._disks.history.startswith("full") and super()._has_room()
 
     def _attempt(self, batch: Sequence[_Write]) -> BaseException | None:
+        if self._disks.history == "broken":  # no transaction can be begun
+            return apsw.IOError("disk I/O error")
         if self._disks.history != "full":
             return super()._attempt(batch)
 

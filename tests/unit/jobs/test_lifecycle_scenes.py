@@ -11,6 +11,7 @@ import pytest
 from jobworker.model.job import JobId
 from jobworker.model.lifecycle import State
 
+from .failing_disks import HistoryFault
 from .lifecycle_rules import Wanted
 from .lifecycle_world import Kill, Mishap
 from .test_lifecycle_machine import LifecycleMachine
@@ -113,12 +114,19 @@ def stop_of_a_job_that_waits_cut_short_by_a_kill(machine: LifecycleMachine) -> N
     machine.write(1, 0, [10], None)
 
 
-def end_that_only_the_note_of_a_killed_service_has(machine: LifecycleMachine) -> None:
+def end_that_only_the_note_of_a_killed_service_has(
+    machine: LifecycleMachine, fault: HistoryFault = "locked"
+) -> None:
     machine.admit(wanted=Wanted())
-    machine.exit(0, 9, (1, None, ""), Mishap(history="locked"))
+    machine.exit(0, 9, (1, None, ""), Mishap(history=fault))
     machine.pass_time(12.0, None)
     assert machine.told.ends
     machine.kill_at_once(Kill(turns=None, keeps_jobs=False))
+
+
+def end_for_which_no_transaction_can_be_begun(machine: LifecycleMachine) -> None:
+    """So what writes to the note, too, never runs."""
+    end_that_only_the_note_of_a_killed_service_has(machine, "broken")
 
 
 def end_that_the_history_takes_later(machine: LifecycleMachine) -> None:
@@ -186,6 +194,7 @@ def removal_that_the_launcher_refuses_until_the_service_ends(machine: LifecycleM
         start_of_a_job_that_waited_cut_short_by_a_kill,
         stop_of_a_job_that_waits_cut_short_by_a_kill,
         end_that_only_the_note_of_a_killed_service_has,
+        end_for_which_no_transaction_can_be_begun,
         end_that_the_history_takes_later,
         end_that_is_being_stored_when_the_service_is_killed,
         removal_that_the_launcher_refuses_for_a_while,

@@ -191,14 +191,13 @@ class History:
 
         Not cancelled half-way: a record that was handed over is written, or refused. Raises
         InternalError where the disk refuses, or another program has the lock; then the job's note
-        alone has it.
+        alone has it, whatever has refused it.
         """
         work = partial(queries.put, record, self._spools)
         try:
             await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
-        except InternalError as error:
-            if isinstance(error.__cause__, apsw.BusyError):  # `work` was never begun
-                await self.keep_note(record)
+        except InternalError:
+            await self.keep_note(record)  # `work`, which does that too, may never have been begun
             raise
 
     async def keep_note(self, record: JobRecord) -> None:
