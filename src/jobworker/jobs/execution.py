@@ -562,11 +562,11 @@ class Execution:
         while not self._settled.is_set():
             with trio.move_on_after(RECORD_AGAIN_SECONDS):
                 await self._settled.wait()
-            async with self._settling:
-                with suppress(JobworkerError):
+            with suppress(JobworkerError):
+                async with self._settling:  # or the record of a removed job would come back
                     if not self._settled.is_set():
                         await self._put(self.record)
-                    await self._settle()
+                await self._settle()
 
     async def _settle(self) -> None:
         """Have the launcher forget the job, unless it has, or refuses at the moment."""
@@ -587,16 +587,16 @@ class Execution:
         await self._put(self.record)
 
     async def remove_record(self) -> bool:
-        """Have neither history nor launcher know an ended job any more. Raises InternalError.
+        """Have the history not know an ended job any more: whether the launcher knows none, either.
 
-        False where the launcher refuses at the moment; `settle` tries it again.
+        Else that is up to `settle`: what the job has left may wait for a disk that hangs, and other
+        removals must not wait for this one. Raises InternalError.
         """
-        async with self._settling:  # or the record would come back
+        async with self._settling:
             if not self._unrecorded:
                 await self._history.remove(self.record.id)
                 self._unrecorded = True
-            await self._settle()
-            return self.is_gone
+        return self.is_gone
 
     async def _remove(self) -> bool:
         """Have the launcher forget a job that it has started. Returns False where it may not have.

@@ -336,6 +336,40 @@ async def test_fault_of_ours_in_the_end_of_a_job_does_not_keep_the_service_from_
         assert execution.record.state is State.COMPLETED
 
 
+async def test_removal_for_which_the_launcher_takes_its_time_delays_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a job has left may wait for a disk that hangs; other jobs want room meanwhile."""
+    asked, may = trio.Event(), trio.Event()
+
+    async def remove(*_: object) -> None:
+        asked.set()
+        with trio.CancelScope(shield=True):
+            await may.wait()
+
+    monkeypatch.setattr(FakeLink, "remove", remove)
+    end = JobRecord(
+        id=JobId(1),
+        spec=spec("taken over"),
+        owner="alice",
+        created_at=datetime.now(UTC),
+        started_at=datetime.now(UTC),
+        state=State.COMPLETED,
+    )
+    taken = Takeover(ended=[EndedJob(end, Spool.create(tmp_path / "1"))])
+    async with supervising(tmp_path, max_running=1, inheritance=taken) as (supervisor, _, history):
+        with trio.fail_after(20):
+            await asked.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(supervisor.remove, JobId(1), force=False))
+                try:
+                    while history.records:  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+                    await supervisor.prune(None, None)
+                finally:
+                    may.set()
+
+
 @pytest.mark.parametrize("seconds_ago", [0.0, 2.0])
 async def test_job_ends_after_it_ran_though_the_clock_of_the_next_service_is_behind(
     tmp_path: Path, seconds_ago: float
