@@ -1,11 +1,13 @@
-"""What a connection held is free once it has ended, however that was: no search for cycles is due.
+"""What a connection or a job held is free once it has ended, however that was: no search for cycles
+is due.
 
 Python's search for objects that refer to each other comes seldom, for it stops the loop; until then
-a connection would keep what it had, up to a megabyte.
+a connection would keep what it had, up to a megabyte, and so would a job.
 """
 
 import json
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -17,21 +19,28 @@ import trio
 from jobworker.cli.worker.embedded_service import EmbeddedService
 
 from ..integration.conftest import running, until
-from ..integration.wire import open_socket, open_wire
+from ..integration.wire import Refused, Wire, open_socket, open_wire
 from .raw_socket import TEXT, dial, frame, open_raw
 
+OF_A_JOB = {"BatchedEvent", "Ending", "Execution", "JobRecord", "OutputMover", "Spool", "frame"}
 OURS = {"Conversation", "FramedSocket", "Nursery", "SocketStream", "TLSStream", "frame"}
 INSIDE = """
 import os, sys
 path = os.environ.get("JOBWORKER_TEST_CYCLES")
 if path and "serve" in sys.argv:
     import gc, json, signal
+    name_of = lambda each: type(each).__qualname__
     def tell(*_):
         gc.collect()
         with open(f"{path}/new", "w") as file:
-            json.dump([type(each).__qualname__ for each in gc.garbage], file)
+            found = [name_of(each) for each in gc.garbage]
+            found += [f"{name} alive" for name in set(map(name_of, gc.get_objects()))]
+            json.dump(found, file)
         os.rename(f"{path}/new", f"{path}/found")
         gc.garbage.clear()
+        gc.set_debug(0)
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
     gc.set_debug(gc.DEBUG_SAVEALL)
     signal.signal(signal.SIGUSR2, tell)
 """
@@ -106,7 +115,7 @@ async def speak_no_tls(service: EmbeddedService) -> None:
 
 
 async def search(service: EmbeddedService, found: Path) -> set[str]:
-    """The types of what was in cycles since the last search."""
+    """The types of what was in cycles since the last search, and of what is alive."""
     found.unlink(missing_ok=True)
     service.process.send_signal(signal.SIGUSR2)
     await until(found.exists)
@@ -141,3 +150,76 @@ async def test_connection_leaves_no_cycle(
             await bystander.call("service.hello")
         left = await search(watched, found)
     assert OURS.isdisjoint(left), sorted(left)
+
+
+def jobs_forgotten(service: EmbeddedService) -> int:
+    """How many ended jobs the service has let go of: it logs the last state of each then."""
+    return len(re.findall(r"\bjob \d+: [A-Z]+\b", service.log_text()))
+
+
+async def end_by_itself(wire: Wire) -> None:
+    await wire.run("echo", "said")
+
+
+async def be_stopped(wire: Wire) -> None:
+    await wire.call("job.stop", id=await wire.start("sleep", "600"))
+
+
+async def reach_its_time_limit(wire: Wire) -> None:
+    await wire.run("sleep", "600", timeout_seconds=0.1)
+
+
+async def reach_its_output_limit(wire: Wire) -> None:
+    await wire.run("yes", limits={"output_bytes": 1 << 20}, at_max_output="stop")
+
+
+async def not_start(wire: Wire) -> None:
+    with suppress(Refused):
+        await wire.start("there-is-no-such-program")
+
+
+async def be_removed(wire: Wire) -> None:
+    await wire.call("job.remove", id=await wire.start("sleep", "600"), force=True)
+
+
+async def be_read_after_its_end(wire: Wire) -> None:
+    job = await wire.start("echo", "said")
+    await wire.call("job.wait", id=job)
+    await wire.call("job.prune", keep_jobs=1000)  # returns once the archive has the job
+    opened = await wire.call("job.log", id=job)
+    assert (await wire.output(opened["subscription"]))[0] == b"said\n"
+
+
+async def be_followed_beyond_its_end(wire: Wire) -> None:
+    job = {"command": ["echo", "said"]}
+    result = await wire.call("job.run", job=job, follow={"credit_bytes": 1})
+    made, number = result["job"], result["subscription"]
+    assert isinstance(made, dict)
+    await wire.call("job.wait", id=made["id"])
+    await wire.call("job.prune", keep_jobs=1000)
+    await wire.notify("job.credit", subscription=number, bytes=10)
+    assert (await wire.output(number))[0] == b"said\n"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(end_by_itself, be_stopped, reach_its_time_limit, reach_its_output_limit),
+        *(not_start, be_removed, be_read_after_its_end, be_followed_beyond_its_end),
+    ],
+    ids=lambda end: end.__name__,
+)
+async def test_job_leaves_no_cycle(
+    watched: EmbeddedService, found: Path, end: Callable[[Wire], Awaitable[None]]
+) -> None:
+    async with open_wire(watched) as wire:
+        await wire.call("service.hello")
+        assert "Conversation alive" in await search(watched, found), "the control"
+        before = jobs_forgotten(watched)
+        await end(wire)
+        await until(lambda: jobs_forgotten(watched) > before)
+        for _ in range(3):  # and the task that logged it is over
+            await wire.call("service.hello")
+        left = await search(watched, found)
+    assert OF_A_JOB.isdisjoint(left), sorted(left)
+    assert "Execution alive" not in left

@@ -43,6 +43,10 @@ REPEATS_SECONDS = 120.0
 a client that lost its connection does so as soon as it has another."""
 
 
+def _tell_nobody() -> None:
+    pass
+
+
 class _Cause(Enum):
     """Who asked for an end."""
 
@@ -59,7 +63,7 @@ class Ending:
     _launcher: LauncherClient
     _grace_seconds: float
     """What a request that names no grace period gives."""
-    _told: Callable[[], None] = lambda: None
+    _told: Callable[[], None] = _tell_nobody
     """Called when the launcher was told of what was asked for, or could not be."""
     exited: bool = field(default=False, init=False)
     """Whether its end is known: what is asked for now is too late."""
@@ -185,9 +189,14 @@ class Ending:
         return None
 
     def close(self) -> None:
-        """The job has ended: whoever asks now asks in vain."""
+        """The job has ended: whoever asks now asks in vain.
+
+        The execution, which is told, refers to this object. So this object lets go of it: Python
+        collects cycles seldom, and until then all of an ended job would stay in memory.
+        """
         self._signals.close()
         self._wanted.close()
+        self._told = _tell_nobody
 
 
 def _has_ended(error: JobworkerError) -> bool:

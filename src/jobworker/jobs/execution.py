@@ -366,7 +366,10 @@ class Execution:
                 failure = error
             finally:
                 nursery.cancel_scope.cancel()
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback has this frame: together they would be a cycle
 
     async def _give_up_unwanted(self) -> None:
         await self._unwanted.wait()
@@ -490,6 +493,9 @@ class Execution:
     # --- the end ----------------------------------------------------------------------------
 
     async def _end_unstarted(self, error: JobworkerError) -> None:
+        # The frames of its traceback hold this execution and the values of secret variables: they
+        # would be a cycle, which Python collects seldom.
+        error.__traceback__ = error.__context__ = None
         self.start_error = error
         if isinstance(error, LauncherGone):
             end = self._advanced(Event.FAIL, reason=Reason.LOST, detail=str(error))

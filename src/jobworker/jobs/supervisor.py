@@ -148,6 +148,7 @@ class Supervisor:
                     execution = self._placed.popleft() if self._placed else self._pending.next()
                     self._pending.started(execution.record.owner)
                     nursery.start_soon(run, execution)
+                    del execution  # or this frame would keep the last job after its end
                 self._change = trio.Event()
                 await self._change.wait()
 

@@ -466,8 +466,9 @@ class Spool:
             self.close()
         elif not self._users:
             _close(self._files.let_go())
-            if self._when_closed is not None:
-                self._when_closed()
+            when_closed, self._when_closed = self._when_closed, None  # it may refer to this spool
+            if when_closed is not None:
+                when_closed()
 
 
 _closing = trio.lowlevel.RunVar[trio.CapacityLimiter]("closing")
