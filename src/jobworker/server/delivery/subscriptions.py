@@ -71,6 +71,8 @@ class Subscription:
     scope: trio.CancelScope = field(factory=trio.CancelScope)
     text: TextOutput = field(factory=TextOutput)
     running: bool = False
+    sending: bool = False
+    """Whether a message of it is on its way, which is sent whole whatever happens meanwhile."""
     _pace: int = LEAST_BYTES
 
     def grant(self, count: int) -> None:
@@ -216,19 +218,24 @@ class Subscriptions:
 
     def find(self, number: int) -> Subscription:
         """The open subscription of that number. Raises InvalidParams if there is none."""
-        try:
-            return self._open[number]
-        except KeyError:
+        found = self._open.get(number)
+        if found is None or found.scope.cancel_called:
             raise InvalidParams(
                 f"cannot find subscription {number}: it has ended or was never opened here"
-            ) from None
+            )
+        return found
 
     def cancel(self, number: int) -> None:
-        """End a subscription without a message to the client; does nothing if it has ended."""
+        """End a subscription without a message to the client; does nothing if it has ended.
+
+        While a message of the subscription is being sent, the subscription keeps its place.
+        Otherwise a client that reads next to nothing could have any number of messages in memory.
+        """
         subscription = self._open.get(number)
         if subscription is not None:
-            self._drop(number)
             subscription.scope.cancel()
+            if not subscription.sending:
+                self._drop(number)
             if not subscription.running:
                 subscription.follower.close()
 
@@ -262,7 +269,7 @@ class Subscriptions:
                     job=summary,
                     error=problem,
                 )
-                await send(encode_output_end(end, told))
+                await _send(subscription, send, encode_output_end(end, told))
         finally:
             subscription.follower.close()
             self._drop(number)
@@ -301,11 +308,11 @@ class Subscriptions:
                     frames, cost = await subscription.next_messages(min(room, share))
                     began = trio.current_time()
                     if frames:
-                        await send(frames)
+                        await _send(subscription, send, frames)
                     del frames  # else each subscription that waits would hold its last piece
                     subscription.keep_pace(cost, trio.current_time() - began)
             for message in subscription.text.flush(subscription.follower.offset):
-                await send(message)
+                await _send(subscription, send, message)
             subscription.follower.check_whole()
         except JobworkerError as error:
             return _told(error)
@@ -328,6 +335,15 @@ class Subscriptions:
         if subscription.until is None:
             return await subscription.follower.wait_for_more()
         return subscription.unfinished
+
+
+async def _send(subscription: Subscription, send: Send, message: str | Sequence[Frame]) -> None:
+    await trio.lowlevel.checkpoint_if_cancelled()  # a cancelled one may have no place any more
+    subscription.sending = True
+    try:
+        await send(message)
+    finally:
+        subscription.sending = False
 
 
 def _told(error: JobworkerError) -> Problem:
