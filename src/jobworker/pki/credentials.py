@@ -9,6 +9,7 @@ import os
 import re
 import ssl
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,7 @@ def check_authorities(ca: PemFile) -> None:
     what = "CA certificate"
     try:
         found = x509.load_pem_x509_certificates(ca.content)
+        _check_names(found)
         constraints = [
             (each, extension.value.ca)
             for each in found
@@ -185,6 +187,17 @@ def check_authorities(ca: PemFile) -> None:
             )
 
 
+def _check_names(found: "Sequence[x509.Certificate]") -> None:
+    """Raise ValueError if a name in a certificate cannot be read.
+
+    OpenSSL takes names that `cryptography` refuses only when they are asked for, such as an
+    IA5String that is not ASCII. Nothing after this check has to expect that.
+    """
+    for each in found:
+        each.subject.rfc4514_string()
+        each.issuer.rfc4514_string()
+
+
 def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
     """Check a server's chain, validity and purpose as its clients will (RFC 5280, strict).
 
@@ -202,6 +215,7 @@ def check_server_certificate(ca: PemFile, certificate: PemFile) -> None:
         for anchor in anchors:
             store.add_cert(crypto.X509.from_cryptography(anchor))
         leaf, *others = x509.load_pem_x509_certificates(certificate.content)
+        _check_names([leaf, *others])
         unusable = _server_use_fault(leaf)
     except ValueError as exc:
         both = f"it or {ca.path} is damaged ({exc})"

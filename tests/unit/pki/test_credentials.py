@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from attrs import define, evolve
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from jobworker import errors
 from jobworker.pki import tls
@@ -155,6 +156,25 @@ def test_damaged_pem_is_named(files: Files, side: str, which: str) -> None:
         fault = files.fault(side, path)
         assert "damaged" in fault
         assert "None" not in fault
+
+
+@pytest.mark.parametrize("side", ["server"])
+@pytest.mark.parametrize("tag", [0x12, 0x16], ids=["NumericString", "IA5String"])
+def test_ca_of_a_name_that_cannot_be_read_is_named(
+    files: Files, side: str, tag: int, tmp_path: Path
+) -> None:
+    """OpenSSL takes it; the service would meet the fault when it warns of expiry."""
+    init_authority(tmp_path / "other", [], now=NOW)
+    other = x509.load_pem_x509_certificate((tmp_path / "other" / "ca-cert.pem").read_bytes())
+    (attribute,) = other.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    name = str(attribute.value).encode()
+    as_utf8 = bytes([0x0C, len(name)]) + name
+    der = other.public_bytes(serialization.Encoding.DER)
+    assert as_utf8 in der
+    spoilt = der.replace(as_utf8, bytes([tag, len(name)]) + b"\xff" * len(name))
+    with files.ca.open("a") as file:
+        file.write(ssl.DER_cert_to_PEM_cert(spoilt))
+    assert "damaged" in files.fault(side, files.ca)
 
 
 @both_sides

@@ -25,7 +25,11 @@ from jobworker.server.access.auditor import Auditor
 from jobworker.server.access.connected_clients import ConnectedClients, TlsState
 from jobworker.server.reporting.logs import set_up_logging
 from jobworker.server.reporting.notify import Notifier
-from jobworker.server.startup.configuration_reader import NAME, ConfigurationReader
+from jobworker.server.startup.configuration_reader import (
+    NAME,
+    ConfigurationReader,
+    ConfigurationSnapshot,
+)
 from jobworker.server.startup.process_setup import take_deferred_hangup
 from jobworker.threads import in_thread
 
@@ -92,14 +96,21 @@ async def reload(context: ReloadContext, started_with: Settings) -> None:
         incident = context.incidents.record("reload")
         auditor.service("service.reload", "internal", f"incident {incident}")
     else:
-        settings = reading.settings
-        set_up_logging(settings.logging.level, settings.logging.format)
         auditor.service("service.reload")
-        log.info("reloaded: certificates, revocation list, roles and logging")
-        for key in _waiting_for_a_start(started_with, settings):
-            log.warning("%s has changed; it takes effect when the service is started anew", key)
-        warn_of_expiry(reading.files)
+        try:
+            await _report(reading, started_with)
+        except Exception:  # noqa: BLE001 - recorded
+            context.incidents.record("reload", "the report on a reload, which has taken effect")
     await notifier.notify(READY="1", STATUS=status)
+
+
+async def _report(reading: ConfigurationSnapshot, started_with: Settings) -> None:
+    settings = reading.settings
+    set_up_logging(settings.logging.level, settings.logging.format)
+    log.info("reloaded: certificates, revocation list, roles and logging")
+    for key in _waiting_for_a_start(started_with, settings):
+        log.warning("%s has changed; it takes effect when the service is started anew", key)
+    await warn_of_expiry(reading.files)
 
 
 def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
@@ -119,9 +130,12 @@ def _waiting_for_a_start(before: Settings, now: Settings) -> list[str]:
     return changed
 
 
-def warn_of_expiry(files: ServerFiles) -> None:
-    """Log a warning for each certificate or list that expires soon."""
-    for warning in expiry_warnings(files, datetime.now(UTC)):
+async def warn_of_expiry(files: ServerFiles) -> None:
+    """Log a warning for each certificate or list that expires soon.
+
+    A list may have a hundred thousand entries, so a thread reads it.
+    """
+    for warning in await in_thread(expiry_warnings, files, datetime.now(UTC)):
         log.warning("%s", warning)
 
 
@@ -149,6 +163,6 @@ async def warn_of_expiry_daily(reader: ConfigurationReader) -> None:
     while True:
         await trio.sleep(DAY_SECONDS)
         try:
-            warn_of_expiry((await reader.read()).files)
+            await warn_of_expiry((await reader.read()).files)
         except JobworkerError as error:
             log.warning("%s", error)
