@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import apsw
 import pytest
 import trio
 
+from ..services import open_embedded
 from .conftest import child_of, left_behind, until
 from .outside import open_launcher
 from .test_ends_over_restarts import end, has_written
@@ -332,3 +334,27 @@ async def test_stop_of_a_start_that_a_stopped_launcher_has_not_seen_is_kept(
         async with serving(directory) as service, open_wire(service) as wire:
             assert (await wire.call("job.wait", id=1))["state"] == "STOPPED"
     assert left_behind(directory) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+async def test_second_signal_does_not_cut_the_end_short(
+    open_directory: Callable[[], Path], number: signal.Signals
+) -> None:
+    """A second Ctrl-C, for example: what the service still has to record is recorded."""
+    directory = open_directory()
+    settings = {"worker": {"stop_grace": "2s"}}
+    async with open_embedded(directory, settings) as service:
+        async with open_wire(service) as wire:
+            script = "trap '' TERM; echo ready; while :; do sleep 1; done"
+            result = await wire.call("job.run", job={"command": ["sh", "-c", script]}, follow={})
+            await wire.notes(result["subscription"]).receive()
+            service.process.send_signal(number)
+            await until(lambda: f"ending: {number.name}" in service.log_text())
+            service.process.send_signal(number)
+            with trio.fail_after(END_SECONDS):
+                await service.process.wait()
+        assert service.process.returncode == 0
+        assert " INFO ended\n" in service.log_text()
+    with closing(apsw.Connection(str(directory / "state" / "service" / "history.db"))) as history:
+        (last,) = history.execute("SELECT action FROM audit ORDER BY id DESC LIMIT 1")
+    assert last == ("service.end",)

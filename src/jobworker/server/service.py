@@ -7,9 +7,10 @@
 At its start the service takes over the jobs that an earlier service has left, and then opens the
 port. On SIGTERM or SIGINT it ends: it stops accepting, and stops every job, whose followers see its
 end. If the launcher outlives the service, it may leave the jobs to the next service instead. Then
-it ends the connections. On SIGHUP it reads configuration and certificates again (`reload`). If the
-launcher is gone, no job can be started or stopped any more. Then the service ends too, with an
-error, and its supervisor (systemd) starts both anew.
+it ends the connections. A second signal does not cut the end short. On SIGHUP it reads
+configuration and certificates again (`reload`). If the launcher is gone, no job can be started or
+stopped any more. Then the service ends too, with an error, and its supervisor (systemd) starts both
+anew.
 """
 
 import logging
@@ -53,6 +54,7 @@ from jobworker.server.host.service_user import launcher_ids
 from jobworker.server.reporting.notify import ADDRESS_FIELD, Notifier
 from jobworker.server.requests.operations import OperationContext
 from jobworker.server.startup.preparation import Prepared
+from jobworker.server.startup.process_setup import ENDS, ignore_ends, keep_ends, kept_end
 from jobworker.server.startup.reload import (
     ReloadContext,
     report_reader_end,
@@ -191,7 +193,8 @@ async def _serve_until_signal(
     listener = _Listener(prepared, clients, context)
     settle()
     listen(prepared.listeners)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    keep_ends()  # those that the receiver leaves over at its end too, which it sends once more
+    with trio.open_signal_receiver(*ENDS) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve)
             nursery.start_soon(_watch, launcher, not prepared.settings.launcher.socket)
@@ -211,7 +214,8 @@ async def _serve_until_signal(
             )
             await nursery.start(serve_reloads, reloading, prepared.configured)
             await _announce(prepared)
-            log.info("ending: %s", signal.Signals(await anext(signals)).name)
+            first = kept_end() or signal.Signals(await anext(signals))
+            log.info("ending: %s", first.name)
             await prepared.notifier.notify(STOPPING="1")
             listener.stop_accepting()
             if _leaves_jobs(prepared.settings):
@@ -222,6 +226,7 @@ async def _serve_until_signal(
             with trio.move_on_after(FAREWELL_SECONDS):
                 await listener.idle.wait()
             nursery.cancel_scope.cancel()
+    ignore_ends()
     log.info("ended")
 
 

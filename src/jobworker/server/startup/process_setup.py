@@ -15,8 +15,15 @@ UMASK = 0o022
 """Other users may read files and pass directories; secret ones get a mode of their own."""
 
 
+ENDS = (signal.SIGTERM, signal.SIGINT)
+
+
 class _Hangup:
     came = False
+
+
+class _End:
+    came: signal.Signals | None = None
 
 
 def set_up_process() -> StandardError:
@@ -51,3 +58,28 @@ def ignore_hangups() -> None:
 
 def _keep_hangup(*_: object) -> None:
     _Hangup.came = True
+
+
+def keep_ends() -> None:
+    """Handle SIGTERM and SIGINT from now on: they do not end the process.
+
+    A process that ends in order must not be cut short by a second signal: a supervisor may send
+    another one, and so may a user with a second Ctrl-C.
+    """
+    for number in ENDS:
+        signal.signal(number, _keep_end)
+
+
+def kept_end() -> signal.Signals | None:
+    """The last SIGTERM or SIGINT since `keep_ends` that no other code has handled."""
+    return _End.came
+
+
+def ignore_ends() -> None:
+    """Ignore SIGTERM and SIGINT from now on, as `ignore_hangups` does with SIGHUP."""
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _keep_end(number: int, _: object) -> None:
+    _End.came = signal.Signals(number)
