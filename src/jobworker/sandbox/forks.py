@@ -20,6 +20,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jobworker.errors import ProtocolError
@@ -133,7 +134,9 @@ class ForkServer:
                 self._waiting.popleft()
                 code = error.errno if isinstance(error, OSError) else None
                 failed = _failure(code or errno.EMSGSIZE, str(error))
-                self._event_loop.call_with_retries(_Told(call.done, failed, []))
+                # Later, since the caller is still in `call` and has recorded nothing of it.
+                told = partial(self._event_loop.call_with_retries, _Told(call.done, failed, []))
+                self._event_loop.call_later(0, told)
                 continue
             self._sent.append(self._waiting.popleft())
             if not self._event_loop.is_scheduled(self._look):
