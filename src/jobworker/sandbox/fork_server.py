@@ -180,6 +180,10 @@ def _outcome_of(work: Work) -> Message:
         return work()
     except OSError as error:
         return failure(error)
+    except Exception:  # noqa: BLE001 - recorded; the process ends with it
+        incident = os.urandom(4).hex()
+        log_exception(f"incident {incident}: a chore")
+        return {"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"}
 
 
 def _put_in_place(passed: Sequence[int], numbers: Sequence[int]) -> None:
