@@ -80,8 +80,11 @@ def fork_server_of(launcher: int) -> int:
 def named_child_of(pid: int, name: str) -> int:
     """The first child of a process that has this name."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    named = [child for child in children if Path(f"/proc/{child}/comm").read_text().strip() == name]
-    return int(named[0])
+    for child in children:
+        with suppress(OSError):  # it has just been reaped
+            if Path(f"/proc/{child}/comm").read_text().strip() == name:
+                return int(child)
+    raise LookupError(f"{pid} has no child {name}")
 
 
 def disks_in(directory: Path) -> list[str]:
