@@ -74,9 +74,17 @@ def child_of(pid: int) -> int:
 
 def fork_server_of(launcher: int) -> int:
     """The process that makes a launcher's processes: its first child, while that lives."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    named = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == NAME]
-    return int(named[0])
+    return named_child_of(launcher, NAME)
+
+
+def named_child_of(pid: int, name: str) -> int:
+    """The first child of a process that has this name."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for child in children:
+        with suppress(OSError):  # it has just been reaped
+            if Path(f"/proc/{child}/comm").read_text().strip() == name:
+                return int(child)
+    raise LookupError(f"{pid} has no child {name}")
 
 
 def disks_in(directory: Path) -> list[str]:

@@ -200,7 +200,7 @@ async def test_volume_that_is_never_made_does_not_hold_the_end(
     with open_launcher(directory) as guard:
         launcher = child_of(guard.pid)
         async with serving(directory) as service, open_wire(service) as wire:
-            await until(lambda: len(children(launcher)) == 3)  # two spares, and the fork server
+            await until(lambda: len(children(launcher)) == 4)  # two of them spares
 
             async def make(name: str, done: trio.Event) -> None:
                 with suppress(trio.EndOfChannel):

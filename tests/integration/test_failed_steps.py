@@ -75,7 +75,8 @@ def settled(service: Service, wanted: dict[str, object] | None = None) -> dict[s
     while True:
         service.ask("volume.list", 1)  # a turn of the launcher's loop
         now = standing(service)
-        same = same + 1 if now == last and now["children"] == 1 else 0  # the fork server is left
+        # Two are left: the fork server, and the process that sets host names.
+        same = same + 1 if now == last and now["children"] == 2 else 0
         last = now
         if now == wanted or time.monotonic() > deadline or (wanted is None and same == 10):
             return now

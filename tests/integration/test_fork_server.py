@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from jobworker.sandbox import channel
+from jobworker.sandbox.launcher import host_names
 from jobworker.sandbox.protocol.policy import LauncherPolicy
 from jobworker.sandbox.service.launch import start_launcher
 
-from .conftest import child_of, fork_server_of
+from .conftest import child_of, fork_server_of, named_child_of
 from .test_launcher import Service, make_policy, service
 
 __all__ = ["make_policy", "service"]
@@ -56,6 +57,42 @@ def wait_for_a_spare(service: Service) -> None:
             return
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_launcher_goes_on_while_no_host_name_can_be_set(service: Service) -> None:
+    """uname(2) of any job may hold the kernel's lock that this waits for; only starts wait too."""
+    assert "ok" in service.spawn(1, "sleep", "600")[0]
+    launcher = child_of(service.process.pid)
+    with stopped(named_child_of(launcher, host_names.NAME)):
+        wait_for_a_spare(service)
+        send(service, 1002, "spawn", job=2, **{**service.fields("hostname"), "hostname": "late"})
+        send(service, 1003, "spawn", job=3, **service.fields("sleep", "600"))
+        assert "ok" in service.ask("usage", 1)[0]
+        assert service.ask("give_up", 3)[0]["ok"] == {"given_up": True}
+        assert "error" in service.reply_to(1003)[0], "it is cleared away before its name is set"
+        assert "ok" in service.ask("kill", 1)[0]
+        assert service.exit_of(1)["signal"] == signal.SIGKILL
+        assert service.ask("remove", 1)[0]["ok"] == {}
+    reply, (stdout, stderr) = service.reply_to(1002)
+    assert "ok" in reply
+    assert service.exit_of(2)["code"] == 0
+    assert os.read(stdout, 100) == b"late\n"
+    channel.close_all([stdout, stderr])
+    assert "ok" in service.spawn(4, "true")[0]
+
+
+def test_host_names_are_set_by_the_next_process_if_one_ends(service: Service) -> None:
+    named = named_child_of(child_of(service.process.pid), host_names.NAME)
+    os.kill(named, signal.SIGSTOP)
+    wait_for_a_spare(service)
+    send(service, 1001, "spawn", job=1, **{**service.fields("hostname"), "hostname": "kept"})
+    assert "ok" in service.ask("list", 0, after=0)[0]
+    os.kill(named, signal.SIGKILL)
+    reply, (stdout, stderr) = service.reply_to(1001)
+    assert "ok" in reply
+    assert service.exit_of(1)["code"] == 0
+    assert os.read(stdout, 100) == b"kept\n"
+    channel.close_all([stdout, stderr])
 
 
 def test_launcher_goes_on_while_nothing_can_be_made_or_removed(service: Service) -> None:

@@ -29,7 +29,7 @@ from .test_launcher import Message, Service, make_policy  # noqa: F401 - a fixtu
 BEGINS_LATE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import os, time
-from jobworker.sandbox.launcher import child_maker, jobs as launcher_jobs
+from jobworker.sandbox.launcher import child_maker, host_names, jobs as launcher_jobs
 from jobworker.sandbox.start import trampoline
 from jobworker.sandbox.launcher.child import Child
 ending = []
@@ -62,6 +62,7 @@ def undo(jobs, undo=launcher_jobs.Jobs.undo_starts):
             begin(child)
     ending.append(jobs)
     undo(jobs)
+host_names.HostNames.set = lambda names, pidfd, name, done: done({})  # the order is there at once
 if "MOMENT" == "never":
     child_maker.become_job = lambda *_: time.sleep(600)
 Child.send, Child.hear = send, hear

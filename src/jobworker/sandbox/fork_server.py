@@ -62,16 +62,16 @@ def pack_call(name: str, arguments: Sequence[object]) -> bytes:
 
 
 def start(
-    functions: Mapping[str, Function], kept: Sequence[int], sock: socket.socket
+    name: str, functions: Mapping[str, Function], kept: Sequence[int], sock: socket.socket
 ) -> tuple[int, int]:
     """Clone the fork server, which answers calls on `sock`. Returns its pid and pidfd.
 
-    It keeps `sock` and the descriptors in `kept`, and closes all others of the launcher. Raises
-    OSError.
+    `name` is what ps(1) shows. It keeps `sock` and the descriptors in `kept`, and closes all others
+    of the launcher. Raises OSError.
     """
     pid, pidfd = sc.clone3(0)
     if pid == 0:
-        _serve(sock, {**functions, "run": _run}, kept)
+        _serve(name, sock, {**functions, "run": _run}, kept)
     return pid, pidfd
 
 
@@ -97,10 +97,12 @@ def close_all_but(kept: Sequence[int]) -> None:
     sc.close_range(first)
 
 
-def _serve(sock: socket.socket, functions: Mapping[str, Function], kept: Sequence[int]) -> NoReturn:
+def _serve(
+    name: str, sock: socket.socket, functions: Mapping[str, Function], kept: Sequence[int]
+) -> NoReturn:
     try:
-        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
-            name.write(NAME)
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+            comm.write(name)
         signal.set_wakeup_fd(-1)
         for number in _PASSED_OVER:  # it ends when the launcher does; execve(2) undoes this
             signal.signal(number, lambda *_: None)
@@ -117,7 +119,7 @@ def _serve(sock: socket.socket, functions: Mapping[str, Function], kept: Sequenc
             channel.send(sock, answer, descriptors)
             close_all(descriptors)
     except BaseException:  # noqa: BLE001 - recorded; no code of the launcher may go on in here
-        log_exception("the fork server has ended")
+        log_exception(f"the {name} has ended")
     finally:
         os._exit(0)
 
@@ -178,6 +180,10 @@ def _outcome_of(work: Work) -> Message:
         return work()
     except OSError as error:
         return failure(error)
+    except Exception:  # noqa: BLE001 - recorded; the process ends with it
+        incident = os.urandom(4).hex()
+        log_exception(f"incident {incident}: a chore")
+        return {"errno": errno.EPROTO, "detail": f"an unexpected fault, incident {incident}"}
 
 
 def _put_in_place(passed: Sequence[int], numbers: Sequence[int]) -> None:

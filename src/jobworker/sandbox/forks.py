@@ -20,6 +20,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jobworker.errors import ProtocolError
@@ -61,12 +62,20 @@ class ForkServer:
 
     `functions` and `kept` are as for `fork_server.start`. The launcher never closes the descriptors
     in `kept`, since a later fork server needs them too. Raises OSError.
+
+    One with another `name` makes no processes: `launcher.host_names`. So it leaves no strays, and
+    must not take for strays what the fork server is about to answer.
     """
 
     def __init__(
-        self, event_loop: EventLoop, functions: Mapping[str, Function], kept: Sequence[int] = ()
+        self,
+        event_loop: EventLoop,
+        functions: Mapping[str, Function],
+        kept: Sequence[int] = (),
+        name: str = fork_server.NAME,
     ) -> None:
         self._event_loop, self._functions, self._kept = event_loop, functions, kept
+        self._name = name
         self._waiting: deque[_Call] = deque()
         self._sent: deque[_Call] = deque()
         self._sock: socket.socket | None = None
@@ -133,7 +142,9 @@ class ForkServer:
                 self._waiting.popleft()
                 code = error.errno if isinstance(error, OSError) else None
                 failed = _failure(code or errno.EMSGSIZE, str(error))
-                self._event_loop.call_with_retries(_Told(call.done, failed, []))
+                # Later, since the caller is still in `call` and has recorded nothing of it.
+                told = partial(self._event_loop.call_with_retries, _Told(call.done, failed, []))
+                self._event_loop.call_later(0, told)
                 continue
             self._sent.append(self._waiting.popleft())
             if not self._event_loop.is_scheduled(self._look):
@@ -192,7 +203,7 @@ class ForkServer:
         near.setblocking(False)
         try:
             with far:
-                _, pidfd = fork_server.start(self._functions, self._kept, far)
+                _, pidfd = fork_server.start(self._name, self._functions, self._kept, far)
         except OSError:
             near.close()
             raise
@@ -234,7 +245,8 @@ class ForkServer:
             self._event_loop.unwatch(sock.fileno())
             self._sock = None
             sock.close()
-        self._end_strays()
+        if self._name == fork_server.NAME:
+            self._end_strays()
         self._ask_anew()
         self._start_again()
 

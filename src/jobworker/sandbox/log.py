@@ -61,6 +61,30 @@ def log_line(text: str, level: str = "WARNING") -> None:
     _write(f"{moment}.{int(now * 1000) % 1000:03d}Z {level} launcher: {text}")
 
 
+class BoundedLog:
+    """Logs lines that another process can cause at any rate: at most `MOST_LINES` in a period.
+
+    The first line of a later period has the number of lines that were left out.
+    """
+
+    MOST_LINES, PERIOD_SECONDS = 20, 60.0
+
+    def __init__(self) -> None:
+        self._began, self._lines = -self.PERIOD_SECONDS, 0
+
+    def line(self, text: str, level: str = "WARNING") -> None:
+        """Log a line, or leave it out. Raises nothing."""
+        now = time.monotonic()
+        left_out = max(0, self._lines - self.MOST_LINES)
+        if now - self._began >= self.PERIOD_SECONDS:
+            self._began, self._lines = now, 0
+            if left_out:
+                text = f"{text} ({left_out} lines like it were left out)"
+        self._lines += 1
+        if self._lines <= self.MOST_LINES:
+            log_line(text, level)
+
+
 def log_last_words(text: str) -> None:
     """Log why the program exits, in the format of `worker`'s error messages. Raises nothing."""
     _write(f"worker: {text}")

@@ -32,6 +32,10 @@ def read_from(descriptor: int) -> Message:
     return {"read": len(os.read(descriptor, 1))}
 
 
+def meet_a_fault() -> Message:
+    raise ValueError("unforeseen")
+
+
 def done() -> Message:
     return {"done": True}
 
@@ -64,6 +68,19 @@ def test_chore_that_cannot_be_watched_is_told_of_when_it_is_done(
     made.start(done, outcomes.append)
     while len(outcomes) < 2:
         event_loop.run_once()
+
+
+def test_unexpected_fault_of_a_chore_is_logged(
+    capfd: pytest.CaptureFixture[str], event_loop: EventLoop
+) -> None:
+    outcomes = list[Message]()
+    forks = ForkServer(event_loop, {})  # it has this test's standard error
+    Chores(event_loop, forks, at_once=1, waiting=0).start(meet_a_fault, outcomes.append)
+    while not outcomes:
+        event_loop.run_once()
+    forks.close()
+    assert outcomes[0]["errno"] == errno.EPROTO
+    assert "ValueError: unforeseen" in capfd.readouterr().err
 
 
 def test_process_that_a_tracer_has_is_not_waited_for(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jobworker
+from jobworker.sandbox.log import BoundedLog
 
 SOURCE = str(Path(jobworker.__file__).resolve().parent.parent)
 MANY = (
@@ -113,3 +114,17 @@ def test_other_writer_that_takes_the_room_holds_nothing_up() -> None:
             assert process.communicate(b"", timeout=20)[0] == b"went on\n"
         finally:
             os.close(read)  # which wakes one that waits
+
+
+def test_lines_that_another_process_causes_are_bounded_and_counted(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    bounded, most = BoundedLog(), BoundedLog.MOST_LINES
+    for number in range(10 * most):
+        bounded.line(f"line {number}")
+    assert capfd.readouterr().err.count("\n") == most
+    bounded.PERIOD_SECONDS = 0
+    bounded.line("later")
+    assert f"later ({9 * most} lines like it were left out)" in capfd.readouterr().err
+    bounded.line("last")
+    assert capfd.readouterr().err.endswith("last\n")

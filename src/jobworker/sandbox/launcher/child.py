@@ -9,12 +9,12 @@ Standard library only.
 
 import errno
 import os
+import select
 import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
 from jobworker.sandbox import channel
-from jobworker.sandbox import syscalls as sc
 from jobworker.sandbox.cgroup.accounting import Want
 from jobworker.sandbox.cgroup.hierarchy import JobScope, ScopeUsage
 from jobworker.sandbox.channel import Message, close_all
@@ -169,6 +169,12 @@ class Child:
         """Whether it has a process that has not ended."""
         return self.pidfd >= 0 and self.exit is None
 
+    def has_ended(self) -> bool:
+        """Whether its process has ended, even if the event loop has not taken its end yet."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def usage(self) -> ScopeUsage:
         """What the job has used. Raises OSError if the counters cannot be read."""
         if self.final_usage is not None:
@@ -193,23 +199,6 @@ class Child:
             return "limit" if self.scope.is_over_limit() else "host"
         except OSError:
             return ""
-
-
-def name_host(child: Child, name: str) -> None:
-    """Set the host name that a child sees: uts_namespaces(7). The child has no right to do so.
-
-    The launcher enters the child's UTS namespace for the call and returns to its own, also if the
-    call fails. Raises OSError.
-    """
-    own = os.open("/proc/self/ns/uts", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        sc.setns(child.pidfd, sc.CLONE_NEWUTS)
-        try:
-            socket.sethostname(name)
-        finally:
-            sc.setns(own, sc.CLONE_NEWUTS)
-    finally:
-        os.close(own)
 
 
 def status_of(child: Child) -> ChildExit | None:

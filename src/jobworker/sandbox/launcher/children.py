@@ -29,6 +29,7 @@ from jobworker.sandbox.event_loop import EventLoop
 from jobworker.sandbox.forks import DIED, TRIES, ForkServer
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.child_maker import ChildMaker, ChildRequest, descriptors_of
+from jobworker.sandbox.launcher.host_names import HostNames
 from jobworker.sandbox.launcher.scopes import Scopes
 from jobworker.sandbox.launcher.sweepers import MAX_KEPT_DISKS, Sweepers
 from jobworker.sandbox.launcher.terminals import terminals_each
@@ -74,6 +75,7 @@ class ChildPool:
         self.event_loop = EventLoop()
         try:
             self.forks = ForkServer(self.event_loop, maker.functions, maker.descriptors)
+            self.host_names = HostNames(self.event_loop)
         except OSError as error:
             raise HostUnsupported(
                 f"cannot make the launcher's fork server: {error}",

@@ -42,7 +42,6 @@ from jobworker.sandbox.launcher.child import (
     Child,
     ChildExit,
     PendingStart,
-    name_host,
     status_of,
 )
 from jobworker.sandbox.launcher.children import ChildPool
@@ -91,6 +90,8 @@ LOOK_AGAIN_SECONDS = 0.1
 """The pause before the launcher checks again for an end that it cannot watch or read yet."""
 TOGETHER_SECONDS = 0.1
 """If a whole control group is killed, a job and its gateway end at most this far apart."""
+_ENDED = (ProcessLookupError, BrokenPipeError, ConnectionResetError)
+"""The errors of a call for a child that has just ended."""
 UNSTARTED_KEPT = 1000
 """How many starts the launcher remembers: their ids fit in one packet with a page of jobs."""
 
@@ -334,9 +335,12 @@ class Jobs:
             if spare.root is not None and disk_images.lost_writes(spare.root):
                 self.kill(spare)
                 continue
+            if spare.has_ended():
+                log_line("a spare is lost: it has ended while it waited")
+                continue
             try:
                 self._order(spare, start)
-            except OSError as error:  # the spare has died while it waited
+            except OSError as error:
                 log_line(f"a spare is lost: {error}")
             else:
                 self._become(spare, start)
@@ -358,7 +362,7 @@ class Jobs:
         return self._pool.plan(request.order, request.limits)
 
     def _order(self, child: Child, start: PendingStart) -> None:
-        """Send a child its order, after its limits and its host name are set.
+        """Set a child's limits and have its host name set; `_on_named` then sends it its order.
 
         If that fails, the child is killed, then cleared like any other, and the error is raised.
         """
@@ -366,11 +370,29 @@ class Jobs:
         try:
             child.scope.arm(room_beside(request.limits, request.order))
             self._usual_limits = request.limits
-            name_host(child, request.order.hostname)
-            child.send(start.errand)
+            done = partial(self._on_named, child, start)
+            self._pool.host_names.set(child.pidfd, request.order.hostname, done)
         except Exception:
             self.kill(child)
             raise
+
+    def _on_named(self, child: Child, start: PendingStart, outcome: channel.Message) -> None:
+        """Send a child its order, unless it was killed or has ended while its name was set.
+
+        It may also end now. Then its own message, read at its end, has the reason.
+        """
+        if child.doomed:
+            return
+        try:
+            if "errno" in outcome:
+                code = outcome["errno"]
+                assert isinstance(code, int)
+                raise OSError(code, f"cannot set the host name: {os.strerror(code)}")
+            child.send(start.errand)
+        except OSError as error:
+            if not isinstance(error, _ENDED):
+                child.failure = child.failure or problem(SPAWN.step, error)
+            self.kill(child)
 
     def _become(self, child: Child, start: PendingStart) -> None:
         """Record which job a child is to become, and the request that its start answers."""
@@ -415,14 +437,9 @@ class Jobs:
             self._event_loop.call_later(0, self._refill)
 
     def _order_new(self, child: Child, start: PendingStart) -> None:
-        """Send the order to a child that was made for this start.
-
-        The child may have failed already. Then its own message, read at its end, has the reason.
-        """
+        """Give the order to a child that was made for this start."""
         try:
             self._order(child, start)
-        except (ProcessLookupError, BrokenPipeError, ConnectionResetError):
-            pass
         except (OSError, JobworkerError) as error:
             child.failure = child.failure or problem(SPAWN.step, error)
         except Exception:  # noqa: BLE001 - recorded; without a reply the service waits for ever

@@ -18,7 +18,7 @@ from jobworker.errors import Busy, JobworkerError, PermissionDenied
 from jobworker.sandbox import channel
 from jobworker.sandbox.disposal import Disposal
 from jobworker.sandbox.event_loop import EventLoop
-from jobworker.sandbox.log import log_line
+from jobworker.sandbox.log import BoundedLog
 from jobworker.sandbox.protocol.greeting import NotReady, message_of
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -42,6 +42,7 @@ class LauncherListener:
         self._listener, self._event_loop, self._disposal = listener, event_loop, disposal
         self._allowed_uids, self._occupied, self._admit = allowed_uids, occupied, admit
         self._about_to_be_free = about_to_be_free
+        self._refusals = BoundedLog()
         listener.setblocking(False)
         event_loop.watch(listener.fileno(), self._on_caller)
 
@@ -54,14 +55,14 @@ class LauncherListener:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            log_line(f"cannot accept a service's connection: {error}")
+            self._refusals.line(f"cannot accept a service's connection: {error}")
             self._pause()
             return
         caller.setblocking(False)
         try:
             self._check(caller)
         except JobworkerError as error:
-            log_line(error.message)
+            self._refusals.line(error.message)
             word = NotReady(error.code, error.message, error.remedy)
             with contextlib.suppress(OSError):
                 channel.send(caller, message_of(word))

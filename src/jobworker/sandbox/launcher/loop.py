@@ -35,7 +35,7 @@ from jobworker.sandbox.launcher.listener import LauncherListener
 from jobworker.sandbox.launcher.reports import fault, job_entry, problem
 from jobworker.sandbox.launcher.service_connection import ServiceConnection
 from jobworker.sandbox.launcher.signals import deliver, keep_end_request
-from jobworker.sandbox.log import log_line
+from jobworker.sandbox.log import BoundedLog, log_line
 from jobworker.sandbox.protocol import operations as ops
 from jobworker.sandbox.protocol import replies, requests
 from jobworker.sandbox.protocol.version import PROTOCOL, mismatch
@@ -73,6 +73,8 @@ class Launcher:
         self._greeted = False
         """Whether the service has sent its version, and the launcher accepts it."""
         self._listener: LauncherListener | None = None
+        self._visits = BoundedLog()
+        """The lines about services that come and go."""
         self._leave_by: float | None = None
 
     def serve_one(self, sock: socket.socket) -> None:
@@ -129,7 +131,7 @@ class Launcher:
         if self._listener is None:
             self._leave(reason)  # the descriptors stay open until the process exits
             return
-        log_line(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
+        self._visits.line(f"the service has gone{': ' if reason else ''}{reason}", "INFO")
         self._jobs.undo_starts()
         self._listener.accept_waiting()
         self._disposal.add(descriptors)
@@ -178,9 +180,9 @@ class Launcher:
         if why:
             self._refuse_version(number, why)
             return None
+        if self._listener is not None and not self._greeted:
+            self._visits.line("a service has come", "INFO")
         self._greeted = True
-        if self._listener is not None:
-            log_line("a service has come", "INFO")
         return replies.Done()
 
     def _refuse_version(self, number: int, why: str) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from jobworker import sd_notify
+from jobworker.descriptor_limit import settable_limits
 from jobworker.errors import HostUnsupported, JobworkerError
 from jobworker.sandbox import channel
 from jobworker.sandbox import syscalls as sc
@@ -52,10 +53,11 @@ from jobworker.sandbox.user_namespaces import Ids
 from jobworker.standard_streams import fill_standard_streams
 from jobworker.storage import MAX_VOLUMES
 
-DESCRIPTORS_PER_CHILD = 22
+DESCRIPTORS_PER_CHILD = 23
 """The most descriptors that a child takes: process, gateway, pipes, report, order, disk and image,
 root, socket, memory events, directories of its scope (seven on v1), replies, the image again after
-its end, and two for a process that inspects it and cannot be ended."""
+its end, two for a process that inspects it and cannot be ended, and the process again while its
+host name is set."""
 
 
 def _warm_up(tree: Tree) -> None:
@@ -77,15 +79,15 @@ def _raise_descriptor_limit(policy: LauncherPolicy) -> int:
     """
     needed = 64 + DESCRIPTORS_PER_CHILD * (policy.max_jobs + policy.spares)
     volumes = MAX_VOLUMES * policy.max_jobs
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    soft, hard = settable_limits()
+    if hard < needed:
         raise HostUnsupported(
             f"cannot run {policy.max_jobs} jobs at a time: that takes {needed} descriptors, "
             f"and {hard} may be open",
-            remedy="raise the limit (LimitNOFILE=, ulimit -n) or lower worker.max_concurrent_jobs",
+            remedy="raise the limit (LimitNOFILE=, ulimit -n, fs.nr_open) or lower "
+            "worker.max_concurrent_jobs",
         )
-    if hard != resource.RLIM_INFINITY:
-        volumes = min(volumes, hard - needed)
+    volumes = min(volumes, hard - needed)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed + volumes), hard))
     return volumes
 

@@ -101,7 +101,7 @@ def become_root() -> int:
         )
     try:
         # Some hosts allow the namespace but take all capabilities away: then this call fails. The
-        # launcher also needs a right over the UTS namespace that `child.name_host` returns to.
+        # launcher also needs a right over the UTS namespace that `host_names` returns to.
         sc.unshare(sc.CLONE_NEWUTS)
     except OSError as error:
         raise _forbidden(error) from error

@@ -30,8 +30,11 @@ class Scopes:
         """The scopes with a kill under way, and whether to kill once more after it."""
         self._removing: dict[str, Callable[[], None]] = {}
         """The scopes that are being removed, and the function to call when each is gone."""
-        self._busy: set[str] = set()
-        """The scopes whose removal was refused and is tried again."""
+        self._refused: set[str] = set()
+        """The scopes whose removal was refused before."""
+        self._busy: list[str] = []
+        """Those of them that wait for the next try. A scope that the fork server is asked to remove
+        is not among them: a slow fork server would get ever more calls otherwise."""
         self._pause = AGAIN_SECONDS
 
     @property
@@ -72,18 +75,20 @@ class Scopes:
         if "errno" in answer:
             self._try_later(name)
             return
-        self._busy.discard(name)
+        self._refused.discard(name)
         self._pause = AGAIN_SECONDS
         self._event_loop.call_with_retries(self._removing.pop(name))
 
     def _try_later(self, name: str) -> None:
-        if name not in self._busy:
-            self._busy.add(name)
+        if name not in self._refused:
+            self._refused.add(name)
             self._pause = AGAIN_SECONDS
+        self._busy.append(name)
         if not self._event_loop.is_scheduled(self._try_again):
             self._event_loop.call_later(self._pause, self._try_again)
 
     def _try_again(self) -> None:
         self._pause = min(2 * self._pause, SELDOM_SECONDS)
-        for name in list(self._busy):
+        names, self._busy = self._busy, []
+        for name in names:
             self._ask(name)

@@ -2,16 +2,14 @@
 
 import resource
 
-UNLIMITED = 1 << 20
-"""The number of descriptors to assume if there is no limit: Linux's default maximum for a process
-(fs.nr_open, proc(5))."""
+from jobworker.descriptor_limit import settable_limits
 
 
 def raise_descriptor_limit() -> int:
     """Raise the soft limit of open descriptors to the hard limit, and return that number."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    hard = descriptor_limit()
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return descriptor_limit()
+    return hard
 
 
 def lift_file_size_limit() -> str:
@@ -38,5 +36,4 @@ def lift_file_size_limit() -> str:
 
 def descriptor_limit() -> int:
     """How many descriptors this process, or a child of it, may open."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return hard if hard != resource.RLIM_INFINITY else UNLIMITED
+    return settable_limits()[1]

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import struct
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -46,3 +47,22 @@ def test_fdinfo_is_read_a_piece_at_a_time() -> None:
     os.close(file)
     assert max(seen) >= locks
     assert len([count for count in seen if 0 < count < locks]) >= 3, seen
+
+
+@pytest.mark.parametrize(
+    ("unknown", "reads"), [({}, False), ({"netlink": 1}, False), ({"00:01:7": 1}, True)]
+)
+def test_mappings_are_read_only_if_they_could_explain_locks(
+    monkeypatch: pytest.MonkeyPatch, unknown: dict[str, int], *, reads: bool
+) -> None:
+    """A process that forks holds the lock of its mappings, for seconds if it gets no processor."""
+    read = list[int]()
+
+    def record(threads: Iterable[int]) -> Iterator[str]:
+        read.extend(threads)
+        yield ""
+
+    monkeypatch.setattr(kernel_search, "_mapped_memory_files", record)
+    monkeypatch.setattr(kernel_search, "_threads_of", lambda _: [os.getpid()])
+    assert kernel_search.search(os.getpid(), unknown).is_all
+    assert bool(read) is reads

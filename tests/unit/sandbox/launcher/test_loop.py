@@ -19,6 +19,7 @@ from jobworker.sandbox.launcher import loop as launcher_loop
 from jobworker.sandbox.launcher.child import Child
 from jobworker.sandbox.launcher.children import ChildPool
 from jobworker.sandbox.launcher.loop import Launcher
+from jobworker.sandbox.log import BoundedLog
 from jobworker.sandbox.protocol.operations import ROWS
 from jobworker.sandbox.protocol.replies import Refusal
 from jobworker.sandbox.protocol.version import PROTOCOL
@@ -198,3 +199,34 @@ def test_starts_are_undone_also_where_what_the_service_left_cannot_be_closed(
         assert len(left) == 1
         assert jobs.undone == 1
         channel.close_all(left)
+
+
+def test_visits_of_services_fill_no_log(
+    event_loop: EventLoop,
+    forks: ForkServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    launcher, _ = make_launcher(monkeypatch, event_loop, forks)
+    kind = socket.SOCK_SEQPACKET
+    with socket.socket(socket.AF_UNIX, kind) as listener:
+        listener.bind(str(tmp_path / "launcher.sock"))
+        listener.listen()
+        launcher.serve_callers(listener, {os.getuid()})
+        for visit in range(BoundedLog.MOST_LINES):
+            with socket.socket(socket.AF_UNIX, kind) as service:
+                service.connect(listener.getsockname())
+                for _ in range(3):
+                    channel.send(service, {"id": 1, "op": "hello", "protocol": PROTOCOL})
+                while launcher._link is None or not launcher._greeted:
+                    event_loop.run_once()
+            while launcher._link is not None:
+                event_loop.run_once()
+            if not visit:
+                told = capfd.readouterr().err
+                assert told.count("a service has come") == 1, "it has said hello three times"
+                assert told.count("the service has gone") == 1
+        while launcher._disposal._chores.running:  # they close the connections
+            event_loop.run_once()
+    assert capfd.readouterr().err.count("service has") == BoundedLog.MOST_LINES - 2
