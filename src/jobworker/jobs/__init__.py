@@ -1,1 +1,1 @@
-"""Running jobs: supervision, output spool and history; knows nothing of the wire."""
+"""Running jobs: their supervision, their output and their history. Imports no wire protocol."""
