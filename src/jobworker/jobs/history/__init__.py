@@ -1,1 +1,1 @@
-"""Records that outlive the service: the history in SQLite, the audit, notes beside outputs."""
+"""Records that outlive the service: the history in SQLite, the audit log, notes beside outputs."""
