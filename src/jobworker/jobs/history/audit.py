@@ -1,8 +1,9 @@
-"""The audit log's rows: who did what, when, and what came of it; written once, never changed.
+"""The audit log's rows: which client did what, when, and with what outcome. Rows never change.
 
-Every row stands twice: in the history's table, which refuses change (`schema`), and as a line of
-JSON in audit.jsonl beside it, which other programs can follow and carry away. The lines are plain
-ASCII, whatever names hold: no name can forge a second line or move a terminal's cursor.
+Every row stands twice: in the history's table, which refuses changes (`history.schema`), and as a
+line of JSON in audit.jsonl beside the history, which other programs can follow and copy. The lines
+are plain ASCII, whatever characters a name contains. So no name can forge a second line or move a
+terminal's cursor.
 """
 
 import json
@@ -24,28 +25,28 @@ _BLOCK_BYTES = 4096
 
 @frozen(kw_only=True)
 class AuditRow:
-    """One thing that somebody did, or tried to."""
+    """One action of a client or of the service, or an attempt at one."""
 
     at: datetime
     name: str = ""
-    """The certificate's CN; "" where there was none."""
+    """The CN of the client's certificate; "" if there was none."""
     serial: str = ""
     role: str = ""
     peer: str = ""
-    """ADDRESS:PORT."""
+    """The client's ADDRESS:PORT."""
     action: str
-    """A method's name, or `connection.…` or `service.…`."""
+    """The name of a wire method, or a name that begins with `connection.` or `service.`."""
     job: int | None = None
     outcome: str
     """`ok`, or the name of an error."""
     detail: str = ""
 
     def values(self) -> tuple[str | int | None, ...]:
-        """As the table has them."""
+        """The values of the table's columns, in their order."""
         return (_moment(self.at), *map(_sound, attrs.astuple(self)[1:]))
 
     def line(self) -> str:
-        """As the file has it."""
+        """The line of the file: JSON in ASCII, with a line feed."""
         return json.dumps({**attrs.asdict(self), "at": _moment(self.at)}) + "\n"
 
 
@@ -57,7 +58,7 @@ _INSERT = (
 
 
 def _sound(value: str | int | None) -> str | int | None:
-    """A value that SQLite takes: a lone surrogate, which is no text, is written out."""
+    """A value that SQLite can store: lone surrogates, which are no text, become escapes."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     return value
@@ -73,11 +74,12 @@ def insert_rows(rows: Sequence[AuditRow], connection: apsw.Connection) -> None:
 
 
 def append_lines(path: Path, rows: Sequence[AuditRow]) -> None:
-    """Add lines to the file, which is made if it is missing. Raises OSError.
+    """Append a line for each row to the file, and make the file if it is missing. Raises OSError.
 
-    Only whole lines stay: where the disk takes a part of a line, that part is cut off again, and
-    so is one that a service left which was killed in that moment. The lines before it stay, and
-    the table has all. The file is opened each time: whoever rotates it need tell nobody.
+    Only whole lines stay. If the disk takes only a part of a line, this function cuts that part off
+    again. It also cuts off a part that a killed service left. The lines before it stay, and the
+    table has all rows. The file is opened each time, so a program that rotates it need not notify
+    the service.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
@@ -92,7 +94,7 @@ def append_lines(path: Path, rows: Sequence[AuditRow]) -> None:
 
 
 def _cut_half_line(fd: int) -> None:
-    """Cut the file after its last line feed, if anything follows that."""
+    """Truncate the file after its last line feed."""
     end = os.fstat(fd).st_size
     place = end
     while place:
@@ -114,9 +116,10 @@ def read_rows(
     job: int | None = None,
     limit: int,
 ) -> list[AuditRow]:
-    """The latest `limit` rows of a history, oldest first, also while a service writes to it.
+    """Return the latest `limit` rows that fit, oldest first. A service may be writing meanwhile.
 
-    Raises ConfigError.
+    `history`: the path of the database. `since`: rows of this time or later. `name`, `job`: only
+    rows of this client, of this job. Raises ConfigError if the table cannot be read.
     """
     wanted = [("at >= ?", _moment(since))] if since else []
     wanted += [] if name is None else [("name = ?", name)]
@@ -134,7 +137,7 @@ def read_rows(
     except apsw.Error as error:
         raise ConfigError(
             f"cannot read the audit log in {history}: {error}",
-            remedy="is it the configuration of the service that wrote it? it must have run once",
+            remedy="use the configuration of the service that wrote it; it must have run once",
         ) from None
 
 
