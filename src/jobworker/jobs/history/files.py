@@ -1,21 +1,24 @@
 """The history's write-ahead log and its index, kept with their blocks from one service to the next.
 
-A service that starts on a full disk cannot have new blocks, and where ext4 keeps a reserve for root
-(mkfs does, 5 %) an ordinary user cannot even have those that it has just given back. SQLite gives
-all of both files back: the log and the index (`-shm`) with the last connection, and what a killed
-process left of the index with the first one, which cuts that file before it makes it anew. So:
+A service that starts on a full disk gets no new blocks. If ext4 reserves blocks for root (mkfs
+does, 5 %), an ordinary user does not even get the blocks back that it has just freed. SQLite frees
+the blocks of both files: it deletes the log and the index (`-shm`) when the last connection closes,
+and the first connection truncates an index that a killed process left, before it makes a new one.
+So:
 
-- A clean stop leaves the log (SQLITE_FCNTL_PERSIST_WAL), but not what it says: a log that stayed
-  would be played into an older copy of the database that an administrator puts back. When all of it
-  is in the database, its header is overwritten by zeros, which SQLite takes for an empty log.
-- SQLite cuts the index unless it sees that another connection has it: a shared lock on byte 128.
-  While the first connection is made, this process holds such a lock of its own (an OFD lock counts
-  as another's, fcntl(2)), and has filled the index with zeros before, which is what SQLite would
-  do. The descriptor stays open as long as SQLite has the file: closing one drops all POSIX locks
-  that the process has on that file.
+- A clean stop keeps the log's file (SQLITE_FCNTL_PERSIST_WAL), but empties the log: otherwise
+  SQLite would apply it to an older copy of the database that an administrator puts back. Once the
+  database has all of the log, this module overwrites the log's header with zeros. SQLite takes such
+  a log for an empty one.
+- SQLite truncates the index unless another connection uses it, which shows by a shared lock on byte
+  128. While SQLite makes the first connection, this module holds such a lock: fcntl(2) counts an
+  OFD lock as another process's. Before that it fills the index with zeros, so SQLite finds the
+  same as after its own truncation. The descriptor stays open as long as SQLite uses the file:
+  closing any descriptor of a file drops all POSIX locks that the process has on it.
 
-Where that is not possible, such as beside another program that has the database open, SQLite does
-as it always does; a start then needs some blocks, and is refused by name if there are none.
+If this is not possible, for instance since another program has the database open, SQLite does what
+it always does. Then a start needs some blocks, and fails with an error that names the disk if there
+are none.
 """
 
 import fcntl
@@ -30,31 +33,36 @@ import apsw
 from attrs import define, field
 
 _HEADER_BYTES = 32
-"""Of a write-ahead log: https://www.sqlite.org/fileformat2.html#the_write_ahead_log."""
+"""The size of a log's header: https://www.sqlite.org/fileformat2.html#the_write_ahead_log."""
 _LOCK_BYTE = 128
-"""Of the index, locked (shared) by each process that has it: UNIX_SHM_DMS in SQLite's os_unix.c."""
+"""The byte of the index on which each process that uses it has a shared lock: UNIX_SHM_DMS in
+SQLite's os_unix.c."""
 _FLOCK = "hhqqi4x"
+"""struct flock of fcntl(2)."""
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @define(eq=False)
 class HistoryFiles:
-    """Log and index of the history at `path`, for its one service."""
+    """The log and the index of the history at `path`. One service at a time uses them."""
 
     _path: Path
     _index: int | None = field(default=None, init=False)
 
     @property
     def log(self) -> Path:
-        """The write-ahead log."""
+        """The path of the write-ahead log."""
         return self._path.with_name(f"{self._path.name}-wal")
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have SQLite take the index as it is: during the block the first connection is made."""
+        """Have SQLite keep the index's blocks. The caller makes the first connection in the block.
+
+        Raises nothing: where the index cannot be kept, SQLite truncates it.
+        """
         with suppress(OSError):
             self._index = self._open_index()
-            _lock(self._index, fcntl.F_WRLCK)  # or another process uses it
+            _lock(self._index, fcntl.F_WRLCK)  # raises if another process uses the index
             lock = fcntl.F_UNLCK
             try:
                 status = os.fstat(self._index)
@@ -70,9 +78,9 @@ class HistoryFiles:
                 _lock(self._index, fcntl.F_UNLCK)
 
     def close(self, connection: apsw.Connection) -> None:
-        """Close the writer, the last connection of this process, and keep the log without a word.
+        """Close the writer's connection, the last of this process. Keep the log's file, emptied.
 
-        Blocks for the disk; raises nothing.
+        Blocks for the disk. Raises nothing.
         """
         header = b""
         with suppress(apsw.Error, OSError):
@@ -88,26 +96,29 @@ class HistoryFiles:
                 self._empty_log(header)
 
     def leave(self, connection: apsw.Connection) -> None:
-        """Close a connection whose database is not to be used: file and log stay as they are.
+        """Close a connection to a database that cannot be used. File and log stay as they are.
 
-        SQLite would write the log into the file, and remove it. Raises nothing.
+        By itself SQLite would write the log into the file and delete the log. Raises nothing.
         """
         with suppress(apsw.Error):
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.close()
 
     def release(self) -> None:
-        """Let go of the index: once no connection of this process has it."""
+        """Close the index. Call it after the last connection of this process is closed."""
         if self._index is not None:
             os.close(self._index)
             self._index = None
 
     def log_is_empty(self) -> bool:
-        """Whether the log says nothing. Raises OSError."""
+        """Whether the log's header is all zeros, or has no bytes. Raises OSError."""
         return not any(self._header())
 
     def _empty_log(self, header: bytes) -> None:
-        """Take what the log says, unless another program uses it or has written to it since."""
+        """Overwrite the log's header with zeros. Raises OSError if another program uses the log.
+
+        Does nothing if the header is no longer `header`: then another program has written to it.
+        """
         index = self._open_index()
         try:
             _lock(index, fcntl.F_WRLCK)
@@ -133,5 +144,8 @@ class HistoryFiles:
 
 
 def _lock(file: int, kind: int) -> None:
-    """Lock the byte for this descriptor, or unlock it. Raises OSError where another has it."""
+    """Set or drop this descriptor's lock on the byte; `kind` is F_RDLCK, F_WRLCK or F_UNLCK.
+
+    An OFD lock (fcntl(2)). Raises OSError if another descriptor has a lock that conflicts.
+    """
     fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, _LOCK_BYTE, 1, 0))
