@@ -1,16 +1,15 @@
-"""The history: every job's record in SQLite, durable before anyone is told of it.
+"""The history: every job's record in SQLite, on the disk before the service tells a client of it.
 
-One connection writes, in a thread of its own (`history.writer`); a few others read
-(`history.readers`), so that no search delays a job's start or end. A row has a record's summary
-(`model.summary`), which is all that most questions need; what a summary leaves out has a table of
-its own, written once. Labels and names have an index (`history.search`).
+One connection writes, in a thread of its own (`history.writer`). A few others read
+(`history.readers`), so no search delays a job's start or end. A row holds the summary of a record
+(`model.summary`), which is enough for most queries. Another table holds the requests that a summary
+abridges; each is written once. Labels and names have an index (`history.search`).
 
-What must hold: an id is handed out once, also across crashes. The next id is kept by SQLite's
-AUTOINCREMENT bookkeeping and, should the history get lost, by `last_id`; and a record is committed
-before its id leaves the service. What becomes of records that an earlier service left unfinished,
-`jobs.takeover` says.
+What must hold: an id is given once, also across crashes. SQLite's AUTOINCREMENT keeps the last id,
+and `last_id` keeps it in case the history is lost. A record is committed before its id leaves the
+service. `jobs.takeover` handles the records that an earlier service left unfinished.
 
-SQLite comes from apsw: the one in Python's standard library may be old enough to have the
+SQLite comes from apsw. The SQLite of Python's standard library may be old enough to have the
 WAL-reset fault (fixed in 3.51.3).
 """
 
@@ -56,13 +55,14 @@ _WITHOUT = {
     "missing",
     "-shm": "move it away: it is made anew",
 }
-"""What to do where something else stands at the place of the history or of a file beside it."""
+"""The remedy if the history, or a file that SQLite keeps beside it, is no regular file; by the
+ending of its name."""
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO"}
 
 
 @define(eq=False)
 class History:
-    """All jobs ever, by id."""
+    """The records of all jobs, by id."""
 
     _writer: Writer
     _readers: Readers
@@ -72,18 +72,20 @@ class History:
     _spools: Path | None = None
     _reading: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
     _notes: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(1))
-    """Of notes that are written beside the history."""
+    """Admits one thread that writes a note outside of the writer's."""
     unfinished: tuple[JobRecord, ...] = ()
-    """Jobs that an earlier service left waiting or alive, as they were when this was opened, each
-    without the bulk of its request (`without_bulk`)."""
+    """Jobs that an earlier service left waiting or alive, as they were when the history was opened,
+    each without the bulk of its request (`without_bulk`)."""
     _never: set[JobId] = Factory(set)
-    """Ids of which something stands in the spool directory that is no job's."""
+    """Ids that are never given, since the spool directory has something of that name that belongs
+    to no job."""
 
     @classmethod
     def open(cls, path: Path, spools: Path | None = None) -> "History":
-        """Open or create the history at `path`; records are also noted beside output in `spools`.
+        """Open the history at `path`, or create it.
 
-        Raises ConfigError where the file cannot be used. Blocks: call before Trio runs.
+        `spools`: the directory of jobs' output, where each job's note stands too. Raises
+        ConfigError if the file cannot be used. Blocks: call it before Trio runs.
         """
         files = HistoryFiles(path)
         connection = None
@@ -96,15 +98,15 @@ class History:
                 undo.callback(files.leave, connection)
                 connection.set_busy_timeout(int(history_writer.BUSY_SECONDS * 1000))
                 with files.kept():
-                    connection.pragma("user_version")  # the first read takes log and index
+                    connection.pragma("user_version")  # the first read opens the log and the index
                 migrate(connection, path)
                 connection.pragma("journal_mode", "wal")
                 connection.pragma("synchronous", "full")
                 last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='jobs'").get
                 unfinished = queries.select_unfinished(connection)
                 room = ReservedSpace(path)
-                room.ensure(connection)  # the first thing that changes the file
-                connection.execute("BEGIN IMMEDIATE")  # or another program holds it locked
+                room.ensure(connection)  # nothing before this changes a file of today's version
+                connection.execute("BEGIN IMMEDIATE")  # raises if another program has locked it
                 connection.execute("ROLLBACK")
             except (apsw.CorruptError, apsw.NotADBError) as error:
                 raise damaged(path, str(error)) from error
@@ -129,8 +131,8 @@ class History:
         told = last_id.read()
         if told > int(last or 0):
             log.info(
-                "the history ends at job %d, and ids up to %d were given: to jobs that were "
-                "refused, if it is no older copy",
+                "the history ends at job %d, but ids up to %d were given: either those jobs were "
+                "refused, or the history is an older copy",
                 int(last or 0),
                 told,
             )
@@ -142,15 +144,15 @@ class History:
         return history
 
     def close(self) -> None:
-        """Write what waits and close the file; no call may be under way. Blocks."""
+        """Write the records that wait and close the file. No call may be under way. Blocks."""
         self._readers.close()
         self._writer.close()
         self._last_id.close()
 
     def take_id(self) -> JobId:
-        """The next id, never given before; it may be told once it was kept (`keep_id`).
+        """The next id, never given before. Call `keep_id` before a client gets it.
 
-        Raises InternalError where ids are used up.
+        Raises InternalError if no id is left: the highest is `MAX_JOB`.
         """
         taken = self.next_id
         if taken > MAX_JOB:
@@ -163,15 +165,18 @@ class History:
         return taken
 
     def keep_id(self, job: JobId) -> None:
-        """Keep that this id was given, should the history get lost. Blocks; from any thread."""
+        """Store that this id was given, in case the history is lost.
+
+        Blocks for the disk. May be called from any thread.
+        """
         self._last_id.write(job)
 
     def never_give(self, job: JobId) -> None:
-        """Give other ids than `job`, of which there is something that is no job's."""
+        """Never give the id `job`: the spool directory has something of that name."""
         self._never.add(job)
 
     def pass_over(self, job: JobId) -> None:
-        """Never give `job` or a lower id: somebody may have seen it."""
+        """Never give `job` or a lower id: an earlier service may have given it to a client."""
         self._next_id = max(self._next_id, job + 1)
         self._last_id.write(self._next_id - 1)
 
@@ -184,30 +189,30 @@ class History:
         return job
 
     async def put(self, record: JobRecord, *, is_new: bool = False) -> None:
-        """Store `record`, new or changed; returns once it is on the disk.
+        """Store a new or changed record. Returns once it is on the disk.
 
-        That of a job which is only just admitted (`is_new`) is refused where the disk has nothing
-        left but what is set aside for ends.
+        `is_new`: the job is only just being admitted. Such a record is refused if the disk has no
+        space left but the space that is reserved for the ends of jobs (`reserved_space`).
 
-        Not cancelled half-way: a record that was handed over is written, or refused. Raises
-        InternalError where the disk refuses, or another program has the lock; then the job's note
-        alone has it, whatever has refused it.
+        A cancellation does not interrupt a write that has begun. Raises InternalError if the disk
+        refuses, or if another program has locked the database; then only the job's note has the
+        record.
         """
         work = partial(queries.put, record, self._spools)
         try:
             await self._write(work, f"cannot record job {record.id} in the history", is_new=is_new)
         except InternalError:
-            await self.keep_note(record)  # `work`, which does that too, may never have been begun
+            await self.keep_note(record)  # `work` writes the note too, but may not have begun
             raise
 
     async def keep_note(self, record: JobRecord) -> None:
-        """Have the note of a job tell `record`, whatever the history does; raises nothing."""
+        """Write the present state of `record` to the job's note alone. Raises nothing."""
         if self._spools is not None:
-            with trio.CancelScope(shield=True):  # waits for the disk alone
+            with trio.CancelScope(shield=True):  # waits only for the disk
                 await in_thread(write_note, self._spools, record, limiter=self._notes)
 
     async def _write(self, work: Work, what: str, *, is_new: bool = False) -> None:
-        """Have the writer do `work`; raises InternalError that begins with `what`."""
+        """Have the writer execute `work`. Raises an InternalError that begins with `what`."""
         try:
             await self._writer.write(work, is_new=is_new)
         except apsw.BusyError as error:
@@ -221,43 +226,50 @@ class History:
             ) from error
 
     async def mark_output_removed(self, jobs: Collection[JobId], when: datetime) -> None:
-        """Note in the records of ended jobs that their output was removed, all at once.
+        """Record for these ended jobs when their output was removed, in one transaction.
 
-        Those that say so already, and jobs that there are not, stay as they are. Raises
-        InternalError where the disk refuses.
+        A record that has such a time already stays as it is. Jobs without a record are ignored.
+        Raises InternalError if the disk refuses.
         """
-        what = "cannot note in the history that output was removed"
+        what = "cannot record in the history that output was removed"
         await self._write(partial(queries.mark_output_removed, jobs, when), what)
 
     async def with_output(self) -> Mapping[JobId, str]:
-        """The ended jobs whose records do not say that their output was removed: their owners."""
+        """The ended jobs whose records do not say that their output was removed, with owners.
+
+        Raises InternalError, OutOfDescriptors.
+        """
         return await self._readers.search(queries.select_with_output)
 
     async def remove(self, job: JobId) -> None:
-        """Forget a job for good; its id is not given again. One that is not there is fine.
+        """Delete a job's record. Its id is not given again. A job without a record is ignored.
 
-        Raises InternalError where the disk refuses.
+        Raises InternalError if the disk refuses.
         """
         await self._write(partial(queries.delete, job), f"cannot remove job {job} from the history")
 
     async def mark_output_missing(self, job: JobId) -> None:
-        """Keep that a job which is to be removed had output that was not there to be removed.
+        """Store that the output of a job was missing when the service was about to remove the job.
 
-        A record that says that its output was removed, or none, leaves all as it is. Raises
-        InternalError where the disk refuses.
+        Nothing is stored if there is no record, or if the record says that the output was removed.
+        Raises InternalError if the disk refuses.
         """
         what = f"cannot remove job {job} from the history"
         await self._write(partial(queries.mark_output_missing, job), what)
 
     async def removed_without_output(self, jobs: Collection[JobId]) -> frozenset[JobId]:
-        """Those of `jobs` that were removed while their output was missing."""
+        """Those of `jobs` that were removed while their output was missing.
+
+        Raises InternalError, OutOfDescriptors.
+        """
         return await self._readers.search(partial(queries.select_removed, jobs))
 
     async def add_audit_rows(self, rows: Sequence[AuditRow]) -> None:
-        """Add rows to the audit log: its table, then its file.
+        """Add rows to the audit log: to its table, then to its file.
 
-        Raises InternalError where the table cannot take them; then neither has any. Rows that the
-        file alone cannot take are told to the log of the service: the table has them.
+        Raises InternalError if SQLite refuses; then neither has any of the rows. A row that cannot
+        be stored for another reason is lost, and the service's log shows it. If only the file
+        cannot take the rows, the service's log says so.
         """
         what = f"cannot write {len(rows)} rows to the audit log"
         try:
@@ -268,7 +280,7 @@ class History:
             if len(rows) > 1:
                 for row in rows:
                     await self.add_audit_rows([row])
-            else:  # another try would be vain
+            else:  # the fault is in the row, so another attempt would fail too
                 log.error("%s: its row is lost: %s", error, rows)
             return
         try:
@@ -277,29 +289,42 @@ class History:
             log.error("%d rows are in `worker audit` and not in %s: %s", len(rows), FILE, error)
 
     async def known(self, jobs: Collection[JobId]) -> frozenset[JobId]:
-        """Those of `jobs` that have a record."""
+        """Those of `jobs` that have a record. Raises InternalError, OutOfDescriptors."""
         return await self._readers.search(partial(queries.select_known, jobs))
 
     async def with_output_of(self, owner: str) -> frozenset[JobId]:
-        """The ids of one owner's jobs whose records do not say that their output was removed."""
+        """One owner's jobs, ended or not, whose records do not say that the output was removed.
+
+        Raises InternalError, OutOfDescriptors.
+        """
         return await self._readers.look_up(partial(queries.select_with_output_of, owner), owner)
 
     async def get(self, job: JobId) -> JobRecord | None:
-        """The record of one job, as it was put, or None."""
+        """The whole record of one job, as `put` stored it, or None.
+
+        Raises InternalError, OutOfDescriptors.
+        """
         return await self._readers.look_up(partial(queries.select_whole, job))
 
     async def summary(self, job: JobId, who: str = "") -> JobRecord | None:
-        """The summary of one job's record (`model.summary`), or None; `who` asks."""
+        """The summary of one job's record (`model.summary`), or None.
+
+        `who`: the name of the client that asks. Raises InternalError, OutOfDescriptors.
+        """
         return await self._readers.look_up(partial(queries.select_summary, job), who)
 
     async def spec(self, job: JobId, who: str = "") -> str | None:
-        """The JSON of the whole request of a job, where its summary is abridged; `who` asks."""
+        """The whole request of a job as JSON if its summary is abridged, else None.
+
+        `who`: the name of the client that asks. Raises InternalError, OutOfDescriptors.
+        """
         return await self._readers.look_up(partial(queries.select_spec, job), who)
 
     async def request(self, job: JobId) -> JobSpec | None:
-        """The whole request of a job whose summary is abridged, or None.
+        """The whole request of a job if its summary is abridged, else None.
 
-        That may take a thread a third of a second: one at a time, and no lookup waits for it.
+        Decoding it may take a thread a third of a second. One request is decoded at a time, in a
+        thread that no lookup waits for. Raises InternalError, OutOfDescriptors.
         """
         text = await self.spec(job)
         if text is None:
@@ -315,15 +340,16 @@ class History:
     async def page(self, wanted: Filter, limit: int, who: str = "") -> Page:
         """At most `limit` summaries that fit, newest first, as JSON; see `history.search`.
 
-        `who` asks: the searches of others take turns with theirs.
+        `who`: the name of the client that asks. Searches of different names take turns. Raises
+        InternalError, OutOfDescriptors.
         """
         return await self._readers.search(partial(find_page, wanted, limit), who)
 
 
 def _check_files(path: Path) -> None:
-    """Raise ConfigError where one of the history's files is none, or may not be written to.
+    """Raise ConfigError if one of the history's files is no regular file or is not writable.
 
-    SQLite itself would say the one by other words, and the other late.
+    SQLite would not name the cause of the first, and would notice the second only at a write.
     """
     for end, remedy in _WITHOUT.items():
         file = path.with_name(f"{path.name}{end}")
@@ -353,7 +379,7 @@ def _check_files(path: Path) -> None:
 
 
 def _keep_orphan(path: Path) -> None:
-    """Set aside a write-ahead log whose database is gone, which SQLite would remove."""
+    """Rename a write-ahead log whose database is gone: SQLite would delete it."""
     orphan = path.with_name(f"{path.name}-wal")
     with suppress(OSError):
         gone = not path.exists() or path.stat().st_size == 0
