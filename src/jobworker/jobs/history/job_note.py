@@ -1,16 +1,17 @@
-"""The note of a job beside its output: its record once more, with room set aside for its end.
+"""The note of a job: a copy of its record in a file beside its output, with room for its end.
 
-The history is the truth wherever it knows as much. There are two cases in which it does not. An
-administrator may lose it, or put an older copy back, while output and live jobs stay: a note says
-whose job it was, what it ran and how it ended, so that the next service can adopt it (`takeover`).
-And a full disk may refuse a record that clients were told of: the note takes it, since its room is
-taken when the job is admitted, or else the job is refused. So no restart changes what was told.
+The history counts wherever it knows as much as the note. There are two cases in which it knows
+less. First, an administrator may lose the history or put an older copy back, while output and live
+jobs stay. The note says whose job it was, what it ran and how it ended, so that the next service
+can adopt the job (`jobs.adoption`). Second, a full disk may refuse a record after the service has
+told clients of it. The note takes this record, since its room is allocated when the job is
+admitted; without that room the job is refused. So a restart never changes what clients were told.
 
-A note is a file of lines of JSON. The first line is the whole record; each further line has what
-changed since, without the request, which does not change. Zeros follow, up to the room that is set
-aside. Where that is used up and the disk gives no more, or lines are many, the last line takes the
-place of those before it, but the first. A line may be torn. Nothing calls fsync: after a power cut
-a note has what the file system has kept.
+A note is a file of lines of JSON. The first line is the whole record. Each further line has the
+fields that may change, that is all but the request. Zeros follow, up to the end of the reserved
+room. If the room is used up and the disk gives no more, or if there are many lines, a new line
+replaces all lines but the first. A line may be torn. The service does not call fsync(2) on a note:
+after a power cut a note has what the file system has kept.
 """
 
 import errno
@@ -35,19 +36,20 @@ _NO_SPEC_JSON = unstructure(_NO_SPEC)
 _BLOCK_BYTES = 4096
 _TAIL_BYTES = 4 * _BLOCK_BYTES
 _RESERVED_BYTES = 3072
-"""Room for what is still to be told: each line has some 600 bytes and MAX_DETAIL at the most."""
+"""Room for the lines that follow the first. A line has some 600 bytes, and up to `_MAX_DETAIL`
+characters of detail."""
 _MAX_DETAIL = 1024
 _REFUSED = b'{"refused":true}'
-"""The line of a job whose client was told that there is none."""
+"""The line that says that the service has refused the job, so its client knows of none."""
 _MANY_BYTES = 1 << 16
-"""Of lines behind the first: whoever asks for something again and again makes no note grow. A line
-takes a tenth of it at most."""
+"""The most bytes of lines after the first. So a client that changes a record again and again does
+not make the note grow. A line takes a tenth of it at most."""
 
 
 def make_note(spools: Path, record: JobRecord) -> None:
     """Make the note of a job that is being admitted, with room for its end.
 
-    Raises OutputError where the disk has no such room.
+    `spools` is the directory of all jobs' output. Raises OutputError if the disk has no such room.
     """
     spec = "".join(spec_pieces(record.spec, summarize(record)))
     line = f'{{"spec":{spec},{_changes(record)[1:]}\n'.encode(errors="surrogatepass")
@@ -61,16 +63,16 @@ def make_note(spools: Path, record: JobRecord) -> None:
 
 
 def write_note(spools: Path, record: JobRecord) -> None:
-    """Add what `record` says to the note of its job, if there is one; raises nothing.
+    """Add the present state of `record` to the note of its job. Raises nothing.
 
-    None is made: another thread may be removing this one with its output.
+    Does nothing if there is no note: another thread may just have removed it with the output.
     """
     with suppress(OSError):
         _add_to_note(spools, record.id, _changes(record).encode(errors="surrogatepass"))
 
 
 def note_refusal(spools: Path, job: JobId) -> None:
-    """Add to the note of a job that its client was told that there is none. Raises OutputError."""
+    """Add to the note of a job that the service has refused the job. Raises OutputError."""
     with disk_errors("write"):
         _add_to_note(spools, job, _REFUSED)
 
@@ -79,7 +81,7 @@ def _add_to_note(spools: Path, job: JobId, line: bytes) -> None:
     """Add a line, one thread at a time: two lines at a time would overwrite each other."""
     note = _open(spools, job, os.O_RDWR)
     try:
-        with suppress(OSError):  # where a file system has no such lock
+        with suppress(OSError):  # the file system may have no such lock
             fcntl.flock(note, fcntl.LOCK_EX)
         _add_line(note, line + b"\n")
     finally:
@@ -87,12 +89,12 @@ def _add_to_note(spools: Path, job: JobId, line: bytes) -> None:
 
 
 def _with_room(size: int) -> int:
-    """The size of a note that has `size` bytes of lines: whole blocks, with room for more."""
+    """The size in bytes of a note with `size` bytes of lines: whole blocks, with the reserve."""
     return -(-(size + _RESERVED_BYTES) // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _changes(record: JobRecord) -> str:
-    """What may change of a record, as one line of JSON."""
+    """The fields of a record that may change, as one line of JSON."""
     detail = record.detail[:_MAX_DETAIL]
     fields = unstructure(evolve(record, spec=_NO_SPEC, detail=detail))
     del fields["spec"], fields["abridged"]
@@ -103,7 +105,7 @@ def _open(spools: Path, job: JobId, flags: int) -> int:
     where, way = spools / str(job), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
     try:
         directory = os.open(where, way)
-    except FileNotFoundError:  # its output was removed: the note stays until the history knows
+    except FileNotFoundError:  # the output was removed; the note stays until the history knows it
         directory = os.open(mark_of(where), way)
     try:
         return open_regular(NOTE, flags | os.O_NOFOLLOW, dir_fd=directory)
@@ -115,7 +117,8 @@ def _add_line(note: int, line: bytes) -> None:
     size = os.fstat(note).st_size
     tail = os.pread(note, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
     end = size - len(tail) + len(tail.rstrip(b"\0"))
-    # A record that the history refuses is tried again and again: one line of it is enough.
+    # The service tries again and again to store a record that the history refuses. One line of it
+    # is enough.
     if os.pread(note, len(line), max(0, end - len(line))) == line:
         return
     first = _first_line_bytes(note) if end > _MANY_BYTES else 0
@@ -147,7 +150,7 @@ def _write_all(note: int, data: bytes, offset: int) -> None:
 
 
 def read_note(spools: Path, job: JobId) -> JobRecord | None:
-    """What the note of a job says last; None where there is none that can be read."""
+    """The record of a job by its note, with all changes; None without a readable note."""
     try:
         with open(_open(spools, job, os.O_RDONLY), "rb") as file:
             text = file.read(MAX_NOTE_BYTES).partition(b"\0")[0]
@@ -164,14 +167,15 @@ def read_note(spools: Path, job: JobId) -> JobRecord | None:
 
 
 def was_refused(spools: Path, job: JobId) -> bool:
-    """Whether the note of a job says that its client was told that there is none."""
+    """Whether the note of a job says that the service has refused the job."""
     return _REFUSED in _last_lines(spools, job)
 
 
 def read_news(spools: Path, record: JobRecord) -> JobRecord | None:
-    """What the note of a job says last that the history knows; None where it says nothing so far.
+    """The record of a job by the last whole line of its note; None if only the first line is there.
 
-    The request is that of `record`: the note has all of it, up to a megabyte, which is not read.
+    The request comes from `record`. The note has the whole request too, up to a megabyte, which
+    this function does not read.
     """
     found = None
     for line in reversed(_last_lines(spools, record.id)):
@@ -186,15 +190,16 @@ def read_news(spools: Path, record: JobRecord) -> JobRecord | None:
 
 
 def _with_cut(record: JobRecord, told: JobRecord) -> JobRecord:
-    """The record, with the cut that another line tells: none of them is ever undone.
+    """The record, with the cut of another line of the note: a cut is never undone.
 
-    A record that was on its way to the history when the cut came may stand behind it.
+    A line of a record that was on its way to the history at the time of the cut may follow the
+    line with the cut.
     """
     return evolve(record, output_cut=record.output_cut or told.output_cut)
 
 
 def _last_lines(spools: Path, job: JobId) -> list[bytes]:
-    """What a note says behind the request, or behind what is left of it; nothing without a note."""
+    """The lines after the first of a note, or of its last `_MANY_BYTES`; [] without a note."""
     try:
         note = _open(spools, job, os.O_RDONLY)
         try:
