@@ -1,8 +1,9 @@
-"""The last id that was given to a job, beside the history and for the case that it is gone.
+"""The last id that was given to a job, in a file beside the history in case the history is lost.
 
-The history knows the last id too, but an older copy of it, or a new one, knows less; and an id that
-was told to a client must never mean another job. The number is written in place, so that a full
-disk refuses nothing, and without fsync: after a power cut the history alone counts.
+The history keeps the last id too. But an older copy of it, or a new one, has a lower number, and an
+id that a client knows must never mean another job. The file is overwritten in place, so a full disk
+does not refuse the write. It is written without fsync(2): after a power cut only the history is
+sure.
 """
 
 import logging
@@ -23,7 +24,7 @@ _DIGITS = len(str(MAX_JOB))
 
 @define(eq=False)
 class LastId:
-    """A file with one number; without a file nothing is kept."""
+    """A file that holds one number. If the file cannot be opened, nothing is stored."""
 
     _path: Path
     _file: int | None
@@ -32,7 +33,7 @@ class LastId:
 
     @classmethod
     def open(cls, path: Path) -> "LastId":
-        """Open or make the file at `path`."""
+        """Open the file at `path`, or make it. Raises nothing: a failure goes to the log."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             return cls(path, open_regular(path, flags))
@@ -41,18 +42,21 @@ class LastId:
             return cls(path, None)
 
     def read(self) -> int:
-        """The number; 0 where there is none."""
+        """The number in the file; 0 if there is none that is an id."""
         if self._file is None:
             return 0
         with suppress(OSError, ValueError):
             number = int(os.pread(self._file, _DIGITS + 1, 0))
             if 0 <= number <= MAX_JOB:
                 return number
-            log.warning("%s holds %d, which is no job's id; it is not heeded", self._path, number)
+            log.warning("%s holds %d, which is no job's id; it is ignored", self._path, number)
         return 0
 
     def write(self, number: int) -> None:
-        """Keep this number, unless a higher one is kept. Blocks for the disk; from any thread."""
+        """Store this number, unless a higher one was stored. Raises nothing.
+
+        Blocks for the disk. May be called from any thread.
+        """
         with self._lock:
             if self._file is None or number <= self._kept:
                 return
@@ -61,7 +65,7 @@ class LastId:
                 os.pwrite(self._file, f"{number:0{_DIGITS}}\n".encode(), 0)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; later calls do nothing."""
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
