@@ -1,6 +1,8 @@
-"""What is written to the history of records, and read: each by one connection.
+"""The SQL of the history: each function executes the statements of one write or one query.
 
-Each function runs in a thread: in the writer's those that write, in a reader's the others.
+The functions that write run in the writer's thread, within its transaction. The others run in the
+thread of a reader. Both raise apsw.Error. Functions that decode a record raise InvalidParams or
+MalformedJSON if it is damaged.
 """
 
 import logging
@@ -23,13 +25,13 @@ from jobworker.serialization.json_text import dumps, loads
 log = logging.getLogger("jobworker.jobs")
 
 MAX_READ_BYTES = 2 * MAX_KEPT
-"""Of the JSON of a request that is read when the history is opened: a larger one is read when its
-job starts, or when somebody asks for it."""
+"""The longest request, as JSON, that is read when the history is opened. A longer one is read when
+its job starts or when a client asks for it."""
 MANY_UNFINISHED = 100
 
 
 def put(record: JobRecord, spools: Path | None, connection: apsw.Connection) -> None:
-    """Write a record, new or changed; `spools` is where its note stands too."""
+    """Write a new or changed record, and its note if `spools`, the output's directory, is given."""
     if spools is not None:
         write_note(spools, record)
     summary = summarize(record)
@@ -43,7 +45,7 @@ def put(record: JobRecord, spools: Path | None, connection: apsw.Connection) -> 
         "INSERT INTO jobs (id, state, owner, created_at, record) VALUES (?, ?, ?, ?, ?)",
         (record.id, record.state.value, record.owner, record.created_at.isoformat(), text),
     )
-    # What was asked for does not change, so it is written once.
+    # The request of a job never changes, so its labels and its JSON are written once.
     connection.executemany(
         "INSERT OR IGNORE INTO labels (name, value, job) VALUES (?, ?, ?)", _labels_of(record)
     )
@@ -102,14 +104,14 @@ def select_with_output(connection: apsw.Connection) -> dict[JobId, str]:
 
 
 def select_known(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
-    """Those of the jobs that the history has."""
+    """See `History.known`."""
     query = "SELECT id FROM jobs WHERE id IN (SELECT value FROM json_each(?))"
     rows = connection.execute(query, (dumps(list(jobs)),))
     return frozenset(JobId(int(str(row[0]))) for row in rows)
 
 
 def select_removed(jobs: Collection[JobId], connection: apsw.Connection) -> frozenset[JobId]:
-    """Those of the jobs that were removed while their output was missing."""
+    """See `History.removed_without_output`."""
     query = "SELECT job FROM removed WHERE job IN (SELECT value FROM json_each(?))"
     rows = connection.execute(query, (dumps(list(jobs)),))
     return frozenset(JobId(int(str(row[0]))) for row in rows)
@@ -126,26 +128,26 @@ def select_with_output_of(owner: str, connection: apsw.Connection) -> frozenset[
 
 
 def select_summary(job: JobId, connection: apsw.Connection) -> JobRecord | None:
-    """The summary of a job's record; None where there is none."""
+    """See `History.summary`."""
     text = connection.execute("SELECT record FROM jobs WHERE id = ?", (job,)).get
     return None if text is None else structure(JobRecord, loads(str(text)))
 
 
 def select_whole(job: JobId, connection: apsw.Connection) -> JobRecord | None:
-    """A job's record with all of its request; None where there is none."""
+    """See `History.get`."""
     query = "SELECT record, spec FROM jobs LEFT JOIN specs ON job = id WHERE id = ?"
     row = connection.execute(query, (job,)).fetchone()
     return None if row is None else _whole(*row)
 
 
 def select_spec(job: JobId, connection: apsw.Connection) -> str | None:
-    """The JSON of what a job's summary leaves out; None where it leaves out nothing."""
+    """See `History.spec`."""
     text = connection.execute("SELECT spec FROM specs WHERE job = ?", (job,)).get
     return None if text is None else str(text)
 
 
 def select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
-    """The records of the jobs that have not ended, as they are kept in memory."""
+    """The records of the jobs that have not ended, as `model.summary.without_bulk` returns them."""
     states = tuple(state.value for state in LIVE)
     marks = ", ".join("?" * len(states))
     count = connection.execute(
@@ -153,7 +155,7 @@ def select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
         states,
     ).get
     if int(str(count)) >= MANY_UNFINISHED:
-        log.info("reading %s jobs of the service before", count)
+        log.info("reading %s jobs of an earlier service", count)
     query = (
         "SELECT id, record, spec FROM jobs "  # noqa: S608
         "LEFT JOIN specs ON job = id AND octet_length(spec) <= ? "
@@ -166,10 +168,11 @@ def select_unfinished(connection: apsw.Connection) -> list[JobRecord]:
 def _without_bulk(
     connection: apsw.Connection, job: object, text: object, spec: object
 ) -> JobRecord:
-    """A record as it is kept in memory; `spec` is its request if that is small, else None.
+    """The record of a job without its request's bulk; `text` is the summary as JSON.
 
-    A thousand jobs may wait with a megabyte each, which takes minutes to decode: of a large
-    request only the labels are taken, where the summary has not all of them.
+    `spec` is the JSON of the whole request if that is small, else None. A thousand jobs may wait
+    with a request of a megabyte each, which would take minutes to decode. So of a large request
+    only the labels are decoded, and only if the summary does not have all of them.
     """
     record = _whole(text, spec)
     if "labels" in record.abridged:
