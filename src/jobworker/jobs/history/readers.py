@@ -1,14 +1,14 @@
 """The history's readers: connections that only read, each used by one thread at a time.
 
 In WAL mode a reader sees the last commit and waits for no writer, and no writer waits for a reader.
-So what clients ask never delays a job's start. The number of threads bounds what all questions
-together take of the host. Lookups of one record have threads of their own: searches, which read
-more, cannot keep them waiting. One search runs at a time, since Python runs one thread at a time
-anyway, and after each the next waits for as long as it took: a flood of searches takes half of a
-processor at most, and the event loop has the other half.
+So the queries of clients never delay a job's start. The number of threads bounds what all queries
+together take of the host. Lookups of one record have threads of their own, so they do not wait for
+searches, which read more. One search runs at a time, since Python runs one thread at a time anyway.
+After a search the next one waits for as long as the search took. So a flood of searches takes half
+of a processor at most, and leaves the other half to the event loop.
 
-SQLite's errors, and records that cannot be decoded, end here: callers get InternalError, or
-OutOfDescriptors where it is the process that is at its limit, and not the file that is damaged.
+This module maps the errors of SQLite and of records that cannot be decoded. Callers get
+OutOfDescriptors if the process has too many files open, else InternalError.
 """
 
 import errno
@@ -31,61 +31,62 @@ T = TypeVar("T")
 
 LOOKUP_THREADS = 2
 MAX_REST_SECONDS = 0.1
-"""After a search that waited for a slow disk, too."""
+"""The longest wait after a search. A search may also be slow because it waited for the disk."""
 _BUSY_SECONDS = 5.0
-"""A reader waits only while another process recovers the database after a crash."""
+"""How long a query waits for a lock. A reader meets one only while another process recovers the
+database after a crash."""
 _LIMITS = (errno.EMFILE, errno.ENFILE)
 NO_DESCRIPTOR = "the service has no file descriptor left for it"
 
 
 @define(eq=False)
 class Readers:
-    """Connections to the database at `path`, opened when they are first needed."""
+    """The connections to the database at `path`; each is opened when it is first needed."""
 
     _path: Path
     _free: list[apsw.Connection] = Factory(list)
     _lookups: trio.CapacityLimiter = Factory(lambda: trio.CapacityLimiter(LOOKUP_THREADS))
     _turn: trio.StrictFIFOLock = Factory(trio.StrictFIFOLock)
-    """Held by the one search that runs."""
+    """Held by the search that runs, and by the next one during its rest."""
     _searching: WeakValueDictionary[str, trio.StrictFIFOLock] = Factory(WeakValueDictionary)
     _looking_up: WeakValueDictionary[str, trio.StrictFIFOLock] = Factory(WeakValueDictionary)
-    """By whoever asks, while they do: one question of theirs stands in line with those of others,
-    so that nobody waits for another's queue."""
+    """Locks by the client's name. One query of each name at a time waits among those of other
+    names, so a client does not wait for the queue of another one."""
     _rests_until: float = -math.inf
 
-    async def look_up(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
-        """Ask for something that takes a few steps, in a thread.
+    async def look_up(self, query: Callable[[apsw.Connection], T], who: str = "") -> T:
+        """Run a query of a few steps in a thread and return its result.
 
-        Raises InternalError, OutOfDescriptors.
+        `who`: the name of the client that asks. Raises InternalError, OutOfDescriptors.
         """
         async with self._looking_up.setdefault(who, trio.StrictFIFOLock()):
-            return await in_thread(partial(self._ask, question), limiter=self._lookups)
+            return await in_thread(partial(self._run, query), limiter=self._lookups)
 
-    async def search(self, question: Callable[[apsw.Connection], T], who: str = "") -> T:
-        """Ask for something that takes longer, in a thread, one at a time.
+    async def search(self, query: Callable[[apsw.Connection], T], who: str = "") -> T:
+        """Run a query that may take long in a thread and return its result. One runs at a time.
 
-        Raises InternalError, OutOfDescriptors.
+        `who`: the name of the client that asks. Raises InternalError, OutOfDescriptors.
         """
         async with self._searching.setdefault(who, trio.StrictFIFOLock()), self._turn:
             await trio.sleep_until(self._rests_until)
             began = trio.current_time()
             try:
-                return await in_thread(partial(self._ask, question))
+                return await in_thread(partial(self._run, query))
             finally:
                 now = trio.current_time()
                 self._rests_until = now + min(now - began, MAX_REST_SECONDS)
 
     def close(self) -> None:
-        """Close all connections; no question may be under way."""
+        """Close all connections. No query may be under way."""
         while self._free:
             self._free.pop().close()
 
-    def _ask(self, question: Callable[[apsw.Connection], T]) -> T:
+    def _run(self, query: Callable[[apsw.Connection], T]) -> T:
         connection = None
         try:
             connection = self._free.pop() if self._free else self._open()
             try:
-                return question(connection)
+                return query(connection)
             finally:
                 self._free.append(connection)
         except apsw.Error as error:
@@ -95,7 +96,7 @@ class Readers:
                     remedy="try again later, or raise the service's LimitNOFILE",
                 ) from error
             raise unreadable(self._path, str(error)) from error
-        except (InvalidParams, MalformedJSON) as error:  # a record is damaged, not the question
+        except (InvalidParams, MalformedJSON) as error:  # they blame the client; the record is bad
             why = f"a record of it cannot be read: {error.message}"
             raise unreadable(self._path, why) from error
 
@@ -106,14 +107,17 @@ class Readers:
 
 
 def lacks_descriptors(error: BaseException, connection: apsw.Connection | None) -> bool:
-    """Whether a file could not be opened for want of a descriptor; at once after `error`."""
+    """Whether `error` arose since the process or the host has no file descriptor left.
+
+    To be called at once after the error: the connection keeps the errno of its last one only.
+    """
     if isinstance(error, OSError):
         return error.errno in _LIMITS
     if not isinstance(error, apsw.CantOpenError):
         return False
     if connection is not None:
         return connection.system_errno in _LIMITS
-    try:  # without a connection nothing keeps the number of the error
+    try:  # SQLite told no errno, as there is no connection: see whether opening a file fails too
         os.close(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as refused:
         return refused.errno in _LIMITS
@@ -121,7 +125,7 @@ def lacks_descriptors(error: BaseException, connection: apsw.Connection | None) 
 
 
 def unreadable(path: Path, why: str) -> InternalError:
-    """The error of a history that is open and cannot be read at some place."""
+    """The error for a history that is open, but of which some part cannot be read."""
     return InternalError(
         f"cannot read the history {path}: {why}",
         remedy="check the disk that holds worker.state_dir; if the file is damaged, stop the "
