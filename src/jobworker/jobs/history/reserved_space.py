@@ -1,20 +1,23 @@
-"""Room that the history has set aside, so that an end can be recorded though the disk is full.
+"""Disk space that the history reserves, so that it can record a job's end while the disk is full.
 
-The room is in the history's own files, where nobody else can take it. Free pages inside the
-database, which SQLite takes before it lets the file grow, and a write-ahead log that keeps its
-blocks from one use to the next: then a commit overwrites what is there, and so does a checkpoint.
-Pages of zeros make both: they go through the log into the file, and are freed again.
+The space is in the history's own files, where no other program can take it. It has two parts: free
+pages inside the database, which SQLite uses before it lets the file grow, and a write-ahead log
+that keeps its blocks from one use to the next. So a commit overwrites blocks that the log has, and
+a checkpoint overwrites pages that the file has. To make both parts, the history writes pages of
+zeros, which go through the log into the file, and frees the pages again.
 
-What is new (a start, an audit row) may use half of the free pages at most, and is refused until
-the room is whole again. The rest is for what must be told of jobs that there are already: each
+New records (a start, an audit row) may use half of the free pages at most. Then they are refused
+until the space is whole again. The other half is for the ends and changes of jobs that exist: each
 takes a page or two at most.
 
-The room outlives the service: the free pages are the database's, and the log keeps its blocks over
-a stop (`history.files`). So a service that is started on a full disk can record ends too.
+The space outlives the service: the free pages belong to the database, and the log keeps its blocks
+when the service stops (`history.files`). So a service that starts on a full disk can record ends
+too.
 
-This holds where a file system overwrites in place (ext4, XFS); one that copies on write (btrfs,
-ZFS) may refuse an end still, and then the job keeps what it has until the disk takes its record.
-The administrator is told so (`server.host.copy_on_write`).
+This holds on a file system that overwrites in place (ext4, XFS). A file system that copies on write
+(btrfs, ZFS) may still refuse the record of an end. Then the job keeps its place in the quota and
+its output until the disk takes the record. The service warns the administrator of such a file
+system (`server.host.copy_on_write`).
 """
 
 import errno
@@ -25,22 +28,24 @@ import apsw
 from attrs import define
 
 PAGES = 512
-"""How many free pages there shall be: 2 MB, and as much again in the log."""
+"""The number of free pages in a whole reserve: 2 MB, and the log has as much again."""
 SPARE_FACTOR = 4
-"""The disk must have so many times that much, or making room would fill it."""
+"""The reserve is made only if the disk has this many times its size free: making it must not fill
+the disk."""
 
 
 @define(eq=False)
 class ReservedSpace:
-    """What is set aside in the history at `path`."""
+    """The reserved space of the history at `path`."""
 
     _path: Path
 
     def ensure(self, connection: apsw.Connection) -> bool:
-        """Make the room whole where half of it is gone and the disk has enough: whether it is.
+        """Fill the reserve if less than half of it is left and the disk has enough space.
 
-        Outside of a transaction. Raises apsw.Error where something else is the matter than a full
-        disk, as BusyError where another has the database locked: that says nothing of the room.
+        Returns whether at least half of it is there now. Call it outside of a transaction. Raises
+        apsw.Error for any fault but a full disk: BusyError, for instance, if another program has
+        locked the database, which says nothing of the reserve.
         """
         if self._is_enough(connection):
             return True
@@ -49,7 +54,7 @@ class ReservedSpace:
         try:
             self._make(connection)
         except apsw.Error as error:
-            full = _is_full(connection, error)  # another was faster to fill the disk
+            full = _is_full(connection, error)  # another program may just have filled it
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             if not full:
@@ -75,24 +80,28 @@ class ReservedSpace:
         return PAGES * int(str(connection.pragma("page_size")))
 
     def _make(self, connection: apsw.Connection) -> None:
-        # A table that a killed service has left is full: dropping it gives its pages back.
+        # A service that was killed here has left the table with its pages: dropping frees them.
         connection.execute("BEGIN IMMEDIATE; DROP TABLE IF EXISTS room")
         connection.execute("CREATE TABLE room (filler BLOB NOT NULL)")
         connection.execute("INSERT INTO room VALUES (zeroblob(?))", (self._bytes(connection),))
         connection.execute("COMMIT")
-        connection.wal_checkpoint()  # or the pages would have no blocks in the file
+        connection.wal_checkpoint()  # without it the pages would have no blocks in the file
         connection.execute("DROP TABLE room")
 
 
 def _is_full(connection: apsw.Connection, error: apsw.Error) -> bool:
-    """Whether the disk, or what a quota gives of it, is what has just refused."""
+    """Whether `error` says that the disk, or the service's quota of it, is full.
+
+    To be called at once after the error: the connection keeps the errno of its last one only.
+    """
     no_room = connection.system_errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return isinstance(error, apsw.FullError) or (isinstance(error, apsw.IOError) and no_room)
 
 
 def make_log_start_anew(connection: apsw.Connection) -> None:
-    """Have the log be used from its beginning again. Raises apsw.Error.
+    """Have the next write overwrite the write-ahead log from its beginning. Raises apsw.Error.
 
-    Waits for readers, as long as the connection waits for a lock.
+    Waits for readers of the log, up to the connection's busy time-out. See
+    https://www.sqlite.org/c3ref/wal_checkpoint_v2.html, SQLITE_CHECKPOINT_RESTART.
     """
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
