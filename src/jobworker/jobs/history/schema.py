@@ -1,12 +1,12 @@
-"""The history's tables, and how an older file becomes one of today.
+"""The history's tables, and the steps that bring an older file to today's version.
 
 Each step of `MIGRATIONS` raises `PRAGMA user_version` by one, in a transaction of its own, so a
-file is never between two versions. Steps are only ever added at the end. A file of a newer version
-is refused: an older service would not keep what it does not know of.
+file is never between two versions. New steps are added at the end. A released step never changes.
+The service refuses a file of a newer version, since it would not keep data that it does not know.
 
-The audit table takes new rows and nothing else: triggers refuse UPDATE and DELETE, and an INSERT
-over a row that is there. They hold against every statement, ours included; not against someone who
-may write to the file itself.
+The audit table is append-only: triggers refuse UPDATE, DELETE, and an INSERT that replaces a row.
+They hold against every statement, also of this service, but not against a program that may write
+to the file itself.
 """
 
 import logging
@@ -22,8 +22,8 @@ from jobworker.serialization.json_text import dumps, loads
 
 log = logging.getLogger("jobworker.jobs")
 
-# What step 3 does with records of before: those with variables are made summaries by SQLite alone,
-# since there may be a million; only those that are long are made anew, by `model.summary`.
+# Step 3 makes summaries of the records of older versions. There may be a million, so SQLite alone
+# takes the variables out of short records. Only long records pass through `model.summary`.
 _LARGE = "octet_length(record) > 2048"
 _HAS_VARIABLES = (
     "(record -> '$.spec.environment' <> '{}' OR record -> '$.spec.secret_environment' <> '{}')"
@@ -102,19 +102,20 @@ MIGRATIONS = (
 
 
 def _summary_of(text: str) -> str:
-    """The JSON of a record's summary: for steps, in SQL."""
+    """The JSON of a record's summary, given the JSON of the record. Steps call it in SQL."""
     return dumps(unstructure(summarize(structure(JobRecord, loads(text)))))
 
 
 APPLICATION_ID = 0x4A4F4257
-"""Says in the file's header whose it is (PRAGMA application_id); files of old have 0."""
+"""The number in the file's header by which a history is known (PRAGMA application_id): "JOBW". The
+first versions left it at 0."""
 _CHECKED_BYTES = 64 << 20
-"""A file up to this size is checked page by page at each start, which takes some 100 ms."""
+"""The largest file that is checked page by page at each start. The check takes some 100 ms."""
 _COLUMNS = {"id", "state", "owner", "created_at", "record"}
 
 
 def damaged(path: Path, why: str) -> ConfigError:
-    """The error of a file that is there and cannot be used; it stays as it is."""
+    """The error for a history that exists and cannot be used. The service leaves it unchanged."""
     return ConfigError(
         f"cannot use the history {path}: {why}",
         remedy="put a copy back, or move the file and those named like it (-wal, -shm) away: the "
@@ -123,9 +124,9 @@ def damaged(path: Path, why: str) -> ConfigError:
 
 
 def check_file(connection: apsw.Connection, path: Path) -> None:
-    """See that a file is whole, and a history or new, before anything of it is changed.
+    """Check that a file is undamaged and either a history or empty, before anything changes it.
 
-    Raises ConfigError, apsw.Error.
+    Raises ConfigError, also for a history of a newer version, and apsw.Error.
     """
     version = int(str(connection.pragma("user_version")))
     tables = connection.execute("SELECT count(*) FROM sqlite_master").get
@@ -147,7 +148,7 @@ def check_file(connection: apsw.Connection, path: Path) -> None:
 
 
 def migrate(connection: apsw.Connection, path: Path) -> None:
-    """Bring an open file, new or old, to today's version. Raises ConfigError, apsw.Error."""
+    """Bring a new or older file to today's version. Raises ConfigError, apsw.Error."""
     check_file(connection, path)
     version = int(str(connection.pragma("user_version")))
     connection.create_scalar_function("summary_of", _summary_of, 1)  # type: ignore[arg-type]
