@@ -1,13 +1,14 @@
 """Pages of the history: the newest records that fit, found by index in a bounded number of steps.
 
-A page takes its candidates from one index, newest first, and looks the other conditions up for
-each. The index is that of the condition which the fewest records meet (`_candidates`). No choice of
-an index bounds the way to the next record that fits all conditions, though: every second record may
-have one label and every other second record another. So a page looks at MAX_STEPS candidates at
-most, and then says where to go on, though it found fewer records than were asked for, or none.
+A search takes its candidates from one index, newest first, and checks the other conditions for
+each. It takes the index of the condition that the fewest records meet (`_rarest`). Still, no choice
+of an index bounds the number of candidates before the next record that fits all conditions: the
+odd records may have one label and the even ones the other. So a search examines MAX_STEPS
+candidates at most. Its page may therefore have fewer records than the caller wants, or none, and
+says where the next search has to go on.
 
-Records are answered as the JSON text that is stored, which is also the one of the wire: a page of a
-thousand makes no objects.
+A page has records as the JSON text that the table holds. The wire protocol uses the same text, so
+a page of a thousand records makes no objects.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,28 +21,29 @@ from jobworker.model.lifecycle import State
 from jobworker.serialization.json_text import dumps
 
 MAX_STEPS = 2000
-"""Candidates that one page looks at: some milliseconds."""
+"""The most candidates that one search examines, which takes some milliseconds."""
 MAX_PAGE_BYTES = 1 << 18
-"""Where a page of records ends early: sending one takes the event loop a millisecond."""
+"""A page ends early after so many characters of JSON: sending it takes the event loop a
+millisecond."""
 NAME = ""
-"""Stands in the table of labels for a job's name, which no label can be called."""
+"""The label that holds a job's name in the table of labels. No real label can have this name."""
 _SAMPLE = 1000
-"""So many entries of an index are counted to choose one."""
+"""The most entries that are counted of each index in order to choose one."""
 
 
 @frozen(kw_only=True)
 class Filter:
-    """Which records are wanted: those that fit all of this."""
+    """The conditions of a search. A record has to meet all of them."""
 
     states: Collection[State] = frozenset(State)
     owner: str | None = None
     name: str = ""
     labels: Mapping[str, str] = field(factory=dict)
     before: int | None = None
-    """Ids below this one."""
+    """Only records with an id below this one fit; None: all ids do."""
 
     def fits(self, record: JobRecord) -> bool:
-        """Whether a record is wanted."""
+        """Whether a record meets all conditions."""
         return (
             record.state in self.states
             and self.owner in (None, record.owner)
@@ -53,16 +55,20 @@ class Filter:
 
 @frozen
 class Page:
-    """Some of the records that are wanted, newest first: their ids, and their JSON."""
+    """One part of the records that fit, newest first."""
 
     records: Sequence[tuple[int, str]]
+    """The id and the JSON of each record."""
     next: int | None
-    """The rest has ids below this one; None where there is no rest."""
+    """The value of `Filter.before` for the next page; None if there are no further records."""
 
 
 def find_page(wanted: Filter, limit: int, connection: apsw.Connection) -> Page:
-    """At most `limit` stored records that fit; fewer, and perhaps none, where `next` goes on."""
-    with connection:  # one state of the history for all queries
+    """Return a page of at most `limit` records that fit `wanted`. Raises apsw.Error.
+
+    The page may have fewer records, or none, though more follow: see `Page.next`.
+    """
+    with connection:  # one transaction: all queries see the same state of the history
         source = _rarest(connection, _candidates(wanted))
         ids = [int(str(row[0])) for row in source.matches(connection, limit)]
         if len(ids) == limit:
@@ -70,7 +76,8 @@ def find_page(wanted: Filter, limit: int, connection: apsw.Connection) -> Page:
         else:
             after = source.last_step(connection)
         found, size = list[tuple[int, str]](), 0
-        # One statement for all, in the order of `ids`: in Python each costs more than in SQLite.
+        # One statement for all, in the order of `ids`: a statement for each would cost more time in
+        # Python than in SQLite.
         query = (
             "SELECT jobs.id, record FROM json_each(?) AS wanted "
             "CROSS JOIN jobs ON jobs.id = wanted.value"
@@ -86,21 +93,22 @@ def find_page(wanted: Filter, limit: int, connection: apsw.Connection) -> Page:
 
 @frozen
 class _Source:
-    """An index that answers ids, the newest first."""
+    """A query that walks along one index and returns candidates, the newest first."""
 
     query: str
-    """Selects `id`."""
+    """Selects the column `id`."""
     values: tuple[str | int, ...]
+    """The parameters of `query`."""
     conditions: tuple[tuple[str, tuple[str | int, ...]], ...]
-    """What else holds for each record that is wanted, of `c.id`, with its values."""
+    """The conditions that the index does not cover: expressions over `c.id`, with parameters."""
 
     def count(self, connection: apsw.Connection) -> int:
-        """How many entries it has, as far as that is worth knowing."""
+        """The number of candidates, or `_SAMPLE` if there are more."""
         query = f"SELECT count(*) FROM ({self.query} LIMIT {_SAMPLE})"  # noqa: S608
         return int(str(connection.execute(query, self.values).get))
 
     def matches(self, connection: apsw.Connection, limit: int) -> Iterator[tuple[object, ...]]:
-        """Of the first candidates the ids of those that fit."""
+        """Yield the ids of the records that fit among the first `MAX_STEPS` candidates."""
         where = " AND ".join(condition for condition, _ in self.conditions) or "1"
         values = tuple(value for _, values in self.conditions for value in values)
         query = (
@@ -110,7 +118,7 @@ class _Source:
         return connection.execute(query, (*self.values, *values, limit))
 
     def last_step(self, connection: apsw.Connection) -> int | None:
-        """The id of the last candidate that was looked at; None where there are no more."""
+        """The id of candidate `MAX_STEPS`, the last that is examined; None if there are fewer."""
         query = f"{self.query} LIMIT 1 OFFSET {MAX_STEPS - 1}"
         found = connection.execute(query, self.values).get
         return None if found is None else int(str(found))
@@ -120,7 +128,7 @@ _Condition = tuple[str, tuple[str | int, ...]]
 
 
 def _candidates(wanted: Filter) -> list[_Source]:
-    """Each index that a search may go along, with what remains to be looked up."""
+    """One source for each index that the search could use."""
     before = 1 << 62 if wanted.before is None else wanted.before
     words = [*wanted.labels.items(), *([(NAME, wanted.name)] if wanted.name else [])]
     labels: list[_Condition] = [
@@ -158,7 +166,7 @@ def _of_states_and_owner(wanted: Filter) -> list[_Condition]:
 
 
 def _by_states_and_owner(wanted: Filter, before: int, labels: Sequence[_Condition]) -> _Source:
-    """Candidates in the states and of the owner: the entries of each state, merged by id."""
+    """The source for the states and the owner: the entries of each state, merged by id."""
     if wanted.owner is None and set(wanted.states) == set(State):
         query = "SELECT id FROM jobs WHERE id < ? ORDER BY id DESC"
         return _Source(query, (before,), tuple(labels))
