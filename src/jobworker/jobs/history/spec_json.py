@@ -1,4 +1,7 @@
-"""A request as JSON, in pieces of bounded size (`json_pieces`). Pure."""
+"""The JSON of a request in pieces of bounded size (`json_pieces`), as history and note store it.
+
+Pure.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,7 +12,10 @@ from jobworker.serialization.json_text import dumps
 
 
 def spec_pieces(spec: JobSpec, summary: JobRecord) -> Iterator[str]:
-    """Pieces of the JSON of a request, given the summary of its record."""
+    """Yield the JSON of a request in pieces.
+
+    `summary`: the summary of the job's record. It names the parts of the request that may be long.
+    """
     opening = "{"
     for name, short in unstructure(summary.spec).items():
         yield f"{opening}{dumps(name)}:"
