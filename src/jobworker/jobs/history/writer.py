@@ -1,19 +1,19 @@
-"""The history's writer: one thread that owns the one connection which writes.
+"""The history's writer: one thread that owns the only connection which writes.
 
-Writes that arrive while a transaction is under way share the next one (group commit): a commit
-waits for the disk, and a hundred jobs that end together should not wait a hundred times. The
-thread belongs to no caller, so no caller waits for the writes of those who came after it.
+Writes that arrive during a transaction share the next one (group commit). A commit waits for the
+disk, and a hundred jobs that end together should not wait for it a hundred times. The thread
+belongs to no caller, so no caller waits for writes that arrived after its own.
 
-A write is a function that executes statements. Where a shared transaction fails, each of its writes
-is tried again in a transaction of its own, so that one bad record, or one that is too large for
-what is left of the disk, fails alone. Whatever a write raises goes to its caller; nothing of that
-ends the thread, and every caller gets its answer.
+A write is a function that executes statements. If a shared transaction fails, the thread tries each
+of its writes again in a transaction of its own. So a bad record, or one that is too large for a
+nearly full disk, fails alone. The caller of a write gets the exception that the write raised. No
+exception ends the thread, and every caller gets its answer.
 
 Another process may hold the database's write lock for a while (a backup with BEGIN IMMEDIATE, a
-checkpoint): the thread waits up to BUSY_SECONDS for it, and then all writes of the batch fail.
+checkpoint). The thread waits for it up to BUSY_SECONDS. Then all writes of the batch fail.
 
-Where the disk is full, what is new is refused, and what must be told of jobs that there are takes
-the room that was set aside for it (`history.room`).
+If the disk is full, the thread refuses new records. Changes and ends of jobs that exist use the
+reserved space (`history.reserved_space`).
 """
 
 import threading
@@ -29,10 +29,10 @@ from jobworker.jobs.history.files import HistoryFiles
 from jobworker.jobs.history.reserved_space import ReservedSpace, make_log_start_anew
 
 BUSY_SECONDS = 10.0
-"""How long a write waits for another process's lock: longer than a backup's last steps take."""
+"""How long a write waits for another process's lock. The last steps of a backup take less."""
 
 Work = Callable[[apsw.Connection], None]
-"""Executes the statements of one write; it may be called twice, the first time rolled back."""
+"""Executes the statements of one write. The thread may call it again after a rollback."""
 
 
 @define(eq=False)
@@ -41,13 +41,13 @@ class _Write:
 
     work: Work
     is_new: bool = False
-    """Whether it may be refused in favour of the ends of jobs that there are."""
+    """Whether the thread refuses the write to save the reserved space for the ends of jobs."""
     _token: trio.lowlevel.TrioToken = Factory(trio.lowlevel.current_trio_token)
     done: trio.Event = Factory(trio.Event)
     fault: BaseException | None = None
 
     def finish(self, fault: BaseException | None) -> None:
-        """Wake the caller: for the writer's thread."""
+        """Wake the caller with this fault, or with None. For the writer's thread."""
         self.fault = fault
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.done.set)
@@ -55,7 +55,7 @@ class _Write:
 
 @define(eq=False)
 class Writer:
-    """The thread, and the writes that wait for it."""
+    """The thread and the writes that wait for it."""
 
     _connection: apsw.Connection
     _room: ReservedSpace
@@ -67,17 +67,16 @@ class Writer:
 
     def __attrs_post_init__(self) -> None:
         self._connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
-        # A daemon: a service that ends by an exception must not wait for a disk that hangs.
+        # A daemon thread: a service that ends by an exception must not wait for a disk that hangs.
         self._thread = threading.Thread(target=self._serve, name="history-writer", daemon=True)
         self._thread.start()
 
     async def write(self, work: Work, *, is_new: bool = False) -> None:
-        """Execute `work` in a transaction; returns once that is on the disk.
+        """Execute `work` in a transaction. Returns once the transaction is on the disk.
 
-        What `is_new` gets none of the room that is set aside for ends.
-
-        Not cancelled half-way: what was handed over is written. Raises what `work` or the commit
-        raised; nothing of this write is stored then.
+        `is_new`: the write gets none of the space that is reserved for the ends of jobs. A
+        cancellation does not interrupt it. Raises whatever `work` or the commit raises; then
+        nothing of this write is stored.
         """
         write = _Write(work, is_new)
         with self._arrival:
@@ -89,7 +88,7 @@ class Writer:
             raise write.fault
 
     def close(self) -> None:
-        """Write what waits, end the thread and close the connection. Blocks for the disk."""
+        """Write all that waits, end the thread and close the connection. Blocks for the disk."""
         with self._arrival:
             self._closing = True
             self._arrival.notify()
@@ -103,13 +102,13 @@ class Writer:
             faults: list[BaseException | None]
             try:
                 faults = self._commit(batch)
-            except BaseException as error:  # noqa: BLE001 - nobody would write after this thread
+            except BaseException as error:  # noqa: BLE001 - without this thread nothing is written
                 faults = [error] * len(batch)
             for write, fault in zip(batch, faults, strict=True):
                 write.finish(fault)
 
     def _next_batch(self) -> list[_Write]:
-        """Wait for writes and take all of them; an empty list says that there will be none."""
+        """Wait for writes and take all of them. An empty list ends the thread."""
         with self._arrival:
             while not (self._waiting or self._closing):
                 self._arrival.wait()
@@ -118,7 +117,7 @@ class Writer:
         return batch
 
     def _commit(self, batch: Sequence[_Write]) -> list[BaseException | None]:
-        """Commit a batch, as a whole if possible: the fault of each write, None where it stands."""
+        """Commit a batch, as a whole if possible. Returns each write's fault, None if stored."""
         try:
             has_room = self._has_room()
         except apsw.BusyError as busy:
@@ -135,7 +134,7 @@ class Writer:
             return self._room.ensure(self._connection)
         except apsw.BusyError:
             raise
-        except (apsw.Error, OSError):  # each write will meet it again
+        except (apsw.Error, OSError):  # each write meets the fault again and raises it
             return True
 
     def _attempt_without_room(self, write: _Write) -> BaseException | None:
@@ -144,7 +143,7 @@ class Writer:
         return self._attempt_on_full_disk(write)
 
     def _attempt_on_full_disk(self, write: _Write) -> BaseException | None:
-        """Attempt one write; where the log can grow no more, from its beginning again."""
+        """Attempt one write. If the log cannot grow, attempt it again from the log's beginning."""
         fault = self._attempt([write])
         if write.is_new or not isinstance(fault, (apsw.FullError, apsw.IOError)):
             return fault
@@ -157,7 +156,7 @@ class Writer:
             with self._transaction():
                 for write in batch:
                     write.work(self._connection)
-        except BaseException as fault:  # noqa: BLE001 - it is the callers', who wait for an answer
+        except BaseException as fault:  # noqa: BLE001 - the callers wait for it
             return fault
         return None
 
@@ -168,6 +167,6 @@ class Writer:
             yield
             self._connection.execute("COMMIT")
         except BaseException:
-            if self._connection.in_transaction:  # SQLite itself rolls back where the disk is full
+            if self._connection.in_transaction:  # on a full disk SQLite may have rolled back itself
                 self._connection.execute("ROLLBACK")
             raise
