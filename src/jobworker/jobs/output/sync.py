@@ -1,15 +1,15 @@
-"""A job's output on the disk when its end is told: fdatasync(2), bounded in time and threads.
+"""Sync a job's output to the disk before its end is announced: fdatasync(2), bounded in time.
 
-Each file has a thread, since file systems with a journal commit what comes together. The files of
-one owner's jobs that end at once wait for each other, a few jobs at a time, and for nobody else's:
-large output, or a disk that hangs below it, delays no other owner's ends. Such a disk keeps the
-threads, and the owner's places, and the files stay open until the call returns; the end of the job
-waits no longer than SYNC_SECONDS.
+Each file of a job has a thread of its own: a file system with a journal commits concurrent syncs
+together. At most SYNC_JOBS jobs of one owner sync at a time. Jobs of different owners do not wait
+for each other. So large output, or a disk that hangs under it, delays no other owner's ends. A disk
+that hangs keeps the threads, the owner's places and the open files until fdatasync(2) returns. The
+end of the job waits SYNC_SECONDS at most.
 
-Output that had no place by then stands in a line of its owner's, and the disk is asked to take it
-later, one job at a time, in the order of the ends (`_Share`). The line keeps no file open, so the
-files are opened anew. Where it is full, the record says that the output may not be on the disk.
-What the disk refuses after an end was told goes to the log.
+If a job got no place in this time, its output waits in a queue of its owner and is synced later,
+one job at a time, in the order of the ends (`_OwnerSyncs`). The queue keeps no file open, so the
+files are opened again then. If the queue is full, the record says that the output may not be on the
+disk. If a sync fails after the end was announced, the log says so.
 """
 
 import logging
@@ -31,25 +31,27 @@ from jobworker.threads import in_thread
 log = logging.getLogger("jobworker.jobs")
 
 SYNC_SECONDS = 5.0
-"""How long an end may wait for the disk to take the job's output."""
+"""How long the end of a job waits for its output to be synced."""
 SYNC_JOBS = 4
-"""Of one owner, at a time: each has three threads at the most."""
+"""The most jobs of one owner that are synced before their ends at a time. A job has up to three
+threads."""
 LATER_JOBS = 1000
-"""Of one owner, whose ends were told before their output had a place."""
+"""The most jobs in the queue of one owner, to be synced after their ends."""
 AGAIN_SECONDS = 1.0
+"""The pause before another attempt if the process had no file descriptor left."""
 NOT_SYNCED = "its output may not be on the disk"
 
 
 @define(eq=False)
-class _Share:
-    """What one owner's jobs share: the places of those whose ends wait, and the line of others."""
+class _OwnerSyncs:
+    """The syncs of one owner's jobs: places for jobs whose ends wait, and the queue of others."""
 
     places: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(SYNC_JOBS))
     _later: deque[tuple[JobId, Path]] = field(factory=deque)
     _serving: bool = False
 
     def queue(self, job: JobId, directory: Path) -> bool:
-        """Have the disk take a job's output after that of others: False where too many wait."""
+        """Sync a job's output later, after the jobs in the queue. False if the queue is full."""
         if len(self._later) >= LATER_JOBS:
             return False
         self._later.append((job, directory))
@@ -59,7 +61,7 @@ class _Share:
         return True
 
     async def _serve(self) -> None:
-        """Ask the disk to take what waits, until nothing does. Raises nothing of its own."""
+        """Sync the jobs of the queue until it is empty. Raises only trio.Cancelled."""
         try:
             while self._later:
                 await self._sync(*self._later[0])
@@ -68,7 +70,7 @@ class _Share:
             self._serving = False
             if self._later:
                 jobs = ", ".join(str(job) for job, _ in self._later)
-                log.warning("the service ends before the disk took the output of jobs %s", jobs)
+                log.warning("the service ends before the output of jobs %s was synced", jobs)
 
     async def _sync(self, job: JobId, directory: Path) -> None:
         while True:
@@ -80,115 +82,116 @@ class _Share:
                 await trio.sleep(AGAIN_SECONDS)
                 continue
             except NotFound:
-                pass  # removed meanwhile
-            except Exception as error:  # noqa: BLE001 - told; it would end the whole event loop
-                _tell_late(job, error)
+                pass  # the output was removed meanwhile
+            except Exception as error:  # noqa: BLE001 - logged; it would end the whole event loop
+                _log_late(job, error)
             return
 
 
-_shares = trio.lowlevel.RunVar[WeakValueDictionary[str, _Share]]("output_sync")
-"""By owner, as long as something of one of their jobs is under way or waits."""
+_of_owners = trio.lowlevel.RunVar[WeakValueDictionary[str, _OwnerSyncs]]("output_sync")
+"""By the owner's name, as long as output of one of the owner's jobs is being synced or waits."""
 
 
 @define(eq=False, kw_only=True)
 class OutputSync:
-    """One job's files, in `directory`; `end` says why the disk may not have all of them."""
+    """The sync of one job's files, which stand in `directory`."""
 
     _job: JobId
     _owner: str
     _files: Sequence[int]
     _directory: Path
     _hold: Callable[[], None]
-    """Keeps the files open until `release` is called as often; in Trio's thread, both."""
+    """Keeps the files open until `release` was called as often. Both run in Trio's thread."""
     _release: Callable[[], None]
     _fault: str = field(default="", init=False)
     _ended: bool = field(default=False, init=False)
     _left_out: bool = field(default=True, init=False)
-    """Whether there is a file that no thread has begun with."""
-    _share: _Share = field(init=False)
+    """Whether there is a file that no thread has begun to sync."""
+    _owner_syncs: _OwnerSyncs = field(init=False)
     _under_way: int = field(default=0, init=False)
+    """The number of files whose sync has not ended."""
 
     async def run(self) -> None:
-        """Have the disk take the files, or give up waiting for it."""
-        self._share = _share_of(self._owner)
+        """Sync the files. Returns when that is done, or after `SYNC_SECONDS`."""
+        self._owner_syncs = _syncs_of(self._owner)
         try:
             with trio.move_on_after(SYNC_SECONDS) as scope:
-                await self._share.places.acquire_on_behalf_of(self)
+                await self._owner_syncs.places.acquire_on_behalf_of(self)
                 self._left_out = False
                 self._under_way = len(self._files)
                 async with trio.open_nursery() as nursery:
                     for file in self._files:
                         nursery.start_soon(self._sync, file)
         finally:
-            if self._left_out and not self._share.queue(self._job, self._directory):
+            if self._left_out and not self._owner_syncs.queue(self._job, self._directory):
                 self._fault = f"{NOT_SYNCED}: that of {LATER_JOBS} jobs before it is not, either"
         if scope.cancelled_caught:
             log.warning(
-                "job %d: the disk has not taken its output after %g s; its end is told",
+                "job %d: its output is not synced after %g s; its end does not wait any longer",
                 self._job,
                 SYNC_SECONDS,
             )
 
     def end(self) -> str:
-        """Why the disk may not have the output, in words; what comes later goes to the log."""
+        """The reason why the output may not be on the disk, or "". Later faults go to the log."""
         self._ended = True
         return self._fault
 
     async def _sync(self, file: int) -> None:
         token = trio.lowlevel.current_trio_token()
-        share = [file]  # taken by the thread, or by this task where none begins
+        claim = [file]  # the thread takes it when it begins, or this task if no thread begins
         self._hold()
 
         def sync() -> None:
-            if _taken(share):
+            if _take(claim):
                 error = None
                 try:
-                    error = _refusal(file)
+                    error = _sync_file(file)
                 finally:
                     with suppress(trio.RunFinishedError):
                         token.run_sync_soon(self._done, error)
 
         try:
-            # The place among the owner's jobs is bound enough: the thread begins at once.
+            # A limiter of its own, so the thread begins at once: `places` bounds the threads.
             await in_thread(sync, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True)
         finally:
-            if _taken(share):
+            if _take(claim):
                 self._left_out = True
                 self._done(None)
 
     def _done(self, error: OSError | None) -> None:
         if error is not None and self._ended:
-            _tell_late(self._job, error)
+            _log_late(self._job, error)
         elif error is not None:
             self._fault = f"{NOT_SYNCED}: {error.strerror}"
         self._release()
         self._under_way -= 1
         if not self._under_way:
-            self._share.places.release_on_behalf_of(self)
+            self._owner_syncs.places.release_on_behalf_of(self)
 
 
-def _share_of(owner: str) -> _Share:
+def _syncs_of(owner: str) -> _OwnerSyncs:
     try:
-        shares = _shares.get()
+        of_owners = _of_owners.get()
     except LookupError:
-        _shares.set(shares := WeakValueDictionary())
-    return shares.setdefault(owner, _Share())
+        _of_owners.set(of_owners := WeakValueDictionary())
+    return of_owners.setdefault(owner, _OwnerSyncs())
 
 
 def _sync_files(directory: Path) -> None:
-    """Have the disk take the files in `directory`. Raises what `open_files` does, and OSError."""
+    """Sync the files in `directory`. Raises the errors of `open_files`, and OSError."""
     files = open_files(directory, writable=False, partial=True)
     try:
-        refusals = [error for file in files if (error := _refusal(file)) is not None]
+        errors = [error for file in files if (error := _sync_file(file)) is not None]
     finally:
         for file in files:
             os.close(file)
-    if refusals:
-        raise refusals[0]
+    if errors:
+        raise errors[0]
 
 
-def _refusal(file: int) -> OSError | None:
-    """Have the disk take a file: its error, if it does not."""
+def _sync_file(file: int) -> OSError | None:
+    """Sync an open file. Returns the error if that fails."""
     try:
         os.fdatasync(file)
     except OSError as error:
@@ -196,16 +199,16 @@ def _refusal(file: int) -> OSError | None:
     return None
 
 
-def _tell_late(job: JobId, error: Exception) -> None:
-    """Say in the log what an end that was told does not."""
+def _log_late(job: JobId, error: Exception) -> None:
+    """Log a fault that comes too late for the end of the job to include it."""
     why = error.strerror if isinstance(error, OSError) else error
-    log.error("job %d, whose end was told: %s: %s", job, NOT_SYNCED, why)
+    log.error("job %d, whose end was announced before: %s: %s", job, NOT_SYNCED, why)
 
 
-def _taken(share: list[int]) -> bool:
-    """Take what one of two threads may take: whether this one has."""
+def _take(claim: list[int]) -> bool:
+    """Take the claim, which two threads may try to take. Returns whether this one has it."""
     try:
-        share.pop()
+        claim.pop()
     except IndexError:
         return False
     return True
