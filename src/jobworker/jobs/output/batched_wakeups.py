@@ -1,7 +1,7 @@
-"""Wakes or cancels many tasks a few at a time: others get their turns of the event loop in between.
+"""Wakes or cancels many tasks, a few in each turn of the event loop, so that others run in between.
 
-Thousands of clients may wait for the end of one job. Woken at once, all of them do their work in
-one turn, for seconds.
+Thousands of clients may wait for the end of one job. If all their tasks were woken at once, they
+would all run in the next turn, which would take seconds.
 """
 
 import logging
@@ -14,19 +14,20 @@ from attrs import define, field
 log = logging.getLogger("jobworker")
 
 AT_A_TIME = 8
-"""Each does some 0.1 ms of work before it waits again."""
+"""The number of tasks woken in one turn. Each does some 0.1 ms of work before it waits again."""
 
 
 def run_in_batches(some: Callable[[], bool]) -> None:
-    """Call `some` now and, as long as it returns True, in the loop's next turn again.
+    """Call `some` now and, as long as it returns True, again in the next turn of the loop.
 
-    Each call takes away from what is to be done before it does anything that may fail: so after an
-    unexpected fault, which would end the whole event loop from here, the rest is done all the same.
+    `some` must remove an item from its list before it does anything that may fail: after an
+    unexpected fault it is called again for the rest. The fault is logged, since from here it would
+    end the whole event loop.
     """
     try:
         again = some()
     except Exception:
-        log.exception("an internal fault while others were woken")
+        log.exception("an internal fault while tasks were woken")
         again = True
     if again:
         token = trio.lowlevel.current_trio_token()
@@ -34,9 +35,9 @@ def run_in_batches(some: Callable[[], bool]) -> None:
 
 
 async def cancel_in_batches(scopes: set[trio.CancelScope]) -> None:
-    """Cancel all of them, a few in each turn of the loop, and leave the set empty.
+    """Cancel all scopes, a few in each turn of the loop, and empty the set.
 
-    That is never cut short: those who wait for them have no other way out.
+    Shielded from cancellation: the tasks in these scopes have no other way to end.
     """
     with trio.CancelScope(shield=True):
         while some := tuple(islice(scopes, AT_A_TIME)):
@@ -48,17 +49,17 @@ async def cancel_in_batches(scopes: set[trio.CancelScope]) -> None:
 
 @define(eq=False)
 class BatchedEvent:
-    """Like trio.Event."""
+    """Like trio.Event, but it wakes the waiting tasks in batches."""
 
     _set: bool = field(default=False, init=False)
     _lot: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot, init=False)
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Whether the event was set."""
         return self._set
 
     def set(self) -> None:
-        """It has happened."""
+        """Set the event, and wake the tasks that wait for it, `AT_A_TIME` in each turn."""
         if not self._set:
             self._set = True
             run_in_batches(self._wake_some)
@@ -68,7 +69,7 @@ class BatchedEvent:
         return len(self._lot) > 0
 
     async def wait(self) -> None:
-        """Wait until it has happened."""
+        """Wait until the event is set."""
         if self._set:
             await trio.lowlevel.checkpoint()
         else:
