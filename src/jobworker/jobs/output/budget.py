@@ -1,11 +1,11 @@
-"""What all jobs' output may take of the disk, shared among those who write.
+"""The budget of disk space for the output of all jobs together.
 
-Two bounds, both looked at before each write: the bytes of all output together, and the room that
-must stay free on its file system for everything else (the history, the start of other jobs). What
-live jobs' disks may still take there belongs to that, as far as anybody tells (`promise`). Room is
-taken before a write and what was not used is given back, so writers in several threads never go
-over together what each of them may. What live jobs have taken is what ended jobs have from then on
-(`keep`): retention tells of each change of that.
+Each write has to respect two bounds: on the bytes of all output together, and on the space that
+must stay free on the file system for everything else (the history, the start of other jobs). This
+space also includes the bytes that live jobs' disks may still take, as far as the launcher tells
+(`promise`). A pump reserves space before a write, and releases what the write did not use. So
+pumps in several threads never exceed a bound together. The budget counts the output of live and of
+ended jobs apart: retention moves a job's bytes from one to the other (`keep`).
 """
 
 import os
@@ -21,29 +21,30 @@ from jobworker.model.units import format_size
 
 @define(eq=False)
 class OutputBudget:
-    """Bytes taken, and the bounds; 0 is no bound."""
+    """The bytes in use and the two bounds. A bound of 0 is none. Safe to use from any thread."""
 
     _directory: Path
     max_bytes: int = 0
     keep_free_bytes: int = 0
     live_bytes: int = field(default=0, init=False)
-    """What live jobs have taken."""
+    """The bytes of live jobs' output, with what is reserved for writes."""
     kept_bytes: int = field(default=0, init=False)
-    """What ended jobs have."""
+    """The bytes of ended jobs' output."""
     _promised: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
-    """What disks might still take when that was told last, and what was free and used then."""
+    """At the last call of `promise`: the bytes that live jobs' disks might still take, the free
+    bytes of the file system, and `used_bytes`."""
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
 
     @property
     def used_bytes(self) -> int:
-        """What all output takes of the bound."""
+        """The bytes of all output together, which `max_bytes` bounds."""
         return self.live_bytes + self.kept_bytes
 
     def reserve(self, wanted: int) -> int:
-        """Take room for up to `wanted` bytes (at least 1): how many, never none.
+        """Reserve up to `wanted` bytes (at least 1). Returns how many are reserved, at least 1.
 
-        Raises OutputError where there is no room; `data["cut"]` says for what reason. It asks the
-        file system: call it in a thread.
+        Raises OutputError if there is no space; its `data["cut"]` names the bound. Calls
+        statvfs(3), so call it in a thread.
         """
         room = wanted
         if self.keep_free_bytes:
@@ -70,21 +71,27 @@ class OutputBudget:
         return room
 
     def promise(self, count: int) -> None:
-        """Note what live jobs' disks may still take. It asks the file system, as `reserve` does."""
+        """Record how many bytes live jobs' disks may still take on the file system.
+
+        Calls statvfs(3), so call it in a thread. Raises OutputError if that fails.
+        """
         self._promised = (count, self._disk_bytes(), self.used_bytes)
 
     def release(self, count: int) -> None:
-        """Give back what was taken and not written."""
+        """Return `count` bytes that were reserved and not written."""
         with self._lock:
             self.live_bytes = max(0, self.live_bytes - count)
 
     def count(self, count: int) -> None:
-        """Count what a live job has on the disk already."""
+        """Count `count` bytes of a live job that are on the disk already."""
         with self._lock:
             self.live_bytes += count
 
     def keep(self, count: int, was_live: int) -> None:
-        """Count `count` bytes more as ended jobs', or fewer, and `was_live` no longer as live."""
+        """Count `count` bytes more for ended jobs, and `was_live` bytes less for live jobs.
+
+        `count` is negative if output was removed.
+        """
         with self._lock:
             self.kept_bytes += count
             self.live_bytes -= was_live
@@ -92,8 +99,8 @@ class OutputBudget:
     def _free_bytes(self) -> int:
         free = self._disk_bytes()
         promised, free_then, used_then = self._promised
-        # What is gone since then, but for output, may be what the disks have taken: no output is
-        # cut for nothing, and none takes their room.
+        # Free space that has gone since then, but not to output, may have gone to the disks. It is
+        # subtracted from the promise, or it would count twice and cut output without need.
         gone = free_then - free - (self.used_bytes - used_then)
         promised = max(0, promised - max(0, gone))
         return free - promised - self.keep_free_bytes
@@ -102,5 +109,8 @@ class OutputBudget:
         try:
             status = os.statvfs(self._directory)
         except OSError as error:
-            raise OutputError(f"cannot keep output: {error.strerror}") from error
+            raise OutputError(
+                f"cannot keep output in {self._directory}: {error.strerror}",
+                remedy="check the disk that holds worker.state_dir",
+            ) from error
         return status.f_bavail * status.f_frsize
