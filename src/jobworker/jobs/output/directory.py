@@ -1,18 +1,20 @@
-"""The directory of a job's output: its three files, made and opened safely.
+"""The directory of a job's output: its three files are made, opened and removed safely.
 
-`stdout`, `stderr` and `index` stand in a directory of their own, are reached by its descriptor
-only, and never through a link (O_NOFOLLOW): who can rename the directory cannot make the service
-write elsewhere. They are made anew or not at all (O_EXCL), mode 0600. The lock of the one writer
-is flock(2) on the index, which ends with the process; readers of sealed files share one, so that
-what is read is not removed.
+`stdout`, `stderr` and `index` stand in a directory of their own. The service reaches them only by
+the directory's descriptor and never through a link (O_NOFOLLOW). So a program that can rename the
+directory cannot make the service write elsewhere. The files are only ever made new (O_EXCL), with
+mode 0600. The one writer locks the index by flock(2); the kernel drops this lock when the process
+ends. Readers of sealed files have a shared lock, so nothing that is being read is removed.
 
-A directory that goes is renamed first, `7` to `7.removed`, and stays under that name, with nothing
-but the note, until the history has noted the removal and how the job ended. So whoever finds no `7`
-can tell a removal by this program, in whichever process, from a directory that another hand moved
-or that a disk which is not mounted has. Its sticky bit says that the name is ours: a directory that
-somebody else has called so is left alone. Neither needs a block on most file systems: it works on a
-full disk. Where the disk refuses it, the files go all the same. A copy may have lost the bit: then
-the name is ours where nothing stands there but the job's note, which nobody else makes.
+To remove a directory, the service first renames it, such as `7` to `7.removed`: the mark of the
+removal. The mark stays, with only the note in it, until the history has recorded the removal and
+the end of the job. So if there is no `7`, any process can tell a removal by this program from a
+directory that another program has moved, or whose disk is not mounted. A sticky bit distinguishes
+the mark from a directory of such a name that this program did not make: the service leaves that one
+alone. If a copy has lost the bit, the directory is still a mark if nothing but the job's note
+stands in it, since only this program makes notes. On most file systems neither the name nor the
+bit needs a block, so a removal works on a full disk. If the disk refuses them, the files are
+removed all the same.
 """
 
 import errno
@@ -30,9 +32,11 @@ from jobworker.serialization.json_text import loads
 
 NAMES = ("stdout", "stderr", "index")
 NOTE = "record"
-"""See `job_note`: it may stand beside the three, and goes with them."""
+"""The file of the job's note (`history.job_note`), which may stand beside the three files and is
+removed with them."""
 MAX_NOTE_BYTES = 16 << 20
-"""More is no note of ours: a request has a megabyte of arguments, and few lines follow."""
+"""The most bytes that are read of a note. A request has at most a megabyte of arguments, and few
+lines follow it, so no note is larger."""
 _REMOVED = ".removed"
 _REMEDIES = {
     errno.ENOSPC: "make room where output is kept",
@@ -44,19 +48,20 @@ _REMEDIES = {
 
 
 def mark_of(directory: Path) -> Path:
-    """Where a directory of ours says that the output in `directory` was removed."""
+    """The path of the mark that says that the output in `directory` was removed."""
     return directory.with_name(f"{directory.name}{_REMOVED}")
 
 
 def marked_job(name: str) -> str:
-    """The name of the directory that was removed, where `name` is that of a mark; else ""."""
+    """The name of the removed directory, if `name` is that of a mark; else ""."""
     return name.removesuffix(_REMOVED) if name.endswith(_REMOVED) else ""
 
 
 def was_removed(directory: Path) -> bool:
-    """Whether this program has removed the output in `directory`: else it is there, or missing.
+    """Whether this program has removed the output in `directory`.
 
-    Raises OutputError where that cannot be told.
+    False if the output is there, or is missing for another reason. Raises OutputError if the disk
+    cannot tell.
     """
     with disk_errors("look for"):
         return _is_mark(mark_of(directory)) and not os.path.lexists(directory)
@@ -74,12 +79,12 @@ def _is_mark(path: Path) -> bool:
     try:
         names = os.listdir(path)
         return not names or (names == [NOTE] and _is_note(path / NOTE, marked_job(path.name)))
-    except (PermissionError, FileNotFoundError):  # another user's, or gone just now
+    except (PermissionError, FileNotFoundError):  # it is another user's, or was just removed
         return False
 
 
 def _is_note(path: Path, job: str) -> bool:
-    """Whether what stands at `path` is the note of a job. Raises OSError."""
+    """Whether the file at `path` is the note of this job. Raises OSError."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return False
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
@@ -92,7 +97,10 @@ def _is_note(path: Path, job: str) -> bool:
 
 
 def clear_mark(directory: Path) -> None:
-    """Remove the mark, which the history has noted; one that is not there is fine."""
+    """Remove the mark of `directory`, if there is one, once the history has the removal.
+
+    Raises nothing: a mark that the disk does not let go stays.
+    """
     mark = mark_of(directory)
     with suppress(OSError):
         if _is_mark(mark):
@@ -102,10 +110,11 @@ def clear_mark(directory: Path) -> None:
 
 @contextmanager
 def disk_errors(verb: str, directory: Path | None = None) -> Iterator[None]:
-    """Turn the errors of the disk into OutputError, which names the `directory` if one is given.
+    """Turn an OSError of the block into OutputError, which names the `directory` if one is given.
 
-    "Nothing there now" passes. Raises OutOfDescriptors where it is not the disk but the process
-    that is at its limit.
+    `verb` says what the block does, such as "open". Raises OutOfDescriptors if the process or the
+    host has too many files open. A BlockingIOError passes unchanged: the page cache or the pipe has
+    no bytes now.
     """
     what = "the job's output" if directory is None else f"the job's output in {directory}"
     try:
@@ -133,7 +142,7 @@ def disk_errors(verb: str, directory: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def full_disk_may_refuse() -> Iterator[None]:
-    """Let it pass that there is no room; other errors are errors."""
+    """Ignore an OSError of the block if it says that the disk, or the quota, is full."""
     try:
         yield
     except OSError as error:
@@ -142,10 +151,11 @@ def full_disk_may_refuse() -> Iterator[None]:
 
 
 def create_files(directory: Path) -> list[int]:
-    """Make the files, to read and write, in the order of NAMES, locked for this process.
+    """Make the files in `directory`, to read and write, and lock them for this process.
 
-    `directory` is made too where it is missing (mode 0700). Raises OutputError where a file
-    exists, as a link too, or cannot be made; none of this call's making is left then.
+    Returns their descriptors in the order of `NAMES`. Makes the directory if it is missing (mode
+    0700). Raises OutputError if a file or a link of such a name exists, or if the disk refuses;
+    then nothing is left of what this call made.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     fds: list[int] = []
@@ -168,10 +178,11 @@ def create_files(directory: Path) -> list[int]:
 
 
 def open_files(directory: Path, *, writable: bool, partial: bool = False) -> list[int]:
-    """Open the files in the order of NAMES; locked for this process where they are `writable`.
+    """Open the files in `directory`. Returns their descriptors in the order of `NAMES`.
 
-    With `partial` an empty file stands for one that is missing. Raises NotFound where one is
-    missing, Busy where another has the lock, OutputError otherwise.
+    `writable`: open them to read and write, and lock them for this process. `partial`: replace a
+    missing file by an empty one in memory. Raises NotFound if the directory or a file is missing,
+    Busy if another process has the lock, OutputError otherwise.
     """
     mode = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW
     fds: list[int] = []
@@ -197,19 +208,20 @@ def open_files(directory: Path, *, writable: bool, partial: bool = False) -> lis
 
 
 def lock_to_read(index: int) -> None:
-    """Keep others from removing sealed files while they are read; ends with the descriptor.
+    """Lock sealed files, so that no process removes them until the descriptor is closed.
 
-    Where one is just removing them nothing is lost: what is open can be read to its end.
+    Does nothing if a process is just removing them: open files can be read to their ends.
     """
     with suppress(BlockingIOError):
         fcntl.flock(index, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def remove_files(directory: Path, index: int, *, force: bool) -> None:
-    """Remove the files and leave the mark. Raises Busy where somebody reads them (not if forced).
+    """Remove the files and leave the mark. Raises Busy if they are read or written, OutputError.
 
-    The directory's name, which readers need first, goes before the rest: none finds half of a log.
-    The note stays in the mark, if there is one, or goes last.
+    `force`: remove them though they are being read. The rename comes first, so that no new reader
+    finds only a part of the files. The note stays in the mark. If the rename fails, there is no
+    mark, and the note is removed last.
     """
     with disk_errors("remove", directory):
         try:
@@ -219,7 +231,7 @@ def remove_files(directory: Path, index: int, *, force: bool) -> None:
                 raise Busy("cannot remove the job's output: it is being read") from None
         dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            clear_mark(directory)  # of an earlier removal: this output was put back since
+            clear_mark(directory)  # an earlier removal left one; the output was put back since
             marked = False
             with suppress(OSError):
                 os.fchmod(dir_fd, 0o700 | stat.S_ISVTX)
@@ -241,7 +253,7 @@ def _unlink_files(directory: Path) -> None:
 
 
 def _unlink_below(dir_fd: int, others: tuple[str, ...]) -> None:
-    """Remove the three files, and `others`; the index before the data, where the name stays."""
+    """Remove the three files, the index first, and then `others`."""
     for name in (*reversed(NAMES), *others):
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=dir_fd)
