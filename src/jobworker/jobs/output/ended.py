@@ -1,8 +1,8 @@
-"""What becomes of a job's output after its end: sealed late, measured, removed.
+"""The output of an ended job: functions that seal it late, measure it, or remove it.
 
-The seal in the files says that a job has ended, to every process alike. The service knows it by
-itself, and may say so (`ended`): a full disk can have refused the seal, and then this output must
-go for there to be room.
+The seal in the files tells every process that the job has ended. But a full disk may have refused
+the seal, and then this output has to be removed to make room. So a caller that knows that the job
+has ended may say so (`ended`).
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from jobworker.jobs.output.files import OutputFiles
 
 
 def seal_output(directory: Path, *, ends_now: bool = False) -> None:
-    """End the log in `directory` if it has not ended; raises as `OutputFiles.open` does.
+    """Seal the log in `directory`, if it is not sealed. Raises as `OutputFiles.open` does.
 
-    Where a record would have to be cut for that, the files have become shorter since the job's
-    end, and stay as they are: they may be put back. So do empty ones, unless the job `ends_now`.
+    If records would have to be cut for that, the files have become shorter since the job's end, and
+    stay as they are: an administrator may put them back from a copy. Empty files stay as they are
+    for the same reason, unless the job `ends_now`.
     """
     files = OutputFiles.look_at(directory)
     try:
@@ -35,19 +36,21 @@ def seal_output(directory: Path, *, ends_now: bool = False) -> None:
 
 
 def describe_output(directory: Path, *, ended: bool = False) -> tuple[int, int]:
-    """When the log in `directory` ended (ns since the epoch), and the bytes of its files.
+    """The time at which the log in `directory` ended, and the size of its files in bytes.
 
-    The time is 0 where no record is left to tell it. The log must be sealed, unless the caller
-    knows that it has `ended`. Raises NotFound, Busy where it is not, OutputError.
+    The time is in nanoseconds since the epoch; 0 if no record is left that has it. `ended`: the
+    caller knows that the job has ended, so the log need not be sealed. Raises NotFound if there is
+    none, Busy if it is not sealed, OutputError.
     """
     with _ended_files(directory, ended) as files:
         return files.last.time_ns, files.size_on_disk()
 
 
 def remove_output(directory: Path, *, force: bool = False, ended: bool = False) -> int:
-    """Remove the log in `directory`: the bytes that its files had. `ended`: `describe_output`.
+    """Remove the log in `directory`. Returns how many bytes its files had.
 
-    Raises NotFound, Busy where it has not ended or somebody reads it (if not forced), OutputError.
+    `ended`: see `describe_output`. `force`: remove it though a process reads it. Raises NotFound if
+    there is none, Busy if it is not sealed or is being read, OutputError.
     """
     with _ended_files(directory, ended) as files:
         size = files.size_on_disk()
@@ -57,7 +60,8 @@ def remove_output(directory: Path, *, force: bool = False, ended: bool = False) 
 
 @contextmanager
 def _ended_files(directory: Path, ended: bool) -> Iterator[OutputFiles]:
-    # A note is ours alone: where one stands, so does a job's output, or what is left of it.
+    # Only this program makes notes. Beside a note stand the files of a job's output, or some of
+    # them.
     with disk_errors("open", directory):
         partial = ended and (directory / NOTE).is_file()
         files = OutputFiles.look_at(directory, partial=partial)
